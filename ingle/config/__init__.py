@@ -1,0 +1,33 @@
+"""The config tree: YAML, command-line overrides and Python objects give the same frozen :class:`Run`."""
+
+from ingle.config.adapter import AdapterConfig, LoraAdapter, NoAdapter
+from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
+from ingle.config.data import DataConfig, Source
+from ingle.config.evaluate import TaskConfig
+from ingle.config.model import ModelConfig
+from ingle.config.objective import Clm, ObjectiveConfig, Sft
+from ingle.config.optim import OptimConfig
+from ingle.config.parallel import ParallelConfig
+from ingle.config.run import Run
+from ingle.config.train import TrainConfig
+
+__all__ = [
+    "AdapterConfig",
+    "BaseConfig",
+    "Clm",
+    "DataConfig",
+    "Int8Base",
+    "LoraAdapter",
+    "ModelConfig",
+    "Nf4Base",
+    "NoAdapter",
+    "NoBase",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Run",
+    "Sft",
+    "Source",
+    "TaskConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,25 @@
+"""``objective:`` what the loss rewards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ingle.config.section import Section, tagged
+
+
+class Clm(Section):
+    """Causal language modelling: every token of the text is predicted from those before it."""
+
+    kind: Literal["clm"]
+
+
+class Sft(Section):
+    """Supervised fine-tuning: only the answers carry loss."""
+
+    kind: Literal["sft"] = "sft"
+
+
+_Objective = Annotated[Clm | Sft, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[_Objective, tagged("kind", default="sft", input_type=_Objective | Literal["clm", "sft"])]

@@ -1,0 +1,40 @@
+"""``train:`` how long, in what batches, and how often to save."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ingle.config.section import Section
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(Section):
+    """How long to train and in what batches.
+
+    A *sequence* is one packed row (``data.packing``) or one document.
+
+    Attributes:
+        num_epochs: Passes over the data; ignored when ``num_steps`` is set.
+        num_steps: Optimizer steps.
+        global_batch_size: Sequences per optimizer step, over all devices and accumulation steps.
+        micro_batch_size: Sequences per forward pass on one device; must divide ``global_batch_size``.
+            The whole global batch, at most 8, when null.
+        recompute: Drop each layer's activations and compute them again in backward: less memory, a third more work.
+        compile: torch.compile per decoder layer; ``auto`` only when it pays for itself within the run.
+        save_every: Steps between checkpoints; about ten in a run when null, 0 for none but the last.
+        keep_checkpoints: How many of the newest checkpoints stay on disk.
+        log_every: Steps between lines of ``metrics.jsonl`` and the terminal.
+    """
+
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    num_steps: Count | None = None
+    global_batch_size: Count = 16
+    micro_batch_size: Count | None = None
+    recompute: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    save_every: Annotated[int, Field(ge=0)] | None = None
+    keep_checkpoints: Count = 2
+    log_every: Count = 1
