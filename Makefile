@@ -1,0 +1,59 @@
+# Ingle: every way in.  `make demo` and `make test` do all set-up on a fresh machine.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Any Python from 3.11 on; say `make install PYTHON=python3.12` to choose one.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo yes),$(name))))
+# Test processes at once, and threads of arithmetic in each.
+JOBS ?= 2
+THREADS ?= 1
+PYTEST_ARGS ?=
+
+.PHONY: help install demo test check docs bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## Set up .venv with the pinned versions
+	@echo "ingle is ready: $(BIN)/ingle --help"
+
+demo: $(VENV)/.installed ## Fine-tune the bundled model on the bundled task and compare it with its base
+	$(BIN)/ingle train examples/demo/demo.yaml
+
+test: $(VENV)/.installed-test ## Run the tests
+	OMP_NUM_THREADS=$(THREADS) NUMBA_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-test-dev ## Lint, types, import layers, documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/check.py
+
+docs: $(VENV)/.installed ## Write docs/reference/ anew from the code
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/.installed-test ## Measure speed and memory beside the peers
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A moved folder leaves scripts that point to its old place: forget the stamps, so that it is set up anew.
+$(shell [ ! -e $(BIN)/pip ] || grep -qF "$(CURDIR)/" $(BIN)/pip || rm -f $(VENV)/.installed*)
+
+# A stamp is written when pip has finished, so an installation that was cut off is taken up again.
+$(VENV)/.installed: EXTRAS :=
+$(VENV)/.installed-test: EXTRAS := [test]
+$(VENV)/.installed-test-dev: EXTRAS := [test,dev]
+$(VENV)/.installed-test: | $(VENV)/.installed
+$(VENV)/.installed-test-dev: | $(VENV)/.installed-test
+
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-test-dev: pyproject.toml constraints.txt
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/install "$(EXTRAS)"
+	@touch $@
