@@ -97,7 +97,6 @@ class Progress:
 class Failed:
     """The run stops with an error."""
 
-    step: int
     message: str
 
 

@@ -1,0 +1,291 @@
+"""The program: fine-tune a model as one config says, from the first byte to the report.
+
+Read :func:`finetune` from top to bottom; every line of it is one package.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ingle import adapters, data, evaluation, models, parallel, planning, quant
+from ingle.atomic import write_atomically
+from ingle.config.run import Run
+from ingle.errors import IngleError, Interrupted
+from ingle.events import Event, Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
+from ingle.objectives import LanguageModelling, Objective
+from ingle.training.census import model_shape
+from ingle.training.checkpoint import Checkpoints, Position
+from ingle.training.compiling import can_compile, compile_layers
+from ingle.training.folder import RunFolder
+from ingle.training.groups import parameter_groups
+from ingle.training.interrupt import StopRequest, stop_on_signals
+from ingle.training.meter import Meter, free_bytes, peak_memory_bytes, resident_bytes
+from ingle.training.optim import Optimizer
+from ingle.training.schedule import learning_rate
+from ingle.training.steps import take_step
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """Everything a run is made of, ready for its first step."""
+
+    mesh: parallel.Mesh
+    plan: planning.Plan
+    tokenizer: Any
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    data_hash: str
+    num_sequences: int
+
+
+def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
+    """Fine-tunes as ``run`` says, or goes on where an earlier call stopped.
+
+    Args:
+        run: The resolved config.
+        sink: Is told everything that happens.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        IngleError: For every mistake the user can mend.
+        Interrupted: When a signal asked to stop; a full checkpoint is then on disk.
+    """
+    folder = RunFolder(Path(run.output))
+    with folder.locked(), stop_on_signals() as stop:
+        if folder.state(run) == "finished":
+            return _already_finished(folder, sink)
+        try:
+            parts = assemble(run, sink)
+            folder.begin(run)
+            base = _evaluate_before(run, folder, parts, sink, stop) if run.adapter.kind == "none" else None
+            position = train(run, folder, parts, sink, stop)
+            _save_result(run, folder, parts, sink)
+            return _report(run, folder, parts, position, base, sink, stop)
+        except Interrupted:
+            raise
+        except IngleError as error:
+            sink(Failed(error.message))
+            raise
+
+
+def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
+    """Goes on with the run in a folder; see :func:`finetune`."""
+    run = RunFolder(path).load_run()
+    return finetune(run.model_copy(update={"output": str(path)}), sink)
+
+
+def plan(run: Run, sink: Sink = lambda event: None) -> planning.Plan:
+    """What a run would do and need; reads the data and the model's shape but none of its weights."""
+    mesh = parallel.start(run.parallel)
+    dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    tokenizer = models.load_tokenizer(run.model)
+    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    sequences = data.make_sequences(dataset, run.data, run.seed)
+    return _plan(run, mesh, dtype, models.skeleton(run.model, mesh.device, dtype), dataset, sequences)
+
+
+def assemble(run: Run, sink: Sink) -> Assembled:
+    """Builds all parts of a run: data, plan, quantized base, adapter, objective, optimizer."""
+    mesh = parallel.start(run.parallel)
+    dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    tokenizer = models.load_tokenizer(run.model)
+    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    sequences = data.make_sequences(dataset, run.data, run.seed)
+
+    model = models.skeleton(run.model, mesh.device, dtype)
+    the_plan = _plan(run, mesh, dtype, model, dataset, sequences)
+    quant.convert(model, run.base)
+    models.fill(model, run.model, mesh.device, dtype, seed=run.seed, sink=sink)
+    adapters.attach(model, run.adapter, seed=run.seed)
+    if run.train.recompute:
+        models.recompute_layers(model)
+    if the_plan.compile:
+        compile_layers(model)
+
+    objective = LanguageModelling(
+        dataset,
+        data.SequenceSampler(sequences, run.seed, run.data.shuffle),
+        global_batch_size=the_plan.global_batch_size,
+        micro_batch_size=the_plan.micro_batch_size,
+        device=mesh.device,
+    )
+    optimizer = Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim)
+    return Assembled(mesh, the_plan, tokenizer, model, objective, optimizer, dataset.digest, len(sequences))
+
+
+def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopRequest) -> Position:
+    """The loop: every objective, every format, every adapter goes through here."""
+    the_plan, objective, optimizer = parts.plan, parts.objective, parts.optimizer
+    checkpoints = Checkpoints(folder, run.train.keep_checkpoints)
+    position = Position(0, 0, 0, parts.data_hash)
+    latest = checkpoints.latest()
+    if latest is not None:
+        position = checkpoints.load(latest, optimizer, parts.data_hash)
+        objective.load_state_dict({"counter": position.counter})
+    else:
+        checkpoints.rehearse(optimizer, position)
+    sink(
+        Started(
+            run=run.model_dump(mode="json"),
+            plan=the_plan.to_dict(),
+            audit=quant.audit(parts.model).to_dict(),
+            step=position.step,
+            num_steps=the_plan.num_steps,
+            resumed_from=str(latest) if latest else None,
+        )
+    )
+    meter = Meter(parts.mesh.device)
+    began = time.monotonic() - position.seconds
+    parts.model.train()
+    while position.step < the_plan.num_steps:
+        step = position.step + 1
+        meter.begin()
+        lr = learning_rate(run.optim, step, the_plan.num_steps)
+        result = take_step(parts.model, objective, optimizer, lr=lr, seed=run.seed, step=step)
+        tokens_per_s = meter.end(result.num_tokens)
+        counter = int(objective.state_dict()["counter"])
+        num_tokens = position.num_tokens + result.num_tokens
+        position = Position(step, counter, num_tokens, parts.data_hash, time.monotonic() - began)
+        sink(
+            Step(
+                step=step,
+                loss=result.loss,
+                num_tokens=num_tokens,
+                tokens_per_s=tokens_per_s,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                peak_memory_bytes=peak_memory_bytes(parts.mesh.device),
+                epoch=counter / parts.num_sequences,
+                metrics=objective.metrics(),
+            )
+        )
+        last = step == the_plan.num_steps
+        due = the_plan.save_every > 0 and step % the_plan.save_every == 0
+        if due or last or stop:
+            sink(Saved(step, str(checkpoints.save(optimizer, position)), "checkpoint"))
+        if not last:
+            _raise_if_asked_to_stop(folder, stop, f"step {step} of {the_plan.num_steps} is saved")
+    return position
+
+
+def _plan(
+    run: Run, mesh: parallel.Mesh, dtype: torch.dtype, model: nn.Module, dataset: data.TokenDataset, sequences: Any
+) -> planning.Plan:
+    return planning.make_plan(
+        run,
+        model_shape(model, adapters.targets(model, run.adapter)),
+        planning.DataShape(
+            num_documents=len(dataset),
+            num_sequences=len(sequences),
+            num_tokens=int(dataset.lengths.sum()),
+            num_supervised=dataset.stats.num_supervised,
+            longest=max(int(dataset.lengths[sequence].sum()) for sequence in sequences),
+        ),
+        dtype_bytes=dtype.itemsize,
+        process_bytes=resident_bytes() if mesh.device.type == "cpu" else 0,
+        free_bytes=free_bytes(mesh.device),
+        can_compile=can_compile(mesh.device),
+    )
+
+
+def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> None:
+    result = folder.result(run)
+    if run.adapter.kind == "none":
+        models.save_pretrained(parts.model, parts.tokenizer, result)
+    else:
+        adapters.save_adapter(parts.model, result, run.adapter, run.model.id)
+        parts.tokenizer.save_pretrained(result)
+    sink(Saved(parts.plan.num_steps, str(result), "model" if run.adapter.kind == "none" else "adapter"))
+
+
+def _evaluate_before(
+    run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopRequest
+) -> evaluation.TaskResult | None:
+    """The base's answers, taken before full fine-tuning overwrites it and kept for a continued run."""
+    if run.evaluate is None:
+        return None
+    task_hash = run.evaluate.model_dump_json()
+    if folder.base_evaluation.is_file():
+        kept = json.loads(folder.base_evaluation.read_text())
+        if kept["task"] == task_hash:
+            return evaluation.TaskResult.from_dict(kept["result"])
+    result = evaluation.run_task(
+        parts.model, parts.tokenizer, run.evaluate, sink=_stoppable(folder, sink, stop), stage="base"
+    )
+    write_atomically(folder.base_evaluation, json.dumps({"task": task_hash, "result": result.to_dict()}).encode())
+    return result
+
+
+def _report(
+    run: Run,
+    folder: RunFolder,
+    parts: Assembled,
+    position: Position,
+    base: evaluation.TaskResult | None,
+    sink: Sink,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """Base against tuned on held-out samples, then ``report.json`` and ``report.html``."""
+    comparison = None
+    began = time.monotonic()
+    if run.evaluate is not None:
+        patient = _stoppable(folder, sink, stop)
+        parts.model.eval()
+        if base is None:
+            with adapters.disabled(parts.model):
+                base = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=patient, stage="base")
+        tuned = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=patient, stage="tuned")
+        comparison = evaluation.compare(base, tuned, run.evaluate)
+        sink(Evaluated(position.step, comparison))
+    summary = {
+        "num_steps": position.step,
+        "num_tokens": position.num_tokens,
+        "tokens_per_s": position.num_tokens / position.seconds if position.seconds else 0.0,
+        "train_s": position.seconds,
+        "wall_s": position.seconds + time.monotonic() - began,
+        "peak_memory_bytes": peak_memory_bytes(parts.mesh.device),
+        "plan": parts.plan.to_dict(),
+        "audit": quant.audit(parts.model).to_dict(),
+    }
+    report = evaluation.write_report(
+        folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics
+    )
+    sink(Saved(position.step, str(folder.report), "report"))
+    sink(Finished(position.step, report))
+    return report
+
+
+def _already_finished(folder: RunFolder, sink: Sink) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(folder.report.read_text())
+    sink(Warned(f"this run is finished; {folder.report.with_suffix('.html')} shows it. --output= starts another."))
+    sink(Finished(report.get("num_steps", 0), report))
+    return report
+
+
+def _stoppable(folder: RunFolder, sink: Sink, stop: StopRequest) -> Sink:
+    """A sink that ends an evaluation when a signal asked for it; the trained weights are on disk by then."""
+
+    def tell(event: Event) -> None:
+        _raise_if_asked_to_stop(folder, stop, "what is trained so far is saved")
+        sink(event)
+
+    return tell
+
+
+def _raise_if_asked_to_stop(folder: RunFolder, stop: StopRequest, saved: str) -> None:
+    if stop.signal is not None:
+        raise Interrupted(
+            f"stopped by {stop.signal.name}: {saved}.",
+            where=str(folder.path),
+            fix=f"run the same command again, or `ingle train --resume {folder.path}`, to go on",
+        )

@@ -1,0 +1,188 @@
+"""Opening what was trained: a run folder, an adapter folder or a plain model, ready to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ingle import adapters, data, models, parallel, quant
+from ingle.config.adapter import LoraAdapter
+from ingle.config.base import BaseConfig, NoBase
+from ingle.config.loader import run_from_yaml
+from ingle.config.model import ModelConfig
+from ingle.config.parallel import ParallelConfig
+from ingle.data.types import Example, Message
+from ingle.errors import AdapterError, ModelError
+from ingle.events import Sink
+from ingle.models.generation import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What to open.
+
+    Attributes:
+        model: The base, or the fully fine-tuned model.
+        base: The format its weights are held in.
+        adapter: Folder of the adapter, None for none.
+        original: The model before full fine-tuning, None otherwise.
+    """
+
+    model: ModelConfig
+    base: BaseConfig
+    adapter: Path | None = None
+    original: ModelConfig | None = None
+
+
+class Engine:
+    """A model that answers.
+
+    Args:
+        model: The model, adapter attached.
+        tokenizer: Its tokenizer.
+        adapted: Whether an adapter is attached.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.adapted = adapted
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        batch_size: int = 32,
+        base_only: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """Answers each prompt.
+
+        Args:
+            prompts: Conversations, or texts to be continued as they stand.
+            system: A system message put before conversations that have none.
+            max_new_tokens: Longest answer.
+            temperature: 0 is greedy.
+            top_p: Share of the probability mass that is sampled from.
+            seed: Of the sampling; each prompt has its own stream.
+            stop: Strings that end an answer.
+            batch_size: Answers made at once.
+            base_only: Answer without the adapter.
+            on_progress: Is told how many answers of how many are done.
+
+        Returns:
+            One answer a prompt, in order.
+        """
+        ids = [self._prompt_ids(prompt, system) for prompt in prompts]
+        with adapters.disabled(self.model) if base_only and self.adapted else nullcontext():
+            return models.generate(
+                self.model,
+                self.tokenizer,
+                ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                stop=stop,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+
+    def stream(self, prompt: str | Sequence[Message], *, system: str | None = None, **options: Any) -> Iterator[str]:
+        """Answers one prompt piece by piece; ``options`` as in :meth:`generate`."""
+        yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options)
+
+    def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
+        example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
+        return data.prompt_ids(self.tokenizer, example, system)
+
+
+def locate(path_or_id: str) -> Source:
+    """Finds out what a path or hub id names.
+
+    Raises:
+        ModelError: When a run folder holds nothing trained yet, or a path does not exist.
+        AdapterError: When an adapter folder does not name its base.
+    """
+    folder = Path(path_or_id)
+    if (folder / "run.yaml").is_file():
+        return _locate_run(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _locate_adapter(folder)
+    return Source(ModelConfig(id=path_or_id), NoBase())
+
+
+def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = None) -> Engine:
+    """Opens a run folder, an adapter folder, a model folder or a hub id.
+
+    A run's model is held in the very format it was trained on.
+
+    Args:
+        path_or_id: What to open.
+        base_only: Leave the adapter out (for a full fine-tuning: open the model it started from).
+        sink: Is told of the loading.
+
+    Raises:
+        ModelError: When it cannot be found or read.
+        AdapterError: When the adapter does not fit its base.
+    """
+    source = locate(path_or_id)
+    config = source.original if base_only and source.original is not None else source.model
+    mesh = parallel.start(ParallelConfig())
+    dtype = models.compute_dtype(config.dtype, mesh.device)
+    tokenizer = models.load_tokenizer(config)
+    model = models.skeleton(config, mesh.device, dtype)
+    quant.convert(model, source.base)
+    models.fill(model, config, mesh.device, dtype, sink=sink)
+    adapted = source.adapter is not None and not base_only
+    if adapted:
+        assert source.adapter is not None
+        adapters.load_adapter(model, source.adapter)
+    model.eval()
+    return Engine(model, tokenizer, adapted=adapted)
+
+
+def _locate_run(folder: Path) -> Source:
+    run = run_from_yaml((folder / "run.yaml").read_text())
+    if isinstance(run.adapter, LoraAdapter):
+        if not (folder / "adapter").is_dir():
+            raise ModelError(
+                "this run has no adapter yet: it is not trained to its end.",
+                where=str(folder),
+                fix=f"ingle train --resume {folder}",
+            )
+        return Source(run.model, run.base, folder / "adapter")
+    if not (folder / "model").is_dir():
+        raise ModelError(
+            "this run has no model yet: it is not trained to its end.",
+            where=str(folder),
+            fix=f"ingle train --resume {folder}",
+        )
+    trained = ModelConfig(id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+    return Source(trained, NoBase(), original=run.model)
+
+
+def _locate_adapter(folder: Path) -> Source:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert isinstance(base, str)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise AdapterError(
+            "the adapter does not say which model it belongs to.",
+            where=str(folder / "adapter_config.json"),
+            why="base_model_name_or_path is missing",
+            fix="open the run folder instead, or write the base's id into that field",
+        ) from error
+    return Source(ModelConfig(id=base), NoBase(), folder)

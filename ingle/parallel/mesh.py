@@ -1,0 +1,45 @@
+"""The mesh: ranks and the device of this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ingle.config.parallel import ParallelConfig
+from ingle.errors import ConfigError
+from ingle.kernels.threads import set_num_threads
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The devices of a run as one process sees them.
+
+    Attributes:
+        device: Where this process computes.
+        dist_rank: Number of this process in the run.
+        world_size: Processes in the run.
+    """
+
+    device: torch.device
+    dist_rank: int = 0
+    world_size: int = 1
+
+
+def start(config: ParallelConfig) -> Mesh:
+    """Picks the device and sets the number of CPU threads.
+
+    Raises:
+        ConfigError: When a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "a GPU was asked for and this machine has none that PyTorch can use.",
+            where="parallel.device = cuda",
+            why=f"torch {torch.__version__} sees no CUDA device",
+            fix="--parallel.device=cpu, or install a CUDA build of PyTorch",
+        )
+    if config.num_threads is not None:
+        set_num_threads(config.num_threads)
+    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return Mesh(torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu"))

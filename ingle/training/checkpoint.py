@@ -1,0 +1,166 @@
+"""Checkpoints from which a run goes on bit for bit.
+
+A checkpoint holds the optimizer's state (float32 masters and moments) and a few integers.  Everything else
+is a pure function of them: the learning rate of the step, the data order of the sampler's counter, dropout
+of ``(seed, step, micro-batch)``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ingle.errors import CheckpointError, DoesNotFit
+from ingle.atomic import atomic_folder
+from ingle.training.folder import RunFolder, remove_partial
+from ingle.training.optim import Optimizer
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps made.
+        counter: Sequences taken from the sampler; its whole state.
+        num_tokens: Tokens read.
+        data_hash: Of the tokenized data; going on with other data is refused.
+        seconds: Time spent training.
+    """
+
+    step: int
+    counter: int
+    num_tokens: int
+    data_hash: str
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """Writes, finds and reads the checkpoints of one run.
+
+    Args:
+        folder: The run folder.
+        keep: How many of the newest stay on disk.
+    """
+
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        self._root = folder.checkpoints
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, optimizer: Optimizer, position: Position) -> Path:
+        """Writes a checkpoint, then removes those that are too many.
+
+        Raises:
+            CheckpointError: When the disk is full.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        remove_partial(self._root)
+        target = self._root / f"step-{position.step}"
+        with atomic_folder(target) as partial:
+            tensors = {name: tensor.contiguous() for name, tensor in optimizer.state_dict().items()}
+            save_file(tensors, partial / "optimizer.safetensors")
+            state = {"format": FORMAT_VERSION, **asdict(position)}
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+        for old in self.steps()[: -self._keep]:
+            shutil.rmtree(self._root / f"step-{old}")
+        return target
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a checkpoint, ascending."""
+        if not self._root.is_dir():
+            return []
+        matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self._root.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, None when there is none."""
+        steps = self.steps()
+        return self._root / f"step-{steps[-1]}" if steps else None
+
+    def load(self, path: Path, optimizer: Optimizer, data_hash: str) -> Position:
+        """Puts the optimizer and the trained parameters where the checkpoint left them.
+
+        Raises:
+            CheckpointError: When the files are damaged, of another version, or belong to other data.
+        """
+        tensors, position = read(path)
+        if position.data_hash != data_hash:
+            raise CheckpointError(
+                "the training data changed since this run began; going on would mix two data sets.",
+                where=str(path),
+                fix="put the former files back, or choose another folder with --output=",
+            )
+        expected = {f"master.{name}" for name, _ in optimizer.named_masters()}
+        found = {name for name in tensors if name.startswith("master.")}
+        if expected != found:
+            raise CheckpointError(
+                "the checkpoint holds other parameters than this run trains.",
+                where=str(path),
+                why=f"{len(found - expected)} unknown, {len(expected - found)} missing",
+            )
+        optimizer.load_state_dict(tensors)
+        return position
+
+    def rehearse(self, optimizer: Optimizer, position: Position) -> Path:
+        """Saves, reloads and compares at the first step, so that saving cannot be what loses the run.
+
+        Also checks that the disk holds all the checkpoints and the result of the whole run.
+
+        Raises:
+            DoesNotFit: When the disk is too small.
+            CheckpointError: When what is read back is not what was written.
+        """
+        state = optimizer.state_dict()
+        num_bytes = sum(tensor.nbytes for tensor in state.values())
+        masters = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("master."))
+        full = max(num_bytes, 3 * masters)  # the moments are there only after the first step
+        needed = full * (self._keep + 1) + masters + (16 << 20)
+        if needed > self._folder.free_bytes():
+            raise DoesNotFit(
+                f"this run needs {needed / 2**20:,.0f} MiB of disk; {self._folder.free_bytes() / 2**20:,.0f} MiB are free.",
+                where=f"output = {self._folder.path}, train.keep_checkpoints = {self._keep}",
+                why=f"{self._keep + 1} checkpoints of {full / 2**20:,.1f} MiB and the result",
+                fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",
+            )
+        path = self.save(optimizer, position)
+        tensors, reread = read(path)
+        same = reread == position and tensors.keys() == state.keys()
+        if not same or any(not torch.equal(tensors[name], state[name]) for name in state):
+            raise CheckpointError("what was read back from the first checkpoint is not what was written.", where=str(path))
+        return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], Position]:
+    """Tensors and position of a checkpoint.
+
+    Raises:
+        CheckpointError: When a file is missing, damaged, or of another version.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        tensors = load_file(path / "optimizer.safetensors")
+        version = state.pop("format")
+        position = replace(Position(0, 0, 0, ""), **state)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            "the checkpoint is damaged.",
+            where=str(path),
+            why=str(error),
+            fix=f"delete {path} and run again: the run goes on from the checkpoint before it",
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
+        )
+    return tensors, position

@@ -1,0 +1,23 @@
+"""Compiled decoder layers."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+from torch import nn
+
+from ingle.models import decoder_layers
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for a device: on a CPU it needs a C++ compiler."""
+    if device.type == "cuda":
+        return True
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each decoder layer in place; layers of one shape share the compiled code."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)

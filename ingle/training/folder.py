@@ -1,0 +1,175 @@
+"""The run folder: what lies where, who may write in it, and what state it is in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ingle.config.loader import run_from_yaml, run_to_yaml
+from ingle.config.run import Run
+from ingle.errors import CheckpointError, ConfigError
+from ingle.atomic import write_atomically
+
+#: Options that may differ between a run and its continuation: they change no weight.
+CONTINUABLE = ("evaluate", "output", "train.save_every", "train.keep_checkpoints", "train.log_every")
+
+State = Literal["new", "started", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths inside a run folder.
+
+    Attributes:
+        path: The folder, ``output:`` of the config.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "run.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step-N`` checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter in PEFT's layout."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model of a full fine-tuning."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The machine-readable comparison."""
+        return self.path / "report.json"
+
+    @property
+    def base_evaluation(self) -> Path:
+        """What the base answered, kept because full fine-tuning overwrites it."""
+        return self.path / "base_evaluation.json"
+
+    def result(self, run: Run) -> Path:
+        """Where the trained weights of ``run`` end up."""
+        return self.model if run.adapter.kind == "none" else self.adapter
+
+    def load_run(self) -> Run:
+        """The run this folder holds.
+
+        Raises:
+            CheckpointError: When there is no ``run.yaml``.
+        """
+        if not self.config.is_file():
+            raise CheckpointError(
+                f"{self.path} is not a run folder: it holds no run.yaml.",
+                where=str(self.path),
+                fix="name the folder that `output:` of the config names",
+            )
+        return run_from_yaml(self.config.read_text())
+
+    def state(self, run: Run) -> State:
+        """How far the run in this folder is; ``new`` when there is none.
+
+        Raises:
+            ConfigError: When the folder holds another run, or files that no run made.
+        """
+        if not self.config.is_file():
+            if self.path.is_dir() and any(entry.name != "run.lock" for entry in self.path.iterdir()):
+                raise ConfigError(
+                    f"{self.path} is not empty and holds no run.",
+                    where=f"output = {run.output}",
+                    fix="--output=another/folder",
+                )
+            return "new"
+        changed = differences(self.load_run(), run)
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run with other options; continuing it would mix the two.",
+                where=f"output = {run.output}",
+                why="\n".join(changed),
+                fix=f"--output=another/folder, or delete {self.path} to start anew",
+            )
+        if self.report.is_file() and json.loads(self.report.read_text()).get("status") == "finished":
+            return "finished"
+        return "started"
+
+    def begin(self, run: Run) -> None:
+        """Creates the folder and writes ``run.yaml``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, run_to_yaml(run).encode())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process out while the block runs.
+
+        Raises:
+            CheckpointError: When another process is at work in this folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "run.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(
+                    f"another process is at work in {self.path}.",
+                    where=f"output = {self.path}",
+                    fix="wait for it, stop it, or choose another folder with --output=",
+                ) from error
+            yield
+
+    def free_bytes(self) -> int:
+        """Free space of the disk the folder is on."""
+        return shutil.disk_usage(self.path).free
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """Options that differ and matter, as ``dotted.path: old -> new``."""
+    before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if any(key == name or key.startswith(f"{name}.") for name in CONTINUABLE):
+            continue
+        if before.get(key) != after.get(key):
+            lines.append(f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
+    return lines
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        return {path: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flatten(value, f"{path}.{key}" if path else key)
+    return flat
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what an interrupted write left behind."""
+    for entry in folder.glob("*.partial-*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            os.unlink(entry)

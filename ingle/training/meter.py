@@ -1,0 +1,56 @@
+"""Speed and memory of a run, measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import psutil
+import torch
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+class Meter:
+    """Measures the speed of each step.
+
+    Args:
+        device: Where the work happens; a GPU is waited for before the clock is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """Starts the clock of a step."""
+        self._began = time.perf_counter()
+
+    def end(self, num_tokens: int) -> float:
+        """Stops the clock.
+
+        Returns:
+            Tokens per second of the step.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return num_tokens / (time.perf_counter() - self._began)

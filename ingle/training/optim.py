@@ -1,0 +1,149 @@
+"""AdamW over float32 master weights.
+
+Trainable parameters may be held in bfloat16 (full fine-tuning, trained embeddings).  An update is often
+smaller than bfloat16's spacing and would be lost, and summing the gradients of several micro-batches in
+bfloat16 would make the result depend on how a batch is split.  So every such parameter has a float32
+master: gradients are added into the master's as soon as autograd has made them, the optimizer moves the
+master, and the parameter is the master rounded.  A float32 parameter is its own master.
+
+Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2;
+Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ingle.config.optim import OptimConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay.
+
+    Attributes:
+        parameters: Name in the model and parameter, in the model's order.
+        lr_ratio: Their learning rate over ``optim.lr``.
+        weight_decay: Their decoupled weight decay.
+    """
+
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    lr_ratio: float
+    weight_decay: float
+
+
+class Optimizer:
+    """AdamW, clipping and master weights behind one small surface.
+
+    Args:
+        groups: What is trained.
+        config: The ``optim`` section.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup], config: OptimConfig) -> None:
+        self._config = config
+        self._groups = list(groups)
+        self._parameters = {name: parameter for group in groups for name, parameter in group.parameters}
+        self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._adamw = torch.optim.AdamW(
+            [
+                {
+                    "params": [self._masters[name] for name, _ in group.parameters],
+                    "lr": config.lr * group.lr_ratio,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ],
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        for name, parameter in self._parameters.items():
+            if self._masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(self._masters[name]))
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    def named_masters(self) -> Iterable[tuple[str, Tensor]]:
+        """Name and float32 master of every trained parameter."""
+        return self._masters.items()
+
+    def gradients(self) -> Iterable[tuple[str, Tensor]]:
+        """Name and float32 gradient of every parameter that has one."""
+        for name, master in self._masters.items():
+            if master.grad is not None:
+                yield name, master.grad
+
+    def clip(self) -> float:
+        """Scales all gradients down to ``optim.max_grad_norm`` if they are longer.
+
+        Returns:
+            Their L2 norm before clipping.
+        """
+        gradients = [gradient for _, gradient in self.gradients()]
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), self._config.max_grad_norm, norm)
+        return float(norm)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Moves the parameters once and forgets the gradients.
+
+        Args:
+            lr: Learning rate of a group whose ``lr_ratio`` is 1.
+        """
+        for group, options in zip(self._groups, self._adamw.param_groups, strict=True):
+            options["lr"] = lr * group.lr_ratio
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        for name, parameter in self._parameters.items():
+            if self._masters[name] is not parameter:
+                parameter.copy_(self._masters[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters and moments under flat names, as safetensors can hold them."""
+        state: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            state[f"master.{name}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                state[f"{key}.{name}"] = value.detach()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what :meth:`state_dict` gave, bit for bit."""
+        for name, master in self._masters.items():
+            master.copy_(state[f"master.{name}"])
+            if master is not self._parameters[name]:
+                self._parameters[name].copy_(master)
+            moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+            if moments:
+                self._adamw.state[master] = {key: value.clone() for key, value in moments.items()}
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().float())
+
+
+def _accumulate_into(master: nn.Parameter):  # type: ignore[no-untyped-def]
+    def move(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return move
