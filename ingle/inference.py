@@ -170,7 +170,9 @@ def _locate_run(folder: Path) -> Source:
             where=str(folder),
             fix=f"ingle train --resume {folder}",
         )
-    trained = ModelConfig(id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code)
+    trained = ModelConfig(
+        id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
+    )
     return Source(trained, NoBase(), original=run.model)
 
 

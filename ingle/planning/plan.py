@@ -60,7 +60,14 @@ class Plan:
 
 
 def make_plan(
-    run: Run, model: ModelShape, data: DataShape, *, dtype_bytes: int, process_bytes: int, free_bytes: int, can_compile: bool
+    run: Run,
+    model: ModelShape,
+    data: DataShape,
+    *,
+    dtype_bytes: int,
+    process_bytes: int,
+    free_bytes: int,
+    can_compile: bool,
 ) -> Plan:
     """Counts what ``run`` needs.
 

@@ -137,7 +137,9 @@ class Checkpoints:
         tensors, reread = read(path)
         same = reread == position and tensors.keys() == state.keys()
         if not same or any(not torch.equal(tensors[name], state[name]) for name in state):
-            raise CheckpointError("what was read back from the first checkpoint is not what was written.", where=str(path))
+            raise CheckpointError(
+                "what was read back from the first checkpoint is not what was written.", where=str(path)
+            )
         return path
 
 

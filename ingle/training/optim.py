@@ -126,7 +126,9 @@ class Optimizer:
             master.copy_(state[f"master.{name}"])
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
-            moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+            moments = {
+                key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
+            }
             if moments:
                 self._adamw.state[master] = {key: value.clone() for key, value in moments.items()}
 

@@ -31,7 +31,9 @@ class StepResult:
     num_tokens: int
 
 
-def compute_gradients(model: nn.Module, objective: Objective, batches: Sequence[Batch], *, seed: int, step: int) -> float:
+def compute_gradients(
+    model: nn.Module, objective: Objective, batches: Sequence[Batch], *, seed: int, step: int
+) -> float:
     """Adds up the gradients of a step.
 
     The loss of each micro-batch is a sum; it is divided by the weight of the whole step before its backward
@@ -53,7 +55,8 @@ def compute_gradients(model: nn.Module, objective: Objective, batches: Sequence[
             raise NonFiniteError(
                 f"the loss became {value} at step {step}.",
                 where=f"micro-batch {index + 1} of {len(batches)}, {batch.num_tokens} tokens",
-                why=_non_finite_weight(model) or "all weights are finite: the values overflowed inside the forward pass",
+                why=_non_finite_weight(model)
+                or "all weights are finite: the values overflowed inside the forward pass",
                 fix="a smaller --optim.lr, a longer --optim.warmup_steps, or --model.dtype=float32; "
                 "the last checkpoint is intact",
             )

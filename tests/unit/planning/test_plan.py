@@ -1,0 +1,110 @@
+"""The plan's arithmetic, against counts written out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ingle.config import Run
+from ingle.errors import DoesNotFit
+from ingle.planning import DataShape, LinearShape, ModelShape, Plan, make_plan
+from ingle.planning.plan import default_micro_batch
+
+MODEL = ModelShape(
+    architecture="LlamaForCausalLM",
+    num_parameters=12 * 64 * 64 + 1000 * 64,
+    linears=(LinearShape(64, 64, count=12, active=12, adapted=12),),
+    other_parameters=1000 * 64,
+    num_layers=2,
+    hidden_size=64,
+    vocab_size=1000,
+    trained_whole=0,
+)
+DATA = DataShape(num_documents=900, num_sequences=100, num_tokens=40_000, num_supervised=10_000, longest=512)
+
+
+def _run(**sections: Any) -> Run:
+    base = {"model": {"id": "m"}, "data": {"sources": [{"path": "d.jsonl"}]}, "output": "o"}
+    return Run.model_validate(base | sections)
+
+
+def _plan(run: Run, **options: Any) -> Plan:
+    facts = {"dtype_bytes": 2, "process_bytes": 0, "free_bytes": 1 << 40, "can_compile": True} | options
+    return make_plan(run, MODEL, DATA, **facts)
+
+
+def test_steps_from_epochs_and_batch() -> None:
+    plan = _plan(_run(train={"num_epochs": 2.0, "global_batch_size": 16}))
+    assert plan.num_steps == 13  # 200 sequences in steps of 16, the last one reaches into a third epoch
+    assert plan.tokens_per_step == 6400
+    assert plan.num_tokens == 13 * 6400
+    assert plan.num_epochs == pytest.approx(2.08)
+
+
+def test_num_steps_overrides_epochs() -> None:
+    assert _plan(_run(train={"num_steps": 7})).num_steps == 7
+
+
+def test_micro_batch_divides_the_global_batch() -> None:
+    assert default_micro_batch(16, 512) == 8
+    assert default_micro_batch(12, 1024) == 4
+    assert default_micro_batch(7, 1024) == 1
+    assert default_micro_batch(16, 100_000) == 1
+    plan = _plan(_run(train={"global_batch_size": 16, "micro_batch_size": 4}))
+    assert plan.grad_accum_steps == 4
+
+
+def test_lora_counts() -> None:
+    plan = _plan(_run(adapter={"kind": "lora", "rank": 4}))
+    assert plan.trainable_parameters == 12 * 4 * (64 + 64)
+    assert plan.memory["optimizer"] == 8 * plan.trainable_parameters
+    assert plan.memory["weights"] == 12 * 64 * 64 * 2 + 1000 * 64 * 2
+    assert plan.flops_per_token == 4 * (12 * 64 * 64 + 64 * 1000) + 6 * plan.trainable_parameters
+
+
+def test_full_fine_tuning_counts_masters_and_weight_gradients() -> None:
+    plan = _plan(_run(adapter={"kind": "none"}))
+    assert plan.trainable_parameters == MODEL.num_parameters
+    assert plan.memory["trainable"] == 4 * MODEL.num_parameters
+    assert plan.flops_per_token == 6 * (12 * 64 * 64 + 64 * 1000)
+
+
+def test_nf4_takes_the_bytes_of_its_format() -> None:
+    plan = _plan(_run(base={"format": "nf4"}))
+    bits = 4 + (8 + 32 / 256) / 64
+    assert plan.memory["weights"] == round(12 * 64 * 64 * bits / 8) + 1000 * 64 * 2
+    assert plan.memory["decoded weights"] == 64 * 64 * 2
+
+
+def test_recompute_trades_memory_for_work() -> None:
+    plain, lighter = _plan(_run()), _plan(_run(train={"recompute": True}))
+    assert lighter.memory["activations"] < plain.memory["activations"]
+    assert lighter.flops_per_token > plain.flops_per_token
+
+
+def test_total_is_the_sum() -> None:
+    memory = dict(_plan(_run(), process_bytes=123).memory)
+    total = memory.pop("total")
+    assert total == sum(memory.values())
+
+
+def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        _plan(_run(), free_bytes=1 << 20)
+    text = str(caught.value)
+    assert "--train.micro_batch_size=1" in text
+    assert "--base.format=nf4" in text
+    assert "activations" in text
+
+
+def test_compile_decision_is_a_function_of_the_config() -> None:
+    assert _plan(_run()).compile is False
+    assert _plan(_run(train={"compile": True})).compile is True
+    assert _plan(_run(train={"compile": True}), can_compile=False).compile is False
+    big = replace(MODEL, linears=(LinearShape(4096, 4096, count=200, active=200, adapted=200),))
+    plan = make_plan(
+        _run(train={"num_steps": 100}), big, DATA, dtype_bytes=2, process_bytes=0, free_bytes=1 << 50, can_compile=True
+    )
+    assert plan.compile is True

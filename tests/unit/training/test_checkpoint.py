@@ -1,0 +1,117 @@
+"""Checkpoints are whole or absent, kept within bounds, and refuse what does not belong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ingle.config import OptimConfig
+from ingle.errors import CheckpointError, DoesNotFit
+from ingle.training.checkpoint import Checkpoints, Position, read
+from ingle.training.folder import RunFolder
+from ingle.training.optim import Optimizer, ParameterGroup
+
+
+def _optimizer(name: str = "w") -> Optimizer:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(6))
+    optimizer = Optimizer([ParameterGroup(((name, parameter),), 1.0, 0.0)], OptimConfig())
+    parameter.grad = torch.randn(6)
+    optimizer.step(0.1)
+    return optimizer
+
+
+def _position(step: int) -> Position:
+    return Position(step=step, counter=16 * step, num_tokens=1000 * step, data_hash="abc", seconds=1.5)
+
+
+def _checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(RunFolder(folder), keep)
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    optimizer = _optimizer()
+    checkpoints.save(optimizer, _position(3))
+    expected = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    other = _optimizer()
+    other.step(0.5)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert checkpoints.load(latest, other, "abc") == _position(3)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_only_the_newest_are_kept_and_order_is_numeric(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path, keep=2)
+    for step in (8, 9, 10, 100):
+        checkpoints.save(_optimizer(), _position(step))
+    assert checkpoints.steps() == [10, 100]
+
+
+def test_a_torn_write_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    checkpoints.save(_optimizer(), _position(1))
+    torn = tmp_path / "checkpoints" / "step-2.partial-99999"
+    torn.mkdir()
+    (torn / "optimizer.safetensors").write_bytes(b"half")
+    assert checkpoints.steps() == [1]
+    checkpoints.save(_optimizer(), _position(3))
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("victim", ["optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, victim: str) -> None:
+    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    content = (path / victim).read_bytes()
+    (path / victim).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    path = checkpoints.save(_optimizer(), _position(1))
+    with pytest.raises(CheckpointError, match="training data changed"):
+        checkpoints.load(path, _optimizer(), "another")
+
+
+def test_other_parameters_are_refused(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    path = checkpoints.save(_optimizer("w"), _position(1))
+    with pytest.raises(CheckpointError, match="other parameters"):
+        checkpoints.load(path, _optimizer("v"), "abc")
+
+
+def test_another_format_version_is_refused(tmp_path: Path) -> None:
+    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        read(path)
+
+
+def test_rehearsal_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 1000)
+    with pytest.raises(DoesNotFit, match="MiB of disk"):
+        _checkpoints(tmp_path).rehearse(_optimizer(), _position(0))
+
+
+def test_rehearsal_notices_a_disk_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    honest = read
+
+    def lie(path: Path):  # type: ignore[no-untyped-def]
+        tensors, position = honest(path)
+        tensors["master.w"][0] += 1
+        return tensors, position
+
+    monkeypatch.setattr("ingle.training.checkpoint.read", lie)
+    with pytest.raises(CheckpointError, match="not what was written"):
+        checkpoints.rehearse(_optimizer(), _position(0))
