@@ -1,0 +1,201 @@
+"""From a config.json to a model without bytes: what can be trained, and in which number type.
+
+Any causal language model of transformers whose tokens meet only in attention is taken.  Others are refused here,
+before a byte of weights is read, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from ingle.config.model import ModelConfig
+from ingle.errors import ModelError
+from ingle.models.attention import IMPLEMENTATION
+from ingle.models.hub import locate
+
+#: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+_STATEFUL = re.compile(r"Mamba|SSM|Rwkv|Recurrent|LinearAttention|LightningAttention|GatedDelta|ShortConv|RgLru")
+
+
+def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+    """The number type to compute in.
+
+    ``auto`` is bfloat16 where the hardware multiplies it fast (GPUs from Ampere on, CPUs with AMX or AVX512-BF16),
+    else float32.
+    """
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        fast = kind == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The architecture's config.
+
+    Raises:
+        ModelError: When there is none, or it is not a causal language model that can be trained here.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
+    raw = _read_json(folder, model)
+    if "auto_map" in raw and not model.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{model.id} comes with Python code of its own.",
+            where="model.trust_remote_code = false",
+            fix="read that code, then set --model.trust_remote_code=true",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(
+            f"the architecture of {model.id} is not known to the installed transformers.",
+            where=str(folder / "config.json"),
+            why=f"model_type is {raw.get('model_type')!r}; {_first_line(error)}",
+            fix="upgrade transformers, or choose another model",
+        ) from error
+    _refuse_config(config, raw, model)
+    return config
+
+
+def skeleton(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device: every module, no bytes.
+
+    Args:
+        model: Which model.
+        device: Where it will compute.
+        dtype: Its compute type; parameters the architecture keeps in float32 stay so.
+
+    Raises:
+        ModelError: When the architecture is unknown, not a causal language model, or not supported.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    config = read_config(model)
+    built = build(config, dtype, trust_remote_code=model.trust_remote_code)
+    _refuse_modules(built, model)
+    return built
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model on the meta device from a config, with our attention where the architecture allows it.
+
+    The architecture's own dropouts are zero: regularisation is the adapter's business.
+    """
+    config = copy.deepcopy(config)
+    dropouts = _dropouts(config)
+    for name in dropouts:
+        setattr(config, name, 0.0)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the planes are ours; a saved model is not in the checkpoint's format
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if type(model)._supports_attention_backend:
+            model.set_attn_implementation(IMPLEMENTATION)
+    _keep_in_float32(model, dtype)
+    for name, value in dropouts.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def _dropouts(config: PretrainedConfig) -> dict[str, float]:
+    names = [name for name in vars(config) if "drop" in name]
+    return {name: value for name in names if isinstance(value := getattr(config, name), float)}
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What ``from_pretrained`` keeps in float32 (a list of the architecture), so do we."""
+    patterns = model._keep_in_fp32_modules_strict if dtype == torch.bfloat16 else None
+    if not patterns:
+        return
+    keep = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if keep.search(f"{path}.{name}"):
+                setattr(module, name, nn.Parameter(parameter.float(), parameter.requires_grad))
+
+
+def _read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{model.id} holds no config.json, so it is not a transformers model.",
+            where=str(folder),
+            fix="put the base model into model.id and the adapter folder into adapter.path"
+            if (folder / "adapter_config.json").is_file()
+            else "give the folder that holds config.json and the .safetensors files",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError("config.json cannot be read.", where=str(path), why=str(error)) from None
+    if not isinstance(raw, dict):
+        raise ModelError("config.json is not a JSON object.", where=str(path))
+    return raw
+
+
+def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig) -> None:
+    """Refuses what is no causal language model over text."""
+    kind = config.model_type
+    remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = f"transformers has no causal language model for model_type {kind!r}"
+    elif any("MaskedLM" in name for name in config.architectures or ()) and not getattr(config, "is_decoder", False):
+        reason = f"it is an encoder ({', '.join(config.architectures or ())})"
+    elif config.get_text_config() is not config:
+        reason = "it reads images or sound besides text, which is not supported yet"
+    elif unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
+        reason = f"it has layers of kind {', '.join(unknown)}, through which packed documents would see one another"
+    if reason:
+        raise ModelError(
+            f"{model.id} cannot be trained here: {reason}.",
+            where="model.id",
+            fix="choose a decoder-only language model (Llama, Mistral, Qwen, Gemma, Phi, OLMo, Mixtral, ...)",
+        )
+
+
+def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Refuses models that carry state from token to token outside attention."""
+    stateful = next(
+        (
+            type(module).__name__
+            for module in model.modules()
+            if _STATEFUL.search(type(module).__name__) or isinstance(module, nn.Conv1d)
+        ),
+        "state" if getattr(model, "_is_stateful", False) else None,
+    )
+    if stateful:
+        raise ModelError(
+            f"{config.id} cannot be trained here: it carries state from token to token ({stateful}), "
+            "so packed documents would see one another.",
+            where="model.id",
+            fix="choose a decoder-only language model with attention alone",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

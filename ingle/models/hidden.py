@@ -1,0 +1,138 @@
+"""The two halves of a language model: the decoder up to its last norm, and the output head.
+
+The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures do
+different things to their logits (scale, divide, cap); what is known is read from the config, and :func:`verify`
+compares the halves with the whole once per load, so that nothing unknown goes unnoticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle.errors import ModelError
+from ingle.models.attention import IMPLEMENTATION
+
+if TYPE_CHECKING:
+    from ingle.data.types import Batch
+
+#: Largest difference of the halves from the whole, as a share of the largest logit.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output layer: ``cap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: ``[V, H]``.
+        bias: ``[V]`` or None.
+        logit_scale: Factor on the logits.
+        softcap: ``softcap * tanh(logits / softcap)`` when set.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Applies the head to ``[..., H]``, giving ``[..., V]``."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The output head of a model.
+
+    Raises:
+        ModelError: When the head is not a plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(
+            f"the output head is a {type(layer).__name__}, not a linear layer.",
+            where="model.id",
+            fix="take lm_head out of adapter.target_modules; adapter.trainable_modules trains it whole",
+        )
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
+
+
+def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The decoder's output after its last norm, ``[1, N, H]``; no token sees another document.
+
+    Args:
+        model: A model from :func:`ingle.models.skeleton`.
+        batch: Documents one after another in a single row.
+    """
+    return _packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+
+
+def _packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    boundaries: dict[str, Tensor] = {}
+    if model.config._attn_implementation == IMPLEMENTATION:
+        # A four-dimensional mask is passed through as it is, so transformers builds none: our attention
+        # reads the boundaries.  This one is a placeholder that attention recognises if they get lost.
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        boundaries = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+    else:
+        mask = _block_diagonal(cu_seqlens, input_ids.shape[1], model.dtype)
+    output = model.base_model(
+        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **boundaries
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden
+
+
+def _block_diagonal(cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """An additive mask ``[1, 1, N, N]``: causal within each document, closed elsewhere."""
+    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+    visible = (document[:, None] == document[None, :]) & (index[:, None] >= index[None, :])
+    closed = torch.zeros(num_tokens, num_tokens, dtype=dtype, device=cu_seqlens.device)
+    return closed.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel) -> None:
+    """Compares the two halves with the whole on two tiny documents, packed against one by one.
+
+    It finds an architecture that does something unknown to its logits, that lets packed documents see one
+    another, or that was loaded wrongly.
+
+    Raises:
+        ModelError: When they differ.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        device = model.get_input_embeddings().weight.device
+        vocab_size = model.config.vocab_size
+        lengths = (7, 5)
+        ids = (torch.arange(sum(lengths), device=device) * 7919 + 11) % vocab_size
+        documents = ids.split(lengths)
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+        ours = head(model).logits(_packed(model, ids[None], positions[None], cu_seqlens))[0].float()
+        whole = torch.cat([model(input_ids=each[None], use_cache=False).logits[0] for each in documents]).float()
+    finally:
+        model.train(was_training)
+    size = whole.abs().max().item()
+    difference = (ours - whole).abs().max().item()
+    if not difference <= _TOLERANCE.get(model.dtype, 6e-2) * max(size, 1e-6):
+        raise ModelError(
+            f"{type(model).__name__} does not give the same logits packed as one document at a time.",
+            where="model.id",
+            why=f"largest difference {difference:.3g} of logits up to {size:.3g}; its head, its positions or its "
+            "attention do something that is not supported",
+            fix="choose a model of another architecture",
+        )

@@ -1,0 +1,110 @@
+"""Finding the files of a model: a local folder as it is, or a snapshot of a hub repository.
+
+Everything that can go wrong with a name is told here in one sentence, so that the readers of configs, tokenizers
+and weights only see a folder that exists.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ingle import env
+from ingle.errors import HubUnavailable, ModelError
+
+#: Seconds to wait for the hub's answer about one file before the cached copy is taken.
+_ETAG_TIMEOUT_S = 10
+
+#: Small files: config, tokenizer, template, index of the shards.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_WEIGHTS = ("*.safetensors",)
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+
+Part = Literal["small", "weights"]
+
+
+def locate(name: str, *, revision: str | None = None, part: Part = "small", code: bool = False) -> Path:
+    """The folder that holds the files of a model.
+
+    Args:
+        name: A local folder or a hub id.
+        revision: Branch, tag or commit on the hub.
+        part: ``small`` fetches configs and tokenizer only, ``weights`` the safetensors too.
+        code: Fetch Python files as well (``model.trust_remote_code``).
+
+    Raises:
+        ModelError: When there is no such folder or repository.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(
+            f"{name} is a file; a model is a folder or a hub id.",
+            where="model.id",
+            fix="give the folder that holds config.json and the .safetensors files",
+        )
+    if not _HUB_ID.match(name):
+        raise ModelError(f"there is no folder {name}.", where="model.id", fix="check the path")
+    return _snapshot(name, revision, part, code)
+
+
+def _snapshot(name: str, revision: str | None, part: Part, code: bool) -> Path:
+    patterns = [*_SMALL, *(_WEIGHTS if part == "weights" else ()), *(("*.py",) if code else ())]
+    offline = env.hub_offline()
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["original/*", "*/*"] if not code else ["original/*"],
+                local_files_only=offline,
+                etag_timeout=_ETAG_TIMEOUT_S,
+            )
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: its owner asks you to accept terms first.",
+            where="model.id",
+            why=_first_line(error),
+            fix="accept the terms on the model's page, then log in with `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"{name} has no revision {revision}.", where="model.revision", fix="name a branch, tag or commit"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"there is no folder {name}, and no model of that name on the hub.",
+            where="model.id",
+            fix="check the spelling; for a private model log in with `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise HubUnavailable(
+            f"there is no folder {name}, and the hub cannot be asked for it.",
+            where="model.id",
+            why="hub access is switched off (HF_HUB_OFFLINE) and the model is not in the local cache"
+            if offline
+            else f"the hub did not answer ({_first_line(error)}) and the model is not in the local cache",
+            fix="give a local folder, or go online once so that the model is cached",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

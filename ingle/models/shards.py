@@ -1,0 +1,217 @@
+"""The weights on disk: which tensor lies in which safetensors file, and at which byte.
+
+The headers are read here and the tensors are read with plain file reads straight into their own memory, not
+through a memory map: a map keeps every page it has touched resident, so that a model would be held twice while
+it loads.
+
+Source: the safetensors format, https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ingle.errors import ModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+#: A longer header is refused, as safetensors itself does.
+_MAX_HEADER_BYTES = 100_000_000
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+_DAMAGED = "fetch or copy the file again; it is damaged or incomplete"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a file.
+
+    Attributes:
+        path: The safetensors file.
+        dtype: Element type on disk.
+        shape: Its shape.
+        offset: First byte in the file.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor in fresh host memory, in its type on disk."""
+        return self._read(self.offset, self.shape)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of dimension 0; only their bytes are read."""
+        row_bytes = self.num_bytes // self.shape[0]
+        return self._read(self.offset + start * row_bytes, (stop - start, *self.shape[1:]))
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ModelError(f"{self.path.name} ends early.", where=str(self.path), fix=_DAMAGED)
+                done += count
+        return tensor
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its name on disk.
+
+    Raises:
+        ModelError: When a file is missing, truncated, damaged, or the weights are in another format; it names
+            the file.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _read_sharded(folder, index)
+    single = folder / SINGLE_NAME
+    if single.is_file():
+        return _read_header(single)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1 and found[0].name != "adapter_model.safetensors":
+        return _read_header(found[0])
+    raise _no_weights(folder, found)
+
+
+def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index.name} is not a shard index.", where=str(index), why=str(error), fix=_DAMAGED) from None
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(names)} weight files are missing: {_some(missing)}.",
+            where=str(folder),
+            fix="fetch or copy the missing files",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        for key, entry in _read_header(folder / name).items():
+            if key in tensors:
+                raise ModelError(
+                    f"the weight {key} is in two files.",
+                    where=f"{tensors[key].path.name} and {name}",
+                    fix="keep one complete set of shards in the folder",
+                )
+            tensors[key] = entry
+    absent = sorted(key for key in weight_map if key not in tensors)
+    if absent:
+        raise ModelError(
+            f"{len(absent)} weights named in {index.name} are in no file: {_some(absent)}.",
+            where=str(folder / weight_map[absent[0]]),
+            fix=_DAMAGED,
+        )
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if prefix.startswith(b"version "):
+            raise ModelError(
+                f"{path.name} is a Git LFS pointer, not the weights.", where=str(path), fix="run `git lfs pull`"
+            )
+        if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"{size:,} bytes do not begin with a safetensors header")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {key: _entry(path, 8 + length, value) for key, value in header.items()}
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(path, "its header cannot be read") from None
+    end = max((entry.offset + entry.num_bytes for entry in tensors.values()), default=8 + length)
+    if end > size:
+        raise _damaged(path, f"it holds {size:,} bytes and its header speaks of {end:,}")
+    return tensors
+
+
+def _entry(path: Path, start: int, value: dict[str, object]) -> StoredTensor:
+    name = str(value["dtype"])
+    if name not in _DTYPES:
+        raise ModelError(f"{path.name} holds tensors of type {name}, which are not supported.", where=str(path))
+    shape = tuple(int(size) for size in value["shape"])  # type: ignore[attr-defined]
+    first, last = value["data_offsets"]  # type: ignore[misc]
+    entry = StoredTensor(path, _DTYPES[name], shape, start + int(first))
+    if entry.num_bytes != int(last) - int(first):
+        raise _damaged(path, "the sizes in its header do not agree")
+    return entry
+
+
+def _damaged(path: Path, why: str) -> ModelError:
+    return ModelError(f"{path.name} is not a whole safetensors file.", where=str(path), why=why, fix=_DAMAGED)
+
+
+def _no_weights(folder: Path, found: list[Path]) -> ModelError:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return ModelError(
+            "the weights are Python pickles, which can run code when they are read; Ingle reads safetensors only.",
+            where=str(folder),
+            fix="convert once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) in a place you trust",
+        )
+    if (folder / "adapter_config.json").is_file():
+        return ModelError(
+            "the folder holds an adapter, not a model.",
+            where=str(folder),
+            fix="put the base model into model.id and this folder into adapter.path",
+        )
+    if any(folder.glob("*.gguf")):
+        return ModelError("GGUF files cannot be loaded yet.", where=str(folder), fix="use the safetensors release")
+    if found:
+        return ModelError(
+            f"the folder holds {len(found)} weight files and no {INDEX_NAME} that says which belongs where.",
+            where=str(folder),
+            fix=f"fetch {INDEX_NAME} too",
+        )
+    return ModelError(
+        f"the folder holds no weights (no {SINGLE_NAME}, no {INDEX_NAME}).",
+        where=str(folder),
+        fix="fetch the .safetensors files, or set model.init=random to start from nothing",
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,95 @@
+"""The tokenizer: fast (offsets are needed), with a pad token that is not the end of text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ingle.config.model import ModelConfig
+from ingle.errors import ModelError
+from ingle.models.hub import locate
+
+#: Tokens that model makers keep in reserve, or name as padding or as unknown; looked for in this order.
+_SPARE = (
+    re.compile(r"pad", re.IGNORECASE),
+    re.compile(r"reserved|unused|placeholder|dummy|extra_id|fim_pad|vision_pad", re.IGNORECASE),
+)
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, ready for training.
+
+    The pad token is the tokenizer's own when it differs from the end-of-text token; else a token that the maker
+    left unused; else there is none, and lengths alone tell where a row ends.  It is never the end-of-text token:
+    that one is supervised.
+
+    Raises:
+        ModelError: When there is no tokenizer, only a slow one, or the chat template cannot be read.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    name = model.tokenizer or model.id
+    option = "model.tokenizer" if model.tokenizer else "model.id"
+    revision = None if model.tokenizer else model.revision
+    folder = locate(name, revision=revision, code=model.trust_remote_code)
+    tokenizer = _read(folder, name, option, model.trust_remote_code)
+    _choose_pad(tokenizer)
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
+    return tokenizer
+
+
+def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokenizerFast:
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / file).is_file() for file in files):
+        raise ModelError(
+            f"{name} holds no tokenizer.",
+            where=str(folder),
+            why="none of " + ", ".join(files) + " is there",
+            fix="name another folder or hub id in model.tokenizer",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
+        )
+    except Exception as error:  # the Rust reader and sentencepiece raise bare exceptions
+        text = str(error).strip() or type(error).__name__
+        raise ModelError(
+            f"the tokenizer of {name} cannot be read.", where=str(folder), why=text.splitlines()[0][:200]
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{name} has a slow tokenizer; a fast one (tokenizer.json) is needed.",
+            where=option,
+            why="the loss mask is derived from character offsets, which only fast tokenizers give",
+            fix="name a hub id or folder with a tokenizer.json in model.tokenizer",
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def _choose_pad(tokenizer: PreTrainedTokenizerFast) -> None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    tokenizer.pad_token = None
+    meant = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    special = {
+        token.content: index
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and index not in meant
+    }
+    for pattern in _SPARE:
+        for content in special:
+            if pattern.search(content):
+                tokenizer.pad_token = content
+                return
+    if tokenizer.unk_token is not None and tokenizer.unk_token_id not in meant:
+        tokenizer.pad_token = tokenizer.unk_token
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError("the chat template cannot be read.", where="model.chat_template", why=str(error)) from None
