@@ -32,10 +32,10 @@ check: $(VENV)/.installed-test-dev ## Lint, types, import layers, documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python docs/check.py
+	$(BIN)/python -m docs.check
 
 docs: $(VENV)/.installed ## Write docs/reference/ anew from the code
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/.installed-test ## Measure speed and memory beside the peers
 	$(BIN)/python -m benchmarks

@@ -1,0 +1,182 @@
+"""Checks that the documentation is true and whole: ``python -m docs.check``.
+
+Each check is a function that yields one line per problem, so that all of them are seen at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from docs import commands, generate
+from docs.markdown import Page, read_pages, tracked
+
+ROOT = Path(__file__).resolve().parent.parent
+README_LINES = 200
+
+# Written with a class of one letter here and there, so that this file does not match itself.
+LEAKS = (
+    (re.compile(r"(?<![\w.])/(?:wor[k]|roo[t]|hom[e]/\w+|tm[p]/(?:brie[f]|ven[v]))/"), "a path of somebody's machine"),
+    (re.compile(r"\b(?:pyp[i]|pythonhoste[d]|anacond[a])\.org"), "the host of a package registry"),
+    (re.compile(r"\bdownloa[d]\.pytorch\.org|\bpyp[i]-\w+\.|/simpl[e]/"), "the host of a package registry"),
+)
+PLACEHOLDER = re.compile(r"\bFIL[L]\b|\bTOD[O]\b|\bFIXM[E]\b|\bXX[X]\b")
+TEXT = (".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".cfg", ".html", ".j2", "Makefile", "run")
+
+
+def stale_pages(root: Path) -> Iterator[str]:
+    """Generated pages that are not what the code says."""
+    reference = root / "docs" / "reference"
+    expected = generate.pages()
+    for name, text in expected.items():
+        path = reference / name
+        if not path.is_file() or path.read_text() != text:
+            yield f"docs/reference/{name}: is not what the code says; run `make docs`"
+    for path in sorted(reference.glob("*.md")):
+        if path.name not in expected and path.name != "index.md":
+            yield f"docs/reference/{path.name}: nothing writes this page"
+
+
+def undocumented() -> Iterator[str]:
+    """Options and commands that say nothing of what they do; errors and formats have linted docstrings."""
+    for option in generate.options():
+        if not option.description and not _is_section(option.path):
+            yield f"option {option.path}: no description under Attributes of its section"
+    for path, command in generate.commands():
+        if not (command.help or "").strip():
+            yield f"command `{path}`: no help"
+        for parameter in command.params:
+            if not (getattr(parameter, "help", None) or "").strip():
+                yield f"command `{path}`: {parameter.name} has no help"
+
+
+def _is_section(path: str) -> bool:
+    return any(other.path.startswith(path + ".") for other in generate.options())
+
+
+def dead_links(pages: list[Page], root: Path) -> Iterator[str]:
+    """Relative links to files or headings that are not there, and pages that nothing links to."""
+    by_name = {page.name: page for page in pages}
+    linked = set()
+    for page in pages:
+        for line, target in page.links:
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            name = _resolve(page.name, path) if path else page.name
+            linked.add(name)
+            if not (root / name).exists():
+                yield f"{page.name}:{line}: links to {target}, which is not there"
+            elif anchor and (name not in by_name or anchor not in by_name[name].anchors):
+                yield f"{page.name}:{line}: links to {target}, and {name} has no such heading"
+    for page in pages:
+        if page.name.startswith("docs/") and page.name != "docs/index.md" and page.name not in linked:
+            yield f"{page.name}: no page links here"
+
+
+def _resolve(page: str, path: str) -> str:
+    parts: list[str] = list(Path(page).parent.parts)
+    for part in Path(path).parts:
+        if part == "..":
+            if not parts:
+                return path
+            parts.pop()
+        elif part != ".":
+            parts.append(part)
+    return "/".join(parts)
+
+
+def placeholders(pages: list[Page]) -> Iterator[str]:
+    """Marks left for somebody to fill in."""
+    for page in pages:
+        for number, line in enumerate(page.text.splitlines(), 1):
+            if match := PLACEHOLDER.search(line):
+                yield f"{page.name}:{number}: {match[0]} is still to be written"
+
+
+def long_readme(pages: list[Page]) -> Iterator[str]:
+    """A README that nobody will read to its end."""
+    for page in pages:
+        length = len(page.text.splitlines())
+        if page.name == "README.md" and length > README_LINES:
+            yield f"README.md: {length} lines; at most {README_LINES}"
+
+
+def leaks(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """Paths of machines and hosts of registries, which mean nothing to a reader elsewhere."""
+    for name in names:
+        if not name.endswith(TEXT) and not name.startswith(".ci/"):
+            continue
+        for number, line in enumerate((root / name).read_text(errors="replace").splitlines(), 1):
+            for pattern, what in LEAKS:
+                if match := pattern.search(line):
+                    yield f"{name}:{number}: {match[0]!r} is {what}"
+
+
+def silent_raises(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """Public functions that raise a user's error and do not say so."""
+    for name in names:
+        if not (name.startswith("ingle/") and name.endswith(".py")):
+            continue
+        for function in _public_functions(ast.parse((root / name).read_text())):
+            raised = sorted(set(_raised(function)))
+            if raised and "Raises:" not in (ast.get_docstring(function) or ""):
+                yield f"{name}:{function.lineno}: {function.name} raises {', '.join(raised)} without `Raises:`"
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _public_functions(tree: ast.Module) -> Iterator[Function]:
+    for node in tree.body:
+        if isinstance(node, Function) and not node.name.startswith("_"):
+            yield node
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for inner in node.body:
+                if isinstance(inner, Function) and not inner.name.startswith("_"):
+                    yield inner
+
+
+def _raised(function: Function) -> Iterator[str]:
+    kinds = {name for name, kind in vars(generate.errors).items() if isinstance(kind, type)}
+    for node in ast.walk(function):
+        called = node.exc.func if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) else None
+        if isinstance(called, ast.Name) and called.id in kinds:
+            yield called.id
+
+
+def unpinned(root: Path) -> Iterator[str]:
+    """Lines of constraints.txt that are not a name and a version."""
+    for number, line in enumerate((root / "constraints.txt").read_text().splitlines(), 1):
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.!]*", line):
+            yield f"constraints.txt:{number}: {line!r} is not NAME==VERSION"
+
+
+def problems(root: Path = ROOT) -> Iterator[str]:
+    """Everything that is wrong with the documentation under ``root``."""
+    names, pages = tracked(root), read_pages(root)
+    yield from stale_pages(root)
+    yield from undocumented()
+    yield from dead_links(pages, root)
+    yield from placeholders(pages)
+    yield from long_readme(pages)
+    yield from commands.wrong_blocks(pages, root)
+    yield from leaks(root, names)
+    yield from silent_raises(root, names)
+    yield from unpinned(root)
+
+
+def main() -> int:
+    """Prints every problem; 1 when there is one."""
+    found = list(problems())
+    for problem in found:
+        print(problem)
+    print(f"docs: {len(found)} problems" if found else "docs: no problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

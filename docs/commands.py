@@ -1,0 +1,198 @@
+"""Checks the code blocks of the Markdown pages, and runs those marked ``run``.
+
+How a block is written decides what is done with it:
+
+- ``console``: each line that begins with ``$`` is a command; the others are what it prints.  Every ``ingle``
+  command must name a command, options and dotted config paths that exist, every ``make`` a target.
+- ``console run``: the tests run the commands, one page in one fresh folder beside ``examples/``.
+- ``python``: must compile; ``python run`` is run too.
+- ``yaml``, ``json``, ``jsonl``: must parse; YAML that is a part of a config may name only options that exist,
+  YAML that is a whole config is validated.
+- ``file=NAME`` after the language: the block is the content of that file in the page's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from docs import generate
+from docs.markdown import Block, Page
+from ingle.config.run import Run
+from ingle.errors import IngleError
+
+#: Programs that a page may show besides ``ingle`` and ``make``.
+OTHER_PROGRAMS = {"cat", "cd", "cp", "git", "head", "kill", "ls", "pip", "python", "tail", "tensorboard"}
+
+
+def wrong_blocks(pages: list[Page], root: Path) -> Iterator[str]:
+    """Code blocks that a reader could not use as they stand."""
+    for page in pages:
+        for block in page.blocks:
+            match block.language:
+                case "console":
+                    for command in shown_commands(block):
+                        yield from (f"{block.where}: {problem}" for problem in wrong_command(command, root))
+                case "python":
+                    yield from _wrong_python(block)
+                case "yaml" | "json" | "jsonl":
+                    yield from _wrong_data(block)
+                case "bash" | "sh" | "shell":
+                    yield f"{block.where}: use a `console` block with `$ ` before each command"
+                case _:
+                    pass
+
+
+def shown_commands(block: Block) -> list[str]:
+    """The commands of a console block, continued lines joined."""
+    text = re.sub(r"\\\n(?:> ?)?", " ", block.text)
+    return [line[2:].strip() for line in text.splitlines() if line.startswith("$ ")]
+
+
+def wrong_command(command: str, root: Path) -> Iterator[str]:
+    """What a reader who types ``command`` would stumble over."""
+    for part in re.split(r"\s*(?:&&|\|\||;|\|)\s*", command):
+        words = shlex.split(part, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if not words:
+            continue
+        program, arguments = Path(words[0]).name, words[1:]
+        if program == "make":
+            targets = re.findall(r"^([a-z]+):", (root / "Makefile").read_text(), re.MULTILINE)
+            yield from (f"make has no target {word}" for word in arguments if "=" not in word and word not in targets)
+        elif program == "ingle":
+            yield from _wrong_ingle(arguments, root)
+        elif program not in OTHER_PROGRAMS:
+            yield f"{program} is not a program that a reader has"
+
+
+def _wrong_ingle(arguments: list[str], root: Path) -> Iterator[str]:
+    known = dict(generate.commands())
+    positional = [word for word in arguments if not word.startswith("-")]
+    candidates = [" ".join(["ingle", *positional[:count]]) for count in (2, 1)]
+    name = next((candidate for candidate in candidates if candidate in known), None)
+    if name is None:
+        if arguments not in ([], ["--help"], ["--version"]):
+            yield f"there is no command `ingle {' '.join(arguments)}`"
+        return
+    parameters = known[name].params
+    flags = {flag for parameter in parameters for flag in [*parameter.opts, *parameter.secondary_opts]} | {"--help"}
+    for word in arguments:
+        flag = word.split("=")[0]
+        if not word.startswith("-") or word == "--" or flag in flags or re.fullmatch(r"-[\d.]+", word):
+            continue
+        if not takes_overrides(known[name]):
+            yield f"`{name}` has no option {flag}"
+        elif problem := _unknown_option(flag.removeprefix("--")):
+            yield problem
+    for word in positional[len(name.split()) - 1 :]:
+        if word.startswith("examples/") and not (root / word).exists():
+            yield f"{word} is not there"
+
+
+def takes_overrides(command: Any) -> bool:
+    """Whether a command passes options that it does not know to the config."""
+    return bool((command.context_settings or {}).get("ignore_unknown_options"))
+
+
+def _unknown_option(path: str) -> str | None:
+    known = {re.sub(r"\.N\b", ".0", option.path) for option in generate.options()}
+    known |= {path.rpartition(".")[0] for path in known}
+    if re.sub(r"\.\d+\b", ".0", path) in known or any(path.startswith(f"{table}.") for table in _tables()):
+        return None
+    near = difflib.get_close_matches(path, known, n=1)
+    return f"there is no option {path}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _tables() -> list[str]:
+    """Options whose keys the user chooses."""
+    return [re.sub(r"\.N\b", ".0", option.path) for option in generate.options() if option.type.startswith("a table")]
+
+
+def _wrong_python(block: Block) -> Iterator[str]:
+    try:
+        compile(block.text, block.where, "exec")
+    except SyntaxError as error:
+        yield f"{block.where}: {error}"
+
+
+def _wrong_data(block: Block) -> Iterator[str]:
+    texts = block.text.splitlines() if block.language == "jsonl" else [block.text]
+    for text in texts:
+        try:
+            value = yaml.safe_load(text) if block.language == "yaml" else json.loads(text)
+        except (ValueError, yaml.YAMLError) as error:
+            yield f"{block.where}: {error}"
+            continue
+        if block.language == "yaml" and isinstance(value, dict) and set(value) <= set(Run.model_fields):
+            yield from (f"{block.where}: {problem}" for problem in _wrong_config(value))
+
+
+def _wrong_config(value: dict[str, Any]) -> Iterator[str]:
+    from ingle.config.loader import run_from_yaml
+
+    required = {name for name, field in Run.model_fields.items() if field.is_required()}
+    if required <= set(value):
+        try:
+            run_from_yaml(yaml.safe_dump(value))
+        except IngleError as error:
+            yield str(error)
+        return
+    for path in _leaves(value):
+        if problem := _unknown_option(path):
+            yield problem
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}{key}.")
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip(".")
+
+
+def runnable(page: Page) -> bool:
+    """Whether a page has something to run."""
+    return any("run" in block.marks for block in page.blocks)
+
+
+def run_page(page: Page, folder: Path, root: Path) -> None:
+    """Runs the blocks of a page marked ``run`` in ``folder``, in order, after writing its files.
+
+    Raises:
+        AssertionError: When a command exits with anything but 0.
+    """
+    (folder / "examples").symlink_to(root / "examples")
+    program = folder / ".venv" / "bin" / "ingle"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ingle "$@"\n')
+    program.chmod(0o755)
+    environment = dict(os.environ, PATH=f"{program.parent}:{os.environ['PATH']}", PYTHONPATH=str(root), TERM="dumb")
+    for block in page.blocks:
+        if name := block.mark("file"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(block.text)
+        if "run" not in block.marks:
+            continue
+        if block.language == "python":
+            command = [sys.executable, "-c", block.text]
+        else:
+            command = ["bash", "-euo", "pipefail", "-c", "\n".join(shown_commands(block))]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{block.where}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"

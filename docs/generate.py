@@ -1,0 +1,241 @@
+"""Writes the reference pages from the code: ``python -m docs.generate``.
+
+Nothing on these pages is written by hand, so they cannot disagree with the program; ``docs.check`` fails
+when a page in the tree is not what this module would write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import typer.main
+
+from ingle import errors, events
+from ingle.cli.app import app
+from ingle.config.base import BaseConfig
+from ingle.config.evaluate import MetricName
+from ingle.config.run import Run
+from ingle.config.schema import Option, options, shapes
+from ingle.config.section import Section
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+NOTE = "<!-- Written by `make docs` from the code; change the docstrings instead. -->"
+
+#: Inputs of ``bits_per_weight`` on the formats page: a row of an ordinary 7B model.
+IN_FEATURES = 4096
+
+EXIT_CODES = (
+    ("0", "Done, or nothing left to do."),
+    ("1", "A bug in Ingle: please report the traceback."),
+    ("2", "A mistake that you can mend: the error says where, why and what to type instead."),
+    ("130", "Interrupted; a full checkpoint is on disk, and the same command goes on from it."),
+)
+
+
+def pages() -> dict[str, str]:
+    """The text of every generated page by file name."""
+    return {
+        "config.md": config_page(),
+        "cli.md": cli_page(),
+        "errors.md": errors_page(),
+        "formats.md": formats_page(),
+        "metrics.md": metrics_page(),
+        "events.md": events_page(),
+    }
+
+
+def config_page() -> str:
+    """Every option of the config tree, section by section."""
+    found = options()
+    lines = _head(
+        "Config options",
+        "A config file is YAML with these options. On the command line each is `--PATH=VALUE`, with the value "
+        "written as in YAML. `ingle config show CONFIG` prints what a file resolves to and where each value "
+        "comes from; `ingle config schema` prints the JSON Schema.",
+    )
+    top = [option for option in found if "." not in option.path]
+    lines += _table(("option", "value", "default", "meaning"), (_option_row(option) for option in top))
+    for name in shapes(Run):
+        inside = [option for option in found if option.path.startswith(name + ".")]
+        if not inside:
+            continue
+        lines += ["", f"## {name}", ""]
+        for condition in dict.fromkeys(option.when for option in inside):
+            if condition is not None:
+                lines += ["", f"### {condition}", ""]
+            rows = (_option_row(option) for option in inside if option.when == condition)
+            lines += _table(("option", "value", "default", "meaning"), rows)
+    return _page(lines)
+
+
+def _option_row(option: Option) -> tuple[str, ...]:
+    default = "required" if option.default is None else f"`{option.default}`"
+    return f"`{option.path}`", option.type, default, _markdown(option.description)
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    lines = _head("Commands", "`ingle COMMAND --help` shows the same in the terminal.")
+    for path, command in commands():
+        lines += ["", f"## {path}", "", _markdown(inspect.cleandoc(command.help or "")), ""]
+        rows = []
+        for parameter in command.params:
+            name = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+            if parameter.param_type_name == "argument":
+                name = f"`{(parameter.metavar or parameter.name or '').upper()}`"
+            rows.append((name, _parameter_default(parameter), _markdown(getattr(parameter, "help", None) or "")))
+        lines += _table(("option", "default", "meaning"), rows)
+    lines += ["", "## Exit codes", ""]
+    lines += _table(("code", "meaning"), ((f"`{code}`", meaning) for code, meaning in EXIT_CODES))
+    return _page(lines)
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command that can be typed, as ``("ingle data inspect", command)``."""
+
+    def walk(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            yield path, command
+            return
+        for name, sub in inner.items():
+            if not sub.hidden:
+                yield from walk(f"{path} {name}", sub)
+
+    yield from walk("ingle", typer.main.get_command(app))
+
+
+def _parameter_default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    default = parameter.default
+    return "" if default is None or default == () or callable(default) else f"`{default}`"
+
+
+def errors_page() -> str:
+    """Every error a user can cause and mend."""
+    lines = _head(
+        "Errors",
+        "Every mistake that you can mend is one of these. The command line prints it without a traceback and "
+        "exits with 2 (`Interrupted`: 130); Python code catches `ingle.errors.IngleError` or one of its kinds. "
+        "`str(error)` is the whole text; the parts are in `message`, `where`, `why` and `fix`.",
+    )
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.IngleError)]
+    rows = []
+    for kind in kinds:
+        parent = "" if kind is errors.IngleError else f"`{kind.__mro__[1].__name__}`"
+        rows.append((f"`{kind.__name__}`", parent, _markdown(_summary(kind))))
+    return _page(lines + _table(("error", "a kind of", "meaning"), rows))
+
+
+def formats_page() -> str:
+    """Every format in which a base can be held."""
+    lines = _head(
+        "Base formats",
+        "`base.format` chooses how the frozen weights of the linear maps are held; embeddings, norms and the "
+        f"output head keep the compute dtype. Bits count the scales, for rows of {IN_FEATURES:,} weights.",
+    )
+    rows = []
+    for section in _members(BaseConfig):
+        name = str(get_args(section.model_fields["format"].annotation)[0])
+        base = section.model_validate({"format": name})
+        bits = f"{base.bits_per_weight(IN_FEATURES):.3f}".rstrip("0").rstrip(".")
+        rows.append((f"`{name}`", bits, _markdown(_summary(section)), _markdown(_source(section))))
+    lines += _table(("format", "bits a weight", "what it is", "source"), rows)
+    lines += ["", "The options of each format are in [Config options](config.md#base)."]
+    return _page(lines)
+
+
+def metrics_page() -> str:
+    """Every metric of a task."""
+    from ingle.evaluation.scorers import scorer
+
+    lines = _head(
+        "Metrics",
+        "`evaluate.metrics` names what a task computes; the first is the headline. `report.json` gives for each "
+        "the mean of `base` and of `tuned`, their difference `delta` on the same samples, its 95 % interval "
+        "`ci95`, the p-value `p` and the number of samples `n`.",
+    )
+    rows = []
+    for name in get_args(MetricName):
+        rows.append((f"`{name}`", _markdown(_summary(scorer(name))), _markdown(_source(scorer(name)))))
+    return _page(lines + _table(("metric", "what it is", "source"), rows))
+
+
+def events_page() -> str:
+    """Every event a run tells its sinks."""
+    lines = _head(
+        "Events",
+        "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "
+        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys.",
+    )
+    for event in get_args(events.Event):
+        _, described = _attributes(event)
+        lines += ["", f"## {event.__name__}", "", _markdown(_summary(event)), ""]
+        rows = (
+            (f"`{field.name}`", f"`{field.type}`", _markdown(described.get(field.name, "")))
+            for field in dataclasses.fields(event)
+        )
+        lines += _table(("field", "type", "meaning"), rows)
+    return _page(lines)
+
+
+def _attributes(documented: Any) -> tuple[str, dict[str, str]]:
+    text = inspect.cleandoc(documented.__doc__ or "")
+    match = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", match[1], re.MULTILINE) if match else []
+    return text, {name: " ".join(body.split()) for name, body in entries}
+
+
+def _members(union: Any) -> list[type[Section]]:
+    hint = get_args(union)[0] if hasattr(union, "__metadata__") else union
+    return list(get_args(hint))
+
+
+def _summary(documented: Any) -> str:
+    return " ".join(inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0].split())
+
+
+def _source(documented: Any) -> str:
+    match = re.search(r"Source: (.+?)(?:\n\s*\n|\Z)", inspect.cleandoc(documented.__doc__ or ""), re.DOTALL)
+    return " ".join(match[1].split()).rstrip(".") if match else ""
+
+
+def _markdown(text: str) -> str:
+    """Docstring text (reST) as Markdown."""
+    text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
+    text = text.replace("``", "`")
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def _head(title: str, text: str) -> list[str]:
+    return [f"# {title}", "", NOTE, "", text, ""]
+
+
+def _table(head: tuple[str, ...], rows: Any) -> list[str]:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    if not cells:
+        return []
+    return [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *cells]]
+
+
+def _page(lines: list[str]) -> str:
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def main() -> None:
+    """Writes the pages."""
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (REFERENCE / name).write_text(text)
+        print(f"wrote docs/reference/{name}")
+
+
+if __name__ == "__main__":
+    main()

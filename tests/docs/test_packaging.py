@@ -1,0 +1,57 @@
+"""What the package declares is what it uses, and what set-up pins."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from docs.check import ROOT
+
+PROJECT = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]
+#: Names under which a distribution is imported, where they differ.
+IMPORTED_AS = {"pyyaml": "yaml", "huggingface_hub": "huggingface_hub", "scikit_learn": "sklearn"}
+#: Comes with torch where there is a GPU.
+OPTIONAL = {"triton"}
+
+
+def imports(folder: str) -> set[str]:
+    found = set()
+    for path in (Path(ROOT) / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"ingle", "docs", "benchmarks"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    plain = {re.split(r"[<>=~!\[; ]", requirement)[0].lower().replace("-", "_") for requirement in requirements}
+    return {IMPORTED_AS.get(name, name) for name in plain}
+
+
+def test_every_library_that_is_imported_is_declared_and_used() -> None:
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"])
+    used = imports("ingle")
+    optional = names(extras["tensorboard"] + extras["wandb"]) | OPTIONAL
+    assert used - declared - optional == set()
+    assert declared - used == set()
+
+
+def test_tests_and_docs_import_only_what_their_extras_bring() -> None:
+    allowed = (
+        names(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]) | OPTIONAL | {"tests", "conftest"}
+    )
+    assert imports("tests") - allowed == set()
+    assert imports("docs") - allowed == set()
+
+
+def test_every_dependency_is_pinned() -> None:
+    pinned = names((Path(ROOT) / "constraints.txt").read_text().splitlines())
+    extras = PROJECT["optional-dependencies"]
+    wanted = names(PROJECT["dependencies"] + extras["test"]) | {"ruff", "mypy", "import_linter"}
+    assert wanted - {IMPORTED_AS.get(name, name) for name in pinned} == set()
