@@ -1,0 +1,1 @@
+"""The arithmetic that decides speed: each fast kernel is tested against a readable reference and falls back to it."""
