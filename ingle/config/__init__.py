@@ -4,10 +4,12 @@ from ingle.config.adapter import AdapterConfig, LoraAdapter, NoAdapter
 from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
+from ingle.config.loader import LoadedRun, load_run, load_task, run_from_yaml, run_to_yaml
 from ingle.config.model import ModelConfig
 from ingle.config.objective import Clm, ObjectiveConfig, Sft
 from ingle.config.optim import OptimConfig
 from ingle.config.parallel import ParallelConfig
+from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.config.train import TrainConfig
 
@@ -17,6 +19,7 @@ __all__ = [
     "Clm",
     "DataConfig",
     "Int8Base",
+    "LoadedRun",
     "LoraAdapter",
     "ModelConfig",
     "Nf4Base",
@@ -30,4 +33,9 @@ __all__ = [
     "Source",
     "TaskConfig",
     "TrainConfig",
+    "check",
+    "load_run",
+    "load_task",
+    "run_from_yaml",
+    "run_to_yaml",
 ]

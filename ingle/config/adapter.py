@@ -52,6 +52,4 @@ class LoraAdapter(Section):
 
 
 _Adapter = Annotated[NoAdapter | LoraAdapter, Field(discriminator="kind")]
-AdapterConfig = Annotated[
-    _Adapter, tagged("kind", default="lora", input_type=_Adapter | Literal["none", "lora"])
-]
+AdapterConfig = Annotated[_Adapter, tagged("kind", default="lora", input_type=_Adapter | Literal["none", "lora"])]

@@ -1,0 +1,221 @@
+"""From a YAML file and flags to a frozen, checked :class:`~ingle.config.run.Run`.
+
+Paths in a file are read from the current folder, as typed paths are; one that is not there but stands beside the
+config file is taken from beside it.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from ingle.config.document import Node, read_document
+from ingle.config.evaluate import TaskConfig
+from ingle.config.origin import Origin, to_yaml, trace
+from ingle.config.overrides import lay_over, read_overrides, tidy
+from ingle.config.problems import Problem, locate, option_path, raise_problems, translate
+from ingle.config.rules import find_violations
+from ingle.config.run import Run
+from ingle.config.schema import Choice, Rows, Table, shapes
+from ingle.config.section import Section
+from ingle.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+
+#: Options that name a file or folder that must exist, by the section they are in and their name.
+_PATHS = {
+    ("ModelConfig", "id"),
+    ("ModelConfig", "tokenizer"),
+    ("ModelConfig", "chat_template"),
+    ("LoraAdapter", "path"),
+    ("Source", "path"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run and how it came about.
+
+    Attributes:
+        run: The resolved run.
+        origins: ``default``, ``file`` or ``flag`` for each dotted path.
+        notes: What was dropped or changed on the way, in words.
+    """
+
+    run: Run
+    origins: dict[str, Origin]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_run(path: Path | None, overrides: Sequence[str] = ()) -> LoadedRun:
+    """Reads a config file and lays flags over it.
+
+    Args:
+        path: A YAML file; None when the flags say everything.
+        overrides: ``--a.b=c``, or ``--a.b`` and ``c`` as two words.
+
+    Raises:
+        ConfigError: With everything that is wrong, at once.
+    """
+    run, root, notes = _load(Run, path, overrides)
+    return LoadedRun(run, trace(run, root), notes)
+
+
+def load_task(path: Path, overrides: Sequence[str] = ()) -> TaskConfig:
+    """Reads a task file, which has the options of ``evaluate:``, and lays flags over it.
+
+    Raises:
+        ConfigError: With everything that is wrong, at once.
+    """
+    task, _, _ = _load(TaskConfig, path, overrides)
+    return task
+
+
+def run_from_yaml(text: str, name: str = "run.yaml") -> Run:
+    """Reads what :func:`run_to_yaml` wrote.
+
+    Args:
+        text: A YAML document.
+        name: What errors call it.
+
+    Raises:
+        ConfigError: With everything that is wrong, at once.
+    """
+    return _build(Run, _section_node(read_document(text, name), name))
+
+
+def run_to_yaml(run: Run) -> str:
+    """The whole run as YAML, every option written out; reading it gives an equal run."""
+    return to_yaml(run)
+
+
+def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
+    flags = read_overrides(overrides)
+    root = Node({}, "flag", "the flags")
+    if path is not None:
+        root = _section_node(read_document(_read(path), str(path)), str(path))
+    notes = lay_over(root, flags, section)
+    tidy(root, Table(section))
+    for node in _path_nodes(root, section):
+        _settle(node, path.parent if path is not None else Path())
+    if (output := root.value.get("output")) is not None and isinstance(output.value, str):
+        output.value = _expand(output.value)
+    return _build(section, root), root, notes
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = sorted(str(found) for found in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(
+            "The config file does not exist.", where=str(path), fix=f"there is {', '.join(near[:5])}" if near else None
+        ) from None
+    except IsADirectoryError:
+        fix = f"ingle train --resume {path}, or {path / 'run.yaml'}" if (path / "run.yaml").exists() else None
+        raise ConfigError("The config is a folder, not a YAML file.", where=str(path), fix=fix) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("The config file is not UTF-8 text.", where=str(path), why=str(error)) from None
+    except OSError as error:
+        raise ConfigError("The config file cannot be read.", where=str(path), why=error.strerror) from None
+
+
+def _section_node(root: Node, name: str) -> Node:
+    if root.value is None:
+        root.value = {}
+    if not isinstance(root.value, dict):
+        raise ConfigError("A config file holds options such as `seed: 0`, one a line.", where=name)
+    return root
+
+
+def _build(section: type[S], root: Node) -> S:
+    tidy(root, Table(section))
+    try:
+        built = section.model_validate(root.plain())
+    except ValidationError as error:
+        if not _repair(error, root, section):
+            raise_problems(translate(error, root, section))
+        try:
+            built = section.model_validate(root.plain())
+        except ValidationError as error_left:
+            raise_problems(translate(error_left, root, section))
+            raise AssertionError("a validation error has at least one problem") from error_left
+    raise_problems([_with_lines(problem, root) for problem in find_violations(built)])
+    return built
+
+
+def _repair(error: ValidationError, root: Node, section: type[Section]) -> bool:
+    """Takes text as it was written (``revision: 123``) and whole numbers in any spelling (``num_steps: 1e3``)."""
+    repaired = False
+    for detail in error.errors(include_url=False):
+        path, _ = option_path(detail["loc"], section)
+        tail = detail["loc"][-1]
+        node = locate(root, path)
+        if node is not None and isinstance(node.value, list) and isinstance(tail, int) and tail < len(node.value):
+            node = node.value[tail]
+        if node is None:
+            continue
+        if detail["type"] == "string_type" and node.raw is not None and node.value is not None:
+            node.value, repaired = node.raw, True
+        elif detail["type"] == "int_type" and isinstance(node.value, float) and node.value.is_integer():
+            node.value, repaired = int(node.value), True
+    return repaired
+
+
+def _with_lines(problem: Problem, root: Node) -> Problem:
+    """Adds to the options a rule names the lines or flags that gave them."""
+    if problem.where is None:
+        return problem
+    parts = []
+    for name in problem.where.split(", "):
+        node = locate(root, tuple(int(key) if key.isdigit() else key for key in name.split(" ")[0].split(".")))
+        parts.append(name if node is None or node.origin == "flag" else f"{name} ({node.where})")
+    return Problem(problem.message, ", ".join(parts), problem.fix)
+
+
+def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
+    """The nodes of options that name files."""
+    if not isinstance(node.value, dict):
+        return
+    for name, shape in shapes(section).items():
+        below = node.value.get(name)
+        if below is None:
+            continue
+        if (section.__name__, name) in _PATHS:
+            yield below
+        match shape:
+            case Table(inner):
+                yield from _path_nodes(below, inner)
+            case Rows(inner):
+                for item in below.value if isinstance(below.value, list) else ():
+                    yield from _path_nodes(item, inner)
+            case Choice(_, members, _):
+                for inner in members.values():
+                    yield from _path_nodes(below, inner)
+            case _:
+                pass
+
+
+def _settle(node: Node, folder: Path) -> None:
+    """Expands ``~``, and takes a file's relative path from beside the file when it is nowhere else."""
+    if not isinstance(node.value, str) or not node.value:
+        return
+    node.value = _expand(node.value)
+    if node.origin != "file" or Path(node.value).is_absolute() or _exists(Path(node.value)):
+        return
+    beside = folder / node.value
+    if _exists(beside):
+        node.value = str(beside)
+
+
+def _expand(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))

@@ -1,0 +1,202 @@
+"""Flags such as ``--optim.lr=1e-4`` laid over what the file says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ingle.config.document import Node, read_value, write_value
+from ingle.config.schema import Choice, Leaf, Rows, Shape, Table, shapes
+from ingle.config.section import Section
+from ingle.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Override:
+    """One flag: where it points and what it says; ``text`` is None for a flag without a value."""
+
+    keys: tuple[str, ...]
+    text: str | None
+
+    @property
+    def typed(self) -> str:
+        """The flag as it could be typed."""
+        return "--" + ".".join(self.keys) + ("" if self.text is None else f"={self.text}")
+
+
+def read_overrides(words: Sequence[str]) -> list[Override]:
+    """Pairs the words of a command line: ``--a.b=c``, ``--a.b c`` or ``--a.b`` alone.
+
+    Raises:
+        ConfigError: A word is neither a flag nor the value of one.
+    """
+    found: list[Override] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.partition("=")
+        keys = tuple(name.removeprefix("--").split("."))
+        if not word.startswith("--") or not all(keys):
+            fix = f"--{word}" if equals and all(keys) and not word.startswith("-") else "--section.option=value"
+            raise ConfigError(f"{word!r} is not an override.", fix=f"type overrides as {fix}")
+        if equals:
+            found.append(Override(keys, text))
+        elif rest and not rest[0].startswith("--"):
+            found.append(Override(keys, rest.pop(0)))
+        else:
+            found.append(Override(keys, None))
+    return found
+
+
+def lay_over(root: Node, overrides: Sequence[Override], section: type[Section]) -> list[str]:
+    """Puts the overrides into the document, in place.
+
+    Returns:
+        What was dropped because a flag chose another member of a tagged section, in words.
+
+    Raises:
+        ConfigError: A flag points into something that has no parts, or beyond the end of a list.
+    """
+    shape: Shape = Table(section)
+    for override in overrides:
+        _put(root, shape, override)
+    return _drop_strangers(root, section)
+
+
+def _put(root: Node, shape: Shape | None, override: Override) -> None:
+    node = root
+    for position, key in enumerate(override.keys[:-1]):
+        node, shape = _step(node, shape, key, override, position)
+    last = override.keys[-1]
+    target = _part_shape(_open(node, shape, override, len(override.keys) - 1), shape, last)
+    value = _value(override, target)
+    if isinstance(target, Choice) and not isinstance(value.value, dict):
+        # ``--adapter=none``: the word is the tag; what the file says beside it is sorted out afterwards.
+        below, _ = _step(node, shape, last, override, len(override.keys) - 1)
+        below.value[target.tag] = value
+    elif isinstance(node.value, list):
+        index = _index(node.value, last, override)
+        node.value[index : index + 1] = [value]
+    else:
+        node.value[last] = value
+
+
+def _value(override: Override, target: Shape | None) -> Node:
+    if override.text is not None:
+        return read_value(override.text, override.typed)
+    if isinstance(target, Leaf) and target.is_flag:
+        return Node(True, "flag", override.typed)
+    raise ConfigError(
+        f"{override.typed} needs a value.",
+        why=f"it takes {target.words}" if isinstance(target, Leaf) else None,
+        fix=f"{override.typed}=VALUE",
+    )
+
+
+def _step(node: Node, shape: Shape | None, key: str, override: Override, position: int) -> tuple[Node, Shape | None]:
+    """Goes down by one key, making what is not there yet."""
+    container = _open(node, shape, override, position)
+    below = _part_shape(container, shape, key)
+    empty = _start(below, override.typed)
+    if isinstance(container.value, list):
+        index = _index(container.value, key, override)
+        if index == len(container.value):
+            container.value.append(empty)
+        return container.value[index], below
+    found = container.value.get(key)
+    if found is None or found.value is None:
+        container.value[key] = found = empty
+    return found, below
+
+
+def _start(shape: Shape | None, typed: str) -> Node:
+    match shape:
+        case Rows(_):
+            return Node([], "flag", typed)
+        case Leaf(items=items) if items is not None:
+            return Node([Node(item, "flag", typed) for item in items], "flag", typed)
+        case _:
+            return Node({}, "flag", typed)
+
+
+def _open(node: Node, shape: Shape | None, override: Override, position: int) -> Node:
+    """Makes a container of a short form (``sources: a.jsonl``) so that its parts can be reached."""
+    tidy(node, shape)
+    if not isinstance(node.value, dict | list):
+        path = ".".join(override.keys[:position])
+        raise ConfigError(
+            f"{path} has no parts.", where=override.typed, why=f"it is {write_value(node.plain())} ({node.where})"
+        )
+    return node
+
+
+def _part_shape(node: Node, shape: Shape | None, key: str) -> Shape | None:
+    match shape:
+        case Table(section):
+            return shapes(section).get(key)
+        case Rows(section):
+            return Table(section)
+        case Choice(tag, members, default):
+            chosen = node.value.get(tag)
+            name = chosen.value if chosen is not None else default
+            candidates = [members[name]] if name in members else list(members.values())
+            return next((found for member in candidates if (found := shapes(member).get(key))), None)
+        case _:
+            return None
+
+
+def _index(items: list[Node], key: str, override: Override) -> int:
+    if not key.isdigit() or int(key) > len(items):
+        raise ConfigError(
+            f"{key!r} is not a position in a list of {len(items)}.",
+            where=override.typed,
+            fix=f"count from 0; {len(items)} adds an item",
+        )
+    return int(key)
+
+
+def tidy(node: Node, shape: Shape | None) -> None:
+    """Writes short forms out, in place: a word for a tagged section, an item for a list of one, a text for a row."""
+    match shape:
+        case Choice(tag, members, default):
+            if isinstance(node.value, str):
+                node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
+            chosen = node.value.get(tag) if isinstance(node.value, dict) else None
+            member = members.get(chosen.value if chosen is not None else default)
+            if member is not None:
+                tidy(node, Table(member))
+        case Rows(section, key):
+            if isinstance(node.value, str | dict):
+                node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
+            for item in node.value if isinstance(node.value, list) else ():
+                if isinstance(item.value, str):
+                    item.value, item.raw = {key: Node(item.value, item.origin, item.where, item.raw)}, None
+                tidy(item, Table(section))
+        case Leaf(is_open=True, alone=alone) if node.value is not None and not isinstance(node.value, list | dict):
+            if node.value not in alone:
+                node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
+        case Table(section) if isinstance(node.value, dict):
+            for name, below in shapes(section).items():
+                if name in node.value:
+                    tidy(node.value[name], below)
+        case _:
+            pass
+
+
+def _drop_strangers(root: Node, section: type[Section]) -> list[str]:
+    """Drops what the file says of a member that a flag has replaced by another."""
+    notes: list[str] = []
+    for name, shape in shapes(section).items():
+        node = root.value.get(name)
+        if not isinstance(shape, Choice) or node is None or not isinstance(node.value, dict):
+            continue
+        chosen = node.value.get(shape.tag)
+        if chosen is None or chosen.origin != "flag" or chosen.value not in shape.members:
+            continue
+        known = shape.members[chosen.value].model_fields
+        for key in [key for key, value in node.value.items() if key not in known and value.origin == "file"]:
+            dropped = node.value.pop(key)
+            notes.append(
+                f"{name}.{key} from {dropped.where} is left out: {name}.{shape.tag}={chosen.value} has no such option."
+            )
+    return notes

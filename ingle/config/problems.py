@@ -1,0 +1,222 @@
+"""What is wrong with a config, in plain words, all of it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from ingle.config.document import Node, write_value
+from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options, shapes
+from ingle.config.section import Section
+from ingle.errors import ConfigError
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        message: A sentence.
+        where: The option, with the line or flag that gave it.
+        fix: What to type instead.
+    """
+
+    message: str
+    where: str | None = None
+    fix: str | None = None
+
+
+def raise_problems(problems: Sequence[Problem], subject: str = "the options") -> None:
+    """Raises one :class:`ConfigError` for all of ``problems``, and does nothing when there are none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise ConfigError(problems[0].message, where=problems[0].where, fix=problems[0].fix)
+    lines = [f"{len(problems)} things are wrong with {subject}."]
+    for number, problem in enumerate(problems, 1):
+        lines.append(f"  {number}. {problem.message}")
+        lines.extend(
+            f"     {label:<6} {text}" for label, text in (("where", problem.where), ("fix", problem.fix)) if text
+        )
+    raise ConfigError("\n".join(lines))
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """A path as a flag spells it."""
+    return ".".join(str(key) for key in path)
+
+
+def locate(root: Node, path: Path) -> Node | None:
+    """The node at ``path``, or None."""
+    node: Node | None = root
+    for key in path:
+        if node is None:
+            return None
+        if isinstance(node.value, dict):
+            node = node.value.get(str(key))
+        elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+        else:
+            return None
+    return node
+
+
+def option_path(loc: Path, section: type[Section]) -> tuple[Path, Shape | None]:
+    """The option a pydantic location points to, without the names of union members, and its shape.
+
+    The path of a wrong item in a plain list stops at the list.
+    """
+    shape: Shape | None = Table(section)
+    path: list[str | int] = []
+    rest = list(loc)
+    while rest:
+        key = rest.pop(0)
+        match shape:
+            case Choice(_, members, _):
+                shape = Table(members[str(key)])
+                continue
+            case Table(inner):
+                shape = shapes(inner).get(str(key))
+            case Rows(inner):
+                shape = Table(inner)
+            case Names():
+                shape = Leaf("text")
+            case _:
+                break
+        path.append(key)
+    return tuple(path), shape
+
+
+def translate(error: ValidationError, root: Node, section: type[Section]) -> list[Problem]:
+    """Pydantic's errors in our words, one for each option."""
+    found: dict[Path, Problem] = {}
+    for detail in error.errors(include_url=False):
+        path, shape = option_path(detail["loc"], section)
+        node = locate(root, path)
+        # Rows that are wrong themselves are not counted by pydantic, which then finds the list too short.
+        counted = isinstance(shape, Rows) and detail["type"] == "too_short" and node is not None and bool(node.value)
+        if path not in found and not counted:
+            found[path] = _translate(detail, path, shape, root, section)
+    return list(found.values())
+
+
+def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node, section: type[Section]) -> Problem:
+    node = locate(root, path)
+    name = dotted(path)
+    where = _where(name, node)
+    if detail["type"] == "extra_forbidden":
+        return Problem(f"{name} is not an option.", where, _suggestion(path, root, section))
+    if detail["type"] == "missing":
+        needed = " and ".join(dotted((*path, *rest)) for rest in _required(shape))
+        return Problem(f"{needed} must be given.", None, f"--{needed.split(' ')[0]}=VALUE, or in the file")
+    if isinstance(shape, Choice) and detail["type"].startswith("union_tag"):
+        tag = locate(root, (*path, shape.tag))
+        choices = _either(list(shape.members))
+        if tag is None and node is not None and isinstance(node.value, dict):
+            return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, f"--{name}.{shape.tag}=...")
+        shown = tag or node
+        return Problem(
+            f"{name}.{shape.tag} must be {choices}{_shown(shown)}.",
+            _where(f"{name}.{shape.tag}", shown),
+            _closest(shown, list(shape.members)),
+        )
+    if detail["type"] in ("string_too_short", "too_short") and node is not None and not node.value:
+        return Problem(f"{name} is empty.", where)
+    if isinstance(shape, Leaf):
+        fix = _closest(node, [*shape.alone, *shape.listed])
+        return Problem(f"{name} must be {shape.words}{_shown(node)}.", where, fix)
+    fix = None
+    if isinstance(shape, Table):
+        needed = next((dotted((*path, *rest)) for rest in _required(shape)), f"{name}.OPTION")
+        fix = f"--{needed}={write_value(node.value) if node is not None and isinstance(node.value, str) else 'VALUE'}"
+    return Problem(f"{name} must be {_container_words(shape)}{_shown(node)}.", where, fix)
+
+
+def _required(shape: Shape | None) -> list[Path]:
+    """What has to be given below ``shape``, as paths relative to it."""
+    match shape:
+        case Table(section):
+            below = shapes(section)
+            needed = [name for name, field in section.model_fields.items() if field.is_required()]
+            return [(name, *rest) for name in needed for rest in _required(below[name])]
+        case _:
+            return [()]
+
+
+def _container_words(shape: Shape | None) -> str:
+    match shape:
+        case Rows(_):
+            return "a list of sections, or of text"
+        case Names():
+            return "a table of text by name"
+        case _:
+            return "a section"
+
+
+def _where(name: str, node: Node | None) -> str:
+    if node is None:
+        return name
+    return node.where if node.origin == "flag" else f"{name} ({node.where})"
+
+
+def _shown(node: Node | None) -> str:
+    if node is None:
+        return ""
+    text = write_value(node.plain())
+    return f", not {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _closest(node: Node | None, choices: list[str]) -> str | None:
+    given = node.plain() if node is not None else None
+    for word in given if isinstance(given, list) else [given]:
+        if isinstance(word, str) and word not in choices:
+            close = difflib.get_close_matches(word.lower().replace("-", "_"), choices, n=1)
+            if close:
+                return f"did you mean {close[0]}?"
+    return None
+
+
+def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
+    """What an unknown option may have been meant to be: a neighbour first, then its name elsewhere in the tree."""
+    parent, key = dotted(path[:-1]), str(path[-1]).replace("-", "_")
+    prefix = f"{parent}." if parent else ""
+    _, shape = option_path(path[:-1], section)
+    match shape:
+        case Choice(tag, members, _):
+            owners = [name for name, member in members.items() if key in member.model_fields]
+            if owners:
+                return f"it belongs to {parent}.{tag}={_either(owners)}"
+            siblings = _siblings(shape, locate(root, path[:-1]))
+        case Table(inner) | Rows(inner):
+            siblings = list(inner.model_fields)
+        case _:
+            siblings = []
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    everywhere = [option.path for option in options(section)]
+    named = [found for found in everywhere if found.rpartition(".")[2] == key]
+    if not named:
+        names = {found.rpartition(".")[2] for found in everywhere}
+        near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.75)
+        named = [found for found in everywhere if near and found.rpartition(".")[2] == near[0]]
+    if named:
+        return f"did you mean {_either(named[:3])}?"
+    return f"{parent or 'a run'} has the options {', '.join(siblings)}" if siblings else None
+
+
+def _siblings(shape: Choice, node: Node | None) -> list[str]:
+    chosen = node.value.get(shape.tag) if node is not None and isinstance(node.value, dict) else None
+    name = chosen.value if chosen is not None else shape.default
+    members = [shape.members[name]] if name in shape.members else list(shape.members.values())
+    return list(dict.fromkeys(field for member in members for field in member.model_fields))

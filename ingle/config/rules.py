@@ -1,0 +1,273 @@
+"""What no single option can know: the table of combinations that make no sense.
+
+A row says when it applies, what is wrong, which options it concerns and what to type instead.  All rows are looked
+at, and everything that is wrong is reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ingle.config.adapter import LoraAdapter
+from ingle.config.evaluate import TaskConfig
+from ingle.config.problems import Problem, raise_problems
+from ingle.config.run import Run
+from ingle.config.section import Section
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Rule(Generic[S]):
+    """One forbidden combination.
+
+    Attributes:
+        name: What tests and the reference call it.
+        applies: Whether a config is forbidden by it.
+        message: What is wrong, with the numbers.
+        where: The options it concerns, separated by commas.
+        fix: What to type instead.
+    """
+
+    name: str
+    applies: Callable[[S], bool]
+    message: Callable[[S], str]
+    where: str
+    fix: Callable[[S], str]
+
+
+def find_violations(section: Section) -> list[Problem]:
+    """Every rule that ``section``, a run or a task, breaks."""
+    if isinstance(section, TaskConfig):
+        return _check(section, TASK_RULES, "")
+    assert isinstance(section, Run)
+    found = _check(section, RUN_RULES, "")
+    if section.evaluate is not None:
+        found += _check(section.evaluate, TASK_RULES, "evaluate.")
+    return found
+
+
+def check(section: Run | TaskConfig) -> None:
+    """Raises a :class:`~ingle.errors.ConfigError` with every rule that ``section`` breaks.
+
+    The loader does this for files; whoever builds a run in Python calls it.
+    """
+    raise_problems(find_violations(section))
+
+
+def _check(section: S, rules: tuple[Rule[S], ...], prefix: str) -> list[Problem]:
+    return [
+        Problem(
+            rule.message(section),
+            ", ".join(prefix + name for name in rule.where.split(", ")),
+            rule.fix(section).replace("--", f"--{prefix}"),
+        )
+        for rule in rules
+        if rule.applies(section)
+    ]
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _inside(path: str, folder: str) -> bool:
+    return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+
+
+def _divisor(run: Run) -> int:
+    """The largest micro-batch that fits into the global batch and is no larger than the one asked for."""
+    whole, micro = run.train.global_batch_size, run.train.micro_batch_size or 1
+    return next(size for size in range(min(micro, whole), 0, -1) if whole % size == 0)
+
+
+def _groups(pattern: str) -> int | None:
+    """How many groups a regular expression has; None when it is not one."""
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return None
+
+
+def _regex_error(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return ""
+
+
+def _twice(names: tuple[str, ...]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _both_ways(run: Run) -> list[str]:
+    """Modules that are asked to be trained whole and through LoRA."""
+    adapter = run.adapter
+    if not isinstance(adapter, LoraAdapter) or isinstance(adapter.target_modules, str):
+        return []
+    return sorted(set(adapter.target_modules) & set(adapter.trainable_modules))
+
+
+RUN_RULES: tuple[Rule[Run], ...] = (
+    Rule(
+        "micro-batch-divides",
+        lambda run: (
+            run.train.micro_batch_size is not None and run.train.global_batch_size % run.train.micro_batch_size != 0
+        ),
+        lambda run: (
+            f"A global batch of {run.train.global_batch_size} sequences cannot be cut into micro-batches of "
+            f"{run.train.micro_batch_size}."
+        ),
+        "train.micro_batch_size, train.global_batch_size",
+        lambda run: f"--train.micro_batch_size={_divisor(run)}",
+    ),
+    Rule(
+        "warmup-shorter-than-run",
+        lambda run: run.train.num_steps is not None and (run.optim.warmup_steps or 0) >= run.train.num_steps,
+        lambda run: (
+            f"A warm-up of {run.optim.warmup_steps} steps leaves nothing of a run of {run.train.num_steps} steps: "
+            "the learning rate would never reach its peak."
+        ),
+        "optim.warmup_steps, train.num_steps",
+        lambda run: f"--optim.warmup_steps={(run.train.num_steps or 0) // 10}",
+    ),
+    Rule(
+        "constant-has-no-end",
+        lambda run: run.optim.schedule == "constant" and run.optim.min_lr_ratio > 0,
+        lambda run: "A constant learning rate has no minimum to fall to.",
+        "optim.min_lr_ratio, optim.schedule",
+        lambda run: "--optim.min_lr_ratio=0 or --optim.schedule=cosine",
+    ),
+    Rule(
+        "full-needs-plain-base",
+        lambda run: run.adapter.kind == "none" and run.base.format != "none",
+        lambda run: (
+            f"Full fine-tuning changes every weight, and {run.base.format} weights are frozen bytes that cannot "
+            "take a gradient."
+        ),
+        "adapter.kind, base.format",
+        lambda run: "--base.format=none or --adapter.kind=lora",
+    ),
+    Rule(
+        "random-needs-plain-base",
+        lambda run: run.model.init == "random" and run.base.format != "none",
+        lambda run: f"A random model held in {run.base.format} could never be trained out of its noise.",
+        "model.init, base.format",
+        lambda run: "--base.format=none or --model.init=pretrained",
+    ),
+    Rule(
+        "random-needs-full",
+        lambda run: run.model.init == "random" and run.adapter.kind != "none",
+        lambda run: "LoRA learns a small change of a trained model; on a random one it has nothing to change.",
+        "model.init, adapter.kind",
+        lambda run: "--adapter.kind=none or --model.init=pretrained",
+    ),
+    Rule(
+        "clm-trains-on-all",
+        lambda run: run.objective.kind == "clm" and run.data.train_on == "last",
+        lambda run: "Language modelling (clm) learns from every token, so there is no last turn to single out.",
+        "data.train_on, objective.kind",
+        lambda run: "--objective.kind=sft, or leave data.train_on out",
+    ),
+    Rule(
+        "only-clm-splits",
+        lambda run: run.objective.kind == "sft" and run.data.too_long == "split",
+        lambda run: "A conversation cannot be split: its second part would be answers without their questions.",
+        "data.too_long, objective.kind",
+        lambda run: "--data.too_long=truncate, --data.too_long=drop or --objective.kind=clm",
+    ),
+    Rule(
+        "output-is-not-the-model",
+        lambda run: _same_folder(run.output, run.model.id),
+        lambda run: f"The run would be written over the model it starts from ({run.model.id}).",
+        "output, model.id",
+        lambda run: "--output=runs/NAME",
+    ),
+    Rule(
+        "output-holds-no-start",
+        lambda run: (
+            isinstance(run.adapter, LoraAdapter)
+            and run.adapter.path is not None
+            and _inside(run.adapter.path, run.output)
+        ),
+        lambda run: "The run would write over the adapter it starts from.",
+        "output, adapter.path",
+        lambda run: "--output=runs/NAME",
+    ),
+    Rule(
+        "one-way-of-training",
+        lambda run: bool(_both_ways(run)),
+        lambda run: f"{', '.join(_both_ways(run))} would be trained whole and through LoRA at once.",
+        "adapter.target_modules, adapter.trainable_modules",
+        lambda run: "name a module in one of the two lists only",
+    ),
+    Rule(
+        "local-models-have-no-revision",
+        lambda run: run.model.revision is not None and Path(run.model.id).expanduser().is_dir(),
+        lambda run: f"{run.model.id} is a folder, and a folder has no revisions.",
+        "model.revision, model.id",
+        lambda run: "--model.revision=null",
+    ),
+    Rule(
+        "foreign-code-is-pinned",
+        lambda run: (
+            run.model.trust_remote_code and run.model.revision is None and not Path(run.model.id).expanduser().exists()
+        ),
+        lambda run: (
+            f"Python code from {run.model.id} would run on this machine, in whatever version the hub has today."
+        ),
+        "model.trust_remote_code, model.revision",
+        lambda run: "--model.revision=COMMIT, the commit whose code you have read",
+    ),
+)
+
+TASK_RULES: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        "metrics-once",
+        lambda task: bool(_twice(task.metrics)),
+        lambda task: f"{', '.join(_twice(task.metrics))} stands twice in the list of metrics.",
+        "metrics",
+        lambda task: f"--metrics=[{','.join(dict.fromkeys(task.metrics))}]",
+    ),
+    Rule(
+        "pattern-is-a-regex",
+        lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) is None,
+        lambda task: f"The answer pattern is not a regular expression: {_regex_error(task.answer_pattern or '')}.",
+        "answer_pattern",
+        lambda task: r"--answer_pattern='#### (\S+)', for example",
+    ),
+    Rule(
+        "pattern-has-a-group",
+        lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) == 0,
+        lambda task: "The answer pattern has no group, so it does not say which part is the answer.",
+        "answer_pattern",
+        lambda task: f"--answer_pattern='({task.answer_pattern})'",
+    ),
+    Rule(
+        "pattern-needs-exact-match",
+        lambda task: task.answer_pattern is not None and "exact_match" not in task.metrics,
+        lambda task: "The answer pattern is used by exact_match alone, which is not among the metrics.",
+        "answer_pattern, metrics",
+        lambda task: f"--metrics=[{','.join(('exact_match', *task.metrics))}] or --answer_pattern=null",
+    ),
+    Rule(
+        "top-p-needs-temperature",
+        lambda task: task.top_p < 1 and task.temperature == 0,
+        lambda task: f"top_p = {task.top_p} has no effect: at temperature 0 the likeliest token is always taken.",
+        "top_p, temperature",
+        lambda task: "--temperature=0.7 or --top_p=1",
+    ),
+    Rule(
+        "stop-says-something",
+        lambda task: "" in task.stop,
+        lambda task: "An empty stop text would end every answer before its first token.",
+        "stop",
+        lambda task: f"--stop={[text for text in task.stop if text]}",
+    ),
+)

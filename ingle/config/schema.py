@@ -1,0 +1,298 @@
+"""What the config tree looks like from outside: shapes, words and descriptions of every option.
+
+The descriptions are written once, in the sections' ``Attributes:``; the errors, the JSON Schema and the reference
+pages all read them from here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from ingle.config.document import write_value
+from ingle.config.run import Run
+from ingle.config.section import Section
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An option with a value of its own.
+
+    Attributes:
+        words: What a value may be, in plain words.
+        is_flag: True and false are among the values, so that ``--train.recompute`` alone means true.
+        alone: The fixed words among the values.
+        listed: The fixed words that may stand in a list.
+        items: The default when that is a list; None when no list is among the values.
+        is_open: A list of any length is among the values, so that one item stands for a list of one.
+    """
+
+    words: str
+    is_flag: bool = False
+    alone: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+    items: tuple[Any, ...] | None = None
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One section."""
+
+    section: type[Section]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several sections, told apart by ``tag``; ``default`` is the member meant when it is missing."""
+
+    tag: str
+    members: dict[str, type[Section]]
+    default: str | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A list of sections; a bare text stands for a row with only ``key``."""
+
+    section: type[Section]
+    key: str = "path"
+
+
+@dataclass(frozen=True)
+class Names:
+    """Free names with a text each."""
+
+
+Shape = Leaf | Table | Choice | Rows | Names
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the reference shows it.
+
+    Attributes:
+        path: Dotted path; ``N`` stands for a position in a list.
+        type: What a value may be, in plain words.
+        default: The default as YAML would have it; None when it must be given.
+        description: From the section's docstring.
+        when: The choice it belongs to (``adapter.kind = lora``), or None when it always exists.
+    """
+
+    path: str
+    type: str
+    default: str | None
+    description: str
+    when: str | None = None
+
+
+def shapes(section: type[Section]) -> dict[str, Shape]:
+    """The shape of each field of ``section``."""
+    hints = get_type_hints(section, include_extras=True)
+    return {name: _shape(hints[name], section.model_fields[name]) for name in section.model_fields}
+
+
+def _shape(hint: Any, field: FieldInfo) -> Shape:
+    bare, metadata = _unwrap(hint)
+    options = [option for option in _options(bare) if option is not NoneType]
+    sections = [_unwrap(option)[0] for option in options]
+    if len(sections) > 1 and all(_is_section(section) for section in sections):
+        tag = next(str(info.discriminator) for info in metadata if isinstance(info, FieldInfo) and info.discriminator)
+        members = {_tag_of(section, tag): section for section in sections}
+        return Choice(tag, members, _filled_in(metadata, tag))
+    if len(options) == 1:
+        inner, _ = _unwrap(options[0])
+        if _is_section(inner):
+            return Table(inner)
+        if get_origin(inner) is tuple and _is_section(get_args(inner)[0]):
+            return Rows(get_args(inner)[0])
+        if get_origin(inner) is dict:
+            return Names()
+    return _leaf(hint, [_unwrap(option)[0] for option in options], field)
+
+
+def _leaf(hint: Any, kinds: list[Any], field: FieldInfo) -> Leaf:
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    default = field.default if isinstance(field.default, tuple) else ()
+    return Leaf(
+        describe_type(hint),
+        is_flag=bool in kinds,
+        alone=_literals(kinds),
+        listed=_literals(_unwrap(get_args(kind)[0])[0] for kind in lists),
+        items=default if lists else None,
+        is_open=any(get_args(kind)[-1] is Ellipsis for kind in lists),
+    )
+
+
+def _literals(kinds: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+
+
+def _filled_in(metadata: list[Any], tag: str) -> str | None:
+    """The tag that :func:`ingle.config.section.tagged` gives a section that has none."""
+    for info in metadata:
+        if isinstance(info, BeforeValidator):
+            fill: Callable[[dict[str, str]], dict[str, str]] = info.func  # type: ignore[assignment]
+            return fill({}).get(tag)
+    return None
+
+
+def _is_section(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, Section)
+
+
+def _tag_of(section: type[Section], tag: str) -> str:
+    return str(get_args(section.model_fields[tag].annotation)[0])
+
+
+def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
+    """The bare type and all that ``Annotated`` says about it."""
+    metadata: list[Any] = []
+    while get_origin(hint) is Annotated:
+        metadata.extend(hint.__metadata__)
+        hint = get_args(hint)[0]
+    return hint, metadata
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _bounds(metadata: list[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for info in metadata:
+        for constraint in info.metadata if isinstance(info, FieldInfo) else ():
+            found |= {name: getattr(constraint, name) for name in ("ge", "gt", "le", "lt") if hasattr(constraint, name)}
+    return found
+
+
+def describe_type(hint: Any) -> str:
+    """What a value of ``hint`` may be, in plain words: ``a whole number of at least 1 or null``."""
+    return _either(_words(hint))
+
+
+def _words(hint: Any) -> list[str]:
+    bare, metadata = _unwrap(hint)
+    options = _options(bare)
+    if len(options) > 1:
+        return [words for option in sorted(options, key=lambda option: option is NoneType) for words in _words(option)]
+    if get_origin(bare) is Literal:
+        return [str(value) for value in get_args(bare)]
+    if get_origin(bare) is tuple:
+        items = get_args(bare)
+        if items[-1] is not Ellipsis:
+            return [f"a list of {len(items)}, each {describe_type(items[0])}"]
+        inner = describe_type(items[0])
+        return ["a list of text" if inner == "text" else f"a list of any of {inner.replace(' or ', ', ')}"]
+    if bare in (int, float):
+        signs = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+        limits = [f"{signs[name]} {limit}" for name, limit in _bounds(metadata).items()]
+        return [" ".join(["a whole number" if bare is int else "a number", " and ".join(limits)]).strip()]
+    return {str: ["text"], bool: ["true", "false"], NoneType: ["null"]}[bare]
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def docstring(section: type[Section]) -> tuple[str, dict[str, str]]:
+    """The summary of a section, and the description of each of its ``Attributes``, inherited ones included."""
+    described: dict[str, str] = {}
+    for parent in reversed([cls for cls in section.__mro__ if _is_section(cls) and cls is not Section]):
+        described |= _attributes(inspect.cleandoc(parent.__doc__ or ""))
+    summary = inspect.cleandoc(section.__doc__ or "").split("\n\n")[0]
+    return _join(summary), described
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """The entries of a docstring's ``Attributes:``, each on one line."""
+    match = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
+    if match is None:
+        return {}
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", match[1], re.MULTILINE)
+    return {name: _join(body) for name, body in entries}
+
+
+def _join(text: str) -> str:
+    return " ".join(text.split())
+
+
+def options(section: type[Section] = Run, prefix: str = "") -> list[Option]:
+    """Every option of the tree, in the order of the sections.
+
+    Args:
+        section: Where to start; the whole run by default.
+        prefix: Dotted path of ``section``, with its dot.
+    """
+    return list(_walk(section, prefix, None))
+
+
+def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Option]:
+    _, described = docstring(section)
+    for name, shape in shapes(section).items():
+        path, field = prefix + name, section.model_fields[name]
+        default = _default(field)
+        description = described.get(name, "")
+        match shape:
+            case Table(inner):
+                if field.default is None:
+                    yield Option(path, "a section or null", default, description or docstring(inner)[0], when)
+                yield from _walk(inner, path + ".", when)
+            case Choice(tag, members, _):
+                texts = [f"``{member}``: {docstring(inner)[0]}" for member, inner in members.items()]
+                start = getattr(field.default, tag, None)
+                yield Option(f"{path}.{tag}", _either(list(members)), start, " ".join([description, *texts]).strip())
+                for member, inner in members.items():
+                    for option in _walk(inner, path + ".", f"{path}.{tag} = {member}"):
+                        if option.path != f"{path}.{tag}":
+                            yield option
+            case Rows(inner):
+                yield Option(path, "a list of sections, or of text", default, description, when)
+                yield from _walk(inner, path + ".N.", when)
+            case Names():
+                yield Option(path, "a table of text by name", default, description, when)
+            case Leaf(words):
+                yield Option(path, words, default, description, when)
+
+
+def _default(field: FieldInfo) -> str | None:
+    value = field.get_default(call_default_factory=True)
+    if field.is_required() or isinstance(value, Section):
+        return None
+    return write_value(list(value) if isinstance(value, tuple) else value)
+
+
+def json_schema(section: type[Section] = Run) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a config file, with the description of every option."""
+    schema = section.model_json_schema()
+    found = {cls.__name__: cls for cls in _sections(section)}
+    for name, part in [(section.__name__, schema), *schema.get("$defs", {}).items()]:
+        if name not in found:
+            continue
+        summary, described = docstring(found[name])
+        part["description"] = summary
+        for key, field in part.get("properties", {}).items():
+            field.pop("title", None)
+            if key in described:
+                field["description"] = described[key]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _sections(section: type[Section]) -> Iterator[type[Section]]:
+    yield section
+    for shape in shapes(section).values():
+        match shape:
+            case Table(inner) | Rows(inner):
+                yield from _sections(inner)
+            case Choice(_, members, _):
+                for inner in members.values():
+                    yield from _sections(inner)
+            case _:
+                pass
