@@ -1,0 +1,138 @@
+"""Mixture-of-experts layers whose weights transformers v5 fuses into 3-D parameters, held as planes.
+
+Legend: E = experts, K = experts a token goes to, S = tokens, H = hidden, I = expert's inner size, O x I a projection.
+
+A fused module (``MixtralExperts``, ``Qwen3MoeExperts``, ...) has ``gate_up_proj`` [E, 2I, H] (or ``up_proj`` [E, I, H])
+and ``down_proj`` [E, H, I].  Here each becomes a stack of packed weights, every expert encoded on its own, and a
+forward decodes only the experts that were chosen, one at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingle.errors import QuantizationError
+from ingle.quant.format import Format
+from ingle.quant.linear import Packed, quant_linear
+
+#: The projections a fused module may have; all that are there are packed.
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class QuantStack(Packed):
+    """One projection of all experts: planes ``[E, ...]``, each expert packed on its own."""
+
+    def decode(self, expert: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight ``[O, I]`` of one expert; a new tensor, or ``out``."""
+        return self.format.decode(self.expert_planes(expert), self.out_features, self.in_features, dtype, out)
+
+    def expert_planes(self, expert: int) -> dict[str, Tensor]:
+        """The planes of one expert, without a copy."""
+        return {name: plane[expert] for name, plane in self.planes().items()}
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """``[S, I]`` to ``[S, O]`` through one expert."""
+        return quant_linear(x, self.format, self.out_features, self.in_features, self.expert_planes(expert))
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module follows transformers' fused-experts interface, so that ``QuantExperts`` can stand in for it."""
+    marks = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    up = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
+    projections = [module._parameters.get(name) for name in (up, "down_proj")]
+    return (
+        all(hasattr(module, mark) for mark in marks)
+        and (hasattr(module, "_apply_gate") or not module.has_gate)
+        and all(weight is not None and weight.dim() == 3 for weight in projections)
+    )
+
+
+class QuantExperts(nn.Module):
+    """Stands in for a fused experts module: the same call, the same sum, packed weights.
+
+    Biases and sub-modules of the original keep their names; its gate (plain SwiGLU, clamped, ...) is the original's
+    own function.
+
+    Args:
+        original: The fused module; its parameters are taken over and it is emptied.
+        format: What the planes mean.
+        name: The module's name, for errors.
+    """
+
+    def __init__(self, original: nn.Module, format: Format, *, name: str = "experts") -> None:
+        super().__init__()
+        if not is_fused_experts(original):
+            raise QuantizationError(f"{name} ({type(original).__name__}) is not a fused experts module.", where=name)
+        fused: Any = original
+        self.num_experts: int = fused.num_experts
+        self.has_gate: bool = fused.has_gate
+        for key in list(original._parameters):
+            parameter = original._parameters.pop(key)
+            if parameter is None or key not in PROJECTIONS:
+                self.register_parameter(key, parameter)
+                continue
+            out_features, in_features = parameter.shape[:0:-1] if fused.is_transposed else parameter.shape[1:]
+            stack = QuantStack(
+                format,
+                out_features,
+                in_features,
+                num_stacked=self.num_experts,
+                transposed=fused.is_transposed,
+                weight_dtype=parameter.dtype,
+                device=parameter.device,
+            )
+            if not parameter.is_meta:
+                stack.quantize(parameter, name=f"{name}.{key}")
+            self.add_module(key, stack)
+        for key, child in original.named_children():
+            self.add_module(key, child)
+        # Kept for its gate only: it owns no tensor any more, and out of the module tree it changes no names.
+        self.__dict__["original"] = original
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sends every token through its experts.
+
+        Args:
+            hidden_states: ``[S, H]``.
+            top_k_index: ``[S, K]``, experts; numbers from ``num_experts`` on mean none.
+            top_k_weights: ``[S, K]``, the router's.
+
+        Returns:
+            ``[S, H]``, the weighted sum over each token's experts, summed in float32.
+        """
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = torch.zeros(hidden_states.shape, dtype=dtype, device=hidden_states.device)
+        # Sorted by expert, so that each is decoded once; a stable sort keeps the order of sums the same in every run.
+        experts, order = top_k_index.flatten().sort(stable=True)
+        start = 0
+        for expert, count in zip(
+            *(part.tolist() for part in experts.unique_consecutive(return_counts=True)), strict=True
+        ):
+            chosen, start = order[start : start + count], start + count
+            if expert >= self.num_experts:
+                continue
+            tokens = chosen // top_k_index.shape[-1]
+            answers = self._run_expert(hidden_states[tokens], expert)
+            weights = top_k_weights.flatten()[chosen].unsqueeze(-1)
+            total = total.index_add(0, tokens, (answers * weights).to(dtype))
+        return total.to(hidden_states.dtype)
+
+    def _run_expert(self, x: Tensor, expert: int) -> Tensor:
+        """``[S, H]`` through one expert, without the router's weight."""
+        inner = self._project("gate_up_proj" if self.has_gate else "up_proj", x, expert)
+        original: Any = self.__dict__["original"]
+        inner = original._apply_gate(inner) if self.has_gate else original.act_fn(inner)
+        answers = self._project("down_proj", inner, expert)
+        return original.post_expert_norm(answers) if original.has_post_expert_norm else answers
+
+    def _project(self, key: str, x: Tensor, expert: int) -> Tensor:
+        projected: Tensor = self.get_submodule(key)(x, expert)
+        bias = self._parameters.get(f"{key}_bias")
+        return projected if bias is None else projected + bias[expert].to(projected.dtype)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"num_experts={self.num_experts}"

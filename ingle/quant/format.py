@@ -1,0 +1,106 @@
+"""The base-format axis: what a packed weight means, one file per member, one ``match`` to choose.
+
+A further member (GGUF blocks, HQQ, ternary) is a frozen dataclass with these methods; nothing outside it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
+from ingle.quant.int8 import Int8
+from ingle.quant.nf4 import Nf4
+from ingle.quant.plane import PlaneSpec, Scratch
+
+
+class Format(Protocol):
+    """How a weight ``[out_features, in_features]`` is packed into planes and back.
+
+    Legend: O = out_features (rows), I = in_features.
+
+    Attributes:
+        name: What ``base.format`` calls it.
+        additive_field: The number of neighbours in a row that share a free additive float, into which a QA-LoRA
+            delta folds exactly; None where the format has no such field.
+        scratch: Where layers of this format decode, one after the other.
+    """
+
+    @property
+    def name(self) -> str:
+        """What ``base.format`` calls it."""
+        ...
+
+    @property
+    def additive_field(self) -> int | None:
+        """Group size of a free additive float, or None."""
+        ...
+
+    @property
+    def scratch(self) -> Scratch:
+        """Where layers of this format decode, one after the other."""
+        ...
+
+    def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
+        """Name, shape and dtype of every plane."""
+        ...
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Bits one weight takes, scales included."""
+        ...
+
+    def granule(self, out_features: int, in_features: int) -> int:
+        """Rows that can be cut out of all planes together; ``out_features`` where only the whole can."""
+        ...
+
+    def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
+        """Packs a weight.
+
+        Args:
+            weight_OI: ``[O, I]``, floating, on any device.
+            importance: ``[I]``, mean square of the inputs, for formats that weigh their error by it.
+            name: The tensor's name, for errors.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity, or has a shape the format cannot hold.
+        """
+        ...
+
+    def decode(
+        self,
+        planes: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Unpacks to ``[O, I]`` with the fastest kernel there is, bit for bit as ``decode_reference``.
+
+        Args:
+            planes: As ``plane_specs`` lists them.
+            out_features: O.
+            in_features: I.
+            dtype: Of the result; products are float32, rounded once to nearest even.
+            out: A contiguous ``[O, I]`` tensor of ``dtype`` to write into; a new one if None.
+        """
+        ...
+
+    def decode_reference(
+        self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpacks to ``[O, I]`` in plain torch: the definition every kernel is tested against."""
+        ...
+
+
+def make_format(base: BaseConfig) -> Format | None:
+    """The format a config section asks for; None where weights stay as they are."""
+    match base:
+        case NoBase():
+            return None
+        case Nf4Base():
+            return Nf4(block_size=base.block_size, double_quant=base.double_quant)
+        case Int8Base():
+            return Int8()

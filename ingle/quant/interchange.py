@@ -1,0 +1,157 @@
+"""bitsandbytes' tensors in and out: what the Hub's 4-bit and 8-bit checkpoints hold.
+
+=========================================== ============================== =============================
+key (after the layer's name and ``.``)      nf4                            int8
+=========================================== ============================== =============================
+weight                                      uint8 [O * I / 2, 1]           int8 [O, I]
+weight.absmax                               uint8 or float32 [O * N]
+weight.quant_map                            float32 [16]
+weight.nested_absmax                        float32 [M] (double quant)
+weight.nested_quant_map                     float32 [256] (double quant)
+weight.quant_state.bitsandbytes__nf4        uint8, JSON
+SCB                                                                        float32 [O]
+weight_format                                                              uint8 scalar, 0 = by rows
+=========================================== ============================== =============================
+
+Source: bitsandbytes 0.50 ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt._save_to_state_dict``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ingle.errors import QuantizationError
+from ingle.quant.format import Format
+from ingle.quant.int8 import Int8
+from ingle.quant.nf4 import NESTED_BLOCK, Nf4, dynamic_map, levels
+from ingle.quant.plane import as_bytes, as_float32
+
+STATE = "weight.quant_state.bitsandbytes__"
+
+
+def to_bitsandbytes(
+    planes: Mapping[str, Tensor],
+    format: Format,
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor]:
+    """A layer's tensors under bitsandbytes' keys (see the module), without the layer's name.
+
+    Args:
+        planes: As ``format.plane_specs`` lists them.
+        format: Of the planes.
+        out_features: O.
+        in_features: I.
+        dtype: What readers shall decode to.
+
+    Raises:
+        QuantizationError: The format has no such layout, or its blocks do not fill rows.
+    """
+    if isinstance(format, Int8):
+        zero = torch.zeros((), dtype=torch.uint8)
+        return {"weight": planes["codes"], "SCB": as_float32(planes["scale"]).flatten(), "weight_format": zero}
+    if not isinstance(format, Nf4):
+        raise QuantizationError(f"bitsandbytes has no layout for {format.name}.")
+    _require_whole_blocks(format, out_features, in_features)
+    codes = planes["codes"]
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": format.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [out_features, in_features],
+    }
+    tensors = {"weight": codes.reshape(-1, 1), "weight.quant_map": levels(codes.device)}
+    if format.double_quant:
+        offset = float(as_float32(planes["absmax_offset"]).item())
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        tensors["weight.absmax"] = planes["absmax"].flatten()
+        tensors["weight.nested_absmax"] = as_float32(planes["nested_absmax"]).flatten()
+        tensors["weight.nested_quant_map"] = dynamic_map(codes.device)
+    else:
+        tensors["weight.absmax"] = as_float32(planes["absmax"]).flatten()
+    tensors[STATE + "nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") -> tuple[Format, dict[str, Tensor]]:
+    """The format and planes of one layer of a bitsandbytes checkpoint; bytes are copied, never encoded anew.
+
+    Args:
+        tensors: By bitsandbytes' keys (see the module), without the layer's name.
+        name: The layer's name, for errors.
+
+    Raises:
+        QuantizationError: The layer is of a kind that Ingle does not hold, or its tensors contradict one another.
+    """
+    if "SCB" in tensors:
+        return _from_int8(tensors, name)
+    states = [key for key in tensors if key.startswith(STATE)]
+    if len(states) != 1:
+        raise QuantizationError(f"{name} is not a bitsandbytes layer.", where=name, why=f"keys {sorted(tensors)}")
+    state = json.loads(bytes(tensors[states[0]].tolist()))
+    if state["quant_type"] != "nf4":
+        raise QuantizationError(f"{name} is held as {state['quant_type']}, which Ingle does not hold yet.", where=name)
+    return _from_nf4(tensors, state, name)
+
+
+def _from_nf4(tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str) -> tuple[Format, dict[str, Tensor]]:
+    out_features, in_features = state["shape"]
+    format = Nf4(block_size=state["blocksize"], double_quant="weight.nested_absmax" in tensors)
+    _require_whole_blocks(format, out_features, in_features)
+    packed = tensors["weight"]
+    device = packed.device
+    _require_table(tensors["weight.quant_map"], levels(device), name)
+    planes = {"codes": packed.contiguous().view(torch.uint8).reshape(out_features, in_features // 2)}
+    absmax = tensors["weight.absmax"]
+    if format.double_quant:
+        _require_table(tensors["weight.nested_quant_map"], dynamic_map(device), name)
+        if state["nested_blocksize"] != NESTED_BLOCK:
+            raise QuantizationError(f"{name} has nested blocks of {state['nested_blocksize']}.", where=name)
+        planes["absmax"] = absmax.reshape(out_features, -1)
+        planes["nested_absmax"] = as_bytes(tensors["weight.nested_absmax"].float().reshape(-1, 1))
+        offset = torch.tensor([[state["nested_offset"]]], dtype=torch.float32, device=device)
+        planes["absmax_offset"] = as_bytes(offset)
+    else:
+        planes["absmax"] = as_bytes(absmax.float().reshape(out_features, -1))
+    for key, spec in format.plane_specs(out_features, in_features).items():
+        if tuple(planes[key].shape) != spec.shape:
+            raise QuantizationError(
+                f"{name} has {key} of another size than its shape asks for.",
+                where=name,
+                why=f"need {spec.shape}, got {tuple(planes[key].shape)}",
+            )
+    return format, planes
+
+
+def _from_int8(tensors: Mapping[str, Tensor], name: str) -> tuple[Format, dict[str, Tensor]]:
+    layout = tensors.get("weight_format")
+    if layout is not None and int(layout.item()) != 0:
+        raise QuantizationError(
+            f"{name} is stored in a tiled layout of an old GPU.",
+            where=name,
+            why=f"weight_format = {int(layout.item())}; only 0 (by rows) is portable",
+            fix="save it anew with a current bitsandbytes",
+        )
+    return Int8(), {"codes": tensors["weight"], "scale": as_bytes(tensors["SCB"].float().reshape(-1, 1))}
+
+
+def _require_whole_blocks(format: Nf4, out_features: int, in_features: int) -> None:
+    if in_features % format.block_size:
+        raise QuantizationError(
+            "bitsandbytes lets blocks run across rows here; Ingle's never do, so the bytes cannot be exchanged.",
+            why=f"in_features = {in_features} is no multiple of block_size = {format.block_size} "
+            f"(weight [{out_features}, {in_features}])",
+            fix="choose a block_size that divides in_features, or exchange the decoded weight",
+        )
+
+
+def _require_table(table: Tensor, ours: Tensor, name: str) -> None:
+    if not torch.equal(table.float(), ours):
+        raise QuantizationError(f"{name} was packed with another table of levels than bitsandbytes' own.", where=name)

@@ -1,0 +1,210 @@
+"""NF4: 4-bit NormalFloat, bit-compatible with bitsandbytes 0.50.
+
+Legend: O = rows, I = columns, N = blocks in a row, M = nested blocks of 256 absmax values in the whole tensor.
+
+Planes, all bytes:
+
+============== ================== ==========================================================================
+plane          shape              content
+============== ================== ==========================================================================
+codes          [O, ceil(I / 2)]   two codes a byte, the even column in the high nibble
+absmax         [O, 4 N]           float32 absmax of every block (without double quantization)
+absmax         [O, N]             its 8-bit code (with double quantization)
+nested_absmax  [M, 4]             float32 absmax of 256 consecutive ``absmax - offset`` (double quantization)
+absmax_offset  [1, 4]             float32 mean of absmax over the tensor (double quantization)
+============== ================== ==========================================================================
+
+A block never crosses a row: where I is not a multiple of the block size, the last block of every row is short.  For
+whole blocks the bytes are exactly those of bitsandbytes, which flattens the matrix first; with a short block they are
+ours alone, and only the interchange refuses them.  bitsandbytes runs its *nested* blocks across rows; so do we,
+therefore with double quantization only groups of ``granule`` rows can be cut out of the planes.
+
+Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3; bitsandbytes ``functional.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ingle.errors import QuantizationError
+from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
+
+#: The 16 levels, as bitsandbytes spells them.
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022833334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+#: Absmax values that share one nested absmax; bitsandbytes knows no other number.
+NESTED_BLOCK = 256
+#: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
+TINIEST = 1e-38
+#: Weights encoded at once by the torch implementation; bounds its float32 copies.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """NF4 with or without double quantization.
+
+    Attributes:
+        block_size: Consecutive weights of a row that share one absmax.
+        double_quant: Hold the absmax values in 8 bits too.
+    """
+
+    block_size: int = 64
+    double_quant: bool = True
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """What ``base.format`` calls it."""
+        return "nf4"
+
+    @property
+    def additive_field(self) -> int | None:
+        """NF4 is symmetric: it has none."""
+        return None
+
+    def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
+        """Name, shape and dtype of every plane."""
+        num_blocks = -(-in_features // self.block_size)
+        codes = PlaneSpec((out_features, -(-in_features // 2)))
+        if not self.double_quant:
+            return {"codes": codes, "absmax": PlaneSpec((out_features, 4 * num_blocks))}
+        return {
+            "codes": codes,
+            "absmax": PlaneSpec((out_features, num_blocks)),
+            "nested_absmax": PlaneSpec((-(-out_features * num_blocks // NESTED_BLOCK), 4)),
+            "absmax_offset": PlaneSpec((1, 4)),
+        }
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Bits one weight takes, scales included."""
+        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
+
+    def granule(self, out_features: int, in_features: int) -> int:
+        """Rows that can be cut out of all planes together."""
+        if not self.double_quant:
+            return 1
+        num_blocks = -(-in_features // self.block_size)
+        return min(NESTED_BLOCK // math.gcd(NESTED_BLOCK, num_blocks), out_features)
+
+    def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
+        """Packs a weight; ``importance`` is not used.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity.
+        """
+        rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
+        parts = [encode_blocks(chunk, self.block_size) for chunk in weight_OI.detach().split(rows)]
+        codes, absmax = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        if not bool(absmax.isfinite().all()):
+            raise QuantizationError(
+                f"{name} holds NaN or infinity and cannot be packed as nf4.",
+                where=name,
+                why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
+                fix="check the checkpoint, or train with --base.format=none",
+            )
+        if not self.double_quant:
+            return {"codes": codes, "absmax": as_bytes(absmax)}
+        return {"codes": codes} | encode_absmax(absmax)
+
+    def decode(
+        self,
+        planes: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
+        decoded = self.decode_reference(planes, out_features, in_features, dtype)
+        return decoded if out is None else out.copy_(decoded)
+
+    def decode_reference(
+        self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpacks to ``[O, I]`` in plain torch."""
+        codes = planes["codes"].detach()
+        nibbles_OI = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, :in_features]
+        absmax_OI = self.decode_absmax(planes).repeat_interleave(self.block_size, dim=1)[:, :in_features]
+        return (levels(codes.device)[nibbles_OI.int()] * absmax_OI).to(dtype)
+
+    def decode_absmax(self, planes: Mapping[str, Tensor]) -> Tensor:
+        """The float32 absmax of every block, ``[O, N]``."""
+        if not self.double_quant:
+            return as_float32(planes["absmax"])
+        codes = planes["absmax"].detach()
+        nested = as_float32(planes["nested_absmax"]).flatten().repeat_interleave(NESTED_BLOCK)[: codes.numel()]
+        scaled = dynamic_map(codes.device)[codes.int()] * nested.view_as(codes)
+        return scaled + as_float32(planes["absmax_offset"])
+
+
+def encode_blocks(weight_OI: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes ``[O, ceil(I / 2)]`` and float32 absmax ``[O, N]`` in plain torch.
+
+    The code is the number of midpoints between levels that lie strictly below ``weight / absmax``; a tie stays low.
+    A value that is not finite shows as an absmax that is not.
+    """
+    num_columns = weight_OI.shape[1]
+    padding = -num_columns % block_size
+    blocks_ONB = torch.nn.functional.pad(weight_OI.float(), (0, padding)).unflatten(1, (-1, block_size))
+    absmax_ON = blocks_ONB.abs().amax(dim=-1)
+    scale_ON = 1.0 / absmax_ON.clamp(min=TINIEST)
+    scaled_OI = (blocks_ONB * scale_ON.unsqueeze(-1)).clamp(-1, 1).flatten(1)[:, : num_columns + num_columns % 2]
+    codes_OI = torch.bucketize(scaled_OI.contiguous(), midpoints(weight_OI.device), out_int32=True).to(torch.uint8)
+    return (codes_OI[:, ::2] << 4) | codes_OI[:, 1::2], absmax_ON
+
+
+def encode_absmax(absmax_ON: Tensor) -> dict[str, Tensor]:
+    """Double quantization: absmax in 8 bits around its mean.
+
+    The mean is summed in float64 in a fixed order, so that the bytes do not depend on the number of threads;
+    bitsandbytes sums in float32, which may differ in the last bit.
+    """
+    offset = torch.from_numpy(np.array([absmax_ON.cpu().numpy().astype(np.float64).mean()], dtype=np.float32))
+    offset = offset.to(absmax_ON.device)
+    flat = (absmax_ON - offset).flatten()
+    padding = -flat.numel() % NESTED_BLOCK
+    blocks_MB = torch.nn.functional.pad(flat, (0, padding)).view(-1, NESTED_BLOCK)
+    nested_M1 = blocks_MB.abs().amax(dim=-1, keepdim=True)
+    scaled = (blocks_MB * (1.0 / nested_M1.clamp(min=TINIEST))).clamp(-1, 1).flatten()[: flat.numel()]
+    table = dynamic_map(flat.device)
+    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+    return {
+        "absmax": codes.view_as(absmax_ON),
+        "nested_absmax": as_bytes(nested_M1),
+        "absmax_offset": as_bytes(offset.view(1, 1)),
+    }
+
+
+def levels(device: torch.device) -> Tensor:
+    """The 16 levels, float32."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+def midpoints(device: torch.device) -> Tensor:
+    """The 15 midpoints between neighbouring levels, float32 arithmetic."""
+    table = levels(device)
+    return (table[:-1] + table[1:]) / 2
+
+
+def dynamic_map(device: torch.device) -> Tensor:
+    """The 256 levels of the signed dynamic 8-bit type, float32, ascending.
+
+    Source: Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561).
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist() + (-means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)

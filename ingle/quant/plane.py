@@ -1,0 +1,91 @@
+"""Planes: the byte tensors a packed weight is made of, and the scratch they are decoded into.
+
+Scales are held as bytes (``uint8``) like the codes, so that ``module.to(torch.bfloat16)``, mixed precision and
+FSDP's casts cannot touch them: what was read from the file is what is served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlaneSpec:
+    """Shape and dtype of one plane.
+
+    Attributes:
+        shape: Dimension 0 counts output rows (or, for per-tensor data, groups of them), so that every plane can
+            be sharded by its first dimension.
+        dtype: Always an integer type, so that nothing casts it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.uint8
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes the plane takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def count_bits_per_weight(specs: Mapping[str, PlaneSpec], out_features: int, in_features: int) -> float:
+    """Bits one weight takes, scales and padding included."""
+    return 8 * sum(spec.num_bytes for spec in specs.values()) / (out_features * in_features)
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: the last dimension grows by the item size; no copy."""
+    return values.contiguous().view(torch.uint8)
+
+
+def as_float32(plane: Tensor) -> Tensor:
+    """The float32 values whose bytes a plane holds: the last dimension shrinks by 4; no copy if aligned."""
+    plane = plane.detach().contiguous()
+    # A memory-mapped file may start a tensor at any byte; fake tensors have no address to ask for.
+    if plane.storage_offset() % 4 or (type(plane) is Tensor and plane.device.type == "cpu" and plane.data_ptr() % 4):
+        plane = plane.clone()
+    return plane.view(torch.float32)
+
+
+class Scratch:
+    """One buffer that decoded weights are written into, layer after layer.
+
+    A fresh tensor for every decode would cost page faults on the CPU and fragments on a GPU.  What ``take`` returns
+    is valid until the next ``take``: consume it in a product before anything else is decoded.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of this shape inside the buffer; its content is undefined.
+
+        Under ``torch.compile`` it is a fresh tensor, whose memory the compiler plans.
+        """
+        if torch.compiler.is_compiling() or device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(device)
+        if buffer is None or buffer.numel() < num_bytes:
+            self._buffers.pop(device, None)  # freed before the larger one is made
+            buffer = self._buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return buffer[:num_bytes].view(dtype).view(shape)
+
+    def num_bytes(self) -> int:
+        """Bytes now held, on all devices."""
+        return sum(buffer.numel() for buffer in self._buffers.values())
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self._buffers.clear()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Scratch:
+        return Scratch()
+
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        return Scratch, ()
