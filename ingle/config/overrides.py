@@ -162,9 +162,9 @@ def tidy(node: Node, shape: Shape | None) -> None:
             if isinstance(node.value, str):
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
             chosen = node.value.get(tag) if isinstance(node.value, dict) else None
-            member = members.get(chosen.value if chosen is not None else default)
-            if member is not None:
-                tidy(node, Table(member))
+            name = chosen.value if chosen is not None else default
+            if name in members:
+                tidy(node, Table(members[name]))
         case Rows(section, key):
             if isinstance(node.value, str | dict):
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
