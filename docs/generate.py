@@ -18,7 +18,8 @@ import typer.main
 from ingle import errors, events
 from ingle.cli.app import app
 from ingle.config.base import BaseConfig
-from ingle.config.evaluate import MetricName
+from ingle.config.data import Source
+from ingle.config.evaluate import MetricName, TaskConfig
 from ingle.config.run import Run
 from ingle.config.schema import Option, options, shapes
 from ingle.config.section import Section
@@ -154,18 +155,20 @@ def formats_page() -> str:
 
 def metrics_page() -> str:
     """Every metric of a task."""
-    from ingle.evaluation.scorers import scorer
+    from ingle.evaluation.scorers import make_scorer
 
     lines = _head(
         "Metrics",
         "`evaluate.metrics` names what a task computes; the first is the headline. `report.json` gives for each "
-        "the mean of `base` and of `tuned`, their difference `delta` on the same samples, its 95 % interval "
+        "the score of `base` and of `tuned`, their difference `delta` on the same samples, its 95 % interval "
         "`ci95`, the p-value `p` and the number of samples `n`.",
     )
     rows = []
     for name in get_args(MetricName):
-        rows.append((f"`{name}`", _markdown(_summary(scorer(name))), _markdown(_source(scorer(name)))))
-    return _page(lines + _table(("metric", "what it is", "source"), rows))
+        scorer = make_scorer(name, TaskConfig(sources=(Source(path="x"),), metrics=(name,)))
+        better = "higher" if scorer.higher_is_better else "lower"
+        rows.append((f"`{name}`", better, _markdown(_summary(scorer)), _markdown(_source(scorer))))
+    return _page(lines + _table(("metric", "better", "what it is", "source"), rows))
 
 
 def events_page() -> str:

@@ -53,8 +53,8 @@ def test_dead_links_and_lost_pages_are_found(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "code.py").write_text("")
     text = {
-        "docs/index.md": "# Start here\n[a](a.md#two-words-x) [b](a.md#three) [c](gone.md) [d](../code.py) [e](#start-here)\n"
-        "[web](https://example.org/gone) `[code](gone.md)`\n",
+        "docs/index.md": "# Start here\n[a](a.md#two-words-x) [b](a.md#three) [c](gone.md)\n"
+        "[d](../code.py) [e](#start-here) [web](https://example.org/gone) `[code](gone.md)`\n",
         "docs/a.md": "# Two `words` x\n",
         "docs/lost.md": "# Lost\n",
     }

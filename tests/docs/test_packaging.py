@@ -12,7 +12,9 @@ from docs.check import ROOT
 
 PROJECT = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]
 #: Names under which a distribution is imported, where they differ.
-IMPORTED_AS = {"pyyaml": "yaml", "huggingface_hub": "huggingface_hub", "scikit_learn": "sklearn"}
+IMPORTED_AS = {"pyyaml": "yaml", "scikit_learn": "sklearn", "markdown_it_py": "markdown_it"}
+#: Parts that come with another distribution in exactly the version it needs.
+PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba"}
 #: Comes with torch where there is a GPU.
 OPTIONAL = {"triton"}
 
@@ -25,6 +27,7 @@ def imports(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.split(".")[0])
+    found = {PART_OF.get(name, name) for name in found}
     return found - set(sys.stdlib_module_names) - {"ingle", "docs", "benchmarks"}
 
 
