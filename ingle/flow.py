@@ -18,7 +18,7 @@ from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.atomic import write_atomically
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
-from ingle.events import Event, Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
+from ingle.events import Evaluated, Event, Failed, Finished, Saved, Sink, Started, Step, Warned
 from ingle.objectives import LanguageModelling, Objective
 from ingle.training.census import model_shape
 from ingle.training.checkpoint import Checkpoints, Position

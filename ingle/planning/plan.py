@@ -132,7 +132,7 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
 
 
 def flops_per_token(run: Run, model: ModelShape) -> float:
-    """Operations per token: 2 per weight forward, 2 for the gradient of the input, 2 more for that of a trained weight."""
+    """Operations per token: 2 a weight forward, 2 for the input's gradient, 2 more for that of a trained weight."""
     per_weight = 6 if run.adapter.kind == "none" else 4
     per_weight += 2 if run.train.recompute else 0
     linear = sum(lin.num_weights * lin.active for lin in model.linears) + model.hidden_size * model.vocab_size

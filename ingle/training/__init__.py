@@ -1,0 +1,1 @@
+"""The loop's parts: optimizer, schedule, steps, checkpoints, meters."""

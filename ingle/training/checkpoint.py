@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ingle.errors import CheckpointError, DoesNotFit
 from ingle.atomic import atomic_folder
+from ingle.errors import CheckpointError, DoesNotFit
 from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
 
@@ -126,9 +126,10 @@ class Checkpoints:
         masters = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("master."))
         full = max(num_bytes, 3 * masters)  # the moments are there only after the first step
         needed = full * (self._keep + 1) + masters + (16 << 20)
-        if needed > self._folder.free_bytes():
+        free = self._folder.free_bytes()
+        if needed > free:
             raise DoesNotFit(
-                f"this run needs {needed / 2**20:,.0f} MiB of disk; {self._folder.free_bytes() / 2**20:,.0f} MiB are free.",
+                f"this run needs {needed / 2**20:,.0f} MiB of disk; {free / 2**20:,.0f} MiB are free.",
                 where=f"output = {self._folder.path}, train.keep_checkpoints = {self._keep}",
                 why=f"{self._keep + 1} checkpoints of {full / 2**20:,.1f} MiB and the result",
                 fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",

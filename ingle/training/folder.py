@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ingle.atomic import write_atomically
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
-from ingle.atomic import write_atomically
 
 #: Options that may differ between a run and its continuation: they change no weight.
 CONTINUABLE = ("evaluate", "output", "train.save_every", "train.keep_checkpoints", "train.log_every")

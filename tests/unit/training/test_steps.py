@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_gradient_is_the_same_for_every_cut_into_micro_batches(cuts: list[int]) 
     documents = _documents()
     whole_loss, whole = _gradient([collate(documents)])
     edges = np.cumsum([0, *cuts])
-    parts = [collate(documents[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    parts = [collate(documents[start:stop]) for start, stop in pairwise(edges)]
     loss, gradient = _gradient(parts)
     assert loss == pytest.approx(whole_loss, rel=1e-6)
     torch.testing.assert_close(gradient, whole)

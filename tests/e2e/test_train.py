@@ -1,0 +1,158 @@
+"""``ingle train`` from a config to an adapter, interrupted in every way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Ingle, command, environment
+
+
+def _digest(run: Path) -> str:
+    return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digest of the adapter by config text, so that the long way is gone once."""
+    return {}
+
+
+def _reference(ingle: Ingle, config: Path, tmp_path: Path, kept: dict[str, str]) -> str:
+    if "digest" not in kept:
+        done = ingle("train", config, f"--output={tmp_path}/whole")
+        assert done.returncode == 0, done.stderr
+        kept["digest"] = _digest(tmp_path / "whole")
+    return kept["digest"]
+
+
+def test_a_run_leaves_everything_the_contract_names(ingle: Ingle, config: Path, tmp_path: Path) -> None:
+    done = ingle("train", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    for name in ("run.yaml", "metrics.jsonl", "report.json", "report.html", "adapter/adapter_config.json"):
+        assert (run / name).is_file(), name
+    assert (run / "checkpoints" / "step-12").is_dir()
+    rows = _metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    keys = {"step", "loss", "num_tokens", "tokens_per_s", "lr", "grad_norm", "peak_memory_bytes", "epoch"}
+    assert keys <= rows[0].keys()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    report = json.loads((run / "report.json").read_text())
+    assert report["status"] == "finished"
+    for name in ("chrf", "exact_match", "bits_per_byte"):
+        metric = report["metrics"][name]
+        assert {"base", "tuned", "delta", "ci95", "p", "n"} <= metric.keys()
+        assert metric["n"] == 8
+        assert metric["ci95"][0] <= metric["delta"] <= metric["ci95"][1]
+    assert report["metrics"]["bits_per_byte"]["delta"] < 0
+    assert report["peak_memory_bytes"] > 0
+    assert report["tokens_per_s"] > 0
+    assert report["wall_s"] > 0
+
+
+def test_a_finished_run_is_left_alone(ingle: Ingle, config: Path, tmp_path: Path) -> None:
+    assert ingle("train", config).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "run.lock"}
+    again = ingle("train", config)
+    assert again.returncode == 0
+    assert "finished" in again.stdout + again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_other_options_on_the_same_folder_are_refused(ingle: Ingle, config: Path) -> None:
+    assert ingle("train", config, "--train.num_steps=2", "--evaluate=null").returncode == 0
+    other = ingle("train", config, "--train.num_steps=2", "--evaluate=null", "--optim.lr=1e-3")
+    assert other.returncode == 2
+    assert "optim.lr: 0.005 -> 0.001" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def _start_and_wait_for_step(config: Path, run: Path, step: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        command("train", config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = run / "metrics.jsonl"
+        if path.is_file() and len(path.read_text().splitlines()) >= step:
+            return process
+        time.sleep(0.002)
+    process.kill()
+    raise AssertionError(f"step {step} was never reached: {process.communicate()}")
+
+
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_after_kill_9_the_adapter_is_byte_identical(
+    ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], step: int
+) -> None:
+    expected = _reference(ingle, config, tmp_path, uninterrupted)
+    process = _start_and_wait_for_step(config, tmp_path / "run", step)
+    process.kill()
+    process.wait()
+    again = ingle("train", config)
+    assert again.returncode == 0, again.stderr
+    assert _digest(tmp_path / "run") == expected
+    assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_130_and_resume_goes_on(
+    ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], number: signal.Signals
+) -> None:
+    expected = _reference(ingle, config, tmp_path, uninterrupted)
+    process = _start_and_wait_for_step(config, tmp_path / "run", 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    again = ingle("train", "--resume", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert _digest(tmp_path / "run") == expected
+
+
+def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    rows = (tiny_data / "train.jsonl").read_text().splitlines()
+    data.write_text("\n".join(rows[:40]))
+    source = f"--data.sources=[{data}]"
+    process = subprocess.Popen(command("train", config, source), env=environment(), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    data.write_text("\n".join(rows[1:40]))
+    again = ingle("train", config, source)
+    assert again.returncode == 2
+    assert "training data changed" in again.stderr
+
+
+def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(ingle: Ingle, config: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = ingle("train", config, "--adapter={kind: none}", "--base.format=none", "--optim.lr=1e-3")
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["metrics"]["bits_per_byte"]["delta"] < 0
+
+
+def test_a_second_process_on_the_same_folder_is_refused(ingle: Ingle, config: Path, tmp_path: Path) -> None:
+    process = _start_and_wait_for_step(config, tmp_path / "run", 1)
+    try:
+        second = ingle("train", config)
+    finally:
+        process.kill()
+        process.wait()
+    assert second.returncode == 2
+    assert "another process is at work" in second.stderr
