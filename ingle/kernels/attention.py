@@ -1,0 +1,109 @@
+"""Attention within packed documents: exact, and no token sees another document.
+
+Legend: N packed tokens, D documents, T tokens of one document, Hq query heads, Hkv key/value heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``softmax(f(scale * q k^T)) v`` within each document.
+
+    ``f(s) = softcap * tanh(s / softcap)``, or nothing without a softcap.
+
+    Args:
+        q: [1, Hq, N, Dh]; any strides.
+        k: [1, Hkv, N, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
+        v: [1, Hkv, N, Dh].
+        cu_seqlens: First token of each document and the end, int, [D + 1].
+        scale: Factor on the scores.
+        causal: A token sees itself and what is before it.
+        window: How many tokens a token sees, itself included (to either side when not causal).
+        softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
+
+    Returns:
+        [1, N, Hq, Dh].
+    """
+    return attend_by_document(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+def attend_by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The definition of :func:`packed_attention`, on any device; documents of one length go through together."""
+    bounds = cu_seqlens.tolist()
+    by_length: dict[int, list[int]] = {}
+    for start, stop in itertools.pairwise(bounds):
+        by_length.setdefault(stop - start, []).append(start)
+    by_length.pop(0, None)
+    orders, outputs = [], []
+    for length, starts in by_length.items():
+        span = torch.arange(length, device=q.device)
+        index = (torch.tensor(starts, device=q.device)[:, None] + span).flatten()
+        whole = len(by_length) == 1  # one length only: a view will do
+        q_DHTD, k_DHTD, v_DHTD = (
+            (t[0] if whole else t[0, :, index]).unflatten(1, (len(starts), length)).transpose(0, 1) for t in (q, k, v)
+        )
+        visible = _visible(span, causal, window)
+        out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, visible, scale, causal, softcap)
+        outputs.append(out_DHTD.transpose(1, 2).flatten(0, 1))
+        orders.append(index)
+    if len(outputs) == 1:
+        return outputs[0][None]
+    back = torch.empty(q.shape[2], dtype=torch.long, device=q.device)
+    back[torch.cat(orders)] = torch.arange(q.shape[2], device=q.device)
+    return torch.cat(outputs)[back][None]
+
+
+def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """Which keys a query sees, bool [T, T]; None where causality alone, or nothing, decides."""
+    if window is None or window >= len(span_T):
+        return None
+    distance_TT = span_T[:, None] - span_T[None, :]
+    visible = (distance_TT < window) & (distance_TT > -window)
+    return visible & (distance_TT >= 0) if causal else visible
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, causal: bool, softcap: float | None
+) -> Tensor:
+    """[D, Hq, T, Dh] over a batch of documents of one length."""
+    if softcap is None:
+        plain = causal and visible is None
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=grouped
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.tanh((q @ k.transpose(-1, -2)).to(accumulator) * (scale / softcap)) * softcap
+    if visible is None and causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1).to(q.dtype) @ v
