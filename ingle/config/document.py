@@ -63,6 +63,7 @@ _FLOAT = re.compile(
 )
 _REPLACED = {"tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"}
 _KEYS_ONLY = {"tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"}
+_TAGS = _KEYS_ONLY | {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 def _set_up(dialect: type[yaml.SafeLoader] | type[yaml.SafeDumper]) -> None:
@@ -135,6 +136,8 @@ def _convert(
     where = place(node.start_mark)
     if any(node is above for above in outer):
         raise ConfigError("A YAML alias contains itself.", where=where, fix="write the value out")
+    if node.tag not in _TAGS:
+        raise ConfigError(f"The YAML tag {node.tag} is not read here.", where=where, fix="write a plain value")
     if isinstance(node, yaml.MappingNode):
         return Node(_table(loader, node, origin, place, (*outer, node)), origin, where)
     if isinstance(node, yaml.SequenceNode):

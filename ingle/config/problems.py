@@ -112,7 +112,7 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
     where = _where(name, node)
     if detail["type"] == "extra_forbidden":
         return Problem(f"{name} is not an option.", where, _suggestion(path, root, section))
-    if detail["type"] == "missing":
+    if detail["type"] == "missing" and node is None:
         needed = " and ".join(dotted((*path, *rest)) for rest in _required(shape))
         return Problem(f"{needed} must be given.", None, f"--{needed.split(' ')[0]}=VALUE, or in the file")
     if isinstance(shape, Choice) and detail["type"].startswith("union_tag"):

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ingle.config import Run
+from ingle.config.loader import load_run
+from ingle.config.rules import RUN_RULES, TASK_RULES, check
+from ingle.errors import ConfigError
+
+START = ["--model.id=m", "--data.sources=a.jsonl", "--output=o"]
+TASK = "--evaluate.sources=e.jsonl"
+
+#: One breach of each rule, and the same with the remedy applied.
+BREACHES: dict[str, tuple[list[str], list[str]]] = {
+    "micro-batch-divides": (["--train.micro_batch_size=5"], ["--train.micro_batch_size=4"]),
+    "warmup-shorter-than-run": (
+        ["--optim.warmup_steps=10", "--train.num_steps=10"],
+        ["--optim.warmup_steps=9", "--train.num_steps=10"],
+    ),
+    "constant-has-no-end": (
+        ["--optim.schedule=constant", "--optim.min_lr_ratio=.1"],
+        ["--optim.schedule=linear", "--optim.min_lr_ratio=.1"],
+    ),
+    "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
+    "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
+    "random-needs-full": (["--model.init=random"], ["--model.init=random", "--adapter=none"]),
+    "clm-trains-on-all": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
+    "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
+    "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),
+    "output-holds-no-start": (["--adapter.path=o/adapter"], ["--adapter.path=p/adapter"]),
+    "one-way-of-training": (
+        ["--adapter.target_modules=[lm_head, q_proj]", "--adapter.trainable_modules=lm_head"],
+        ["--adapter.target_modules=q_proj", "--adapter.trainable_modules=lm_head"],
+    ),
+    "local-models-have-no-revision": (["--model.id=here", "--model.revision=main"], ["--model.revision=main"]),
+    "foreign-code-is-pinned": (
+        ["--model.trust_remote_code=true"],
+        ["--model.trust_remote_code=true", "--model.revision=abc"],
+    ),
+    "metrics-once": ([TASK, "--evaluate.metrics=[bleu, bleu]"], [TASK, "--evaluate.metrics=[bleu]"]),
+    "pattern-is-a-regex": (
+        [TASK, "--evaluate.metrics=exact_match", "--evaluate.answer_pattern='(a'"],
+        [TASK, "--evaluate.metrics=exact_match", "--evaluate.answer_pattern='(a)'"],
+    ),
+    "pattern-has-a-group": (
+        [TASK, "--evaluate.metrics=exact_match", "--evaluate.answer_pattern=a+"],
+        [TASK, "--evaluate.metrics=exact_match", "--evaluate.answer_pattern=(a+)"],
+    ),
+    "pattern-needs-exact-match": (
+        [TASK, "--evaluate.answer_pattern=(a)"],
+        [TASK, "--evaluate.answer_pattern=(a)", "--evaluate.metrics=[bleu, exact_match]"],
+    ),
+    "top-p-needs-temperature": (
+        [TASK, "--evaluate.top_p=.9"],
+        [TASK, "--evaluate.top_p=.9", "--evaluate.temperature=1"],
+    ),
+    "stop-says-something": ([TASK, "--evaluate.stop=['']"], [TASK, "--evaluate.stop=['#']"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+
+def test_every_rule_has_a_breach_here() -> None:
+    assert BREACHES.keys() == {rule.name for rule in (*RUN_RULES, *TASK_RULES)}
+
+
+@pytest.mark.parametrize("name", BREACHES)
+def test_a_breach_is_told_with_its_remedy_and_the_remedy_works(name: str) -> None:
+    flags, mended = BREACHES[name]
+    with pytest.raises(ConfigError) as caught:
+        load_run(None, [*START, *flags])
+    rule = next(rule for rule in (*RUN_RULES, *TASK_RULES) if rule.name == name)
+    first = rule.where.split(", ")[0]
+    assert first in str(caught.value) and "fix" in str(caught.value)
+    load_run(None, [*START, *mended])
+
+
+def test_all_breaches_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(
+            None, [*START, "--train.micro_batch_size=5", "--adapter=none", "--base=nf4", TASK, "--evaluate.top_p=.5"]
+        )
+    text = str(caught.value)
+    assert text.startswith("3 things are wrong")
+    assert "--train.micro_batch_size=4" in text and "--evaluate.temperature=0.7" in text
+
+
+def test_runs_made_in_python_are_checked_too() -> None:
+    run = Run.model_validate(
+        {"model": {"id": "m"}, "base": "nf4", "adapter": "none", "data": {"sources": "a"}, "output": "o"}
+    )
+    with pytest.raises(ConfigError, match="Full fine-tuning changes every weight"):
+        check(run)
