@@ -1,8 +1,29 @@
 """Models and tokenizers; the one door to ``transformers``."""
 
 from ingle.models.architecture import compute_dtype, skeleton
+from ingle.models.generation import Generation, end_token_ids, generate, stream
 from ingle.models.hidden import Head, forward_hidden, head, verify
+from ingle.models.layers import decoder_layers, recompute_layers
 from ingle.models.loader import fill
+from ingle.models.opening import load_model
+from ingle.models.saving import save_pretrained
 from ingle.models.tokenizer import load_tokenizer
 
-__all__ = ["Head", "compute_dtype", "fill", "forward_hidden", "head", "load_tokenizer", "skeleton", "verify"]
+__all__ = [
+    "Generation",
+    "Head",
+    "compute_dtype",
+    "decoder_layers",
+    "end_token_ids",
+    "fill",
+    "forward_hidden",
+    "generate",
+    "head",
+    "load_model",
+    "load_tokenizer",
+    "recompute_layers",
+    "save_pretrained",
+    "skeleton",
+    "stream",
+    "verify",
+]

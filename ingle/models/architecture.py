@@ -67,7 +67,9 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             fix="read that code, then set --model.trust_remote_code=true",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(
             f"the architecture of {model.id} is not known to the installed transformers.",
@@ -109,7 +111,9 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the planes are ours; a saved model is not in the checkpoint's format
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         if type(model)._supports_attention_backend:
             model.set_attn_implementation(IMPLEMENTATION)
     _keep_in_float32(model, dtype)
@@ -159,6 +163,13 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
     kind = config.model_type
     remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     reason = None
+    packed_by = (raw.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if packed_by != "bitsandbytes":
+        raise ModelError(
+            f"the weights of {model.id} are quantized with {packed_by}, which cannot be read.",
+            where="model.id",
+            fix="name the model's original weights in model.id and set base.format (nf4, int8)",
+        )
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
     elif not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ingle.errors import ModelError
-from ingle.models.fallback import packed_attention
+from ingle.kernels.attention import packed_attention
 
 #: Our name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"

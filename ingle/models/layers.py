@@ -39,4 +39,4 @@ def recompute_layers(model: PreTrainedModel) -> None:
             where="train.recompute = true",
             fix="--train.recompute=false and a smaller --train.micro_batch_size",
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})

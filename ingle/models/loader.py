@@ -26,6 +26,7 @@ from ingle.errors import ModelError
 from ingle.events import Progress, Sink, Warned
 from ingle.models.architecture import build
 from ingle.models.destination import Destination
+from ingle.models.hidden import verify
 from ingle.models.hub import locate
 from ingle.models.shards import StoredTensor, read_index
 
@@ -50,7 +51,8 @@ def fill(
         sink: Told of progress and of weights that fit nowhere.
 
     Raises:
-        ModelError: When a file is missing or damaged, or a weight is missing or of another shape.
+        ModelError: When a file is missing or damaged, a weight is missing or of another shape, or the filled
+            model fails :func:`ingle.models.verify`.
     """
     device = torch.device(device)
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
@@ -64,9 +66,16 @@ def fill(
     _fill_buffers(destination, twin)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     assert not left, f"left on the meta device: {left[:5]}"
+    verify(model)
 
 
-@dataclass
+#: What bitsandbytes writes beside a packed weight.
+_PACKED_PART = re.compile(
+    r"^(?P<layer>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)$"
+)
+
+
+@dataclass(frozen=True)
 class _Group:
     """Tensors on disk that become one or several parameters together."""
 
@@ -74,54 +83,113 @@ class _Group:
     transform: WeightConverter | WeightRenaming
 
 
+@dataclass(frozen=True)
+class _PackedGroup:
+    """Tensors on disk that are the planes of one packed weight."""
+
+    target: str
+    parts: dict[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be read, in order, and what fits nowhere."""
+
+    groups: list[_Group | _PackedGroup]
+    unexpected: list[str]
+
+
 def _fill_from(
     destination: Destination, twin: PreTrainedModel, stored: dict[str, StoredTensor], folder: Path, sink: Sink | None
 ) -> None:
-    groups, unexpected = _plan(twin, stored)
-    tied = dict(twin.all_tied_weights_keys)
-    for done, group in enumerate(groups):
-        for name, value in _realize(group, twin, folder):
-            destination.put(name, value)
-        if sink is not None and (done % 32 == 0 or done + 1 == len(groups)):
-            sink(Progress("reading weights", done + 1, len(groups)))
-    destination.tie(tied, sink)
+    plan = _plan(twin, stored)
+    for done, group in enumerate(plan.groups):
+        if isinstance(group, _PackedGroup):
+            destination.put_packed(group.target, {key: part.read() for key, part in group.parts.items()})
+        else:
+            for name, value in _realize(group, twin, folder):
+                destination.put(name, value)
+        if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
+            sink(Progress("reading weights", done + 1, len(plan.groups)))
+    destination.tie(twin.all_tied_weights_keys, sink)
     missing = sorted(set(twin.state_dict()) - destination.filled)
     missing = [name for name in missing if not _matches(name, twin._keys_to_ignore_on_load_missing)]
+    lost = f": {_some(plan.unexpected)}" if plan.unexpected else ""
     if missing:
         raise ModelError(
             f"{len(missing)} weights of the model are not in its files: {_some(missing)}.",
             where=str(folder),
-            why=f"{len(unexpected)} weights in the files fit nowhere" + (f": {_some(unexpected)}" if unexpected else ""),
+            why=f"{len(plan.unexpected)} weights in the files fit nowhere{lost}",
             fix="check that the files belong to this config.json",
         )
-    if unexpected and sink is not None:
-        sink(Warned(f"weights that fit nowhere were left out: {_some(unexpected)}", str(folder), len(unexpected)))
+    if plan.unexpected and sink is not None:
+        sink(Warned(f"weights that fit nowhere were left out{lost}", str(folder), len(plan.unexpected)))
 
 
-def _plan(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> tuple[list[_Group], list[str]]:
+def _plan(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> _Plan:
     """Sorts the tensors on disk into groups, as transformers' own loading does, without reading any."""
-    transforms = get_model_conversion_mapping(twin)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    wanted = twin.state_dict()
-    prefix = twin.base_model_prefix
-    groups: dict[str, WeightConverter | WeightRenaming] = {}
+    rename = _Renaming(twin)
+    groups: dict[str, _Group | _PackedGroup] = {}
     unexpected: list[str] = []
+    packed = _packed_layers(stored)
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = rename_source_key(key, [], [], prefix, wanted)
-        if name not in wanted:
-            unexpected.append(key)
+        if _PACKED_PART.match(key):
             continue
-        if pattern is None:
-            transform = groups.setdefault(name, WeightRenaming(key, name))
-            pattern = key
+        name, pattern = rename(key)
+        parts = packed.pop(key, None)
+        if name not in rename.wanted:
+            if not _obsolete(key, twin):
+                unexpected.append(key)
+        elif parts is not None:
+            if pattern is not None:
+                raise ModelError(
+                    f"the packed weight {key} would have to be fused with others, which is not supported.",
+                    where=str(stored[key].path),
+                    fix="start from the checkpoint that is not quantized",
+                )
+            groups[name] = _PackedGroup(name, parts)
         else:
-            transform = groups.setdefault(name, deepcopy(by_pattern[pattern]))
-        transform.add_tensor(name, key, pattern, stored[key].read)
-    return [_Group(*item) for item in groups.items()], [key for key in unexpected if not _obsolete(key, twin)]
+            if name not in groups:
+                groups[name] = _Group(name, rename.transform(key, name, pattern))
+            group = groups[name]
+            assert isinstance(group, _Group)
+            # transformers runs what is no tensor yet when it needs it: nothing is read here.
+            group.transform.add_tensor(name, key, pattern or key, stored[key].read)  # type: ignore[arg-type]
+    return _Plan(list(groups.values()), unexpected)
+
+
+class _Renaming:
+    """transformers' conversion mapping of one architecture, applied to names."""
+
+    def __init__(self, twin: PreTrainedModel) -> None:
+        transforms = get_model_conversion_mapping(twin)
+        self.wanted = twin.state_dict()
+        self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        self._prefix = twin.base_model_prefix
+
+    def __call__(self, key: str) -> tuple[str, str | None]:
+        """The parameter a key on disk goes to, and the pattern of the converter it must pass, if any."""
+        name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.wanted)
+        if name not in self.wanted and key in self.wanted:
+            return rename_source_key(key, [], [], self._prefix, self.wanted)
+        return name, pattern
+
+    def transform(self, key: str, name: str, pattern: str | None) -> WeightConverter | WeightRenaming:
+        """A fresh transform for one target."""
+        if pattern is None:
+            return WeightRenaming(key, name)
+        return deepcopy(next(each for each in self._converters if pattern in each.source_patterns))
+
+
+def _packed_layers(stored: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The parts of every weight that bitsandbytes packed, by the weight's key on disk."""
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    for key, entry in stored.items():
+        if match := _PACKED_PART.match(key):
+            weight = f"{match['layer']}.weight"
+            layers.setdefault(weight, {"weight": stored[weight]} if weight in stored else {})[match["part"]] = entry
+    return layers
 
 
 def _obsolete(key: str, twin: PreTrainedModel) -> bool:
@@ -169,7 +237,7 @@ def _fill_buffers(destination: Destination, twin: PreTrainedModel) -> None:
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     for name in names:
         owner, leaf = _owner(twin, name)
-        owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], device=destination.device)
+        owner._buffers[leaf] = torch.empty_like(owner.get_buffer(leaf), device=destination.device)
     twin.initialize_weights()
     for name in names:
         destination.put(name, twin.get_buffer(name))

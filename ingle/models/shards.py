@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class StoredTensor:
         tensor = torch.empty(shape, dtype=self.dtype)
         if tensor.numel() == 0:
             return tensor
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
             done = 0
@@ -115,7 +116,9 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index.name} is not a shard index.", where=str(index), why=str(error), fix=_DAMAGED) from None
+        raise ModelError(
+            f"{index.name} is not a shard index.", where=str(index), why=str(error), fix=_DAMAGED
+        ) from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -169,12 +172,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(path: Path, start: int, value: dict[str, object]) -> StoredTensor:
+def _entry(path: Path, start: int, value: dict[str, Any]) -> StoredTensor:
     name = str(value["dtype"])
     if name not in _DTYPES:
         raise ModelError(f"{path.name} holds tensors of type {name}, which are not supported.", where=str(path))
-    shape = tuple(int(size) for size in value["shape"])  # type: ignore[attr-defined]
-    first, last = value["data_offsets"]  # type: ignore[misc]
+    shape = tuple(int(size) for size in value["shape"])
+    first, last = value["data_offsets"]
     entry = StoredTensor(path, _DTYPES[name], shape, start + int(first))
     if entry.num_bytes != int(last) - int(first):
         raise _damaged(path, "the sizes in its header do not agree")

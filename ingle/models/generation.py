@@ -1,0 +1,352 @@
+"""Answering: batched generation with a key-value cache.
+
+Rows are padded on the left, so that all of them grow at the right end together; a row that is done leaves the batch
+at once.  Each prompt draws from its own stream of random numbers, so an answer does not depend on what else is asked.
+
+Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from ingle.errors import ModelError
+from ingle.models.hidden import Head, head
+
+FinishReason = Literal["stop", "length"]
+
+#: Stands for an answer while the end-of-turn token of a chat template is looked for.
+_PROBE = "ingle"
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer.
+
+    Attributes:
+        token_ids: Tokens of the answer, without the one that ended it.
+        text: The answer, cut before a stop string, special tokens left out.
+        finish_reason: ``stop`` (end token or stop string) or ``length``.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Answers each prompt.
+
+    Args:
+        model: A filled model, adapted or not.
+        tokenizer: Its tokenizer.
+        prompts: Tokens of each prompt.
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the likeliest token, else logits are divided by it.
+        top_p: Sample from the likeliest tokens that together reach this probability.
+        seed: Of the sampling; prompt ``i`` draws from the stream ``(seed, i)``.
+        stop: Strings that end an answer.
+        batch_size: Prompts answered at once; those of like length go together.
+        on_progress: Is told how many answers of how many are done.
+
+    Returns:
+        One answer a prompt, in order.
+
+    Raises:
+        ModelError: When a prompt is empty or longer than the model can read.
+    """
+    rules = _Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+    answers: list[Generation | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    done = 0
+    with _answering(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            draws = _Draws(temperature, top_p, seed, chosen, max_new_tokens)
+            decoding = _Decoding(model, [prompts[index] for index in chosen], draws, max_new_tokens)
+            texts = [_Answer(rules) for _ in chosen]
+            while decoding.rows:
+                rows, tokens = decoding.step()
+                ended = [texts[row].add(token) for row, token in zip(rows, tokens, strict=True)]
+                over = [row for row, end in zip(rows, ended, strict=True) if end or decoding.is_full(row)]
+                for row in over:
+                    answers[chosen[row]] = texts[row].finish()
+                    done += 1
+                if on_progress is not None and over:
+                    on_progress(done, len(prompts))
+                decoding.drop(over)
+    return [answer for answer in answers if answer is not None]
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """Answers one prompt piece by piece; the pieces joined are what :func:`generate` gives.
+
+    Nothing is given out that a later token may take back: half a character, or the beginning of a stop string.
+    """
+    answer = _Answer(_Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
+    shown = 0
+    with _answering(model):
+        decoding = _Decoding(model, [prompt], _Draws(temperature, top_p, seed, [0], max_new_tokens), max_new_tokens)
+        while decoding.rows:
+            _, tokens = decoding.step()
+            over = answer.add(tokens[0]) or decoding.is_full(0)
+            text = answer.finish().text if over else answer.settled()
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+            if over:
+                return
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn."""
+    found: set[int] = set()
+    for declared in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+        _end_of_turn(tokenizer),
+    ):
+        if isinstance(declared, int):
+            found.add(declared)
+        elif declared is not None:
+            found.update(declared)
+    return frozenset(found)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token right after an answer in the rendered template, if there is one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template may refuse these turns; the declared tokens then stand alone
+        return None
+    _, _, tail = rendered.rpartition(_PROBE)
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    first = ids[0] if ids else None
+    known = tokenizer.added_tokens_decoder
+    return first if first in known and known[first].special else None
+
+
+@contextmanager
+def _answering(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients, whatever the model was doing."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Decoding:
+    """A batch of prompts that grow by one token a step.
+
+    Attributes:
+        rows: Which prompts of the batch are still growing.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: _Draws, max_new_tokens: int
+    ) -> None:
+        lengths = [len(prompt) for prompt in prompts]
+        limit = _limit(model)
+        _refuse_lengths(lengths, limit)
+        self.rows = list(range(len(prompts)))
+        self._model = model
+        self._head: Head = head(model)
+        self._draws = draws
+        self._room = [min(max_new_tokens, limit - length) if limit else max_new_tokens for length in lengths]
+        self._step = 0
+        self._cache = DynamicCache(config=model.config)
+        device = self._head.weight.device
+        width = max(lengths)
+        ids = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+        self._ids = torch.from_numpy(ids).to(device)
+        padding = torch.tensor([width - length for length in lengths], device=device)
+        steps = torch.arange(width, device=device)
+        self._position_ids = (steps - padding[:, None]).clamp_min(0)
+        # No mask at all where no row is padded: attention then needs none.
+        shape = (len(prompts), width + max(self._room))
+        self._mask = torch.ones(shape, dtype=torch.long, device=device) if min(lengths) < width else None
+        if self._mask is not None:
+            self._mask[:, :width] = (steps >= padding[:, None]).long()
+        self._seen = width
+
+    def is_full(self, row: int) -> bool:
+        """Whether no token more may be added to a row."""
+        return self._step >= self._room[row]
+
+    def step(self) -> tuple[list[int], list[int]]:
+        """Adds one token to every row; gives the rows and their tokens."""
+        output = self._model.base_model(
+            input_ids=self._ids,
+            attention_mask=None if self._mask is None else self._mask[:, : self._seen],
+            position_ids=self._position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        logits_BV = self._head.logits(output.last_hidden_state[:, -1]).float()
+        tokens_B = self._draws.choose(logits_BV, self.rows, self._step)
+        self._ids = tokens_B[:, None]
+        self._position_ids = self._position_ids[:, -1:] + 1
+        self._seen += 1
+        self._step += 1
+        return list(self.rows), tokens_B.tolist()
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Takes rows out of the batch and of the cache."""
+        if not rows:
+            return
+        gone = set(rows)
+        kept = [place for place, row in enumerate(self.rows) if row not in gone]
+        self.rows = [self.rows[place] for place in kept]
+        if not kept:
+            return
+        index = torch.tensor(kept, device=self._ids.device)
+        self._cache.batch_select_indices(index)
+        self._ids = self._ids[index]
+        self._position_ids = self._position_ids[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+
+
+class _Draws:
+    """Chooses the next token of each row: greedily, or from a stream of random numbers of its own."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int], num_draws: int) -> None:
+        self._temperature = temperature
+        self._top_p = top_p
+        self._uniform = (
+            np.stack([np.random.default_rng([seed, index]).random(num_draws) for index in indices])
+            if temperature > 0
+            else None
+        )
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int], step: int) -> Tensor:
+        """The next token of each row, ``[B]``.
+
+        Tokens are sorted by falling probability and the first whose cumulated probability passes the row's random
+        number is taken; the number is scaled to the kept mass, so cutting at ``top_p`` needs no renormalising.
+        """
+        if self._uniform is None:
+            return logits_BV.argmax(-1)
+        probabilities_BV = (logits_BV / self._temperature).softmax(-1, dtype=torch.float64)
+        sorted_BV, tokens_BV = torch.sort(probabilities_BV, dim=-1, descending=True, stable=True)
+        reached_BV = sorted_BV.cumsum(-1)
+        kept_B = ((reached_BV - sorted_BV) < self._top_p).sum(-1, keepdim=True)
+        mass_B = reached_BV.gather(-1, kept_B - 1)
+        uniform_B = torch.from_numpy(self._uniform[list(rows), step]).to(logits_BV.device)[:, None]
+        place_B = torch.searchsorted(reached_BV, uniform_B * mass_B, right=True).minimum(kept_B - 1)
+        return tokens_BV.gather(-1, place_B)[:, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What ends an answer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    stop: tuple[str, ...]
+    end_ids: frozenset[int]
+
+    @property
+    def window(self) -> int:
+        """Tokens that may hold a stop string: a token is at least a byte, and a character may begin before it."""
+        return 4 + max((len(text.encode()) for text in self.stop), default=0)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _Answer:
+    """The tokens of one answer as they come."""
+
+    def __init__(self, rules: _Rules) -> None:
+        self._rules = rules
+        self._ids: list[int] = []
+        self._reason: FinishReason = "length"
+
+    def add(self, token: int) -> bool:
+        """Takes a token; true when the answer is over."""
+        if token in self._rules.end_ids:
+            self._reason = "stop"
+            return True
+        self._ids.append(token)
+        if self._rules.stop:
+            tail = self._rules.decode(self._ids[-self._rules.window :])
+            # The window decodes to the end of the text, so a hit in it is one in the whole.
+            if any(text in tail for text in self._rules.stop):
+                self._reason = "stop"
+                return True
+        return False
+
+    def finish(self) -> Generation:
+        """The whole answer."""
+        text = self._rules.decode(self._ids)
+        cuts = [place for place in map(text.find, self._rules.stop) if place >= 0]
+        return Generation(tuple(self._ids), text[: min(cuts)] if cuts else text, self._reason)
+
+    def settled(self) -> str:
+        """The text that no later token can change."""
+        text = self._rules.decode(self._ids)
+        text = text.rstrip("�") if text.endswith("�") else text
+        for size in range(min(len(text), max(map(len, self._rules.stop), default=0)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._rules.stop):
+                return text[:-size]
+        return text
+
+
+def _limit(model: PreTrainedModel) -> int | None:
+    """Most tokens the model can hold in one text."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def _refuse_lengths(lengths: Sequence[int], limit: int | None) -> None:
+    if min(lengths) == 0:
+        raise ModelError("a prompt has no tokens.", where="prompt", fix="give at least one word")
+    if limit is not None and max(lengths) >= limit:
+        raise ModelError(
+            "a prompt is longer than the model can read.",
+            where="prompt",
+            why=f"{max(lengths):,} tokens, and the model holds {limit:,} in all",
+            fix="shorten the prompt",
+        )

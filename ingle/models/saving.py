@@ -1,0 +1,48 @@
+"""Writing a fully fine-tuned model, so that plain transformers reads it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ingle.atomic import atomic_folder
+from ingle.quant.linear import Packed
+
+#: Small enough for file systems and uploads, large enough that few models need many.
+_SHARD_SIZE = "4GB"
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes weights, config, generation config, tokenizer and chat template; the folder appears whole or not at all.
+
+    The names in the file are the hub's (transformers' conversions are reverted), tied weights are written once.
+
+    Args:
+        model: A model without packed weights and adapters.
+        tokenizer: Its tokenizer.
+        folder: Replaced when it exists.
+
+    Raises:
+        CheckpointError: When the disk is full.
+    """
+    assert not any(isinstance(module, Packed) for module in model.modules()), "packed weights cannot be trained whole"
+    folder = Path(folder)
+    with atomic_folder(folder) as partial, _quiet():
+        model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
+        tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the progress bar that transformers draws: ours is a sink."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
