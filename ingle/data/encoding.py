@@ -1,0 +1,263 @@
+"""Documents to ids: text, the spans that carry loss, and their way through the tokenizer.
+
+A document is tokenized once as a whole.  A token carries loss when its first character lies in a supervised
+span; so a token that straddles the border of a prompt belongs to the prompt.  Masks come from character
+positions and lengths, never from ids: pad and end-of-text may share an id without harm.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from ingle.data.template import (
+    Answer,
+    TrainOn,
+    has_template,
+    locate_answers,
+    read_conversation,
+    split_prompt,
+)
+from ingle.data.types import Example, Ids, Mask, Tokenizer
+from ingle.errors import DataError
+
+#: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
+PIECE_CHARS = 1 << 20
+
+#: A line end at which every common pre-tokenizer cuts too: a single newline between two words.
+_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to be tokenized.
+
+    Attributes:
+        origin: ``file:line``.
+        text: All of it.
+        answers: Where the assistant speaks; carries loss.
+        everything: Every token carries loss, not only the answers.
+        chat: Rendered by a chat template, which brings its own special tokens.  Otherwise the tokenizer puts
+            its own (BOS) before the text, and the end-of-text token is put after it.
+        remarks: Of the template.
+    """
+
+    origin: str
+    text: str
+    answers: tuple[Answer, ...] = ()
+    everything: bool = False
+    chat: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tokenized document.
+
+    Attributes:
+        ids: int32 [T].
+        supervised: bool [T]; the first is always False, since nothing predicts it.
+        open_turns: Trained turns after which no end-of-turn token is supervised.
+        straddled: Whether a token lies across the border of prompt and answer.
+    """
+
+    ids: Ids
+    supervised: Mask
+    open_turns: int = 0
+    straddled: bool = False
+
+
+def draw_document(example: Example, tokenizer: Tokenizer, *, train_on: TrainOn, system: str | None) -> Document | str:
+    """The document of an example, or the reason to skip it.
+
+    Raises:
+        DataError: The chat template is missing, refuses the conversation or cannot be masked.
+    """
+    if example.text is not None:
+        return Document(example.origin, example.text, everything=True) if example.text.strip() else "empty text"
+    if not example.messages and not has_template(tokenizer):
+        prompt, completion = split_prompt(example)
+        if not completion.strip():
+            return "empty answer"
+        text = prompt + completion
+        answer = Answer(len(prompt), len(text), len(text))
+        return Document(example.origin, text, (answer,), everything=train_on == "all")
+    messages = list(read_conversation(example, system))
+    if train_on != "all":
+        while messages and messages[-1].role != "assistant":
+            messages.pop()  # nothing after the last answer carries loss or is seen by a token that does
+        trained = [message for message in messages if message.role == "assistant"]
+        if not trained:
+            return "no assistant turn"
+        if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
+            return "empty answer"
+    found = locate_answers(tokenizer, messages, train_on=train_on, origin=example.origin)
+    return Document(
+        example.origin, found.text, found.answers, everything=train_on == "all", chat=True, remarks=found.remarks
+    )
+
+
+def cut_text(text: str, size: int = PIECE_CHARS) -> list[str]:
+    """Cut a long text into pieces of about ``size`` characters whose tokens joined are those of the whole.
+
+    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers part words
+    anyway; only where ``size`` characters hold none is a cut made elsewhere.
+    """
+    pieces, start = [], 0
+    while len(text) - start > size:
+        cut = None
+        for match in _CUT.finditer(text, start + size // 2, start + size):
+            cut = match.start()
+        if cut is None:
+            cut = max(text.rfind(" ", start + size // 2, start + size), start + size // 2)
+        pieces.append(text[start:cut])
+        start = cut
+    pieces.append(text[start:])
+    return pieces
+
+
+class TextEncoder:
+    """Tokenizes documents in batches and masks them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = _exact_backend(tokenizer)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._bos: int | None = tokenizer.bos_token_id
+        control = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
+        self._control = np.array(sorted(control), dtype=np.int32)
+
+    @property
+    def has_eos(self) -> bool:
+        """Whether there is a token to end a text with."""
+        return self._eos is not None
+
+    def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
+        """Ids and masks, in order."""
+        plain = iter(self._encode_plain([d.text for d in documents if _is_plain(d)]))
+        spanned = {
+            chat: iter(
+                self._backend.encode_batch(
+                    [d.text for d in documents if d.chat == chat and not _is_plain(d)], add_special_tokens=not chat
+                )
+            )
+            for chat in (False, True)
+        }
+        for document in documents:
+            if _is_plain(document):
+                yield self._close_text(next(plain))
+            elif document.chat:
+                yield self._mask_chat(next(spanned[True]), document)
+            else:
+                yield self._mask_pair(next(spanned[False]), document)
+
+    def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
+        """Ids of plain texts; only the first piece of a long one gets what the tokenizer puts before a text."""
+        groups = [cut_text(text) for text in texts]
+        heads = self._backend.encode_batch_fast([group[0] for group in groups])
+        tails = iter(
+            self._backend.encode_batch_fast(
+                [piece for group in groups for piece in group[1:]], add_special_tokens=False
+            )
+        )
+        for group, head in zip(groups, heads, strict=True):
+            ids = np.array(head.ids, dtype=np.int32)
+            ids = ids[self._find_text(ids)]
+            yield np.concatenate([ids, *(np.array(next(tails).ids, dtype=np.int32) for _ in group[1:])])
+
+    def _find_text(self, ids: Ids) -> slice:
+        """All but a second BOS, and the EOS that some tokenizers add themselves (it is put there anyway)."""
+        start, stop = 0, len(ids)
+        if stop > 1 and self._bos is not None and ids[0] == self._bos == ids[1]:
+            start = 1
+        while stop - start > 1 and self._eos is not None and ids[stop - 1] == self._eos:
+            stop -= 1
+        return slice(start, stop)
+
+    def _close_text(self, ids: Ids) -> Encoded:
+        supervised = np.ones(len(ids), dtype=np.bool_)
+        ids, supervised, is_open = self._close(ids, supervised)
+        return Encoded(ids, supervised, int(is_open))
+
+    def _close(self, ids: Ids, supervised: Mask) -> tuple[Ids, Mask, bool]:
+        """With the end-of-text token, which carries loss, after the text; True when there is no such token."""
+        if self._eos is not None:
+            ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, True)
+        supervised[:1] = False
+        return ids, supervised, self._eos is None
+
+    def _mask_pair(self, encoding: Any, document: Document) -> Encoded:
+        ids, offsets = _as_arrays(encoding)
+        text = self._find_text(ids)
+        ids, offsets = ids[text], offsets[text]
+        (answer,) = document.answers
+        supervised = offsets[:, 0] >= answer.start
+        ids, supervised, is_open = self._close(ids, supervised)
+        return Encoded(ids, supervised, int(is_open), _straddles(offsets, answer.start))
+
+    def _mask_chat(self, encoding: Any, document: Document) -> Encoded:
+        ids, offsets = _as_arrays(encoding)
+        starts = offsets[:, 0]
+        supervised = np.full(len(ids), document.everything, dtype=np.bool_)
+        open_turns, straddled, is_open = 0, False, False
+        for answer in document.answers:
+            after = np.flatnonzero((starts >= answer.content_end) & (starts < answer.end))
+            ends = after[np.isin(ids[after], self._control)]
+            is_open = len(ends) == 0
+            open_turns += is_open
+            stop = answer.end if is_open else offsets[ends[0], 1]
+            supervised |= (starts >= answer.start) & (starts < stop)
+            straddled = straddled or _straddles(offsets, answer.start)
+        if is_open:  # the template does not end the last turn, so the model would never learn to stop
+            ids, supervised, is_open = self._close(ids, supervised)
+            open_turns -= not is_open
+        supervised[:1] = False
+        return Encoded(ids, supervised, open_turns, straddled)
+
+
+def _is_plain(document: Document) -> bool:
+    return document.everything and not document.chat
+
+
+def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:
+    return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def _straddles(offsets: npt.NDArray[np.int64], border: int) -> bool:
+    return bool(np.any((offsets[:, 0] < border) & (offsets[:, 1] > border)))
+
+
+def _exact_backend(tokenizer: Tokenizer) -> Any:
+    """A private copy of the tokenizer that reports the exact characters of each token.
+
+    ``trim_offsets`` leaves white space out of a token's span, which would hide where a token begins.
+
+    Raises:
+        DataError: The tokenizer is of the slow kind, which cannot tell positions.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(
+            "The tokenizer cannot tell which characters a token stands for.",
+            why=f"{type(tokenizer).__name__} has no fast backend (tokenizer.json)",
+            fix="name another tokenizer with model.tokenizer=",
+        )
+    copy = tokenizers.Tokenizer.from_str(json.dumps(_without_trimming(json.loads(backend.to_str()))))
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def _without_trimming(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {
+            key: False if key == "trim_offsets" else value if key == "model" else _without_trimming(value)
+            for key, value in node.items()
+        }
+    return [_without_trimming(item) for item in node] if isinstance(node, list) else node

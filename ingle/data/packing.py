@@ -1,0 +1,141 @@
+"""Best-fit-decreasing packing: documents into sequences of at most ``max_seq_len`` tokens.
+
+The longest document goes first, each into the fullest sequence that still has room, else into a new one.
+Lengths are small integers, so sequences with equal room are interchangeable and whole groups are placed at
+once: a group of equal documents empties the class of sequences with the least sufficient room, then the next.
+Every visit to a class empties it or ends the group, so the work is O(n + L log L) for n documents and
+``max_seq_len`` L, with the result of the one-by-one procedure.
+
+Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830), section 3.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ingle.config.data import DataConfig
+from ingle.data.dataset import TokenDataset
+from ingle.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+
+class Sequences:
+    """Sequences of document indices.
+
+    Attributes:
+        efficiency: Tokens over the room of all sequences, ``num_tokens / (len * max_seq_len)``.
+    """
+
+    def __init__(self, documents: Indices, offsets: Indices, num_tokens: int, max_seq_len: int) -> None:
+        self._documents, self._offsets = documents, offsets
+        self.efficiency = num_tokens / (max(len(offsets) - 1, 1) * max_seq_len)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> Indices:
+        """Documents of sequence ``i``."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._documents[self._offsets[i] : self._offsets[i + 1]]
+
+    def __iter__(self) -> Iterator[Indices]:
+        """All sequences."""
+        return (self[i] for i in range(len(self)))
+
+
+def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int) -> Sequences:
+    """Pack a dataset, or put each document into its own sequence when ``data.packing`` is off.
+
+    Args:
+        dataset: What to pack.
+        data: ``packing`` and ``max_seq_len``.
+        seed: Decides which of equally long documents come together.
+
+    Raises:
+        DataError: A document is longer than ``max_seq_len``.
+    """
+    return pack(dataset.lengths, data.max_seq_len, packing=data.packing, seed=seed)
+
+
+def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = True, seed: int = 0) -> Sequences:
+    """Pack documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split."""
+    if len(lengths) and int(lengths.max()) > max_seq_len:
+        raise DataError(
+            "A document is longer than a sequence.",
+            where=f"data.max_seq_len = {max_seq_len}",
+            why=f"{int(lengths.max())} tokens",
+        )
+    alone = np.arange(len(lengths), dtype=np.int64)
+    sequence_of = _assign(lengths, max_seq_len, seed) if packing else alone
+    order = np.argsort(sequence_of, kind="stable")
+    counts = np.bincount(sequence_of) if len(lengths) else np.zeros(0, dtype=np.int64)
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+    return Sequences(order.astype(np.int64), offsets, int(lengths.sum()), max_seq_len)
+
+
+def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
+    """Sequence of each document; numbered in the order of their first documents."""
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    ranked = lengths[order]
+    borders = np.flatnonzero(np.diff(ranked)) + 1
+    bins = _Bins(room)
+    sequence_of = np.empty(len(lengths), dtype=np.int64)
+    for group in np.split(order, borders):
+        if len(group):
+            sequence_of[group] = bins.place(int(lengths[group[0]]), len(group))
+    first = np.full(bins.count, len(lengths), dtype=np.int64)
+    np.minimum.at(first, sequence_of, np.arange(len(lengths)))
+    rank = np.empty(bins.count, dtype=np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(bins.count)
+    return rank[sequence_of]
+
+
+class _Bins:
+    """Open sequences, grouped by the room they have left."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._rooms: list[int] = []  # rooms that occur, ascending
+        self._with_room: dict[int, list[Indices]] = {}
+        self.count = 0
+
+    def place(self, length: int, count: int) -> Indices:
+        """Put ``count`` documents of one length into the best-fitting sequences; returns the sequence of each."""
+        placed: list[Indices] = []
+        while count:
+            at = bisect_left(self._rooms, length)
+            fits = self._room // length
+            if at < len(self._rooms):
+                room = self._rooms.pop(at)
+                bins = np.concatenate(self._with_room.pop(room))
+                fits = room // length
+            else:
+                room = self._room
+                num_new = -(-count // fits)
+                bins = np.arange(self.count, self.count + num_new, dtype=np.int64)
+                self.count += num_new
+            full = min(count // fits, len(bins))
+            placed.append(np.repeat(bins[:full], fits))
+            self._keep(room - fits * length, bins[:full])
+            count -= full * fits
+            rest = bins[full:]
+            if count and len(rest):  # the last sequence of the group is not filled up
+                placed.append(np.repeat(rest[:1], count))
+                self._keep(room - count * length, rest[:1])
+                rest, count = rest[1:], 0
+            self._keep(room, rest)
+        return np.concatenate(placed)
+
+    def _keep(self, room: int, bins: Indices) -> None:
+        if room and len(bins):
+            if room not in self._with_room:
+                insort(self._rooms, room)
+            self._with_room.setdefault(room, []).append(bins)

@@ -1,0 +1,262 @@
+"""Files to rows, one generator per file format.
+
+Every reader yields ``(line, row)`` and streams, so that a file larger than memory can be read.  Each error
+names ``file:line``.  Formats without lines (Parquet, a JSON object that wraps its rows) count rows instead.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ingle.errors import DataError
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[int, Row]]
+
+_CHUNK_BYTES = 1 << 20
+
+
+def read_rows(path: Path) -> Rows:
+    """Rows of a file with their line numbers; the format follows the suffix.
+
+    Raises:
+        DataError: The suffix is unknown, or the file is missing, empty, malformed or not UTF-8.
+    """
+    reader = _READERS.get(data_suffix(path))
+    if reader is None:
+        raise DataError(
+            f"The file {path.name} is of no known kind.",
+            where=str(path),
+            fix=f"use one of {', '.join(_READERS)}, each also with .gz",
+        )
+    empty = True
+    try:
+        for line, row in reader(path):
+            empty = False
+            yield line, row
+    except FileNotFoundError:
+        raise DataError("There is no such file.", where=str(path)) from None
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on damaged files
+        raise DataError("The file cannot be read.", where=str(path), why=str(error)) from error
+    if empty:
+        raise DataError("The file has no rows.", where=str(path), fix="remove it from data.sources or fill it")
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that tells the format, without ``.gz``: ``.jsonl`` for ``a.jsonl.gz``."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def known_suffixes() -> tuple[str, ...]:
+    """Suffixes that :func:`read_rows` can read."""
+    return tuple(_READERS)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.name.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _wrong_encoding(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    data = error.object[max(error.start - 20, 0) : error.start + 20]
+    return DataError(
+        "The file is not UTF-8.",
+        where=f"{path}:{line}",
+        why=f"byte 0x{error.object[error.start]:02x} in {data!r}",
+        fix=f"convert it: iconv -f LATIN1 -t UTF-8 '{path.name}' > 'utf8-{path.name}' (or -f UTF-16)",
+    )
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with _open(path) as file:
+        for line, raw in enumerate(file, 1):
+            data = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
+            try:
+                yield line, data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _wrong_encoding(path, line, error) from None
+
+
+def _malformed(path: Path, line: int, why: str) -> DataError:
+    return DataError("The row is malformed.", where=f"{path}:{line}", why=why, fix="mend or remove the row")
+
+
+def _as_row(path: Path, line: int, value: object) -> Row:
+    if not isinstance(value, dict):
+        raise _malformed(path, line, f"a row must be a JSON object, this is {type(value).__name__}")
+    return value
+
+
+def _read_jsonl(path: Path) -> Rows:
+    for line, text in _read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _malformed(path, line, f"not JSON: {error}") from None
+        yield line, _as_row(path, line, value)
+
+
+def _read_json(path: Path) -> Rows:
+    """An array of objects, an object that wraps one such array, or, as many files named so are, JSON lines."""
+    first = next((text for _, text in _read_lines(path) if text.strip()), "").strip()
+    if first.startswith("["):
+        yield from _read_json_array(path)
+        return
+    try:
+        json.loads(first)
+    except json.JSONDecodeError:
+        yield from _read_json_object(path)
+    else:
+        yield from _read_jsonl(path)
+
+
+def _read_json_object(path: Path) -> Rows:
+    text = "".join(text for _, text in _read_lines(path))
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _malformed(path, getattr(error, "lineno", 1), f"not JSON: {error}") from None
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
+    if len(lists) != 1:
+        raise _malformed(path, 1, "a .json file must hold one array of objects, or an object with one such array")
+    for number, item in enumerate(lists[0], 1):
+        yield number, _as_row(path, number, item)
+
+
+class _Text:
+    """A file as decoded text, in a window that moves forward and counts lines."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.pos, self.line, self.ended = "", 0, 1, False
+
+    def grow(self) -> None:
+        data = self._file.read(max(_CHUNK_BYTES, len(self.text)))  # doubling keeps one long row linear
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            lines = self.text.count("\n", self.pos) + error.object[: error.start].count(b"\n")
+            raise _wrong_encoding(self._path, self.line + lines, error) from None
+        self.text, self.pos, self.ended = self.text[self.pos :] + more, 0, not data
+
+    def advance(self, pos: int) -> None:
+        self.line += self.text.count("\n", self.pos, pos)
+        self.pos = pos
+
+    def peek(self) -> str:
+        """The next character that is not white space, or "" at the end."""
+        while True:
+            pos = self.pos
+            while pos < len(self.text) and self.text[pos].isspace():
+                pos += 1
+            self.advance(pos)
+            if pos < len(self.text) or self.ended:
+                return self.text[pos : pos + 1]
+            self.grow()
+
+    def value(self) -> object:
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.pos)
+            except (json.JSONDecodeError, RecursionError) as error:
+                if self.ended or isinstance(error, RecursionError):
+                    line = self.line + self.text.count("\n", self.pos, getattr(error, "pos", self.pos))
+                    raise _malformed(self._path, line, f"not JSON: {error}") from None
+                self.grow()
+            else:
+                self.advance(end)
+                return value
+
+
+def _read_json_array(path: Path) -> Rows:
+    with _open(path) as file:
+        window = _Text(path, file)
+        window.peek()
+        window.advance(window.pos + 1)
+        while (char := window.peek()) != "]":
+            line = window.line
+            if char != "{":
+                raise _malformed(path, line, f"expected an object, found {char or 'the end of the file'!r}")
+            yield line, _as_row(path, line, window.value())
+            if window.peek() == ",":
+                window.advance(window.pos + 1)
+            elif window.peek() != "]":
+                raise _malformed(path, window.line, "expected ',' or ']' after an object")
+
+
+def _read_delimited(path: Path, delimiter: str) -> Rows:
+    # A field of a text dataset is often longer than csv's default limit of 128 KiB.
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader((text for _, text in _read_lines(path)), delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        if len(set(header)) != len(header):
+            raise _malformed(path, 1, f"a column name occurs twice: {', '.join(header)}")
+        line = reader.line_num + 1
+        for values in reader:
+            if len(values) == len(header):
+                yield line, dict(zip(header, values, strict=True))
+            elif values:
+                raise _malformed(path, line, f"{len(values)} fields, but the header has {len(header)}")
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise _malformed(path, line, str(error)) from None
+
+
+def _read_csv(path: Path) -> Rows:
+    return _read_delimited(path, ",")
+
+
+def _read_tsv(path: Path) -> Rows:
+    return _read_delimited(path, "\t")
+
+
+def _read_text(path: Path) -> Rows:
+    """The whole file is one document: where one ends is not for the reader to guess."""
+    text = "".join(text for _, text in _read_lines(path))
+    if text.strip():
+        yield 1, {"text": text}
+
+
+def _read_parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with _open(path) as file:
+            source = parquet.ParquetFile(pyarrow.BufferReader(file.read()) if path.suffix.lower() == ".gz" else path)
+            number = 0
+            for batch in source.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise DataError("The file is not Parquet.", where=str(path), why=str(error)) from error
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}

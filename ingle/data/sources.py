@@ -1,0 +1,124 @@
+"""Sources to examples: which files or hub dataset a source means, and its rows in order.
+
+The first row of a file decides its layout; a later row that does not fit it is an error with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from ingle import env
+from ingle.config.data import Source
+from ingle.data.layouts import detect_layout, parse_row, rename_columns
+from ingle.data.readers import Rows, data_suffix, known_suffixes, read_rows
+from ingle.data.types import Example
+from ingle.errors import DataError, DependencyError, HubUnavailable
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def read_examples(sources: Sequence[Source], *, on_warning: Callable[[str], None] | None = None) -> Iterator[Example]:
+    """Examples of all sources, in order.
+
+    Args:
+        sources: Files, globs, folders or hub datasets.
+        on_warning: Called with a sentence when a choice was made that the user may not expect.
+
+    Raises:
+        DataError: A source is missing or empty, or a row is malformed; names ``file:line``.
+        HubUnavailable: A hub dataset was asked for and the hub cannot be reached.
+    """
+    for source in sources:
+        yield from islice(_read_source(source, on_warning), source.limit)
+
+
+def _read_source(source: Source, on_warning: Callable[[str], None] | None) -> Iterator[Example]:
+    paths = find_files(source.path)
+    if paths is None:
+        name = f"{source.path}[{source.split}]"
+        yield from _read_table(_read_hub(source), name, source, on_warning)
+    else:
+        for path in paths:
+            yield from _read_table(read_rows(path), str(path), source, on_warning)
+
+
+def _read_table(rows: Rows, name: str, source: Source, on_warning: Callable[[str], None] | None) -> Iterator[Example]:
+    layout = source.layout
+    first = ""
+    for line, raw in rows:
+        origin = f"{name}:{line}"
+        row = rename_columns(raw, source.columns, origin)
+        if layout == "auto":
+            layout, others = detect_layout(row, origin)
+            if others and on_warning is not None:
+                on_warning(f"{name} could also be read as {', '.join(others)}; it is read as {layout} (set layout:)")
+        first = first or origin
+        yield parse_row(row, layout, origin, first)
+
+
+def find_files(path: str) -> list[Path] | None:
+    """The files a path means, sorted; None when it can only be a hub dataset.
+
+    Raises:
+        DataError: Nothing matches.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        found = sorted(p for p in local.iterdir() if p.is_file() and data_suffix(p) in known_suffixes())
+        if not found:
+            raise DataError("The folder holds no data file.", where=path, fix=f"one of {', '.join(known_suffixes())}")
+        return found
+    if local.exists():
+        return [local]
+    if glob.has_magic(path):
+        found = sorted(p for p in map(Path, glob.glob(str(local), recursive=True)) if p.is_file())
+        if not found:
+            raise DataError("No file matches the pattern.", where=path)
+        return found
+    if _HUB_ID.fullmatch(path) and data_suffix(local) not in known_suffixes():
+        return None
+    near = difflib.get_close_matches(local.name, _names_in(local.parent), n=1)
+    raise DataError(
+        "There is no such file.", where=path, fix=f"did you mean {local.parent / near[0]}?" if near else None
+    )
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+
+
+def _read_hub(source: Source) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DependencyError(
+            "A hub dataset needs the library `datasets`.", where=source.path, fix="pip install datasets"
+        ) from error
+    try:
+        table = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as error:  # the library raises errors of many kinds, and of its own dependencies
+        raise _hub_error(source, error) from error
+    if len(table) == 0:
+        raise DataError("The dataset has no rows.", where=f"{source.path}[{source.split}]")
+    for number, row in enumerate(table, 1):
+        yield number, dict(row)
+
+
+def _hub_error(source: Source, error: Exception) -> Exception:
+    """Tell "the hub cannot be reached" from "the hub has no such thing"."""
+    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    local = "download it elsewhere and name the file: data.sources=[{path: train.jsonl}] (or .csv, .parquet, .txt)"
+    missing = isinstance(error, FileNotFoundError)  # what the library's "not found" errors derive from
+    if env.hub_offline() or "Connect" in type(error).__name__ or (isinstance(error, OSError) and not missing):
+        return HubUnavailable(
+            f"There is no local file {source.path!r}, and the hub cannot be reached for a dataset of that name.",
+            where=f"data.sources: {source.path}",
+            why=why,
+            fix=local,
+        )
+    return DataError("The hub dataset cannot be loaded.", where=f"data.sources: {source.path}", why=why, fix=local)

@@ -1,0 +1,82 @@
+"""Fixtures every test may use: development data when it is there, and a tiny real tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+#: ChatML, as Qwen and many others use it.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_CORPUS = (
+    "the quick brown fox jumps over the lazy dog",
+    "question answer hello world how are you today",
+    "user assistant system model name area price food rating",
+    "what is two plus two? it is four. yes, no, perhaps!",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with development data; the test is skipped where there is none."""
+    named = os.environ.get("INGLE_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no development data; name its folder with INGLE_TEST_DATA")
+    return folder
+
+
+def make_tokenizer(
+    *,
+    special: tuple[str, ...] = ("<|im_start|>", "<|im_end|>"),
+    bos: str | None = None,
+    eos: str | None = "<|endoftext|>",
+    pad: str | None = "<|pad|>",
+    chat_template: str | None = CHATML,
+    add_bos: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a few hundred tokens, trained in memory."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    tokens = list(dict.fromkeys([*(token for token in named.values() if token), *special]))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_CORPUS * 4, trainer)
+    if add_bos and bos is not None:
+        core.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=True),
+                processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]),
+            ]
+        )
+    given = {key: token for key, token in named.items() if token}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=list(special), **given)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
+    """:func:`make_tokenizer`, for tests that need their own special tokens or template."""
+    return make_tokenizer
+
+
+@pytest.fixture()
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tiny byte-level BPE tokenizer with a ChatML template; pad, end of turn and end of text all differ."""
+    return make_tokenizer()
