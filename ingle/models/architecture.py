@@ -31,6 +31,9 @@ from ingle.models.hub import locate
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
+#: Linear layers that an architecture spells in a class of its own and that compute what ``nn.Linear`` does.
+_LINEARS = {"FalconLinear"}
+
 _STATEFUL = re.compile(r"Mamba|SSM|Rwkv|Recurrent|LinearAttention|LightningAttention|GatedDelta|ShortConv|RgLru")
 
 
@@ -116,6 +119,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
         )
         if type(model)._supports_attention_backend:
             model.set_attn_implementation(IMPLEMENTATION)
+        _use_plain_linears(model)
     _keep_in_float32(model, dtype)
     for name, value in dropouts.items():
         setattr(model.config, name, value)
@@ -125,6 +129,16 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
 def _dropouts(config: PretrainedConfig) -> dict[str, float]:
     names = [name for name in vars(config) if "drop" in name]
     return {name: value for name in names if isinstance(value := getattr(config, name), float)}
+
+
+def _use_plain_linears(model: PreTrainedModel) -> None:
+    """So that they are packed and adapted like all others."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and type(child).__name__ in _LINEARS:
+                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                plain.weight, plain.bias = child.weight, child.bias
+                setattr(parent, name, plain)
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -190,6 +204,12 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
 
 def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
     """Refuses models that carry state from token to token outside attention."""
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise ModelError(
+            f"{config.id} cannot be trained here: its attention has sinks, which packed attention does not compute.",
+            where="model.id",
+            fix="choose a decoder-only language model with plain attention",
+        )
     stateful = next(
         (
             type(module).__name__

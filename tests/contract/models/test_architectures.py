@@ -1,0 +1,191 @@
+"""Every architecture is loaded, packed, quantized, adapted, trained, answered with and saved, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ingle import adapters, models, quant
+from ingle.config import BaseConfig, Int8Base, LoraAdapter, Nf4Base, NoBase
+from ingle.data.types import Batch
+from ingle.events import Event, Warned
+from ingle.kernels.cross_entropy import linear_cross_entropy
+from ingle.models.shards import read_index
+
+PACKED_BASES = [Nf4Base(format="nf4"), Nf4Base(format="nf4", double_quant=False), Int8Base(format="int8")]
+
+
+def pack(documents: list[list[int]]) -> Batch:
+    lengths = torch.tensor([0, *map(len, documents)])
+    ids = torch.tensor([sum(documents, [])])
+    labels = torch.tensor([sum(([-100, *document[1:]] for document in documents), [])])
+    positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+    cu_seqlens = lengths.cumsum(0).int()
+    return Batch(ids, labels, positions, cu_seqlens, ids.shape[1], int((labels >= 0).sum()))
+
+
+def load(checkpoint, base: BaseConfig | None = None) -> PreTrainedModel:
+    events: list[Event] = []
+    model = models.load_model(checkpoint.config, base, sink=events.append)
+    assert not [event for event in events if isinstance(event, Warned)]
+    return model
+
+
+def packed_logits(model: PreTrainedModel, documents: list[list[int]]) -> Tensor:
+    with torch.no_grad():
+        return models.head(model).logits(models.forward_hidden(model, pack(documents)))[0]
+
+
+def separate_logits(model: PreTrainedModel, documents: list[list[int]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([document])).logits[0] for document in documents])
+
+
+def test_loaded_weights_and_buffers_are_those_of_transformers(checkpoint) -> None:
+    ours, reference = load(checkpoint), checkpoint.reference()
+    expected = {**reference.state_dict(), **dict(reference.named_buffers())}
+    actual = {**ours.state_dict(), **dict(ours.named_buffers())}
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+    tied = ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    assert tied == (reference.get_input_embeddings().weight is reference.get_output_embeddings().weight)
+    assert ours.generation_config.to_dict() == reference.generation_config.to_dict()
+
+
+def test_packed_documents_give_the_logits_of_transformers_one_by_one(checkpoint, documents) -> None:
+    ours = packed_logits(load(checkpoint), documents)
+    torch.testing.assert_close(ours, separate_logits(checkpoint.reference(), documents), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", PACKED_BASES, ids=lambda base: f"{base.format}-{getattr(base, 'double_quant', '')}")
+def test_packed_base_gives_the_logits_of_its_decoded_weights(checkpoint, documents, base) -> None:
+    ours, reference = load(checkpoint, base), checkpoint.reference()
+    replaced = replace_by_decoded(reference, ours)
+    head = reference.get_output_embeddings()
+    linears = {
+        name
+        for name, module in reference.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    experts = {name for name, parameter in reference.named_parameters() if parameter.dim() == 3}
+    assert replaced == linears | experts, "a linear map was passed over"
+    assert quant.audit(ours).unquantized == tuple(
+        entry for entry in quant.audit(ours).unquantized if is_expected_wide(entry.name, ours)
+    )
+    torch.testing.assert_close(
+        packed_logits(ours, documents), separate_logits(reference, documents), rtol=1e-3, atol=1e-3
+    )
+
+
+def replace_by_decoded(reference: PreTrainedModel, ours: PreTrainedModel) -> set[str]:
+    """Puts what each packed module decodes to into the reference, after checking that it is that weight."""
+    replaced = set()
+    for name, module in ours.named_modules():
+        if isinstance(module, quant.QuantStack):
+            target = reference.get_parameter(name)
+            decoded = torch.stack([module.decode(expert, torch.float32) for expert in range(module.num_stacked)])
+        elif isinstance(module, quant.QuantLinear):
+            target = reference.get_parameter(f"{name}.weight")
+            decoded = module.decode(torch.float32)
+            decoded = decoded.T if module.transposed else decoded
+        else:
+            continue
+        error = (decoded - target).norm() / target.norm()
+        assert 0 < error < 0.12, (name, error)
+        target.data.copy_(decoded)
+        replaced.add(name)
+    return replaced
+
+
+def is_expected_wide(name: str, model: PreTrainedModel) -> bool:
+    module = model.get_submodule(name)
+    kept = (model.get_input_embeddings(), model.get_output_embeddings())
+    return module in kept or isinstance(module, nn.Embedding) or "Router" in type(module).__name__
+
+
+@pytest.mark.parametrize("base", [NoBase(), PACKED_BASES[0], PACKED_BASES[2]], ids=lambda base: base.format)
+def test_one_step_trains_the_adapter_alone(checkpoint, documents, base) -> None:
+    model = load(checkpoint, base)
+    adapters.attach(model, LoraAdapter(rank=4), seed=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainable = dict(adapters.trainable_parameters(model))
+    batch = pack(documents)
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.05)
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = supervised_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and changed <= trainable.keys()
+    unchanged_b = [name for name in trainable if name.endswith("lora_b") and name not in changed]
+    assert not unchanged_b, "an adapter got no gradient"
+
+
+def supervised_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    hidden = models.forward_hidden(model, batch)[0]
+    targets = torch.cat([batch.labels[0, 1:], torch.tensor([-100])])
+    head = models.head(model)
+    total = linear_cross_entropy(
+        hidden, head.weight, targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    )
+    return total / batch.num_supervised
+
+
+def test_greedy_answers_are_those_of_transformers(checkpoint, documents, tokenizer) -> None:
+    ours, reference = load(checkpoint), checkpoint.reference()
+    answers = models.generate(ours, tokenizer, documents, max_new_tokens=8, batch_size=3)
+    for document, answer in zip(documents, answers, strict=True):
+        prompt = torch.tensor([document])
+        ids = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=2
+        )[0, len(document) :].tolist()
+        ended = 2 in ids
+        assert list(answer.token_ids) == (ids[: ids.index(2)] if ended else ids)
+        assert answer.finish_reason == ("stop" if ended else "length")
+
+
+def test_saved_model_is_read_back_by_transformers(checkpoint, documents, tokenizer, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    folder = tmp_path / "model"
+    models.save_pretrained(model, tokenizer, folder)
+    assert read_index(folder).keys() == read_index(checkpoint.folder).keys(), "other names than the checkpoint's"
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(
+        separate_logits(again, documents), separate_logits(model, documents), rtol=1e-5, atol=1e-5
+    )
+    config, original = (json.loads((each / "config.json").read_text()) for each in (folder, checkpoint.folder))
+    assert {key: value for key, value in config.items() if "drop" in key} == {
+        key: value for key, value in original.items() if "drop" in key
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_recomputed_layers_give_the_same_gradient(checkpoint, documents) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = load(checkpoint)
+        if recompute:
+            models.recompute_layers(model)
+        model.train()
+        supervised_loss(model, pack(documents)).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None), name
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name
