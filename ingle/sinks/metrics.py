@@ -1,0 +1,84 @@
+"""``metrics.jsonl``: one JSON object per logged step.
+
+A line has left the process when the step's sink call returns.  When a run goes on after a crash, the steps that
+will be made again are cut off first, a torn last line with them, so no step ever stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ingle.events import Event, Started, Step
+
+
+class MetricsFile:
+    """Writes ``metrics.jsonl``.
+
+    Nothing is touched before the run has started, so an unusable run folder stays as it is.
+
+    Args:
+        path: The file; its folder must exist when the run starts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._log_every = 1
+        self._num_steps = 0
+
+    def __call__(self, event: Event) -> None:
+        """Takes an event."""
+        if isinstance(event, Started):
+            keep_steps(self.path, event.step)
+            self._log_every = event.run.get("train", {}).get("log_every", 1)
+            self._num_steps = event.num_steps
+        elif isinstance(event, Step) and (event.step % self._log_every == 0 or event.step == self._num_steps):
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record(event)) + "\n")
+
+
+def record(event: Step) -> dict[str, Any]:
+    """A step as it stands in the file; JSON has no NaN and no infinity, so those are null."""
+    values: dict[str, Any] = {
+        "step": event.step,
+        "loss": event.loss,
+        "num_tokens": event.num_tokens,
+        "tokens_per_s": event.tokens_per_s,
+        "lr": event.lr,
+        "grad_norm": event.grad_norm,
+        "peak_memory_bytes": event.peak_memory_bytes,
+        "epoch": event.epoch,
+        **event.metrics,
+    }
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+
+
+def keep_steps(path: Path, step: int) -> None:
+    """Cuts a metrics file off behind the line of the last step that is at most ``step``.
+
+    Whatever follows, later steps or a torn line, goes; a file that is not there is left alone.
+
+    Args:
+        path: The file.
+        step: The last step that will not be made again.
+    """
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n") or not _is_kept(line, step):
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,174 @@
+"""The terminal: a live progress bar for people, plain lines for logs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ingle import events
+from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Warned
+from ingle.sinks.tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
+from ingle.sinks.wording import count, duration, size
+
+#: Columns where there is no terminal to ask.
+_PLAIN_WIDTH = 120
+#: A long stage without a live bar is told this often.
+_PLAIN_SHARE = 0.25
+
+
+class Terminal:
+    """Shows a run.  As a context manager it takes its progress bar away however the block ends.
+
+    On a terminal: one live bar.  Elsewhere: one line a logged step, and a line at each quarter of a long stage.
+
+    Args:
+        console: Where to print; standard output when None.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or make_console()
+        self._live: Progress | None = None
+        self._stages: dict[str, TaskID] = {}
+        self._told: dict[str, float] = {}
+        self._warnings: Counter[str] = Counter()
+        self._printed: Counter[str] = Counter()
+        self._training: TaskID | None = None
+        self._num_steps = 0
+        self._first_step = 0
+        self._log_every = 1
+        self._num_shown = 3
+        self._began = 0.0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Takes an event."""
+        match event:
+            case Started():
+                self._start(event)
+            case Step():
+                self._step(event)
+            case events.Progress():
+                self._stage(event)
+            case Warned():
+                self._warn(event)
+            case Evaluated():
+                self._stop()
+                self.console.print(comparison_table(event.report))
+                for table in side_by_side(event.report, self._num_shown):
+                    self.console.print(table)
+            case Saved():
+                if event.kind != "checkpoint" or not self.console.is_terminal:
+                    self._print(f"saved {event.kind}: {event.path}")
+            case Finished():
+                self.close()
+                for line in finish_lines(event.summary):
+                    self._print(line)
+            case Failed():
+                self.close()
+
+    def close(self) -> None:
+        """Takes the live bar away and tells how often each warning came."""
+        self._stop()
+        for message, total in self._warnings.items():
+            if total > self._printed[message]:
+                self._print(f"warning: {message} ({total:,} times in all)", style="yellow")
+        self._warnings.clear()
+        self._printed.clear()
+
+    def _start(self, event: Started) -> None:
+        self._stop()
+        self._num_steps, self._first_step = event.num_steps, event.step
+        self._log_every = event.run.get("train", {}).get("log_every", 1)
+        self._num_shown = (event.run.get("evaluate") or {}).get("num_shown", 3)
+        self.console.print(plan_table(event.run, event.plan))
+        self.console.print(audit_table(event.audit))
+        if event.resumed_from:
+            self._print(f"going on from {event.resumed_from}: step {event.step:,} of {event.num_steps:,} is made")
+        self._began = time.monotonic()
+
+    def _step(self, event: Step) -> None:
+        made = event.step - self._first_step
+        left = (time.monotonic() - self._began) / max(made, 1) * (self._num_steps - event.step)
+        facts = f"loss {event.loss:.4f}  {count(event.tokens_per_s)} tokens/s  lr {event.lr:.2e}"
+        is_last = event.step == self._num_steps
+        if self.console.is_terminal:
+            live = self._progress()
+            if self._training is None:
+                self._training = live.add_task("training", total=self._num_steps, completed=self._first_step, facts="")
+            live.update(self._training, completed=event.step, facts=f"{facts}  ETA {duration(left)}")
+            if is_last:
+                self._stop()
+        if is_last or (not self.console.is_terminal and event.step % self._log_every == 0):
+            self._print(
+                f"step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
+                f"{size(event.peak_memory_bytes)}  ETA {duration(left)}"
+            )
+
+    def _stage(self, event: events.Progress) -> None:
+        if self.console.is_terminal:
+            live = self._progress()
+            if event.stage not in self._stages:
+                self._stages[event.stage] = live.add_task(event.stage, total=event.total, facts="")
+            live.update(self._stages[event.stage], completed=event.done, total=event.total)
+            if event.total is not None and event.done >= event.total:
+                live.remove_task(self._stages.pop(event.stage))
+            return
+        share = event.done / event.total if event.total else 0.0
+        told = self._told.get(event.stage)
+        if told is None or share >= min(1.0, told + _PLAIN_SHARE):
+            whole = f" of {event.total:,}" if event.total is not None else ""
+            self._print(f"{event.stage}: {event.done:,}{whole}")
+            self._told[event.stage] = share if share < 1 else float("inf")
+        if event.total is not None and event.done >= event.total:
+            self._told.pop(event.stage, None)
+
+    def _warn(self, event: Warned) -> None:
+        self._warnings[event.message] += event.count
+        if event.message not in self._printed:
+            self._printed[event.message] = event.count
+            where = f" [{event.where}]" if event.where else ""
+            often = f" ({event.count:,} times)" if event.count > 1 else ""
+            self._print(f"warning: {event.message}{often}{where}", style="yellow")
+
+    def _progress(self) -> Progress:
+        if self._live is None:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._live.start()
+        return self._live
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._stages.clear()
+        self._training = None
+
+    def _print(self, line: str, style: str = "") -> None:
+        # Text, not markup: a path or a message may hold brackets.
+        self.console.print(Text(line, style=style), soft_wrap=True)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that is as wide as the terminal, or wide enough for the tables where there is none."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)

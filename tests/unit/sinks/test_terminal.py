@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ingle import events
+from ingle.config import Run
+from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
+from ingle.sinks import Terminal, combine
+
+PLAN = {
+    "num_steps": 6,
+    "global_batch_size": 16,
+    "micro_batch_size": 8,
+    "grad_accum_steps": 2,
+    "tokens_per_step": 4096.0,
+    "num_tokens": 24576,
+    "num_epochs": 1.5,
+    "save_every": 2,
+    "compile": False,
+    "trainable_parameters": 1000,
+    "num_parameters": 100_000,
+    "flops_per_token": 4e5,
+    "memory": {"weights": 1 << 20, "optimizer": 1 << 10, "gradients": 0, "total": 3 << 20},
+}
+AUDIT = {
+    "bytes_by_dtype": {"uint8": 1 << 20},
+    "classes": [
+        {
+            "class_name": "QuantLinear",
+            "format": "nf4",
+            "modules": 7,
+            "parameters": 90_000,
+            "quantized": 90_000,
+            "trainable": 0,
+            "bytes": 1 << 20,
+        }
+    ],
+    "unquantized": [{"name": "lm_head", "class_name": "Linear", "parameters": 10_000, "frozen": True}],
+    "parameters": 100_000,
+    "quantized": 90_000,
+    "trainable": 1000,
+    "bytes": 1 << 20,
+}
+COMPARISON = {
+    "metrics": {
+        "exact_match": {
+            "base": 0.0,
+            "tuned": 0.4125,
+            "delta": 0.4125,
+            "ci95": [0.35, 0.47],
+            "p": 1e-20,
+            "p_exact": 2e-20,
+            "n": 200,
+            "outcome": "better",
+        },
+        "perplexity": {
+            "base": 30.0,
+            "tuned": 12.5,
+            "delta": -17.5,
+            "ci95": [-20.0, None],
+            "p": 0.012,
+            "n": 200,
+            "higher_is_better": False,
+        },
+    },
+    "verdict": "exact match rose.",
+    "samples": [
+        {"prompt": f"ask {i} [bold]", "references": ["truth"], "base": f"base {i}", "tuned": f"tuned {i}"}
+        for i in range(5)
+    ],
+    "shown": {"gains": [4, 3], "losses": [2], "random": [0, 1]},
+}
+
+
+def run_data(log_every: int = 1, num_shown: int = 3) -> dict[str, Any]:
+    return Run.model_validate(
+        {
+            "model": {"id": "m[1]"},
+            "base": "nf4",
+            "data": {"sources": "a.jsonl"},
+            "train": {"log_every": log_every},
+            "evaluate": {"sources": "e.jsonl", "num_shown": num_shown},
+            "output": "runs/x",
+        }
+    ).model_dump(mode="json")
+
+
+def started(step: int = 0, resumed_from: str | None = None, **options: int) -> Started:
+    return Started(run_data(**options), PLAN, AUDIT, step, 6, resumed_from)
+
+
+def step(number: int) -> Step:
+    return Step(number, 2.5, 4096 * number, 1234.0, 2e-4, 0.75, 5 << 20, number / 4)
+
+
+def show(*told: events.Event, terminal: bool = False) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, highlight=False, color_system=None)
+    with Terminal(console) as sink:
+        for event in told:
+            sink(event)
+    return out.getvalue()
+
+
+def test_the_plan_and_what_was_loaded_come_first() -> None:
+    text = show(started())
+    for part in (
+        "m[1], 100 K parameters, base nf4",
+        "lora, rank 16: 1,000 parameters (1.0% of the model)",
+        "6 (1.5 epochs), 16 sequences each = 8 at once x 2",
+        "3.0 MiB predicted: weights 1.0 MiB, optimizer 1.0 KiB",
+        "every 2 steps",
+        "QuantLinear (nf4)",
+        "not quantized: lm_head (10,000 parameters)",
+        "held in: uint8 1.0 MiB",
+    ):
+        assert part in text
+    assert "gradients" not in text
+    assert "going on" not in text
+    assert "going on from c/step-3: step 3 of 6 is made" in show(started(3, "c/step-3"))
+
+
+def test_plain_lines_one_a_logged_step_and_the_last() -> None:
+    text = show(started(log_every=4), *(step(number) for number in range(1, 7)))
+    found = [line for line in text.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in found] == ["4/6", "6/6"]
+    assert "loss 2.5000  1,234 tokens/s  lr 2.00e-04  grad 0.75  5.0 MiB  ETA " in found[0]
+    assert "\r" not in text and "\x1b" not in text
+
+
+def test_a_live_bar_on_a_terminal_is_taken_away_at_the_end() -> None:
+    text = show(started(), step(1), Saved(1, "c", "checkpoint"), step(6), terminal=True)
+    assert "\x1b[" in text and "training" in text and "saved checkpoint" not in text
+    assert "step 6/6" in text.rstrip().splitlines()[-1] and "step 1/6" not in text
+
+
+def test_the_bar_goes_when_the_block_ends_badly() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with pytest.raises(KeyboardInterrupt), Terminal(console) as sink:
+        sink(started())
+        sink(step(1))
+        raise KeyboardInterrupt
+    assert not console._live_stack
+
+
+def test_long_stages_are_told_in_quarters() -> None:
+    text = show(*(events.Progress("reading", done, 100) for done in range(101)), events.Progress("drawing", 3))
+    assert text.splitlines() == [
+        "reading: 0 of 100",
+        "reading: 25 of 100",
+        "reading: 50 of 100",
+        "reading: 75 of 100",
+        "reading: 100 of 100",
+        "drawing: 3",
+    ]
+
+
+def test_stages_that_run_twice_are_told_twice() -> None:
+    once = [events.Progress("reading", done, 2) for done in (1, 2)]
+    assert len(show(*once, *once).splitlines()) == 4
+    assert "reading" in show(*once, *once, terminal=True)
+
+
+def test_warnings_are_merged_and_counted() -> None:
+    text = show(
+        Warned("row skipped [no answer]", "a.jsonl:3"), Warned("row skipped [no answer]", "a.jsonl:9", 4), Warned("odd")
+    )
+    assert text.splitlines() == [
+        "warning: row skipped [no answer] [a.jsonl:3]",
+        "warning: odd",
+        "warning: row skipped [no answer] (5 times in all)",
+    ]
+
+
+def test_the_comparison_and_answers_side_by_side() -> None:
+    text = show(started(), Evaluated(6, COMPARISON))
+    row = next(line for line in text.splitlines() if "exact match" in line and "%" in line)
+    for part in ("0.0 %", "41.2 %", "+41.2 %", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
+        assert part in row
+    assert "perplexity (less is better)" in text and "[-20.00, –]" in text
+    assert "exact match rose." in text
+    assert [line.strip() for line in text.splitlines() if line.strip().startswith("Sample")] == [
+        "Sample 5, largest gain",
+        "Sample 3, largest loss",
+        "Sample 1, drawn at random",
+    ]
+    assert "ask 4 [bold]" in text and "truth" in text and "base 4" in text and "tuned 4" in text
+
+
+def test_no_samples_when_none_are_asked_for() -> None:
+    assert "Sample" not in show(started(num_shown=0), Evaluated(6, COMPARISON))
+
+
+def test_the_end_tells_predicted_beside_measured() -> None:
+    text = show(
+        started(),
+        Saved(6, "runs/x/adapter", "adapter"),
+        Finished(
+            6,
+            {
+                "num_steps": 6,
+                "num_tokens": 24576,
+                "wall_s": 61.0,
+                "tokens_per_s": 402.9,
+                "peak_memory_bytes": 4 << 20,
+                "plan": PLAN,
+            },
+        ),
+    )
+    assert "saved adapter: runs/x/adapter" in text
+    assert "finished: 6 steps, 24,576 tokens in 1m01s at 403 tokens/s" in text
+    assert "peak memory: 4.0 MiB measured, 3.0 MiB predicted" in text
+
+
+def test_failed_prints_nothing_more() -> None:
+    assert show(Failed("bad")) == ""
+
+
+def test_combine_tells_all_in_order() -> None:
+    told: list[tuple[int, events.Event]] = []
+    combine(lambda event: told.append((1, event)), lambda event: told.append((2, event)))(step(1))
+    assert [number for number, _ in told] == [1, 2]

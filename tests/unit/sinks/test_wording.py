@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from ingle.sinks.wording import count, duration, p_value, score, size
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (99_999, "99,999"),
+        (123_456, "123 K"),
+        (999_499, "999 K"),
+        (999_999, "1.00 M"),
+        (1_234_567, "1.23 M"),
+        (12_345_678, "12.3 M"),
+        (7.0e9, "7.00 B"),
+        (2.5e15, "2500 T"),
+    ],
+)
+def test_count(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0s"),
+        (9.94, "9.9s"),
+        (9.96, "10s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (7620, "2h07m"),
+        (90000, "25h00m"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_size() -> None:
+    assert [size(n) for n in (12, 1024, 812 * 2**20, 2**30 * 3, 2**40 * 5)] == [
+        "12 B",
+        "1.0 KiB",
+        "812 MiB",
+        "3.0 GiB",
+        "5.0 TiB",
+    ]
+
+
+def test_score_and_p_value() -> None:
+    assert score("exact_match", 0.4125) == "41.2 %"
+    assert score("exact_match", -0.05, signed=True) == "-5.0 %"
+    assert score("chrf", 0.04, signed=True) == "0.0"
+    assert score("rouge_l", 0.5, signed=True) == "+0.500"
+    assert score("bleu", None) == "–"
+    assert [p_value(p) for p in (0.0312, 4e-18, 0.0, 1.0)] == ["0.031", "4.0e-18", "< 1e-300", "1.000"]
