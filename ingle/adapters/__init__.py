@@ -1,0 +1,21 @@
+"""What is trained on top of the base: LoRA, modules trained whole, and their files."""
+
+from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
+from ingle.adapters.attachment import attach
+from ingle.adapters.files import adapter_config, load_adapter, save_adapter
+from ingle.adapters.lora import LoraLinear
+from ingle.adapters.targets import targets
+
+__all__ = [
+    "AttachReport",
+    "LoraLinear",
+    "NotAdapted",
+    "adapter_config",
+    "attach",
+    "disabled",
+    "load_adapter",
+    "lora_modules",
+    "save_adapter",
+    "targets",
+    "trainable_parameters",
+]

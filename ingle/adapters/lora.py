@@ -1,0 +1,116 @@
+"""The LoRA module: a frozen linear map of any base format and its low-rank change."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ingle.kernels.lora import Projection, lora_linears
+from ingle.quant.conversion import is_conv1d
+from ingle.quant.linear import QuantLinear
+
+
+class LoraLinear(nn.Module):
+    """``y = x W^T + b + scale * dropout(x) A^T B^T`` with W and b frozen.
+
+    A and B are float32 masters; products run in the dtype of the base.
+
+    Args:
+        base: An ``nn.Linear``, transformers' ``Conv1D`` or a ``QuantLinear``; frozen by this.
+        rank: R.
+        scale: Factor on the change.
+        dropout: Share of the adapter's inputs set to zero in training.
+
+    Attributes:
+        lora_a: [R, in_features].
+        lora_b: [out_features, R].
+        enabled: Whether the change is applied.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.out_features, self.in_features = features(base)
+        self.scale = scale
+        self.dropout = dropout
+        self.enabled = True
+        device = next(base.parameters()).device
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.lora_a.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, as architectures that look at their layers expect it."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    @torch.no_grad()
+    def initialise(self, seed: int, name: str) -> None:
+        """Sets A uniform in ``+-1/sqrt(in_features)`` and B zero, so that training starts from the base.
+
+        Args:
+            seed: The run's.
+            name: The module's path: what is drawn depends on it and not on the order of modules.
+
+        Source: He et al. 2015 (arXiv 1502.01852) with a = sqrt(5), as in the authors' code for LoRA.
+        """
+        digest = hashlib.blake2b(f"{seed}.{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        bound = 1 / math.sqrt(self.in_features)
+        self.lora_a.copy_(torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator))
+        self.lora_b.zero_()
+
+    def projection(self) -> Projection:
+        """What the kernels need to know."""
+        dropout = self.dropout if self.training else 0.0
+        return Projection(self.dense_weight, self.bias, self.lora_a, self.lora_b, self.scale, dropout)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight as [out_features, in_features]; valid until the next layer's is asked for."""
+        if isinstance(self.base, QuantLinear):
+            return self.base.decode(dtype, self.base.scratch(dtype))
+        weight = self.weight.detach()
+        return (weight.t() if is_conv1d(self.base) else weight).to(dtype)
+
+    def product_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the base multiplies ``x``."""
+        return x.dtype if isinstance(self.base, QuantLinear) else self.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        x = x.to(self.product_dtype(x))
+        if not self.enabled:
+            output: Tensor = self.base(x)
+            return output
+        return lora_linears(x, [self.projection()])[0]
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether LoRA can sit on a module: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``."""
+    return isinstance(module, nn.Linear | QuantLinear) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """``out_features, in_features`` of a linear-like module."""
+    if is_conv1d(module):
+        in_features, out_features = module.get_parameter("weight").shape
+        return out_features, in_features
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

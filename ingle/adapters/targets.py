@@ -1,0 +1,128 @@
+"""Which modules of a model an adapter means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ingle.adapters.lora import LoraLinear, is_linear
+from ingle.config.adapter import AdapterConfig, LoraAdapter
+from ingle.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Paths of modules, in the model's order.
+
+    Attributes:
+        adapted: Linear maps that get an adapter.
+        whole: Modules trained whole.
+    """
+
+    adapted: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+def targets(model: nn.Module, adapter: AdapterConfig) -> tuple[str, ...]:
+    """Paths of the linear maps that ``attach`` would adapt.
+
+    Raises:
+        AdapterError: When a pattern matches nothing.
+    """
+    return select(model, adapter).adapted if isinstance(adapter, LoraAdapter) else ()
+
+
+def select(model: nn.Module, adapter: LoraAdapter) -> Selection:
+    """Applies ``target_modules`` and ``trainable_modules``.
+
+    ``all-linear`` is every linear map but the output head, as in PEFT. What lies inside a module that is trained
+    whole needs no adapter and gets none.
+
+    Raises:
+        AdapterError: When a pattern matches nothing, or nothing is left to adapt.
+    """
+    modules = {name: module for name, module in model.named_modules() if not _inside_lora(model, name)}
+    whole = _match_all(
+        adapter.trainable_modules,
+        {name: m for name, m in modules.items() if name and any(True for _ in m.parameters())},
+        "adapter.trainable_modules",
+        "module",
+    )
+    linears = {name: m for name, m in modules.items() if isinstance(m, LoraLinear) or is_linear(m)}
+    if adapter.target_modules == "all-linear":
+        head = output_head(model)
+        adapted = [name for name, module in linears.items() if module is not head]
+    else:
+        adapted = _match_all(adapter.target_modules, linears, "adapter.target_modules", "linear map", modules)
+    adapted = [name for name in adapted if not any(name == w or name.startswith(f"{w}.") for w in whole)]
+    if not adapted:
+        raise AdapterError(
+            "there is no linear map left to adapt.",
+            where="adapter.target_modules",
+            why=f"{len(linears)} linear maps; trained whole: {', '.join(whole) or 'none'}",
+            fix="name other modules, or set adapter.kind to none to train everything",
+        )
+    return Selection(tuple(adapted), tuple(whole))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern fits a module's path or the end of it, at a dot."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, where the model says so."""
+    find = getattr(model, "get_output_embeddings", None)
+    head: nn.Module | None = find() if callable(find) else None
+    return head
+
+
+def _inside_lora(model: nn.Module, name: str) -> bool:
+    parent, _, last = name.rpartition(".")
+    return last == "base" and isinstance(model.get_submodule(parent), LoraLinear)
+
+
+def _match_all(
+    patterns: Iterable[str],
+    candidates: dict[str, nn.Module],
+    where: str,
+    kind: str,
+    others: dict[str, nn.Module] | None = None,
+) -> list[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in candidates if name and matches(name, pattern)]
+        if not hits:
+            raise _nothing_matches(pattern, candidates, where, kind, others or {})
+        found.update(hits)
+    return [name for name in candidates if name in found]
+
+
+def _nothing_matches(
+    pattern: str, candidates: dict[str, nn.Module], where: str, kind: str, others: dict[str, nn.Module]
+) -> AdapterError:
+    names = sorted({name.rpartition(".")[2] for name in candidates if name} - {""})
+    names = [name for name in names if not name.isdigit()]
+    wide = [name for name in others if name and matches(name, pattern)]
+    if wide:
+        kinds = ", ".join(sorted({type(others[name]).__name__ for name in wide}))
+        inside = any(name.startswith(f"{w}.") for w in wide for name in candidates)
+        fix = f"{pattern}.* takes the linear maps inside" if inside else f"choose among {', '.join(names)}"
+        if "expert" in kinds.lower():
+            fix = "fused experts cannot be adapted yet: name the attention's linear maps, or use all-linear"
+        return AdapterError(
+            f"{pattern!r} matches {len(wide)} module{'s' * (len(wide) > 1)} of kind {kinds}, but no {kind}.",
+            where=where,
+            fix=fix,
+        )
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], names, n=3)
+    return AdapterError(
+        f"{pattern!r} matches no {kind} of this model.",
+        where=where,
+        why=f"its names end in {', '.join(names)}",
+        fix=f"did you mean {' or '.join(close)}?" if close else None,
+    )
