@@ -42,7 +42,7 @@ class Document:
     Attributes:
         origin: ``file:line``.
         text: All of it.
-        answers: Where the assistant speaks; carries loss.
+        answers: Where the assistant speaks; None for plain text, where nobody does.
         everything: Every token carries loss, not only the answers.
         chat: Rendered by a chat template, which brings its own special tokens.  Otherwise the tokenizer puts
             its own (BOS) before the text, and the end-of-text token is put after it.
@@ -51,7 +51,7 @@ class Document:
 
     origin: str
     text: str
-    answers: tuple[Answer, ...] = ()
+    answers: tuple[Answer, ...] | None = None
     everything: bool = False
     chat: bool = False
     remarks: tuple[str, ...] = ()
@@ -196,6 +196,7 @@ class TextEncoder:
         ids, offsets = _as_arrays(encoding)
         text = self._find_text(ids)
         ids, offsets = ids[text], offsets[text]
+        assert document.answers is not None, "plain text has no border"
         (answer,) = document.answers
         supervised = offsets[:, 0] >= answer.start
         ids, supervised, is_open = self._close(ids, supervised)
@@ -206,7 +207,7 @@ class TextEncoder:
         starts = offsets[:, 0]
         supervised = np.full(len(ids), document.everything, dtype=np.bool_)
         open_turns, straddled, is_open = 0, False, False
-        for answer in document.answers:
+        for answer in document.answers or ():
             after = np.flatnonzero((starts >= answer.content_end) & (starts < answer.end))
             ends = after[np.isin(ids[after], self._control)]
             is_open = len(ends) == 0

@@ -10,6 +10,8 @@ experiment and proved:
   it is served: the rendering of the messages before it with ``add_generation_prompt``.  Where a template renders
   history differently (it moves the system prompt, drops reasoning), only the part from the end of the message
   before to the end of the generation prompt is compared.
+  Spaces at its end count to the answer: tokens carry the space before a word, so a border after the space would cut
+  the first token of the answer in two.
 * **Where a turn ends.** The tokenizer decides: the first control token after the answer is the end of turn.
 
 A template for which the proof fails is refused, never guessed.
@@ -30,6 +32,14 @@ TrainOn = Literal["assistant", "last", "all"]
 
 #: What :func:`locate_answers` may remark on; shown once with a count.
 PROMPT_DIFFERS = "the chat template's generation prompt is not what its rendered answers begin with"
+HISTORY_DIFFERS = (
+    "the chat template renders the messages before the last answer differently once the answer is there, so what is "
+    "served is not what is trained (is a system message missing? put it into the first user message)"
+)
+TRAILING_SPACE = (
+    "the chat template's generation prompt ends in a space; tokens carry the space before a word, so it is left to the "
+    "answer (other servers may not do so: a template without that space is safer)"
+)
 ANSWER_CHANGED = "the chat template leaves out or changes part of an answer (reasoning?)"
 
 
@@ -109,8 +119,7 @@ def read_conversation(example: Example, system: str | None = None) -> tuple[Mess
 def split_prompt(example: Example) -> tuple[str, str]:
     """Prompt and completion as plain text whose sum is what is trained on without a chat template.
 
-    Spaces at the end of the prompt go to the completion: tokens carry the space before a word, so a prompt
-    that ends in one would cut the first token of the answer in two.
+    Spaces at the end of the prompt go to the completion, as with a template.
     """
     assert example.prompt is not None and example.completion is not None, example.origin
     prompt = example.prompt.rstrip(" ")
@@ -134,7 +143,7 @@ def prompt_ids(tokenizer: Tokenizer, example: Example, system: str | None = None
         messages = list(read_conversation(example, system))
         while messages and messages[-1].role == "assistant":
             messages.pop()
-        text = render(tokenizer, messages, add_generation_prompt=True, origin=example.origin)
+        text = render(tokenizer, messages, add_generation_prompt=True, origin=example.origin).rstrip(" ")
         return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     ids = [int(i) for i in tokenizer(split_prompt(example)[0], add_special_tokens=True)["input_ids"]]
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
@@ -160,11 +169,15 @@ def locate_answers(
     tail = text[ends[indices[-1]] :]
     answers, remarks = [], []
     for i in indices if train_on == "assistant" else indices[-1:]:
-        start, differs = _find_start(tokenizer, messages, i, text, ends, origin)
-        if differs:
-            remarks.append(PROMPT_DIFFERS)
-        if messages[i].content.strip() not in text[start : ends[i]]:
+        start, remark = _find_start(tokenizer, messages, i, text, ends, origin)
+        # Earlier turns as history look different in many templates; what the last answer sees must not.
+        if remark == PROMPT_DIFFERS or (remark == HISTORY_DIFFERS and i == indices[-1]):
+            remarks.append(remark)
+        if _find_content(messages[i].content, text, ends[i]) is None:
             remarks.append(ANSWER_CHANGED)
+        if text[start - 1 : start] == " ":
+            remarks.append(TRAILING_SPACE)
+            start = len(text[:start].rstrip(" "))
         # The end of an inner turn is what it has in common with that of the last; the rest is the next header.
         end = ends[i] + _measure_common(tail, text[ends[i] :])
         answers.append(Answer(start, ends[i], end))
@@ -219,39 +232,43 @@ def _mark(
 
 
 def _find_start(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    i: int,
-    text: str,
-    ends: dict[int, int],
-    origin: str | None,
-) -> tuple[int, bool]:
-    """Where answer ``i`` begins in ``text``, and whether the generation prompt differs from what stands there."""
+    tokenizer: Tokenizer, messages: Sequence[Message], i: int, text: str, ends: dict[int, int], origin: str | None
+) -> tuple[int, str | None]:
+    """Where answer ``i`` begins in ``text``, and how what is served differs from what stands before it."""
     try:
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
     except DataError:
         prompt = None  # templates may refuse an empty history
     if prompt is not None and text.startswith(prompt) and len(prompt) <= ends[i]:
-        return len(prompt), False
+        return len(prompt), None
     content_start = _find_content(messages[i].content, text, ends[i])
     bound = content_start if content_start is not None else ends[i]
     if prompt is not None and i > 0:
-        here, there = None, None
-        for strip in (False, True):
-            here = here or _mark(tokenizer, messages, [i - 1], text, strip=strip)
-            there = there or _mark(tokenizer, messages[:i], [i - 1], prompt, strip=strip, add_generation_prompt=True)
+        here = _end_of(tokenizer, messages, i - 1, text, add_generation_prompt=False)
+        there = _end_of(tokenizer, messages[:i], i - 1, prompt, add_generation_prompt=True)
         if here is not None and there is not None:
-            opening = prompt[there[i - 1] :]
-            common = _measure_common(opening, text[here[i - 1] :])
-            return min(here[i - 1] + common, bound), common < len(opening)
+            opening = prompt[there:]
+            common = _measure_common(opening, text[here:])
+            return min(here + common, bound), PROMPT_DIFFERS if common < len(opening) else HISTORY_DIFFERS
     if content_start is not None:
-        return content_start, prompt is not None
+        return content_start, PROMPT_DIFFERS if prompt is not None else None
     raise DataError(
         "The chat template cannot be masked.",
         where=origin,
-        why=f"the beginning of answer {i + 1} is not found: neither its generation prompt nor its content is there",
+        why=f"the beginning of message {i + 1} is not found: neither its generation prompt nor its content is there",
         fix="data.train_on=all, or another template with model.chat_template=",
     )
+
+
+def _end_of(
+    tokenizer: Tokenizer, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool
+) -> int | None:
+    """Where message ``i`` ends in a rendering, whether the template strips it or not."""
+    for strip in (False, True):
+        ends = _mark(tokenizer, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
+        if ends is not None:
+            return ends[i]
+    return None
 
 
 def _find_content(content: str, text: str, end: int) -> int | None:

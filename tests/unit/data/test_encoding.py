@@ -1,0 +1,192 @@
+"""Ids and masks of plain text and of prompts without a chat template; positions exact to the character."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ingle.data.encoding import Document, TextEncoder, cut_text, draw_document
+from ingle.data.template import Answer, prompt_ids
+from ingle.data.types import Example
+from ingle.errors import DataError
+
+
+def encode(tokenizer, example, train_on="assistant"):
+    document = draw_document(example, tokenizer, train_on=train_on, system=None)
+    assert not isinstance(document, str), document
+    (encoded,) = TextEncoder(tokenizer).encode([document])
+    return encoded
+
+
+def pair(prompt: str, completion: str) -> Example:
+    return Example("f:1", prompt=prompt, completion=completion)
+
+
+def supervised_text(tokenizer, encoded) -> str:
+    return tokenizer.decode(encoded.ids[encoded.supervised], skip_special_tokens=False)
+
+
+@pytest.fixture()
+def plain(tokenizer_factory):
+    return tokenizer_factory(chat_template=None)
+
+
+def test_text_is_closed_by_eos_and_all_but_its_first_token_carries_loss(plain):
+    encoded = encode(plain, Example("f:1", text="hello world"))
+    assert encoded.ids.tolist() == [*plain("hello world")["input_ids"], plain.eos_token_id]
+    assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.ids) - 1)
+
+
+def test_pair_is_one_text_masked_at_the_border(plain):
+    encoded = encode(plain, pair("what is two?\n", "it is four."))
+    assert encoded.ids.tolist() == [*plain("what is two?\nit is four.")["input_ids"], plain.eos_token_id]
+    assert supervised_text(plain, encoded) == "it is four.<|endoftext|>"
+    assert prompt_ids(plain, pair("what is two?\n", "x")) == plain("what is two?\n")["input_ids"]
+
+
+def test_spaces_between_prompt_and_answer_belong_to_the_answer(plain):
+    encoded = encode(plain, pair("answer: ", "four"))
+    ids = prompt_ids(plain, pair("answer: ", "four"))
+    assert ids == plain("answer:")["input_ids"]
+    assert encoded.ids[: len(ids)].tolist() == ids
+    assert supervised_text(plain, encoded) == " four<|endoftext|>"
+    assert not encoded.straddled
+
+
+def test_a_token_across_the_border_belongs_to_the_prompt(plain):
+    merged = plain.tokenize("question")
+    assert len(merged) == 1, "the point of this test is a border inside a token"
+    encoded = encode(plain, pair("ques", "tion two"))
+    assert supervised_text(plain, encoded) == " two<|endoftext|>"
+    assert encoded.straddled
+
+
+def test_train_on_all_masks_nothing_of_a_pair(plain):
+    encoded = encode(plain, pair("what\n", "four"), "all")
+    assert encoded.supervised[1:].all()
+
+
+def test_bos_of_the_tokenizer_is_kept_once_and_never_carries_loss(tokenizer_factory):
+    tokenizer = tokenizer_factory(bos="<s>", eos="</s>", special=(), chat_template=None, add_bos=True)
+    for text in ("hello", "<s>hello"):
+        ids = encode(tokenizer, Example("f:1", text=text)).ids.tolist()
+        assert ids == [tokenizer.bos_token_id, *tokenizer("hello")["input_ids"][1:], tokenizer.eos_token_id]
+    encoded = encode(tokenizer, pair("what\n", "four"))
+    assert encoded.ids[0] == tokenizer.bos_token_id
+    assert supervised_text(tokenizer, encoded) == "four</s>"
+    assert prompt_ids(tokenizer, pair("what\n", "four")) == tokenizer("what\n")["input_ids"]
+
+
+def test_eos_is_not_doubled(plain):
+    ids = encode(plain, Example("f:1", text="hello<|endoftext|>")).ids.tolist()
+    assert ids == [*plain("hello")["input_ids"], plain.eos_token_id]
+
+
+def test_pad_that_is_eos_changes_no_mask(tokenizer_factory):
+    """Where pad and end-of-text share an id, masks by id would silence every end of text."""
+    tokenizer = tokenizer_factory(pad="<|endoftext|>", chat_template=None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    encoded = encode(tokenizer, pair("what\n", "four"))
+    assert supervised_text(tokenizer, encoded) == "four<|endoftext|>"
+
+
+def test_without_an_end_of_text_token_the_turn_stays_open(tokenizer_factory):
+    tokenizer = tokenizer_factory(eos=None, chat_template=None)
+    encoded = encode(tokenizer, pair("what\n", "four"))
+    assert encoded.open_turns == 1
+    assert supervised_text(tokenizer, encoded) == "four"
+
+
+@pytest.mark.parametrize("answer", ["日本語", "naïve", "😀", "\n\n", "\tx", " ", "é"])
+def test_characters_of_several_tokens_and_white_space_are_masked_whole(plain, answer):
+    """The tiny tokenizer splits each of these into bytes, and trims white space from the positions it reports."""
+    document = Document("f:1", f"日|{answer}b日", (Answer(2, 2 + len(answer), 2 + len(answer)),), chat=True)
+    (encoded,) = TextEncoder(plain).encode([document])
+    closed = supervised_text(plain, encoded)
+    tokens = plain.convert_ids_to_tokens(encoded.ids[encoded.supervised])
+    if answer == " ":  # the space is part of the token " b", so that b comes along; or a token of its own
+        assert closed in (" <|endoftext|>", " b<|endoftext|>")
+    else:
+        assert closed == f"{answer}<|endoftext|>", tokens
+
+
+def test_the_users_tokenizer_is_left_as_it_is(plain):
+    before = plain.backend_tokenizer.to_str()
+    encode(plain, pair("what\n", "four"))
+    assert plain.backend_tokenizer.to_str() == before
+
+
+def test_settings_of_the_tokenizer_do_not_leak_in(plain):
+    """A tokenizer that was last used with padding and truncation would pad and cut in silence."""
+    plain.backend_tokenizer.enable_truncation(3)
+    plain.backend_tokenizer.enable_padding(length=64)
+    text = "the quick brown fox jumps over the lazy dog"
+    encoded = encode(plain, Example("f:1", text=text))
+    assert plain.decode(encoded.ids[:-1]) == text
+
+
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        eos_token_id = bos_token_id = None
+        all_special_ids = ()
+
+    with pytest.raises(DataError, match="which characters"):
+        TextEncoder(Slow())
+
+
+def test_documents_of_all_kinds_keep_their_order(tokenizer):
+    examples = [
+        Example("f:1", text="hello"),
+        pair("what", "four"),
+        Example("f:3", text="world"),
+        pair("price", "food"),
+    ]
+    documents = [draw_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
+    together = [e.ids.tolist() for e in TextEncoder(tokenizer).encode(documents)]
+    assert together == [encode(tokenizer, e).ids.tolist() for e in examples]
+
+
+@pytest.mark.parametrize("example", [pair("what", "  "), Example("f:1", text=" \n")])
+def test_nothing_to_say_is_a_reason_to_skip(plain, example):
+    reason = draw_document(example, plain, train_on="assistant", system=None)
+    assert reason in ("empty answer", "empty text")
+
+
+def test_plain_text_has_no_prompt(plain):
+    with pytest.raises(DataError, match="no prompt"):
+        prompt_ids(plain, Example("f:1", text="x"))
+
+
+def make_prose(seed: int) -> str:
+    rng = random.Random(seed)
+    words = ["hello", "world", "the", "quick,", "Fox", "42", "don't", "naïve", "日本", "x=1;"]
+    separators = [" "] * 30 + ["\n"] * 3 + ["\n\n", "  ", "\n  ", " \n", "\t"]
+    return "".join(rng.choice(words) + rng.choice(separators) for _ in range(3000))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_texts_in_pieces_give_the_tokens_of_the_whole(plain, seed):
+    text = make_prose(seed)
+    pieces = cut_text(text, 500)
+    assert "".join(pieces) == text
+    assert len(pieces) > 10
+    assert max(map(len, pieces)) <= 500
+    assert [i for piece in pieces for i in plain(piece)["input_ids"]] == plain(text)["input_ids"]
+
+
+def test_gpt2_tokens_of_a_long_text_in_pieces(shared_data):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shared_data / "gpt2-tokenizer" / "tokenizer.json"))
+    text = (shared_data / "shakespeare" / "input.txt").read_text()[:200_000]
+    pieces = cut_text(text, 5000)
+    assert len(pieces) > 40
+    joined = np.concatenate([tokenizer(piece)["input_ids"] for piece in pieces])
+    assert np.array_equal(joined, tokenizer(text)["input_ids"])
+
+
+def test_text_without_line_ends_is_cut_at_spaces_or_anywhere():
+    assert cut_text("ab cd ef gh", 6) == ["ab cd", " ef gh"]
+    assert "".join(cut_text("x" * 100, 7)) == "x" * 100
+    assert cut_text("", 5) == [""]
