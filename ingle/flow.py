@@ -20,6 +20,7 @@ from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Event, Failed, Finished, Saved, Sink, Started, Step, Warned
 from ingle.objectives import LanguageModelling, Objective
+from ingle.sinks import MetricsFile, combine
 from ingle.training.census import model_shape
 from ingle.training.checkpoint import Checkpoints, Position
 from ingle.training.compiling import can_compile, compile_layers
@@ -64,6 +65,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
     with folder.locked(), stop_on_signals() as stop:
         if folder.state(run) == "finished":
             return _already_finished(folder, sink)
+        sink = combine(MetricsFile(folder.metrics), sink)
         try:
             parts = assemble(run, sink)
             folder.begin(run)
@@ -106,7 +108,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     the_plan = _plan(run, mesh, dtype, model, dataset, sequences)
     quant.convert(model, run.base)
     models.fill(model, run.model, mesh.device, dtype, seed=run.seed, sink=sink)
-    adapters.attach(model, run.adapter, seed=run.seed)
+    models.verify(model)
+    attached = adapters.attach(model, run.adapter, seed=run.seed)
+    for note in attached.notes:
+        sink(Warned(note))
     if run.train.recompute:
         models.recompute_layers(model)
     if the_plan.compile:
@@ -120,7 +125,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         device=mesh.device,
     )
     optimizer = Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim)
-    return Assembled(mesh, the_plan, tokenizer, model, objective, optimizer, dataset.digest, len(sequences))
+    return Assembled(mesh, the_plan, tokenizer, model, objective, optimizer, dataset.fingerprint(), len(sequences))
 
 
 def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopRequest) -> Position:
@@ -179,7 +184,12 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopR
 
 
 def _plan(
-    run: Run, mesh: parallel.Mesh, dtype: torch.dtype, model: nn.Module, dataset: data.TokenDataset, sequences: Any
+    run: Run,
+    mesh: parallel.Mesh,
+    dtype: torch.dtype,
+    model: nn.Module,
+    dataset: data.TokenDataset,
+    sequences: data.Sequences,
 ) -> planning.Plan:
     return planning.make_plan(
         run,
@@ -187,8 +197,8 @@ def _plan(
         planning.DataShape(
             num_documents=len(dataset),
             num_sequences=len(sequences),
-            num_tokens=int(dataset.lengths.sum()),
-            num_supervised=dataset.stats.num_supervised,
+            num_tokens=dataset.num_tokens,
+            num_supervised=dataset.stats.supervised_tokens,
             longest=max(int(dataset.lengths[sequence].sum()) for sequence in sequences),
         ),
         dtype_bytes=dtype.itemsize,

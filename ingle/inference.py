@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ingle import adapters, data, models, parallel, quant
+from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.loader import run_from_yaml
@@ -141,16 +141,12 @@ def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = 
     source = locate(path_or_id)
     config = source.original if base_only and source.original is not None else source.model
     mesh = parallel.start(ParallelConfig())
-    dtype = models.compute_dtype(config.dtype, mesh.device)
     tokenizer = models.load_tokenizer(config)
-    model = models.skeleton(config, mesh.device, dtype)
-    quant.convert(model, source.base)
-    models.fill(model, config, mesh.device, dtype, sink=sink)
+    model = models.load_model(config, source.base, device=mesh.device, sink=sink)
     adapted = source.adapter is not None and not base_only
     if adapted:
         assert source.adapter is not None
         adapters.load_adapter(model, source.adapter)
-    model.eval()
     return Engine(model, tokenizer, adapted=adapted)
 
 

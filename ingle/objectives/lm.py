@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ingle.data.batch import collate
 from ingle.data.dataset import TokenDataset
+from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
 from ingle.data.types import IGNORE_INDEX, Batch
 from ingle.kernels.cross_entropy import linear_cross_entropy
@@ -53,7 +54,7 @@ class LanguageModelling:
         size = self._micro_batch_size
         return [self._collate(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
-    def _collate(self, sequences: Sequence[Any]) -> Batch:
+    def _collate(self, sequences: Sequence[Indices]) -> Batch:
         documents = [self._dataset.sample(int(index)) for sequence in sequences for index in sequence]
         return collate(documents).to(self._device)
 

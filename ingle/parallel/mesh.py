@@ -8,7 +8,7 @@ import torch
 
 from ingle.config.parallel import ParallelConfig
 from ingle.errors import ConfigError
-from ingle.kernels.threads import set_num_threads
+from ingle.kernels.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Mesh:
 
 
 def start(config: ParallelConfig) -> Mesh:
-    """Picks the device and sets the number of CPU threads.
+    """Picks the device, sets the number of CPU threads and tells the allocator to keep what is freed.
 
     Raises:
         ConfigError: When a GPU is asked for and there is none.
@@ -40,6 +40,7 @@ def start(config: ParallelConfig) -> Mesh:
             fix="--parallel.device=cpu, or install a CUDA build of PyTorch",
         )
     if config.num_threads is not None:
-        set_num_threads(config.num_threads)
+        torch.set_num_threads(config.num_threads)
+    keep_freed_memory()
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return Mesh(torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu"))

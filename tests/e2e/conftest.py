@@ -78,7 +78,11 @@ adapter: {{kind: lora, rank: 4, dropout: 0.1}}
 data: {{sources: [{tiny_data}/train.jsonl], max_seq_len: 64}}
 optim: {{lr: 5e-3}}
 train: {{num_steps: 12, global_batch_size: 4, micro_batch_size: 2, save_every: 3}}
-evaluate: {{sources: [{tiny_data}/held-out.jsonl], metrics: [chrf, exact_match, bits_per_byte], num_samples: 8, max_new_tokens: 8}}
+evaluate:
+  sources: [{tiny_data}/held-out.jsonl]
+  metrics: [chrf, exact_match, bits_per_byte]
+  num_samples: 8
+  max_new_tokens: 8
 output: {tmp_path}/run
 """)
     return path

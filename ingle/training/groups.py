@@ -1,0 +1,26 @@
+"""Which learning rate and weight decay each trained parameter gets."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ingle.adapters import trainable_parameters
+from ingle.config.adapter import AdapterConfig, LoraAdapter
+from ingle.config.optim import OptimConfig
+from ingle.training.optim import ParameterGroup
+
+
+def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfig) -> list[ParameterGroup]:
+    """Groups all that is trained.
+
+    Biases, norms and embeddings never decay.  LoRA's B learns ``lora_plus_ratio`` times as fast as A
+    (Hayou et al. 2024, "LoRA+", arXiv 2402.12354, equation 4).
+    """
+    ratio = adapter.lora_plus_ratio if isinstance(adapter, LoraAdapter) else 1.0
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in trainable_parameters(model):
+        decays = parameter.dim() >= 2 and id(parameter) not in embeddings
+        key = (ratio if name.endswith("lora_b") else 1.0, optim.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append((name, parameter))
+    return [ParameterGroup(tuple(members), *key) for key, members in groups.items()]
