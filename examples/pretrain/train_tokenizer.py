@@ -1,0 +1,78 @@
+"""Train the bundled base model's tokenizer: byte-level BPE that llama.cpp can hold as ``gpt2``.
+
+    python examples/pretrain/train_tokenizer.py --corpus examples/pretrain/corpus --output examples/pretrain/model
+
+GPT-2's pre-tokenizer, all 256 bytes, 4,096 tokens with the four special ones. A document ends with ``<|endoftext|>``; a
+turn of a conversation is ``<|im_start|>role\\n...<|im_end|>\\n`` (ChatML), so generation stops at either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 4096
+END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def texts(corpus: Path, every: int) -> Iterator[str]:
+    """Every ``every``-th row of the generated shards, and of the books' passages."""
+    for path in sorted(corpus.glob("*.jsonl")):
+        if path.name.startswith("heldout"):
+            continue
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file):
+                if number % every == 0:
+                    row = json.loads(line)
+                    yield from [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
+
+
+def train(corpus: Path, every: int) -> PreTrainedTokenizerFast:
+    """The trained tokenizer with its chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, PAD, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(corpus, every), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=TURN_END, pad_token=PAD, model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Train the bundled base model's tokenizer.")
+    parser.add_argument("--corpus", type=Path, default=Path(__file__).parent / "corpus")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--every", type=int, default=12, help="train on every n-th row")
+    options = parser.parse_args(arguments)
+    tokenizer = train(options.corpus, options.every)
+    tokenizer.save_pretrained(options.output)
+    settings_file = options.output / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # read by transformers 4 too
+    settings.pop("backend", None)
+    settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+    print(f"{len(tokenizer)} tokens in {options.output}")
+
+
+if __name__ == "__main__":
+    main()
