@@ -1,0 +1,173 @@
+"""What an adapter lands on, what it leaves alone, and what it says about both."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from ingle import adapters
+from ingle.config.adapter import LoraAdapter, NoAdapter
+from ingle.config.base import Nf4Base
+from ingle.errors import AdapterError
+from ingle.quant import QuantLinear, audit, convert
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_all_linear_is_every_linear_but_the_head() -> None:
+    model = llama()
+    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    assert len(report.adapted) == 2 * len(LINEARS)
+    assert {name.rpartition(".")[2] for name in report.adapted} == set(LINEARS)
+    assert isinstance(model.lm_head, nn.Linear)
+    trained = dict(adapters.trainable_parameters(model))
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert report.trainable_parameters == sum(p.numel() for p in trained.values())
+    assert {each.name for each in report.not_adapted} == {"model.embed_tokens", "lm_head"}
+    assert report.adapted == adapters.targets(llama(), LoraAdapter(rank=2))
+
+
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        (("q_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
+        (("layers.1.mlp.*",), [f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")]),
+        (("layers.0.*.[qk]_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]),
+        (("model.layers.0.self_attn.v_proj", "lm_head"), ["model.layers.0.self_attn.v_proj", "lm_head"]),
+    ],
+)
+def test_patterns_match_the_end_of_a_path(patterns: tuple[str, ...], expected: list[str]) -> None:
+    assert list(adapters.targets(llama(), LoraAdapter(target_modules=patterns))) == expected
+
+
+@pytest.mark.parametrize(
+    "patterns, fragments",
+    [
+        (("q_porj",), ["'q_porj' matches no linear map", "did you mean q_proj"]),
+        (("_proj",), ["'_proj' matches no linear map"]),  # only whole parts of a path match
+        (("mlp",), ["kind LlamaMLP, but no linear map", "mlp.*"]),
+        (("input_layernorm",), ["kind LlamaRMSNorm, but no linear map"]),
+        (("q_proj", "nothing.*"), ["'nothing.*' matches no linear map"]),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told(patterns: tuple[str, ...], fragments: list[str]) -> None:
+    with pytest.raises(AdapterError) as error:
+        adapters.attach(llama(), LoraAdapter(target_modules=patterns), seed=0)
+    for fragment in fragments:
+        assert fragment in str(error.value)
+
+
+def test_a_misspelt_trainable_module_is_told() -> None:
+    with pytest.raises(AdapterError, match=r"'lm_haed' matches no module.*\n.*trainable_modules(.|\n)*lm_head"):
+        adapters.attach(llama(), LoraAdapter(trainable_modules=("lm_haed",)), seed=0)
+
+
+def test_initialisation_depends_on_seed_and_path_and_not_on_order() -> None:
+    full, part, other = llama(), llama(), llama()
+    adapters.attach(full, LoraAdapter(rank=4), seed=3)
+    adapters.attach(part, LoraAdapter(rank=4, target_modules=("down_proj",)), seed=3)
+    adapters.attach(other, LoraAdapter(rank=4), seed=4)
+    name = "model.layers.1.mlp.down_proj.lora_a"
+    a = full.get_parameter(name)
+    assert torch.equal(a, part.get_parameter(name))
+    assert not torch.equal(a, other.get_parameter(name))
+    assert not torch.equal(a, full.get_parameter("model.layers.0.mlp.down_proj.lora_a"))
+    bound = 128**-0.5  # kaiming_uniform_ with a = sqrt(5)
+    assert 0.9 * bound < a.abs().max() <= bound
+    assert not full.get_parameter("model.layers.1.mlp.down_proj.lora_b").any()
+
+
+def test_trainable_modules_are_trained_whole_and_get_no_adapter() -> None:
+    model = llama()
+    report = adapters.attach(model, LoraAdapter(rank=2, trainable_modules=("layers.1.mlp", "norm")), seed=0)
+    assert report.trained_whole == ("model.layers.1.mlp", "model.norm")
+    assert not any(name.startswith("model.layers.1.mlp") for name in report.adapted)
+    assert model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad
+    assert not model.get_parameter("model.layers.0.input_layernorm.weight").requires_grad
+
+
+@pytest.mark.parametrize("named", ["lm_head", "embed_tokens"])
+def test_tied_weights_are_explained_and_restored(named: str) -> None:
+    model = llama(tied=True)
+    report = adapters.attach(model, LoraAdapter(rank=2, trainable_modules=(named,)), seed=0)
+    other = {"lm_head": "model.embed_tokens", "embed_tokens": "lm_head"}[named]
+    assert [note for note in report.notes if note.startswith(f"{other} shares its weight")]
+    before = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    with adapters.disabled(model):
+        assert torch.equal(model.lm_head.weight, before) and torch.equal(model.model.embed_tokens.weight, before)
+    assert torch.equal(model.model.embed_tokens.weight, before + 1)
+
+
+def test_disabled_is_undone_after_an_error() -> None:
+    model = llama()
+    adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    with pytest.raises(RuntimeError), adapters.disabled(model):
+        raise RuntimeError
+    assert all(module.enabled for module in adapters.lora_modules(model).values())
+
+
+def test_a_packed_base_stays_packed_and_the_audit_sees_the_adapter() -> None:
+    model = llama()
+    base = Nf4Base(format="nf4", double_quant=False)
+    convert(model, base)
+    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    assert len(report.adapted) == 14
+    assert all(isinstance(m.base, QuantLinear) for m in adapters.lora_modules(model).values())
+    counted = audit(model)
+    assert counted.trainable == report.trainable_parameters
+    with pytest.raises(AdapterError, match="held in nf4"):
+        adapters.attach(copy.deepcopy(model), LoraAdapter(trainable_modules=("layers.0.mlp",)), seed=0)
+    with pytest.raises(AdapterError, match="held in nf4"):
+        adapters.attach(model, NoAdapter(kind="none"), seed=0)
+
+
+def test_no_adapter_trains_everything() -> None:
+    model = llama()
+    report = adapters.attach(model, NoAdapter(kind="none"), seed=0)
+    assert len(adapters.trainable_parameters(model)) == len(list(model.parameters()))
+    assert report.trainable_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_experts_are_reported_and_never_passed_over(packed: bool) -> None:
+    model = mixtral()
+    if packed:
+        convert(model, Nf4Base(format="nf4", double_quant=False))
+    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    experts = [each for each in report.not_adapted if "experts" in each.name]
+    assert sum(each.parameters for each in experts) == 4 * 3 * 64 * 128
+    assert any("expert" in note and f"{4 * 3 * 64 * 128:,}" in note for note in report.notes)
+    with pytest.raises(AdapterError, match="experts"):
+        adapters.attach(mixtral(), LoraAdapter(target_modules=("experts",)), seed=0)
+
+
+def test_architectures_that_look_at_their_layers_still_can() -> None:
+    model = llama()
+    adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    q_proj = model.model.layers[0].self_attn.q_proj
+    assert q_proj.weight.shape == (64, 64) and q_proj.bias is None and q_proj.out_features == 64

@@ -1,0 +1,164 @@
+"""Adapter folders that are damaged, foreign or unsupported are refused in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ingle import adapters
+from ingle.config.adapter import LoraAdapter
+from ingle.errors import AdapterError
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+ADAPTER = LoraAdapter(rank=2, target_modules=("q_proj", "up_proj"))
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    model = llama()
+    adapters.attach(model, ADAPTER, seed=0)
+    adapters.save_adapter(model, tmp_path, ADAPTER, "base")
+    return tmp_path
+
+
+def refusal(folder: Path, model: Any = None) -> str:
+    with pytest.raises(AdapterError) as error:
+        adapters.load_adapter(model or llama(), folder)
+    return str(error.value)
+
+
+def edit_tensors(folder: Path, change: Any) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder: Path, **settings: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+
+
+def test_the_names_in_the_files_are_pefts(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert A in tensors and B in tensors and len(tensors) == 8
+    assert tensors[A].shape == (2, 64) and tensors[B].shape == (64, 2)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["q_proj", "up_proj"] and settings["peft_type"] == "LORA"
+    assert settings["lora_alpha"] == 4 and settings["r"] == 2
+
+
+def test_target_names_are_paths_where_the_last_part_is_not_enough(tmp_path: Path) -> None:
+    model, adapter = llama(), LoraAdapter(rank=2, target_modules=("layers.1.mlp.up_proj",))
+    adapters.attach(model, adapter, seed=0)
+    adapters.save_adapter(model, tmp_path, adapter, "base")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["model.layers.1.mlp.up_proj"]
+
+
+def test_missing_files(folder: Path) -> None:
+    assert "holds no adapter" in refusal(folder / "nowhere")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "pickle" in refusal(folder)
+
+
+def test_damaged_files(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in refusal(folder)
+    weights.write_bytes(whole)
+    (folder / "adapter_config.json").write_text("{")
+    assert "config cannot be read" in refusal(folder)
+    (folder / "adapter_config.json").write_text("[]")
+    assert "config cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "change, fragment",
+    [
+        (lambda t: t.pop(A), "half of the adapter of model.layers.0.self_attn.q_proj"),
+        (lambda t: [t.pop(A), t.pop(B)], "the adapter of model.layers.0.self_attn.q_proj is missing"),
+        (lambda t: t.clear(), "holds no adapter"),
+        (lambda t: t.update({A: torch.zeros(2, 60)}), "other sizes"),
+        (lambda t: t.update({A: torch.zeros(3, 64)}), "other sizes"),
+        (lambda t: t.update({A: t[A] * float("nan")}), "NaN"),
+        (lambda t: t.update({A.replace("lora_A.weight", "bias"): torch.zeros(64)}), "no part of an adapter"),
+        (lambda t: t.update({k.replace("layers.0", "layers.7"): t[k].clone() for k in (A, B)}), "does not have"),
+        (lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}), "LlamaMLP"),
+    ],
+)
+def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
+    edit_tensors(folder, change)
+    assert fragment in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, fragment",
+    [
+        ({"peft_type": "VERA"}, "type VERA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"r": None}, "r or lora_alpha"),
+    ],
+)
+def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
+    edit_config(folder, **settings)
+    assert fragment in refusal(folder)
+    with pytest.raises(AdapterError):
+        adapters.adapter_config(folder)
+
+
+def test_starting_from_a_folder(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({B: torch.ones(64, 2)}))
+    model = llama()
+    adapters.attach(model, ADAPTER.model_copy(update={"path": str(folder)}), seed=1)
+    module = adapters.lora_modules(model)["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(module.lora_b, torch.ones(64, 2)) and module.lora_b.requires_grad
+
+
+@pytest.mark.parametrize(
+    "settings, fragment",
+    [
+        ({"rank": 4}, "rank 2 and scale 2; the config asks for rank 4"),
+        ({"alpha": 1.0}, "the config asks for rank 2 and scale 0.5"),
+        ({"target_modules": ("q_proj",)}, "other modules"),
+        ({"target_modules": ("q_proj", "up_proj", "v_proj")}, "other modules"),
+    ],
+)
+def test_starting_from_a_folder_of_another_shape(folder: Path, settings: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(AdapterError, match=fragment):
+        adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(folder), **settings}), seed=1)
+
+
+def test_saving_over_an_adapter_leaves_no_other_file(folder: Path) -> None:
+    model = llama()
+    adapters.load_adapter(model, folder)
+    adapters.save_adapter(model, folder, ADAPTER, "base")
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_model_without_adapter_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError):
+        adapters.save_adapter(llama(), tmp_path, ADAPTER, "base")
