@@ -28,6 +28,7 @@ from prose.people import set_scene
 from prose.public_domain import passages
 from prose.world import World, country
 
+HELD_OUT = "heldout"
 DOCUMENT_SHARE = 0.9  # of a shard's rows; the rest are conversations
 
 
@@ -57,19 +58,39 @@ def rows(seed: str, num_rows: int) -> Iterator[dict[str, object]]:
             yield row
 
 
-def write_shard(output: Path, name: str, seed: str, num_rows: int) -> tuple[int, int, int, int]:
-    """Write a pair of files; the numbers of rows and of UTF-8 bytes of text, for documents and conversations."""
-    counts = [0, 0, 0, 0]
-    paths = [output / f"{kind}.jsonl" if "heldout" not in name else output / f"heldout-{kind}.jsonl" for kind in ("documents", "conversations")]
-    if "heldout" not in name:
-        paths = [output / f"{kind}-{name}.jsonl" for kind in ("documents", "conversations")]
-    with paths[0].open("w", encoding="utf-8") as documents, paths[1].open("w", encoding="utf-8") as conversations:
+def write_shard(output: Path, shard: str, seed: str, num_rows: int) -> None:
+    """Write the two files of a shard; ``shard`` is its number or ``heldout``."""
+    with (
+        shard_path(output, "documents", shard).open("w", encoding="utf-8") as documents,
+        shard_path(output, "conversations", shard).open("w", encoding="utf-8") as conversations,
+    ):
         for row in rows(seed, num_rows):
-            which = int("messages" in row)
-            (conversations if which else documents).write(json.dumps(row, ensure_ascii=False) + "\n")
-            counts[2 * which] += 1
-            counts[2 * which + 1] += len(str(row["text"]).encode()) if not which else sum(len(m["content"]) + 40 for m in row["messages"])  # type: ignore[attr-defined]
-    return counts[0], counts[1], counts[2], counts[3]
+            file = conversations if "messages" in row else documents
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def shard_path(output: Path, kind: str, shard: str) -> Path:
+    """Where the rows of a kind lie."""
+    return output / (f"heldout-{kind}.jsonl" if shard == HELD_OUT else f"{kind}-{shard}.jsonl")
+
+
+def drop_duplicates(paths: Sequence[Path]) -> tuple[int, int, int]:
+    """Rewrite files without rows that an earlier one holds; rows kept, rows dropped, bytes kept."""
+    seen: set[bytes] = set()
+    num_dropped = num_bytes = 0
+    for path in paths:
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            key = hashlib.blake2b(line, digest_size=10).digest()
+            if key not in seen:
+                seen.add(key)
+                kept.append(line)
+        if len(kept) < len(lines):
+            path.write_bytes(b"".join(kept))
+        num_dropped += len(lines) - len(kept)
+        num_bytes += sum(map(len, kept))
+    return len(seen), num_dropped, num_bytes
 
 
 def write_public_domain(output: Path, books: Sequence[Path], repeats: int, seed: int) -> tuple[int, int]:
@@ -95,13 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    jobs = [(f"{shard:03d}", f"{options.seed} shard {shard}", options.rows_per_shard) for shard in range(options.num_shards)]
-    jobs.append(("heldout", f"{options.seed} heldout", max(options.rows_per_shard // 10, 10)))
-    names, seeds, sizes = zip(*jobs, strict=True)
+    shards = [*(f"{number:03d}" for number in range(options.num_shards)), HELD_OUT]
+    seeds = [f"{options.seed} {'shard ' + shard.lstrip('0').zfill(1) if shard != HELD_OUT else shard}" for shard in shards]
+    sizes = [options.rows_per_shard] * options.num_shards + [max(options.rows_per_shard // 10, 10)]
     with ProcessPoolExecutor(options.processes) as pool:
-        counts = list(pool.map(partial(write_shard, options.output), names, seeds, sizes))
-    totals = [sum(column) for column in zip(*counts, strict=True)]
-    print(f"documents      {totals[0]:>9,} rows {totals[1] / 1e6:8.1f} MB\nconversations  {totals[2]:>9,} rows {totals[3] / 1e6:8.1f} MB")
+        list(pool.map(partial(write_shard, options.output), shards, seeds, sizes))
+    for kind in ("documents", "conversations"):
+        kept, dropped, size = drop_duplicates([shard_path(options.output, kind, shard) for shard in shards])
+        print(f"{kind:14} {kept:>9,} rows {size / 1e6:8.1f} MB   {dropped:,} duplicates dropped")
     if options.public_domain:
         num_rows, num_bytes = write_public_domain(options.output, options.public_domain, options.repeats, options.seed)
         print(f"public domain  {num_rows:>9,} rows {num_bytes / 1e6:8.1f} MB")
