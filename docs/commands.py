@@ -28,7 +28,9 @@ import yaml
 
 from docs import generate
 from docs.markdown import Block, Page
+from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
+from ingle.config.section import Section
 from ingle.errors import IngleError
 
 #: Programs that a page may show besides ``ingle`` and ``make``.
@@ -83,7 +85,7 @@ def _wrong_ingle(arguments: list[str], root: Path) -> Iterator[str]:
     candidates = [" ".join(["ingle", *positional[:count]]) for count in (2, 1)]
     name = next((candidate for candidate in candidates if candidate in known), None)
     if name is None:
-        if arguments not in ([], ["--help"], ["--version"]):
+        if arguments not in ([], ["--help"], ["--version"], ["-h"]):
             yield f"there is no command `ingle {' '.join(arguments)}`"
         return
     parameters = known[name].params
@@ -94,7 +96,7 @@ def _wrong_ingle(arguments: list[str], root: Path) -> Iterator[str]:
             continue
         if not takes_overrides(known[name]):
             yield f"`{name}` has no option {flag}"
-        elif problem := _unknown_option(flag.removeprefix("--")):
+        elif problem := _unknown_option(flag.removeprefix("--"), TaskConfig if name == "ingle evaluate" else Run):
             yield problem
     for word in positional[len(name.split()) - 1 :]:
         if word.startswith("examples/") and not (root / word).exists():
@@ -106,18 +108,14 @@ def takes_overrides(command: Any) -> bool:
     return bool((command.context_settings or {}).get("ignore_unknown_options"))
 
 
-def _unknown_option(path: str) -> str | None:
-    known = {re.sub(r"\.N\b", ".0", option.path) for option in generate.options()}
-    known |= {path.rpartition(".")[0] for path in known}
-    if re.sub(r"\.\d+\b", ".0", path) in known or any(path.startswith(f"{table}.") for table in _tables()):
+def _unknown_option(path: str, section: type[Section] = Run) -> str | None:
+    options = {re.sub(r"\.N\b", ".0", option.path): option for option in generate.options(section)}
+    known = {*options, *(name.rpartition(".")[0] for name in options)}
+    tables = [name for name, option in options.items() if option.type.startswith("a table")]
+    if re.sub(r"\.\d+\b", ".0", path) in known or any(path.startswith(f"{table}.") for table in tables):
         return None
     near = difflib.get_close_matches(path, known, n=1)
     return f"there is no option {path}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def _tables() -> list[str]:
-    """Options whose keys the user chooses."""
-    return [re.sub(r"\.N\b", ".0", option.path) for option in generate.options() if option.type.startswith("a table")]
 
 
 def _wrong_python(block: Block) -> Iterator[str]:

@@ -89,7 +89,9 @@ def cli_page() -> str:
         for parameter in command.params:
             name = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
             if parameter.param_type_name == "argument":
-                name = f"`{(parameter.metavar or parameter.name or '').upper()}`"
+                name = f"`{parameter.metavar or parameter.name.upper()}`"
+            elif parameter.metavar:
+                name = f"`{parameter.opts[0]} {parameter.metavar}`"
             rows.append((name, _parameter_default(parameter), _markdown(getattr(parameter, "help", None) or "")))
         lines += _table(("option", "default", "meaning"), rows)
     lines += ["", "## Exit codes", ""]
@@ -116,7 +118,9 @@ def _parameter_default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     default = parameter.default
-    return "" if default is None or default == () or callable(default) else f"`{default}`"
+    if default is None or isinstance(default, bool) or default == () or callable(default):
+        return ""
+    return f"`{default}`"
 
 
 def errors_page() -> str:
