@@ -1,0 +1,163 @@
+"""Gives a task to a model, and to a model and its base."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ingle.adapters import disabled
+from ingle.config.evaluate import TaskConfig
+from ingle.data import Tokenizer, prompt_ids
+from ingle.errors import EvaluationError
+from ingle.evaluation.compare import compare, summarize
+from ingle.evaluation.likelihood import score_references, window_size
+from ingle.evaluation.result import Question, TaskResult
+from ingle.evaluation.scorers import Likelihood, Outputs
+from ingle.evaluation.task import ANSWER_METRICS, TaskSample, read_task
+from ingle.events import Progress, Sink, Warned
+from ingle.models import generate
+
+
+def run_task(
+    model: Any, tokenizer: Any, task: TaskConfig, *, sink: Sink = lambda event: None, stage: str = "evaluating"
+) -> TaskResult:
+    """Answers a task's prompts and scores its references, as far as its metrics need.
+
+    Args:
+        model: A filled model; adapters as they are to be tested.
+        tokenizer: Its tokenizer.
+        task: The task.
+        sink: Is told of the progress.
+        stage: What the progress is called; which model answers (``base``, ``tuned``).
+
+    Raises:
+        DataError: The task's rows cannot be read.
+        EvaluationError: They do not suit the metrics or the model.
+    """
+    began = time.monotonic()
+    samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
+    answers, num_unfinished = _answer(model, tokenizer, samples, task, sink, stage) if wants_answers(task) else ((), 0)
+    return TaskResult(
+        samples=tuple(Question(sample.example.origin, sample.prompt, sample.references) for sample in samples),
+        outputs=Outputs(
+            answers=answers,
+            likelihoods=_likelihoods(model, tokenizer, samples, task, sink, stage) if wants_likelihoods(task) else (),
+        ),
+        num_unfinished=num_unfinished,
+        seconds=time.monotonic() - began,
+    )
+
+
+def evaluate_pair(
+    model: Any,
+    tokenizer: Any,
+    task: TaskConfig,
+    *,
+    sink: Sink = lambda event: None,
+    base: TaskResult | None = None,
+) -> dict[str, Any]:
+    """Compares a model with its base: itself without its adapters, or ``base`` when given.
+
+    Args:
+        model: The tuned model.
+        tokenizer: Its tokenizer.
+        task: The task.
+        sink: Is told of the progress.
+        base: What the base did with the same task, for a model without adapters.
+
+    Returns:
+        What :func:`ingle.evaluation.compare` returns.
+    """
+    if base is None:
+        with disabled(model):
+            base = run_task(model, tokenizer, task, sink=sink, stage="base")
+    tuned = run_task(model, tokenizer, task, sink=sink, stage="tuned")
+    return compare(base, tuned, task)
+
+
+def evaluate_single(model: Any, tokenizer: Any, task: TaskConfig, *, sink: Sink = lambda event: None) -> dict[str, Any]:
+    """The scores of one model with their intervals.
+
+    Returns:
+        What :func:`ingle.evaluation.summarize` returns.
+    """
+    return summarize(run_task(model, tokenizer, task, sink=sink, stage="model"), task)
+
+
+def wants_answers(task: TaskConfig) -> bool:
+    """Whether any metric reads generated answers."""
+    return any(name in ANSWER_METRICS for name in task.metrics)
+
+
+def wants_likelihoods(task: TaskConfig) -> bool:
+    """Whether any metric reads likelihoods."""
+    return any(name not in ANSWER_METRICS for name in task.metrics)
+
+
+def _answer(
+    model: Any, tokenizer: Any, samples: tuple[TaskSample, ...], task: TaskConfig, sink: Sink, stage: str
+) -> tuple[tuple[str, ...], int]:
+    """Generated answers, and how many of them were cut off."""
+    prompts = [prompt_ids(tokenizer, sample.example, task.system) for sample in samples]
+    _check_lengths(model, prompts, samples)
+    total = len(prompts)
+    sink(Progress(f"{stage}: answering", 0, total))
+    generations = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        top_p=task.top_p,
+        seed=task.seed,
+        stop=task.stop,
+        batch_size=task.batch_size,
+        on_progress=lambda done, _: sink(Progress(f"{stage}: answering", done, total)),
+    )
+    num_unfinished = sum(generation.finish_reason == "length" for generation in generations)
+    if num_unfinished:
+        sink(
+            Warned(
+                f"{num_unfinished} of {total} answers ({stage}) were cut off at {task.max_new_tokens} tokens",
+                where="evaluate.max_new_tokens",
+                count=num_unfinished,
+            )
+        )
+    return tuple(generation.text for generation in generations), num_unfinished
+
+
+def _check_lengths(model: Any, prompts: list[list[int]], samples: tuple[TaskSample, ...]) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    if isinstance(limit, int) and 0 < limit <= len(prompts[longest]):
+        raise EvaluationError(
+            "A task prompt is longer than the model can read.",
+            where=samples[longest].example.origin,
+            why=f"{len(prompts[longest]):,} tokens, and the model holds {limit:,} in all",
+            fix="shorten or remove the row",
+        )
+
+
+def _likelihoods(
+    model: Any, tokenizer: Tokenizer, samples: tuple[TaskSample, ...], task: TaskConfig, sink: Sink, stage: str
+) -> tuple[Likelihood, ...]:
+    was_training = model.training
+    model.eval()
+    try:
+        return score_references(
+            model,
+            tokenizer,
+            samples,
+            system=task.system,
+            on_progress=lambda done, total: sink(Progress(f"{stage}: scoring references", done, total)),
+            on_cut=lambda count: sink(
+                Warned(
+                    f"{count} of {len(samples)} task prompts lost their beginning: with the answer they are longer "
+                    f"than {window_size(model):,} tokens",
+                    where="evaluate.sources",
+                    count=count,
+                )
+            ),
+        )
+    finally:
+        model.train(was_training)

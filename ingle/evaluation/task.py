@@ -1,0 +1,141 @@
+"""A task's samples: prompts and their accepted answers, read as training data is read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from ingle.config.evaluate import TaskConfig
+from ingle.data import Example, Message, read_examples
+from ingle.errors import DataError, EvaluationError
+
+#: Metrics that read generated answers; the others read likelihoods.
+ANSWER_METRICS = frozenset({"exact_match", "bleu", "chrf", "rouge_l"})
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSample:
+    """One question of a task.
+
+    Attributes:
+        example: The row it came from (the first one, where rows were grouped).
+        prompt: What is asked, as a reader should see it; empty for plain text.
+        references: Accepted answers, at least one; for plain text, the text itself.
+    """
+
+    example: Example
+    prompt: str
+    references: tuple[str, ...]
+
+
+def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> tuple[TaskSample, ...]:
+    """Reads the held-out samples of a task, grouped and drawn as it says.
+
+    Args:
+        task: The task.
+        on_warning: Is told what was repeated or is missing.
+
+    Raises:
+        DataError: A row cannot be read, or there is none.
+        EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
+    """
+    samples = [_sample(example) for example in read_examples(task.sources, on_warning=on_warning)]
+    if not samples:
+        raise DataError(
+            "The task has no samples.",
+            where="evaluate.sources",
+            why=f"{', '.join(source.path for source in task.sources)} gave no rows",
+            fix="name a file with held-out rows",
+        )
+    _check_metrics(task, samples)
+    groups = _group(samples)
+    if task.group_by_prompt:
+        samples = groups
+    elif len(groups) < len(samples):
+        on_warning(
+            f"{len(samples) - len(groups)} of {len(samples)} task rows repeat an earlier prompt; intervals and tests "
+            "take samples for independent (evaluate.group_by_prompt=true makes them references of one sample)"
+        )
+    return tuple(_draw(samples, task, on_warning))
+
+
+def _sample(example: Example) -> TaskSample:
+    if example.text is not None:
+        return TaskSample(example, "", (_required(example, example.text),))
+    if example.prompt is not None:
+        assert example.completion is not None
+        return TaskSample(example, example.prompt, _references(example, example.completion))
+    *given, answer = example.messages
+    if answer.role != "assistant":
+        raise _no_reference(example, f"the last message is the {answer.role}'s")
+    return TaskSample(example, _transcript(given), _references(example, answer.content))
+
+
+def _references(example: Example, answer: str) -> tuple[str, ...]:
+    """The distinct answers that are not empty."""
+    answers = tuple(dict.fromkeys(text for text in (answer, *example.references) if text.strip()))
+    return answers or (_required(example, answer),)
+
+
+def _required(example: Example, text: str) -> str:
+    if not text.strip():
+        raise _no_reference(example, "it is empty")
+    return text
+
+
+def _no_reference(example: Example, why: str) -> EvaluationError:
+    return EvaluationError(
+        "A task row has no reference answer to compare with.",
+        where=example.origin,
+        why=why,
+        fix="give it an assistant message, a completion or a references list, or remove the row",
+    )
+
+
+def _transcript(messages: Iterable[Message]) -> str:
+    """A single user message as it is; longer conversations with their roles."""
+    turns = list(messages)
+    if [turn.role for turn in turns] == ["user"]:
+        return turns[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
+def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
+    wanting = [name for name in task.metrics if name in ANSWER_METRICS]
+    texts = [sample for sample in samples if sample.example.text is not None]
+    if wanting and texts:
+        raise EvaluationError(
+            f"{', '.join(wanting)} compares answers with references, and plain text asks nothing.",
+            where=texts[0].example.origin,
+            why=f"{len(texts)} of {len(samples)} task rows are plain text",
+            fix="use evaluate.metrics: [bits_per_byte, perplexity], or rows with a prompt and an answer",
+        )
+
+
+def _group(samples: list[TaskSample]) -> list[TaskSample]:
+    """Samples with equal prompts joined, in the order of their first; the first answer stays first."""
+    groups: dict[object, TaskSample] = {}
+    for sample in samples:
+        example = sample.example
+        key: object = example.messages[:-1] or example.prompt
+        key = (key, example.text if example.text is not None else None)
+        known = groups.get(key)
+        if known is not None:
+            references = tuple(dict.fromkeys((*known.references, *sample.references)))
+            sample = replace(known, references=references)
+        groups[key] = sample
+    return list(groups.values())
+
+
+def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list[TaskSample]:
+    """``num_samples`` of them, drawn with the seed, in the order of the file."""
+    if task.num_samples is None or task.num_samples == len(samples):
+        return samples
+    if task.num_samples > len(samples):
+        on_warning(f"evaluate.num_samples is {task.num_samples}, but the task has only {len(samples)} samples")
+        return samples
+    drawn = random.Random(task.seed).sample(range(len(samples)), task.num_samples)
+    return [samples[index] for index in sorted(drawn)]
