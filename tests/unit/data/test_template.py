@@ -83,7 +83,8 @@ THINKING = QWEN3.replace(
 R1 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<|User|>' + message['content'] }}{% endif %}{% if message['role'] == 'assistant' %}"
-    "{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{% set content = message['content'] %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
     "{{ '<|Assistant|>' + content + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
 )
@@ -201,9 +202,7 @@ FAMILIES = {
         special=("[INST]", "[/INST]"),
         system=False,  # it has one, which vanishes; see below
     ),
-    "gemma": Family(
-        GEMMA, end="<end_of_turn>", bos="<bos>", eos="<eos>", special=("<start_of_turn>",), system=False
-    ),
+    "gemma": Family(GEMMA, end="<end_of_turn>", bos="<bos>", eos="<eos>", special=("<start_of_turn>",), system=False),
     "phi3": Family(PHI3, end="<|end|>", special=("<|system|>", "<|user|>", "<|assistant|>")),
     "zephyr": Family(ZEPHYR, end="</s>", bos="<s>", eos="</s>"),
 }
@@ -323,9 +322,7 @@ def test_a_generation_prompt_that_opens_the_reasoning(tokenizer_factory):
 
 
 def test_a_generation_prompt_that_no_answer_begins_with_is_remarked(tokenizer_factory):
-    tokenizer = tokenizer_factory(
-        chat_template=R1, bos="<bos>", eos="<eos>", special=("<|User|>", "<|Assistant|>")
-    )
+    tokenizer = tokenizer_factory(chat_template=R1, bos="<bos>", eos="<eos>", special=("<|User|>", "<|Assistant|>"))
     found = locate_answers(tokenizer, converse(QUESTION, "<think>\nhm\n</think>four"), train_on="assistant")
     assert [found.text[a.start : a.content_end] for a in found.answers] == ["four"]
     assert set(found.remarks) == {PROMPT_DIFFERS, ANSWER_CHANGED}

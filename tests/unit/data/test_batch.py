@@ -1,0 +1,37 @@
+"""Padding-free batches: documents one after the other, positions and borders exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ingle.data.batch import collate
+from ingle.data.types import IGNORE_INDEX, Sample
+
+
+def make_sample(ids, supervised):
+    ids = np.array(ids, dtype=np.int32)
+    return Sample(ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32))
+
+
+def test_documents_are_concatenated():
+    batch = collate([make_sample([5, 6, 7], [0, 1, 1]), make_sample([8], [0]), make_sample([9, 1], [0, 1])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1]]
+    assert batch.labels.tolist() == [[-100, 6, 7, -100, -100, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
+    assert (batch.num_tokens, batch.num_supervised) == (6, 3)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+
+
+def test_a_document_whose_first_token_carries_loss_is_a_bug():
+    with pytest.raises(AssertionError):
+        collate([make_sample([5, 6], [1, 1])])
+
+
+def test_to_moves_every_tensor():
+    batch = collate([make_sample([5, 6], [0, 1])]).to("meta")
+    assert {t.device.type for t in (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)} == {"meta"}
+    assert (batch.num_tokens, batch.num_supervised) == (2, 1)
