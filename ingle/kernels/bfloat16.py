@@ -11,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
@@ -76,7 +76,7 @@ def exp(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * power_of_two(n)  # type: ignore[call-arg]
+    return p * power_of_two(n)
 
 
 def load(values: Any, index: Any) -> Any:
@@ -92,14 +92,14 @@ def store(values: Any, index: Any, value: Any) -> None:
 @overload(load)
 def _load(values, index):  # type: ignore[no-untyped-def]
     if values.dtype == types.uint16:
-        return lambda values, index: widen(values[index])  # type: ignore[call-arg]
+        return lambda values, index: widen(values[index])
     return lambda values, index: values[index]
 
 
 @overload(store)
 def _store(values, index, value):  # type: ignore[no-untyped-def]
     def store_bfloat16(values, index, value):  # type: ignore[no-untyped-def]
-        values[index] = narrow(value)  # type: ignore[call-arg]
+        values[index] = narrow(value)
 
     def store_float32(values, index, value):  # type: ignore[no-untyped-def]
         values[index] = value
@@ -125,7 +125,7 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def match_threads() -> None:
     """Gives numba as many threads as torch has, so that ``parallel.num_threads`` holds for both."""
-    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    most = numba.config.NUMBA_NUM_THREADS
     numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
 
 

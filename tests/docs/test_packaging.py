@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]
 #: Names under which a distribution is imported, where they differ.
 IMPORTED_AS = {"pyyaml": "yaml", "scikit_learn": "sklearn", "markdown_it_py": "markdown_it"}
 #: Parts that come with another distribution in exactly the version it needs.
-PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba"}
+PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba", "markupsafe": "jinja2"}
 #: Comes with torch where there is a GPU.
 OPTIONAL = {"triton"}
 
