@@ -30,7 +30,8 @@ def make_conversation(rng: random.Random) -> tuple[Message, ...]:
     turns = [Message("system", "Be brief.")] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 4)):
         for role in ("user", "assistant"):
-            turns.append(Message(role, " ".join(rng.choices(WORDS, k=rng.randint(1, 12))) + "."))
+            # transformers finds no mask for an answer that begins with white space; ours is tested elsewhere
+            turns.append(Message(role, " ".join(["ok", *rng.choices(WORDS, k=rng.randint(1, 12)), "."])))
     return tuple(turns)
 
 
