@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
+from ingle.kernels.decode import decode_int8, has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
 
 #: 1 / 127 as bitsandbytes spells it.
@@ -90,8 +91,14 @@ class Int8:
         out: Tensor | None = None,
     ) -> Tensor:
         """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        decoded = self.decode_reference(planes, out_features, in_features, dtype)
-        return decoded if out is None else out.copy_(decoded)
+        codes = planes["codes"].detach()
+        if not has_kernel(codes, dtype):
+            decode = self.decode if has_kernel(codes, torch.float32) else self.decode_reference
+            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
+            return decoded if out is None else out.copy_(decoded)
+        if out is None:
+            out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+        return decode_int8(codes, as_float32(planes["scale"]).flatten(), out)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype

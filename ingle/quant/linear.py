@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ingle.errors import QuantizationError
 from ingle.quant.format import Format
+from ingle.quant.plane import align
 
 
 class Packed(nn.Module):
@@ -67,7 +68,7 @@ class Packed(nn.Module):
         return {name: self.get_parameter(name) for name in self.specs}
 
     def assign(self, planes: Mapping[str, Tensor]) -> None:
-        """Takes packed planes as they are, without a copy.
+        """Takes packed planes as they are; copied only where a mapped file holds them at an odd address.
 
         Raises:
             QuantizationError: A plane is missing, unknown, or of another shape or dtype.
@@ -83,7 +84,7 @@ class Packed(nn.Module):
                     f"Plane {name!r} does not fit {self.format.name}.",
                     why=f"need {tuple(own[name].shape)} {own[name].dtype}, got {tuple(plane.shape)} {plane.dtype}",
                 )
-            self.register_parameter(name, nn.Parameter(plane.detach(), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(align(plane.detach()), requires_grad=False))
 
     def quantize(self, weight: Tensor, *, name: str = "weight", importance: Tensor | None = None) -> None:
         """Packs the checkpoint's weight (``[O, I]``; ``[I, O]`` if ``transposed``; a leading dimension if stacked).

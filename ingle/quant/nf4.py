@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
+from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
 
 #: The 16 levels, as bitsandbytes spells them.
@@ -42,6 +43,20 @@ LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+
+
+def _list_dynamic_levels() -> tuple[float, ...]:
+    """Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561), in float32."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += means.tolist() + (-means).tolist()
+    return tuple(sorted(values))
+
+
+#: The 256 levels of the signed dynamic 8-bit type, in which double quantization holds absmax.
+DYNAMIC_LEVELS = _list_dynamic_levels()
 #: Absmax values that share one nested absmax; bitsandbytes knows no other number.
 NESTED_BLOCK = 256
 #: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
@@ -103,9 +118,10 @@ class Nf4:
         Raises:
             QuantizationError: The weight holds NaN or infinity.
         """
-        rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
-        parts = [encode_blocks(chunk, self.block_size) for chunk in weight_OI.detach().split(rows)]
-        codes, absmax = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        weight_OI = weight_OI.detach()
+        middles = self.scratch.table(midpoints, weight_OI.device)
+        packed = encode_levels(weight_OI, middles, self.block_size) or self.encode_reference(weight_OI)
+        codes, absmax = packed
         if not bool(absmax.isfinite().all()):
             raise QuantizationError(
                 f"{name} holds NaN or infinity and cannot be packed as nf4.",
@@ -117,6 +133,12 @@ class Nf4:
             return {"codes": codes, "absmax": as_bytes(absmax)}
         return {"codes": codes} | encode_absmax(absmax)
 
+    def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[O, ceil(I / 2)]`` and float32 absmax ``[O, N]`` in plain torch, some rows at a time."""
+        rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
+        parts = [encode_blocks(chunk, self.block_size) for chunk in weight_OI.split(rows)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
     def decode(
         self,
         planes: Mapping[str, Tensor],
@@ -126,8 +148,19 @@ class Nf4:
         out: Tensor | None = None,
     ) -> Tensor:
         """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        decoded = self.decode_reference(planes, out_features, in_features, dtype)
-        return decoded if out is None else out.copy_(decoded)
+        codes = planes["codes"].detach()
+        if not has_kernel(codes, dtype):
+            decode = self.decode if has_kernel(codes, torch.float32) else self.decode_reference
+            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
+            return decoded if out is None else out.copy_(decoded)
+        if out is None:
+            out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+        table = self.scratch.table(levels, codes.device)
+        if not self.double_quant:
+            return decode_levels(codes, table, as_float32(planes["absmax"]), self.block_size, out)
+        scales = planes["absmax"].detach(), self.scratch.table(dynamic_map, codes.device)
+        nested, offset = (as_float32(planes[name]).flatten() for name in ("nested_absmax", "absmax_offset"))
+        return decode_nested_levels(codes, table, *scales, nested, offset, self.block_size, out)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
@@ -198,13 +231,5 @@ def midpoints(device: torch.device) -> Tensor:
 
 
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 levels of the signed dynamic 8-bit type, float32, ascending.
-
-    Source: Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561).
-    """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += means.tolist() + (-means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    """The 256 levels of the signed dynamic 8-bit type, float32, ascending."""
+    return torch.tensor(DYNAMIC_LEVELS, dtype=torch.float32, device=device)

@@ -7,11 +7,12 @@ FSDP's casts cannot touch them: what was read from the file is what is served.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,19 @@ def as_bytes(values: Tensor) -> Tensor:
 
 
 def as_float32(plane: Tensor) -> Tensor:
-    """The float32 values whose bytes a plane holds: the last dimension shrinks by 4; no copy if aligned."""
-    plane = plane.detach().contiguous()
-    # A memory-mapped file may start a tensor at any byte; fake tensors have no address to ask for.
-    if plane.storage_offset() % 4 or (type(plane) is Tensor and plane.device.type == "cpu" and plane.data_ptr() % 4):
-        plane = plane.clone()
-    return plane.view(torch.float32)
+    """The float32 values whose bytes a plane holds: the last dimension shrinks by 4; no copy."""
+    return plane.detach().contiguous().view(torch.float32)
+
+
+def align(plane: Tensor) -> Tensor:
+    """The plane, or a copy if its first byte lies where no float32 may: a mapped file starts a tensor anywhere."""
+    if plane.device.type == "cpu" and not isinstance(plane, FakeTensor) and plane.data_ptr() % 16:
+        return plane.clone(memory_format=torch.contiguous_format)
+    return plane.contiguous()
 
 
 class Scratch:
-    """One buffer that decoded weights are written into, layer after layer.
+    """One buffer that decoded weights are written into, layer after layer, and the tables that decoding needs.
 
     A fresh tensor for every decode would cost page faults on the CPU and fragments on a GPU.  What ``take`` returns
     is valid until the next ``take``: consume it in a product before anything else is decoded.
@@ -61,6 +65,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, Tensor] = {}
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor of this shape inside the buffer; its content is undefined.
@@ -76,6 +81,15 @@ class Scratch:
             buffer = self._buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return buffer[:num_bytes].view(dtype).view(shape)
 
+    def table(self, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
+        """What ``make(device)`` returns, made once for each device."""
+        if torch.compiler.is_compiling() or device.type == "meta":
+            return make(device)
+        key = (make.__name__, device)
+        if key not in self._tables:
+            self._tables[key] = make(device)
+        return self._tables[key]
+
     def num_bytes(self) -> int:
         """Bytes now held, on all devices."""
         return sum(buffer.numel() for buffer in self._buffers.values())
@@ -83,6 +97,7 @@ class Scratch:
     def release(self) -> None:
         """Gives the memory back."""
         self._buffers.clear()
+        self._tables.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Scratch:
         return Scratch()

@@ -1,0 +1,85 @@
+"""Packing weights on the CPU, by numba: every load of a model passes through here.
+
+Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
+
+All compiled code of a kernel stays in this file: numba's cache on disk is renewed when the kernel's own file changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+from ingle.kernels.cpu_cache import compile_kernel
+
+#: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
+TINIEST = np.float32(1e-38)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def from_bits(_: Any, bits: Any) -> tuple[Any, Any]:
+    """The float32 of these uint32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@compile_kernel
+def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, scales: Any, num_chunks: int) -> None:
+    """Packs weights into 16-level codes: the number of midpoints strictly below ``weight / absmax``.
+
+    A NaN or infinity leaves a scale that is not finite.
+
+    Args:
+        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
+        midpoints: 15 float32, ascending.
+        block_size: Weights that share a scale; the last block of a row may be short.
+        codes: uint8 ``[O, C]``, written; the even weight in the high nibble.
+        scales: uint32 ``[O, N]``, written: the bits of every block's float32 absmax.
+        num_chunks: Parts the rows are split into.
+    """
+    num_rows, num_columns = weights.shape
+    shift = np.uint32(0 if weights.itemsize == 4 else 16)
+    for chunk in prange(num_chunks):
+        signed = np.int64(chunk)  # numba counts chunks unsigned, which times a signed number is a float
+        values, counts = np.empty(block_size, np.uint32), np.empty(block_size, np.uint8)
+        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+            for block in range(scales.shape[1]):
+                start = block * block_size
+                length = min(block_size, num_columns - start)
+                # As bits, absolute floats are ordered like integers, with infinity and then NaN at the top.
+                largest = np.uint32(0)
+                for k in range(length):
+                    values[k] = np.uint32(weights[row, start + k]) << shift
+                    largest = max(largest, values[k] & np.uint32(0x7FFFFFFF))
+                scales[row, block] = largest
+                count_midpoints(values, midpoints, np.float32(1) / max(from_bits(largest), TINIEST), counts, length)
+                for k in range(length // 2):
+                    codes[row, start // 2 + k] = counts[2 * k] << 4 | counts[2 * k + 1]
+                if length % 2:  # the end of an odd row; the missing weight counts as zero
+                    codes[row, (start + length) // 2] = counts[length - 1] << 4 | count_zero(midpoints)
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def count_midpoints(values: Any, midpoints: Any, inverse: Any, counts: Any, length: int) -> None:
+    """How many midpoints lie strictly below every value times ``inverse``."""
+    for k in range(length):
+        scaled = from_bits(values[k]) * inverse
+        count = np.uint8(0)
+        for j in range(15):
+            count += np.uint8(scaled > midpoints[j])
+        counts[k] = count
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def count_zero(midpoints: Any) -> int:
+    """The code of zero."""
+    count = 0
+    for j in range(15):
+        count += midpoints[j] < 0
+    return count

@@ -1,0 +1,204 @@
+"""Packed weights to float tensors and back, by the fastest kernel that the device has.
+
+Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row, M = nested blocks.
+
+Every function writes into ``out`` and must agree bit for bit with the torch reference of its format in
+``ingle.quant``; where ``has_kernel`` says no, that reference is what runs.  Under ``torch.compile`` the same kernels
+are opaque operators, so a graph holds packed weights and nothing decoded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numba
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ingle.kernels import cpu, cpu_encode
+
+#: Weights from which on it pays to wake the other threads.
+PARALLEL_FROM = 1 << 17
+#: Integer types that hold the bits of a float type, which numba lacks or does not need.
+BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
+
+
+def has_kernel(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights beside this tensor can be decoded to ``dtype`` by a kernel; else the reference must do."""
+    if isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling():
+        return False
+    match tensor.device.type:
+        case "cpu":
+            return dtype in BITS
+        case "cuda":
+            return dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_triton()
+    return False
+
+
+def set_threads(count: int) -> None:
+    """Sets the threads of torch, which every kernel here follows: it asks torch at each call."""
+    torch.set_num_threads(count)
+
+
+def decode_levels(codes_OC: Tensor, levels: Tensor, scales_ON: Tensor, block_size: int, out_OI: Tensor) -> Tensor:
+    """Decodes 4-bit codes: ``levels[code] * scale``, rounded once to the dtype of ``out_OI``.
+
+    Args:
+        codes_OC: uint8, two codes a byte, the even column in the high nibble.
+        levels: float32 ``[16]``.
+        scales_ON: float32, one for ``block_size`` neighbours in a row.
+        block_size: A multiple of 16; the last block of a row may be short.
+        out_OI: Contiguous, written.
+
+    Returns:
+        ``out_OI``.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.ingle.decode_levels(codes_OC, levels, scales_ON, block_size, out_OI)
+    else:
+        _decode_levels(codes_OC, levels, scales_ON, block_size, out_OI)
+    return out_OI
+
+
+def decode_nested_levels(
+    codes_OC: Tensor,
+    levels: Tensor,
+    scale_codes_ON: Tensor,
+    scale_levels: Tensor,
+    nested_M: Tensor,
+    offset: Tensor,
+    block_size: int,
+    out_OI: Tensor,
+) -> Tensor:
+    """Decodes 4-bit codes whose scales are packed in 8 bits: ``scale = scale_levels[code] * nested + offset``.
+
+    Args:
+        codes_OC: uint8, two codes a byte, the even column in the high nibble.
+        levels: float32 ``[16]``.
+        scale_codes_ON: uint8, one for ``block_size`` neighbours in a row.
+        scale_levels: float32 ``[256]``.
+        nested_M: float32, one for 256 consecutive scales of the flattened matrix.
+        offset: float32, one element.
+        block_size: A multiple of 16; the last block of a row may be short.
+        out_OI: Contiguous, written.
+
+    Returns:
+        ``out_OI``.
+    """
+    arguments = (codes_OC, levels, scale_codes_ON, scale_levels, nested_M, offset, block_size, out_OI)
+    if torch.compiler.is_compiling():
+        torch.ops.ingle.decode_nested_levels(*arguments)
+    else:
+        _decode_nested_levels(*arguments)
+    return out_OI
+
+
+def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
+    """Decodes signed bytes: ``code * scale * (1 / 127)``, rounded once to the dtype of ``out_OI``.
+
+    Args:
+        codes_OI: int8.
+        scales_O: float32.
+        out_OI: Contiguous, written.
+
+    Returns:
+        ``out_OI``.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.ingle.decode_int8(codes_OI, scales_O, out_OI)
+    else:
+        _decode_int8(codes_OI, scales_O, out_OI)
+    return out_OI
+
+
+def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
+    """Packs a weight on the CPU into 16-level codes and the absmax of every block; None where no kernel does.
+
+    Args:
+        weight_OI: bfloat16 or float32.
+        midpoints: float32 ``[15]``, between neighbouring levels, ascending.
+        block_size: Weights that share an absmax.
+
+    Returns:
+        Codes uint8 ``[O, ceil(I / 2)]`` and absmax float32 ``[O, N]``; not finite where the weight is not.
+    """
+    if weight_OI.device.type != "cpu" or weight_OI.dtype not in BITS or isinstance(weight_OI, FakeTensor):
+        return None
+    num_rows, num_columns = weight_OI.shape
+    codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
+    scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
+    arrays = (_bits(weight_OI.contiguous()), midpoints.numpy(), block_size, codes.numpy(), _bits(scales))
+    cpu_encode.encode_levels(*arrays, _take_threads(weight_OI.numel()))
+    return codes, scales
+
+
+def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
+    if out.is_cuda:
+        from ingle.kernels import triton
+
+        triton.decode_levels(codes, levels, scales, block_size, out)
+        return
+    threads = _take_threads(out.numel())
+    cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, _bits(out), threads)
+
+
+def _decode_nested_levels(
+    codes: Tensor,
+    levels: Tensor,
+    scale_codes: Tensor,
+    scale_levels: Tensor,
+    nested: Tensor,
+    offset: Tensor,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    tensors = (codes, levels, scale_codes, scale_levels, nested, offset)
+    if out.is_cuda:
+        from ingle.kernels import triton
+
+        triton.decode_nested_levels(*tensors, block_size, out)
+        return
+    arrays = [_array(tensor) for tensor in tensors]
+    cpu.decode_nested_levels(*arrays, block_size, _bits(out), _take_threads(out.numel()))
+
+
+def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    if out.is_cuda:
+        from ingle.kernels import triton
+
+        triton.decode_int8(codes, scales, out)
+        return
+    cpu.decode_int8(_array(codes), _array(scales), _bits(out), _take_threads(out.numel()))
+
+
+# The operators that stand for the kernels in a compiled graph; a fake one has nothing to return.
+for _name, _kernel in (
+    ("decode_levels", _decode_levels),
+    ("decode_nested_levels", _decode_nested_levels),
+    ("decode_int8", _decode_int8),
+):
+    torch.library.custom_op(f"ingle::{_name}", _kernel, mutates_args=("out",)).register_fake(lambda *_: None)
+
+
+def _take_threads(num_weights: int) -> int:
+    """How many threads the next kernel uses: all of torch's or one.
+
+    Nothing in between: libgomp ends threads that a smaller team leaves idle, and would start them anew every time.
+    """
+    wanted = torch.get_num_threads() if num_weights >= PARALLEL_FROM else 1
+    count = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(count)
+    return int(count)
+
+
+def _array(tensor: Tensor) -> object:
+    return tensor.detach().contiguous().numpy()
+
+
+def _bits(tensor: Tensor) -> object:
+    return tensor.detach().view(BITS[tensor.dtype]).numpy()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
