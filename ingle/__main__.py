@@ -1,0 +1,20 @@
+"""``python -m ingle`` and the ``ingle`` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit code.
+    """
+    from ingle.cli.outcome import call
+
+    return call(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""``ingle generate`` and ``ingle chat``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ingle.errors import ConfigError
+from ingle.events import Progress
+
+if TYPE_CHECKING:
+    from ingle.cli.prompts import Prompt
+    from ingle.inference import Engine
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter folder, a model folder or a hub id.")
+]
+System = Annotated[str | None, typer.Option(help="A system message before conversations that have none.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Answer without the adapter.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to answer; may be repeated.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="JSONL with `prompt` or `messages`, or text with a prompt a line.")
+    ] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 32,
+    base_only: BaseOnly = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer.")] = False,
+) -> None:
+    """Answer prompts with a model or with what a run has trained.
+
+    Without `--prompt` and `--prompt-file`, standard input is the prompt.
+    """
+    from ingle.cli.prompts import read_prompts
+
+    _check_sampling(temperature, top_p, stop)
+    prompts = read_prompts(prompt or [], prompt_file)
+    from ingle.sinks import Terminal
+    from ingle.sinks.terminal import make_console
+
+    with Terminal(make_console(stderr=True)) as terminal:
+        from ingle import inference
+
+        engine = inference.open_model(model, base_only=base_only, sink=terminal)
+        answers = engine.generate(
+            [_as_question(engine, text, raw) for text in prompts],
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+            batch_size=batch_size,
+            on_progress=lambda done, total: terminal(Progress("answering", done, total)) if total > 1 else None,
+        )
+    for index, (asked, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if as_json:
+            print(json.dumps(_record(asked, answer), ensure_ascii=False))
+        elif len(prompts) == 1:
+            print(answer.text)
+        else:
+            print(f"--- {index + 1}\n{answer.text}")
+
+
+def _record(asked: Prompt, answer: Any) -> dict[str, Any]:
+    question: dict[str, Any] = (
+        {"prompt": asked}
+        if isinstance(asked, str)
+        else {"messages": [{"role": role, "content": content} for role, content in asked]}
+    )
+    return question | {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "num_tokens": len(answer.token_ids),
+    }
+
+
+def _as_question(engine: Engine, prompt: Prompt, raw: bool) -> Any:
+    from ingle.data.types import Message
+
+    if raw:
+        if not isinstance(prompt, str):
+            raise ConfigError("--raw continues texts, and a prompt holds messages.", fix="leave --raw out")
+        return prompt
+    pairs = [("user", prompt)] if isinstance(prompt, str) else prompt
+    return tuple(Message(role, content) for role, content in pairs)
+
+
+def _check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
+    if top_p <= 0:
+        raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}")
+    if top_p < 1 and temperature == 0:
+        raise ConfigError(
+            "--top-p has no effect: at temperature 0 the likeliest token is always taken.",
+            where=f"--top-p {top_p}",
+            fix="--temperature 0.7",
+        )
+    if "" in (stop or ()):
+        raise ConfigError("An empty --stop would end every answer before its first token.", where="--stop")
+
+
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    base_only: BaseOnly = False,
+) -> None:
+    """Talk with a model or with what a run has trained.
+
+    `/reset` starts anew, `/exit` or Ctrl-D leaves; Ctrl-C cuts an answer short.
+    """
+    _check_sampling(temperature, top_p, stop)
+    from ingle.sinks import Terminal
+    from ingle.sinks.terminal import make_console
+
+    with Terminal(make_console(stderr=True)) as terminal:
+        from ingle import inference
+
+        engine = inference.open_model(model, base_only=base_only, sink=terminal)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop": stop or (),
+    }
+    _talk(engine, system, seed, options)
+
+
+def _talk(engine: Engine, system: str | None, seed: int, options: dict[str, Any]) -> None:
+    from ingle.data.types import Message
+
+    interactive = sys.stdin.isatty()
+    messages: list[Message] = []
+    while True:
+        try:
+            said = input("> " if interactive else "").strip()
+        except EOFError:
+            break
+        if said == "/exit":
+            break
+        if said == "/reset":
+            messages.clear()
+            continue
+        if not said:
+            continue
+        messages.append(Message("user", said))
+        # A new seed each turn: the same words twice need not get the same answer.
+        pieces: list[str] = []
+        try:
+            for piece in engine.stream(tuple(messages), system=system, seed=seed + len(messages), **options):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+        print()
+        messages.append(Message("assistant", "".join(pieces)))

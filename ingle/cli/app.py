@@ -1,0 +1,50 @@
+"""The ``ingle`` command and its parts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ingle import __version__
+from ingle.cli import answering, configuration, doctor, evaluation, inspection, training
+
+app = typer.Typer(
+    name="ingle",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config = typer.Typer(no_args_is_help=True, help="Look at configs.")
+data = typer.Typer(no_args_is_help=True, help="Look at data.")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ingle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def ingle(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Fine-tune and evaluate large language models on the hardware you own."""
+
+
+_TAKES_OVERRIDES = {"ignore_unknown_options": True}
+
+app.command("train", context_settings=_TAKES_OVERRIDES)(training.train)
+app.command("generate")(answering.generate)
+app.command("chat")(answering.chat)
+app.command("evaluate", context_settings=_TAKES_OVERRIDES)(evaluation.evaluate)
+app.add_typer(data, name="data")
+data.command("inspect", context_settings=_TAKES_OVERRIDES)(inspection.inspect)
+app.add_typer(config, name="config")
+config.command("show", context_settings=_TAKES_OVERRIDES)(configuration.show)
+config.command("schema")(configuration.schema)
+app.command("doctor")(doctor.doctor)

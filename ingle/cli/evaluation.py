@@ -1,0 +1,91 @@
+"""``ingle evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ingle.cli.words import split_words
+from ingle.errors import ConfigError
+from ingle.events import Sink
+
+if TYPE_CHECKING:
+    from ingle.config import TaskConfig
+
+_FLAGS = ("--task", "--json", "--out", "--debug", "--help")
+
+
+def evaluate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN_OR_MODEL|--option=value",
+            show_default=False,
+            help="A run folder (base against tuned), a model folder or a hub id, and options that win over the task's.",
+        ),
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(metavar="TASK.yaml", show_default=False, help="The options of `evaluate:`.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON into this file.")] = None,
+) -> None:
+    """Score a model on held-out samples; a run is compared with its base, sample by sample.
+
+    Options of the task can be set on the command line: `--num_samples=50 --metrics=[bleu,chrf]`.
+    """
+    from ingle.config import TaskConfig, load_task
+
+    models, overrides = split_words(words, known=TaskConfig.model_fields, flags=_FLAGS)
+    if len(models) != 1 or task is None:
+        raise ConfigError("A model and a task are needed.", fix="ingle evaluate RUN_OR_MODEL --task TASK.yaml")
+    loaded = load_task(task, overrides)
+    from ingle.sinks import Terminal
+    from ingle.sinks.tables import comparison_table, side_by_side, summary_table
+    from ingle.sinks.terminal import make_console
+
+    with Terminal(make_console(stderr=True)) as terminal:
+        report = evaluate_model(models[0], loaded, terminal)
+    text = json.dumps(report, ensure_ascii=False, indent=2)
+    if out is not None:
+        from ingle.atomic import write_atomically
+
+        write_atomically(out, (text + "\n").encode())
+    if as_json:
+        print(text)
+        return
+    console = make_console()
+    if "verdict" not in report:
+        console.print(summary_table(report))
+        return
+    console.print(comparison_table(report))
+    for table in side_by_side(report, loaded.num_shown):
+        console.print(table)
+
+
+def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink) -> dict[str, Any]:
+    """Scores what ``path_or_id`` names: against its base when it was trained here, alone otherwise.
+
+    Args:
+        path_or_id: A run folder, an adapter folder, a model folder or a hub id.
+        task: What to ask and how to score the answers.
+        sink: Is told of the progress.
+
+    Returns:
+        What :func:`ingle.evaluation.compare` or :func:`ingle.evaluation.summarize` returns.
+    """
+    from ingle import evaluation, inference
+
+    base = None
+    if inference.locate(path_or_id).original is not None:
+        # A fully fine-tuned model holds no base to go back to, so the two are opened one after the other.
+        before = inference.open_model(path_or_id, base_only=True, sink=sink)
+        base = evaluation.run_task(before.model, before.tokenizer, task, sink=sink, stage="base")
+        del before
+    engine = inference.open_model(path_or_id, sink=sink)
+    if base is None and not engine.adapted:
+        return evaluation.evaluate_single(engine.model, engine.tokenizer, task, sink=sink)
+    return evaluation.evaluate_pair(engine.model, engine.tokenizer, task, sink=sink, base=base)

@@ -1,0 +1,332 @@
+"""Each command with the API below it replaced: what it passes on, and what it prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from ingle.cli.outcome import call
+from ingle.config import Run, run_from_yaml
+from ingle.events import Progress, Started, Step
+
+CONFIG = "model: {id: m}\nbase: {format: nf4, block_size: 32}\ndata: {sources: a.jsonl}\noutput: runs/x\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
+    fake = SimpleNamespace(**members)
+    monkeypatch.setitem(sys.modules, f"ingle.{name}", fake)
+    monkeypatch.setattr(f"ingle.{name}", fake, raising=False)
+
+
+class Flow:
+    """Remembers what it was asked to do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[Run] = []
+        self.resumed: list[Path] = []
+        self.planned: list[Run] = []
+        replace(monkeypatch, "flow", finetune=self.finetune, resume=self.resume, plan=self.plan)
+
+    def finetune(self, run: Run, sink: Any) -> dict[str, Any]:
+        self.runs.append(run)
+        sink(Progress("reading", 1, 1))
+        return {}
+
+    def resume(self, path: Path, sink: Any) -> dict[str, Any]:
+        self.resumed.append(path)
+        return {}
+
+    def plan(self, run: Run, sink: Any) -> Any:
+        self.planned.append(run)
+        plan = {
+            "num_steps": 6,
+            "global_batch_size": 16,
+            "micro_batch_size": 8,
+            "grad_accum_steps": 2,
+            "tokens_per_step": 4096.0,
+            "num_tokens": 24576,
+            "num_epochs": 1.5,
+            "save_every": 0,
+            "compile": False,
+            "trainable_parameters": 1000,
+            "num_parameters": 100_000,
+            "flops_per_token": 4e5,
+            "memory": {"weights": 1 << 20, "total": 1 << 20},
+        }
+        return SimpleNamespace(to_dict=lambda: plan)
+
+
+@pytest.fixture
+def flow(monkeypatch: pytest.MonkeyPatch) -> Flow:
+    return Flow(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.yaml", "--optim.lr=1e-4", "--seed", "3"],
+        ["--optim.lr", "1e-4", "--seed=3", "run.yaml"],
+        ["--optim.lr", "1e-4", "run.yaml", "--seed", "3", "--debug"],
+    ],
+)
+def test_train_takes_overrides_in_any_order(flow: Flow, words: list[str]) -> None:
+    assert call(["train", *words]) == 0
+    assert [(run.optim.lr, run.seed, run.model.id) for run in flow.runs] == [(1e-4, 3, "m")]
+
+
+def test_train_tells_what_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", "run.yaml", "--base=int8"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: base.block_size from run.yaml:2 is left out" in out
+    assert "reading: 1 of 1" in out
+
+
+def test_train_resumes_a_folder(flow: Flow) -> None:
+    assert call(["train", "--resume", "runs/x"]) == 0
+    assert flow.resumed == [Path("runs/x")] and flow.runs == []
+
+
+def test_dry_run_only_plans(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["train", "run.yaml", "--dry-run"]) == 0
+    assert len(flow.planned) == 1 and flow.runs == []
+    out = capsys.readouterr().out
+    assert "6 (1.5 epochs)" in out and "at the end only" in out
+
+
+def test_a_missing_tracker_is_told_before_anything_starts(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert call(["train", "run.yaml", "--wandb", "project"]) == 2
+    assert flow.runs == [] and "ingle[wandb]" in capsys.readouterr().err
+
+
+def test_trackers_get_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    writer = SimpleNamespace(add_scalar=lambda *entry: written.append(entry), close=lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", SimpleNamespace(Writer=lambda folder: writer))
+
+    def finetune(run: Run, sink: Any) -> None:
+        plan = Flow(pytest.MonkeyPatch()).plan(run, sink).to_dict()
+        sink(Started(run.model_dump(mode="json"), plan, {}, 0, 1))
+        sink(Step(1, 2.0, 1, 1.0, 1.0, 1.0, 1, 1.0))
+
+    replace(monkeypatch, "flow", finetune=finetune)
+    assert call(["train", "run.yaml", "--tensorboard"]) == 0
+    assert ("train/loss", 2.0, 1) in written
+
+
+def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["config", "show", "run.yaml", "--base.format=int8", "--optim.lr", "3e-4"]) == 0
+    out, err = capsys.readouterr()
+    assert "lr: 0.0003  # flag" in out and "id: m  # file" in out and "seed: 0  # default" in out
+    assert "base.block_size" in err
+    assert run_from_yaml(out).optim.lr == 3e-4
+    assert yaml.safe_load(out)["base"] == {"format": "int8"}
+
+
+def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["config", "schema"]) == 0
+    assert "optim" in json.loads(capsys.readouterr().out)["properties"]
+
+
+class Engine:
+    """Answers a prompt with its last words."""
+
+    adapted = True
+    model = "model"
+    tokenizer = "tokenizer"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[Any], dict[str, Any]]] = []
+        self.streamed: list[tuple[Any, dict[str, Any]]] = []
+
+    def generate(self, prompts: list[Any], *, on_progress: Any, **options: Any) -> list[Any]:
+        self.asked.append((prompts, options))
+        on_progress(len(prompts), len(prompts))
+        last = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in prompts]
+        return [SimpleNamespace(text=f"re {text}", finish_reason="stop", token_ids=(1, 2)) for text in last]
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[str]:
+        self.streamed.append((prompt, options))
+        yield "so "
+        yield prompt[-1].content
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    engine = Engine()
+    opened: list[tuple[str, bool]] = []
+
+    def open_model(path: str, *, base_only: bool = False, sink: Any = None) -> Engine:
+        opened.append((path, base_only))
+        return engine
+
+    replace(monkeypatch, "inference", open_model=open_model, locate=lambda path: SimpleNamespace(original=None))
+    engine.opened = opened  # type: ignore[attr-defined]
+    return engine
+
+
+def test_generate_prints_the_answer_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--max-new-tokens", "7", "--stop", "#", "--stop", "x", "--system", "be brief", "--base-only"]
+    assert call(["generate", "runs/x", "--prompt", "hello", *words]) == 0
+    assert capsys.readouterr().out == "re hello\n"
+    prompts, options = engine.asked[0]
+    assert [(message.role, message.content) for message in prompts[0]] == [("user", "hello")]
+    assert options["max_new_tokens"] == 7 and options["stop"] == ["#", "x"] and options["system"] == "be brief"
+    assert options["temperature"] == 0.0
+    assert engine.opened == [("runs/x", True)]  # type: ignore[attr-defined]
+
+
+def test_generate_json_is_one_object_a_line(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["generate", "m", "--prompt", "a", "--prompt", "é", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"prompt": "a", "text": "re a", "finish_reason": "stop", "num_tokens": 2},
+        {"prompt": "é", "text": "re é", "finish_reason": "stop", "num_tokens": 2},
+    ]
+    assert "answering: 2 of 2" in err
+
+
+def test_generate_reads_prompts_from_files(engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "one"},
+        "two",
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "three"}]},
+        {"messages": [{"role": "user", "content": "four"}, {"role": "assistant", "content": "known"}]},
+    ]
+    (folder / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    (folder / "p.txt").write_text("five\n\nsix\n")
+    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 0
+    assert capsys.readouterr().out == "--- 1\nre one\n--- 2\nre two\n--- 3\nre three\n--- 4\nre four\n"
+    assert [message.role for message in engine.asked[0][0][2]] == ["system", "user"]
+    assert call(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
+    assert engine.asked[1][0] == ["zero", "five", "six"]
+    assert call(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{bad\n", "p.jsonl:1"),
+        ('{"prompt": "x"}\n{"text": 1}\n', "p.jsonl:2"),
+        ('{"messages": [{"role": "user"}]}\n', "a role and a content"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "no message to answer"),
+        ("", "There is no prompt."),
+    ],
+)
+def test_rows_that_are_no_prompts_name_their_line(
+    engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    (folder / "p.jsonl").write_text(text)
+    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 2
+    assert said in capsys.readouterr().err
+    assert engine.asked == []
+
+
+def test_generate_takes_standard_input_as_one_prompt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert call(["generate", "m"]) == 0
+    assert engine.asked[0][0][0][0].content == "two\nlines"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert call(["generate", "m"]) == 2
+    assert "There is no prompt." in capsys.readouterr().err
+    assert call(["generate", "m", "--prompt-file", "nowhere.txt"]) == 2
+
+
+def test_chat_remembers_until_it_is_reset(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand?\n/reset\nanew\n/exit\nnever\n"))
+    assert call(["chat", "runs/x", "--system", "s"]) == 0
+    assert capsys.readouterr().out == "so hi\nso and?\nso anew\n"
+    contents = [[message.content for message in prompt] for prompt, _ in engine.streamed]
+    assert contents == [["hi"], ["hi", "so hi", "and?"], ["anew"]]
+    assert engine.streamed[0][1]["system"] == "s" and engine.streamed[0][1]["temperature"] == 0.7
+
+
+PAIR = {
+    "headline": "bleu",
+    "verdict": "BLEU rose.",
+    "n": 5,
+    "metrics": {
+        "bleu": {"base": 1.0, "tuned": 2.0, "delta": 1.0, "ci95": [0.5, 1.5], "p": 0.01, "n": 5, "outcome": "better"}
+    },
+    "samples": [],
+    "shown": {},
+}
+SINGLE = {"headline": "bleu", "n": 5, "metrics": {"bleu": {"value": 1.0, "ci95": [0.5, 1.5], "n": 5}}, "samples": []}
+
+
+@pytest.fixture
+def evaluated(engine: Engine, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Any]:
+    (folder / "task.yaml").write_text("sources: held.jsonl\nmetrics: [bleu]\n")
+    asked: list[Any] = []
+
+    def pair(model: Any, tokenizer: Any, task: Any, *, sink: Any, base: Any) -> dict[str, Any]:
+        asked.append(("pair", task, base))
+        return PAIR
+
+    def single(model: Any, tokenizer: Any, task: Any, *, sink: Any) -> dict[str, Any]:
+        asked.append(("single", task))
+        return SINGLE
+
+    replace(
+        monkeypatch,
+        "evaluation",
+        evaluate_pair=pair,
+        evaluate_single=single,
+        run_task=lambda *args, **options: "base result",
+    )
+    return asked
+
+
+def test_evaluate_compares_what_was_trained_with_its_base(
+    evaluated: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
+    kind, task, base = evaluated[0]
+    assert (kind, base, task.num_samples) == ("pair", None, 3)
+    out = capsys.readouterr().out
+    assert "BLEU" in out and "[+0.5, +1.5]" in out and "BLEU rose." in out
+    assert json.loads((folder / "report.json").read_text()) == PAIR
+
+
+def test_evaluate_scores_a_plain_model_alone(
+    evaluated: list[Any], engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.adapted = False
+    assert call(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
+    assert evaluated[0][0] == "single"
+    assert json.loads(capsys.readouterr().out) == SINGLE
+    assert call(["evaluate", "m", "--task", "task.yaml"]) == 0
+    assert "[0.5, 1.5]" in capsys.readouterr().out
+
+
+def test_evaluate_opens_the_base_of_a_full_fine_tuning_first(
+    evaluated: list[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ingle.inference
+
+    engine.adapted = False
+    monkeypatch.setattr(ingle.inference, "locate", lambda path: SimpleNamespace(original="m"))
+    assert call(["evaluate", "runs/x", "--task", "task.yaml", "--json"]) == 0
+    assert evaluated[0][0] == "pair" and evaluated[0][2] == "base result"
+    assert engine.opened == [("runs/x", True), ("runs/x", False)]  # type: ignore[attr-defined]
