@@ -38,7 +38,9 @@ docs: $(VENV)/.installed ## Write docs/reference/ anew from the code
 	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/.installed-test ## Measure speed and memory beside the peers
-	$(BIN)/python -m benchmarks
+	@for script in benchmarks/[a-z]*.py; do \
+	    name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; \
+	done
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
