@@ -1,0 +1,78 @@
+"""What ships beside the scripts: configs that decode, the model folder, the tiny data of the how-to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from transformers import AutoConfig, AutoTokenizer
+
+from ingle.config import Run
+
+CONFIGS = ("demo/demo.yaml", "own-data/orders.yaml", "quickstart-hub.yaml", "pretrain/pretrain.yaml")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_decodes_and_its_files_exist(examples: Path, name: str) -> None:
+    tree = yaml.safe_load((examples / name).read_text(encoding="utf-8"))
+    for section in ("data", "evaluate"):
+        if section in tree:
+            tree[section]["sources"] = [{"path": s} if isinstance(s, str) else s for s in tree[section]["sources"]]
+    run = Run.model_validate(tree)
+    sources = [*run.data.sources, *(run.evaluate.sources if run.evaluate else ())]
+    for source in sources:
+        if "*" not in source.path:  # the corpus is generated, not shipped
+            assert (examples.parent / source.path).is_file()
+    if run.model.id.startswith("examples/"):
+        assert (examples.parent / run.model.id / "config.json").is_file()
+
+
+@pytest.mark.parametrize("folder", ["pretrain/model", "models/ember-6m"])
+def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path, folder: str) -> None:
+    config = AutoConfig.from_pretrained(examples / folder)
+    assert config.model_type == "llama" and config.tie_word_embeddings
+    assert config.hidden_size % 256 == config.intermediate_size % 256 == 0  # every block format fits
+    attention = config.hidden_size * config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    num_parameters = config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
+    assert num_parameters == 5_770_496
+    assert 2 * num_parameters < 12_000_000  # bytes of bf16 weights
+    assert config.vocab_size == 4096
+
+
+@pytest.mark.parametrize("folder", ["pretrain/model", "models/ember-6m"])
+def test_tokenizer_holds_every_byte_and_the_chat_template(examples: Path, folder: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(examples / folder)
+    assert len(tokenizer) == 4096
+    text = "".join(map(chr, range(1, 0x250))) + "日本 🙂 half past three,  two   spaces\n\n\ttab"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    names = (tokenizer.bos_token, tokenizer.pad_token, "<|im_start|>", tokenizer.eos_token)
+    assert names == ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
+    assert tokenizer.convert_tokens_to_ids(list(names)) == [0, 1, 2, 3]
+    assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]  # no bos of its own
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert rendered.startswith(prompt)
+
+
+def test_tokenizer_splits_words_as_gpt2_does(examples: Path) -> None:
+    spec = json.loads((examples / "models/ember-6m/tokenizer.json").read_text(encoding="utf-8"))
+    pre = spec["pre_tokenizer"]
+    assert pre["type"] == "ByteLevel" and pre["use_regex"] and not pre["add_prefix_space"]
+    assert spec["model"]["type"] == "BPE" and spec["normalizer"] is None
+
+
+def test_generation_stops_at_both_ends(examples: Path) -> None:
+    settings = json.loads((examples / "models/ember-6m/generation_config.json").read_text())
+    assert settings["eos_token_id"] == [3, 0]
+
+
+def test_orders_are_what_the_script_writes(orders_script: ModuleType, examples: Path, tmp_path: Path) -> None:
+    orders_script.main(tmp_path)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (examples / "own-data" / name).read_bytes()
