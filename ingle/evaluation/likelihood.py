@@ -89,8 +89,8 @@ def score_references(
         done += len(row)
         on_progress(done, len(windows))
     return tuple(
-        Likelihood(float(total), int(count), len(sample.references[0].encode()))
-        for total, count, sample in zip(nll, tokens, samples, strict=True)
+        Likelihood(float(total), int(count), len(_scored_text(document).encode()))
+        for total, count, document in zip(nll, tokens, documents, strict=True)
     )
 
 
@@ -107,6 +107,13 @@ def _document(example: Example, tokenizer: Tokenizer, system: str | None) -> Doc
             "A task row gives nothing whose likelihood could be scored.", where=example.origin, why=document
         )
     return document
+
+
+def _scored_text(document: Document) -> str:
+    """The reference as it stands in the rendered text, without the end of turn."""
+    if document.answers is None:
+        return document.text
+    return "".join(document.text[answer.start : answer.content_end] for answer in document.answers)
 
 
 def _scored(encoded: Encoded, document: Document, tokenizer: Tokenizer) -> tuple[Ids, Mask]:

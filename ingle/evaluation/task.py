@@ -21,7 +21,7 @@ class TaskSample:
     """One question of a task.
 
     Attributes:
-        example: The row it came from (the first one, where rows were grouped).
+        example: The row it came from (the first one, where rows were grouped), answered by the first reference.
         prompt: What is asked, as a reader should see it; empty for plain text.
         references: Accepted answers, at least one; for plain text, the text itself.
     """
@@ -67,11 +67,14 @@ def _sample(example: Example) -> TaskSample:
         return TaskSample(example, "", (_required(example, example.text),))
     if example.prompt is not None:
         assert example.completion is not None
-        return TaskSample(example, example.prompt, _references(example, example.completion))
+        references = _references(example, example.completion)
+        return TaskSample(replace(example, completion=references[0]), example.prompt, references)
     *given, answer = example.messages
     if answer.role != "assistant":
         raise _no_reference(example, f"the last message is the {answer.role}'s")
-    return TaskSample(example, _transcript(given), _references(example, answer.content))
+    references = _references(example, answer.content)
+    example = replace(example, messages=(*given, Message("assistant", references[0])))
+    return TaskSample(example, _transcript(given), references)
 
 
 def _references(example: Example, answer: str) -> tuple[str, ...]:

@@ -16,9 +16,12 @@ import numpy as np
 from ingle.evaluation.scorers.base import Kind, Outputs, Scores, mean_of_ratio
 from ingle.evaluation.stats import Floats
 
+#: Beyond this a model is hopeless, and its perplexity would outgrow what a variance of floats can hold.
+_MAX_NATS = 100.0
+
 
 class Perplexity:
-    """``exp(-sum of log-likelihoods / tokens)``."""
+    """``exp(-sum of log-likelihoods / tokens)``, at most ``exp(100)``."""
 
     name = "perplexity"
     kind: Kind = "ratio"
@@ -32,8 +35,7 @@ class Perplexity:
 
     def aggregate(self, totals: Floats) -> Floats:
         """Perplexity of summed (nats, tokens)."""
-        with np.errstate(over="ignore"):  # a hopeless model's perplexity may be infinite
-            return np.asarray(np.exp(mean_of_ratio(totals)))
+        return np.asarray(np.exp(np.minimum(mean_of_ratio(totals), _MAX_NATS)))
 
 
 class BitsPerByte:

@@ -1,0 +1,231 @@
+"""The report: files, keys, escaping, and nothing from the network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ingle.config import Run
+from ingle.evaluation import Question, TaskResult, compare, write_report
+from ingle.evaluation.facts import duration, size
+from ingle.evaluation.page import mark_shared
+from ingle.evaluation.report import read_steps
+from ingle.evaluation.scorers import Likelihood, Outputs
+
+EVIL = "<script>alert('x')</script>&<img src=http://example.org/a.png onerror=alert(1)>"
+VOID = {"meta", "path", "line", "circle", "rect", "br", "img"}
+SUMMARY = {
+    "num_steps": 30,
+    "num_tokens": 1000,
+    "tokens_per_s": 50.0,
+    "train_s": 20.0,
+    "wall_s": 25.0,
+    "peak_memory_bytes": 2**30,
+    "plan": {
+        "num_epochs": 1.0,
+        "global_batch_size": 4,
+        "num_tokens": 1000,
+        "memory": {"weights": 2**29, "loss": 2**28, "total": 3 * 2**28},
+    },
+    "audit": {
+        "trainable": 10,
+        "parameters": 1000,
+        "classes": [
+            {
+                "class_name": "QuantLinear",
+                "format": "nf4",
+                "modules": 2,
+                "parameters": 900,
+                "quantized": 900,
+                "trainable": 0,
+                "bytes": 500,
+            }
+        ],
+    },
+}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and collects what could reach the network or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.urls: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.urls += [value for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
+        assert not any(key.startswith("on") for key, _ in attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def make_run(tmp_path: Path, *metrics: str, **options) -> Run:
+    return Run.model_validate(
+        {
+            "model": {"id": EVIL},
+            "data": {"sources": [{"path": "train.jsonl"}]},
+            "output": str(tmp_path / "run"),
+            "evaluate": {
+                "sources": [{"path": "t.jsonl"}],
+                "metrics": metrics or ("chrf", "exact_match", "bits_per_byte"),
+            },
+            **options,
+        }
+    )
+
+
+def make_results(text: str = EVIL, num_samples: int = 12) -> tuple[TaskResult, TaskResult]:
+    samples = tuple(
+        Question(f"t.jsonl:{i}", f"ask {text} {i}", (f"target {text} {i}", "other")) for i in range(num_samples)
+    )
+    likelihoods = tuple(Likelihood(9.0 + i, 5, 20) for i in range(num_samples))
+    better = tuple(Likelihood(5.0 + i, 5, 20) for i in range(num_samples))
+    return (
+        TaskResult(samples, Outputs(tuple(f"no {text}" for _ in samples), likelihoods)),
+        TaskResult(samples, Outputs(tuple(s.references[0] for s in samples), better)),
+    )
+
+
+def write_steps(path: Path, losses: list[float]) -> Path:
+    path.write_text(
+        "".join(json.dumps({"step": i + 1, "loss": loss, "lr": 1e-3 * (i + 1)}) + "\n" for i, loss in enumerate(losses))
+    )
+    return path
+
+
+def make_report(tmp_path: Path, results=None, losses=(4.0, 3.0, 2.5, 2.0), **options) -> tuple[dict, str, Path]:
+    run = make_run(tmp_path, **options)
+    folder = tmp_path / "run"
+    folder.mkdir(exist_ok=True)
+    evaluation = None if results is None else compare(*results, run.evaluate)
+    metrics = write_steps(folder / "metrics.jsonl", list(losses))
+    report = write_report(folder, run=run, evaluation=evaluation, summary=SUMMARY, metrics_path=metrics)
+    return report, (folder / "report.html").read_text(encoding="utf-8"), folder
+
+
+def test_report_json_has_the_contracts_keys(tmp_path):
+    report, _, folder = make_report(tmp_path, make_results())
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    assert report["status"] == "finished"
+    assert {"peak_memory_bytes", "tokens_per_s", "wall_s"} <= report.keys()
+    for row in report["metrics"].values():
+        assert {"base", "tuned", "delta", "ci95", "p", "n"} <= row.keys()
+        assert len(row["ci95"]) == 2
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 12 and answers[3]["prompt"].endswith(" 3")
+    assert {sample["index"] for sample in report["samples"]} == {i for v in report["shown"].values() for i in v}
+
+
+def test_the_page_escapes_everything_and_needs_no_network(tmp_path):
+    _, text, _ = make_report(tmp_path, make_results())
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    assert page.urls == []
+    assert "url(" not in text and "@import" not in text
+    assert "default-src 'none'" in text
+    assert "alert(" in "".join(page.words)  # shown as text
+    assert len(re.findall(r"https?://", re.sub(r"http://example\.org", "", text))) == 0
+
+
+def test_the_page_shows_the_verdict_the_curve_and_the_answers(tmp_path):
+    report, text, _ = make_report(tmp_path, make_results("word"))
+    words = " ".join(Page(text).words)
+    assert "Better" in words and "chrF" in words and "bits per byte" in words
+    assert "loss (nats per supervised token)" in words and "learning rate" in words and "step" in words
+    assert "Drawn at random" in words and "Largest gains" in words and "Largest losses" not in words
+    assert "Predicted 768 MiB (top), measured 1.00 GiB (bottom)" in words
+    assert "sources:" in words  # the resolved config
+    assert report["metrics"]["chrf"]["signature"] in words
+
+
+def test_no_difference_is_said_plainly(tmp_path):
+    base, _ = make_results("word")
+    _, text, _ = make_report(tmp_path, (base, base))
+    words = " ".join(Page(text).words)
+    assert "No significant difference" in words and "Better" not in words
+
+
+def test_likelihoods_alone_show_no_answers(tmp_path):
+    base, tuned = (TaskResult(r.samples, Outputs((), r.outputs.likelihoods)) for r in make_results("word"))
+    run = make_run(tmp_path, "bits_per_byte", "perplexity")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_report(
+        folder, run=run, evaluation=compare(base, tuned, run.evaluate), summary=SUMMARY, metrics_path=folder / "none"
+    )
+    words = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words)
+    assert "Answers side by side" not in words and "perplexity" in words
+
+
+def test_a_run_without_evaluation_says_so(tmp_path):
+    report, text, folder = make_report(tmp_path)
+    assert report["metrics"] == {} and not (folder / "answers.jsonl").exists()
+    assert "Trained, not evaluated" in " ".join(Page(text).words)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [],
+        [2.0],
+        [2.0, 2.0],
+        [0.0, 0.0, 0.0],
+        [3.0, math.nan, 1.0],
+        [1e-9, 2e-9],
+        [5e7, 2.0],
+        [2.0 + 0.1 * (i % 7) for i in range(3000)],
+    ],
+)
+def test_any_curve_can_be_drawn(tmp_path, losses):
+    _, text, _ = make_report(tmp_path, losses=losses)
+    Page(text)
+    assert "NaN" not in text and "nan" not in re.sub(r"[a-z-]*nan[a-z]+", "", text)
+    assert len(text) < 400_000
+
+
+def test_steps_made_twice_count_once_and_cut_lines_not_at_all(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "saved"}\n{"step": 4, "lo')
+    assert [(row["step"], row["loss"]) for row in read_steps(path)] == [(1, 3.0), (2, 2.5), (3, 1.0)]
+
+
+@pytest.mark.parametrize("answer", ["  the cat\n\nsat, on  it ", "cat", "", "   ", "x x x the", "a\u00a0b c"])
+def test_marked_runs_are_the_answer(answer):
+    assert "".join(text for text, _ in mark_shared(answer, ["The cat sat on it.", "no"])) == answer
+
+
+def test_marks_are_what_is_shared_with_the_closest_reference():
+    runs = mark_shared("a small cat sat there", ["dogs bark", "The cat sat."])
+    assert runs == [("a small ", False), ("cat sat", True), (" ", False), ("there", False)]
+
+
+def test_durations_and_sizes():
+    assert [duration(s) for s in (0.25, 42, 59.7, 200, 18720)] == [
+        "0.2 s",
+        "42 s",
+        "1 min 00 s",
+        "3 min 20 s",
+        "5 h 12 min",
+    ]
+    assert [size(b) for b in (12, 1536, 200 * 2**20, 3 * 2**30)] == ["12 B", "1.5 KiB", "200 MiB", "3.00 GiB"]
