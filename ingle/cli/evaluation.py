@@ -45,7 +45,7 @@ def evaluate(
     loaded = load_task(task, overrides)
     from ingle.sinks import Terminal
     from ingle.sinks.tables import comparison_table, side_by_side, summary_table
-    from ingle.sinks.terminal import make_console
+    from ingle.sinks.terminal import make_console, show
 
     with Terminal(make_console(stderr=True)) as terminal:
         report = evaluate_model(models[0], loaded, terminal)
@@ -59,11 +59,9 @@ def evaluate(
         return
     console = make_console()
     if "verdict" not in report:
-        console.print(summary_table(report))
+        show(console, summary_table(report))
         return
-    console.print(comparison_table(report))
-    for table in side_by_side(report, loaded.num_shown):
-        console.print(table)
+    show(console, comparison_table(report), *side_by_side(report, loaded.num_shown))
 
 
 def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink) -> dict[str, Any]:

@@ -29,8 +29,6 @@ DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 #: What the system refuses for reasons that lie with the user's disk or rights.
 _USERS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
-#: Words of the library that reads options, and ours.
-_SAID = {"Input should be": "it must be"}
 #: Frames of a bug's traceback that are shown without ``--debug``.
 _SHOWN_FRAMES = 4
 
@@ -112,7 +110,7 @@ def as_mistake(error: BaseException) -> IngleError | None:
 
 def _usage_error(error: Any) -> IngleError:
     command = getattr(error.ctx, "command_path", "ingle") if error.ctx is not None else "ingle"
-    message = re.sub(r"Input should be|, unable to parse .*", lambda said: _SAID.get(said[0], ""), error.format_message())
+    message = re.sub(r", unable to parse .*", "", error.format_message()).replace("Input should be", "it must be")
     return IngleError(message, fix=f"`{command} --help` shows what can be typed")
 
 

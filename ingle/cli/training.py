@@ -92,9 +92,10 @@ def _print_plan(loaded: LoadedRun) -> None:
     from ingle import flow
     from ingle.sinks import Terminal
     from ingle.sinks.tables import plan_table
+    from ingle.sinks.terminal import show
 
     with Terminal() as terminal:
         for note in loaded.notes:
             terminal(Warned(note))
         plan = flow.plan(loaded.run, terminal)
-    terminal.console.print(plan_table(loaded.run.model_dump(mode="json"), plan.to_dict()))
+    show(terminal.console, plan_table(loaded.run.model_dump(mode="json"), plan.to_dict()))

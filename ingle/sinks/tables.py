@@ -14,6 +14,8 @@ from ingle.sinks.wording import count, duration, p_value, score, size, title
 
 #: Characters of a prompt or an answer shown in the terminal; the report holds them whole.
 _SHOWN_CHARACTERS = 600
+#: Purposes of memory that the plan names.
+_SHOWN_PARTS = 4
 
 
 def plan_table(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
@@ -43,7 +45,9 @@ def _plan_rows(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tupl
     memory = dict(plan["memory"])
     total = memory.pop("total", sum(memory.values()))
     largest = sorted(memory.items(), key=lambda item: -item[1])
-    parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in largest if num_bytes)
+    rest = sum(num_bytes for _, num_bytes in largest[_SHOWN_PARTS:])
+    shown = [*largest[:_SHOWN_PARTS], ("the rest", rest)]
+    parts = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in shown if num_bytes)
     yield "memory", f"{size(total)} predicted: {parts}"
     extras = [name for name, is_on in (("recompute", train["recompute"]), ("compiled", plan["compile"])) if is_on]
     saves = f"every {plan['save_every']:,} steps" if plan["save_every"] else "at the end only"
@@ -132,7 +136,7 @@ def side_by_side(comparison: Mapping[str, Any], num_shown: int) -> Iterator[Rend
             table.add_row("reference", _clip(reference))
         table.add_section()
         for side in ("base", "tuned"):
-            table.add_row(side, _clip(sample.get(side) or ""))
+            table.add_row(side, _clip(sample.get(side) or "") or Text("(empty)", style="dim"))
         yield table
 
 

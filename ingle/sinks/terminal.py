@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -65,9 +65,7 @@ class Terminal:
                 self._warn(event)
             case Evaluated():
                 self._stop()
-                self.console.print(comparison_table(event.report))
-                for table in side_by_side(event.report, self._num_shown):
-                    self.console.print(table)
+                show(self.console, comparison_table(event.report), *side_by_side(event.report, self._num_shown))
             case Saved():
                 if event.kind != "checkpoint" or not self.console.is_terminal:
                     self._print(f"saved {event.kind}: {event.path}")
@@ -92,8 +90,7 @@ class Terminal:
         self._num_steps, self._first_step = event.num_steps, event.step
         self._log_every = event.run.get("train", {}).get("log_every", 1)
         self._num_shown = (event.run.get("evaluate") or {}).get("num_shown", 3)
-        self.console.print(plan_table(event.run, event.plan))
-        self.console.print(audit_table(event.audit))
+        show(self.console, plan_table(event.run, event.plan), audit_table(event.audit))
         if event.resumed_from:
             self._print(f"going on from {event.resumed_from}: step {event.step:,} of {event.num_steps:,} is made")
         self._began = time.monotonic()
@@ -111,9 +108,10 @@ class Terminal:
             if is_last:
                 self._stop()
         if is_last or (not self.console.is_terminal and event.step % self._log_every == 0):
+            end = f"took {duration(time.monotonic() - self._began)}" if is_last else f"ETA {duration(left)}"
             self._print(
                 f"step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
-                f"{size(event.peak_memory_bytes)}  ETA {duration(left)}"
+                f"{size(event.peak_memory_bytes)}  {end}"
             )
 
     def _stage(self, event: events.Progress) -> None:
@@ -139,7 +137,7 @@ class Terminal:
         if event.message not in self._printed:
             self._printed[event.message] = event.count
             where = f" [{event.where}]" if event.where else ""
-            often = f" ({event.count:,} times)" if event.count > 1 else ""
+            often = f" ({event.count:,} times)" if event.count > 1 and str(event.count) not in event.message else ""
             self._print(f"warning: {event.message}{often}{where}", style="yellow")
 
     def _progress(self) -> Progress:
@@ -166,6 +164,18 @@ class Terminal:
     def _print(self, line: str, style: str = "") -> None:
         # Text, not markup: a path or a message may hold brackets.
         self.console.print(Text(line, style=style), soft_wrap=True)
+
+
+def show(console: Console, *renderables: RenderableType) -> None:
+    """Prints tables; where nobody looks at a terminal, without the spaces that fill up their lines."""
+    for renderable in renderables:
+        if console.is_terminal:
+            console.print(renderable)
+            continue
+        with console.capture() as capture:
+            console.print(renderable)
+        lines = "\n".join(line.rstrip() for line in capture.get().splitlines())
+        console.print(Text(lines), soft_wrap=True)
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -120,6 +120,7 @@ def test_the_plan_and_what_was_loaded_come_first() -> None:
     ):
         assert part in text
     assert "gradients" not in text
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
     assert "going on" not in text
     assert "going on from c/step-3: step 3 of 6 is made" in show(started(3, "c/step-3"))
 
@@ -129,6 +130,7 @@ def test_plain_lines_one_a_logged_step_and_the_last() -> None:
     found = [line for line in text.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in found] == ["4/6", "6/6"]
     assert "loss 2.5000  1,234 tokens/s  lr 2.00e-04  grad 0.75  5.0 MiB  ETA " in found[0]
+    assert "took " in found[1] and "ETA" not in found[1]
     assert "\r" not in text and "\x1b" not in text
 
 
@@ -168,10 +170,14 @@ def test_stages_that_run_twice_are_told_twice() -> None:
 
 def test_warnings_are_merged_and_counted() -> None:
     text = show(
-        Warned("row skipped [no answer]", "a.jsonl:3"), Warned("row skipped [no answer]", "a.jsonl:9", 4), Warned("odd")
+        Warned("row skipped [no answer]", "a.jsonl:3"),
+        Warned("7 of 9 were cut", count=7),
+        Warned("row skipped [no answer]", "a.jsonl:9", 4),
+        Warned("odd"),
     )
     assert text.splitlines() == [
         "warning: row skipped [no answer] [a.jsonl:3]",
+        "warning: 7 of 9 were cut",
         "warning: odd",
         "warning: row skipped [no answer] (5 times in all)",
     ]
@@ -180,6 +186,7 @@ def test_warnings_are_merged_and_counted() -> None:
 def test_the_comparison_and_answers_side_by_side() -> None:
     text = show(started(), Evaluated(6, COMPARISON))
     row = next(line for line in text.splitlines() if "exact match" in line and "%" in line)
+    silent = COMPARISON | {"samples": [{"prompt": "p", "references": [], "base": " ", "tuned": "t"}] * 5}
     for part in ("0.0 %", "41.2 %", "+41.2 %", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
         assert part in row
     assert "perplexity (less is better)" in text and "[-20.00, –]" in text
@@ -189,6 +196,7 @@ def test_the_comparison_and_answers_side_by_side() -> None:
         "Sample 3, largest loss",
         "Sample 1, drawn at random",
     ]
+    assert "(empty)" in show(started(), Evaluated(6, silent))
     assert "ask 4 [bold]" in text and "truth" in text and "base 4" in text and "tuned 4" in text
 
 
