@@ -66,7 +66,7 @@ class Int8:
         """Packs a weight; ``importance`` is not used.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity.
+            QuantizationError: The weight holds NaN or infinity, or is too large to be decoded.
         """
         weight_OI = weight_OI.detach()
         scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True).float()
@@ -77,6 +77,8 @@ class Int8:
                 why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
                 fix="check the checkpoint, or train with --base.format=none",
             )
+        if float(scale_O1.max()) > torch.finfo(torch.float32).max / 127:
+            raise QuantizationError(f"{name} is too large for int8.", where=name, why=f"absmax {float(scale_O1.max())}")
         # A zero row has no scale to divide by; a row below 127 / max float32 would divide into infinity.
         factor_O1 = torch.where(scale_O1 > 0, 127.0 / scale_O1, 0).clamp(max=torch.finfo(torch.float32).max)
         codes = (weight_OI.float() * factor_O1).round_().clamp_(-127, 127).to(torch.int8)

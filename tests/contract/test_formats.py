@@ -1,0 +1,401 @@
+"""What every member of the base-format axis promises; a new format is one more line in ``FORMATS``."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
+from ingle.errors import QuantizationError
+from ingle.kernels.decode import has_kernel
+from ingle.quant import Format, QuantLinear, convert, make_format
+
+FORMATS: dict[str, BaseConfig] = {
+    "nf4": Nf4Base(format="nf4"),
+    "nf4-single": Nf4Base(format="nf4", double_quant=False),
+    "nf4-32": Nf4Base(format="nf4", block_size=32),
+    "nf4-256": Nf4Base(format="nf4", block_size=256, double_quant=False),
+    "nf4-4096": Nf4Base(format="nf4", block_size=4096),
+    "int8": Int8Base(format="int8"),
+}
+#: The relative error in rms that a Gaussian weight may suffer.
+ERROR = {"nf4": 0.1, "nf4-single": 0.1, "nf4-32": 0.09, "nf4-256": 0.12, "nf4-4096": 0.15, "int8": 0.01}
+SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=list(FORMATS))
+def key(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def format(key: str) -> Format:
+    made = make_format(FORMATS[key])
+    assert made is not None
+    return made
+
+
+def draw(out_features: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(out_features, in_features, generator=generator)).to(dtype)
+
+
+def test_none_has_no_format() -> None:
+    assert make_format(NoBase()) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planes_are_as_announced_and_integers(format: Format, shape: tuple[int, int]) -> None:
+    planes = format.encode(draw(*shape))
+    specs = format.plane_specs(*shape)
+    assert {name: (tuple(p.shape), p.dtype) for name, p in planes.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in specs.items()
+    }
+    assert not any(plane.is_floating_point() for plane in planes.values())
+    num_bytes = sum(plane.numel() * plane.element_size() for plane in planes.values())
+    assert format.bits_per_weight(*shape) == pytest.approx(8 * num_bytes / (shape[0] * shape[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fast_decode_is_the_reference_bit_for_bit(format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = draw(*shape)
+    weight[0] *= 1e4  # rows of very different size
+    planes = format.encode(weight)
+    expected = format.decode_reference(planes, *shape, dtype)
+    out = torch.full(shape, torch.nan, dtype=dtype)
+    decoded = format.decode(planes, *shape, dtype, out)
+    assert decoded.data_ptr() == out.data_ptr()
+    assert decoded.dtype == dtype
+    assert torch.equal(out, expected)
+    assert torch.equal(format.decode(planes, *shape, dtype), expected)
+
+
+def test_there_is_a_fast_kernel_here(format: Format) -> None:
+    assert has_kernel(torch.empty(1), torch.bfloat16)
+    assert has_kernel(torch.empty(1), torch.float32)
+    assert not has_kernel(torch.empty(1, device="meta"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_small(format: Format, key: str, dtype: torch.dtype) -> None:
+    weight = draw(64, 4096, dtype)
+    decoded = format.decode(format.encode(weight), 64, 4096, torch.float32)
+    relative = (decoded - weight.float()).norm() / weight.float().norm()
+    assert relative < ERROR[key]
+
+
+def test_encoding_depends_on_values_not_on_dtype_or_strides(format: Format) -> None:
+    weight = draw(12, 192, torch.bfloat16)
+    expected = format.encode(weight)
+    for same in (weight.float(), weight.half().to(torch.bfloat16).float(), weight.t().contiguous().t()):
+        if not torch.equal(same.float(), weight.float()):
+            continue  # float16 does not hold all of them
+        packed = format.encode(same)
+        assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
+
+
+def test_results_do_not_depend_on_threads(format: Format) -> None:
+    shape = (300, 1024)  # large enough that threads are woken
+    weight = draw(*shape)
+    before = torch.get_num_threads()
+    packed, decoded = [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            packed.append(format.encode(weight))
+            decoded.append(format.decode(packed[0], *shape, torch.bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(packed[0][name], packed[1][name]) for name in packed[0])
+    assert torch.equal(decoded[0], decoded[1])
+
+
+def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
+    shape = (1024, 64)
+    planes = format.encode(draw(*shape))
+    rows = format.granule(*shape)
+    assert shape[0] % rows == 0
+    whole = format.decode(planes, *shape, torch.float32)
+    for start in range(0, shape[0], rows):
+        cut = {}
+        for name, plane in planes.items():
+            share = plane.shape[0] * rows / shape[0]
+            if plane.shape[0] == 1:  # one for the whole tensor
+                cut[name] = plane
+            else:
+                assert share == int(share)
+                first = start // rows * int(share)
+                cut[name] = plane[first : first + int(share)]
+        part = format.decode(cut, rows, shape[1], torch.float32)
+        assert torch.equal(part, whole[start : start + rows])
+        if start > 3 * rows:
+            break
+
+
+def test_codes_of_a_row_do_not_depend_on_other_rows(format: Format) -> None:
+    weight = draw(8, 200)
+    changed = weight.clone()
+    changed[[0, 1, 3, 7]] *= 50
+    before, after = format.encode(weight), format.encode(changed)
+    assert torch.equal(before["codes"][[2, 4, 5, 6]], after["codes"][[2, 4, 5, 6]])
+
+
+def test_zero_stays_zero(format: Format) -> None:
+    for weight in (torch.zeros(4, 128), torch.zeros(1, 3)):
+        shape = weight.shape[0], weight.shape[1]
+        assert torch.equal(format.decode(format.encode(weight), *shape, torch.bfloat16), weight.bfloat16())
+
+
+def test_zero_rows_among_others_stay_zero(format: Format) -> None:
+    weight = draw(6, 4096)
+    weight[2] = 0
+    decoded = format.decode(format.encode(weight), 6, 4096, torch.float32)
+    # With double quantization the row's absmax comes out near zero only; its codes mean zero whatever it is.
+    assert (decoded[2] == 0).all()
+
+
+def test_constant_blocks_keep_their_value(format: Format) -> None:
+    weight = torch.tensor([[0.5], [-0.25], [0.125], [1.0]]).expand(4, 256).contiguous()
+    decoded = format.decode(format.encode(weight), 4, 256, torch.float32)
+    assert torch.allclose(decoded, weight, rtol=0.03 if "absmax_offset" in format.plane_specs(4, 256) else 1e-6)
+
+
+@pytest.mark.parametrize("tiny", [1e-30, 1e-40])
+def test_tiny_weights_give_finite_results(format: Format, tiny: float) -> None:
+    decoded = format.decode(format.encode(torch.full((2, 64), tiny)), 2, 64, torch.float32)
+    assert decoded.isfinite().all()
+    assert (decoded.abs() <= 2 * tiny).all()
+
+
+@pytest.mark.parametrize("huge", [2e36, 3e38])
+def test_huge_weights_give_finite_results_or_are_refused(format: Format, huge: float) -> None:
+    weight = torch.full((2, 64), huge)
+    if format.name == "int8" and huge > 3e36:  # code * scale would overflow in bitsandbytes' order of products
+        with pytest.raises(QuantizationError, match="too large"):
+            format.encode(weight)
+        return
+    decoded = format.decode(format.encode(weight), 2, 64, torch.float32)
+    assert torch.allclose(decoded, weight, rtol=0.01)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", [(0, 0), (2, 199), (1, 100)])
+def test_nan_and_infinity_are_refused_by_name(
+    format: Format, bad: float, dtype: torch.dtype, where: tuple[int, int]
+) -> None:
+    weight = draw(3, 200, dtype)
+    weight[where] = bad
+    with pytest.raises(QuantizationError, match="holds NaN or infinity") as caught:
+        format.encode(weight, name="model.layers.3.mlp.up_proj.weight")
+    assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
+    assert "1 of 600" in str(caught.value)
+
+
+def make_layer(format: Format, *, bias: bool = True) -> QuantLinear:
+    layer = QuantLinear(format, 200, 48, bias=bias, weight_dtype=torch.float32)
+    layer.quantize(draw(48, 200))
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lead", [(5,), (2, 5), ()])
+def test_layer_equals_a_linear_with_the_decoded_weight(
+    format: Format, dtype: torch.dtype, lead: tuple[int, ...]
+) -> None:
+    layer = make_layer(format).to(dtype)
+    plain = nn.Linear(200, 48, dtype=dtype)
+    with torch.no_grad():
+        plain.weight.copy_(layer.decode(dtype))
+        plain.bias.copy_(layer.bias)
+    x = torch.randn(*lead, 200, dtype=dtype)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(ours), plain(theirs)
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(ours.grad, theirs.grad)
+    assert torch.allclose(layer.bias.grad, plain.bias.grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_gradients_by_finite_differences(format: Format) -> None:
+    layer = QuantLinear(format, 20, 3, bias=True, weight_dtype=torch.float64)
+    layer.quantize(draw(3, 20))
+    layer.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    x = torch.randn(2, 20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, _: layer(x), (x, layer.bias))
+
+
+def test_backward_keeps_planes_and_nothing_decoded(format: Format) -> None:
+    layer = make_layer(format)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = torch.randn(4, 200, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    planes = {plane.data_ptr() for plane in layer.planes().values()}
+    assert {tensor.data_ptr() for tensor in saved} == planes
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_two_layers_share_one_scratch_safely(format: Format) -> None:
+    first, second = make_layer(format), make_layer(format)
+    second.quantize(draw(48, 200, seed=1))
+    x = torch.randn(4, 200, requires_grad=True)
+    y = first(x) + second(x)
+    y.sum().backward()
+    weights = first.decode(torch.float32) + second.decode(torch.float32)
+    assert torch.allclose(x.grad, weights.sum(0).expand(4, 200), atol=1e-5)
+    assert format.scratch.num_bytes() >= 4 * 48 * 200
+    held = format.scratch.num_bytes()
+    first(x)
+    assert format.scratch.num_bytes() == held
+
+
+def test_training_after_generation(format: Format) -> None:
+    layer = make_layer(format).half()
+    with torch.inference_mode():
+        layer(torch.randn(1, 200, dtype=torch.float16))
+    x = torch.randn(1, 200, dtype=torch.float16, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_casts_and_moves_leave_planes_alone(format: Format) -> None:
+    layer = make_layer(format)
+    before = {name: plane.clone() for name, plane in layer.planes().items()}
+    for cast in (layer.bfloat16, layer.half, layer.double, layer.float, lambda: layer.to(torch.bfloat16)):
+        cast()
+        for name, plane in layer.planes().items():
+            assert plane.dtype == before[name].dtype
+            assert torch.equal(plane, before[name])
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+
+
+def test_state_survives_training_evaluation_and_safetensors(format: Format) -> None:
+    model = nn.Sequential(nn.Linear(64, 200), make_layer(format), nn.Linear(48, 1))
+    before = {name: tensor.clone() for name, tensor in model[1].state_dict().items() if name != "bias"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(8, 64)).sum().backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(1, 64))
+    after = model[1].state_dict()
+    assert set(before) | {"bias"} == set(after)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    restored = load(save({name: tensor.contiguous() for name, tensor in after.items()}))
+    fresh = QuantLinear(format, 200, 48, bias=True, device="meta", weight_dtype=torch.float32)
+    fresh.load_state_dict(restored, assign=True)
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in after.items())
+    x = torch.randn(2, 200)
+    assert torch.equal(fresh(x), model[1](x))
+
+
+def test_planes_are_frozen_parameters(format: Format) -> None:
+    layer = make_layer(format)
+    parameters = dict(layer.named_parameters())
+    assert set(parameters) == {*format.plane_specs(48, 200), "bias"}
+    assert [name for name, parameter in parameters.items() if parameter.requires_grad] == ["bias"]
+
+
+def test_copies_and_pickles_are_independent(format: Format) -> None:
+    layer = make_layer(format)
+    x = torch.randn(2, 200)
+    expected = layer(x)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), expected)
+        assert twin.format == layer.format
+        assert twin.format.scratch is not layer.format.scratch
+
+
+def test_meta_layers_have_shapes_and_no_bytes(format: Format) -> None:
+    layer = QuantLinear(format, 200, 48, bias=True, device="meta")
+    real = make_layer(format)
+    assert {name: plane.shape for name, plane in layer.planes().items()} == {
+        name: plane.shape for name, plane in real.planes().items()
+    }
+    assert all(plane.is_meta for plane in layer.planes().values())
+    assert layer(torch.empty(3, 200, device="meta", dtype=torch.bfloat16)).shape == (3, 48)
+    layer.assign(real.planes())
+    layer.bias = real.bias
+    x = torch.randn(2, 200)
+    assert torch.equal(layer(x), real(x))
+
+
+def test_planes_at_odd_addresses_are_taken(format: Format) -> None:
+    real = make_layer(format)
+    shifted = {}
+    for name, plane in real.planes().items():
+        memory = np.empty(plane.numel() * plane.element_size() + 1, dtype=np.uint8)
+        memory[1:] = plane.contiguous().view(torch.uint8).numpy().reshape(-1)
+        shifted[name] = torch.from_numpy(memory[1:]).view(plane.dtype).view(plane.shape)
+        assert shifted[name].data_ptr() % 2
+    layer = QuantLinear(format, 200, 48)
+    layer.assign(shifted)
+    assert torch.equal(layer.decode(torch.bfloat16), real.decode(torch.bfloat16))
+
+
+def test_wrong_planes_are_refused(format: Format) -> None:
+    layer = make_layer(format)
+    planes = layer.planes()
+    name = next(iter(planes))
+    with pytest.raises(QuantizationError, match="do not fit"):
+        layer.assign({other: plane for other, plane in planes.items() if other != name})
+    with pytest.raises(QuantizationError, match="does not fit"):
+        layer.assign(planes | {name: planes[name][1:]})
+    with pytest.raises(QuantizationError, match="another shape"):
+        layer.quantize(draw(200, 48), name="w")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
+def test_compiled_layer_equals_eager_one(format: Format) -> None:
+    layer = make_layer(format)
+    x = torch.randn(4, 200, requires_grad=True)
+    expected = layer(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    (grad,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(y, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+def test_convert_before_and_after_filling_gives_the_same_bytes(key: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32, bias=False))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32, bias=False))
+    weights = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    convert(model, FORMATS[key])
+    convert(empty, FORMATS[key])
+    for index, weight in zip((0, 2), weights, strict=True):
+        assert isinstance(empty[index], QuantLinear)
+        empty[index].quantize(weight)
+        for name, plane in model[index].planes().items():
+            assert torch.equal(plane, empty[index].planes()[name])
+    assert empty[2].bias is None
+    x = torch.randn(3, 96)
+    hidden = functional.linear(x, model[0].decode(torch.float32), model[0].bias).relu()
+    assert torch.equal(model(x), functional.linear(hidden, model[2].decode(torch.float32)))
