@@ -7,7 +7,6 @@ positions and lengths, never from ids: pad and end-of-text may share an id witho
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from ingle.errors import DataError
 
 #: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
 PIECE_CHARS = 1 << 20
+_PIECES_AT_ONCE = 4
 
 #: A line end at which every common pre-tokenizer cuts too: a single newline between two words.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
@@ -158,18 +158,23 @@ class TextEncoder:
                 yield self._mask_pair(next(spanned[False]), document)
 
     def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
-        """Ids of plain texts; only the first piece of a long one gets what the tokenizer puts before a text."""
-        groups = [cut_text(text) for text in texts]
-        heads = self._backend.encode_batch_fast([group[0] for group in groups])
-        tails = iter(
-            self._backend.encode_batch_fast(
-                [piece for group in groups for piece in group[1:]], add_special_tokens=False
-            )
-        )
-        for group, head in zip(groups, heads, strict=True):
-            ids = np.array(head.ids, dtype=np.int32)
-            ids = ids[self._find_text(ids)]
-            yield np.concatenate([ids, *(np.array(next(tails).ids, dtype=np.int32) for _ in group[1:])])
+        """Ids of plain texts; what the tokenizer says about a long one is held for some pieces at a time only."""
+        short = [text for text in texts if len(text) <= PIECE_CHARS]
+        encodings = iter(self._backend.encode_batch_fast(short))
+        for text in texts:
+            yield self._open(next(encodings)) if len(text) <= PIECE_CHARS else self._encode_long(text)
+
+    def _encode_long(self, text: str) -> Ids:
+        first, *later = cut_text(text)
+        parts = [self._open(self._backend.encode_batch_fast([first])[0])]
+        for start in range(0, len(later), _PIECES_AT_ONCE):
+            batch = self._backend.encode_batch_fast(later[start : start + _PIECES_AT_ONCE], add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+        return np.concatenate(parts)
+
+    def _open(self, encoding: Any) -> Ids:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        return ids[self._find_text(ids)]
 
     def _find_text(self, ids: Ids) -> slice:
         """All but a second BOS, and the EOS that some tokenizers add themselves (it is put there anyway)."""
@@ -249,16 +254,9 @@ def _exact_backend(tokenizer: Tokenizer) -> Any:
             why=f"{type(tokenizer).__name__} has no fast backend (tokenizer.json)",
             fix="name another tokenizer with model.tokenizer=",
         )
-    copy = tokenizers.Tokenizer.from_str(json.dumps(_without_trimming(json.loads(backend.to_str()))))
+    # Quotes inside a JSON string are escaped, so this text is the option itself wherever it stands.
+    exact = backend.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
+    copy = tokenizers.Tokenizer.from_str(exact)
     copy.no_padding()
     copy.no_truncation()
     return copy
-
-
-def _without_trimming(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {
-            key: False if key == "trim_offsets" else value if key == "model" else _without_trimming(value)
-            for key, value in node.items()
-        }
-    return [_without_trimming(item) for item in node] if isinstance(node, list) else node

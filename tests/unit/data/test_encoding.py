@@ -190,3 +190,11 @@ def test_text_without_line_ends_is_cut_at_spaces_or_anywhere():
     assert cut_text("ab cd ef gh", 6) == ["ab cd", " ef gh"]
     assert "".join(cut_text("x" * 100, 7)) == "x" * 100
     assert cut_text("", 5) == [""]
+
+
+def test_a_document_of_many_pieces_is_encoded_as_one(plain, monkeypatch):
+    text = make_prose(9)
+    whole = encode(plain, Example("f:1", text=text)).ids
+    monkeypatch.setattr("ingle.data.encoding.PIECE_CHARS", 700)
+    monkeypatch.setattr("ingle.data.encoding.cut_text", lambda text: cut_text(text, 700))
+    assert np.array_equal(encode(plain, Example("f:1", text=text)).ids, whole)
