@@ -38,18 +38,34 @@ class Kind:
 
 
 KINDS = (
-    Kind("event", {"event": "event", "place": "place", "day": "day", "time": "time"},
-         {"price": "price", "note": "note", "host": "person"}),
-    Kind("lost", {"lost": "lost", "near": "near", "day": "day", "owner": "person"}, {"reward": "reward", "home": "home"}),
+    Kind(
+        "event",
+        {"event": "event", "place": "place", "day": "day", "time": "time"},
+        {"price": "price", "note": "note", "host": "person"},
+    ),
+    Kind(
+        "lost", {"lost": "lost", "near": "near", "day": "day", "owner": "person"}, {"reward": "reward", "home": "home"}
+    ),
     Kind("found", {"found": "found", "near": "near", "day": "day"}, {"person": "person", "home": "home"}),
-    Kind("sale", {"sale": "sale", "price": "saleprice", "seller": "person"},
-         {"condition": "condition", "home": "home", "day": "day"}),
-    Kind("class", {"class": "class", "place": "place", "day": "day", "time": "time", "teacher": "person"},
-         {"price": "price", "bring": "bring"}),
-    Kind("warning", {"warning": "warning", "where": "where"}, {"until": "until", "advice": "advice", "person": "person"}),
-    Kind("wanted", {"wanted": "wanted", "task": "task", "place": "place", "day": "day"},
-         {"time": "time", "reward": "reward", "person": "person"}),
-)  # fmt: skip
+    Kind(
+        "sale",
+        {"sale": "sale", "price": "saleprice", "seller": "person"},
+        {"condition": "condition", "home": "home", "day": "day"},
+    ),
+    Kind(
+        "class",
+        {"class": "class", "place": "place", "day": "day", "time": "time", "teacher": "person"},
+        {"price": "price", "bring": "bring"},
+    ),
+    Kind(
+        "warning", {"warning": "warning", "where": "where"}, {"until": "until", "advice": "advice", "person": "person"}
+    ),
+    Kind(
+        "wanted",
+        {"wanted": "wanted", "task": "task", "place": "place", "day": "day"},
+        {"time": "time", "reward": "reward", "person": "person"},
+    ),
+)
 WEIGHTS = (9, 3, 3, 4, 5, 3, 4)
 LABELS = {"home": "ask", "where": "place", "near": "place"}  # what the record calls a field
 
@@ -95,7 +111,9 @@ class Noticeboard:
     def __init__(self, rng: Random) -> None:
         """Read the values and frames beside this file."""
         self.rng = rng
-        self.values = {name: [Value.parse(line) for line in lines] for name, lines in read_sections(HERE / "values.txt").items()}
+        self.values = {
+            name: [Value.parse(line) for line in lines] for name, lines in read_sections(HERE / "values.txt").items()
+        }
         self.frames = read_sections(HERE / "frames.txt")
 
     def draw(self, *, num_unseen: int) -> tuple[Kind, Record] | None:
@@ -143,8 +161,10 @@ class Noticeboard:
 
 
 def fill(frame: str, record: Record) -> str:
-    """Put a record's values into a frame: ``{field}``, ``{Field}`` with a capital, ``{a field}`` with its article,
-    ``{there field}`` with ``there is`` or ``there are``."""
+    """Put a record's values into a frame.
+
+    ``{field}`` is the value, ``{Field}`` has a capital, ``{a field}`` its article, ``{there field}`` "there is".
+    """
 
     def value(match: re.Match[str]) -> str:
         name = match[1]

@@ -14,11 +14,37 @@ from random import Random
 HERE = Path(__file__).parent
 SYSTEM = "You turn a customer's message into one line of the order book."
 GREETINGS = ("Hello,", "Good morning,", "Hi,", "Dear baker,", "Good evening,", "")
-CUSTOMERS = ("Mrs Bell", "Mr Cole", "Anna Rush", "Tom Fletcher", "Miss Frost", "Dr Reed", "Ivy Chandler", "Mr Pike", "the school", "the Swan Inn")
-GOODS = ("white loaves", "rye loaves", "cherry tarts", "cheese rolls", "seed cakes", "currant buns", "apple pies", "honey cakes", "oat biscuits")
+CUSTOMERS = (
+    "Mrs Bell",
+    "Mr Cole",
+    "Anna Rush",
+    "Tom Fletcher",
+    "Miss Frost",
+    "Dr Reed",
+    "Ivy Chandler",
+    "Mr Pike",
+    "the school",
+    "the Swan Inn",
+)
+GOODS = (
+    "white loaves",
+    "rye loaves",
+    "cherry tarts",
+    "cheese rolls",
+    "seed cakes",
+    "currant buns",
+    "apple pies",
+    "honey cakes",
+    "oat biscuits",
+)
 NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "eight": 8, "ten": 10, "a dozen": 12, "twenty": 20}
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-WAYS = {"I shall fetch them": "collect", "please bring them round": "deliver", "I will pick them up": "collect", "please deliver them": "deliver"}
+WAYS = {
+    "I shall fetch them": "collect",
+    "please bring them round": "deliver",
+    "I will pick them up": "collect",
+    "please deliver them": "deliver",
+}
 MESSAGES = (
     "{greeting} this is {customer}. I would like {number} {goods} for {day}, {way}.",
     "{greeting} could I have {number} {goods} on {day}? It is for {customer}; {way}.",

@@ -51,7 +51,11 @@ def rows(seed: str, num_rows: int) -> Iterator[dict[str, object]]:
     while len(seen) < num_rows:
         scene, world = new_scene(rng)
         row: dict[str, object]
-        row = {"text": document(scene, world)} if rng.random() < DOCUMENT_SHARE else {"messages": conversation(scene, world)}
+        row = (
+            {"text": document(scene, world)}
+            if rng.random() < DOCUMENT_SHARE
+            else {"messages": conversation(scene, world)}
+        )
         key = hashlib.blake2b(json.dumps(row).encode(), digest_size=8).digest()
         if key not in seen:
             seen.add(key)
@@ -117,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     shards = [*(f"{number:03d}" for number in range(options.num_shards)), HELD_OUT]
-    seeds = [f"{options.seed} {'shard ' + shard.lstrip('0').zfill(1) if shard != HELD_OUT else shard}" for shard in shards]
+    seeds = [
+        f"{options.seed} {'shard ' + shard.lstrip('0').zfill(1) if shard != HELD_OUT else shard}" for shard in shards
+    ]
     sizes = [options.rows_per_shard] * options.num_shards + [max(options.rows_per_shard // 10, 10)]
     with ProcessPoolExecutor(options.processes) as pool:
         list(pool.map(partial(write_shard, options.output), shards, seeds, sizes))

@@ -1,9 +1,9 @@
-"""Train the bundled base model's tokenizer: byte-level BPE that llama.cpp can hold as ``gpt2``.
+r"""Train the bundled base model's tokenizer: byte-level BPE that llama.cpp can hold as ``gpt2``.
 
     python examples/pretrain/train_tokenizer.py --corpus examples/pretrain/corpus --output examples/pretrain/model
 
-GPT-2's pre-tokenizer, all 256 bytes, 4,096 tokens with the four special ones. A document ends with ``<|endoftext|>``; a
-turn of a conversation is ``<|im_start|>role\\n...<|im_end|>\\n`` (ChatML), so generation stops at either.
+GPT-2's pre-tokenizer, all 256 bytes, 4,096 tokens with the four special ones. Documents and turns both end
+with ``<|im_end|>``, the tokenizer's eos; a turn of a conversation is ``<|im_start|>role\n...<|im_end|>\n`` (ChatML).
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ def train(corpus: Path, every: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts(corpus, every), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=TURN_END, pad_token=PAD, model_max_length=1024,
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        pad_token=PAD,
+        model_max_length=1024,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -68,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = train(options.corpus, options.every)
     tokenizer.save_pretrained(options.output)
     settings_file = options.output / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # read by transformers 4 too
+    settings = json.loads(settings_file.read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }  # read by transformers 4 too
     settings.pop("backend", None)
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{len(tokenizer)} tokens in {options.output}")

@@ -22,8 +22,12 @@ def _story(scene: Scene) -> str:
     chapters = [scene.section("story")]
     while len(chapters) < 4 and scene.random() < 0.35:
         add_person(scene, "q")
-        chapters.append(scene.write("[The next {season}|Some time later|A year later|In {month}|Later that year|One {daypart}], {p} "
-                                    "{act:past}. [|{here.sense} |{weather.line} ]{plot}"))  # fmt: skip
+        chapters.append(
+            scene.write(
+                "[The next {season}|Some time later|A year later|In {month}|Later that year|One {daypart}], {p} "
+                "{act:past}. [|{here.sense} |{weather.line} ]{plot}"
+            )
+        )
     return "\n\n".join(chapters)
 
 
@@ -31,7 +35,11 @@ def _forms(scene: Scene) -> str:
     lines = []
     for _ in range(scene.rng.randint(2, 5)):
         source, target, result = questions.forms(scene)
-        lines.append(f"{source} In {target}: {result}" if target.startswith("the") else f"{source} {target[0].upper()}{target[1:]}: {result}")
+        lines.append(
+            f"{source} In {target}: {result}"
+            if target.startswith("the")
+            else f"{source} {target[0].upper()}{target[1:]}: {result}"
+        )
     return "\n".join(lines)
 
 

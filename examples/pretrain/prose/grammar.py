@@ -35,7 +35,9 @@ _HAPPENINGS = {"hap": "p", "hapq": "q", "hapi": "i"}
 _POSSESSIVE = {"i": "my", "you": "your", "they": "their", "we": "our"}
 _CAPITAL = re.compile(r"((?:^|\n|[.!?] |: (?=\"))\"?)([a-z])")
 _SPOKEN = re.compile(r"\.(?=\" (?:said|asked|answered|called|cried|whispered)\b)")
-_NEW_SENTENCE = re.compile(r"(?<=[.!?]\" )([hs]he|it|they)(?= (?!said|asked|answered|cried|called|whispered|thought|told|sighed)\w)")
+_NEW_SENTENCE = re.compile(
+    r"(?<=[.!?]\" )([hs]he|it|they)(?= (?!said|asked|answered|cried|called|whispered|thought|told|sighed)\w)"
+)
 _SPACES = re.compile(r"  +| +(?=[,.;:!?\n])|(?<=\n) +")
 _VERB = re.compile(r"<(\w+)>")
 

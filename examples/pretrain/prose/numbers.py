@@ -12,7 +12,21 @@ def _say(scene: Scene, n: int) -> str:
 
 def exercise(scene: Scene) -> tuple[str, str]:
     """One question and its answer (a full sentence)."""
-    makers = (_sum, _sum, _story_sum, _story_sum, _money, _clock, _next, _compare, _weekday, _spell, _double, _units, _ordinal)
+    makers = (
+        _sum,
+        _sum,
+        _story_sum,
+        _story_sum,
+        _money,
+        _clock,
+        _next,
+        _compare,
+        _weekday,
+        _spell,
+        _double,
+        _units,
+        _ordinal,
+    )
     question, answer = makers[int(scene.random() * len(makers))](scene)
     return polish(question), polish(answer)
 
@@ -49,25 +63,40 @@ def _story_sum(scene: Scene) -> tuple[str, str]:
     many = plural(noun)
     match rng.randrange(5):
         case 0:
-            return (f"{p} has {_count(scene, a, noun)}. {q} gives {scene['p.him']} {_say(scene, b)} more. How many {many} does "
-                    f"{p} have now?", f"{p} has {_count(scene, a + b, noun)}.")  # fmt: skip
+            return (
+                f"{p} has {_count(scene, a, noun)}. {q} gives {scene['p.him']} {_say(scene, b)} more. How many "
+                f"{many} does "
+                f"{p} have now?",
+                f"{p} has {_count(scene, a + b, noun)}.",
+            )
         case 1:
             a = max(a, b + 1)
-            return (f"{p} has {_count(scene, a, noun)}. {he} sells {_say(scene, b)} of them. How many are left?",
-                    f"{_count(scene, a - b, noun)} {'is' if a - b == 1 else 'are'} left.")  # fmt: skip
+            return (
+                f"{p} has {_count(scene, a, noun)}. {he} sells {_say(scene, b)} of them. How many are left?",
+                f"{_count(scene, a - b, noun)} {'is' if a - b == 1 else 'are'} left.",
+            )
         case 2:
             noun = scene.choose("fruit")
             a, b = rng.randint(2, 9), rng.randint(2, 9)
-            return (f"There are {_say(scene, a)} baskets with {_count(scene, b, noun)} in each. How many {plural(noun)} are there?",
-                    f"There are {_count(scene, a * b, noun)}.")  # fmt: skip
+            return (
+                f"There are {_say(scene, a)} baskets with {_count(scene, b, noun)} in each. How many "
+                f"{plural(noun)} are there?",
+                f"There are {_count(scene, a * b, noun)}.",
+            )
         case 3:
             noun = scene.choose("fruit")
             a, b = rng.randint(2, 9), rng.randint(2, 6)
-            return (f"{p} shares {_count(scene, a * b, noun)} between {_say(scene, b)} children. How many does each child get?",
-                    f"Each child gets {_count(scene, a, noun)}.")  # fmt: skip
+            return (
+                f"{p} shares {_count(scene, a * b, noun)} between {_say(scene, b)} children. How many does each "
+                f"child get?",
+                f"Each child gets {_count(scene, a, noun)}.",
+            )
         case _:
-            return (f"{p} saw {_count(scene, a, noun)} on Monday and {_say(scene, b)} on Tuesday. How many did {he} see in all?",
-                    f"{he} saw {_count(scene, a + b, noun)} in all.")  # fmt: skip
+            return (
+                f"{p} saw {_count(scene, a, noun)} on Monday and {_say(scene, b)} on Tuesday. How many did {he} "
+                f"see in all?",
+                f"{he} saw {_count(scene, a + b, noun)} in all.",
+            )
 
 
 def _money(scene: Scene) -> tuple[str, str]:
@@ -75,11 +104,17 @@ def _money(scene: Scene) -> tuple[str, str]:
     thing, price = scene.choose("thing"), rng.randint(2, 19)
     if rng.random() < 0.5:
         paid = price + rng.randint(1, 20)
-        return (f"A {thing} costs {_say(scene, price)} pounds. {scene['p']} pays with {_say(scene, paid)} pounds. How much change "
-                f"does {scene['p.he']} get?", f"{scene['p.he']} gets {_count(scene, paid - price, 'pound')} back.")  # fmt: skip
+        return (
+            f"A {thing} costs {_say(scene, price)} pounds. {scene['p']} pays with {_say(scene, paid)} pounds. How "
+            f"much change "
+            f"does {scene['p.he']} get?",
+            f"{scene['p.he']} gets {_count(scene, paid - price, 'pound')} back.",
+        )
     n = rng.randint(2, 9)
-    return (f"One {thing} costs {_say(scene, price)} pounds. How much do {_say(scene, n)} {plural(thing)} cost?",
-            f"They cost {_count(scene, n * price, 'pound')}.")  # fmt: skip
+    return (
+        f"One {thing} costs {_say(scene, price)} pounds. How much do {_say(scene, n)} {plural(thing)} cost?",
+        f"They cost {_count(scene, n * price, 'pound')}.",
+    )
 
 
 def clock_words(minutes: int) -> str:
@@ -101,10 +136,20 @@ def _clock(scene: Scene) -> tuple[str, str]:
         hour, minute = divmod(start, 60)
         return f"How do you say {hour % 12 or 12}:{minute:02d} in words?", f"It is {clock_words(start)}."
     step = rng.choice((15, 30, 45, 60, 90, 120, 180))
-    length = {15: "a quarter of an hour", 30: "half an hour", 45: "three quarters of an hour", 60: "an hour",
-              90: "an hour and a half", 120: "two hours", 180: "three hours"}[step]  # fmt: skip
-    return (f"The {rng.choice(('train', 'bus', 'ferry'))} leaves at {clock_words(start)} and takes {length}. When does it arrive?",
-            f"It arrives at {clock_words(start + step)}.")  # fmt: skip
+    length = {
+        15: "a quarter of an hour",
+        30: "half an hour",
+        45: "three quarters of an hour",
+        60: "an hour",
+        90: "an hour and a half",
+        120: "two hours",
+        180: "three hours",
+    }[step]
+    return (
+        f"The {rng.choice(('train', 'bus', 'ferry'))} leaves at {clock_words(start)} and takes {length}. When "
+        f"does it arrive?",
+        f"It arrives at {clock_words(start + step)}.",
+    )
 
 
 def _next(scene: Scene) -> tuple[str, str]:
@@ -130,7 +175,10 @@ def _weekday(scene: Scene) -> tuple[str, str]:
     kind = "day" if names is days else "month"
     index = scene.rng.randrange(len(names))
     if scene.random() < 0.5:
-        return f"Which {kind} comes after {names[index]}?", f"{names[(index + 1) % len(names)]} comes after {names[index]}."
+        return (
+            f"Which {kind} comes after {names[index]}?",
+            f"{names[(index + 1) % len(names)]} comes after {names[index]}.",
+        )
     return f"Which {kind} comes before {names[index]}?", f"{names[index - 1]} comes before {names[index]}."
 
 
@@ -149,10 +197,23 @@ def _double(scene: Scene) -> tuple[str, str]:
 def _units(scene: Scene) -> tuple[str, str]:
     rng = scene.rng
     n = rng.randint(2, 9)
-    small, large, factor = rng.choice((
-        ("days", "weeks", 7), ("minutes", "hours", 60), ("months", "years", 12), ("hours", "days", 24), ("pence", "pounds", 100),
-        ("seconds", "minutes", 60), ("metres", "kilometres", 1000), ("grams", "kilograms", 1000), ("years", "centuries", 100)))  # fmt: skip
-    return f"How many {small} are there in {in_words(n)} {large}?", f"There are {n * factor} {small} in {in_words(n)} {large}."
+    small, large, factor = rng.choice(
+        (
+            ("days", "weeks", 7),
+            ("minutes", "hours", 60),
+            ("months", "years", 12),
+            ("hours", "days", 24),
+            ("pence", "pounds", 100),
+            ("seconds", "minutes", 60),
+            ("metres", "kilometres", 1000),
+            ("grams", "kilograms", 1000),
+            ("years", "centuries", 100),
+        )
+    )
+    return (
+        f"How many {small} are there in {in_words(n)} {large}?",
+        f"There are {n * factor} {small} in {in_words(n)} {large}.",
+    )
 
 
 def _ordinal(scene: Scene) -> tuple[str, str]:
@@ -169,4 +230,8 @@ def counting(scene: Scene) -> str:
     if rng.random() < 0.3:
         numbers.reverse()
     words = [in_words(n) for n in numbers] if rng.random() < 0.6 else [str(n) for n in numbers]
-    return polish(rng.choice((f"{scene['p']} counted: {', '.join(words)}.", f"{', '.join(words)}.", f"Count with me: {listing(words)}.")))
+    return polish(
+        rng.choice(
+            (f"{scene['p']} counted: {', '.join(words)}.", f"{', '.join(words)}.", f"Count with me: {listing(words)}.")
+        )
+    )

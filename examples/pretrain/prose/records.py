@@ -25,8 +25,15 @@ def _person(scene: Scene, world: World) -> tuple[Fields, list[str]]:
     he, his, name = scene["p.he"], scene["p.his"], f"{scene['p']} {scene.choose('surname')}"
     trade, place, age, pet = scene.choose("trade"), rng.choice(world.names), rng.randint(19, 88), scene.choose("pet")
     petname, food, colour = scene.choose("petname"), scene.choose("food"), scene.choose("colour")
-    fields = [("name", name), ("trade", trade), ("home", place), ("age", str(age)), ("pet", f"{petname}, a {pet}"),
-              ("favourite food", food), ("favourite colour", colour)]  # fmt: skip
+    fields = [
+        ("name", name),
+        ("trade", trade),
+        ("home", place),
+        ("age", str(age)),
+        ("pet", f"{petname}, a {pet}"),
+        ("favourite food", food),
+        ("favourite colour", colour),
+    ]
     return fields, [
         rng.choice((f"{name} is a {trade} from {place}.", f"{name} lives in {place} and works as a {trade}.")),
         rng.choice((f"{he} is {in_words(age)} years old.", f"{he} is {age}.")),
@@ -39,10 +46,26 @@ def _person(scene: Scene, world: World) -> tuple[Fields, list[str]]:
 def _book(scene: Scene, world: World) -> tuple[Fields, list[str]]:
     rng = scene.rng
     thing, animal = scene.choose("thing"), scene.choose("animal")
-    title = rng.choice((f"The {thing.title()} of {rng.choice(world.names)}", f"The {scene.choose('look').title()} {thing.title()}",
-                        f"The {animal.title()} and the {thing.title()}", f"A {thing.title()} for {scene['q']}"))  # fmt: skip
+    title = rng.choice(
+        (
+            f"The {thing.title()} of {rng.choice(world.names)}",
+            f"The {scene.choose('look').title()} {thing.title()}",
+            f"The {animal.title()} and the {thing.title()}",
+            f"A {thing.title()} for {scene['q']}",
+        )
+    )
     author, pages, year = f"{scene['p']} {scene.choose('surname')}", rng.randint(40, 600), rng.randint(1880, 2020)
-    topic = with_articles(rng.choice((f"a {scene.choose('trade')} and a {animal}", "a journey to the coast", "a long winter", "two friends", "a lost key")))
+    topic = with_articles(
+        rng.choice(
+            (
+                f"a {scene.choose('trade')} and a {animal}",
+                "a journey to the coast",
+                "a long winter",
+                "two friends",
+                "a lost key",
+            )
+        )
+    )
     fields = [("title", title), ("author", author), ("pages", str(pages)), ("year", str(year)), ("about", topic)]
     return fields, [
         rng.choice((f"{title} is a book by {author}.", f"{author} wrote {title}.")),
@@ -54,13 +77,21 @@ def _book(scene: Scene, world: World) -> tuple[Fields, list[str]]:
 
 def _weather(scene: Scene, world: World) -> tuple[Fields, list[str]]:
     rng = scene.rng
-    place, day, sky = rng.choice(world.names), scene.choose("weekday"), rng.choice(("cloudy", "sunny", "rainy", "foggy", "clear"))
+    place, day, sky = (
+        rng.choice(world.names),
+        scene.choose("weekday"),
+        rng.choice(("cloudy", "sunny", "rainy", "foggy", "clear")),
+    )
     degrees, wind = rng.randint(1, 29), rng.choice(("north", "south", "east", "west"))
     fields = [("place", place), ("weekday", day), ("sky", sky), ("temperature", f"{degrees} degrees"), ("wind", wind)]
     return fields, [
         rng.choice((f"On {day}, it was {sky} in {place}.", f"In {place}, {day} was {sky}.")),
-        rng.choice((f"The temperature was {degrees} degrees.", f"It was {in_words(degrees)} degrees." if degrees > 9 else
-                    f"It was only {in_words(degrees)} degrees.")),  # fmt: skip
+        rng.choice(
+            (
+                f"The temperature was {degrees} degrees.",
+                f"It was {in_words(degrees)} degrees." if degrees > 9 else f"It was only {in_words(degrees)} degrees.",
+            )
+        ),
         rng.choice((f"The wind blew from the {wind}.", f"There was a wind from the {wind}.")),
     ]
 
@@ -80,11 +111,29 @@ def _pet(scene: Scene, world: World) -> tuple[Fields, list[str]]:
 
 def _tool(scene: Scene, world: World) -> tuple[Fields, list[str]]:
     rng = scene.rng
-    kind, materials = rng.choice((("woodthing", "wood oak pine ash"), ("metalthing", "iron brass copper tin"),
-                                  ("claything", "clay china glass"), ("cloththing", "wool cotton linen silk")))  # fmt: skip
-    thing, material, colour, room = scene.choose(kind), rng.choice(materials.split()), scene.choose("colour"), scene.choose("room")
+    kind, materials = rng.choice(
+        (
+            ("woodthing", "wood oak pine ash"),
+            ("metalthing", "iron brass copper tin"),
+            ("claything", "clay china glass"),
+            ("cloththing", "wool cotton linen silk"),
+        )
+    )
+    thing, material, colour, room = (
+        scene.choose(kind),
+        rng.choice(materials.split()),
+        scene.choose("colour"),
+        scene.choose("room"),
+    )
     maker, weight = f"{scene['q']} {scene.choose('surname')}", rng.randint(1, 20)
-    fields = [("object", thing), ("material", material), ("colour", colour), ("maker", maker), ("weight", f"{weight} kg"), ("kept in", f"the {room}")]
+    fields = [
+        ("object", thing),
+        ("material", material),
+        ("colour", colour),
+        ("maker", maker),
+        ("weight", f"{weight} kg"),
+        ("kept in", f"the {room}"),
+    ]
     return fields, [
         rng.choice((f"The {thing} is made of {material}.", f"It is a {thing} made of {material}.")),
         f"It is {colour} and weighs {in_words(weight)} {'kilogram' if weight == 1 else 'kilograms'}.",
@@ -106,7 +155,9 @@ def record(scene: Scene, world: World) -> str:
             return f"{text}\n\n{_card(scene, fields)}"
         case 1:
             asked = rng.sample(fields, 2)
-            return f"{_card(scene, fields)}\n\n" + "\n".join(f"{key.capitalize()}? {value[:1].upper() + value[1:]}." for key, value in asked)
+            return f"{_card(scene, fields)}\n\n" + "\n".join(
+                f"{key.capitalize()}? {value[:1].upper() + value[1:]}." for key, value in asked
+            )
         case _:
             return f"{_card(scene, fields)}\n\n{text}"
 
@@ -115,7 +166,9 @@ def shopping(scene: Scene) -> str:
     """A list and the sentence that says it."""
     rng = scene.rng
     n = rng.randint(3, 7)
-    counted = [(rng.randint(2, 12), plural(scene.choose(rng.choice(("fruit", "vegetable", "thing"))))) for _ in range(n)]
+    counted = [
+        (rng.randint(2, 12), plural(scene.choose(rng.choice(("fruit", "vegetable", "thing"))))) for _ in range(n)
+    ]
     lines = "\n".join(f"- {count} {noun}" for count, noun in counted)
     said = listing([f"{in_words(count)} {noun}" for count, noun in counted])
     verb = rng.choice(("bought", "needed", "brought home", "wrote down"))
@@ -127,12 +180,27 @@ def shopping(scene: Scene) -> str:
 
 def word_list(scene: Scene) -> str:
     """A list of things of a kind."""
-    kinds = {"animal": "animals", "fruit": "fruits", "vegetable": "vegetables", "tree": "trees", "flower": "flowers",
-             "colour": "colours", "trade": "jobs", "food": "things to eat", "clothes": "things to wear",
-             "furniture": "things in a house", "herb": "herbs", "building": "buildings"}  # fmt: skip
+    kinds = {
+        "animal": "animals",
+        "fruit": "fruits",
+        "vegetable": "vegetables",
+        "tree": "trees",
+        "flower": "flowers",
+        "colour": "colours",
+        "trade": "jobs",
+        "food": "things to eat",
+        "clothes": "things to wear",
+        "furniture": "things in a house",
+        "herb": "herbs",
+        "building": "buildings",
+    }
     key = scene.rng.choice(sorted(kinds))
     items = [scene.choose(key) for _ in range(scene.rng.randint(3, 8))]
     items = list(dict.fromkeys(items))
     if scene.random() < 0.5:
         return f"Some {kinds[key]}:\n" + "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))
-    return polish(f"{in_words(len(items))} {kinds[key]}: {listing(items)}.") if len(items) > 1 else f"Some {kinds[key]}: {items[0]}."
+    return (
+        polish(f"{in_words(len(items))} {kinds[key]}: {listing(items)}.")
+        if len(items) > 1
+        else f"Some {kinds[key]}: {items[0]}."
+    )

@@ -42,7 +42,9 @@ def heldout(examples: Path) -> Rows:
 def test_committed_files_are_what_the_script_writes(task_script: ModuleType, examples: Path, tmp_path: Path) -> None:
     task_script.main(["--output", str(tmp_path)])
     for name in ("train.jsonl", "heldout.jsonl"):
-        assert (tmp_path / name).read_bytes() == (examples / "demo" / name).read_bytes(), f"run make_task.py: {name} is stale"
+        assert (tmp_path / name).read_bytes() == (examples / "demo" / name).read_bytes(), (
+            f"run make_task.py: {name} is stale"
+        )
 
 
 def test_sizes(train: Rows, heldout: Rows, examples: Path) -> None:
@@ -82,7 +84,9 @@ def test_every_notice_says_every_fact(train: Rows, heldout: Rows) -> None:
 def test_a_marked_share_holds_values_unseen_in_training(task_script: ModuleType, train: Rows, heldout: Rows) -> None:
     values = task_script.read_sections(task_script.HERE / "values.txt")
     parsed = [task_script.Value.parse(line) for lines in values.values() for line in lines]
-    unseen = {value.text for value in parsed if value.is_unseen} - {value.text for value in parsed if not value.is_unseen}
+    unseen = {value.text for value in parsed if value.is_unseen} - {
+        value.text for value in parsed if not value.is_unseen
+    }
     assert not any(unseen & set(record_of(row).values()) for row in train)
     share = sum(bool(unseen & set(record_of(row).values())) for row in heldout) / len(heldout)
     assert share == pytest.approx(task_script.UNSEEN_SHARE, abs=0.02)
@@ -128,6 +132,8 @@ def test_references_differ_in_wording(heldout: Rows) -> None:
 
 
 def test_values_suit_each_other(task_script: ModuleType) -> None:
-    pond, ice, bull = (task_script.Value.parse(line) for line in ("pond ; spot.water", "* ice ; spot.water cost.x", "bull ; spot.land"))
+    pond, ice, bull = (
+        task_script.Value.parse(line) for line in ("pond ; spot.water", "* ice ; spot.water cost.x", "bull ; spot.land")
+    )
     assert pond.suits(ice) and ice.is_unseen and not bull.suits(pond)
     assert task_script.Value.parse("Monday").suits(bull)

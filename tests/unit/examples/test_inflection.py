@@ -39,40 +39,79 @@ def test_verbs(inflection: ModuleType, verb: str, past: str, third: str, ing: st
 
 @pytest.mark.parametrize(
     ("noun", "several"),
-    [("cat", "cats"), ("box", "boxes"), ("berry", "berries"), ("day", "days"), ("loaf of bread", "loaves of bread"),
-     ("pocket knife", "pocket knives"), ("goose", "geese"), ("sheep", "sheep"), ("pair of boots", "pairs of boots")],
-)  # fmt: skip
+    [
+        ("cat", "cats"),
+        ("box", "boxes"),
+        ("berry", "berries"),
+        ("day", "days"),
+        ("loaf of bread", "loaves of bread"),
+        ("pocket knife", "pocket knives"),
+        ("goose", "geese"),
+        ("sheep", "sheep"),
+        ("pair of boots", "pairs of boots"),
+    ],
+)
 def test_plurals(inflection: ModuleType, noun: str, several: str) -> None:
     assert inflection.plural(noun) == several
 
 
 @pytest.mark.parametrize(
     ("text", "right"),
-    [("a apple", "an apple"), ("A owl", "An owl"), ("a hour", "an hour"), ("a horse", "a horse"), ("a useful key", "a useful key"),
-     ("a uncle", "an uncle"), ("a one-eyed cat", "a one-eyed cat"), ("a 8", "an 8"), ("a 7", "a 7"), ("banana apple", "banana apple"),
-     ("a union", "a union"), ("a umbrella", "an umbrella")],
-)  # fmt: skip
+    [
+        ("a apple", "an apple"),
+        ("A owl", "An owl"),
+        ("a hour", "an hour"),
+        ("a horse", "a horse"),
+        ("a useful key", "a useful key"),
+        ("a uncle", "an uncle"),
+        ("a one-eyed cat", "a one-eyed cat"),
+        ("a 8", "an 8"),
+        ("a 7", "a 7"),
+        ("banana apple", "banana apple"),
+        ("a union", "a union"),
+        ("a umbrella", "an umbrella"),
+    ],
+)
 def test_articles(inflection: ModuleType, text: str, right: str) -> None:
     assert inflection.with_articles(text) == right
 
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(0, "zero"), (14, "fourteen"), (40, "forty"), (99, "ninety-nine"), (100, "one hundred"), (101, "one hundred and one"),
-     (342, "three hundred and forty-two"), (1_005, "one thousand and five"), (12_300, "twelve thousand three hundred")],
-)  # fmt: skip
+    [
+        (0, "zero"),
+        (14, "fourteen"),
+        (40, "forty"),
+        (99, "ninety-nine"),
+        (100, "one hundred"),
+        (101, "one hundred and one"),
+        (342, "three hundred and forty-two"),
+        (1_005, "one thousand and five"),
+        (12_300, "twelve thousand three hundred"),
+    ],
+)
 def test_numbers_in_words(inflection: ModuleType, number: int, words: str) -> None:
     assert inflection.in_words(number) == words
 
 
-@pytest.mark.parametrize(("number", "word"), [(1, "first"), (5, "fifth"), (9, "ninth"), (12, "twelfth"), (20, "twentieth"), (33, "thirty-third"), (8, "eighth")])
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [(1, "first"), (5, "fifth"), (9, "ninth"), (12, "twelfth"), (20, "twentieth"), (33, "thirty-third"), (8, "eighth")],
+)
 def test_ordinals(inflection: ModuleType, number: int, word: str) -> None:
     assert inflection.ordinal(number) == word
 
 
 @pytest.mark.parametrize(
     ("minutes", "words"),
-    [(0, "twelve o'clock"), (195, "quarter past three"), (525, "quarter to nine"), (870, "half past two"), (715, "five to twelve"), (775, "five to one")],
-)  # fmt: skip
+    [
+        (0, "twelve o'clock"),
+        (195, "quarter past three"),
+        (525, "quarter to nine"),
+        (870, "half past two"),
+        (715, "five to twelve"),
+        (775, "five to one"),
+    ],
+)
 def test_clock(corpus_script: ModuleType, minutes: int, words: str) -> None:
     assert sys.modules["prose.numbers"].clock_words(minutes) == words
