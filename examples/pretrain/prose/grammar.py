@@ -36,7 +36,7 @@ _POSSESSIVE = {"i": "my", "you": "your", "they": "their", "we": "our"}
 _CAPITAL = re.compile(r"((?:^|\n|[.!?] |: (?=\"))\"?)([a-z])")
 _SPOKEN = re.compile(r"\.(?=\" (?:said|asked|answered|called|cried|whispered)\b)")
 _NEW_SENTENCE = re.compile(
-    r"(?<=[.!?]\" )([hs]he|it|they)(?= (?!said|asked|answered|cried|called|whispered|thought|told|sighed)\w)"
+    r"(?<=[.!?]\" )([hs]he|it|they)(?= (?!said|asked(?! the)|answered|cried|called|whispered|thought|told|sighed)\w)"
 )
 _SPACES = re.compile(r"  +| +(?=[,.;:!?\n])|(?<=\n) +")
 _VERB = re.compile(r"<(\w+)>")

@@ -11,13 +11,14 @@ PRONOUNS = {
 
 
 def add_person(scene: Scene, slot: str, *, with_surname: bool = False) -> str:
-    """Put a new character into ``slot``: ``p``, ``p.he``, ``p.him``, ``p.his``, ``p.self``, ``p.man``."""
+    """Put a new character into ``slot``: ``p``, ``p.he``, ``p.him``, ``p.his``, ``p.self``, ``p.man``, ``p.rel``."""
     sex = "female" if scene.random() < 0.5 else "male"
     name = scene.choose(sex)
     if with_surname:
         name += " " + scene.choose("surname")
     scene[slot] = name
     scene[f"{slot}.man"] = "woman" if sex == "female" else "man"
+    scene[f"{slot}.rel"] = scene.choose("relation.f" if sex == "female" else "relation.m")
     scene[f"{slot}.self.you"] = "yourself"
     for case, pronoun in PRONOUNS[sex].items():
         scene[f"{slot}.{case}"] = pronoun
