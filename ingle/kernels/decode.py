@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 
-import numba
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ingle.kernels import cpu, cpu_encode
+from ingle.kernels.cpu_threads import match_threads
 
-#: Weights from which on it pays to wake the other threads.
-PARALLEL_FROM = 1 << 17
 #: Integer types that hold the bits of a float type, which numba lacks or does not need.
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 
@@ -34,11 +32,6 @@ def has_kernel(tensor: Tensor, dtype: torch.dtype) -> bool:
         case "cuda":
             return dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_triton()
     return False
-
-
-def set_threads(count: int) -> None:
-    """Sets the threads of torch, which every kernel here follows: it asks torch at each call."""
-    torch.set_num_threads(count)
 
 
 def decode_levels(codes_OC: Tensor, levels: Tensor, scales_ON: Tensor, block_size: int, out_OI: Tensor) -> Tensor:
@@ -129,7 +122,7 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tupl
     codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
     scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
     arrays = (_bits(weight_OI.contiguous()), midpoints.numpy(), block_size, codes.numpy(), _bits(scales))
-    cpu_encode.encode_levels(*arrays, _take_threads(weight_OI.numel()))
+    cpu_encode.encode_levels(*arrays, match_threads(weight_OI.numel()))
     return codes, scales
 
 
@@ -139,7 +132,7 @@ def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: in
 
         triton.decode_levels(codes, levels, scales, block_size, out)
         return
-    threads = _take_threads(out.numel())
+    threads = match_threads(out.numel())
     cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, _bits(out), threads)
 
 
@@ -160,7 +153,7 @@ def _decode_nested_levels(
         triton.decode_nested_levels(*tensors, block_size, out)
         return
     arrays = [_array(tensor) for tensor in tensors]
-    cpu.decode_nested_levels(*arrays, block_size, _bits(out), _take_threads(out.numel()))
+    cpu.decode_nested_levels(*arrays, block_size, _bits(out), match_threads(out.numel()))
 
 
 def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -169,7 +162,7 @@ def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
         triton.decode_int8(codes, scales, out)
         return
-    cpu.decode_int8(_array(codes), _array(scales), _bits(out), _take_threads(out.numel()))
+    cpu.decode_int8(_array(codes), _array(scales), _bits(out), match_threads(out.numel()))
 
 
 # The operators that stand for the kernels in a compiled graph; a fake one has nothing to return.
@@ -179,17 +172,6 @@ for _name, _kernel in (
     ("decode_int8", _decode_int8),
 ):
     torch.library.custom_op(f"ingle::{_name}", _kernel, mutates_args=("out",)).register_fake(lambda *_: None)
-
-
-def _take_threads(num_weights: int) -> int:
-    """How many threads the next kernel uses: all of torch's or one.
-
-    Nothing in between: libgomp ends threads that a smaller team leaves idle, and would start them anew every time.
-    """
-    wanted = torch.get_num_threads() if num_weights >= PARALLEL_FROM else 1
-    count = min(wanted, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(count)
-    return int(count)
 
 
 def _array(tensor: Tensor) -> object:
