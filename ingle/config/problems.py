@@ -33,7 +33,11 @@ class Problem:
 
 
 def raise_problems(problems: Sequence[Problem], subject: str = "the options") -> None:
-    """Raises one :class:`ConfigError` for all of ``problems``, and does nothing when there are none."""
+    """Does nothing when there are no problems.
+
+    Raises:
+        ConfigError: One for all of ``problems``.
+    """
     if not problems:
         return
     if len(problems) == 1:

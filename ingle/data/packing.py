@@ -65,7 +65,11 @@ def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int) -> Sequen
 
 
 def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = True, seed: int = 0) -> Sequences:
-    """Pack documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split."""
+    """Pack documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split.
+
+    Raises:
+        DataError: A document is longer than ``max_seq_len``.
+    """
     if len(lengths) and int(lengths.max()) > max_seq_len:
         raise DataError(
             "A document is longer than a sequence.",
