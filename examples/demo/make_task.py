@@ -55,7 +55,7 @@ KINDS = (
     Kind(
         "class",
         {"class": "class", "place": "place", "day": "day", "time": "time", "teacher": "person"},
-        {"price": "price", "bring": "bring"},
+        {"price": "lessonprice", "bring": "bring"},
     ),
     Kind(
         "warning", {"warning": "warning", "where": "where"}, {"until": "until", "advice": "advice", "person": "person"}
