@@ -120,6 +120,9 @@ def _from_nf4(tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str
         planes["absmax_offset"] = as_bytes(offset)
     else:
         planes["absmax"] = as_bytes(absmax.float().reshape(out_features, -1))
+    scales = absmax if not format.double_quant else tensors["weight.nested_absmax"]
+    if not bool(scales.isfinite().all()):
+        raise QuantizationError(f"{name} has scales that are not finite.", where=name)
     for key, spec in format.plane_specs(out_features, in_features).items():
         if tuple(planes[key].shape) != spec.shape:
             raise QuantizationError(
