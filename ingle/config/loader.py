@@ -67,7 +67,9 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> LoadedRun:
 
 
 def load_task(path: Path, overrides: Sequence[str] = ()) -> TaskConfig:
-    """Reads a task file, which has the options of ``evaluate:``, and lays flags over it.
+    """Reads a task file and lays flags over it.
+
+    The file has the options of ``evaluate:``, or is a run's config, of which that section is taken.
 
     Raises:
         ConfigError: With everything that is wrong, at once.
@@ -99,6 +101,8 @@ def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tupl
     root = Node({}, "flag", "the flags")
     if path is not None:
         root = _section_node(read_document(_read(path), str(path)), str(path))
+        if section is TaskConfig and "evaluate" in root.value:
+            root = _section_node(root.value["evaluate"], str(path))
     notes = lay_over(root, flags, section)
     tidy(root, Table(section))
     for node in _path_nodes(root, section):

@@ -14,6 +14,9 @@ from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 
+#: A longer list of options helps nobody.
+_LISTED = 12
+
 Path = tuple[str | int, ...]
 
 
@@ -216,7 +219,8 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
         named = [found for found in everywhere if near and found.rpartition(".")[2] == near[0]]
     if named:
         return f"did you mean {_either(named[:3])}?"
-    return f"{parent or 'a run'} has the options {', '.join(siblings)}" if siblings else None
+    known = f"the options {f'of {parent} ' if parent else ''}are {', '.join(siblings)}"
+    return known if 0 < len(siblings) <= _LISTED else None
 
 
 def _siblings(shape: Choice, node: Node | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -19,6 +20,8 @@ from ingle.sinks.wording import count, duration, size
 _PLAIN_WIDTH = 120
 #: A long stage without a live bar is told this often.
 _PLAIN_SHARE = 0.25
+#: A stage shorter than this is not worth a line.
+_PLAIN_SILENCE_S = 2.0
 
 
 class Terminal:
@@ -28,13 +31,17 @@ class Terminal:
 
     Args:
         console: Where to print; standard output when None.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or make_console()
+        self._clock = clock
         self._live: Progress | None = None
         self._stages: dict[str, TaskID] = {}
         self._told: dict[str, float] = {}
+        self._since: dict[str, float] = {}
+        self._compared = False
         self._warnings: Counter[str] = Counter()
         self._printed: Counter[str] = Counter()
         self._training: TaskID | None = None
@@ -65,12 +72,15 @@ class Terminal:
                 self._warn(event)
             case Evaluated():
                 self._stop()
+                self._compared = True
                 show(self.console, comparison_table(event.report), *side_by_side(event.report, self._num_shown))
             case Saved():
                 if event.kind != "checkpoint" or not self.console.is_terminal:
                     self._print(f"saved {event.kind}: {event.path}")
             case Finished():
                 self.close()
+                if event.summary.get("metrics") and not self._compared:  # a run that was finished before
+                    show(self.console, comparison_table(event.summary))
                 for line in finish_lines(event.summary):
                     self._print(line)
             case Failed():
@@ -93,11 +103,11 @@ class Terminal:
         show(self.console, plan_table(event.run, event.plan), audit_table(event.audit))
         if event.resumed_from:
             self._print(f"going on from {event.resumed_from}: step {event.step:,} of {event.num_steps:,} is made")
-        self._began = time.monotonic()
+        self._began = self._clock()
 
     def _step(self, event: Step) -> None:
         made = event.step - self._first_step
-        left = (time.monotonic() - self._began) / max(made, 1) * (self._num_steps - event.step)
+        left = (self._clock() - self._began) / max(made, 1) * (self._num_steps - event.step)
         facts = f"loss {event.loss:.4f}  {count(event.tokens_per_s)} tokens/s  lr {event.lr:.2e}"
         is_last = event.step == self._num_steps
         if self.console.is_terminal:
@@ -108,7 +118,7 @@ class Terminal:
             if is_last:
                 self._stop()
         if is_last or (not self.console.is_terminal and event.step % self._log_every == 0):
-            end = f"took {duration(time.monotonic() - self._began)}" if is_last else f"ETA {duration(left)}"
+            end = f"took {duration(self._clock() - self._began)}" if is_last else f"ETA {duration(left)}"
             self._print(
                 f"step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
                 f"{size(event.peak_memory_bytes)}  {end}"
@@ -123,14 +133,22 @@ class Terminal:
             if event.total is not None and event.done >= event.total:
                 live.remove_task(self._stages.pop(event.stage))
             return
+        self._plain_stage(event)
+
+    def _plain_stage(self, event: events.Progress) -> None:
+        """A line at each quarter, once the stage has proved to be a long one."""
+        now = self._clock()
+        is_over = event.total is not None and event.done >= event.total
         share = event.done / event.total if event.total else 0.0
-        told = self._told.get(event.stage)
-        if told is None or share >= min(1.0, told + _PLAIN_SHARE):
-            whole = f" of {event.total:,}" if event.total is not None else ""
-            self._print(f"{event.stage}: {event.done:,}{whole}")
-            self._told[event.stage] = share if share < 1 else float("inf")
-        if event.total is not None and event.done >= event.total:
+        if now - self._since.setdefault(event.stage, now) >= _PLAIN_SILENCE_S:
+            told = self._told.get(event.stage)
+            if told is None or share >= told + _PLAIN_SHARE or is_over:
+                whole = f" of {event.total:,}" if event.total is not None else ""
+                self._print(f"{event.stage}: {event.done:,}{whole}")
+                self._told[event.stage] = share
+        if is_over:
             self._told.pop(event.stage, None)
+            self._since.pop(event.stage, None)
 
     def _warn(self, event: Warned) -> None:
         self._warnings[event.message] += event.count

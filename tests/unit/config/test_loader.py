@@ -261,6 +261,12 @@ def test_a_task_file(folder: Path) -> None:
     assert caught.value.where == "top_p, temperature"
 
 
+def test_a_runs_config_is_a_task_file_too(folder: Path) -> None:
+    path = write(folder, MINIMAL + "evaluate: {sources: held.jsonl, metrics: bleu}\n")
+    task = load_task(path, ["--num_samples=3"])
+    assert (task.sources[0].path, task.metrics, task.num_samples) == ("held.jsonl", ("bleu",), 3)
+
+
 def test_files_that_are_no_config(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run/run.yaml").write_text(MINIMAL)

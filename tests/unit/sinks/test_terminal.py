@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -97,10 +98,11 @@ def step(number: int) -> Step:
     return Step(number, 2.5, 4096 * number, 1234.0, 2e-4, 0.75, 5 << 20, number / 4)
 
 
-def show(*told: events.Event, terminal: bool = False) -> str:
+def show(*told: events.Event, terminal: bool = False, seconds: float = 1.0) -> str:
+    """What is printed when ``seconds`` pass between one look at the clock and the next."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, highlight=False, color_system=None)
-    with Terminal(console) as sink:
+    with Terminal(console, itertools.count(0.0, seconds).__next__) as sink:
         for event in told:
             sink(event)
     return out.getvalue()
@@ -151,20 +153,24 @@ def test_the_bar_goes_when_the_block_ends_badly() -> None:
 
 
 def test_long_stages_are_told_in_quarters() -> None:
-    text = show(*(events.Progress("reading", done, 100) for done in range(101)), events.Progress("drawing", 3))
+    text = show(*(events.Progress("reading", done, 100) for done in range(101)), *[events.Progress("drawing", 3)] * 4)
     assert text.splitlines() == [
-        "reading: 0 of 100",
-        "reading: 25 of 100",
-        "reading: 50 of 100",
-        "reading: 75 of 100",
+        "reading: 2 of 100",
+        "reading: 27 of 100",
+        "reading: 52 of 100",
+        "reading: 77 of 100",
         "reading: 100 of 100",
         "drawing: 3",
     ]
 
 
+def test_short_stages_are_not_told() -> None:
+    assert show(*(events.Progress("reading", done, 100) for done in range(101)), seconds=0.001) == ""
+
+
 def test_stages_that_run_twice_are_told_twice() -> None:
-    once = [events.Progress("reading", done, 2) for done in (1, 2)]
-    assert len(show(*once, *once).splitlines()) == 4
+    once = [events.Progress("reading", done, 2) for done in (0, 1, 2)]
+    assert show(*once, *once).splitlines() == ["reading: 2 of 2"] * 2
     assert "reading" in show(*once, *once, terminal=True)
 
 
@@ -223,6 +229,12 @@ def test_the_end_tells_predicted_beside_measured() -> None:
     assert "saved adapter: runs/x/adapter" in text
     assert "finished: 6 steps, 24,576 tokens in 1m01s at 403 tokens/s" in text
     assert "peak memory: 4.0 MiB measured, 3.0 MiB predicted" in text
+
+
+def test_a_run_that_was_finished_before_shows_its_comparison_again() -> None:
+    summary = COMPARISON | {"num_steps": 6}
+    assert "41.2 %" in show(Warned("this run is finished"), Finished(6, summary))
+    assert show(started(), Evaluated(6, COMPARISON), Finished(6, summary)).count("Evaluation") == 1
 
 
 def test_failed_prints_nothing_more() -> None:
