@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from ingle import events
@@ -162,12 +163,12 @@ class Terminal:
         if self._live is None:
             self._live = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+                TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=True)),
                 console=self.console,
                 transient=True,
+                expand=True,
             )
             self._live.start()
         return self._live

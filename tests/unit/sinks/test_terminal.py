@@ -142,6 +142,15 @@ def test_a_live_bar_on_a_terminal_is_taken_away_at_the_end() -> None:
     assert "step 6/6" in text.rstrip().splitlines()[-1] and "step 1/6" not in text
 
 
+def test_the_bar_fits_an_ordinary_terminal() -> None:
+    out = io.StringIO()
+    with Terminal(Console(file=out, force_terminal=True, width=80, color_system=None)) as sink:
+        sink(started())
+        sink(step(1))
+    line = next(line for line in reversed(out.getvalue().split("\r")) if "training" in line)
+    assert "1/6" in line and "loss 2.5000  1,234 tokens/s  lr 2.00e-04  ETA " in line and "…" not in line
+
+
 def test_the_bar_goes_when_the_block_ends_badly() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
