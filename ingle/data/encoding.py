@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -104,23 +105,22 @@ def draw_document(example: Example, tokenizer: Tokenizer, *, train_on: TrainOn, 
     )
 
 
-def cut_text(text: str, size: int = PIECE_CHARS) -> list[str]:
+def cut_text(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
     """Cut a long text into pieces of about ``size`` characters whose tokens joined are those of the whole.
 
     Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers part words
     anyway; only where ``size`` characters hold none is a cut made elsewhere.
     """
-    pieces, start = [], 0
+    start = 0
     while len(text) - start > size:
         cut = None
         for match in _CUT.finditer(text, start + size // 2, start + size):
             cut = match.start()
         if cut is None:
             cut = max(text.rfind(" ", start + size // 2, start + size), start + size // 2)
-        pieces.append(text[start:cut])
+        yield text[start:cut]
         start = cut
-    pieces.append(text[start:])
-    return pieces
+    yield text[start:]
 
 
 class TextEncoder:
@@ -165,11 +165,11 @@ class TextEncoder:
             yield self._open(next(encodings)) if len(text) <= PIECE_CHARS else self._encode_long(text)
 
     def _encode_long(self, text: str) -> Ids:
-        first, *later = cut_text(text)
-        parts = [self._open(self._backend.encode_batch_fast([first])[0])]
-        for start in range(0, len(later), _PIECES_AT_ONCE):
-            batch = self._backend.encode_batch_fast(later[start : start + _PIECES_AT_ONCE], add_special_tokens=False)
-            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+        pieces = cut_text(text)
+        parts = [self._open(self._backend.encode_batch_fast([next(pieces)])[0])]
+        while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            parts += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return np.concatenate(parts)
 
     def _open(self, encoding: Any) -> Ids:

@@ -230,8 +230,14 @@ def _read_tsv(path: Path) -> Rows:
 
 def _read_text(path: Path) -> Rows:
     """The whole file is one document: where one ends is not for the reader to guess."""
-    text = "".join(text for _, text in _read_lines(path))
-    if text.strip():
+    with _open(path) as file:
+        data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _wrong_encoding(path, 1 + error.object.count(b"\n", 0, error.start), error) from None
+    del data  # as large as the text
+    if not text.isspace() and text:
         yield 1, {"text": text}
 
 
