@@ -1,5 +1,7 @@
 """Models and tokenizers; the one door to ``transformers``."""
 
+from transformers import PreTrainedModel as Model
+
 from ingle.models.architecture import compute_dtype, skeleton
 from ingle.models.generation import Generation, end_token_ids, generate, stream
 from ingle.models.hidden import Head, forward_hidden, head, verify
@@ -12,6 +14,7 @@ from ingle.models.tokenizer import load_tokenizer
 __all__ = [
     "Generation",
     "Head",
+    "Model",
     "compute_dtype",
     "decoder_layers",
     "end_token_ids",

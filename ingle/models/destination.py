@@ -2,6 +2,10 @@
 
 The real model may hold a packed module where the architecture has a linear layer or a stack of experts, and either
 may be wrapped by an adapter.  Only this file knows how the two are matched.
+
+All memory of the model is asked for before the first weight is read, and weights are written into it.  What is needed
+on the way (a tensor as it is on disk, the encoder's intermediate results) then always finds the same free place; asked
+for in turns, the two would leave holes in each other's memory and the process would grow to twice the model.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
+from ingle.models.shards import StoredTensor
 from ingle.quant import from_bitsandbytes
 from ingle.quant.linear import Packed
 
@@ -22,20 +27,38 @@ class Destination:
     """Puts tensors into a model.
 
     Args:
-        model: The real model.
+        model: The real model; its meta parameters get memory at once.
         twin: The pristine architecture on the meta device; it gives names, shapes and types.
         device: Where tensors go.
+        sink: Told of weights that should be tied and are not.
 
     Attributes:
+        device: Where tensors go.
         filled: Names that have their value.
     """
 
-    def __init__(self, model: PreTrainedModel, twin: PreTrainedModel, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, twin: PreTrainedModel, device: torch.device, sink: Sink | None = None
+    ) -> None:
         self.device = device
         self.filled: set[str] = set()
         self._model = model
         self._twin = twin
+        self._sink = sink
         self._wanted: dict[str, Tensor] = {**twin.state_dict(), **dict(twin.named_buffers())}
+        self._empty = _materialize(model, device)
+
+    @torch.no_grad()
+    def read(self, name: str, stored: StoredTensor) -> None:
+        """Reads one tensor, straight into its place where type and device allow it; else see :meth:`put`."""
+        module, leaf = self._find(name)
+        place = module._parameters.get(leaf)
+        fits = place is not None and place.dtype == stored.dtype and tuple(place.shape) == stored.shape
+        if place is not None and fits and place.device.type == "cpu" and id(place) in self._empty:
+            stored.read_into(place.detach())
+            self._done(name, place)
+        else:
+            self.put(name, stored.read())
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
@@ -45,20 +68,54 @@ class Destination:
             ModelError: When the shape is another.
             QuantizationError: When it cannot be packed.
         """
-        wanted = self._wanted[name]
-        if value.shape != wanted.shape:
-            raise ModelError(
-                f"the weight {name} has another shape than the model.",
-                where=name,
-                why=f"{tuple(value.shape)} in the file, {tuple(wanted.shape)} in the architecture",
-                fix="check that the files belong to this config.json",
-            )
+        if value.dim() == 3 and (packed := self._packed(name)) is not None:
+            for expert in range(len(value)):
+                self.put_expert(name, expert, value[expert])
+            self.filled.add(name)
+            return
+        self._require_shape(name, value.shape, self._wanted[name].shape)
         module, leaf = self._find(name)
-        value = value.to(self.device)
-        if (packed := _packed(module, leaf)) is not None:
-            packed.quantize(value, name=name)
+        if (packed := self._packed(name)) is not None:
+            self._encode(packed, value, name)
+            self.filled.add(name)
+        elif leaf in module._buffers:
+            wanted = self._wanted[name]
+            module._buffers[leaf] = value.to(device=self.device, dtype=wanted.dtype)
+            self.filled.add(name)
         else:
-            _set(module, leaf, value.to(wanted.dtype).contiguous())
+            place = module.get_parameter(leaf)
+            if id(place) not in self._empty:
+                place = self._untie(name, value, place)
+            place.copy_(value)
+            self._done(name, place)
+
+    @torch.no_grad()
+    def put_expert(self, name: str, expert: int, value: Tensor) -> None:
+        """Gives one expert of a fused parameter its value; :meth:`finish_experts` follows the last.
+
+        Raises:
+            ModelError: When the shape is another.
+            QuantizationError: When it cannot be packed.
+        """
+        self._require_shape(name, (1, *value.shape), (1, *self._wanted[name].shape[1:]))
+        if (packed := self._packed(name)) is not None:
+            self._encode(packed, value, f"{name}[{expert}]", expert)
+        else:
+            module, leaf = self._find(name)
+            module.get_parameter(leaf)[expert].copy_(value)
+
+    def finish_experts(self, name: str, count: int) -> None:
+        """Takes note that all experts of a fused parameter are there.
+
+        Raises:
+            ModelError: When there are more or fewer than the architecture has.
+        """
+        wanted = self._wanted[name].shape
+        self._require_shape(name, (count, *wanted[1:]), wanted)
+        module, leaf = self._find(name)
+        place = module._parameters.get(leaf)
+        if place is not None:
+            self._done(name, place)
         self.filled.add(name)
 
     @torch.no_grad()
@@ -73,40 +130,70 @@ class Destination:
             ModelError: When the model does not hold this weight in that format.
             QuantizationError: When the bytes make no sense.
         """
-        module, leaf = self._find(name)
         format, planes = from_bitsandbytes(tensors, name=name)
-        packed = _packed(module, leaf)
+        packed = self._packed(name)
         if packed is None or packed.format != format or packed.transposed:
-            has = "in the compute type" if packed is None else f"as {packed.format}"
             raise ModelError(
-                f"the checkpoint is already packed as {format.name} and cannot be held {has}.",
+                f"the checkpoint is already packed as {format.name} and cannot be held in another format.",
                 where=f"base.format, at {name}",
-                why=f"it is packed as {format}",
+                why=f"it is packed as {format}; "
+                + ("this weight is not packed" if packed is None else f"the model wants {packed.format}"),
                 fix=_option(format),
             )
-        packed.assign({key: plane.to(self.device) for key, plane in planes.items()})
+        self._write(packed, planes, name)
         self.filled.add(name)
 
-    def tie(self, tied: Mapping[str, str], sink: Sink | None) -> None:
-        """Lets tied weights be one tensor.
+    def finish(self) -> None:
+        """Notes that tied names share their value.
 
-        A checkpoint may hold either name, or both; two different values are kept apart and told.
+        Afterwards :meth:`missing` is empty for a complete checkpoint.
         """
-        for target, source in tied.items():
-            if target not in self.filled and source not in self.filled:
-                continue  # told as missing
-            have, lack = (source, target) if source in self.filled else (target, source)
-            have_module, have_leaf = self._find(have)
-            lack_module, lack_leaf = self._find(lack)
-            tensor = getattr(have_module, have_leaf)
-            if lack in self.filled and not torch.equal(tensor, getattr(lack_module, lack_leaf)):
-                if sink is not None:
-                    sink(Warned(f"{target} should be tied to {source}, but the files hold two different weights"))
-                self._model.all_tied_weights_keys.pop(target, None)
-                self._model.config.tie_word_embeddings = False
-                continue
-            setattr(lack_module, lack_leaf, tensor)
-            self.filled.add(lack)
+        for name in self._wanted:
+            module, leaf = self._find(name)
+            place = module._parameters.get(leaf)
+            if place is not None and id(place) not in self._empty:
+                self.filled.add(name)
+
+    def left(self) -> int:
+        """Parameters that have memory and no value."""
+        return len(self._empty)
+
+    def _encode(self, packed: Packed, value: Tensor, name: str, expert: int | None = None) -> None:
+        value = value.to(self.device)
+        planes = packed.format.encode(value.transpose(-1, -2) if packed.transposed else value, name=name)
+        self._write(packed, planes, name, expert)
+
+    def _write(self, packed: Packed, planes: Mapping[str, Tensor], name: str, expert: int | None = None) -> None:
+        for key, plane in planes.items():
+            place = packed.get_parameter(key)
+            target = place if expert is None else place[expert]
+            self._require_shape(f"{name} ({key})", plane.shape, target.shape)
+            target.copy_(plane)
+            self._empty.pop(id(place), None)
+
+    def _untie(self, name: str, value: Tensor, shared: nn.Parameter) -> nn.Parameter:
+        """A place for a value whose tied partner is there already: the same one if both agree."""
+        if torch.equal(shared, value.to(shared)):
+            return shared
+        if self._sink is not None:
+            self._sink(Warned(f"{name} should be tied to another weight, but the files hold two different values"))
+        self._model.all_tied_weights_keys.clear()
+        self._model.config.tie_word_embeddings = False
+        module, leaf = self._find(name)
+        module._parameters[leaf] = own = nn.Parameter(torch.empty_like(shared), shared.requires_grad)
+        return own
+
+    def _done(self, name: str, place: nn.Parameter) -> None:
+        self.filled.add(name)
+        self._empty.pop(id(place), None)
+
+    def _packed(self, name: str) -> Packed | None:
+        """The packed module that stands for a parameter: the layer itself, or a child for a stack of experts."""
+        module, leaf = self._find(name)
+        if isinstance(module, Packed) and leaf == "weight":
+            return module
+        child = module._modules.get(leaf)
+        return child if isinstance(child, Packed) else None
 
     def _find(self, name: str) -> tuple[nn.Module, str]:
         """The module that owns a name, inside whatever an adapter has wrapped around it."""
@@ -119,22 +206,28 @@ class Destination:
                 module = inner
         return module, leaf
 
+    def _require_shape(self, name: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
+        if tuple(have) != tuple(want):
+            raise ModelError(
+                f"the weight {name} has another shape than the model.",
+                where=name,
+                why=f"{tuple(have)} in the file, {tuple(want)} in the architecture",
+                fix="check that the files belong to this config.json",
+            )
 
-def _packed(module: nn.Module, leaf: str) -> Packed | None:
-    """The packed module that stands for a parameter: itself for a linear layer, a child for a stack of experts."""
-    if isinstance(module, Packed) and leaf == "weight":
-        return module
-    child = module._modules.get(leaf)
-    return child if isinstance(child, Packed) else None
 
-
-def _set(module: nn.Module, leaf: str, value: Tensor) -> None:
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-        return
-    old = module._parameters[leaf]
-    assert old is not None
-    module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+def _materialize(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:
+    """Gives memory to every meta parameter, tied ones together; the new ones by identity."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in model.modules():
+        for key, old in module._parameters.items():
+            if old is None or not old.is_meta:
+                continue
+            if id(old) not in made:
+                new = nn.Parameter(torch.empty_like(old, device=device), requires_grad=old.requires_grad)
+                made[id(old)] = (old, new)
+            module._parameters[key] = made[id(old)][1]
+    return {id(new): new for _, new in made.values()}
 
 
 def _option(format: object) -> str:

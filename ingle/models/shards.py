@@ -69,27 +69,28 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor in fresh host memory, in its type on disk."""
-        return self._read(self.offset, self.shape)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor)
+        return tensor
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of dimension 0; only their bytes are read."""
-        row_bytes = self.num_bytes // self.shape[0]
-        return self._read(self.offset + start * row_bytes, (stop - start, *self.shape[1:]))
+    def read_into(self, tensor: Tensor) -> None:
+        """Reads into a contiguous tensor of the same type and shape in host memory.
 
-    def _read(self, offset: int, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype)
+        Raises:
+            ModelError: When the file ends early.
+        """
+        assert tensor.dtype == self.dtype and tuple(tensor.shape) == self.shape and tensor.is_contiguous()
         if tensor.numel() == 0:
-            return tensor
+            return
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(offset)
+            file.seek(self.offset)
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
                     raise ModelError(f"{self.path.name} ends early.", where=str(self.path), fix=_DAMAGED)
                 done += count
-        return tensor
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:

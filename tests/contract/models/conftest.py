@@ -132,5 +132,9 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
     backend.decoder = Fuse()
     return hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
     )

@@ -1,0 +1,316 @@
+"""What lies on disk in the wild: per-expert keys, shards, packed weights, odd ties, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ingle import adapters, models, quant
+from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base, NoBase
+from ingle.errors import IngleError, ModelError
+from ingle.events import Event, Progress, Warned
+from ingle.models.shards import read_index
+
+IDS = torch.arange(12)[None]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write(source: Path, folder: Path, tensors: dict[str, Tensor], **config: object) -> ModelConfig:
+    """A copy of a checkpoint with other tensors and config values."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    values = {**json.loads((source / "config.json").read_text()), **config}
+    (folder / "config.json").write_text(json.dumps(values))
+    return ModelConfig(id=str(folder), dtype="float32")
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+        ("qwen2_moe", "model.layers.1.mlp.experts.3.down_proj.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.0.gate_proj.weight"),
+    ],
+)
+def test_experts_lie_one_by_one_on_disk_as_on_the_hub(make_checkpoint, name: str, key: str) -> None:
+    keys = read_index(make_checkpoint(name).folder)
+    assert key in keys
+    assert not any("gate_up_proj" in each for each in keys)
+
+
+def test_hand_made_mixtral_checkpoint_is_fused_in_the_right_order(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("mixtral")
+    reference = checkpoint.reference()
+    tensors = {name: tensor for name, tensor in reference.state_dict().items() if ".experts." not in name}
+    tensors = {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): value for name, value in tensors.items()}
+    for layer in range(2):
+        experts = reference.model.layers[layer].mlp.experts
+        for expert in range(4):
+            prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            gate, up = experts.gate_up_proj[expert].chunk(2)
+            tensors |= {
+                f"{prefix}.w1.weight": gate,
+                f"{prefix}.w3.weight": up,
+                f"{prefix}.w2.weight": experts.down_proj[expert],
+            }
+    config = write(checkpoint.folder, tmp_path / "m", {name: value.detach() for name, value in tensors.items()})
+    torch.testing.assert_close(logits(models.load_model(config)), logits(reference))
+
+
+def test_a_missing_expert_is_an_error(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("qwen3_moe")
+    tensors = {name: value for name, value in read(checkpoint.folder).items() if ".experts.3." not in name}
+    with pytest.raises(ModelError, match=r"gate_up_proj|down_proj") as error:
+        models.load_model(write(checkpoint.folder, tmp_path / "m", tensors))
+    assert "(3," in str(error.value) and "(4," in str(error.value)
+
+
+def test_shards_are_joined_and_progress_is_told(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    reference = checkpoint.reference()
+    reference.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    events: list[Event] = []
+    model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), sink=events.append)
+    torch.testing.assert_close(logits(model), logits(checkpoint.reference()), rtol=1e-5, atol=1e-5)
+    told = [event for event in events if isinstance(event, Progress)]
+    assert told and told[-1].done == told[-1].total
+
+
+@pytest.mark.parametrize("present", ["embedding", "head", "both"])
+def test_tied_weights_are_one_tensor_whichever_name_is_on_disk(make_checkpoint, tmp_path: Path, present: str) -> None:
+    checkpoint = make_checkpoint("llama-tied")
+    tensors = read(checkpoint.folder)
+    if present != "embedding":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if present == "head":
+        del tensors["model.embed_tokens.weight"]
+    model = models.load_model(write(checkpoint.folder, tmp_path / "m", tensors))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(logits(model), logits(checkpoint.reference()), rtol=1e-5, atol=1e-5)
+
+
+def test_two_values_for_a_tied_weight_are_kept_apart_and_told(make_checkpoint, tmp_path: Path, tokenizer) -> None:
+    checkpoint = make_checkpoint("llama-tied")
+    tensors = read(checkpoint.folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    events: list[Event] = []
+    config = write(checkpoint.folder, tmp_path / "m", tensors)
+    model = models.load_model(config, sink=events.append)
+    assert [event.message for event in events if isinstance(event, Warned)]
+    reference = hf.AutoModelForCausalLM.from_pretrained(config.id, dtype=torch.float32).eval()
+    assert torch.equal(logits(model), logits(reference))
+    models.save_pretrained(model, tokenizer, tmp_path / "saved")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_missing_weights_are_an_error_and_spare_ones_a_warning(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    tensors = read(checkpoint.folder)
+    spare = {**tensors, "classifier.weight": torch.zeros(2, 64), "model.layers.0.self_attn.rotary_emb.inv_freq": IDS}
+    events: list[Event] = []
+    models.load_model(write(checkpoint.folder, tmp_path / "spare", spare), sink=events.append)
+    warned = [event for event in events if isinstance(event, Warned)]
+    assert len(warned) == 1 and warned[0].count == 1 and "classifier.weight" in warned[0].message
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"1 weights.*model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_model(write(checkpoint.folder, tmp_path / "missing", tensors))
+
+
+def test_a_weight_of_another_shape_is_an_error(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    for base in (NoBase(), Nf4Base(format="nf4")):
+        with pytest.raises(ModelError, match="another shape") as error:
+            models.load_model(
+                write(checkpoint.folder, tmp_path / base.format, read(checkpoint.folder), intermediate_size=192), base
+            )
+        assert "192" in str(error.value) and "128" in str(error.value)
+
+
+def test_weights_are_converted_to_the_compute_type(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    config = ModelConfig(id=str(checkpoint.folder), dtype="bfloat16")
+    model = models.load_model(config)
+    reference = hf.AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    for name, value in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    # Frequencies stay exact: a bfloat16 angle would be wrong by whole turns.
+    assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_an_adapted_skeleton_can_be_filled(make_checkpoint) -> None:
+    checkpoint = make_checkpoint("llama")
+    model = models.skeleton(checkpoint.config, "cpu", torch.float32)
+    quant.convert(model, Int8Base(format="int8"))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, quant.QuantLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Wrapper(module))
+    models.fill(model, checkpoint.config, "cpu", torch.float32)
+    model.eval()
+    assert torch.equal(logits(model), logits(models.load_model(checkpoint.config, Int8Base(format="int8"))))
+
+
+class Wrapper(torch.nn.Module):
+    """What an adapter does to a linear layer."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["double", "single"])
+def packed_checkpoint(request, make_checkpoint, tmp_path_factory) -> tuple[Path, bool, Tensor]:
+    """A checkpoint that transformers and bitsandbytes packed, and the logits they get from it."""
+    pytest.importorskip("bitsandbytes")
+    source = make_checkpoint("qwen2").folder
+    settings = hf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=request.param,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    packed = hf.AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("packed")
+    packed.save_pretrained(folder)
+    # With gradients on, bitsandbytes multiplies by the decoded weight; without, in bfloat16.
+    return folder, request.param, packed(input_ids=IDS, use_cache=False).logits.detach()
+
+
+def test_bitsandbytes_checkpoint_is_taken_byte_for_byte(packed_checkpoint) -> None:
+    folder, double_quant, expected = packed_checkpoint
+    config = ModelConfig(id=str(folder), dtype="float32")
+    model = models.load_model(config, Nf4Base(format="nf4", double_quant=double_quant))
+    stored = read(folder)
+    layer = model.model.layers[0].mlp.down_proj
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(layer.codes.flatten(), stored[name].flatten())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base", [NoBase(), Int8Base(format="int8"), Nf4Base(format="nf4", block_size=128)])
+def test_bitsandbytes_checkpoint_names_the_options_it_needs(packed_checkpoint, base: BaseConfig) -> None:
+    folder, double_quant, _ = packed_checkpoint
+    with pytest.raises(ModelError) as error:
+        models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
+    assert error.value.fix == (
+        f"--base.format=nf4 --base.block_size=64 --base.double_quant={str(double_quant).lower()}"
+    )
+
+
+def test_other_quantized_checkpoints_are_refused_before_reading(make_checkpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    config = write(checkpoint.folder, tmp_path / "m", {}, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match="gptq"):
+        models.load_model(config)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "shard missing", "pickle", "not a header", "pointer", "nothing"])
+def test_damaged_files_are_named(make_checkpoint, tmp_path: Path, damage: str) -> None:
+    checkpoint = make_checkpoint("llama")
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint.folder, folder)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    match damage:
+        case "truncated":
+            weights.write_bytes(content[:-100])
+        case "shard missing":
+            names = {name: "model-00002-of-00002.safetensors" for name in read(folder)}
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        case "pickle":
+            weights.rename(folder / "pytorch_model.bin")
+        case "not a header":
+            weights.write_bytes(b"\xff" * 1000)
+        case "pointer":
+            weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        case "nothing":
+            weights.unlink()
+    said = {
+        "truncated": r"model\.safetensors is not a whole",
+        "shard missing": r"missing: model-00002-of-00002\.safetensors",
+        "pickle": "pickles",
+        "not a header": r"model\.safetensors is not a whole",
+        "pointer": "Git LFS",
+        "nothing": "holds no weights",
+    }
+    with pytest.raises(IngleError, match=said[damage]):
+        models.load_model(ModelConfig(id=str(folder), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """35 million weights of random bits, in several shards."""
+    folder = tmp_path_factory.mktemp("large")
+    config = hf.LlamaConfig(
+        vocab_size=4000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    hf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="20MB")
+    return folder
+
+
+@pytest.mark.parametrize("base", [NoBase(), Nf4Base(format="nf4")], ids=lambda base: base.format)
+def test_peak_memory_is_the_model_and_one_tensor(
+    large_checkpoint: Path, make_checkpoint: Callable, base: BaseConfig
+) -> None:
+    """Measured in a process of its own, against the memory after loading a tiny model."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory cannot be reset here")
+    probe = Path(__file__).with_name("memory_probe.py")
+    tiny = str(make_checkpoint("llama").folder)
+    result = subprocess.run(
+        [sys.executable, str(probe), tiny, str(large_checkpoint), base.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[3],
+    )
+    took = json.loads(result.stdout.splitlines()[-1])
+    whole = sum(entry.num_bytes for entry in read_index(large_checkpoint).values())
+    # The encoder works in float32 with a few intermediate results of one tensor.
+    working = took["largest"] * (1 if base.format == "none" else 4)
+    slack = 12 << 20  # Python objects of two skeletons, file buffers
+    assert took["peak"] <= took["final"] + working + slack, took
+    if base.format == "nf4":
+        assert took["peak"] < 0.75 * whole, "the model was held unpacked"
+
+
+def test_adapter_trains_on_a_bitsandbytes_checkpoint(packed_checkpoint) -> None:
+    folder, double_quant, _ = packed_checkpoint
+    model = models.load_model(
+        ModelConfig(id=str(folder), dtype="float32"), Nf4Base(format="nf4", double_quant=double_quant)
+    )
+    adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    model.train()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    gradients = [parameter.grad for _, parameter in adapters.trainable_parameters(model)]
+    assert gradients and all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
