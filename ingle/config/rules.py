@@ -80,6 +80,12 @@ def _inside(path: str, folder: str) -> bool:
     return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
 
 
+def _blocking_file(path: str) -> Path | None:
+    """The file that stands where ``path`` or a folder above it would be."""
+    folder = Path(path).expanduser()
+    return next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None)
+
+
 def _divisor(run: Run) -> int:
     """The largest micro-batch that fits into the global batch and is no larger than the one asked for."""
     whole, micro = run.train.global_batch_size, run.train.micro_batch_size or 1
@@ -187,6 +193,13 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: _same_folder(run.output, run.model.id),
         lambda run: f"The run would be written over the model it starts from ({run.model.id}).",
         "output, model.id",
+        lambda run: "--output=runs/NAME",
+    ),
+    Rule(
+        "output-is-a-folder",
+        lambda run: _blocking_file(run.output) is not None,
+        lambda run: f"The run folder cannot be made: {_blocking_file(run.output)} is a file.",
+        "output",
         lambda run: "--output=runs/NAME",
     ),
     Rule(

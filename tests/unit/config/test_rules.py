@@ -29,6 +29,7 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
     "clm-trains-on-all": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
     "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
     "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),
+    "output-is-a-folder": (["--output=file/run"], ["--output=here"]),
     "output-holds-no-start": (["--adapter.path=o/adapter"], ["--adapter.path=p/adapter"]),
     "one-way-of-training": (
         ["--adapter.target_modules=[lm_head, q_proj]", "--adapter.trainable_modules=lm_head"],
@@ -64,6 +65,7 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
 
 
 def test_every_rule_has_a_breach_here() -> None:
