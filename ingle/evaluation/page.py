@@ -203,7 +203,12 @@ def _card(sample: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any
         "references": sample["references"],
         "has_answers": sample["base"] is not None,
         "answers": [
-            {"side": side, "title": title, "runs": mark_shared(sample[side] or "", sample["references"])}
+            {
+                "side": side,
+                "title": title,
+                "runs": mark_shared((sample[side] or "").strip(), sample["references"]),
+                "blank": "only white space" if sample[side] else "empty answer",
+            }
             for side, title in (("base", "Base"), ("tuned", "Tuned"))
         ],
         "scores": scores,

@@ -177,6 +177,15 @@ def test_likelihoods_alone_show_no_answers(tmp_path):
     assert "Answers side by side" not in words and "perplexity" in words
 
 
+def test_answers_of_nothing_are_called_so(tmp_path):
+    base, tuned = make_results("word")
+    base = TaskResult(base.samples, Outputs(("\n" * 30, *[""] * 11), base.outputs.likelihoods))
+    report, text, _ = make_report(tmp_path, (base, tuned))
+    words = Page(text).words
+    assert "empty answer" in words and report["samples"][0]["base"] in ("", "\n" * 30)
+    assert "\n\n\n\n" not in text
+
+
 def test_a_run_without_evaluation_says_so(tmp_path):
     report, text, folder = make_report(tmp_path)
     assert report["metrics"] == {} and not (folder / "answers.jsonl").exists()
