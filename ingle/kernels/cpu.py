@@ -184,7 +184,7 @@ look_up_wide: Any = look_up_portable_wide if _SHUFFLE is None else make_look_up(
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def split(chunk: Any, num_rows: int, num_chunks: int) -> tuple[int, int]:
+def split(chunk: Any, num_rows: Any, num_chunks: Any) -> Any:
     """First row of a chunk and of the next."""
     signed = np.int64(chunk)  # numba counts chunks unsigned, which times a signed number is a float
     return signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks

@@ -128,9 +128,9 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tupl
 
 def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
     if out.is_cuda:
-        from ingle.kernels import triton
+        from ingle.kernels.triton import decode_levels as decode_on_gpu
 
-        triton.decode_levels(codes, levels, scales, block_size, out)
+        decode_on_gpu(codes, levels, scales, block_size, out)
         return
     threads = match_threads(out.numel())
     cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, _bits(out), threads)
@@ -148,9 +148,9 @@ def _decode_nested_levels(
 ) -> None:
     tensors = (codes, levels, scale_codes, scale_levels, nested, offset)
     if out.is_cuda:
-        from ingle.kernels import triton
+        from ingle.kernels.triton import decode_nested_levels as decode_on_gpu
 
-        triton.decode_nested_levels(*tensors, block_size, out)
+        decode_on_gpu(*tensors, block_size, out)
         return
     arrays = [_array(tensor) for tensor in tensors]
     cpu.decode_nested_levels(*arrays, block_size, _bits(out), match_threads(out.numel()))
@@ -158,9 +158,9 @@ def _decode_nested_levels(
 
 def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     if out.is_cuda:
-        from ingle.kernels import triton
+        from ingle.kernels.triton import decode_int8 as decode_on_gpu
 
-        triton.decode_int8(codes, scales, out)
+        decode_on_gpu(codes, scales, out)
         return
     cpu.decode_int8(_array(codes), _array(scales), _bits(out), match_threads(out.numel()))
 
