@@ -178,7 +178,7 @@ def _decode_rate(device: torch.device) -> float | None:
     return rows * columns / seconds
 
 
-def _seconds(work: Callable[[], object], device: torch.device, *, limit_s: float = _MEASURE_S) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, *, limit_s: float | None = None) -> float:
     """Median time of ``work``, after a first call that is not counted."""
     import torch
 
@@ -191,6 +191,7 @@ def _seconds(work: Callable[[], object], device: torch.device, *, limit_s: float
 
     once()
     times: list[float] = []
+    limit_s = _MEASURE_S if limit_s is None else limit_s
     while len(times) < 3 or (sum(times) < limit_s and len(times) < 1000):
         times.append(once())
     return statistics.median(times)

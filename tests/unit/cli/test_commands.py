@@ -327,3 +327,23 @@ def test_evaluate_opens_the_base_of_a_full_fine_tuning_first(
     assert call(["evaluate", "runs/x", "--task", "task.yaml", "--json"]) == 0
     assert evaluated[0][0] == "pair" and evaluated[0][2] == "base result"
     assert engine.opened == [("runs/x", True), ("runs/x", False)]  # type: ignore[attr-defined]
+
+
+def test_data_inspect_looks_at_the_data_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+
+    def look(data: Any, tokenizer: Any, objective: str, held_out: Any, **options: Any) -> Any:
+        asked.append((data, tokenizer, objective, held_out, options))
+        return SimpleNamespace(to_dict=lambda: {"problems": []})
+
+    replace(monkeypatch, "models", load_tokenizer=lambda model: f"tokenizer of {model.id}")
+    replace(monkeypatch, "data", doctor=SimpleNamespace(inspect=look, render_report=lambda report, console: None))
+    assert call(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"problems": []}
+    data, tokenizer, objective, held_out, options = asked[0]
+    assert [source.path for source in data.sources] == ["a.jsonl"]
+    assert (tokenizer, objective, held_out) == ("tokenizer of m", "sft", None)
+    assert (options["num_previews"], options["seed"]) == (1, 4)
+    assert call(["data", "inspect", "run.yaml"]) == 0
