@@ -1,0 +1,79 @@
+"""The two halves of a model, and the check that finds what they cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle import models
+from ingle.errors import ModelError
+from ingle.models import attention
+
+
+def test_the_head_scales_and_caps() -> None:
+    head = models.Head(torch.eye(2), torch.tensor([0.0, 1.0]), logit_scale=2.0, softcap=3.0)
+    expected = 3 * torch.tanh(torch.tensor([2.0, 2.0]) / 3)
+    torch.testing.assert_close(head.logits(torch.tensor([1.0, 0.0])), expected)
+
+
+def test_verification_passes_and_leaves_the_mode_alone(model: PreTrainedModel) -> None:
+    model.train()
+    models.verify(model)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_unknown_head_is_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model.forward
+
+    def shifted(**arguments: Tensor) -> object:
+        output = forward(**arguments)
+        output.logits = output.logits + torch.linspace(0, 3, output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(model, "forward", shifted)
+    with pytest.raises(ModelError, match="same logits"):
+        models.verify(model)
+
+
+def test_documents_that_see_one_another_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest: Callable[..., Tensor] = attention.packed_attention
+
+    def leaking(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: object) -> Tensor:
+        return honest(q, k, v, cu_seqlens[[0, -1]], **options)
+
+    monkeypatch.setattr(attention, "packed_attention", leaking)
+    with pytest.raises(ModelError, match="same logits"):
+        models.verify(model)
+
+
+def test_lost_boundaries_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = model.model.layers[0].self_attn
+    forward = layer.forward
+
+    def forgetful(*positional: object, cu_seq_lens_q: Tensor | None = None, **named: object) -> object:
+        return forward(*positional, **named)
+
+    monkeypatch.setattr(layer, "forward", forgetful)
+    with pytest.raises(ModelError, match="where documents end"):
+        models.verify(model)
+
+
+def test_sinks_and_position_biases_are_refused(model: PreTrainedModel) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    for extra in ({"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1, 2, 3, 3)}):
+        with pytest.raises(ModelError, match="does not compute"):
+            attention.attend(nn.Module(), states, states, states, None, **extra)
+
+
+def test_a_head_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
+    model.set_output_embeddings(nn.Sequential(model.lm_head))
+    with pytest.raises(ModelError, match="output head"):
+        models.head(model)
+
+
+def test_layers_are_found(model: PreTrainedModel) -> None:
+    assert models.decoder_layers(model) is model.model.layers
