@@ -1,0 +1,141 @@
+"""The numba kernels beneath the formats: both ways to look up, rounding, threads, and where the cache goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import njit, prange
+
+from ingle.kernels import cpu, cpu_cache
+from ingle.kernels.cpu_threads import match_threads, set_threads
+from ingle.kernels.decode import encode_levels, has_kernel
+from ingle.quant.nf4 import levels, midpoints
+
+LEVELS = levels(torch.device("cpu")).numpy()
+#: Scales at both ends of float32 and around what bfloat16 can hold.
+SCALES = np.array([0, 1, 0.0317, 1e-45, 1e-38, 1.2e-38, 3.39e38, 3.4e38, -0.5, 2**-126], dtype=np.float32)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("bits", "dtype"), [(np.uint16, torch.bfloat16), (np.uint32, torch.float32)])
+def test_every_look_up_rounds_as_torch(wide: bool, bits: Any, dtype: torch.dtype) -> None:
+    count = cpu.WIDE if wide else cpu.UNIT
+    ways = (cpu.look_up_portable_wide, cpu.look_up_wide) if wide else (cpu.look_up_portable, cpu.look_up)
+    codes = np.arange(256, dtype=np.uint8)
+    numbers = torch.from_numpy(codes)
+    code = torch.stack((numbers >> 4, numbers & 15), dim=1).flatten().int()
+    for way in ways:
+
+        @njit
+        def decode(codes: Any, levels: Any, scale: Any, out: Any, way: Any = way, count: int = count) -> None:
+            for to in range(0, out.size, count):
+                way(codes, to // 2, levels, scale, out, to)
+
+        for scale in SCALES:
+            out = np.zeros(512, dtype=bits)
+            decode(codes, LEVELS, scale, out)
+            expected = (torch.from_numpy(LEVELS)[code] * torch.tensor(scale)).to(dtype)
+            signed = {np.uint16: torch.int16, np.uint32: torch.int32}[bits]
+            decoded = torch.from_numpy(out).view(signed)
+            assert torch.equal(decoded, expected.view(signed)), scale  # bit for bit: the sign of zero too
+
+
+def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    assert cpu.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
+    monkeypatch.setattr(numba.config, "CPU_NAME", "generic")
+    assert cpu.find_shuffle() is None
+
+
+def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 2**31, (1 << 16,), generator=generator, dtype=torch.int64).to(torch.int32)
+    ties = torch.arange(0x3F80_8000, 0x3F80_8000 + (1 << 24), 1 << 16, dtype=torch.int32)  # halfway, both ways
+    values = torch.cat([bits, ties]).view(torch.float32)
+    values = values[values.isfinite()].contiguous()
+
+    @njit
+    def round_all(values: Any, out: Any) -> None:
+        for k in range(values.size):
+            cpu.put(values[k], out, k)
+
+    out = np.zeros(values.numel(), dtype=np.uint16)
+    round_all(values.numpy(), out)
+    assert torch.equal(torch.from_numpy(out).view(torch.int16), values.bfloat16().view(torch.int16))
+
+
+def test_ties_between_levels_stay_low() -> None:
+    middles = midpoints(torch.device("cpu"))
+    weight = torch.cat([middles, torch.ones(1)]).repeat(4, 1)  # absmax 1: the scaled weight is the midpoint itself
+    packed = encode_levels(weight, middles, 32)
+    assert packed is not None
+    codes = torch.stack((packed[0] >> 4, packed[0] & 15), dim=-1).flatten(1)
+    assert torch.equal(codes, torch.arange(16, dtype=torch.uint8).repeat(4, 1))
+
+
+def test_kernels_know_their_limits() -> None:
+    assert not has_kernel(torch.empty(1), torch.float16)
+    assert encode_levels(torch.empty(2, 32, dtype=torch.float16), midpoints(torch.device("cpu")), 32) is None
+    assert encode_levels(torch.empty(2, 32, device="meta"), midpoints(torch.device("cpu")), 32) is None
+
+
+def test_threads_follow_torch() -> None:
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            set_threads(count)
+            assert match_threads(1 << 20) <= count
+            assert match_threads(10) == 1
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numbas_start_leaves_torchs_threads_alone() -> None:
+    code = """
+import torch
+from ingle.quant.nf4 import Nf4
+torch.set_num_threads(1)
+format = Nf4()
+format.decode(format.encode(torch.ones(2, 64)), 2, 64, torch.bfloat16)
+assert torch.get_num_threads() == 1, torch.get_num_threads()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_place_for_the_cache_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def refuse(cache: bool = False, **options: Any) -> Any:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(cpu_cache, "njit", refuse)
+    double = cpu_cache.compile_kernel(_double)
+    assert asked == [True, False]
+    numbers = np.arange(4.0)
+    double(numbers)
+    assert numbers.tolist() == [0, 2, 4, 6]
+
+
+def _double(numbers: Any) -> None:
+    for k in prange(numbers.size):
+        numbers[k] *= 2
+
+
+def test_kernels_are_kept_on_disk() -> None:
+    dispatcher: Any = cpu.decode_int8
+    folder = Path(dispatcher.stats.cache_path)
+    cpu.decode_int8(np.zeros((2, 3), np.int8), np.ones(2, np.float32), np.zeros((2, 3), np.uint16), 1)
+    assert list(folder.glob("cpu.decode_int8-*.nbi"))
