@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ingle.errors import ConfigError
+from ingle.errors import ConfigError, ModelError
 from ingle.events import Progress
 
 if TYPE_CHECKING:
@@ -100,8 +100,17 @@ def _as_question(engine: Engine, prompt: Prompt, raw: bool) -> Any:
         if not isinstance(prompt, str):
             raise ConfigError("--raw continues texts, and a prompt holds messages.", fix="leave --raw out")
         return prompt
+    _check_template(engine)
     pairs = [("user", prompt)] if isinstance(prompt, str) else prompt
     return tuple(Message(role, content) for role, content in pairs)
+
+
+def _check_template(engine: Engine) -> None:
+    if not engine.tokenizer.chat_template:
+        raise ModelError(
+            "This model has no chat template, so it knows no conversations.",
+            fix="`ingle generate --raw` continues the text as it stands",
+        )
 
 
 def _check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
@@ -139,6 +148,7 @@ def chat(
         from ingle import inference
 
         engine = inference.open_model(model, base_only=base_only, sink=terminal)
+    _check_template(engine)
     options = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

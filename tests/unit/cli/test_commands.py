@@ -148,7 +148,7 @@ class Engine:
 
     adapted = True
     model = "model"
-    tokenizer = "tokenizer"
+    tokenizer = SimpleNamespace(chat_template="{{ messages }}")
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[Any], dict[str, Any]]] = []
@@ -215,6 +215,16 @@ def test_generate_reads_prompts_from_files(engine: Engine, folder: Path, capsys:
     assert call(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
     assert engine.asked[1][0] == ["zero", "five", "six"]
     assert call(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
+
+
+def test_a_model_without_chat_template_only_continues_text(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(chat_template=None))
+    for words in (["generate", "m", "--prompt", "x"], ["chat", "m"]):
+        assert call(words) == 2
+        assert "--raw" in capsys.readouterr().err
+    assert call(["generate", "m", "--prompt", "x", "--raw"]) == 0
 
 
 @pytest.mark.parametrize(
