@@ -44,9 +44,9 @@ def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = ()) -
     for parent_name, parent in list(model.named_modules()):
         if isinstance(parent, Packed | QuantExperts):
             continue
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # a module used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key
-            if child is head or name in keep:
+            if child is None or child is head or name in keep:
                 continue
             if id(child) not in packed:
                 replacement = _pack(child, format, name, uses)

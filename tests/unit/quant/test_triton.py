@@ -1,0 +1,82 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU in a process of their own, against the torch reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
+
+CODE = """
+import torch
+from ingle.kernels import triton as kernels
+from ingle.quant.int8 import Int8
+from ingle.quant.nf4 import Nf4, dynamic_map, levels
+from ingle.quant.plane import as_float32
+
+cpu = torch.device("cpu")
+for shape in ((1, 64), (3, 7), (5, 200), (4, 2816)):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight[0] *= 1e3
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for format in (*(Nf4(size, double) for size in (32, 64, 4096) for double in (False, True)), Int8()):
+            planes = format.encode(weight)
+            out = torch.full(shape, torch.nan, dtype=dtype)
+            if isinstance(format, Int8):
+                kernels.decode_int8(planes["codes"], as_float32(planes["scale"]).flatten(), out)
+            elif format.double_quant:
+                nested = [as_float32(planes[name]).flatten() for name in ("nested_absmax", "absmax_offset")]
+                tables = levels(cpu), planes["absmax"], dynamic_map(cpu)
+                kernels.decode_nested_levels(planes["codes"], *tables, *nested, format.block_size, out)
+            else:
+                absmax = as_float32(planes["absmax"])
+                kernels.decode_levels(planes["codes"], levels(cpu), absmax, format.block_size, out)
+            assert torch.equal(out, format.decode_reference(planes, *shape, dtype)), (shape, dtype, format)
+print("exact")
+"""
+
+COMPILE = """
+import re
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ingle.kernels import triton as kernels
+
+sizes = {"num_blocks": "i32", "num_bytes": "i32", "num_columns": "i32", "HALF": "constexpr", "BLOCKS": "constexpr"}
+nested = {"scale_codes": "*u8", "scale_levels": "*fp32", "nested": "*fp32", "offset": "*fp32"}
+for out in ("*bf16", "*fp16", "*fp32"):
+    for function, signature, constants in (
+        (kernels._decode_levels, {"codes": "*u8", "levels": "*fp32", "scales": "*fp32", "out": out} | sizes, True),
+        (kernels._decode_nested_levels, {"codes": "*u8", "levels": "*fp32"} | nested | {"out": out} | sizes, True),
+        (
+            kernels._decode_int8,
+            {"codes": "*i8", "scales": "*fp32", "out": out, "num_columns": "i32", "reciprocal": "fp32",
+             "COLUMNS": "constexpr"},
+            False,
+        ),
+    ):
+        source = ASTSource(fn=function, signature=signature,
+                           constexprs={"HALF": 32, "BLOCKS": 32} if constants else {"COLUMNS": 1024})
+        compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+        assert not re.search(r"\\bfma\\.", compiled.asm["ptx"]), function
+print("compiled")
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    given = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=given | environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_every_kernel_is_exact() -> None:
+    assert "exact" in run(CODE, TRITON_INTERPRET="1")
+
+
+def test_every_kernel_compiles_for_a_gpu_and_fuses_no_sums() -> None:
+    assert "compiled" in run(COMPILE)
