@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ingle.data.types import Batch
 
 #: Largest relative difference of a token's logits between the halves and the whole.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+#: Rounding to bfloat16 alone makes about one per cent in two layers and more in eighty; what is looked for makes all.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ def verify(model: PreTrainedModel) -> None:
     error = (ours - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-30)
     # The median of a document: a router on the edge may send a single token to another expert.
     worst = max(document.median().item() for document in error.split(lengths))
-    if not worst <= _TOLERANCE.get(model.dtype, 6e-2):
+    if not worst <= _TOLERANCE.get(model.dtype, 0.2):
         raise ModelError(
             f"{type(model).__name__} does not give the same logits packed as one document at a time.",
             where="model.id",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def fill(
                 sink(Progress("reading weights", done + 1, len(plan.groups)))
         _read_generation_config(model, folder)
         _refuse_missing(destination, twin, plan, folder, sink)
-    _fill_buffers(destination, twin)
+    _fill_computed(destination, twin, seed)
     destination.finish()
     assert destination.left() == 0, f"{destination.left()} parameters got no value"
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer got no value"
@@ -124,29 +125,41 @@ def _refuse_missing(
 
 def _fill_random(destination: Destination, twin: PreTrainedModel, seed: int) -> None:
     """The architecture's own initialisation, in float32 on the CPU, so that it is the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         source = type(twin)(deepcopy(twin.config)).float()
     values = source.state_dict()
     for name in list(values):
         destination.put(name, values.pop(name))
 
 
-def _fill_buffers(destination: Destination, twin: PreTrainedModel) -> None:
-    """Computes what no file holds (rotary frequencies, causal masks) with the architecture's own code.
+def _fill_computed(destination: Destination, twin: PreTrainedModel, seed: int) -> None:
+    """Computes what no file holds (rotary frequencies, masks) with the architecture's own code.
 
-    The twin's parameters stay on the meta device, flagged as initialised: only its buffers are worked out.
+    It runs on the twin, whose other parameters stay on the meta device, flagged as initialised.
     """
-    names = [name for name, _ in twin.named_buffers() if name not in destination.filled]
     for parameter in twin.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    names = [name for name, _ in twin.named_buffers() if name not in destination.filled]
+    names += [name for name, _ in twin.named_parameters() if name not in destination.filled]
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = twin.get_submodule(path)
-        owner._buffers[leaf] = torch.empty_like(owner.get_buffer(leaf), device=destination.device)
-    twin.initialize_weights()
+        empty = torch.empty_like(getattr(owner, leaf), device=destination.device)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = empty
+        else:
+            owner._parameters[leaf] = torch.nn.Parameter(empty)
+    with _seeded(seed):
+        twin.initialize_weights()
     for name in names:
-        destination.put(name, twin.get_buffer(name))
+        destination.put(name, twin.get_parameter_or_buffer(name).detach())
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def test_loaded_weights_and_buffers_are_those_of_transformers(checkpoint) -> Non
 def test_packed_documents_give_the_logits_of_transformers_one_by_one(checkpoint, documents) -> None:
     ours = packed_logits(load(checkpoint), documents)
     torch.testing.assert_close(ours, separate_logits(checkpoint.reference(), documents), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_as_close_as_transformers_own(checkpoint, documents) -> None:
+    """Against float32, where every weight is first rounded to bfloat16: only the arithmetic differs."""
+    ours = models.load_model(checkpoint.config.model_copy(update={"dtype": "bfloat16"}))
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
+    exact = separate_logits(copy.deepcopy(reference).float(), documents)
+
+    def error(logits: Tensor) -> float:
+        return ((logits.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
+
+    assert error(packed_logits(ours, documents)) < 1.5 * error(separate_logits(reference, documents)) + 1e-3
 
 
 @pytest.mark.parametrize("base", PACKED_BASES, ids=lambda base: f"{base.format}-{getattr(base, 'double_quant', '')}")

@@ -75,6 +75,18 @@ def test_hand_made_mixtral_checkpoint_is_fused_in_the_right_order(make_checkpoin
     torch.testing.assert_close(logits(models.load_model(config)), logits(reference))
 
 
+def test_old_gpt2_checkpoint_without_prefix_and_with_masks(make_checkpoint, tmp_path: Path) -> None:
+    """As the first GPT-2 lies on the hub: names of the bare decoder, and causal masks nobody needs."""
+    checkpoint = make_checkpoint("gpt2")
+    tensors = {name.removeprefix("transformer."): value for name, value in read(checkpoint.folder).items()}
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    events: list[Event] = []
+    model = models.load_model(write(checkpoint.folder, tmp_path / "m", tensors), sink=events.append)
+    torch.testing.assert_close(logits(model), logits(checkpoint.reference()), rtol=1e-5, atol=1e-5)
+    assert not [event for event in events if isinstance(event, Warned)]
+
+
 def test_a_missing_expert_is_an_error(make_checkpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("qwen3_moe")
     tensors = {name: value for name, value in read(checkpoint.folder).items() if ".experts.3." not in name}
@@ -134,6 +146,16 @@ def test_missing_weights_are_an_error_and_spare_ones_a_warning(make_checkpoint, 
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ModelError, match=r"1 weights.*model\.layers\.1\.mlp\.up_proj\.weight"):
         models.load_model(write(checkpoint.folder, tmp_path / "missing", tensors))
+
+
+def test_a_weight_that_may_be_missing_is_initialised(make_checkpoint, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hf.LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm\.weight"])
+    checkpoint = make_checkpoint("llama")
+    tensors = read(checkpoint.folder)
+    del tensors["model.norm.weight"]
+    model = models.load_model(write(checkpoint.folder, tmp_path / "m", tensors))
+    assert torch.equal(model.model.norm.weight, torch.ones(64))
+    assert model.model.norm.weight.requires_grad
 
 
 def test_a_weight_of_another_shape_is_an_error(make_checkpoint, tmp_path: Path) -> None:
