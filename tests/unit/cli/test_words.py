@@ -16,6 +16,7 @@ KNOWN = ("optim", "seed")
         (["--optim.lr", "1", "c.yaml"], ["c.yaml"], ["--optim.lr", "1"]),
         (["--seed", "-1", "c.yaml"], ["c.yaml"], ["--seed", "-1"]),
         (["c.yaml", "--a.flag", "--seed=1"], ["c.yaml"], ["--a.flag", "--seed=1"]),
+        (["--a.flag", "--seed", "1", "c.yaml"], ["c.yaml"], ["--a.flag", "--seed", "1"]),
         (["--unknown=1"], [], ["--unknown=1"]),
     ],
 )

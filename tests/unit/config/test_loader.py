@@ -116,6 +116,12 @@ def test_a_flag_that_does_not_belong_to_the_new_member_is_an_error(folder: Path)
     assert error.fix == "it belongs to adapter.kind=lora"
 
 
+def test_a_file_at_odds_with_itself_is_not_mended(folder: Path) -> None:
+    error = failure(folder, text=MINIMAL + "adapter: {kind: none, rank: 4}\n")
+    assert error.message == "adapter.rank is not an option."
+    assert error.where == "adapter.rank (run.yaml:5)"
+
+
 def test_base_options_without_a_format_ask_for_it(folder: Path) -> None:
     error = failure(folder, text=MINIMAL + "base: {double_quant: true}\n")
     assert error.message == "base.format must be given: none, nf4 or int8."
