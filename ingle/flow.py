@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.atomic import write_atomically
@@ -40,7 +39,7 @@ class Assembled:
     mesh: parallel.Mesh
     plan: planning.Plan
     tokenizer: Any
-    model: nn.Module
+    model: models.Model
     objective: Objective
     optimizer: Optimizer
     data_hash: str
@@ -187,7 +186,7 @@ def _plan(
     run: Run,
     mesh: parallel.Mesh,
     dtype: torch.dtype,
-    model: nn.Module,
+    model: models.Model,
     dataset: data.TokenDataset,
     sequences: data.Sequences,
 ) -> planning.Plan:

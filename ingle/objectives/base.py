@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ingle.data.types import Batch
+from ingle.models import Model
 
 
 class Objective(Protocol):
@@ -23,7 +24,7 @@ class Objective(Protocol):
     def weight(self, batch: Batch) -> float:
         """What the loss of ``batch`` is a sum over, e.g. its supervised tokens."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch) -> Tensor:
         """The loss of ``batch`` as a sum, a float32 scalar that can be differentiated."""
 
     def metrics(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ingle.data.batch import collate
 from ingle.data.dataset import TokenDataset
@@ -17,7 +17,7 @@ from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
 from ingle.data.types import IGNORE_INDEX, Batch
 from ingle.kernels.cross_entropy import linear_cross_entropy
-from ingle.models import forward_hidden, head
+from ingle.models import Model, forward_hidden, head
 
 
 class LanguageModelling:
@@ -62,7 +62,7 @@ class LanguageModelling:
         """Supervised tokens."""
         return float(batch.num_supervised)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch) -> Tensor:
         """Sum of ``-log p(token | tokens before it in its document)`` over the supervised tokens, in nats.
 
         Position t predicts token t + 1; the first token of a document is never a target, so no prediction

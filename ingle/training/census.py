@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor
 
-from ingle.models import decoder_layers
+from ingle.models import Model, decoder_layers
 from ingle.planning import LinearShape, ModelShape
 
 
-def model_shape(model: nn.Module, adapted: Collection[str]) -> ModelShape:
+def model_shape(model: Model, adapted: Collection[str]) -> ModelShape:
     """Shapes of a model as it comes from the skeleton, before its linear maps are replaced.
 
     A fused expert parameter ``[experts, out, in]`` counts as that many linear maps, of which
@@ -38,8 +38,9 @@ def model_shape(model: nn.Module, adapted: Collection[str]) -> ModelShape:
                     counts[shape] += 1
                     active[shape] += 1
     for path in adapted:
-        weight = model.get_submodule(path).weight
-        targets[(weight.shape[1], weight.shape[0])] += 1
+        matrix = model.get_submodule(path).weight
+        assert isinstance(matrix, Tensor)
+        targets[(matrix.shape[1], matrix.shape[0])] += 1
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     linears = tuple(
         LinearShape(width, height, count, active[(width, height)], targets[(width, height)])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 
 import torch
-from torch import nn
 
-from ingle.models import decoder_layers
+from ingle.models import Model, decoder_layers
 
 
 def can_compile(device: torch.device) -> bool:
@@ -17,7 +16,7 @@ def can_compile(device: torch.device) -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: Model) -> None:
     """Compiles each decoder layer in place; layers of one shape share the compiled code."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ingle.data.types import Batch
 from ingle.errors import NonFiniteError
+from ingle.models import Model
 from ingle.objectives import Objective
 from ingle.training.optim import Optimizer
 
@@ -31,9 +32,7 @@ class StepResult:
     num_tokens: int
 
 
-def compute_gradients(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], *, seed: int, step: int
-) -> float:
+def compute_gradients(model: Model, objective: Objective, batches: Sequence[Batch], *, seed: int, step: int) -> float:
     """Adds up the gradients of a step.
 
     The loss of each micro-batch is a sum; it is divided by the weight of the whole step before its backward
@@ -66,7 +65,7 @@ def compute_gradients(
 
 
 def take_step(
-    model: nn.Module, objective: Objective, optimizer: Optimizer, *, lr: float, seed: int, step: int
+    model: Model, objective: Objective, optimizer: Optimizer, *, lr: float, seed: int, step: int
 ) -> StepResult:
     """Makes one optimizer step.
 
