@@ -73,6 +73,12 @@ class TokenDataset:
         """int64 [D], supervised tokens of each document."""
         return np.add.reduceat(self._supervised, self._offsets[:-1], dtype=np.int64)
 
+    def closing_ids(self) -> Ids:
+        """int32 [D], the last token of each document that carries loss: what the model learns to stop with."""
+        places = np.where(self._supervised, np.arange(len(self._ids)), 0)
+        last: Ids = self._ids[np.maximum.reduceat(places, self._offsets[:-1])]
+        return last
+
     def fingerprint(self) -> str:
         """SHA-256 over ids, mask and borders: equal exactly when training sees the same documents."""
         digest = hashlib.sha256()

@@ -29,8 +29,8 @@ from ingle.data.types import Example, Ids, Mask, Tokenizer
 from ingle.errors import DataError
 
 #: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
-PIECE_CHARS = 1 << 20
-_PIECES_AT_ONCE = 4
+PIECE_CHARS = 1 << 18
+_PIECES_AT_ONCE = 8
 
 #: A line end at which every common pre-tokenizer cuts too: a single newline between two words.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
@@ -137,6 +137,11 @@ class TextEncoder:
     def has_eos(self) -> bool:
         """Whether there is a token to end a text with."""
         return self._eos is not None
+
+    @property
+    def control_ids(self) -> Ids:
+        """Ids of special and added tokens, ascending: those that can end a turn."""
+        return self._control
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Ids and masks, in order."""
