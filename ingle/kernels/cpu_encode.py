@@ -18,6 +18,9 @@ from ingle.kernels.cpu_cache import compile_kernel
 #: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
 TINIEST = np.float32(1e-38)
 
+#: The least absmax whose 127-fold inverse is finite.
+SMALLEST = np.float32(127) / np.finfo(np.float32).max
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def from_bits(_: Any, bits: Any) -> tuple[Any, Any]:
@@ -63,6 +66,35 @@ def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, sca
                     codes[row, start // 2 + k] = counts[2 * k] << 4 | counts[2 * k + 1]
                 if length % 2:  # the end of an odd row; the missing weight counts as zero
                     codes[row, (start + length) // 2] = counts[length - 1] << 4 | count_zero(midpoints)
+
+
+@compile_kernel
+def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
+    """Packs rows into signed bytes: ``weight * (1 / absmax * 127)`` as torch divides, rounded half to even.
+
+    A NaN or infinity leaves a scale that is not finite.
+
+    Args:
+        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
+        codes: int8 ``[O, I]``, written.
+        scales: uint32 ``[O]``, written: the bits of every row's float32 absmax.
+        num_chunks: Parts the rows are split into.
+    """
+    num_rows, num_columns = weights.shape
+    shift = np.uint32(0 if weights.itemsize == 4 else 16)
+    for chunk in prange(num_chunks):
+        signed = np.int64(chunk)
+        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+            from_row, to_row = weights[row], codes[row]
+            largest = np.uint32(0)
+            for k in range(num_columns):
+                largest = max(largest, (np.uint32(from_row[k]) << shift) & np.uint32(0x7FFFFFFF))
+            scales[row] = largest
+            # A zero row has nothing to divide by, and a tiny one would divide into infinity.
+            factor = np.float32(127) * (np.float32(1) / max(from_bits(largest), SMALLEST))
+            for k in range(num_columns):
+                scaled = np.rint(from_bits(np.uint32(from_row[k]) << shift) * factor)
+                to_row[k] = np.int8(min(max(scaled, np.float32(-127)), np.float32(127)))
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]

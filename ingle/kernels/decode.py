@@ -10,6 +10,7 @@ are opaque operators, so a graph holds packed weights and nothing decoded.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ingle.kernels.cpu_threads import match_threads
 
 #: Integer types that hold the bits of a float type, which numba lacks or does not need.
 BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
+
+#: Weights that are copied at once where an encoder cannot read them as they lie.
+COPIED = 1 << 22
 
 
 def has_kernel(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -106,24 +110,56 @@ def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
 
 
 def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
-    """Packs a weight on the CPU into 16-level codes and the absmax of every block; None where no kernel does.
+    """Packs a weight on the CPU into 16-level codes and the absmax of every block; None on other devices.
 
     Args:
-        weight_OI: bfloat16 or float32.
+        weight_OI: Floating, with any strides.
         midpoints: float32 ``[15]``, between neighbouring levels, ascending.
         block_size: Weights that share an absmax.
 
     Returns:
         Codes uint8 ``[O, ceil(I / 2)]`` and absmax float32 ``[O, N]``; not finite where the weight is not.
     """
-    if weight_OI.device.type != "cpu" or weight_OI.dtype not in BITS or isinstance(weight_OI, FakeTensor):
+    if not _can_encode(weight_OI):
         return None
     num_rows, num_columns = weight_OI.shape
     codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
     scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
-    arrays = (_bits(weight_OI.contiguous()), midpoints.numpy(), block_size, codes.numpy(), _bits(scales))
-    cpu_encode.encode_levels(*arrays, match_threads(weight_OI.numel()))
+    for rows, bits in _read_rows(weight_OI):
+        arrays = (midpoints.numpy(), block_size, codes[rows].numpy(), _bits(scales[rows]))
+        cpu_encode.encode_levels(bits, *arrays, match_threads(weight_OI.numel()))
     return codes, scales
+
+
+def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Packs a weight on the CPU into signed bytes and the absmax of every row; None on other devices.
+
+    Args:
+        weight_OI: Floating, with any strides.
+
+    Returns:
+        Codes int8 ``[O, I]`` and absmax float32 ``[O]``; not finite where the weight is not.
+    """
+    if not _can_encode(weight_OI):
+        return None
+    codes = torch.empty(weight_OI.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight_OI), dtype=torch.float32)
+    for rows, bits in _read_rows(weight_OI):
+        cpu_encode.encode_int8(bits, codes[rows].numpy(), _bits(scales[rows]), match_threads(weight_OI.numel()))
+    return codes, scales
+
+
+def _can_encode(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.is_floating_point() and not isinstance(weight, FakeTensor)
+
+
+def _read_rows(weight: Tensor) -> Iterator[tuple[slice, object]]:
+    """The bits of a weight, rows by rows: all at once where they lie ready, else copies of bounded size."""
+    ready = weight.is_contiguous() and weight.dtype in BITS
+    count = len(weight) if ready else max(1, COPIED // max(1, weight.shape[1]))
+    for start in range(0, len(weight), count):
+        part = weight[start : start + count].contiguous()
+        yield slice(start, start + count), _bits(part if part.dtype in BITS else part.float())
 
 
 def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:

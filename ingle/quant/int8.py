@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.kernels.decode import decode_int8, has_kernel
+from ingle.kernels.decode import decode_int8, encode_int8, has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
 
 #: 1 / 127 as bitsandbytes spells it.
@@ -69,20 +69,25 @@ class Int8:
             QuantizationError: The weight holds NaN or infinity, or is too large to be decoded.
         """
         weight_OI = weight_OI.detach()
-        scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True).float()
-        if not bool(scale_O1.isfinite().all()):
+        codes, scale_O = encode_int8(weight_OI) or self.encode_reference(weight_OI)
+        if not bool(scale_O.isfinite().all()):
             raise QuantizationError(
                 f"{name} holds NaN or infinity and cannot be packed as int8.",
                 where=name,
                 why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
                 fix="check the checkpoint, or train with --base.format=none",
             )
-        if float(scale_O1.max()) > torch.finfo(torch.float32).max / 127:
-            raise QuantizationError(f"{name} is too large for int8.", where=name, why=f"absmax {float(scale_O1.max())}")
-        # A zero row has no scale to divide by; a row below 127 / max float32 would divide into infinity.
-        factor_O1 = torch.where(scale_O1 > 0, 127.0 / scale_O1, 0).clamp(max=torch.finfo(torch.float32).max)
-        codes = (weight_OI.float() * factor_O1).round_().clamp_(-127, 127).to(torch.int8)
-        return {"codes": codes, "scale": as_bytes(scale_O1)}
+        if float(scale_O.max()) > torch.finfo(torch.float32).max / 127:
+            raise QuantizationError(f"{name} is too large for int8.", where=name, why=f"absmax {float(scale_O.max())}")
+        return {"codes": codes, "scale": as_bytes(scale_O.unsqueeze(1))}
+
+    def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[O, I]`` and float32 absmax ``[O]`` in plain torch."""
+        weight_OI = weight_OI.float()
+        scale_O = weight_OI.abs().amax(dim=1)
+        # A zero row has nothing to divide by, and a tiny one would divide into infinity.
+        factor_O = scale_O.clamp(min=127.0 / torch.finfo(torch.float32).max).reciprocal() * 127.0  # as torch divides
+        return (weight_OI * factor_O.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale_O
 
     def decode(
         self,

@@ -94,13 +94,35 @@ def test_error_is_small(format: Format, key: str, dtype: torch.dtype) -> None:
 
 
 def test_encoding_depends_on_values_not_on_dtype_or_strides(format: Format) -> None:
-    weight = draw(12, 192, torch.bfloat16)
+    weight = draw(12, 192).clamp(min=-0.06).half().bfloat16().half()
+    weight[weight.abs() < 1e-3] = 0  # what bfloat16, float16 and float32 all hold
     expected = format.encode(weight)
-    for same in (weight.float(), weight.half().to(torch.bfloat16).float(), weight.t().contiguous().t()):
-        if not torch.equal(same.float(), weight.float()):
-            continue  # float16 does not hold all of them
+    for same in (weight.float(), weight.bfloat16(), weight.double(), weight.t().contiguous().t(), weight.float()[::1]):
+        assert torch.equal(same.double(), weight.double())
         packed = format.encode(same)
         assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fast_encode_is_the_reference_bit_for_bit(format: Format, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = draw(*shape).to(dtype)
+    weight[0] *= 1e-6
+    weight[-1] *= 1e4
+    planes = format.encode(weight)
+    codes, scales = format.encode_reference(weight)  # type: ignore[attr-defined]
+    assert torch.equal(planes["codes"], codes)
+    name = "scale" if "scale" in planes else "absmax"
+    if planes[name].shape[1] != scales.unsqueeze(-1).flatten(1).shape[1]:  # kept as they are, not packed again
+        assert torch.equal(planes[name].view(torch.float32).flatten(), scales.flatten())
+
+
+def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = draw(40, 200).half()
+    expected = format.encode(weight)
+    monkeypatch.setattr("ingle.kernels.decode.COPIED", 1000)  # eight times five rows
+    packed = format.encode(weight)
+    assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
 
 
 def test_results_do_not_depend_on_threads(format: Format) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llvmlite import binding, ir
 from numba import njit, prange
 
 from ingle.kernels import cpu, cpu_cache
@@ -55,6 +56,23 @@ def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch
     assert cpu.find_shuffle() is None
 
 
+def test_look_up_compiles_for_arm() -> None:
+    module = ir.Module()
+    floats, packed = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(8), 8)
+    place = ir.PointerType(ir.VectorType(ir.IntType(8), 32))
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [floats, packed, place]), "look_up")
+    builder = ir.IRBuilder(function.append_basic_block())
+    products = builder.bitcast(function.args[0], ir.VectorType(ir.IntType(32), 16))
+    shuffle = "llvm.aarch64.neon.tbl1.v16i8"
+    builder.store(cpu._pick(builder, products, function.args[1], shuffle, narrow=True), function.args[2])
+    builder.ret_void()
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    machine = binding.Target.from_triple("aarch64-unknown-linux-gnu").create_target_machine(opt=3)
+    assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
+    assert assembly.count("tbl") == 2
+
+
 def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 2**31, (1 << 16,), generator=generator, dtype=torch.int64).to(torch.int32)
@@ -83,7 +101,7 @@ def test_ties_between_levels_stay_low() -> None:
 
 def test_kernels_know_their_limits() -> None:
     assert not has_kernel(torch.empty(1), torch.float16)
-    assert encode_levels(torch.empty(2, 32, dtype=torch.float16), midpoints(torch.device("cpu")), 32) is None
+    assert encode_levels(torch.empty(2, 32, dtype=torch.int32), midpoints(torch.device("cpu")), 32) is None
     assert encode_levels(torch.empty(2, 32, device="meta"), midpoints(torch.device("cpu")), 32) is None
 
 

@@ -1,0 +1,191 @@
+"""How fast base weights are packed and unpacked on the CPU: Ingle beside bitsandbytes, in one run.
+
+    taskset -c 0,1 python -m benchmarks.decode --threads 2
+
+Rounds go turn by turn over all measured functions, so that a busy machine slows all of them; printed are medians over
+the rounds, with the best in brackets. The floor of a decode is a plain copy into the same place, at the rate measured
+in the same rounds: no decode can be faster than its results can be stored. The last table alternates a decode with the
+product it is for, as a layer does, to show what sharing processors with torch's own threads costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ingle.kernels.cpu_threads import set_threads
+from ingle.quant.format import Format
+from ingle.quant.int8 import Int8
+from ingle.quant.nf4 import Nf4
+
+SHAPES = {"mlp of 1024": (2816, 1024), "attention of 4096": (4096, 4096), "mlp of 4096": (11008, 4096)}
+FORMATS: dict[str, Format] = {"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "int8": Int8()}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def load_peer() -> Any:
+    """The functions of bitsandbytes, or None where it is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import bitsandbytes.functional as peer
+        except ImportError:
+            return None
+    return peer
+
+
+def measure(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function in each round, turn by turn, after two rounds to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rate(work: float, seconds: list[float]) -> dict[str, float]:
+    """Work per second in billions: median and best."""
+    return {"median": work / statistics.median(seconds) / 1e9, "best": work / min(seconds) / 1e9}
+
+
+def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Any] | None:
+    """The peer's decode and encode of the same weight to the same dtype."""
+    if peer is None:
+        return None
+    if isinstance(format, Int8):
+        codes, scale, _ = peer.int8_vectorwise_quant(weight.half())
+        half = weight.half()
+        return lambda: peer.int8_vectorwise_dequant(codes, scale).to(dtype), lambda: peer.int8_vectorwise_quant(half)
+    assert isinstance(format, Nf4)
+    nested, size = format.double_quant, format.block_size
+    cast = weight.to(dtype)
+
+    def encode() -> Any:
+        return peer.quantize_4bit(cast, blocksize=size, quant_type="nf4", compress_statistics=nested)
+
+    packed, state = encode()
+    return lambda: peer.dequantize_4bit(packed, state), encode
+
+
+def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the first table."""
+    format = FORMATS[name]
+    weight = torch.randn(shape)
+    planes = format.encode(weight)
+    out, source = torch.empty(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
+    functions: dict[str, Callable[[], object]] = {
+        "ours": lambda: format.decode(planes, *shape, dtype, out),
+        "floor": lambda: out.copy_(source),
+    }
+    theirs = make_peer(peer, format, weight, dtype)
+    if theirs is not None:
+        functions["peer"] = theirs[0]
+    seconds = measure(functions, rounds)
+    weights, num_bytes = weight.numel(), out.numel() * out.element_size()
+    row: dict[str, Any] = {
+        "decode": rate(weights, seconds["ours"]),
+        "written_GB_per_s": rate(num_bytes, seconds["ours"]),
+    }
+    row["copy_GB_per_s"] = rate(num_bytes, seconds["floor"])
+    row["share_of_copy"] = statistics.median(seconds["floor"]) / statistics.median(seconds["ours"])
+    if theirs is not None:
+        row["peer"] = rate(weights, seconds["peer"])
+        row["ratio"] = statistics.median(seconds["peer"]) / statistics.median(seconds["ours"])
+    return row
+
+
+def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the second table."""
+    format = FORMATS[name]
+    weight = torch.randn(shape).to(dtype)
+    functions: dict[str, Callable[[], object]] = {"ours": lambda: format.encode(weight)}
+    theirs = make_peer(peer, format, weight, dtype)
+    if theirs is not None:
+        functions["peer"] = theirs[1]
+    seconds = measure(functions, rounds)
+    row: dict[str, Any] = {"encode": rate(weight.numel(), seconds["ours"])}
+    if theirs is not None:
+        row["peer"] = rate(weight.numel(), seconds["peer"])
+        row["ratio"] = statistics.median(seconds["peer"]) / statistics.median(seconds["ours"])
+    return row
+
+
+def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> dict[str, Any]:
+    """One row of the third table: decode and product, each alone and in turns, in milliseconds."""
+    format, dtype = FORMATS[name], torch.bfloat16
+    planes = format.encode(torch.randn(shape))
+    weight, x = torch.empty(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
+
+    def decode() -> Tensor:
+        return format.decode(planes, *shape, dtype, weight)
+
+    def multiply() -> Tensor:
+        return functional.linear(x, weight)
+
+    alone = {key: measure({key: function}, rounds)[key] for key, function in (("d", decode), ("m", multiply))}
+    turns = measure({"d": decode, "m": multiply}, rounds)
+    medians = [1e3 * statistics.median(seconds) for seconds in (alone["d"], turns["d"], alone["m"], turns["m"])]
+    row = dict(zip(("decode_alone_ms", "decode_ms", "product_alone_ms", "product_ms"), medians, strict=True))
+    return row | {"share_of_layer": row["decode_ms"] / (row["decode_ms"] + row["product_ms"])}
+
+
+def render(title: str, rows: dict[str, dict[str, Any]]) -> str:
+    """A table of rows: rates as ``median (best)``."""
+    lines = [title]
+    for label, row in rows.items():
+        cells = []
+        for key, value in row.items():
+            shown = f"{value['median']:.2f} ({value['best']:.2f})" if isinstance(value, dict) else f"{value:.2f}"
+            cells.append(f"{key} {shown}")
+        lines.append(f"  {label:<48} " + "   ".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=2048, help="rows of the product in the last table")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    options = parser.parse_args()
+    set_threads(options.threads)
+    torch.manual_seed(0)
+    peer = load_peer()
+    decodes, encodes, layers = {}, {}, {}
+    for name in options.formats:
+        for where, shape in SHAPES.items():
+            rounds = max(5, options.rounds // (1 + shape[0] // 8192))
+            for kind, dtype in DTYPES.items():
+                decodes[f"{name}, {where}, {kind}"] = measure_decode(peer, name, shape, dtype, rounds)
+        shape = SHAPES["mlp of 4096"]
+        encodes[f"{name}, mlp of 4096, bfloat16"] = measure_encode(peer, name, shape, torch.bfloat16, 3)
+        layers[f"{name}, mlp of 1024, bfloat16"] = measure_layer(
+            name, SHAPES["mlp of 1024"], options.tokens, options.rounds
+        )
+    result = {"threads": torch.get_num_threads(), "decode": decodes, "encode": encodes, "layer": layers}
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(render(f"Decode, billion weights/s on {options.threads} threads (peer: bitsandbytes)", decodes))
+    print(render("\nEncode, billion weights/s (peer: bitsandbytes)", encodes))
+    print(render(f"\nDecode and product in turns, {options.tokens} tokens, ms", layers))
+
+
+if __name__ == "__main__":
+    main()
