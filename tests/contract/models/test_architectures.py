@@ -192,7 +192,11 @@ def test_recomputed_layers_give_the_same_gradient(checkpoint, documents) -> None
         if recompute:
             models.recompute_layers(model)
         model.train()
+        calls: list[int] = []
+        norm = next(m for m in models.decoder_layers(model)[0].children() if "Norm" in type(m).__name__)
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         supervised_loss(model, pack(documents)).backward()
+        assert len(calls) == (2 if recompute else 1)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][name] is None), name

@@ -128,6 +128,7 @@ def test_two_values_for_a_tied_weight_are_kept_apart_and_told(make_checkpoint, t
     config = write(checkpoint.folder, tmp_path / "m", tensors)
     model = models.load_model(config, sink=events.append)
     assert [event.message for event in events if isinstance(event, Warned)]
+    assert not model.config.tie_word_embeddings
     reference = hf.AutoModelForCausalLM.from_pretrained(config.id, dtype=torch.float32).eval()
     assert torch.equal(logits(model), logits(reference))
     models.save_pretrained(model, tokenizer, tmp_path / "saved")

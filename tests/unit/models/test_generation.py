@@ -82,11 +82,11 @@ def test_every_end_token_ends_and_is_left_out(endless, plain) -> None:
     end = free[4]
     expected = free[: free.index(end)]
     endless.generation_config.eos_token_id = [31, end]
-    for answer in (
-        models.generate(endless, plain, PROMPTS[:1], max_new_tokens=12)[0],
-        models.generate(endless, plain, PROMPTS, max_new_tokens=12)[0],
-    ):
-        assert answer.token_ids == expected and answer.finish_reason == "stop"
+    together = models.generate(endless, plain, PROMPTS, max_new_tokens=12)
+    assert together[0].token_ids == expected and together[0].finish_reason == "stop"
+    assert len({len(answer.token_ids) for answer in together}) > 1, "rows must leave the batch at different times"
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        assert models.generate(endless, plain, [prompt], max_new_tokens=12) == [answer]
 
 
 def test_end_tokens_come_from_model_tokenizer_and_template(model, tokenizer) -> None:
