@@ -78,8 +78,7 @@ class Scratch:
         buffer = self._buffers.get(device)
         if buffer is None or buffer.numel() < num_bytes:
             self._buffers.pop(device, None)  # freed before the larger one is made
-            with torch.inference_mode(False):  # training may write into what generation made
-                buffer = self._buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            buffer = self._buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return buffer[:num_bytes].view(dtype).view(shape)
 
     def table(self, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
@@ -88,8 +87,7 @@ class Scratch:
             return make(device)
         key = (make.__name__, device)
         if key not in self._tables:
-            with torch.inference_mode(False):
-                self._tables[key] = make(device)
+            self._tables[key] = make(device)
         return self._tables[key]
 
     def num_bytes(self) -> int:

@@ -298,6 +298,8 @@ def test_training_after_generation(format: Format) -> None:
     x = torch.randn(1, 200, dtype=torch.float16, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None
+    decoded = layer.decode(torch.float16, layer.scratch(torch.float16))
+    assert torch.equal(decoded, layer.decode(torch.float16))
 
 
 def test_casts_and_moves_leave_planes_alone(format: Format) -> None:
