@@ -18,7 +18,7 @@ class Started:
         run: The resolved config as plain data.
         plan: The plan as plain data (bytes, steps, tokens).
         audit: What was loaded: bytes per dtype, quantized and trainable parameters per module class.
-        step: First step still to be made, 0 for a new run.
+        step: Steps made before, 0 for a new run.
         num_steps: Steps in the whole run.
         resumed_from: The checkpoint folder, or None.
     """

@@ -15,6 +15,7 @@ import torch
 
 from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.atomic import write_atomically
+from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Event, Failed, Finished, Saved, Sink, Started, Step, Warned
@@ -30,6 +31,19 @@ from ingle.training.meter import Meter, free_bytes, peak_memory_bytes, resident_
 from ingle.training.optim import Optimizer
 from ingle.training.schedule import learning_rate
 from ingle.training.steps import take_step
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is planned: its data is tokenized, its model has no bytes yet."""
+
+    mesh: parallel.Mesh
+    dtype: torch.dtype
+    tokenizer: Any
+    dataset: data.TokenDataset
+    sequences: data.Sequences
+    model: models.Model
+    plan: planning.Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,44 +101,41 @@ def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
 
 def plan(run: Run, sink: Sink = lambda event: None) -> planning.Plan:
     """What a run would do and need; reads the data and the model's shape but none of its weights."""
-    mesh = parallel.start(run.parallel)
-    dtype = models.compute_dtype(run.model.dtype, mesh.device)
-    tokenizer = models.load_tokenizer(run.model)
-    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
-    sequences = data.make_sequences(dataset, run.data, run.seed)
-    return _plan(run, mesh, dtype, models.skeleton(run.model, mesh.device, dtype), dataset, sequences)
+    return _prepare(run, sink).plan
 
 
 def assemble(run: Run, sink: Sink) -> Assembled:
     """Builds all parts of a run: data, plan, quantized base, adapter, objective, optimizer."""
-    mesh = parallel.start(run.parallel)
-    dtype = models.compute_dtype(run.model.dtype, mesh.device)
-    tokenizer = models.load_tokenizer(run.model)
-    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
-    sequences = data.make_sequences(dataset, run.data, run.seed)
-
-    model = models.skeleton(run.model, mesh.device, dtype)
-    the_plan = _plan(run, mesh, dtype, model, dataset, sequences)
+    ready = _prepare(run, sink)
+    model, device = ready.model, ready.mesh.device
     quant.convert(model, run.base)
-    models.fill(model, run.model, mesh.device, dtype, seed=run.seed, sink=sink)
+    models.fill(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
     models.verify(model)
     attached = adapters.attach(model, run.adapter, seed=run.seed)
     for note in attached.notes:
         sink(Warned(note))
     if run.train.recompute:
         models.recompute_layers(model)
-    if the_plan.compile:
+    if ready.plan.compile:
         compile_layers(model)
 
     objective = LanguageModelling(
-        dataset,
-        data.SequenceSampler(sequences, run.seed, run.data.shuffle),
-        global_batch_size=the_plan.global_batch_size,
-        micro_batch_size=the_plan.micro_batch_size,
-        device=mesh.device,
+        ready.dataset,
+        data.SequenceSampler(ready.sequences, run.seed, run.data.shuffle),
+        global_batch_size=ready.plan.global_batch_size,
+        micro_batch_size=ready.plan.micro_batch_size,
+        device=device,
     )
-    optimizer = Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim)
-    return Assembled(mesh, the_plan, tokenizer, model, objective, optimizer, dataset.fingerprint(), len(sequences))
+    return Assembled(
+        mesh=ready.mesh,
+        plan=ready.plan,
+        tokenizer=ready.tokenizer,
+        model=model,
+        objective=objective,
+        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim),
+        data_hash=ready.dataset.fingerprint(),
+        num_sequences=len(ready.sequences),
+    )
 
 
 def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopRequest) -> Position:
@@ -182,15 +193,17 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopR
     return position
 
 
-def _plan(
-    run: Run,
-    mesh: parallel.Mesh,
-    dtype: torch.dtype,
-    model: models.Model,
-    dataset: data.TokenDataset,
-    sequences: data.Sequences,
-) -> planning.Plan:
-    return planning.make_plan(
+def _prepare(run: Run, sink: Sink) -> Prepared:
+    check(run)
+    mesh = parallel.start(run.parallel)
+    dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    if run.evaluate is not None:
+        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent, not after
+    tokenizer = models.load_tokenizer(run.model)
+    model = models.skeleton(run.model, mesh.device, dtype)
+    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    sequences = data.make_sequences(dataset, run.data, run.seed)
+    plan = planning.make_plan(
         run,
         model_shape(model, adapters.targets(model, run.adapter)),
         planning.DataShape(
@@ -205,6 +218,7 @@ def _plan(
         free_bytes=free_bytes(mesh.device),
         can_compile=can_compile(mesh.device),
     )
+    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan)
 
 
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> None:

@@ -26,7 +26,7 @@ class TrainConfig(Section):
         compile: torch.compile per decoder layer; ``auto`` only when it pays for itself within the run.
         save_every: Steps between checkpoints; about ten in a run when null, 0 for none but the last.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
-        log_every: Steps between lines of ``metrics.jsonl`` and the terminal.
+        log_every: Steps between lines on the terminal; ``metrics.jsonl`` has every step.
     """
 
     num_epochs: Annotated[float, Field(gt=0)] = 1.0

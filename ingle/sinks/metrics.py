@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object per logged step.
+"""``metrics.jsonl``: one JSON object per step.
 
 A line has left the process when the step's sink call returns.  When a run goes on after a crash, the steps that
 will be made again are cut off first, a torn last line with them, so no step ever stands twice.
@@ -25,16 +25,12 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._log_every = 1
-        self._num_steps = 0
 
     def __call__(self, event: Event) -> None:
         """Takes an event."""
         if isinstance(event, Started):
             keep_steps(self.path, event.step)
-            self._log_every = event.run.get("train", {}).get("log_every", 1)
-            self._num_steps = event.num_steps
-        elif isinstance(event, Step) and (event.step % self._log_every == 0 or event.step == self._num_steps):
+        elif isinstance(event, Step):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record(event)) + "\n")
 

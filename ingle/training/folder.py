@@ -123,9 +123,20 @@ class RunFolder:
 
         Raises:
             CheckpointError: When another process is at work in this folder.
+            ConfigError: When the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "run.lock", "w") as file:
+        lock = self.path / "run.lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115 - closed by the block below
+        except OSError as error:
+            raise ConfigError(
+                "the run folder cannot be written.",
+                where=f"output = {self.path}",
+                why=error.strerror,
+                fix="--output=a/folder/of/yours",
+            ) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -134,7 +145,12 @@ class RunFolder:
                     where=f"output = {self.path}",
                     fix="wait for it, stop it, or choose another folder with --output=",
                 ) from error
-            yield
+            try:
+                yield
+            finally:
+                if [entry.name for entry in self.path.iterdir()] == [lock.name]:  # it failed before it began
+                    lock.unlink()
+                    self.path.rmdir()
 
     def free_bytes(self) -> int:
         """Free space of the disk the folder is on."""

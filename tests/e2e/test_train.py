@@ -7,6 +7,8 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,18 +80,22 @@ def test_other_options_on_the_same_folder_are_refused(ingle: Ingle, config: Path
     assert "Traceback" not in other.stderr
 
 
-def _start_and_wait_for_step(config: Path, run: Path, step: int) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        command("train", config), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        path = run / "metrics.jsonl"
-        if path.is_file() and len(path.read_text().splitlines()) >= step:
-            return process
-        time.sleep(0.002)
-    process.kill()
-    raise AssertionError(f"step {step} was never reached: {process.communicate()}")
+@contextmanager
+def _running(tmp_path: Path, step: int, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A training process in its own right, given out when ``metrics.jsonl`` shows ``step``; killed at the end."""
+    metrics, log = tmp_path / "run" / "metrics.jsonl", tmp_path / "log"
+    with (
+        open(log, "wb") as file,
+        subprocess.Popen(command("train", *arguments), stdout=file, stderr=file, env=environment()) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 200
+            while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.002)
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])
@@ -97,9 +103,8 @@ def test_after_kill_9_the_adapter_is_byte_identical(
     ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], step: int
 ) -> None:
     expected = _reference(ingle, config, tmp_path, uninterrupted)
-    process = _start_and_wait_for_step(config, tmp_path / "run", step)
-    process.kill()
-    process.wait()
+    with _running(tmp_path, step, config) as process:
+        process.kill()
     again = ingle("train", config)
     assert again.returncode == 0, again.stderr
     assert _digest(tmp_path / "run") == expected
@@ -111,11 +116,12 @@ def test_a_signal_saves_and_exits_130_and_resume_goes_on(
     ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], number: signal.Signals
 ) -> None:
     expected = _reference(ingle, config, tmp_path, uninterrupted)
-    process = _start_and_wait_for_step(config, tmp_path / "run", 2)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "--resume" in errors
+    with _running(tmp_path, 2, config) as process:
+        process.send_signal(number)
+        process.wait(timeout=60)
+    told = (tmp_path / "log").read_text()
+    assert process.returncode == 130, told
+    assert "--resume" in told
     again = ingle("train", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert _digest(tmp_path / "run") == expected
@@ -126,11 +132,8 @@ def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data
     rows = (tiny_data / "train.jsonl").read_text().splitlines()
     data.write_text("\n".join(rows[:40]))
     source = f"--data.sources=[{data}]"
-    process = subprocess.Popen(command("train", config, source), env=environment(), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    with _running(tmp_path, 1, config, source) as process:
+        process.kill()
     data.write_text("\n".join(rows[1:40]))
     again = ingle("train", config, source)
     assert again.returncode == 2
@@ -148,11 +151,8 @@ def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(ingle: Ingle, 
 
 
 def test_a_second_process_on_the_same_folder_is_refused(ingle: Ingle, config: Path, tmp_path: Path) -> None:
-    process = _start_and_wait_for_step(config, tmp_path / "run", 1)
-    try:
+    with _running(tmp_path, 1, config) as process:
+        process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
         second = ingle("train", config)
-    finally:
-        process.kill()
-        process.wait()
     assert second.returncode == 2
     assert "another process is at work" in second.stderr
