@@ -36,7 +36,9 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 Part = Literal["small", "weights"]
 
 
-def locate(name: str, *, revision: str | None = None, part: Part = "small", code: bool = False) -> Path:
+def locate(
+    name: str, *, revision: str | None = None, part: Part = "small", code: bool = False, option: str = "model.id"
+) -> Path:
     """The folder that holds the files of a model.
 
     Args:
@@ -44,6 +46,7 @@ def locate(name: str, *, revision: str | None = None, part: Part = "small", code
         revision: Branch, tag or commit on the hub.
         part: ``small`` fetches configs and tokenizer only, ``weights`` the safetensors too.
         code: Fetch Python files as well (``model.trust_remote_code``).
+        option: Where the name was given, for errors.
 
     Raises:
         ModelError: When there is no such folder or repository.
@@ -55,15 +58,15 @@ def locate(name: str, *, revision: str | None = None, part: Part = "small", code
     if folder.is_file():
         raise ModelError(
             f"{name} is a file; a model is a folder or a hub id.",
-            where="model.id",
+            where=option,
             fix="give the folder that holds config.json and the .safetensors files",
         )
     if not _HUB_ID.match(name):
-        raise ModelError(f"there is no folder {name}.", where="model.id", fix="check the path")
-    return _snapshot(name, revision, part, code)
+        raise ModelError(f"there is no folder {name}.", where=option, fix="check the path")
+    return _snapshot(name, revision, part, code, option)
 
 
-def _snapshot(name: str, revision: str | None, part: Part, code: bool) -> Path:
+def _snapshot(name: str, revision: str | None, part: Part, code: bool, option: str) -> Path:
     patterns = [*_SMALL, *(_WEIGHTS if part == "weights" else ()), *(("*.py",) if code else ())]
     offline = env.hub_offline()
     try:
@@ -80,7 +83,7 @@ def _snapshot(name: str, revision: str | None, part: Part, code: bool) -> Path:
     except GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: its owner asks you to accept terms first.",
-            where="model.id",
+            where=option,
             why=_first_line(error),
             fix="accept the terms on the model's page, then log in with `hf auth login`",
         ) from error
@@ -91,13 +94,13 @@ def _snapshot(name: str, revision: str | None, part: Part, code: bool) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"there is no folder {name}, and no model of that name on the hub.",
-            where="model.id",
+            where=option,
             fix="check the spelling; for a private model log in with `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise HubUnavailable(
             f"there is no folder {name}, and the hub cannot be asked for it.",
-            where="model.id",
+            where=option,
             why="hub access is switched off (HF_HUB_OFFLINE) and the model is not in the local cache"
             if offline
             else f"the hub did not answer ({_first_line(error)}) and the model is not in the local cache",

@@ -32,7 +32,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     name = model.tokenizer or model.id
     option = "model.tokenizer" if model.tokenizer else "model.id"
     revision = None if model.tokenizer else model.revision
-    folder = locate(name, revision=revision, code=model.trust_remote_code)
+    folder = locate(name, revision=revision, code=model.trust_remote_code, option=option)
     tokenizer = _read(folder, name, option, model.trust_remote_code)
     _choose_pad(tokenizer)
     if model.chat_template is not None:

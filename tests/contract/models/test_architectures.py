@@ -185,10 +185,11 @@ def test_saved_model_is_read_back_by_transformers(checkpoint, documents, tokeniz
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_recomputed_layers_give_the_same_gradient(checkpoint, documents) -> None:
+@pytest.mark.parametrize("base", [NoBase(), PACKED_BASES[0]], ids=lambda base: base.format)
+def test_recomputed_layers_give_the_same_gradient(checkpoint, documents, base) -> None:
     gradients = []
     for recompute in (False, True):
-        model = load(checkpoint)
+        model = load(checkpoint, base)
         if recompute:
             models.recompute_layers(model)
         model.train()
