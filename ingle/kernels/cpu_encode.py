@@ -69,6 +69,27 @@ def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, sca
 
 
 @compile_kernel
+def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None:
+    """How many of 255 bounds lie strictly below every value.
+
+    Args:
+        values: float32, flat.
+        bounds: 255 float32, ascending.
+        codes: uint8, flat, written.
+        num_chunks: Parts the values are split into.
+    """
+    for chunk in prange(num_chunks):
+        signed = np.int64(chunk)
+        for k in range(signed * values.size // num_chunks, (signed + 1) * values.size // num_chunks):
+            below = 0
+            step = 128
+            while step > 0:
+                below += step * (bounds[below + step - 1] < values[k])
+                step //= 2
+            codes[k] = below
+
+
+@compile_kernel
 def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
     """Packs rows into signed bytes: ``weight * (1 / absmax * 127)`` as torch divides, rounded half to even.
 

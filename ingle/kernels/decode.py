@@ -131,6 +131,16 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tupl
     return codes, scales
 
 
+def search_bounds(values: Tensor, bounds: Tensor) -> Tensor | None:
+    """How many of 255 ascending bounds lie strictly below every float32 value, as uint8; None off the CPU."""
+    if not _can_encode(values):
+        return None
+    flat = values.contiguous().flatten()
+    codes = torch.empty(flat.shape, dtype=torch.uint8)
+    cpu_encode.search_bounds(flat.numpy(), bounds.numpy(), codes.numpy(), match_threads(flat.numel()))
+    return codes.view(values.shape)
+
+
 def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
     """Packs a weight on the CPU into signed bytes and the absmax of every row; None on other devices.
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, has_kernel
+from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, has_kernel, search_bounds
 from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
 
 #: The 16 levels, as bitsandbytes spells them.
@@ -211,7 +211,10 @@ def encode_absmax(absmax_ON: Tensor) -> dict[str, Tensor]:
     nested_M1 = blocks_MB.abs().amax(dim=-1, keepdim=True)
     scaled = (blocks_MB * (1.0 / nested_M1.clamp(min=TINIEST))).clamp(-1, 1).flatten()[: flat.numel()]
     table = dynamic_map(flat.device)
-    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2, out_int32=True).to(torch.uint8)
+    bounds = (table[:-1] + table[1:]) / 2
+    codes = search_bounds(scaled, bounds)
+    if codes is None:
+        codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     return {
         "absmax": codes.view_as(absmax_ON),
         "nested_absmax": as_bytes(nested_M1),

@@ -16,8 +16,8 @@ from numba import njit, prange
 
 from ingle.kernels import cpu, cpu_cache
 from ingle.kernels.cpu_threads import match_threads, set_threads
-from ingle.kernels.decode import encode_levels, has_kernel
-from ingle.quant.nf4 import levels, midpoints
+from ingle.kernels.decode import encode_levels, has_kernel, search_bounds
+from ingle.quant.nf4 import dynamic_map, levels, midpoints
 
 LEVELS = levels(torch.device("cpu")).numpy()
 #: Scales at both ends of float32 and around what bfloat16 can hold.
@@ -97,6 +97,16 @@ def test_ties_between_levels_stay_low() -> None:
     assert packed is not None
     codes = torch.stack((packed[0] >> 4, packed[0] & 15), dim=-1).flatten(1)
     assert torch.equal(codes, torch.arange(16, dtype=torch.uint8).repeat(4, 1))
+
+
+def test_search_counts_bounds_strictly_below() -> None:
+    table = dynamic_map(torch.device("cpu"))
+    bounds = (table[:-1] + table[1:]) / 2
+    values = torch.cat([bounds, table, torch.linspace(-1, 1, 1001), torch.tensor([-2.0, 2.0])])
+    codes = search_bounds(values, bounds)
+    assert codes is not None
+    assert torch.equal(codes.int(), torch.bucketize(values, bounds, out_int32=True))
+    assert torch.equal(codes.int(), (bounds < values.unsqueeze(1)).sum(1).int())
 
 
 def test_kernels_know_their_limits() -> None:
