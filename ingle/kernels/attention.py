@@ -6,10 +6,23 @@ Legend: N packed tokens, D documents, T tokens of one document, Hq query heads, 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from ingle.kernels.attention_cpu import (
+    Heads,
+    Reach,
+    Scores,
+    attend,
+    attend_backward,
+    group_gradient,
+    group_rows,
+    ungroup_rows,
+)
+from ingle.kernels.bfloat16 import supported
 
 
 def packed_attention(
@@ -40,7 +53,43 @@ def packed_attention(
     Returns:
         [1, N, Hq, Dh].
     """
+    if supported(q, k, v):
+        reach = Reach.of(cu_seqlens, causal, window)
+        heads = Heads(q.shape[1], k.shape[1], q.shape[3])
+        out: Tensor = _PackedAttention.apply(q, k, v, reach, heads, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+        return out
     return attend_by_document(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The tiles of :mod:`ingle.kernels.attention_cpu` behind the shapes that transformers uses."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, heads: Heads, scores: Scores) -> Tensor:
+        q_grouped, k_grouped, v_grouped = (group_rows(t[0].transpose(0, 1), reach, heads) for t in (q, k, v))
+        out, lse = attend(q_grouped, k_grouped, v_grouped, reach, heads, scores)
+        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), reach, heads)
+        ctx.reach, ctx.heads, ctx.scores = reach, heads, scores
+        ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD)
+        return out_NHD[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_1NHD: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse, out_NHD = ctx.saved_tensors
+        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, ctx.reach, ctx.heads)
+        grads = attend_backward(grad, delta, lse, q, k, v, ctx.reach, ctx.heads, ctx.scores)
+        num_heads = (ctx.heads.q, ctx.heads.kv, ctx.heads.kv)
+        grads_NHD = (
+            ungroup_rows(g, out_NHD.new_empty(out_NHD.shape[0], n, ctx.heads.size), ctx.reach, ctx.heads)
+            for g, n in zip(grads, num_heads, strict=True)
+        )
+        return (*(g.transpose(0, 1)[None] for g in grads_NHD), None, None, None)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """With its last dimension dense, as the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def attend_by_document(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -59,6 +58,31 @@ def power_of_two(typing_context, exponent):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), build
 
 
+def _flip_negative(builder: Any, bits: Any) -> Any:
+    """Turns float order into integer order of the bits and back: what follows the sign is inverted if it is set."""
+    return builder.xor(bits, builder.and_(builder.ashr(bits, _BIT32(31)), _BIT32(0x7FFFFFFF)))
+
+
+@intrinsic
+def to_order(typing_context, value):  # type: ignore[no-untyped-def]
+    """float32 -> an int32 that compares as the float does; a positive NaN is above everything."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return _flip_negative(builder, builder.bitcast(arguments[0], _BIT32))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def from_order(typing_context, order):  # type: ignore[no-untyped-def]
+    """What :func:`to_order` was given."""
+
+    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(_flip_negative(builder, arguments[0]), ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
 @njit(fastmath=FAST)
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32, within 2 ulp on [-87, 88], clamped outside it; a NaN stays one.
@@ -107,6 +131,15 @@ def _store(values, index, value):  # type: ignore[no-untyped-def]
     return store_bfloat16 if values.dtype == types.uint16 else store_float32
 
 
+@njit(fastmath=FAST)
+def largest(values):  # type: ignore[no-untyped-def]
+    """The largest of an array; compared as integers, since compilers do not vectorise the maximum of floats."""
+    top = np.int32(-(2**31))
+    for j in range(len(values)):
+        top = max(top, to_order(load(values, j)))
+    return from_order(top)
+
+
 def supported(*tensors: torch.Tensor) -> bool:
     """Whether the numba kernels take these: on the CPU, float32 or bfloat16, one type."""
     dtypes = {tensor.dtype for tensor in tensors}
@@ -123,10 +156,4 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def match_threads() -> None:
-    """Gives numba as many threads as torch has, so that ``parallel.num_threads`` holds for both."""
-    most = numba.config.NUMBA_NUM_THREADS
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), most)))
-
-
-__all__ = ["FAST", "bits", "exp", "load", "match_threads", "narrow", "njit", "prange", "store", "supported", "widen"]
+__all__ = ["FAST", "bits", "exp", "largest", "load", "narrow", "njit", "prange", "store", "supported", "widen"]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ingle.kernels.bfloat16 import FAST, bits, exp, load, match_threads, njit, prange, store, supported
+from ingle.kernels.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store, supported
+from ingle.kernels.cpu_threads import match_threads
 
 IGNORE_INDEX = -100
 #: Logits of one chunk; 2^24 of them are 32 MiB in bfloat16, and a chunk of 500 rows still fills the cores.
@@ -185,7 +186,7 @@ def _accumulate(weight_VH: Tensor, gradient_CV: Tensor, hidden_CH: Tensor) -> No
 def _bend_and_score(logits_CV: Tensor, targets_C: Tensor, shape: _Shape, with_gradient: bool) -> Tensor:
     """Losses of a chunk, [C]; with a gradient, overwrites the raw logits with the loss's gradient in them."""
     if supported(logits_CV):
-        match_threads()
+        match_threads(logits_CV.numel())
         nll_C = np.empty(len(targets_C), np.float32)
         _score_rows(
             bits(logits_CV),
@@ -235,10 +236,7 @@ def _score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: i
     num_rows, vocabulary = logits.shape
     for i in prange(num_rows):
         row = logits[i]
-        top = np.float32(-np.inf)
-        for j in range(vocabulary):
-            top = max(top, load(row, j))
-        shift = _bend(top, scale, softcap)
+        shift = _bend(largest(row), scale, softcap)
         total = np.float32(0.0)
         for j in range(vocabulary):
             total += exp(_bend(load(row, j), scale, softcap) - shift)

@@ -12,11 +12,12 @@ Legend: N tokens, I in_features, O out_features, R rank, S sum of the ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 #: Gives the frozen weight [O, I] in a dtype; what it returns is valid until any weight is asked for again.
 Weight = Callable[[torch.dtype], Tensor]
@@ -29,18 +30,37 @@ class Projection:
     Attributes:
         weight: Gives W [O, I].
         bias: Frozen, [O].
-        lora_a: Trained, float32, [R, I].
-        lora_b: Trained, float32, [O, R].
+        lora_a: Trained, float32, [R, I]; None where the map stays as it is.
+        lora_b: Trained, float32, [O, R]; None likewise.
         scale: Factor on the change.
         dropout: Share of x set to zero on the way into A; the rest grows by ``1 / (1 - dropout)``.
+        seed: Of the dropout; :func:`seeded` draws it.
     """
 
     weight: Weight
     bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scale: float = 1.0
     dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def rank(self) -> int:
+        """R; 0 without a change."""
+        return 0 if self.lora_a is None else len(self.lora_a)
+
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B."""
+        return self.lora_a, self.lora_b
+
+    def scaled_b(self, dtype: torch.dtype) -> Tensor:
+        """``scale * B``, rounded once, [O, R]."""
+        assert self.lora_b is not None
+        return (self.lora_b * self.scale).to(dtype)
+
+
+Projections = Sequence[Projection]
 
 
 def lora_linear(
@@ -63,7 +83,7 @@ def lora_linear(
     return lora_linears(x, [Projection(weight, bias, lora_a, lora_b, scale, dropout)])[0]
 
 
-def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of one input through several projections.
 
     Args:
@@ -73,117 +93,129 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     Returns:
         One [..., O] each.
     """
-    # Seeds, not masks, are kept: a mask is as large as x.
-    seeds = tuple(int(torch.randint(2**63 - 1, ())) if p.dropout else 0 for p in projections)
-    factors = [factor for p in projections for factor in (p.lora_a, p.lora_b)]
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, tuple(projections), seeds, *factors)  # type: ignore[no-untyped-call]
+    factors = [factor for p in projections for factor in p.factors()]
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def seeded(projections: Projections) -> tuple[Projection, ...]:
+    """The projections with fresh seeds for their dropout. Seeds are kept, not masks: a mask is as large as x."""
+    return tuple(replace(p, seed=int(torch.randint(1, 2**63 - 1, ()))) if p.dropout else p for p in projections)
 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, projections: tuple[Projection, ...], seeds: tuple[int, ...], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
-        ctx.projections, ctx.seeds = projections, seeds
-        xa_NS = _project_down(x_NI, projections, seeds)
-        ctx.save_for_backward(x_NI, xa_NS, *factors)
-        outputs = []
-        for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
-            weight_OI = p.weight(x.dtype)
-            y_NO = torch.nn.functional.linear(x_NI, weight_OI, None if p.bias is None else p.bias.to(x.dtype))
-            y_NO.addmm_(xa_NR, _scaled_b(p, x.dtype).t())
-            outputs.append(y_NO.view(*x.shape[:-1], y_NO.shape[-1]))
-        return tuple(outputs)
+        outputs, xa_NS = project(x_NI, projections)
+        ctx.projections = projections
+        ctx.save_for_backward(x_NI, xa_NS)
+        return tuple(y_NO.view(*x.shape[:-1], y_NO.shape[-1]) for y_NO in outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x_NI, xa_NS, *_ = ctx.saved_tensors
-        projections: tuple[Projection, ...] = ctx.projections
-        dtype = x_NI.dtype
+        x_NI, xa_NS = ctx.saved_tensors
+        projections: Projections = ctx.projections
         grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        gb_NS = torch.empty_like(xa_NS)
-        grad_factors: list[Tensor] = []
-        for p, g_NO, xa_NR, gb_NR in zip(
-            projections, grads_NO, _split(xa_NS, projections), _split(gb_NS, projections), strict=True
-        ):
-            torch.mm(g_NO, _scaled_b(p, dtype), out=gb_NR)
-            # (x A^T)^T g is the layout in which the thin product is fast; the small result is turned instead.
-            grad_b_OR = (xa_NR.t() @ g_NO).t().to(p.lora_b.dtype).mul_(p.scale)
-            grad_factors += [torch.empty(0), grad_b_OR]
-        grad_factors[::2] = _grad_a(x_NI, gb_NS, projections, ctx.seeds)
+        gb_NS, grads_b = through_b(grads_NO, xa_NS, projections)
+        grads_a = through_a(gb_NS, x_NI, projections)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_x(grads_NO, gb_NS, projections, ctx.seeds).view(*grads[0].shape[:-1], -1)
-        return (grad_x, None, None, *grad_factors)
+            grad_x = through_weights(grads_NO, gb_NS, projections).view(*grads[0].shape[:-1], -1)
+        return (grad_x, None, *interleave(grads_a, grads_b))
 
 
-def _project_down(x_NI: Tensor, projections: tuple[Projection, ...], seeds: tuple[int, ...]) -> Tensor:
-    """``dropout(x) A^T`` of all projections side by side, [N, S]."""
-    if not any(seeds):
-        return x_NI @ _all_a(projections, x_NI.dtype).t()
-    return torch.cat(
-        [
-            _dropped(x_NI, p.dropout, seed) @ p.lora_a.to(x_NI.dtype).t()
-            for p, seed in zip(projections, seeds, strict=True)
-        ],
-        dim=1,
-    )
+# The pieces, for functions that fuse more than one layer. None of them is differentiable.
 
 
-def _grad_a(
-    x_NI: Tensor, gb_NS: Tensor, projections: tuple[Projection, ...], seeds: tuple[int, ...]
-) -> Sequence[Tensor]:
-    """``(g B)^T dropout(x)`` of each projection, [R, I]."""
-    dtype = projections[0].lora_a.dtype
-    if not any(seeds):
-        grad_SI = (gb_NS.t() @ x_NI).to(dtype)
-        return _split(grad_SI, projections, dim=0)
-    return [
-        (gb_NR.t() @ _dropped(x_NI, p.dropout, seed)).to(dtype)
-        for p, seed, gb_NR in zip(projections, seeds, _split(gb_NS, projections), strict=True)
-    ]
+def project(x_NI: Tensor, projections: Projections) -> tuple[list[Tensor], Tensor]:
+    """Outputs [N, O] of all projections, and ``dropout(x) A^T`` of all side by side, [N, S]."""
+    xa_NS = _project_down(x_NI, projections)
+    outputs = []
+    for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
+        y_NO = linear(x_NI, p.weight(x_NI.dtype), None if p.bias is None else p.bias.detach().to(x_NI.dtype))
+        if p.rank:
+            y_NO.addmm_(xa_NR, p.scaled_b(x_NI.dtype).t())
+        outputs.append(y_NO)
+    return outputs, xa_NS
 
 
-def _grad_x(
-    grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: tuple[Projection, ...], seeds: tuple[int, ...]
-) -> Tensor:
-    """``sum of g W + mask * (g B A)`` over the projections, [N, I]."""
+def through_b(
+    grads_NO: Sequence[Tensor], xa_NS: Tensor, projections: Projections
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of ``x A^T``, [N, S], and of every B, [O, R]."""
+    gb_NS = torch.empty_like(xa_NS)
+    grads_b: list[Tensor | None] = []
+    for p, g_NO, xa_NR, gb_NR in zip(
+        projections, grads_NO, _split(xa_NS, projections), _split(gb_NS, projections), strict=True
+    ):
+        if not p.rank:
+            grads_b.append(None)
+            continue
+        assert p.lora_b is not None
+        torch.mm(g_NO, p.scaled_b(xa_NS.dtype), out=gb_NR)
+        # (x A^T)^T g is the layout in which the thin product is fast; the small result is turned instead.
+        grads_b.append((xa_NR.t() @ g_NO).t().to(p.lora_b.dtype).mul_(p.scale))
+    return gb_NS, grads_b
+
+
+def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Tensor | None]:
+    """Gradient of every A, ``(g B)^T dropout(x)``, [R, I]."""
+    parts: Sequence[Tensor]
+    if not any(p.dropout for p in projections):
+        parts = _split(gb_NS.t() @ x_NI, projections, dim=0)
+    else:
+        parts = [
+            gb_NR.t() @ _dropped(x_NI, p) for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True)
+        ]
+    return [None if p.lora_a is None else part.to(p.lora_a.dtype) for p, part in zip(projections, parts, strict=True)]
+
+
+def through_weights(grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: Projections) -> Tensor:
+    """Gradient of x, [N, I]: the sum over the projections of ``g W + mask * (g B A)``."""
     dtype = gb_NS.dtype
     grad_x_NI = grads_NO[0] @ projections[0].weight(dtype)
     for p, g_NO in zip(projections[1:], grads_NO[1:], strict=True):
         grad_x_NI.addmm_(g_NO, p.weight(dtype))
-    if not any(seeds):
-        return grad_x_NI.addmm_(gb_NS, _all_a(projections, dtype))
-    for p, seed, gb_NR in zip(projections, seeds, _split(gb_NS, projections), strict=True):
-        grad_x_NI += _dropped(gb_NR @ p.lora_a.to(dtype), p.dropout, seed)
+    if not any(p.dropout for p in projections):
+        return grad_x_NI.addmm_(gb_NS, _all_a(projections, dtype)) if gb_NS.shape[1] else grad_x_NI
+    for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True):
+        if p.lora_a is not None:
+            grad_x_NI += _dropped(gb_NR @ p.lora_a.to(dtype), p)
     return grad_x_NI
 
 
-def _all_a(projections: tuple[Projection, ...], dtype: torch.dtype) -> Tensor:
+def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A, B, A, B, ...: the order of :meth:`Projection.factors`."""
+    return [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+
+
+def _project_down(x_NI: Tensor, projections: Projections) -> Tensor:
+    if not any(p.rank for p in projections):
+        return x_NI.new_empty(len(x_NI), 0)
+    if not any(p.dropout for p in projections):
+        return x_NI @ _all_a(projections, x_NI.dtype).t()
+    dtype = x_NI.dtype
+    return torch.cat([_dropped(x_NI, p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None], dim=1)
+
+
+def _all_a(projections: Projections, dtype: torch.dtype) -> Tensor:
     """The A matrices one below the other, [S, I]."""
-    if len(projections) == 1:
-        return projections[0].lora_a.to(dtype)
-    return torch.cat([p.lora_a.to(dtype) for p in projections])
+    factors = [p.lora_a.detach().to(dtype) for p in projections if p.lora_a is not None]
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
-def _scaled_b(p: Projection, dtype: torch.dtype) -> Tensor:
-    """``scale * B``, rounded once, [O, R]."""
-    return (p.lora_b * p.scale).to(dtype)
-
-
-def _split(values: Tensor, projections: tuple[Projection, ...], dim: int = 1) -> tuple[Tensor, ...]:
+def _split(values: Tensor, projections: Projections, dim: int = 1) -> tuple[Tensor, ...]:
     """Cuts S into the R of each projection."""
-    return torch.split(values, [len(p.lora_a) for p in projections], dim)
+    return torch.split(values, [p.rank for p in projections], dim)
 
 
-def _dropped(values_NI: Tensor, dropout: float, seed: int) -> Tensor:
-    """Inverted dropout that a seed decides: the same seed and shape drop the same elements again."""
-    if not dropout:
+def _dropped(values_NI: Tensor, p: Projection) -> Tensor:
+    """Inverted dropout that the seed decides: the same seed and shape drop the same elements again."""
+    if not p.dropout:
         return values_NI
-    generator = torch.Generator(values_NI.device).manual_seed(seed)
+    generator = torch.Generator(values_NI.device).manual_seed(p.seed)
     kept = torch.empty(values_NI.shape, dtype=values_NI.dtype, device=values_NI.device)
-    kept.bernoulli_(1 - dropout, generator=generator)
-    return kept.mul_(values_NI).mul_(1 / (1 - dropout))
+    kept.bernoulli_(1 - p.dropout, generator=generator)
+    return kept.mul_(values_NI).mul_(1 / (1 - p.dropout))

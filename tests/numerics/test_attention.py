@@ -82,9 +82,21 @@ def test_head_layouts(hq: int, hkv: int, dh: int) -> None:
     compare(torch.bfloat16, LENGTHS["mixed"], hq=hq, hkv=hkv, dh=dh, scale=dh**-0.5)
 
 
-def test_a_nan_stays_in_its_document() -> None:
-    q, k, v = (torch.randn(1, 2, 12, 8) for _ in range(3))
-    k[0, :, 7], v[0, :, 8] = float("nan"), float("inf")
-    out = packed_attention(q, k, v, torch.tensor([0, 5, 9, 12], dtype=torch.int32), scale=1.0)
-    assert out[:, :5].isfinite().all() and out[:, 9:].isfinite().all()
-    assert not out[:, 7:9].isfinite().any()
+def test_documents_do_not_feel_each_other() -> None:
+    """Bit for bit: what another document holds changes nothing, forward or backward."""
+    lengths = torch.tensor([5, 40, 200, 7])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(torch.int32)
+    q, k, v, grad = (torch.randn(1, 2, 252, 8).bfloat16() for _ in range(4))
+
+    def run(noise: float) -> list[Tensor]:
+        leaves = [t.clone() for t in (q, k, v)]
+        for leaf in leaves:
+            leaf[:, :, 45:245] += noise * torch.randn(1, 2, 200, 8).bfloat16()
+        for leaf in leaves:
+            leaf.requires_grad_()
+        out = packed_attention(*leaves, bounds, scale=0.3)
+        return [out[0], *(g[0].transpose(0, 1) for g in torch.autograd.grad(out, leaves, grad.transpose(1, 2)))]
+
+    for quiet, loud in zip(run(0.0), run(9.0), strict=True):
+        assert torch.equal(quiet[:45], loud[:45]) and torch.equal(quiet[245:], loud[245:])
+        assert not torch.equal(quiet[45:245], loud[45:245])

@@ -1,0 +1,267 @@
+"""Swaps the decoder layers of architectures we know for fused ones, on this model only.
+
+The swap is a module over the very same parts under the very same names: no class is touched, no path changes, no
+weight is copied. Before it stays, a fused layer answers beside the layer it stands for, with gradients; one that does
+not agree is not used. Whatever a fused layer is not made for (a key-value cache, another device) goes to the
+layer it stands for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ingle.adapters.lora import LoraLinear
+from ingle.kernels.attention_cpu import Heads, Reach, Scores
+from ingle.kernels.bfloat16 import supported
+from ingle.kernels.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
+from ingle.kernels.lora import Projection
+from ingle.quant.linear import QuantLinear
+
+#: Layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions, by exact class.
+_KNOWN = {
+    f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
+    for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
+_LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+#: Largest difference from the layer itself, as a share of the norm of what is compared.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What :func:`fuse` did.
+
+    Attributes:
+        fused: Layers swapped.
+        reasons: Why others were not, and how many each reason concerns.
+    """
+
+    fused: int
+    reasons: dict[str, int]
+
+
+def fuse(model: nn.Module) -> FusionReport:
+    """Swaps every decoder layer that is known, frozen but for its adapters, and gives the same answers fused.
+
+    Call it last: after adapters are attached and recompute is switched on.
+
+    Args:
+        model: The model, its weights in place.
+    """
+    fused, reasons = 0, Counter[str]()
+    verdicts: dict[tuple[Any, ...], str | None] = {}
+    for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+        for index, layer in enumerate(stack):
+            if not _name(layer).endswith("DecoderLayer"):
+                continue
+            reason = _obstacle(layer)
+            if reason is None:
+                swapped = FusedLayer(layer)
+                signature = swapped.signature()
+                if signature not in verdicts:
+                    verdicts[signature] = disagreement(layer, swapped)
+                reason = verdicts[signature]
+            if reason is None:
+                stack[index] = swapped
+                fused += 1
+            else:
+                reasons[reason] += 1
+    return FusionReport(fused, dict(reasons))
+
+
+class FusedLayer(nn.Module):
+    """Stands for a decoder layer: its parts, its call, its answer, in two fused functions.
+
+    Args:
+        original: The layer; it keeps answering what the fused functions do not.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name, child in original.named_children():
+            self.add_module(name, child)
+        # Kept for its forward; hidden from the module tree, which has its parts already.
+        self.__dict__["original"] = original
+        self.train(original.training)
+        attention: Any = original.self_attn
+        self._heads = Heads(
+            attention.q_proj.out_features // attention.head_dim,
+            attention.k_proj.out_features // attention.head_dim,
+            attention.head_dim,
+        )
+        self._scores = Scores(attention.scaling)
+        window = getattr(attention, "sliding_window", None)
+        if _name(original).endswith("MistralDecoderLayer"):
+            window = getattr(attention.config, "sliding_window", None)
+        self._window: int | None = window
+
+    def train(self, mode: bool = True) -> FusedLayer:
+        """Sets the mode of the layer it stands for too."""
+        super().train(mode)
+        self.__dict__["original"].training = mode
+        return self
+
+    def signature(self) -> tuple[Any, ...]:
+        """What decides whether two layers compute alike."""
+        modules = [
+            (type(m).__name__, type(getattr(m, "base", None)).__name__, tuple(tuple(p.shape) for p in m.parameters()))
+            for m in self.children()
+        ]
+        return (self._heads, self._scores, self._window, *modules)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The layer's answer, [1, N, H]."""
+        fits = (
+            cu_seq_lens_q is not None
+            and position_embeddings is not None
+            and past_key_values is None
+            and not args
+            and hidden_states.shape[0] == 1
+            and supported(hidden_states, self.get_parameter("input_layernorm.weight"), *position_embeddings)
+        )
+        original = self.__dict__["original"]
+        if not fits:
+            answer: Tensor = original(
+                hidden_states,
+                *args,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                cu_seq_lens_q=cu_seq_lens_q,
+                **kwargs,
+            )
+            return answer
+        assert position_embeddings is not None and cu_seq_lens_q is not None
+        reach = Reach.of(cu_seq_lens_q, causal=True, window=self._window)
+        rotary = (position_embeddings[0][0], position_embeddings[1][0])
+        if self.training and getattr(original, "gradient_checkpointing", False):
+            again: Callable[..., Any] = checkpoint
+            recomputed: Tensor = again(self._run, hidden_states, rotary, reach, use_reentrant=False)
+            return recomputed
+        return self._run(hidden_states, rotary, reach)
+
+    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], reach: Reach) -> Tensor:
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
+        first = Attention(
+            norm=_norm(self.input_layernorm),
+            q=_projection(attention.q_proj),
+            k=_projection(attention.k_proj),
+            v=_projection(attention.v_proj),
+            o=_projection(attention.o_proj),
+            heads=self._heads,
+            scores=self._scores,
+            q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        )
+        second = Mlp(
+            norm=_norm(self.post_attention_layernorm),
+            gate=_projection(mlp.gate_proj),
+            up=_projection(mlp.up_proj),
+            down=_projection(mlp.down_proj),
+        )
+        return mlp_half(attention_half(hidden_states, first, rotary, reach), second)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _projection(module: nn.Module) -> Projection:
+    if isinstance(module, LoraLinear):
+        projection = module.projection()
+        if module.enabled:
+            return projection
+        return Projection(projection.weight, projection.bias, None, None)
+    return Projection(lambda dtype: _dense(module, dtype), module.bias, None, None)  # type: ignore[arg-type]
+
+
+def _dense(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    if isinstance(module, QuantLinear):
+        return module.decode(dtype, module.scratch(dtype))
+    return module.get_parameter("weight").detach().to(dtype)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _obstacle(layer: Any) -> str | None:
+    """Why a layer cannot be fused, or None."""
+    if _name(layer) not in _KNOWN:
+        return f"{type(layer).__name__} is not among the fused architectures"
+    if type(layer.mlp.act_fn) not in (nn.SiLU,) and "SiLU" not in type(layer.mlp.act_fn).__name__:
+        return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
+        return "a hook watches one of its modules"
+    frozen = [p for name, p in layer.named_parameters() if not name.endswith((".lora_a", ".lora_b"))]
+    if any(p.requires_grad for p in frozen):
+        return "more than its adapters is trained"
+    dtypes = {p.dtype for p in frozen if p.is_floating_point()}
+    if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16}:
+        return f"its weights are {', '.join(sorted(str(dtype) for dtype in dtypes))}"
+    if any(p.device.type != "cpu" for p in frozen):
+        return "it is not on the CPU"
+    for part, names in _LINEARS.items():
+        for name in names:
+            module = layer.get_submodule(part).get_submodule(name)
+            module = module.base if isinstance(module, LoraLinear) else module
+            if type(module) is not nn.Linear and not isinstance(module, QuantLinear):
+                return f"its {name} is a {type(module).__name__}"
+    return None
+
+
+def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
+    """Runs both on two short random documents and compares answers and gradients; None when they agree."""
+    dtype = layer.get_parameter("input_layernorm.weight").dtype
+    generator = torch.Generator().manual_seed(0)
+    width = layer.get_parameter("input_layernorm.weight").shape[0]
+    lengths, size = (17, 31), fused._heads.size
+    h = torch.randn(1, sum(lengths), width, generator=generator).to(dtype)
+    grad = torch.randn(h.shape, generator=generator).to(dtype)
+    angles = torch.rand(1, sum(lengths), size // 2, generator=generator).repeat(1, 1, 2) * 6
+    call = {
+        "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)),
+        "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+        "cu_seq_lens_q": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
+    }
+    call["cu_seq_lens_k"] = call["cu_seq_lens_q"]
+    was_training = layer.training
+    layer.eval()
+    fused.eval()
+    try:
+        ours, theirs = (_answer_and_gradients(module, h, grad, call) for module in (fused, layer))
+    except (RuntimeError, TypeError, AttributeError) as failure:
+        return f"the comparison with the layer it stands for failed: {type(failure).__name__}: {failure}"
+    finally:
+        fused.train(was_training)
+    for name, expected in theirs.items():
+        size_of = expected.float().norm().item()
+        error = (ours[name].float() - expected.float()).norm().item()
+        if not error <= _TOLERANCE[dtype] * max(size_of, 1e-6):
+            return f"its {name} differs from that of the layer it stands for by {error / max(size_of, 1e-6):.1e}"
+    return None
+
+
+def _answer_and_gradients(module: nn.Module, h: Tensor, grad: Tensor, call: dict[str, Any]) -> dict[str, Tensor]:
+    leaf = h.clone().requires_grad_()
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        answer: Tensor = module(leaf, **call)
+        gradients = torch.autograd.grad(answer, [leaf, *trained.values()], grad)
+    return {"answer": answer.detach(), "gradient": gradients[0]} | dict(zip(trained, gradients[1:], strict=True))

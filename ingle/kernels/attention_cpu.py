@@ -1,0 +1,450 @@
+"""Packed attention on a CPU: oneDNN multiplies tiles of scores, numba does everything between the products.
+
+torch's own CPU attention reaches a tenth of the rate its matrix products reach. Here documents become tiles,
+[tokens x heads of a group] by [keys], that stay in cache: one batched product for the scores of all key/value
+heads, one pass that masks and exponentiates in place, one product with the values. Short documents share a tile
+(each row knows its first and last key), so a thousand documents of ten tokens cost as little as ten of a thousand.
+
+Queries of a group read the same keys, so they are laid one under another and keys are never repeated.
+
+Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size,
+P rows of a tile, K keys of a tile. The grouped layout of [N, H, Dh] keeps, segment by segment, [Hkv, S, G, Dh].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ingle.kernels.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store
+from ingle.kernels.cpu_threads import match_threads
+
+#: Documents are put together into a segment until it has this many tokens.
+SEGMENT_TOKENS = 128
+#: Query tokens of a tile, and the number of scores it should not exceed (they should stay in cache).
+TILE_TOKENS = 128
+TILE_SCORES = 1 << 20
+
+Indices = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which keys every token sees, and how the tokens are cut into segments.
+
+    Attributes:
+        first: First key of each token, int32 [N]; never decreases.
+        last: One past its last key, int32 [N]; never decreases within a segment.
+        segments: Start and stop of each segment.
+    """
+
+    first: Indices
+    last: Indices
+    segments: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, causal: bool, window: int | None) -> Reach:
+        """Reads document boundaries, int [D + 1]."""
+        bounds = cu_seqlens.numpy().astype(np.int32)
+        lengths = np.diff(bounds)
+        index = np.arange(bounds[-1], dtype=np.int32)
+        start, stop = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
+        first = start if window is None else np.maximum(start, index - np.int32(window - 1))
+        last = stop if window is None else np.minimum(stop, index + np.int32(window))
+        last = index + np.int32(1) if causal else last
+        segments: list[tuple[int, int]] = []
+        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            if segments and end - segments[-1][0] <= SEGMENT_TOKENS:
+                segments[-1] = (segments[-1][0], end)
+            elif end > begin:
+                segments.append((begin, end))
+        return cls(first.astype(np.int32), last.astype(np.int32), tuple(segments))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is done to ``q k^T`` before the softmax.
+
+    Attributes:
+        scale: Factor.
+        softcap: ``softcap * tanh(score / softcap)`` after it; 0 for none.
+    """
+
+    scale: float
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of the attention: query heads, key/value heads, head size."""
+
+    q: int
+    kv: int
+    size: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one key/value head."""
+        return self.q // self.kv
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of one segment and the keys any of them sees, as views into grouped tensors."""
+
+    rows: slice  # of the segment's tokens
+    keys: slice
+    segment: tuple[int, int]
+
+    def queries(self, grouped: Tensor, heads: Heads) -> Tensor:
+        """[Hkv, P, Dh] of a grouped tensor with Hq heads."""
+        whole = _segment(grouped, self.segment, heads.kv, heads.group, heads.size)
+        return whole[:, self.rows.start * heads.group : self.rows.stop * heads.group]
+
+    def of_keys(self, grouped: Tensor, heads: Heads) -> Tensor:
+        """[Hkv, K, Dh] of a grouped tensor with Hkv heads."""
+        return _segment(grouped, self.segment, heads.kv, 1, heads.size)[:, self.keys]
+
+    def visible(self, reach: Reach) -> tuple[Indices, Indices]:
+        """First key and one past the last of each row's token, counted from the tile's first key."""
+        start = self.segment[0]
+        tokens = slice(start + self.rows.start, start + self.rows.stop)
+        offset = np.int32(start + self.keys.start)
+        return reach.first[tokens] - offset, reach.last[tokens] - offset
+
+
+def _segment(grouped: Tensor, segment: tuple[int, int], kv: int, group: int, size: int) -> Tensor:
+    start, stop = segment
+    return grouped[start * kv * group * size : stop * kv * group * size].view(kv, (stop - start) * group, size)
+
+
+def _tiles(reach: Reach, heads: Heads) -> Iterator[_Tile]:
+    for start, stop in reach.segments:
+        row = start
+        while row < stop:
+            first = int(reach.first[row])
+            end = min(stop, row + TILE_TOKENS)
+            while end - row > 16 and (end - row) * heads.q * (int(reach.last[end - 1]) - first) > TILE_SCORES:
+                end = row + (end - row) // 2
+            yield _Tile(
+                slice(row - start, end - start), slice(first - start, int(reach.last[end - 1]) - start), (start, stop)
+            )
+            row = end
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, heads: Heads, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Attention over grouped, flat tensors.
+
+    Args:
+        q: [N * Hq * Dh].
+        k: [N * Hkv * Dh].
+        v: [N * Hkv * Dh].
+        reach: Who sees what.
+        heads: Sizes.
+        scores: What happens to the scores.
+
+    Returns:
+        The outputs, grouped like ``q``, and the log-sum-exp of each row's scores, float32 [N * Hq] in that layout.
+    """
+    out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
+    scratch = torch.empty(0, dtype=q.dtype)
+    for tile in _tiles(reach, heads):
+        queries, keys = tile.queries(q, heads), tile.of_keys(k, heads)
+        scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
+        match_threads(weights.numel())
+        _exponentiate(
+            bits(weights),
+            bits(_multiply(queries, keys, weights, rest)),
+            *tile.visible(reach),
+            np.float32(scores.scale),
+            np.float32(scores.softcap),
+            _rows(lse, tile, heads).numpy(),
+        )
+        torch.bmm(weights, tile.of_keys(v, heads), out=tile.queries(out, heads))
+    return out, lse
+
+
+def attend_backward(
+    grad_out: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reach: Reach,
+    heads: Heads,
+    scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, grouped; the softmax is computed again from its log-sum-exp.
+
+    Args:
+        grad_out: Gradient of the outputs, grouped.
+        delta: Sum of gradient times output of each row, float32 [N * Hq].
+        lse: As :func:`attend` returned it.
+        q: As given to :func:`attend`.
+        k: Likewise.
+        v: Likewise.
+        reach: Likewise.
+        heads: Likewise.
+        scores: Likewise.
+
+    Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithm 4.
+    """
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
+    scratch = torch.empty(0, dtype=q.dtype)
+    for tile in _tiles(reach, heads):
+        queries, keys, grads = tile.queries(q, heads), tile.of_keys(k, heads), tile.queries(grad_out, heads)
+        scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
+        torch.bmm(grads, tile.of_keys(v, heads).transpose(1, 2), out=slopes)
+        match_threads(weights.numel())
+        _differentiate(
+            bits(weights),
+            bits(_multiply(queries, keys, weights, rest)),
+            bits(slopes),
+            *tile.visible(reach),
+            np.float32(scores.scale),
+            np.float32(scores.softcap),
+            _rows(lse, tile, heads).numpy(),
+            _rows(delta, tile, heads).numpy(),
+        )
+        tile.of_keys(grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
+        tile.of_keys(grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
+        torch.bmm(slopes, keys, out=tile.queries(grad_q, heads))
+    return grad_q, grad_k, grad_v
+
+
+def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, rest: Tensor) -> Tensor:
+    """``q k^T`` into ``scores``, and what rounding to bfloat16 took from it into ``rest``.
+
+    A score of 20 in bfloat16 is off by up to 1/16, its softmax by 6 %. The product adds up in float32 before it
+    rounds, so a second one that starts from minus the first leaves just the error. In float32 there is none to
+    speak of and ``rest`` comes back empty.
+    """
+    torch.bmm(queries, keys.transpose(1, 2), out=scores)
+    if scores.dtype == torch.float32:
+        return rest[:0]
+    return torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=-1, out=rest)
+
+
+def _rows(values: Tensor, tile: _Tile, heads: Heads) -> Tensor:
+    """The [Hkv, P] of a tile in [N * Hq] values."""
+    start, stop = tile.segment
+    whole = values[start * heads.q : stop * heads.q].view(heads.kv, -1)
+    return whole[:, tile.rows.start * heads.group : tile.rows.stop * heads.group]
+
+
+def _take(scratch: Tensor, shape: tuple[int, int, int], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    size = shape[0] * shape[1] * shape[2]
+    if len(scratch) < count * size:
+        scratch = torch.empty(count * size, dtype=scratch.dtype)
+    return scratch, tuple(scratch[i * size : (i + 1) * size].view(shape) for i in range(count))
+
+
+def group_rows(source_NHD: Tensor, reach: Reach, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """[N, H, Dh] -> grouped and flat, rotated on the way.
+
+    Args:
+        source_NHD: Queries, or keys or values; any strides over N and H.
+        reach: The segments.
+        heads: Sizes.
+        rotary: cos and sin, [N, Dh], of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
+    """
+    out = torch.empty(source_NHD.shape.numel(), dtype=source_NHD.dtype)
+    group = source_NHD.shape[1] // heads.kv
+    cos, sin = _rotary(rotary, source_NHD)
+    match_threads(len(out))
+    _group(bits(source_NHD), _segment_of(reach), group, cos, sin, bits(out))
+    return out
+
+
+def ungroup_rows(
+    grouped: Tensor, out_NHD: Tensor, reach: Reach, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Grouped and flat -> [N, H, Dh]; with ``rotary``, turned back by the angles (the gradient of the turn).
+
+    Args:
+        grouped: float32 or the dtype of ``out``.
+        out_NHD: Where to, any strides over N and H.
+        reach: The segments.
+        heads: Sizes.
+        rotary: As for :func:`group_rows`.
+    """
+    group = out_NHD.shape[1] // heads.kv
+    cos, sin = _rotary(rotary, out_NHD)
+    match_threads(len(grouped))
+    _ungroup(bits(grouped), _segment_of(reach), group, cos, sin, bits(out_NHD))
+    return out_NHD
+
+
+def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, reach: Reach, heads: Heads) -> tuple[Tensor, Tensor]:
+    """The gradient of the outputs, grouped, and each row's sum of gradient times output, float32 [N * Hq]."""
+    grouped = torch.empty(grad_NHD.shape.numel(), dtype=grad_NHD.dtype)
+    delta = torch.empty(grad_NHD.shape[0] * heads.q, dtype=torch.float32)
+    match_threads(len(grouped))
+    _group_gradient(bits(grad_NHD), bits(out_NHD), _segment_of(reach), heads.group, bits(grouped), delta.numpy())
+    return grouped, delta
+
+
+def _rotary(rotary: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Any, Any]:
+    if rotary is None:
+        nothing = bits(torch.empty(0, 0, dtype=like.dtype))
+        return nothing, nothing
+    return bits(rotary[0]), bits(rotary[1])
+
+
+def _segment_of(reach: Reach) -> Indices:
+    """Start and stop of the segment each token is in, int32 [N, 2]."""
+    bounds = np.array(reach.segments, np.int32).reshape(-1, 2)
+    return np.repeat(bounds, bounds[:, 1] - bounds[:, 0], axis=0)
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: ignore[no-untyped-def]
+    """Raw scores (``weights + rest``) -> softmax in ``weights``; zero where a row does not see a key."""
+    num_heads, num_rows, num_keys = weights.shape
+    group = num_rows // first.shape[0]
+    for index in prange(num_heads * first.shape[0]):
+        head, token = index // first.shape[0], index % first.shape[0]
+        buffer = np.empty(num_keys, np.float32)
+        for r in range(token * group, (token + 1) * group):
+            more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
+            lse[head, r] = _softmax(weights[head, r], more, first[token], last[token], scale, softcap, buffer)
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta):  # type: ignore[no-untyped-def]
+    """Raw scores (``weights + rest``) -> softmax, gradients of the softmax -> gradients of the raw scores."""
+    num_heads, num_rows, num_keys = weights.shape
+    group = num_rows // first.shape[0]
+    for index in prange(num_heads * first.shape[0]):
+        head, token = index // first.shape[0], index % first.shape[0]
+        buffer = np.empty(num_keys, np.float32)
+        for r in range(token * group, (token + 1) * group):
+            more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
+            row, slope = weights[head, r], slopes[head, r]
+            begin, end = first[token], last[token]
+            _softmax_backward(row, more, slope, begin, end, scale, softcap, lse[head, r], delta[head, r], buffer)
+
+
+# One row each, as functions of their own: inside a parallel function the compiler rewrites these loops. They run over
+# slices from 0, as only such loops become vector code.
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-untyped-def]
+    seen, values = row[begin:end], buffer[: end - begin]
+    _bend_all(seen, rest, begin, end, scale, softcap, values)
+    top = largest(values)
+    total = np.float32(0.0)
+    for j in range(len(values)):
+        weight = exp(values[j] - top)
+        values[j] = weight
+        total += weight
+    inverse = np.float32(1.0) / total
+    for j in range(len(values)):
+        store(seen, j, values[j] * inverse)
+    row[:begin] = 0
+    row[end:] = 0
+    return top + np.log(total)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, buffer):  # type: ignore[no-untyped-def]
+    seen, steep, values = row[begin:end], slope[begin:end], buffer[: end - begin]
+    _bend_all(seen, rest, begin, end, scale, softcap, values)
+    for j in range(len(values)):
+        weight = exp(values[j] - lse)
+        store(seen, j, weight)
+        bent = values[j] / softcap if softcap > np.float32(0.0) else np.float32(0.0)
+        store(steep, j, weight * (load(steep, j) - delta) * scale * (np.float32(1.0) - bent * bent))
+    row[:begin] = 0
+    row[end:] = 0
+    slope[:begin] = 0
+    slope[end:] = 0
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _bend_all(seen, rest, begin, end, scale, softcap, values):  # type: ignore[no-untyped-def]
+    """Raw scores -> scaled and capped ones in float32."""
+    if len(rest) > 0:
+        more = rest[begin:end]
+        for j in range(len(values)):
+            values[j] = (load(seen, j) + load(more, j)) * scale
+    else:
+        for j in range(len(values)):
+            values[j] = load(seen, j) * scale
+    if softcap > np.float32(0.0):
+        for j in range(len(values)):
+            tanh = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * values[j] / softcap) + np.float32(1.0))
+            values[j] = softcap * tanh
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _group(source, bounds, group, cos, sin, out):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, size = source.shape
+    half = size // 2
+    rotate = cos.shape[0] > 0
+    for t in prange(num_tokens):
+        start, stop = bounds[t, 0], bounds[t, 1]
+        base = start * num_heads * size + (t - start) * group * size
+        stride = (stop - start) * group * size
+        for h in range(num_heads):
+            row = source[t, h]
+            at = base + h // group * stride + h % group * size
+            to = out[at : at + size]
+            if rotate:
+                c, s = cos[t], sin[t]
+                for j in range(half):
+                    a, b = load(row, j), load(row, j + half)
+                    store(to, j, a * load(c, j) - b * load(s, j))
+                    store(to, j + half, b * load(c, j + half) + a * load(s, j + half))
+            else:
+                for j in range(size):
+                    to[j] = row[j]
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _ungroup(grouped, bounds, group, cos, sin, out):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, size = out.shape
+    half = size // 2
+    rotate = cos.shape[0] > 0
+    for t in prange(num_tokens):
+        start, stop = bounds[t, 0], bounds[t, 1]
+        base = start * num_heads * size + (t - start) * group * size
+        stride = (stop - start) * group * size
+        for h in range(num_heads):
+            to = out[t, h]
+            at = base + h // group * stride + h % group * size
+            row = grouped[at : at + size]
+            if rotate:
+                c, s = cos[t], sin[t]
+                for j in range(half):
+                    a, b = load(row, j), load(row, j + half)
+                    store(to, j, a * load(c, j) + b * load(s, j + half))
+                    store(to, j + half, b * load(c, j + half) - a * load(s, j))
+            else:
+                for j in range(size):
+                    store(to, j, load(row, j))
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _group_gradient(grad, out, bounds, group, grouped, delta):  # type: ignore[no-untyped-def]
+    num_tokens, num_heads, size = grad.shape
+    for t in prange(num_tokens):
+        start, stop = bounds[t, 0], bounds[t, 1]
+        for h in range(num_heads):
+            g, o = grad[t, h], out[t, h]
+            at = start * num_heads + h // group * (stop - start) * group + (t - start) * group + h % group
+            to = grouped[at * size : (at + 1) * size]
+            total = np.float32(0.0)
+            for j in range(size):
+                total += load(g, j) * load(o, j)
+                to[j] = g[j]
+            delta[at] = total
