@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ class Assembled:
     optimizer: Optimizer
     data_hash: str
     num_sequences: int
+    fusion: adapters.FusionReport
+
+    def audit(self) -> dict[str, Any]:
+        """What the model is made of, as plain data."""
+        return quant.audit(self.model).to_dict() | {"fusion": asdict(self.fusion)}
 
 
 def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(note))
     if run.train.recompute:
         models.recompute_layers(model)
-    if ready.plan.compile:
+    fusion = adapters.fuse(model)
+    if ready.plan.compile and not fusion.fused:
         compile_layers(model)
 
     objective = LanguageModelling(
@@ -135,6 +141,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim),
         data_hash=ready.dataset.fingerprint(),
         num_sequences=len(ready.sequences),
+        fusion=fusion,
     )
 
 
@@ -153,7 +160,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopR
         Started(
             run=run.model_dump(mode="json"),
             plan=the_plan.to_dict(),
-            audit=quant.audit(parts.model).to_dict(),
+            audit=parts.audit(),
             step=position.step,
             num_steps=the_plan.num_steps,
             resumed_from=str(latest) if latest else None,
@@ -278,7 +285,7 @@ def _report(
         "wall_s": position.seconds + time.monotonic() - began,
         "peak_memory_bytes": peak_memory_bytes(parts.mesh.device),
         "plan": parts.plan.to_dict(),
-        "audit": quant.audit(parts.model).to_dict(),
+        "audit": parts.audit(),
     }
     report = evaluation.write_report(
         folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics

@@ -74,6 +74,11 @@ def audit_table(audit: Mapping[str, Any]) -> RenderableType:
     if wide:
         names = ", ".join(row["name"] for row in wide[:4]) + (f" and {len(wide) - 4} more" if len(wide) > 4 else "")
         lines.append(Text(f"  not quantized: {names} ({count(sum(row['parameters'] for row in wide))} parameters)"))
+    fusion = audit.get("fusion", {})
+    if fusion.get("fused"):
+        lines.append(Text(f"  fused decoder layers: {fusion['fused']}"))
+    for reason, number in fusion.get("reasons", {}).items():
+        lines.append(Text(f"  not fused: {number} decoder layers ({reason})"))
     return Group(table, *lines)
 
 
