@@ -22,6 +22,9 @@ Rows = Iterator[tuple[int, Row]]
 
 _CHUNK_BYTES = 1 << 20
 
+#: Keys under which a .json file that is one object holds its rows.
+_WRAPPERS = ("data", "rows", "examples", "instances", "train")
+
 
 def read_rows(path: Path) -> Rows:
     """Rows of a file with their line numbers; the format follows the suffix.
@@ -108,31 +111,33 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """An array of objects, an object that wraps one such array, or, as many files named so are, JSON lines."""
-    first = next((text for _, text in _read_lines(path) if text.strip()), "").strip()
+    """An array of objects, one object (that may wrap such an array), or, as many files named so are, JSON lines."""
+    lines = (text for _, text in _read_lines(path) if text.strip())
+    first, is_single = next(lines, "").strip(), next(lines, None) is None
     if first.startswith("["):
         yield from _read_json_array(path)
-        return
-    try:
-        json.loads(first)
-    except json.JSONDecodeError:
-        yield from _read_json_object(path)
-    else:
+    elif not is_single and _is_json(first):
         yield from _read_jsonl(path)
+    elif first:
+        yield from _read_json_object(path)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _read_json_object(path: Path) -> Rows:
     text = "".join(text for _, text in _read_lines(path))
-    if not text.strip():
-        return
     try:
-        value = json.loads(text)
+        row = _as_row(path, 1, json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
         raise _malformed(path, getattr(error, "lineno", 1), f"not JSON: {error}") from None
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    if len(lists) != 1:
-        raise _malformed(path, 1, "a .json file must hold one array of objects, or an object with one such array")
-    for number, item in enumerate(lists[0], 1):
+    wrapped = [row[name] for name in _WRAPPERS if isinstance(row.get(name), list)]
+    for number, item in enumerate(wrapped[0] if wrapped else [row], 1):
         yield number, _as_row(path, number, item)
 
 

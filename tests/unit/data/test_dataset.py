@@ -106,6 +106,13 @@ def test_truncation_is_counted_and_a_lost_end_of_turn_too(tmp_path, tokenizer):
     assert any("skipped" in message for message in messages)
 
 
+def test_a_cut_that_loses_nothing_with_loss_loses_no_end(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", chat("what", "four and two"))
+    length = build_dataset(config(source), tokenizer, objective="sft").lengths[0]
+    stats = build_dataset(config(source, max_seq_len=int(length) - 1), tokenizer, objective="sft").stats
+    assert (stats.truncated_documents, stats.truncated_tokens, stats.cut_ends) == (1, 1, 0)
+
+
 def test_too_long_drop(tmp_path, tokenizer):
     rows = [chat("what", "word " * 40), chat("what", "four")]
     data = config(write(tmp_path / "a.jsonl", *rows), max_seq_len=48, too_long="drop")

@@ -122,7 +122,7 @@ def test_the_users_tokenizer_is_left_as_it_is(plain):
 def test_settings_of_the_tokenizer_do_not_leak_in(plain):
     """A tokenizer that was last used with padding and truncation would pad and cut in silence."""
     plain.backend_tokenizer.enable_truncation(3)
-    plain.backend_tokenizer.enable_padding(length=64)
+    plain.backend_tokenizer.enable_padding(length=64, pad_id=7)
     text = "the quick brown fox jumps over the lazy dog"
     encoded = encode(plain, Example("f:1", text=text))
     assert plain.decode(encoded.ids[:-1]) == text

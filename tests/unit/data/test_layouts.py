@@ -96,6 +96,11 @@ def test_other_fitting_layouts_are_named():
     )
 
 
+def test_null_is_absent():
+    row = {"prompt": "a", "completion": "b", "text": None, "instruction": None, "output": "c"}
+    assert detect_layout(row, "f:1") == ("prompt-completion", ())
+
+
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -138,6 +143,8 @@ def test_columns_rename_and_the_old_name_is_gone(tmp_path):
     assert (examples[0].prompt, examples[0].completion) == ("a", "b")
     swapped, _ = read(path, columns={"prompt": "text", "completion": "mr"})
     assert (swapped[0].prompt, swapped[0].completion) == ("c", "a")
+    moved, _ = read(write(tmp_path / "c.jsonl", {"prompt": "a", "completion": "b"}), columns={"text": "prompt"})
+    assert moved[0].text == "a"
     crossed, _ = read(
         write(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"}),
         columns={"prompt": "completion", "completion": "prompt"},

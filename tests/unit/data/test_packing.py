@@ -35,13 +35,15 @@ def draw(kind, rng):
             return np.clip(rng.lognormal(3, 1, 500), 1, 100).astype(np.int64)
         case "equal":
             return np.full(57, 33)
+        case "layers":
+            return np.repeat([60, 10, 7, 3], [10, 5, 20, 60])
         case "full":
             return np.full(9, 100)
         case _:
             return np.array([7])
 
 
-@pytest.mark.parametrize("kind", ["uniform", "short", "long", "lognormal", "equal", "full", "one"])
+@pytest.mark.parametrize("kind", ["uniform", "short", "long", "lognormal", "equal", "layers", "full", "one"])
 @pytest.mark.parametrize("seed", range(5))
 def test_packs_as_the_textbook_procedure(kind, seed):
     lengths = draw(kind, np.random.default_rng(seed)).astype(np.int64)

@@ -100,6 +100,16 @@ def test_byte_order_mark_is_no_content(name, tmp_path):
     assert read(text)[0].text == "one"
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_of_one_object_is_one_row_or_wraps_its_rows(indent, tmp_path):
+    path = tmp_path / "a.json"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path.write_text(json.dumps(row, indent=indent))
+    assert [len(e.messages) for e in read(path)] == [2]
+    path.write_text(json.dumps({"version": [1], "data": [row, row]}, indent=indent))
+    assert [e.origin for e in read(path)] == [f"{path}:1", f"{path}:2"]
+
+
 def test_blank_lines_are_no_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"text": "x"}\n\n{"text": "y"}\n\n')
@@ -115,7 +125,8 @@ FAULTS = {
     "array fault": ("a.json", b'[{"text": "x"},\n{"text":\n oops}]', 3, "not JSON"),
     "array cut off": ("a.json", b'[{"text": "x"},\n{"text": "y"}\n', 3, "expected"),
     "array encoding": ("a.json", b'[{"text": "x"},\n{"text": "na\xefve"}]', 2, "0xef"),
-    "two arrays": ("a.json", b'{"a": [],\n"b": []}', 1, "one array"),
+    "object": ("a.json", b'{"text": "x",\n"oops }', 2, "not JSON"),
+    "wrapped": ("a.json", b'{"data": [{"text": "x"}, 7]}', 2, "int"),
     "fields missing": ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 fields, but the header has 2"),
     "fields too many": ("a.csv", b"prompt,completion\na,b,c\n", 2, "3 fields"),
     "after a long field": ("a.csv", b'prompt,completion\n"a\nb",c\nd\n', 4, "1 fields"),

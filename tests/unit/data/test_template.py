@@ -284,11 +284,11 @@ def test_everything_carries_loss_with_train_on_all(family, tokenizer_factory):
 def test_content_is_found_when_it_looks_like_the_template(family, tokenizer_factory):
     """Contents that repeat the scaffolding, each other or nothing but white space at their ends."""
     tokenizer = family.tokenizer(tokenizer_factory)
-    messages = converse("assistant", "user\nassistant", "EndMark", "  assistant\nEndMark  \n")
+    messages = converse("assistant", "user\nassistant", "EndMark000001z", "  assistant\nEndMark000003z  \n")
     encoded = encode(tokenizer, messages)
     first, second = spoken(tokenizer, encoded)
     assert first.strip() == f"user\nassistant{family.end}" or first == f" user\nassistant {family.end}"
-    assert second.split("</think>")[-1].removesuffix(family.end).strip() == "assistant\nEndMark"
+    assert second.split("</think>")[-1].removesuffix(family.end).strip() == "assistant\nEndMark000003z"
 
 
 def test_qwen3_drops_former_reasoning_and_keeps_the_last(tokenizer_factory):
@@ -356,6 +356,29 @@ def test_without_an_end_of_turn_the_text_is_closed_and_the_rest_counted(tokenize
     everything = encode(tokenizer, converse(QUESTION, "four"), "all")
     assert everything.ids[-1] == tokenizer.eos_token_id
     assert everything.supervised[1:].all()
+
+
+def test_what_follows_only_the_last_answer_is_no_end_of_inner_turns(tokenizer_factory):
+    template = VICUNA.replace(
+        "+ '\n' }}{% endif %}{% endfor %}",
+        "+ '\n' }}{% if loop.last %}{{ 'THE END' }}{% endif %}{% endif %}{% endfor %}",
+    )
+    encoded = encode(tokenizer_factory(chat_template=template), converse(QUESTION, "four", FOLLOW_UP, "Yes!"))
+    assert spoken(tokenizer_factory(), encoded) == [" four\n", " Yes!\nTHE END<|endoftext|>"]
+
+
+def test_history_that_looks_different_to_inner_answers_is_no_remark(tokenizer_factory):
+    """A template that marks the latest question: what an inner answer saw differs, what the last one sees does not."""
+    template = (
+        "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role }}{{ ' (latest)' if loop.index0 == "
+        "ns.last }}{{ '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    messages = converse(QUESTION, "four", FOLLOW_UP, "Yes!")
+    found = locate_answers(tokenizer_factory(chat_template=template), messages, train_on="assistant")
+    assert [found.text[a.start : a.content_end] for a in found.answers] == ["four", "Yes!"]
+    assert found.remarks == ()
 
 
 def test_end_of_turn_written_in_plain_words(tokenizer_factory):
