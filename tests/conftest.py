@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 #: ChatML, as Qwen and many others use it.
 CHATML = (
@@ -44,6 +46,10 @@ def make_tokenizer(
     add_bos: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a few hundred tokens, trained in memory."""
+    # Imported here, so that tests without a tokenizer start fast.
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

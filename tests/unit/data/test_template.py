@@ -371,8 +371,9 @@ def test_history_that_looks_different_to_inner_answers_is_no_remark(tokenizer_fa
     """A template that marks the latest question: what an inner answer saw differs, what the last one sees does not."""
     template = (
         "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
-        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role }}{{ ' (latest)' if loop.index0 == "
-        "ns.last }}{{ '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m.role }}{{ ' (latest)' if loop.index0 == ns.last }}"
+        "{{ '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     messages = converse(QUESTION, "four", FOLLOW_UP, "Yes!")
