@@ -93,7 +93,7 @@ class RunFolder:
             ConfigError: When the folder holds another run, or files that no run made.
         """
         if not self.config.is_file():
-            if self.path.is_dir() and any(entry.name != "run.lock" for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(not self._is_of_a_beginning(entry.name) for entry in self.path.iterdir()):
                 raise ConfigError(
                     f"{self.path} is not empty and holds no run.",
                     where=f"output = {run.output}",
@@ -113,9 +113,15 @@ class RunFolder:
         return "started"
 
     def begin(self, run: Run) -> None:
-        """Creates the folder and writes ``run.yaml``."""
+        """Creates the folder, clears away what a killed process left half-written, and writes ``run.yaml``."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.adapter):
+            remove_partial(folder)
         write_atomically(self.config, run_to_yaml(run).encode())
+
+    def _is_of_a_beginning(self, name: str) -> bool:
+        """Whether a file may lie in the folder of a run that was killed before its ``run.yaml`` was there."""
+        return name == "run.lock" or name.startswith(f"{self.config.name}.partial-")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
