@@ -213,13 +213,14 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        planes = ctx.saved_tensors  # asked for once: recompute hands them out a single time
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(_decode(ctx, ctx.saved_tensors, grad))
+            grad_x = grad.matmul(_decode(ctx, planes, grad))
         if ctx.needs_input_grad[1]:
             sum_dtype = torch.promote_types(grad.dtype, torch.float32)
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=sum_dtype).to(ctx.bias_dtype)
-        return (grad_x, grad_bias, None, None, None, *(None for _ in ctx.saved_tensors))
+        return (grad_x, grad_bias, None, None, None, *(None for _ in planes))
 
 
 def _decode(ctx: Any, planes: tuple[Tensor, ...], like: Tensor) -> Tensor:
