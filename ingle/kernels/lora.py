@@ -106,11 +106,10 @@ def seeded(projections: Projections) -> tuple[Projection, ...]:
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
-        x_NI = x.reshape(-1, x.shape[-1])
-        outputs, xa_NS = project(x_NI, projections)
+        outputs, xa_NS = project(x, projections)
         ctx.projections = projections
-        ctx.save_for_backward(x_NI, xa_NS)
-        return tuple(y_NO.view(*x.shape[:-1], y_NO.shape[-1]) for y_NO in outputs)
+        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), xa_NS)
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,15 +128,18 @@ class _LoraLinears(torch.autograd.Function):
 # The pieces, for functions that fuse more than one layer. None of them is differentiable.
 
 
-def project(x_NI: Tensor, projections: Projections) -> tuple[list[Tensor], Tensor]:
-    """Outputs [N, O] of all projections, and ``dropout(x) A^T`` of all side by side, [N, S]."""
-    xa_NS = _project_down(x_NI, projections)
+def project(x: Tensor, projections: Projections) -> tuple[list[Tensor], Tensor]:
+    """Outputs [..., O] of all projections of [..., I], and ``dropout(x) A^T`` of all side by side, [N, S].
+
+    No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for a function's views.
+    """
+    xa_NS = _project_down(x.reshape(-1, x.shape[-1]), projections)
     outputs = []
     for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
-        y_NO = linear(x_NI, p.weight(x_NI.dtype), None if p.bias is None else p.bias.detach().to(x_NI.dtype))
+        y = linear(x, p.weight(x.dtype), None if p.bias is None else p.bias.detach().to(x.dtype))
         if p.rank:
-            y_NO.addmm_(xa_NR, p.scaled_b(x_NI.dtype).t())
-        outputs.append(y_NO)
+            y.view(-1, y.shape[-1]).addmm_(xa_NR, p.scaled_b(x.dtype).t())
+        outputs.append(y)
     return outputs, xa_NS
 
 

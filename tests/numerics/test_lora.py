@@ -82,6 +82,20 @@ def test_projections_that_share_an_input(dtype: torch.dtype) -> None:
         close(actual, reference, TOLERANCE[dtype])
 
 
+def test_an_output_may_be_added_to_in_place() -> None:
+    """As Falcon's layers do; autograd would refuse it for a view."""
+    x = draw(2, 3, I, seed=1).requires_grad_()
+    a, b = (draw(*shape, seed=2).requires_grad_() for shape in ((4, I), (O, 4)))
+    weight = draw(O, I, seed=3)
+    gradients = []
+    for in_place in (True, False):
+        y = lora_linear(x, lambda dtype: weight, a, b, 0.5)
+        y = y.add_(1.0) if in_place else y + 1.0
+        gradients.append(torch.autograd.grad(y.square().sum(), (x, a, b)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_an_input_without_gradient_gets_none() -> None:
     x, weight = draw(N, I, seed=1), draw(O, I, seed=2)
     a, b = draw(R, I, seed=3).requires_grad_(), draw(O, R, seed=4).requires_grad_()
