@@ -137,7 +137,7 @@ class Checkpoints:
         path = self.save(optimizer, position)
         tensors, reread = read(path)
         same = reread == position and tensors.keys() == state.keys()
-        if not same or any(not torch.equal(tensors[name], state[name]) for name in state):
+        if not same or any(not torch.equal(tensors[name], state[name].cpu()) for name in state):
             raise CheckpointError(
                 "what was read back from the first checkpoint is not what was written.", where=str(path)
             )

@@ -130,7 +130,7 @@ class Optimizer:
                 key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
             }
             if moments:
-                self._adamw.state[master] = {key: value.clone() for key, value in moments.items()}
+                self._adamw.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

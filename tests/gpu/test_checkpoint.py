@@ -1,0 +1,45 @@
+"""Checkpoints of a run on a CUDA device: written from it, compared with it, and restored onto it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ingle.config import OptimConfig
+from ingle.training.checkpoint import Checkpoints, Position
+from ingle.training.folder import RunFolder
+from ingle.training.optim import Optimizer, ParameterGroup
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def _start(dtype: torch.dtype) -> tuple[nn.Parameter, Optimizer]:
+    parameter = nn.Parameter(torch.linspace(-1, 1, 9, dtype=dtype, device="cuda"))
+    return parameter, Optimizer([ParameterGroup((("w", parameter),), 1.0, 0.0)], OptimConfig())
+
+
+def _step(parameter: nn.Parameter, optimizer: Optimizer) -> None:
+    parameter.float().square().sum().backward()
+    optimizer.step(1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(RunFolder(tmp_path), keep=2)
+    whole, optimizer = _start(dtype)
+    checkpoints.rehearse(optimizer, Position(0, 0, 0, "abc"))
+    _step(whole, optimizer)
+    saved = checkpoints.save(optimizer, Position(1, 4, 100, "abc"))
+    _step(whole, optimizer)
+
+    again, continued = _start(dtype)
+    checkpoints.load(saved, continued, "abc")
+    _step(again, continued)
+    assert again.device.type == "cuda"
+    assert torch.equal(again, whole)
