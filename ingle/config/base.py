@@ -5,7 +5,7 @@ The sizes are plain arithmetic on the section, so the planner can use them witho
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,5 +55,78 @@ class Int8Base(Section):
         return 8 + 32 / in_features
 
 
-_Base = Annotated[NoBase | Nf4Base | Int8Base, Field(discriminator="format")]
-BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | Literal["none", "nf4", "int8"])]
+class GgmlBase(Section):
+    """Blocks of a GGUF file, byte for byte as llama.cpp reads them; rows have to be whole blocks.
+
+    Attributes:
+        block_size: Consecutive weights of a row that make a block.
+        block_bytes: Bytes a block takes.
+        fallback: What llama.cpp packs a matrix in whose rows are not whole blocks; None means float16.
+    """
+
+    format: str
+    block_size: ClassVar[int] = 32
+    block_bytes: ClassVar[int]
+    fallback: ClassVar[str | None] = None
+
+    def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
+        """Bits one weight takes, scales included."""
+        return 8 * self.block_bytes / self.block_size
+
+
+class Q4_0Base(GgmlBase):
+    """GGUF Q4_0: 4-bit integers around zero, one scale for 32.
+
+    Source: ggml, ``block_q4_0``.
+    """
+
+    format: Literal["q4_0"]
+    block_bytes = 18
+
+
+class Q4_1Base(GgmlBase):
+    """GGUF Q4_1: 4-bit integers, one scale and one offset for 32.
+
+    Source: ggml, ``block_q4_1``.
+    """
+
+    format: Literal["q4_1"]
+    block_bytes = 20
+
+
+class Q5_0Base(GgmlBase):
+    """GGUF Q5_0: 5-bit integers around zero, one scale for 32.
+
+    Source: ggml, ``block_q5_0``.
+    """
+
+    format: Literal["q5_0"]
+    block_bytes = 22
+
+
+class Q5_1Base(GgmlBase):
+    """GGUF Q5_1: 5-bit integers, one scale and one offset for 32.
+
+    Source: ggml, ``block_q5_1``.
+    """
+
+    format: Literal["q5_1"]
+    block_bytes = 24
+
+
+class Q8_0Base(GgmlBase):
+    """GGUF Q8_0: 8-bit integers around zero, one scale for 32.
+
+    Source: ggml, ``block_q8_0``.
+    """
+
+    format: Literal["q8_0"]
+    block_bytes = 34
+
+
+_Base = Annotated[
+    NoBase | Nf4Base | Int8Base | Q4_0Base | Q4_1Base | Q5_0Base | Q5_1Base | Q8_0Base,
+    Field(discriminator="format"),
+]
+_Name = Literal["none", "nf4", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | _Name)]

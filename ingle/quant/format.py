@@ -1,6 +1,6 @@
 """The base-format axis: what a packed weight means, one file per member, one ``match`` to choose.
 
-A further member (GGUF blocks, HQQ, ternary) is a frozen dataclass with these methods; nothing outside it changes.
+A further member (HQQ, for one) is a frozen dataclass with these methods; nothing outside it changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
+from ingle.config.base import (
+    BaseConfig,
+    Int8Base,
+    Nf4Base,
+    NoBase,
+    Q4_0Base,
+    Q4_1Base,
+    Q5_0Base,
+    Q5_1Base,
+    Q8_0Base,
+)
+from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ingle.quant.int8 import Int8
 from ingle.quant.nf4 import Nf4
 from ingle.quant.plane import PlaneSpec, Scratch
@@ -104,3 +115,13 @@ def make_format(base: BaseConfig) -> Format | None:
             return Nf4(block_size=base.block_size, double_quant=base.double_quant)
         case Int8Base():
             return Int8()
+        case Q4_0Base():
+            return Q4_0()
+        case Q4_1Base():
+            return Q4_1()
+        case Q5_0Base():
+            return Q5_0()
+        case Q5_1Base():
+            return Q5_1()
+        case Q8_0Base():
+            return Q8_0()

@@ -15,6 +15,9 @@ data:
 output: runs/x
 """
 
+#: Every format, as errors list them.
+FORMATS = "none, nf4, int8, q4_0, q4_1, q5_0, q5_1 or q8_0"
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -124,7 +127,7 @@ def test_a_file_at_odds_with_itself_is_not_mended(folder: Path) -> None:
 
 def test_base_options_without_a_format_ask_for_it(folder: Path) -> None:
     error = failure(folder, text=MINIMAL + "base: {double_quant: true}\n")
-    assert error.message == "base.format must be given: none, nf4 or int8."
+    assert error.message == f"base.format must be given: {FORMATS}."
     assert error.where == "base (run.yaml:5)"
 
 
@@ -173,7 +176,11 @@ def test_a_flag_without_value_means_true_only_for_true_or_false(folder: Path) ->
         ("--max-seq-len=9", "max_seq_len", "did you mean data.max_seq_len?"),
         ("--data.sources.0.pth=x", "data.sources.0.pth is not an option.", "did you mean data.sources.0.path?"),
         ("--optm.lr=1", "optm is not an option.", "did you mean optim?"),
-        ("--base.format=nf5", "base.format must be none, nf4 or int8, not nf5.", "did you mean nf4?"),
+        (
+            "--base.format=nf5",
+            f"base.format must be {FORMATS}, not nf5.",
+            "did you mean nf4?",
+        ),
         (
             "--model.dtype=bflot16",
             "model.dtype must be auto, bfloat16 or float32, not bflot16.",

@@ -1,0 +1,168 @@
+"""What the formats of GGUF files share: rows of blocks, held as the very bytes of the file.
+
+Legend: O = rows, I = columns, N = blocks in a row, S = weights of a block, B = bytes of a block.
+
+====== ============ ======= ==========================================
+plane  shape        dtype   content
+====== ============ ======= ==========================================
+data   [O, N B]     uint8   the blocks of every row, as in the file
+====== ============ ======= ==========================================
+
+A format says how the bytes of one block become weights, in plain torch.  Packing follows ggml's reference to the byte;
+it runs on the CPU wherever the weight is, since a search for scales whose last bit depends on the order of sums is
+written once.
+
+Source: ggml's ``ggml-common.h`` and ``ggml-quants.c``; the ``gguf`` package's ``quants.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ingle.config.base import GgmlBase
+from ingle.errors import QuantizationError
+from ingle.kernels.ggml import decode_blocks, encode_blocks, has_kernel
+from ingle.quant.plane import PlaneSpec, Scratch, count_bits_per_weight
+
+#: From here on a scale may be too large for float16.
+LARGE = 60000.0
+
+
+@dataclass(frozen=True)
+class GgmlBlocks(ABC):
+    """A format of blocks; a member names its config section and says how a block is unpacked."""
+
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
+    base: ClassVar[type[GgmlBase]]
+    uses_importance: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """What ``base.format`` calls it."""
+        return type(self).__name__.lower()
+
+    @property
+    def block_size(self) -> int:
+        """Weights of a block."""
+        return self.base.block_size
+
+    @property
+    def additive_field(self) -> int | None:
+        """Group size of a free additive float: none, unless a member says otherwise."""
+        return None
+
+    @abstractmethod
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """The float32 weights ``[O, N, S]`` of uint8 blocks, in the ``gguf`` package's order of products."""
+
+    def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
+        """Name, shape and dtype of every plane; a last block that is not whole counts as one."""
+        num_blocks = -(-in_features // self.base.block_size)
+        return {"data": PlaneSpec((out_features, num_blocks * self.base.block_bytes))}
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Bits one weight takes, scales included."""
+        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
+
+    def granule(self, out_features: int, in_features: int) -> int:
+        """Every row stands alone."""
+        return 1
+
+    def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
+        """Packs a weight as ggml's reference does; with ``importance`` ``[I]`` as ggml does with an importance matrix.
+
+        Raises:
+            QuantizationError: The weight holds NaN or infinity, is too large, or has rows that are not whole blocks;
+                the importance is of another length, negative or not finite.
+        """
+        num_rows, num_columns = weight_OI.shape
+        self._require_whole_blocks(num_columns, name)
+        if importance is not None:
+            _require_importance(importance, num_columns, name)
+        data = torch.empty(self.plane_specs(num_rows, num_columns)["data"].shape, dtype=torch.uint8)
+        used = importance if self.uses_importance else None
+        lowest, highest = encode_blocks(self.name, weight_OI, used, data)
+        largest = max(-lowest, highest)
+        if not largest < float("inf"):
+            raise QuantizationError(
+                f"{name} holds NaN or infinity and cannot be packed as {self.name}.",
+                where=name,
+                why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
+                fix="check the checkpoint, or train with --base.format=none",
+            )
+        planes = {"data": data.to(weight_OI.device)}
+        if largest > LARGE:
+            decoded = self.decode(planes, num_rows, num_columns, torch.float32).abs().max()
+            if not largest / 4 < float(decoded) < 4 * largest:
+                raise QuantizationError(
+                    f"{name} is too large for {self.name}.",
+                    where=name,
+                    why=f"absmax {largest}, and its scales are float16",
+                    fix="check the checkpoint, or train with --base.format=none",
+                )
+        return planes
+
+    def decode(
+        self,
+        planes: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
+        data = planes["data"].detach()
+        if not has_kernel(data, dtype):
+            decode = self.decode if has_kernel(data, torch.float32) else self.decode_reference
+            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
+            return decoded if out is None else out.copy_(decoded)
+        if out is None:
+            out = torch.empty(out_features, in_features, dtype=dtype, device=data.device)
+        return decode_blocks(self.name, data, out)
+
+    def decode_reference(
+        self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Unpacks to ``[O, I]`` in plain torch."""
+        blocks_ONB = planes["data"].detach().unflatten(1, (-1, self.base.block_bytes))
+        return self.unpack(blocks_ONB).flatten(1).to(dtype)
+
+    def _require_whole_blocks(self, num_columns: int, name: str) -> None:
+        size = self.base.block_size
+        if num_columns % size == 0:
+            return
+        fallback = self.base.fallback if self.base.fallback is not None and num_columns % 32 == 0 else None
+        stands_in = "float16" if fallback is None else fallback.upper()
+        raise QuantizationError(
+            f"{name} has rows of {num_columns} weights, which are not whole blocks of {size} of {self.name}.",
+            where=name,
+            why=f"a block never crosses a row; llama.cpp packs such a matrix as {stands_in}",
+            fix=f"--base.format={fallback or 'nf4'}",
+        )
+
+
+def _require_importance(importance: Tensor, num_columns: int, name: str) -> None:
+    if tuple(importance.shape) != (num_columns,):
+        raise QuantizationError(
+            f"The importance of {name} has another length than its rows.",
+            where=name,
+            why=f"need {[num_columns]}, got {list(importance.shape)}",
+        )
+    if not bool((importance.isfinite() & (importance >= 0)).all()):
+        raise QuantizationError(f"The importance of {name} is negative or not finite in places.", where=name)
+
+
+def half(blocks_ONB: Tensor, first: int) -> Tensor:
+    """The float16 at a byte of every block, as float32 ``[O, N, 1]``."""
+    return blocks_ONB[..., first : first + 2].contiguous().view(torch.float16).float()
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """The low halves of the bytes of the last dimension, then their high halves."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1)

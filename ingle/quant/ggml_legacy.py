@@ -1,0 +1,99 @@
+"""GGUF's first formats: blocks of 32 weights with a float16 scale ``d`` and, in some, a float16 offset ``m``.
+
+====== =================== ==================
+format bytes               weight
+====== =================== ==================
+Q4_0   d, qs[16]           ``d * (q - 8)``
+Q4_1   d, m, qs[16]        ``d * q + m``
+Q5_0   d, qh[4], qs[16]    ``d * (q - 16)``
+Q5_1   d, m, qh[4], qs[16] ``d * q + m``
+Q8_0   d, qs[32] signed    ``d * q``
+====== =================== ==================
+
+Byte ``j`` of ``qs`` holds weight ``j`` in its low half and weight ``j + 16`` in its high half; bit ``j`` of ``qh`` is
+the fifth bit of weight ``j``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ingle.config.base import Q4_0Base, Q4_1Base, Q5_0Base, Q5_1Base, Q8_0Base
+from ingle.quant.ggml import GgmlBlocks, half, nibbles
+
+
+@dataclass(frozen=True)
+class Q4_0(GgmlBlocks):
+    """4-bit integers around zero."""
+
+    base = Q4_0Base
+
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """``d * (q - 8)``."""
+        return half(blocks_ONB, 0) * (nibbles(blocks_ONB[..., 2:]).float() - 8)
+
+
+@dataclass(frozen=True)
+class Q4_1(GgmlBlocks):
+    """4-bit integers with an offset."""
+
+    base = Q4_1Base
+
+    @property
+    def additive_field(self) -> int | None:
+        """``m`` belongs to a block."""
+        return self.block_size
+
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """``d * q + m``."""
+        return half(blocks_ONB, 0) * nibbles(blocks_ONB[..., 4:]).float() + half(blocks_ONB, 2)
+
+
+@dataclass(frozen=True)
+class Q5_0(GgmlBlocks):
+    """5-bit integers around zero."""
+
+    base = Q5_0Base
+
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """``d * (q - 16)``."""
+        codes = nibbles(blocks_ONB[..., 6:]) | fifth_bits(blocks_ONB[..., 2:6])
+        return half(blocks_ONB, 0) * (codes.float() - 16)
+
+
+@dataclass(frozen=True)
+class Q5_1(GgmlBlocks):
+    """5-bit integers with an offset."""
+
+    base = Q5_1Base
+
+    @property
+    def additive_field(self) -> int | None:
+        """``m`` belongs to a block."""
+        return self.block_size
+
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """``d * q + m``."""
+        codes = nibbles(blocks_ONB[..., 8:]) | fifth_bits(blocks_ONB[..., 4:8])
+        return half(blocks_ONB, 0) * codes.float() + half(blocks_ONB, 2)
+
+
+@dataclass(frozen=True)
+class Q8_0(GgmlBlocks):
+    """8-bit integers."""
+
+    base = Q8_0Base
+    uses_importance = False
+
+    def unpack(self, blocks_ONB: Tensor) -> Tensor:
+        """``d * q``."""
+        return half(blocks_ONB, 0) * blocks_ONB[..., 2:].contiguous().view(torch.int8).float()
+
+
+def fifth_bits(packed: Tensor) -> Tensor:
+    """32 bits in four bytes, the lowest first, as 0 or 16 each."""
+    shift = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (((packed.unsqueeze(-1) >> shift) & 1) << 4).flatten(-2)
