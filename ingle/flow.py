@@ -212,7 +212,7 @@ def _prepare(run: Run, sink: Sink) -> Prepared:
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(
         run,
-        model_shape(model, adapters.targets(model, run.adapter)),
+        model_shape(model, adapters.select(model, run.adapter)),
         planning.DataShape(
             num_documents=len(dataset),
             num_sequences=len(sequences),

@@ -5,13 +5,14 @@ from ingle.adapters.attachment import attach
 from ingle.adapters.files import adapter_config, load_adapter, save_adapter
 from ingle.adapters.fusion import FusionReport, fuse
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.targets import targets
+from ingle.adapters.targets import Selection, select
 
 __all__ = [
     "AttachReport",
     "FusionReport",
     "LoraLinear",
     "NotAdapted",
+    "Selection",
     "adapter_config",
     "attach",
     "disabled",
@@ -19,6 +20,6 @@ __all__ = [
     "load_adapter",
     "lora_modules",
     "save_adapter",
-    "targets",
+    "select",
     "trainable_parameters",
 ]

@@ -115,7 +115,7 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
         if name in bases or isinstance(module, LoraLinear):
             continue
         if isinstance(module, Packed):
-            count = 0 if module.num_weights == 0 else module.num_weights
+            count = module.num_weights
         else:
             own = module.named_parameters(recurse=False)
             count = sum(p.numel() for _, p in own if p.dim() >= 2 and not p.requires_grad)

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ingle.adapters.lora import LoraLinear, is_linear
-from ingle.config.adapter import AdapterConfig, LoraAdapter
+from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError
 
 
@@ -20,24 +20,15 @@ class Selection:
 
     Attributes:
         adapted: Linear maps that get an adapter.
-        whole: Modules trained whole.
+        whole: Modules trained whole; the model itself (``""``) in full fine-tuning.
     """
 
     adapted: tuple[str, ...]
     whole: tuple[str, ...]
 
 
-def targets(model: nn.Module, adapter: AdapterConfig) -> tuple[str, ...]:
-    """Paths of the linear maps that ``attach`` would adapt.
-
-    Raises:
-        AdapterError: When a pattern matches nothing.
-    """
-    return select(model, adapter).adapted if isinstance(adapter, LoraAdapter) else ()
-
-
-def select(model: nn.Module, adapter: LoraAdapter) -> Selection:
-    """Applies ``target_modules`` and ``trainable_modules``.
+def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
+    """What ``attach`` would train: applies ``target_modules`` and ``trainable_modules``.
 
     ``all-linear`` is every linear map but the output head, as in PEFT. What lies inside a module that is trained
     whole needs no adapter and gets none.
@@ -45,6 +36,8 @@ def select(model: nn.Module, adapter: LoraAdapter) -> Selection:
     Raises:
         AdapterError: When a pattern matches nothing, or nothing is left to adapt.
     """
+    if isinstance(adapter, NoAdapter):
+        return Selection((), ("",))
     modules = {name: module for name, module in model.named_modules() if not _inside_lora(model, name)}
     whole = _match_all(
         adapter.trainable_modules,

@@ -21,7 +21,7 @@ class TrainConfig(Section):
         num_steps: Optimizer steps.
         global_batch_size: Sequences per optimizer step, over all devices and accumulation steps.
         micro_batch_size: Sequences per forward pass on one device; must divide ``global_batch_size``.
-            The whole global batch, at most 8, when null.
+            When null, as large as fits into 8 sequences and 4,096 tokens.
         recompute: Drop each layer's activations and compute them again in backward: less memory, a third more work.
         compile: torch.compile per decoder layer; ``auto`` only when it pays for itself within the run.
         save_every: Steps between checkpoints; about ten in a run when null, 0 for none but the last.

@@ -100,7 +100,7 @@ def make_plan(
         num_tokens=num_tokens,
         num_epochs=num_steps * global_batch / data.num_sequences,
         save_every=run.train.save_every if run.train.save_every is not None else max(1, math.ceil(num_steps / 10)),
-        compile=decide_compile(run, flops * num_tokens, model.num_layers) and can_compile,
+        compile=decide_compile(run, flops * num_tokens) and can_compile,
         trainable_parameters=trainable_parameters(run, model),
         num_parameters=model.num_parameters,
         flops_per_token=flops,
@@ -147,7 +147,8 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     )
     trained = trainable_parameters(run, model)
     full = run.adapter.kind == "none"
-    masters = trained * 4 if dtype_bytes < 4 or not full else 0
+    whole = trained if full else model.trained_whole
+    copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; what the base answers with
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
     per_token = (2 * model.num_layers * model.hidden_size if run.train.recompute else widths) * dtype_bytes
     largest = max((lin.num_weights for lin in model.linears), default=0)
@@ -155,7 +156,7 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
         "weights": round(weights) + model.other_parameters * dtype_bytes,
-        "trainable": masters,
+        "trainable": 4 * (trained - whole) + copies * whole,
         "gradients": trained * 4,
         "optimizer": trained * 8,
         "activations": row_tokens * per_token,
@@ -164,13 +165,14 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     }
 
 
-def decide_compile(run: Run, total_flops: float, num_layers: int) -> bool:
+def decide_compile(run: Run, total_flops: float) -> bool:
     """Whether compiling decoder layers pays for itself within the run.
 
     A pure function of the config and the model, never of a measured speed: a run that goes on after a
     crash must compute with the same kernels, or its weights would differ in the last bit.  Measured here,
-    compiling one kind of layer costs about a minute and saves about a quarter of the step on a device that
-    does 1e12 operations per second, so it pays beyond some 5 minutes of work.
+    compiling one kind of layer costs about a minute and saves about a quarter of the step, so on a device that
+    does 1e12 operations per second it pays beyond four minutes.  The threshold is half an hour there, so that it
+    pays on devices up to seven times as fast.
     """
     if run.train.compile != "auto":
         return bool(run.train.compile)

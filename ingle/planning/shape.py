@@ -41,7 +41,7 @@ class ModelShape:
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         vocab_size: Rows of the output head.
-        trained_whole: Parameters trained as they are (full fine-tuning, trained embeddings).
+        trained_whole: Parameters of modules trained whole beside an adapter (embeddings, the head).
     """
 
     architecture: str

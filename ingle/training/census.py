@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from torch import Tensor
 
+from ingle.adapters import Selection
 from ingle.models import Model, decoder_layers
 from ingle.planning import LinearShape, ModelShape
 
 
-def model_shape(model: Model, adapted: Collection[str]) -> ModelShape:
+def model_shape(model: Model, trained: Selection) -> ModelShape:
     """Shapes of a model as it comes from the skeleton, before its linear maps are replaced.
 
     A fused expert parameter ``[experts, out, in]`` counts as that many linear maps, of which
@@ -19,7 +20,7 @@ def model_shape(model: Model, adapted: Collection[str]) -> ModelShape:
 
     Args:
         model: The model; the meta device will do.
-        adapted: Paths of the modules that get an adapter.
+        trained: Which of its modules get an adapter, and which are trained whole.
     """
     config = model.config.get_text_config()
     counts: Counter[tuple[int, int]] = Counter()
@@ -37,7 +38,7 @@ def model_shape(model: Model, adapted: Collection[str]) -> ModelShape:
                     shape = (weight.shape[1], weight.shape[0])
                     counts[shape] += 1
                     active[shape] += 1
-    for path in adapted:
+    for path in trained.adapted:
         matrix = model.get_submodule(path).weight
         assert isinstance(matrix, Tensor)
         targets[(matrix.shape[1], matrix.shape[0])] += 1
@@ -54,5 +55,11 @@ def model_shape(model: Model, adapted: Collection[str]) -> ModelShape:
         num_layers=len(layers),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        trained_whole=0,
+        trained_whole=_count_whole(model, trained.whole),
     )
+
+
+def _count_whole(model: Model, paths: Iterable[str]) -> int:
+    """Parameters of modules; a shared one counts once."""
+    parameters = {id(p): p.numel() for path in paths for p in model.get_submodule(path).parameters()}
+    return sum(parameters.values())

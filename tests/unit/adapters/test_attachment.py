@@ -47,7 +47,7 @@ def test_all_linear_is_every_linear_but_the_head() -> None:
     assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert report.trainable_parameters == sum(p.numel() for p in trained.values())
     assert {each.name for each in report.not_adapted} == {"model.embed_tokens", "lm_head"}
-    assert report.adapted == adapters.targets(llama(), LoraAdapter(rank=2))
+    assert report.adapted == adapters.select(llama(), LoraAdapter(rank=2)).adapted
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_all_linear_is_every_linear_but_the_head() -> None:
     ],
 )
 def test_patterns_match_the_end_of_a_path(patterns: tuple[str, ...], expected: list[str]) -> None:
-    assert list(adapters.targets(llama(), LoraAdapter(target_modules=patterns))) == expected
+    assert list(adapters.select(llama(), LoraAdapter(target_modules=patterns)).adapted) == expected
 
 
 @pytest.mark.parametrize(

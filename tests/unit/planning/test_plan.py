@@ -84,6 +84,15 @@ def test_recompute_trades_memory_for_work() -> None:
     assert lighter.flops_per_token > plain.flops_per_token
 
 
+def test_modules_trained_whole_are_counted_with_their_master_and_what_they_held_before() -> None:
+    whole = replace(MODEL, trained_whole=1000 * 64)
+    run = _run(adapter={"kind": "lora", "rank": 4, "trainable_modules": ["embed_tokens"]})
+    plan = make_plan(run, whole, DATA, dtype_bytes=2, process_bytes=0, free_bytes=1 << 40, can_compile=True)
+    lora = 12 * 4 * (64 + 64)
+    assert plan.trainable_parameters == lora + 1000 * 64
+    assert plan.memory["trainable"] == 4 * lora + (4 + 2) * 1000 * 64
+
+
 def test_total_is_the_sum() -> None:
     memory = dict(_plan(_run(), process_bytes=123).memory)
     total = memory.pop("total")
