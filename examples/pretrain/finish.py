@@ -1,0 +1,124 @@
+"""Puts the pre-trained model in its place and writes its model card from what was measured.
+
+    python examples/pretrain/finish.py --run runs/pretrain --model examples/models/ember-6m
+
+Copies the weights, scores the held-out texts, draws the loss curve and fills ``card.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ingle import open_model
+from ingle.config import Source, TaskConfig
+from ingle.data import Message
+from ingle.evaluation import evaluate_single
+from ingle.evaluation.charts import smooth, smoothing_span
+
+HERE = Path(__file__).parent
+WEIGHTS = ("model.safetensors", "config.json", "generation_config.json")
+HELD_OUT = {
+    "composed documents": "heldout-documents.jsonl",
+    "conversations": "heldout-conversations.jsonl",
+    "books": "heldout-books.jsonl",
+}
+PROMPTS = ("Tell me a short story.", "What is 7 plus 5?", "How do you make tea?", "What is the capital of France?")
+
+
+def main() -> None:
+    """Reads the command line and does the work."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="the finished run")
+    parser.add_argument("--model", type=Path, default=Path("examples/models/ember-6m"), help="where the model goes")
+    parser.add_argument("--corpus", type=Path, default=HERE / "corpus", help="folder of the held-out files")
+    options = parser.parse_args()
+    steps = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((options.run / "report.json").read_text())
+    options.model.mkdir(parents=True, exist_ok=True)
+    for name in WEIGHTS:
+        shutil.copyfile(options.run / "model" / name, options.model / name)
+    for source in (HERE / "model").glob("*"):
+        if source.name not in WEIGHTS:
+            shutil.copyfile(source, options.model / source.name)
+    (options.model / "loss.svg").write_text(draw(steps))
+    (options.model / "README.md").write_text(write_card(options.model, options.corpus, steps, report))
+
+
+def write_card(model: Path, corpus: Path, steps: list[dict[str, Any]], report: dict[str, Any]) -> str:
+    """``card.md`` with the figures of this run."""
+    engine = open_model(str(model))
+    rows = []
+    for label, name in HELD_OUT.items():
+        if not (corpus / name).is_file():
+            continue
+        task = TaskConfig(
+            sources=(Source(path=str(corpus / name)),), metrics=("bits_per_byte", "perplexity"), num_samples=400
+        )
+        metrics = evaluate_single(engine.model, engine.tokenizer, task)["metrics"]
+        low, high = metrics["bits_per_byte"]["ci95"]
+        rows.append(
+            f"| {label} | {metrics['bits_per_byte']['n']} | {metrics['bits_per_byte']['value']:.3f} "
+            f"[{low:.3f}, {high:.3f}] | {metrics['perplexity']['value']:.2f} |"
+        )
+    return (
+        (HERE / "card.md")
+        .read_text()
+        .format(
+            parameters=f"{sum(parameter.numel() for parameter in engine.model.parameters()):,}",
+            num_steps=f"{report['num_steps']:,}",
+            tokens=f"{report['num_tokens'] / 1e6:.1f}",
+            hours=f"{report['train_s'] / 3600:.1f}",
+            speed=f"{report['tokens_per_s']:,.0f}",
+            first_loss=f"{steps[0]['loss']:.2f}",
+            last_loss=f"{sum(step['loss'] for step in steps[-20:]) / 20:.2f}",
+            held_out="\n".join(rows),
+            answers=answer_prompts(engine),
+        )
+    )
+
+
+def answer_prompts(engine: Any) -> str:
+    """A few prompts and what the model says to them."""
+    generations = engine.generate([[Message("user", prompt)] for prompt in PROMPTS], max_new_tokens=120)
+    return "\n".join(
+        f"> **{prompt}**  \n> {generation.text.strip()}".replace("\n\n", "\n>\n> ") + "\n"
+        for prompt, generation in zip(PROMPTS, generations, strict=True)
+    )
+
+
+def draw(steps: list[dict[str, Any]], width: int = 720, height: int = 260) -> str:
+    """The loss curve, each step faint and the moving mean strong, as an SVG that stands alone."""
+    losses = np.array([step["loss"] for step in steps])
+    top, last = float(losses.max()), len(losses)
+
+    def points(values: Any) -> str:
+        pairs = ((40 + index / last * (width - 50), 10 + (1 - value / top) * (height - 40)) for index, value in values)
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in pairs)
+
+    grid = "".join(
+        f'<text x="4" y="{14 + (1 - level / top) * (height - 40):.0f}">{level}</text>'
+        f'<path d="M40 {10 + (1 - level / top) * (height - 40):.0f}H{width - 10}" stroke="#8884"/>'
+        for level in range(0, int(top) + 1, 2)
+    )
+    ticks = "".join(
+        f'<text x="{36 + step / last * (width - 50):.0f}" y="{height - 8}">{step}</text>'
+        for step in range(0, last + 1, max(1, last // 5))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="training loss over steps" font-family="sans-serif" font-size="11" fill="#888">'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>{grid}{ticks}'
+        f'<polyline fill="none" stroke="#d9480f" stroke-opacity="0.3" points="{points(enumerate(losses))}"/>'
+        f'<polyline fill="none" stroke="#d9480f" stroke-width="2" '
+        f'points="{points(enumerate(smooth(losses, smoothing_span(last))))}"/></svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    main()
