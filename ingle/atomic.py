@@ -41,6 +41,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with _disk_full_is_told(path):
         try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
             partial.mkdir(parents=True)
             yield partial
             for entry in partial.rglob("*"):

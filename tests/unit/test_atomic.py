@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,12 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     with atomic_folder(target) as partial:
         (partial / "y").write_text("new")
     assert [entry.name for entry in target.iterdir()] == ["y"]
+
+
+def test_what_a_killed_process_of_our_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    left = tmp_path / f"folder.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("a part")
+    with atomic_folder(tmp_path / "folder") as partial:
+        (partial / "x").write_text("whole")
+    assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["x"]
