@@ -53,8 +53,9 @@ def examine() -> dict[str, Any]:
     """Everything ``ingle doctor`` shows, as plain data; rates are medians."""
     import psutil
     import torch
+    from huggingface_hub import constants
 
-    from ingle import __version__, env
+    from ingle import __version__
     from ingle.training.compiling import can_compile
 
     memory = psutil.virtual_memory()
@@ -63,7 +64,9 @@ def examine() -> dict[str, Any]:
         "versions": {"ingle": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
-        "disk": {str(path): shutil.disk_usage(path).free for path in (Path.cwd(), _existing(env.cache_dir()))},
+        "disk": {
+            str(path): shutil.disk_usage(path).free for path in (Path.cwd(), _existing(Path(constants.HF_HUB_CACHE)))
+        },
         "devices": devices,
         "can_compile": can_compile(torch.device("cuda" if len(devices) > 1 else "cpu")),
         "hub": _ask_hub(),
