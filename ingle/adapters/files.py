@@ -135,6 +135,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AttachReport:
             f"only in the config: {_some(set(existing) - set(factors))}",
             fix="give the target_modules it was trained with",
         )
+    frozen = sorted(name for name in whole if existing and not _is_trained(model, name))
+    if frozen:
+        raise AdapterError(
+            f"this adapter holds {', '.join(frozen)}, trained whole, which would stay frozen here.",
+            where=str(folder),
+            fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
+        )
     for name, (lora_a, _) in factors.items():
         _check_factors(model, name, factors[name], folder)
         rank, scale = len(lora_a), _scale_of(name, len(lora_a), settings)
@@ -187,6 +194,10 @@ def _trained_whole(model: nn.Module) -> tuple[str, ...]:
     return (*names, *(n for n in tied_modules(model, tuple(names)) if n not in names))
 
 
+def _is_trained(model: nn.Module, name: str) -> bool:
+    return all(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+
+
 def _holds_lora(module: nn.Module) -> bool:
     return bool(lora_modules(module))
 
@@ -225,7 +236,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise AdapterError("the adapter's config cannot be read.", where=str(path), why=str(error)) from None
     for key, plain in _MUST_BE_PLAIN.items():
         value = settings.get(key, plain[0])
-        if value not in plain and not (key == "init_lora_weights" and value is True):
+        if value not in plain:
             raise AdapterError(
                 f"this adapter uses {key} = {value!r}, which is not supported yet.",
                 where=f"{path}: {key}",

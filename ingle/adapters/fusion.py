@@ -102,12 +102,6 @@ class FusedLayer(nn.Module):
             window = getattr(attention.config, "sliding_window", None)
         self._window: int | None = window
 
-    def train(self, mode: bool = True) -> FusedLayer:
-        """Sets the mode of the layer it stands for too."""
-        super().train(mode)
-        self.__dict__["original"].training = mode
-        return self
-
     def signature(self) -> tuple[Any, ...]:
         """What decides whether two layers compute alike."""
         modules = [
@@ -136,6 +130,7 @@ class FusedLayer(nn.Module):
             and supported(hidden_states, self.get_parameter("input_layernorm.weight"), *position_embeddings)
         )
         original = self.__dict__["original"]
+        original.training = self.training  # it is hidden from whoever sets the mode
         if not fits:
             answer: Tensor = original(
                 hidden_states,
@@ -147,7 +142,7 @@ class FusedLayer(nn.Module):
             )
             return answer
         assert position_embeddings is not None and cu_seq_lens_q is not None
-        reach = Reach.of(cu_seq_lens_q, causal=True, window=self._window)
+        reach = Reach.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         rotary = (position_embeddings[0][0], position_embeddings[1][0])
         if self.training and getattr(original, "gradient_checkpointing", False):
             again: Callable[..., Any] = checkpoint
@@ -164,7 +159,6 @@ class FusedLayer(nn.Module):
             k=_projection(attention.k_proj),
             v=_projection(attention.v_proj),
             o=_projection(attention.o_proj),
-            heads=self._heads,
             scores=self._scores,
             q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
             k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
@@ -205,7 +199,7 @@ def _obstacle(layer: Any) -> str | None:
     """Why a layer cannot be fused, or None."""
     if _name(layer) not in _KNOWN:
         return f"{type(layer).__name__} is not among the fused architectures"
-    if type(layer.mlp.act_fn) not in (nn.SiLU,) and "SiLU" not in type(layer.mlp.act_fn).__name__:
+    if "SiLU" not in type(layer.mlp.act_fn).__name__:
         return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
         return "a hook watches one of its modules"
@@ -249,6 +243,7 @@ def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
     except (RuntimeError, TypeError, AttributeError) as failure:
         return f"the comparison with the layer it stands for failed: {type(failure).__name__}: {failure}"
     finally:
+        layer.train(was_training)
         fused.train(was_training)
     for name, expected in theirs.items():
         size_of = expected.float().norm().item()

@@ -152,6 +152,18 @@ def test_starting_from_a_folder_of_another_shape(folder: Path, settings: dict[st
         adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(folder), **settings}), seed=1)
 
 
+def test_starting_from_modules_trained_whole_that_would_be_frozen_is_refused(tmp_path: Path) -> None:
+    whole = ADAPTER.model_copy(update={"trainable_modules": ("embed_tokens",)})
+    model = llama()
+    adapters.attach(model, whole, seed=0)
+    adapters.save_adapter(model, tmp_path, whole, "base")
+    with pytest.raises(AdapterError, match=r"model\.embed_tokens, trained whole, which would stay frozen"):
+        adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(tmp_path)}), seed=0)
+    again = llama()
+    adapters.attach(again, whole.model_copy(update={"path": str(tmp_path)}), seed=0)
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
 def test_saving_over_an_adapter_leaves_no_other_file(folder: Path) -> None:
     model = llama()
     adapters.load_adapter(model, folder)
