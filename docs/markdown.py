@@ -12,6 +12,8 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+TEMPLATES = {"examples/pretrain/card.md"}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -102,5 +104,6 @@ def tracked(root: Path) -> list[str]:
 
 
 def read_pages(root: Path) -> list[Page]:
-    """Every Markdown page of the project."""
-    return [Page(name, (root / name).read_text()) for name in tracked(root) if name.endswith(".md")]
+    """Every Markdown page of the project but those that a program fills and puts elsewhere."""
+    names = [name for name in tracked(root) if name.endswith(".md") and name not in TEMPLATES]
+    return [Page(name, (root / name).read_text()) for name in names]
