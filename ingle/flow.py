@@ -214,10 +214,8 @@ def _prepare(run: Run, sink: Sink) -> Prepared:
         run,
         model_shape(model, adapters.select(model, run.adapter)),
         planning.DataShape(
-            num_documents=len(dataset),
             num_sequences=len(sequences),
             num_tokens=dataset.num_tokens,
-            num_supervised=dataset.stats.supervised_tokens,
             longest=max(int(dataset.lengths[sequence].sum()) for sequence in sequences),
         ),
         dtype_bytes=dtype.itemsize,
@@ -269,13 +267,10 @@ def _report(
     comparison = None
     began = time.monotonic()
     if run.evaluate is not None:
-        patient = _stoppable(folder, sink, stop)
         parts.model.eval()
-        if base is None:
-            with adapters.disabled(parts.model):
-                base = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=patient, stage="base")
-        tuned = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=patient, stage="tuned")
-        comparison = evaluation.compare(base, tuned, run.evaluate)
+        comparison = evaluation.evaluate_pair(
+            parts.model, parts.tokenizer, run.evaluate, sink=_stoppable(folder, sink, stop), base=base
+        )
         sink(Evaluated(position.step, comparison))
     summary = {
         "num_steps": position.step,

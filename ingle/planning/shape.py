@@ -34,7 +34,6 @@ class ModelShape:
     """A model as the planner sees it.
 
     Attributes:
-        architecture: Class name.
         num_parameters: All parameters, tied ones once.
         linears: The linear maps inside the decoder layers.
         other_parameters: Embeddings, head, norms and biases.
@@ -44,7 +43,6 @@ class ModelShape:
         trained_whole: Parameters of modules trained whole beside an adapter (embeddings, the head).
     """
 
-    architecture: str
     num_parameters: int
     linears: tuple[LinearShape, ...]
     other_parameters: int
@@ -59,15 +57,11 @@ class DataShape:
     """Tokenized data as the planner sees it.
 
     Attributes:
-        num_documents: Documents.
         num_sequences: Rows after packing.
         num_tokens: Tokens in all documents.
-        num_supervised: Tokens that carry loss.
         longest: Tokens of the longest sequence.
     """
 
-    num_documents: int
     num_sequences: int
     num_tokens: int
-    num_supervised: int
     longest: int

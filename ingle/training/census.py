@@ -48,7 +48,6 @@ def model_shape(model: Model, trained: Selection) -> ModelShape:
         for (width, height), count in sorted(counts.items())
     )
     return ModelShape(
-        architecture=type(model).__name__,
         num_parameters=num_parameters,
         linears=linears,
         other_parameters=num_parameters - sum(lin.num_weights * lin.count for lin in linears),

@@ -13,7 +13,6 @@ from ingle.planning import DataShape, LinearShape, ModelShape, Plan, make_plan
 from ingle.planning.plan import default_micro_batch
 
 MODEL = ModelShape(
-    architecture="LlamaForCausalLM",
     num_parameters=12 * 64 * 64 + 1000 * 64,
     linears=(LinearShape(64, 64, count=12, active=12, adapted=12),),
     other_parameters=1000 * 64,
@@ -22,7 +21,7 @@ MODEL = ModelShape(
     vocab_size=1000,
     trained_whole=0,
 )
-DATA = DataShape(num_documents=900, num_sequences=100, num_tokens=40_000, num_supervised=10_000, longest=512)
+DATA = DataShape(num_sequences=100, num_tokens=40_000, longest=512)
 
 
 def _run(**sections: Any) -> Run:
