@@ -142,6 +142,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AttachReport:
             where=str(folder),
             fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
         )
+    apart = tied_modules(model, tuple(whole))
+    if existing and apart:
+        raise AdapterError(
+            f"this adapter trained {', '.join(whole)} apart from {', '.join(apart)}, and this model ties them.",
+            where=str(folder),
+            fix="train it with ensure_weight_tying in PEFT, or start without adapter.path",
+        )
     for name, (lora_a, _) in factors.items():
         _check_factors(model, name, factors[name], folder)
         rank, scale = len(lora_a), _scale_of(name, len(lora_a), settings)
@@ -162,10 +169,26 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AttachReport:
             module.lora_a.copy_(lora_a)
             module.lora_b.copy_(lora_b)
     names = tuple(whole)
-    notes = () if existing else train_whole(model, names)
+    notes = () if existing else (*_untie(model, names), *train_whole(model, names))
     for name, state in whole.items():
         _load_whole(model, name, state, folder)
     return report(model, Selection(tuple(factors), names), notes)
+
+
+def _untie(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Gives modules that share a weight with one outside ``names`` their own, as PEFT does with what it trains whole.
+
+    Returns:
+        Sentences about what is no longer shared.
+    """
+    apart = tied_modules(model, names)
+    shared = {id(p) for path in apart for p in model.get_submodule(path).parameters(recurse=False)}
+    for name in names:
+        for module in model.get_submodule(name).modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in shared:
+                    setattr(module, key, nn.Parameter(parameter.detach().clone()))
+    return tuple(f"{path} keeps its own weight: the adapter trained {', '.join(names)} without it" for path in apart)
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
@@ -271,6 +294,8 @@ def _sort_tensors(
     whole: dict[str, dict[str, Tensor]] = {}
     saved = settings.get("modules_to_save") or ()
     paths = [name for name, _ in model.named_modules() if any(name == s or name.endswith(f".{s}") for s in saved)]
+    if settings.get("ensure_weight_tying"):  # PEFT then names one module and saves all that share its weight
+        paths += tied_modules(model, tuple(paths))
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)

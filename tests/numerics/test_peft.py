@@ -19,6 +19,7 @@ from transformers import (
 
 from ingle import adapters
 from ingle.config.adapter import LoraAdapter
+from ingle.errors import AdapterError
 
 IDS = torch.arange(20).view(2, 10) * 7 % 50
 
@@ -142,6 +143,31 @@ def test_what_peft_saved_loads_here(settings: dict[str, Any], tmp_path: Path) ->
     ours = llama()
     adapters.load_adapter(ours, tmp_path)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_what_peft_trained_whole_on_tied_weights_loads_here(named: str, together: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=[named], ensure_weight_tying=together, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(llama(tied=True), config).eval()
+    move(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    expected = through_peft(llama(tied=True), tmp_path)
+    ours = llama(tied=True)
+    base = logits(ours)
+    report = adapters.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    assert any("keeps its own weight" in note for note in report.notes) != together
+    with adapters.disabled(ours):
+        torch.testing.assert_close(logits(ours), base)
+    again = LoraAdapter(rank=4, alpha=8, target_modules=("q_proj",), trainable_modules=(named,), path=str(tmp_path))
+    if together:
+        adapters.attach(llama(tied=True), again, seed=0)
+    else:
+        with pytest.raises(AdapterError, match="this model ties them"):
+            adapters.attach(llama(tied=True), again, seed=0)
 
 
 def peft_twin(ours: torch.nn.Module, base: PreTrainedModel) -> tuple[Any, dict[str, torch.nn.Parameter]]:
