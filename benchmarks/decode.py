@@ -25,11 +25,16 @@ from torch.nn import functional
 
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant.format import Format
+from ingle.quant.ggml_k import Q4_K, Q6_K
+from ingle.quant.ggml_legacy import Q4_0, Q8_0
 from ingle.quant.int8 import Int8
 from ingle.quant.nf4 import Nf4
 
 SHAPES = {"mlp of 1024": (2816, 1024), "attention of 4096": (4096, 4096), "mlp of 4096": (11008, 4096)}
-FORMATS: dict[str, Format] = {"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "int8": Int8()}
+FORMATS: dict[str, Format] = {
+    **{"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "int8": Int8()},
+    **{"q8_0": Q8_0(), "q4_0": Q4_0(), "q4_k": Q4_K(), "q6_k": Q6_K()},
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -76,7 +81,8 @@ def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> 
         codes, scale, _ = peer.int8_vectorwise_quant(weight.half())
         half = weight.half()
         return lambda: peer.int8_vectorwise_dequant(codes, scale).to(dtype), lambda: peer.int8_vectorwise_quant(half)
-    assert isinstance(format, Nf4)
+    if not isinstance(format, Nf4):
+        return None
     nested, size = format.double_quant, format.block_size
     cast = weight.to(dtype)
 

@@ -124,9 +124,81 @@ class Q8_0Base(GgmlBase):
     block_bytes = 34
 
 
+class Q4_KBase(GgmlBase):
+    """GGUF Q4_K: 4-bit integers with offsets; 6-bit scales for 32, float16 ones for 256.
+
+    Source: ggml, ``block_q4_K``.
+    """
+
+    format: Literal["q4_k"]
+    block_size = 256
+    block_bytes = 144
+    fallback = "q5_0"
+
+
+class Q6_KBase(GgmlBase):
+    """GGUF Q6_K: 6-bit integers around zero; 8-bit scales for 16, float16 ones for 256.
+
+    Source: ggml, ``block_q6_K``.
+    """
+
+    format: Literal["q6_k"]
+    block_size = 256
+    block_bytes = 210
+    fallback = "q8_0"
+
+
+class Q5_KBase(GgmlBase):
+    """GGUF Q5_K: 5-bit integers with offsets; 6-bit scales for 32, float16 ones for 256.
+
+    Source: ggml, ``block_q5_K``.
+    """
+
+    format: Literal["q5_k"]
+    block_size = 256
+    block_bytes = 176
+    fallback = "q5_1"
+
+
+class Q3_KBase(GgmlBase):
+    """GGUF Q3_K: 3-bit integers around zero; 6-bit scales for 16, float16 ones for 256.
+
+    Source: ggml, ``block_q3_K``.
+    """
+
+    format: Literal["q3_k"]
+    block_size = 256
+    block_bytes = 110
+    fallback = "q4_0"
+
+
+class Q2_KBase(GgmlBase):
+    """GGUF Q2_K: 2-bit integers with offsets; 4-bit scales for 16, float16 ones for 256.
+
+    Source: ggml, ``block_q2_K``.
+    """
+
+    format: Literal["q2_k"]
+    block_size = 256
+    block_bytes = 84
+    fallback = "q4_0"
+
+
 _Base = Annotated[
-    NoBase | Nf4Base | Int8Base | Q4_0Base | Q4_1Base | Q5_0Base | Q5_1Base | Q8_0Base,
+    NoBase
+    | Nf4Base
+    | Int8Base
+    | Q4_0Base
+    | Q4_1Base
+    | Q5_0Base
+    | Q5_1Base
+    | Q8_0Base
+    | Q4_KBase
+    | Q6_KBase
+    | Q5_KBase
+    | Q3_KBase
+    | Q2_KBase,
     Field(discriminator="format"),
 ]
-_Name = Literal["none", "nf4", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+_Name = Literal["none", "nf4", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k", "q5_k", "q3_k", "q2_k"]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | _Name)]

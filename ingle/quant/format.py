@@ -16,12 +16,18 @@ from ingle.config.base import (
     Int8Base,
     Nf4Base,
     NoBase,
+    Q2_KBase,
+    Q3_KBase,
     Q4_0Base,
     Q4_1Base,
+    Q4_KBase,
     Q5_0Base,
     Q5_1Base,
+    Q5_KBase,
+    Q6_KBase,
     Q8_0Base,
 )
+from ingle.quant.ggml_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ingle.quant.int8 import Int8
 from ingle.quant.nf4 import Nf4
@@ -125,3 +131,13 @@ def make_format(base: BaseConfig) -> Format | None:
             return Q5_1()
         case Q8_0Base():
             return Q8_0()
+        case Q4_KBase():
+            return Q4_K()
+        case Q6_KBase():
+            return Q6_K()
+        case Q5_KBase():
+            return Q5_K()
+        case Q3_KBase():
+            return Q3_K()
+        case Q2_KBase():
+            return Q2_K()

@@ -20,10 +20,15 @@ from ingle.config.base import (
     Int8Base,
     Nf4Base,
     NoBase,
+    Q2_KBase,
+    Q3_KBase,
     Q4_0Base,
     Q4_1Base,
+    Q4_KBase,
     Q5_0Base,
     Q5_1Base,
+    Q5_KBase,
+    Q6_KBase,
     Q8_0Base,
 )
 from ingle.errors import QuantizationError
@@ -43,11 +48,17 @@ FORMATS: dict[str, BaseConfig] = {
     "q5_0": Q5_0Base(format="q5_0"),
     "q5_1": Q5_1Base(format="q5_1"),
     "q8_0": Q8_0Base(format="q8_0"),
+    "q4_k": Q4_KBase(format="q4_k"),
+    "q6_k": Q6_KBase(format="q6_k"),
+    "q5_k": Q5_KBase(format="q5_k"),
+    "q3_k": Q3_KBase(format="q3_k"),
+    "q2_k": Q2_KBase(format="q2_k"),
 }
 #: The relative error in rms that a Gaussian weight may suffer.
 ERROR = {
     **{"nf4": 0.1, "nf4-single": 0.1, "nf4-32": 0.09, "nf4-256": 0.12, "nf4-4096": 0.15, "int8": 0.01},
     **{"q4_0": 0.087, "q4_1": 0.079, "q5_0": 0.043, "q5_1": 0.038, "q8_0": 0.0055},
+    **{"q4_k": 0.072, "q6_k": 0.018, "q5_k": 0.037, "q3_k": 0.152, "q2_k": 0.31},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
