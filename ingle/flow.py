@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             return _report(run, folder, parts, position, base, sink, stop)
         except Interrupted:
             raise
-        except IngleError as error:
-            sink(Failed(error.message))
+        except Exception as error:
+            sink(Failed(error.message if isinstance(error, IngleError) else f"{type(error).__name__}: {error}"))
             raise
 
 
@@ -121,8 +121,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(note))
     if run.train.recompute:
         models.recompute_layers(model)
-    fusion = adapters.fuse(model)
-    if ready.plan.compile and not fusion.fused:
+    asked_to_compile = ready.plan.compile and run.train.compile is True
+    fusion = adapters.FusionReport(0, {}) if asked_to_compile else adapters.fuse(model)
+    compiled = ready.plan.compile and not fusion.fused
+    if compiled:
         compile_layers(model)
 
     objective = LanguageModelling(
@@ -134,7 +136,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     return Assembled(
         mesh=ready.mesh,
-        plan=ready.plan,
+        plan=replace(ready.plan, compile=compiled),
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
@@ -222,6 +224,7 @@ def _prepare(run: Run, sink: Sink) -> Prepared:
         process_bytes=resident_bytes() if mesh.device.type == "cpu" else 0,
         free_bytes=free_bytes(mesh.device),
         can_compile=can_compile(mesh.device),
+        on_gpu=mesh.device.type == "cuda",
     )
     return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan)
 

@@ -19,9 +19,13 @@ import numpy.typing as npt
 
 from ingle.config.data import DataConfig
 from ingle.data.dataset import TokenDataset
+from ingle.data.shuffle import permutation
 from ingle.errors import DataError
 
 Indices = npt.NDArray[np.int64]
+
+#: The stream of the packing's permutation; epochs count up from 0.
+_PACKING = -1
 
 
 class Sequences:
@@ -86,7 +90,7 @@ def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = Tr
 
 def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
     """Sequence of each document; numbered in the order of their first documents."""
-    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    shuffled = permutation(len(lengths), seed, _PACKING)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     ranked = lengths[order]
     borders = np.flatnonzero(np.diff(ranked)) + 1

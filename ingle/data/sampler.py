@@ -1,18 +1,15 @@
 """The order of training, as a pure function of one counter.
 
 Nothing but the counter is stored in a checkpoint: the order of an epoch follows from the seed and the number of
-the epoch, by a hash that is defined here and so does not change with a library's version.
+the epoch, by a hash of our own that does not change with a library's version.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ingle.data.packing import Indices, Sequences
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+from ingle.data.shuffle import permutation
 
 
 class SequenceSampler:
@@ -46,16 +43,4 @@ class SequenceSampler:
     def _make_order(self, epoch: int) -> Indices:
         if not self._shuffle:
             return np.arange(len(self), dtype=np.int64)
-        stream = _mix(np.array([_mix(np.array([self._seed & _MASK], np.uint64))[0] ^ np.uint64(epoch)], np.uint64))[0]
-        keys = _mix(stream + np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
-        return np.argsort(keys, kind="stable")
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function, a bijection of 64-bit integers.
-
-    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        return permutation(len(self), self._seed, epoch)

@@ -29,4 +29,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    # Some versions refuse a threshold above 32 MiB; the trim threshold matters either way.
+    kept = bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) or bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25))
+    return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)) and kept

@@ -19,6 +19,9 @@ from ingle.planning.shape import DataShape, ModelShape
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
+#: Operations per second that ``compile: auto`` assumes.
+_ORDINARY_SPEED = {"cpu": 1e12, "gpu": 1e14}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -68,6 +71,7 @@ def make_plan(
     process_bytes: int,
     free_bytes: int,
     can_compile: bool,
+    on_gpu: bool = False,
 ) -> Plan:
     """Counts what ``run`` needs.
 
@@ -79,6 +83,7 @@ def make_plan(
         process_bytes: What the process holds already (libraries, tokenized data).
         free_bytes: Memory that is free on the device.
         can_compile: Whether compiled layers would run here.
+        on_gpu: Whether the device is a GPU.
 
     Raises:
         DoesNotFit: When the prediction exceeds what is free, with the cheapest way out.
@@ -100,7 +105,7 @@ def make_plan(
         num_tokens=num_tokens,
         num_epochs=num_steps * global_batch / data.num_sequences,
         save_every=run.train.save_every if run.train.save_every is not None else max(1, math.ceil(num_steps / 10)),
-        compile=decide_compile(run, flops * num_tokens) and can_compile,
+        compile=decide_compile(run, flops * num_tokens, on_gpu=on_gpu) and can_compile,
         trainable_parameters=trainable_parameters(run, model),
         num_parameters=model.num_parameters,
         flops_per_token=flops,
@@ -150,7 +155,7 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     whole = trained if full else model.trained_whole
     copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; what the base answers with
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
-    per_token = (2 * model.num_layers * model.hidden_size if run.train.recompute else widths) * dtype_bytes
+    kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
     largest = max((lin.num_weights for lin in model.linears), default=0)
     decoded = largest * dtype_bytes if run.base.format != "none" else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
@@ -159,24 +164,22 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
         "trainable": 4 * (trained - whole) + copies * whole,
         "gradients": trained * 4,
         "optimizer": trained * 8,
-        "activations": row_tokens * per_token,
+        "activations": round(row_tokens * kept * dtype_bytes),
         "decoded weights": decoded,
         "loss": logits,
     }
 
 
-def decide_compile(run: Run, total_flops: float) -> bool:
+def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     """Whether compiling decoder layers pays for itself within the run.
 
-    A pure function of the config and the model, never of a measured speed: a run that goes on after a
-    crash must compute with the same kernels, or its weights would differ in the last bit.  Measured here,
-    compiling one kind of layer costs about a minute and saves about a quarter of the step, so on a device that
-    does 1e12 operations per second it pays beyond four minutes.  The threshold is half an hour there, so that it
-    pays on devices up to seven times as fast.
+    A pure function of the config and the model, never of a measured speed: a run that goes on after a crash must
+    compute with the same kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than
+    half an hour on a device of ordinary speed, so that the minutes that compiling may take are a small part of them.
     """
     if run.train.compile != "auto":
         return bool(run.train.compile)
-    return total_flops / 1e12 > 1800.0
+    return total_flops > _ORDINARY_SPEED["gpu" if on_gpu else "cpu"] * 1800
 
 
 def _remedy(run: Run, model: ModelShape, data: DataShape, micro_batch: int, dtype_bytes: int) -> str:
