@@ -150,8 +150,8 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") 
     import torch
     from pydantic import TypeAdapter
 
-    from ingle import adapters, models, quant
-    from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig
+    from ingle import adapters, models, parallel, quant
+    from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig, ParallelConfig
     from ingle.data.types import Sample
     from ingle.objectives import LanguageModelling
     from ingle.training.compiling import compile_layers
@@ -160,7 +160,8 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") 
     from ingle.training.steps import take_step
 
     config, adapter = ModelConfig(id=str(folder), dtype="bfloat16"), LoraAdapter(rank=shape.rank)
-    optim, device = OptimConfig(), torch.device("cpu")
+    optim = OptimConfig()
+    device = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads())).device
     model: Any = models.skeleton(config, device, torch.bfloat16)
     quant.convert(model, TypeAdapter(BaseConfig).validate_python({"format": base}))
     models.fill(model, config, device, torch.bfloat16)
@@ -368,7 +369,9 @@ def main() -> None:
     """Reads the arguments, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", nargs="+", default=["none", "nf4"], choices=["none", "nf4", "int8"])
-    parser.add_argument("--sides", nargs="+", default=["ingle", "peer"], help="ingle, ingle-eager, ingle-compiled, peer, peer-bf16")
+    parser.add_argument(
+        "--sides", nargs="+", default=["ingle", "peer"], help="ingle, ingle-eager, ingle-compiled, peer, peer-bf16"
+    )
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -400,11 +403,11 @@ def main() -> None:
             print(f"base {base}:")
             figures[base] = result = compare(shape, Path(folder), base, options)
             for name, row in result.items():
+                low, high = row["quartiles"]
                 print(
-                    f"  {name:<16} {row['tokens_per_s']:7.0f} tokens/s  ({row['seconds']:.2f} s; quartiles "
-                    f"{row['quartiles'][0]:.2f} - {row['quartiles'][1]:.2f})  {floor / row['seconds']:5.0%} of the floor  "
-                    f"peak {row['peak_mib']:5.0f} MiB (weights {row['weights_mib']:.0f})  "
-                    f"{row['page_faults']:.0f} page faults"
+                    f"  {name:<16} {row['tokens_per_s']:7.0f} tokens/s  ({row['seconds']:.2f} s; quartiles {low:.2f} - "
+                    f"{high:.2f})  {floor / row['seconds']:5.0%} of the floor  peak {row['peak_mib']:5.0f} MiB "
+                    f"(weights {row['weights_mib']:.0f})  {row['page_faults']:.0f} page faults"
                 )
             ours, peers = result.get("ingle"), [row for name, row in result.items() if name.startswith("peer")]
             if ours:

@@ -54,9 +54,9 @@ def packed_attention(
         [1, N, Hq, Dh].
     """
     if supported(q, k, v):
-        reach = Reach.of(cu_seqlens, causal, window)
         heads = Heads(q.shape[1], k.shape[1], q.shape[3])
-        out: Tensor = _PackedAttention.apply(q, k, v, reach, heads, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+        reach = Reach.of(cu_seqlens, heads, causal=causal, window=window)
+        out: Tensor = _PackedAttention.apply(q, k, v, reach, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
         return out
     return attend_by_document(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
 
@@ -65,11 +65,13 @@ class _PackedAttention(torch.autograd.Function):
     """The tiles of :mod:`ingle.kernels.attention_cpu` behind the shapes that transformers uses."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, heads: Heads, scores: Scores) -> Tensor:
-        q_grouped, k_grouped, v_grouped = (group_rows(t[0].transpose(0, 1), reach, heads) for t in (q, k, v))
-        out, lse = attend(q_grouped, k_grouped, v_grouped, reach, heads, scores)
-        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), reach, heads)
-        ctx.reach, ctx.heads, ctx.scores = reach, heads, scores
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> Tensor:
+        heads = reach.heads
+        q_grouped = group_rows(_dense(q[0]).transpose(0, 1), reach.by_tile, heads)
+        k_grouped, v_grouped = (group_rows(_dense(t[0]).transpose(0, 1), reach.by_segment, heads) for t in (k, v))
+        out, lse = attend(q_grouped, k_grouped, v_grouped, reach, scores)
+        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), reach.by_tile, heads)
+        ctx.reach, ctx.scores = reach, scores
         ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD)
         return out_NHD[None]
 
@@ -77,14 +79,16 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_1NHD: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, out_NHD = ctx.saved_tensors
-        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, ctx.reach, ctx.heads)
-        grads = attend_backward(grad, delta, lse, q, k, v, ctx.reach, ctx.heads, ctx.scores)
-        num_heads = (ctx.heads.q, ctx.heads.kv, ctx.heads.kv)
+        reach: Reach = ctx.reach
+        heads = reach.heads
+        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, reach)
+        grads = attend_backward(grad, delta, lse, q, k, v, reach, ctx.scores)
+        layouts = ((heads.q, reach.by_tile), (heads.kv, reach.by_segment), (heads.kv, reach.by_segment))
         grads_NHD = (
-            ungroup_rows(g, out_NHD.new_empty(out_NHD.shape[0], n, ctx.heads.size), ctx.reach, ctx.heads)
-            for g, n in zip(grads, num_heads, strict=True)
+            ungroup_rows(grouped, out_NHD.new_empty(len(out_NHD), count, heads.size), by, heads)
+            for grouped, (count, by) in zip(grads, layouts, strict=True)
         )
-        return (*(g.transpose(0, 1)[None] for g in grads_NHD), None, None, None)
+        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), None, None)
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ heads, one pass that masks and exponentiates in place, one product with the valu
 Queries of a group read the same keys, so they are laid one under another and keys are never repeated.
 
 Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size,
-P rows of a tile, K keys of a tile. The grouped layout of [N, H, Dh] keeps, segment by segment, [Hkv, S, G, Dh].
+P rows of a tile, K keys of a tile. Grouped means, for keys and values: segment by segment [Hkv, S, Dh]; for
+queries and what goes with them: tile by tile [Hkv, tokens, G, Dh], so that batched products take them as they lie.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,39 +34,6 @@ TILE_TOKENS = 128
 TILE_SCORES = 1 << 20
 
 Indices = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Which keys every token sees, and how the tokens are cut into segments.
-
-    Attributes:
-        first: First key of each token, int32 [N]; never decreases.
-        last: One past its last key, int32 [N]; never decreases within a segment.
-        segments: Start and stop of each segment.
-    """
-
-    first: Indices
-    last: Indices
-    segments: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, causal: bool, window: int | None) -> Reach:
-        """Reads document boundaries, int [D + 1]."""
-        bounds = cu_seqlens.numpy().astype(np.int32)
-        lengths = np.diff(bounds)
-        index = np.arange(bounds[-1], dtype=np.int32)
-        start, stop = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
-        first = start if window is None else np.maximum(start, index - np.int32(window - 1))
-        last = stop if window is None else np.minimum(stop, index + np.int32(window))
-        last = index + np.int32(1) if causal else last
-        segments: list[tuple[int, int]] = []
-        for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            if segments and end - segments[-1][0] <= SEGMENT_TOKENS:
-                segments[-1] = (segments[-1][0], end)
-            elif end > begin:
-                segments.append((begin, end))
-        return cls(first.astype(np.int32), last.astype(np.int32), tuple(segments))
 
 
 @dataclass(frozen=True)
@@ -95,124 +64,178 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Rows of one segment and the keys any of them sees, as views into grouped tensors."""
+class Tile:
+    """Some tokens, the keys any of them sees, and the segment of those keys; start and stop, counted in tokens.
 
-    rows: slice  # of the segment's tokens
-    keys: slice
+    Attributes:
+        rows: The tokens that ask.
+        keys: The tokens that answer.
+        segment: The segment both are in.
+    """
+
+    rows: tuple[int, int]
+    keys: tuple[int, int]
     segment: tuple[int, int]
 
     def queries(self, grouped: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, P, Dh] of a grouped tensor with Hq heads."""
-        whole = _segment(grouped, self.segment, heads.kv, heads.group, heads.size)
-        return whole[:, self.rows.start * heads.group : self.rows.stop * heads.group]
+        """[Hkv, P, Dh] of a tensor grouped by tiles, contiguous."""
+        start, stop = self.rows
+        return grouped[start * heads.q * heads.size : stop * heads.q * heads.size].view(heads.kv, -1, heads.size)
+
+    def numbers(self, values: Tensor, heads: Heads) -> Tensor:
+        """[Hkv, P] of one number a query and head, contiguous."""
+        return values[self.rows[0] * heads.q : self.rows[1] * heads.q].view(heads.kv, -1)
 
     def of_keys(self, grouped: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, K, Dh] of a grouped tensor with Hkv heads."""
-        return _segment(grouped, self.segment, heads.kv, 1, heads.size)[:, self.keys]
+        """[Hkv, K, Dh] of a tensor grouped by segments."""
+        start, stop = self.segment
+        whole = grouped[start * heads.kv * heads.size : stop * heads.kv * heads.size].view(heads.kv, -1, heads.size)
+        return whole[:, self.keys[0] - start : self.keys[1] - start]
 
     def visible(self, reach: Reach) -> tuple[Indices, Indices]:
         """First key and one past the last of each row's token, counted from the tile's first key."""
-        start = self.segment[0]
-        tokens = slice(start + self.rows.start, start + self.rows.stop)
-        offset = np.int32(start + self.keys.start)
-        return reach.first[tokens] - offset, reach.last[tokens] - offset
+        rows, offset = slice(*self.rows), np.int32(self.keys[0])
+        return reach.first[rows] - offset, reach.last[rows] - offset
 
 
-def _segment(grouped: Tensor, segment: tuple[int, int], kv: int, group: int, size: int) -> Tensor:
-    start, stop = segment
-    return grouped[start * kv * group * size : stop * kv * group * size].view(kv, (stop - start) * group, size)
+@dataclass(frozen=True)
+class Reach:
+    """Which keys every token sees, and how the tokens are cut.
+
+    Attributes:
+        heads: Sizes.
+        first: First key of each token, int32 [N]; never decreases.
+        last: One past its last key, int32 [N]; never decreases within a segment.
+        tiles: They cover every token once.
+        by_tile: Start and stop of each token's tile, int32 [N, 2].
+        by_segment: Start and stop of each token's segment, int32 [N, 2].
+    """
+
+    heads: Heads
+    first: Indices
+    last: Indices
+    tiles: tuple[Tile, ...]
+    by_tile: Indices
+    by_segment: Indices
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: int | None) -> Reach:
+        """Reads document boundaries, int [D + 1]."""
+        bounds = cu_seqlens.numpy().astype(np.int32)
+        lengths = np.diff(bounds)
+        index = np.arange(bounds[-1], dtype=np.int32)
+        start, stop = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
+        first = start if window is None else np.maximum(start, index - np.int32(window - 1))
+        last = stop if window is None else np.minimum(stop, index + np.int32(window))
+        last = index + np.int32(1) if causal else last
+        segments = _segments(bounds.tolist())
+        tiles = tuple(_tiles(first, last, segments, heads))
+        return cls(
+            heads,
+            first.astype(np.int32),
+            last.astype(np.int32),
+            tiles,
+            _per_token([tile.rows for tile in tiles]),
+            _per_token(segments),
+        )
 
 
-def _tiles(reach: Reach, heads: Heads) -> Iterator[_Tile]:
-    for start, stop in reach.segments:
+def _segments(bounds: list[int]) -> list[tuple[int, int]]:
+    segments: list[tuple[int, int]] = []
+    for start, stop in itertools.pairwise(bounds):
+        if segments and stop - segments[-1][0] <= SEGMENT_TOKENS:
+            segments[-1] = (segments[-1][0], stop)
+        elif stop > start:
+            segments.append((start, stop))
+    return segments
+
+
+def _tiles(first: Indices, last: Indices, segments: list[tuple[int, int]], heads: Heads) -> Iterator[Tile]:
+    for start, stop in segments:
         row = start
         while row < stop:
-            first = int(reach.first[row])
-            end = min(stop, row + TILE_TOKENS)
-            while end - row > 16 and (end - row) * heads.q * (int(reach.last[end - 1]) - first) > TILE_SCORES:
+            begin, end = int(first[row]), min(stop, row + TILE_TOKENS)
+            while end - row > 16 and (end - row) * heads.q * (int(last[end - 1]) - begin) > TILE_SCORES:
                 end = row + (end - row) // 2
-            yield _Tile(
-                slice(row - start, end - start), slice(first - start, int(reach.last[end - 1]) - start), (start, stop)
-            )
+            yield Tile((row, end), (begin, int(last[end - 1])), (start, stop))
             row = end
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, heads: Heads, scores: Scores) -> tuple[Tensor, Tensor]:
+def _per_token(spans: list[tuple[int, int]]) -> Indices:
+    bounds = np.array(spans, np.int32).reshape(-1, 2)
+    return np.repeat(bounds, bounds[:, 1] - bounds[:, 0], axis=0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention over grouped, flat tensors.
 
     Args:
-        q: [N * Hq * Dh].
-        k: [N * Hkv * Dh].
-        v: [N * Hkv * Dh].
+        q: [N * Hq * Dh], grouped by tiles.
+        k: [N * Hkv * Dh], grouped by segments.
+        v: [N * Hkv * Dh], likewise.
         reach: Who sees what.
-        heads: Sizes.
         scores: What happens to the scores.
 
     Returns:
         The outputs, grouped like ``q``, and the log-sum-exp of each row's scores, float32 [N * Hq] in that layout.
     """
+    heads = reach.heads
     out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
     scratch = torch.empty(0, dtype=q.dtype)
-    for tile in _tiles(reach, heads):
-        queries, keys = tile.queries(q, heads), tile.of_keys(k, heads)
+    for tile in reach.tiles:
+        queries, keys = tile.queries(q, heads), tile.of_keys(k, heads).contiguous()
         scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
+        rest = _multiply(queries, keys, weights, rest)
         match_threads(weights.numel())
         _exponentiate(
             bits(weights),
-            bits(_multiply(queries, keys, weights, rest)),
+            bits(rest),
             *tile.visible(reach),
             np.float32(scores.scale),
             np.float32(scores.softcap),
-            _rows(lse, tile, heads).numpy(),
+            tile.numbers(lse, heads).numpy(),
         )
         torch.bmm(weights, tile.of_keys(v, heads), out=tile.queries(out, heads))
     return out, lse
 
 
 def attend_backward(
-    grad_out: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reach: Reach,
-    heads: Heads,
-    scores: Scores,
+    grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, grouped; the softmax is computed again from its log-sum-exp.
 
     Args:
-        grad_out: Gradient of the outputs, grouped.
+        grad_out: Gradient of the outputs, grouped by tiles.
         delta: Sum of gradient times output of each row, float32 [N * Hq].
         lse: As :func:`attend` returned it.
         q: As given to :func:`attend`.
         k: Likewise.
         v: Likewise.
         reach: Likewise.
-        heads: Likewise.
         scores: Likewise.
 
     Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithm 4.
     """
+    heads = reach.heads
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     scratch = torch.empty(0, dtype=q.dtype)
-    for tile in _tiles(reach, heads):
-        queries, keys, grads = tile.queries(q, heads), tile.of_keys(k, heads), tile.queries(grad_out, heads)
+    for tile in reach.tiles:
+        queries, grads = tile.queries(q, heads), tile.queries(grad_out, heads)
+        keys = tile.of_keys(k, heads).contiguous()
         scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
         torch.bmm(grads, tile.of_keys(v, heads).transpose(1, 2), out=slopes)
+        rest = _multiply(queries, keys, weights, rest)
         match_threads(weights.numel())
         _differentiate(
             bits(weights),
-            bits(_multiply(queries, keys, weights, rest)),
+            bits(rest),
             bits(slopes),
             *tile.visible(reach),
             np.float32(scores.scale),
             np.float32(scores.softcap),
-            _rows(lse, tile, heads).numpy(),
-            _rows(delta, tile, heads).numpy(),
+            tile.numbers(lse, heads).numpy(),
+            tile.numbers(delta, heads).numpy(),
         )
         tile.of_keys(grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
         tile.of_keys(grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
@@ -233,13 +256,6 @@ def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, rest: Tensor) -> Te
     return torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=-1, out=rest)
 
 
-def _rows(values: Tensor, tile: _Tile, heads: Heads) -> Tensor:
-    """The [Hkv, P] of a tile in [N * Hq] values."""
-    start, stop = tile.segment
-    whole = values[start * heads.q : stop * heads.q].view(heads.kv, -1)
-    return whole[:, tile.rows.start * heads.group : tile.rows.stop * heads.group]
-
-
 def _take(scratch: Tensor, shape: tuple[int, int, int], count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     size = shape[0] * shape[1] * shape[2]
     if len(scratch) < count * size:
@@ -247,48 +263,44 @@ def _take(scratch: Tensor, shape: tuple[int, int, int], count: int) -> tuple[Ten
     return scratch, tuple(scratch[i * size : (i + 1) * size].view(shape) for i in range(count))
 
 
-def group_rows(source_NHD: Tensor, reach: Reach, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def group_rows(source_NHD: Tensor, by: Indices, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """[N, H, Dh] -> grouped and flat, rotated on the way.
 
     Args:
         source_NHD: Queries, or keys or values; any strides over N and H.
-        reach: The segments.
+        by: ``reach.by_tile`` for what has query heads, ``reach.by_segment`` for the rest.
         heads: Sizes.
         rotary: cos and sin, [N, Dh], of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
     """
     out = torch.empty(source_NHD.shape.numel(), dtype=source_NHD.dtype)
-    group = source_NHD.shape[1] // heads.kv
-    cos, sin = _rotary(rotary, source_NHD)
     match_threads(len(out))
-    _group(bits(source_NHD), _segment_of(reach), group, cos, sin, bits(out))
+    _group(bits(source_NHD), by, source_NHD.shape[1] // heads.kv, *_rotary(rotary, source_NHD), bits(out))
     return out
 
 
 def ungroup_rows(
-    grouped: Tensor, out_NHD: Tensor, reach: Reach, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None
+    grouped: Tensor, out_NHD: Tensor, by: Indices, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Grouped and flat -> [N, H, Dh]; with ``rotary``, turned back by the angles (the gradient of the turn).
 
     Args:
         grouped: float32 or the dtype of ``out``.
         out_NHD: Where to, any strides over N and H.
-        reach: The segments.
+        by: As for :func:`group_rows`.
         heads: Sizes.
         rotary: As for :func:`group_rows`.
     """
-    group = out_NHD.shape[1] // heads.kv
-    cos, sin = _rotary(rotary, out_NHD)
     match_threads(len(grouped))
-    _ungroup(bits(grouped), _segment_of(reach), group, cos, sin, bits(out_NHD))
+    _ungroup(bits(grouped), by, out_NHD.shape[1] // heads.kv, *_rotary(rotary, out_NHD), bits(out_NHD))
     return out_NHD
 
 
-def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, reach: Reach, heads: Heads) -> tuple[Tensor, Tensor]:
+def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
     """The gradient of the outputs, grouped, and each row's sum of gradient times output, float32 [N * Hq]."""
     grouped = torch.empty(grad_NHD.shape.numel(), dtype=grad_NHD.dtype)
-    delta = torch.empty(grad_NHD.shape[0] * heads.q, dtype=torch.float32)
+    delta = torch.empty(grad_NHD.shape[0] * reach.heads.q, dtype=torch.float32)
     match_threads(len(grouped))
-    _group_gradient(bits(grad_NHD), bits(out_NHD), _segment_of(reach), heads.group, bits(grouped), delta.numpy())
+    _group_gradient(bits(grad_NHD), bits(out_NHD), reach.by_tile, reach.heads.group, bits(grouped), delta.numpy())
     return grouped, delta
 
 
@@ -297,12 +309,6 @@ def _rotary(rotary: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Any, An
         nothing = bits(torch.empty(0, 0, dtype=like.dtype))
         return nothing, nothing
     return bits(rotary[0]), bits(rotary[1])
-
-
-def _segment_of(reach: Reach) -> Indices:
-    """Start and stop of the segment each token is in, int32 [N, 2]."""
-    bounds = np.array(reach.segments, np.int32).reshape(-1, 2)
-    return np.repeat(bounds, bounds[:, 1] - bounds[:, 0], axis=0)
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)

@@ -60,7 +60,6 @@ class Attention:
     Attributes:
         norm: Before the projections.
         q: And k, v, o: the projections.
-        heads: Sizes.
         scores: What happens to the scores.
         q_norm: Of each query head before it is rotated (Qwen 3).
         k_norm: Of each key head.
@@ -71,7 +70,6 @@ class Attention:
     k: Projection
     v: Projection
     o: Projection
-    heads: Heads
     scores: Scores
     q_norm: Norm | None = None
     k_norm: Norm | None = None
@@ -94,7 +92,7 @@ def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor
         h: The residual stream.
         attention: What to compute.
         rotary: cos and sin of each token's position, [N, Dh].
-        reach: Which tokens see which.
+        reach: Which tokens see which, and the sizes of the heads.
     """
     qkv = seeded((attention.q, attention.k, attention.v))
     out = seeded((attention.o,))
@@ -123,7 +121,7 @@ class _AttentionHalf(torch.autograd.Function):
         reach: Reach,
         *factors: Tensor | None,
     ) -> Tensor:
-        heads, norm = attention.heads, attention.norm
+        heads, norm = reach.heads, attention.norm
         h_NH = h.reshape(-1, h.shape[-1])
         x_NH, rstd_N = rms_norm(h_NH, norm.weight, norm.eps)
         projected, xa_NS = project(x_NH, qkv)
@@ -131,12 +129,12 @@ class _AttentionHalf(torch.autograd.Function):
         q_ND, k_ND, v_ND = projected
         heads_normed, q_kept = _norm_heads(q_ND, attention.q_norm, heads.size)
         keys_normed, k_kept = _norm_heads(k_ND, attention.k_norm, heads.size)
-        q = group_rows(_heads(heads_normed, heads), reach, heads, rotary)
-        k = group_rows(_heads(keys_normed, heads), reach, heads, rotary)
-        v = group_rows(_heads(v_ND, heads), reach, heads)
+        q = group_rows(_heads(heads_normed, heads), reach.by_tile, heads, rotary)
+        k = group_rows(_heads(keys_normed, heads), reach.by_segment, heads, rotary)
+        v = group_rows(_heads(v_ND, heads), reach.by_segment, heads)
         del projected, q_ND, k_ND, v_ND, heads_normed, keys_normed
-        out_grouped, lse = attend(q, k, v, reach, heads, attention.scores)
-        o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), reach, heads)
+        out_grouped, lse = attend(q, k, v, reach, attention.scores)
+        o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), reach.by_tile, heads)
         (y_NH,), oa_NR = project(o_NHD.flatten(1), out)
         ctx.attention, ctx.qkv, ctx.out, ctx.rotary, ctx.reach = attention, qkv, out, rotary, reach
         ctx.save_for_backward(h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, *q_kept, *k_kept)
@@ -146,17 +144,17 @@ class _AttentionHalf(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, q_raw, q_rstd, k_raw, k_rstd = ctx.saved_tensors
-        attention, reach, heads = ctx.attention, ctx.reach, ctx.attention.heads
+        attention, reach, heads = ctx.attention, ctx.reach, ctx.reach.heads
         grad_NH = grad.reshape(h_NH.shape)
         gb_NR, grads_b = through_b([grad_NH], oa_NR, ctx.out)
         grads_a = through_a(gb_NR, o_NHD.flatten(1), ctx.out)
         grad_o_NHD = through_weights([grad_NH], gb_NR, ctx.out).view(o_NHD.shape)
-        grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, reach, heads)
-        grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, reach, heads, attention.scores)
+        grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, reach)
+        grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, reach, attention.scores)
         q_NHD, k_NHD, v_NHD = (h_NH.new_empty(len(h_NH), n, heads.size) for n in (heads.q, heads.kv, heads.kv))
-        ungroup_rows(grad_q, q_NHD, reach, heads, ctx.rotary)
-        ungroup_rows(grad_k, k_NHD, reach, heads, ctx.rotary)
-        ungroup_rows(grad_v, v_NHD, reach, heads)
+        ungroup_rows(grad_q, q_NHD, reach.by_tile, heads, ctx.rotary)
+        ungroup_rows(grad_k, k_NHD, reach.by_segment, heads, ctx.rotary)
+        ungroup_rows(grad_v, v_NHD, reach.by_segment, heads)
         _norm_heads_backward_(q_NHD, q_raw, q_rstd, attention.q_norm)
         _norm_heads_backward_(k_NHD, k_raw, k_rstd, attention.k_norm)
         grads_ND = [q_NHD.flatten(1), k_NHD.flatten(1), v_NHD.flatten(1)]

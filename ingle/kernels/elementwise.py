@@ -96,9 +96,9 @@ def swiglu_backward_(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
         return
     grad, gate, up = grad_NI.float(), gate_NI.float(), up_NI.float()
     sigmoid = torch.sigmoid(gate)
-    grad_NI.copy_(gate * sigmoid * up)
-    gate_NI.copy_(grad * up * sigmoid * (1 + gate * (1 - sigmoid)))
-    up_NI.copy_(grad * gate * sigmoid)
+    results = (gate * sigmoid * up, grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid)
+    for buffer, result in zip((grad_NI, gate_NI, up_NI), results, strict=True):
+        buffer.copy_(result)
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)

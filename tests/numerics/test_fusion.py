@@ -1,0 +1,218 @@
+"""Fused decoder layers against the layers they stand for: answers, every gradient, and when they step aside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    OlmoConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from ingle import adapters
+from ingle.adapters import fusion
+from ingle.adapters.fusion import FusedLayer
+from ingle.config.adapter import LoraAdapter
+from ingle.config.base import Nf4Base
+from ingle.data.types import Batch
+from ingle.kernels import decoder_layer
+from ingle.models import forward_hidden
+from ingle.models.architecture import build
+from ingle.quant import convert
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-wide-heads": LlamaConfig(**SIZES, head_dim=32),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=5),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2-window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
+
+
+def make(config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter, *, packed: bool = False) -> Any:
+    model: Any = build(config, dtype).to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * 0.1 + ("norm" in path))
+    if packed:
+        convert(model, Nf4Base(format="nf4", double_quant=False))
+    adapters.attach(model, adapter, seed=0)
+    with torch.no_grad():
+        for _, parameter in adapters.trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.train()
+
+
+def batch(lengths: tuple[int, ...] = (9, 1, 20, 3)) -> Batch:
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.arange(sum(lengths)) * 7 % 64
+    return Batch(ids[None], ids[None], positions[None], bounds, sum(lengths), sum(lengths))
+
+
+def run(model: Any) -> dict[str, Tensor]:
+    torch.manual_seed(5)  # dropout
+    hidden = forward_hidden(model, batch())
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden.dtype)
+    trained = dict(adapters.trainable_parameters(model))
+    gradients = torch.autograd.grad((hidden * weights).sum(), list(trained.values()))
+    return {"hidden": hidden.detach()} | dict(zip(trained, gradients, strict=True))
+
+
+def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        error = (ours[name].double() - wanted.double()).norm() / wanted.double().norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_layers_answer_and_learn_as_the_layers_they_stand_for(name: str, dtype: torch.dtype) -> None:
+    model = make(CONFIGS[name], dtype, LoraAdapter(rank=3))
+    theirs = run(model)
+    paths = [path for path, _ in model.named_parameters()]
+    report = adapters.fuse(model)
+    assert (report.fused, report.reasons) == (2, {})
+    assert [path for path, _ in model.named_parameters()] == paths
+    ours = run(model)
+    if dtype == torch.float32:
+        compare(ours, theirs, TOLERANCE[dtype])
+        return
+    # In bfloat16 both err; ours must not be further from float32 than the layers themselves, by more than chance.
+    exact = run(make(CONFIGS[name], torch.float32, LoraAdapter(rank=3)))
+    compare(ours, exact, TOLERANCE[dtype])
+    errors = [sum((side[n].float() - w).norm() / w.norm() for n, w in exact.items()) for side in (ours, theirs)]
+    assert errors[0] <= 1.3 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraAdapter(rank=3, dropout=0.3),
+        LoraAdapter(rank=3, target_modules=("q_proj", "down_proj")),
+        LoraAdapter(rank=3, target_modules=("layers.1.mlp.up_proj", "lm_head")),
+    ],
+    ids=["dropout", "some-linears", "one-layer"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_dropout_bare_linears_and_packed_bases(adapter: LoraAdapter, packed: bool) -> None:
+    model = make(CONFIGS["llama"], torch.float32, adapter, packed=packed)
+    if adapter.dropout:  # eager layers draw masks in another order, so only the linears are compared, each with its own
+        adapters.fuse(model)
+        first, again = run(model), run(model)
+        compare(first, again, 0.0)
+        model.eval()
+        quiet = run(model)
+        assert (quiet["hidden"] - first["hidden"]).norm() > 0.01 * first["hidden"].norm()
+        for module in adapters.lora_modules(model).values():
+            module.dropout = 0.0
+        compare(run(model), quiet, 0.0)
+        return
+    trained = {n for n, _ in adapters.trainable_parameters(model) if "lm_head" not in n}
+    for module in adapters.lora_modules(model).values():
+        if module is model.lm_head:
+            module.requires_grad_(False)
+    theirs = run(model)
+    assert adapters.fuse(model).fused == 2
+    ours = run(model)
+    assert trained <= ours.keys()
+    compare(ours, theirs, 2e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recompute_changes_nothing(dropout: float) -> None:
+    adapter = LoraAdapter(rank=3, dropout=dropout)
+    plain = make(CONFIGS["llama"], torch.bfloat16, adapter)
+    adapters.fuse(plain)
+    again = make(CONFIGS["llama"], torch.bfloat16, adapter)
+    again.activation_checkpointing_enable({"use_reentrant": False})
+    adapters.fuse(again)
+    compare(run(again), run(plain), 0.0)
+
+
+def test_disabled_adapters_are_off_in_fused_layers_too() -> None:
+    model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
+    with torch.no_grad(), adapters.disabled(model):
+        base = forward_hidden(model, batch())
+    adapters.fuse(model)
+    with torch.no_grad(), adapters.disabled(model):
+        torch.testing.assert_close(forward_hidden(model, batch()), base, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert (forward_hidden(model, batch()) - base).norm() > 0.01 * base.norm()
+
+
+def test_generation_goes_through_the_layers_they_stand_for() -> None:
+    model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3)).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        wanted = model(ids, use_cache=True)
+        adapters.fuse(model)
+        ours = model(ids, use_cache=True)
+        more = model(torch.tensor([[6]]), past_key_values=ours.past_key_values, use_cache=True)
+    assert torch.equal(ours.logits, wanted.logits) and more.logits.shape == (1, 1, 64)
+
+
+def test_backward_uses_its_buffers_up_and_says_so() -> None:
+    model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
+    adapters.fuse(model)
+    loss = forward_hidden(model, batch()).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
+
+
+def test_layers_that_are_not_made_for_it_stay_and_the_reason_is_told() -> None:
+    other = make(OlmoConfig(**SIZES), torch.float32, LoraAdapter(rank=3))
+    assert adapters.fuse(other).reasons == {"OlmoDecoderLayer is not among the fused architectures": 2}
+    whole = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3, trainable_modules=("layers.1.mlp",)))
+    report = adapters.fuse(whole)
+    assert (report.fused, report.reasons) == (1, {"more than its adapters is trained": 1})
+    gelu = LlamaConfig(**SIZES, hidden_act="gelu")
+    assert "not SiLU" in next(iter(adapters.fuse(make(gelu, torch.float32, LoraAdapter(rank=3))).reasons))
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: Any) -> None:
+    """The self-check at the start finds it, forward or backward."""
+    model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
+    right = decoder_layer.swiglu
+    monkeypatch.setattr(decoder_layer, "swiglu", lambda gate, up: right(gate, up) * 1.01)
+    report = adapters.fuse(model)
+    assert report.fused == 0 and "answer differs" in next(iter(report.reasons))
+    assert not any(isinstance(module, FusedLayer) for module in model.modules())
+    monkeypatch.setattr(decoder_layer, "swiglu", right)
+    ungroup = decoder_layer.ungroup_rows
+    monkeypatch.setattr(
+        decoder_layer, "ungroup_rows", lambda g, out, by, heads, rotary=None: ungroup(g, out, by, heads)
+    )
+    report = adapters.fuse(model)
+    assert report.fused == 0 and "gradient differs" in next(iter(report.reasons))
+
+
+def test_the_self_check_is_done_once_for_layers_that_are_alike(monkeypatch: Any) -> None:
+    calls = []
+    right = fusion.disagreement
+    monkeypatch.setattr(fusion, "disagreement", lambda *layers: calls.append(1) or right(*layers))
+    adapters.fuse(make(CONFIGS["qwen2-window"], torch.float32, LoraAdapter(rank=3)))
+    assert len(calls) == 2  # one layer has a window, the other has none
