@@ -184,6 +184,52 @@ class Q2_KBase(GgmlBase):
     fallback = "q4_0"
 
 
+class IQ4_NLBase(GgmlBase):
+    """GGUF IQ4_NL: non-linear 4-bit levels, one scale for 32.
+
+    Source: ggml, ``block_iq4_nl``.
+    """
+
+    format: Literal["iq4_nl"]
+    block_bytes = 18
+
+
+class IQ4_XSBase(GgmlBase):
+    """GGUF IQ4_XS: non-linear 4-bit levels; 6-bit scales for 32, float16 ones for 256.
+
+    Source: ggml, ``block_iq4_xs``.
+    """
+
+    format: Literal["iq4_xs"]
+    block_size = 256
+    block_bytes = 136
+    fallback = "iq4_nl"
+
+
+class TQ1_0Base(GgmlBase):
+    """GGUF TQ1_0: ternary weights, five to a byte, one scale for 256; for models that are ternary already.
+
+    Source: ggml, ``block_tq1_0``.
+    """
+
+    format: Literal["tq1_0"]
+    block_size = 256
+    block_bytes = 54
+    fallback = "q4_0"
+
+
+class TQ2_0Base(GgmlBase):
+    """GGUF TQ2_0: ternary weights, four to a byte, one scale for 256; for models that are ternary already.
+
+    Source: ggml, ``block_tq2_0``.
+    """
+
+    format: Literal["tq2_0"]
+    block_size = 256
+    block_bytes = 66
+    fallback = "q4_0"
+
+
 _Base = Annotated[
     NoBase
     | Nf4Base
@@ -197,8 +243,30 @@ _Base = Annotated[
     | Q6_KBase
     | Q5_KBase
     | Q3_KBase
-    | Q2_KBase,
+    | Q2_KBase
+    | IQ4_NLBase
+    | IQ4_XSBase
+    | TQ1_0Base
+    | TQ2_0Base,
     Field(discriminator="format"),
 ]
-_Name = Literal["none", "nf4", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k", "q5_k", "q3_k", "q2_k"]
+_Name = Literal[
+    "none",
+    "nf4",
+    "int8",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q4_k",
+    "q6_k",
+    "q5_k",
+    "q3_k",
+    "q2_k",
+    "iq4_nl",
+    "iq4_xs",
+    "tq1_0",
+    "tq2_0",
+]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | _Name)]

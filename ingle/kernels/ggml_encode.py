@@ -13,6 +13,7 @@ Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numba.extending import intrinsic
 from ingle.kernels.cpu import float_bits
 from ingle.kernels.cpu_cache import compile_kernel
 from ingle.kernels.cpu_encode import from_bits
+from ingle.kernels.ggml_decode import LEVELS
 from ingle.kernels.vector import BYTE, FLOAT, Array, Variable, Vector, fill, repeat, splat
 
 #: Sub-blocks side by side.
@@ -356,6 +358,70 @@ def write_weights(x: Array, w: Array, fields: Array, codes: Array, *, count: int
     fields.store(2 * LANES, total.get())
 
 
+def find_level(v: Vector) -> tuple[Vector, Vector]:
+    """``best_index_int8`` of the non-linear levels: index and level of the nearest, the upper one of two as near.
+
+    Around the middle of two levels both differences are exact, so that comparing with the middle is the same.
+    """
+    index, level = v.of(0.0), v.of(float(LEVELS[0]))
+    for low, high in pairwise(LEVELS):
+        reached = v >= (low + high) / 2
+        index = index + reached.choose(1.0, v.of(0.0))
+        level = level + reached.choose(float(high - low), v.of(0.0))
+    return index, level
+
+
+def write_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int, tries: int) -> None:
+    """The search of ``quantize_row_iq4_nl_impl``: field 0 the scale."""
+    builder = x.builder
+    zero = fill(builder, 0.0, LANES)
+    size, value = Variable(zero), Variable(zero)
+
+    def look(place: Any) -> None:
+        v = x.load(place, LANES)
+        larger = v.size() > size.get()
+        size.set(larger.choose(v.size(), size.get()))
+        value.set(larger.choose(v, value.get()))
+
+    each(x, count, look)
+    sum_lx, sum_l2, inverse = Variable(zero), Variable(zero), Variable(zero)
+
+    def sum_up() -> None:
+        sum_lx.set(zero)
+        sum_l2.set(zero)
+
+        def add(place: Any) -> None:
+            v = x.load(place, LANES)
+            _, level = find_level(inverse.get() * v)
+            product = w.load(place, LANES) * level
+            sum_lx.set(sum_lx.get() + product * v)
+            sum_l2.set(sum_l2.get() + product * level)
+
+        each(x, count, add)
+
+    inverse.set(1.0 / ((value.get() * -1.0) / float(LEVELS[0])))
+    sum_up()
+    scale = Variable((sum_l2.get() > 0.0).choose(sum_lx.get() / sum_l2.get(), zero))
+    best = Variable(scale.get() * sum_lx.get())
+
+    def attempt(index: Any) -> None:
+        number = builder.add(index, index.type(LEVELS[0] - tries))
+        inverse.set(splat(builder, builder.sitofp(number, FLOAT), LANES) / value.get())
+        sum_up()
+        better = (sum_l2.get() > 0.0) & (sum_lx.get() * sum_lx.get() > best.get() * sum_l2.get())
+        scale.set(better.choose(sum_lx.get() / sum_l2.get(), scale.get()))
+        best.set(better.choose(scale.get() * sum_lx.get(), best.get()))
+
+    repeat(builder, 2 * tries + 1, attempt)
+    fields.store(0, (size.get() < TINIEST).choose(0.0, scale.get()))
+
+
+def write_nearest(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -> None:
+    """Codes of the levels nearest to ``x * fields[0]``."""
+    inverse = fields.load(0, LANES)
+    each(x, count, lambda place: store_codes(codes, place, find_level(inverse * x.load(place, LANES))[0]))
+
+
 #: The intrinsics of sub-blocks of 16 and 32.
 extremes_32 = make_lanes(write_extremes, count=32)
 extremes_256 = make_lanes(write_extremes, count=256)
@@ -386,6 +452,10 @@ again_q4 = make_lanes(write_again, count=32, low=0, high=15)
 again_q5 = make_lanes(write_again, count=32, low=0, high=31)
 again_q2 = make_lanes(write_again, count=16, low=0, high=3)
 again_q3 = make_lanes(write_again, count=16, low=-4, high=3)
+levels_32 = make_lanes(write_levels, count=32, tries=7)
+nearest_32 = make_lanes(write_nearest, count=32)
+weigh_square_32 = make_lanes(write_weights, count=32, kind="square")
+rounds_trits = make_lanes(write_rounds, count=256, limit=1, bias=1)
 again_q6 = make_lanes(write_again, count=16, low=-32, high=31)
 
 
@@ -898,7 +968,7 @@ def pack_q2_k(values: Any, importance: Any, data: Any, first: int, stop: int) ->
 def find_largest_scale(fields: Any) -> Any:
     """The scale of largest size, the first of several, with its sign; zero where all are."""
     size, value = np.float32(0), np.float32(0)
-    for k in range(LANES):
+    for k in range(min(LANES, fields.size)):
         if abs(fields[k]) > size:
             size, value = abs(fields[k]), fields[k]
     return value
@@ -1037,6 +1107,156 @@ def encode_q2_k(values: Any, importance: Any, data: Any, num_chunks: int) -> Non
         pack_q2_k(values, importance, data, first, stop)
 
 
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def weigh_levels(
+    values: Any, importance: Any, at: int, size: int, num_lanes: int, x: Any, w: Any, fields: Any, codes: Any
+) -> None:
+    """Weights of 16 sub-blocks of 32 as the non-linear formats have them: by importance and block of ``size``."""
+    if importance.size:
+        lay_out_importance(importance, at, 32, num_lanes, w)
+        for block in range(num_lanes * 32 // size):
+            energy = sum_squares(values, at + size * block, size) * (np.float32(2) / np.float32(size))
+            for lane in range(size // 32):
+                fields[block * (size // 32) + lane] = energy
+        weigh_32(x, w, fields, codes)
+    else:
+        weigh_square_32(x, w, fields, codes)
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def pack_iq4_nl(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_iq4_nl``: groups of 16 blocks."""
+    x, w, codes = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 32 * LANES
+        num_lanes = min(LANES, (values.size - at) // 32)
+        lay_out(values, at, 32, num_lanes, x)
+        weigh_levels(values, importance, at, 32, num_lanes, x, w, fields, codes)
+        levels_32(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_half(fields[lane], data, (group * LANES + lane) * 18)
+            fields[lane] = np.float32(1) / fields[lane] if fields[lane] != 0 else np.float32(0)
+        nearest_32(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_nibbles(codes, lane, data, (group * LANES + lane) * 18 + 2)
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def pack_iq4_xs(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_iq4_xs``: groups of two blocks."""
+    x, w, codes = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 512
+        num_lanes = min(LANES, (values.size - at) // 32)
+        lay_out(values, at, 32, num_lanes, x)
+        weigh_levels(values, importance, at, 256, num_lanes, x, w, fields, codes)
+        levels_32(x, w, fields, codes)
+        for block in range(num_lanes // 8):
+            to = (2 * group + block) * 136
+            largest = find_largest_scale(fields[8 * block : 8 * block + 8])
+            scale = -largest / np.float32(32)
+            put_half(scale, data, to)
+            inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+            high = np.int64(0)
+            for k in range(8):
+                level = max(-32, min(31, nearest(inverse * fields[8 * block + k])))
+                product = scale * np.float32(level)
+                fields[8 * block + k] = np.float32(1) / product if product != 0 else np.float32(0)
+                level += 32
+                high |= level >> 4 << 2 * k
+                kept = data[to + 4 + k // 2] if k % 2 else np.uint8(0)
+                data[to + 4 + k // 2] = kept | (level & 15) << 4 * (k % 2)
+            data[to + 2], data[to + 3] = high & 255, high >> 8
+        nearest_32(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_nibbles(codes, lane, data, (2 * group + lane // 8) * 136 + 8 + 16 * (lane % 8))
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def pack_tq1_0(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_row_tq1_0_ref``: groups of 16 blocks; importance is not used."""
+    x, w, codes = np.empty(256 * LANES, np.float32), np.empty(0, np.float32), np.empty(256 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 256 * LANES
+        num_lanes = min(LANES, (values.size - at) // 256)
+        lay_out(values, at, 256, num_lanes, x)
+        extremes_256(x, w, fields, codes)
+        invert_size(fields, 1)
+        rounds_trits(x, w, fields, codes)
+        for lane in range(num_lanes):
+            to = (group * LANES + lane) * 54
+            put_half(fields[2 * LANES + lane], data, to + 52)
+            for byte in range(52):
+                # 160 weights five to a byte, 80 likewise, the last 16 four to a byte.
+                start, width = (byte, 32) if byte < 32 else ((128 + byte, 16) if byte < 48 else (192 + byte, 4))
+                packed = np.int64(0)
+                for number in range(5):
+                    trit = (
+                        np.int64(codes[(start + number * width) * LANES + lane])
+                        if byte < 48 or number < 4
+                        else np.int64(0)
+                    )
+                    packed = 3 * packed + trit
+                data[to + byte] = (packed * 256 + 242) // 243
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def pack_tq2_0(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_row_tq2_0_ref``: groups of 16 blocks; importance is not used."""
+    x, w, codes = np.empty(256 * LANES, np.float32), np.empty(0, np.float32), np.empty(256 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 256 * LANES
+        num_lanes = min(LANES, (values.size - at) // 256)
+        lay_out(values, at, 256, num_lanes, x)
+        extremes_256(x, w, fields, codes)
+        invert_size(fields, 1)
+        rounds_trits(x, w, fields, codes)
+        for lane in range(num_lanes):
+            to = (group * LANES + lane) * 66
+            put_half(fields[2 * LANES + lane], data, to + 64)
+            for byte in range(64):
+                start, packed = 128 * (byte // 32) + byte % 32, np.uint8(0)
+                for quarter in range(4):
+                    packed |= codes[(start + 32 * quarter) * LANES + lane] << np.uint8(2 * quarter)
+                data[to + byte] = packed
+
+
+@compile_kernel
+def encode_iq4_nl(values: Any, importance: Any, data: Any, num_chunks: int) -> None:
+    """Packs IQ4_NL; arrays as the module says, in ``num_chunks`` parts."""
+    for chunk in prange(num_chunks):
+        first, stop = share(chunk, -(-values.size // 512), num_chunks)
+        pack_iq4_nl(values, importance, data, first, stop)
+
+
+@compile_kernel
+def encode_iq4_xs(values: Any, importance: Any, data: Any, num_chunks: int) -> None:
+    """Packs IQ4_XS; arrays as the module says, in ``num_chunks`` parts."""
+    for chunk in prange(num_chunks):
+        first, stop = share(chunk, -(-values.size // 512), num_chunks)
+        pack_iq4_xs(values, importance, data, first, stop)
+
+
+@compile_kernel
+def encode_tq1_0(values: Any, importance: Any, data: Any, num_chunks: int) -> None:
+    """Packs TQ1_0; arrays as the module says, in ``num_chunks`` parts."""
+    for chunk in prange(num_chunks):
+        first, stop = share(chunk, -(-values.size // 4096), num_chunks)
+        pack_tq1_0(values, importance, data, first, stop)
+
+
+@compile_kernel
+def encode_tq2_0(values: Any, importance: Any, data: Any, num_chunks: int) -> None:
+    """Packs TQ2_0; arrays as the module says, in ``num_chunks`` parts."""
+    for chunk in prange(num_chunks):
+        first, stop = share(chunk, -(-values.size // 4096), num_chunks)
+        pack_tq2_0(values, importance, data, first, stop)
+
+
 #: The kernels under the names of their formats.
 KERNELS: dict[str, Callable[..., None]] = {
     "q4_0": encode_q4_0,
@@ -1049,4 +1269,8 @@ KERNELS: dict[str, Callable[..., None]] = {
     "q5_k": encode_q5_k,
     "q3_k": encode_q3_k,
     "q2_k": encode_q2_k,
+    "iq4_nl": encode_iq4_nl,
+    "iq4_xs": encode_iq4_xs,
+    "tq1_0": encode_tq1_0,
+    "tq2_0": encode_tq2_0,
 }

@@ -14,6 +14,8 @@ from torch import Tensor
 from ingle.config.base import (
     BaseConfig,
     Int8Base,
+    IQ4_NLBase,
+    IQ4_XSBase,
     Nf4Base,
     NoBase,
     Q2_KBase,
@@ -26,9 +28,13 @@ from ingle.config.base import (
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
+    TQ1_0Base,
+    TQ2_0Base,
 )
 from ingle.quant.ggml_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from ingle.quant.ggml_levels import IQ4_NL, IQ4_XS
+from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
 from ingle.quant.int8 import Int8
 from ingle.quant.nf4 import Nf4
 from ingle.quant.plane import PlaneSpec, Scratch
@@ -141,3 +147,11 @@ def make_format(base: BaseConfig) -> Format | None:
             return Q3_K()
         case Q2_KBase():
             return Q2_K()
+        case IQ4_NLBase():
+            return IQ4_NL()
+        case IQ4_XSBase():
+            return IQ4_XS()
+        case TQ1_0Base():
+            return TQ1_0()
+        case TQ2_0Base():
+            return TQ2_0()

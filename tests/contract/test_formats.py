@@ -18,6 +18,8 @@ from ingle.config.base import (
     BaseConfig,
     GgmlBase,
     Int8Base,
+    IQ4_NLBase,
+    IQ4_XSBase,
     Nf4Base,
     NoBase,
     Q2_KBase,
@@ -30,6 +32,8 @@ from ingle.config.base import (
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
+    TQ1_0Base,
+    TQ2_0Base,
 )
 from ingle.errors import QuantizationError
 from ingle.kernels.decode import has_kernel
@@ -53,12 +57,17 @@ FORMATS: dict[str, BaseConfig] = {
     "q5_k": Q5_KBase(format="q5_k"),
     "q3_k": Q3_KBase(format="q3_k"),
     "q2_k": Q2_KBase(format="q2_k"),
+    "iq4_nl": IQ4_NLBase(format="iq4_nl"),
+    "iq4_xs": IQ4_XSBase(format="iq4_xs"),
+    "tq1_0": TQ1_0Base(format="tq1_0"),
+    "tq2_0": TQ2_0Base(format="tq2_0"),
 }
 #: The relative error in rms that a Gaussian weight may suffer.
 ERROR = {
     **{"nf4": 0.1, "nf4-single": 0.1, "nf4-32": 0.09, "nf4-256": 0.12, "nf4-4096": 0.15, "int8": 0.01},
     **{"q4_0": 0.087, "q4_1": 0.079, "q5_0": 0.043, "q5_1": 0.038, "q8_0": 0.0055},
     **{"q4_k": 0.072, "q6_k": 0.018, "q5_k": 0.037, "q3_k": 0.152, "q2_k": 0.31},
+    **{"iq4_nl": 0.077, "iq4_xs": 0.078, "tq1_0": 0.82, "tq2_0": 0.82},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

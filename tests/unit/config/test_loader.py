@@ -16,7 +16,7 @@ output: runs/x
 """
 
 #: Every format, as errors list them.
-FORMATS = "none, nf4, int8, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q6_k, q5_k, q3_k or q2_k"
+FORMATS = "none, nf4, int8, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q6_k, q5_k, q3_k, q2_k, iq4_nl, iq4_xs, tq1_0 or tq2_0"
 
 
 @pytest.fixture
