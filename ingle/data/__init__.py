@@ -1,6 +1,6 @@
 """Data: rows from files and the hub, rendered, tokenized, masked, packed and dealt."""
 
-from ingle.data.batch import collate
+from ingle.data.batch import collate, round_up
 from ingle.data.dataset import TokenDataset, build_dataset
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.sampler import SequenceSampler
@@ -24,4 +24,5 @@ __all__ = [
     "prompt_ids",
     "read_examples",
     "render",
+    "round_up",
 ]

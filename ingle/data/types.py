@@ -116,7 +116,7 @@ class Batch:
         labels: int64 [1, N], unshifted.
         position_ids: int64 [1, N], from 0 in every document.
         cu_seqlens: int32 [D + 1], where documents begin; the last is N.
-        num_tokens: N.
+        num_tokens: N, less what :func:`ingle.data.round_up` has added.
         num_supervised: Labels other than ``IGNORE_INDEX``.
     """
 

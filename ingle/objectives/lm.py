@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ingle.data.batch import collate
+from ingle.data.batch import collate, round_up
 from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
@@ -56,7 +56,7 @@ class LanguageModelling:
 
     def _collate(self, sequences: Sequence[Indices]) -> Batch:
         documents = [self._dataset.sample(int(index)) for sequence in sequences for index in sequence]
-        return collate(documents).to(self._device)
+        return round_up(collate(documents)).to(self._device)
 
     def weight(self, batch: Batch) -> float:
         """Supervised tokens."""

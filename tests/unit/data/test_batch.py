@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ingle.data.batch import collate
+from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 
 
@@ -35,3 +35,19 @@ def test_to_moves_every_tensor():
     batch = collate([make_sample([5, 6], [0, 1])]).to("meta")
     assert {t.device.type for t in (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)} == {"meta"}
     assert (batch.num_tokens, batch.num_supervised) == (2, 1)
+
+
+@pytest.mark.parametrize(("lengths", "rounded"), [((3, 5), 16), ((16,), 16), ((500, 13), 576), ((512,), 512)])
+def test_rounding_up_adds_a_document_without_loss(lengths, rounded):
+    batch = collate([Sample(np.arange(n, dtype=np.int32), _labels(n)) for n in lengths])
+    more = round_up(batch)
+    assert more.input_ids.shape == more.labels.shape == more.position_ids.shape == (1, rounded)
+    assert more.cu_seqlens[: len(lengths) + 1].tolist() == batch.cu_seqlens.tolist()
+    assert more.cu_seqlens[-1] == rounded
+    assert (more.num_tokens, more.num_supervised) == (batch.num_tokens, batch.num_supervised)
+    assert (more.labels[0, batch.num_tokens :] == IGNORE_INDEX).all()
+    assert more.position_ids[0, batch.num_tokens :].tolist() == list(range(rounded - batch.num_tokens))
+
+
+def _labels(n):
+    return np.concatenate([[IGNORE_INDEX], np.arange(1, n)]).astype(np.int32)
