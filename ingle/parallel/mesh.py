@@ -9,6 +9,7 @@ import torch
 from ingle.config.parallel import ParallelConfig
 from ingle.errors import ConfigError
 from ingle.kernels.allocator import keep_freed_memory
+from ingle.kernels.cpu_threads import set_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def start(config: ParallelConfig) -> Mesh:
             fix="--parallel.device=cpu, or install a CUDA build of PyTorch",
         )
     if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+        set_threads(config.num_threads)
     keep_freed_memory()
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return Mesh(torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu"))
