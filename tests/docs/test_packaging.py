@@ -27,6 +27,8 @@ def imports(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
+                found.add(ast.literal_eval(node.args[0]).split(".")[0])  # an oracle that make test must not lack
     found = {PART_OF.get(name, name) for name in found}
     return found - set(sys.stdlib_module_names) - {"ingle", "docs", "benchmarks"}
 
