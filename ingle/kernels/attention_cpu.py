@@ -29,9 +29,10 @@ from ingle.kernels.cpu_threads import match_threads
 
 #: Documents are put together into a segment until it has this many tokens.
 SEGMENT_TOKENS = 128
-#: Query tokens of a tile, and the number of scores it should not exceed (they should stay in cache).
+#: Most query tokens and most keys of a tile, and the number of scores it should not exceed (they should stay in cache).
 TILE_TOKENS = 128
-TILE_SCORES = 1 << 20
+TILE_KEYS = 1024
+TILE_SCORES = 1 << 21
 
 Indices = npt.NDArray[np.int32]
 
@@ -65,16 +66,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some tokens, the keys any of them sees, and the segment of those keys; start and stop, counted in tokens.
+    """Some tokens that ask and the keys any of them sees, block by block; spans are start and stop in tokens.
 
     Attributes:
         rows: The tokens that ask.
-        keys: The tokens that answer.
-        segment: The segment both are in.
+        blocks: The tokens that answer.
+        segment: The segment all of them are in.
     """
 
     rows: tuple[int, int]
-    keys: tuple[int, int]
+    blocks: tuple[tuple[int, int], ...]
     segment: tuple[int, int]
 
     def queries(self, grouped: Tensor, heads: Heads) -> Tensor:
@@ -86,16 +87,18 @@ class Tile:
         """[Hkv, P] of one number a query and head, contiguous."""
         return values[self.rows[0] * heads.q : self.rows[1] * heads.q].view(heads.kv, -1)
 
-    def of_keys(self, grouped: Tensor, heads: Heads) -> Tensor:
+    def keys(self, block: tuple[int, int], grouped: Tensor, heads: Heads) -> Tensor:
         """[Hkv, K, Dh] of a tensor grouped by segments."""
         start, stop = self.segment
         whole = grouped[start * heads.kv * heads.size : stop * heads.kv * heads.size].view(heads.kv, -1, heads.size)
-        return whole[:, self.keys[0] - start : self.keys[1] - start]
+        return whole[:, block[0] - start : block[1] - start]
 
-    def visible(self, reach: Reach) -> tuple[Indices, Indices]:
-        """First key and one past the last of each row's token, counted from the tile's first key."""
-        rows, offset = slice(*self.rows), np.int32(self.keys[0])
-        return reach.first[rows] - offset, reach.last[rows] - offset
+    def visible(self, block: tuple[int, int], reach: Reach) -> tuple[Indices, Indices]:
+        """First key and one past the last of each row's token, counted from the block's first."""
+        rows, (start, stop) = slice(*self.rows), block
+        return reach.first[rows].clip(start, stop) - np.int32(start), reach.last[rows].clip(start, stop) - np.int32(
+            start
+        )
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,10 @@ def _tiles(first: Indices, last: Indices, segments: list[tuple[int, int]], heads
         row = start
         while row < stop:
             begin, end = int(first[row]), min(stop, row + TILE_TOKENS)
-            while end - row > 16 and (end - row) * heads.q * (int(last[end - 1]) - begin) > TILE_SCORES:
+            while end - row > 16 and (end - row) * heads.q * min(int(last[end - 1]) - begin, TILE_KEYS) > TILE_SCORES:
                 end = row + (end - row) // 2
-            yield Tile((row, end), (begin, int(last[end - 1])), (start, stop))
+            cuts = [*range(begin, int(last[end - 1]), TILE_KEYS), int(last[end - 1])]
+            yield Tile((row, end), tuple(itertools.pairwise(cuts)), (start, stop))
             row = end
 
 
@@ -183,20 +187,52 @@ def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> tup
     out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
     scratch = torch.empty(0, dtype=q.dtype)
     for tile in reach.tiles:
-        queries, keys = tile.queries(q, heads), tile.of_keys(k, heads).contiguous()
-        scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
-        rest = _multiply(queries, keys, weights, rest)
-        match_threads(weights.numel())
-        _exponentiate(
-            bits(weights),
-            bits(rest),
-            *tile.visible(reach),
-            np.float32(scores.scale),
-            np.float32(scores.softcap),
-            tile.numbers(lse, heads).numpy(),
-        )
-        torch.bmm(weights, tile.of_keys(v, heads), out=tile.queries(out, heads))
+        queries, tile_out, tile_lse = tile.queries(q, heads), tile.queries(out, heads), tile.numbers(lse, heads)
+        merged = _Merged(tile_out, tile_lse) if len(tile.blocks) > 1 else None
+        for block in tile.blocks:
+            keys = tile.keys(block, k, heads).contiguous()
+            scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
+            rest = _multiply(queries, keys, weights, rest)
+            match_threads(weights.numel())
+            _exponentiate(
+                bits(weights),
+                bits(rest),
+                *tile.visible(block, reach),
+                np.float32(scores.scale),
+                np.float32(scores.softcap),
+                tile_lse.numpy(),
+            )
+            torch.bmm(weights, tile.keys(block, v, heads), out=tile_out)
+            if merged is not None:
+                merged.add()
+        if merged is not None:
+            merged.finish()
     return out, lse
+
+
+class _Merged:
+    """Outputs over several blocks of keys: each block's softmax has its own sum, which is made up for here.
+
+    Args:
+        out: [Hkv, P, Dh] of the block last computed; :meth:`finish` puts the merged outputs there.
+        lse: [Hkv, P] likewise.
+    """
+
+    def __init__(self, out: Tensor, lse: Tensor) -> None:
+        self._out, self._lse = out, lse
+        self._total = torch.zeros(out.shape, dtype=torch.float32)
+        self._total_lse = torch.full(lse.shape, -torch.inf)
+
+    def add(self) -> None:
+        """Takes the block in."""
+        match_threads(self._out.numel())
+        arrays = (self._total, self._total_lse, self._out, self._lse)
+        _merge(*(bits(tensor.flatten(0, 1)) for tensor in arrays))
+
+    def finish(self) -> None:
+        """Writes the outputs over all blocks and their log-sum-exp."""
+        self._out.copy_(self._total)
+        self._lse.copy_(self._total_lse)
 
 
 def attend_backward(
@@ -221,25 +257,31 @@ def attend_backward(
     grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     scratch = torch.empty(0, dtype=q.dtype)
     for tile in reach.tiles:
-        queries, grads = tile.queries(q, heads), tile.queries(grad_out, heads)
-        keys = tile.of_keys(k, heads).contiguous()
-        scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
-        torch.bmm(grads, tile.of_keys(v, heads).transpose(1, 2), out=slopes)
-        rest = _multiply(queries, keys, weights, rest)
-        match_threads(weights.numel())
-        _differentiate(
-            bits(weights),
-            bits(rest),
-            bits(slopes),
-            *tile.visible(reach),
-            np.float32(scores.scale),
-            np.float32(scores.softcap),
-            tile.numbers(lse, heads).numpy(),
-            tile.numbers(delta, heads).numpy(),
-        )
-        tile.of_keys(grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
-        tile.of_keys(grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
-        torch.bmm(slopes, keys, out=tile.queries(grad_q, heads))
+        queries, grads, tile_grad_q = (tile.queries(grouped, heads) for grouped in (q, grad_out, grad_q))
+        total = torch.zeros(queries.shape, dtype=torch.float32) if len(tile.blocks) > 1 else None
+        for block in tile.blocks:
+            keys = tile.keys(block, k, heads).contiguous()
+            scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
+            torch.bmm(grads, tile.keys(block, v, heads).transpose(1, 2), out=slopes)
+            rest = _multiply(queries, keys, weights, rest)
+            match_threads(weights.numel())
+            _differentiate(
+                bits(weights),
+                bits(rest),
+                bits(slopes),
+                *tile.visible(block, reach),
+                np.float32(scores.scale),
+                np.float32(scores.softcap),
+                tile.numbers(lse, heads).numpy(),
+                tile.numbers(delta, heads).numpy(),
+            )
+            tile.keys(block, grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
+            tile.keys(block, grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
+            torch.bmm(slopes, keys, out=tile_grad_q)
+            if total is not None:
+                total += tile_grad_q
+        if total is not None:
+            tile_grad_q.copy_(total)
     return grad_q, grad_k, grad_v
 
 
@@ -346,6 +388,9 @@ def _differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delt
 @njit(fastmath=FAST, error_model="numpy")
 def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-untyped-def]
     seen, values = row[begin:end], buffer[: end - begin]
+    if begin >= end:
+        row[:] = 0
+        return np.float32(-np.inf)
     _bend_all(seen, rest, begin, end, scale, softcap, values)
     top = largest(values)
     total = np.float32(0.0)
@@ -390,6 +435,24 @@ def _bend_all(seen, rest, begin, end, scale, softcap, values):  # type: ignore[n
         for j in range(len(values)):
             tanh = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * values[j] / softcap) + np.float32(1.0))
             values[j] = softcap * tanh
+
+
+@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+def _merge(total, total_lse, out, lse):  # type: ignore[no-untyped-def]
+    """Adds a block's outputs to those of the blocks before, each in proportion to its sum of exponentials."""
+    for r in prange(len(lse)):
+        before, more = total_lse[r], lse[r]
+        if more != np.float32(-np.inf):
+            top = max(before, more)
+            both = top + np.log(exp(before - top) + exp(more - top))
+            _mix(total[r], exp(before - both), out[r], exp(more - both))
+            total_lse[r] = both
+
+
+@njit(fastmath=FAST)
+def _mix(total, keep, out, share):  # type: ignore[no-untyped-def]
+    for j in range(len(total)):
+        total[j] = total[j] * keep + load(out, j) * share
 
 
 @njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)

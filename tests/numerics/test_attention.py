@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from ingle.kernels import attention_cpu
 from ingle.kernels.attention import packed_attention
 
 LENGTHS = {
@@ -75,6 +78,14 @@ def test_windows_caps_and_both_directions(
     dtype: torch.dtype, causal: bool, window: int | None, softcap: float | None
 ) -> None:
     compare(dtype, LENGTHS["mixed"], causal=causal, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal, window", [(True, None), (True, 90), (False, None), (False, 50)])
+def test_documents_longer_than_a_tile(dtype: torch.dtype, causal: bool, window: int | None, monkeypatch: Any) -> None:
+    """Blocks of keys are merged, also where a row sees nothing of one."""
+    monkeypatch.setattr(attention_cpu, "TILE_KEYS", 64)
+    compare(dtype, [333, 20, 200], causal=causal, window=window)
 
 
 @pytest.mark.parametrize("hq, hkv, dh", [(1, 1, 8), (6, 6, 20), (8, 1, 64), (9, 3, 80)])
