@@ -11,15 +11,17 @@ for in turns, the two would leave holes in each other's memory and the process w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ingle.config.base import BaseConfig
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.models.shards import StoredTensor
-from ingle.quant import from_bitsandbytes
+from ingle.quant import Format, from_bitsandbytes
 from ingle.quant.linear import Packed
 
 
@@ -138,7 +140,7 @@ class Destination:
                 where=f"base.format, at {name}",
                 why=f"it is packed as {format}; "
                 + ("this weight is not packed" if packed is None else f"the model wants {packed.format}"),
-                fix=_option(format),
+                fix=name_options(format),
             )
         self._write(packed, planes, name)
         self.filled.add(name)
@@ -230,10 +232,10 @@ def _materialize(model: nn.Module, device: torch.device) -> dict[int, nn.Paramet
     return {id(new): new for _, new in made.values()}
 
 
-def _option(format: object) -> str:
-    options = " ".join(
-        f"--base.{key}={str(getattr(format, key)).lower()}"
-        for key in ("block_size", "double_quant")
-        if hasattr(format, key)
-    )
-    return f"--base.format={getattr(format, 'name', '')} {options}".strip()
+def name_options(format: Format) -> str:
+    """The words of a command line that choose a format: its name, and what else its section of the config has."""
+    sections = get_args(get_args(BaseConfig)[0])
+    section = next(s for s in sections if get_args(s.model_fields["format"].annotation) == (format.name,))
+    values = {key: getattr(format, key) for key in section.model_fields if key != "format"}
+    words = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
+    return " ".join(words)
