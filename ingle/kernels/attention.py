@@ -5,6 +5,7 @@ Legend: N packed tokens, D documents, T tokens of one document, Hq query heads, 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
@@ -58,7 +59,40 @@ def packed_attention(
         reach = Reach.of(cu_seqlens, heads, causal=causal, window=window)
         out: Tensor = _PackedAttention.apply(q, k, v, reach, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
         return out
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and _has_varlen():
+        return _attend_varlen(q, k, v, cu_seqlens, scale, causal, window)
     return attend_by_document(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+def _has_varlen() -> bool:
+    """Whether this torch has variable-length attention with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """torch's FlashAttention over packed documents. Not measured: written from its documentation."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = cu_seqlens.to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    left = -1 if window is None else window - 1
+    out: Tensor = varlen_attn(
+        *(t[0].transpose(0, 1).contiguous() for t in (q, k, v)),
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(left, 0 if causal else left),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[None]
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -1,0 +1,30 @@
+"""Packed attention on a GPU against the same on the CPU in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ingle.kernels.attention import attend_by_document, packed_attention
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_packed_attention(causal: bool, window: int | None, softcap: float | None) -> None:
+    lengths = [5, 130, 1, 64]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    options = {"scale": 0.2, "causal": causal, "window": window, "softcap": softcap}
+    shapes = ((1, 4, 200, 64), (1, 2, 200, 64), (1, 2, 200, 64))
+    exact = [torch.randn(shape).bfloat16().float().requires_grad_() for shape in shapes]
+    ours = [t.detach().bfloat16().cuda().requires_grad_() for t in exact]
+    grad = torch.randn(1, 200, 4, 64).bfloat16()
+    wanted = attend_by_document(*exact, bounds, **options)
+    out = packed_attention(*ours, bounds.cuda(), **options)
+    pairs = [(out, wanted)]
+    gradients = torch.autograd.grad(out, ours, grad.cuda()), torch.autograd.grad(wanted, exact, grad.float())
+    pairs += list(zip(*gradients, strict=True))
+    for actual, reference in pairs:
+        assert (actual.cpu().float() - reference).norm() <= 1.5e-2 * reference.norm()
