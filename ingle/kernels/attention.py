@@ -76,14 +76,17 @@ def _has_varlen() -> bool:
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """torch's FlashAttention over packed documents. Not measured: written from its documentation."""
+    """Torch's FlashAttention over packed documents. Not measured: written from its documentation."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = cu_seqlens.to(torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
     left = -1 if window is None else window - 1
-    out: Tensor = varlen_attn(
-        *(t[0].transpose(0, 1).contiguous() for t in (q, k, v)),
+    q_NHD, k_NHD, v_NHD = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
+    out: Any = varlen_attn(
+        q_NHD,
+        k_NHD,
+        v_NHD,
         bounds,
         bounds,
         longest,
@@ -92,7 +95,8 @@ def _attend_varlen(
         window_size=(left, 0 if causal else left),
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out[None]
+    result: Tensor = out[None]
+    return result
 
 
 class _PackedAttention(torch.autograd.Function):
