@@ -115,7 +115,7 @@ def write_again(x: Array, w: Array, fields: Array, codes: Array, *, count: int, 
 def write_weights(x: Array, w: Array, fields: Array, codes: Array, *, count: int, kind: str) -> None:
     """Weights of the errors in ``w``, and their sums in field 2.
 
-    ``importance``: those in ``w`` times ``sqrt(fields[0] + x^2)``; ``given``: those in ``w``; ``size``: ``|x|``;
+    ``importance``: those in ``w`` times ``sqrt(fields[0] + x^2)``; ``size``: ``|x|``;
     ``mean``: the root of the mean square plus ``|x|``; ``square``: ``x^2``.
     """
     builder = x.builder
@@ -135,8 +135,6 @@ def write_weights(x: Array, w: Array, fields: Array, codes: Array, *, count: int
         match kind:
             case "importance":
                 weight = w.load(place, LANES) * (base.get() + v * v).root()
-            case "given":
-                weight = w.load(place, LANES)
             case "mean":
                 weight = base.get() + v.size()
             case "size":
