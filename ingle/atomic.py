@@ -68,8 +68,8 @@ def sync(path: Path) -> None:
 def _disk_full_is_told(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_disk_full(error):
             raise
         raise CheckpointError(
             "the disk is full; what was complete before is untouched.",
@@ -77,3 +77,10 @@ def _disk_full_is_told(path: Path) -> Iterator[None]:
             why=f"{shutil.disk_usage(path.parent).free:,} bytes are free",
             fix="free some space and run the same command again: it goes on from the last checkpoint",
         ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # Libraries written in Rust (safetensors) keep the system's error in their text alone.
+    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))

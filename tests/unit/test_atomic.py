@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from ingle.atomic import atomic_folder, write_atomically
 from ingle.errors import CheckpointError
@@ -35,6 +36,14 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
         raise RuntimeError
     assert (target / "x").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("told", [CheckpointError, SafetensorError], ids=["full", "other"])
+def test_a_full_disk_is_known_by_what_safetensors_says(tmp_path: Path, told: type[Exception]) -> None:
+    number = errno.ENOSPC if told is CheckpointError else errno.EIO
+    with pytest.raises(told), atomic_folder(tmp_path / "folder"):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
