@@ -114,6 +114,24 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     Raises:
         DataError: The row does not fit the layout.
     """
+    example = _parse(row, layout, origin, first)
+    texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
+    for text in (*texts, *example.references):
+        if text is not None and not _is_unicode(text):
+            why = "a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            raise DataError("The row is malformed.", where=origin, why=why, fix="mend or remove the row")
+    return example
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parse(row: Mapping[str, Any], layout: Layout, origin: str, first: str) -> Example:
     match layout:
         case "messages":
             return _parse_turns(row, origin, first, layout, "role", "content")

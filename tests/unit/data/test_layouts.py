@@ -201,3 +201,19 @@ def test_misfits_are_errors_with_a_reason(row, layout, why):
     assert caught.value.where == "f:9"
     assert why in str(caught.value.why)
     assert "since f:1" in str(caught.value.why)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"text": "a\ud83d"}, "text"),
+        ({"prompt": "a", "completion": "\udc00b"}, "prompt-completion"),
+        ({"messages": [CHAT[0], {"role": "assistant", "content": "\ud83d"}]}, "messages"),
+        ({"prompt": "a", "completion": "b", "references": ["\ud83d"]}, "prompt-completion"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_an_error_with_its_line(row, layout):
+    with pytest.raises(DataError, match="malformed") as caught:
+        parse_row(row, layout, "f:9")
+    assert caught.value.where == "f:9"
+    assert "surrogate" in str(caught.value.why)
