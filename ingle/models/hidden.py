@@ -113,7 +113,7 @@ def verify(model: PreTrainedModel) -> None:
     another.
 
     Raises:
-        ModelError: When they differ.
+        ModelError: When they differ, or the whole gives NaN or infinity.
     """
     head_weight = head(model).weight
     lengths = (7, 5)
@@ -128,6 +128,8 @@ def verify(model: PreTrainedModel) -> None:
     with _evaluating(model):
         ours = head(model).logits(_packed(model, ids[None], positions[None], cu_seqlens))[0].float()
         whole = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
+    if not torch.isfinite(whole).all():
+        raise _not_finite(model)
     error = (ours - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-30)
     # The median of a document: a router on the edge may send a single token to another expert.
     worst = max(document.median().item() for document in error.split(lengths))
@@ -138,6 +140,27 @@ def verify(model: PreTrainedModel) -> None:
             why=f"they differ by {worst:.2%}; its head, its positions or its attention do something unknown",
             fix="choose a model of another architecture",
         )
+
+
+def _not_finite(model: PreTrainedModel) -> ModelError:
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not torch.isfinite(weight).all()
+    ]
+    if damaged:
+        return ModelError(
+            f"the weight {damaged[0]} holds NaN or infinity.",
+            where="model.id",
+            why=f"{len(damaged)} weights are affected",
+            fix="fetch the checkpoint again, or choose another",
+        )
+    return ModelError(
+        f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite.",
+        where="model.dtype",
+        why=f"the values overflow in {str(model.dtype).removeprefix('torch.')}",
+        fix="--model.dtype=float32",
+    )
 
 
 @contextmanager

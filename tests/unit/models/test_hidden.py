@@ -62,6 +62,25 @@ def test_lost_boundaries_are_found(model: PreTrainedModel, monkeypatch: pytest.M
         models.verify(model)
 
 
+def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        models.verify(model)
+
+
+def test_answers_that_overflow_are_told_from_damage(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model.forward
+
+    def overflowing(**arguments: Tensor) -> object:
+        output = forward(**arguments)
+        output.logits = output.logits * float("inf")
+        return output
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    with pytest.raises(ModelError, match="all its weights are finite"):
+        models.verify(model)
+
+
 def test_sinks_and_position_biases_are_refused(model: PreTrainedModel) -> None:
     states = torch.zeros(1, 2, 3, 4)
     for extra in ({"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1, 2, 3, 3)}):
