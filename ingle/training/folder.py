@@ -108,9 +108,14 @@ class RunFolder:
                 why="\n".join(changed),
                 fix=f"--output=another/folder, or delete {self.path} to start anew",
             )
-        if self.report.is_file() and json.loads(self.report.read_text()).get("status") == "finished":
-            return "finished"
-        return "started"
+        return "finished" if self._is_reported() else "started"
+
+    def _is_reported(self) -> bool:
+        """Whether a whole report is there; a damaged one is written again."""
+        try:
+            return bool(json.loads(self.report.read_bytes())["status"] == "finished")
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def begin(self, run: Run) -> None:
         """Creates the folder, clears away what a killed process left half-written, and writes ``run.yaml``."""

@@ -40,3 +40,13 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, name: str) -> Non
     (tmp_path / name).write_text("precious")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         RunFolder(tmp_path).state(_run(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"status": "fin', '{"status": "failed"}'])
+def test_a_damaged_report_is_no_finished_run(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(_run(tmp_path))
+    folder.report.write_text('{"status": "finished"}')
+    assert folder.state(_run(tmp_path)) == "finished"
+    folder.report.write_text(content)
+    assert folder.state(_run(tmp_path)) == "started"
