@@ -100,6 +100,8 @@ class RunFolder:
                     fix="--output=another/folder",
                 )
             return "new"
+        if not self._holds_anything(run):
+            return "new"  # it was refused or killed before its first checkpoint
         changed = differences(self.load_run(), run)
         if changed:
             raise ConfigError(
@@ -109,6 +111,10 @@ class RunFolder:
                 fix=f"--output=another/folder, or delete {self.path} to start anew",
             )
         return "finished" if self._is_reported() else "started"
+
+    def _holds_anything(self, run: Run) -> bool:
+        """Whether anything was trained that other options could spoil."""
+        return self._is_reported() or self.result(run).exists() or any(self.checkpoints.glob("step-*"))
 
     def _is_reported(self) -> bool:
         """Whether a whole report is there; a damaged one is written again."""
@@ -120,6 +126,8 @@ class RunFolder:
     def begin(self, run: Run) -> None:
         """Creates the folder, clears away what a killed process left half-written, and writes ``run.yaml``."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self._holds_anything(run):
+            self.base_evaluation.unlink(missing_ok=True)  # it may be of another model
         for folder in (self.path, self.adapter):
             remove_partial(folder)
         write_atomically(self.config, run_to_yaml(run).encode())

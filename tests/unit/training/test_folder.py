@@ -50,3 +50,18 @@ def test_a_damaged_report_is_no_finished_run(tmp_path: Path, content: str) -> No
     assert folder.state(_run(tmp_path)) == "finished"
     folder.report.write_text(content)
     assert folder.state(_run(tmp_path)) == "started"
+
+
+def test_other_options_are_taken_until_something_is_trained(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(_run(tmp_path))
+    folder.base_evaluation.write_text("{}")
+    other = _run(tmp_path).model_copy(update={"seed": 1})
+    assert folder.state(other) == "new"
+    folder.begin(other)
+    assert folder.load_run().seed == 1
+    assert not folder.base_evaluation.exists()
+    (folder.checkpoints / "step-0").mkdir(parents=True)
+    assert folder.state(other) == "started"
+    with pytest.raises(ConfigError, match="seed: 1 -> 0"):
+        folder.state(_run(tmp_path))
