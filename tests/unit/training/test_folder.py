@@ -46,6 +46,7 @@ def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, name: str) -> Non
 def test_a_damaged_report_is_no_finished_run(tmp_path: Path, content: str) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(_run(tmp_path))
+    (folder.checkpoints / "step-1").mkdir(parents=True)
     folder.report.write_text('{"status": "finished"}')
     assert folder.state(_run(tmp_path)) == "finished"
     folder.report.write_text(content)
