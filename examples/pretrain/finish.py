@@ -22,7 +22,7 @@ from ingle.evaluation import evaluate_single
 from ingle.evaluation.charts import smooth, smoothing_span
 
 HERE = Path(__file__).parent
-WEIGHTS = ("model.safetensors", "config.json", "generation_config.json")
+WEIGHTS = ("model.safetensors", "config.json")
 HELD_OUT = {
     "composed documents": "heldout-documents.jsonl",
     "conversations": "heldout-conversations.jsonl",

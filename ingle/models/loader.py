@@ -22,7 +22,7 @@ from ingle.models.architecture import build
 from ingle.models.destination import Destination
 from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, ReadingPlan, plan_reading
 from ingle.models.hidden import verify
-from ingle.models.hub import locate
+from ingle.models.hub import Part, locate
 from ingle.models.shards import read_index
 
 
@@ -52,16 +52,17 @@ def fill(
     """
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
     destination = Destination(model, twin, torch.device(device), sink)
+    part: Part = "small" if config.init == "random" else "weights"
+    folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
+    _read_generation_config(model, folder)
     if config.init == "random":
         _fill_random(destination, twin, seed)
     else:
-        folder = locate(config.id, revision=config.revision, part="weights", code=config.trust_remote_code)
         plan = plan_reading(twin, read_index(folder))
         for done, group in enumerate(plan.groups):
             _read_group(group, destination, twin, folder)
             if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
                 sink(Progress("reading weights", done + 1, len(plan.groups)))
-        _read_generation_config(model, folder)
         _refuse_missing(destination, twin, plan, folder, sink)
     _fill_computed(destination, twin, seed)
     destination.finish()
