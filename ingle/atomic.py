@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ingle.errors import CheckpointError
 
@@ -18,11 +19,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         CheckpointError: When the disk is full.
     """
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a file to write; on success it becomes ``path``, replacing what was there.
+
+    Raises:
+        CheckpointError: When the disk is full; ``path`` is then as it was.
+    """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with _disk_full_is_told(path):
         try:
             with open(partial, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

@@ -51,6 +51,10 @@ class HubUnavailable(ModelError):
     """A hub id was asked for and the hub cannot be reached."""
 
 
+class GgufError(ModelError):
+    """A .gguf file is damaged, cut short, or holds what Ingle does not read."""
+
+
 class QuantizationError(IngleError):
     """A weight cannot be held in the asked-for format."""
 

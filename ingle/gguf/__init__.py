@@ -1,0 +1,8 @@
+"""GGUF: llama.cpp's file format, its names, architectures, vocabularies and rules of quantization."""
+
+from __future__ import annotations
+
+from ingle.gguf.container import GgufFile, GgufTensor, read_gguf
+from ingle.gguf.writing import TensorToWrite, write_gguf
+
+__all__ = ["GgufFile", "GgufTensor", "TensorToWrite", "read_gguf", "write_gguf"]

@@ -1,0 +1,308 @@
+"""GGUF files: metadata and the places of tensors, read with plain file reads; nothing stays mapped.
+
+A file is: magic ``GGUF``, version, counts; typed key-value metadata; for every tensor its name, sizes (innermost
+first), type and offset; padding; the tensors, each padded.  All numbers are little-endian.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+from numpy.typing import NDArray
+
+from ingle.errors import GgufError
+
+#: Versions whose lengths have 64 bits.
+VERSIONS = (2, 3)
+
+#: How ``struct`` and numpy spell a metadata type.
+SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+
+_MAX_DIMENSIONS = 4
+_DAMAGED = "fetch or copy the file again; it is damaged or incomplete"
+_SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor in a file.
+
+    Attributes:
+        name: As in the file, ``blk.0.attn_q.weight``.
+        type_name: ggml's name of its type in lower case, ``q4_k`` or ``f32``.
+        shape: Outermost size first, as torch has it.
+        offset: First byte in the file.
+        path: The file.
+    """
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    offset: int
+    path: Path
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all matrices together."""
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return row_bytes(self.type_name, self.shape[-1] if self.shape else 1)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return self.num_rows * self.row_bytes
+
+    def read(self) -> NDArray[np.uint8]:
+        """Its bytes as they are in the file, ``[rows, bytes of a row]``.
+
+        Raises:
+            GgufError: When the file ends early.
+        """
+        data = np.empty((self.num_rows, self.row_bytes), np.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            view = memoryview(data.reshape(-1).data)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise GgufError(f"{self.path.name} ends early.", where=f"{self.path}, {self.name}", fix=_DAMAGED)
+                done += count
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What a file, or all files of a split model, hold.
+
+    Attributes:
+        path: The (first) file.
+        version: Of the container.
+        metadata: Values as plain Python; float32 ones are the shortest decimals that mean the same.
+        types: ggml's name of the type of each scalar, or of the items of an array, in lower case: with them
+            :func:`ingle.gguf.write_gguf` writes the very same bytes.
+        tensors: By name, in the order of the file.
+    """
+
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    types: dict[str, str]
+    tensors: dict[str, GgufTensor]
+
+
+def block_of(type_name: str) -> tuple[int, int]:
+    """Weights and bytes of one block of a type; a plain number is a block of one.
+
+    Raises:
+        GgufError: When there is no such type.
+    """
+    try:
+        size, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
+    except KeyError:
+        raise GgufError(f"GGUF has no tensors of type {type_name!r}.") from None
+    return size, num_bytes
+
+
+def row_bytes(type_name: str, num_columns: int) -> int:
+    """Bytes of a row of a type.
+
+    Raises:
+        GgufError: When there is no such type, or the row is not a whole number of blocks.
+    """
+    size, num_bytes = block_of(type_name)
+    if num_columns % size:
+        raise GgufError(f"rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
+    return num_columns // size * num_bytes
+
+
+def read_gguf(path: Path | str) -> GgufFile:
+    """Reads metadata and the list of tensors; of a split model (``...-00001-of-00003.gguf``) all files.
+
+    Raises:
+        GgufError: When the file is missing, damaged, cut short, big-endian, of another version, of an unknown tensor
+            type, or one of the files of a split model is missing.
+    """
+    path = Path(path)
+    split = _SPLIT_NAME.match(path.name)
+    if split is None or int(split["count"]) == 1:
+        return _read_one(path)
+    count = int(split["count"])
+    parts = [path.with_name(f"{split['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise GgufError(
+            f"{len(missing)} of the {count} files of this model are missing: {', '.join(missing[:3])}.",
+            where=str(path.parent),
+            fix="fetch or copy the missing files",
+        )
+    files = [_read_one(part) for part in parts]
+    tensors: dict[str, GgufTensor] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                raise GgufError(f"the tensor {name} is in two files.", where=f"{tensors[name].path} and {file.path}")
+            tensors[name] = tensor
+    expected = files[0].metadata.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise GgufError(
+            f"the files of this model do not belong together: they hold {len(tensors)} tensors, not {expected}.",
+            where=str(path.parent),
+            fix=_DAMAGED,
+        )
+    first = files[0]
+    kept = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
+    return GgufFile(first.path, first.version, kept, {key: first.types[key] for key in kept}, tensors)
+
+
+def _read_one(path: Path) -> GgufFile:
+    try:
+        with open(path, "rb") as file:
+            return _Reader(file, path).read()
+    except (OSError, IsADirectoryError) as error:
+        raise GgufError(f"{path.name} cannot be read.", where=str(path), why=str(error), fix="check the path") from None
+
+
+class _Reader:
+    """Reads one header; every length in it is checked against the size of the file before it is believed."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._size = path.stat().st_size
+
+    def read(self) -> GgufFile:
+        magic = self._file.read(4)
+        if magic != b"GGUF":
+            if magic == b"vers":
+                raise GgufError(
+                    f"{self._path.name} is a Git LFS pointer, not a model.", where=str(self._path), fix="git lfs pull"
+                )
+            raise GgufError(
+                f"{self._path.name} is no GGUF file.", where=str(self._path), why=f"it begins with {magic!r}"
+            )
+        (version,) = self._unpack("I")
+        if version not in VERSIONS:
+            swapped = version & 0xFFFF == 0
+            raise GgufError(
+                f"{self._path.name} is a big-endian GGUF file." if swapped else f"GGUF version {version} is not known.",
+                where=str(self._path),
+                why=f"versions {VERSIONS[0]} to {VERSIONS[-1]}, little-endian, are read",
+                fix="convert the model anew with a current llama.cpp",
+            )
+        num_tensors, num_values = self._unpack("QQ")
+        metadata: dict[str, Any] = {}
+        types: dict[str, str] = {}
+        for _ in range(num_values):
+            key = self._string()
+            if key in metadata:
+                raise self._damaged(f"{key} is there twice")
+            metadata[key], types[key] = self._value(key)
+        entries = [self._entry() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment is {alignment}")
+        start = -(-self._file.tell() // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, type_name, shape, offset in entries:
+            if name in tensors or offset % alignment:
+                raise self._damaged(f"the tensor {name} is there twice or begins at byte {offset}")
+            tensor = GgufTensor(name, type_name, shape, start + offset, self._path)
+            try:
+                end = tensor.offset + tensor.num_bytes
+            except GgufError as error:
+                raise self._damaged(f"{name}: {error.message}") from None
+            if end > self._size:
+                raise self._damaged(f"it holds {self._size:,} bytes, and {name} ends at {end:,}")
+            tensors[name] = tensor
+        return GgufFile(self._path, version, metadata, types, tensors)
+
+    def _entry(self) -> tuple[str, str, tuple[int, ...], int]:
+        name = self._string()
+        (num_dimensions,) = self._unpack("I")
+        if num_dimensions > _MAX_DIMENSIONS:
+            raise self._damaged(f"{name} has {num_dimensions} dimensions")
+        shape = self._unpack("Q" * num_dimensions)[::-1]
+        number, offset = self._unpack("IQ")
+        try:
+            type_name = GGMLQuantizationType(number).name.lower()
+        except ValueError:
+            raise GgufError(
+                f"{name} is of a type that is not known, number {number}.",
+                where=str(self._path),
+                fix="upgrade the gguf package, or choose a file in another type",
+            ) from None
+        return name, type_name, shape, offset
+
+    def _value(self, key: str) -> tuple[Any, str]:
+        kind = self._kind(key)
+        if kind == GGUFValueType.STRING:
+            return self._string(), "string"
+        if kind != GGUFValueType.ARRAY:
+            (value,) = self._unpack(SCALARS[kind])
+            if kind == GGUFValueType.FLOAT32:
+                value = float(str(np.float32(value)))
+            return value, kind.name.lower()
+        item = self._kind(key)
+        (count,) = self._unpack("Q")
+        if item == GGUFValueType.STRING:
+            self._require(8 * count)
+            return [self._string() for _ in range(count)], "string"
+        if item == GGUFValueType.ARRAY:
+            raise self._damaged(f"{key} is an array of arrays")
+        values = np.frombuffer(self._take(count * struct.calcsize(SCALARS[item])), f"<{SCALARS[item]}")
+        return values.tolist(), item.name.lower()
+
+    def _kind(self, key: str) -> GGUFValueType:
+        (number,) = self._unpack("I")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise self._damaged(f"{key} is of type {number}") from None
+
+    def _string(self) -> str:
+        (length,) = self._unpack("Q")
+        raw = self._take(length)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._damaged(f"a name or text is not UTF-8: {raw[:40]!r}") from None
+
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{layout}", self._take(struct.calcsize(f"<{layout}")))
+
+    def _take(self, num_bytes: int) -> bytes:
+        self._require(num_bytes)
+        return self._file.read(num_bytes)
+
+    def _require(self, num_bytes: int) -> None:
+        if num_bytes > self._size - self._file.tell():
+            raise self._damaged(f"its {self._size:,} bytes end within the header")
+
+    def _damaged(self, why: str) -> GgufError:
+        return GgufError(f"{self._path.name} is not a whole GGUF file.", where=str(self._path), why=why, fix=_DAMAGED)
