@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ingle.adapters.lora import LoraLinear
 from ingle.kernels.attention_cpu import Heads, Reach, Scores
 from ingle.kernels.bfloat16 import supported
 from ingle.kernels.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
+from ingle.kernels.importance import SquaredInputs
 from ingle.kernels.lora import Projection
 from ingle.quant.linear import QuantLinear
 
@@ -178,10 +179,7 @@ def _norm(module: Any) -> Norm:
 
 def _projection(module: nn.Module) -> Projection:
     if isinstance(module, LoraLinear):
-        projection = module.projection()
-        if module.enabled:
-            return projection
-        return Projection(projection.weight, projection.bias, None, None)
+        return module.projection()
     return Projection(lambda dtype: _dense(module, dtype), module.bias, None, None)  # type: ignore[arg-type]
 
 

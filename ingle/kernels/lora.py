@@ -6,7 +6,9 @@ again in backward (so that a packed base is decoded then and never stored), and 
 
 Several projections of one input (q, k, v; gate, up) go through together: their A matrices become one product.
 
-Legend: N tokens, I in_features, O out_features, R rank, S sum of the ranks.
+Inputs may be summed in groups of neighbours on the way into A (QA-LoRA); then the sums are kept instead of x.
+
+Legend: N tokens, I in_features, O out_features, G groups of inputs, R rank, S sum of the ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ingle.kernels.importance import SquaredInputs, observe
+
 #: Gives the frozen weight [O, I] in a dtype; what it returns is valid until any weight is asked for again.
 Weight = Callable[[torch.dtype], Tensor]
 
@@ -30,11 +34,15 @@ class Projection:
     Attributes:
         weight: Gives W [O, I].
         bias: Frozen, [O].
-        lora_a: Trained, float32, [R, I]; None where the map stays as it is.
+        lora_a: Trained, float32, [R, G]; None where the map stays as it is.
         lora_b: Trained, float32, [O, R]; None likewise.
         scale: Factor on the change.
-        dropout: Share of x set to zero on the way into A; the rest grows by ``1 / (1 - dropout)``.
+        dropout: Share of what goes into A that is set to zero; the rest grows by ``1 / (1 - dropout)``.
+        group_size: Inputs that are summed on the way into A.
+        holds_change: Whether the weight has the change in it already. It is then not added again, and A and B get
+            the gradient of ``W + scale * B A`` as if packing had not rounded it (straight through).
         seed: Of the dropout; :func:`seeded` draws it.
+        inputs: Gathers what x was, for an importance matrix.
     """
 
     weight: Weight
@@ -43,7 +51,10 @@ class Projection:
     lora_b: Tensor | None
     scale: float = 1.0
     dropout: float = 0.0
+    group_size: int = 1
+    holds_change: bool = False
     seed: int = 0
+    inputs: SquaredInputs | None = None
 
     @property
     def rank(self) -> int:
@@ -106,19 +117,21 @@ def seeded(projections: Projections) -> tuple[Projection, ...]:
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, xa_NS = project(x, projections)
+        x_NI = x.reshape(-1, x.shape[-1])
+        kept = pool(x_NI, _group_size(projections))
+        outputs, xa_NS = project(x, projections, kept)
         ctx.projections = projections
-        ctx.save_for_backward(x.reshape(-1, x.shape[-1]), xa_NS)
+        ctx.save_for_backward(kept, xa_NS)
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x_NI, xa_NS = ctx.saved_tensors
+        kept, xa_NS = ctx.saved_tensors
         projections: Projections = ctx.projections
         grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         gb_NS, grads_b = through_b(grads_NO, xa_NS, projections)
-        grads_a = through_a(gb_NS, x_NI, projections)
+        grads_a = through_a(gb_NS, kept, projections)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = through_weights(grads_NO, gb_NS, projections).view(*grads[0].shape[:-1], -1)
@@ -128,16 +141,21 @@ class _LoraLinears(torch.autograd.Function):
 # The pieces, for functions that fuse more than one layer. None of them is differentiable.
 
 
-def project(x: Tensor, projections: Projections) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., O] of all projections of [..., I], and ``dropout(x) A^T`` of all side by side, [N, S].
+def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """Outputs [..., O] of all projections of [..., I], and what B is multiplied with, [N, S], side by side.
 
     No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for a function's views.
+
+    Args:
+        x: The input.
+        projections: What to project with.
+        pooled: The input's sums over groups, [N, G], where the caller has them.
     """
-    xa_NS = _project_down(x.reshape(-1, x.shape[-1]), projections)
+    xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
     outputs = []
     for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
         y = linear(x, p.weight(x.dtype), None if p.bias is None else p.bias.detach().to(x.dtype))
-        if p.rank:
+        if p.rank and not p.holds_change:
             y.view(-1, y.shape[-1]).addmm_(xa_NR, p.scaled_b(x.dtype).t())
         outputs.append(y)
     return outputs, xa_NS
@@ -163,29 +181,41 @@ def through_b(
 
 
 def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Tensor | None]:
-    """Gradient of every A, ``(g B)^T dropout(x)``, [R, I]."""
+    """Gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may be pooled already."""
     parts: Sequence[Tensor]
-    if not any(p.dropout for p in projections):
-        parts = _split(gb_NS.t() @ x_NI, projections, dim=0)
+    if _go_together(projections):
+        parts = _split(gb_NS.t() @ _as_a_takes(x_NI, projections), projections, dim=0)
     else:
         parts = [
-            gb_NR.t() @ _dropped(x_NI, p) for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True)
+            gb_NR.t() @ _dropped(_as_a_takes(x_NI, [p]), p)
+            for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True)
         ]
     return [None if p.lora_a is None else part.to(p.lora_a.dtype) for p, part in zip(projections, parts, strict=True)]
 
 
 def through_weights(grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: Projections) -> Tensor:
-    """Gradient of x, [N, I]: the sum over the projections of ``g W + mask * (g B A)``."""
+    """Gradient of x, [N, I]: the sum over the projections of ``g W + spread(mask * (g B A))``."""
     dtype = gb_NS.dtype
     grad_x_NI = grads_NO[0] @ projections[0].weight(dtype)
     for p, g_NO in zip(projections[1:], grads_NO[1:], strict=True):
         grad_x_NI.addmm_(g_NO, p.weight(dtype))
-    if not any(p.dropout for p in projections):
-        return grad_x_NI.addmm_(gb_NS, _all_a(projections, dtype)) if gb_NS.shape[1] else grad_x_NI
+    if _go_together(projections) and not any(p.holds_change for p in projections):
+        if gb_NS.shape[1]:
+            _add_through_a_(grad_x_NI, gb_NS, _all_a(projections, dtype), _group_size(projections))
+        return grad_x_NI
     for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True):
-        if p.lora_a is not None:
-            grad_x_NI += _dropped(gb_NR @ p.lora_a.to(dtype), p)
+        if p.lora_a is not None and not p.holds_change:
+            grad_x_NI += spread(_dropped(gb_NR @ p.lora_a.to(dtype), p), p.group_size, grad_x_NI.shape[1])
     return grad_x_NI
+
+
+def _add_through_a_(grad_x_NI: Tensor, gb_NS: Tensor, a_SG: Tensor, group_size: int) -> None:
+    if group_size == 1:
+        grad_x_NI.addmm_(gb_NS, a_SG)
+    elif grad_x_NI.shape[1] % group_size:
+        grad_x_NI += spread(gb_NS @ a_SG, group_size, grad_x_NI.shape[1])
+    else:
+        grad_x_NI.view(len(grad_x_NI), -1, group_size).add_((gb_NS @ a_SG).unsqueeze(-1))
 
 
 def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -193,13 +223,46 @@ def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None
     return [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
 
 
+def pool(x_NI: Tensor, group_size: int) -> Tensor:
+    """Sums over groups of neighbours, [N, G]; a last group that is not whole is summed as far as it goes."""
+    if group_size == 1:
+        return x_NI
+    missing = -x_NI.shape[1] % group_size
+    if missing:
+        x_NI = torch.nn.functional.pad(x_NI, (0, missing))
+    return x_NI.view(len(x_NI), -1, group_size).sum(-1)
+
+
+def spread(values: Tensor, group_size: int, in_features: int) -> Tensor:
+    """``[..., G]`` to ``[..., I]``: each value for all inputs of its group, the transpose of :func:`pool`."""
+    return values if group_size == 1 else values.repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+
 def _project_down(x_NI: Tensor, projections: Projections) -> Tensor:
     if not any(p.rank for p in projections):
         return x_NI.new_empty(len(x_NI), 0)
-    if not any(p.dropout for p in projections):
-        return x_NI @ _all_a(projections, x_NI.dtype).t()
     dtype = x_NI.dtype
-    return torch.cat([_dropped(x_NI, p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None], dim=1)
+    if _go_together(projections):
+        return _as_a_takes(x_NI, projections) @ _all_a(projections, dtype).t()
+    parts = [_dropped(_as_a_takes(x_NI, [p]), p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None]
+    return torch.cat(parts, dim=1)
+
+
+def _go_together(projections: Projections) -> bool:
+    """Whether one product serves all A matrices."""
+    return not any(p.dropout for p in projections) and len({p.group_size for p in projections if p.rank}) <= 1
+
+
+def _group_size(projections: Projections) -> int:
+    """The group size that all projections share, so that x itself need not be kept; 1 where they do not."""
+    sizes = {p.group_size for p in projections if p.rank}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _as_a_takes(x: Tensor, projections: Projections) -> Tensor:
+    """The input of the A matrices: x, or its sums over groups, whichever of them is given."""
+    widths = {p.lora_a.shape[1] for p in projections if p.lora_a is not None}
+    return x if not widths or x.shape[1] in widths else pool(x, _group_size(projections))
 
 
 def _all_a(projections: Projections, dtype: torch.dtype) -> Tensor:

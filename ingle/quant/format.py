@@ -6,13 +6,14 @@ A further member (HQQ, for one) is a frozen dataclass with these methods; nothin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ingle.config.base import (
     BaseConfig,
+    Fp4Base,
     Int8Base,
     IQ4_NLBase,
     IQ4_XSBase,
@@ -36,7 +37,7 @@ from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ingle.quant.ggml_levels import IQ4_NL, IQ4_XS
 from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
 from ingle.quant.int8 import Int8
-from ingle.quant.nf4 import Nf4
+from ingle.quant.levels import Fp4, Nf4
 from ingle.quant.plane import PlaneSpec, Scratch
 
 
@@ -118,6 +119,21 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class FoldingFormat(Format, Protocol):
+    """A format with an additive field: a change that is constant inside each group goes into it exactly."""
+
+    def fold(self, planes: Mapping[str, Tensor], delta_OG: Tensor) -> dict[str, Tensor]:
+        """Planes of the same codes whose weights are larger by ``delta_OG``, one float32 for each group of a row.
+
+        Only the field is rounded, once, from the float32 sum. The planes given stay as they are.
+
+        Raises:
+            QuantizationError: The field cannot hold a sum.
+        """
+        ...
+
+
 def make_format(base: BaseConfig) -> Format | None:
     """The format a config section asks for; None where weights stay as they are."""
     match base:
@@ -155,3 +171,5 @@ def make_format(base: BaseConfig) -> Format | None:
             return TQ1_0()
         case TQ2_0Base():
             return TQ2_0()
+        case Fp4Base():
+            return Fp4(block_size=base.block_size, double_quant=base.double_quant)

@@ -16,13 +16,43 @@ the fifth bit of weight ``j``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ingle.config.base import Q4_0Base, Q4_1Base, Q5_0Base, Q5_1Base, Q8_0Base
+from ingle.errors import QuantizationError
 from ingle.quant.ggml import GgmlBlocks, half, nibbles
+
+
+class WithOffset(GgmlBlocks):
+    """A format whose blocks end in ``+ m``, a float16 at bytes 2 and 3: what QA-LoRA folds into."""
+
+    @property
+    def additive_field(self) -> int | None:
+        """``m`` belongs to a block."""
+        return self.block_size
+
+    def fold(self, planes: Mapping[str, Tensor], delta_ON: Tensor) -> dict[str, Tensor]:
+        """The planes with ``delta_ON[o, n]`` added to every weight of block ``n`` of row ``o``.
+
+        The sum ``m + delta`` is float32, rounded once to float16; nothing else changes.
+
+        Raises:
+            QuantizationError: A sum is NaN or too large for float16.
+        """
+        blocks_ONB = planes["data"].detach().clone().unflatten(1, (-1, self.base.block_bytes))
+        offset_ON = (half(blocks_ONB, 2).squeeze(-1) + delta_ON.to(blocks_ONB.device)).half()
+        if not bool(offset_ON.isfinite().all()):
+            raise QuantizationError(
+                f"A change folded into {self.name} leaves the range of its float16 offset.",
+                why=f"largest change {float(delta_ON.abs().max()):g}",
+                fix="a smaller optim.lr or adapter.alpha",
+            )
+        blocks_ONB[..., 2:4] = offset_ON.unsqueeze(-1).view(torch.uint8)
+        return {"data": blocks_ONB.flatten(1)}
 
 
 @dataclass(frozen=True)
@@ -37,15 +67,10 @@ class Q4_0(GgmlBlocks):
 
 
 @dataclass(frozen=True)
-class Q4_1(GgmlBlocks):
+class Q4_1(WithOffset):
     """4-bit integers with an offset."""
 
     base = Q4_1Base
-
-    @property
-    def additive_field(self) -> int | None:
-        """``m`` belongs to a block."""
-        return self.block_size
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * q + m``."""
@@ -65,15 +90,10 @@ class Q5_0(GgmlBlocks):
 
 
 @dataclass(frozen=True)
-class Q5_1(GgmlBlocks):
+class Q5_1(WithOffset):
     """5-bit integers with an offset."""
 
     base = Q5_1Base
-
-    @property
-    def additive_field(self) -> int | None:
-        """``m`` belongs to a block."""
-        return self.block_size
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * q + m``."""
