@@ -28,7 +28,7 @@ from ingle.quant.format import Format
 from ingle.quant.ggml_k import Q4_K, Q6_K
 from ingle.quant.ggml_legacy import Q4_0, Q8_0
 from ingle.quant.int8 import Int8
-from ingle.quant.nf4 import Nf4
+from ingle.quant.levels import Nf4
 
 SHAPES = {"mlp of 1024": (2816, 1024), "attention of 4096": (4096, 4096), "mlp of 4096": (11008, 4096)}
 FORMATS: dict[str, Format] = {

@@ -22,17 +22,15 @@ class NoBase(Section):
         return float(dtype_bits)
 
 
-class Nf4Base(Section):
-    """4-bit NormalFloat, bit-compatible with bitsandbytes.
-
-    Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3.
+class LevelsBase(Section):
+    """16 levels of the largest weight of a block.
 
     Attributes:
         block_size: Consecutive weights of a row that share one absmax.
         double_quant: Hold the absmax values in 8 bits too.
     """
 
-    format: Literal["nf4"]
+    format: str
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     double_quant: bool = True
 
@@ -40,6 +38,24 @@ class Nf4Base(Section):
         """Bits one weight takes, scales included."""
         absmax_bits = 8 + 32 / 256 if self.double_quant else 32
         return 4 + absmax_bits / self.block_size
+
+
+class Nf4Base(LevelsBase):
+    """4-bit NormalFloat, bit-compatible with bitsandbytes.
+
+    Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3.
+    """
+
+    format: Literal["nf4"]
+
+
+class Fp4Base(LevelsBase):
+    """4-bit floats, bit-compatible with bitsandbytes.
+
+    Source: bitsandbytes, ``get_4bit_type("fp4")``.
+    """
+
+    format: Literal["fp4"]
 
 
 class Int8Base(Section):
@@ -247,7 +263,8 @@ _Base = Annotated[
     | IQ4_NLBase
     | IQ4_XSBase
     | TQ1_0Base
-    | TQ2_0Base,
+    | TQ2_0Base
+    | Fp4Base,
     Field(discriminator="format"),
 ]
 _Name = Literal[
@@ -268,5 +285,6 @@ _Name = Literal[
     "iq4_xs",
     "tq1_0",
     "tq2_0",
+    "fp4",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | _Name)]

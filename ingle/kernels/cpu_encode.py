@@ -33,14 +33,17 @@ def from_bits(_: Any, bits: Any) -> tuple[Any, Any]:
 
 
 @compile_kernel
-def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, scales: Any, num_chunks: int) -> None:
-    """Packs weights into 16-level codes: the number of midpoints strictly below ``weight / absmax``.
+def encode_levels(
+    weights: Any, midpoints: Any, order: Any, block_size: int, codes: Any, scales: Any, num_chunks: int
+) -> None:
+    """Packs weights into 16-level codes, by the number of midpoints strictly below ``weight / absmax``.
 
     A NaN or infinity leaves a scale that is not finite.
 
     Args:
         weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
         midpoints: 15 float32, ascending.
+        order: 16 uint8, the code for every number of midpoints.
         block_size: Weights that share a scale; the last block of a row may be short.
         codes: uint8 ``[O, C]``, written; the even weight in the high nibble.
         scales: uint32 ``[O, N]``, written: the bits of every block's float32 absmax.
@@ -48,6 +51,9 @@ def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, sca
     """
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
+    in_order = True
+    for k in range(16):
+        in_order &= order[k] == k
     for chunk in prange(num_chunks):
         signed = np.int64(chunk)  # numba counts chunks unsigned, which times a signed number is a float
         values, counts = np.empty(block_size, np.uint32), np.empty(block_size, np.uint8)
@@ -66,6 +72,9 @@ def encode_levels(weights: Any, midpoints: Any, block_size: int, codes: Any, sca
                     codes[row, start // 2 + k] = counts[2 * k] << 4 | counts[2 * k + 1]
                 if length % 2:  # the end of an odd row; the missing weight counts as zero
                     codes[row, (start + length) // 2] = counts[length - 1] << 4 | count_zero(midpoints)
+            if not in_order:
+                for k in range(codes.shape[1]):
+                    codes[row, k] = order[codes[row, k] >> 4] << 4 | order[codes[row, k] & 15]
 
 
 @compile_kernel

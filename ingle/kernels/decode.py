@@ -109,12 +109,15 @@ def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
     return out_OI
 
 
-def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
+def encode_levels(
+    weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_size: int
+) -> tuple[Tensor, Tensor] | None:
     """Packs a weight on the CPU into 16-level codes and the absmax of every block; None on other devices.
 
     Args:
         weight_OI: Floating, with any strides.
         midpoints: float32 ``[15]``, between neighbouring levels, ascending.
+        order: uint8 ``[16]``, the code of every level, ascending.
         block_size: Weights that share an absmax.
 
     Returns:
@@ -126,7 +129,7 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, block_size: int) -> tupl
     codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
     scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
     for rows, bits in _read_rows(weight_OI):
-        arrays = (midpoints.numpy(), block_size, codes[rows].numpy(), _bits(scales[rows]))
+        arrays = (midpoints.numpy(), order.numpy(), block_size, codes[rows].numpy(), _bits(scales[rows]))
         cpu_encode.encode_levels(bits, *arrays, match_threads(weight_OI.numel()))
     return codes, scales
 

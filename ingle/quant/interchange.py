@@ -1,14 +1,14 @@
 """bitsandbytes' tensors in and out: what the Hub's 4-bit and 8-bit checkpoints hold.
 
 =========================================== ============================== =============================
-key (after the layer's name and ``.``)      nf4                            int8
+key (after the layer's name and ``.``)      nf4, fp4                       int8
 =========================================== ============================== =============================
 weight                                      uint8 [O * I / 2, 1]           int8 [O, I]
 weight.absmax                               uint8 or float32 [O * N]
 weight.quant_map                            float32 [16]
 weight.nested_absmax                        float32 [M] (double quant)
 weight.nested_quant_map                     float32 [256] (double quant)
-weight.quant_state.bitsandbytes__nf4        uint8, JSON
+weight.quant_state.bitsandbytes__nf4 (fp4)  uint8, JSON
 SCB                                                                        float32 [O]
 weight_format                                                              uint8 scalar, 0 = by rows
 =========================================== ============================== =============================
@@ -28,7 +28,7 @@ from torch import Tensor
 from ingle.errors import QuantizationError
 from ingle.quant.format import Format
 from ingle.quant.int8 import Int8
-from ingle.quant.nf4 import NESTED_BLOCK, Nf4, dynamic_map, levels
+from ingle.quant.levels import NESTED_BLOCK, Fp4, Levels, Nf4, dynamic_map
 from ingle.quant.plane import as_bytes, as_float32
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -57,17 +57,17 @@ def to_bitsandbytes(
     if isinstance(format, Int8):
         zero = torch.zeros((), dtype=torch.uint8)
         return {"weight": planes["codes"], "SCB": as_float32(planes["scale"]).flatten(), "weight_format": zero}
-    if not isinstance(format, Nf4):
+    if not isinstance(format, Levels):
         raise QuantizationError(f"bitsandbytes has no layout for {format.name}.")
     _require_whole_blocks(format, out_features, in_features)
     codes = planes["codes"]
     state: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": format.name,
         "blocksize": format.block_size,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [out_features, in_features],
     }
-    tensors = {"weight": codes.reshape(-1, 1), "weight.quant_map": levels(codes.device)}
+    tensors = {"weight": codes.reshape(-1, 1), "weight.quant_map": format.levels(codes.device)}
     if format.double_quant:
         offset = float(as_float32(planes["absmax_offset"]).item())
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
@@ -76,7 +76,7 @@ def to_bitsandbytes(
         tensors["weight.nested_quant_map"] = dynamic_map(codes.device)
     else:
         tensors["weight.absmax"] = as_float32(planes["absmax"]).flatten()
-    tensors[STATE + "nf4"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[STATE + format.name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
 
@@ -96,18 +96,23 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") ->
     if len(states) != 1:
         raise QuantizationError(f"{name} is not a bitsandbytes layer.", where=name, why=f"keys {sorted(tensors)}")
     state = json.loads(bytes(tensors[states[0]].tolist()))
-    if state["quant_type"] != "nf4":
-        raise QuantizationError(f"{name} is held as {state['quant_type']}, which Ingle does not hold yet.", where=name)
-    return _from_nf4(tensors, state, name)
+    match state["quant_type"]:
+        case "nf4":
+            return _from_levels(Nf4, tensors, state, name)
+        case "fp4":
+            return _from_levels(Fp4, tensors, state, name)
+    raise QuantizationError(f"{name} is held as {state['quant_type']}, which Ingle does not hold.", where=name)
 
 
-def _from_nf4(tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str) -> tuple[Format, dict[str, Tensor]]:
+def _from_levels(
+    kind: type[Levels], tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str
+) -> tuple[Format, dict[str, Tensor]]:
     out_features, in_features = state["shape"]
-    format = Nf4(block_size=state["blocksize"], double_quant="weight.nested_absmax" in tensors)
+    format = kind(block_size=state["blocksize"], double_quant="weight.nested_absmax" in tensors)
     _require_whole_blocks(format, out_features, in_features)
     packed = tensors["weight"]
     device = packed.device
-    _require_table(tensors["weight.quant_map"], levels(device), name)
+    _require_table(tensors["weight.quant_map"], format.levels(device), name)
     planes = {"codes": packed.contiguous().view(torch.uint8).reshape(out_features, in_features // 2)}
     absmax = tensors["weight.absmax"]
     if format.double_quant:
@@ -145,7 +150,7 @@ def _from_int8(tensors: Mapping[str, Tensor], name: str) -> tuple[Format, dict[s
     return Int8(), {"codes": tensors["weight"], "scale": as_bytes(tensors["SCB"].float().reshape(-1, 1))}
 
 
-def _require_whole_blocks(format: Nf4, out_features: int, in_features: int) -> None:
+def _require_whole_blocks(format: Levels, out_features: int, in_features: int) -> None:
     if in_features % format.block_size:
         raise QuantizationError(
             "bitsandbytes lets blocks run across rows here; Ingle's never do, so the bytes cannot be exchanged.",

@@ -16,6 +16,7 @@ from ingle.adapters import attach
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import (
     BaseConfig,
+    Fp4Base,
     GgmlBase,
     Int8Base,
     IQ4_NLBase,
@@ -61,6 +62,8 @@ FORMATS: dict[str, BaseConfig] = {
     "iq4_xs": IQ4_XSBase(format="iq4_xs"),
     "tq1_0": TQ1_0Base(format="tq1_0"),
     "tq2_0": TQ2_0Base(format="tq2_0"),
+    "fp4": Fp4Base(format="fp4"),
+    "fp4-single": Fp4Base(format="fp4", double_quant=False),
 }
 #: The relative error in rms that a Gaussian weight may suffer.
 ERROR = {
@@ -68,6 +71,7 @@ ERROR = {
     **{"q4_0": 0.087, "q4_1": 0.079, "q5_0": 0.043, "q5_1": 0.038, "q8_0": 0.0055},
     **{"q4_k": 0.072, "q6_k": 0.018, "q5_k": 0.037, "q3_k": 0.152, "q2_k": 0.31},
     **{"iq4_nl": 0.077, "iq4_xs": 0.078, "tq1_0": 0.82, "tq2_0": 0.82},
+    **{"fp4": 0.125, "fp4-single": 0.125},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -1,4 +1,4 @@
-"""bitsandbytes as the independent oracle of NF4 and int8: same bytes in, same bytes and weights out."""
+"""bitsandbytes as the independent oracle of NF4, FP4 and int8: same bytes in, same bytes and weights out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ingle.errors import QuantizationError
 from ingle.quant import from_bitsandbytes, to_bitsandbytes
 from ingle.quant.int8 import Int8
-from ingle.quant.nf4 import Nf4, dynamic_map, levels
+from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
 from ingle.quant.plane import as_float32
 
 with warnings.catch_warnings():
@@ -25,6 +25,9 @@ SHAPES = [(4, 64), (48, 256), (352, 1024), (7, 4096)]
 #: Where their blocks, which run across rows, end with a row; and not so large that they compile C++ first.
 BLOCKS = [(shape, size) for shape in SHAPES for size in (32, 64, 256, 1024) if shape[1] % size == 0]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: The formats under test by bitsandbytes' names.
+KINDS: dict[str, type[Levels]] = {"nf4": Nf4, "fp4": Fp4}
+by_kind = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -36,35 +39,38 @@ def draw(shape: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return weight.to(dtype)
 
 
-def test_tables_are_theirs() -> None:
-    assert torch.equal(levels(CPU), oracle.get_4bit_type("nf4", device="cpu"))
+@by_kind
+def test_tables_are_theirs(kind: str) -> None:
+    assert torch.equal(KINDS[kind]().levels(CPU), oracle.get_4bit_type(kind, device="cpu"))
     assert torch.equal(dynamic_map(CPU), oracle.create_dynamic_map())
 
 
+@by_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "block_size"), BLOCKS)
-def test_codes_and_absmax_are_theirs(shape: tuple[int, int], dtype: torch.dtype, block_size: int) -> None:
+def test_codes_and_absmax_are_theirs(shape: tuple[int, int], dtype: torch.dtype, block_size: int, kind: str) -> None:
     weight = draw(shape, dtype)
-    packed, state = oracle.quantize_4bit(weight, blocksize=block_size, quant_type="nf4", compress_statistics=False)
-    ours = Nf4(block_size, double_quant=False).encode(weight)
+    packed, state = oracle.quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=False)
+    ours = KINDS[kind](block_size, double_quant=False).encode(weight)
     assert torch.equal(ours["codes"].flatten(), packed.flatten())
     assert torch.equal(as_float32(ours["absmax"]).flatten(), state.absmax)
 
 
+@by_kind
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "block_size"), BLOCKS)
 def test_their_bytes_decode_to_their_weights(
-    shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, block_size: int
+    shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, block_size: int, kind: str
 ) -> None:
     weight = draw(shape, dtype)
     packed, state = oracle.quantize_4bit(
-        weight, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant
+        weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant
     )
     expected = oracle.dequantize_4bit(packed, state)
     tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     format, planes = from_bitsandbytes(tensors)
-    assert format == Nf4(block_size, double_quant)
+    assert format == KINDS[kind](block_size, double_quant)
     assert torch.equal(format.decode(planes, *shape, dtype), expected)
     assert torch.equal(format.decode_reference(planes, *shape, dtype), expected)
 
@@ -81,10 +87,11 @@ def test_double_quantized_absmax_is_theirs_within_a_code(shape: tuple[int, int])
     assert torch.allclose(as_float32(ours["nested_absmax"]).flatten(), state.state2.absmax, rtol=1e-5)
 
 
+@by_kind
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_our_bytes_are_read_by_them(double_quant: bool) -> None:
+def test_our_bytes_are_read_by_them(double_quant: bool, kind: str) -> None:
     shape, dtype = (48, 256), torch.bfloat16
-    format = Nf4(double_quant=double_quant)
+    format = KINDS[kind](double_quant=double_quant)
     planes = format.encode(draw(shape, dtype))
     tensors = to_bitsandbytes(planes, format, *shape, dtype=dtype)
     state = oracle.QuantState.from_dict({key: tensor for key, tensor in tensors.items() if key != "weight"}, device=CPU)
@@ -96,12 +103,13 @@ def test_our_bytes_are_read_by_them(double_quant: bool) -> None:
     assert loaded.quant_state.shape == torch.Size(shape)
 
 
+@by_kind
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_interchange_has_their_keys_and_types(double_quant: bool) -> None:
+def test_interchange_has_their_keys_and_types(double_quant: bool, kind: str) -> None:
     weight = draw((48, 256), torch.bfloat16)
-    packed, state = oracle.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    packed, state = oracle.quantize_4bit(weight, quant_type=kind, compress_statistics=double_quant)
     theirs = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
-    format = Nf4(double_quant=double_quant)
+    format = KINDS[kind](double_quant=double_quant)
     ours = to_bitsandbytes(format.encode(weight), format, 48, 256, dtype=torch.bfloat16)
     assert {key: (t.dtype, t.shape) for key, t in ours.items() if "state" not in key} == {
         key: (t.dtype, t.shape) for key, t in theirs.items() if "state" not in key
@@ -113,9 +121,10 @@ def test_interchange_has_their_keys_and_types(double_quant: bool) -> None:
         assert mine[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value)
 
 
+@by_kind
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_interchange_is_lossless(double_quant: bool) -> None:
-    format = Nf4(double_quant=double_quant)
+def test_interchange_is_lossless(double_quant: bool, kind: str) -> None:
+    format = KINDS[kind](double_quant=double_quant)
     planes = format.encode(draw((48, 256), torch.bfloat16))
     again, back = from_bitsandbytes(to_bitsandbytes(planes, format, 48, 256))
     assert again == format
@@ -152,10 +161,12 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
     planes = format.encode(draw((4, 64), torch.float32)[:, :40])
     with pytest.raises(QuantizationError, match="run across rows"):
         to_bitsandbytes(planes, format, 4, 40)
-    packed, state = oracle.quantize_4bit(draw((4, 64), torch.float32), quant_type="fp4")
+    packed, state = oracle.quantize_4bit(draw((4, 64), torch.float32), quant_type="nf4")
     tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
-    with pytest.raises(QuantizationError, match="fp4"):
-        from_bitsandbytes(tensors, name="layer")
+    (key,) = (key for key in tensors if "quant_state" in key)
+    other = tensors[key].numpy().tobytes().replace(b'"nf4"', b'"af4"')
+    with pytest.raises(QuantizationError, match="af4"):
+        from_bitsandbytes(tensors | {key: torch.tensor(list(other), dtype=torch.uint8)}, name="layer")
     with pytest.raises(QuantizationError, match="not a bitsandbytes layer"):
         from_bitsandbytes({"weight": packed})
     with pytest.raises(QuantizationError, match="tiled"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ingle import adapters, models, quant
 from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base, NoBase
+from ingle.config.base import Fp4Base, LevelsBase
 from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Warned
 from ingle.models.shards import read_index
@@ -206,28 +207,38 @@ class Wrapper(torch.nn.Module):
         return self.base(x)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["double", "single"])
-def packed_checkpoint(request, make_checkpoint, tmp_path_factory) -> tuple[Path, bool, Tensor]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        Nf4Base(format="nf4"),
+        Nf4Base(format="nf4", double_quant=False),
+        Fp4Base(format="fp4"),
+        Fp4Base(format="fp4", double_quant=False),
+    ],
+    ids=["nf4-double", "nf4-single", "fp4-double", "fp4-single"],
+)
+def packed_checkpoint(request, make_checkpoint, tmp_path_factory) -> tuple[Path, LevelsBase, Tensor]:
     """A checkpoint that transformers and bitsandbytes packed, and the logits they get from it."""
     pytest.importorskip("bitsandbytes")
+    base = request.param
     source = make_checkpoint("qwen2").folder
     settings = hf.BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=request.param,
+        bnb_4bit_quant_type=base.format,
+        bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=torch.float32,
     )
     packed = hf.AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("packed")
     packed.save_pretrained(folder)
     # With gradients on, bitsandbytes multiplies by the decoded weight; without, in bfloat16.
-    return folder, request.param, packed(input_ids=IDS, use_cache=False).logits.detach()
+    return folder, base, packed(input_ids=IDS, use_cache=False).logits.detach()
 
 
 def test_bitsandbytes_checkpoint_is_taken_byte_for_byte(packed_checkpoint) -> None:
-    folder, double_quant, expected = packed_checkpoint
+    folder, base, expected = packed_checkpoint
     config = ModelConfig(id=str(folder), dtype="float32")
-    model = models.load_model(config, Nf4Base(format="nf4", double_quant=double_quant))
+    model = models.load_model(config, base)
     stored = read(folder)
     layer = model.model.layers[0].mlp.down_proj
     name = "model.layers.0.mlp.down_proj.weight"
@@ -237,11 +248,11 @@ def test_bitsandbytes_checkpoint_is_taken_byte_for_byte(packed_checkpoint) -> No
 
 @pytest.mark.parametrize("base", [NoBase(), Int8Base(format="int8"), Nf4Base(format="nf4", block_size=128)])
 def test_bitsandbytes_checkpoint_names_the_options_it_needs(packed_checkpoint, base: BaseConfig) -> None:
-    folder, double_quant, _ = packed_checkpoint
+    folder, packed, _ = packed_checkpoint
     with pytest.raises(ModelError) as error:
         models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
     assert error.value.fix == (
-        f"--base.format=nf4 --base.block_size=64 --base.double_quant={str(double_quant).lower()}"
+        f"--base.format={packed.format} --base.block_size=64 --base.double_quant={str(packed.double_quant).lower()}"
     )
 
 
@@ -338,7 +349,7 @@ def test_peak_memory_is_the_model_and_one_tensor(
 
 
 def test_adapter_trains_on_a_bitsandbytes_checkpoint(packed_checkpoint) -> None:
-    folder, double_quant, _ = packed_checkpoint
+    folder, packed, _ = packed_checkpoint
     model = models.load_model(
         ModelConfig(id=str(folder), dtype="float32"), Nf4Base(format="nf4", double_quant=double_quant)
     )

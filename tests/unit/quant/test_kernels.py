@@ -17,9 +17,10 @@ from numba import njit, prange
 from ingle.kernels import cpu, cpu_cache
 from ingle.kernels.cpu_threads import match_threads, set_threads
 from ingle.kernels.decode import encode_levels, has_kernel, search_bounds
-from ingle.quant.nf4 import dynamic_map, levels, midpoints
+from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
 
-LEVELS = levels(torch.device("cpu")).numpy()
+CPU = torch.device("cpu")
+LEVELS = Nf4().levels(CPU).numpy()
 #: Scales at both ends of float32 and around what bfloat16 can hold.
 SCALES = np.array([0, 1, 0.0317, 1e-45, 1e-38, 1.2e-38, 3.39e38, 3.4e38, -0.5, 2**-126], dtype=np.float32)
 
@@ -90,17 +91,20 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
     assert torch.equal(torch.from_numpy(out).view(torch.int16), values.bfloat16().view(torch.int16))
 
 
-def test_ties_between_levels_stay_low() -> None:
-    middles = midpoints(torch.device("cpu"))
+@pytest.mark.parametrize("format", [Nf4(), Fp4()], ids=str)
+def test_ties_between_levels_stay_low(format: Levels) -> None:
+    middles, order = format.midpoints(CPU), format.codes(CPU)
     weight = torch.cat([middles, torch.ones(1)]).repeat(4, 1)  # absmax 1: the scaled weight is the midpoint itself
-    packed = encode_levels(weight, middles, 32)
+    packed = encode_levels(weight, middles, order, 32)
     assert packed is not None
     codes = torch.stack((packed[0] >> 4, packed[0] & 15), dim=-1).flatten(1)
-    assert torch.equal(codes, torch.arange(16, dtype=torch.uint8).repeat(4, 1))
+    assert torch.equal(codes, order.repeat(4, 1))
+    levels = format.levels(CPU)[order.int()]
+    assert torch.equal(levels, levels.sort().values)
 
 
 def test_search_counts_bounds_strictly_below() -> None:
-    table = dynamic_map(torch.device("cpu"))
+    table = dynamic_map(CPU)
     bounds = (table[:-1] + table[1:]) / 2
     values = torch.cat([bounds, table, torch.linspace(-1, 1, 1001), torch.tensor([-2.0, 2.0])])
     codes = search_bounds(values, bounds)
@@ -111,8 +115,9 @@ def test_search_counts_bounds_strictly_below() -> None:
 
 def test_kernels_know_their_limits() -> None:
     assert not has_kernel(torch.empty(1), torch.float16)
-    assert encode_levels(torch.empty(2, 32, dtype=torch.int32), midpoints(torch.device("cpu")), 32) is None
-    assert encode_levels(torch.empty(2, 32, device="meta"), midpoints(torch.device("cpu")), 32) is None
+    tables = Nf4().midpoints(CPU), Nf4().codes(CPU)
+    assert encode_levels(torch.empty(2, 32, dtype=torch.int32), *tables, 32) is None
+    assert encode_levels(torch.empty(2, 32, device="meta"), *tables, 32) is None
 
 
 def test_threads_follow_torch() -> None:
@@ -130,7 +135,7 @@ def test_threads_follow_torch() -> None:
 def test_numbas_start_leaves_torchs_threads_alone() -> None:
     code = """
 import torch
-from ingle.quant.nf4 import Nf4
+from ingle.quant.levels import Nf4
 torch.set_num_threads(1)
 format = Nf4()
 format.decode(format.encode(torch.ones(2, 64)), 2, 64, torch.bfloat16)

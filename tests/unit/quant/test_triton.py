@@ -15,7 +15,7 @@ CODE = """
 import torch
 from ingle.kernels import triton as kernels
 from ingle.quant.int8 import Int8
-from ingle.quant.nf4 import Nf4, dynamic_map, levels
+from ingle.quant.levels import Fp4, Nf4, dynamic_map
 from ingle.quant.plane import as_float32
 
 cpu = torch.device("cpu")
@@ -23,18 +23,18 @@ for shape in ((1, 64), (3, 7), (5, 200), (4, 2816)):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[0] *= 1e3
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for format in (*(Nf4(size, double) for size in (32, 64, 4096) for double in (False, True)), Int8()):
+        for format in (*(Nf4(size, double) for size in (32, 64, 4096) for double in (False, True)), Fp4(), Int8()):
             planes = format.encode(weight)
             out = torch.full(shape, torch.nan, dtype=dtype)
             if isinstance(format, Int8):
                 kernels.decode_int8(planes["codes"], as_float32(planes["scale"]).flatten(), out)
             elif format.double_quant:
                 nested = [as_float32(planes[name]).flatten() for name in ("nested_absmax", "absmax_offset")]
-                tables = levels(cpu), planes["absmax"], dynamic_map(cpu)
+                tables = format.levels(cpu), planes["absmax"], dynamic_map(cpu)
                 kernels.decode_nested_levels(planes["codes"], *tables, *nested, format.block_size, out)
             else:
                 absmax = as_float32(planes["absmax"])
-                kernels.decode_levels(planes["codes"], levels(cpu), absmax, format.block_size, out)
+                kernels.decode_levels(planes["codes"], format.levels(cpu), absmax, format.block_size, out)
             assert torch.equal(out, format.decode_reference(planes, *shape, dtype)), (shape, dtype, format)
 print("exact")
 """

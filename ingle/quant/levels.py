@@ -1,4 +1,4 @@
-"""NF4: 4-bit NormalFloat, bit-compatible with bitsandbytes 0.50.
+"""4-bit formats of 16 levels, NF4 and FP4: bit-compatible with bitsandbytes 0.50.
 
 Legend: O = rows, I = columns, N = blocks in a row, M = nested blocks of 256 absmax values in the whole tensor.
 
@@ -19,6 +19,9 @@ whole blocks the bytes are exactly those of bitsandbytes, which flattens the mat
 ours alone, and only the interchange refuses them.  bitsandbytes runs its *nested* blocks across rows; so do we,
 therefore with double quantization only groups of ``granule`` rows can be cut out of the planes.
 
+The levels of NF4 ascend with their codes; FP4 is a float with a sign bit, so its codes have an order of their own and
+two of them mean zero.
+
 Source: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3; bitsandbytes ``functional.py``.
 """
 
@@ -27,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,13 +40,15 @@ from ingle.errors import QuantizationError
 from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, has_kernel, search_bounds
 from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
 
-#: The 16 levels, as bitsandbytes spells them.
-LEVELS = (
+#: The 16 levels of NF4, as bitsandbytes spells them.
+NORMAL_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022833334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+#: The 16 levels of FP4 in twelfths, by code: a sign, two bits of exponent and one of mantissa, with a bias of bits.
+FLOAT_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)
 
 
 def _list_dynamic_levels() -> tuple[float, ...]:
@@ -66,8 +72,8 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Nf4:
-    """NF4 with or without double quantization.
+class Levels:
+    """16 levels with or without double quantization; a member names its levels.
 
     Attributes:
         block_size: Consecutive weights of a row that share one absmax.
@@ -77,15 +83,17 @@ class Nf4:
     block_size: int = 64
     double_quant: bool = True
     scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
+    table: ClassVar[tuple[float, ...]]
+    order: ClassVar[tuple[int, ...]] = tuple(range(16))
 
     @property
     def name(self) -> str:
         """What ``base.format`` calls it."""
-        return "nf4"
+        return type(self).__name__.lower()
 
     @property
     def additive_field(self) -> int | None:
-        """NF4 is symmetric: it has none."""
+        """Blocks have no offset: none."""
         return None
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
@@ -119,12 +127,12 @@ class Nf4:
             QuantizationError: The weight holds NaN or infinity.
         """
         weight_OI = weight_OI.detach()
-        middles = self.scratch.table(midpoints, weight_OI.device)
-        packed = encode_levels(weight_OI, middles, self.block_size) or self.encode_reference(weight_OI)
+        middles, order = (self.scratch.table(make, weight_OI.device) for make in (self.midpoints, self.codes))
+        packed = encode_levels(weight_OI, middles, order, self.block_size) or self.encode_reference(weight_OI)
         codes, absmax = packed
         if not bool(absmax.isfinite().all()):
             raise QuantizationError(
-                f"{name} holds NaN or infinity and cannot be packed as nf4.",
+                f"{name} holds NaN or infinity and cannot be packed as {self.name}.",
                 where=name,
                 why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
                 fix="check the checkpoint, or train with --base.format=none",
@@ -136,8 +144,24 @@ class Nf4:
     def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Codes ``[O, ceil(I / 2)]`` and float32 absmax ``[O, N]`` in plain torch, some rows at a time."""
         rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
-        parts = [encode_blocks(chunk, self.block_size) for chunk in weight_OI.split(rows)]
+        parts = [self.encode_blocks(chunk) for chunk in weight_OI.split(rows)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def encode_blocks(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[O, ceil(I / 2)]`` and float32 absmax ``[O, N]`` in plain torch.
+
+        The code is found by the number of midpoints between levels that lie strictly below ``weight / absmax``; a tie
+        stays low.  A value that is not finite shows as an absmax that is not.
+        """
+        num_columns, device = weight_OI.shape[1], weight_OI.device
+        padding = -num_columns % self.block_size
+        blocks_ONB = torch.nn.functional.pad(weight_OI.float(), (0, padding)).unflatten(1, (-1, self.block_size))
+        absmax_ON = blocks_ONB.abs().amax(dim=-1)
+        scale_ON = 1.0 / absmax_ON.clamp(min=TINIEST)
+        scaled_OI = (blocks_ONB * scale_ON.unsqueeze(-1)).clamp(-1, 1).flatten(1)[:, : num_columns + num_columns % 2]
+        below_OI = torch.bucketize(scaled_OI.contiguous(), self.midpoints(device), out_int32=True)
+        codes_OI = self.codes(device)[below_OI]
+        return (codes_OI[:, ::2] << 4) | codes_OI[:, 1::2], absmax_ON
 
     def decode(
         self,
@@ -155,7 +179,7 @@ class Nf4:
             return decoded if out is None else out.copy_(decoded)
         if out is None:
             out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
-        table = self.scratch.table(levels, codes.device)
+        table = self.scratch.table(self.levels, codes.device)
         if not self.double_quant:
             return decode_levels(codes, table, as_float32(planes["absmax"]), self.block_size, out)
         scales = planes["absmax"].detach(), self.scratch.table(dynamic_map, codes.device)
@@ -169,7 +193,7 @@ class Nf4:
         codes = planes["codes"].detach()
         nibbles_OI = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, :in_features]
         absmax_OI = self.decode_absmax(planes).repeat_interleave(self.block_size, dim=1)[:, :in_features]
-        return (levels(codes.device)[nibbles_OI.int()] * absmax_OI).to(dtype)
+        return (self.levels(codes.device)[nibbles_OI.int()] * absmax_OI).to(dtype)
 
     def decode_absmax(self, planes: Mapping[str, Tensor]) -> Tensor:
         """The float32 absmax of every block, ``[O, N]``."""
@@ -180,21 +204,33 @@ class Nf4:
         scaled = dynamic_map(codes.device)[codes.int()] * nested.view_as(codes)
         return scaled + as_float32(planes["absmax_offset"])
 
+    def levels(self, device: torch.device) -> Tensor:
+        """The 16 levels by code, float32."""
+        return torch.tensor(self.table, dtype=torch.float32, device=device)
 
-def encode_blocks(weight_OI: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes ``[O, ceil(I / 2)]`` and float32 absmax ``[O, N]`` in plain torch.
+    def codes(self, device: torch.device) -> Tensor:
+        """The codes of the levels, ascending, uint8."""
+        return torch.tensor(self.order, dtype=torch.uint8, device=device)
 
-    The code is the number of midpoints between levels that lie strictly below ``weight / absmax``; a tie stays low.
-    A value that is not finite shows as an absmax that is not.
-    """
-    num_columns = weight_OI.shape[1]
-    padding = -num_columns % block_size
-    blocks_ONB = torch.nn.functional.pad(weight_OI.float(), (0, padding)).unflatten(1, (-1, block_size))
-    absmax_ON = blocks_ONB.abs().amax(dim=-1)
-    scale_ON = 1.0 / absmax_ON.clamp(min=TINIEST)
-    scaled_OI = (blocks_ONB * scale_ON.unsqueeze(-1)).clamp(-1, 1).flatten(1)[:, : num_columns + num_columns % 2]
-    codes_OI = torch.bucketize(scaled_OI.contiguous(), midpoints(weight_OI.device), out_int32=True).to(torch.uint8)
-    return (codes_OI[:, ::2] << 4) | codes_OI[:, 1::2], absmax_ON
+    def midpoints(self, device: torch.device) -> Tensor:
+        """The 15 midpoints between neighbouring levels, ascending, float32 arithmetic."""
+        ascending = self.levels(device)[self.codes(device).int()]
+        return (ascending[:-1] + ascending[1:]) / 2
+
+
+@dataclass(frozen=True)
+class Nf4(Levels):
+    """NF4: levels that a normally distributed weight takes equally often."""
+
+    table = NORMAL_LEVELS
+
+
+@dataclass(frozen=True)
+class Fp4(Levels):
+    """FP4: a float of four bits; bitsandbytes' order of the two codes of zero."""
+
+    table = tuple(value / 12 for value in FLOAT_TWELFTHS)
+    order = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
 def encode_absmax(absmax_ON: Tensor) -> dict[str, Tensor]:
@@ -220,17 +256,6 @@ def encode_absmax(absmax_ON: Tensor) -> dict[str, Tensor]:
         "nested_absmax": as_bytes(nested_M1),
         "absmax_offset": as_bytes(offset.view(1, 1)),
     }
-
-
-def levels(device: torch.device) -> Tensor:
-    """The 16 levels, float32."""
-    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
-
-
-def midpoints(device: torch.device) -> Tensor:
-    """The 15 midpoints between neighbouring levels, float32 arithmetic."""
-    table = levels(device)
-    return (table[:-1] + table[1:]) / 2
 
 
 def dynamic_map(device: torch.device) -> Tensor:
