@@ -178,9 +178,11 @@ def _norm(module: Any) -> Norm:
 
 
 def _projection(module: nn.Module) -> Projection:
+    inputs: SquaredInputs | None = getattr(module, "squared_inputs", None)
     if isinstance(module, LoraLinear):
-        return module.projection()
-    return Projection(lambda dtype: _dense(module, dtype), module.bias, None, None)  # type: ignore[arg-type]
+        return replace(module.projection(), inputs=inputs)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return Projection(lambda dtype: _dense(module, dtype), bias, None, None, inputs=inputs)
 
 
 def _dense(module: nn.Module, dtype: torch.dtype) -> Tensor:

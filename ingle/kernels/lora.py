@@ -151,6 +151,7 @@ def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -
         projections: What to project with.
         pooled: The input's sums over groups, [N, G], where the caller has them.
     """
+    observe(x, [p.inputs for p in projections if p.inputs is not None])
     xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
     outputs = []
     for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
