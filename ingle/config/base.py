@@ -267,7 +267,8 @@ _Base = Annotated[
     | Fp4Base,
     Field(discriminator="format"),
 ]
-_Name = Literal[
+#: Every name that ``base.format`` knows.
+FormatName = Literal[
     "none",
     "nf4",
     "int8",
@@ -287,4 +288,4 @@ _Name = Literal[
     "tq2_0",
     "fp4",
 ]
-BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | _Name)]
+BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]

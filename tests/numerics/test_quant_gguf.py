@@ -49,7 +49,7 @@ def draw_weight(format: GgmlBlocks, rows: int = 41, blocks: int = 5) -> Tensor:
 
 
 def test_every_section_has_a_format() -> None:
-    assert all(name in sections.__dict__["_Name"].__args__ for name in SECTIONS)
+    assert all(name in sections.FormatName.__args__ for name in SECTIONS)
     for name, section in SECTIONS.items():
         size, num_bytes = gguf.GGML_QUANT_SIZES[make(name)[1]]
         assert (section.block_size, section.block_bytes) == (size, num_bytes)
