@@ -9,7 +9,7 @@ Source: llama.cpp, ``tools/imatrix``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -126,7 +126,7 @@ def _in_features(module: nn.Module) -> int:
     return int(module.in_features)  # type: ignore[arg-type]
 
 
-def _hook(inputs: SquaredInputs):  # type: ignore[no-untyped-def]
+def _hook(inputs: SquaredInputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def watch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         observe(arguments[0], [inputs])
 
