@@ -109,9 +109,7 @@ def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
     return out_OI
 
 
-def encode_levels(
-    weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_size: int
-) -> tuple[Tensor, Tensor] | None:
+def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
     """Packs a weight on the CPU into 16-level codes and the absmax of every block; None on other devices.
 
     Args:

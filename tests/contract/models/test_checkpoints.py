@@ -330,7 +330,8 @@ def test_peak_memory_is_the_model_and_one_tensor(
 ) -> None:
     """Measured in processes of their own, against the memory after loading a tiny model.
 
-    The smallest of three peaks counts: now and then the allocator keeps what it got back, a second copy is always there.
+    The smallest of three peaks counts: now and then the allocator keeps what it got back; a second copy would always
+    be there.
     """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory cannot be reset here")
@@ -349,10 +350,8 @@ def test_peak_memory_is_the_model_and_one_tensor(
 
 
 def test_adapter_trains_on_a_bitsandbytes_checkpoint(packed_checkpoint) -> None:
-    folder, packed, _ = packed_checkpoint
-    model = models.load_model(
-        ModelConfig(id=str(folder), dtype="float32"), Nf4Base(format="nf4", double_quant=double_quant)
-    )
+    folder, base, _ = packed_checkpoint
+    model = models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
     adapters.attach(model, LoraAdapter(rank=2), seed=0)
     model.train()
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
