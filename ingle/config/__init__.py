@@ -1,6 +1,6 @@
 """The config tree: YAML, command-line overrides and Python objects give the same frozen :class:`Run`."""
 
-from ingle.config.adapter import AdapterConfig, LoraAdapter, NoAdapter
+from ingle.config.adapter import AdapterConfig, LoraAdapter, LowRankAdapter, MergeAware, NoAdapter, QaLoraAdapter
 from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
@@ -21,6 +21,8 @@ __all__ = [
     "Int8Base",
     "LoadedRun",
     "LoraAdapter",
+    "LowRankAdapter",
+    "MergeAware",
     "ModelConfig",
     "Nf4Base",
     "NoAdapter",
@@ -28,6 +30,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "ParallelConfig",
+    "QaLoraAdapter",
     "Run",
     "Sft",
     "Source",

@@ -77,12 +77,14 @@ class GgmlBase(Section):
     Attributes:
         block_size: Consecutive weights of a row that make a block.
         block_bytes: Bytes a block takes.
+        additive: Whether a block ends in a free offset, which a QA-LoRA change folds into.
         fallback: What llama.cpp packs a matrix in whose rows are not whole blocks; None means float16.
     """
 
     format: str
     block_size: ClassVar[int] = 32
     block_bytes: ClassVar[int]
+    additive: ClassVar[bool] = False
     fallback: ClassVar[str | None] = None
 
     def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
@@ -108,6 +110,7 @@ class Q4_1Base(GgmlBase):
 
     format: Literal["q4_1"]
     block_bytes = 20
+    additive = True
 
 
 class Q5_0Base(GgmlBase):
@@ -128,6 +131,7 @@ class Q5_1Base(GgmlBase):
 
     format: Literal["q5_1"]
     block_bytes = 24
+    additive = True
 
 
 class Q8_0Base(GgmlBase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ingle.adapters import trainable_parameters
-from ingle.config.adapter import AdapterConfig, LoraAdapter
+from ingle.config.adapter import AdapterConfig, LowRankAdapter
 from ingle.config.optim import OptimConfig
 from ingle.training.optim import ParameterGroup
 
@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfi
     Biases, norms and embeddings never decay.  LoRA's B learns ``lora_plus_ratio`` times as fast as A
     (Hayou et al. 2024, "LoRA+", arXiv 2402.12354, equation 4).
     """
-    ratio = adapter.lora_plus_ratio if isinstance(adapter, LoraAdapter) else 1.0
+    ratio = adapter.lora_plus_ratio if isinstance(adapter, LowRankAdapter) else 1.0
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in trainable_parameters(model):
