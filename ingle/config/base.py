@@ -5,7 +5,7 @@ The sizes are plain arithmetic on the section, so the planner can use them witho
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -293,3 +293,14 @@ FormatName = Literal[
     "fp4",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
+
+
+def folding_formats() -> tuple[str, ...]:
+    """Names of the formats that hold a free offset for each group, so that a QA-LoRA change merges exactly."""
+    sections = get_args(get_args(_Base)[0])
+    return tuple(section.model_fields["format"].annotation.__args__[0] for section in sections if folds(section))
+
+
+def folds(base: BaseConfig | type[BaseConfig]) -> bool:
+    """Whether a format holds a free offset for each group."""
+    return bool(getattr(base, "additive", False))

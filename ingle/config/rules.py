@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.base import folding_formats, folds
 from ingle.config.evaluate import TaskConfig
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.run import Run
@@ -115,9 +116,22 @@ def _twice(names: tuple[str, ...]) -> list[str]:
 def _both_ways(run: Run) -> list[str]:
     """Modules that are asked to be trained whole and through LoRA."""
     adapter = run.adapter
-    if not isinstance(adapter, LoraAdapter) or isinstance(adapter.target_modules, str):
+    if not isinstance(adapter, LowRankAdapter) or isinstance(adapter.target_modules, str):
         return []
     return sorted(set(adapter.target_modules) & set(adapter.trainable_modules))
+
+
+def _is_gguf(run: Run) -> bool:
+    """Whether the model is a GGUF file, whose tensors say what they are held in."""
+    return run.model.id.lower().endswith(".gguf")
+
+
+def _merges_into(run: Run) -> str | None:
+    """The format that merge-aware training rounds to; None without it."""
+    aware = run.adapter.merge_aware if isinstance(run.adapter, LoraAdapter) else None
+    if aware is None or (aware.format is None and _is_gguf(run)):
+        return None
+    return aware.format or run.base.format
 
 
 RUN_RULES: tuple[Rule[Run], ...] = (
@@ -175,6 +189,23 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: "--adapter.kind=none or --model.init=pretrained",
     ),
     Rule(
+        "qa-lora-needs-offsets",
+        lambda run: isinstance(run.adapter, QaLoraAdapter) and not _is_gguf(run) and not folds(run.base),
+        lambda run: (
+            f"QA-LoRA folds its change into a free offset for each group of weights, and {run.base.format} has none."
+        ),
+        "adapter.kind, base.format",
+        lambda run: " or ".join(f"--base.format={name}" for name in reversed(folding_formats()))
+        + ", or --adapter.kind=lora",
+    ),
+    Rule(
+        "merges-into-a-format",
+        lambda run: _merges_into(run) == "none",
+        lambda run: "Merge-aware training needs to know the format that the merged weights will be held in.",
+        "adapter.merge_aware.format, base.format",
+        lambda run: "--adapter.merge_aware.format=q4_k, or the format that will be served",
+    ),
+    Rule(
         "clm-trains-on-all",
         lambda run: run.objective.kind == "clm" and run.data.train_on == "last",
         lambda run: "Language modelling (clm) learns from every token, so there is no last turn to single out.",
@@ -205,7 +236,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "output-holds-no-start",
         lambda run: (
-            isinstance(run.adapter, LoraAdapter)
+            isinstance(run.adapter, LowRankAdapter)
             and run.adapter.path is not None
             and _inside(run.adapter.path, run.output)
         ),
