@@ -40,8 +40,13 @@ ROW_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
-    """A piece of a task sample's document."""
+class Window:
+    """A piece of a document that the model reads at once.
+
+    Attributes:
+        index: Of the document.
+        sample: Its tokens, with labels where they are scored.
+    """
 
     index: int
     sample: Sample
@@ -71,18 +76,13 @@ def score_references(
         EvaluationError: A reference gives no token to score.
         DataError: The chat template cannot be used.
     """
-    documents = [_document(sample.example, tokenizer, system) for sample in samples]
-    size = window_size(model)
-    windows, cut = [], 0
-    for index, encoded in enumerate(TextEncoder(tokenizer).encode(documents)):
-        pieces, was_cut = _windows(*_scored(encoded, documents[index], tokenizer), size, documents[index])
-        windows += [_Window(index, piece) for piece in pieces]
-        cut += was_cut
+    documents = [scorable(sample.example, tokenizer, system) for sample in samples]
+    windows, cut = cut_windows(documents, tokenizer, window_size(model))
     if cut:
         on_cut(cut)
     nll, tokens = np.zeros(len(samples)), np.zeros(len(samples), dtype=np.int64)
     done = 0
-    for row in _rows(windows):
+    for row in pack_windows(windows):
         for window, (total, count) in zip(row, _score_row(model, [window.sample for window in row]), strict=True):
             nll[window.index] += total
             tokens[window.index] += count
@@ -100,13 +100,34 @@ def window_size(model: Any) -> int:
     return min(limit, MAX_WINDOW) if isinstance(limit, int) and limit > 1 else MAX_WINDOW
 
 
-def _document(example: Example, tokenizer: Tokenizer, system: str | None) -> Document:
+def scorable(example: Example, tokenizer: Tokenizer, system: str | None = None) -> Document:
+    """The document whose reference, or whose whole text, is scored.
+
+    Raises:
+        EvaluationError: The row gives nothing to score.
+        DataError: The chat template cannot be used.
+    """
     document = draw_document(example, tokenizer, train_on="last", system=system)
     if isinstance(document, str):
         raise EvaluationError(
             "A task row gives nothing whose likelihood could be scored.", where=example.origin, why=document
         )
     return document
+
+
+def cut_windows(documents: Sequence[Document], tokenizer: Tokenizer, size: int) -> tuple[list[Window], int]:
+    """Pieces of at most ``size`` tokens of all documents, and how many prompts lost their beginning.
+
+    Raises:
+        EvaluationError: A document has no token to score.
+    """
+    windows: list[Window] = []
+    cut = 0
+    for index, encoded in enumerate(TextEncoder(tokenizer).encode(documents)):
+        pieces, was_cut = _windows(*_scored(encoded, documents[index], tokenizer), size, documents[index])
+        windows += [Window(index, piece) for piece in pieces]
+        cut += was_cut
+    return windows, cut
 
 
 def _scored_text(document: Document) -> str:
@@ -155,9 +176,9 @@ def _windows(ids_T: Ids, scored_T: Mask, size: int, document: Document) -> tuple
     return pieces, cut
 
 
-def _rows(windows: Sequence[_Window]) -> Iterator[list[_Window]]:
+def pack_windows(windows: Sequence[Window]) -> Iterator[list[Window]]:
     """Windows of like length together, at most :data:`ROW_TOKENS` tokens a row unless one alone is longer."""
-    row: list[_Window] = []
+    row: list[Window] = []
     num_tokens = 0
     for window in sorted(windows, key=lambda window: (len(window.sample.input_ids), window.index)):
         length = len(window.sample.input_ids)
