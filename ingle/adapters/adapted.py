@@ -53,11 +53,13 @@ class AttachReport:
     trainable_parameters: int
 
 
-def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float) -> LoraLinear:
+def adapt(
+    model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1
+) -> LoraLinear:
     """Replaces the linear map called ``name`` by one with an adapter, not yet initialised."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
-    lora = LoraLinear(base, rank, scale, dropout)
+    lora = LoraLinear(base, rank, scale, dropout, group_size=group_size)
     lora.train(module.training)
     model.set_submodule(name, lora)
     return lora
