@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from ingle.config.section import Section, tagged
 
@@ -293,6 +293,12 @@ FormatName = Literal[
     "fp4",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
+
+
+def base_section(name: FormatName) -> BaseConfig:
+    """The section of a format with its defaults."""
+    section: BaseConfig = TypeAdapter(BaseConfig).validate_python(name)
+    return section
 
 
 def folding_formats() -> tuple[str, ...]:
