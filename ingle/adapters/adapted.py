@@ -53,9 +53,7 @@ class AttachReport:
     trainable_parameters: int
 
 
-def adapt(
-    model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1
-) -> LoraLinear:
+def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1) -> LoraLinear:
     """Replaces the linear map called ``name`` by one with an adapter, not yet initialised."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
