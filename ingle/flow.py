@@ -15,6 +15,7 @@ import torch
 
 from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.atomic import write_atomically
+from ingle.config.paths import locate_paths
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
@@ -79,6 +80,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
         IngleError: For every mistake the user can mend.
         Interrupted: When a signal asked to stop; a full checkpoint is then on disk.
     """
+    as_typed, run = run, locate_paths(run)
     folder = RunFolder(Path(run.output))
     with folder.locked(), stop_on_signals() as stop:
         if folder.state(run) == "finished":
@@ -86,7 +88,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
         sink = combine(MetricsFile(folder.metrics), sink)
         try:
             parts = assemble(run, sink)
-            folder.begin(run)
+            folder.begin(as_typed)
             base = _evaluate_before(run, folder, parts, sink, stop) if run.adapter.kind == "none" else None
             position = train(run, folder, parts, sink, stop)
             _save_result(run, folder, parts, sink)
@@ -106,7 +108,7 @@ def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
 
 def plan(run: Run, sink: Sink = lambda event: None) -> planning.Plan:
     """What a run would do and need; reads the data and the model's shape but none of its weights."""
-    return _prepare(run, sink).plan
+    return _prepare(locate_paths(run), sink).plan
 
 
 def assemble(run: Run, sink: Sink) -> Assembled:

@@ -12,13 +12,14 @@ from typing import Any
 from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import BaseConfig, NoBase
-from ingle.config.loader import run_from_yaml
 from ingle.config.model import ModelConfig
 from ingle.config.parallel import ParallelConfig
+from ingle.config.paths import find_path, locate_paths
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, ModelError
-from ingle.events import Sink
+from ingle.events import Sink, Warned
 from ingle.models.generation import Generation
+from ingle.training.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +147,14 @@ def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = 
     adapted = source.adapter is not None and not base_only
     if adapted:
         assert source.adapter is not None
-        adapters.load_adapter(model, source.adapter)
+        for note in adapters.load_adapter(model, source.adapter).notes:
+            if sink is not None:
+                sink(Warned(note, where=str(source.adapter)))
     return Engine(model, tokenizer, adapted=adapted)
 
 
 def _locate_run(folder: Path) -> Source:
-    run = run_from_yaml((folder / "run.yaml").read_text())
+    run = locate_paths(RunFolder(folder).load_run())
     if isinstance(run.adapter, LoraAdapter):
         if not (folder / "adapter").is_dir():
             raise ModelError(
@@ -183,4 +186,7 @@ def _locate_adapter(folder: Path) -> Source:
             why="base_model_name_or_path is missing",
             fix="open the run folder instead, or write the base's id into that field",
         ) from error
+    if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
+        run = RunFolder(folder.parent).load_run()
+        base = find_path(base, run.paths_from)
     return Source(ModelConfig(id=base), NoBase(), folder)

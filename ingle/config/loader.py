@@ -1,12 +1,10 @@
 """From a YAML file and flags to a frozen, checked :class:`~ingle.config.run.Run`.
 
-Paths in a file are read from the current folder, as typed paths are; one that is not there but stands beside the
-config file is taken from beside it.
+Paths in a file are found as :mod:`ingle.config.paths` says.
 """
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from ingle.config.document import Node, read_document
 from ingle.config.evaluate import TaskConfig
 from ingle.config.origin import Origin, to_yaml, trace
 from ingle.config.overrides import lay_over, read_overrides, tidy
+from ingle.config.paths import expand, find_path, is_path
 from ingle.config.problems import Problem, locate, option_path, raise_problems, translate
 from ingle.config.rules import find_violations
 from ingle.config.run import Run
@@ -26,15 +25,6 @@ from ingle.config.section import Section
 from ingle.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
-
-#: Options that name a file or folder that must exist, by the section they are in and their name.
-_PATHS = {
-    ("ModelConfig", "id"),
-    ("ModelConfig", "tokenizer"),
-    ("ModelConfig", "chat_template"),
-    ("LoraAdapter", "path"),
-    ("Source", "path"),
-}
 
 
 @dataclass(frozen=True)
@@ -99,16 +89,20 @@ def run_to_yaml(run: Run) -> str:
 def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
     flags = read_overrides(overrides)
     root = Node({}, "flag", "the flags")
+    begun_in = None
     if path is not None:
         root = _section_node(read_document(_read(path), str(path)), str(path))
+        begun_in = _text_at(root, "paths_from")
         if section is TaskConfig and "evaluate" in root.value:
             root = _section_node(root.value["evaluate"], str(path))
     notes = lay_over(root, flags, section)
     tidy(root, Table(section))
     for node in _path_nodes(root, section):
-        _settle(node, path.parent if path is not None else Path())
-    if (output := root.value.get("output")) is not None and isinstance(output.value, str):
-        output.value = _expand(output.value)
+        _settle(node, path.parent if path is not None else None, begun_in)
+    if begun_in is not None and section is not TaskConfig:
+        del root.value["paths_from"]  # it has done its work: from here on all paths are those of the current folder
+    if (output := _text_at(root, "output")) is not None:
+        root.value["output"].value = expand(output)
     return _build(section, root), root, notes
 
 
@@ -127,6 +121,11 @@ def _read(path: Path) -> str:
         raise ConfigError("The config file is not UTF-8 text.", where=str(path), why=str(error)) from None
     except OSError as error:
         raise ConfigError("The config file cannot be read.", where=str(path), why=error.strerror) from None
+
+
+def _text_at(root: Node, name: str) -> str | None:
+    node = root.value.get(name)
+    return node.value if node is not None and isinstance(node.value, str) and node.value else None
 
 
 def _section_node(root: Node, name: str) -> Node:
@@ -190,7 +189,7 @@ def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
         below = node.value.get(name)
         if below is None:
             continue
-        if (section.__name__, name) in _PATHS:
+        if is_path(section, name):
             yield below
         match shape:
             case Table(inner):
@@ -205,21 +204,7 @@ def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
                 pass
 
 
-def _settle(node: Node, folder: Path) -> None:
-    """Expands ``~``, and takes a file's relative path from beside the file when it is nowhere else."""
-    if not isinstance(node.value, str) or not node.value:
-        return
-    node.value = _expand(node.value)
-    if node.origin != "file" or Path(node.value).is_absolute() or _exists(Path(node.value)):
-        return
-    beside = folder / node.value
-    if _exists(beside):
-        node.value = str(beside)
-
-
-def _expand(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))
+def _settle(node: Node, *folders: str | Path | None) -> None:
+    """Finds what a path names; one that was typed as a flag is read from the current folder only."""
+    if isinstance(node.value, str) and node.value:
+        node.value = find_path(node.value, *(folders if node.origin == "file" else ()))

@@ -24,6 +24,8 @@ class Run(Section):
     Attributes:
         output: The run folder.
         seed: Of data order, adapter initialisation and dropout.
+        paths_from: Folder in which relative paths are looked for when the current folder does not have them;
+            ``run.yaml`` of a run folder holds the one in which the run was begun.
     """
 
     model: ModelConfig
@@ -37,3 +39,4 @@ class Run(Section):
     evaluate: TaskConfig | None = None
     output: Text
     seed: Annotated[int, Field(ge=0)] = 0
+    paths_from: Text | None = None

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from ingle.atomic import write_atomically
 from ingle.config.loader import run_from_yaml, run_to_yaml
+from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
 
 #: Options that may differ between a run and its continuation: they change no weight.
-CONTINUABLE = ("evaluate", "output", "train.save_every", "train.keep_checkpoints", "train.log_every")
+CONTINUABLE = ("evaluate", "output", "paths_from", "train.save_every", "train.keep_checkpoints", "train.log_every")
 
 State = Literal["new", "started", "finished"]
 
@@ -84,7 +85,7 @@ class RunFolder:
                 where=str(self.path),
                 fix="name the folder that `output:` of the config names",
             )
-        return run_from_yaml(self.config.read_text())
+        return move_paths(run_from_yaml(self.config.read_text()), self.path)
 
     def state(self, run: Run) -> State:
         """How far the run in this folder is; ``new`` when there is none.
@@ -130,7 +131,8 @@ class RunFolder:
             self.base_evaluation.unlink(missing_ok=True)  # it may be of another model
         for folder in (self.path, self.adapter):
             remove_partial(folder)
-        write_atomically(self.config, run_to_yaml(run).encode())
+        stored = run if run.paths_from else run.model_copy(update={"paths_from": str(Path.cwd())})
+        write_atomically(self.config, run_to_yaml(stored).encode())
 
     def _is_of_a_beginning(self, name: str) -> bool:
         """Whether a file may lie in the folder of a run that was killed before its ``run.yaml`` was there."""
@@ -177,13 +179,14 @@ class RunFolder:
 
 
 def differences(old: Run, new: Run) -> list[str]:
-    """Options that differ and matter, as ``dotted.path: old -> new``."""
+    """Options that differ and matter, as ``dotted.path: old -> new``; two ways to name one file do not."""
     before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
+    meant, wanted = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in CONTINUABLE):
             continue
-        if before.get(key) != after.get(key):
+        if meant.get(key) != wanted.get(key):
             lines.append(f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
     return lines
 
