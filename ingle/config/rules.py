@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats, folds
 from ingle.config.evaluate import TaskConfig
+from ingle.config.paths import find_path
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.run import Run
 from ingle.config.section import Section
@@ -45,11 +46,11 @@ class Rule(Generic[S]):
 def find_violations(section: Section) -> list[Problem]:
     """Every rule that ``section``, a run or a task, breaks."""
     if isinstance(section, TaskConfig):
-        return _check(section, TASK_RULES, "")
+        return _check(section, TASK_RULES)
     assert isinstance(section, Run)
-    found = _check(section, RUN_RULES, "")
+    found = _check(section, RUN_RULES)
     if section.evaluate is not None:
-        found += _check(section.evaluate, TASK_RULES, "evaluate.")
+        found += _check(section.evaluate, _task_rules("evaluate."))
     return found
 
 
@@ -61,16 +62,12 @@ def check(section: Run | TaskConfig) -> None:
     raise_problems(find_violations(section))
 
 
-def _check(section: S, rules: tuple[Rule[S], ...], prefix: str) -> list[Problem]:
-    return [
-        Problem(
-            rule.message(section),
-            ", ".join(prefix + name for name in rule.where.split(", ")),
-            rule.fix(section).replace("--", f"--{prefix}"),
-        )
-        for rule in rules
-        if rule.applies(section)
-    ]
+def _check(section: S, rules: tuple[Rule[S], ...]) -> list[Problem]:
+    return [Problem(rule.message(section), rule.where, rule.fix(section)) for rule in rules if rule.applies(section)]
+
+
+def _model_path(run: Run) -> str:
+    return find_path(run.model.id, run.paths_from)
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -221,7 +218,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
     Rule(
         "output-is-not-the-model",
-        lambda run: _same_folder(run.output, run.model.id),
+        lambda run: _same_folder(run.output, _model_path(run)),
         lambda run: f"The run would be written over the model it starts from ({run.model.id}).",
         "output, model.id",
         lambda run: "--output=runs/NAME",
@@ -238,7 +235,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: (
             isinstance(run.adapter, LowRankAdapter)
             and run.adapter.path is not None
-            and _inside(run.adapter.path, run.output)
+            and _inside(find_path(run.adapter.path, run.paths_from), run.output)
         ),
         lambda run: "The run would write over the adapter it starts from.",
         "output, adapter.path",
@@ -253,16 +250,14 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
     Rule(
         "local-models-have-no-revision",
-        lambda run: run.model.revision is not None and Path(run.model.id).expanduser().is_dir(),
+        lambda run: run.model.revision is not None and Path(_model_path(run)).is_dir(),
         lambda run: f"{run.model.id} is a folder, and a folder has no revisions.",
         "model.revision, model.id",
         lambda run: "--model.revision=null",
     ),
     Rule(
         "foreign-code-is-pinned",
-        lambda run: (
-            run.model.trust_remote_code and run.model.revision is None and not Path(run.model.id).expanduser().exists()
-        ),
+        lambda run: run.model.trust_remote_code and run.model.revision is None and not Path(_model_path(run)).exists(),
         lambda run: (
             f"Python code from {run.model.id} would run on this machine, in whatever version the hub has today."
         ),
@@ -271,47 +266,53 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
 )
 
-TASK_RULES: tuple[Rule[TaskConfig], ...] = (
-    Rule(
-        "metrics-once",
-        lambda task: bool(_twice(task.metrics)),
-        lambda task: f"{', '.join(_twice(task.metrics))} stands twice in the list of metrics.",
-        "metrics",
-        lambda task: f"--metrics=[{','.join(dict.fromkeys(task.metrics))}]",
-    ),
-    Rule(
-        "pattern-is-a-regex",
-        lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) is None,
-        lambda task: f"The answer pattern is not a regular expression: {_regex_error(task.answer_pattern or '')}.",
-        "answer_pattern",
-        lambda task: r"--answer_pattern='#### (\S+)', for example",
-    ),
-    Rule(
-        "pattern-has-a-group",
-        lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) == 0,
-        lambda task: "The answer pattern has no group, so it does not say which part is the answer.",
-        "answer_pattern",
-        lambda task: f"--answer_pattern='({task.answer_pattern})'",
-    ),
-    Rule(
-        "pattern-needs-exact-match",
-        lambda task: task.answer_pattern is not None and "exact_match" not in task.metrics,
-        lambda task: "The answer pattern is used by exact_match alone, which is not among the metrics.",
-        "answer_pattern, metrics",
-        lambda task: f"--metrics=[{','.join(('exact_match', *task.metrics))}] or --answer_pattern=null",
-    ),
-    Rule(
-        "top-p-needs-temperature",
-        lambda task: task.top_p < 1 and task.temperature == 0,
-        lambda task: f"top_p = {task.top_p} has no effect: at temperature 0 the likeliest token is always taken.",
-        "top_p, temperature",
-        lambda task: "--temperature=0.7 or --top_p=1",
-    ),
-    Rule(
-        "stop-says-something",
-        lambda task: "" in task.stop,
-        lambda task: "An empty stop text would end every answer before its first token.",
-        "stop",
-        lambda task: f"--stop={[text for text in task.stop if text]}",
-    ),
-)
+
+def _task_rules(at: str) -> tuple[Rule[TaskConfig], ...]:
+    """The rules of a task; ``at`` is where its options stand: ``evaluate.`` in a run."""
+    return (
+        Rule(
+            "metrics-once",
+            lambda task: bool(_twice(task.metrics)),
+            lambda task: f"{', '.join(_twice(task.metrics))} stands twice in the list of metrics.",
+            f"{at}metrics",
+            lambda task: f"--{at}metrics=[{','.join(dict.fromkeys(task.metrics))}]",
+        ),
+        Rule(
+            "pattern-is-a-regex",
+            lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) is None,
+            lambda task: f"The answer pattern is not a regular expression: {_regex_error(task.answer_pattern or '')}.",
+            f"{at}answer_pattern",
+            lambda task: rf"--{at}answer_pattern='#### (\S+)', for example",
+        ),
+        Rule(
+            "pattern-has-a-group",
+            lambda task: task.answer_pattern is not None and _groups(task.answer_pattern) == 0,
+            lambda task: "The answer pattern has no group, so it does not say which part is the answer.",
+            f"{at}answer_pattern",
+            lambda task: f"--{at}answer_pattern='({task.answer_pattern})'",
+        ),
+        Rule(
+            "pattern-needs-exact-match",
+            lambda task: task.answer_pattern is not None and "exact_match" not in task.metrics,
+            lambda task: "The answer pattern is used by exact_match alone, which is not among the metrics.",
+            f"{at}answer_pattern, {at}metrics",
+            lambda task: f"--{at}metrics=[{','.join(('exact_match', *task.metrics))}] or --{at}answer_pattern=null",
+        ),
+        Rule(
+            "top-p-needs-temperature",
+            lambda task: task.top_p < 1 and task.temperature == 0,
+            lambda task: f"top_p = {task.top_p} has no effect: at temperature 0 the likeliest token is always taken.",
+            f"{at}top_p, {at}temperature",
+            lambda task: f"--{at}temperature=0.7 or --{at}top_p=1",
+        ),
+        Rule(
+            "stop-says-something",
+            lambda task: "" in task.stop,
+            lambda task: "An empty stop text would end every answer before its first token.",
+            f"{at}stop",
+            lambda task: f"--{at}stop={[text for text in task.stop if text]}",
+        ),
+    )
+
+
+TASK_RULES: tuple[Rule[TaskConfig], ...] = _task_rules("")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ingle.config import Run
+from ingle.config import Run, TaskConfig
 from ingle.config.loader import load_run
 from ingle.config.rules import RUN_RULES, TASK_RULES, check
 from ingle.errors import ConfigError
@@ -81,6 +81,16 @@ def test_a_breach_is_told_with_its_remedy_and_the_remedy_works(name: str) -> Non
     first = rule.where.split(", ")[0]
     assert first in str(caught.value) and "fix" in str(caught.value)
     load_run(None, [*START, *mended])
+
+
+def test_a_remedy_names_options_where_they_stand_and_leaves_values_alone() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(None, [*START, TASK, "--evaluate.stop=['', '--stop=x']", "--evaluate.top_p=.5"])
+    text = str(caught.value)
+    assert "--evaluate.stop=['--stop=x']" in text
+    assert "--evaluate.temperature=0.7 or --evaluate.top_p=1" in text
+    with pytest.raises(ConfigError, match="fix    --temperature="):
+        check(TaskConfig.model_validate({"sources": "a", "top_p": 0.5}))
 
 
 def test_all_breaches_at_once() -> None:
