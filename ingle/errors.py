@@ -67,6 +67,10 @@ class CheckpointError(IngleError):
     """A checkpoint cannot be written, read back, or belongs to another run."""
 
 
+class ExportError(IngleError):
+    """An export would lose too much of what was trained, or what was written does not answer as it should."""
+
+
 class DoesNotFit(IngleError):
     """The run needs more memory or disk than there is."""
 

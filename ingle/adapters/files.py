@@ -377,7 +377,12 @@ def _load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: P
         )
     with torch.no_grad():
         for key, tensor in state.items():
-            parameters[key].copy_(tensor)
+            if parameters[key].is_meta:  # of a model whose bytes are elsewhere
+                path, _, leaf = key.rpartition(".")
+                own = nn.Parameter(tensor.to(parameters[key].dtype), requires_grad=True)
+                setattr(model.get_submodule(name).get_submodule(path), leaf, own)
+            else:
+                parameters[key].copy_(tensor)
 
 
 def _some(names: set[str]) -> str:

@@ -71,6 +71,8 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.merged: Merged | None = None
         device = next(base.parameters()).device
+        if device.type == "meta":  # an adapter is small: it has its bytes even where its base has none
+            device = torch.device("cpu")
         num_groups = -(-self.in_features // group_size)
         self.lora_a = nn.Parameter(torch.empty(rank, num_groups, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))

@@ -8,7 +8,7 @@ from ingle.models.hidden import Head, forward_hidden, head, verify
 from ingle.models.layers import decoder_layers, recompute_layers
 from ingle.models.loader import fill
 from ingle.models.opening import load_model
-from ingle.models.saving import save_pretrained
+from ingle.models.saving import save_pretrained, save_setup
 from ingle.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "recompute_layers",
     "save_pretrained",
+    "save_setup",
     "skeleton",
     "stream",
     "verify",

@@ -10,7 +10,8 @@ for in turns, the two would leave holes in each other's memory and the process w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import get_args
 
 import torch
@@ -33,6 +34,7 @@ class Destination:
         twin: The pristine architecture on the meta device; it gives names, shapes and types.
         device: Where tensors go.
         sink: Told of weights that should be tied and are not.
+        empty: Leave the model without memory; each weight then needs its :meth:`room`.
 
     Attributes:
         device: Where tensors go.
@@ -40,7 +42,13 @@ class Destination:
     """
 
     def __init__(
-        self, model: PreTrainedModel, twin: PreTrainedModel, device: torch.device, sink: Sink | None = None
+        self,
+        model: PreTrainedModel,
+        twin: PreTrainedModel,
+        device: torch.device,
+        sink: Sink | None = None,
+        *,
+        empty: bool = False,
     ) -> None:
         self.device = device
         self.filled: set[str] = set()
@@ -48,7 +56,28 @@ class Destination:
         self._twin = twin
         self._sink = sink
         self._wanted: dict[str, Tensor] = {**twin.state_dict(), **dict(twin.named_buffers())}
-        self._empty = _materialize(model, device)
+        self._empty = {} if empty else _materialize(model, device)
+
+    def holder(self, name: str) -> nn.Module:
+        """The module that holds a parameter: a packed one, or the one whose parameter it is."""
+        return self._packed(name) or self._find(name)[0]
+
+    @contextmanager
+    def room(self, name: str) -> Iterator[nn.Module]:
+        """Gives one parameter of a model without memory its own while the block runs; yields its holder."""
+        holder = self.holder(name)
+        parameters, buffers = dict(holder._parameters), dict(holder._buffers)
+        for key in holder.specs if isinstance(holder, Packed) and not name.endswith(".bias") else (leaf_of(name),):
+            old = parameters.get(key)
+            if old is not None:
+                holder._parameters[key] = new = nn.Parameter(torch.empty_like(old, device=self.device), False)
+                self._empty[id(new)] = new
+        try:
+            yield holder
+        finally:
+            holder._parameters.update(parameters)
+            holder._buffers.update(buffers)
+            self._empty.clear()
 
     @torch.no_grad()
     def read(self, name: str, stored: StoredTensor) -> None:
@@ -216,6 +245,11 @@ class Destination:
                 why=f"{tuple(have)} in the file, {tuple(want)} in the architecture",
                 fix="check that the files belong to this config.json",
             )
+
+
+def leaf_of(name: str) -> str:
+    """The last part of a parameter's path."""
+    return name.rpartition(".")[2]
 
 
 def _materialize(model: nn.Module, device: torch.device) -> dict[int, nn.Parameter]:

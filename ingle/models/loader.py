@@ -54,13 +54,13 @@ def fill(
     destination = Destination(model, twin, torch.device(device), sink)
     part: Part = "small" if config.init == "random" else "weights"
     folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
-    _read_generation_config(model, folder)
+    read_generation_config(model, folder)
     if config.init == "random":
         _fill_random(destination, twin, seed)
     else:
         plan = plan_reading(twin, read_index(folder))
         for done, group in enumerate(plan.groups):
-            _read_group(group, destination, twin, folder)
+            read_group(group, destination, twin, folder)
             if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
                 sink(Progress("reading weights", done + 1, len(plan.groups)))
         _refuse_missing(destination, twin, plan, folder, sink)
@@ -71,7 +71,8 @@ def fill(
     verify(model)
 
 
-def _read_group(group: Group, destination: Destination, twin: PreTrainedModel, folder: Path) -> None:
+def read_group(group: Group, destination: Destination, twin: PreTrainedModel, folder: Path) -> None:
+    """Reads one group of tensors and puts it in its place."""
     match group:
         case Plain():
             destination.read(group.target, group.stored)
@@ -163,7 +164,8 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Takes the settings for answering that come with the weights, where there are some."""
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 

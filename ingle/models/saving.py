@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -34,6 +38,41 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with atomic_folder(folder) as partial, _quiet():
         model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
+
+
+def save_setup(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    untied: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes everything that stands beside the weights: config, generation config, tokenizer and chat template.
+
+    Args:
+        model: Its config counts; it may be without bytes.
+        tokenizer: Its tokenizer.
+        folder: Where, made already.
+        dtype: What the weights are written in.
+        untied: The output head has a weight of its own in the files.
+        quantization: The ``quantization_config`` of packed weights.
+    """
+    config = deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    if untied:
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    if quantization is not None:
+        path = folder / "config.json"
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"quantization_config": dict(quantization)}, indent=2) + "\n"
+        )
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -1,0 +1,191 @@
+"""Merged weights as safetensors in the hub's names, written tensor by tensor.
+
+Plain types (``bf16 f16 f32``) are what transformers, vLLM and converters read; ``nf4``, ``fp4`` and ``int8`` are written
+in bitsandbytes' layout, so that they load packed.  Formats of GGUF blocks are exchanged as GGUF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from ingle import models, quant
+from ingle.config.base import BaseConfig, GgmlBase, NoBase
+from ingle.config.model import ModelConfig
+from ingle.errors import ConfigError, QuantizationError
+from ingle.events import Progress, Sink
+from ingle.export.fidelity import TensorFidelity, measure
+from ingle.export.merging import Loaded, Merger
+from ingle.export.shards import ShardWriter
+from ingle.models.streaming import Entry
+from ingle.quant import to_bitsandbytes
+from ingle.quant.format import Format
+from ingle.quant.linear import Packed
+
+#: Plain types by their name on the command line.
+PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+#: Formats that have a layout of their own among safetensors.
+PACKED = ("nf4", "fp4", "int8")
+
+#: Parts under which a packed weight is stored, at most.
+_MAX_PARTS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """In what the weights are written.
+
+    Attributes:
+        dtype: Of everything that is not packed.
+        base: The format of the linear maps; none for plain types.
+    """
+
+    dtype: torch.dtype
+    base: BaseConfig
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        if isinstance(self.base, NoBase):
+            return next(name for name, dtype in PLAIN.items() if dtype == self.dtype)
+        return self.base.format
+
+
+def choose_layout(type_name: str, base: BaseConfig) -> Layout:
+    """The layout that ``--type`` names.
+
+    Args:
+        type_name: As typed.
+        base: What the run trained on; its block size and the like are taken over where the format is the same.
+
+    Raises:
+        ConfigError: There is no such layout among safetensors.
+    """
+    if type_name in PLAIN:
+        return Layout(PLAIN[type_name], NoBase())
+    if type_name in PACKED:
+        if base.format == type_name:
+            return Layout(torch.bfloat16, base)
+        made: BaseConfig = TypeAdapter(BaseConfig).validate_python({"format": type_name})
+        return Layout(torch.bfloat16, made)
+    blocks = {get_args(s.model_fields["format"].annotation)[0] for s in _sections() if issubclass(s, GgmlBase)}
+    raise ConfigError(
+        f"there is no layout of safetensors for {type_name}.",
+        where=f"--type {type_name}",
+        fix=f"--to gguf --type {type_name}" if type_name in blocks else f"one of {', '.join((*PLAIN, *PACKED))}",
+    )
+
+
+def _sections() -> tuple[Any, ...]:
+    return get_args(get_args(get_args(BaseConfig)[0])[0])
+
+
+def estimate_bytes(merger: Merger, layout: Layout) -> int:
+    """Bytes the weights take, as an upper bound."""
+    return sum(entry.num_weights for entry in merger.stream.entries) * layout.dtype.itemsize
+
+
+def write_safetensors(
+    merger: Merger, tokenizer: Any, model: ModelConfig, folder: Path, layout: Layout, *, sink: Sink | None = None
+) -> list[TensorFidelity]:
+    """Writes the merged model with its config and tokenizer.
+
+    Returns:
+        What survived of every merged weight.
+
+    Raises:
+        QuantizationError: A weight cannot be held in the layout.
+    """
+    entries = merger.stream.entries
+    formats = _formats(model, layout)
+    num_tensors = sum(len(entry.pieces) for entry in entries) * (_MAX_PARTS if formats else 1) + len(merger.untied)
+    writer = ShardWriter(folder, num_tensors)
+    found: list[TensorFidelity] = []
+    for done, entry in enumerate(entries, 1):
+        with merger.loaded(entry) as loaded:
+            for key, tensor in _tensors(entry, loaded, layout, formats.get(entry.name), found):
+                writer.add(key, tensor)
+        if sink is not None and (done % 32 == 0 or done == len(entries)):
+            sink(Progress("writing weights", done, len(entries)))
+    for name in merger.untied:
+        writer.add(name, merger.trained[name].to(layout.dtype))
+    writer.finish()
+    models.save_setup(
+        merger.stream.model,
+        tokenizer,
+        folder,
+        dtype=layout.dtype,
+        untied=bool(merger.untied),
+        quantization=_quantization_config(layout),
+    )
+    return found
+
+
+def _tensors(
+    entry: Entry, loaded: Loaded, layout: Layout, format: Format | None, found: list[TensorFidelity]
+) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors that one parameter becomes."""
+    if format is not None:
+        if len(entry.pieces) != 1:
+            raise QuantizationError(
+                f"fused experts have no layout in {format.name} among safetensors.", where=entry.name, fix="--type bf16"
+            )
+        (piece,) = entry.pieces
+        if loaded.layer is None:
+            planes = loaded.planes(format)
+        else:
+            merged, fidelity = measure(loaded, piece.key, format)
+            assert isinstance(merged, dict)
+            planes = merged
+            found.append(fidelity)
+        layer = piece.key.removesuffix("weight")
+        for part, tensor in to_bitsandbytes(planes, format, *piece.shape, dtype=layout.dtype).items():
+            yield layer + part, tensor
+        return
+    if loaded.layer is not None:
+        _, fidelity = measure(loaded, entry.pieces[0].key, layout.dtype)
+        found.append(fidelity)
+    value = loaded.merged(layout.dtype)
+    if len(entry.pieces) == 1:
+        yield entry.pieces[0].key, value.view(entry.pieces[0].shape)
+        return
+    rows = value.flatten(0, 1)  # [experts, rows, columns]: pieces lie one below the other
+    start = 0
+    for piece in entry.pieces:
+        count = prod(piece.shape[:-1])
+        yield piece.key, rows[start : start + count].view(piece.shape)
+        start += count
+
+
+def _formats(model: ModelConfig, layout: Layout) -> Mapping[str, Format]:
+    """The format of every parameter that the layout packs."""
+    if isinstance(layout.base, NoBase):
+        return {}
+    skeleton = models.skeleton(model, "cpu", layout.dtype)
+    quant.convert(skeleton, layout.base)
+    packed = {name: module for name, module in skeleton.named_modules() if isinstance(module, Packed)}
+    return {f"{name}.weight" if module.num_stacked is None else name: module.format for name, module in packed.items()}
+
+
+def _quantization_config(layout: Layout) -> dict[str, Any] | None:
+    """What transformers wants to be told of weights in bitsandbytes' layout."""
+    base: Any = layout.base
+    if isinstance(base, NoBase):
+        return None
+    if base.format == "int8":
+        return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": base.format,
+        "bnb_4bit_use_double_quant": base.double_quant,
+        "bnb_4bit_compute_dtype": str(layout.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }
