@@ -3,7 +3,8 @@
     taskset -c 0,1 python -m benchmarks.finetune --base none nf4 --threads 2
 
 Both start from the same weights, take the same tokens and do whole optimizer steps, each in a process of its
-own, turn by turn, so that a busy machine slows both. Printed are medians over the steps after warm-up, the ratio
+own, turn by turn, so that a busy machine slows both. A turn is three steps in a row, as training takes them, and the
+first of them, which finds caches and clocks as the other side left them, is not counted. Printed are medians over the steps after warm-up, the ratio
 of the two, peak memory, and the floor: the time the step's matrix products would take at the rate this machine
 multiplies such matrices at, with all else free.
 """
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+#: Steps a side takes in a row; the first of them is not counted.
+STEPS_OF_A_TURN = 3
 
 
 @dataclass(frozen=True)
@@ -338,17 +341,17 @@ def compare(shape: Shape, folder: Path, base: str, options: argparse.Namespace) 
     """Takes steps on all sides turn by turn and prints the medians."""
     arguments = ["--base", base, "--threads", str(options.threads), "--folder", str(folder)]
     sides = [Side(name, arguments) for name in options.sides]
-    for number in range(options.warmup + options.steps):
+    for turn in range(1 + options.turns):
         for side in sides:
-            answer = side.ask("step")
-            if number == 0:
-                print(f"  {side.name:<16} loss of the first step {answer['loss']:.4f}")
-            if number >= options.warmup:
-                side.steps.append(answer)
+            answers = [side.ask("step") for _ in range(STEPS_OF_A_TURN)]
+            if turn == 0:
+                print(f"  {side.name:<16} loss of the first step {answers[0]['loss']:.4f}")
+            else:
+                side.steps += answers[1:]
     result: dict[str, Any] = {}
     for side in sides:
         seconds = statistics.median(step["seconds"] for step in side.steps)
-        spread = statistics.quantiles((step["seconds"] for step in side.steps), n=4) if options.steps > 1 else [0, 0, 0]
+        spread = statistics.quantiles((step["seconds"] for step in side.steps), n=4)
         result[side.name] = {
             "tokens_per_s": shape.num_tokens / seconds,
             "seconds": seconds,
@@ -372,8 +375,7 @@ def main() -> None:
     parser.add_argument(
         "--sides", nargs="+", default=["ingle", "peer"], help="ingle, ingle-eager, ingle-compiled, peer, peer-bf16"
     )
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=4, help="of each side, three steps each, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="operators of one step of the first side")
     parser.add_argument("--json", type=Path, help="write the figures here too")
