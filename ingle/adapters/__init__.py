@@ -4,21 +4,32 @@ from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modu
 from ingle.adapters.attachment import attach
 from ingle.adapters.files import adapter_config, load_adapter, save_adapter
 from ingle.adapters.fusion import FusionReport, fuse
+from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
+from ingle.adapters.merging import merged_planes, merged_weight
+from ingle.adapters.rounding import Rounding
 from ingle.adapters.targets import Selection, select
+from ingle.adapters.weights import Record, read_record
 
 __all__ = [
     "AttachReport",
+    "BaseIdentity",
     "FusionReport",
     "LoraLinear",
     "NotAdapted",
+    "Record",
+    "Rounding",
     "Selection",
     "adapter_config",
     "attach",
     "disabled",
     "fuse",
+    "identify",
     "load_adapter",
     "lora_modules",
+    "merged_planes",
+    "merged_weight",
+    "read_record",
     "save_adapter",
     "select",
     "trainable_parameters",

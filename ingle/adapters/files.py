@@ -1,80 +1,91 @@
 """Adapters on disk, in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-PEFT, vLLM and llama.cpp's converter read what is written here, and adapters that PEFT trained load here. What
-cannot be computed exactly (DoRA, trained biases, bases that the initialisation changed, ...) is refused by name.
+PEFT, vLLM and llama.cpp's converter read what is written here, and adapters that PEFT trained load here.  An adapter
+that was trained here knows its base, and another one is refused.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ingle.adapters.adapted import AttachReport, adapt, lora_modules, report, tied_modules, train_whole
-from ingle.adapters.lora import features, is_linear
+from ingle.adapters.identity import BaseIdentity, identify
+from ingle.adapters.lora import LoraLinear
+from ingle.adapters.merging import can_fold
+from ingle.adapters.rounding import resolve_formats, round_layers
+from ingle.adapters.settings import CONFIG, alpha_of, make_settings, read_settings, scale_of
 from ingle.adapters.targets import Selection
+from ingle.adapters.weights import (
+    PREFIX,
+    WEIGHTS,
+    Record,
+    check_factors,
+    check_targets,
+    load_whole,
+    read_record,
+    read_tensors,
+    some,
+    sort_tensors,
+    write_tensors,
+)
 from ingle.atomic import write_atomically
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LoraAdapter, LowRankAdapter, MergeAware, QaLoraAdapter
+from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
-from ingle.quant.conversion import is_conv1d
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-
-#: Settings of PEFT's that change the arithmetic, with the value that leaves it plain.
-_MUST_BE_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
+from ingle.kernels.lora import spread
+from ingle.quant.linear import QuantLinear
 
 
-def adapter_config(folder: str | Path) -> LoraAdapter:
+def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
     """The adapter section that describes an adapter folder, without reading its weights.
 
     Raises:
         AdapterError: When the folder holds no adapter, or one that cannot be computed exactly.
     """
-    settings = _read_settings(Path(folder))
+    settings = read_settings(Path(folder))
     targets = settings.get("target_modules")
     patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
-    return LoraAdapter(
-        rank=settings["r"],
-        alpha=float(settings["lora_alpha"]),
-        dropout=float(settings.get("lora_dropout") or 0.0),
-        rslora=bool(settings.get("use_rslora")),
-        target_modules=patterns,
-        trainable_modules=tuple(settings.get("modules_to_save") or ()),
-    )
+    shared: dict[str, Any] = {
+        "rank": settings["r"],
+        "alpha": float(settings["lora_alpha"]),
+        "dropout": float(settings.get("lora_dropout") or 0.0),
+        "rslora": bool(settings.get("use_rslora")),
+        "target_modules": patterns,
+        "trainable_modules": tuple(settings.get("modules_to_save") or ()),
+    }
+    special = read_record(folder).adapter
+    if special.get("kind") == "qa_lora":
+        return QaLoraAdapter(kind="qa_lora", train_rounding=bool(special.get("train_rounding")), **shared)
+    aware = special.get("merge_aware")
+    return LoraAdapter(merge_aware=None if aware is None else MergeAware(**aware), **shared)
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter: LoraAdapter, base_model_id: str) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: LowRankAdapter,
+    base_model_id: str,
+    *,
+    base: BaseConfig | None = None,
+    identity: BaseIdentity | None = None,
+) -> None:
     """Writes all adapters and all modules trained whole; a crash leaves the old file or the new one.
+
+    An A that is shared in groups is written out for every input, so that any reader of plain LoRA takes it.
 
     Args:
         model: A model that ``attach`` has prepared.
         folder: Made if need be.
         adapter: What it was attached with.
         base_model_id: Hub id or folder of the base, for those who read the adapter.
+        base: What the base is held in.
+        identity: What the base is; the adapter will be refused on any other.
 
     Raises:
         AdapterError: When the model holds no adapter.
@@ -83,56 +94,85 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter: LoraAdapter, bas
     if not modules:
         raise AdapterError("this model has no adapter to save.", where=str(folder))
     whole = _trained_whole(model)
-    tensors = {f"{_PREFIX}{name}.{key}": tensor for name in whole for key, tensor in _own_state(model, name).items()}
+    tensors = {f"{PREFIX}{name}.{key}": tensor for name in whole for key, tensor in _own_state(model, name).items()}
     for name, module in modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = module.lora_a.detach()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
-    # Tied weights are written under each of their names, as readers untie them.
-    tensors = {key: tensor.cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
-    odd = {name: m for name, m in modules.items() if m.rank != adapter.rank or m.scale != adapter.scale}
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_id,
-        "inference_mode": True,
-        "r": adapter.rank,
-        "lora_alpha": _alpha(adapter.scale, adapter.rank, adapter.rslora),
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.rslora,
-        "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(module.base) for module in modules.values()),
-        "target_modules": _shortest_names(model, set(modules)),
-        "modules_to_save": list(whole) or None,
-        "init_lora_weights": True,
-        "rank_pattern": {name: m.rank for name, m in odd.items() if m.rank != adapter.rank},
-        "alpha_pattern": {name: _alpha(m.scale, m.rank, adapter.rslora) for name, m in odd.items()},
-    }
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.spread(module.lora_a.detach())
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
+    record = Record(
+        adapter=adapter.model_dump(mode="json", include={"kind", "train_rounding", "merge_aware"}),
+        group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
+        base=None if base is None else base.model_dump(mode="json"),
+        identity=identity,
+    )
+    settings = make_settings(model, adapter, base_model_id, whole)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_tensors(folder / WEIGHTS, tensors, record)
     write_atomically(folder / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> AttachReport:
+def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool = False) -> AttachReport:
     """Puts the adapter of a folder on a model: adapters are attached where it has some, and their weights read.
 
-    Adapters that are there already must be those of the folder. Everything else is frozen.
+    Adapters that are there already must be those of the folder. Everything else is frozen. An adapter that was
+    trained through the rounding of its merge answers merged.
+
+    Args:
+        model: The base, or a model that ``attach`` has prepared.
+        folder: The adapter.
+        allow_mismatch: Take another base than the adapter was trained on; the report then says how far it is.
 
     Raises:
-        AdapterError: When files are missing, damaged, do not fit the model, or describe another kind of adapter.
+        AdapterError: When files are missing, damaged, do not fit the model, belong to another base, or describe
+            another kind of adapter.
     """
     folder = Path(folder)
-    settings = _read_settings(folder)
-    tensors = _read_tensors(folder / WEIGHTS)
-    factors, whole = _sort_tensors(tensors, model, settings, folder)
-    _check_targets(model, set(factors), settings, folder)
+    settings, record = read_settings(folder), read_record(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    factors, whole = sort_tensors(tensors, model, settings, folder)
+    check_targets(model, set(factors), settings, folder)
     existing = lora_modules(model)
+    _check_existing(model, existing, factors, whole, settings, folder)
+    if not existing:
+        model.requires_grad_(False)
+    for name, (lora_a, lora_b) in factors.items():
+        rank = len(lora_a)
+        module = existing.get(name) or adapt(
+            model,
+            name,
+            rank,
+            scale_of(name, rank, settings),
+            float(settings.get("lora_dropout") or 0.0),
+            group_size=record.group_sizes.get(name, 1),
+        )
+        with torch.no_grad():
+            module.lora_a.copy_(_gather(lora_a, module, name, folder))
+            module.lora_b.copy_(lora_b)
+    names = tuple(whole)
+    notes = () if existing else (*_untie(model, names), *train_whole(model, names))
+    notes += _check_base(model, record, folder, allow_mismatch)
+    for name, state in whole.items():
+        load_whole(model, name, state, folder)
+    if not existing:
+        _round_as_trained(model, record)
+    return report(model, Selection(tuple(factors), names), notes)
+
+
+def _check_existing(
+    model: nn.Module,
+    existing: Mapping[str, LoraLinear],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    whole: Mapping[str, Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Refuses an adapter that is not the one the model was prepared for."""
     if existing and set(existing) != set(factors):
         raise AdapterError(
             "this adapter sits on other modules than adapter.target_modules names.",
             where=str(folder),
-            why=f"only in the files: {_some(set(factors) - set(existing))}; "
-            f"only in the config: {_some(set(existing) - set(factors))}",
+            why=f"only in the files: {some(set(factors) - set(existing))}; "
+            f"only in the config: {some(set(existing) - set(factors))}",
             fix="give the target_modules it was trained with",
         )
     frozen = sorted(name for name in whole if existing and not _is_trained(model, name))
@@ -150,29 +190,67 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AttachReport:
             fix="train it with ensure_weight_tying in PEFT, or start without adapter.path",
         )
     for name, (lora_a, _) in factors.items():
-        _check_factors(model, name, factors[name], folder)
-        rank, scale = len(lora_a), _scale_of(name, len(lora_a), settings)
+        check_factors(model, name, factors[name], folder)
+        rank, scale = len(lora_a), scale_of(name, len(lora_a), settings)
         if name in existing and (existing[name].rank != rank or abs(existing[name].scale - scale) > 1e-9 * scale):
             raise AdapterError(
                 f"this adapter has rank {rank} and scale {scale:g}; the config asks for "
                 f"rank {existing[name].rank} and scale {existing[name].scale:g}.",
                 where=str(folder),
-                fix=f"set adapter.rank to {rank} and adapter.alpha to {_alpha(scale, rank, False):g}",
+                fix=f"set adapter.rank to {rank} and adapter.alpha to {alpha_of(scale, rank, False):g}",
             )
-    if not existing:
-        model.requires_grad_(False)
-    for name, (lora_a, lora_b) in factors.items():
-        rank = len(lora_a)
-        dropout = float(settings.get("lora_dropout") or 0.0)
-        module = existing.get(name) or adapt(model, name, rank, _scale_of(name, rank, settings), dropout)
-        with torch.no_grad():
-            module.lora_a.copy_(lora_a)
-            module.lora_b.copy_(lora_b)
-    names = tuple(whole)
-    notes = () if existing else (*_untie(model, names), *train_whole(model, names))
-    for name, state in whole.items():
-        _load_whole(model, name, state, folder)
-    return report(model, Selection(tuple(factors), names), notes)
+
+
+def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tensor:
+    """A with one column for each group, from A with one for each input."""
+    gathered = lora_a[:, :: module.group_size]
+    if not torch.equal(spread(gathered, module.group_size, module.in_features), lora_a):
+        raise AdapterError(
+            f"the adapter of {name} changes each input on its own, not in groups of {module.group_size}.",
+            where=str(folder / WEIGHTS),
+            why="QA-LoRA shares a column of A in each group, and this one was trained without",
+            fix="--adapter.kind=lora, or start from an adapter of kind qa_lora",
+        )
+    return gathered
+
+
+def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: bool) -> tuple[str, ...]:
+    """Refuses another base than the one the adapter was trained on, or says how far it is."""
+    if record.identity is None or _is_empty(model):
+        return ()
+    found = identify(model)
+    if found.sha256 == record.identity.sha256:
+        return ()
+    difference = record.identity.explain_difference(found)
+    if not allow_mismatch:
+        raise AdapterError(
+            "this adapter was trained on another base.",
+            where=str(folder),
+            why=f"{difference}\nSHA-256 {record.identity.sha256[:12]}... there, {found.sha256[:12]}... here",
+            fix="open it on the base it was trained on, or take what comes with --allow-mismatch",
+        )
+    return (f"the adapter was trained on another base: {difference}",)
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """Whether the base has no bytes here; whoever reads them elsewhere checks them there."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _round_as_trained(model: nn.Module, record: Record) -> None:
+    """Lets layers answer with their merged weights where they were trained to."""
+    if _is_empty(model):
+        return
+    aware = record.adapter.get("merge_aware")
+    if aware is not None:
+        round_layers(model, resolve_formats(model, aware["format"]))
+    elif record.adapter.get("train_rounding"):
+        folding = {
+            name: layer.base.format
+            for name, layer in lora_modules(model).items()
+            if isinstance(layer.base, QuantLinear) and can_fold(layer.base.format, layer.group_size)
+        }
+        round_layers(model, folding)
 
 
 def _untie(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,21 +267,6 @@ def _untie(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
                 if id(parameter) in shared:
                     setattr(module, key, nn.Parameter(parameter.detach().clone()))
     return tuple(f"{path} keeps its own weight: the adapter trained {', '.join(names)} without it" for path in apart)
-
-
-def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    alpha = scale * rank**0.5 if rslora else scale * rank
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _scale_of(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """Scale of one module; ``alpha_pattern`` may single it out."""
-    alpha = settings["lora_alpha"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
-    return float(alpha) / rank**0.5 if settings.get("use_rslora") else float(alpha) / rank
 
 
 def _trained_whole(model: nn.Module) -> tuple[str, ...]:
@@ -227,164 +290,3 @@ def _holds_lora(module: nn.Module) -> bool:
 
 def _own_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: p.detach() for key, p in model.get_submodule(name).named_parameters(remove_duplicate=False)}
-
-
-def _shortest_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Last parts of the paths where they single out the adapted modules, whole paths otherwise."""
-    others = {n.removesuffix(".base") for n, module in model.named_modules() if is_linear(module)} - names
-    short: set[str] = set()
-    for name in names:
-        last = name.rpartition(".")[2]
-        ambiguous = any(other.rpartition(".")[2] == last for other in others) or last.isdigit()
-        short.add(name if ambiguous else last)
-    return sorted(short)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} holds no adapter.",
-            where=str(path),
-            fix="give a folder with adapter_config.json and adapter_model.safetensors in it",
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = settings.get("peft_type")
-        if kind != "LORA":
-            raise AdapterError(f"adapters of type {kind} are not supported yet, only LORA.", where=f"{path}: peft_type")
-        if not (isinstance(settings.get("r"), int) and isinstance(settings.get("lora_alpha"), int | float)):
-            raise AdapterError("r or lora_alpha is missing.", where=str(path), fix="the file is damaged: copy it again")
-    except (ValueError, AttributeError) as error:
-        raise AdapterError("the adapter's config cannot be read.", where=str(path), why=str(error)) from None
-    for key, plain in _MUST_BE_PLAIN.items():
-        value = settings.get(key, plain[0])
-        if value not in plain:
-            raise AdapterError(
-                f"this adapter uses {key} = {value!r}, which is not supported yet.",
-                where=f"{path}: {key}",
-                why="without it the model would answer differently from the one that was trained",
-                fix="merge it into its base with PEFT, or train a plain LoRA",
-            )
-    return dict(settings)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        raise AdapterError(
-            "the adapter's weights are missing.",
-            where=str(path),
-            why="there is an adapter_model.bin, a pickle that can run code" if pickled else None,
-            fix="save it again with safetensors" if pickled else "copy the whole folder",
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
-        ) from None
-
-
-def _sort_tensors(
-    tensors: dict[str, Tensor], model: nn.Module, settings: Mapping[str, Any], folder: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Splits the file into ``path -> (A, B)`` and ``path -> {key: tensor}`` for modules trained whole."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, dict[str, Tensor]] = {}
-    saved = settings.get("modules_to_save") or ()
-    paths = [name for name, _ in model.named_modules() if any(name == s or name.endswith(f".{s}") for s in saved)]
-    if settings.get("ensure_weight_tying"):  # PEFT then names one module and saves all that share its weight
-        paths += tied_modules(model, tuple(paths))
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
-        owner = next((path for path in paths if name.startswith(f"{path}.")), None)
-        if match:
-            halves.setdefault(match[1], {})[match[2]] = tensor
-        elif owner is not None:
-            whole.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
-        else:
-            raise AdapterError(f"{key} is no part of an adapter that is supported.", where=str(folder / WEIGHTS))
-    broken = [name for name, pair in halves.items() if len(pair) != 2]
-    if broken or not halves:
-        raise AdapterError(
-            f"half of the adapter of {broken[0]} is missing." if broken else "the file holds no adapter.",
-            where=str(folder / WEIGHTS),
-            fix="copy the file again",
-        )
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
-
-
-def _check_targets(model: nn.Module, found: set[str], settings: Mapping[str, Any], folder: Path) -> None:
-    """Finds modules that the config names and the file lacks, where the config says it plainly."""
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
-        return
-    paths = {name.removesuffix(".base") for name, module in model.named_modules() if is_linear(module)}
-    named = {path for path in paths if any(path == t or path.endswith(f".{t}") for t in targets)}
-    missing = {
-        path
-        for path in named - found
-        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in settings.get("modules_to_save") or ())
-    }
-    if missing:
-        raise AdapterError(
-            f"the adapter of {_some(missing)} is missing.",
-            where=str(folder / WEIGHTS),
-            why=f"target_modules names {len(named)} modules of this model; the file has {len(found)}",
-            fix="copy the file again, or take the base it was trained on",
-        )
-
-
-def _check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], folder: Path) -> None:
-    where = str(folder / WEIGHTS)
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise AdapterError(
-            f"the adapter changes {name}, which this model does not have.",
-            where=where,
-            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
-        ) from None
-    module = getattr(module, "base", module)
-    if not is_linear(module):
-        raise AdapterError(
-            f"the adapter changes {name}, a {type(module).__name__}; only linear maps can be.", where=where
-        )
-    out_features, in_features = features(module)
-    lora_a, lora_b = factors
-    if lora_a.shape != (len(lora_a), in_features) or lora_b.shape != (out_features, len(lora_a)):
-        raise AdapterError(
-            f"the adapter of {name} has other sizes than the model.",
-            where=where,
-            why=f"A is {list(lora_a.shape)}, B {list(lora_b.shape)}; W is [{out_features}, {in_features}]",
-            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
-        )
-    if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
-        raise AdapterError(f"the adapter of {name} holds NaN or infinity.", where=where)
-
-
-def _load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Path) -> None:
-    parameters = dict(model.get_submodule(name).named_parameters(remove_duplicate=False))
-    if set(parameters) != set(state) or any(parameters[key].shape != tensor.shape for key, tensor in state.items()):
-        raise AdapterError(
-            f"{name}, trained whole, does not fit the model.",
-            where=str(folder / WEIGHTS),
-            why=f"the file has { {k: list(t.shape) for k, t in state.items()} }, "
-            f"the model { {k: list(p.shape) for k, p in parameters.items()} }",
-            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
-        )
-    with torch.no_grad():
-        for key, tensor in state.items():
-            if parameters[key].is_meta:  # of a model whose bytes are elsewhere
-                path, _, leaf = key.rpartition(".")
-                own = nn.Parameter(tensor.to(parameters[key].dtype), requires_grad=True)
-                setattr(model.get_submodule(name).get_submodule(path), leaf, own)
-            else:
-                parameters[key].copy_(tensor)
-
-
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return (", ".join(shown) or "none") + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,14 +23,17 @@ from ingle.quant.linear import QuantLinear
 @torch.no_grad()
 def merged_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
     """``W + scale * B A``, ``[O, I]``: computed in float32 from the base as it is held, rounded once to ``dtype``."""
-    base = layer.base
-    if isinstance(base, QuantLinear):
-        weight_OI = base.decode(torch.float32)
-    else:
-        weight_OI = layer.dense_weight(torch.float32).clone(memory_format=torch.contiguous_format)
+    weight_OI = base_weight(layer)
     if is_touched(layer):
         weight_OI += layer.spread(layer.delta())
     return weight_OI.to(dtype)
+
+
+def base_weight(layer: LoraLinear) -> Tensor:
+    """W as the base holds it, float32 ``[O, I]``; a new tensor."""
+    if isinstance(layer.base, QuantLinear):
+        return layer.base.decode(torch.float32)
+    return layer.dense_weight(torch.float32).clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

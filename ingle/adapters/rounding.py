@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ingle.adapters.adapted import lora_modules
-from ingle.adapters.lora import Merged, features
+from ingle.adapters.lora import LoraLinear, Merged, features
 from ingle.adapters.merging import can_fold, merged_planes, merged_weight
 from ingle.config.adapter import AdapterConfig, LoraAdapter, QaLoraAdapter
 from ingle.config.base import FormatName, base_section
@@ -89,11 +89,13 @@ def resolve_formats(model: nn.Module, name: FormatName | None) -> dict[str, Form
 
 
 def round_layers(model: nn.Module, formats: Mapping[str, Format]) -> None:
-    """Lets adapted layers answer with their merged weights as they are now."""
-    for path, layer in lora_modules(model).items():
-        planes = merged_planes(layer, formats[path], name=f"{path}.weight")
+    """Lets the adapted layers that ``formats`` names answer with their merged weights as they are now."""
+    for path, format in formats.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LoraLinear)
+        planes = merged_planes(layer, format, name=f"{path}.weight")
         if layer.merged is None:  # a copy: the base's own planes may be among them
-            layer.merged = Merged(formats[path], {key: plane.detach().clone() for key, plane in planes.items()})
+            layer.merged = Merged(format, {key: plane.detach().clone() for key, plane in planes.items()})
         else:
             for key, plane in planes.items():
                 layer.merged.planes[key].copy_(plane)

@@ -1,0 +1,213 @@
+"""``adapter_model.safetensors``: A and B under PEFT's names, and in the header what only Ingle asks for.
+
+PEFT and every other reader pass over the header's entry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ingle.adapters.adapted import tied_modules
+from ingle.adapters.identity import BaseIdentity
+from ingle.adapters.lora import features, is_linear
+from ingle.adapters.settings import CONFIG
+from ingle.atomic import write_atomically
+from ingle.errors import AdapterError
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_KEY = "ingle"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the file says beyond PEFT's layout.
+
+    Attributes:
+        adapter: What is special in the adapter section: ``kind``, ``train_rounding``, ``merge_aware``.
+        group_sizes: Inputs that share a column of A, by path; those that do not are left out.
+        base: The base section it was trained on, as plain data; None when unknown.
+        identity: Of that base; None in adapters that are bound to none.
+    """
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    group_sizes: dict[str, int] = field(default_factory=dict)
+    base: dict[str, Any] | None = None
+    identity: BaseIdentity | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """What a header says."""
+        values = json.loads(text)
+        identity = values.get("identity")
+        return cls(
+            values.get("adapter", {}),
+            values.get("group_sizes", {}),
+            values.get("base"),
+            None if identity is None else BaseIdentity.from_dict(identity),
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Record) -> None:
+    """Writes the file; a crash leaves the old one or the new one."""
+    # Tied weights are written under each of their names, as readers untie them.
+    own = {key: tensor.cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
+    write_atomically(path, save(own, metadata={"format": "pt", _KEY: json.dumps(asdict(record))}))
+
+
+def read_record(folder: str | Path) -> Record:
+    """What Ingle knows of an adapter folder; an empty record for one that another program wrote.
+
+    Raises:
+        AdapterError: When the file is damaged.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        return Record()
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+        return Record() if text is None else Record.from_json(text)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise AdapterError(
+            "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
+        ) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of the file.
+
+    Raises:
+        AdapterError: When it is missing or damaged.
+    """
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin").is_file()
+        raise AdapterError(
+            "the adapter's weights are missing.",
+            where=str(path),
+            why="there is an adapter_model.bin, a pickle that can run code" if pickled else None,
+            fix="save it again with safetensors" if pickled else "copy the whole folder",
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
+        ) from None
+
+
+def sort_tensors(
+    tensors: dict[str, Tensor], model: nn.Module, settings: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Splits the file into ``path -> (A, B)`` and ``path -> {key: tensor}`` for modules trained whole."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, dict[str, Tensor]] = {}
+    saved = settings.get("modules_to_save") or ()
+    paths = [name for name, _ in model.named_modules() if any(name == s or name.endswith(f".{s}") for s in saved)]
+    if settings.get("ensure_weight_tying"):  # PEFT then names one module and saves all that share its weight
+        paths += tied_modules(model, tuple(paths))
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        owner = next((path for path in paths if name.startswith(f"{path}.")), None)
+        if match:
+            halves.setdefault(match[1], {})[match[2]] = tensor
+        elif owner is not None:
+            whole.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+        else:
+            raise AdapterError(f"{key} is no part of an adapter that is supported.", where=str(folder / WEIGHTS))
+    broken = [name for name, pair in halves.items() if len(pair) != 2]
+    if broken or not halves:
+        raise AdapterError(
+            f"half of the adapter of {broken[0]} is missing." if broken else "the file holds no adapter.",
+            where=str(folder / WEIGHTS),
+            fix="copy the file again",
+        )
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
+
+
+def check_targets(model: nn.Module, found: set[str], settings: Mapping[str, Any], folder: Path) -> None:
+    """Finds modules that the config names and the file lacks, where the config says it plainly."""
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
+        return
+    paths = {name.removesuffix(".base") for name, module in model.named_modules() if is_linear(module)}
+    named = {path for path in paths if any(path == t or path.endswith(f".{t}") for t in targets)}
+    missing = {
+        path
+        for path in named - found
+        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in settings.get("modules_to_save") or ())
+    }
+    if missing:
+        raise AdapterError(
+            f"the adapter of {some(missing)} is missing.",
+            where=str(folder / WEIGHTS),
+            why=f"target_modules names {len(named)} modules of this model; the file has {len(found)}",
+            fix="copy the file again, or take the base it was trained on",
+        )
+
+
+def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], folder: Path) -> None:
+    """Whether A and B of one module fit the model."""
+    where = str(folder / WEIGHTS)
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise AdapterError(
+            f"the adapter changes {name}, which this model does not have.",
+            where=where,
+            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
+        ) from None
+    module = getattr(module, "base", module)
+    if not is_linear(module):
+        raise AdapterError(
+            f"the adapter changes {name}, a {type(module).__name__}; only linear maps can be.", where=where
+        )
+    out_features, in_features = features(module)
+    lora_a, lora_b = factors
+    if lora_a.shape != (len(lora_a), in_features) or lora_b.shape != (out_features, len(lora_a)):
+        raise AdapterError(
+            f"the adapter of {name} has other sizes than the model.",
+            where=where,
+            why=f"A is {list(lora_a.shape)}, B {list(lora_b.shape)}; W is [{out_features}, {in_features}]",
+            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
+        )
+    if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
+        raise AdapterError(f"the adapter of {name} holds NaN or infinity.", where=where)
+
+
+def load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Path) -> None:
+    """Gives a module that was trained whole its weights."""
+    parameters = dict(model.get_submodule(name).named_parameters(remove_duplicate=False))
+    if set(parameters) != set(state) or any(parameters[key].shape != tensor.shape for key, tensor in state.items()):
+        raise AdapterError(
+            f"{name}, trained whole, does not fit the model.",
+            where=str(folder / WEIGHTS),
+            why=f"the file has { {k: list(t.shape) for k, t in state.items()} }, "
+            f"the model { {k: list(p.shape) for k, p in parameters.items()} }",
+            fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
+        )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            if parameters[key].is_meta:  # of a model whose bytes are elsewhere
+                path, _, leaf = key.rpartition(".")
+                own = nn.Parameter(tensor.to(parameters[key].dtype), requires_grad=True)
+                setattr(model.get_submodule(name).get_submodule(path), leaf, own)
+            else:
+                parameters[key].copy_(tensor)
+
+
+def some(names: set[str]) -> str:
+    """The first few names, and how many more."""
+    shown = sorted(names)[:3]
+    return (", ".join(shown) or "none") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
