@@ -81,6 +81,27 @@ def _decode_int8(  # type: ignore[no-untyped-def]
     tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=column < num_columns)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode_groups(  # type: ignore[no-untyped-def]
+    codes, scales, zeros, out, num_groups, num_bytes, num_columns,
+    BITS: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < num_columns
+    byte = column * BITS // 8
+    word = tl.load(codes + row * num_bytes + byte, mask=inside, other=0).to(tl.int32)
+    if BITS == 3:  # the only codes that reach into the next byte
+        rest = tl.load(codes + row * num_bytes + byte + 1, mask=byte + 1 < num_bytes, other=0).to(tl.int32)
+        word = word | (rest << 8)
+    code = (word >> (column * BITS % 8)) & ((1 << BITS) - 1)
+    place = row * num_groups + column // SIZE
+    scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
+    zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
+    value = (code.to(tl.float32) - zero) * scale
+    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=inside)
+
+
 def decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
     """As ``ingle.kernels.decode.decode_levels``."""
     grid, sizes, tile = _plan(codes, scales, block_size, out)
@@ -110,6 +131,16 @@ def decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     grid = (num_rows, triton.cdiv(num_columns, TILE))
     with torch.cuda.device_of(out):
         _decode_int8[grid](codes, scales, out, num_columns, 7.874015718698502e-3, COLUMNS=TILE, enable_fp_fusion=False)
+
+
+def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int, out: Tensor) -> None:
+    """As ``ingle.kernels.hqq.decode_groups``."""
+    num_rows, num_columns = out.shape
+    grid = (num_rows, triton.cdiv(num_columns, TILE))
+    sizes = scales.shape[1], codes.shape[1], num_columns
+    constants = {"BITS": bits, "SIZE": size, "COLUMNS": TILE, "enable_fp_fusion": False}
+    with torch.cuda.device_of(out):
+        _decode_groups[grid](codes, scales, zeros, out, *sizes, **constants)
 
 
 def _plan(

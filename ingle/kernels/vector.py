@@ -110,6 +110,12 @@ class Vector:
         order = _constant(DWORD, [index] * count)
         return Vector(self.builder, self.builder.shuffle_vector(self.value, self.value, order))
 
+    def take(self, order: Sequence[int]) -> Vector:
+        """The elements of these numbers; the number after the last means zero."""
+        zero = Vector(self.builder, ir.Constant(self.value.type, None))
+        shuffled = self.builder.shuffle_vector(self.value, zero.value, _constant(DWORD, order))
+        return Vector(self.builder, shuffled)
+
     def choose(self, yes: Any, no: Vector) -> Vector:
         """Where this holds the one, elsewhere the other."""
         return Vector(self.builder, self.builder.select(self.value, no.of(yes).value, no.value))
@@ -218,8 +224,8 @@ class Array:
             vector = vector.bits()
         self._access(first, vector.count, vector.kind, vector.value)
 
-    def scalar(self, first: int, kind: Any) -> Any:
-        """One value of any kind at a fixed element."""
+    def scalar(self, first: Any, kind: Any) -> Any:
+        """One value of any kind at an element."""
         loaded = self.builder.load(self._pointer(first, kind))
         loaded.align = 1
         return loaded
@@ -230,9 +236,13 @@ class Array:
         return Vector(self.builder, self.builder.bitcast(bits, ir.VectorType(ir.IntType(1), count)))
 
     def half(self, first: int) -> Any:
-        """The float32 of the float16 at a fixed byte; without the processor's help, which not all have."""
+        """The float32 of the float16 at a fixed byte."""
+        return self.half_of(self.scalar(first, WORD))
+
+    def half_of(self, word: Any) -> Any:
+        """The float32 of a float16's bits; without the processor's help, which not all have."""
         builder = self.builder
-        bits = builder.zext(self.scalar(first, WORD), DWORD)
+        bits = builder.zext(word, DWORD)
         magnitude = builder.and_(bits, DWORD(0x7FFF))
         tiny = builder.fmul(builder.uitofp(magnitude, FLOAT), FLOAT(2.0**-24))
         normal = builder.add(builder.shl(magnitude, DWORD(13)), DWORD(112 << 23))
@@ -284,9 +294,9 @@ def fill(builder: Any, value: float, count: int) -> Vector:
     return Vector(builder, _constant(FLOAT, [value] * count))
 
 
-def repeat(builder: Any, count: int, body: Callable[[Any], None]) -> None:
-    """A loop: calls ``body`` once, with the index as an IR value."""
-    with cgutils.for_range(builder, ir.IntType(64)(count)) as loop:
+def repeat(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
+    """A loop: calls ``body`` once, with the index as an IR value; ``count`` is a number or such a value."""
+    with cgutils.for_range(builder, ir.IntType(64)(count) if isinstance(count, int) else count) as loop:
         body(loop.index)
 
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 CODE = """
 import torch
 from ingle.kernels import triton as kernels
+from ingle.quant.hqq import Hqq, as_float16
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4, dynamic_map
 from ingle.quant.plane import as_float32
@@ -23,10 +24,15 @@ for shape in ((1, 64), (3, 7), (5, 200), (4, 2816)):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[0] *= 1e3
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for format in (*(Nf4(size, double) for size in (32, 64, 4096) for double in (False, True)), Fp4(), Int8()):
+        groups = [Hqq(bits, size) for bits, size in ((8, 64), (4, 128), (3, 8), (3, 64), (2, 32), (1, 16))]
+        blocks = [Nf4(size, double) for size in (32, 64, 4096) for double in (False, True)]
+        for format in (*blocks, Fp4(), Int8(), *groups):
             planes = format.encode(weight)
             out = torch.full(shape, torch.nan, dtype=dtype)
-            if isinstance(format, Int8):
+            if isinstance(format, Hqq):
+                halves = as_float16(planes["scale"]), as_float16(planes["zero"])
+                kernels.decode_groups(planes["codes"], *halves, format.bits, format.group_size, out)
+            elif isinstance(format, Int8):
                 kernels.decode_int8(planes["codes"], as_float32(planes["scale"]).flatten(), out)
             elif format.double_quant:
                 nested = [as_float32(planes[name]).flatten() for name in ("nested_absmax", "absmax_offset")]
@@ -47,20 +53,24 @@ from triton.compiler import ASTSource
 from ingle.kernels import triton as kernels
 
 sizes = {"num_blocks": "i32", "num_bytes": "i32", "num_columns": "i32", "HALF": "constexpr", "BLOCKS": "constexpr"}
+blocks = {"HALF": 32, "BLOCKS": 32}
+groups = {"num_groups": "i32", "num_bytes": "i32", "num_columns": "i32",
+          "BITS": "constexpr", "SIZE": "constexpr", "COLUMNS": "constexpr"}
 nested = {"scale_codes": "*u8", "scale_levels": "*fp32", "nested": "*fp32", "offset": "*fp32"}
 for out in ("*bf16", "*fp16", "*fp32"):
     for function, signature, constants in (
-        (kernels._decode_levels, {"codes": "*u8", "levels": "*fp32", "scales": "*fp32", "out": out} | sizes, True),
-        (kernels._decode_nested_levels, {"codes": "*u8", "levels": "*fp32"} | nested | {"out": out} | sizes, True),
+        (kernels._decode_levels, {"codes": "*u8", "levels": "*fp32", "scales": "*fp32", "out": out} | sizes, blocks),
+        (kernels._decode_nested_levels, {"codes": "*u8", "levels": "*fp32"} | nested | {"out": out} | sizes, blocks),
         (
             kernels._decode_int8,
             {"codes": "*i8", "scales": "*fp32", "out": out, "num_columns": "i32", "reciprocal": "fp32",
              "COLUMNS": "constexpr"},
-            False,
+            {"COLUMNS": 1024},
         ),
+        *((kernels._decode_groups, {"codes": "*u8", "scales": "*fp16", "zeros": "*fp16", "out": out} | groups,
+           {"BITS": bits, "SIZE": 64, "COLUMNS": 1024}) for bits in (8, 4, 3, 2, 1)),
     ):
-        source = ASTSource(fn=function, signature=signature,
-                           constexprs={"HALF": 32, "BLOCKS": 32} if constants else {"COLUMNS": 1024})
+        source = ASTSource(fn=function, signature=signature, constexprs=constants)
         compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
         assert not re.search(r"\\bfma\\.", compiled.asm["ptx"]), function
 print("compiled")
