@@ -60,6 +60,8 @@ class Assembled:
     data_hash: str
     num_sequences: int
     fusion: adapters.FusionReport
+    rounding: adapters.Rounding
+    identity: adapters.BaseIdentity | None
 
     def audit(self) -> dict[str, Any]:
         """What the model is made of, as plain data."""
@@ -146,6 +148,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         data_hash=ready.dataset.fingerprint(),
         num_sequences=len(ready.sequences),
         fusion=fusion,
+        rounding=adapters.Rounding(model, run.adapter, ready.plan.num_steps),
+        identity=None if run.adapter.kind == "none" else adapters.identify(model),
     )
 
 
@@ -177,6 +181,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopR
         step = position.step + 1
         meter.begin()
         lr = learning_rate(run.optim, step, the_plan.num_steps)
+        parts.rounding.prepare(step)
         result = take_step(parts.model, objective, optimizer, lr=lr, seed=run.seed, step=step)
         tokens_per_s = meter.end(result.num_tokens)
         counter = int(objective.state_dict()["counter"])
@@ -201,6 +206,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopR
             sink(Saved(step, str(checkpoints.save(optimizer, position)), "checkpoint"))
         if not last:
             _raise_if_asked_to_stop(folder, stop, f"step {step} of {the_plan.num_steps} is saved")
+    parts.rounding.prepare(the_plan.num_steps + 1)  # what is evaluated is what will be served
     return position
 
 
@@ -236,7 +242,9 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> N
     if run.adapter.kind == "none":
         models.save_pretrained(parts.model, parts.tokenizer, result)
     else:
-        adapters.save_adapter(parts.model, result, run.adapter, run.model.id)
+        adapters.save_adapter(
+            parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity
+        )
         parts.tokenizer.save_pretrained(result)
     sink(Saved(parts.plan.num_steps, str(result), "model" if run.adapter.kind == "none" else "adapter"))
 
@@ -286,6 +294,7 @@ def _report(
         "peak_memory_bytes": peak_memory_bytes(parts.mesh.device),
         "plan": parts.plan.to_dict(),
         "audit": parts.audit(),
+        "rounding": parts.rounding.to_dict(),
     }
     report = evaluation.write_report(
         folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics

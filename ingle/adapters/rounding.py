@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,9 +62,12 @@ class Rounding:
         round_layers(self._model, self._formats)
         self.seconds += time.monotonic() - began
 
-    def format_names(self) -> list[str]:
-        """What the layers are merged into, each format once."""
-        return sorted({format.name for format in self._formats.values()})
+    def to_dict(self) -> dict[str, Any] | None:
+        """What was done, as plain data: ``formats``, ``first_step`` and ``packing_s``; None where nothing was."""
+        if self.first_step is None:
+            return None
+        formats = sorted({format.name for format in self._formats.values()})
+        return {"formats": formats, "first_step": self.first_step, "packing_s": self.seconds}
 
 
 def resolve_formats(model: nn.Module, name: FormatName | None) -> dict[str, Format]:

@@ -42,6 +42,13 @@ def list_facts(run: Run, report: Mapping[str, Any]) -> list[tuple[str, str, str]
         add("Trained parameters", f"{audit['trainable']:,}", f"{share:.2%} of {audit['parameters']:,}")
     base = "" if run.base.format == "none" else f"{run.base.format.upper()} base · "
     add("Objective", run.objective.kind.upper(), f"{base}{'packed' if run.data.packing else 'unpacked'} sequences")
+    if rounding := report.get("rounding"):
+        add(
+            "Tuned answers",
+            f"merged into {', '.join(rounding['formats']).upper()}",
+            f"trained through its rounding from step {rounding['first_step']:,} on; "
+            f"packing took {duration(rounding['packing_s'])}",
+        )
     add("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}")
     add("Seed", str(run.seed))
     return facts
