@@ -1,0 +1,145 @@
+"""Where a weight of transformers is in a GGUF file, and what llama.cpp's converter does to it on the way.
+
+Two things change besides names.  For Llama (and Mistral, which is the same architecture there) the rows of the query
+and key projections are interleaved: llama.cpp rotates neighbouring pairs, transformers rotates halves.  A block never
+crosses a row, so permuting the rows of packed bytes is exact.  For Gemma the norms are stored with one added.
+
+Source: llama.cpp's ``convert_hf_to_gguf.py`` and the ``gguf`` package's ``tensor_mapping.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingle.errors import GgufError
+
+_TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
+_FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+
+#: What the layers of each of llama.cpp's architectures are made of.
+LAYERS = {
+    "llama": _LAYER | _TWO_NORMS,
+    "qwen2": _LAYER | _TWO_NORMS,
+    "qwen3": _LAYER | _TWO_NORMS | _HEAD_NORMS,
+    "gemma": _LAYER | _TWO_NORMS,
+    "gemma2": _LAYER | _FOUR_NORMS,
+    "gemma3": _LAYER | _FOUR_NORMS | _HEAD_NORMS,
+}
+
+#: These use the embedding as the head, whatever the model has.
+ALWAYS_TIED = ("gemma", "gemma2")
+
+#: Divisors of the rotary frequencies; not a weight, but part of the config.
+ROPE_FREQS = "rope_freqs.weight"
+
+_HF = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
+_GGUF = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """The names of one model on both sides.
+
+    Attributes:
+        architecture: llama.cpp's name of it.
+        num_heads: Of queries.
+        num_kv_heads: Of keys and values.
+    """
+
+    architecture: str
+    num_heads: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if self.architecture not in LAYERS:
+            raise unsupported(self.architecture)
+
+    def to_gguf(self, name: str) -> str | None:
+        """GGUF's name of a transformers weight; None if it has none."""
+        if match := _HF.match(name):
+            layer, module, kind = match.groups()
+            part = LAYERS[self.architecture].get(module)
+            return None if part is None else f"blk.{layer}.{part}.{kind}"
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or (module == "lm_head" and self.architecture in ALWAYS_TIED):
+            return None
+        return f"{_TOP[module]}.{kind}" if module in _TOP else None
+
+    def to_hf(self, name: str) -> str | None:
+        """The transformers name of a GGUF tensor; None if it has none (``rope_freqs.weight``, for one)."""
+        if match := _GGUF.match(name):
+            layer, part, kind = match.groups()
+            module = _inverse(LAYERS[self.architecture]).get(part)
+            return None if module is None else f"model.layers.{layer}.{module}.{kind}"
+        part, _, kind = name.rpartition(".")
+        module = _inverse(_TOP).get(part)
+        return None if module is None or kind != "weight" else f"{module}.{kind}"
+
+    def permutation(self, name: str, num_rows: int) -> NDArray[np.int64] | None:
+        """Which row of transformers each row of a GGUF tensor is; None where rows stay in place.
+
+        ``rows_gguf = rows_hf[permutation]`` and back ``rows_hf = rows_gguf[argsort(permutation)]``, packed or not.
+        """
+        match = _GGUF.match(name)
+        if self.architecture != "llama" or match is None or match[2] not in ("attn_q", "attn_k"):
+            return None
+        num_heads = self.num_heads if match[2] == "attn_q" else self.num_kv_heads
+        halves = np.arange(num_rows, dtype=np.int64).reshape(num_heads, 2, -1)
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
+
+    def offset(self, name: str) -> float:
+        """What GGUF has added to a tensor's values."""
+        return 1.0 if self.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
+
+
+def names_of(metadata: dict[str, Any]) -> TensorNames:
+    """The names of a GGUF file's tensors.
+
+    Raises:
+        GgufError: When its architecture is not supported, or the metadata lacks the number of heads.
+    """
+    architecture = metadata.get("general.architecture", "")
+    if architecture not in LAYERS:
+        raise unsupported(architecture)
+    num_heads = metadata.get(f"{architecture}.attention.head_count")
+    if not isinstance(num_heads, int):
+        raise GgufError(f"the file does not say one number of heads: {num_heads!r}.", where="attention.head_count")
+    return TensorNames(architecture, num_heads, int(metadata.get(f"{architecture}.attention.head_count_kv", num_heads)))
+
+
+def unsupported(architecture: str) -> GgufError:
+    """The error for an architecture that is not in the tables."""
+    return GgufError(
+        f"GGUF models of architecture {architecture!r} are not supported.",
+        why=f"Ingle knows {', '.join(LAYERS)}",
+        fix="use the model's safetensors release",
+    )
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {value: key for key, value in table.items()}

@@ -1,0 +1,142 @@
+"""How text is cut before its pieces are merged: llama.cpp has names for it, a ``tokenizer.json`` spells it out.
+
+Source: llama.cpp's ``src/llama-vocab.cpp``, which quotes the expressions of the models' own ``tokenizer.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ingle.errors import GgufError
+
+#: What sentencepiece writes for a space.
+SPACE = "\u2581"
+
+_WORD_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LATE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LATE_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+
+LLAMA3 = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LATE}"
+QWEN2 = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LATE}"
+TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_LATE_SLASH}"
+GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORD_ENDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORD_ENDS}?|\p{{N}}{{1,3}}|{_LATE_SLASH}"
+
+#: llama.cpp's names by expression; the first name of each is written.
+_SPLITS = {
+    LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"),
+    QWEN2: ("qwen2", "deepseek-r1-qwen", "megrez"),
+    TEKKEN: ("tekken",),
+    GPT4O: ("gpt-4o", "llama4"),
+}
+_BY_NAME = {name: split for split, names in _SPLITS.items() for name in names}
+_GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0")
+_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone")
+
+#: A piece of text that is a token is taken whole, and the first token comes before every text unless the file says no.
+IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+
+BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+def byte_level(pre: str) -> dict[str, Any]:
+    """The pre-tokenizer that llama.cpp calls ``pre``.
+
+    Raises:
+        GgufError: When it is not known.
+    """
+    if pre in _GPT2:
+        return _bytes(use_regex=True)
+    if pre in _DIGITS:
+        return _sequence({"type": "Digits", "individual_digits": True}, _bytes(use_regex=True))
+    if pre not in _BY_NAME:
+        raise GgufError(
+            f"text is cut in a way that is not known, {pre!r}.",
+            where="tokenizer.ggml.pre",
+            why=f"known are {', '.join((*_GPT2, *_DIGITS, *_BY_NAME))}",
+            fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
+        )
+    split = {"type": "Split", "pattern": {"Regex": _BY_NAME[pre]}, "behavior": "Isolated", "invert": False}
+    return _sequence(split, _bytes(use_regex=False))
+
+
+def find_pre(tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how a byte-level ``tokenizer.json`` cuts text.
+
+    Raises:
+        GgufError: When it has none that is known here.
+    """
+    steps = _steps(tokenizer.get("pre_tokenizer"))
+    kinds = [step["type"] for step in steps]
+    normalizers = [step["type"] for step in _steps(tokenizer.get("normalizer"))]
+    plain = normalizers in ([], ["NFC"]) and steps and not steps[-1].get("add_prefix_space")
+    if plain and kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if plain and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        return "smollm"
+    if plain and kinds == ["Split", "ByteLevel"]:
+        names = _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+        if names is not None:
+            return names[0]
+    raise GgufError(
+        "llama.cpp has no name for how this tokenizer cuts text.",
+        where="tokenizer.json, pre_tokenizer",
+        why=json.dumps(tokenizer.get("pre_tokenizer"))[:300],
+    )
+
+
+def sentencepiece(*, prefix: bool) -> dict[str, Any]:
+    """Normalizer, pre-tokenizer and decoder of a sentencepiece vocabulary; ``prefix``: a space before every text."""
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    steps = [{"type": "Prepend", "prepend": SPACE}, escape] if prefix else [escape]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+    }
+
+
+def add_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a sentencepiece-like ``tokenizer.json`` puts a space before every text.
+
+    Raises:
+        GgufError: When it cuts text in a way that llama.cpp's sentencepiece does not.
+    """
+    normalizers, cuts = _steps(tokenizer.get("normalizer")), _steps(tokenizer.get("pre_tokenizer"))
+    kinds = [step["type"] for step in normalizers]
+    metaspace = [step for step in cuts if step["type"] == "Metaspace"]
+    odd = [step["type"] for step in cuts if step["type"] not in ("Metaspace", "Split")]
+    if odd or set(kinds) - {"Prepend", "Replace"} or not (metaspace or "Replace" in kinds):
+        raise GgufError(
+            "llama.cpp's sentencepiece does not cut text as this tokenizer does.",
+            where="tokenizer.json",
+            why=json.dumps({key: tokenizer.get(key) for key in ("normalizer", "pre_tokenizer")})[:300],
+        )
+    return "Prepend" in kinds or any(step.get("prepend_scheme", "always") != "never" for step in metaspace)
+
+
+def _bytes(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a part of a ``tokenizer.json``, which may be one or a sequence."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return list(part.get("pretokenizers") or part.get("normalizers") or [])

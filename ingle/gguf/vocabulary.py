@@ -1,0 +1,283 @@
+"""The tokenizer of a GGUF file: to the content of a ``tokenizer.json``, and from it.
+
+Two kinds are known.  ``gpt2`` is byte-level BPE: the merges are in the file, and a name tells how text is cut before.
+``llama`` is sentencepiece: the file has a score for every token and no merges; the pair whose token has the best score
+is joined first, so merges in the order of the scores do the same.
+
+Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ingle.errors import GgufError
+from ingle.gguf.pretokenizers import (
+    BYTE_LEVEL_DECODER,
+    IGNORES_MERGES,
+    SPACE,
+    add_space_prefix,
+    byte_level,
+    find_pre,
+    sentencepiece,
+)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+#: Tokens that end an answer for llama.cpp whatever the metadata say.
+END_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+)
+
+_MISSING = "[PAD{}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tokenizer as transformers wants it.
+
+    Attributes:
+        tokenizer: The content of a ``tokenizer.json``.
+        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``, those that the file names.
+        chat_template: Jinja, or None.
+        end_token_ids: What ends an answer; the end-of-text token first.
+    """
+
+    tokenizer: dict[str, Any]
+    special: dict[str, str]
+    chat_template: str | None
+    end_token_ids: list[int]
+
+
+def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+    """The tokenizer that a file describes.
+
+    Raises:
+        GgufError: When there is none, or one of a kind that is not supported.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    if kind not in ("gpt2", "llama") or not tokens:
+        raise GgufError(
+            "the file holds no tokenizer." if not tokens else f"tokenizers of kind {kind!r} are not supported.",
+            where="tokenizer.ggml.model",
+            why="Ingle reads gpt2 (byte-level BPE) and llama (sentencepiece)",
+            fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
+        )
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in IGNORES_MERGES)
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    special: dict[str, str] = {}
+    for key in ("bos", "eos", "unknown", "padding"):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(key))
+        if number is not None and number < len(tokens):
+            special[{"unknown": "unk", "padding": "pad"}.get(key, key) + "_token"] = tokens[number]
+    real = {
+        token: number
+        for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if not (type_ == UNUSED and token == _MISSING.format(number))
+    }
+    if kind == "gpt2":
+        parts = _byte_level(metadata, real, pre)
+    else:
+        parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
+    added = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[number] in (CONTROL, UNKNOWN),
+        }
+        for token, number in real.items()
+        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
+    bos = special.get("bos_token") if add_bos else None
+    return Vocabulary(
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
+        | {"post_processor": _post_processor(bos, real)},
+        special,
+        metadata.get("tokenizer.chat_template"),
+        _end_token_ids(metadata, real, types),
+    )
+
+
+def to_metadata(
+    tokenizer: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    special: Mapping[str, str | None],
+    end_token_ids: Sequence[int],
+    chat_template: str | None,
+) -> dict[str, Any]:
+    """GGUF metadata that describe a tokenizer.
+
+    Args:
+        tokenizer: The content of a ``tokenizer.json``.
+        vocab_size: Rows of the embedding; what the tokenizer lacks is filled up with unused tokens.
+        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
+        end_token_ids: What ends an answer; the first becomes the end-of-text token.
+        chat_template: Jinja, or None.
+
+    Raises:
+        GgufError: When llama.cpp has no such tokenizer, or cannot be told all tokens that end an answer.
+    """
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise GgufError(f"llama.cpp has no tokenizer of kind {model.get('type')}.", why="only BPE is converted")
+    added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
+    tokens = [_MISSING.format(number) for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, number in model["vocab"].items():
+        tokens[number], types[number] = token, NORMAL
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    for number, entry in added.items():
+        if number >= vocab_size:
+            continue  # a token without a row in the embedding cannot be used either way
+        types[number] = CONTROL if entry["special"] else USER_DEFINED
+        tokens[number] = entry["content"] if entry["special"] else entry["content"].replace(SPACE, " ")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    ids = {token: number for number, token in enumerate(tokens)}
+    values: dict[str, Any] = {"ggml.model": "llama" if is_sentencepiece else "gpt2"}
+    if is_sentencepiece:
+        unknown = model.get("unk_token")
+        values["ggml.pre"] = "default"
+        values["ggml.scores"] = _scores(model, tokens)
+        types = [
+            UNKNOWN if token == unknown else BYTE if _is_byte(token) else type_
+            for token, type_ in zip(tokens, types, strict=True)
+        ]
+        values["ggml.add_space_prefix"] = add_space_prefix(tokenizer)
+    else:
+        values["ggml.pre"] = find_pre(tokenizer)
+        values["ggml.merges"] = merges
+    values |= {"ggml.tokens": tokens, "ggml.token_type": types}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        text = special.get(f"{key}_token")
+        if text is not None and text in ids:
+            values[f"ggml.{name}_token_id"] = ids[text]
+    values |= _ends(tokens, end_token_ids)
+    values["ggml.add_bos_token"] = _adds_bos(tokenizer, special.get("bos_token"))
+    if chat_template is not None:
+        values["chat_template"] = chat_template
+    return {f"tokenizer.{key}": value for key, value in values.items()}
+
+
+def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) -> dict[str, Any]:
+    merges = [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    if any(len(pair) != 2 for pair in merges):
+        raise GgufError("the tokenizer's merges are damaged.", where="tokenizer.ggml.merges")
+    return {
+        "normalizer": None,
+        "pre_tokenizer": byte_level(pre),
+        "decoder": BYTE_LEVEL_DECODER,
+        "model": _model(vocab, merges, ignore_merges=pre in IGNORES_MERGES),
+    }
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
+) -> dict[str, Any]:
+    scores: list[float] = metadata.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(types):
+        raise GgufError("the tokenizer has no score for every token.", where="tokenizer.ggml.scores")
+    joined = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
+    joined.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
+    merges = [
+        [token[:cut], token[cut:]]
+        for token in joined
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    model = _model(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
+    return {**sentencepiece(prefix=prefix), "model": model}
+
+
+def _model(vocab: dict[str, int], merges: list[list[str]], **options: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        **options,
+        "vocab": vocab,
+        "merges": merges,
+    }
+
+
+def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    first = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    second = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 1}}]
+    text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    special = {} if bos is None else {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, text],
+        "pair": [*first, text, *second, other],
+        "special_tokens": special,
+    }
+
+
+def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int]) -> list[int]:
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    found = [number for number in named if number is not None]
+    # Qwen has a plain "</s>" too: only what the model's maker set apart counts.
+    found += sorted(ids[text] for text in END_TEXTS if text in ids and types[ids[text]] != NORMAL)
+    return list(dict.fromkeys(found))
+
+
+def _ends(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The keys that tell llama.cpp what ends an answer, beyond what it knows by its text."""
+    if not end_token_ids:
+        return {}
+    first, *others = end_token_ids
+    others = [number for number in others if tokens[number] not in END_TEXTS]
+    if len(others) > 2:
+        raise GgufError(
+            f"{len(others) + 1} tokens end an answer, and a GGUF file has places for three.",
+            where="eos_token_id",
+            why=", ".join(tokens[number] for number in (first, *others)),
+            fix="keep the ones that the chat template uses in generation_config.json",
+        )
+    keys = ("ggml.eot_token_id", "ggml.eom_token_id")
+    return {"ggml.eos_token_id": first} | dict(zip(keys, others, strict=False))
+
+
+def _adds_bos(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
+    """Whether the post-processor puts the first token before every text."""
+    processor = tokenizer.get("post_processor") or {}
+    parts = processor.get("processors", [processor])
+    singles = [part["single"] for part in parts if part.get("type") == "TemplateProcessing"]
+    return any(bos is not None and single[0].get("SpecialToken", {}).get("id") == bos for single in singles if single)
+
+
+def _scores(model: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
+    """Scores whose order is the order of merges: minus the place of the first merge that makes a token."""
+    place: dict[str, int] = {}
+    for number, pair in enumerate(model["merges"]):
+        place.setdefault("".join(pair.split(" ")) if isinstance(pair, str) else "".join(pair), number)
+    return [-float(place[token]) if token in place else 0.0 for token in tokens]
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
