@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ingle import models, quant
-from ingle.config.base import BaseConfig, GgmlBase, NoBase
+from ingle.config.base import BaseConfig, NoBase
+from ingle.config.ggml import GgmlBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, QuantizationError
 from ingle.events import Progress, Sink

@@ -1,0 +1,302 @@
+"""A GGUF file of the merged, or untouched, model: the types of its tensors, its metadata, its tokenizer.
+
+A tensor that no adapter touches and whose base is held in the type it gets is copied byte for byte.  Everything else is
+packed from the merged weight; rows are put into llama.cpp's order after packing, which is exact since a block never
+crosses a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from ingle import models
+from ingle.config.base import BaseConfig
+from ingle.config.ggml import GgmlBase
+from ingle.errors import ConfigError, GgufError
+from ingle.events import Progress, Sink
+from ingle.export.fidelity import TensorFidelity, measure
+from ingle.export.merging import Loaded, Merger
+from ingle.gguf import TensorToWrite, write_gguf
+from ingle.gguf import architecture as shapes
+from ingle.gguf import vocabulary
+from ingle.gguf.container import row_bytes
+from ingle.gguf.names import ROPE_FREQS, TensorNames
+from ingle.models.streaming import Entry
+from ingle.quant.format import Format, make_format
+
+#: Plain types of a GGUF file.
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+#: ``--type`` of a file in which every tensor keeps the format it was trained in.
+AS_TRAINED = "as-trained"
+
+#: What each ``--type`` is to llama.cpp.
+FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    **{
+        name.removeprefix("MOSTLY_").lower(): kind
+        for name, kind in LlamaFileType.__members__.items()
+        if name.startswith("MOSTLY_")
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One tensor of the file.
+
+    Attributes:
+        name: GGUF's.
+        entry: Where it comes from; None for a weight that was trained apart from the one it was tied to.
+        hf_name: The parameter's in the model.
+        shape: Outermost size first.
+        type: ggml's, lower case.
+    """
+
+    name: str
+    entry: Entry | None
+    hf_name: str
+    shape: tuple[int, ...]
+    type: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape[:-1]) * row_bytes(self.type, self.shape[-1])
+
+
+@dataclass
+class GgufExport:
+    """A GGUF file to be written.
+
+    Args:
+        merger: Base and adapter.
+        tokenizer: Its tokenizer.
+        type: ``--type``; :data:`AS_TRAINED` keeps each tensor's format.
+        importance: Importance by GGUF name, ``[columns]``.
+
+    Attributes:
+        planned: The tensors, in the order of the file.
+
+    Raises:
+        GgufError: llama.cpp has no such architecture, tokenizer or weight.
+        ConfigError: There is no such type.
+    """
+
+    merger: Merger
+    tokenizer: Any
+    type: str
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model = self.merger.stream.model
+        self._config: dict[str, Any] = model.config.to_dict()
+        described = shapes.to_metadata(self._config)
+        arch = described["general.architecture"]
+        self.names = TensorNames(
+            arch, described[f"{arch}.attention.head_count"], described[f"{arch}.attention.head_count_kv"]
+        )
+        self._described = described
+        self.planned = self._plan()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(planned.num_bytes for planned in self.planned)
+
+    def promote(self, types: Mapping[str, str]) -> None:
+        """Gives tensors other types, by GGUF name."""
+        self.planned = [
+            Planned(p.name, p.entry, p.hf_name, p.shape, types.get(p.name, p.type)) for p in self.planned
+        ]
+
+    def write(self, path: Path, metadata: Mapping[str, Any], *, sink: Sink | None = None) -> list[TensorFidelity]:
+        """Writes the file.
+
+        Args:
+            path: Where.
+            metadata: What else it says of itself (``general.name`` and the like).
+            sink: Is told of the progress.
+
+        Returns:
+            What survived of every merged weight.
+        """
+        found: list[TensorFidelity] = []
+        done = 0
+
+        def data(planned: Planned) -> Callable[[], NDArray[Any]]:
+            def read() -> NDArray[Any]:
+                nonlocal done
+                packed = self._pack(planned, found)
+                done += 1
+                if sink is not None and (done % 16 == 0 or done == len(self.planned)):
+                    sink(Progress("writing weights", done, len(self.planned)))
+                return packed
+
+            return read
+
+        tensors = [TensorToWrite(p.name, p.type, p.shape, data(p)) for p in self.planned]
+        divisors = shapes.rope_divisors(self._config)
+        if divisors is not None:
+            tensors.append(TensorToWrite(ROPE_FREQS, "f32", divisors.shape, lambda: divisors))
+        write_gguf(path, self.metadata() | dict(metadata), tensors)
+        return found
+
+    def metadata(self) -> dict[str, Any]:
+        """Shape, tokenizer and file type."""
+        model, tokenizer = self.merger.stream.model, self.tokenizer
+        ends = models.end_token_ids(model, tokenizer)
+        first = tokenizer.eos_token_id
+        ordered = sorted(ends, key=lambda number: (number != first, number))
+        words = vocabulary.to_metadata(
+            json.loads(tokenizer.backend_tokenizer.to_str()),
+            vocab_size=self._config["vocab_size"],
+            special={f"{key}_token": getattr(tokenizer, f"{key}_token") for key in ("bos", "eos", "unk", "pad")},
+            end_token_ids=ordered,
+            chat_template=tokenizer.chat_template or None,
+        )
+        kind = FILE_TYPES.get(self.type, LlamaFileType.GUESSED)
+        about = {"general.type": "model", "general.file_type": int(kind)}
+        if any(planned.type not in PLAIN for planned in self.planned):
+            about["general.quantization_version"] = GGML_QUANT_VERSION
+        return self._described | about | words
+
+    def measure_as(self, planned: Planned, type_name: str) -> TensorFidelity:
+        """What would survive of a merged weight in another type."""
+        assert planned.entry is not None
+        with self.merger.loaded(planned.entry) as loaded:
+            return measure(loaded, planned.name, _target(type_name), self.importance.get(planned.name))[1]
+
+    def _plan(self) -> list[Planned]:
+        planned = []
+        entries: list[tuple[str, Entry | None, tuple[int, ...]]] = []
+        for entry in self.merger.stream.entries:
+            if len(entry.pieces) != 1:
+                raise GgufError("models with experts cannot be written to GGUF yet.", where=entry.name)
+            entries.append((entry.name, entry, entry.pieces[0].shape))
+        entries += [(name, None, tuple(self.merger.trained[name].shape)) for name in self.merger.untied]
+        named = {name: self._name(name) for name, _, _ in entries}
+        for name, entry, shape in entries:
+            planned.append(Planned(named[name], entry, name, shape, self._type_of(name, named[name], shape, named)))
+        return planned
+
+    def _name(self, name: str) -> str:
+        found = self.names.to_gguf(name)
+        if found is None:
+            raise GgufError(
+                f"llama.cpp has no tensor for {name} in a model of architecture {self.names.architecture}.",
+                where=name,
+                fix="--to safetensors",
+            )
+        return found
+
+    def _type_of(self, name: str, gguf_name: str, shape: tuple[int, ...], named: Mapping[str, str]) -> str:
+        if len(shape) == 1:
+            return "f32"
+        if self.type in PLAIN:
+            return self.type
+        if self.type == AS_TRAINED:
+            return self._own_type(name)
+        from ingle.gguf.mixes import tensor_type
+
+        return tensor_type(
+            self.type,
+            gguf_name,
+            shape,
+            num_layers=self._config["num_hidden_layers"],
+            num_heads=self.names.num_heads,
+            num_kv_heads=self.names.num_kv_heads,
+            has_output="output.weight" in named.values(),
+        )
+
+    def _own_type(self, name: str) -> str:
+        holder = self.merger.stream.holder(name)
+        format: Any = getattr(holder, "format", None) if name.endswith(".weight") else None
+        if format is not None:
+            return str(format.name)
+        dtype = self.merger.trained[name].dtype if name in self.merger.trained else holder.get_parameter("weight").dtype
+        return next(kind for kind, plain in PLAIN.items() if plain == dtype)
+
+    def _pack(self, planned: Planned, found: list[TensorFidelity]) -> NDArray[Any]:
+        """The tensor's bytes, rows in llama.cpp's order."""
+        target = _target(planned.type)
+        if planned.entry is None:
+            return _to_numpy(self.merger.trained[planned.hf_name], target, planned.name)
+        with self.merger.loaded(planned.entry) as loaded:
+            rows = self._rows(planned, loaded, target, found)
+        order = self.names.permutation(planned.name, len(rows))
+        return rows if order is None else np.ascontiguousarray(rows[order])
+
+    def _rows(
+        self, planned: Planned, loaded: Loaded, target: Format | torch.dtype, found: list[TensorFidelity]
+    ) -> NDArray[Any]:
+        importance = self.importance.get(planned.name)
+        if loaded.layer is not None:
+            packed, fidelity = measure(loaded, planned.name, target, importance)
+            found.append(fidelity)
+            return _bytes(packed) if isinstance(packed, torch.Tensor) else packed["data"].cpu().numpy()
+        if isinstance(target, torch.dtype):
+            value = loaded.merged(torch.float32) + self.names.offset(planned.name)
+            return _bytes(value.to(target))
+        return loaded.planes(target, importance)["data"].cpu().numpy()
+
+
+def default_type(base: BaseConfig) -> str:
+    """``--type`` where none is named: what was trained on, where GGUF holds it, and else what loses least."""
+    return AS_TRAINED if _is_blocks(base) else "q8_0"
+
+
+def check_type(name: str, base: BaseConfig) -> None:
+    """Raises for a ``--type`` that no GGUF file has.
+
+    Raises:
+        ConfigError: It is unknown, or the base is held in what GGUF does not hold.
+    """
+    if name == AS_TRAINED and not _is_blocks(base) and base.format != "none":
+        raise ConfigError(
+            f"GGUF cannot hold {base.format}, which this model was trained on.",
+            where=f"--type {name}",
+            fix="--type q8_0, or another type of llama.cpp's",
+        )
+    from ingle.gguf.mixes import FILE_TYPES as KNOWN
+
+    if name not in (AS_TRAINED, *PLAIN, *KNOWN):
+        raise ConfigError(
+            f"there is no GGUF type {name}.", where=f"--type {name}", fix=f"one of {', '.join((*PLAIN, *KNOWN))}"
+        )
+
+
+def _is_blocks(base: BaseConfig) -> bool:
+    return isinstance(base, GgmlBase)
+
+
+def _target(type_name: str) -> Format | torch.dtype:
+    if type_name in PLAIN:
+        return PLAIN[type_name]
+    section: Any = TypeAdapter(BaseConfig).validate_python({"format": type_name})
+    format = make_format(section)
+    assert format is not None, type_name
+    return format
+
+
+def _to_numpy(value: torch.Tensor, target: Format | torch.dtype, name: str) -> NDArray[Any]:
+    if isinstance(target, torch.dtype):
+        return _bytes(value.to(target))
+    return target.encode(value.float(), name=name)["data"].cpu().numpy()
+
+
+def _bytes(value: torch.Tensor) -> NDArray[Any]:
+    """A tensor's bytes, one row a row; a vector is a column."""
+    rows = value.detach().cpu().contiguous()
+    return (rows if rows.dim() > 1 else rows.unsqueeze(1)).view(torch.uint8).numpy()
