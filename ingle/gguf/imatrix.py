@@ -1,0 +1,188 @@
+"""llama.cpp's importance matrices: GGUF files, and the older ``.dat`` ones read.
+
+A GGUF imatrix holds, for every weight of a model, ``NAME.in_sum2`` (sums of squares of the inputs of each column) and
+``NAME.counts`` (over how many tokens), one row for each expert of a stack; the importance of a column is their ratio.
+
+Legend: E = experts (1 for a plain weight), I = columns.
+
+Source: llama.cpp, ``tools/imatrix/imatrix.cpp``.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingle.errors import GgufError
+from ingle.gguf.container import GgufFile, read_gguf
+from ingle.gguf.writing import TensorToWrite, write_gguf
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_MAX_NAME_BYTES, _MAX_COLUMNS = 1024, 1 << 28
+
+
+@dataclass(frozen=True)
+class ImatrixEntry:
+    """What the inputs of one weight were.
+
+    Attributes:
+        sums: Sums of squares, float32 ``[E, I]``.
+        counts: Tokens summed over, float32 ``[E]``.
+    """
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float32]
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """The importance of each column, ``[E, I]``; ones where no token came by, as llama.cpp has it."""
+        seen = self.counts[:, None] > 0
+        ratio = self.sums / np.where(seen, self.counts[:, None], np.float32(1))
+        return np.where(seen, ratio, np.float32(1)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """A whole importance matrix.
+
+    Attributes:
+        entries: By the weight's name in GGUF, ``blk.0.attn_q.weight``.
+        datasets: Files it was gathered from.
+        chunk_count: Texts of ``chunk_size`` tokens that were read.
+        chunk_size: Tokens of a text.
+    """
+
+    entries: dict[str, ImatrixEntry]
+    datasets: tuple[str, ...] = ()
+    chunk_count: int = 0
+    chunk_size: int = 0
+
+
+def write_imatrix(path: Path | str, imatrix: Imatrix) -> None:
+    """Writes an importance matrix as llama.cpp's ``imatrix`` tool does.
+
+    Raises:
+        CheckpointError: When the disk is full.
+    """
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": list(imatrix.datasets),
+        "imatrix.chunk_count": imatrix.chunk_count,
+        "imatrix.chunk_size": imatrix.chunk_size,
+    }
+    tensors = []
+    for name, entry in sorted(imatrix.entries.items()):
+        assert entry.sums.ndim == 2 and len(entry.sums) == len(entry.counts), f"{name}: sums do not fit counts"
+        tensors += [_float32(name + _SUMS, entry.sums), _float32(name + _COUNTS, entry.counts[:, None])]
+    write_gguf(path, metadata, tensors)
+
+
+def _float32(name: str, values: NDArray[np.float32]) -> TensorToWrite:
+    return TensorToWrite(name, "f32", values.shape, lambda: values.astype(np.float32))
+
+
+def read_imatrix(path: Path | str) -> Imatrix:
+    """Reads an importance matrix in either format.
+
+    Raises:
+        GgufError: When the file is missing, damaged, or no importance matrix.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            if magic != b"GGUF":
+                file.seek(0)
+                return _LegacyReader(file, path).read()
+    except (OSError, IsADirectoryError) as error:
+        raise GgufError(f"{path.name} cannot be read.", where=str(path), why=str(error), fix="check the path") from None
+    return _from_gguf(read_gguf(path))
+
+
+def _from_gguf(file: GgufFile) -> Imatrix:
+    if file.metadata.get("general.type") != "imatrix":
+        raise GgufError(
+            f"{file.path.name} is no importance matrix.",
+            where=str(file.path),
+            why=f"general.type is {file.metadata.get('general.type', 'missing')!r}",
+            fix="name a file that `llama-imatrix`, `train.imatrix` or `ingle quantize --data` wrote",
+        )
+    entries = {}
+    for key, tensor in file.tensors.items():
+        if not key.endswith(_SUMS):
+            continue
+        name = key.removesuffix(_SUMS)
+        counts = file.tensors.get(name + _COUNTS)
+        if counts is None or tensor.type_name != "f32" or counts.type_name != "f32":
+            raise _damaged(file.path, f"{name} has no counts, or they are no float32")
+        sums_EI = tensor.read().view(np.float32).reshape(-1, tensor.shape[-1])
+        counts_E = counts.read().view(np.float32).reshape(-1)
+        entries[name] = _entry(file.path, name, sums_EI, counts_E)
+    return Imatrix(
+        entries,
+        tuple(str(each) for each in file.metadata.get("imatrix.datasets", ())),
+        int(file.metadata.get("imatrix.chunk_count", 0)),
+        int(file.metadata.get("imatrix.chunk_size", 0)),
+    )
+
+
+def _entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: NDArray[np.float32]) -> ImatrixEntry:
+    if len(sums_EI) != len(counts_E):
+        raise _damaged(path, f"{name} has sums of {len(sums_EI)} matrices and counts of {len(counts_E)}")
+    if not (np.isfinite(sums_EI).all() and (sums_EI >= 0).all() and np.isfinite(counts_E).all()):
+        raise _damaged(path, f"{name} holds values that are negative or not finite")
+    return ImatrixEntry(sums_EI, counts_E)
+
+
+class _LegacyReader:
+    """The ``.dat`` format: means times the number of chunks, without an end mark.
+
+    Args:
+        file: Open at its beginning.
+        path: Of the file, for errors.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def read(self) -> Imatrix:
+        """The whole matrix; a count is that of chunks here."""
+        count = self._int(1, 1 << 20, "entries")
+        entries = {}
+        for _ in range(count):
+            name = self._bytes(self._int(1, _MAX_NAME_BYTES, "bytes of a name")).decode("utf-8", "replace")
+            calls = self._int(0, (1 << 31) - 1, "calls")
+            columns = self._int(1, _MAX_COLUMNS, "values")
+            sums = np.frombuffer(self._bytes(4 * columns), "<f4").astype(np.float32)[None]
+            entries[name] = _entry(self._path, name, sums, np.array([calls], np.float32))
+        rest = self._file.read()  # the last chunk and the data set, where they are
+        chunks = struct.unpack_from("<i", rest)[0] if len(rest) >= 4 else 0
+        dataset = rest[8:].decode("utf-8", "replace") if len(rest) > 8 else ""
+        return Imatrix(entries, (dataset,) if dataset else (), max(0, chunks))
+
+    def _int(self, low: int, high: int, what: str) -> int:
+        value = int(struct.unpack("<i", self._bytes(4))[0])
+        if not low <= value <= high:
+            raise _damaged(self._path, f"it speaks of {value} {what}")
+        return value
+
+    def _bytes(self, count: int) -> bytes:
+        data = self._file.read(count)
+        if len(data) != count:
+            raise _damaged(self._path, "it ends early")
+        return data
+
+
+def _damaged(path: Path, why: str) -> GgufError:
+    return GgufError(
+        f"{path.name} is no importance matrix, or a damaged one.",
+        where=str(path),
+        why=why,
+        fix="name a file that `llama-imatrix`, `train.imatrix` or `ingle quantize --data` wrote",
+    )
