@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ingle import adapters, data, models, parallel
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.parallel import ParallelConfig
@@ -125,7 +125,9 @@ def locate(path_or_id: str) -> Source:
     return Source(ModelConfig(id=path_or_id), NoBase())
 
 
-def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = None) -> Engine:
+def open_model(
+    path_or_id: str, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
+) -> Engine:
     """Opens a run folder, an adapter folder, a model folder or a hub id.
 
     A run's model is held in the very format it was trained on.
@@ -133,11 +135,12 @@ def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = 
     Args:
         path_or_id: What to open.
         base_only: Leave the adapter out (for a full fine-tuning: open the model it started from).
+        allow_mismatch: Put the adapter on another base than it was trained on; the sink is told how far it is.
         sink: Is told of the loading.
 
     Raises:
         ModelError: When it cannot be found or read.
-        AdapterError: When the adapter does not fit its base.
+        AdapterError: When the adapter does not fit its base, or was trained on another.
     """
     source = locate(path_or_id)
     config = source.original if base_only and source.original is not None else source.model
@@ -147,7 +150,7 @@ def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = 
     adapted = source.adapter is not None and not base_only
     if adapted:
         assert source.adapter is not None
-        for note in adapters.load_adapter(model, source.adapter).notes:
+        for note in adapters.load_adapter(model, source.adapter, allow_mismatch=allow_mismatch).notes:
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
     return Engine(model, tokenizer, adapted=adapted)
@@ -155,7 +158,7 @@ def open_model(path_or_id: str, *, base_only: bool = False, sink: Sink | None = 
 
 def _locate_run(folder: Path) -> Source:
     run = locate_paths(RunFolder(folder).load_run())
-    if isinstance(run.adapter, LoraAdapter):
+    if isinstance(run.adapter, LowRankAdapter):
         if not (folder / "adapter").is_dir():
             raise ModelError(
                 "this run has no adapter yet: it is not trained to its end.",
@@ -189,4 +192,4 @@ def _locate_adapter(folder: Path) -> Source:
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
-    return Source(ModelConfig(id=base), NoBase(), folder)
+    return Source(ModelConfig(id=base), adapters.read_record(folder).base or NoBase(), folder)

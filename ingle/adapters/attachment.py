@@ -41,7 +41,7 @@ def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachRepo
         lora.initialise(seed, name)
     notes = train_whole(model, selection.whole)
     if adapter.path is not None:
-        load_adapter(model, Path(adapter.path))
+        notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes
     return report(model, selection, notes)
 
 

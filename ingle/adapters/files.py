@@ -101,7 +101,7 @@ def save_adapter(
     record = Record(
         adapter=adapter.model_dump(mode="json", include={"kind", "train_rounding", "merge_aware"}),
         group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
-        base=None if base is None else base.model_dump(mode="json"),
+        base=base,
         identity=identity,
     )
     settings = make_settings(model, adapter, base_model_id, whole)
@@ -227,7 +227,7 @@ def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: 
             "this adapter was trained on another base.",
             where=str(folder),
             why=f"{difference}\nSHA-256 {record.identity.sha256[:12]}... there, {found.sha256[:12]}... here",
-            fix="open it on the base it was trained on, or take what comes with --allow-mismatch",
+            fix="open it on the base it was trained on, or allow the mismatch",
         )
     return (f"the adapter was trained on another base: {difference}",)
 

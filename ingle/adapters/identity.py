@@ -1,8 +1,7 @@
 """What an adapter was trained on: a SHA-256 over the base's bytes, and samples that tell how far another base is.
 
 An adapter belongs to the very numbers it was trained on.  A packed weight counts with its bytes; a floating one with
-its values, in bfloat16 where that holds them exactly, so that one checkpoint held in bfloat16 here and in float32
-there is the same base.
+its values rounded to bfloat16, so that one checkpoint held in bfloat16 here and in float32 there is the same base.
 """
 
 from __future__ import annotations
@@ -105,11 +104,10 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor: its shape and its bytes, or values, as the module's first lines say."""
+    """SHA-256 of a tensor's shape and of its bytes, or of its values in bfloat16."""
     tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and tensor.dtype != torch.bfloat16:
-        narrow = tensor.bfloat16()
-        tensor = narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor.float()
+    if tensor.is_floating_point():
+        tensor = tensor.bfloat16()
     digest = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}\n".encode())
     digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

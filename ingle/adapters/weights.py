@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.lora import features, is_linear
 from ingle.adapters.settings import CONFIG
 from ingle.atomic import write_atomically
+from ingle.config.base import BaseConfig, base_section
 from ingle.errors import AdapterError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -36,33 +37,43 @@ class Record:
     Attributes:
         adapter: What is special in the adapter section: ``kind``, ``train_rounding``, ``merge_aware``.
         group_sizes: Inputs that share a column of A, by path; those that do not are left out.
-        base: The base section it was trained on, as plain data; None when unknown.
+        base: What the base it was trained on is held in; None when unknown.
         identity: Of that base; None in adapters that are bound to none.
     """
 
     adapter: dict[str, Any] = field(default_factory=dict)
     group_sizes: dict[str, int] = field(default_factory=dict)
-    base: dict[str, Any] | None = None
+    base: BaseConfig | None = None
     identity: BaseIdentity | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Record:
         """What a header says."""
         values = json.loads(text)
-        identity = values.get("identity")
+        base, identity = values["base"], values["identity"]
         return cls(
-            values.get("adapter", {}),
-            values.get("group_sizes", {}),
-            values.get("base"),
+            values["adapter"],
+            values["group_sizes"],
+            None if base is None else base_section(base),
             None if identity is None else BaseIdentity.from_dict(identity),
         )
+
+    def to_json(self) -> str:
+        """What :meth:`from_json` reads."""
+        values = {
+            "adapter": self.adapter,
+            "group_sizes": self.group_sizes,
+            "base": None if self.base is None else self.base.model_dump(mode="json"),
+            "identity": None if self.identity is None else self.identity.to_dict(),
+        }
+        return json.dumps(values)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Record) -> None:
     """Writes the file; a crash leaves the old one or the new one."""
     # Tied weights are written under each of their names, as readers untie them.
     own = {key: tensor.cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
-    write_atomically(path, save(own, metadata={"format": "pt", _KEY: json.dumps(asdict(record))}))
+    write_atomically(path, save(own, metadata={"format": "pt", _KEY: record.to_json()}))
 
 
 def read_record(folder: str | Path) -> Record:

@@ -25,6 +25,9 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the li
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Put the adapter on another base than it was trained on.")
+]
 BaseOnly = Annotated[bool, typer.Option("--base-only", help="Answer without the adapter.")]
 
 
@@ -42,6 +45,7 @@ def generate(
     stop: Stop = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 32,
     base_only: BaseOnly = False,
+    allow_mismatch: AllowMismatch = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer.")] = False,
 ) -> None:
@@ -59,7 +63,7 @@ def generate(
     with Terminal(make_console(stderr=True)) as terminal:
         from ingle import inference
 
-        engine = inference.open_model(model, base_only=base_only, sink=terminal)
+        engine = inference.open_model(model, base_only=base_only, allow_mismatch=allow_mismatch, sink=terminal)
         answers = engine.generate(
             [_as_question(engine, text, raw) for text in prompts],
             system=system,
@@ -135,6 +139,7 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     base_only: BaseOnly = False,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Talk with a model or with what a run has trained.
 
@@ -147,7 +152,7 @@ def chat(
     with Terminal(make_console(stderr=True)) as terminal:
         from ingle import inference
 
-        engine = inference.open_model(model, base_only=base_only, sink=terminal)
+        engine = inference.open_model(model, base_only=base_only, allow_mismatch=allow_mismatch, sink=terminal)
     _check_template(engine)
     options = {
         "max_new_tokens": max_new_tokens,

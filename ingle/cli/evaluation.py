@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ingle.cli.answering import AllowMismatch
 from ingle.cli.words import split_words
 from ingle.errors import ConfigError
 from ingle.events import Sink
@@ -15,7 +16,7 @@ from ingle.events import Sink
 if TYPE_CHECKING:
     from ingle.config import TaskConfig
 
-_FLAGS = ("--task", "--json", "--out", "--debug", "--help")
+_FLAGS = ("--task", "--json", "--out", "--allow-mismatch", "--debug", "--help")
 
 
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON into this file.")] = None,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
     """Score a model on held-out samples; a run is compared with its base, sample by sample.
 
@@ -48,7 +50,7 @@ def evaluate(
     from ingle.sinks.terminal import make_console, show
 
     with Terminal(make_console(stderr=True)) as terminal:
-        report = evaluate_model(models[0], loaded, terminal)
+        report = evaluate_model(models[0], loaded, terminal, allow_mismatch=allow_mismatch)
     text = json.dumps(report, ensure_ascii=False, indent=2)
     if out is not None:
         from ingle.atomic import write_atomically
@@ -64,13 +66,16 @@ def evaluate(
     show(console, comparison_table(report), *side_by_side(report, loaded.num_shown))
 
 
-def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink) -> dict[str, Any]:
+def evaluate_model(
+    path_or_id: str, task: TaskConfig, sink: Sink, *, allow_mismatch: bool = False
+) -> dict[str, Any]:
     """Scores what ``path_or_id`` names: against its base when it was trained here, alone otherwise.
 
     Args:
         path_or_id: A run folder, an adapter folder, a model folder or a hub id.
         task: What to ask and how to score the answers.
         sink: Is told of the progress.
+        allow_mismatch: Put the adapter on another base than it was trained on.
 
     Returns:
         What :func:`ingle.evaluation.compare` or :func:`ingle.evaluation.summarize` returns.
@@ -83,7 +88,7 @@ def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink) -> dict[str, A
         before = inference.open_model(path_or_id, base_only=True, sink=sink)
         base = evaluation.run_task(before.model, before.tokenizer, task, sink=sink, stage="base")
         del before
-    engine = inference.open_model(path_or_id, sink=sink)
+    engine = inference.open_model(path_or_id, allow_mismatch=allow_mismatch, sink=sink)
     if base is None and not engine.adapted:
         return evaluation.evaluate_single(engine.model, engine.tokenizer, task, sink=sink)
     return evaluation.evaluate_pair(engine.model, engine.tokenizer, task, sink=sink, base=base)

@@ -54,6 +54,7 @@ class LowRankAdapter(Section):
             (``q_proj``, ``layers.*.mlp.*``).
         trainable_modules: Modules trained whole and saved with the adapter (``embed_tokens``, ``lm_head``).
         path: An adapter folder in PEFT's layout to start from; its rank and targets must agree.
+        allow_mismatch: Start from ``path`` even if it was trained on another base than this run's.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class LowRankAdapter(Section):
     target_modules: Literal["all-linear"] | Patterns = "all-linear"
     trainable_modules: Strings = ()
     path: Text | None = None
+    allow_mismatch: bool = False
 
     @property
     def scale(self) -> float:
@@ -91,7 +93,7 @@ class QaLoraAdapter(LowRankAdapter):
     """LoRA whose change is constant in each group of the base's format, so that it merges exactly.
 
     ``y = x W^T + scale * dropout(pool(x)) A^T B^T``, where ``pool`` sums the inputs of each group and A has a column
-    for each group. It needs a format that holds a free offset for each group: q4_1 or q5_1.
+    for each group. It needs a format that holds a free offset for each group: q4_1, q5_1 or hqq.
 
     Source: Xu et al. 2023, "QA-LoRA" (arXiv 2309.14717), section 3.3.
 

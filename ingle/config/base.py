@@ -5,7 +5,8 @@ The sizes are plain arithmetic on the section, so the planner can use them witho
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -295,9 +296,9 @@ FormatName = Literal[
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
 
 
-def base_section(name: FormatName) -> BaseConfig:
-    """The section of a format with its defaults."""
-    section: BaseConfig = TypeAdapter(BaseConfig).validate_python(name)
+def base_section(value: FormatName | Mapping[str, Any]) -> BaseConfig:
+    """The section of a format: with its defaults, given its name, or from the plain data it was dumped to."""
+    section: BaseConfig = TypeAdapter(BaseConfig).validate_python(value)
     return section
 
 
