@@ -66,9 +66,7 @@ def evaluate(
     show(console, comparison_table(report), *side_by_side(report, loaded.num_shown))
 
 
-def evaluate_model(
-    path_or_id: str, task: TaskConfig, sink: Sink, *, allow_mismatch: bool = False
-) -> dict[str, Any]:
+def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink, *, allow_mismatch: bool = False) -> dict[str, Any]:
     """Scores what ``path_or_id`` names: against its base when it was trained here, alone otherwise.
 
     Args:
