@@ -1,0 +1,139 @@
+"""File types: the type of every tensor, against llama.cpp's own quantizer where it is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ingle.errors import GgufError
+from ingle.gguf import TensorToWrite, read_gguf, write_gguf
+from ingle.gguf.mixes import FILE_TYPES, Mix, file_type_number, is_packed, mix_of
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[Any]:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed here: written-down types stand in for llama.cpp")
+    module = importlib.import_module("llama_cpp")
+    quiet = module.llama_log_callback(lambda level, text, data: None)
+    module.llama_log_set(quiet, ctypes.c_void_p(0))
+    yield module
+
+
+MODELS = {
+    "llama, 4 layers, tied": ("llama", 4, 4, 4, True, 256),
+    "llama, 32 layers, grouped": ("llama", 32, 8, 2, False, 256),
+    "llama, 80 layers, grouped": ("llama", 80, 8, 1, False, 256),
+    "llama, 80 layers": ("llama", 80, 2, 2, False, 256),
+    "qwen2, 80 layers": ("qwen2", 80, 8, 8, False, 256),
+    "qwen3, 28 layers, tied": ("qwen3", 28, 8, 4, True, 256),
+    "gemma2, 26 layers": ("gemma2", 26, 8, 4, True, 256),
+    "llama, rows of 96": ("llama", 17, 4, 4, False, 96),
+    "llama, rows of 80": ("llama", 3, 4, 1, True, 80),
+}
+
+
+def metadata(architecture: str, num_layers: int, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
+    values = {
+        "block_count": num_layers,
+        "context_length": 32,
+        "embedding_length": 256,
+        "feed_forward_length": 256,
+        "attention.head_count": num_heads,
+        "attention.head_count_kv": num_kv_heads,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.sliding_window": 8,
+        "vocab_size": 4,
+    }
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
+
+
+def tensors(num_layers: int, tied: bool, columns: int) -> list[TensorToWrite]:
+    """A few rows of every kind: types depend on names, layers and rows' lengths only."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, columns), "output_norm.weight": (columns,)}
+    if not tied:
+        shapes["output.weight"] = (4, columns)
+    for layer in range(num_layers):
+        for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            shapes[f"blk.{layer}.{part}.weight"] = (2, columns)
+        shapes[f"blk.{layer}.attn_norm.weight"] = (columns,)
+        shapes[f"blk.{layer}.attn_q.bias"] = (columns,)
+    rng = np.random.default_rng(0)
+    return [
+        TensorToWrite(name, "f32", shape, lambda shape=shape: rng.standard_normal(shape).astype(np.float32))
+        for name, shape in shapes.items()
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("has_imatrix", [False, True], ids=["plain", "imatrix"])
+def test_types_are_those_of_llama_cpp(model: str, has_imatrix: bool, llama_cpp: Any, tmp_path: Path) -> None:
+    architecture, num_layers, num_heads, num_kv_heads, tied, columns = MODELS[model]
+    values = metadata(architecture, num_layers, num_heads, num_kv_heads)
+    source = tmp_path / "source.gguf"
+    write_gguf(source, values, tensors(num_layers, tied, columns))
+    importance = (ctypes.c_float * columns)(*([1.0] * columns))
+    entries = (llama_cpp.llama_model_imatrix_data * 2)()
+    entries[0].name, entries[0].data, entries[0].size = b"blk.0.attn_q.weight", importance, columns
+    for file_type in FILE_TYPES:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.nthread = file_type_number(file_type), 1
+        if has_imatrix:
+            params.imatrix = entries
+        out = tmp_path / f"{file_type}.gguf"
+        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+        assert code == 0
+        mix = mix_of(file_type, values, tied=tied, has_imatrix=has_imatrix)
+        file = read_gguf(out)
+        chosen = {name: mix.tensor_type(name, tensor.shape) for name, tensor in file.tensors.items()}
+        assert chosen == {name: tensor.type_name for name, tensor in file.tensors.items()}, file_type
+        assert file.metadata["general.file_type"] == file_type_number(file_type)
+        out.unlink()
+
+
+#: From llama.cpp's table: file type; attn_v and ffn_down of layers 0, 1, 3, 5, 31 of 32; attn_output; head.
+WRITTEN_DOWN = [
+    ("q2_k", "q3_k q3_k q3_k q3_k q3_k", "q3_k q3_k q3_k q3_k q3_k", "q3_k", "q6_k"),
+    ("q3_k_s", "q3_k q3_k q3_k q3_k q3_k", "q3_k q3_k q3_k q3_k q3_k", "q3_k", "q6_k"),
+    ("q3_k_m", "q5_k q5_k q4_k q4_k q4_k", "q5_k q5_k q4_k q4_k q4_k", "q4_k", "q6_k"),
+    ("q3_k_l", "q5_k q5_k q5_k q5_k q5_k", "q5_k q5_k q5_k q5_k q5_k", "q5_k", "q6_k"),
+    ("q4_k_s", "q5_k q5_k q5_k q4_k q4_k", "q5_k q5_k q5_k q4_k q4_k", "q4_k", "q6_k"),
+    ("q4_k_m", "q6_k q6_k q6_k q4_k q6_k", "q6_k q6_k q6_k q4_k q6_k", "q4_k", "q6_k"),
+    ("q5_k_s", "q5_k q5_k q5_k q5_k q5_k", "q5_k q5_k q5_k q5_k q5_k", "q5_k", "q6_k"),
+    ("q5_k_m", "q6_k q6_k q6_k q5_k q6_k", "q6_k q6_k q6_k q5_k q6_k", "q5_k", "q6_k"),
+    ("q6_k", "q6_k q6_k q6_k q6_k q6_k", "q6_k q6_k q6_k q6_k q6_k", "q6_k", "q6_k"),
+    ("q4_0", "q4_0 q4_0 q4_0 q4_0 q4_0", "q4_0 q4_0 q4_0 q4_0 q4_0", "q4_0", "q6_k"),
+    ("q8_0", "q8_0 q8_0 q8_0 q8_0 q8_0", "q8_0 q8_0 q8_0 q8_0 q8_0", "q8_0", "q8_0"),
+]
+
+
+@pytest.mark.parametrize(("file_type", "values", "down", "output", "head"), WRITTEN_DOWN)
+def test_types_are_those_written_down(file_type: str, values: str, down: str, output: str, head: str) -> None:
+    mix = Mix(file_type, "llama", 32, 32, 32, tied=True)
+    layers, shape = (0, 1, 3, 5, 31), (4096, 4096)
+    assert " ".join(mix.tensor_type(f"blk.{layer}.attn_v.weight", shape) for layer in layers) == values
+    assert " ".join(mix.tensor_type(f"blk.{layer}.ffn_down.weight", shape) for layer in layers) == down
+    assert mix.tensor_type("blk.9.attn_output.weight", shape) == output
+    assert mix.tensor_type("blk.9.attn_q.weight", shape) == FILE_TYPES[file_type]
+    assert mix.tensor_type("token_embd.weight", shape) == head
+
+
+def test_norms_biases_and_routers_stay() -> None:
+    assert not is_packed("blk.0.attn_norm.weight", (8, 256)) and not is_packed("blk.0.attn_q.bias", (256,))
+    assert not is_packed("blk.0.ffn_gate_inp.weight", (8, 256)) and not is_packed("x.weight", (1, 256))
+    mix = Mix("q4_k_m", "llama", 8, 8, 8, tied=False)
+    assert mix.tensor_type("output_norm.weight", (256,)) == "f32"
+    assert mix.tensor_type("output_norm.weight", (256,), otherwise="bf16") == "bf16"
+
+
+def test_an_unknown_file_type_is_told() -> None:
+    with pytest.raises(GgufError, match="no file type 'q9_k'"):
+        Mix("q9_k", "llama", 8, 8, 8, tied=False)
