@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import torch
 
-from ingle.config.base import GgmlBase
+from ingle.config.ggml import GgmlBase
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant import make_format
 

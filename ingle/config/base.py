@@ -6,10 +6,35 @@ The sizes are plain arithmetic on the section, so the planner can use them witho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
+from ingle.config.ggml import (
+    IQ1_MBase,
+    IQ1_SBase,
+    IQ2_SBase,
+    IQ2_XSBase,
+    IQ2_XXSBase,
+    IQ3_SBase,
+    IQ3_XXSBase,
+    IQ4_NLBase,
+    IQ4_XSBase,
+    MXFP4Base,
+    NVFP4Base,
+    Q2_KBase,
+    Q3_KBase,
+    Q4_0Base,
+    Q4_1Base,
+    Q4_KBase,
+    Q5_0Base,
+    Q5_1Base,
+    Q5_KBase,
+    Q6_KBase,
+    Q8_0Base,
+    TQ1_0Base,
+    TQ2_0Base,
+)
 from ingle.config.section import Section, tagged
 
 
@@ -72,185 +97,6 @@ class Int8Base(Section):
         return 8 + 32 / in_features
 
 
-class GgmlBase(Section):
-    """Blocks of a GGUF file, byte for byte as llama.cpp reads them; rows have to be whole blocks.
-
-    Attributes:
-        block_size: Consecutive weights of a row that make a block.
-        block_bytes: Bytes a block takes.
-        additive: Whether a block ends in a free offset, which a QA-LoRA change folds into.
-        fallback: What llama.cpp packs a matrix in whose rows are not whole blocks; None means float16.
-    """
-
-    format: str
-    block_size: ClassVar[int] = 32
-    block_bytes: ClassVar[int]
-    additive: ClassVar[bool] = False
-    fallback: ClassVar[str | None] = None
-
-    def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
-        """Bits one weight takes, scales included."""
-        return 8 * self.block_bytes / self.block_size
-
-
-class Q4_0Base(GgmlBase):
-    """GGUF Q4_0: 4-bit integers around zero, one scale for 32.
-
-    Source: ggml, ``block_q4_0``.
-    """
-
-    format: Literal["q4_0"]
-    block_bytes = 18
-
-
-class Q4_1Base(GgmlBase):
-    """GGUF Q4_1: 4-bit integers, one scale and one offset for 32.
-
-    Source: ggml, ``block_q4_1``.
-    """
-
-    format: Literal["q4_1"]
-    block_bytes = 20
-    additive = True
-
-
-class Q5_0Base(GgmlBase):
-    """GGUF Q5_0: 5-bit integers around zero, one scale for 32.
-
-    Source: ggml, ``block_q5_0``.
-    """
-
-    format: Literal["q5_0"]
-    block_bytes = 22
-
-
-class Q5_1Base(GgmlBase):
-    """GGUF Q5_1: 5-bit integers, one scale and one offset for 32.
-
-    Source: ggml, ``block_q5_1``.
-    """
-
-    format: Literal["q5_1"]
-    block_bytes = 24
-    additive = True
-
-
-class Q8_0Base(GgmlBase):
-    """GGUF Q8_0: 8-bit integers around zero, one scale for 32.
-
-    Source: ggml, ``block_q8_0``.
-    """
-
-    format: Literal["q8_0"]
-    block_bytes = 34
-
-
-class Q4_KBase(GgmlBase):
-    """GGUF Q4_K: 4-bit integers with offsets; 6-bit scales for 32, float16 ones for 256.
-
-    Source: ggml, ``block_q4_K``.
-    """
-
-    format: Literal["q4_k"]
-    block_size = 256
-    block_bytes = 144
-    fallback = "q5_0"
-
-
-class Q6_KBase(GgmlBase):
-    """GGUF Q6_K: 6-bit integers around zero; 8-bit scales for 16, float16 ones for 256.
-
-    Source: ggml, ``block_q6_K``.
-    """
-
-    format: Literal["q6_k"]
-    block_size = 256
-    block_bytes = 210
-    fallback = "q8_0"
-
-
-class Q5_KBase(GgmlBase):
-    """GGUF Q5_K: 5-bit integers with offsets; 6-bit scales for 32, float16 ones for 256.
-
-    Source: ggml, ``block_q5_K``.
-    """
-
-    format: Literal["q5_k"]
-    block_size = 256
-    block_bytes = 176
-    fallback = "q5_1"
-
-
-class Q3_KBase(GgmlBase):
-    """GGUF Q3_K: 3-bit integers around zero; 6-bit scales for 16, float16 ones for 256.
-
-    Source: ggml, ``block_q3_K``.
-    """
-
-    format: Literal["q3_k"]
-    block_size = 256
-    block_bytes = 110
-    fallback = "q4_0"
-
-
-class Q2_KBase(GgmlBase):
-    """GGUF Q2_K: 2-bit integers with offsets; 4-bit scales for 16, float16 ones for 256.
-
-    Source: ggml, ``block_q2_K``.
-    """
-
-    format: Literal["q2_k"]
-    block_size = 256
-    block_bytes = 84
-    fallback = "q4_0"
-
-
-class IQ4_NLBase(GgmlBase):
-    """GGUF IQ4_NL: non-linear 4-bit levels, one scale for 32.
-
-    Source: ggml, ``block_iq4_nl``.
-    """
-
-    format: Literal["iq4_nl"]
-    block_bytes = 18
-
-
-class IQ4_XSBase(GgmlBase):
-    """GGUF IQ4_XS: non-linear 4-bit levels; 6-bit scales for 32, float16 ones for 256.
-
-    Source: ggml, ``block_iq4_xs``.
-    """
-
-    format: Literal["iq4_xs"]
-    block_size = 256
-    block_bytes = 136
-    fallback = "iq4_nl"
-
-
-class TQ1_0Base(GgmlBase):
-    """GGUF TQ1_0: ternary weights, five to a byte, one scale for 256; for models that are ternary already.
-
-    Source: ggml, ``block_tq1_0``.
-    """
-
-    format: Literal["tq1_0"]
-    block_size = 256
-    block_bytes = 54
-    fallback = "q4_0"
-
-
-class TQ2_0Base(GgmlBase):
-    """GGUF TQ2_0: ternary weights, four to a byte, one scale for 256; for models that are ternary already.
-
-    Source: ggml, ``block_tq2_0``.
-    """
-
-    format: Literal["tq2_0"]
-    block_size = 256
-    block_bytes = 66
-    fallback = "q4_0"
-
-
 _Base = Annotated[
     NoBase
     | Nf4Base
@@ -269,7 +115,16 @@ _Base = Annotated[
     | IQ4_XSBase
     | TQ1_0Base
     | TQ2_0Base
-    | Fp4Base,
+    | Fp4Base
+    | MXFP4Base
+    | NVFP4Base
+    | IQ2_XXSBase
+    | IQ2_XSBase
+    | IQ2_SBase
+    | IQ3_XXSBase
+    | IQ3_SBase
+    | IQ1_SBase
+    | IQ1_MBase,
     Field(discriminator="format"),
 ]
 #: Every name that ``base.format`` knows.
@@ -292,6 +147,15 @@ FormatName = Literal[
     "tq1_0",
     "tq2_0",
     "fp4",
+    "mxfp4",
+    "nvfp4",
+    "iq2_xxs",
+    "iq2_xs",
+    "iq2_s",
+    "iq3_xxs",
+    "iq3_s",
+    "iq1_s",
+    "iq1_m",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
 

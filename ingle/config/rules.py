@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
-from ingle.config.base import folding_formats, folds
+from ingle.config.base import base_section, folding_formats, folds
 from ingle.config.evaluate import TaskConfig
 from ingle.config.paths import find_path
 from ingle.config.problems import Problem, raise_problems
@@ -131,6 +131,13 @@ def _merges_into(run: Run) -> str | None:
     return aware.format or run.base.format
 
 
+def _only_read(run: Run) -> dict[str, str]:
+    """Formats that weights would have to be packed in although none can be, and why."""
+    names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merges_into(run)) if name is not None}
+    reasons = {name: getattr(base_section(name), "not_packed", None) for name in sorted(names)}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
 RUN_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "micro-batch-divides",
@@ -172,6 +179,13 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: "--base.format=none or --adapter.kind=lora",
     ),
     Rule(
+        "some-formats-are-only-read",
+        lambda run: bool(_only_read(run)),
+        lambda run: " ".join(f"Weights cannot be packed as {name}: {why}." for name, why in _only_read(run).items()),
+        "base.format, adapter.merge_aware.format, model.id",
+        lambda run: "--model.id=FILE.gguf, a downloaded file in that type, or --base.format=q2_k",
+    ),
+    Rule(
         "random-needs-plain-base",
         lambda run: run.model.init == "random" and run.base.format != "none",
         lambda run: f"A random model held in {run.base.format} could never be trained out of its noise.",
@@ -192,8 +206,9 @@ RUN_RULES: tuple[Rule[Run], ...] = (
             f"QA-LoRA folds its change into a free offset for each group of weights, and {run.base.format} has none."
         ),
         "adapter.kind, base.format",
-        lambda run: " or ".join(f"--base.format={name}" for name in reversed(folding_formats()))
-        + ", or --adapter.kind=lora",
+        lambda run: (
+            " or ".join(f"--base.format={name}" for name in reversed(folding_formats())) + ", or --adapter.kind=lora"
+        ),
     ),
     Rule(
         "merges-into-a-format",

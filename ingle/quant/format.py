@@ -1,6 +1,6 @@
 """The base-format axis: what a packed weight means, one file per member, one ``match`` to choose.
 
-A further member (HQQ, for one) is a frozen dataclass with these methods; nothing outside it changes.
+A further member is a frozen dataclass with these methods; nothing outside it changes.
 """
 
 from __future__ import annotations
@@ -11,27 +11,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ingle.config.base import (
-    BaseConfig,
-    Fp4Base,
-    Int8Base,
-    IQ4_NLBase,
-    IQ4_XSBase,
-    Nf4Base,
-    NoBase,
-    Q2_KBase,
-    Q3_KBase,
-    Q4_0Base,
-    Q4_1Base,
-    Q4_KBase,
-    Q5_0Base,
-    Q5_1Base,
-    Q5_KBase,
-    Q6_KBase,
-    Q8_0Base,
-    TQ1_0Base,
-    TQ2_0Base,
-)
+from ingle.config.base import BaseConfig, Fp4Base, Int8Base, Nf4Base, NoBase
+from ingle.config.ggml import GgmlBase
+from ingle.quant.ggml import GgmlBlocks
+from ingle.quant.ggml_float import MXFP4, NVFP4
+from ingle.quant.ggml_grid import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from ingle.quant.ggml_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ingle.quant.ggml_levels import IQ4_NL, IQ4_XS
@@ -134,6 +118,13 @@ class FoldingFormat(Format, Protocol):
         ...
 
 
+#: The formats of GGUF files; each names its section of the config.
+GGUF_FORMATS: tuple[type[GgmlBlocks], ...] = (
+    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0),
+    *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, MXFP4, NVFP4),
+)
+
+
 def make_format(base: BaseConfig) -> Format | None:
     """The format a config section asks for; None where weights stay as they are."""
     match base:
@@ -143,33 +134,7 @@ def make_format(base: BaseConfig) -> Format | None:
             return Nf4(block_size=base.block_size, double_quant=base.double_quant)
         case Int8Base():
             return Int8()
-        case Q4_0Base():
-            return Q4_0()
-        case Q4_1Base():
-            return Q4_1()
-        case Q5_0Base():
-            return Q5_0()
-        case Q5_1Base():
-            return Q5_1()
-        case Q8_0Base():
-            return Q8_0()
-        case Q4_KBase():
-            return Q4_K()
-        case Q6_KBase():
-            return Q6_K()
-        case Q5_KBase():
-            return Q5_K()
-        case Q3_KBase():
-            return Q3_K()
-        case Q2_KBase():
-            return Q2_K()
-        case IQ4_NLBase():
-            return IQ4_NL()
-        case IQ4_XSBase():
-            return IQ4_XS()
-        case TQ1_0Base():
-            return TQ1_0()
-        case TQ2_0Base():
-            return TQ2_0()
+        case GgmlBase():
+            return next(member for member in GGUF_FORMATS if member.base is type(base))()
         case Fp4Base():
             return Fp4(block_size=base.block_size, double_quant=base.double_quant)

@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ingle.config.base import GgmlBase
+from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.kernels.ggml import decode_blocks, encode_blocks, has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch, count_bits_per_weight
@@ -78,13 +78,20 @@ class GgmlBlocks(ABC):
         """Packs a weight as ggml's reference does; with ``importance`` ``[I]`` as ggml does with an importance matrix.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity, is too large, or has rows that are not whole blocks;
-                the importance is of another length, negative or not finite.
+            QuantizationError: The format is only read; the weight holds NaN or infinity, is too large, or has rows
+                that are not whole blocks; the importance is of another length, negative or not finite.
         """
         num_rows, num_columns = weight_OI.shape
+        if self.base.not_packed is not None:
+            raise QuantizationError(
+                f"{name} cannot be packed as {self.name}, which is only read.",
+                where=name,
+                why=self.base.not_packed,
+                fix="train on a downloaded .gguf file in that type, or choose another --base.format",
+            )
         self._require_whole_blocks(num_columns, name)
         if importance is not None:
-            _require_importance(importance, num_columns, name)
+            require_importance(importance, num_columns, name)
         data = torch.empty(self.plane_specs(num_rows, num_columns)["data"].shape, dtype=torch.uint8)
         used = importance if self.uses_importance else None
         lowest, highest = encode_blocks(self.name, weight_OI, used, data)
@@ -147,7 +154,12 @@ class GgmlBlocks(ABC):
         )
 
 
-def _require_importance(importance: Tensor, num_columns: int, name: str) -> None:
+def require_importance(importance: Tensor, num_columns: int, name: str) -> None:
+    """Refuses what cannot weigh the columns of a weight.
+
+    Raises:
+        QuantizationError: It is of another length, negative or not finite.
+    """
     if tuple(importance.shape) != (num_columns,):
         raise QuantizationError(
             f"The importance of {name} has another length than its rows.",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.base import Q2_KBase, Q3_KBase, Q4_KBase, Q5_KBase, Q6_KBase
+from ingle.config.ggml import Q2_KBase, Q3_KBase, Q4_KBase, Q5_KBase, Q6_KBase
 from ingle.quant.ggml import GgmlBlocks, half
 
 

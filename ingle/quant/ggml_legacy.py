@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.base import Q4_0Base, Q4_1Base, Q5_0Base, Q5_1Base, Q8_0Base
+from ingle.config.ggml import Q4_0Base, Q4_1Base, Q5_0Base, Q5_1Base, Q8_0Base
 from ingle.errors import QuantizationError
 from ingle.quant.ggml import GgmlBlocks, half, nibbles
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.base import IQ4_NLBase, IQ4_XSBase
-from ingle.kernels.ggml_decode import LEVELS
+from ingle.config.ggml import IQ4_NLBase, IQ4_XSBase
+from ingle.kernels.ggml_decode_levels import LEVELS
 from ingle.quant.ggml import GgmlBlocks, half, nibbles
 
 
@@ -51,6 +51,6 @@ class IQ4_XS(GgmlBlocks):
         return (scale.unsqueeze(-1) * levels_of(nibbles(packed))).flatten(-2)
 
 
-def levels_of(codes: Tensor) -> Tensor:
+def levels_of(codes: Tensor, levels: tuple[int, ...] = LEVELS) -> Tensor:
     """The float32 levels that codes name."""
-    return torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)[codes.int()]
+    return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.base import TQ1_0Base, TQ2_0Base
+from ingle.config.ggml import TQ1_0Base, TQ2_0Base
 from ingle.quant.ggml import GgmlBlocks, half
 from ingle.quant.ggml_k import fields_of
 

@@ -19,12 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.config.base import GgmlBase
+from ingle.config.ggml import GgmlBase
 from ingle.quant import make_format
 from ingle.quant.ggml import GgmlBlocks
 
 SECTIONS: dict[str, type[GgmlBase]] = {
-    get_args(section.model_fields["format"].annotation)[0]: section for section in GgmlBase.__subclasses__()
+    get_args(section.model_fields["format"].annotation)[0]: section
+    for section in GgmlBase.__subclasses__()
+    if section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {

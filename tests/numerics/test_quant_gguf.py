@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ingle.config import base as sections
-from ingle.config.base import GgmlBase
+from ingle.config.ggml import GgmlBase
 from ingle.quant import make_format
 from ingle.quant.ggml import GgmlBlocks
 

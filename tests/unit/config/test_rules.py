@@ -26,6 +26,10 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
     "random-needs-full": (["--model.init=random"], ["--model.init=random", "--adapter=none"]),
+    "some-formats-are-only-read": (
+        ["--base.format=iq2_xs"],
+        ["--base.format=iq2_xs", "--model.id=m.gguf"],
+    ),
     "clm-trains-on-all": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
     "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
     "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),
