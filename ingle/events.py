@@ -72,7 +72,7 @@ class Saved:
 
     step: int
     path: str
-    kind: str  # checkpoint | adapter | model | report
+    kind: str  # checkpoint | adapter | model | imatrix | report
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Event, Failed, Finished, Saved, Sink, Started, Step, Warned
-from ingle.objectives import LanguageModelling, Objective
+from ingle.objectives import LanguageModelling, Objective, Watched
+from ingle.quant.imatrix import ImatrixCollector
 from ingle.sinks import MetricsFile, combine
 from ingle.training.census import model_shape
 from ingle.training.checkpoint import Checkpoints, Position
@@ -62,6 +63,7 @@ class Assembled:
     fusion: adapters.FusionReport
     rounding: adapters.Rounding
     identity: adapters.BaseIdentity | None
+    imatrix: ImatrixCollector | None
 
     def audit(self) -> dict[str, Any]:
         """What the model is made of, as plain data."""
@@ -127,17 +129,22 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         models.recompute_layers(model)
     asked_to_compile = ready.plan.compile and run.train.compile is True
     fusion = adapters.FusionReport(0, {}) if asked_to_compile else adapters.fuse(model)
-    compiled = ready.plan.compile and not fusion.fused
+    compiled = ready.plan.compile and not fusion.fused and not run.train.imatrix
     if compiled:
         compile_layers(model)
 
-    objective = LanguageModelling(
+    objective: Objective = LanguageModelling(
         ready.dataset,
         data.SequenceSampler(ready.sequences, run.seed, run.data.shuffle),
         global_batch_size=ready.plan.global_batch_size,
         micro_batch_size=ready.plan.micro_batch_size,
         device=device,
     )
+    imatrix = None
+    if run.train.imatrix:
+        models.gguf_names(model)  # an architecture without them is told now, not after the training
+        imatrix = ImatrixCollector(model)
+        objective = Watched(objective, imatrix)
     return Assembled(
         mesh=ready.mesh,
         plan=replace(ready.plan, compile=compiled),
@@ -150,13 +157,14 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         fusion=fusion,
         rounding=adapters.Rounding(model, run.adapter, ready.plan.num_steps),
         identity=None if run.adapter.kind == "none" else adapters.identify(model),
+        imatrix=imatrix,
     )
 
 
 def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, stop: StopRequest) -> Position:
     """The loop: every objective, every format, every adapter goes through here."""
     the_plan, objective, optimizer = parts.plan, parts.objective, parts.optimizer
-    checkpoints = Checkpoints(folder, run.train.keep_checkpoints)
+    checkpoints = Checkpoints(folder, run.train.keep_checkpoints, parts.imatrix)
     position = Position(0, 0, 0, parts.data_hash)
     latest = checkpoints.latest()
     if latest is not None:
@@ -242,11 +250,15 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> N
     if run.adapter.kind == "none":
         models.save_pretrained(parts.model, parts.tokenizer, result)
     else:
-        adapters.save_adapter(
-            parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity
-        )
+        adapters.save_adapter(parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity)
         parts.tokenizer.save_pretrained(result)
     sink(Saved(parts.plan.num_steps, str(result), "model" if run.adapter.kind == "none" else "adapter"))
+    if parts.imatrix is not None:
+        datasets = [source.path for source in run.data.sources]
+        models.save_importance(
+            parts.model, parts.imatrix.entries(), folder.imatrix, datasets=datasets, chunk_size=run.data.max_seq_len
+        )
+        sink(Saved(parts.plan.num_steps, str(folder.imatrix), "imatrix"))
 
 
 def _evaluate_before(

@@ -26,6 +26,8 @@ class TrainConfig(Section):
         compile: torch.compile per decoder layer; ``auto`` only when it pays for itself within the run.
         save_every: Steps between checkpoints; about ten in a run when null, 0 for none but the last.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
+        imatrix: Gather an importance matrix of the run's own inputs on the way, in ``imatrix.gguf`` of the run folder;
+            ``ingle quantize --imatrix`` and llama.cpp read it.
         log_every: Steps between lines on the terminal; ``metrics.jsonl`` has every step.
     """
 
@@ -37,4 +39,5 @@ class TrainConfig(Section):
     compile: Literal["auto"] | bool = "auto"
     save_every: Annotated[int, Field(ge=0)] | None = None
     keep_checkpoints: Count = 2
+    imatrix: bool = False
     log_every: Count = 1

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel as Model
 from ingle.models.architecture import compute_dtype, skeleton
 from ingle.models.generation import Generation, end_token_ids, generate, stream
 from ingle.models.hidden import Head, forward_hidden, head, verify
+from ingle.models.importance import gguf_names, load_importance, save_importance
 from ingle.models.layers import decoder_layers, recompute_layers
 from ingle.models.loader import fill
 from ingle.models.opening import load_model
@@ -21,10 +22,13 @@ __all__ = [
     "fill",
     "forward_hidden",
     "generate",
+    "gguf_names",
     "head",
+    "load_importance",
     "load_model",
     "load_tokenizer",
     "recompute_layers",
+    "save_importance",
     "save_pretrained",
     "save_setup",
     "skeleton",

@@ -2,5 +2,6 @@
 
 from ingle.objectives.base import Objective
 from ingle.objectives.lm import LanguageModelling
+from ingle.objectives.watched import Watched
 
-__all__ = ["LanguageModelling", "Objective"]
+__all__ = ["LanguageModelling", "Objective", "Watched"]

@@ -19,11 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ingle.atomic import atomic_folder
-from ingle.errors import CheckpointError, DoesNotFit
+from ingle.errors import CheckpointError, DoesNotFit, QuantizationError
+from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
 
 FORMAT_VERSION = 1
+
+#: The importance matrix so far, in the folder of a checkpoint.
+IMATRIX = "imatrix.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ class Checkpoints:
     Args:
         folder: The run folder.
         keep: How many of the newest stay on disk.
+        imatrix: Importance matrix that the run gathers, if it does; saved and restored too.
     """
 
-    def __init__(self, folder: RunFolder, keep: int) -> None:
+    def __init__(self, folder: RunFolder, keep: int, imatrix: ImatrixCollector | None = None) -> None:
         self._root = folder.checkpoints
         self._folder = folder
         self._keep = keep
+        self._imatrix = imatrix
 
     def save(self, optimizer: Optimizer, position: Position) -> Path:
         """Writes a checkpoint, then removes those that are too many.
@@ -70,6 +76,8 @@ class Checkpoints:
         with atomic_folder(target) as partial:
             tensors = {name: tensor.contiguous() for name, tensor in optimizer.state_dict().items()}
             save_file(tensors, partial / "optimizer.safetensors")
+            if self._imatrix is not None:
+                save_file(self._imatrix.state_dict(), partial / IMATRIX)
             state = {"format": FORMAT_VERSION, **asdict(position)}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
         for old in self.steps()[: -self._keep]:
@@ -109,8 +117,16 @@ class Checkpoints:
                 where=str(path),
                 why=f"{len(found - expected)} unknown, {len(expected - found)} missing",
             )
+        if self._imatrix is not None:
+            self._restore(self._imatrix, path / IMATRIX)
         optimizer.load_state_dict(tensors)
         return position
+
+    def _restore(self, imatrix: ImatrixCollector, file: Path) -> None:
+        try:
+            imatrix.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, QuantizationError) as error:
+            raise _damaged(file.parent, error) from error
 
     def rehearse(self, optimizer: Optimizer, position: Position) -> Path:
         """Saves, reloads and compares at the first step, so that saving cannot be what loses the run.
@@ -156,14 +172,18 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
         version = state.pop("format")
         position = replace(Position(0, 0, 0, ""), **state)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            "the checkpoint is damaged.",
-            where=str(path),
-            why=str(error),
-            fix=f"delete {path} and run again: the run goes on from the checkpoint before it",
-        ) from error
+        raise _damaged(path, error) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
         )
     return tensors, position
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint is damaged.",
+        where=str(path),
+        why=str(error),
+        fix=f"delete {path} and run again: the run goes on from the checkpoint before it",
+    )

@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def imatrix(self) -> Path:
+        """The importance matrix that was gathered on the way."""
+        return self.path / "imatrix.gguf"
+
+    @property
     def base_evaluation(self) -> Path:
         """What the base answered, kept because full fine-tuning overwrites it."""
         return self.path / "base_evaluation.json"

@@ -1,0 +1,104 @@
+"""Importance matrices under a model's own names: what was gathered goes into a file, a file's figures come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ingle.errors import ModelError
+from ingle.events import Sink, Warned
+from ingle.gguf.architecture import to_metadata
+from ingle.gguf.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
+from ingle.gguf.names import TensorNames, names_of
+from ingle.quant.imatrix import Importance, linear_maps
+
+
+def gguf_names(model: PreTrainedModel) -> TensorNames:
+    """What llama.cpp calls the model's tensors.
+
+    Raises:
+        GgufError: llama.cpp, or Ingle's reader of its files, does not know the architecture.
+    """
+    return names_of(to_metadata(model.config.to_dict()))
+
+
+def save_importance(
+    model: PreTrainedModel,
+    entries: Mapping[str, Importance],
+    path: Path,
+    *,
+    datasets: Sequence[str],
+    chunk_size: int,
+) -> None:
+    """Writes what a collector gathered in llama.cpp's format.
+
+    Args:
+        model: Says how tensors are called.
+        entries: By the model's names.
+        path: Of the file; replaced.
+        datasets: Files the text came from.
+        chunk_size: Tokens of a text.
+
+    Raises:
+        GgufError: The architecture has no names in GGUF.
+        CheckpointError: The disk is full.
+    """
+    names = gguf_names(model)
+    found: dict[str, ImatrixEntry] = {}
+    for name, entry in entries.items():
+        gguf_name = names.to_gguf(name)
+        if gguf_name is None or not entry.count:
+            continue
+        sums = entry.sums.numpy().astype(np.float32)[None]
+        found[gguf_name] = ImatrixEntry(sums, np.array([entry.count], dtype=np.float32))
+    most = max((entry.count for entry in entries.values()), default=0)
+    write_imatrix(path, Imatrix(found, tuple(datasets), most // chunk_size, chunk_size))
+
+
+def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda event: None) -> dict[str, Tensor]:
+    """The importance of the columns of the model's linear maps, by parameter, float32 ``[I]``.
+
+    Args:
+        model: With or without bytes.
+        path: A GGUF imatrix or an older ``.dat``.
+        sink: Is told of maps of which the file says nothing.
+
+    Raises:
+        GgufError: The file is damaged or no importance matrix, or the architecture has no names in GGUF.
+        ModelError: The file belongs to another model.
+    """
+    names = gguf_names(model)
+    entries = read_imatrix(path).entries
+    found: dict[str, Tensor] = {}
+    missing = []
+    for name, module in linear_maps(model).items():
+        parameter = f"{name}.weight"
+        gguf_name = names.to_gguf(parameter)
+        entry = entries.get(gguf_name) if gguf_name is not None else None
+        if entry is None:
+            missing.append(parameter)
+            continue
+        columns = int(module.in_features)  # type: ignore[arg-type]
+        if entry.mean.shape != (1, columns):
+            raise ModelError(
+                "the importance matrix belongs to another model.",
+                where=str(path),
+                why=f"{gguf_name} has {entry.mean.shape[-1]} columns there, {columns} in the model",
+                fix="gather one for this model: --data FILE",
+            )
+        found[parameter] = torch.from_numpy(entry.mean[0].copy())
+    if not found:
+        raise ModelError(
+            "the importance matrix says nothing of this model's weights.",
+            where=str(path),
+            why=f"it holds {', '.join(list(entries)[:3])}, ...",
+            fix="gather one for this model: --data FILE",
+        )
+    if missing:
+        sink(Warned(f"the importance matrix says nothing of {missing[0]}", where=str(path), count=len(missing)))
+    return found
