@@ -21,7 +21,7 @@ from ingle.errors import AdapterError
 from ingle.export.merging import Merger, is_transposed
 from ingle.gguf import TensorToWrite, write_gguf
 from ingle.gguf import architecture as shapes
-from ingle.gguf.names import TensorNames
+from ingle.gguf.names import names_of
 
 #: Types an adapter may be written in.
 TYPES = ("f32", "f16", "bf16")
@@ -53,13 +53,12 @@ def write_adapter(merger: Merger, path: Path, type_name: str, metadata: Mapping[
             fix="--to gguf merges everything into one file",
         )
     described = shapes.to_metadata(merger.stream.model.config.to_dict())
-    arch = described["general.architecture"]
-    names = TensorNames(arch, described[f"{arch}.attention.head_count"], described[f"{arch}.attention.head_count_kv"])
+    names = names_of(described)
     rank = max(layer.rank for layer in layers.values())
     scale = next(iter(layers.values())).scale
     alpha = scale * rank
     about = {
-        "general.architecture": arch,
+        "general.architecture": names.architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),

@@ -31,7 +31,8 @@ from ingle.gguf import TensorToWrite, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf import vocabulary
 from ingle.gguf.container import row_bytes
-from ingle.gguf.names import ROPE_FREQS, TensorNames
+from ingle.gguf.mixes import FILE_TYPES, file_type_number, is_packed, mix_of
+from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.models.streaming import Entry
 from ingle.quant.format import Format, make_format
 
@@ -41,15 +42,8 @@ PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 #: ``--type`` of a file in which every tensor keeps the format it was trained in.
 AS_TRAINED = "as-trained"
 
-#: What each ``--type`` is to llama.cpp.
-FILE_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    **{
-        name.removeprefix("MOSTLY_").lower(): kind
-        for name, kind in LlamaFileType.__members__.items()
-        if name.startswith("MOSTLY_")
-    },
-}
+#: Names of file types that llama.cpp knows by another.
+ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +96,8 @@ class GgufExport:
     def __post_init__(self) -> None:
         model = self.merger.stream.model
         self._config: dict[str, Any] = model.config.to_dict()
-        described = shapes.to_metadata(self._config)
-        arch = described["general.architecture"]
-        self.names = TensorNames(
-            arch, described[f"{arch}.attention.head_count"], described[f"{arch}.attention.head_count_kv"]
-        )
-        self._described = described
+        self._described = shapes.to_metadata(self._config)
+        self.names = names_of(self._described)
         self.planned = self._plan()
 
     @property
@@ -166,8 +156,8 @@ class GgufExport:
             end_token_ids=ordered,
             chat_template=tokenizer.chat_template or None,
         )
-        kind = FILE_TYPES.get(self.type, LlamaFileType.GUESSED)
-        about = {"general.type": "model", "general.file_type": int(kind)}
+        kind = int(LlamaFileType.GUESSED) if self.type == AS_TRAINED else file_type_number(self.type)
+        about = {"general.type": "model", "general.file_type": kind}
         if any(planned.type not in PLAIN for planned in self.planned):
             about["general.quantization_version"] = GGML_QUANT_VERSION
         return self._described | about | words
@@ -187,8 +177,14 @@ class GgufExport:
             entries.append((entry.name, entry, entry.pieces[0].shape))
         entries += [(name, None, tuple(self.merger.trained[name].shape)) for name in self.merger.untied]
         named = {name: self._name(name) for name, _, _ in entries}
+        mix = None
+        if self.type != AS_TRAINED:
+            tied = "output.weight" not in named.values()
+            mix = mix_of(self.type, self._described, tied=tied, has_imatrix=bool(self.importance))
         for name, entry, shape in entries:
-            planned.append(Planned(named[name], entry, name, shape, self._type_of(name, named[name], shape, named)))
+            gguf_name = named[name]
+            kind = self._own_type(name, gguf_name, shape) if mix is None else mix.tensor_type(gguf_name, shape)
+            planned.append(Planned(gguf_name, entry, name, shape, kind))
         return planned
 
     def _name(self, name: str) -> str:
@@ -201,26 +197,10 @@ class GgufExport:
             )
         return found
 
-    def _type_of(self, name: str, gguf_name: str, shape: tuple[int, ...], named: Mapping[str, str]) -> str:
-        if len(shape) == 1:
+    def _own_type(self, name: str, gguf_name: str, shape: tuple[int, ...]) -> str:
+        """What a weight is held in while it trains; llama.cpp wants vectors in float32."""
+        if not is_packed(gguf_name, shape):
             return "f32"
-        if self.type in PLAIN:
-            return self.type
-        if self.type == AS_TRAINED:
-            return self._own_type(name)
-        from ingle.gguf.mixes import tensor_type
-
-        return tensor_type(
-            self.type,
-            gguf_name,
-            shape,
-            num_layers=self._config["num_hidden_layers"],
-            num_heads=self.names.num_heads,
-            num_kv_heads=self.names.num_kv_heads,
-            has_output="output.weight" in named.values(),
-        )
-
-    def _own_type(self, name: str) -> str:
         holder = self.merger.stream.holder(name)
         format: Any = getattr(holder, "format", None) if name.endswith(".weight") else None
         if format is not None:
@@ -252,29 +232,30 @@ class GgufExport:
         return loaded.planes(target, importance)["data"].cpu().numpy()
 
 
-def default_type(base: BaseConfig) -> str:
-    """``--type`` where none is named: what was trained on, where GGUF holds it, and else what loses least."""
-    return AS_TRAINED if _is_blocks(base) else "q8_0"
+def choose_type(name: str | None, base: BaseConfig) -> str:
+    """The type of the file.
 
-
-def check_type(name: str, base: BaseConfig) -> None:
-    """Raises for a ``--type`` that no GGUF file has.
+    Args:
+        name: ``--type`` as typed; None for what was trained on, where GGUF holds it, and else what loses least.
+        base: What the model was trained on.
 
     Raises:
-        ConfigError: It is unknown, or the base is held in what GGUF does not hold.
+        ConfigError: No GGUF file has this type, or the base is held in what GGUF does not hold.
     """
-    if name == AS_TRAINED and not _is_blocks(base) and base.format != "none":
+    if name is None:
+        return AS_TRAINED if _is_blocks(base) else "q8_0"
+    chosen = ALIASES.get(name.lower(), name.lower())
+    if chosen == AS_TRAINED and not _is_blocks(base) and base.format != "none":
         raise ConfigError(
             f"GGUF cannot hold {base.format}, which this model was trained on.",
             where=f"--type {name}",
             fix="--type q8_0, or another type of llama.cpp's",
         )
-    from ingle.gguf.mixes import FILE_TYPES as KNOWN
-
-    if name not in (AS_TRAINED, *PLAIN, *KNOWN):
+    if chosen not in (AS_TRAINED, *FILE_TYPES):
         raise ConfigError(
-            f"there is no GGUF type {name}.", where=f"--type {name}", fix=f"one of {', '.join((*PLAIN, *KNOWN))}"
+            f"there is no GGUF type {name}.", where=f"--type {name}", fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}"
         )
+    return chosen
 
 
 def _is_blocks(base: BaseConfig) -> bool:

@@ -1,0 +1,155 @@
+"""The door to llama.cpp: its Python binding, asked the few things that a certificate needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from ingle.errors import DependencyError, ExportError
+
+
+class LlamaCpp:
+    """A GGUF file as llama.cpp serves it.
+
+    Args:
+        path: The model.
+        adapter: A LoRA GGUF to put on it.
+        context: Most tokens in one text.
+
+    Raises:
+        DependencyError: The binding is not installed.
+        ExportError: llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
+        binding = require()
+        self.version = str(binding.__version__)
+        try:
+            self._llama = binding.Llama(
+                str(path),
+                lora_path=None if adapter is None else str(adapter),
+                n_ctx=context,
+                n_batch=context,
+                n_ubatch=context,
+                n_threads=_threads(),
+                n_threads_batch=_threads(),
+                logits_all=True,
+                use_mmap=True,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ExportError(
+                "llama.cpp cannot load what was written.",
+                where=str(adapter or path),
+                why=str(error),
+                fix="this is a fault of Ingle's: please report it with the model's config.json",
+            ) from error
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._llama.close()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens it knows."""
+        return int(self._llama.n_vocab())
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str | None:
+        """A conversation by the template in the file, the answer about to begin; None where there is none."""
+        metadata = self._llama.metadata
+        template = metadata.get("tokenizer.chat_template")
+        if template is None:
+            return None
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(template).render(
+            messages=list(messages),
+            bos_token=self._token_text("bos"),
+            eos_token=self._token_text("eos"),
+            add_generation_prompt=True,
+            raise_exception=_raise,
+        )
+
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """The tokens of a rendered conversation as ``llama-server`` makes them: one BOS where the file asks for it."""
+        bos = self._token_text("bos")
+        if self.adds_bos and bos and text.startswith(bos):
+            text = text.removeprefix(bos)
+        return self.tokenize(text, add_special=True)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether llama.cpp puts a BOS before every text."""
+        return bool(self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true")
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """The tokens of a text, special ones recognised."""
+        return [int(i) for i in self._llama.tokenize(text.encode(), add_bos=add_special, special=True)]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """``[T, V]``: the logits after each token."""
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        return np.array(self._llama.scores[: len(ids)], dtype=np.float32)
+
+    def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
+        """The likeliest tokens after a prompt, up to one that ends an answer."""
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        answer: list[int] = []
+        while len(answer) < num_tokens:
+            token = int(np.argmax(self._llama.scores[self._llama.n_tokens - 1]))
+            if token in ends:
+                break
+            answer.append(token)
+            self._llama.eval([token])
+        return answer
+
+    def is_end(self, token: int) -> bool:
+        """Whether llama.cpp ends an answer at a token."""
+        binding = require()
+        vocab = binding.llama_model_get_vocab(self._llama.model)
+        return bool(binding.llama_vocab_is_eog(vocab, token))
+
+    def _token_text(self, kind: str) -> str:
+        binding = require()
+        number = getattr(self._llama, f"token_{kind}")()
+        if number < 0:
+            return ""
+        vocab = binding.llama_model_get_vocab(self._llama.model)
+        return str(binding.llama_vocab_get_text(vocab, number).decode("utf-8"))
+
+
+def require() -> Any:
+    """The binding.
+
+    Raises:
+        DependencyError: It is not installed.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DependencyError(
+            "--verify asks llama.cpp itself, and its Python binding is not installed.",
+            why=str(error),
+            fix="pip install 'ingle[llama]' (it compiles for some minutes and needs a C++ compiler and CMake)",
+        ) from error
+    return llama_cpp
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
