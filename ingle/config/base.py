@@ -6,7 +6,7 @@ The sizes are plain arithmetic on the section, so the planner can use them witho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -20,6 +20,7 @@ from ingle.config.ggml import (
     IQ3_XXSBase,
     IQ4_NLBase,
     IQ4_XSBase,
+    MixBase,
     MXFP4Base,
     NVFP4Base,
     Q2_KBase,
@@ -97,6 +98,30 @@ class Int8Base(Section):
         return 8 + 32 / in_features
 
 
+class HqqBase(Section):
+    """HQQ: integers of few bits with a float16 scale and a float16 zero for every group of a row.
+
+    Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"; the ``hqq`` package.
+
+    Attributes:
+        bits: Of a code.
+        group_size: Consecutive weights of a row that share a scale and a zero.
+        solver: Who finds them: ``ingle`` fits both together, ``hqq`` is the published solver, which moves the zero only.
+        additive: Whether a group has a free offset, which a QA-LoRA change folds into: its zero.
+    """
+
+    format: Literal["hqq"]
+    bits: Literal[8, 4, 3, 2, 1] = 4
+    group_size: Literal[8, 16, 32, 64, 128] = 64
+    solver: Literal["ingle", "hqq"] = "ingle"
+    additive: ClassVar[bool] = True
+
+    def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
+        """Bits one weight takes, scales and zeros included."""
+        code_bytes = -(-in_features * self.bits // 8)
+        return (8 * code_bytes + 32 * -(-in_features // self.group_size)) / in_features
+
+
 _Base = Annotated[
     NoBase
     | Nf4Base
@@ -116,6 +141,7 @@ _Base = Annotated[
     | TQ1_0Base
     | TQ2_0Base
     | Fp4Base
+    | HqqBase
     | MXFP4Base
     | NVFP4Base
     | IQ2_XXSBase
@@ -124,7 +150,8 @@ _Base = Annotated[
     | IQ3_XXSBase
     | IQ3_SBase
     | IQ1_SBase
-    | IQ1_MBase,
+    | IQ1_MBase
+    | MixBase,
     Field(discriminator="format"),
 ]
 #: Every name that ``base.format`` knows.
@@ -147,6 +174,7 @@ FormatName = Literal[
     "tq1_0",
     "tq2_0",
     "fp4",
+    "hqq",
     "mxfp4",
     "nvfp4",
     "iq2_xxs",
@@ -156,6 +184,13 @@ FormatName = Literal[
     "iq3_s",
     "iq1_s",
     "iq1_m",
+    "q3_k_s",
+    "q3_k_m",
+    "q3_k_l",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_s",
+    "q5_k_m",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
 

@@ -305,3 +305,30 @@ class IQ1_MBase(GgmlBase):
     block_bytes = 56
     fallback = "iq4_nl"
     not_packed = GRID
+
+
+class MixBase(Section):
+    """A mix of llama.cpp: most matrices in one of GGUF's formats, those that lose most by it in a wider one.
+
+    Which matrix gets which depends on the model; rows that are not whole blocks get another format.
+
+    Source: llama.cpp, ``llama_tensor_get_type``.
+
+    Attributes:
+        mean_bits: Bits a weight takes on average in a model of the shape of Llama-2-7B.
+    """
+
+    format: Literal["q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m"]
+    mean_bits: ClassVar[dict[str, float]] = {
+        "q3_k_s": 3.44,
+        "q3_k_m": 3.87,
+        "q3_k_l": 4.24,
+        "q4_k_s": 4.54,
+        "q4_k_m": 4.82,
+        "q5_k_s": 5.5,
+        "q5_k_m": 5.66,
+    }
+
+    def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
+        """Bits one weight takes on average, scales included; the exact number depends on the model."""
+        return self.mean_bits[self.format]

@@ -131,7 +131,7 @@ def put_codes(codes: Any, lane: int, length: int, bits: int, data: Any, at: int)
 
 @compile_kernel
 def encode_groups(
-    values: Any, importance: Any, bits: int, size: int, step: Any, starts: int,
+    values: Any, importance: Any, bits: int, size: int, first_trim: Any, step: Any, starts: int,
     codes: Any, scales: Any, zeros: Any, num_chunks: int,
 ) -> None:  # fmt: skip
     """Packs weights.
@@ -141,7 +141,8 @@ def encode_groups(
         importance: float32 ``[I]`` or empty.
         bits: Of a code.
         size: Weights of a group.
-        step: Share of the range that one start leaves out more than the one before.
+        first_trim: Share of the range that the first start leaves out at an end; below zero it reaches beyond.
+        step: What every further start leaves out more.
         starts: How many at either end.
         codes: uint8 ``[O, C]``, written.
         scales: uint16 ``[O, N]``, written: bits of float16.
@@ -162,7 +163,7 @@ def encode_groups(
             number = block * LANES
             num_lanes = min(LANES, num_groups - number)
             lay_out(flat, importance, num_columns, size, number, num_lanes, x, w)
-            fit(x, w, fields, size, top, step, starts)
+            fit(x, w, fields, size, top, first_trim, step, starts)
             settle(x, w, fields, size, top, trial, found_scales, found_zeros)
             assign(x, found, trial, size, top)
             for lane in range(num_lanes):

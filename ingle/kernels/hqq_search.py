@@ -2,8 +2,8 @@
 
 HQQ moves the zero only.  Here both are free: for fixed codes ``q`` the best grid ``s * q + m`` is a weighted linear
 regression of the weights on their codes, and what it explains has a closed form, so one pass over a group tries one
-assignment of codes.  The passes start from grids that leave out a share of the range at either end, every combination
-of them, and then go on from the best.
+assignment of codes.  The passes start from grids that leave out a share of the range at either end, or reach beyond it
+by one, in every combination, and then go on from the best.
 
 numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
 """
@@ -28,7 +28,7 @@ def each(x: Array, count: Any, body: Callable[[Any], None]) -> None:
     repeat(x.builder, count, lambda index: body(x.builder.mul(index, index.type(LANES))))
 
 
-def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, step: Any, starts: Any) -> None:
+def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any, step: Any, starts: Any) -> None:
     """Finds the grid of least weighted square error, before anything is rounded.
 
     Afterwards ``x`` is centred on its weighted mean, and the rows of ``fields`` hold: 0 scale, 1 the mean of the
@@ -81,7 +81,7 @@ def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, step: Any
         centre.set(better.choose(mean_q, centre.get()))
 
     def trim(index: Any) -> Vector:
-        share = builder.fmul(builder.sitofp(index, FLOAT), step)
+        share = builder.fadd(first, builder.fmul(builder.sitofp(index, FLOAT), step))
         return splat(builder, share, LANES) * spread
 
     def start(i: Any) -> None:
@@ -122,15 +122,18 @@ def nearest(v: Vector, inverse: Vector, offset: Vector, top: Any) -> Vector:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def fit(_: Any, x: Any, w: Any, fields: Any, count: Any, top: Any, step: Any, starts: Any) -> tuple[Any, Any]:
-    """``write_fit`` for kernels: ``count`` and ``starts`` int64, ``top`` and ``step`` float32."""
+def fit(
+    _: Any, x: Any, w: Any, fields: Any, count: Any, top: Any, first: Any, step: Any, starts: Any
+) -> tuple[Any, Any]:
+    """``write_fit`` for kernels: ``count`` and ``starts`` int64, ``top``, ``first`` and ``step`` float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         arrays = (Array(context, builder, signature.args[k], arguments[k]) for k in range(3))
         write_fit(*arrays, *arguments[3:])
         return context.get_dummy_value()
 
-    return types.void(x, w, fields, types.int64, types.float32, types.float32, types.int64), generate
+    numbers = types.int64, types.float32, types.float32, types.float32, types.int64
+    return types.void(x, w, fields, *numbers), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ingle.config.base import BaseConfig, Fp4Base, Int8Base, Nf4Base, NoBase
+from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase
 from ingle.config.ggml import GgmlBase
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.ggml_float import MXFP4, NVFP4
@@ -20,6 +20,7 @@ from ingle.quant.ggml_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ingle.quant.ggml_levels import IQ4_NL, IQ4_XS
 from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
+from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4
 from ingle.quant.plane import PlaneSpec, Scratch
@@ -138,3 +139,5 @@ def make_format(base: BaseConfig) -> Format | None:
             return next(member for member in GGUF_FORMATS if member.base is type(base))()
         case Fp4Base():
             return Fp4(block_size=base.block_size, double_quant=base.double_quant)
+        case HqqBase():
+            return Hqq(bits=base.bits, group_size=base.group_size, solver=base.solver)

@@ -18,6 +18,7 @@ from ingle.config.base import (
     BaseConfig,
     Fp4Base,
     GgmlBase,
+    HqqBase,
     Int8Base,
     IQ4_NLBase,
     IQ4_XSBase,
@@ -40,6 +41,7 @@ from ingle.errors import QuantizationError
 from ingle.kernels.decode import has_kernel
 from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
+from ingle.quant.hqq import Hqq
 
 FORMATS: dict[str, BaseConfig] = {
     "nf4": Nf4Base(format="nf4"),
@@ -62,6 +64,13 @@ FORMATS: dict[str, BaseConfig] = {
     "iq4_xs": IQ4_XSBase(format="iq4_xs"),
     "tq1_0": TQ1_0Base(format="tq1_0"),
     "tq2_0": TQ2_0Base(format="tq2_0"),
+    "hqq": HqqBase(format="hqq"),
+    "hqq-8": HqqBase(format="hqq", bits=8, group_size=128),
+    "hqq-3": HqqBase(format="hqq", bits=3, group_size=32),
+    "hqq-2": HqqBase(format="hqq", bits=2, group_size=16),
+    "hqq-1": HqqBase(format="hqq", bits=1, group_size=8),
+    "hqq-published": HqqBase(format="hqq", solver="hqq"),
+    "hqq-published-3": HqqBase(format="hqq", bits=3, group_size=8, solver="hqq"),
     "fp4": Fp4Base(format="fp4"),
     "fp4-single": Fp4Base(format="fp4", double_quant=False),
 }
@@ -71,6 +80,8 @@ ERROR = {
     **{"q4_0": 0.087, "q4_1": 0.079, "q5_0": 0.043, "q5_1": 0.038, "q8_0": 0.0055},
     **{"q4_k": 0.072, "q6_k": 0.018, "q5_k": 0.037, "q3_k": 0.152, "q2_k": 0.31},
     **{"iq4_nl": 0.077, "iq4_xs": 0.078, "tq1_0": 0.82, "tq2_0": 0.82},
+    **{"hqq": 0.082, "hqq-8": 0.0057, "hqq-3": 0.15, "hqq-2": 0.26, "hqq-1": 0.48},
+    **{"hqq-published": 0.088, "hqq-published-3": 0.097},
     **{"fp4": 0.125, "fp4-single": 0.125},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
@@ -169,9 +180,10 @@ def test_fast_encode_is_the_reference_bit_for_bit(format: Format, shape: tuple[i
     weight[0] *= 1e-6
     weight[-1] *= 1e4
     planes = format.encode(weight)
-    if isinstance(format, GgmlBlocks):  # ggml itself is the reference; here: a row is packed as if it were alone
+    if isinstance(format, GgmlBlocks | Hqq):  # other tests have the reference; here: a row is packed as if alone
         for row in range(0, len(weight), 16):
-            assert torch.equal(planes["data"][row : row + 1], format.encode(weight[row : row + 1].float())["data"])
+            alone = format.encode(weight[row : row + 1].float())
+            assert all(torch.equal(plane[row : row + 1], alone[name]) for name, plane in planes.items())
         return
     codes, scales = format.encode_reference(weight)  # type: ignore[attr-defined]
     assert torch.equal(planes["codes"], codes)
@@ -185,6 +197,8 @@ def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatc
     expected = format.encode(weight)
     monkeypatch.setattr("ingle.kernels.ggml.COPIED", 1000)
     monkeypatch.setattr("ingle.kernels.decode.COPIED", 1000)  # eight times five rows
+    monkeypatch.setattr("ingle.kernels.hqq.COPIED", 1000)
+    monkeypatch.setattr("ingle.quant.hqq.CHUNK", 1000)
     packed = format.encode(weight)
     assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
 
@@ -268,8 +282,8 @@ def test_tiny_weights_give_finite_results(format: Format, tiny: float) -> None:
 @pytest.mark.parametrize("huge", [2e36, 3e38])
 def test_huge_weights_give_finite_results_or_are_refused(format: Format, huge: float) -> None:
     weight = torch.full(fit(format, 2, 64), huge)
-    # In int8 code * scale would overflow in bitsandbytes' order of products; GGUF's scales are float16.
-    if (format.name == "int8" and huge > 3e36) or isinstance(format, GgmlBlocks):
+    # In int8 code * scale would overflow in bitsandbytes' order of products; GGUF's and HQQ's scales are float16.
+    if (format.name == "int8" and huge > 3e36) or isinstance(format, GgmlBlocks | Hqq):
         with pytest.raises(QuantizationError, match="too large"):
             format.encode(weight)
         return
@@ -502,7 +516,8 @@ def test_config_and_format_count_the_same_bits(key: str, format: Format) -> None
 
 
 def test_additive_fields_are_those_of_offsets(key: str, format: Format) -> None:
-    assert format.additive_field == {"q4_1": 32, "q5_1": 32}.get(key)
+    expected = format.group_size if isinstance(format, Hqq) else {"q4_1": 32, "q5_1": 32}.get(key)
+    assert format.additive_field == expected
 
 
 def test_rows_that_are_not_whole_blocks_are_refused(key: str, format: Format) -> None:
