@@ -7,18 +7,24 @@ copies.  A format says what the bytes mean; nothing else in Ingle does.
 from __future__ import annotations
 
 from ingle.quant.conversion import convert
+from ingle.quant.embedding import QuantEmbedding, pack_ends
 from ingle.quant.experts import QuantExperts, QuantStack
 from ingle.quant.format import Format, make_format
 from ingle.quant.interchange import from_bitsandbytes, to_bitsandbytes
+from ingle.quant.interchange_hqq import from_hqq, to_hqq
 from ingle.quant.inventory import Audit, ClassAudit, Unquantized, audit
 from ingle.quant.linear import QuantLinear
+from ingle.quant.mixing import Formats, GgufFormats, make_formats
 from ingle.quant.plane import PlaneSpec
 
 __all__ = [
     "Audit",
     "ClassAudit",
     "Format",
+    "Formats",
+    "GgufFormats",
     "PlaneSpec",
+    "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
     "QuantStack",
@@ -26,6 +32,10 @@ __all__ = [
     "audit",
     "convert",
     "from_bitsandbytes",
+    "from_hqq",
     "make_format",
+    "make_formats",
+    "pack_ends",
     "to_bitsandbytes",
+    "to_hqq",
 ]
