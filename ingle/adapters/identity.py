@@ -52,12 +52,13 @@ class BaseIdentity:
 
     def explain_difference(self, other: BaseIdentity) -> str:
         """How far ``other`` is from this base, in one sentence with figures."""
-        differing = [name for name, digest in self.tensors.items() if other.tensors.get(name) != digest]
-        differing += [name for name in other.tensors if name not in self.tensors]
         held, theirs = (", ".join(f"{n} x {f}" for f, n in i.formats.items()) or "none" for i in (self, other))
-        words = f"{len(differing)} of {len(self.tensors.keys() | other.tensors.keys())} tensors differ"
         if held != theirs:
-            words += f"; packed modules: {held} there, {theirs} here"
+            words = f"packed modules: {held} there, {theirs} here"
+        else:
+            names = self.tensors.keys() | other.tensors.keys()
+            differing = sum(self.tensors.get(name) != other.tensors.get(name) for name in names)
+            words = f"{differing} of {len(names)} tensors differ"
         error = self.relative_error(other)
         if error is not None:
             count = sum(len(values) for values in self.samples.values())

@@ -18,8 +18,10 @@ from transformers import (
 )
 
 from ingle import adapters
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.base import base_section
 from ingle.errors import AdapterError
+from ingle.quant import QuantLinear, convert
 
 IDS = torch.arange(20).view(2, 10) * 7 % 50
 
@@ -212,3 +214,24 @@ def test_loss_and_every_gradient_equal_peft_in_float32(dtype: torch.dtype, toler
         assert errors[-1][0] <= tolerance, name
     if dtype == torch.bfloat16:
         assert sum(ours for ours, _ in errors) <= 1.6 * sum(peer for _, peer in errors)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_qa_lora_answers_the_same_in_peft(dropout: float, tmp_path: Path) -> None:
+    """PEFT reads it as plain LoRA over the base's decoded weights, and passes over what else the file says."""
+    model, twin = llama(), llama()
+    convert(model, base_section("q5_1"))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            twin.get_submodule(name).weight.data = module.decode(torch.float32)
+    adapter = QaLoraAdapter(kind="qa_lora", rank=4, dropout=dropout, rslora=True)
+    adapters.attach(model, adapter, seed=0)
+    identity = adapters.identify(model)
+    move(model)
+    model.eval()
+    base = base_section("q5_1")
+    adapters.save_adapter(model, tmp_path, adapter, "some/base", base=base, identity=identity)
+    ours = logits(model)
+    torch.testing.assert_close(through_peft(twin, tmp_path), ours, rtol=1e-5, atol=1e-5)
+    with adapters.disabled(model):
+        assert (logits(model) - ours).abs().max() > 0.1
