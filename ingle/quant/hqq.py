@@ -50,12 +50,12 @@ class Hqq:
     Attributes:
         bits: Of a code.
         group_size: Consecutive weights of a row that share a scale and a zero.
-        solver: Who finds them.
+        solver: Who finds them; the bytes mean the same, so formats that differ in it only are equal.
     """
 
     bits: int = 4
     group_size: int = 64
-    solver: Literal["ingle", "hqq"] = "ingle"
+    solver: Literal["ingle", "hqq"] = field(default="ingle", compare=False)
     scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
 
     @property
