@@ -20,7 +20,8 @@ from ingle.adapters.merging import can_fold, merged_planes, merged_weight
 from ingle.config.adapter import AdapterConfig, LoraAdapter, QaLoraAdapter
 from ingle.config.base import FormatName, base_section
 from ingle.errors import AdapterError
-from ingle.quant.format import Format, make_format
+from ingle.quant import make_formats
+from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
 
 
@@ -76,10 +77,11 @@ def resolve_formats(model: nn.Module, name: FormatName | None) -> dict[str, Form
     Raises:
         AdapterError: A layer is not packed and no format is named.
     """
-    named = None if name is None else make_format(base_section(name))
+    choose = None if name is None else make_formats(base_section(name), model)
     formats: dict[str, Format] = {}
     for path, layer in lora_modules(model).items():
         own = layer.base.format if isinstance(layer.base, QuantLinear) else None
+        named = None if choose is None else choose(path, *features(layer.base))
         # The base's own options (the block size of nf4) stay when it is named; then untouched bytes can be copied.
         format = own if named is None or (own is not None and own.name == named.name) else named
         if format is None:

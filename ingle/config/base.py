@@ -20,16 +20,22 @@ from ingle.config.ggml import (
     IQ3_XXSBase,
     IQ4_NLBase,
     IQ4_XSBase,
-    MixBase,
     MXFP4Base,
     NVFP4Base,
     Q2_KBase,
+    Q3_K_LBase,
+    Q3_K_MBase,
+    Q3_K_SBase,
     Q3_KBase,
     Q4_0Base,
     Q4_1Base,
+    Q4_K_MBase,
+    Q4_K_SBase,
     Q4_KBase,
     Q5_0Base,
     Q5_1Base,
+    Q5_K_MBase,
+    Q5_K_SBase,
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
@@ -122,6 +128,33 @@ class HqqBase(Section):
         return (8 * code_bytes + 32 * -(-in_features // self.group_size)) / in_features
 
 
+#: How far one scale of ternary weights reaches.
+TernaryGroups = Literal["tensor", "row", 32, 64, 128, 256]
+
+
+class TernaryBase(Section):
+    """-1, 0 and 1 times the mean size of the weights; for LoRA on top, or trained through the rounding (``train``).
+
+    Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv 2402.17764), equations 1 to 3.
+
+    Attributes:
+        group_size: How far one scale reaches: the whole ``tensor``, a ``row``, or so many weights of a row.
+        train: Train every weight of the model with ternary weights in the forward pass (``adapter: none``).
+    """
+
+    format: Literal["ternary"]
+    group_size: TernaryGroups = "tensor"
+    train: bool = False
+
+    def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
+        """Bits one weight takes, scales included; while it is trained, those of the weight that is rounded."""
+        if self.train:
+            return float(dtype_bits)
+        groups = {"tensor": 0, "row": 1}.get(str(self.group_size))
+        num_scales = groups if groups is not None else -(-in_features // int(self.group_size))
+        return (8 * -(-in_features // 4) + 16 * num_scales) / in_features
+
+
 _Base = Annotated[
     NoBase
     | Nf4Base
@@ -151,7 +184,14 @@ _Base = Annotated[
     | IQ3_SBase
     | IQ1_SBase
     | IQ1_MBase
-    | MixBase,
+    | Q3_K_SBase
+    | Q3_K_MBase
+    | Q3_K_LBase
+    | Q4_K_SBase
+    | Q4_K_MBase
+    | Q5_K_SBase
+    | Q5_K_MBase
+    | TernaryBase,
     Field(discriminator="format"),
 ]
 #: Every name that ``base.format`` knows.
@@ -191,6 +231,7 @@ FormatName = Literal[
     "q4_k_m",
     "q5_k_s",
     "q5_k_m",
+    "ternary",
 ]
 BaseConfig = Annotated[_Base, tagged("format", input_type=_Base | FormatName)]
 

@@ -147,7 +147,10 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
 def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int) -> dict[str, int]:
     """Predicted bytes by purpose, for rows of ``row_tokens`` tokens."""
     weights = sum(
-        lin.num_weights * lin.count * run.base.bits_per_weight(lin.in_features, dtype_bits=8 * dtype_bytes) / 8
+        lin.num_weights
+        * lin.count
+        * (lin.bits_per_weight or run.base.bits_per_weight(lin.in_features, dtype_bits=8 * dtype_bytes))
+        / 8
         for lin in model.linears
     )
     trained = trainable_parameters(run, model)
@@ -157,7 +160,8 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
     kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
     largest = max((lin.num_weights for lin in model.linears), default=0)
-    decoded = largest * dtype_bytes if run.base.format != "none" else 0
+    is_packed = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
+    decoded = largest * dtype_bytes if is_packed else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
         "weights": round(weights) + model.other_parameters * dtype_bytes,

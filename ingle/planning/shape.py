@@ -15,6 +15,7 @@ class LinearShape:
         count: How many of them the model holds.
         active: How many of them one token passes through (fewer than ``count`` for experts).
         adapted: How many of them get an adapter.
+        bits_per_weight: What one of their weights takes, where formats differ from module to module.
     """
 
     in_features: int
@@ -22,6 +23,7 @@ class LinearShape:
     count: int
     active: int
     adapted: int
+    bits_per_weight: float | None = None
 
     @property
     def num_weights(self) -> int:

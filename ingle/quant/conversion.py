@@ -16,11 +16,13 @@ from torch import nn
 from ingle.config.base import BaseConfig
 from ingle.errors import QuantizationError
 from ingle.quant.experts import QuantExperts, is_fused_experts
-from ingle.quant.format import Format, make_format
 from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.mixing import Formats, make_formats
 
 
-def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = ()) -> None:
+def convert(
+    model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), formats: Formats | None = None
+) -> None:
     """Replaces the model's linear maps by packed ones, in place.
 
     On the meta device the planes are empty and wait for their bytes; on a materialised model every weight is encoded
@@ -30,12 +32,13 @@ def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = ()) -
         model: Any module; if it has ``get_output_embeddings``, what that returns is left alone.
         base: The format; ``none`` changes nothing.
         keep: Names of further modules to leave alone.
+        formats: Decides the format of each module in place of ``base``.
 
     Raises:
         QuantizationError: The model holds weights in a module that Ingle cannot pack, or NaN or infinity in one.
     """
-    format = make_format(base)
-    if format is None:
+    formats = formats or make_formats(base, model)
+    if formats is None:
         return
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
@@ -49,18 +52,19 @@ def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = ()) -
             if child is None or child is head or name in keep:
                 continue
             if id(child) not in packed:
-                replacement = _pack(child, format, name, uses)
+                replacement = _pack(child, formats, name, uses)
                 if replacement is None:
                     continue
                 packed[id(child)] = replacement
             setattr(parent, key, packed[id(child)])
 
 
-def _pack(module: nn.Module, format: Format, name: str, uses: Counter[int]) -> nn.Module | None:
+def _pack(module: nn.Module, formats: Formats, name: str, uses: Counter[int]) -> nn.Module | None:
     """The packed stand-in for a module, or None if it is to stay."""
     if is_fused_experts(module):
-        return QuantExperts(module, format, name=name)
-    refuse_unknown(module, format, name)
+        format = formats(name, *module.get_parameter("down_proj").shape[1:])
+        return None if format is None else QuantExperts(module, format, name=name)
+    refuse_unknown(module, name)
     transposed = is_conv1d(module)
     # An exact class: a subclass (in nn.MultiheadAttention, for one) may be read by its owner in other ways.
     if not (transposed or type(module) is nn.Linear):
@@ -69,6 +73,9 @@ def _pack(module: nn.Module, format: Format, name: str, uses: Counter[int]) -> n
     if uses[id(linear.weight)] > 1:
         return None  # shared with an embedding or another map: packing one end would untie it
     in_features, out_features = linear.weight.shape if transposed else linear.weight.shape[::-1]
+    format = formats(name, out_features, in_features)
+    if format is None:
+        return None
     replacement = QuantLinear(
         format,
         in_features,
@@ -91,7 +98,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def refuse_unknown(module: nn.Module, format: Format, name: str) -> None:
+def refuse_unknown(module: nn.Module, name: str) -> None:
     """Raises for a module that holds weights of experts in a layout Ingle does not know.
 
     Raises:
@@ -106,7 +113,7 @@ def refuse_unknown(module: nn.Module, format: Format, name: str) -> None:
         matrix = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
         if parameter.is_floating_point() and (stacked or matrix):
             raise QuantizationError(
-                f"{name} ({kind}) holds weights in a layout that cannot be packed as {format.name} yet.",
+                f"{name} ({kind}) holds weights in a layout that cannot be packed yet.",
                 where=f"{name}.{key}",
                 why=f"shape {list(parameter.shape)}, {parameter.numel():,} weights would stay in {parameter.dtype}",
                 fix="train with --base.format=none, or ask for this architecture",

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from math import prod
 
 from torch import Tensor
 
 from ingle.adapters import Selection
 from ingle.models import Model, decoder_layers
 from ingle.planning import LinearShape, ModelShape
+from ingle.quant import Formats
 
 
-def model_shape(model: Model, trained: Selection) -> ModelShape:
+def model_shape(model: Model, trained: Selection, formats: Formats | None = None) -> ModelShape:
     """Shapes of a model as it comes from the skeleton, before its linear maps are replaced.
 
     A fused expert parameter ``[experts, out, in]`` counts as that many linear maps, of which
@@ -21,12 +23,15 @@ def model_shape(model: Model, trained: Selection) -> ModelShape:
     Args:
         model: The model; the meta device will do.
         trained: Which of its modules get an adapter, and which are trained whole.
+        formats: Decides the format of each linear map, where they may differ from one another.
     """
     config = model.config.get_text_config()
     counts: Counter[tuple[int, int]] = Counter()
     active: Counter[tuple[int, int]] = Counter()
     targets: Counter[tuple[int, int]] = Counter()
+    bits: Counter[tuple[int, int]] = Counter()
     layers = decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
     for layer in layers:
         for module in layer.modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -38,14 +43,17 @@ def model_shape(model: Model, trained: Selection) -> ModelShape:
                     shape = (weight.shape[1], weight.shape[0])
                     counts[shape] += 1
                     active[shape] += 1
+                    bits[shape] += 0 if formats is None else _bits(formats, names[id(module)], weight)
     for path in trained.adapted:
         matrix = model.get_submodule(path).weight
         assert isinstance(matrix, Tensor)
         targets[(matrix.shape[1], matrix.shape[0])] += 1
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     linears = tuple(
-        LinearShape(width, height, count, active[(width, height)], targets[(width, height)])
-        for (width, height), count in sorted(counts.items())
+        LinearShape(
+            *shape, count, active[shape], targets[shape], bits[shape] / count / prod(shape) if bits[shape] else None
+        )
+        for shape, count in sorted(counts.items())
     )
     return ModelShape(
         num_parameters=num_parameters,
@@ -56,6 +64,15 @@ def model_shape(model: Model, trained: Selection) -> ModelShape:
         vocab_size=config.vocab_size,
         trained_whole=_count_whole(model, trained.whole),
     )
+
+
+def _bits(formats: Formats, name: str, weight: Tensor) -> int:
+    """Bits that a module's weight will take."""
+    out_features, in_features = weight.shape
+    format = formats(name, out_features, in_features)
+    if format is None:
+        return 8 * weight.numel() * weight.element_size()
+    return 8 * sum(spec.num_bytes for spec in format.plane_specs(out_features, in_features).values())
 
 
 def _count_whole(model: Model, paths: Iterable[str]) -> int:

@@ -7,12 +7,17 @@ import yaml
 from pydantic import TypeAdapter
 
 from ingle.config.base import BaseConfig, Nf4Base
+from ingle.config.ggml import MixBase
 from ingle.models.destination import name_options
 from ingle.quant import make_format
 
 SECTIONS: TypeAdapter[BaseConfig] = TypeAdapter(BaseConfig)
 PACKED = [
-    *(s(format=get_args(s.model_fields["format"].annotation)[0]) for s in get_args(get_args(BaseConfig)[0])[1:]),
+    *(
+        s(format=get_args(s.model_fields["format"].annotation)[0])
+        for s in get_args(get_args(BaseConfig)[0])[1:]
+        if not issubclass(s, MixBase)
+    ),
     Nf4Base(format="nf4", block_size=128, double_quant=False),
 ]
 
