@@ -20,22 +20,16 @@ from ingle.config.ggml import (
     IQ3_XXSBase,
     IQ4_NLBase,
     IQ4_XSBase,
+    MixBase,
     MXFP4Base,
     NVFP4Base,
     Q2_KBase,
-    Q3_K_LBase,
-    Q3_K_MBase,
-    Q3_K_SBase,
     Q3_KBase,
     Q4_0Base,
     Q4_1Base,
-    Q4_K_MBase,
-    Q4_K_SBase,
     Q4_KBase,
     Q5_0Base,
     Q5_1Base,
-    Q5_K_MBase,
-    Q5_K_SBase,
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
@@ -184,13 +178,7 @@ _Base = Annotated[
     | IQ3_SBase
     | IQ1_SBase
     | IQ1_MBase
-    | Q3_K_SBase
-    | Q3_K_MBase
-    | Q3_K_LBase
-    | Q4_K_SBase
-    | Q4_K_MBase
-    | Q5_K_SBase
-    | Q5_K_MBase
+    | MixBase
     | TernaryBase,
     Field(discriminator="format"),
 ]

@@ -127,6 +127,72 @@ def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
                 to_row[k] = np.int8(min(max(scaled, np.float32(-127)), np.float32(127)))
 
 
+@compile_kernel
+def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, num_chunks: int) -> None:
+    """Sums up sizes in groups of a row, and finds the least that is not zero and the largest.
+
+    Args:
+        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
+        size: Weights of a group; the last of a row may be short.
+        totals: float64 ``[O, N]``, written.
+        least: uint32 ``[O, N]``, written: float32 bits, infinity where all are zero.
+        most: uint32 ``[O, N]``, written: float32 bits.
+        num_chunks: Parts the rows are split into.
+    """
+    num_rows, num_columns = weights.shape
+    shift = np.uint32(0 if weights.itemsize == 4 else 16)
+    for chunk in prange(num_chunks):
+        signed = np.int64(chunk)
+        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+            for group in range(totals.shape[1]):
+                start = group * size
+                stop = min(start + size, num_columns)
+                first, second, third, fourth = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
+                low, high = np.uint32(0x7F800000), np.uint32(0)
+                for k in range(start, stop):
+                    bits = (np.uint32(weights[row, k]) << shift) & np.uint32(0x7FFFFFFF)
+                    high = max(high, bits)
+                    low = min(low, bits if bits != 0 else np.uint32(0x7F800000))
+                for k in range(start, stop - 3, 4):  # four sums, because one would wait for itself at every weight
+                    first += abs(from_bits(np.uint32(weights[row, k]) << shift))
+                    second += abs(from_bits(np.uint32(weights[row, k + 1]) << shift))
+                    third += abs(from_bits(np.uint32(weights[row, k + 2]) << shift))
+                    fourth += abs(from_bits(np.uint32(weights[row, k + 3]) << shift))
+                for k in range(start + (stop - start) // 4 * 4, stop):
+                    first += abs(from_bits(np.uint32(weights[row, k]) << shift))
+                totals[row, group] = (first + second) + (third + fourth)
+                least[row, group] = low
+                most[row, group] = high
+
+
+@compile_kernel
+def encode_ternary(weights: Any, limits: Any, size: int, codes: Any, num_chunks: int) -> None:
+    """Packs weights into codes of two bits: 2 above a limit, 0 below minus the limit, else 1.
+
+    Args:
+        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
+        limits: float32 ``[O, N]``.
+        size: Weights of a group, a multiple of four; the last of a row may be short.
+        codes: uint8 ``[O, C]``, written; the first weight of a byte in its lowest bits.
+        num_chunks: Parts the rows are split into.
+    """
+    num_rows, num_columns = weights.shape
+    shift = np.uint32(0 if weights.itemsize == 4 else 16)
+    for chunk in prange(num_chunks):
+        signed = np.int64(chunk)
+        counts = np.empty(codes.shape[1] * 4, np.uint8)
+        counts[num_columns:] = 0
+        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+            for group in range(limits.shape[1]):
+                limit = limits[row, group]
+                for k in range(group * size, min((group + 1) * size, num_columns)):
+                    value = from_bits(np.uint32(weights[row, k]) << shift)
+                    counts[k] = np.uint8(1) + np.uint8(value > limit) - np.uint8(value < -limit)
+            for k in range(codes.shape[1]):
+                low, high = counts[4 * k] | counts[4 * k + 1] << 2, counts[4 * k + 2] | counts[4 * k + 3] << 2
+                codes[row, k] = low | high << 4
+
+
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def count_midpoints(values: Any, midpoints: Any, inverse: Any, counts: Any, length: int) -> None:
     """How many midpoints lie strictly below every value times ``inverse``."""

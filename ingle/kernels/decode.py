@@ -121,20 +121,20 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_siz
     Returns:
         Codes uint8 ``[O, ceil(I / 2)]`` and absmax float32 ``[O, N]``; not finite where the weight is not.
     """
-    if not _can_encode(weight_OI):
+    if not can_encode(weight_OI):
         return None
     num_rows, num_columns = weight_OI.shape
     codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
     scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
-    for rows, bits in _read_rows(weight_OI):
-        arrays = (midpoints.numpy(), order.numpy(), block_size, codes[rows].numpy(), _bits(scales[rows]))
+    for rows, bits in read_rows(weight_OI):
+        arrays = (midpoints.numpy(), order.numpy(), block_size, codes[rows].numpy(), bits_of(scales[rows]))
         cpu_encode.encode_levels(bits, *arrays, match_threads(weight_OI.numel()))
     return codes, scales
 
 
 def search_bounds(values: Tensor, bounds: Tensor) -> Tensor | None:
     """How many of 255 ascending bounds lie strictly below every float32 value, as uint8; None off the CPU."""
-    if not _can_encode(values):
+    if not can_encode(values):
         return None
     flat = values.contiguous().flatten()
     codes = torch.empty(flat.shape, dtype=torch.uint8)
@@ -151,26 +151,27 @@ def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns:
         Codes int8 ``[O, I]`` and absmax float32 ``[O]``; not finite where the weight is not.
     """
-    if not _can_encode(weight_OI):
+    if not can_encode(weight_OI):
         return None
     codes = torch.empty(weight_OI.shape, dtype=torch.int8)
     scales = torch.empty(len(weight_OI), dtype=torch.float32)
-    for rows, bits in _read_rows(weight_OI):
-        cpu_encode.encode_int8(bits, codes[rows].numpy(), _bits(scales[rows]), match_threads(weight_OI.numel()))
+    for rows, bits in read_rows(weight_OI):
+        cpu_encode.encode_int8(bits, codes[rows].numpy(), bits_of(scales[rows]), match_threads(weight_OI.numel()))
     return codes, scales
 
 
-def _can_encode(weight: Tensor) -> bool:
+def can_encode(weight: Tensor) -> bool:
+    """Whether a kernel of the CPU can read a weight."""
     return weight.device.type == "cpu" and weight.is_floating_point() and not isinstance(weight, FakeTensor)
 
 
-def _read_rows(weight: Tensor) -> Iterator[tuple[slice, object]]:
+def read_rows(weight: Tensor) -> Iterator[tuple[slice, object]]:
     """The bits of a weight, rows by rows: all at once where they lie ready, else copies of bounded size."""
     ready = weight.is_contiguous() and weight.dtype in BITS
     count = len(weight) if ready else max(1, COPIED // max(1, weight.shape[1]))
     for start in range(0, len(weight), count):
         part = weight[start : start + count].contiguous()
-        yield slice(start, start + count), _bits(part if part.dtype in BITS else part.float())
+        yield slice(start, start + count), bits_of(part if part.dtype in BITS else part.float())
 
 
 def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
@@ -180,7 +181,7 @@ def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: in
         decode_on_gpu(codes, levels, scales, block_size, out)
         return
     threads = match_threads(out.numel())
-    cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, _bits(out), threads)
+    cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, bits_of(out), threads)
 
 
 def _decode_nested_levels(
@@ -200,7 +201,7 @@ def _decode_nested_levels(
         decode_on_gpu(*tensors, block_size, out)
         return
     arrays = [_array(tensor) for tensor in tensors]
-    cpu.decode_nested_levels(*arrays, block_size, _bits(out), match_threads(out.numel()))
+    cpu.decode_nested_levels(*arrays, block_size, bits_of(out), match_threads(out.numel()))
 
 
 def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -209,7 +210,7 @@ def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
         decode_on_gpu(codes, scales, out)
         return
-    cpu.decode_int8(_array(codes), _array(scales), _bits(out), match_threads(out.numel()))
+    cpu.decode_int8(_array(codes), _array(scales), bits_of(out), match_threads(out.numel()))
 
 
 # The operators that stand for the kernels in a compiled graph; a fake one has nothing to return.
@@ -225,7 +226,8 @@ def _array(tensor: Tensor) -> object:
     return tensor.detach().contiguous().numpy()
 
 
-def _bits(tensor: Tensor) -> object:
+def bits_of(tensor: Tensor) -> object:
+    """The bits of a bfloat16 or float32 tensor, as numba takes them."""
     return tensor.detach().view(BITS[tensor.dtype]).numpy()
 
 

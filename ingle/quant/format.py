@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase
+from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase
 from ingle.config.ggml import GgmlBase
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.ggml_float import MXFP4, NVFP4
@@ -24,6 +24,7 @@ from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4
 from ingle.quant.plane import PlaneSpec, Scratch
+from ingle.quant.ternary import Ternary
 
 
 class Format(Protocol):
@@ -141,3 +142,5 @@ def make_format(base: BaseConfig) -> Format | None:
             return Fp4(block_size=base.block_size, double_quant=base.double_quant)
         case HqqBase():
             return Hqq(bits=base.bits, group_size=base.group_size, solver=base.solver)
+        case TernaryBase():
+            return Ternary(group_size=base.group_size)

@@ -17,7 +17,6 @@ from ingle.config.adapter import LoraAdapter
 from ingle.config.base import (
     BaseConfig,
     Fp4Base,
-    GgmlBase,
     HqqBase,
     Int8Base,
     IQ4_NLBase,
@@ -34,14 +33,17 @@ from ingle.config.base import (
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
+    TernaryBase,
     TQ1_0Base,
     TQ2_0Base,
 )
+from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.kernels.decode import has_kernel
 from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.hqq import Hqq
+from ingle.quant.ternary import Ternary
 
 FORMATS: dict[str, BaseConfig] = {
     "nf4": Nf4Base(format="nf4"),
@@ -73,6 +75,9 @@ FORMATS: dict[str, BaseConfig] = {
     "hqq-published-3": HqqBase(format="hqq", bits=3, group_size=8, solver="hqq"),
     "fp4": Fp4Base(format="fp4"),
     "fp4-single": Fp4Base(format="fp4", double_quant=False),
+    "ternary": TernaryBase(format="ternary"),
+    "ternary-row": TernaryBase(format="ternary", group_size="row"),
+    "ternary-64": TernaryBase(format="ternary", group_size=64),
 }
 #: The relative error in rms that a Gaussian weight may suffer.
 ERROR = {
@@ -82,7 +87,7 @@ ERROR = {
     **{"iq4_nl": 0.077, "iq4_xs": 0.078, "tq1_0": 0.82, "tq2_0": 0.82},
     **{"hqq": 0.082, "hqq-8": 0.0057, "hqq-3": 0.15, "hqq-2": 0.26, "hqq-1": 0.48},
     **{"hqq-published": 0.088, "hqq-published-3": 0.097},
-    **{"fp4": 0.125, "fp4-single": 0.125},
+    **{"fp4": 0.125, "fp4-single": 0.125, "ternary": 0.52, "ternary-row": 0.52, "ternary-64": 0.52},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -189,7 +194,7 @@ def test_fast_encode_is_the_reference_bit_for_bit(format: Format, shape: tuple[i
     assert torch.equal(planes["codes"], codes)
     name = "scale" if "scale" in planes else "absmax"
     if planes[name].shape[1] != scales.unsqueeze(-1).flatten(1).shape[1]:  # kept as they are, not packed again
-        assert torch.equal(planes[name].view(torch.float32).flatten(), scales.flatten())
+        assert torch.equal(planes[name].view(scales.dtype).flatten(), scales.flatten())
 
 
 def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +250,9 @@ def test_codes_of_a_row_do_not_depend_on_other_rows(format: Format) -> None:
     weight = draw(8, width(format))
     changed = weight.clone()
     changed[[0, 1, 3, 7]] *= 50
+    if format == Ternary():
+        changed = weight.flip(1)  # the whole tensor has one scale, which this leaves alone
+        changed[[2, 4, 5, 6]] = weight[[2, 4, 5, 6]]
     before, after = format.encode(weight), format.encode(changed)
     plane = next(iter(before))
     assert torch.equal(before[plane][[2, 4, 5, 6]], after[plane][[2, 4, 5, 6]])
@@ -266,6 +274,8 @@ def test_zero_rows_among_others_stay_zero(format: Format) -> None:
 
 def test_constant_blocks_keep_their_value(format: Format) -> None:
     weight = torch.tensor([[0.5], [-0.25], [0.125], [1.0]]).expand(4, 256).contiguous()
+    if format == Ternary():
+        weight = weight.sign() / 8  # the whole tensor has one scale
     decoded = format.decode(format.encode(weight), 4, 256, torch.float32)
     coarse = isinstance(format, GgmlBlocks) or "absmax_offset" in format.plane_specs(4, 256)
     assert torch.allclose(decoded, weight, rtol=0.03 if coarse else 1e-6)
@@ -282,8 +292,8 @@ def test_tiny_weights_give_finite_results(format: Format, tiny: float) -> None:
 @pytest.mark.parametrize("huge", [2e36, 3e38])
 def test_huge_weights_give_finite_results_or_are_refused(format: Format, huge: float) -> None:
     weight = torch.full(fit(format, 2, 64), huge)
-    # In int8 code * scale would overflow in bitsandbytes' order of products; GGUF's and HQQ's scales are float16.
-    if (format.name == "int8" and huge > 3e36) or isinstance(format, GgmlBlocks | Hqq):
+    # In int8 code * scale would overflow in bitsandbytes' order of products; other scales are float16.
+    if (format.name == "int8" and huge > 3e36) or isinstance(format, GgmlBlocks | Hqq | Ternary):
         with pytest.raises(QuantizationError, match="too large"):
             format.encode(weight)
         return
