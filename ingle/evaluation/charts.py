@@ -125,7 +125,7 @@ def loss_curve(steps: Floats, losses: Floats, lrs: Floats | None, *, width: int,
         parts.append(f'<path class="lr" d="{_path(steps, lrs, x, lr_y)}"/>')
     parts.append(_x_axis(x, floor, "step", max(3, width // 130)))
     parts.append(_hits(steps, losses, means, x, y, top, floor, width - right))
-    return _svg(width, int(floor + 42), "Loss over steps", parts)
+    return svg(width, int(floor + 42), "Loss over steps", parts)
 
 
 def interval_plot(rows: Sequence[Estimate], *, width: int, unit: str, flipped: bool = False) -> str:
@@ -161,7 +161,7 @@ def interval_plot(rows: Sequence[Estimate], *, width: int, unit: str, flipped: b
         f'<text class="axis" x="{(left + width - right) / 2:.0f}" y="{floor + 34}" text-anchor="middle">'
         f"{escape(unit)}</text>"
     )
-    return _svg(width, int(floor + 42), "Differences with 95 % intervals", parts)
+    return svg(width, int(floor + 42), "Differences with 95 % intervals", parts)
 
 
 def _directions(zero: float, left: float, right: float, top: float) -> list[str]:
@@ -187,7 +187,8 @@ def _estimate(row: Estimate, x: Scale, y: float, left: float) -> str:
     return "".join(parts)
 
 
-def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+def svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
+    """A drawing of ``width`` x ``height`` pixels; ``label`` is read aloud."""
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{escape(label)}">{"".join(parts)}</svg>'

@@ -1,0 +1,139 @@
+"""How far a packed model's predictions are from those of the weights it was packed from, token by token.
+
+The unpacked model goes first and leaves its last hidden states behind; its logits are made again from them beside the
+packed model's, some rows at a time, so that no more than a few hundred tokens' logits exist at once.
+
+Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ingle.data import IGNORE_INDEX, collate
+from ingle.evaluation.likelihood import Window, pack_windows
+from ingle.evaluation.stats import Floats
+from ingle.models import forward_hidden, head
+from ingle.models.hidden import Head
+
+#: Logits of a chunk, of each of the two models.
+CHUNK_LOGITS = 1 << 23
+
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the unpacked model left behind.
+
+    Attributes:
+        hidden: Last hidden states of the scored tokens, row by row of packed windows.
+        head: Its output layer.
+    """
+
+    hidden: tuple[Tensor, ...]
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What was compared, in the order of :func:`pack_windows`.
+
+    Attributes:
+        window: The window of each token, ``[N]``, counted in that order.
+        nll: Negative log-likelihood of each token in nats, ``[N]``.
+        kl: Kullback-Leibler divergence of the packed model's prediction from the unpacked one's in nats, ``[N]``.
+        agrees: Whether both put the same token first, ``[N]``.
+    """
+
+    window: npt.NDArray[np.int64]
+    nll: Floats
+    kl: Floats
+    agrees: npt.NDArray[np.bool_]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean negative log-likelihood."""
+        return float(np.exp(self.nll.mean()))
+
+    def by_window(self, values_N: npt.ArrayLike) -> Floats:
+        """Sum over the tokens of each window, and their number, ``[W, 2]``."""
+        counts = np.bincount(self.window)
+        return np.stack([np.bincount(self.window, np.asarray(values_N, dtype=np.float64)), counts], axis=1)
+
+
+@torch.no_grad()
+def refer(model: Any, windows: Sequence[Window], tell: Tell = lambda done, total: None) -> Reference:
+    """Runs the unpacked model over the windows and keeps what comparisons need.
+
+    Its output layer is copied, since the packed model may hold another in its place.
+    """
+    hidden, done = [], 0
+    for row in pack_windows(windows):
+        states_NH, _, _ = _scored(model, row)
+        hidden.append(states_NH)
+        done += len(row)
+        tell(done, len(windows))
+    output = head(model)
+    bias = None if output.bias is None else output.bias.detach().clone()
+    kept = Head(output.weight.detach().clone(), bias, output.logit_scale, output.softcap)
+    return Reference(tuple(hidden), kept)
+
+
+@torch.no_grad()
+def compare(
+    model: Any, reference: Reference, windows: Sequence[Window], tell: Tell = lambda done, total: None
+) -> Predictions:
+    """Runs a model over the same windows and compares every prediction of a scored token.
+
+    Args:
+        model: The packed model, in evaluation mode.
+        reference: Of :func:`refer` with the same windows.
+        windows: At least one.
+        tell: Is told how many windows of how many are done.
+    """
+    parts: list[tuple[Floats, Floats, npt.NDArray[np.bool_]]] = []
+    places, done = [], 0
+    output = head(model)
+    for row, expected_NH in zip(pack_windows(windows), reference.hidden, strict=True):
+        states_NH, targets_N, window_N = _scored(model, row)
+        places.append(done + window_N.numpy())
+        step = max(16, CHUNK_LOGITS // output.weight.shape[0])
+        for start in range(0, len(targets_N), step):
+            chunk = slice(start, start + step)
+            theirs_CV = reference.head.logits(expected_NH[chunk]).float().log_softmax(-1)
+            ours_CV = output.logits(states_NH[chunk]).float().log_softmax(-1)
+            parts.append(_compare(theirs_CV, ours_CV, targets_N[chunk]))
+        done += len(row)
+        tell(done, len(windows))
+    nll, kl, agrees = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Predictions(np.concatenate(places), nll, kl, agrees)
+
+
+def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that predict a scored token, that token, and the number of its window in the row."""
+    batch = collate([window.sample for window in row]).to(head(model).weight.device)
+    targets_N = torch.full_like(batch.labels[0], IGNORE_INDEX)
+    targets_N[:-1] = batch.labels[0, 1:]
+    kept = targets_N != IGNORE_INDEX
+    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
+    number_N = torch.repeat_interleave(torch.arange(len(row), device=lengths.device), lengths)
+    return forward_hidden(model, batch)[0][kept], targets_N[kept], number_N[kept].cpu()
+
+
+def _compare(theirs_CV: Tensor, ours_CV: Tensor, targets_C: Tensor) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    nll_C = -ours_CV.gather(1, targets_C[:, None])[:, 0]
+    kl_C = (theirs_CV.exp() * (theirs_CV - ours_CV)).sum(-1)
+    agrees_C = theirs_CV.argmax(-1) == ours_CV.argmax(-1)
+    return (
+        nll_C.double().cpu().numpy(),
+        kl_C.double().clamp_min(0).cpu().numpy(),  # rounding may leave a hair below zero
+        agrees_C.cpu().numpy(),
+    )

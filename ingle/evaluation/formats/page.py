@@ -1,0 +1,128 @@
+"""``formats.html``: the table and the charts on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ingle.evaluation.facts import duration
+from ingle.evaluation.formats.chart import Axes, Dot, size_chart
+from ingle.evaluation.formats.wording import rate, row_cells, size, small
+
+#: Widths of the two drawings of a chart, in pixels.
+WIDE, NARROW = 880, 340
+
+#: A format that loses more than this many nats a token answers nonsense; it stands at the edge of the chart.
+_NONSENSE = 1.0
+#: What loses more than this many times the limit stands at the edge of the chart of perplexities.
+_CLOSE = 5.0
+
+
+def render_page(report: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        report: What :func:`ingle.evaluation.formats.compare_formats` returned.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_resource("formats.html"))
+    reference = report["reference"]
+    return template.render(
+        style=Markup(_resource("report.css") + _resource("formats.css")),
+        name=Path(report["subject"]["model"]).name,
+        subtitle=_subtitle(report),
+        report=report,
+        reference=row_cells(reference),
+        rows=[_row(row, report) for row in [*report["formats"], reference]],
+        charts=_charts(report),
+        limit=f"{report['limit']:g}",
+        total=duration(sum(row["encode_s"] for row in report["formats"])),
+    )
+
+
+def _resource(name: str) -> str:
+    return (files("ingle.evaluation") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _subtitle(report: Mapping[str, Any]) -> str:
+    subject = report["subject"]
+    parts = [
+        subject["model"],
+        subject["data"],
+        f"{report['num_tokens']:,} tokens in {report['num_windows']:,} windows",
+        f"computed in {subject['dtype']}",
+    ]
+    if subject["imatrix"]:
+        parts.append(f"importance matrix {subject['imatrix']}")
+    return " · ".join(parts)
+
+
+def _row(row: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = row["name"] == report["recommendation"]["name"]
+    return row_cells(row) | {"chosen": chosen, "front": row["name"] in report["front"]}
+
+
+def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [row for row in report["formats"] if row["quality"]["kl"]["value"] > 0]
+    if not rows:
+        return []
+    unit, name = _unit(rows)
+    limit, base = report["limit"], report["reference"]["quality"]["perplexity"]["value"]
+    across = f"size of the weights' file, {name}"
+    divergence = Axes(across, "divergence, nats a token", limit, f"limit {limit:g}", _NONSENSE)
+    top = base * math.exp(min(_CLOSE * limit, _NONSENSE))
+    perplexity = Axes(across, "perplexity", base, f"unpacked {base:.4g}", top, logarithmic=False)
+    return [
+        {
+            "heading": "Divergence",
+            "note": "Mean Kullback-Leibler divergence of the packed model's predictions from the unpacked one's. It "
+            "sees every change, also where one token's gain hides another's loss.",
+            **_both([_dot(row, "kl", report, unit) for row in rows], divergence),
+        },
+        {
+            "heading": "Perplexity",
+            "note": "Of the text itself. The bars are intervals of the difference from the unpacked model, token by token; "
+            "an arrow stands for a format that is further off.",
+            **_both([_dot(row, "perplexity", report, unit) for row in rows], perplexity),
+        },
+    ]
+
+
+def _unit(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
+    largest = max(row["size_bytes"] for row in rows)
+    return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
+
+
+def _dot(row: Mapping[str, Any], key: str, report: Mapping[str, Any], unit: float) -> Dot:
+    value, ends = row["quality"][key]["value"], _ends(row, key, report["reference"])
+    kind = "front" if row["name"] in report["front"] else "other"
+    if row["name"] == report["recommendation"]["name"]:
+        kind = "chosen"
+    speed = rate(row["decode_weights_per_s"])
+    note = (
+        f"{row['name']}: {size(row['size_bytes'])}, {row['bits_per_weight']:.2f} bits a weight, "
+        f"divergence {small(row['quality']['kl']['value'])}, perplexity {row['quality']['perplexity']['value']:.4g}, "
+        f"decodes {speed} weights/s"
+    )
+    return Dot(row["name"], row["size_bytes"] / unit, value, *ends, kind, note)
+
+
+def _ends(row: Mapping[str, Any], key: str, reference: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval that is drawn: for a perplexity that of its difference from the unpacked model's."""
+    figure = row["quality"]["loss" if key == "perplexity" else key]
+    if figure["low"] is None:
+        return math.nan, math.nan
+    if key != "perplexity":
+        return figure["low"], figure["high"]
+    base = reference["quality"]["perplexity"]["value"]
+    return base * math.exp(figure["low"]), base * math.exp(min(figure["high"], 100.0))
+
+
+def _both(dots: Sequence[Dot], axes: Axes) -> dict[str, Markup]:
+    return {name: Markup(size_chart(dots, axes, width=width)) for name, width in (("wide", WIDE), ("narrow", NARROW))}
