@@ -73,7 +73,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Record) -> 
     """Writes the file; a crash leaves the old one or the new one."""
     # Tied weights are written under each of their names, as readers untie them.
     own = {key: tensor.cpu().contiguous().clone() for key, tensor in sorted(tensors.items())}
-    write_atomically(path, save(own, metadata={"format": "pt", _KEY: record.to_json()}))
+    data = save(own, metadata={"format": "pt", _KEY: record.to_json()})
+    # safetensors writes the metadata in an order that changes from call to call; the same adapter is the same bytes.
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_atomically(path, len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def read_record(folder: str | Path) -> Record:
