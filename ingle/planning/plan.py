@@ -11,6 +11,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.base import HqqBase, base_section
 from ingle.config.run import Run
 from ingle.errors import DoesNotFit
 from ingle.planning.shape import DataShape, ModelShape
@@ -132,8 +134,17 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Parameters that are trained."""
     if run.adapter.kind == "none":
         return model.num_parameters
-    rank = run.adapter.rank
-    return model.trained_whole + sum(rank * (lin.in_features + lin.out_features) * lin.adapted for lin in model.linears)
+    rank, size = run.adapter.rank, _group_size(run)
+    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in model.linears)
+    return model.trained_whole + rank * columns
+
+
+def _group_size(run: Run) -> int:
+    """Inputs that share a column of A."""
+    if not isinstance(run.adapter, QaLoraAdapter):
+        return 1
+    base = run.base
+    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF's formats with an offset
 
 
 def flops_per_token(run: Run, model: ModelShape) -> float:
@@ -165,6 +176,7 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
         "weights": round(weights) + model.other_parameters * dtype_bytes,
+        "merged weights": _merged_bytes(run, model),
         "trainable": 4 * (trained - whole) + copies * whole,
         "gradients": trained * 4,
         "optimizer": trained * 8,
@@ -172,6 +184,20 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
         "decoded weights": decoded,
         "loss": logits,
     }
+
+
+def _merged_bytes(run: Run, model: ModelShape) -> int:
+    """Packed merged weights beside the base, in runs that train through the rounding of their merge."""
+    adapter = run.adapter
+    if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
+        named = adapter.merge_aware.format
+    elif isinstance(adapter, QaLoraAdapter) and adapter.train_rounding:
+        named = None
+    else:
+        return 0
+    target = run.base if named is None else base_section(named)
+    bits = sum(lin.num_weights * lin.adapted * target.bits_per_weight(lin.in_features) for lin in model.linears)
+    return round(bits / 8)
 
 
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
