@@ -116,3 +116,20 @@ def test_compile_decision_is_a_function_of_the_config() -> None:
         _run(train={"num_steps": 100}), big, DATA, dtype_bytes=2, process_bytes=0, free_bytes=1 << 50, can_compile=True
     )
     assert plan.compile is True
+
+
+def test_qa_lora_has_a_column_for_each_group() -> None:
+    plan = _plan(_run(base={"format": "q5_1"}, adapter={"kind": "qa_lora", "rank": 4}))
+    assert plan.trainable_parameters == 12 * 4 * (2 + 64)
+    assert plan.memory["merged weights"] == 0
+    hqq = {"format": "hqq", "group_size": 16}
+    assert _plan(_run(base=hqq, adapter={"kind": "qa_lora", "rank": 4})).trainable_parameters == 12 * 4 * (4 + 64)
+
+
+def test_training_through_the_rounding_keeps_the_merged_weights() -> None:
+    rounded = _plan(_run(base={"format": "q5_1"}, adapter={"kind": "qa_lora", "train_rounding": True}))
+    assert rounded.memory["merged weights"] == 12 * 64 * 64 * 6 // 8
+    aware = _plan(_run(base={"format": "nf4"}, adapter={"merge_aware": {"format": "q8_0"}}))
+    assert aware.memory["merged weights"] == 12 * 64 * 64 * 34 // 32
+    own = _plan(_run(base={"format": "q4_0"}, adapter={"merge_aware": {}}))
+    assert own.memory["merged weights"] == 12 * 64 * 64 * 18 // 32
