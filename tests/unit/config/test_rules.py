@@ -30,6 +30,11 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
         ["--base.format=iq2_xs"],
         ["--base.format=iq2_xs", "--model.id=m.gguf"],
     ),
+    "qa-lora-needs-offsets": (
+        ["--adapter.kind=qa_lora", "--base=q4_k"],
+        ["--adapter.kind=qa_lora", "--base=q5_1"],
+    ),
+    "merges-into-a-format": (["--adapter.merge_aware.fraction=.5"], ["--adapter.merge_aware.format=q4_k"]),
     "clm-trains-on-all": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
     "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
     "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),
