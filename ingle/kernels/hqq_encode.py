@@ -96,7 +96,8 @@ def settle(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales:
             floor = FLOOR * max(abs(fields[3 * LANES + lane]), abs(fields[4 * LANES + lane]))
             if not scale > floor:
                 scale, centre = floor, top / np.float32(2)
-            bits[0, lane] = min(max(np.int64(to_half(scale)) + shift, 1), LARGEST)
+            near: Any = np.int64(to_half(scale)) + shift
+            bits[0, lane] = min(max(near, 1), LARGEST)
             scale = from_half(bits[0, lane])
             bits[1, lane] = to_half(centre - mean / scale)
             trial[lane] = scale

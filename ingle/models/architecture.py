@@ -178,7 +178,7 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
     remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     reason = None
     packed_by = (raw.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if packed_by != "bitsandbytes":
+    if packed_by not in ("bitsandbytes", "hqq"):
         raise ModelError(
             f"the weights of {model.id} are quantized with {packed_by}, which cannot be read.",
             where="model.id",

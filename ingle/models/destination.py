@@ -10,7 +10,7 @@ for in turns, the two would leave holes in each other's memory and the process w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import get_args
 
@@ -22,7 +22,7 @@ from ingle.config.base import BaseConfig
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.models.shards import StoredTensor
-from ingle.quant import Format, from_bitsandbytes
+from ingle.quant import Format, from_bitsandbytes, from_hqq
 from ingle.quant.linear import Packed
 
 
@@ -151,17 +151,18 @@ class Destination:
 
     @torch.no_grad()
     def put_packed(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Gives a packed module the very bytes of a bitsandbytes checkpoint.
+        """Gives a packed module the very codes and scales of a checkpoint that bitsandbytes or hqq packed.
 
         Args:
             name: The weight, ``...q_proj.weight``.
-            tensors: By bitsandbytes' keys without the layer's name.
+            tensors: By their keys without the layer's name.
 
         Raises:
             ModelError: When the model does not hold this weight in that format.
             QuantizationError: When the bytes make no sense.
         """
-        format, planes = from_bitsandbytes(tensors, name=name)
+        read: Callable[..., tuple[Format, dict[str, Tensor]]] = from_hqq if "W_q" in tensors else from_bitsandbytes
+        format, planes = read(tensors, name=name)
         packed = self._packed(name)
         if packed is None or packed.format != format or packed.transposed:
             raise ModelError(

@@ -24,6 +24,13 @@ from transformers.core_model_loading import (
 from ingle.errors import ModelError
 from ingle.models.shards import StoredTensor
 
+#: What hqq writes in place of a packed weight, and what it writes beside that.
+_HQQ_CODES = "W_q"
+_HQQ_PARTS = (
+    *("scale", "zero", "nbits", "group_size", "axis", "shape", "packing", "unpack_view_dtype", "compute_dtype"),
+    *("view_as_float", "quant_scale", "quant_zero", "offload_meta", "channel_wise", "optimize", "round_zero"),
+    *("encoded_state_dict", "stores_quant_config"),
+)
 #: What bitsandbytes writes beside a packed weight.
 _PACKED_PART = re.compile(
     r"^(?P<layer>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)$"
@@ -61,7 +68,7 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """Tensors that are the bytes of one weight that bitsandbytes packed, by its keys."""
+    """Tensors that are the bytes of one weight that bitsandbytes or hqq packed, by its keys."""
 
     target: str
     parts: dict[str, StoredTensor]
@@ -98,21 +105,23 @@ def plan_reading(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> Read
     groups: dict[str, Group] = {}
     sources: dict[str, dict[str, list[StoredTensor]]] = {}
     unexpected: list[str] = []
+    beside = {id(part) for parts in packed.values() for key, part in parts.items() if key not in ("weight", _HQQ_CODES)}
     for key in sorted(stored, key=dot_natural_key):
-        if _PACKED_PART.match(key):
+        if id(stored[key]) in beside:
             continue
-        name, pattern = mapping(key)
+        weight = _name_weight(key)
+        name, pattern = mapping(weight)
         if name not in mapping.wanted:
             if not _obsolete(key, twin):
                 unexpected.append(key)
         elif pattern is not None:
-            _refuse_packed(key, stored[key], packed)
+            _refuse_packed(weight, stored[key], packed)
             sources.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
             groups.setdefault(name, Converted(name, mapping.converter(pattern)))
         elif name in groups:
             raise ModelError(f"two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
         else:
-            groups[name] = PackedWeight(name, packed[key]) if key in packed else Plain(name, stored[key])
+            groups[name] = PackedWeight(name, packed[weight]) if weight in packed else Plain(name, stored[key])
     for name, found in sources.items():
         group = groups[name]
         assert isinstance(group, Converted)
@@ -164,13 +173,22 @@ class _Mapping:
 
 
 def _packed_layers(stored: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """The parts of every weight that bitsandbytes packed, by the weight's key on disk."""
+    """The parts of every weight that bitsandbytes or hqq packed, by the key that the plain weight would have."""
     layers: dict[str, dict[str, StoredTensor]] = {}
     for key, entry in stored.items():
-        if match := _PACKED_PART.match(key):
+        if (weight := _name_weight(key)) != key:
+            layer = key.removesuffix(_HQQ_CODES)
+            layers[weight] = {part: stored[layer + part] for part in _HQQ_PARTS if layer + part in stored}
+            layers[weight][_HQQ_CODES] = entry
+        elif match := _PACKED_PART.match(key):
             weight = f"{match['layer']}.weight"
             layers.setdefault(weight, {"weight": stored[weight]} if weight in stored else {})[match["part"]] = entry
     return layers
+
+
+def _name_weight(key: str) -> str:
+    """The key that a weight would have if hqq had not packed it."""
+    return f"{key.removesuffix(_HQQ_CODES)}weight" if key.endswith(f".{_HQQ_CODES}") else key
 
 
 def _refuse_packed(key: str, entry: StoredTensor, packed: dict[str, dict[str, StoredTensor]]) -> None:
