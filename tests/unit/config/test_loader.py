@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from ingle.config.base import FormatName
 from ingle.config import Int8Base, LoraAdapter, Nf4Base, NoAdapter, Run, TaskConfig
 from ingle.config.loader import load_run, load_task, run_from_yaml, run_to_yaml
 from ingle.errors import ConfigError
@@ -16,7 +18,7 @@ output: runs/x
 """
 
 #: Every format, as errors list them.
-FORMATS = "none, nf4, int8, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q6_k, q5_k, q3_k, q2_k, iq4_nl, iq4_xs, tq1_0 or tq2_0"
+FORMATS = " or ".join(", ".join(get_args(FormatName)).rsplit(", ", 1))
 
 
 @pytest.fixture
@@ -116,7 +118,7 @@ def test_a_missing_kind_is_the_default_and_may_be_changed_by_a_flag(folder: Path
 def test_a_flag_that_does_not_belong_to_the_new_member_is_an_error(folder: Path) -> None:
     error = failure(folder, "--adapter.kind=none", "--adapter.rank=4")
     assert error.message == "adapter.rank is not an option."
-    assert error.fix == "it belongs to adapter.kind=lora"
+    assert error.fix == "it belongs to adapter.kind=lora or qa_lora"
 
 
 def test_a_file_at_odds_with_itself_is_not_mended(folder: Path) -> None:
