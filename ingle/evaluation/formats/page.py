@@ -87,8 +87,8 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         },
         {
             "heading": "Perplexity",
-            "note": "Of the text itself. The bars are intervals of the difference from the unpacked model, token by token; "
-            "an arrow stands for a format that is further off.",
+            "note": "Of the text itself. Bars are intervals of the difference from the unpacked model, token by "
+            "token; an arrow stands for a format that is further off.",
             **_both([_dot(row, "perplexity", report, unit) for row in rows], perplexity),
         },
     ]
