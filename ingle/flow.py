@@ -248,6 +248,7 @@ def _prepare(run: Run, sink: Sink) -> Prepared:
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> None:
     result = folder.result(run)
     if run.adapter.kind == "none":
+        quant.settle(parts.model)
         models.save_pretrained(parts.model, parts.tokenizer, result)
     else:
         adapters.save_adapter(parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity)

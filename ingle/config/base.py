@@ -123,7 +123,7 @@ class HqqBase(Section):
 
 
 #: How far one scale of ternary weights reaches.
-TernaryGroups = Literal["tensor", "row", 32, 64, 128, 256]
+TernaryGroups = Literal["tensor", "row", 256]
 
 
 class TernaryBase(Section):
@@ -132,7 +132,7 @@ class TernaryBase(Section):
     Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv 2402.17764), equations 1 to 3.
 
     Attributes:
-        group_size: How far one scale reaches: the whole ``tensor``, a ``row``, or so many weights of a row.
+        group_size: How far one scale reaches: the whole ``tensor``, a ``row``, or 256 weights of a row as in GGUF.
         train: Train every weight of the model with ternary weights in the forward pass (``adapter: none``).
     """
 

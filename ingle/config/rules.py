@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
-from ingle.config.base import base_section, folding_formats, folds
+from ingle.config.base import TernaryBase, base_section, folding_formats, folds
 from ingle.config.evaluate import TaskConfig
 from ingle.config.paths import find_path
 from ingle.config.problems import Problem, raise_problems
@@ -134,8 +134,13 @@ def _merges_into(run: Run) -> str | None:
 def _only_read(run: Run) -> dict[str, str]:
     """Formats that weights would have to be packed in although none can be, and why."""
     names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merges_into(run)) if name is not None}
-    reasons = {name: getattr(base_section(name), "not_packed", None) for name in sorted(names)}
+    reasons = {name: getattr(base_section({"format": name}), "not_packed", None) for name in sorted(names)}
     return {name: why for name, why in reasons.items() if why is not None}
+
+
+def _trains_base(run: Run) -> bool:
+    """Whether the base's weights are trained through their rounding."""
+    return isinstance(run.base, TernaryBase) and run.base.train
 
 
 RUN_RULES: tuple[Rule[Run], ...] = (
@@ -170,7 +175,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
     Rule(
         "full-needs-plain-base",
-        lambda run: run.adapter.kind == "none" and run.base.format != "none",
+        lambda run: run.adapter.kind == "none" and run.base.format != "none" and not _trains_base(run),
         lambda run: (
             f"Full fine-tuning changes every weight, and {run.base.format} weights are frozen bytes that cannot "
             "take a gradient."
@@ -186,8 +191,17 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: "--model.id=FILE.gguf, a downloaded file in that type, or --base.format=q2_k",
     ),
     Rule(
+        "trained-base-needs-no-adapter",
+        lambda run: _trains_base(run) and run.adapter.kind != "none",
+        lambda run: (
+            f"The weights of the base are trained themselves; nothing is frozen for {run.adapter.kind} to adapt."
+        ),
+        "base.train, adapter.kind",
+        lambda run: "--adapter.kind=none or --base.train=false",
+    ),
+    Rule(
         "random-needs-plain-base",
-        lambda run: run.model.init == "random" and run.base.format != "none",
+        lambda run: run.model.init == "random" and run.base.format != "none" and not _trains_base(run),
         lambda run: f"A random model held in {run.base.format} could never be trained out of its noise.",
         "model.init, base.format",
         lambda run: "--base.format=none or --model.init=pretrained",
@@ -207,7 +221,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         ),
         "adapter.kind, base.format",
         lambda run: (
-            " or ".join(f"--base.format={name}" for name in reversed(folding_formats())) + ", or --adapter.kind=lora"
+            " or ".join(f"--base.format={name}" for name in folding_formats()) + ", or --adapter.kind=lora"
         ),
     ),
     Rule(

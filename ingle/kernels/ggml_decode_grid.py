@@ -44,8 +44,9 @@ def complete(signs: Vector) -> Vector:
     """Bytes of seven signs each and the eighth that makes the number of minus signs even."""
     odd = signs ^ (signs >> 4)
     odd = odd ^ (odd >> 2)
-    odd = odd ^ (odd >> 1)
-    return (signs | ((odd & 1) << 7)).narrow(BYTE)
+    odd = (odd ^ (odd >> 1)) & 1
+    whole: Vector = signs | (odd << 7)
+    return whole.narrow(BYTE)
 
 
 def store_signed(out: Array, to: int, weights: Vector, scale: Vector, signs: Vector) -> None:
@@ -59,7 +60,8 @@ def scale_fields(data: Array, first: int, count: int, factor: float) -> Vector:
     """``(d * (field + 0.5)) * factor`` of four-bit fields."""
     packed = data.load(first, count // 2)
     fields = (packed & 15).weave(packed >> 4)
-    return (fields.to_float() + 0.5) * data.half(0) * factor
+    scale: Vector = (fields.to_float() + 0.5) * data.half(0) * factor
+    return scale
 
 
 def write_iq2_xxs(data: Array, grid: Array, out: Array) -> None:

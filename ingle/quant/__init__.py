@@ -16,6 +16,7 @@ from ingle.quant.inventory import Audit, ClassAudit, Unquantized, audit
 from ingle.quant.linear import QuantLinear
 from ingle.quant.mixing import Formats, GgufFormats, make_formats
 from ingle.quant.plane import PlaneSpec
+from ingle.quant.straight_through import TernaryLinear, settle
 
 __all__ = [
     "Audit",
@@ -28,12 +29,14 @@ __all__ = [
     "QuantExperts",
     "QuantLinear",
     "QuantStack",
+    "TernaryLinear",
     "Unquantized",
     "audit",
     "convert",
     "from_bitsandbytes",
     "from_hqq",
     "make_format",
+    "settle",
     "make_formats",
     "pack_ends",
     "to_bitsandbytes",

@@ -13,17 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from ingle.config.base import BaseConfig
+from ingle.config.base import BaseConfig, TernaryBase
 from ingle.errors import QuantizationError
 from ingle.quant.experts import QuantExperts, is_fused_experts
 from ingle.quant.linear import Packed, QuantLinear
 from ingle.quant.mixing import Formats, make_formats
+from ingle.quant.straight_through import TernaryLinear
+from ingle.quant.ternary import Ternary
 
 
-def convert(
-    model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), formats: Formats | None = None
-) -> None:
-    """Replaces the model's linear maps by packed ones, in place.
+def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), formats: Formats | None = None) -> None:
+    """Replaces the model's linear maps by packed ones, or by ones that train through their rounding, in place.
 
     On the meta device the planes are empty and wait for their bytes; on a materialised model every weight is encoded
     and freed, one after the other.
@@ -37,6 +37,7 @@ def convert(
     Raises:
         QuantizationError: The model holds weights in a module that Ingle cannot pack, or NaN or infinity in one.
     """
+    trained = isinstance(base, TernaryBase) and base.train
     formats = formats or make_formats(base, model)
     if formats is None:
         return
@@ -52,15 +53,22 @@ def convert(
             if child is None or child is head or name in keep:
                 continue
             if id(child) not in packed:
-                replacement = _pack(child, formats, name, uses)
+                replacement = _pack(child, formats, name, uses, trained=trained)
                 if replacement is None:
                     continue
                 packed[id(child)] = replacement
             setattr(parent, key, packed[id(child)])
 
 
-def _pack(module: nn.Module, formats: Formats, name: str, uses: Counter[int]) -> nn.Module | None:
-    """The packed stand-in for a module, or None if it is to stay."""
+def _pack(module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, trained: bool) -> nn.Module | None:
+    """The stand-in for a module, or None if it is to stay."""
+    if trained and (is_fused_experts(module) or is_conv1d(module)):
+        raise QuantizationError(
+            f"{name} ({type(module).__name__}) cannot be trained with ternary weights.",
+            where=name,
+            why="only plain linear maps are trained through their rounding",
+            fix="--adapter.kind=lora --base.train=false, or another model",
+        )
     if is_fused_experts(module):
         format = formats(name, *module.get_parameter("down_proj").shape[1:])
         return None if format is None else QuantExperts(module, format, name=name)
@@ -76,6 +84,9 @@ def _pack(module: nn.Module, formats: Formats, name: str, uses: Counter[int]) ->
     format = formats(name, out_features, in_features)
     if format is None:
         return None
+    if trained:
+        assert isinstance(format, Ternary)
+        return TernaryLinear(format, linear)
     replacement = QuantLinear(
         format,
         in_features,

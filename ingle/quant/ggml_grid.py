@@ -132,7 +132,8 @@ class IQ1_S(GgmlGrid):
         scale = half(blocks_ONB, 0) * (2 * (words >> 12 & 7) + 1).float()
         shift = 0.125 - 0.25 * (words >> 15).float()
         rows = self.rows(codes).unflatten(-2, (8, 4)) + shift[..., None, None]
-        return (scale[..., None, None] * rows).flatten(-3)
+        weights: Tensor = scale[..., None, None] * rows
+        return weights.flatten(-3)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class IQ1_M(GgmlGrid):
         codes = blocks_ONB[..., :32].int() | (high & 7) << 8
         shift = 0.125 - 0.25 * (high >> 3).float()
         rows = (self.rows(codes) + shift.unsqueeze(-1)).unflatten(-2, (16, 2))
-        return (scale[..., None, None] * rows).flatten(-3)
+        weights: Tensor = scale[..., None, None] * rows
+        return weights.flatten(-3)
 
 
 def place(scale: Tensor, rows: Tensor, signs: Tensor) -> Tensor:

@@ -105,9 +105,10 @@ class Ternary:
         num_columns = weight_OI.shape[1]
         width = self.width(num_columns)
         chunks = weight_OI.split(max(1, CHUNK // max(1, num_columns)))
-        sizes = (measure_groups(weight_OI, width) if fast else None) or tuple(
-            map(torch.cat, zip(*(measure(chunk, width) for chunk in chunks), strict=True))
-        )
+        sizes = measure_groups(weight_OI, width) if fast else None
+        if sizes is None:
+            total, least, most = (torch.cat(part) for part in zip(*(measure(c, width) for c in chunks), strict=True))
+            sizes = total, least, most
         scale_SN = self._scale(*sizes, num_columns)
         scale_ON = scale_SN.float().expand(weight_OI.shape[0], -1)
         codes = encode_ternary(weight_OI, scale_ON / 2, width) if fast else None

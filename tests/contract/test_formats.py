@@ -77,7 +77,7 @@ FORMATS: dict[str, BaseConfig] = {
     "fp4-single": Fp4Base(format="fp4", double_quant=False),
     "ternary": TernaryBase(format="ternary"),
     "ternary-row": TernaryBase(format="ternary", group_size="row"),
-    "ternary-64": TernaryBase(format="ternary", group_size=64),
+    "ternary-256": TernaryBase(format="ternary", group_size=256),
 }
 #: The relative error in rms that a Gaussian weight may suffer.
 ERROR = {
@@ -87,7 +87,7 @@ ERROR = {
     **{"iq4_nl": 0.077, "iq4_xs": 0.078, "tq1_0": 0.82, "tq2_0": 0.82},
     **{"hqq": 0.082, "hqq-8": 0.0057, "hqq-3": 0.15, "hqq-2": 0.26, "hqq-1": 0.48},
     **{"hqq-published": 0.088, "hqq-published-3": 0.097},
-    **{"fp4": 0.125, "fp4-single": 0.125, "ternary": 0.52, "ternary-row": 0.52, "ternary-64": 0.52},
+    **{"fp4": 0.125, "fp4-single": 0.125, "ternary": 0.52, "ternary-row": 0.52, "ternary-256": 0.52},
 }
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (257, 2816)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

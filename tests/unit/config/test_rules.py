@@ -26,6 +26,10 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
     "random-needs-full": (["--model.init=random"], ["--model.init=random", "--adapter=none"]),
+    "trained-base-needs-no-adapter": (
+        ["--base.format=ternary", "--base.train=true"],
+        ["--base.format=ternary", "--base.train=true", "--adapter=none"],
+    ),
     "some-formats-are-only-read": (
         ["--base.format=iq2_xs"],
         ["--base.format=iq2_xs", "--model.id=m.gguf"],
