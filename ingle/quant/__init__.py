@@ -36,9 +36,9 @@ __all__ = [
     "from_bitsandbytes",
     "from_hqq",
     "make_format",
-    "settle",
     "make_formats",
     "pack_ends",
+    "settle",
     "to_bitsandbytes",
     "to_hqq",
 ]
