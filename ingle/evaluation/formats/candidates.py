@@ -103,11 +103,14 @@ def find_target(name: str, option: str = "--to") -> Target:
             return Target(resolved, "safetensors", base_section(section))
     known = (*FILE_TYPES, *PACKED, *HQQ)
     close = difflib.get_close_matches(resolved, known, n=1, cutoff=0.5)
+    fix = f"did you mean {close[0]}?" if close else None
+    if resolved.startswith("hqq"):
+        fix = "hqq-BITS or hqq-BITS-gGROUP: 8, 4, 3, 2 or 1 bits; groups of 8, 16, 32, 64 or 128"
     raise ConfigError(
         f"there is no format {name!r}.",
         where=f"{option} {name}",
         why=f"formats are {', '.join(known)}",
-        fix=f"did you mean {close[0]}?" if close else None,
+        fix=fix,
     )
 
 

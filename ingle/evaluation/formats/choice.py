@@ -69,7 +69,9 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
     front = [by_name[name] for name in pareto_front(rows)]
     if not front:
         return Choice(None, False, "no format was measured.")
-    fitting = [row for row in front if _cost(row) <= limit]
+    # A format whose interval is narrow may fit where the one that beats it on the front does not.
+    everything = sorted(rows, key=lambda row: row.size_bytes)
+    fitting = [row for row in front if _cost(row) <= limit] or [row for row in everything if _cost(row) <= limit]
     if not fitting:
         best = min(front, key=_cost)
         return Choice(
@@ -79,8 +81,9 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
             f"with {_cost(best):.3g} ({best.bits_per_weight:.2f} bits a weight).",
         )
     chosen = fitting[0]
+    where = " on the front" if chosen in front else ""
     reason = (
-        f"the smallest on the front that costs at most {limit:g} nats a token (about {limit:.0%} of perplexity): "
+        f"the smallest{where} that costs at most {limit:g} nats a token (about {limit:.0%} of perplexity): "
         f"divergence {_with_end(chosen.quality.kl.value, chosen.quality.kl.upper)}, "
         f"loss {_with_end(chosen.quality.loss.value, chosen.quality.loss.upper)}, "
         f"{chosen.bits_per_weight:.2f} bits a weight."
