@@ -119,7 +119,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     """Builds all parts of a run: data, plan, quantized base, adapter, objective, optimizer."""
     ready = _prepare(run, sink)
     model, device = ready.model, ready.mesh.device
-    quant.convert(model, run.base)
+    models.pack(model, run.model, run.base)
     models.fill(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
     models.verify(model)
     attached = adapters.attach(model, run.adapter, seed=run.seed)
@@ -230,7 +230,7 @@ def _prepare(run: Run, sink: Sink) -> Prepared:
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(
         run,
-        model_shape(model, adapters.select(model, run.adapter)),
+        model_shape(model, adapters.select(model, run.adapter), models.choose_formats(model, run.model, run.base)),
         planning.DataShape(
             num_sequences=len(sequences),
             num_tokens=dataset.num_tokens,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 #: ChatML, as Qwen and many others use it.
@@ -86,3 +90,57 @@ def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
 def tokenizer() -> PreTrainedTokenizerFast:
     """A tiny byte-level BPE tokenizer with a ChatML template; pad, end of turn and end of text all differ."""
     return make_tokenizer()
+
+
+def write_model(folder: Path, path: Path, file_type: str) -> Path:
+    """Writes the model in a folder as a GGUF file, tensor by tensor as llama.cpp's converter and quantizer would."""
+    # Imported here, so that tests without a model start fast.
+    from safetensors.torch import load_file
+
+    from ingle.gguf import TensorToWrite, vocabulary, write_gguf
+    from ingle.gguf.architecture import to_metadata
+    from ingle.gguf.mixes import file_type_number, mix_of
+    from ingle.gguf.names import names_of
+    from ingle.quant import GgufFormats
+
+    def read(name: str) -> dict[str, Any]:
+        file = folder / name
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    config, settings = read("config.json"), read("tokenizer_config.json")
+    ends = read("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    template = folder / "chat_template.jinja"
+    metadata = to_metadata(config)
+    names = names_of(metadata)
+    metadata |= vocabulary.to_metadata(
+        read("tokenizer.json"),
+        vocab_size=config["vocab_size"],
+        special={key: settings.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        end_token_ids=ends if isinstance(ends, list) else [ends],
+        chat_template=template.read_text() if template.is_file() else None,
+    )
+    metadata["general.file_type"] = file_type_number(file_type)
+    mix, make = mix_of(file_type, metadata, tied=config["tie_word_embeddings"]), GgufFormats()
+    tensors = []
+    for name, weight in load_file(folder / "model.safetensors").items():
+        gguf_name = names.to_gguf(name)
+        assert gguf_name is not None, name
+        values = weight.float() + names.offset(gguf_name)
+        kind = mix.tensor_type(gguf_name, tuple(values.shape))
+        order = names.permutation(gguf_name, len(values))
+
+        def data(values: Tensor = values, kind: str = kind, order: NDArray[np.int64] | None = order) -> NDArray[Any]:
+            format = make(kind)
+            dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.float32)
+            rows = values.numpy().astype(dtype) if format is None else format.encode(values)["data"].numpy()
+            return rows if order is None else rows[order]
+
+        tensors.append(TensorToWrite(gguf_name, kind, tuple(values.shape), data))
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gguf_of() -> Callable[[Path, Path, str], Path]:
+    """:func:`write_model`: a model folder, the file to write, and its file type."""
+    return write_model

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel as Model
 
 from ingle.models.architecture import compute_dtype, skeleton
 from ingle.models.generation import Generation, end_token_ids, generate, stream
+from ingle.models.gguf_file import choose_formats, pack
 from ingle.models.hidden import Head, forward_hidden, head, verify
 from ingle.models.importance import gguf_names, load_importance, save_importance
 from ingle.models.layers import decoder_layers, recompute_layers
@@ -16,6 +17,7 @@ __all__ = [
     "Generation",
     "Head",
     "Model",
+    "choose_formats",
     "compute_dtype",
     "decoder_layers",
     "end_token_ids",
@@ -27,6 +29,7 @@ __all__ = [
     "load_importance",
     "load_model",
     "load_tokenizer",
+    "pack",
     "recompute_layers",
     "save_importance",
     "save_pretrained",

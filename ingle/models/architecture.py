@@ -26,6 +26,7 @@ from transformers import (
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
+from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_config
 from ingle.models.hub import locate
 
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
@@ -61,6 +62,10 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         ModelError: When there is none, or it is not a causal language model that can be trained here.
         HubUnavailable: When the hub is needed and cannot be reached.
     """
+    if is_gguf(model.id):
+        config, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
+        _refuse_config(config, raw, model)
+        return config
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     raw = _read_json(folder, model)
     if "auto_map" in raw and not model.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
@@ -70,9 +75,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             fix="read that code, then set --model.trust_remote_code=true",
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=model.trust_remote_code, local_files_only=True
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(
             f"the architecture of {model.id} is not known to the installed transformers.",

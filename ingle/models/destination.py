@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ingle.config.base import BaseConfig
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
+from ingle.models.gguf_weights import PLAIN, GgufWeight
 from ingle.models.shards import StoredTensor
 from ingle.quant import Format, from_bitsandbytes, from_hqq
 from ingle.quant.linear import Packed
@@ -175,6 +176,27 @@ class Destination:
         self._write(packed, planes, name)
         self.filled.add(name)
 
+    @torch.no_grad()
+    def put_gguf(self, weight: GgufWeight) -> None:
+        """Gives a parameter what a GGUF file holds: its bytes where they are wanted packed so, else its value.
+
+        Raises:
+            ModelError: When the shape is another, or the type is not read.
+            QuantizationError: When it cannot be packed.
+        """
+        name, tensor = weight.target, weight.tensor
+        wanted = self._wanted[name]
+        self._require_shape(name, tensor.shape, tuple(wanted.shape))
+        packed = self._packed(name)
+        if packed is not None and packed.format.name == tensor.type_name:
+            self._write(packed, {"data": weight.rows()}, name)
+            self.filled.add(name)
+            return
+        if tensor.type_name not in PLAIN and self._sink is not None:
+            dtype = str(wanted.dtype).removeprefix("torch.")
+            self._sink(Warned(f"{name} is {tensor.type_name} in the file and is held in {dtype}", str(tensor.path)))
+        self.put(name, weight.value(wanted.dtype))
+
     def finish(self) -> None:
         """Notes that tied names share their value.
 
@@ -182,8 +204,9 @@ class Destination:
         """
         for name in self._wanted:
             module, leaf = self._find(name)
-            place = module._parameters.get(leaf)
-            if place is not None and id(place) not in self._empty:
+            packed = self._packed(name)
+            places = [module._parameters.get(leaf)] if packed is None else list(packed.planes().values())
+            if all(place is not None and id(place) not in self._empty for place in places):
                 self.filled.add(name)
 
     def left(self) -> int:
@@ -271,6 +294,7 @@ def name_options(format: Format) -> str:
     """The words of a command line that choose a format: its name, and what else its section of the config has."""
     sections = get_args(get_args(BaseConfig)[0])
     section = next(s for s in sections if get_args(s.model_fields["format"].annotation) == (format.name,))
-    values = {key: getattr(format, key) for key in section.model_fields if key != "format"}
+    # A format has no use for options of training alone.
+    values = {key: getattr(format, key) for key in section.model_fields if key != "format" and hasattr(format, key)}
     words = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
     return " ".join(words)

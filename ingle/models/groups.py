@@ -7,8 +7,9 @@ mapping is applied here, to a pristine twin of the architecture on the meta devi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from ingle.errors import ModelError
+from ingle.models.gguf_weights import GgufWeight
 from ingle.models.shards import StoredTensor
 
 #: What hqq writes in place of a packed weight, and what it writes beside that.
@@ -74,7 +76,7 @@ class PackedWeight:
     parts: dict[str, StoredTensor]
 
 
-Group = Plain | Experts | Converted | PackedWeight
+Group = Plain | Experts | Converted | PackedWeight | GgufWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,12 @@ class ReadingPlan:
     Attributes:
         groups: Each is read, put in place and let go before the next.
         unexpected: Keys on disk that fit nowhere.
+        stored: The safetensors checkpoint by its keys on disk; empty for a GGUF file.
     """
 
     groups: tuple[Group, ...]
     unexpected: tuple[str, ...]
+    stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def plan_reading(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> ReadingPlan:
@@ -126,7 +130,7 @@ def plan_reading(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> Read
         group = groups[name]
         assert isinstance(group, Converted)
         groups[name] = _stacked(group, found) or _deferred(group, found)
-    return ReadingPlan(tuple(groups.values()), tuple(unexpected))
+    return ReadingPlan(tuple(groups.values()), tuple(unexpected), stored)
 
 
 def _stacked(group: Converted, found: dict[str, list[StoredTensor]]) -> Experts | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
+from ingle.quant import QuantLinear
 
 if TYPE_CHECKING:
     from ingle.data.types import Batch
@@ -50,13 +51,13 @@ class Head:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The output head of a model.
+    """The output head of a model; a packed one is decoded anew by every call, and kept as long as the result is.
 
     Raises:
         ModelError: When the head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Linear | QuantLinear):
         raise ModelError(
             f"the output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
@@ -67,7 +68,8 @@ def head(model: PreTrainedModel) -> Head:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(layer.weight, layer.bias, scale, None if softcap is None else float(softcap))
+    weight = layer.decode(model.dtype) if isinstance(layer, QuantLinear) else layer.weight
+    return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
 
 
 def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

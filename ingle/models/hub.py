@@ -33,6 +33,8 @@ _WEIGHTS = ("*.safetensors",)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
+_HUB_FILE = re.compile(r"^(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(?P<file>[^/].*)$")
+
 Part = Literal["small", "weights"]
 
 
@@ -63,11 +65,32 @@ def locate(
         )
     if not _HUB_ID.match(name):
         raise ModelError(f"there is no folder {name}.", where=option, fix="check the path")
-    return _snapshot(name, revision, part, code, option)
-
-
-def _snapshot(name: str, revision: str | None, part: Part, code: bool, option: str) -> Path:
     patterns = [*_SMALL, *(_WEIGHTS if part == "weights" else ()), *(("*.py",) if code else ())]
+    return _snapshot(name, revision, patterns, ["original/*"] if code else ["original/*", "*/*"], option)
+
+
+def locate_file(name: str, *, revision: str | None = None, option: str = "model.id") -> Path:
+    """The file of a model that is a single one: a local path, or ``owner/name/file`` on the hub.
+
+    Raises:
+        ModelError: When there is none.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    match = _HUB_FILE.match(name)
+    if match is None:
+        raise ModelError(f"there is no file {name}.", where=option, fix="check the path")
+    # Of a file that is split into several all are fetched.
+    pattern = re.sub(r"-\d{5}-of-(\d{5})\.", r"-*-of-\1.", match["file"])
+    found = _snapshot(match["repository"], revision, [pattern], None, option) / match["file"]
+    if not found.is_file():
+        raise ModelError(f"the hub's {match['repository']} holds no file {match['file']}.", where=option)
+    return found
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: list[str] | None, option: str) -> Path:
     offline = env.hub_offline()
     try:
         return Path(
@@ -75,7 +98,7 @@ def _snapshot(name: str, revision: str | None, part: Part, code: bool, option: s
                 name,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=["original/*", "*/*"] if not code else ["original/*"],
+                ignore_patterns=ignored,
                 local_files_only=offline,
                 etag_timeout=_ETAG_TIMEOUT_S,
             )

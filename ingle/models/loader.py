@@ -18,8 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
+from ingle.gguf import read_gguf
 from ingle.models.architecture import build
 from ingle.models.destination import Destination
+from ingle.models.gguf_file import is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
+from ingle.models.gguf_weights import GgufWeight
 from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, ReadingPlan, plan_reading
 from ingle.models.hidden import verify
 from ingle.models.hub import Part, locate
@@ -52,13 +55,11 @@ def fill(
     """
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
     destination = Destination(model, twin, torch.device(device), sink)
-    part: Part = "small" if config.init == "random" else "weights"
-    folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
-    read_generation_config(model, folder)
     if config.init == "random":
+        _read_generation_config(model, config, part="small")
         _fill_random(destination, twin, seed)
     else:
-        plan = plan_reading(twin, read_index(folder))
+        plan, folder = plan_weights(model, config, twin)
         for done, group in enumerate(plan.groups):
             read_group(group, destination, twin, folder)
             if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
@@ -69,6 +70,19 @@ def fill(
     assert destination.left() == 0, f"{destination.left()} parameters got no value"
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer got no value"
     verify(model)
+
+
+def plan_weights(model: PreTrainedModel, config: ModelConfig, twin: PreTrainedModel) -> tuple[ReadingPlan, Path]:
+    """What is to be read, and the folder or file it lies in; the model gets the generation settings found there.
+
+    Raises:
+        ModelError: When a file is missing or damaged.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    place = _read_generation_config(model, config, part="weights")
+    if is_gguf(config.id):
+        return plan_gguf(twin, read_gguf(place)), place
+    return plan_reading(twin, read_index(place)), place
 
 
 def read_group(group: Group, destination: Destination, twin: PreTrainedModel, folder: Path) -> None:
@@ -86,6 +100,8 @@ def read_group(group: Group, destination: Destination, twin: PreTrainedModel, fo
                 destination.put(name, value)
         case PackedWeight():
             destination.put_packed(group.target, {key: part.read() for key, part in group.parts.items()})
+        case GgufWeight():
+            destination.put_gguf(group)
 
 
 def _convert(group: Converted, twin: PreTrainedModel, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -164,10 +180,16 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Takes the settings for answering that come with the weights, where there are some."""
+def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part: Part) -> Path:
+    """Gives the model the generation settings that its files hold; the folder or file they lie in."""
+    if is_gguf(config.id):
+        file = open_gguf(config.id, revision=config.revision)
+        model.generation_config = read_gguf_generation_config(file)
+        return file.path
+    folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return folder
 
 
 def _some(names: list[str] | tuple[str, ...]) -> str:

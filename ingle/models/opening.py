@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ingle import quant
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.events import Sink
 from ingle.models.architecture import compute_dtype, skeleton
+from ingle.models.gguf_file import pack
 from ingle.models.loader import fill
 
 
@@ -36,7 +36,7 @@ def load_model(
     """
     dtype = compute_dtype(model.dtype, device)
     loaded = skeleton(model, device, dtype)
-    quant.convert(loaded, base if base is not None else NoBase())
+    pack(loaded, model, base if base is not None else NoBase())
     fill(loaded, model, device, dtype, seed=seed, sink=sink)
     loaded.eval()
     return loaded

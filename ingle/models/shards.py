@@ -203,7 +203,11 @@ def _no_weights(folder: Path, found: list[Path]) -> ModelError:
             fix="put the base model into model.id and this folder into adapter.path",
         )
     if any(folder.glob("*.gguf")):
-        return ModelError("GGUF files cannot be loaded yet.", where=str(folder), fix="use the safetensors release")
+        return ModelError(
+            "a GGUF file is a model by itself.",
+            where=str(folder),
+            fix=f"--model.id={min(folder.glob('*.gguf'))}",
+        )
     if found:
         return ModelError(
             f"the folder holds {len(found)} weight files and no {INDEX_NAME} that says which belongs where.",

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle import quant
 from ingle.config.base import BaseConfig
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.architecture import build, skeleton
 from ingle.models.destination import Destination, leaf_of
-from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, plan_reading
-from ingle.models.hub import locate
-from ingle.models.loader import read_generation_config, read_group
-from ingle.models.shards import StoredTensor, read_index
+from ingle.models.gguf_file import pack
+from ingle.models.gguf_weights import GgufWeight
+from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain
+from ingle.models.loader import plan_weights, read_group
+from ingle.models.shards import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,14 @@ class Stream:
 
     def __init__(self, config: ModelConfig, base: BaseConfig, dtype: torch.dtype) -> None:
         self.model: PreTrainedModel = skeleton(config, "cpu", dtype)
-        quant.convert(self.model, base)
+        pack(self.model, config, base)
         self._twin = build(self.model.config, dtype, trust_remote_code=config.trust_remote_code)
-        self._folder = locate(config.id, revision=config.revision, part="weights", code=config.trust_remote_code)
-        read_generation_config(self.model, self._folder)
-        stored = read_index(self._folder)
-        self._keys = {id(entry): key for key, entry in stored.items()}
-        self._stored = stored  # keeps what the identities above stand for
-        groups = plan_reading(self._twin, stored).groups
+        plan, self._folder = plan_weights(self.model, config, self._twin)
+        self._keys = {id(entry): key for key, entry in plan.stored.items()}
+        self._plan = plan  # keeps what the identities above stand for
+        groups = plan.groups
         self._groups = {group.target: group for group in groups}
-        self._destination = Destination(self.model, self._twin, torch.device("cpu"), empty=False)
+        self._destination = Destination(self.model, self._twin, torch.device("cpu"), empty=True)
         self.entries = tuple(Entry(group.target, self._pieces(group)) for group in groups)
 
     @contextmanager
@@ -106,6 +104,8 @@ class Stream:
             case PackedWeight():
                 shape = tuple(self._twin.state_dict()[group.target].shape)
                 return (Piece(self._keys[id(group.parts["weight"])], shape),)
+            case GgufWeight():
+                return (Piece(group.target, group.tensor.shape),)
             case Experts():
                 return tuple(self._piece(part) for parts in group.parts for part in parts)
             case Converted():

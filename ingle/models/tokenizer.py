@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
+from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_tokenizer
 from ingle.models.hub import locate
 
 #: Tokens that model makers keep in reserve, or name as padding or as unknown; looked for in this order.
@@ -32,8 +33,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     name = model.tokenizer or model.id
     option = "model.tokenizer" if model.tokenizer else "model.id"
     revision = None if model.tokenizer else model.revision
-    folder = locate(name, revision=revision, code=model.trust_remote_code, option=option)
-    tokenizer = _read(folder, name, option, model.trust_remote_code)
+    if is_gguf(name):
+        tokenizer = read_gguf_tokenizer(open_gguf(name, revision=revision, option=option))
+    else:
+        folder = locate(name, revision=revision, code=model.trust_remote_code, option=option)
+        tokenizer = _read(folder, name, option, model.trust_remote_code)
     _choose_pad(tokenizer)
     if model.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())

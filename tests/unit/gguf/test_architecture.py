@@ -94,6 +94,7 @@ def test_a_model_computes_the_same_after_the_way_there_and_back(
         tokens = torch.randint(50, (2, 40))
         assert torch.equal(first(tokens).logits, second(tokens).logits)
     assert again.tie_word_embeddings == tied
+    assert again.rope_parameters == config.rope_parameters
 
 
 def test_the_divisors_are_those_of_transformers() -> None:

@@ -1,0 +1,267 @@
+"""A GGUF file as a model: the same logits as its decoded tensors give, as transformers' reader and llama.cpp give."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ingle import models, quant
+from ingle.config.base import base_section
+from ingle.config.model import ModelConfig
+from ingle.errors import GgufError, ModelError
+from ingle.events import Warned
+from ingle.gguf import TensorToWrite, read_gguf, write_gguf
+from ingle.gguf.architecture import ARCHITECTURES
+from ingle.models import Model, load_model, load_tokenizer
+from ingle.quant import QuantEmbedding, QuantLinear
+
+EMBER = Path(__file__).parents[2] / "examples/models/ember-6m"
+TEXTS = ["Hello world", " 12 + 345 = ", "naïve café 🦙\n\n\tx", "<|im_start|>user\nHi<|im_end|>\n"]
+IDS = torch.tensor([[5, 700, 44, 4000, 3, 17, 17, 999]])
+
+Write = Callable[[Path, Path, str], Path]
+
+
+@pytest.fixture(scope="module", params=["f32", "q8_0", "q4_k_m"])
+def ember(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, gguf_of: Write) -> Path:
+    return gguf_of(EMBER, tmp_path_factory.mktemp("ember") / f"ember-{request.param}.gguf", request.param)
+
+
+def load(path: Path, **options: Any) -> Model:
+    return load_model(ModelConfig(id=str(path), dtype="float32"), **options)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS).logits[0].float()
+
+
+def decoded(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file by transformers' name: the ``gguf`` package's reader and decoder, llama.cpp's formula."""
+    config = AutoConfig.from_pretrained(EMBER)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    by_gguf = {
+        table.get_name(name, (".weight",)): name for name in AutoModelForCausalLM.from_config(config).state_dict()
+    }
+    values = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        kind = tensor.name.split(".")[-2]
+        if kind in heads:
+            rows, columns = value.shape
+            value = (
+                value.reshape(heads[kind], rows // heads[kind] // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            )
+        values[by_gguf[tensor.name]] = torch.from_numpy(np.array(value))
+    return values
+
+
+def test_logits_are_those_of_the_decoded_tensors(ember: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(EMBER, dtype=torch.float32).eval()
+    values = decoded(ember)
+    reference.load_state_dict(values | {"lm_head.weight": values["model.embed_tokens.weight"]})
+    torch.testing.assert_close(logits(load(ember)), logits(reference), rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_reads_the_same_from_the_file(ember: Path) -> None:
+    if "q4_k_m" not in ember.name:
+        return  # it takes seconds, and this one holds plain numbers and two formats
+    theirs = AutoModelForCausalLM.from_pretrained(ember.parent, gguf_file=ember.name, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(load(ember)), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_tokenizer_and_template_are_those_of_the_folder(ember: Path) -> None:
+    ours, original = load_tokenizer(ModelConfig(id=str(ember))), AutoTokenizer.from_pretrained(EMBER)
+    for text in TEXTS:
+        assert ours(text, return_offsets_mapping=True) == original(text, return_offsets_mapping=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    assert ours.apply_chat_template(messages, tokenize=False) == original.apply_chat_template(messages, tokenize=False)
+    assert ours.all_special_tokens == original.all_special_tokens
+    assert (ours.eos_token_id, ours.bos_token_id, ours.pad_token_id) == (3, 0, 1)
+    assert load(ember).generation_config.eos_token_id == [3, 0]
+
+
+def test_the_config_is_that_of_the_folder(ember: Path) -> None:
+    ours, original = load(ember).config.to_dict(), AutoConfig.from_pretrained(EMBER).to_dict()
+    own = {"dtype", "transformers_version", "_name_or_path", "eos_token_id"}
+    assert {key: ours[key] for key in ours.keys() - own} == {key: original[key] for key in original.keys() - own}
+
+
+def test_layers_hold_the_bytes_of_the_file(ember: Path) -> None:
+    model, file = load(ember), read_gguf(ember)
+    packed = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | QuantEmbedding)
+    }
+    if "f32" in ember.name:
+        assert not packed
+        return
+    assert len(packed) == 7 * 6 + 2
+    value, query = packed["model.layers.0.self_attn.v_proj"], packed["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(value.get_parameter("data"), torch.from_numpy(file.tensors["blk.0.attn_v.weight"].read()))
+    stored = torch.from_numpy(file.tensors["blk.0.attn_q.weight"].read())
+    assert torch.equal(query.get_parameter("data"), stored.view(8, 16, 2, -1).transpose(1, 2).reshape(stored.shape))
+    assert packed["lm_head"].get_parameter("data") is packed["model.embed_tokens"].get_parameter("data")
+    audit = quant.audit(model)
+    assert not audit.unquantized and set(audit.bytes_by_dtype) == {"uint8", "float32"}
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[Any]:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed here: transformers' reader stands in for llama.cpp")
+    module = importlib.import_module("llama_cpp")
+    quiet = module.llama_log_callback(lambda level, text, data: None)
+    module.llama_log_set(quiet, ctypes.c_void_p(0))
+    yield module
+
+
+def random_model(model_type: str, folder: Path, **changes: Any) -> Path:
+    """A small model whose logits differ enough to be told apart, with the bundled tokenizer."""
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 4096,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": model_type.startswith("gemma"),
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 4 if model_type in ("gemma2", "gemma3_text") else None,
+        "bos_token_id": 0,
+        "eos_token_id": 3,
+        "pad_token_id": 1,
+    }
+    if model_type == "qwen2":
+        settings["head_dim"] = 16  # it is hidden_size / num_attention_heads there
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=0.3 if name.endswith("bias") or "norm" in name else 0.15)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBER / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_architecture_computes_what_llama_cpp_computes(
+    model_type: str, llama_cpp: Any, gguf_of: Write, tmp_path: Path
+) -> None:
+    folder = random_model(model_type, tmp_path)
+    path = gguf_of(folder, tmp_path / "model.gguf", "f32")
+    ours = logits(load(path))
+    torch.testing.assert_close(
+        ours, logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()), rtol=1e-3, atol=1e-3
+    )
+    engine = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    engine.eval(IDS[0].tolist())
+    theirs = torch.from_numpy(np.array(engine.scores[: IDS.shape[1]]))
+    error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert error.max() < 1e-2, error  # its cache of keys and values is float16
+
+
+def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any], dict[str, TensorToWrite]], None]) -> Path:
+    """A copy of a file with something changed."""
+    file = read_gguf(path)
+    metadata = dict(file.metadata)
+    tensors = {t.name: TensorToWrite(t.name, t.type_name, t.shape, t.read) for t in file.tensors.values()}
+    change(metadata, tensors)
+    write_gguf(target, metadata, tensors.values(), types=file.types)
+    return target
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, gguf_of: Write) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    return gguf_of(random_model("llama", folder), folder / "small.gguf", "q8_0")
+
+
+def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -> None:
+    def message(change: Callable[[dict[str, Any], dict[str, TensorToWrite]], None]) -> str:
+        with pytest.raises(ModelError) as info:
+            load(rewritten(small, tmp_path / "x.gguf", change))
+        return str(info.value)
+
+    def shorten(metadata: dict[str, Any], tensors: dict[str, TensorToWrite]) -> None:
+        old = tensors["blk.1.ffn_up.weight"]
+        tensors[old.name] = TensorToWrite(old.name, "q8_0", (95, 64), lambda: old.data()[:95])
+
+    def unread(metadata: dict[str, Any], tensors: dict[str, TensorToWrite]) -> None:
+        tensors["blk.1.ffn_up.weight"] = TensorToWrite(
+            "blk.1.ffn_up.weight", "i8", (96, 64), lambda: np.zeros((96, 64), "i1")
+        )
+
+    assert "model.layers.1.mlp.up_proj.weight" in message(lambda metadata, tensors: tensors.pop("blk.1.ffn_up.weight"))
+    assert "(95, 64) in the file, (96, 64) in the architecture" in message(shorten)
+    assert "blk.1.ffn_up.weight is held as i8" in message(unread)
+    assert "'mamba' are not supported" in message(
+        lambda metadata, tensors: metadata.update({"general.architecture": "mamba"})
+    )
+    small.with_name("cut.gguf").write_bytes(small.read_bytes()[:-4096])
+    with pytest.raises(GgufError, match="not a whole GGUF file"):
+        load(small.with_name("cut.gguf"))
+    with pytest.raises(ModelError, match="there is no file"):
+        load(tmp_path / "nowhere.gguf")
+    with pytest.raises(ModelError, match="a GGUF file is a model by itself") as info:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        shutil.copy(EMBER / "config.json", folder)
+        shutil.copy(small, folder / "a.gguf")
+        load(folder)
+    assert f"--model.id={folder / 'a.gguf'}" in str(info.value)
+
+
+def test_a_base_format_must_be_that_of_the_file(small: Path) -> None:
+    assert torch.equal(logits(load(small, base=base_section("q8_0"))), logits(load(small)))
+    with pytest.raises(
+        ModelError, match=r"holds model.layers.0.self_attn.q_proj in q8_0, and base.format asks for nf4"
+    ):
+        load(small, base=base_section("nf4"))
+
+
+def test_plain_numbers_are_packed_as_the_base_asks(gguf_of: Write, tmp_path: Path) -> None:
+    path = gguf_of(EMBER, tmp_path / "x.gguf", "f16")
+    model = load(path, base=base_section("q4_k_m"))
+    folder = load_model(ModelConfig(id=str(EMBER), dtype="float32"), base_section("q4_k_m"))
+    for name, module in folder.named_modules():
+        if isinstance(module, QuantLinear):
+            assert torch.equal(module.get_parameter("data"), model.get_submodule(name).get_parameter("data")), name
+
+
+def test_what_cannot_stay_packed_is_told(gguf_of: Write, tmp_path: Path) -> None:
+    folder = random_model("gemma3_text", tmp_path)
+    path = gguf_of(folder, tmp_path / "gemma.gguf", "q8_0")
+    told: list[Any] = []
+    model = load(path, sink=told.append)
+    assert [event.message for event in told if isinstance(event, Warned)] == [
+        "model.embed_tokens.weight is q8_0 in the file and is held in float32"
+    ]
+    assert "model.embed_tokens" in {row.name for row in quant.audit(model).unquantized}
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert (logits(model) - logits(reference)).norm() / logits(reference).norm() < 0.05
+
+
+def test_an_untied_head_is_its_own(small: Path) -> None:
+    model = load(small)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embedding, QuantEmbedding) and isinstance(head, QuantLinear)
+    assert head.format.name == "q8_0" and not torch.equal(head.get_parameter("data"), embedding.get_parameter("data"))
+    assert torch.equal(models.head(model).weight, head.decode(torch.float32))
+    assert json.loads(json.dumps(quant.audit(model).to_dict()))["quantized"] > 0
