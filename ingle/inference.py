@@ -142,7 +142,13 @@ def open_model(
         ModelError: When it cannot be found or read.
         AdapterError: When the adapter does not fit its base, or was trained on another.
     """
-    source = locate(path_or_id)
+    return open_source(locate(path_or_id), base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
+
+
+def open_source(
+    source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
+) -> Engine:
+    """Opens what :func:`locate` found; arguments as in :func:`open_model`."""
     config = source.original if base_only and source.original is not None else source.model
     mesh = parallel.start(ParallelConfig())
     tokenizer = models.load_tokenizer(config)

@@ -148,9 +148,7 @@ def measure(
     )
 
 
-def _sum_up(
-    weight_OI: Tensor, layer: Any, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor
-) -> dict[str, float]:
+def _sum_up(weight_OI: Tensor, layer: Any, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor) -> dict[str, float]:
     """Sums of squares and products, some rows at a time, in float64."""
     sums = dict.fromkeys(("weight", "wanted", "survived", "both", "error"), 0.0)
     rows = max(1, _CHUNK_WEIGHTS // weight_OI.shape[1])

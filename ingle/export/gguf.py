@@ -12,25 +12,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from ingle import models
-from ingle.config.base import BaseConfig
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import BaseConfig, base_section
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
 from ingle.export.merging import Loaded, Merger
-from ingle.gguf import TensorToWrite, write_gguf
+from ingle.gguf import TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
-from ingle.gguf import vocabulary
 from ingle.gguf.container import row_bytes
+from ingle.gguf.imatrix import read_imatrix
 from ingle.gguf.mixes import FILE_TYPES, file_type_number, is_packed, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.models.streaming import Entry
@@ -98,6 +97,7 @@ class GgufExport:
         self._config: dict[str, Any] = model.config.to_dict()
         self._described = shapes.to_metadata(self._config)
         self.names = names_of(self._described)
+        self._num_copied = 0
         self.planned = self._plan()
 
     @property
@@ -105,11 +105,14 @@ class GgufExport:
         """Bytes of all tensors."""
         return sum(planned.num_bytes for planned in self.planned)
 
+    @property
+    def num_copied(self) -> int:
+        """Weights whose bytes are those of the base."""
+        return self._num_copied
+
     def promote(self, types: Mapping[str, str]) -> None:
         """Gives tensors other types, by GGUF name."""
-        self.planned = [
-            Planned(p.name, p.entry, p.hf_name, p.shape, types.get(p.name, p.type)) for p in self.planned
-        ]
+        self.planned = [Planned(p.name, p.entry, p.hf_name, p.shape, types.get(p.name, p.type)) for p in self.planned]
 
     def write(self, path: Path, metadata: Mapping[str, Any], *, sink: Sink | None = None) -> list[TensorFidelity]:
         """Writes the file.
@@ -229,7 +232,13 @@ class GgufExport:
         if isinstance(target, torch.dtype):
             value = loaded.merged(torch.float32) + self.names.offset(planned.name)
             return _bytes(value.to(target))
+        self._num_copied += loaded.is_copied(target)
         return loaded.planes(target, importance)["data"].cpu().numpy()
+
+
+def read_importance(path: Path) -> dict[str, torch.Tensor]:
+    """The importance of every weight's columns, by GGUF name, from an importance matrix of llama.cpp's."""
+    return {name: torch.from_numpy(entry.mean[0]) for name, entry in read_imatrix(path).entries.items()}
 
 
 def choose_type(name: str | None, base: BaseConfig) -> str:
@@ -242,10 +251,12 @@ def choose_type(name: str | None, base: BaseConfig) -> str:
     Raises:
         ConfigError: No GGUF file has this type, or the base is held in what GGUF does not hold.
     """
+    if name is None and isinstance(base, MixBase):
+        return base.format
     if name is None:
-        return AS_TRAINED if _is_blocks(base) else "q8_0"
+        return AS_TRAINED if holds(base) else "q8_0"
     chosen = ALIASES.get(name.lower(), name.lower())
-    if chosen == AS_TRAINED and not _is_blocks(base) and base.format != "none":
+    if chosen == AS_TRAINED and not holds(base) and base.format != "none":
         raise ConfigError(
             f"GGUF cannot hold {base.format}, which this model was trained on.",
             where=f"--type {name}",
@@ -253,20 +264,22 @@ def choose_type(name: str | None, base: BaseConfig) -> str:
         )
     if chosen not in (AS_TRAINED, *FILE_TYPES):
         raise ConfigError(
-            f"there is no GGUF type {name}.", where=f"--type {name}", fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}"
+            f"there is no GGUF type {name}.",
+            where=f"--type {name}",
+            fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}",
         )
     return chosen
 
 
-def _is_blocks(base: BaseConfig) -> bool:
-    return isinstance(base, GgmlBase)
+def holds(base: BaseConfig) -> bool:
+    """Whether GGUF has the format that a base is held in."""
+    return isinstance(base, GgmlBase | MixBase)
 
 
 def _target(type_name: str) -> Format | torch.dtype:
     if type_name in PLAIN:
         return PLAIN[type_name]
-    section: Any = TypeAdapter(BaseConfig).validate_python({"format": type_name})
-    format = make_format(section)
+    format = make_format(base_section(type_name))
     assert format is not None, type_name
     return format
 

@@ -1,7 +1,8 @@
 """Merged weights as safetensors in the hub's names, written tensor by tensor.
 
-Plain types (``bf16 f16 f32``) are what transformers, vLLM and converters read; ``nf4``, ``fp4`` and ``int8`` are written
-in bitsandbytes' layout, so that they load packed.  Formats of GGUF blocks are exchanged as GGUF.
+Plain types (``bf16 f16 f32``) are what transformers, vLLM and converters read; ``nf4``, ``fp4`` and ``int8`` are
+written in bitsandbytes' layout and ``hqq`` in its package's, so that they load packed.  Formats of GGUF blocks are
+exchanged as GGUF.
 """
 
 from __future__ import annotations
@@ -10,33 +11,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from ingle import models, quant
-from ingle.config.base import BaseConfig, NoBase
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, QuantizationError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
 from ingle.export.merging import Loaded, Merger
 from ingle.export.shards import ShardWriter
+from ingle.gguf.mixes import FILE_TYPES
 from ingle.models.streaming import Entry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import Format
+from ingle.quant.hqq import Hqq
+from ingle.quant.interchange_hqq import to_hqq
 from ingle.quant.linear import Packed
 
 #: Plain types by their name on the command line.
 PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 #: Formats that have a layout of their own among safetensors.
-PACKED = ("nf4", "fp4", "int8")
+PACKED = ("nf4", "fp4", "int8", "hqq")
 
 #: Parts under which a packed weight is stored, at most.
-_MAX_PARTS = 7
+_MAX_PARTS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +76,12 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
     if type_name in PACKED:
         if base.format == type_name:
             return Layout(torch.bfloat16, base)
-        made: BaseConfig = TypeAdapter(BaseConfig).validate_python({"format": type_name})
-        return Layout(torch.bfloat16, made)
-    blocks = {get_args(s.model_fields["format"].annotation)[0] for s in _sections() if issubclass(s, GgmlBase)}
+        return Layout(torch.bfloat16, base_section(type_name))
     raise ConfigError(
         f"there is no layout of safetensors for {type_name}.",
         where=f"--type {type_name}",
-        fix=f"--to gguf --type {type_name}" if type_name in blocks else f"one of {', '.join((*PLAIN, *PACKED))}",
+        fix=f"--to gguf --type {type_name}" if type_name in FILE_TYPES else f"one of {', '.join((*PLAIN, *PACKED))}",
     )
-
-
-def _sections() -> tuple[Any, ...]:
-    return get_args(get_args(get_args(BaseConfig)[0])[0])
 
 
 def estimate_bytes(merger: Merger, layout: Layout) -> int:
@@ -147,7 +143,9 @@ def _tensors(
             planes = merged
             found.append(fidelity)
         layer = piece.key.removesuffix("weight")
-        for part, tensor in to_bitsandbytes(planes, format, *piece.shape, dtype=layout.dtype).items():
+        exchange = to_hqq if isinstance(format, Hqq) else to_bitsandbytes
+        rows, columns = piece.shape
+        for part, tensor in exchange(planes, format, rows, columns, dtype=layout.dtype).items():  # type: ignore[operator]
             yield layer + part, tensor
         return
     if loaded.layer is not None:
@@ -176,10 +174,13 @@ def _formats(model: ModelConfig, layout: Layout) -> Mapping[str, Format]:
 
 
 def _quantization_config(layout: Layout) -> dict[str, Any] | None:
-    """What transformers wants to be told of weights in bitsandbytes' layout."""
+    """What transformers wants to be told of packed weights."""
     base: Any = layout.base
     if isinstance(base, NoBase):
         return None
+    if base.format == "hqq":
+        params = {"nbits": base.bits, "group_size": base.group_size, "axis": 1}
+        return {"quant_method": "hqq", "quant_config": {"weight_quant_params": params}, "skip_modules": ["lm_head"]}
     if base.format == "int8":
         return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
     return {

@@ -30,7 +30,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
         binding = require()
-        self.version = str(binding.__version__)
+        self.version = f"llama.cpp (llama-cpp-python {binding.__version__})"
         try:
             self._llama = binding.Llama(
                 str(path),
@@ -60,41 +60,32 @@ class LlamaCpp:
     ) -> None:
         self._llama.close()
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens it knows."""
-        return int(self._llama.n_vocab())
-
-    def render(self, messages: Sequence[dict[str, str]]) -> str | None:
-        """A conversation by the template in the file, the answer about to begin; None where there is none."""
-        metadata = self._llama.metadata
-        template = metadata.get("tokenizer.chat_template")
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation as ``llama-server`` makes them: the file's template, one BOS where it asks."""
+        template = self._llama.metadata.get("tokenizer.chat_template")
         if template is None:
-            return None
+            raise ExportError("the file holds no chat template.", where="tokenizer.chat_template")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return environment.from_string(template).render(
+        bos = self._token_text("bos")
+        text: str = environment.from_string(template).render(
             messages=list(messages),
-            bos_token=self._token_text("bos"),
+            bos_token=bos,
             eos_token=self._token_text("eos"),
             add_generation_prompt=True,
             raise_exception=_raise,
         )
-
-    def tokenize_prompt(self, text: str) -> list[int]:
-        """The tokens of a rendered conversation as ``llama-server`` makes them: one BOS where the file asks for it."""
-        bos = self._token_text("bos")
-        if self.adds_bos and bos and text.startswith(bos):
+        if self.adds_bos and bos:
             text = text.removeprefix(bos)
-        return self.tokenize(text, add_special=True)
+        return self.text_ids(text)
 
     @property
     def adds_bos(self) -> bool:
         """Whether llama.cpp puts a BOS before every text."""
         return bool(self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true")
 
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """The tokens of a text, special ones recognised."""
-        return [int(i) for i in self._llama.tokenize(text.encode(), add_bos=add_special, special=True)]
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a text, special ones recognised, with the BOS that the file asks for."""
+        return [int(i) for i in self._llama.tokenize(text.encode(), add_bos=True, special=True)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """``[T, V]``: the logits after each token."""

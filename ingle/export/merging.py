@@ -5,6 +5,7 @@ Nothing here holds more than one weight; the arithmetic of a merge is :mod:`ingl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ingle import adapters, models
+from ingle.adapters.identity import BaseIdentity, combine, sample, tensor_digest
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import is_touched, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
 from ingle.models.streaming import Entry, Stream, plain_value
+from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
-from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.linear import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class Loaded:
             parts = [holder.decode(expert, dtype) for expert in range(holder.num_stacked)]
             stacked = torch.stack(parts)
             return stacked.transpose(-1, -2).contiguous() if holder.transposed else stacked
-        assert isinstance(holder, QuantLinear)
-        weight = holder.decode(dtype)
+        assert isinstance(holder, Packed)
+        weight = holder.format.decode(holder.planes(), holder.out_features, holder.in_features, dtype)
         return weight.t().contiguous() if holder.transposed else weight
 
     @torch.no_grad()
@@ -78,7 +81,8 @@ class Loaded:
         """The merged value packed; the base's own bytes where nothing changes it and the format stays."""
         if self.layer is not None:
             return merged_planes(self.layer, target, importance, name=self.name)
-        if self.trained is None and isinstance(self.holder, QuantLinear) and self.format == target:
+        if self.is_copied(target):
+            assert isinstance(self.holder, Packed)
             return self.holder.planes()
         return target.encode(self.merged(torch.float32), importance, name=self.name)
 
@@ -92,12 +96,15 @@ class Merger:
 
     Args:
         source: What to export.
+        checks_base: Take note of the base's bytes as they pass, for :meth:`explain_mismatch`.
         sink: Is told what the adapter's loading remarks on.
 
     Attributes:
         stream: The base.
+        all_layers: Adapters, by the parameter they sit on.
         layers: Adapters that change something, by the parameter they change.
         trained: Parameters trained whole, by name.
+        identity: Of the base the adapter was trained on, where it knows it.
         untied: Parameters trained whole that no file of the base holds (an output head that was tied).
 
     Raises:
@@ -105,20 +112,24 @@ class Merger:
         AdapterError: When the adapter does not fit.
     """
 
-    def __init__(self, source: Source, *, allow_mismatch: bool = False, sink: Sink | None = None) -> None:
+    def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink | None = None) -> None:
         dtype = models.compute_dtype(source.model.dtype, "cpu")
         self.stream = Stream(source.model, source.base, dtype)
         self.layers: dict[str, LoraLinear] = {}
+        self.all_layers: dict[str, LoraLinear] = {}
         self.trained: dict[str, Tensor] = {}
-        self.adapted = source.adapter is not None
+        self.identity: BaseIdentity | None = None
+        self._passed: _Passed | None = None
         if source.adapter is not None:
+            self.identity = adapters.read_record(source.adapter).identity
+            self._passed = _Passed() if checks_base and self.identity is not None else None
             report = adapters.load_adapter(self.stream.model, source.adapter)
             for note in report.notes:
                 if sink is not None:
                     sink(Warned(note, where=str(source.adapter)))
             modules = adapters.lora_modules(self.stream.model)
-            self.layers = {f"{name}.weight": layer for name, layer in modules.items() if is_touched(layer)}
             self.all_layers = {f"{name}.weight": layer for name, layer in modules.items()}
+            self.layers = {name: layer for name, layer in self.all_layers.items() if is_touched(layer)}
             for path in report.trained_whole:
                 for key, parameter in self.stream.model.get_submodule(path).named_parameters(remove_duplicate=False):
                     self.trained[f"{path}.{key}"] = parameter.detach()
@@ -129,11 +140,20 @@ class Merger:
     def loaded(self, entry: Entry) -> Iterator[Loaded]:
         """One parameter with its bytes while the block runs."""
         trained = self.trained.get(entry.name)
-        if trained is not None:
+        if trained is not None and self._passed is None:
             yield Loaded(entry.name, self.stream.holder(entry.name), None, trained)
             return
         with self.stream.loaded(entry.name) as holder:
-            yield Loaded(entry.name, holder, self.layers.get(entry.name), None)
+            if self._passed is not None:
+                self._passed.note(entry.name, holder, self.all_layers.get(entry.name))
+            yield Loaded(entry.name, holder, self.layers.get(entry.name), trained)
+
+    def explain_mismatch(self) -> str | None:
+        """How far the base that has passed is from the one the adapter was trained on; None where they are one."""
+        if self._passed is None or self.identity is None:
+            return None
+        found = self._passed.identity()
+        return None if found.sha256 == self.identity.sha256 else self.identity.explain_difference(found)
 
     def _is_tied(self, name: str) -> bool:
         """Whether a value trained whole is the same as another's, so that one file entry stands for both."""
@@ -146,8 +166,37 @@ class Merger:
         )
 
 
+class _Passed:
+    """The identity of a base whose weights come one after the other."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+        self._formats: Counter[str] = Counter()
+        self._samples: dict[str, list[float]] = {}
+
+    def note(self, name: str, holder: nn.Module, layer: LoraLinear | None) -> None:
+        path, _, leaf = name.rpartition(".")
+        is_packed = isinstance(holder, Packed) and leaf != "bias"
+        if is_packed:
+            prefix = name if isinstance(holder, QuantStack) else path
+            tensors = {f"{prefix}.{key}": plane for key, plane in holder.planes().items()}
+            if tensors.keys() - self._digests.keys():
+                self._formats[holder.format.name] += 1
+        else:
+            tensors = {name: plain_value(holder, name)}
+        self._digests |= {key: tensor_digest(tensor) for key, tensor in tensors.items() if key not in self._digests}
+        if layer is not None:
+            self._samples[path] = sample(layer)
+
+    def identity(self) -> BaseIdentity:
+        return BaseIdentity(
+            sha256=combine(self._digests),
+            formats=dict(sorted(self._formats.items())),
+            tensors={name: digest[:12] for name, digest in sorted(self._digests.items())},
+            samples=dict(sorted(self._samples.items())),
+        )
+
+
 def is_transposed(base: nn.Module) -> bool:
     """Whether the files hold a linear map's weight as ``[I, O]`` (GPT-2's Conv1D)."""
-    from ingle.quant.conversion import is_conv1d
-
     return bool(getattr(base, "transposed", False)) or is_conv1d(base)

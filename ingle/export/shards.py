@@ -55,7 +55,9 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor."""
-        assert all(name not in names for _, names in self._shards) and name not in self._header, f"{name} is there twice"
+        assert all(name not in names for _, names in self._shards) and name not in self._header, (
+            f"{name} is there twice"
+        )
         if self._file is None or (self._header and self._position + tensor.nbytes > self._shard_bytes):
             self._close()
             self._open()

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ingle.atomic import atomic_folder
+from ingle.models.generation import end_token_ids
 from ingle.quant.linear import Packed
 
 #: Small enough for file systems and uploads, large enough that few models need many.
@@ -71,7 +72,10 @@ def save_setup(
             json.dumps(json.loads(path.read_text()) | {"quantization_config": dict(quantization)}, indent=2) + "\n"
         )
     if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+        settings = deepcopy(model.generation_config)
+        ends = sorted(end_token_ids(model, cast(PreTrainedTokenizerFast, tokenizer)))
+        settings.eos_token_id = ends if len(ends) != 1 else ends[0]
+        settings.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -1,0 +1,196 @@
+"""The ways of exporting that write one model: merged safetensors, and GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ingle import models
+from ingle.events import Progress
+from ingle.export import certificate, gguf, hf, ollama
+from ingle.export.fidelity import TensorFidelity
+from ingle.export.gguf import GgufExport
+from ingle.export.hf import Layout
+from ingle.export.llama import LlamaCpp
+from ingle.export.place import Place
+from ingle.export.promotion import Promotion, promote
+from ingle.export.work import Outcome, Work, plain_source
+from ingle.inference import Engine, Source, open_source
+from ingle.models.peers import TransformersServer
+
+#: Tokens of a certificate's longest text.
+_CONTEXT = 1024
+
+
+def export_safetensors(work: Work) -> Outcome:
+    """Writes the merged model in the hub's layout."""
+    source = work.subject.source
+    layout = hf.choose_layout((work.request.type or "bf16").lower(), source.base)
+    place = Place(work.request.out, None)
+    yardstick = work.measure_trained()
+    merger = work.merger()
+    place.require_bytes(hf.estimate_bytes(merger, layout))
+    with place.opened() as partial:
+        found = hf.write_safetensors(merger, work.tokenizer, source.model, partial, layout, sink=work.sink)
+        work.check_base(merger)
+        written = _folder_source(partial, layout, source)
+        num_weights = sum(entry.num_weights for entry in merger.stream.entries)
+        divergence = None if layout.name == "hqq" else work.measure_written(yardstick, written, num_weights)
+        report = work.report(
+            layout.name,
+            found,
+            divergence,
+            yardstick,
+            num_tensors=len(merger.stream.entries),
+            num_copied=len(merger.stream.entries) - len(found) if layout.base == source.base else 0,
+        )
+        work.refuse_loss(report, found)
+        work.write_companions(
+            partial,
+            type_name=layout.name,
+            usage=_usage(place.folder, work),
+            found=found,
+            divergence=divergence,
+            report=report,
+        )
+    files = tuple(sorted(place.folder.glob("*.safetensors")))
+
+    def certify() -> dict[str, Any]:
+        engine = open_source(_folder_source(place.folder, layout, source, dtype="float32"))
+        return certificate.certify(
+            TransformersServer(place.folder),
+            engine,
+            work.subject.prompts(work.request.data),
+            system=work.subject.system,
+            tolerance=certificate.PLAIN,
+            sink=work.sink,
+        )
+
+    num_bytes = sum(file.stat().st_size for file in files)
+    return Outcome(place.folder, place.folder, files, layout.name, num_bytes, report, certify)
+
+
+def export_gguf(work: Work) -> Outcome:
+    """Writes the merged, or untouched, model as one GGUF file with a Modelfile."""
+    source = work.subject.source
+    type_name = gguf.choose_type(work.request.type, source.base)
+    place = Place(work.request.out, f"{work.name}-{type_name}")
+    assert place.main is not None
+    yardstick = work.measure_trained()
+    merger = work.merger()
+    export = GgufExport(merger, work.tokenizer, type_name, _importance(work))
+    promotion = _promote(work, export) if work.request.promote else None
+    place.require_bytes(export.num_bytes)
+    with place.opened() as partial:
+        path = partial / place.main
+        found = export.write(path, about(work), sink=work.sink)
+        work.check_base(merger)
+        written = plain_source(path, source.model.dtype)
+        divergence = work.measure_written(yardstick, written, 0)
+        report = work.report(
+            type_name,
+            found,
+            divergence,
+            yardstick,
+            num_tensors=len(export.planned),
+            num_copied=export.num_copied,
+            promotion=promotion,
+        )
+        work.refuse_loss(report, found)
+        write_modelfile(work, merger.stream.model, partial, weights=f"./{place.main}")
+        work.write_companions(
+            partial,
+            type_name=type_name,
+            usage=_gguf_usage(place.main),
+            found=found,
+            divergence=divergence,
+            report=report,
+        )
+    packed = any(planned.type not in gguf.PLAIN for planned in export.planned)
+
+    def certify() -> dict[str, Any]:
+        engine = Engine(open_source(plain_source(place.result, "float32")).model, work.tokenizer, adapted=False)
+        return certify_llama(work, place.result, engine, packed=packed)
+
+    return Outcome(place.result, place.folder, (place.result,), type_name, place.result.stat().st_size, report, certify)
+
+
+def certify_llama(
+    work: Work, path: Path, engine: Engine, *, packed: bool, adapter: Path | None = None
+) -> dict[str, Any]:
+    """Lets llama.cpp answer with a file and compares it with Ingle."""
+    longest = getattr(engine.model.config, "max_position_embeddings", _CONTEXT)
+    with LlamaCpp(path, adapter=adapter, context=min(longest, _CONTEXT)) as server:
+        return certificate.certify(
+            server,
+            engine,
+            work.subject.prompts(work.request.data),
+            system=work.subject.system,
+            tolerance=certificate.PACKED if packed else certificate.PLAIN,
+            sink=work.sink,
+        )
+
+
+def about(work: Work) -> dict[str, Any]:
+    """What a file says of itself besides its shape."""
+    return {"general.name": work.name, "general.base_model.count": 1, "general.base_model.0.name": work.base_model}
+
+
+def write_modelfile(work: Work, model: Any, folder: Path, *, weights: str, adapter: str | None = None) -> None:
+    """Writes the ``Modelfile`` of a GGUF export."""
+    ends = models.end_token_ids(model, work.tokenizer)
+    notes = [f"ollama create {work.name} -f Modelfile"]
+    text = ollama.make_modelfile(work.tokenizer, sorted(ends), weights=weights, adapter=adapter, notes=notes)
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def _promote(work: Work, export: GgufExport) -> Promotion:
+    """Gives the weights that lose most a wider type."""
+    merged = {
+        planned.name: planned
+        for planned in export.planned
+        if planned.hf_name in export.merger.layers and planned.type not in gguf.PLAIN
+    }
+    done = 0
+
+    def measure_as(name: str, type_name: str) -> TensorFidelity:
+        nonlocal done
+        done += 1
+        work.sink(Progress("measuring wider types", done))
+        return export.measure_as(merged[name], type_name)
+
+    promotion = promote(
+        [(name, planned.type, planned.shape[-1]) for name, planned in merged.items()],
+        measure_as,
+        int(work.request.size_budget * export.num_bytes),
+    )
+    export.promote(promotion.types)
+    return promotion
+
+
+def _importance(work: Work) -> dict[str, Tensor]:
+    if work.request.imatrix is None:
+        return {}
+    return gguf.read_importance(work.request.imatrix)
+
+
+def _folder_source(folder: Path, layout: Layout, source: Source, *, dtype: str | None = None) -> Source:
+    plain = plain_source(folder, dtype or source.model.dtype)
+    return Source(plain.model, layout.base)
+
+
+def _usage(folder: Path, work: Work) -> str:
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")\n```'
+    )
+
+
+def _gguf_usage(name: str) -> str:
+    return (
+        f"```console\n$ llama-server -m {name}\n```\n\nor, with Ollama:\n\n"
+        "```console\n$ ollama create my-model -f Modelfile\n$ ollama run my-model\n```"
+    )

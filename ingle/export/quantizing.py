@@ -1,0 +1,272 @@
+"""Packs a model as it is, without an adapter: one file or folder, and what each class of weights lost in it.
+
+The losses are those of the result: every packed weight is read back from what was written and compared with where it
+came from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ingle import models
+from ingle.config.base import NoBase
+from ingle.config.model import ModelConfig
+from ingle.errors import ConfigError
+from ingle.evaluation.formats import Target, find_target, read_windows
+from ingle.evaluation.importance import gather_importance
+from ingle.events import Progress, Saved, Sink
+from ingle.export import hf
+from ingle.export.gguf import PLAIN, GgufExport, read_importance
+from ingle.export.merging import Merger
+from ingle.export.place import Place
+from ingle.gguf import read_gguf
+from ingle.inference import Source
+from ingle.quant.format import Format
+
+#: Tokens of a text that an importance matrix is gathered from.
+NUM_TOKENS = 65_536
+
+_LAYER = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be packed.
+
+    Attributes:
+        model: A folder or hub id.
+        to: Name of the target.
+        out: A ``.gguf`` file, or a new folder.
+        imatrix: An importance matrix; with ``data`` it is gathered and written there, else read.
+        data: Text to gather an importance matrix from.
+        num_tokens: How much of it.
+    """
+
+    model: str
+    to: str
+    out: Path
+    imatrix: Path | None = None
+    data: Path | None = None
+    num_tokens: int = NUM_TOKENS
+
+    def check(self) -> Target:
+        """The target.
+
+        Raises:
+            ConfigError: The format is unknown, or options contradict one another.
+        """
+        target = find_target(self.to)
+        weighed = target.container == "gguf" and target.name not in PLAIN
+        for option, given in (("--imatrix", self.imatrix), ("--data", self.data)):
+            if given is not None and not weighed:
+                raise ConfigError(
+                    f"{target.name} does not weigh its error by an importance matrix.",
+                    where=f"{option} {given}",
+                    fix="leave it out, or choose a type of GGUF blocks (q4_k_m)",
+                )
+        if self.data is not None and self.imatrix is not None and self.imatrix.exists():
+            raise ConfigError(
+                "the importance matrix to be gathered is there already.",
+                where=f"--imatrix {self.imatrix}",
+                why="with --data it is written, and nothing is overwritten",
+                fix="leave --data out to use it, or name another file",
+            )
+        if self.data is None and self.imatrix is not None and not self.imatrix.is_file():
+            raise ConfigError("there is no such file.", where=f"--imatrix {self.imatrix}")
+        return target
+
+
+@dataclass
+class Loss:
+    """What the weights of one class lost.
+
+    Attributes:
+        types: Weights by the type they got.
+        num_weights: How many there are.
+        num_bytes: What they take.
+        error: Sum of squared errors.
+        energy: Sum of squares.
+    """
+
+    types: dict[str, int] = field(default_factory=dict)
+    num_weights: int = 0
+    num_bytes: int = 0
+    error: float = 0.0
+    energy: float = 0.0
+
+    def add(self, weight: Tensor, packed: Tensor, type_name: str, num_bytes: int) -> None:
+        """Counts one weight, before and after."""
+        self.types[type_name] = self.types.get(type_name, 0) + weight.numel()
+        self.num_weights += weight.numel()
+        self.num_bytes += num_bytes
+        for before, after in zip(weight.split(_ROWS), packed.split(_ROWS), strict=True):
+            self.error += float((after.double() - before.double()).square().sum())
+            self.energy += float(before.double().square().sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with bits a weight and the relative root mean square error."""
+        relative = (self.error / self.energy) ** 0.5 if self.energy else 0.0
+        bits = 8 * self.num_bytes / self.num_weights
+        kept = {key: value for key, value in asdict(self).items() if key not in ("error", "energy")}
+        return kept | {"bits_per_weight": bits, "relative_error": relative}
+
+
+#: Rows compared at once.
+_ROWS = 1024
+
+
+def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
+    """Packs a model.
+
+    Args:
+        order: What into what.
+        sink: Is told of the progress.
+
+    Returns:
+        ``path, to, container, num_weights, num_bytes_before, num_bytes, bits_per_weight, imatrix`` and ``classes``: for
+        each class of weights its types, size, bits a weight and relative error.
+
+    Raises:
+        ConfigError: The format is unknown, options contradict one another, or something would be overwritten.
+        IngleError: For every other mistake the user can mend.
+    """
+    target = order.check()
+    is_file = target.container == "gguf"
+    name = Path(order.model).resolve().name
+    place = Place(order.out, f"{name}-{target.name}" if is_file else None)
+    source = Source(ModelConfig(id=order.model, dtype="float32"), NoBase())
+    tokenizer = models.load_tokenizer(source.model)
+    importance = _importance(order, tokenizer, sink)
+    merger = Merger(source, sink=sink)
+    with place.opened() as partial:
+        if is_file:
+            assert place.main is not None
+            classes = _write_gguf(merger, tokenizer, target, importance, partial / place.main, name, place, sink)
+        else:
+            classes = _write_folder(merger, tokenizer, source.model, target, partial, place, sink)
+    num_weights = sum(loss.num_weights for loss in classes.values())
+    num_bytes = sum(loss.num_bytes for loss in classes.values())
+    sink(Saved(0, str(place.result), "model"))
+    return {
+        "path": str(place.result),
+        "to": target.name,
+        "container": target.container,
+        "num_weights": num_weights,
+        "num_bytes_before": sum(stored.num_bytes for stored in merger.stream.stored()),
+        "num_bytes": num_bytes,
+        "bits_per_weight": 8 * num_bytes / num_weights,
+        "imatrix": None if importance is None else str(order.imatrix or order.data),
+        "classes": {key: loss.to_dict() for key, loss in classes.items()},
+    }
+
+
+def _importance(order: Order, tokenizer: Any, sink: Sink) -> dict[str, Tensor] | None:
+    """By GGUF name."""
+    if order.data is None:
+        return None if order.imatrix is None else read_importance(order.imatrix)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load_model(ModelConfig(id=order.model), device=device, sink=sink)
+    names = models.gguf_names(model)
+    windows = read_windows(str(order.data), model, tokenizer, order.num_tokens)
+    entries = gather_importance(model, windows, lambda done, total: sink(Progress("reading the text", done, total)))
+    if order.imatrix is not None:
+        longest = max(len(window.sample.input_ids) for window in windows)
+        models.save_importance(model, entries, order.imatrix, datasets=[str(order.data)], chunk_size=longest)
+        sink(Saved(0, str(order.imatrix), "imatrix"))
+    found = {names.to_gguf(name): entry.mean for name, entry in entries.items()}
+    return {name: mean for name, mean in found.items() if name is not None}
+
+
+def _write_gguf(
+    merger: Merger,
+    tokenizer: Any,
+    target: Target,
+    importance: Mapping[str, Tensor] | None,
+    path: Path,
+    name: str,
+    place: Place,
+    sink: Sink,
+) -> dict[str, Loss]:
+    export = GgufExport(merger, tokenizer, target.name, importance or {})
+    place.require_bytes(export.num_bytes)
+    export.write(path, {"general.name": name}, sink=sink)
+    tensors = read_gguf(path).tensors
+    losses = _Losses(sink, len(export.planned))
+    for planned in export.planned:
+        assert planned.entry is not None
+        tensor = tensors[planned.name]
+        with merger.loaded(planned.entry) as loaded:
+            weight = loaded.merged(torch.float32) + export.names.offset(planned.name)
+        rows = torch.from_numpy(tensor.read())
+        order = export.names.permutation(planned.name, len(rows))
+        if order is not None:
+            rows = rows[torch.from_numpy(np.argsort(order))]
+        losses.add(planned.name, weight, _unpack(rows, planned.type, weight.shape), planned.type, tensor.num_bytes)
+    return losses.classes
+
+
+def _unpack(rows: Tensor, type_name: str, shape: torch.Size) -> Tensor:
+    if type_name in PLAIN:
+        return rows.reshape(-1).view(PLAIN[type_name]).view(shape).float()
+    format = _block_format(type_name)
+    return format.decode({"data": rows}, shape[0], shape[1], torch.float32)
+
+
+def _block_format(type_name: str) -> Format:
+    from ingle.config.base import base_section
+    from ingle.quant import make_format
+
+    format = make_format(base_section({"format": type_name}))
+    assert format is not None
+    return format
+
+
+def _write_folder(
+    merger: Merger, tokenizer: Any, model: ModelConfig, target: Target, folder: Path, place: Place, sink: Sink
+) -> dict[str, Loss]:
+    assert target.base is not None
+    layout = hf.Layout(torch.bfloat16, target.base)
+    place.require_bytes(hf.estimate_bytes(merger, layout))
+    hf.write_safetensors(merger, tokenizer, model, folder, layout, sink=sink)
+    written = Merger(Source(ModelConfig(id=str(folder), dtype="bfloat16"), target.base))
+    losses = _Losses(sink, len(merger.stream.entries))
+    for entry, other in _pairs(merger, written):
+        with merger.loaded(entry) as loaded, written.loaded(other) as packed:
+            format = packed.format
+            value = packed.base(torch.float32)
+            num_bytes = 2 * value.numel()
+            if format is not None:
+                num_bytes = sum(plane.nbytes for plane in packed.holder.planes().values())  # type: ignore[operator]
+            losses.add(
+                entry.name, loaded.merged(torch.float32), value, "bf16" if format is None else target.name, num_bytes
+            )
+    return losses.classes
+
+
+def _pairs(merger: Merger, written: Merger) -> Iterator[tuple[Any, Any]]:
+    there = {entry.name: entry for entry in written.stream.entries}
+    return ((entry, there[entry.name]) for entry in merger.stream.entries)
+
+
+class _Losses:
+    """Losses by class, in the order in which classes come."""
+
+    def __init__(self, sink: Sink, total: int) -> None:
+        self.classes: dict[str, Loss] = {}
+        self._tell: Callable[[int], None] = lambda done: sink(Progress("reading back", done, total))
+        self._done = 0
+
+    def add(self, name: str, weight: Tensor, packed: Tensor, type_name: str, num_bytes: int) -> None:
+        """Counts one weight under its class: its name without layer and ending."""
+        key = "norms and biases" if weight.dim() < 2 else _LAYER.sub(r"\1", name.removesuffix(".weight")).split(".")[-1]
+        self.classes.setdefault(key, Loss()).add(weight, packed, type_name, num_bytes)
+        self._done += 1
+        self._tell(self._done)

@@ -1,0 +1,156 @@
+"""What an export is asked to do, and what it found out about the model before it began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ingle import data
+from ingle.config.data import DataConfig
+from ingle.config.data import Source as DataSource
+from ingle.config.paths import locate_paths
+from ingle.config.run import Run
+from ingle.data import Example, Sample
+from ingle.errors import ConfigError
+from ingle.evaluation.likelihood import window_size
+from ingle.export.divergence import read_samples
+from ingle.inference import Source
+from ingle.training.folder import RunFolder
+
+Target = Literal["peft", "safetensors", "gguf", "gguf-adapter"]
+TARGETS: tuple[Target, ...] = ("peft", "safetensors", "gguf", "gguf-adapter")
+
+#: Largest KL divergence of the written model from the trained one, nats a token: beyond what Q3_K_M costs a model of
+#: eight billion weights (0.10), well below what Q2_K does (0.45).
+MAX_KL = 0.15
+#: Least correlation of what survived with what was trained, where there is no text to measure on.
+MIN_CORRELATION = 0.5
+#: What promotion may add, as a share of the file.
+SIZE_BUDGET = 0.15
+
+#: Prompts that a certificate asks.
+NUM_PROMPTS = 6
+
+#: Asked where neither a run nor the user names any text.
+_PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Count from one to ten.",
+    "Explain in one sentence why the sky is blue.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """An export.
+
+    Attributes:
+        to: What to write.
+        out: Where.
+        type: The type of the weights as typed; None for the default.
+        verify: Let another program read it and compare.
+        promote: Give weights that lose too much a wider type.
+        size_budget: What that may cost, as a share of the file.
+        max_kl: Largest loss that is accepted, nats a token.
+        allow_loss: Write it whatever is lost.
+        allow_mismatch: Put the adapter on another base than it was trained on.
+        data: Text to measure on; the run's held-out rows, or its training rows, when None.
+        imatrix: Importance matrix for the quantizer.
+    """
+
+    to: Target
+    out: Path
+    type: str | None = None
+    verify: bool = False
+    promote: bool = False
+    size_budget: float = SIZE_BUDGET
+    max_kl: float = MAX_KL
+    allow_loss: bool = False
+    allow_mismatch: bool = False
+    data: Path | None = None
+    imatrix: Path | None = None
+
+    def check(self) -> None:
+        """Raises for options that make no sense together.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if self.to not in TARGETS:
+            raise ConfigError(
+                f"there is no export {self.to!r}.", where=f"--to {self.to}", fix=f"one of {', '.join(TARGETS)}"
+            )
+        misplaced = {"--promote": self.promote, "--imatrix": self.imatrix is not None}
+        for option, given in misplaced.items():
+            if given and self.to != "gguf":
+                raise ConfigError(f"{option} is for --to gguf.", where=f"{option} --to {self.to}", fix="leave it out")
+        if self.type is not None and self.to == "peft":
+            raise ConfigError(
+                "--type is for merged models and GGUF: an adapter for PEFT stays as it is.",
+                where=f"--type {self.type}",
+                fix="leave it out",
+            )
+        if self.data is not None and not self.data.exists():
+            raise ConfigError("there is no such file.", where=f"--data {self.data}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported.
+
+    Attributes:
+        source: The model and its adapter.
+        run: The config it was trained with; None where no run made it.
+        run_folder: Where that run lies.
+    """
+
+    source: Source
+    run: Run | None
+    run_folder: Path | None
+
+    @classmethod
+    def find(cls, path_or_id: str, source: Source) -> Subject:
+        """The run that a path names or belongs to, if any."""
+        folder = Path(path_or_id)
+        for candidate in (folder, folder.parent):
+            if (candidate / "run.yaml").is_file():
+                run = locate_paths(RunFolder(candidate).load_run())
+                if candidate == folder or source.adapter == folder:
+                    return cls(source, run, candidate)
+        return cls(source, None, None)
+
+    def samples(self, tokenizer: Any, model: Any, file: Path | None) -> list[Sample]:
+        """Tokenized text to measure on; empty where there is none."""
+        config = self._text_config(file)
+        if config is None:
+            return []
+        objective = self.run.objective.kind if self.run is not None and file is None else "sft"
+        return read_samples(config, tokenizer, objective, window=window_size(model))
+
+    def prompts(self, file: Path | None) -> Sequence[Example]:
+        """What a certificate asks."""
+        config = self._text_config(file)
+        if config is None:
+            return [Example(f"prompt {i}", prompt=text, completion="") for i, text in enumerate(_PROMPTS, 1)]
+        found: list[Example] = []
+        for example in data.read_examples(config.sources):
+            found.append(example)
+            if len(found) == NUM_PROMPTS:
+                break
+        return found
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the run puts before conversations that have none."""
+        return self.run.data.system if self.run is not None else None
+
+    def _text_config(self, file: Path | None) -> DataConfig | None:
+        if file is not None:
+            base = self.run.data if self.run is not None else DataConfig(sources=(DataSource(path=str(file)),))
+            return base.model_copy(update={"sources": (DataSource(path=str(file)),)})
+        if self.run is None:
+            return None
+        sources = self.run.evaluate.sources if self.run.evaluate is not None else self.run.data.sources
+        return self.run.data.model_copy(update={"sources": sources})

@@ -1,0 +1,73 @@
+"""``fidelity.md``: what became of every merged weight, the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ingle.export.fidelity import TensorFidelity
+
+
+def fidelity_page(report: Mapping[str, Any], tensors: Sequence[TensorFidelity]) -> str:
+    """The page.
+
+    Args:
+        report: The content of ``fidelity.json``.
+        tensors: Every merged weight.
+    """
+    parts = ["# What the export changed", _summary(report)]
+    divergence = report["divergence"]
+    if divergence is not None:
+        parts.append(
+            "\n".join(
+                [
+                    "| on text | |",
+                    "|---|---|",
+                    f"| tokens compared | {divergence['num_tokens']:,} |",
+                    f"| KL divergence, trained against written | {divergence['kl']:.5f} nats a token |",
+                    f"| same likeliest token | {divergence['top1_agreement']:.2%} |",
+                    f"| perplexity, trained | {divergence['perplexity_first']:.4f} |",
+                    f"| perplexity, written | {divergence['perplexity_second']:.4f} |",
+                    f"| KL divergence, trained against its base | {_number(report['adapter_effect'])} |",
+                ]
+            )
+        )
+    if tensors:
+        parts += ["## Merged weights", _MEANING, _table(tensors)]
+    return "\n\n".join(parts) + "\n"
+
+
+_MEANING = (
+    "`delta / step` is the size of the trained change in quantization steps, `codes` the share of integer codes that "
+    "changed, `correlation` how much of the direction of the change survived, `gain` how much of its length. The "
+    "weights that lost most come first."
+)
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    sentences = [f"Type: {report['type']}. {report['num_copied']} of {report['num_tensors']} weights were copied as "]
+    sentences[0] += "they are."
+    if report["mean_correlation"] is not None:
+        sentences.append(f"Correlation over all merged weights: {report['mean_correlation']:.4f}.")
+    promotion = report["promotion"]
+    if promotion is not None:
+        sentences.append(
+            f"{len(promotion['types'])} weights got a wider type, for {promotion['extra_bytes']:,} bytes: from "
+            f"{_number(promotion['before'])} to {_number(promotion['expected'])}."
+        )
+    return " ".join(sentences)
+
+
+def _table(tensors: Sequence[TensorFidelity]) -> str:
+    lines = ["| weight | type | delta / step | codes | correlation | gain |", "|---|---|---|---|---|---|"]
+    for each in sorted(tensors, key=lambda each: -each.lost_energy):
+        codes = "–" if each.codes_changed is None else f"{each.codes_changed:.1%}"
+        lines.append(
+            f"| {each.name} | {each.type} | {each.delta_per_step:.3g} | {codes} | {each.correlation:.4f} "
+            f"| {each.gain:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

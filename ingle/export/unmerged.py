@@ -1,0 +1,123 @@
+"""The ways of exporting that leave the base alone: the adapter for PEFT, and for ``llama-server --lora``."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ingle.config.base import NoBase
+from ingle.errors import AdapterError, ConfigError
+from ingle.export import adapter_gguf, certificate, gguf, hf
+from ingle.export.adapter_gguf import TYPES
+from ingle.export.gguf import GgufExport
+from ingle.export.hf import Layout
+from ingle.export.merged import about, certify_llama, write_modelfile
+from ingle.export.merging import Merger
+from ingle.export.place import Place
+from ingle.export.work import Outcome, Work
+from ingle.inference import Source
+from ingle.models.peers import TransformersServer
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def export_peft(work: Work) -> Outcome:
+    """Copies the adapter, which is in PEFT's layout already, with the tokenizer and a card."""
+    adapter = _require_adapter(work)
+    place = Place(work.request.out, None)
+    place.require_bytes(sum((adapter / name).stat().st_size for name in _FILES))
+    with place.opened() as partial:
+        for name in _FILES:
+            shutil.copyfile(adapter / name, partial / name)
+        work.tokenizer.save_pretrained(partial)
+        work.write_companions(partial, type_name=None, usage=_peft_usage(work, place.folder))
+    files = tuple(place.folder / name for name in _FILES)
+
+    def certify() -> dict[str, Any]:
+        engine = work.open_trained(dtype="float32")
+        with tempfile.TemporaryDirectory(dir=place.folder.parent, prefix="base-") as folder:
+            base = Merger(Source(work.subject.source.model, work.subject.source.base))
+            layout = Layout(hf.PLAIN["f32"], NoBase())
+            hf.write_safetensors(base, work.tokenizer, work.subject.source.model, Path(folder), layout, sink=work.sink)
+            return certificate.certify(
+                TransformersServer(Path(folder), adapter=place.folder),
+                engine,
+                work.subject.prompts(work.request.data),
+                system=work.subject.system,
+                tolerance=certificate.PLAIN,
+                sink=work.sink,
+            )
+
+    return Outcome(place.folder, place.folder, files, None, files[1].stat().st_size, None, certify)
+
+
+def export_adapter_gguf(work: Work) -> Outcome:
+    """Writes the adapter as GGUF, with a Modelfile that puts it on its base."""
+    _require_adapter(work)
+    type_name = (work.request.type or "f32").lower()
+    if type_name not in TYPES:
+        raise ConfigError(
+            f"an adapter cannot be written as {type_name}.",
+            where=f"--type {type_name}",
+            fix=f"one of {', '.join(TYPES)}",
+        )
+    place = Place(work.request.out, f"{work.name}-lora")
+    assert place.main is not None
+    merger = work.merger()
+    place.require_bytes(4 * sum(p.lora_a.numel() + p.lora_b.numel() for p in merger.all_layers.values()))
+    with place.opened() as partial:
+        adapter_gguf.write_adapter(merger, partial / place.main, type_name, about(work))
+        base = work.base_model if work.base_model.endswith(".gguf") else "./base.gguf"
+        write_modelfile(work, merger.stream.model, partial, weights=base, adapter=f"./{place.main}")
+        work.write_companions(partial, type_name=type_name, usage=_adapter_usage(work, base, place.main))
+
+    def certify() -> dict[str, Any]:
+        engine = work.open_trained(dtype="float32")
+        with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
+            path = Path(folder) / "base.gguf"
+            source = Source(work.subject.source.model, work.subject.source.base)
+            kind = gguf.AS_TRAINED if gguf.holds(source.base) else "f32"
+            base = GgufExport(Merger(source), work.tokenizer, kind)
+            base.write(path, about(work), sink=work.sink)
+            packed = any(planned.type not in gguf.PLAIN for planned in base.planned)
+            return certify_llama(work, path, engine, packed=packed, adapter=place.result)
+
+    size = place.result.stat().st_size
+    return Outcome(place.result, place.folder, (place.result,), type_name, size, None, certify)
+
+
+def _require_adapter(work: Work) -> Path:
+    adapter = work.subject.source.adapter
+    if adapter is None:
+        raise AdapterError(
+            "there is no adapter here to export.",
+            where=work.base_model,
+            fix="--to safetensors or --to gguf writes the model",
+        )
+    return adapter
+
+
+def _peft_usage(work: Work, folder: Path) -> str:
+    text = (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{work.base_model}")\n'
+        f'model = PeftModel.from_pretrained(base, "{folder.name}")\n```'
+    )
+    base = work.subject.source.base
+    if not isinstance(base, NoBase):
+        text += (
+            f"\n\nThe adapter was trained on the base held in {base.format}. On the base in 16 bit it answers slightly "
+            "differently; `ingle export --to safetensors` writes the two merged as they were trained."
+        )
+    return text
+
+
+def _adapter_usage(work: Work, base: str, name: str) -> str:
+    made = (
+        f"`{base}` is the file it was trained on."
+        if base != "./base.gguf"
+        else f"`base.gguf` is the base in what it was trained on: `ingle export {work.base_model} --to gguf`."
+    )
+    return f"```console\n$ llama-server -m {base} --lora {name}\n```\n\n{made}"

@@ -1,0 +1,254 @@
+"""What all ways of exporting share: the trained model as the yardstick, and the report of what was lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ingle import adapters, inference, models
+from ingle.config.base import NoBase
+from ingle.config.model import ModelConfig
+from ingle.data import Sample
+from ingle.errors import AdapterError, ExportError
+from ingle.events import Progress, Sink, Warned
+from ingle.export.card import make_card, read_licence
+from ingle.export.divergence import Divergence, Outlook, compare, look
+from ingle.export.fidelity import TensorFidelity, mean_correlation
+from ingle.export.merging import Merger
+from ingle.export.promotion import Promotion
+from ingle.export.request import MIN_CORRELATION, Request, Subject
+from ingle.export.tables import fidelity_page
+from ingle.inference import Engine, Source
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An export that lies where it should.
+
+    Attributes:
+        path: The file or folder that was asked for.
+        folder: Where it and its companions lie.
+        files: What a certificate speaks of.
+        type: Of the weights.
+        num_bytes: Of the weights.
+        fidelity: The content of ``fidelity.json``; None where nothing was merged or packed.
+        certify: Lets another program answer and compares.
+    """
+
+    path: Path
+    folder: Path
+    files: tuple[Path, ...]
+    type: str | None
+    num_bytes: int
+    fidelity: dict[str, Any] | None
+    certify: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The trained model on some text.
+
+    Attributes:
+        samples: The text; empty where there is none.
+        outlook: What the trained model thinks of it; None where it was not asked.
+        adapter_effect: KL divergence of the trained model from its base, nats a token.
+    """
+
+    samples: Sequence[Sample] = ()
+    outlook: Outlook | None = None
+    adapter_effect: float | None = None
+
+
+@dataclass
+class Work:
+    """One export under way.
+
+    Attributes:
+        request: What is asked.
+        subject: What is exported.
+        tokenizer: Its tokenizer.
+        sink: Is told of the progress.
+    """
+
+    request: Request
+    subject: Subject
+    tokenizer: Any
+    sink: Sink
+    _opened: bool = field(default=False, init=False)
+
+    def merger(self) -> Merger:
+        """Base and adapter, to be read weight by weight; the base is checked on the way unless it was before."""
+        return Merger(self.subject.source, checks_base=not self._opened, sink=self.sink)
+
+    def check_base(self, merger: Merger) -> None:
+        """Refuses another base than the adapter was trained on; to be called when all weights have passed.
+
+        Raises:
+            AdapterError: It is another, and that was not allowed.
+        """
+        difference = merger.explain_mismatch()
+        if difference is None:
+            return
+        if not self.request.allow_mismatch:
+            raise AdapterError(
+                "this adapter was trained on another base.",
+                where=str(self.subject.source.adapter),
+                why=difference,
+                fix="export it with the base it was trained on, or take what comes with --allow-mismatch",
+            )
+        self.sink(Warned(f"the adapter was trained on another base: {difference}"))
+
+    def open_trained(self, *, dtype: str | None = None) -> Engine:
+        """The trained model as training held it."""
+        source = self.subject.source
+        if dtype is not None:
+            source = Source(source.model.model_copy(update={"dtype": dtype}), source.base, source.adapter)
+        engine = inference.open_source(source, allow_mismatch=self.request.allow_mismatch, sink=self.sink)
+        self._opened = True
+        return engine
+
+    def measure_trained(self) -> Yardstick:
+        """Asks the trained model about the text, and then its base, and lets it go."""
+        if self.request.data is None and self.subject.run is None:
+            return Yardstick()
+        engine = self.open_trained()
+        samples = self.subject.samples(self.tokenizer, engine.model, self.request.data)
+        self.sink(Progress("measuring what was trained", 0))
+        outlook = look(engine.model, samples)
+        effect = None
+        if engine.adapted:
+            with adapters.disabled(engine.model):
+                effect = compare(outlook, look(engine.model, samples)).kl
+        return Yardstick(samples, outlook, effect)
+
+    def measure_written(self, yardstick: Yardstick, source: Source, num_weights: int) -> Divergence | None:
+        """Asks what was written about the same text; None where there is none, or no room for the model."""
+        if yardstick.outlook is None:
+            return None
+        dtype = models.compute_dtype(source.model.dtype, "cpu")
+        needed, free = num_weights * dtype.itemsize * 1.2, psutil.virtual_memory().available
+        if needed > free and isinstance(source.base, NoBase) and not source.model.id.endswith(".gguf"):
+            self.sink(
+                Warned(
+                    f"what was written is not measured on text: opening it takes {needed / 2**30:.1f} GiB of memory, "
+                    f"and {free / 2**30:.1f} GiB are free"
+                )
+            )
+            return None
+        self.sink(Progress("measuring what is written", 0))
+        engine = inference.open_source(source)
+        return compare(yardstick.outlook, look(engine.model, yardstick.samples))
+
+    def report(
+        self,
+        type_name: str,
+        found: Sequence[TensorFidelity],
+        divergence: Divergence | None,
+        yardstick: Yardstick,
+        *,
+        num_tensors: int,
+        num_copied: int,
+        promotion: Promotion | None = None,
+    ) -> dict[str, Any]:
+        """The content of ``fidelity.json``."""
+        return {
+            "type": type_name,
+            "num_tensors": num_tensors,
+            "num_copied": num_copied,
+            "num_merged": len(found),
+            "mean_correlation": mean_correlation(found),
+            "divergence": None if divergence is None else divergence.to_dict(),
+            "adapter_effect": yardstick.adapter_effect,
+            "limits": {"max_kl": self.request.max_kl, "min_correlation_without_text": MIN_CORRELATION},
+            "promotion": None if promotion is None else asdict(promotion),
+            "tensors": [each.to_dict() for each in found],
+        }
+
+    def refuse_loss(self, report: dict[str, Any], found: Sequence[TensorFidelity]) -> None:
+        """Raises where too much of what was trained would be lost.
+
+        Raises:
+            ExportError: It would, and that was not allowed.
+        """
+        trained = bool(found) or (self.subject.run is not None)
+        if not trained or self.request.allow_loss:
+            return
+        divergence, correlation = report["divergence"], report["mean_correlation"]
+        if divergence is not None:
+            if divergence["kl"] <= self.request.max_kl:
+                return
+            effect = report["adapter_effect"]
+            why = f"KL divergence from the trained model {divergence['kl']:.3f} nats a token, {self.request.max_kl:g} "
+            why += f"are accepted; the same likeliest token in {divergence['top1_agreement']:.1%}"
+            why += f"\nthe adapter itself changes the base by {effect:.3f} nats" if effect is not None else ""
+        elif correlation is not None and correlation < MIN_CORRELATION:
+            why = f"of the trained change survives a correlation of {correlation:.2f}; {MIN_CORRELATION:g} is accepted "
+            why += "where there is no text to measure on (--data FILE)"
+        else:
+            return
+        if found:
+            worst = max(found, key=lambda each: each.lost_energy)
+            why += f"\nmost is lost in {worst.name}: correlation {worst.correlation:.2f}, "
+            why += f"delta / step {worst.delta_per_step:.2f}"
+        raise ExportError(
+            f"written as {report['type']}, this model would lose too much of what was trained.",
+            where=f"--type {report['type']}",
+            why=why,
+            fix=self._remedies(),
+        )
+
+    def _remedies(self) -> str:
+        if self.request.to == "gguf":
+            promote = "" if self.request.promote else "--promote (wider types where it matters), "
+            return f"{promote}a wider --type, --to gguf-adapter (nothing is lost), or --allow-loss"
+        return "--type bf16, --to peft (nothing is lost), or --allow-loss"
+
+    def write_companions(
+        self,
+        folder: Path,
+        *,
+        type_name: str | None,
+        usage: str,
+        found: Sequence[TensorFidelity] = (),
+        divergence: Divergence | None = None,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes the card, and the fidelity report where there is one."""
+        if report is not None:
+            text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / "fidelity.json").write_text(text + "\n")
+            (folder / "fidelity.md").write_text(fidelity_page(report, found))
+        card = make_card(
+            to=self.request.to,
+            type_name=type_name,
+            base_model=self.base_model,
+            licence=read_licence(Path(self.base_model)),
+            run=self.subject.run,
+            run_folder=self.subject.run_folder,
+            usage=usage,
+            fidelity=found,
+            divergence=divergence,
+        )
+        (folder / "README.md").write_text(card)
+
+    @property
+    def base_model(self) -> str:
+        """Id of the model that everything began with."""
+        source = self.subject.source
+        return (source.original or source.model).id
+
+    @property
+    def name(self) -> str:
+        """A name for the result."""
+        folder = self.subject.run_folder
+        return (folder or Path(self.base_model.removesuffix(".gguf"))).resolve().name
+
+
+def plain_source(path: Path, dtype: str) -> Source:
+    """An exported model as a source to be opened."""
+    return Source(ModelConfig(id=str(path), dtype=dtype), NoBase())  # type: ignore[arg-type]

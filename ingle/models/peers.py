@@ -1,0 +1,84 @@
+"""transformers and PEFT by themselves, reading what Ingle wrote, with nothing of Ingle's between them and the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ingle.errors import DependencyError
+
+
+class TransformersServer:
+    """A model folder as ``AutoModelForCausalLM`` reads it, with an adapter that PEFT puts on it.
+
+    Args:
+        folder: A model in the hub's layout.
+        adapter: An adapter folder.
+
+    Attributes:
+        version: Names and versions.
+
+    Raises:
+        DependencyError: PEFT, or what the packed weights need, is not installed.
+    """
+
+    def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
+        self.version = f"transformers {transformers.__version__}"
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except ImportError as error:
+            raise DependencyError("transformers lacks a library for these weights.", why=str(error)) from error
+        if adapter is not None:
+            peft = _require_peft()
+            self.version += f", peft {peft.__version__}"
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
+        self._model = model.eval()
+        declared = self._model.generation_config.eos_token_id
+        self._ends = set(declared if isinstance(declared, list) else [declared]) | {self._tokenizer.eos_token_id}
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation whose answer is about to begin."""
+        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a plain text, with what is put before every text."""
+        return [int(i) for i in self._tokenizer(text)["input_ids"]]
+
+    def is_end(self, token: int) -> bool:
+        """Whether an answer ends at a token."""
+        return token in self._ends
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """``[T, V]``: the logits after each token."""
+        output: NDArray[np.float32] = self._model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy()
+        return output
+
+    def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
+        """The likeliest tokens after a prompt, up to one that ends an answer."""
+        answer: list[int] = []
+        while len(answer) < num_tokens:
+            token = int(self.logits([*ids, *answer])[-1].argmax())
+            if token in ends:
+                break
+            answer.append(token)
+        return answer
+
+
+def _require_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise DependencyError(
+            "--verify asks PEFT itself, and it is not installed.", why=str(error), fix="pip install 'ingle[peft]'"
+        ) from error
+    return peft
