@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ingle.adapters.adapted import BEFORE, lora_modules
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.merging import base_weight
-from ingle.quant.linear import Packed
+from ingle.quant.linear import Packed, QuantLinear
 
 #: Weights of each adapted layer that are kept to compare another base with.
 NUM_SAMPLES = 64
@@ -122,6 +121,9 @@ def combine(digests: Mapping[str, str]) -> str:
 
 def sample(layer: LoraLinear) -> list[float]:
     """Some weights of a layer as its base holds them, at places that depend on its shape alone."""
-    weight_OI = base_weight(layer)
+    dtype = torch.float32 if isinstance(layer.base, QuantLinear) else layer.weight.dtype
+    weight_OI = layer.dense_weight(dtype)
     places = torch.randint(weight_OI.numel(), (NUM_SAMPLES,), generator=torch.Generator().manual_seed(0))
-    return [float(f"{value:.6g}") for value in weight_OI.flatten()[places.to(weight_OI.device)].tolist()]
+    places = places.to(weight_OI.device)
+    rows, columns = places // layer.in_features, places % layer.in_features
+    return [float(f"{value:.6g}") for value in weight_OI[rows, columns].tolist()]

@@ -1,0 +1,211 @@
+"""What survives a merge: adapters as trained beside what is served, on the bundled base and task.
+
+    taskset -c 0,1 python -m benchmarks.merges --out runs/merges
+
+The usual path (train over NF4, merge into 16 bit, pack as Q4_K) beside paths that train what they serve.  Each adapter
+is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as it was trained,
+and as it would be served.  Printed are the adapters' size against the weights, how much of the change is still there
+after packing (the correlation of what the packed weights moved by with what the adapter adds; 1 is all of it), and
+bits per byte as trained and as served with the paired difference and its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ingle import adapters, evaluation, flow, inference, models, parallel
+from ingle.adapters import LoraLinear, merged_planes, merged_weight
+from ingle.adapters.merging import base_weight
+from ingle.config import TaskConfig, load_run
+from ingle.config.base import NoBase, base_section
+from ingle.config.parallel import ParallelConfig
+from ingle.quant import Format, QuantLinear, make_format
+
+CONFIG = Path("examples/demo/demo.yaml")
+
+#: What is trained: the flags of each run.
+RUNS = {
+    "nf4": ["--base=nf4"],
+    "q4_k": ["--base=q4_k"],
+    "q4_k-aware": ["--base=q4_k", "--adapter.merge_aware.fraction=0.25"],
+    "nf4-aware": ["--base=nf4", "--adapter.merge_aware.format=q4_k"],
+    "q5_1": ["--base=q5_1"],
+    "q5_1-qa": ["--base=q5_1", "--adapter.kind=qa_lora"],
+    "q5_1-qa-rounded": ["--base=q5_1", "--adapter.kind=qa_lora", "--adapter.train_rounding=true"],
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way from training to serving.
+
+    Attributes:
+        run: Which adapter.
+        served: What is served, in words.
+        format: The format served; None for the run's own.
+        from_original: Merge into the 16-bit weights the model came with, not into those it was trained over.
+        through_bf16: Round the merged weights to bfloat16 before they are packed, as a merged checkpoint does.
+    """
+
+    run: str
+    served: str
+    format: str | None = None
+    from_original: bool = False
+    through_bf16: bool = False
+
+
+WAYS = (
+    Way("nf4", "16-bit originals + adapter, packed as q4_k", "q4_k", from_original=True, through_bf16=True),
+    Way("nf4", "decoded nf4 + adapter in 16 bit, packed as q4_k", "q4_k", through_bf16=True),
+    Way("nf4", "decoded nf4 + adapter in 16 bit", "none", through_bf16=True),
+    Way("q4_k", "packed again as q4_k"),
+    Way("q4_k-aware", "packed again as q4_k, trained for it"),
+    Way("nf4-aware", "packed as q4_k, trained for it", "q4_k"),
+    Way("q5_1", "packed again as q5_1"),
+    Way("q5_1-qa", "folded into q5_1's offsets"),
+    Way("q5_1-qa-rounded", "folded into q5_1's offsets, trained for it"),
+)
+
+
+def train(name: str, folder: Path, flags: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Trains one adapter, or finds it trained."""
+    output = folder / name
+    run = load_run(CONFIG, [*RUNS[name], "--evaluate=null", f"--output={output}", *flags]).run
+    return output, flow.finetune(run)
+
+
+def open_unmerged(run: Path, *, original: bool) -> Any:
+    """The model of a run with its adapter beside its weights, over them or over the originals."""
+    source = inference.locate(str(run))
+    base = NoBase() if original else source.base
+    device = parallel.start(ParallelConfig()).device
+    model = models.load_model(source.model, base, device=device)
+    assert source.adapter is not None
+    adapters.load_adapter(model, source.adapter, allow_mismatch=original)
+    for layer in adapters.lora_modules(model).values():
+        layer.merged = None
+    return model, models.load_tokenizer(source.model)
+
+
+def serve(layer: LoraLinear, way: Way) -> tuple[Format | None, dict[str, Tensor]]:
+    """What a merged layer is held in on the way."""
+    own = layer.base.format if isinstance(layer.base, QuantLinear) else None
+    format = own if way.format is None else make_format(base_section(way.format))  # type: ignore[arg-type]
+    if not way.through_bf16:
+        return format, merged_planes(layer, format)
+    weight = merged_weight(layer, torch.bfloat16)
+    return format, {"weight": weight} if format is None else format.encode(weight)
+
+
+def decode(layer: LoraLinear, format: Format | None, planes: dict[str, Tensor]) -> Tensor:
+    """The weight that is served."""
+    if format is None:
+        return planes["weight"].float()
+    return format.decode(planes, layer.out_features, layer.in_features, torch.float32)
+
+
+def merge(model: Any, way: Way) -> dict[str, float]:
+    """Puts what is served into the model and says how much of the change is in it."""
+    moved_delta = moved_moved = delta_delta = weights = 0.0
+    for name, layer in adapters.lora_modules(model).items():
+        format, planes = serve(layer, way)
+        after, before = decode(layer, format, planes), _unchanged(layer, way)
+        delta = layer.spread(layer.delta())
+        moved = after - before
+        moved_delta += float((moved * delta).sum(dtype=torch.float64))
+        moved_moved += float(moved.square().sum(dtype=torch.float64))
+        delta_delta += float(delta.square().sum(dtype=torch.float64))
+        weights += float(base_weight(layer).square().sum(dtype=torch.float64))
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        plain.weight.data, plain.bias = after.to(layer.product_dtype(torch.empty(0, dtype=torch.bfloat16))), layer.bias
+        model.set_submodule(name, plain.requires_grad_(False))
+    return {
+        "delta": (delta_delta / weights) ** 0.5,
+        "correlation": moved_delta / (moved_moved * delta_delta) ** 0.5,
+        "gain": moved_delta / delta_delta,
+    }
+
+
+def _unchanged(layer: LoraLinear, way: Way) -> Tensor:
+    """What would be served were there no change."""
+    b = layer.lora_b.detach().clone()
+    with torch.no_grad():
+        layer.lora_b.zero_()
+        found = decode(layer, *serve(layer, way))
+        layer.lora_b.copy_(b)
+    return found
+
+
+def compare_ways(folder: Path, flags: list[str], task: TaskConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Trains all adapters and scores all ways."""
+    trained: dict[str, evaluation.TaskResult] = {}
+    rows = []
+    for way in WAYS:
+        run, report = train(way.run, folder, flags)
+        aware = report["rounding"] is not None
+        if way.run not in trained:
+            engine = inference.open_model(str(run))
+            trained[way.run] = evaluation.run_task(engine.model, engine.tokenizer, task)
+        model, tokenizer = open_unmerged(run, original=way.from_original)
+        facts = merge(model, way)
+        served = evaluation.run_task(model, tokenizer, task)
+        compared = evaluation.compare(trained[way.run], served, task)["metrics"]
+        row = {
+            "run": way.run,
+            "served": way.served,
+            **facts,
+            "train_s": report["train_s"],
+            "packing_s": report["rounding"]["packing_s"] if aware else 0.0,
+            "metrics": {
+                name: {key: metric[key] for key in ("base", "tuned", "delta", "ci95")}
+                for name, metric in compared.items()
+            },
+        }
+        rows.append(row)
+        say(describe(row))
+    return rows
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of the table; in it "base" is as trained and "tuned" as served."""
+    scores = "  ".join(
+        f"{name} {m['base']:.4f} -> {m['tuned']:.4f} ({m['delta']:+.4f}, {m['ci95'][0]:+.4f} to {m['ci95'][1]:+.4f})"
+        for name, m in row["metrics"].items()
+    )
+    return (
+        f"{row['run']:16s} {row['served']:46s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
+        f"gain {row['gain']:.3f}  {scores}  trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
+    )
+
+
+def main() -> None:
+    """Trains, merges, scores and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/merges"), help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--metrics", nargs="+", default=["bits_per_byte"])
+    options = parser.parse_args()
+    flags = [f"--train.num_steps={options.steps}", f"--optim.lr={options.lr}", "--train.save_every=0"]
+    sources = ({"path": "examples/demo/heldout.jsonl"},)
+    task = TaskConfig.model_validate(
+        {"sources": sources, "metrics": tuple(options.metrics), "num_samples": options.samples, "max_new_tokens": 96}
+    )
+    began = time.monotonic()
+    rows = compare_ways(options.out, flags, task, lambda line: print(line, flush=True))
+    (options.out / "merges.json").write_text(json.dumps(rows, indent=1))
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
