@@ -75,7 +75,7 @@ def _train_everything(model: nn.Module) -> AttachReport:
             raise AdapterError(
                 f"{name} is held in {module.format.name} and cannot be trained.",
                 where="adapter.kind = none",
-                fix="set base.format to none, or train an adapter: --adapter.kind=lora",
+                fix="train an adapter (--adapter.kind=lora), or set base.format to none and start from plain weights",
             )
     model.requires_grad_(True)
     trainable = sum(p.numel() for p in model.parameters())
