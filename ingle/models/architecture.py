@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         _refuse_config(config, raw, model)
         return config
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
-    raw = _read_json(folder, model)
+    raw = read_json(folder, model)
     if "auto_map" in raw and not model.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"{model.id} comes with Python code of its own.",
@@ -156,7 +157,12 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 setattr(module, name, nn.Parameter(parameter.float(), parameter.requires_grad))
 
 
-def _read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` of a model says.
+
+    Raises:
+        ModelError: It is missing or damaged.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
@@ -175,13 +181,19 @@ def _read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
     return raw
 
 
+def bitnet_divides(raw: Mapping[str, Any]) -> bool:
+    """Whether the scales of a packed BitNet checkpoint divide: they do unless ``config.json`` names another layer."""
+    settings = raw.get("quantization_config") or {}
+    return str(settings.get("linear_class", "bitlinear")) == "bitlinear"
+
+
 def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig) -> None:
     """Refuses what is no causal language model over text."""
     kind = config.model_type
     remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     reason = None
     packed_by = (raw.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if packed_by not in ("bitsandbytes", "hqq"):
+    if packed_by not in ("bitsandbytes", "hqq", "bitnet"):
         raise ModelError(
             f"the weights of {model.id} are quantized with {packed_by}, which cannot be read.",
             where="model.id",
@@ -189,6 +201,8 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         )
     if config.is_encoder_decoder:
         reason = "it is an encoder-decoder"
+    elif (raw.get("quantization_config") or {}).get("use_rms_norm"):
+        reason = "its BitNet layers have norms of their own, which are not supported"
     elif not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = f"transformers has no causal language model for model_type {kind!r}"
     elif any("MaskedLM" in name for name in config.architectures or ()) and not getattr(config, "is_decoder", False):

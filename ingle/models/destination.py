@@ -10,7 +10,7 @@ for in turns, the two would leave holes in each other's memory and the process w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import get_args
 
@@ -23,7 +23,7 @@ from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.models.gguf_weights import PLAIN, GgufWeight
 from ingle.models.shards import StoredTensor
-from ingle.quant import Format, from_bitsandbytes, from_hqq
+from ingle.quant import Format, from_bitnet, from_bitsandbytes, from_hqq
 from ingle.quant.linear import Packed
 
 
@@ -151,19 +151,24 @@ class Destination:
         self.filled.add(name)
 
     @torch.no_grad()
-    def put_packed(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Gives a packed module the very codes and scales of a checkpoint that bitsandbytes or hqq packed.
+    def put_packed(self, name: str, tensors: Mapping[str, Tensor], *, divides: bool = False) -> None:
+        """Gives a packed module the very codes and scales of a checkpoint that holds packed weights.
 
         Args:
             name: The weight, ``...q_proj.weight``.
             tensors: By their keys without the layer's name.
+            divides: Whether BitNet's scale divides.
 
         Raises:
             ModelError: When the model does not hold this weight in that format.
             QuantizationError: When the bytes make no sense.
         """
-        read: Callable[..., tuple[Format, dict[str, Tensor]]] = from_hqq if "W_q" in tensors else from_bitsandbytes
-        format, planes = read(tensors, name=name)
+        if "weight_scale" in tensors:
+            format, planes = from_bitnet(tensors, divides=divides, name=name)
+        elif "W_q" in tensors:
+            format, planes = from_hqq(tensors, name=name)
+        else:
+            format, planes = from_bitsandbytes(tensors, name=name)
         packed = self._packed(name)
         if packed is None or packed.format != format or packed.transposed:
             raise ModelError(

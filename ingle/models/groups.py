@@ -33,9 +33,9 @@ _HQQ_PARTS = (
     *("view_as_float", "quant_scale", "quant_zero", "offload_meta", "channel_wise", "optimize", "round_zero"),
     *("encoded_state_dict", "stores_quant_config"),
 )
-#: What bitsandbytes writes beside a packed weight.
+#: What bitsandbytes and transformers' BitNet write beside a packed weight.
 _PACKED_PART = re.compile(
-    r"^(?P<layer>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format)$"
+    r"^(?P<layer>.*)\.(?P<part>weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+)|SCB|weight_format|weight_scale)$"
 )
 
 
@@ -70,10 +70,17 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """Tensors that are the bytes of one weight that bitsandbytes or hqq packed, by its keys."""
+    """Tensors that are the bytes of one weight that bitsandbytes, hqq or transformers' BitNet packed, by its keys.
+
+    Attributes:
+        target: The parameter.
+        parts: By their keys, without the layer's name.
+        divides: Whether BitNet's scale divides.
+    """
 
     target: str
     parts: dict[str, StoredTensor]
+    divides: bool = False
 
 
 Group = Plain | Experts | Converted | PackedWeight | GgufWeight
@@ -94,12 +101,15 @@ class ReadingPlan:
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
-def plan_reading(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> ReadingPlan:
+def plan_reading(
+    twin: PreTrainedModel, stored: dict[str, StoredTensor], *, bitnet_divides: bool = False
+) -> ReadingPlan:
     """Sorts the tensors on disk into groups.
 
     Args:
         twin: The pristine architecture.
         stored: The checkpoint.
+        bitnet_divides: Whether the scales of packed BitNet weights divide.
 
     Raises:
         ModelError: When two tensors claim the same parameter, or a packed one would have to be fused.
@@ -125,7 +135,8 @@ def plan_reading(twin: PreTrainedModel, stored: dict[str, StoredTensor]) -> Read
         elif name in groups:
             raise ModelError(f"two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
         else:
-            groups[name] = PackedWeight(name, packed[weight]) if weight in packed else Plain(name, stored[key])
+            parts = packed.get(weight)
+            groups[name] = Plain(name, stored[key]) if parts is None else PackedWeight(name, parts, bitnet_divides)
     for name, found in sources.items():
         group = groups[name]
         assert isinstance(group, Converted)
@@ -177,7 +188,7 @@ class _Mapping:
 
 
 def _packed_layers(stored: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """The parts of every weight that bitsandbytes or hqq packed, by the key that the plain weight would have."""
+    """The parts of every packed weight, by the key that the plain weight would have."""
     layers: dict[str, dict[str, StoredTensor]] = {}
     for key, entry in stored.items():
         if (weight := _name_weight(key)) != key:

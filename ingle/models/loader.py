@@ -19,7 +19,7 @@ from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
 from ingle.gguf import read_gguf
-from ingle.models.architecture import build
+from ingle.models.architecture import bitnet_divides, build, read_json
 from ingle.models.destination import Destination
 from ingle.models.gguf_file import is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.gguf_weights import GgufWeight
@@ -82,7 +82,7 @@ def plan_weights(model: PreTrainedModel, config: ModelConfig, twin: PreTrainedMo
     place = _read_generation_config(model, config, part="weights")
     if is_gguf(config.id):
         return plan_gguf(twin, read_gguf(place)), place
-    return plan_reading(twin, read_index(place)), place
+    return plan_reading(twin, read_index(place), bitnet_divides=bitnet_divides(read_json(place, config))), place
 
 
 def read_group(group: Group, destination: Destination, twin: PreTrainedModel, folder: Path) -> None:
@@ -99,7 +99,8 @@ def read_group(group: Group, destination: Destination, twin: PreTrainedModel, fo
             for name, value in _convert(group, twin, folder):
                 destination.put(name, value)
         case PackedWeight():
-            destination.put_packed(group.target, {key: part.read() for key, part in group.parts.items()})
+            tensors = {key: part.read() for key, part in group.parts.items()}
+            destination.put_packed(group.target, tensors, divides=group.divides)
         case GgufWeight():
             destination.put_gguf(group)
 

@@ -11,6 +11,7 @@ from ingle.quant.embedding import QuantEmbedding, pack_ends
 from ingle.quant.experts import QuantExperts, QuantStack
 from ingle.quant.format import Format, make_format
 from ingle.quant.interchange import from_bitsandbytes, to_bitsandbytes
+from ingle.quant.interchange_bitnet import from_bitnet
 from ingle.quant.interchange_hqq import from_hqq, to_hqq
 from ingle.quant.inventory import Audit, ClassAudit, Unquantized, audit
 from ingle.quant.linear import QuantLinear
@@ -33,6 +34,7 @@ __all__ = [
     "Unquantized",
     "audit",
     "convert",
+    "from_bitnet",
     "from_bitsandbytes",
     "from_hqq",
     "make_format",

@@ -177,11 +177,16 @@ def measure(weight_OI: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack(weight_OI: Tensor, limit_ON: Tensor, width: int) -> Tensor:
-    """Codes of weights below, within and above plus or minus a limit; missing columns count as zero bits."""
+    """Codes of weights below, within and above plus or minus a limit, packed."""
     limit_OI = spread(limit_ON, width, weight_OI.shape[1])
     weight_OI = weight_OI.float()
-    codes = ((weight_OI > limit_OI).to(torch.uint8) + 1) - (weight_OI < -limit_OI).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).unflatten(1, (-1, 4))
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
-    packed: Tensor = (codes << shifts).sum(-1, dtype=torch.uint8)
+    return pack_codes(((weight_OI > limit_OI).to(torch.uint8) + 1) - (weight_OI < -limit_OI).to(torch.uint8))
+
+
+def pack_codes(codes_OI: Tensor) -> Tensor:
+    """Four codes of two bits a byte, the first in the lowest bits; missing columns count as zero bits."""
+    fields = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % 4)).unflatten(1, (-1, 4))
+    packed: Tensor = (fields << torch.arange(0, 8, 2, dtype=torch.uint8, device=codes_OI.device)).sum(
+        -1, dtype=torch.uint8
+    )
     return packed
