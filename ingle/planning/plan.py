@@ -21,6 +21,11 @@ from ingle.planning.shape import DataShape, ModelShape
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
+#: What a CPU run loads after it is planned: the compiler and the kernels it makes; with bfloat16 also the matrix
+#: products that oneDNN compiles for each shape and keeps.  Measured, and much the same for every model.
+_CPU_KERNEL_BYTES = 140 << 20
+_CPU_PRIMITIVE_BYTES = 130 << 20
+
 #: Operations per second that ``compile: auto`` assumes.
 _ORDINARY_SPEED = {"cpu": 1e12, "gpu": 1e14}
 
@@ -96,7 +101,8 @@ def make_plan(
     tokens_per_step = data.num_tokens / data.num_sequences * global_batch
     num_tokens = round(tokens_per_step * num_steps)
     flops = flops_per_token(run, model)
-    memory = memory_bytes(run, model, micro_batch * data.longest, dtype_bytes) | {"process": process_bytes}
+    memory = memory_bytes(run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu)
+    memory["process"] = process_bytes
     memory["total"] = sum(memory.values())
     plan = Plan(
         num_steps=num_steps,
@@ -119,7 +125,7 @@ def make_plan(
             f"this run needs {_gib(needed)} beside what is in use; {_gib(free_bytes)} are free.",
             where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}",
             why=" · ".join(f"{name} {_gib(size)}" for name, size in memory.items() if name not in ("total", "process")),
-            fix=_remedy(run, model, data, micro_batch, dtype_bytes),
+            fix=_remedy(run, model, data, micro_batch, dtype_bytes, on_gpu),
         )
     return plan
 
@@ -155,7 +161,9 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
     return float(per_weight * linear + 6 * (trainable_parameters(run, model) if run.adapter.kind != "none" else 0))
 
 
-def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int) -> dict[str, int]:
+def memory_bytes(
+    run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int, *, on_gpu: bool = False
+) -> dict[str, int]:
     """Predicted bytes by purpose, for rows of ``row_tokens`` tokens."""
     weights = sum(
         lin.num_weights
@@ -183,6 +191,7 @@ def memory_bytes(run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int)
         "activations": round(row_tokens * kept * dtype_bytes),
         "decoded weights": decoded,
         "loss": logits,
+        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes),
     }
 
 
@@ -200,6 +209,11 @@ def _merged_bytes(run: Run, model: ModelShape) -> int:
     return round(bits / 8)
 
 
+def _kernel_bytes(dtype_bytes: int) -> int:
+    """What compiled kernels and their compiler take in the memory of a CPU run."""
+    return _CPU_KERNEL_BYTES + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)
+
+
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     """Whether compiling decoder layers pays for itself within the run.
 
@@ -212,14 +226,14 @@ def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     return total_flops > _ORDINARY_SPEED["gpu" if on_gpu else "cpu"] * 1800
 
 
-def _remedy(run: Run, model: ModelShape, data: DataShape, micro_batch: int, dtype_bytes: int) -> str:
+def _remedy(run: Run, model: ModelShape, data: DataShape, micro_batch: int, dtype_bytes: int, on_gpu: bool) -> str:
     options = []
     if micro_batch > 1:
-        total = sum(memory_bytes(run, model, data.longest, dtype_bytes).values())
+        total = sum(memory_bytes(run, model, data.longest, dtype_bytes, on_gpu=on_gpu).values())
         options.append(f"--train.micro_batch_size=1 ({_gib(total)})")
     if not run.train.recompute:
         lighter = run.model_copy(update={"train": run.train.model_copy(update={"recompute": True})})
-        total = sum(memory_bytes(lighter, model, data.longest * micro_batch, dtype_bytes).values())
+        total = sum(memory_bytes(lighter, model, data.longest * micro_batch, dtype_bytes, on_gpu=on_gpu).values())
         options.append(f"--train.recompute=true ({_gib(total)})")
     if run.base.format == "none" and run.adapter.kind != "none":
         options.append("--base.format=nf4")

@@ -77,6 +77,11 @@ def test_nf4_takes_the_bytes_of_its_format() -> None:
     assert plan.memory["decoded weights"] == 64 * 64 * 2
 
 
+def test_a_cpu_run_counts_what_it_compiles() -> None:
+    assert _plan(_run(), dtype_bytes=2).memory["kernels"] > _plan(_run(), dtype_bytes=4).memory["kernels"] > 0
+    assert _plan(_run(), on_gpu=True).memory["kernels"] == 0
+
+
 def test_recompute_trades_memory_for_work() -> None:
     plain, lighter = _plan(_run()), _plan(_run(train={"recompute": True}))
     assert lighter.memory["activations"] < plain.memory["activations"]
