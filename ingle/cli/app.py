@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ingle import __version__
-from ingle.cli import answering, configuration, doctor, evaluation, exporting, formats, inspection, training
+from ingle.cli import answering, configuration, doctor, evaluation, exporting, formats, inspection, quantizing, training
 
 app = typer.Typer(
     name="ingle",
@@ -42,6 +42,7 @@ app.command("train", context_settings=_TAKES_OVERRIDES)(training.train)
 app.command("generate")(answering.generate)
 app.command("chat")(answering.chat)
 app.command("evaluate", context_settings=_TAKES_OVERRIDES)(evaluation.evaluate)
+app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)
 app.command("export")(exporting.export)
 app.add_typer(data, name="data")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ class Place:
     Args:
         out: A folder, or a file whose name ends in ``.gguf``.
         stem: Name of the GGUF file inside a folder, without its ending; None when the export is a folder of files.
+        companions: What is written beside a file.
 
     Attributes:
         folder: Where everything ends up.
@@ -30,7 +31,8 @@ class Place:
         ConfigError: When something is there that would be overwritten, or the path makes no sense.
     """
 
-    def __init__(self, out: Path, stem: str | None) -> None:
+    def __init__(self, out: Path, stem: str | None, companions: Sequence[str] = COMPANIONS) -> None:
+        self._companions = companions
         self._is_file = out.suffix == ".gguf"
         if self._is_file and stem is None:
             raise ConfigError("this export is a folder, not a .gguf file.", where=f"--out {out}", fix="name a folder")
@@ -87,7 +89,7 @@ class Place:
     def _taken(self) -> Path | None:
         """Something in the way, if there is anything."""
         if self._is_file:
-            names = (self._out, *(self.folder / name for name in COMPANIONS))
+            names = (self._out, *(self.folder / name for name in self._companions))
             return next((path for path in names if path.exists()), None)
         empty = not self._out.exists() or (self._out.is_dir() and not any(self._out.iterdir()))
         return None if empty else self._out

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ingle import models
-from ingle.config.base import NoBase
+from ingle.config.base import NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import Target, find_target, read_windows
@@ -29,12 +29,17 @@ from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.gguf import read_gguf
 from ingle.inference import Source
-from ingle.quant.format import Format
+from ingle.models.hub import locate
+from ingle.quant import make_format
 
 #: Tokens of a text that an importance matrix is gathered from.
 NUM_TOKENS = 65_536
 
-_LAYER = re.compile(r"(^|\.)\d+\.")
+#: Rows compared at once.
+_ROWS = 1024
+
+#: The last word of a weight's name, without its ending: what it does, in whatever layer.
+_CLASS = re.compile(r"([^.]+)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +124,6 @@ class Loss:
         return kept | {"bits_per_weight": bits, "relative_error": relative}
 
 
-#: Rows compared at once.
-_ROWS = 1024
-
-
 def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
     """Packs a model.
 
@@ -141,11 +142,12 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
     target = order.check()
     is_file = target.container == "gguf"
     name = Path(order.model).resolve().name
-    place = Place(order.out, f"{name}-{target.name}" if is_file else None)
+    place = Place(order.out, f"{name}-{target.name}" if is_file else None, companions=())
     source = Source(ModelConfig(id=order.model, dtype="float32"), NoBase())
     tokenizer = models.load_tokenizer(source.model)
     importance = _importance(order, tokenizer, sink)
     merger = Merger(source, sink=sink)
+    _require_plain(merger, order.model)
     with place.opened() as partial:
         if is_file:
             assert place.main is not None
@@ -160,12 +162,29 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
         "to": target.name,
         "container": target.container,
         "num_weights": num_weights,
-        "num_bytes_before": sum(stored.num_bytes for stored in merger.stream.stored()),
+        "num_bytes_before": _bytes_on_disk(source.model),
         "num_bytes": num_bytes,
         "bits_per_weight": 8 * num_bytes / num_weights,
         "imatrix": None if importance is None else str(order.imatrix or order.data),
         "classes": {key: loss.to_dict() for key, loss in classes.items()},
     }
+
+
+def _require_plain(merger: Merger, name: str) -> None:
+    formats = (getattr(merger.stream.holder(entry.name), "format", None) for entry in merger.stream.entries)
+    packed = next((format for format in formats if format is not None), None)
+    if packed is not None:
+        raise ConfigError(
+            f"the weights of {name} are packed as {packed.name} already.",
+            where="MODEL",
+            why="packing them again would lose once more, and nobody could tell how much",
+            fix="name the model's 16-bit release; `ingle export` copies packed weights as they are",
+        )
+
+
+def _bytes_on_disk(model: ModelConfig) -> int:
+    folder = locate(model.id, revision=model.revision, part="weights")
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _importance(order: Order, tokenizer: Any, sink: Sink) -> dict[str, Tensor] | None:
@@ -178,6 +197,7 @@ def _importance(order: Order, tokenizer: Any, sink: Sink) -> dict[str, Tensor] |
     windows = read_windows(str(order.data), model, tokenizer, order.num_tokens)
     entries = gather_importance(model, windows, lambda done, total: sink(Progress("reading the text", done, total)))
     if order.imatrix is not None:
+        order.imatrix.parent.mkdir(parents=True, exist_ok=True)
         longest = max(len(window.sample.input_ids) for window in windows)
         models.save_importance(model, entries, order.imatrix, datasets=[str(order.data)], chunk_size=longest)
         sink(Saved(0, str(order.imatrix), "imatrix"))
@@ -216,17 +236,9 @@ def _write_gguf(
 def _unpack(rows: Tensor, type_name: str, shape: torch.Size) -> Tensor:
     if type_name in PLAIN:
         return rows.reshape(-1).view(PLAIN[type_name]).view(shape).float()
-    format = _block_format(type_name)
-    return format.decode({"data": rows}, shape[0], shape[1], torch.float32)
-
-
-def _block_format(type_name: str) -> Format:
-    from ingle.config.base import base_section
-    from ingle.quant import make_format
-
     format = make_format(base_section({"format": type_name}))
     assert format is not None
-    return format
+    return format.decode({"data": rows}, shape[0], shape[1], torch.float32)
 
 
 def _write_folder(
@@ -266,7 +278,8 @@ class _Losses:
 
     def add(self, name: str, weight: Tensor, packed: Tensor, type_name: str, num_bytes: int) -> None:
         """Counts one weight under its class: its name without layer and ending."""
-        key = "norms and biases" if weight.dim() < 2 else _LAYER.sub(r"\1", name.removesuffix(".weight")).split(".")[-1]
+        match = _CLASS.search(name)
+        key = match[1] if match is not None and weight.dim() > 1 else "norms and biases"
         self.classes.setdefault(key, Loss()).add(weight, packed, type_name, num_bytes)
         self._done += 1
         self._tell(self._done)

@@ -103,7 +103,8 @@ class Stream:
                 return (self._piece(group.stored),)
             case PackedWeight():
                 shape = tuple(self._twin.state_dict()[group.target].shape)
-                return (Piece(self._keys[id(group.parts["weight"])], shape),)
+                codes = group.parts.get("weight") or group.parts["W_q"]
+                return (Piece(self._keys[id(codes)], shape),)
             case GgufWeight():
                 return (Piece(group.target, group.tensor.shape),)
             case Experts():

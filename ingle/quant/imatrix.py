@@ -37,10 +37,13 @@ class Importance:
 
     @property
     def mean(self) -> Tensor:
-        """The importance of each column, float32 ``[I]``; ones where no token came by."""
+        """The importance of each column, float32 ``[I]``; ones where no token came by.
+
+        Sums are rounded before they are divided, as in a file, so that either gives the same bytes of a weight.
+        """
         if not self.count:
             return torch.ones(self.sums.shape)
-        return (self.sums / self.count).float()
+        return self.sums.float() / self.count
 
 
 class ImatrixCollector:

@@ -1,0 +1,91 @@
+"""``ingle quantize``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, in 16 or 32 bits.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            show_default=False,
+            help="GGUF: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, ..., bf16. safetensors: nf4, fp4, int8, hqq-4 (or 8, 3, 2, "
+            "1 bits; hqq-3-g32 for groups of 32).",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="PATH", show_default=False, help="A .gguf file, or a new folder; nothing is overwritten."),
+    ],
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Importance matrix for types of GGUF blocks: read, or with --data gathered and written there.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="Text to gather an importance matrix from."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to read, from its beginning.")] = 65_536,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Pack a model in any format, and say what each class of weights lost.
+
+    - `ingle quantize my-model --to q4_k_m --out my-model.gguf --data text.jsonl`
+    - `ingle quantize my-model --to nf4 --out my-model-nf4` (loads in Ingle and in transformers)
+
+    What was trained with an adapter is written by `ingle export`; which format suits a model says `ingle formats`.
+    """
+    from ingle.sinks import Terminal
+    from ingle.sinks.terminal import make_console, show
+
+    with Terminal(make_console(stderr=True)) as terminal:
+        from ingle.export.quantizing import Order
+        from ingle.export.quantizing import quantize as run_quantize
+
+        result = run_quantize(Order(model, to, out, imatrix, data, tokens), terminal)
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    show(make_console(), *_render(result))
+
+
+def _render(result: Mapping[str, Any]) -> list[RenderableType]:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ingle.sinks.wording import count, size
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("weights", no_wrap=True)
+    table.add_column("types")
+    for head in ("number", "bits", "relative error"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, row in result["classes"].items():
+        types = ", ".join(kind for kind, _ in sorted(row["types"].items(), key=lambda item: -item[1]))
+        error = f"{row['relative_error']:.4f}" if row["relative_error"] else "0"
+        table.add_row(name, types, count(row["num_weights"]), f"{row['bits_per_weight']:.2f}", error)
+    before, after = result["num_bytes_before"], result["num_bytes"]
+    lines = [
+        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight",
+        "  relative error: root mean square of what changed over that of the weights, read back from the file",
+    ]
+    if result["imatrix"] is not None:
+        lines.append(f"  packed with the importance matrix of {result['imatrix']}")
+    lines.append(f"  wrote {result['path']}")
+    return [table, *(Text(line) for line in lines)]
