@@ -120,6 +120,18 @@ def test_joint_solver_is_near_the_optimum(bits: int, size: int, slack: float, we
     assert best * 0.999 < reached < slack * best
 
 
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+def test_joint_solver_ends_where_regression_finds_nothing_more(bits: int) -> None:
+    weight, format = draw("gaussian"), Hqq(bits, 64)
+    codes = unpack_codes(format.encode(weight)["codes"], bits, weight.shape[1]).double().view(-1, 64)
+    groups = weight.double().view(-1, 64)
+    centred = codes - codes.mean(1, keepdim=True)
+    scale = (centred * groups).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True)
+    zero = codes.mean(1, keepdim=True) - groups.mean(1, keepdim=True) / scale
+    again = ((groups / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+    assert (again - groups).square().sum() > 0.998 * measure(format, weight).square().sum()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_importance_moves_the_error_to_where_it_counts_less(bits: int) -> None:
     weight = draw("heavy")
