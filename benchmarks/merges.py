@@ -145,11 +145,13 @@ def _unchanged(layer: LoraLinear, way: Way) -> Tensor:
     return found
 
 
-def compare_ways(folder: Path, flags: list[str], task: TaskConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Trains all adapters and scores all ways."""
+def compare_ways(
+    folder: Path, names: list[str], flags: list[str], task: TaskConfig, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Trains the adapters named and scores their ways."""
     trained: dict[str, evaluation.TaskResult] = {}
     rows = []
-    for way in WAYS:
+    for way in (way for way in WAYS if way.run in names):
         run, report = train(way.run, folder, flags)
         aware = report["rounding"] is not None
         if way.run not in trained:
@@ -191,6 +193,7 @@ def main() -> None:
     """Trains, merges, scores and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/merges"), help="folder of the runs")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--samples", type=int, default=300)
@@ -202,7 +205,7 @@ def main() -> None:
         {"sources": sources, "metrics": tuple(options.metrics), "num_samples": options.samples, "max_new_tokens": 96}
     )
     began = time.monotonic()
-    rows = compare_ways(options.out, flags, task, lambda line: print(line, flush=True))
+    rows = compare_ways(options.out, options.runs, flags, task, lambda line: print(line, flush=True))
     (options.out / "merges.json").write_text(json.dumps(rows, indent=1))
     print(f"{time.monotonic() - began:.0f} s")
 

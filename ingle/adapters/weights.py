@@ -24,6 +24,7 @@ from ingle.adapters.settings import CONFIG
 from ingle.atomic import write_atomically
 from ingle.config.base import BaseConfig, base_section
 from ingle.errors import AdapterError
+from ingle.wording import some
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -125,7 +126,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def sort_tensors(
     tensors: dict[str, Tensor], model: nn.Module, settings: Mapping[str, Any], folder: Path
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Splits the file into ``path -> (A, B)`` and ``path -> {key: tensor}`` for modules trained whole."""
+    """Splits the file into ``path -> (A, B)`` and ``path -> {key: tensor}`` for modules trained whole.
+
+    Raises:
+        AdapterError: When a tensor is neither, or half of an adapter is missing.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
     saved = settings.get("modules_to_save") or ()
@@ -153,7 +158,11 @@ def sort_tensors(
 
 
 def check_targets(model: nn.Module, found: set[str], settings: Mapping[str, Any], folder: Path) -> None:
-    """Finds modules that the config names and the file lacks, where the config says it plainly."""
+    """Finds modules that the config names and the file lacks, where the config says it plainly.
+
+    Raises:
+        AdapterError: When there are such modules.
+    """
     targets = settings.get("target_modules")
     if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
         return
@@ -174,7 +183,11 @@ def check_targets(model: nn.Module, found: set[str], settings: Mapping[str, Any]
 
 
 def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], folder: Path) -> None:
-    """Whether A and B of one module fit the model."""
+    """Whether A and B of one module fit the model.
+
+    Raises:
+        AdapterError: When the module is not there, is no linear map, is of another size, or a value is not finite.
+    """
     where = str(folder / WEIGHTS)
     try:
         module = model.get_submodule(name)
@@ -203,7 +216,11 @@ def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], f
 
 
 def load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Path) -> None:
-    """Gives a module that was trained whole its weights."""
+    """Gives a module that was trained whole its weights.
+
+    Raises:
+        AdapterError: When they are of other names or sizes.
+    """
     parameters = dict(model.get_submodule(name).named_parameters(remove_duplicate=False))
     if set(parameters) != set(state) or any(parameters[key].shape != tensor.shape for key, tensor in state.items()):
         raise AdapterError(
@@ -221,9 +238,3 @@ def load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Pa
                 setattr(model.get_submodule(name).get_submodule(path), leaf, own)
             else:
                 parameters[key].copy_(tensor)
-
-
-def some(names: set[str]) -> str:
-    """The first few names, and how many more."""
-    shown = sorted(names)[:3]
-    return (", ".join(shown) or "none") + (f" and {len(names) - 3} more" if len(names) > 3 else "")
