@@ -28,11 +28,19 @@ def plan_table(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
     return table
 
 
+def _rounding(adapter: Mapping[str, Any], base: str) -> str:
+    """Which steps train through the rounding of the merge, as far as any do."""
+    if aware := adapter.get("merge_aware"):
+        return f", the last {aware['fraction']:.0%} of the steps through the rounding of {aware['format'] or base}"
+    return f", through the rounding of {base}" if adapter.get("train_rounding") else ""
+
+
 def _plan_rows(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base, adapter, train = run["base"]["format"], run["adapter"], run["train"]
     share = plan["trainable_parameters"] / plan["num_parameters"] if plan["num_parameters"] else 0.0
     yield "model", f"{run['model']['id']}, {count(plan['num_parameters'])} parameters, base {base}"
     how = "all weights" if adapter["kind"] == "none" else f"{adapter['kind']}, rank {adapter.get('rank')}"
+    how += _rounding(adapter, base)
     yield "trains", f"{how}: {count(plan['trainable_parameters'])} parameters ({share:.1%} of the model)"
     yield "data", ", ".join(source["path"] for source in run["data"]["sources"])
     yield (

@@ -11,6 +11,7 @@ from ingle import events
 from ingle.config import Run
 from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
 from ingle.sinks import Terminal, combine
+from ingle.sinks.tables import plan_table
 
 PLAN = {
     "num_steps": 6,
@@ -254,3 +255,24 @@ def test_combine_tells_all_in_order() -> None:
     told: list[tuple[int, events.Event]] = []
     combine(lambda event: told.append((1, event)), lambda event: told.append((2, event)))(step(1))
     assert [number for number, _ in told] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"rank": 4}, "lora, rank 4: "),
+        ({"rank": 4, "merge_aware": {}}, "lora, rank 4, the last 25% of the steps through the rounding of q5_1: "),
+        (
+            {"rank": 4, "merge_aware": {"format": "q4_k", "fraction": 0.5}},
+            "lora, rank 4, the last 50% of the steps through the rounding of q4_k: ",
+        ),
+        ({"kind": "qa_lora", "rank": 4, "train_rounding": True}, "qa_lora, rank 4, through the rounding of q5_1: "),
+    ],
+)
+def test_the_plan_says_what_is_trained_through_the_rounding(adapter: dict[str, Any], said: str) -> None:
+    run = Run.model_validate(
+        {"model": {"id": "m"}, "base": "q5_1", "adapter": adapter, "data": {"sources": "a"}, "output": "o"}
+    )
+    console = Console(file=io.StringIO(), width=160)
+    console.print(plan_table(run.model_dump(mode="json"), PLAN))
+    assert said in console.file.getvalue()  # type: ignore[attr-defined]
