@@ -40,6 +40,7 @@ SCALARS = {
 }
 
 _MAX_DIMENSIONS = 4
+_CHUNK_BYTES = 1 << 20
 _DAMAGED = "fetch or copy the file again; it is damaged or incomplete"
 _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
@@ -195,9 +196,13 @@ class _Reader:
         self._file = file
         self._path = path
         self._size = path.stat().st_size
+        self._buffer = b""
+        self._at = 0  # in the buffer
+        self._left = self._size  # bytes after that
+        # A vocabulary has hundreds of thousands of short texts: each costs a slice of the buffer and nothing more.
 
     def read(self) -> GgufFile:
-        magic = self._file.read(4)
+        magic = self._take(min(4, self._size))
         if magic != b"GGUF":
             if magic == b"vers":
                 raise GgufError(
@@ -227,7 +232,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment}")
-        start = -(-self._file.tell() // alignment) * alignment
+        start = -(-(self._size - self._left) // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, type_name, shape, offset in entries:
             if name in tensors or offset % alignment:
@@ -286,8 +291,7 @@ class _Reader:
             raise self._damaged(f"{key} is of type {number}") from None
 
     def _string(self) -> str:
-        (length,) = self._unpack("Q")
-        raw = self._take(length)
+        raw = self._take(int.from_bytes(self._take(8), "little"))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -297,11 +301,18 @@ class _Reader:
         return struct.unpack(f"<{layout}", self._take(struct.calcsize(f"<{layout}")))
 
     def _take(self, num_bytes: int) -> bytes:
-        self._require(num_bytes)
-        return self._file.read(num_bytes)
+        end = self._at + num_bytes
+        if end > len(self._buffer):
+            self._require(num_bytes)
+            self._buffer = self._buffer[self._at :] + self._file.read(max(num_bytes, _CHUNK_BYTES))
+            self._at, end = 0, num_bytes
+        taken = self._buffer[self._at : end]
+        self._at = end
+        self._left -= num_bytes
+        return taken
 
     def _require(self, num_bytes: int) -> None:
-        if num_bytes > self._size - self._file.tell():
+        if num_bytes > self._left:
             raise self._damaged(f"its {self._size:,} bytes end within the header")
 
     def _damaged(self, why: str) -> GgufError:

@@ -179,9 +179,7 @@ def to_metadata(
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) -> dict[str, Any]:
-    merges = [merge.split(" ", 1) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    if any(len(pair) != 2 for pair in merges):
-        raise GgufError("the tokenizer's merges are damaged.", where="tokenizer.ggml.merges")
+    merges = metadata.get("tokenizer.ggml.merges", [])  # "a b": no token of bytes has a space in it
     return {
         "normalizer": None,
         "pre_tokenizer": byte_level(pre),
@@ -209,7 +207,7 @@ def _sentencepiece(
     return {**sentencepiece(prefix=prefix), "model": model}
 
 
-def _model(vocab: dict[str, int], merges: list[list[str]], **options: Any) -> dict[str, Any]:
+def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,

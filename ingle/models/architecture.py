@@ -29,6 +29,7 @@ from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_config
 from ingle.models.hub import locate
+from ingle.wording import first_line
 
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -64,9 +65,9 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         HubUnavailable: When the hub is needed and cannot be reached.
     """
     if is_gguf(model.id):
-        config, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
-        _refuse_config(config, raw, model)
-        return config
+        described, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
+        _refuse_config(described, raw, model)
+        return described
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     raw = read_json(folder, model)
     if "auto_map" in raw and not model.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
@@ -76,12 +77,14 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             fix="read that code, then set --model.trust_remote_code=true",
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(
             f"the architecture of {model.id} is not known to the installed transformers.",
             where=str(folder / "config.json"),
-            why=f"model_type is {raw.get('model_type')!r}; {_first_line(error)}",
+            why=f"model_type is {raw.get('model_type')!r}; {first_line(error)}",
             fix="upgrade transformers, or choose another model",
         ) from error
     _refuse_config(config, raw, model)
@@ -242,8 +245,3 @@ def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
             where="model.id",
             fix="choose a decoder-only language model with attention alone",
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

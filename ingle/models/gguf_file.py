@@ -116,11 +116,29 @@ def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> F
         ModelError: When the file holds a weight in another format than the base asks for.
         QuantizationError: When the base is a mix that is not known for the architecture.
     """
-    wanted = make_formats(base, model)
     if not is_gguf(config.id):
-        return wanted
+        return make_formats(base, model)
+    return _choose(model, open_gguf(config.id, revision=config.revision), base)
+
+
+def pack(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
+    """Packs the linear maps of a skeleton: as a GGUF file has them, or else as the base asks.
+
+    Raises:
+        ModelError: When a file holds weights in another format than the base asks for.
+        QuantizationError: When the model holds weights that cannot be packed.
+    """
+    if not is_gguf(config.id):
+        quant.convert(model, base)
+        return
     file = open_gguf(config.id, revision=config.revision)
-    own = _own_formats(file)
+    quant.convert(model, base, formats=_choose(model, file, base))
+    quant.pack_ends(model, _own_formats(file))
+
+
+def _choose(model: nn.Module, file: GgufFile, base: BaseConfig) -> Formats:
+    """What the file has each module in; what it holds as plain numbers as the base asks."""
+    own, wanted = _own_formats(file), make_formats(base, model)
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:
         found = own(name, out_features, in_features)
@@ -135,18 +153,6 @@ def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> F
         return found or asked
 
     return choose
-
-
-def pack(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
-    """Packs the linear maps of a skeleton: as a GGUF file has them, or else as the base asks.
-
-    Raises:
-        ModelError: When a file holds weights in another format than the base asks for.
-        QuantizationError: When the model holds weights that cannot be packed.
-    """
-    quant.convert(model, base, formats=choose_formats(model, config, base))
-    if is_gguf(config.id):
-        quant.pack_ends(model, _own_formats(open_gguf(config.id, revision=config.revision)))
 
 
 def _own_formats(file: GgufFile) -> Formats:

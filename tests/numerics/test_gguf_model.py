@@ -25,6 +25,7 @@ from ingle.errors import GgufError, ModelError
 from ingle.events import Warned
 from ingle.gguf import TensorToWrite, read_gguf, write_gguf
 from ingle.gguf.architecture import ARCHITECTURES
+from ingle.gguf.container import block_of
 from ingle.models import Model, load_model, load_tokenizer
 from ingle.quant import QuantEmbedding, QuantLinear
 
@@ -256,6 +257,51 @@ def test_what_cannot_stay_packed_is_told(gguf_of: Write, tmp_path: Path) -> None
     assert "model.embed_tokens" in {row.name for row in quant.audit(model).unquantized}
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert (logits(model) - logits(reference)).norm() / logits(reference).norm() < 0.05
+
+
+#: Where the float16 scale of a block is, by type; the other bytes may be anything.
+SCALES = {
+    **{"iq2_xxs": 0, "iq2_xs": 0, "iq2_s": 0, "iq3_xxs": 0, "iq3_s": 0, "iq1_s": 0, "iq4_xs": 0, "q5_0": 0},
+    **{"q6_k": 208, "q3_k": 108, "tq1_0": 52, "tq2_0": 64},
+}
+
+
+def test_types_that_are_only_read_are_read_too(gguf_of: Write, tmp_path: Path) -> None:
+    """Every layer's ``down_proj`` in another type, of bytes that no encoder made."""
+    rng = np.random.default_rng(0)
+    original = gguf_of(EMBER, tmp_path / "ember.gguf", "f32")
+    kinds = list(SCALES)
+    for first in range(0, len(kinds), 6):
+        chosen = kinds[first : first + 6]
+
+        def change(metadata: dict[str, Any], tensors: dict[str, TensorToWrite], chosen: list[str] = chosen) -> None:
+            for layer, kind in enumerate(chosen):
+                name, shape = f"blk.{layer}.ffn_down.weight", (256, 768)
+                size, num_bytes = block_of(kind)
+                blocks = rng.integers(0, 256, (256, 768 // size, num_bytes), dtype=np.uint8)
+                scale = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
+                blocks[..., SCALES[kind] : SCALES[kind] + 2] = scale
+                tensors[name] = TensorToWrite(name, kind, shape, lambda blocks=blocks: blocks)
+
+        path = rewritten(original, tmp_path / f"mixed-{first}.gguf", change)
+        model = load(path)
+        held = {name: module.format.name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+        assert held == {f"model.layers.{layer}.mlp.down_proj": kind for layer, kind in enumerate(chosen)}
+        reference = AutoModelForCausalLM.from_pretrained(EMBER, dtype=torch.float32).eval()
+        values = decoded(path)
+        reference.load_state_dict(values | {"lm_head.weight": values["model.embed_tokens.weight"]})
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-3, atol=1e-3)
+
+
+def test_a_damaged_tokenizer_is_told(small: Path, tmp_path: Path) -> None:
+    def change(metadata: dict[str, Any], tensors: dict[str, TensorToWrite]) -> None:
+        metadata["tokenizer.ggml.merges"][7] = "one"
+
+    path = rewritten(small, tmp_path / "x.gguf", change)
+    with pytest.raises(GgufError, match=r"the tokenizer in x\.gguf cannot be read"):
+        load_tokenizer(ModelConfig(id=str(path)))
+    assert load_tokenizer(ModelConfig(id=str(path), tokenizer=str(EMBER))).eos_token_id == 3
+    assert load_tokenizer(ModelConfig(id=str(EMBER), tokenizer=str(small))).eos_token_id == 3
 
 
 def test_an_untied_head_is_its_own(small: Path) -> None:

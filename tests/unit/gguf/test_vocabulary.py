@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from ingle.errors import GgufError
+from ingle.gguf import write_gguf
 from ingle.gguf.pretokenizers import GPT4O, LLAMA3, QWEN2, TEKKEN, byte_level, find_pre
 from ingle.gguf.vocabulary import Vocabulary, to_metadata, to_vocabulary
 
@@ -149,6 +152,23 @@ def test_sentencepiece_joins_the_best_score_first() -> None:
     assert text_of(values, ids(to_vocabulary(values), "hello")) == ["<s>", "he", "llo"]
     values["tokenizer.ggml.scores"][values["tokenizer.ggml.tokens"].index("el")] = 5.0
     assert text_of(values, ids(to_vocabulary(values), "hello")) == ["<s>", "h", "ello"]
+
+
+def test_sentencepiece_cuts_as_llama_cpp_does(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed here")
+    engine: Any = importlib.import_module("llama_cpp")
+    values = pieces()
+    shape = {"block_count": 1, "context_length": 8, "embedding_length": 4, "feed_forward_length": 4}
+    shape |= {"attention.head_count": 1, "attention.layer_norm_rms_epsilon": 1e-5}
+    header = {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in shape.items()}
+    for prefix in (True, False):
+        values["tokenizer.ggml.add_space_prefix"] = prefix
+        write_gguf(tmp_path / "vocabulary.gguf", header | values, [])
+        model = engine.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+        vocabulary = to_vocabulary(values)
+        for text in ("hello world", "helloworld hell low", "é x<|tool|>", "x <|tool|> hello", "  hello  "):
+            assert ids(vocabulary, text) == model.tokenize(text.encode(), add_bos=True, special=True), (prefix, text)
 
 
 def test_sentencepiece_comes_back() -> None:
