@@ -67,7 +67,7 @@ def make_package() -> Callable[[Tensor, Hqq], object] | None:
 
 
 def measure_speed(
-    functions: dict[str, Callable[[], object]], rounds: int, weights: int, clock: Any
+    functions: Mapping[str, Callable[[], object]], rounds: int, weights: int, clock: Any
 ) -> dict[str, float]:
     """Million weights per second of each function: medians over rounds, turn by turn, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
