@@ -26,7 +26,9 @@ from ingle.kernels.cpu_threads import set_threads
 from ingle.quant import make_format
 
 FORMATS: dict[str, type[GgmlBase]] = {
-    get_args(section.model_fields["format"].annotation)[0]: section for section in GgmlBase.__subclasses__()
+    get_args(section.model_fields["format"].annotation)[0]: section
+    for section in GgmlBase.__subclasses__()
+    if section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {

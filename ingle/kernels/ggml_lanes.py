@@ -75,17 +75,6 @@ def write_extremes(x: Array, w: Array, fields: Array, codes: Array, *, count: in
         fields.store(LANES * row, variable.get())
 
 
-def write_steps(x: Array, w: Array, fields: Array, codes: Array, *, count: int, bias: float, top: int) -> None:
-    """Codes ``trunc((x - fields[1]) * fields[0] + bias)``, at most ``top``."""
-    inverse, low = fields.load(0, LANES), fields.load(LANES, LANES)
-
-    def put(place: Any) -> None:
-        v = (x.load(place, LANES) - low) * inverse + bias
-        store_codes(codes, place, v.at_least(0.0).at_most(float(top)))
-
-    each(x, count, put)
-
-
 def write_rounds(x: Array, w: Array, fields: Array, codes: Array, *, count: int, limit: int, bias: int) -> None:
     """Codes ``roundf(x * fields[0]) + bias``: half away from zero; before the bias at most ``limit`` in size."""
     inverse = fields.load(0, LANES)
