@@ -94,7 +94,7 @@ def read_licence(folder: Path) -> str | None:
 
 def _read_report(run_folder: Path | None) -> dict[str, Any]:
     try:
-        report: Any = json.loads(((run_folder or Path()) / "report.json").read_text()) if run_folder else {}
+        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text())
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
@@ -141,7 +141,7 @@ def _data(run: Run, run_folder: Path | None) -> str:
         path = Path(source.path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "not a single local file"
         lines.append(f"| {path.name} | `{digest}` |")
-    states = sorted((run_folder or Path()).glob("checkpoints/step-*/state.json")) if run_folder else []
+    states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
     if states:
         lines += ["", f"SHA of the tokenized data: `{json.loads(states[-1].read_text())['data_hash']}`."]
     return "\n".join(lines)

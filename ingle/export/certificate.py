@@ -59,7 +59,7 @@ class Tolerance:
 #: Where every product is made in floating point.
 PLAIN = Tolerance(mean_kl=2e-3, tie=0.15)
 #: Where the other program rounds the inputs of products to 8 bits.
-PACKED = Tolerance(mean_kl=2e-2, tie=0.6)
+PACKED = Tolerance(mean_kl=1e-2, tie=0.5)
 
 
 class Server(Protocol):

@@ -78,6 +78,7 @@ class GgufExport:
         tokenizer: Its tokenizer.
         type: ``--type``; :data:`AS_TRAINED` keeps each tensor's format.
         importance: Importance by GGUF name, ``[columns]``.
+        base_file_type: What the base's own GGUF file says of its type; used where each tensor's format is kept.
 
     Attributes:
         planned: The tensors, in the order of the file.
@@ -91,6 +92,7 @@ class GgufExport:
     tokenizer: Any
     type: str
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base_file_type: int = int(LlamaFileType.GUESSED)
 
     def __post_init__(self) -> None:
         model = self.merger.stream.model
@@ -159,7 +161,7 @@ class GgufExport:
             end_token_ids=ordered,
             chat_template=tokenizer.chat_template or None,
         )
-        kind = int(LlamaFileType.GUESSED) if self.type == AS_TRAINED else file_type_number(self.type)
+        kind = self.base_file_type if self.type == AS_TRAINED else file_type_number(self.type)
         about = {"general.type": "model", "general.file_type": kind}
         if any(planned.type not in PLAIN for planned in self.planned):
             about["general.quantization_version"] = GGML_QUANT_VERSION
@@ -174,10 +176,10 @@ class GgufExport:
     def _plan(self) -> list[Planned]:
         planned = []
         entries: list[tuple[str, Entry | None, tuple[int, ...]]] = []
-        for entry in self.merger.stream.entries:
-            if len(entry.pieces) != 1:
-                raise GgufError("models with experts cannot be written to GGUF yet.", where=entry.name)
-            entries.append((entry.name, entry, entry.pieces[0].shape))
+        for stored in self.merger.stream.entries:
+            if len(stored.pieces) != 1:
+                raise GgufError("models with experts cannot be written to GGUF yet.", where=stored.name)
+            entries.append((stored.name, stored, stored.pieces[0].shape))
         entries += [(name, None, tuple(self.merger.trained[name].shape)) for name in self.merger.untied]
         named = {name: self._name(name) for name, _, _ in entries}
         mix = None
@@ -241,22 +243,23 @@ def read_importance(path: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(entry.mean[0]) for name, entry in read_imatrix(path).entries.items()}
 
 
-def choose_type(name: str | None, base: BaseConfig) -> str:
+def choose_type(name: str | None, base: BaseConfig, *, from_gguf: bool = False) -> str:
     """The type of the file.
 
     Args:
         name: ``--type`` as typed; None for what was trained on, where GGUF holds it, and else what loses least.
         base: What the model was trained on.
+        from_gguf: It was trained on the bytes of a GGUF file.
 
     Raises:
         ConfigError: No GGUF file has this type, or the base is held in what GGUF does not hold.
     """
-    if name is None and isinstance(base, MixBase):
+    if name is None and isinstance(base, MixBase) and not from_gguf:
         return base.format
     if name is None:
-        return AS_TRAINED if holds(base) else "q8_0"
+        return AS_TRAINED if from_gguf or holds(base) else "q8_0"
     chosen = ALIASES.get(name.lower(), name.lower())
-    if chosen == AS_TRAINED and not holds(base) and base.format != "none":
+    if chosen == AS_TRAINED and not (from_gguf or holds(base)) and base.format != "none":
         raise ConfigError(
             f"GGUF cannot hold {base.format}, which this model was trained on.",
             where=f"--type {name}",
@@ -279,7 +282,7 @@ def holds(base: BaseConfig) -> bool:
 def _target(type_name: str) -> Format | torch.dtype:
     if type_name in PLAIN:
         return PLAIN[type_name]
-    format = make_format(base_section(type_name))
+    format = make_format(base_section({"format": type_name}))
     assert format is not None, type_name
     return format
 

@@ -76,7 +76,7 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
     if type_name in PACKED:
         if base.format == type_name:
             return Layout(torch.bfloat16, base)
-        return Layout(torch.bfloat16, base_section(type_name))
+        return Layout(torch.bfloat16, base_section({"format": type_name}))
     raise ConfigError(
         f"there is no layout of safetensors for {type_name}.",
         where=f"--type {type_name}",
@@ -143,9 +143,11 @@ def _tensors(
             planes = merged
             found.append(fidelity)
         layer = piece.key.removesuffix("weight")
-        exchange = to_hqq if isinstance(format, Hqq) else to_bitsandbytes
-        rows, columns = piece.shape
-        for part, tensor in exchange(planes, format, rows, columns, dtype=layout.dtype).items():  # type: ignore[operator]
+        if isinstance(format, Hqq):
+            parts = to_hqq(planes, format, *piece.shape, dtype=layout.dtype)
+        else:
+            parts = to_bitsandbytes(planes, format, *piece.shape, dtype=layout.dtype)
+        for part, tensor in parts.items():
             yield layer + part, tensor
         return
     if loaded.layer is not None:
@@ -155,11 +157,11 @@ def _tensors(
     if len(entry.pieces) == 1:
         yield entry.pieces[0].key, value.view(entry.pieces[0].shape)
         return
-    rows = value.flatten(0, 1)  # [experts, rows, columns]: pieces lie one below the other
+    below = value.flatten(0, 1)  # [experts, rows, columns]: pieces lie one below the other
     start = 0
     for piece in entry.pieces:
         count = prod(piece.shape[:-1])
-        yield piece.key, rows[start : start + count].view(piece.shape)
+        yield piece.key, below[start : start + count].view(piece.shape)
         start += count
 
 

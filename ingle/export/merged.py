@@ -18,6 +18,7 @@ from ingle.export.place import Place
 from ingle.export.promotion import Promotion, promote
 from ingle.export.work import Outcome, Work, plain_source
 from ingle.inference import Engine, Source, open_source
+from ingle.models.gguf_file import is_gguf, open_gguf
 from ingle.models.peers import TransformersServer
 
 #: Tokens of a certificate's longest text.
@@ -75,12 +76,15 @@ def export_safetensors(work: Work) -> Outcome:
 def export_gguf(work: Work) -> Outcome:
     """Writes the merged, or untouched, model as one GGUF file with a Modelfile."""
     source = work.subject.source
-    type_name = gguf.choose_type(work.request.type, source.base)
+    own = open_gguf(source.model.id, revision=source.model.revision) if is_gguf(source.model.id) else None
+    type_name = gguf.choose_type(work.request.type, source.base, from_gguf=own is not None)
     place = Place(work.request.out, f"{work.name}-{type_name}")
     assert place.main is not None
     yardstick = work.measure_trained()
     merger = work.merger()
     export = GgufExport(merger, work.tokenizer, type_name, _importance(work))
+    if own is not None:
+        export.base_file_type = int(own.metadata.get("general.file_type", export.base_file_type))
     promotion = _promote(work, export) if work.request.promote else None
     place.require_bytes(export.num_bytes)
     with place.opened() as partial:

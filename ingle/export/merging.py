@@ -176,8 +176,7 @@ class _Passed:
 
     def note(self, name: str, holder: nn.Module, layer: LoraLinear | None) -> None:
         path, _, leaf = name.rpartition(".")
-        is_packed = isinstance(holder, Packed) and leaf != "bias"
-        if is_packed:
+        if isinstance(holder, Packed) and leaf != "bias":
             prefix = name if isinstance(holder, QuantStack) else path
             tensors = {f"{prefix}.{key}": plane for key, plane in holder.planes().items()}
             if tensors.keys() - self._digests.keys():

@@ -82,7 +82,8 @@ class ShardWriter:
             final = self._folder / "model.safetensors"
             os.replace(self._shards[0][0], final)
             return [final]
-        paths, places = [], {}
+        paths: list[Path] = []
+        places: dict[str, str] = {}
         for number, (path, names) in enumerate(self._shards, 1):
             final = self._folder / f"model-{number:05d}-of-{count:05d}.safetensors"
             os.replace(path, final)

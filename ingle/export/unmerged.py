@@ -18,6 +18,7 @@ from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.export.work import Outcome, Work
 from ingle.inference import Source
+from ingle.models.gguf_file import is_gguf
 from ingle.models.peers import TransformersServer
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -78,7 +79,8 @@ def export_adapter_gguf(work: Work) -> Outcome:
         with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
             path = Path(folder) / "base.gguf"
             source = Source(work.subject.source.model, work.subject.source.base)
-            kind = gguf.AS_TRAINED if gguf.holds(source.base) else "f32"
+            own = is_gguf(source.model.id) or gguf.holds(source.base)
+            kind = gguf.AS_TRAINED if own else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
             packed = any(planned.type not in gguf.PLAIN for planned in base.planned)
