@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """Which model to start from.
 
     Attributes:
-        id: A hub id (``Qwen/Qwen3-0.6B``) or a local folder.
+        id: A hub id (``Qwen/Qwen3-0.6B``), a local folder, or a ``.gguf`` file (a path, or ``owner/name/file.gguf`` on
+            the hub).
         revision: Branch, tag or commit on the hub.
         tokenizer: Hub id or folder of another tokenizer; the model's own when null.
         dtype: Compute type. ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.

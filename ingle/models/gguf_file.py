@@ -118,7 +118,8 @@ def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> F
     """
     if not is_gguf(config.id):
         return make_formats(base, model)
-    return _choose(model, open_gguf(config.id, revision=config.revision), base)
+    file = open_gguf(config.id, revision=config.revision)
+    return _choose(model, file, _own_formats(file), base)
 
 
 def pack(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
@@ -132,13 +133,14 @@ def pack(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
         quant.convert(model, base)
         return
     file = open_gguf(config.id, revision=config.revision)
-    quant.convert(model, base, formats=_choose(model, file, base))
-    quant.pack_ends(model, _own_formats(file))
+    own = _own_formats(file)
+    quant.convert(model, base, formats=_choose(model, file, own, base))
+    quant.pack_ends(model, own)
 
 
-def _choose(model: nn.Module, file: GgufFile, base: BaseConfig) -> Formats:
+def _choose(model: nn.Module, file: GgufFile, own: Formats, base: BaseConfig) -> Formats:
     """What the file has each module in; what it holds as plain numbers as the base asks."""
-    own, wanted = _own_formats(file), make_formats(base, model)
+    wanted = make_formats(base, model)
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:
         found = own(name, out_features, in_features)
