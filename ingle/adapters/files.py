@@ -30,7 +30,6 @@ from ingle.adapters.weights import (
     load_whole,
     read_record,
     read_tensors,
-    some,
     sort_tensors,
     write_tensors,
 )
@@ -40,6 +39,7 @@ from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
 from ingle.kernels.lora import spread
 from ingle.quant.linear import QuantLinear
+from ingle.wording import some
 
 
 def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:

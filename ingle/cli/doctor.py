@@ -217,7 +217,7 @@ def _ask_hub() -> str:
 
 def _print(report: dict[str, Any]) -> None:
     from ingle.sinks.terminal import make_console
-    from ingle.sinks.wording import size
+    from ingle.wording import size
 
     console = make_console()
 

@@ -69,7 +69,7 @@ def _render(result: Mapping[str, Any]) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    from ingle.sinks.wording import count, size
+    from ingle.wording import count, size
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("weights", no_wrap=True)

@@ -13,6 +13,7 @@ from ingle.config.document import Node, write_value
 from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
+from ingle.wording import either
 
 #: A longer list of options helps nobody.
 _LISTED = 12
@@ -124,7 +125,7 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
         return Problem(f"{needed} must be given.", None, f"--{needed.split(' ')[0]}=VALUE, or in the file")
     if isinstance(shape, Choice) and detail["type"].startswith("union_tag"):
         tag = locate(root, (*path, shape.tag))
-        choices = _either(list(shape.members))
+        choices = either(list(shape.members))
         if tag is None and node is not None and isinstance(node.value, dict):
             return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, f"--{name}.{shape.tag}=...")
         shown = tag or node
@@ -179,10 +180,6 @@ def _shown(node: Node | None) -> str:
     return f", not {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _either(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
-
-
 def _closest(node: Node | None, choices: list[str]) -> str | None:
     given = node.plain() if node is not None else None
     for word in given if isinstance(given, list) else [given]:
@@ -202,7 +199,7 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
         case Choice(tag, members, _):
             owners = [name for name, member in members.items() if key in member.model_fields]
             if owners:
-                return f"it belongs to {parent}.{tag}={_either(owners)}"
+                return f"it belongs to {parent}.{tag}={either(owners)}"
             siblings = _siblings(shape, locate(root, path[:-1]))
         case Table(inner) | Rows(inner):
             siblings = list(inner.model_fields)
@@ -218,7 +215,7 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
         near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.75)
         named = [found for found in everywhere if near and found.rpartition(".")[2] == near[0]]
     if named:
-        return f"did you mean {_either(named[:3])}?"
+        return f"did you mean {either(named[:3])}?"
     known = f"the options {f'of {parent} ' if parent else ''}are {', '.join(siblings)}"
     return known if 0 < len(siblings) <= _LISTED else None
 

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from ingle.config.document import write_value
 from ingle.config.run import Run
 from ingle.config.section import Section
+from ingle.wording import either
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
 
 def describe_type(hint: Any) -> str:
     """What a value of ``hint`` may be, in plain words: ``a whole number of at least 1 or null``."""
-    return _either(_words(hint))
+    return either(_words(hint))
 
 
 def _words(hint: Any) -> list[str]:
@@ -196,10 +197,6 @@ def _words(hint: Any) -> list[str]:
         limits = [f"{signs[name]} {limit}" for name, limit in _bounds(metadata).items()]
         return [" ".join(["a whole number" if bare is int else "a number", " and ".join(limits)]).strip()]
     return {str: ["text"], bool: ["true", "false"], NoneType: ["null"]}[bare]
-
-
-def _either(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
 def docstring(section: type[Section]) -> tuple[str, dict[str, str]]:
@@ -248,7 +245,7 @@ def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Opt
             case Choice(tag, members, _):
                 texts = [f"``{member}``: {docstring(inner)[0]}" for member, inner in members.items()]
                 start = getattr(field.default, tag, None)
-                yield Option(f"{path}.{tag}", _either(list(members)), start, " ".join([description, *texts]).strip())
+                yield Option(f"{path}.{tag}", either(list(members)), start, " ".join([description, *texts]).strip())
                 for member, inner in members.items():
                     for option in _walk(inner, path + ".", f"{path}.{tag} = {member}"):
                         if option.path != f"{path}.{tag}":

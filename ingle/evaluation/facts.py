@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ingle.config.run import Run
+from ingle.wording import duration, size
 
 
 def list_facts(run: Run, report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -88,22 +89,3 @@ def list_modules(report: Mapping[str, Any]) -> list[dict[str, str]]:
         }
         for row in report.get("audit", {}).get("classes", ())
     ]
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``5 h 12 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in the unit that reads best, binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.2f} GiB"

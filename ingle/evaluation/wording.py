@@ -1,47 +1,22 @@
-"""Numbers and verdicts in words, the same in the terminal, the report file and the page."""
+"""Comparisons in words, as print has them; the numbers are written by :mod:`ingle.wording`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from ingle import wording
 from ingle.evaluation.scorers import Scorer
-
-#: How each metric is written: its title, factor and digits behind the point.
-_STYLES: Mapping[str, tuple[str, float, int]] = {
-    "exact_match": ("exact match", 100.0, 1),
-    "bleu": ("BLEU", 1.0, 1),
-    "chrf": ("chrF", 1.0, 1),
-    "rouge_l": ("ROUGE-L", 1.0, 3),
-    "perplexity": ("perplexity", 1.0, 2),
-    "bits_per_byte": ("bits per byte", 1.0, 3),
-}
+from ingle.wording import title
 
 #: Level of significance, after Holm's correction.
 LEVEL = 0.05
 
 
-def title(metric: str) -> str:
-    """The metric's name as people write it."""
-    return _STYLES[metric][0]
-
-
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    _, factor, digits = _STYLES[metric]
-    scaled = value * factor
-    if abs(scaled) >= 10_000:
-        digits = 0
-    text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
-    if float(text.replace(",", "")) == 0.0:
-        text = text.lstrip("+-")
-    unit = (" points" if signed else " %") if metric == "exact_match" else ""
-    return text.replace("-", "−") + unit
+    """A score, or with ``signed`` a difference, as print has it: ``61.0``, ``−3.3``, ``41.2 %``, ``+50.0 points``."""
+    text = wording.score(metric, value, signed=signed).replace("-", "−")
+    return text.removesuffix(" %") + " points" if signed and text.endswith(" %") else text
 
 
 def sample_score(metric: str, value: float | None) -> str:
@@ -58,11 +33,12 @@ def p_value(p: float, *, floor: float = 0.0) -> str:
     """A p-value with its relation: ``p = 0.031``, ``p = 4 × 10⁻¹⁸``, ``p ≤ 0.0001`` at the floor of a simulation."""
     if p <= floor * 1.000001:
         return f"p ≤ {p:.1g}" if p < 0.0001 else f"p ≤ {p:.4f}"
-    if p < 1e-300:
+    text = wording.p_value(p)
+    if text.startswith("<"):
         return "p < 10⁻³⁰⁰"
-    if p >= 0.001:
-        return f"p = {p:.3f}" if p < 0.9995 else "p = 1"
-    mantissa, exponent = f"{p:.1e}".split("e")
+    if "e" not in text:
+        return f"p = {text}" if p < 0.9995 else "p = 1"
+    mantissa, exponent = text.split("e")
     return f"p = {mantissa} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 

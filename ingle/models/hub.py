@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from ingle import env
 from ingle.errors import HubUnavailable, ModelError
+from ingle.wording import first_line
 
 #: Seconds to wait for the hub's answer about one file before the cached copy is taken.
 _ETAG_TIMEOUT_S = 10
@@ -107,7 +108,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: lis
         raise ModelError(
             f"{name} is gated: its owner asks you to accept terms first.",
             where=option,
-            why=_first_line(error),
+            why=first_line(error),
             fix="accept the terms on the model's page, then log in with `hf auth login`",
         ) from error
     except RevisionNotFoundError as error:
@@ -126,11 +127,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: lis
             where=option,
             why="hub access is switched off (HF_HUB_OFFLINE) and the model is not in the local cache"
             if offline
-            else f"the hub did not answer ({_first_line(error)}) and the model is not in the local cache",
+            else f"the hub did not answer ({first_line(error)}) and the model is not in the local cache",
             fix="give a local folder, or go online once so that the model is cached",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -27,6 +27,7 @@ from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, 
 from ingle.models.hidden import verify
 from ingle.models.hub import Part, locate
 from ingle.models.shards import read_index
+from ingle.wording import some
 
 
 def fill(
@@ -130,10 +131,10 @@ def _refuse_missing(
     missing = sorted(set(twin.state_dict()) - destination.filled)
     known = tuple(twin._keys_to_ignore_on_load_missing or ())
     missing = [name for name in missing if not any(re.search(pattern, name) for pattern in known)]
-    lost = f": {_some(plan.unexpected)}" if plan.unexpected else ""
+    lost = f": {some(plan.unexpected)}" if plan.unexpected else ""
     if missing:
         raise ModelError(
-            f"{len(missing)} weights of the model are not in its files: {_some(missing)}.",
+            f"{len(missing)} weights of the model are not in its files: {some(missing)}.",
             where=str(folder),
             why=f"{len(plan.unexpected)} weights in the files fit nowhere{lost}",
             fix="check that the files belong to this config.json",
@@ -191,7 +192,3 @@ def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return folder
-
-
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

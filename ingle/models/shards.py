@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import ModelError
+from ingle.wording import some
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -123,7 +124,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{len(missing)} of {len(names)} weight files are missing: {_some(missing)}.",
+            f"{len(missing)} of {len(names)} weight files are missing: {some(missing)}.",
             where=str(folder),
             fix="fetch or copy the missing files",
         )
@@ -140,7 +141,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     absent = sorted(key for key in weight_map if key not in tensors)
     if absent:
         raise ModelError(
-            f"{len(absent)} weights named in {index.name} are in no file: {_some(absent)}.",
+            f"{len(absent)} weights named in {index.name} are in no file: {some(absent)}.",
             where=str(folder / weight_map[absent[0]]),
             fix=_DAMAGED,
         )
@@ -219,7 +220,3 @@ def _no_weights(folder: Path, found: list[Path]) -> ModelError:
         where=str(folder),
         fix="fetch the .safetensors files, or set model.init=random to start from nothing",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

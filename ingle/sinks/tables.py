@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ingle.sinks.wording import count, duration, p_value, score, size, title
+from ingle.wording import count, duration, p_value, score, size, title
 
 #: Characters of a prompt or an answer shown in the terminal; the report holds them whole.
 _SHOWN_CHARACTERS = 600

@@ -15,7 +15,7 @@ from rich.text import Text
 from ingle import events
 from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Warned
 from ingle.sinks.tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
-from ingle.sinks.wording import count, duration, size
+from ingle.wording import count, duration, size
 
 #: Columns where there is no terminal to ask.
 _PLAIN_WIDTH = 120

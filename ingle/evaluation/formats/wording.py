@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ingle.evaluation.facts import size
+from ingle.wording import size
 
 
 def row_cells(row: Mapping[str, Any]) -> dict[str, str]:

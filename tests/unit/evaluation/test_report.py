@@ -12,7 +12,6 @@ import pytest
 
 from ingle.config import Run
 from ingle.evaluation import Question, TaskResult, compare, write_report
-from ingle.evaluation.facts import duration, size
 from ingle.evaluation.page import mark_shared
 from ingle.evaluation.report import read_steps
 from ingle.evaluation.scorers import Likelihood, Outputs
@@ -227,14 +226,3 @@ def test_marked_runs_are_the_answer(answer):
 def test_marks_are_what_is_shared_with_the_closest_reference():
     runs = mark_shared("a small cat sat there", ["dogs bark", "The cat sat."])
     assert runs == [("a small ", False), ("cat sat", True), (" ", False), ("there", False)]
-
-
-def test_durations_and_sizes():
-    assert [duration(s) for s in (0.25, 42, 59.7, 200, 18720)] == [
-        "0.2 s",
-        "42 s",
-        "1 min 00 s",
-        "3 min 20 s",
-        "5 h 12 min",
-    ]
-    assert [size(b) for b in (12, 1536, 200 * 2**20, 3 * 2**30)] == ["12 B", "1.5 KiB", "200 MiB", "3.00 GiB"]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.sinks.wording import count, duration, p_value, score, size
+from ingle.wording import count, duration, either, first_line, p_value, score, size, some
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_size() -> None:
         "12 B",
         "1.0 KiB",
         "812 MiB",
-        "3.0 GiB",
+        "3.00 GiB",
         "5.0 TiB",
     ]
 
@@ -55,5 +55,26 @@ def test_score_and_p_value() -> None:
     assert score("exact_match", -0.05, signed=True) == "-5.0 %"
     assert score("chrf", 0.04, signed=True) == "0.0"
     assert score("rouge_l", 0.5, signed=True) == "+0.500"
-    assert score("bleu", None) == "–"
+    assert score("bleu", None) == score("bleu", float("nan")) == "–"
+    assert score("perplexity", 123456.7) == "123,457"
+    assert score("perplexity", float("inf")) == "∞"
     assert [p_value(p) for p in (0.0312, 4e-18, 0.0, 1.0)] == ["0.031", "4.0e-18", "< 1e-300", "1.000"]
+
+
+def test_lists_of_names() -> None:
+    assert [either(words) for words in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a or b", "a, b or c"]
+    assert [some(names) for names in ((), ("b", "a"), {"d", "c", "b", "a", "e"})] == [
+        "none",
+        "a, b",
+        "a, b, c and 2 more",
+    ]
+
+
+def test_the_first_line_of_an_error_is_that_of_its_cause() -> None:
+    error = RuntimeError("outer")
+    error.__cause__ = ValueError("inner\nmore")
+    assert [first_line(one) for one in (error, RuntimeError("one\ntwo"), RuntimeError())] == [
+        "inner",
+        "one",
+        "RuntimeError",
+    ]

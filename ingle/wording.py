@@ -1,8 +1,9 @@
-"""Counts, sizes, times and scores as people read them."""
+"""Names, counts, sizes, times and scores as people read them: the same in errors, terminal, report and page."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 
 #: Metrics that are shares and read best in percent.
 _SHARES = ("exact_match",)
@@ -15,6 +16,23 @@ _TITLES = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
 }
+
+
+def either(words: Sequence[str]) -> str:
+    """``a``, ``a or b``, ``a, b or c``."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def some(names: Collection[str]) -> str:
+    """The first three names in order, and how many more."""
+    shown = ", ".join(sorted(names)[:3]) or "none"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, or what caused it, in one line."""
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def count(number: float) -> str:
@@ -30,16 +48,16 @@ def count(number: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit that fits: ``812 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    """Bytes in the unit that fits: ``812 MiB``, ``1.25 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
         if abs(num_bytes) < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+    return f"{num_bytes:.2f} GiB" if abs(num_bytes) < 1000 else f"{num_bytes / 1024:,.1f} TiB"
 
 
 def duration(seconds: float) -> str:
-    """``8s``, ``3m05s`` or ``2h07m``."""
+    """``8.2s``, ``42s``, ``3m05s`` or ``2h07m``."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -56,11 +74,14 @@ def title(metric: str) -> str:
 
 
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference; shares in percent."""
-    if value is None:
+    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``."""
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
     scaled = value * 100 if metric in _SHARES else value
-    text = f"{scaled:+,.{_DIGITS.get(metric, 1)}f}" if signed else f"{scaled:,.{_DIGITS.get(metric, 1)}f}"
+    digits = _DIGITS.get(metric, 1) if abs(scaled) < 10_000 else 0
+    text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
     return text + (" %" if metric in _SHARES else "")
