@@ -4,9 +4,9 @@
 
 Both start from the same weights, take the same tokens and do whole optimizer steps, each in a process of its
 own, turn by turn, so that a busy machine slows both. A turn is three steps in a row, as training takes them, and the
-first of them, which finds caches and clocks as the other side left them, is not counted. Printed are medians over the steps after warm-up, the ratio
-of the two, peak memory, and the floor: the time the step's matrix products would take at the rate this machine
-multiplies such matrices at, with all else free.
+first of them, which finds caches and clocks as the other side left them, is not counted. Printed are medians over the
+steps after warm-up, the ratio of the two, peak memory, and the floor: the time the step's matrix products would take at
+the rate this machine multiplies such matrices at, with all else free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ class Shape:
         h, i = self.hidden_size, self.intermediate_size
         kv = h // self.num_attention_heads * self.num_key_value_heads
         return {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (i, h), "up": (i, h), "down": (h, i)}
+
+
+#: Large enough to run, too small to say anything.
+TINY = Shape(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    num_documents=2,
+    document_len=64,
+)
 
 
 def count_flops(shape: Shape) -> dict[str, float]:
@@ -340,38 +353,46 @@ class Side:
 def compare(shape: Shape, folder: Path, base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Takes steps on all sides turn by turn and prints the medians."""
     arguments = ["--base", base, "--threads", str(options.threads), "--folder", str(folder)]
-    sides = [Side(name, arguments) for name in options.sides]
-    for turn in range(1 + options.turns):
-        for side in sides:
-            answers = [side.ask("step") for _ in range(STEPS_OF_A_TURN)]
-            if turn == 0:
-                print(f"  {side.name:<16} loss of the first step {answers[0]['loss']:.4f}")
-            else:
-                side.steps += answers[1:]
-    result: dict[str, Any] = {}
-    for side in sides:
-        seconds = statistics.median(step["seconds"] for step in side.steps)
-        spread = statistics.quantiles((step["seconds"] for step in side.steps), n=4)
-        result[side.name] = {
-            "tokens_per_s": shape.num_tokens / seconds,
-            "seconds": seconds,
-            "quartiles": [spread[0], spread[2]],
-            "peak_mib": max(step["peak"] for step in side.steps) / MIB,
-            "weights_mib": side.steps[0]["weights"] / MIB,
-            "page_faults": statistics.median(step["faults"] for step in side.steps),
-        }
+    sides = {name: Side(name, arguments + ["--tiny"] * options.tiny) for name in options.sides}
+    take_turns(sides, options.turns)
+    result = {name: summarize(side, shape) for name, side in sides.items()}
     if options.profile:
-        for key, seconds, calls in sides[0].ask("profile")["profile"]:
+        for key, seconds, calls in sides[options.sides[0]].ask("profile")["profile"]:
             print(f"    {seconds * 1e3:8.1f} ms {calls:6d} x {key}")
-    for side in sides:
+    for side in sides.values():
         side.close()
     return result
+
+
+def take_turns(sides: Mapping[str, Side], turns: int) -> None:
+    """Lets every side make its steps turn by turn; the first turn is for warming up."""
+    for turn in range(1 + turns):
+        for name, side in sides.items():
+            answers = [side.ask("step") for _ in range(STEPS_OF_A_TURN)]
+            if turn == 0:
+                print(f"  {name:<16} loss of the first step {answers[0]['loss']:.4f}")
+            else:
+                side.steps += answers[1:]
+
+
+def summarize(side: Side, shape: Shape) -> dict[str, Any]:
+    """Medians over the steps of a side."""
+    seconds = statistics.median(step["seconds"] for step in side.steps)
+    spread = statistics.quantiles((step["seconds"] for step in side.steps), n=4)
+    return {
+        "tokens_per_s": shape.num_tokens / seconds,
+        "seconds": seconds,
+        "quartiles": [spread[0], spread[2]],
+        "peak_mib": max(step["peak"] for step in side.steps) / MIB,
+        "weights_mib": side.steps[0]["weights"] / MIB,
+        "page_faults": statistics.median(step["faults"] for step in side.steps),
+    }
 
 
 def main() -> None:
     """Reads the arguments, runs, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", nargs="+", default=["none", "nf4"], choices=["none", "nf4", "int8"])
+    parser.add_argument("--base", nargs="+", default=["none", "nf4"], help="of the base; peers know none, nf4")
     parser.add_argument(
         "--sides", nargs="+", default=["ingle", "peer"], help="ingle, ingle-eager, ingle-compiled, peer, peer-bf16"
     )
@@ -379,10 +400,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="operators of one step of the first side")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = Shape()
+    shape = TINY if options.tiny else Shape()
     if options.work:
         work(options.work, shape, options.folder, options.base[0], options.threads)
         return

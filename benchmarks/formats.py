@@ -1,0 +1,93 @@
+"""Base formats beside one another: how fast they decode, and how fast QLoRA runs on them.
+
+    taskset -c 0,1 python -m benchmarks.formats --threads 2
+
+First the decode kernels, with bitsandbytes' where it has one; the aim is 4 billion weights a second on two cores and
+twice the peer.  Then whole optimizer steps of LoRA on each base, in a process of its own each, turn by turn; the aim
+is at least 85 % of nf4's tokens a second.  Rounds go turn by turn, so that a busy machine slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import decode, finetune
+from ingle.kernels.cpu_threads import set_threads
+
+FORMATS = ("nf4", "q8_0", "q4_0", "q4_k", "q6_k")
+#: Billion weights a second, times the peer, share of nf4's tokens a second.
+AIMS = {"decode": 4.0, "peer": 2.0, "train": 0.85}
+
+
+def measure_decodes(formats: list[str], where: str, rounds: int) -> dict[str, dict[str, Any]]:
+    """A row for each format: weights a second into bfloat16, and the peer's."""
+    peer = decode.load_peer()
+    shape = decode.SHAPES[where]
+    return {name: decode.measure_decode(peer, name, shape, torch.bfloat16, rounds) for name in formats}
+
+
+def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """A row for each base: tokens a second of QLoRA, and memory."""
+    shape = finetune.TINY if options.tiny else finetune.Shape()
+    with tempfile.TemporaryDirectory() as folder:
+        finetune.make_model(shape, Path(folder))
+        common = ["--threads", str(options.threads), "--folder", folder, *["--tiny"] * options.tiny]
+        sides = {base: finetune.Side("ingle", ["--base", base, *common]) for base in bases}
+        finetune.take_turns(sides, options.turns)
+        rows = {base: finetune.summarize(side, shape) for base, side in sides.items()}
+        for side in sides.values():
+            side.close()
+    for row in rows.values():
+        row["of_nf4"] = row["tokens_per_s"] / rows["nf4"]["tokens_per_s"]
+    return rows
+
+
+def mark(value: float, aim: float) -> str:
+    """Whether an aim is met."""
+    return "ok" if value >= aim else f"below {aim:g}"
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30, help="of decoding")
+    parser.add_argument("--shape", default="mlp of 4096", choices=list(decode.SHAPES), help="of the decoded weight")
+    parser.add_argument("--turns", type=int, default=4, help="of each base, three steps each, after one to warm up")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(decode.FORMATS))
+    parser.add_argument("--bases", nargs="+", default=list(FORMATS), help="of the training; nf4 is always among them")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    set_threads(options.threads)
+    torch.manual_seed(0)
+    decodes = measure_decodes(options.formats, options.shape, options.rounds)
+    print(f"Decode of {options.shape} into bfloat16, billion weights/s on {options.threads} threads")
+    for name, row in decodes.items():
+        rate = row["decode"]
+        line = f"  {name:<8} {rate['median']:6.2f} (best {rate['best']:.2f})  {mark(rate['median'], AIMS['decode'])}"
+        if "peer" in row:
+            ratio = row["ratio"]["median"]
+            line += f"   bitsandbytes {row['peer']['median']:.2f}, {ratio:.2f} x  {mark(ratio, AIMS['peer'])}"
+        print(line)
+    print(f"QLoRA, {options.threads} threads")
+    training = measure_training(list(dict.fromkeys(["nf4", *options.bases])), options)
+    for base, row in training.items():
+        low, high = row["quartiles"]
+        print(
+            f"  {base:<8} {row['tokens_per_s']:7.0f} tokens/s ({row['seconds']:.2f} s; quartiles {low:.2f} - "
+            f"{high:.2f})  {row['of_nf4']:.2f} of nf4  {mark(row['of_nf4'], AIMS['train'])}   peak "
+            f"{row['peak_mib']:.0f} MiB (weights {row['weights_mib']:.0f})"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"decode": decodes, "training": training}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
