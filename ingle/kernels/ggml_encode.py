@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ingle.kernels.ggml_encode_k import encode_q2_k, encode_q3_k, encode_q4_k, encode_q5_k, encode_q6_k
+from ingle.kernels.ggml_encode_k import encode_q2_k, encode_q4_k, encode_q5_k
+from ingle.kernels.ggml_encode_k_symmetric import encode_q3_k, encode_q6_k
 from ingle.kernels.ggml_encode_legacy import encode_q4_0, encode_q4_1, encode_q5_0, encode_q5_1, encode_q8_0
 from ingle.kernels.ggml_encode_levels import encode_iq4_nl, encode_iq4_xs
 from ingle.kernels.ggml_encode_ternary import encode_tq1_0, encode_tq2_0
