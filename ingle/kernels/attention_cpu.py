@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ingle.kernels.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store
+from ingle.kernels.cpu_cache import compile_float_kernel
 from ingle.kernels.cpu_threads import match_threads
 
 #: Documents are put together into a segment until it has this many tokens.
@@ -353,7 +354,7 @@ def _rotary(rotary: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[Any, An
     return bits(rotary[0]), bits(rotary[1])
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: ignore[no-untyped-def]
     """Raw scores (``weights + rest``) -> softmax in ``weights``; zero where a row does not see a key."""
     num_heads, num_rows, num_keys = weights.shape
@@ -366,7 +367,7 @@ def _exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: ign
             lse[head, r] = _softmax(weights[head, r], more, first[token], last[token], scale, softcap, buffer)
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta):  # type: ignore[no-untyped-def]
     """Raw scores (``weights + rest``) -> softmax, gradients of the softmax -> gradients of the raw scores."""
     num_heads, num_rows, num_keys = weights.shape
@@ -437,7 +438,7 @@ def _bend_all(seen, rest, begin, end, scale, softcap, values):  # type: ignore[n
             values[j] = softcap * tanh
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _merge(total, total_lse, out, lse):  # type: ignore[no-untyped-def]
     """Adds a block's outputs to those of the blocks before, each in proportion to its sum of exponentials."""
     for r in prange(len(lse)):
@@ -455,7 +456,7 @@ def _mix(total, keep, out, share):  # type: ignore[no-untyped-def]
         total[j] = total[j] * keep + load(out, j) * share
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _group(source, bounds, group, cos, sin, out):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, size = source.shape
     half = size // 2
@@ -479,7 +480,7 @@ def _group(source, bounds, group, cos, sin, out):  # type: ignore[no-untyped-def
                     to[j] = row[j]
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _ungroup(grouped, bounds, group, cos, sin, out):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, size = out.shape
     half = size // 2
@@ -503,7 +504,7 @@ def _ungroup(grouped, bounds, group, cos, sin, out):  # type: ignore[no-untyped-
                     store(to, j, load(row, j))
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _group_gradient(grad, out, bounds, group, grouped, delta):  # type: ignore[no-untyped-def]
     num_tokens, num_heads, size = grad.shape
     for t in prange(num_tokens):

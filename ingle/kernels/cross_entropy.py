@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.kernels import IGNORE_INDEX
 from ingle.kernels.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store, supported
+from ingle.kernels.cpu_cache import compile_float_kernel
 from ingle.kernels.cpu_threads import match_threads
 
-IGNORE_INDEX = -100
 #: Logits of one chunk; 2^24 of them are 32 MiB in bfloat16, and a chunk of 500 rows still fills the cores.
 CHUNK_LOGITS = 1 << 24
 #: Rows of a chunk are a multiple of this: a product with a ragged last tile of rows is 6 to 20 % slower.
@@ -234,7 +235,7 @@ def _slope(z, scale, softcap):  # type: ignore[no-untyped-def]
     return scale * (np.float32(1.0) - (z / softcap) * (z / softcap)) if softcap > np.float32(0.0) else scale
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: ignore[no-untyped-def]
     """One row at a time, in cache: log-sum-exp, loss, then softmax minus one-hot in place of the logits."""
     num_rows, vocabulary = logits.shape

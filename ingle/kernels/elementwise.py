@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ingle.kernels.bfloat16 import FAST, bits, exp, load, njit, prange, store, supported
+from ingle.kernels.bfloat16 import bits, exp, load, prange, store, supported
+from ingle.kernels.cpu_cache import compile_float_kernel
 from ingle.kernels.cpu_threads import match_threads
 
 
@@ -101,7 +102,7 @@ def swiglu_backward_(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
         buffer.copy_(result)
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _rms_norm(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
     num_rows, width = h.shape
     for i in prange(num_rows):
@@ -116,7 +117,7 @@ def _rms_norm(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
             store(out, j, load(row, j) * scale * load(weight, j))
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _rms_norm_again(h, weight, rstd, x):  # type: ignore[no-untyped-def]
     num_rows, width = h.shape
     for i in prange(num_rows):
@@ -125,7 +126,7 @@ def _rms_norm_again(h, weight, rstd, x):  # type: ignore[no-untyped-def]
             store(out, j, load(row, j) * scale * load(weight, j))
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _rms_norm_backward(grad, h, weight, rstd, residual):  # type: ignore[no-untyped-def]
     num_rows, width = h.shape
     for i in prange(num_rows):
@@ -143,7 +144,7 @@ def _rms_norm_backward(grad, h, weight, rstd, residual):  # type: ignore[no-unty
                 store(g, j, load(g, j) * load(weight, j) * scale - load(row, j) * shrink)
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _swiglu(gate, up, out):  # type: ignore[no-untyped-def]
     num_rows, width = gate.shape
     for i in prange(num_rows):
@@ -153,7 +154,7 @@ def _swiglu(gate, up, out):  # type: ignore[no-untyped-def]
             store(h, j, value / (np.float32(1.0) + exp(-value)) * load(g, j))
 
 
-@njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)
+@compile_float_kernel
 def _swiglu_backward(grad, gate, up):  # type: ignore[no-untyped-def]
     num_rows, width = gate.shape
     for i in prange(num_rows):

@@ -1,0 +1,41 @@
+"""What a compiled kernel is kept by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numba import prange
+
+from ingle.kernels import cpu_cache, elementwise
+
+
+def test_a_kernel_is_compiled_anew_when_what_it_inlines_changes(tmp_path: Path) -> None:
+    kernel, near, far, other = (tmp_path / f"{name}.py" for name in ("kernel", "near", "far", "other"))
+    kernel.write_text("import numpy\nfrom ingle.kernels.near import (\n    f,\n)\n")
+    near.write_text("from ingle.kernels.far import g\n")
+    far.write_text("from ingle.kernels.near import f\n")  # a circle ends
+    other.write_text("")
+    before = cpu_cache._digest(kernel)
+    other.write_text("unrelated")
+    kernel.write_text(kernel.read_text() + "# numba sees this by itself\n")
+    assert cpu_cache._digest(kernel) == before
+    far.write_text(far.read_text() + "# changed\n")
+    assert cpu_cache._digest(kernel) != before
+
+
+def test_the_name_that_a_kernel_is_kept_by_holds_what_it_inlines() -> None:
+    name = elementwise._rms_norm.py_func.__qualname__
+    assert name == f"_rms_norm-{cpu_cache._digest(Path(elementwise.__file__))}"
+
+
+@cpu_cache.compile_float_kernel
+def _double(values):  # type: ignore[no-untyped-def]
+    for i in prange(len(values)):
+        values[i] *= 2
+
+
+def test_a_kernel_computes() -> None:
+    values = np.arange(3.0)
+    _double(values)
+    assert values.tolist() == [0.0, 2.0, 4.0]
