@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-#: Label of a token that carries no loss.
-IGNORE_INDEX = -100
+from ingle.kernels import IGNORE_INDEX
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -126,6 +125,12 @@ class Batch:
     cu_seqlens: torch.Tensor
     num_tokens: int
     num_supervised: int
+
+    def targets(self) -> torch.Tensor:
+        """What each position predicts: the label of the next one, int64 [N]; the last predicts nothing."""
+        targets_N = torch.full_like(self.labels[0], IGNORE_INDEX)
+        targets_N[:-1] = self.labels[0, 1:]
+        return targets_N
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

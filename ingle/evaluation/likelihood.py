@@ -196,8 +196,7 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     output = head(model)
     batch = collate(samples).to(output.weight.device)
     hidden_NH = forward_hidden(model, batch)[0]
-    targets_N = torch.full_like(batch.labels[0], IGNORE_INDEX)
-    targets_N[:-1] = batch.labels[0, 1:]
+    targets_N = batch.targets()
     logps_N = linear_logps(
         hidden_NH,
         output.weight,

@@ -15,7 +15,7 @@ from ingle.data.batch import collate, round_up
 from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
-from ingle.data.types import IGNORE_INDEX, Batch
+from ingle.data.types import Batch
 from ingle.kernels.cross_entropy import linear_cross_entropy
 from ingle.models import Model, forward_hidden, head
 
@@ -69,13 +69,11 @@ class LanguageModelling:
         reaches across documents.
         """
         hidden_1NH = forward_hidden(model, batch)
-        targets_N = torch.full_like(batch.labels[0], IGNORE_INDEX)
-        targets_N[:-1] = batch.labels[0, 1:]
         output = head(model)
         return linear_cross_entropy(
             hidden_1NH[0],
             output.weight,
-            targets_N,
+            batch.targets(),
             bias=output.bias,
             logit_scale=output.logit_scale,
             softcap=output.softcap,

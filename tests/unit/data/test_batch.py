@@ -26,6 +26,11 @@ def test_documents_are_concatenated():
     assert batch.cu_seqlens.dtype == torch.int32
 
 
+def test_targets_are_the_next_labels_and_never_those_of_another_document():
+    batch = collate([make_sample([5, 6, 7], [0, 1, 1]), make_sample([9, 1], [0, 1])])
+    assert batch.targets().tolist() == [6, 7, -100, 1, -100]
+
+
 def test_a_document_whose_first_token_carries_loss_is_a_bug():
     with pytest.raises(AssertionError):
         collate([make_sample([5, 6], [1, 1])])
