@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ingle.evaluation.facts import duration
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
 from ingle.evaluation.formats.wording import rate, row_cells, size, small
+from ingle.wording import duration
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
