@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -138,6 +140,14 @@ def write_model(folder: Path, path: Path, file_type: str) -> Path:
         tensors.append(TensorToWrite(gguf_name, kind, tuple(values.shape), data))
     write_gguf(path, metadata, tensors)
     return path
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Any:
+    """llama.cpp's Python binding, the oracle of GGUF files; the test is skipped where it is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed here")
+    return importlib.import_module("llama_cpp")
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,18 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     )
 
 
+def test_a_run_on_a_mix_is_the_run_on_a_file_of_that_type(config: Path, file: Path, tmp_path: Path) -> None:
+    """But for embedding and head, which a file has packed too: their types are put aside here."""
+    report = flow.finetune(load_run(config, ["--base.format=q4_k_m", f"--output={tmp_path}/mix"]).run)
+    on_file = flow.finetune(load_run(config, [f"--model.id={file}", "--base.format=none"]).run)
+
+    def layers(audit: dict[str, list[dict[str, object]]]) -> dict[object, object]:
+        return {row["format"]: row["modules"] for row in audit["classes"] if row["class_name"] == "QuantLinear"}
+
+    assert layers(report["audit"]) == layers(on_file["audit"])
+    assert inference.open_model(str(tmp_path / "mix")).generate(["1 plus"], max_new_tokens=2)
+
+
 def test_the_plan_counts_the_bytes_of_the_file(config: Path, file: Path) -> None:
     plan = flow.plan(load_run(config, [f"--model.id={file}", "--base.format=none"]).run)
     plain = flow.plan(load_run(config, ["--base.format=none"]).run)

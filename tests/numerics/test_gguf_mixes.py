@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
-import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,6 @@ import pytest
 from ingle.errors import GgufError
 from ingle.gguf import TensorToWrite, read_gguf, write_gguf
 from ingle.gguf.mixes import FILE_TYPES, Mix, file_type_number, is_packed, mix_of
-
-
-@pytest.fixture(scope="module")
-def llama_cpp() -> Iterator[Any]:
-    if importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("llama-cpp-python is not installed here: written-down types stand in for llama.cpp")
-    module = importlib.import_module("llama_cpp")
-    quiet = module.llama_log_callback(lambda level, text, data: None)
-    module.llama_log_set(quiet, ctypes.c_void_p(0))
-    yield module
-
 
 MODELS = {
     "llama, 4 layers, tied": ("llama", 4, 4, 4, True, 256),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib
-import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +115,6 @@ def test_layers_hold_the_bytes_of_the_file(ember: Path) -> None:
     assert packed["lm_head"].get_parameter("data") is packed["model.embed_tokens"].get_parameter("data")
     audit = quant.audit(model)
     assert not audit.unquantized and set(audit.bytes_by_dtype) == {"uint8", "float32"}
-
-
-@pytest.fixture(scope="module")
-def llama_cpp() -> Iterator[Any]:
-    if importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("llama-cpp-python is not installed here: transformers' reader stands in for llama.cpp")
-    module = importlib.import_module("llama_cpp")
-    quiet = module.llama_log_callback(lambda level, text, data: None)
-    module.llama_log_set(quiet, ctypes.c_void_p(0))
-    yield module
 
 
 def random_model(model_type: str, folder: Path, **changes: Any) -> Path:
@@ -244,6 +231,15 @@ def test_plain_numbers_are_packed_as_the_base_asks(gguf_of: Write, tmp_path: Pat
     for name, module in folder.named_modules():
         if isinstance(module, QuantLinear):
             assert torch.equal(module.get_parameter("data"), model.get_submodule(name).get_parameter("data")), name
+
+
+def test_a_mix_as_base_holds_the_bytes_of_a_file_of_that_type(gguf_of: Write, tmp_path: Path) -> None:
+    file = load(gguf_of(EMBER, tmp_path / "x.gguf", "q3_k_m"))
+    folder = load_model(ModelConfig(id=str(EMBER), dtype="float32"), base_section("q3_k_m"))
+    packed = {name: module for name, module in folder.named_modules() if isinstance(module, QuantLinear)}
+    assert {module.format.name for module in packed.values()} == {"q3_k", "q4_k", "q5_k"}
+    for name, module in packed.items():
+        assert torch.equal(module.get_parameter("data"), file.get_submodule(name).get_parameter("data")), name
 
 
 def test_what_cannot_stay_packed_is_told(gguf_of: Write, tmp_path: Path) -> None:

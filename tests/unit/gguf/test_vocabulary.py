@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -154,10 +152,7 @@ def test_sentencepiece_joins_the_best_score_first() -> None:
     assert text_of(values, ids(to_vocabulary(values), "hello")) == ["<s>", "h", "ello"]
 
 
-def test_sentencepiece_cuts_as_llama_cpp_does(tmp_path: Path) -> None:
-    if importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("llama-cpp-python is not installed here")
-    engine: Any = importlib.import_module("llama_cpp")
+def test_sentencepiece_cuts_as_llama_cpp_does(llama_cpp: Any, tmp_path: Path) -> None:
     values = pieces()
     shape = {"block_count": 1, "context_length": 8, "embedding_length": 4, "feed_forward_length": 4}
     shape |= {"attention.head_count": 1, "attention.layer_norm_rms_epsilon": 1e-5}
@@ -165,7 +160,7 @@ def test_sentencepiece_cuts_as_llama_cpp_does(tmp_path: Path) -> None:
     for prefix in (True, False):
         values["tokenizer.ggml.add_space_prefix"] = prefix
         write_gguf(tmp_path / "vocabulary.gguf", header | values, [])
-        model = engine.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+        model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
         vocabulary = to_vocabulary(values)
         for text in ("hello world", "helloworld hell low", "é x<|tool|>", "x <|tool|> hello", "  hello  "):
             assert ids(vocabulary, text) == model.tokenize(text.encode(), add_bos=True, special=True), (prefix, text)
