@@ -242,17 +242,22 @@ def test_a_mix_as_base_holds_the_bytes_of_a_file_of_that_type(gguf_of: Write, tm
         assert torch.equal(module.get_parameter("data"), file.get_submodule(name).get_parameter("data")), name
 
 
-def test_what_cannot_stay_packed_is_told(gguf_of: Write, tmp_path: Path) -> None:
+def test_gemma_is_packed_whole(gguf_of: Write, tmp_path: Path) -> None:
     folder = random_model("gemma3_text", tmp_path)
-    path = gguf_of(folder, tmp_path / "gemma.gguf", "q8_0")
-    told: list[Any] = []
-    model = load(path, sink=told.append)
-    assert [event.message for event in told if isinstance(event, Warned)] == [
-        "model.embed_tokens.weight is q8_0 in the file and is held in float32"
-    ]
-    assert "model.embed_tokens" in {row.name for row in quant.audit(model).unquantized}
+    model = load(gguf_of(folder, tmp_path / "gemma.gguf", "q8_0"))
+    assert not quant.audit(model).unquantized
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert (logits(model) - logits(reference)).norm() / logits(reference).norm() < 0.05
+
+
+def test_what_is_not_wanted_packed_is_decoded_and_told(small: Path) -> None:
+    config, told = ModelConfig(id=str(small), dtype="float32"), list[Any]()
+    model = models.skeleton(config, "cpu", torch.float32)
+    models.fill(model, config, "cpu", torch.float32, sink=told.append)
+    warned = [event.message for event in told if isinstance(event, Warned)]
+    assert len(warned) == 2 + 3 * 7
+    assert "model.embed_tokens.weight is q8_0 in the file and is held in float32" in warned
+    torch.testing.assert_close(logits(model.eval()), logits(load(small)), rtol=1e-4, atol=1e-4)
 
 
 #: Where the float16 scale of a block is, by type; the other bytes may be anything.

@@ -102,8 +102,25 @@ def test_both_ends_are_packed_and_answer_as_decoded(tied: bool) -> None:
     assert quant.audit(model).quantized == (64 * 256 if tied else 2 * 64 * 256)
 
 
-def test_an_embedding_of_a_class_of_its_own_stays() -> None:
-    model = build("gemma3_text", num_hidden_layers=1, head_dim=64)
+def test_an_embedding_that_scales_is_packed_too() -> None:
+    model = build("gemma3_text", num_hidden_layers=1, head_dim=64).eval()
+    embedding, ids = model.get_input_embeddings(), torch.randint(64, (2, 5))
+    make = GgufFormats()
+    pack_ends(model, lambda name, out_features, in_features: make("q8_0"))
+    packed = model.get_input_embeddings()
+    assert isinstance(packed, QuantEmbedding) and isinstance(model.get_output_embeddings(), QuantLinear)
+    packed.get_parameter("data").copy_(packed.format.encode(embedding.weight.detach())["data"])
+    error = (packed(ids) - embedding(ids)).norm() / embedding(ids).norm()
+    assert 0 < error < 0.01
+
+
+def test_an_embedding_of_an_unknown_class_stays() -> None:
+    class Odd(torch.nn.Embedding):
+        pass
+
+    model = build(num_hidden_layers=1)
+    model.set_input_embeddings(Odd(64, 256))
+    model.tie_weights()
     before = model.get_input_embeddings(), model.get_output_embeddings()
     make = GgufFormats()
     pack_ends(model, lambda name, out_features, in_features: make("q8_0"))
