@@ -24,17 +24,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from ingle.kernels.cpu_threads import set_threads
-from ingle.quant.format import Format
-from ingle.quant.ggml_k import Q4_K, Q6_K
-from ingle.quant.ggml_legacy import Q4_0, Q8_0
+from ingle.quant.format import GGUF_FORMATS, Format
+from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.int8 import Int8
-from ingle.quant.levels import Nf4
+from ingle.quant.levels import Fp4, Levels, Nf4
+from ingle.quant.ternary import Ternary
 
 SHAPES = {"mlp of 1024": (2816, 1024), "attention of 4096": (4096, 4096), "mlp of 4096": (11008, 4096)}
 FORMATS: dict[str, Format] = {
-    **{"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "int8": Int8()},
-    **{"q8_0": Q8_0(), "q4_0": Q4_0(), "q4_k": Q4_K(), "q6_k": Q6_K()},
+    **{"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "fp4": Fp4(), "int8": Int8(), "ternary": Ternary()},
+    **{member().name: member() for member in GGUF_FORMATS},
 }
+#: What is measured unless formats are named.
+USUAL = ["nf4", "nf4, plain absmax", "int8", "q8_0", "q4_0", "q4_k", "q6_k"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -73,6 +75,20 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {"median": statistics.median(theirs) / statistics.median(ours), "best": min(theirs) / min(ours)}
 
 
+def is_read_only(format: Format) -> bool:
+    """Whether weights are never packed in a format."""
+    return isinstance(format, GgmlBlocks) and format.base.not_packed is not None
+
+
+def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:
+    """A packed weight; of a format that is only read, random bytes."""
+    if not is_read_only(format):
+        return format.encode(weight)
+    out_features, in_features = weight.shape
+    specs = format.plane_specs(out_features, in_features)
+    return {name: torch.randint(0, 256, spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+
 def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Any] | None:
     """The peer's decode and encode of the same weight to the same dtype."""
     if peer is None:
@@ -81,13 +97,13 @@ def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> 
         codes, scale, _ = peer.int8_vectorwise_quant(weight.half())
         half = weight.half()
         return lambda: peer.int8_vectorwise_dequant(codes, scale).to(dtype), lambda: peer.int8_vectorwise_quant(half)
-    if not isinstance(format, Nf4):
+    if not isinstance(format, Levels):
         return None
     nested, size = format.double_quant, format.block_size
     cast = weight.to(dtype)
 
     def encode() -> Any:
-        return peer.quantize_4bit(cast, blocksize=size, quant_type="nf4", compress_statistics=nested)
+        return peer.quantize_4bit(cast, blocksize=size, quant_type=format.name, compress_statistics=nested)
 
     packed, state = encode()
     return lambda: peer.dequantize_4bit(packed, state), encode
@@ -97,7 +113,7 @@ def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
     """One row of the first table."""
     format = FORMATS[name]
     weight = torch.randn(shape)
-    planes = format.encode(weight)
+    planes = make_planes(format, weight)
     out, source = torch.empty(shape, dtype=dtype), torch.ones(shape, dtype=dtype)
     functions: dict[str, Callable[[], object]] = {
         "ours": lambda: format.decode(planes, *shape, dtype, out),
@@ -139,7 +155,7 @@ def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
 def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> dict[str, Any]:
     """One row of the third table: decode and product, each alone and in turns, in milliseconds."""
     format, dtype = FORMATS[name], torch.bfloat16
-    planes = format.encode(torch.randn(shape))
+    planes = make_planes(format, torch.randn(shape))
     weight, x = torch.empty(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
 
     def decode() -> Tensor:
@@ -173,7 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=2048, help="rows of the product in the last table")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", default=USUAL, choices=list(FORMATS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args()
@@ -188,7 +204,8 @@ def main() -> None:
             for kind, dtype in DTYPES.items():
                 decodes[f"{name}, {where}, {kind}"] = measure_decode(peer, name, shape, dtype, rounds)
         shape = SHAPES["mlp of 4096"]
-        encodes[f"{name}, mlp of 4096, bfloat16"] = measure_encode(peer, name, shape, torch.bfloat16, 3)
+        if not is_read_only(FORMATS[name]):
+            encodes[f"{name}, mlp of 4096, bfloat16"] = measure_encode(peer, name, shape, torch.bfloat16, 3)
         layers[f"{name}, mlp of 1024, bfloat16"] = measure_layer(
             name, SHAPES["mlp of 1024"], options.tokens, options.rounds
         )
