@@ -36,7 +36,7 @@ def formats(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, from the beginning of FILE.")] = _TOKENS,
     limit: Annotated[
-        float, typer.Option(min=0.0, help="What the recommended format may cost, in nats a token.")
+        float, typer.Option(min=0.0, help="What the recommended format may cost: divergence in nats a token.")
     ] = _LIMIT,
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Pack with this importance matrix (imatrix.gguf or .dat).")
@@ -94,7 +94,10 @@ def _render(report: Mapping[str, Any], out: Path | None) -> list[RenderableType]
         f"  {report['num_tokens']:,} tokens of {report['subject']['data']} in {report['num_windows']:,} windows, "
         f"computed in {report['subject']['dtype']}; ● no other format is smaller without losing more",
         "  loss and divergence: nats a token, from the unpacked model",
-        *(f"  {_VERDICTS[saying['holds']]}: {saying['claim']} ({saying['measured']})" for saying in report["sayings"]),
+        *(
+            f"  {_VERDICTS[saying['verdict']]}: {saying['claim']} ({saying['measured']})"
+            for saying in report["sayings"]
+        ),
     ]
     if chosen is not None:
         word = "recommended" if report["recommendation"]["within"] else "closest"
@@ -105,4 +108,4 @@ def _render(report: Mapping[str, Any], out: Path | None) -> list[RenderableType]
     return [table, *(Text(line) for line in lines)]
 
 
-_VERDICTS = {True: "true here too", False: "not true here", None: "not measured"}
+_VERDICTS = {"yes": "true here too", "no": "not true here", "in part": "true in part", "open": "not measured"}

@@ -1,13 +1,15 @@
 """From measured rows to a recommendation with its reason, beside what the field says without having measured.
 
-Loss is counted in nats a token: 0.02 is about 2 % of perplexity, or a mean divergence that llama.cpp's table for an
-8B model puts between Q4_K_M (0.031) and Q5_K_M (0.011).
+What a format costs is counted in nats a token: 0.02 is about 2 % of perplexity, or a mean divergence that llama.cpp's
+table for an 8B model puts between Q4_K_M (0.031) and Q5_K_M (0.011).  Divergence decides, since it sees every change;
+on a text that the model is bad at, perplexity rises and falls by chance, and even gains from noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ingle.evaluation.formats.result import FormatResult
 
@@ -37,12 +39,12 @@ class Saying:
     Attributes:
         claim: What the field says.
         measured: The figures.
-        holds: Whether they agree with it; None where the formats were not measured.
+        verdict: Whether they agree: ``yes``, ``no``, ``in part``, or ``open`` where the formats were not measured.
     """
 
     claim: str
     measured: str
-    holds: bool | None
+    verdict: Literal["yes", "no", "in part", "open"]
 
 
 def pareto_front(rows: Sequence[FormatResult]) -> list[str]:
@@ -59,7 +61,8 @@ def pareto_front(rows: Sequence[FormatResult]) -> list[str]:
 def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
     """The smallest format on the front that stays within the limit.
 
-    The upper ends of the intervals count: of the mean divergence, and of the mean rise of the loss.
+    The upper end of the mean divergence counts; a loss that has risen more than the limit beyond its interval rules a
+    format out too.
 
     Args:
         rows: Packed formats; the unpacked model is not among them.
@@ -71,7 +74,7 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
         return Choice(None, False, "no format was measured.")
     # A format whose interval is narrow may fit where the one that beats it on the front does not.
     everything = sorted(rows, key=lambda row: row.size_bytes)
-    fitting = [row for row in front if _cost(row) <= limit] or [row for row in everything if _cost(row) <= limit]
+    fitting = [row for row in front if _fits(row, limit)] or [row for row in everything if _fits(row, limit)]
     if not fitting:
         best = min(front, key=_cost)
         return Choice(
@@ -83,9 +86,8 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
     chosen = fitting[0]
     where = " on the front" if chosen in front else ""
     reason = (
-        f"the smallest{where} that costs at most {limit:g} nats a token (about {limit:.0%} of perplexity): "
-        f"divergence {_with_end(chosen.quality.kl.value, chosen.quality.kl.upper)}, "
-        f"loss {_with_end(chosen.quality.loss.value, chosen.quality.loss.upper)}, "
+        f"the smallest{where} that costs at most {limit:g} nats a token (about {100 * limit:g} % of perplexity): "
+        f"divergence {_with_end(chosen.quality.kl.value, chosen.quality.kl.upper)} at "
         f"{chosen.bits_per_weight:.2f} bits a weight."
     )
     smaller = [row for row in front if row.size_bytes < chosen.size_bytes]
@@ -105,37 +107,52 @@ def _medium_over_small(rows: Mapping[str, FormatResult]) -> Saying:
     kinds = [kind for kind in ("q5_k", "q4_k", "q3_k") if f"{kind}_m" in rows and f"{kind}_s" in rows]
     pairs = [(rows[f"{kind}_m"], rows[f"{kind}_s"]) for kind in kinds]
     if not pairs:
-        return Saying(claim, "no such pair was measured", None)
+        return Saying(claim, "no such pair was measured", "open")
     figures = [
         f"{medium.name} {medium.quality.kl.value:.3g} at {medium.bits_per_weight:.2f} bits, "
         f"{small.name} {small.quality.kl.value:.3g} at {small.bits_per_weight:.2f}"
         for medium, small in pairs
     ]
-    return Saying(claim, "; ".join(figures), all(m.quality.kl.value < s.quality.kl.value for m, s in pairs))
+    return Saying(claim, "; ".join(figures), _verdict([_is_surely_less(medium, small) for medium, small in pairs]))
 
 
 def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Saying:
     claim = "Q2_K and the Q3 mixes are for tests only."
     found = [rows[name] for name in ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l") if name in rows]
     if not found:
-        return Saying(claim, "none of them was measured", None)
+        return Saying(claim, "none of them was measured", "open")
     figures = ", ".join(f"{row.name} costs {_cost(row):.3g}" for row in found)
-    return Saying(claim, f"{figures}; the limit is {limit:g}", all(_cost(row) > limit for row in found))
+    return Saying(claim, f"{figures}; the limit is {limit:g}", _verdict([not _fits(row, limit) for row in found]))
 
 
 def _balance(rows: Mapping[str, FormatResult], limit: float) -> Saying:
     claim = "Q5_K_M is the balance of size and quality, Q4_K_M what saves memory."
     five, four = rows.get("q5_k_m"), rows.get("q4_k_m")
     if five is None:
-        return Saying(claim, "q5_k_m was not measured", None)
+        return Saying(claim, "q5_k_m was not measured", "open")
     figures = f"q5_k_m costs {_cost(five):.3g} at {five.bits_per_weight:.2f} bits"
     if four is not None:
         figures += f", q4_k_m {_cost(four):.3g} at {four.bits_per_weight:.2f}"
-    return Saying(claim, f"{figures}; the limit is {limit:g}", _cost(five) <= limit)
+    return Saying(claim, f"{figures}; the limit is {limit:g}", _verdict([_fits(five, limit)]))
+
+
+def _verdict(agreeing: Sequence[bool]) -> Literal["yes", "no", "in part"]:
+    return "yes" if all(agreeing) else "in part" if any(agreeing) else "no"
+
+
+def _is_surely_less(one: FormatResult, other: FormatResult) -> bool:
+    """Whether one diverges less than another by more than their intervals."""
+    low = other.quality.kl.value if other.quality.kl.low is None else other.quality.kl.low
+    return one.quality.kl.upper < low
 
 
 def _cost(row: FormatResult) -> float:
-    return max(row.quality.kl.upper, row.quality.loss.upper)
+    return row.quality.kl.upper
+
+
+def _fits(row: FormatResult, limit: float) -> bool:
+    loss = row.quality.loss
+    return _cost(row) <= limit and (loss.value if loss.low is None else loss.low) <= limit
 
 
 def _with_end(value: float, upper: float) -> str:

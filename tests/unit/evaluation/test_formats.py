@@ -70,12 +70,14 @@ def test_nothing_within_the_limit_is_said() -> None:
 
 def test_sayings_stand_beside_figures() -> None:
     medium, tests, balance = sayings([*ROWS, row("q2_k", 40, 0.4), row("q5_k_m", 75, 0.004)], 0.02)
-    assert medium.holds is True and "q4_k_m 0.012" in medium.measured
-    assert tests.holds is True and "q2_k costs 0.4" in tests.measured
-    assert balance.holds is True and "q4_k_m" in balance.measured
+    assert medium.verdict == "yes" and "q4_k_m 0.012" in medium.measured
+    assert tests.verdict == "yes" and "q2_k costs 0.4" in tests.measured
+    assert balance.verdict == "yes" and "q4_k_m" in balance.measured
     worse = [row("q4_k_m", 62, 0.02), row("q4_k_s", 60, 0.01)]
-    assert sayings(worse, 0.02)[0].holds is False
-    assert [saying.holds for saying in sayings([row("nf4", 70, 0.04)], 0.02)] == [None, None, None]
+    assert sayings(worse, 0.02)[0].verdict == "no"
+    close = [*ROWS, row("q5_k_m", 75, 0.0040, spread=0.001), row("q5_k_s", 74, 0.0045, spread=0.001)]
+    assert sayings(close, 0.02)[0].verdict == "in part"
+    assert [saying.verdict for saying in sayings([row("nf4", 70, 0.04)], 0.02)] == ["open"] * 3
 
 
 @pytest.mark.parametrize(
