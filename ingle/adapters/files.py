@@ -227,7 +227,8 @@ def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: 
             "this adapter was trained on another base.",
             where=str(folder),
             why=f"{difference}\nSHA-256 {record.identity.sha256[:12]}... there, {found.sha256[:12]}... here",
-            fix="open it on the base it was trained on, or allow the mismatch",
+            fix="open it on the base it was trained on, or take it all the same: --allow-mismatch,\n"
+            "in a run --adapter.allow_mismatch",
         )
     return (f"the adapter was trained on another base: {difference}",)
 
