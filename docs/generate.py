@@ -128,13 +128,14 @@ def errors_page() -> str:
     lines = _head(
         "Errors",
         "Every mistake that you can mend is one of these. The command line prints it without a traceback and "
-        "exits with 2 (`Interrupted`: 130); Python code catches `ingle.errors.IngleError` or one of its kinds. "
+        "exits with 2; Python code catches `ingle.errors.IngleError` or one of its kinds. `Interrupted` is no mistake. "
         "`str(error)` is the whole text; the parts are in `message`, `where`, `why` and `fix`.",
     )
-    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.IngleError)]
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.Explained)]
+    kinds.remove(errors.Explained)
     rows = []
     for kind in kinds:
-        parent = "" if kind is errors.IngleError else f"`{kind.__mro__[1].__name__}`"
+        parent = f"`{kind.__mro__[1].__name__}`" if issubclass(kind.__mro__[1], errors.IngleError) else ""
         rows.append((f"`{kind.__name__}`", parent, _markdown(_summary(kind))))
     return _page(lines + _table(("error", "a kind of", "meaning"), rows))
 

@@ -7,8 +7,8 @@ what to type instead.  A programmer's mistake is an ``assert``, never one of the
 from __future__ import annotations
 
 
-class IngleError(Exception):
-    """A mistake the user can mend; the command line prints it without a traceback and exits with 2.
+class Explained(BaseException):
+    """What the user is told when something ends early.
 
     Args:
         message: One sentence that says what is wrong.
@@ -33,6 +33,10 @@ class IngleError(Exception):
                 body = text.replace("\n", "\n         ")
                 lines.append(f"  {label:<6} {body}")
         return "\n".join(lines)
+
+
+class IngleError(Explained, Exception):
+    """A mistake the user can mend; the command line prints it without a traceback and exits with 2."""
 
 
 class ConfigError(IngleError):
@@ -87,5 +91,8 @@ class DependencyError(IngleError):
     """An optional library is needed and not installed."""
 
 
-class Interrupted(IngleError):
-    """The run was asked to stop and has written a full checkpoint; the command exits with 130."""
+class Interrupted(Explained):
+    """The run was asked to stop and has written a full checkpoint; the command exits with 130.
+
+    Like ``KeyboardInterrupt`` it is no error, so that nobody who mends errors takes it for one.
+    """

@@ -97,8 +97,6 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             position = train(run, folder, parts, sink, stop)
             _save_result(run, folder, parts, sink)
             return _report(run, folder, parts, position, base, sink, stop)
-        except Interrupted:
-            raise
         except Exception as error:
             sink(Failed(error.message if isinstance(error, IngleError) else f"{type(error).__name__}: {error}"))
             raise

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ingle.errors import IngleError, Interrupted
+from ingle.errors import Explained, IngleError, Interrupted
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -114,7 +114,7 @@ def _usage_error(error: Any) -> IngleError:
     return IngleError(message, fix=f"`{command} --help` shows what can be typed")
 
 
-def _print(error: IngleError) -> None:
+def _print(error: Explained) -> None:
     console = Console(stderr=True, highlight=False)
     head, *rest = str(error).split("\n")
     name = "Error" if type(error) is IngleError else type(error).__name__

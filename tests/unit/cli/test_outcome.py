@@ -12,6 +12,12 @@ from ingle import errors
 from ingle.cli import outcome
 from ingle.cli.outcome import call
 
+
+def test_being_asked_to_stop_is_no_error_that_anybody_mends() -> None:
+    assert not issubclass(errors.Interrupted, Exception)
+    assert str(errors.Interrupted("stopped.", fix="again")) == "stopped.\n  fix    again"
+
+
 Raise = Callable[[BaseException], None]
 
 
