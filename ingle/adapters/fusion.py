@@ -60,7 +60,7 @@ def fuse(model: nn.Module) -> FusionReport:
     verdicts: dict[tuple[Any, ...], str | None] = {}
     for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for index, layer in enumerate(stack):
-            if not _name(layer).endswith("DecoderLayer"):
+            if not _is_decoder_layer(layer):
                 continue
             reason = _obstacle(layer)
             if reason is None:
@@ -193,6 +193,11 @@ def _dense(module: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _is_decoder_layer(layer: nn.Module) -> bool:
+    """Whether a layer is what transformers repeats: it can be recomputed, whatever its class is called."""
+    return hasattr(layer, "gradient_checkpointing") or type(layer).__name__.endswith("DecoderLayer")
 
 
 def _obstacle(layer: Any) -> str | None:

@@ -202,3 +202,49 @@ def test_recomputed_layers_give_the_same_gradient(checkpoint, documents, base) -
     for name, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][name] is None), name
         assert gradient is None or torch.equal(gradient, gradients[1][name]), name
+
+
+#: The maps that make queries and values, where they are not called so.
+QUERIES_AND_VALUES = {
+    "phi3": ("qkv_proj",),
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "falcon": ("query_key_value",),
+}
+
+
+@pytest.mark.parametrize("base", [NoBase(), PACKED_BASES[0]], ids=lambda base: base.format)
+def test_adapters_on_few_maps_learn_the_same_packed_recomputed_and_fused(checkpoint, documents, base) -> None:
+    names = QUERIES_AND_VALUES.get(checkpoint.name, ("q_proj", "v_proj"))
+
+    def adapted() -> PreTrainedModel:
+        model = load(checkpoint, base)
+        adapters.attach(model, LoraAdapter(rank=2, target_modules=names), seed=0)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for _, parameter in adapters.trainable_parameters(model):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        return model.train()
+
+    def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+        found = {name: parameter.grad for name, parameter in adapters.trainable_parameters(model)}
+        assert found and all(gradient is not None and gradient.any() for gradient in found.values())
+        return found
+
+    alone = adapted()
+    for batch in (pack([document]) for document in documents):
+        if batch.num_supervised:
+            (supervised_loss(alone, batch) * batch.num_supervised).backward()
+    expected = gradients(alone)
+    for recompute in (False, True):
+        for fuse in (False, True):
+            model = adapted()
+            if recompute:
+                models.recompute_layers(model)
+            if fuse:
+                report = adapters.fuse(model)
+                assert report.fused + sum(report.reasons.values()) == 2, "a layer is neither fused nor accounted for"
+            batch = pack(documents)
+            (supervised_loss(model, batch) * batch.num_supervised).backward()
+            for name, gradient in gradients(model).items():
+                torch.testing.assert_close(gradient, expected[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: n + m)
