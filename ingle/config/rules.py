@@ -157,6 +157,13 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         lambda run: f"--train.micro_batch_size={_divisor(run)}",
     ),
     Rule(
+        "imatrix-needs-eager-layers",
+        lambda run: run.train.imatrix and run.train.compile is True,
+        lambda run: "Compiled layers do not show their inputs, so no importance matrix can be gathered from them.",
+        "train.imatrix, train.compile",
+        lambda run: "--train.compile=auto or --train.imatrix=false",
+    ),
+    Rule(
         "warmup-shorter-than-run",
         lambda run: run.train.num_steps is not None and (run.optim.warmup_steps or 0) >= run.train.num_steps,
         lambda run: (

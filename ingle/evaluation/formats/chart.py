@@ -86,6 +86,8 @@ def size_chart(dots: Sequence[Dot], axes: Axes, *, width: int) -> str:
         corners += [f"H{x(dot.size):.1f}V{y(axes.level(dot.value)):.1f}" for dot in front[1:]]
         parts.append(f'<path class="steps" d="{"".join(corners)}"/>')
     taken = [(x(dot.size) - 6, y(axes.level(dot.value)) - 6, 12.0, 12.0) for dot in dots]
+    length = _CHARACTER * len(axes.line_label)
+    taken.append((right - length, place - 17, length, 13.0))
     by_weight = sorted(dots, key=lambda dot: ("chosen", "front", "other").index(dot.kind))
     parts += [_draw(dot, x, y, axes) for dot in reversed(by_weight)]  # the chosen one lies on top, and is named first
     for dot in by_weight:

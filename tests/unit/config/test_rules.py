@@ -15,6 +15,7 @@ TASK = "--evaluate.sources=e.jsonl"
 #: One breach of each rule, and the same with the remedy applied.
 BREACHES: dict[str, tuple[list[str], list[str]]] = {
     "micro-batch-divides": (["--train.micro_batch_size=5"], ["--train.micro_batch_size=4"]),
+    "imatrix-needs-eager-layers": (["--train.imatrix=true", "--train.compile=true"], ["--train.imatrix=true"]),
     "warmup-shorter-than-run": (
         ["--optim.warmup_steps=10", "--train.num_steps=10"],
         ["--optim.warmup_steps=9", "--train.num_steps=10"],
