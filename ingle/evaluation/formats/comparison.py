@@ -24,7 +24,7 @@ from ingle.evaluation.formats.text import count_scored
 from ingle.evaluation.likelihood import Window
 from ingle.events import Progress, Sink, Warned
 
-#: Of the JSON.
+#: Of the JSON and of how its figures come about.
 SCHEMA = 1
 
 #: What the unpacked model is called.

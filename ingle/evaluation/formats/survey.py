@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ingle import __version__, models
+from ingle import models
 from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, EvaluationError
 from ingle.evaluation.formats.candidates import find_target, list_candidates, target_names
 from ingle.evaluation.formats.choice import LIMIT
-from ingle.evaluation.formats.comparison import Notebook, Subject, compare_formats
+from ingle.evaluation.formats.comparison import SCHEMA, Notebook, Subject, compare_formats
 from ingle.evaluation.formats.page import render_page
 from ingle.evaluation.formats.text import read_windows
 from ingle.evaluation.likelihood import Window
@@ -153,8 +153,8 @@ def _require_plain(model: Any, name: str) -> None:
 
 
 def _fingerprint(model: Any, windows: Sequence[Window], importance: dict[str, Tensor] | None) -> str:
-    """Of all that decides the figures: weights (the ends of each), text, importance, number type and version."""
-    digest = hashlib.sha256(f"{__version__} {model.dtype}".encode())
+    """Of all that decides the figures: weights (the ends of each), text, importance, number type and our arithmetic."""
+    digest = hashlib.sha256(f"{SCHEMA} {model.dtype}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
