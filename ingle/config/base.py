@@ -20,16 +20,22 @@ from ingle.config.ggml import (
     IQ3_XXSBase,
     IQ4_NLBase,
     IQ4_XSBase,
-    MixBase,
     MXFP4Base,
     NVFP4Base,
     Q2_KBase,
+    Q3_K_LBase,
+    Q3_K_MBase,
+    Q3_K_SBase,
     Q3_KBase,
     Q4_0Base,
     Q4_1Base,
+    Q4_K_MBase,
+    Q4_K_SBase,
     Q4_KBase,
     Q5_0Base,
     Q5_1Base,
+    Q5_K_MBase,
+    Q5_K_SBase,
     Q5_KBase,
     Q6_KBase,
     Q8_0Base,
@@ -106,7 +112,7 @@ class HqqBase(Section):
     Attributes:
         bits: Of a code.
         group_size: Consecutive weights of a row that share a scale and a zero.
-        solver: Who finds them: ``ingle`` fits both together, ``hqq`` is the published solver, which moves the zero only.
+        solver: Who finds them: ``ingle`` fits both together, ``hqq`` is the published one, which moves the zero only.
         additive: Whether a group has a free offset, which a QA-LoRA change folds into: its zero.
     """
 
@@ -178,7 +184,13 @@ _Base = Annotated[
     | IQ3_SBase
     | IQ1_SBase
     | IQ1_MBase
-    | MixBase
+    | Q3_K_SBase
+    | Q3_K_MBase
+    | Q3_K_LBase
+    | Q4_K_SBase
+    | Q4_K_MBase
+    | Q5_K_SBase
+    | Q5_K_MBase
     | TernaryBase,
     Field(discriminator="format"),
 ]

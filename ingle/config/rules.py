@@ -227,9 +227,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
             f"QA-LoRA folds its change into a free offset for each group of weights, and {run.base.format} has none."
         ),
         "adapter.kind, base.format",
-        lambda run: (
-            " or ".join(f"--base.format={name}" for name in folding_formats()) + ", or --adapter.kind=lora"
-        ),
+        lambda run: " or ".join(f"--base.format={name}" for name in folding_formats()) + ", or --adapter.kind=lora",
     ),
     Rule(
         "merges-into-a-format",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase
-from ingle.config.ggml import GgmlBase
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.ggml_float import MXFP4, NVFP4
 from ingle.quant.ggml_grid import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
@@ -130,6 +130,8 @@ GGUF_FORMATS: tuple[type[GgmlBlocks], ...] = (
 def make_format(base: BaseConfig) -> Format | None:
     """The format a config section asks for; None where weights stay as they are."""
     match base:
+        case MixBase():
+            raise AssertionError(f"{base.format} is a format for each module: make_formats")
         case NoBase():
             return None
         case Nf4Base():

@@ -10,20 +10,22 @@ from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Levels, Nf4
 from ingle.quant.linear import QuantLinear
+from ingle.quant.ternary import Ternary
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 
-FORMATS: list[Levels | Int8 | Hqq] = [Nf4(), Nf4(double_quant=False), Nf4(32), Nf4(4096), Fp4(), Int8()]
+Member = Levels | Int8 | Hqq | Ternary
+FORMATS: list[Member] = [Nf4(), Nf4(double_quant=False), Nf4(32), Nf4(4096), Fp4(), Int8(), Ternary(), Ternary("row")]
 FORMATS += [Hqq(8, 128), Hqq(), Hqq(3, 8), Hqq(2, 16), Hqq(1, 32)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 64), (3, 7), (5, 200), (300, 2816), (4096, 11008)])
-def test_gpu_decodes_as_the_cpu(format: Levels | Int8 | Hqq, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_gpu_decodes_as_the_cpu(format: Member, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     planes = format.encode(weight)
     there = {name: plane.cuda() for name, plane in planes.items()}
@@ -34,14 +36,14 @@ def test_gpu_decodes_as_the_cpu(format: Levels | Int8 | Hqq, shape: tuple[int, i
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_gpu_packs_as_the_cpu(format: Levels | Int8 | Hqq) -> None:
+def test_gpu_packs_as_the_cpu(format: Member) -> None:
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     there = format.encode(weight.cuda())
     assert all(torch.equal(there[name].cpu(), plane) for name, plane in format.encode(weight).items())
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_layer_trains_and_moves(format: Levels | Int8 | Hqq) -> None:
+def test_layer_trains_and_moves(format: Member) -> None:
     layer = QuantLinear(format, 256, 64, bias=True, weight_dtype=torch.bfloat16)
     layer.quantize(torch.randn(64, 256))
     torch.nn.init.zeros_(layer.bias)
