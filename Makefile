@@ -13,7 +13,7 @@ JOBS ?= 2
 THREADS ?= 1
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test check docs bench clean
+.PHONY: help install demo test judge check docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,8 @@ demo: $(VENV)/.installed ## Fine-tune the bundled model on the bundled task and 
 
 test: $(VENV)/.installed-test ## Run the tests
 	OMP_NUM_THREADS=$(THREADS) NUMBA_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+judge: $(VENV)/.installed-test-llama ## Compile llama.cpp's binding (some minutes), so that the tests let it read exports
 
 check: $(VENV)/.installed-test-dev ## Lint, types, import layers, documentation
 	$(BIN)/ruff check .
@@ -53,9 +55,11 @@ $(shell [ ! -e $(BIN)/pip ] || grep -qF "$(CURDIR)/" $(BIN)/pip || rm -f $(VENV)
 $(VENV)/.installed: EXTRAS :=
 $(VENV)/.installed-test: EXTRAS := [test]
 $(VENV)/.installed-test-dev: EXTRAS := [test,dev]
+$(VENV)/.installed-test-llama: EXTRAS := [test,llama]
 $(VENV)/.installed-test: | $(VENV)/.installed
+$(VENV)/.installed-test-llama: | $(VENV)/.installed-test
 $(VENV)/.installed-test-dev: | $(VENV)/.installed-test
 
-$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-test-dev: pyproject.toml constraints.txt
+$(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-test-llama $(VENV)/.installed-test-dev: pyproject.toml constraints.txt
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash .ci/install "$(EXTRAS)"
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ingle.errors import DependencyError
+from ingle.models.saving import quiet
 
 
 class TransformersServer:
@@ -32,17 +34,23 @@ class TransformersServer:
     def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
         self.version = f"transformers {transformers.__version__}"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # What these libraries warn of concerns their callers' code, not the user's model.
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._model: Any = self._read(folder, adapter).eval()
+        declared = self._model.generation_config.eos_token_id
+        self._ends = set(declared if isinstance(declared, list) else [declared]) | {self._tokenizer.eos_token_id}
+
+    def _read(self, folder: Path, adapter: Path | None) -> Any:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except ImportError as error:
             raise DependencyError("transformers lacks a library for these weights.", why=str(error)) from error
-        if adapter is not None:
-            peft = _require_peft()
-            self.version += f", peft {peft.__version__}"
-            model = peft.PeftModel.from_pretrained(model, str(adapter))
-        self._model = model.eval()
-        declared = self._model.generation_config.eos_token_id
-        self._ends = set(declared if isinstance(declared, list) else [declared]) | {self._tokenizer.eos_token_id}
+        if adapter is None:
+            return model
+        peft = _require_peft()
+        self.version += f", peft {peft.__version__}"
+        return peft.PeftModel.from_pretrained(model, str(adapter))
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The tokens of a conversation whose answer is about to begin."""

@@ -36,7 +36,7 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     assert not any(isinstance(module, Packed) for module in model.modules()), "packed weights cannot be trained whole"
     folder = Path(folder)
-    with atomic_folder(folder) as partial, _quiet():
+    with atomic_folder(folder) as partial, quiet():
         model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
 
@@ -80,7 +80,7 @@ def save_setup(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hides the progress bar that transformers draws: ours is a sink."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

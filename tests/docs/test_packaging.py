@@ -12,7 +12,12 @@ from docs.check import ROOT
 
 PROJECT = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]
 #: Names under which a distribution is imported, where they differ.
-IMPORTED_AS = {"pyyaml": "yaml", "scikit_learn": "sklearn", "markdown_it_py": "markdown_it"}
+IMPORTED_AS = {
+    "llama_cpp_python": "llama_cpp",
+    "pyyaml": "yaml",
+    "scikit_learn": "sklearn",
+    "markdown_it_py": "markdown_it",
+}
 #: Parts that come with another distribution in exactly the version it needs.
 PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba", "markupsafe": "jinja2"}
 #: Comes with torch where there is a GPU.
@@ -42,7 +47,8 @@ def test_every_library_that_is_imported_is_declared_and_used() -> None:
     extras = PROJECT["optional-dependencies"]
     declared = names(PROJECT["dependencies"])
     used = imports("ingle")
-    optional = names(extras["tensorboard"] + extras["wandb"]) | OPTIONAL
+    of_users = [line for name, lines in extras.items() if name not in ("test", "dev") for line in lines]
+    optional = names(of_users) | OPTIONAL
     assert used - declared - optional == set()
     assert declared - used == set()
 

@@ -1,0 +1,242 @@
+"""``ingle.export``: whole exports of a tiny model, read by PEFT, transformers and llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ingle import inference, models
+from ingle.config.model import ModelConfig
+from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
+from ingle.export import certificate, export
+from ingle.export.certificate import certify
+from ingle.inference import Engine
+
+MakeAdapter = Callable[..., Path]
+needs_llama = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: pip install 'ingle[llama]'"
+)
+IDS = [5, 17, 250, 33, 8, 299, 41]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in (("the quick brown fox?", "jumps over the lazy dog"), ("what is two plus two?", "it is four."))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _ours(adapter: Path) -> torch.Tensor:
+    source = inference.locate(str(adapter))
+    source = inference.Source(source.model.model_copy(update={"dtype": "float32"}), source.base, source.adapter)
+    with torch.no_grad():
+        logits: torch.Tensor = inference.open_source(source).model(input_ids=torch.tensor([IDS])).logits[0]
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_reads_the_adapter(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter()
+    out = tmp_path / "out"
+    result = export(str(adapter), "peft", out, verify=True)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32), out)
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(_ours(adapter), theirs, rtol=1e-4, atol=1e-4)
+    made = json.loads((out / "certificate.json").read_text())
+    assert made["passed"] and result["certificate"]["passed"] and made["mean_kl"] < 1e-6
+    assert made["files"]["adapter_model.safetensors"] == certificate.sha256(out / "adapter_model.safetensors")
+    assert "library_name: peft" in (out / "README.md").read_text()
+
+
+def test_merged_safetensors_are_certified_by_transformers(
+    make_adapter: MakeAdapter, tmp_path: Path, text: Path
+) -> None:
+    out = tmp_path / "out"
+    result = export(str(make_adapter()), "safetensors", out, type="f32", verify=True, data=text)
+    assert result["certificate"]["passed"] and result["certificate"]["greedy_equal"] == 2
+    fidelity = json.loads((out / "fidelity.json").read_text())
+    assert fidelity["divergence"]["kl"] < 1e-3 and fidelity["adapter_effect"] > 1e-3
+    assert fidelity["mean_correlation"] > 0.9999 and len(fidelity["tensors"]) == 14
+    assert "| model.layers.0.self_attn.q_proj.weight | float32 |" in (out / "fidelity.md").read_text()
+
+
+@needs_llama
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_k_m", "q5_1", "iq4_xs"])
+def test_llama_cpp_answers_with_gguf_as_ingle_does(
+    make_adapter: MakeAdapter, tmp_path: Path, text: Path, type_name: str
+) -> None:
+    out = tmp_path / "served" / "m.gguf"
+    result = export(str(make_adapter()), "gguf", out, type=type_name, verify=True, data=text, allow_loss=True)
+    made = json.loads((out.parent / "certificate.json").read_text())
+    assert made["passed"] is True and result["certificate"]["passed"]
+    assert all(prompt["tokens_equal"] for prompt in made["prompts"])
+    assert made["files"] == {"m.gguf": certificate.sha256(out)}
+    assert "TEMPLATE" in (out.parent / "Modelfile").read_text()
+
+
+@needs_llama
+@pytest.mark.parametrize("base", ["none", "q8_0"])
+def test_llama_cpp_puts_the_adapter_on_its_base(make_adapter: MakeAdapter, tmp_path: Path, base: str) -> None:
+    result = export(str(make_adapter(base=base)), "gguf-adapter", tmp_path / "lora" / "lora.gguf", verify=True)
+    made = result["certificate"]
+    assert made["passed"] and made["mean_kl"] < (1e-5 if base == "none" else 1e-2)
+    assert sorted(os.listdir(tmp_path / "lora")) == ["Modelfile", "README.md", "certificate.json", "lora.gguf"]
+
+
+@needs_llama
+def test_another_model_gets_no_certificate(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    from ingle.data.types import Example
+    from ingle.export.llama import LlamaCpp
+
+    export(str(make_adapter(0.1)), "gguf", tmp_path / "m.gguf", type="f32", allow_loss=True)
+    config = ModelConfig(id=str(llama_folder), dtype="float32")
+    engine = Engine(models.load_model(config), models.load_tokenizer(config), adapted=False)
+    prompt = Example("here", prompt="the quick brown fox?", completion="")
+    with LlamaCpp(tmp_path / "m.gguf", context=256) as server:
+        made = certify(server, engine, [prompt], system=None, tolerance=certificate.PLAIN)
+    assert made["passed"] is False and any("KL" in reason for reason in made["reasons"])
+    with pytest.raises(ExportError, match="does not answer"):
+        certificate.require_passed(made, tmp_path)
+
+
+class _Echo:
+    """Another program that is Ingle itself, with one fault."""
+
+    version = "echo"
+
+    def __init__(self, engine: Engine, **faults: Any) -> None:
+        self._engine, self._faults = engine, faults
+
+    def prompt_ids(self, messages: Any) -> list[int]:
+        from ingle.data.types import Message
+
+        ids = self._engine._prompt_ids([Message(m["role"], m["content"]) for m in messages], None)
+        return [7, *ids] if self._faults.get("tokens") else ids
+
+    def text_ids(self, text: str) -> list[int]:
+        ids = [int(i) for i in self._engine.tokenizer(text)["input_ids"]]
+        return ids[:-1] if self._faults.get("texts") else ids
+
+    def is_end(self, token: int) -> bool:
+        return not self._faults.get("ends")
+
+    def logits(self, ids: Any) -> np.ndarray:
+        with torch.no_grad():
+            logits = self._engine.model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy()
+        return -logits if self._faults.get("logits") else logits
+
+    def continue_greedily(self, ids: Any, num_tokens: int, ends: Any) -> list[int]:
+        answer = list(
+            models.generate(self._engine.model, self._engine.tokenizer, [ids], max_new_tokens=num_tokens)[0].token_ids
+        )
+        if self._faults.get("answers"):
+            answer[0] = int(self.logits(ids)[-1].argmin())
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (None, None),
+        ("tokens", "prompts become other tokens"),
+        ("texts", "texts become other tokens"),
+        ("ends", "do not end at"),
+        ("logits", "KL divergence"),
+        ("answers", "no tie"),
+    ],
+)
+def test_every_fault_is_found(llama_folder: Path, fault: str | None, reason: str | None) -> None:
+    from ingle.data.types import Example
+
+    config = ModelConfig(id=str(llama_folder), dtype="float32")
+    engine = Engine(models.load_model(config), models.load_tokenizer(config), adapted=False)
+    prompt = Example("here", prompt="the quick brown fox?", completion="")
+    server = _Echo(engine, **({} if fault is None else {fault: True}))
+    made = certify(server, engine, [prompt], system=None, tolerance=certificate.PLAIN, max_new_tokens=4)
+    assert made["passed"] == (fault is None)
+    assert (reason is None and not made["reasons"]) or any(str(reason) in each for each in made["reasons"])
+
+
+def test_a_merge_that_loses_too_much_is_refused_and_leaves_nothing(
+    make_adapter: MakeAdapter, tmp_path: Path, text: Path
+) -> None:
+    adapter = str(make_adapter(0.002, base="q4_0"))
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="lose too much") as caught:
+        export(adapter, "gguf", out, type="q2_k", data=text, max_kl=1e-9)
+    assert "--promote" in str(caught.value) and "correlation" in str(caught.value)
+    with pytest.raises(ExportError, match="survives a correlation"):
+        export(adapter, "gguf", out, type="q2_k")
+    assert not list(tmp_path.glob("out*"))
+    assert export(adapter, "gguf", out, type="q2_k", allow_loss=True)["fidelity"]["mean_correlation"] < 0.5
+
+
+def test_promotion_widens_within_its_budget(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = str(make_adapter(0.01))
+    plain = export(adapter, "gguf", tmp_path / "a", type="q3_k_m", allow_loss=True)
+    wider = export(adapter, "gguf", tmp_path / "b", type="q3_k_m", allow_loss=True, promote=True, size_budget=0.3)
+    assert wider["fidelity"]["mean_correlation"] > plain["fidelity"]["mean_correlation"] + 0.02
+    assert plain["num_bytes"] < wider["num_bytes"] <= 1.3 * plain["num_bytes"]
+    promotion = wider["fidelity"]["promotion"]
+    assert promotion["types"] and wider["num_bytes"] - plain["num_bytes"] == promotion["extra_bytes"]
+
+
+def test_another_base_is_refused_or_told(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(base="nf4")
+    other = AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    models.load_tokenizer(ModelConfig(id=str(llama_folder))).save_pretrained(tmp_path / "other")
+    settings = adapter / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(str(llama_folder), str(tmp_path / "other")))
+    with pytest.raises(AdapterError, match="another base"):
+        export(str(adapter), "gguf", tmp_path / "a", type="f16")
+    assert not list(tmp_path.glob("a*"))
+    told: list[str] = []
+    export(
+        str(adapter),
+        "gguf",
+        tmp_path / "a",
+        type="f16",
+        allow_mismatch=True,
+        sink=lambda event: told.append(getattr(event, "message", "")),
+    )
+    assert any("another base" in message and "%" in message for message in told)
+
+
+def test_options_that_make_no_sense_are_refused(make_adapter: MakeAdapter, llama_folder: Path, tmp_path: Path) -> None:
+    adapter = str(make_adapter())
+    for options in ({"type": "bf16"}, {"promote": True}):
+        with pytest.raises(ConfigError):
+            export(adapter, "peft", tmp_path / "x", **options)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="no adapter"):
+        export(str(llama_folder), "peft", tmp_path / "x")
+    with pytest.raises(ConfigError, match="no such file"):
+        export(adapter, "gguf", tmp_path / "x", data=tmp_path / "missing.jsonl")
+
+
+def test_a_missing_binding_is_told_before_anything_is_written(
+    make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(DependencyError, match="--verify") as caught:
+        export(str(make_adapter()), "gguf", tmp_path / "x", type="f16", verify=True)
+    assert "ingle[llama]" in str(caught.value)
+    assert not list(tmp_path.glob("x*"))
