@@ -120,8 +120,7 @@ def compare(
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that predict a scored token, that token, and the number of its window in the row."""
     batch = collate([window.sample for window in row]).to(head(model).weight.device)
-    targets_N = torch.full_like(batch.labels[0], IGNORE_INDEX)
-    targets_N[:-1] = batch.labels[0, 1:]
+    targets_N = batch.targets()
     kept = targets_N != IGNORE_INDEX
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
     number_N = torch.repeat_interleave(torch.arange(len(row), device=lengths.device), lengths)

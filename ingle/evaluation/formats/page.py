@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
 from ingle.evaluation.formats.wording import rate, row_cells, size, small
-from ingle.wording import duration
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -32,17 +31,14 @@ def render_page(report: Mapping[str, Any]) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_resource("formats.html"))
-    reference = report["reference"]
     return template.render(
         style=Markup(_resource("report.css") + _resource("formats.css")),
         name=Path(report["subject"]["model"]).name,
         subtitle=_subtitle(report),
         report=report,
-        reference=row_cells(reference),
-        rows=[_row(row, report) for row in [*report["formats"], reference]],
+        rows=[_row(row, report) for row in [*report["formats"], report["reference"]]],
         charts=_charts(report),
         limit=f"{report['limit']:g}",
-        total=duration(sum(row["encode_s"] for row in report["formats"])),
     )
 
 
