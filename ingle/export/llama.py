@@ -61,7 +61,11 @@ class LlamaCpp:
         self._llama.close()
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation as ``llama-server`` makes them: the file's template, one BOS where it asks."""
+        """The tokens of a conversation as ``llama-server`` makes them: the file's template, one BOS where it asks.
+
+        Raises:
+            ExportError: The file holds no template.
+        """
         template = self._llama.metadata.get("tokenizer.chat_template")
         if template is None:
             raise ExportError("the file holds no chat template.", where="tokenizer.chat_template")

@@ -55,7 +55,13 @@ def export_peft(work: Work) -> Outcome:
 
 
 def export_adapter_gguf(work: Work) -> Outcome:
-    """Writes the adapter as GGUF, with a Modelfile that puts it on its base."""
+    """Writes the adapter as GGUF, with a Modelfile that puts it on its base.
+
+    Raises:
+        AdapterError: There is no adapter, or one that such a file has no place for.
+        ConfigError: An adapter has no such type.
+        GgufError: llama.cpp does not know the architecture.
+    """
     _require_adapter(work)
     type_name = (work.request.type or "f32").lower()
     if type_name not in TYPES:
