@@ -11,8 +11,6 @@ without such a shuffle take ``look_up_portable``, with the same results.
 Threads: on Linux numba's OpenMP layer and torch share libgomp, and with it the very threads.  A second pool would
 fight with torch's, whose threads spin for a while after every product.  Every row is computed by one thread in one
 order, so results do not depend on how many there are.
-
-All compiled code of a kernel stays in this file: numba's cache on disk is renewed when the kernel's own file changes.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def _digest(path: Path) -> str:
     while waiting:
         for name in _OWN_IMPORT.findall(texts[waiting.pop()]):
             if name not in texts:
-                texts[name] = (path.parent / f"{name}.py").read_text(encoding="utf-8")
+                texts[name] = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
                 waiting.append(name)
     del texts[path.stem]
     return hashlib.blake2b("".join(texts[name] for name in sorted(texts)).encode(), digest_size=4).hexdigest()

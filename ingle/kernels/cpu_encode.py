@@ -1,8 +1,6 @@
 """Packing weights on the CPU, by numba: every load of a model passes through here.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
-
-All compiled code of a kernel stays in this file: numba's cache on disk is renewed when the kernel's own file changes.
 """
 
 from __future__ import annotations

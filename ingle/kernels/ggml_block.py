@@ -1,7 +1,5 @@
 """What the packing kernels of GGUF's formats share: laying weights side by side, float16, codes into bytes.
 
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
-
 Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
 """
 

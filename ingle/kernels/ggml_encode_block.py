@@ -4,8 +4,6 @@ Where a scale follows from the largest weights alone nothing has to be searched,
 of operations of ggml's reference.  What is found (the scale, and the least weight) goes to ``fields``, for the caller
 to store as float16.
 
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
-
 Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
 """
 

@@ -3,8 +3,6 @@
 ggml searches the scales of a block with sums whose order decides the last bits, so nothing here is reordered.  Speed
 comes from sixteen sub-blocks that lie side by side: element ``k`` of all sixteen, then ``k + 1``.
 
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
-
 Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
 """
 

@@ -1,7 +1,5 @@
 """The scales of GGUF's k-quants, which are packed in a few bits themselves.
 
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
-
 Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
 """
 

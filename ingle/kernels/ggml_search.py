@@ -2,8 +2,6 @@
 
 A search that ggml ends early for one sub-block goes on here and changes nothing.
 
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
-
 Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
 """
 

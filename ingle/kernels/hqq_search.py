@@ -4,8 +4,6 @@ HQQ moves the zero only.  Here both are free: for fixed codes ``q`` the best gri
 regression of the weights on their codes, and what it explains has a closed form, so one pass over a group tries one
 assignment of codes.  The passes start from grids that leave out a share of the range at either end, or reach beyond it
 by one, in every combination, and then go on from the best.
-
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
 """
 
 from __future__ import annotations

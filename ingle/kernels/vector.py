@@ -3,8 +3,6 @@
 LLVM vectorises neither bit fields that lie across a block nor searches whose sums must keep their order; written with
 these vectors, the former take a whole block and the latter sixteen blocks side by side.  No processor is named: LLVM
 splits vectors into what there is.  Nothing is reordered or fused, so results are the same everywhere.
-
-numba's cache on disk does not see changes of this file: after one, touch the kernels that import it.
 """
 
 from __future__ import annotations
