@@ -33,7 +33,7 @@ def quantize(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Importance matrix for types of GGUF blocks: read, or with --data gathered and written there.",
+            help="Importance matrix for types of GGUF blocks and hqq: read, or with --data gathered and written there.",
         ),
     ] = None,
     data: Annotated[

@@ -30,7 +30,7 @@ from ingle.gguf import TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.imatrix import read_imatrix
-from ingle.gguf.mixes import FILE_TYPES, file_type_number, is_packed, mix_of
+from ingle.gguf.mixes import ALIASES, FILE_TYPES, file_type_number, is_packed, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.models.streaming import Entry
 from ingle.quant.format import Format, make_format
@@ -40,9 +40,6 @@ PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 #: ``--type`` of a file in which every tensor keeps the format it was trained in.
 AS_TRAINED = "as-trained"
-
-#: Names of file types that llama.cpp knows by another.
-ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,9 +90,25 @@ def estimate_bytes(merger: Merger, layout: Layout) -> int:
 
 
 def write_safetensors(
-    merger: Merger, tokenizer: Any, model: ModelConfig, folder: Path, layout: Layout, *, sink: Sink | None = None
+    merger: Merger,
+    tokenizer: Any,
+    model: ModelConfig,
+    folder: Path,
+    layout: Layout,
+    *,
+    importance: Mapping[str, Tensor] | None = None,
+    sink: Sink | None = None,
 ) -> list[TensorFidelity]:
     """Writes the merged model with its config and tokenizer.
+
+    Args:
+        merger: Base and adapter.
+        tokenizer: Its tokenizer.
+        model: The base.
+        folder: Where.
+        layout: In what.
+        importance: Mean squares of inputs by parameter, for formats that weigh their error by it.
+        sink: Is told of the progress.
 
     Returns:
         What survived of every merged weight.
@@ -107,7 +123,8 @@ def write_safetensors(
     found: list[TensorFidelity] = []
     for done, entry in enumerate(entries, 1):
         with merger.loaded(entry) as loaded:
-            for key, tensor in _tensors(entry, loaded, layout, formats.get(entry.name), found):
+            weighed = (importance or {}).get(entry.name)
+            for key, tensor in _tensors(entry, loaded, layout, formats.get(entry.name), found, weighed):
                 writer.add(key, tensor)
         if sink is not None and (done % 32 == 0 or done == len(entries)):
             sink(Progress("writing weights", done, len(entries)))
@@ -126,7 +143,12 @@ def write_safetensors(
 
 
 def _tensors(
-    entry: Entry, loaded: Loaded, layout: Layout, format: Format | None, found: list[TensorFidelity]
+    entry: Entry,
+    loaded: Loaded,
+    layout: Layout,
+    format: Format | None,
+    found: list[TensorFidelity],
+    importance: Tensor | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors that one parameter becomes."""
     if format is not None:
@@ -136,9 +158,9 @@ def _tensors(
             )
         (piece,) = entry.pieces
         if loaded.layer is None:
-            planes = loaded.planes(format)
+            planes = loaded.planes(format, importance)
         else:
-            merged, fidelity = measure(loaded, piece.key, format)
+            merged, fidelity = measure(loaded, piece.key, format, importance)
             assert isinstance(merged, dict)
             planes = merged
             found.append(fidelity)

@@ -24,7 +24,7 @@ from ingle.evaluation.formats import Target, find_target, read_windows
 from ingle.evaluation.importance import gather_importance
 from ingle.events import Progress, Saved, Sink
 from ingle.export import hf
-from ingle.export.gguf import PLAIN, GgufExport, read_importance
+from ingle.export.gguf import PLAIN, GgufExport
 from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.gguf import read_gguf
@@ -69,13 +69,13 @@ class Order:
             ConfigError: The format is unknown, or options contradict one another.
         """
         target = find_target(self.to)
-        weighed = target.container == "gguf" and target.name not in PLAIN
+        weighed = target.name not in PLAIN if target.base is None else target.base.format == "hqq"
         for option, given in (("--imatrix", self.imatrix), ("--data", self.data)):
             if given is not None and not weighed:
                 raise ConfigError(
                     f"{target.name} does not weigh its error by an importance matrix.",
                     where=f"{option} {given}",
-                    fix="leave it out, or choose a type of GGUF blocks (q4_k_m)",
+                    fix="leave it out, or choose a type of GGUF blocks (q4_k_m) or hqq",
                 )
         if self.data is not None and self.imatrix is not None and self.imatrix.exists():
             raise ConfigError(
@@ -145,15 +145,15 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
     place = Place(order.out, f"{name}-{target.name}" if is_file else None, companions=())
     source = Source(ModelConfig(id=order.model, dtype="float32"), NoBase())
     tokenizer = models.load_tokenizer(source.model)
-    importance = _importance(order, tokenizer, sink)
     merger = Merger(source, sink=sink)
     _require_plain(merger, order.model)
+    importance = _importance(order, merger, tokenizer, sink)
     with place.opened() as partial:
         if is_file:
             assert place.main is not None
             classes = _write_gguf(merger, tokenizer, target, importance, partial / place.main, name, place, sink)
         else:
-            classes = _write_folder(merger, tokenizer, source.model, target, partial, place, sink)
+            classes = _write_folder(merger, tokenizer, source.model, target, importance, partial, place, sink)
     num_weights = sum(loss.num_weights for loss in classes.values())
     num_bytes = sum(loss.num_bytes for loss in classes.values())
     sink(Saved(0, str(place.result), "model"))
@@ -187,13 +187,12 @@ def _bytes_on_disk(model: ModelConfig) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _importance(order: Order, tokenizer: Any, sink: Sink) -> dict[str, Tensor] | None:
-    """By GGUF name."""
+def _importance(order: Order, merger: Merger, tokenizer: Any, sink: Sink) -> dict[str, Tensor] | None:
+    """By parameter."""
     if order.data is None:
-        return None if order.imatrix is None else read_importance(order.imatrix)
+        return None if order.imatrix is None else models.load_importance(merger.stream.model, order.imatrix, sink)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.load_model(ModelConfig(id=order.model), device=device, sink=sink)
-    names = models.gguf_names(model)
     windows = read_windows(str(order.data), model, tokenizer, order.num_tokens)
     entries = gather_importance(model, windows, lambda done, total: sink(Progress("reading the text", done, total)))
     if order.imatrix is not None:
@@ -201,8 +200,7 @@ def _importance(order: Order, tokenizer: Any, sink: Sink) -> dict[str, Tensor] |
         longest = max(len(window.sample.input_ids) for window in windows)
         models.save_importance(model, entries, order.imatrix, datasets=[str(order.data)], chunk_size=longest)
         sink(Saved(0, str(order.imatrix), "imatrix"))
-    found = {names.to_gguf(name): entry.mean for name, entry in entries.items()}
-    return {name: mean for name, mean in found.items() if name is not None}
+    return {name: entry.mean for name, entry in entries.items()}
 
 
 def _write_gguf(
@@ -215,7 +213,9 @@ def _write_gguf(
     place: Place,
     sink: Sink,
 ) -> dict[str, Loss]:
-    export = GgufExport(merger, tokenizer, target.name, importance or {})
+    names = models.gguf_names(merger.stream.model)
+    named = {str(names.to_gguf(name)): values for name, values in (importance or {}).items()}
+    export = GgufExport(merger, tokenizer, target.name, named)
     place.require_bytes(export.num_bytes)
     export.write(path, {"general.name": name}, sink=sink)
     tensors = read_gguf(path).tensors
@@ -242,12 +242,19 @@ def _unpack(rows: Tensor, type_name: str, shape: torch.Size) -> Tensor:
 
 
 def _write_folder(
-    merger: Merger, tokenizer: Any, model: ModelConfig, target: Target, folder: Path, place: Place, sink: Sink
+    merger: Merger,
+    tokenizer: Any,
+    model: ModelConfig,
+    target: Target,
+    importance: Mapping[str, Tensor] | None,
+    folder: Path,
+    place: Place,
+    sink: Sink,
 ) -> dict[str, Loss]:
     assert target.base is not None
     layout = hf.Layout(torch.bfloat16, target.base)
     place.require_bytes(hf.estimate_bytes(merger, layout))
-    hf.write_safetensors(merger, tokenizer, model, folder, layout, sink=sink)
+    hf.write_safetensors(merger, tokenizer, model, folder, layout, importance=importance, sink=sink)
     written = Merger(Source(ModelConfig(id=str(folder), dtype="bfloat16"), target.base))
     losses = _Losses(sink, len(merger.stream.entries))
     for entry, other in _pairs(merger, written):

@@ -44,6 +44,9 @@ FILE_TYPES = {
     "tq2_0": "tq2_0",
 }
 
+#: What llama.cpp's own quantizer takes these names for.
+ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+
 #: What stands in where rows are not whole blocks of 256.
 _FALLBACKS = {
     "iq4_xs": "iq4_nl",

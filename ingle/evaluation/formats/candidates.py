@@ -13,7 +13,7 @@ from ingle.config.base import BaseConfig, HqqBase, base_section
 from ingle.errors import ConfigError, GgufError
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.container import block_of, row_bytes
-from ingle.gguf.mixes import FILE_TYPES, Mix, mix_of
+from ingle.gguf.mixes import ALIASES, FILE_TYPES, Mix, mix_of
 from ingle.gguf.names import TensorNames, names_of
 from ingle.quant import Format, make_format
 
@@ -22,8 +22,6 @@ PACKED = ("nf4", "fp4", "int8")
 #: Bits of HQQ, for which the group size may stand behind: ``hqq-3``, ``hqq-2-g32``.
 HQQ = ("hqq-8", "hqq-4", "hqq-3", "hqq-2", "hqq-1")
 
-#: What llama.cpp's own quantizer takes these names for.
-_ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m", "hqq": "hqq-4"}
 _HQQ = re.compile(r"^hqq-([1-8])(?:-g(\d+))?$")
 #: Bytes of a number that stays as it is, in safetensors.
 _PLAIN_BYTES = 2
@@ -91,7 +89,7 @@ def find_target(name: str, option: str = "--to") -> Target:
     Raises:
         ConfigError: There is none, with what was probably meant.
     """
-    resolved = _ALIASES.get(name.lower(), name.lower())
+    resolved = (ALIASES | {"hqq": "hqq-4"}).get(name.lower(), name.lower())
     if resolved in FILE_TYPES:
         return Target(resolved, "gguf")
     if resolved in PACKED:

@@ -191,3 +191,28 @@ def test_options_that_make_no_sense(folder: Path, text: Path, tmp_path: Path) ->
     with pytest.raises(GgufError, match="importance matrix"):
         quantize(Order(str(folder), "q4_0", tmp_path / "m.gguf", imatrix=text))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hqq_weighs_its_error_too(folder: Path, text: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "imatrix.gguf"
+    quantize(Order(str(folder), "hqq-3", tmp_path / "weighed", imatrix=kept, data=text, num_tokens=300))
+    section = base_section({"format": "hqq", "bits": 3})
+    model = models.load_model(ModelConfig(id=str(tmp_path / "weighed")), section)
+    plain = models.load_model(ModelConfig(id=str(folder)))
+    importance = models.load_importance(plain, kept)
+    name = "model.layers.1.mlp.up_proj"
+    format = make_format(section)
+    assert format is not None
+    expected = format.encode(plain.get_parameter(f"{name}.weight").detach().float(), importance[f"{name}.weight"])
+    assert all(torch.equal(model.get_parameter(f"{name}.{plane}"), expected[plane]) for plane in expected)
+
+
+def test_another_models_importance_is_refused(folder: Path, tmp_path: Path) -> None:
+    from ingle.errors import ModelError
+    from ingle.gguf.imatrix import Imatrix, ImatrixEntry, write_imatrix
+
+    entry = ImatrixEntry(np.ones((1, 99), np.float32), np.ones(1, np.float32))
+    for name in ("blk.0.attn_q.weight", "something.else"):
+        write_imatrix(tmp_path / "other.gguf", Imatrix({name: entry}))
+        with pytest.raises(ModelError, match="importance matrix"):
+            quantize(Order(str(folder), "q4_0", tmp_path / "m.gguf", imatrix=tmp_path / "other.gguf"))
