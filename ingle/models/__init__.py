@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel as Model
 
+from ingle.models.accepted import OLDEST_TRANSFORMERS
 from ingle.models.architecture import compute_dtype, skeleton
 from ingle.models.generation import Generation, end_token_ids, generate, stream
 from ingle.models.gguf_file import choose_formats, pack
@@ -14,6 +15,7 @@ from ingle.models.saving import save_pretrained, save_setup
 from ingle.models.tokenizer import load_tokenizer
 
 __all__ = [
+    "OLDEST_TRANSFORMERS",
     "Generation",
     "Head",
     "Model",

@@ -39,4 +39,6 @@ def recompute_layers(model: PreTrainedModel) -> None:
             where="train.recompute = true",
             fix="--train.recompute=false and a smaller --train.micro_batch_size",
         )
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Its name until 5.23, where that one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
