@@ -127,7 +127,9 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
         tag = locate(root, (*path, shape.tag))
         choices = either(list(shape.members))
         if tag is None and node is not None and isinstance(node.value, dict):
-            return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, f"--{name}.{shape.tag}=...")
+            typo = next(iter(difflib.get_close_matches(shape.tag, node.value, n=1)), None)
+            remedy = f"--{name}.{shape.tag}=..." if typo is None else f"write {shape.tag} for {typo}"
+            return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, remedy)
         shown = tag or node
         return Problem(
             f"{name}.{shape.tag} must be {choices}{_shown(shown)}.",

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ingle.kernels import IGNORE_INDEX
+from ingle.kernels import IGNORE_INDEX as IGNORE_INDEX
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]

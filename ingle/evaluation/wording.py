@@ -7,7 +7,7 @@ from typing import Any
 
 from ingle import wording
 from ingle.evaluation.scorers import Scorer
-from ingle.wording import title
+from ingle.wording import title as title
 
 #: Level of significance, after Holm's correction.
 LEVEL = 0.05

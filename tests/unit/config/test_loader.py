@@ -5,8 +5,8 @@ from typing import get_args
 
 import pytest
 
-from ingle.config.base import FormatName
 from ingle.config import Int8Base, LoraAdapter, Nf4Base, NoAdapter, Run, TaskConfig
+from ingle.config.base import FormatName
 from ingle.config.loader import load_run, load_task, run_from_yaml, run_to_yaml
 from ingle.errors import ConfigError
 
@@ -131,6 +131,7 @@ def test_base_options_without_a_format_ask_for_it(folder: Path) -> None:
     error = failure(folder, text=MINIMAL + "base: {double_quant: true}\n")
     assert error.message == f"base.format must be given: {FORMATS}."
     assert error.where == "base (run.yaml:5)"
+    assert failure(folder, text=MINIMAL + "base: {fromat: nf4}\n").fix == "write format for fromat"
 
 
 @pytest.mark.parametrize(
