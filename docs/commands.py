@@ -34,7 +34,21 @@ from ingle.config.section import Section
 from ingle.errors import IngleError
 
 #: Programs that a page may show besides ``ingle`` and ``make``.
-OTHER_PROGRAMS = {"cat", "cd", "cp", "git", "head", "kill", "ls", "pip", "python", "tail", "tensorboard"}
+OTHER_PROGRAMS = {
+    "cat",
+    "cd",
+    "cp",
+    "git",
+    "head",
+    "kill",
+    "ls",
+    "pip",
+    "python",
+    "tail",
+    "tensorboard",
+    "llama-server",
+    "ollama",
+}
 
 
 def wrong_blocks(pages: list[Page], root: Path) -> Iterator[str]:

@@ -26,7 +26,7 @@ from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
 from ingle.export.merging import Loaded, Merger
-from ingle.gguf import TensorToWrite, vocabulary, write_gguf
+from ingle.gguf import GgufFile, TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.imatrix import read_imatrix
@@ -75,7 +75,7 @@ class GgufExport:
         tokenizer: Its tokenizer.
         type: ``--type``; :data:`AS_TRAINED` keeps each tensor's format.
         importance: Importance by GGUF name, ``[columns]``.
-        base_file_type: What the base's own GGUF file says of its type; used where each tensor's format is kept.
+        base_file: The GGUF file that the base is; what nothing touches is copied from it.
 
     Attributes:
         planned: The tensors, in the order of the file.
@@ -89,7 +89,7 @@ class GgufExport:
     tokenizer: Any
     type: str
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    base_file_type: int = int(LlamaFileType.GUESSED)
+    base_file: GgufFile | None = None
 
     def __post_init__(self) -> None:
         model = self.merger.stream.model
@@ -140,7 +140,10 @@ class GgufExport:
 
         tensors = [TensorToWrite(p.name, p.type, p.shape, data(p)) for p in self.planned]
         divisors = shapes.rope_divisors(self._config)
-        if divisors is not None:
+        own_divisors = None if self.base_file is None else self.base_file.tensors.get(ROPE_FREQS)
+        if own_divisors is not None:
+            tensors.append(TensorToWrite(ROPE_FREQS, own_divisors.type_name, own_divisors.shape, own_divisors.read))
+        elif divisors is not None:
             tensors.append(TensorToWrite(ROPE_FREQS, "f32", divisors.shape, lambda: divisors))
         write_gguf(path, self.metadata() | dict(metadata), tensors)
         return found
@@ -158,7 +161,11 @@ class GgufExport:
             end_token_ids=ordered,
             chat_template=tokenizer.chat_template or None,
         )
-        kind = self.base_file_type if self.type == AS_TRAINED else file_type_number(self.type)
+        kind = int(LlamaFileType.GUESSED)
+        if self.type != AS_TRAINED:
+            kind = file_type_number(self.type)
+        elif self.base_file is not None:
+            kind = int(self.base_file.metadata.get("general.file_type", kind))
         about = {"general.type": "model", "general.file_type": kind}
         if any(planned.type not in PLAIN for planned in self.planned):
             about["general.quantization_version"] = GGML_QUANT_VERSION
@@ -200,7 +207,9 @@ class GgufExport:
         return found
 
     def _own_type(self, name: str, gguf_name: str, shape: tuple[int, ...]) -> str:
-        """What a weight is held in while it trains; llama.cpp wants vectors in float32."""
+        """What a weight is held in while it trains, or what the base's file has it in; vectors are float32."""
+        if self.base_file is not None and gguf_name in self.base_file.tensors:
+            return self.base_file.tensors[gguf_name].type_name
         if not is_packed(gguf_name, shape):
             return "f32"
         holder = self.merger.stream.holder(name)
@@ -216,6 +225,11 @@ class GgufExport:
         if planned.entry is None:
             return _to_numpy(self.merger.trained[planned.hf_name], target, planned.name)
         with self.merger.loaded(planned.entry) as loaded:
+            stored = None if self.base_file is None else self.base_file.tensors.get(planned.name)
+            untouched = loaded.layer is None and loaded.trained is None
+            if untouched and stored is not None and stored.type_name == planned.type:
+                self._num_copied += 1
+                return stored.read()
             rows = self._rows(planned, loaded, target, found)
         order = self.names.permutation(planned.name, len(rows))
         return rows if order is None else np.ascontiguousarray(rows[order])

@@ -82,9 +82,7 @@ def export_gguf(work: Work) -> Outcome:
     assert place.main is not None
     yardstick = work.measure_trained()
     merger = work.merger()
-    export = GgufExport(merger, work.tokenizer, type_name, _importance(work))
-    if own is not None:
-        export.base_file_type = int(own.metadata.get("general.file_type", export.base_file_type))
+    export = GgufExport(merger, work.tokenizer, type_name, _importance(work), base_file=own)
     promotion = _promote(work, export) if work.request.promote else None
     place.require_bytes(export.num_bytes)
     with place.opened() as partial:

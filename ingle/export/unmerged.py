@@ -18,7 +18,7 @@ from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.export.work import Outcome, Work
 from ingle.inference import Source
-from ingle.models.gguf_file import is_gguf
+from ingle.models.gguf_file import is_gguf, open_gguf
 from ingle.models.peers import TransformersServer
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -82,11 +82,13 @@ def export_adapter_gguf(work: Work) -> Outcome:
 
     def certify() -> dict[str, Any]:
         engine = work.open_trained(dtype="float32")
+        source = Source(work.subject.source.model, work.subject.source.base)
+        if is_gguf(source.model.id):
+            own = open_gguf(source.model.id, revision=source.model.revision)
+            return certify_llama(work, own.path, engine, packed=True, adapter=place.result)
         with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
             path = Path(folder) / "base.gguf"
-            source = Source(work.subject.source.model, work.subject.source.base)
-            own = is_gguf(source.model.id) or gguf.holds(source.base)
-            kind = gguf.AS_TRAINED if own else "f32"
+            kind = gguf.AS_TRAINED if gguf.holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
             packed = any(planned.type not in gguf.PLAIN for planned in base.planned)

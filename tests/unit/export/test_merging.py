@@ -164,15 +164,17 @@ def test_untouched_weights_are_copied_in_llama_cpps_order(
 def test_a_gguf_base_with_an_empty_adapter_keeps_every_byte(llama_folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
     plain = _source(llama_folder)
-    GgufExport(Merger(plain), models.load_tokenizer(plain.model), "q4_k_m").write(first, {})
+    GgufExport(Merger(plain), models.load_tokenizer(plain.model), "q4_k_m").write(first, {"general.file_type": 15})
     model = models.load_model(ModelConfig(id=str(first), dtype="float32"), NoBase())
     from ingle.config.adapter import LoraAdapter
 
     adapters.attach(model, LoraAdapter(rank=2), seed=0)
     adapters.save_adapter(model, tmp_path / "adapter", LoraAdapter(rank=2), str(first))
-    source = Source(ModelConfig(id=str(first), dtype="float32"), NoBase(), tmp_path / "adapter")
-    export = GgufExport(Merger(source), models.load_tokenizer(source.model), AS_TRAINED)
+    source = Source(ModelConfig(id=str(first), dtype="bfloat16"), NoBase(), tmp_path / "adapter")
+    tokenizer = models.load_tokenizer(source.model)
+    export = GgufExport(Merger(source), tokenizer, AS_TRAINED, base_file=read_gguf(first))
     export.write(second, {})
+    assert export.num_copied == len(export.planned)
     before, after = read_gguf(first), read_gguf(second)
     assert before.tensors.keys() == after.tensors.keys()
     for name, tensor in before.tensors.items():
