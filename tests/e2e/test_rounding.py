@@ -1,4 +1,4 @@
-"""Runs that train through the rounding of their merge: stopped anywhere they end in the same bytes, and say what they serve."""
+"""Runs that train through the rounding of their merge: the same bytes wherever they stop, and what they serve."""
 
 from __future__ import annotations
 
