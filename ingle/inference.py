@@ -18,7 +18,7 @@ from ingle.config.paths import find_path, locate_paths
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, ModelError
 from ingle.events import Sink, Warned
-from ingle.models.generation import Generation
+from ingle.models.answers import Generation
 from ingle.training.folder import RunFolder
 
 

@@ -3,8 +3,9 @@
 from transformers import PreTrainedModel as Model
 
 from ingle.models.accepted import OLDEST_TRANSFORMERS
+from ingle.models.answers import Generation
 from ingle.models.architecture import compute_dtype, skeleton
-from ingle.models.generation import Generation, end_token_ids, generate, stream
+from ingle.models.generation import end_token_ids, generate, stream
 from ingle.models.gguf_file import choose_formats, pack
 from ingle.models.hidden import Head, forward_hidden, head, verify
 from ingle.models.importance import gguf_names, load_importance, save_importance

@@ -10,36 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
+from ingle.models.answers import Answer, Generation, Rules
 from ingle.models.hidden import Head, head
-
-FinishReason = Literal["stop", "length"]
+from ingle.models.sampling import Draws
 
 #: Stands for an answer while the end-of-turn token of a chat template is looked for.
 _PROBE = "ingle"
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer.
-
-    Attributes:
-        token_ids: Tokens of the answer, without the one that ended it.
-        text: The answer, cut before a stop string, special tokens left out.
-        finish_reason: ``stop`` (end token or stop string) or ``length``.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
 
 
 def generate(
@@ -75,16 +57,16 @@ def generate(
     Raises:
         ModelError: When a prompt is empty or longer than the model can read.
     """
-    rules = _Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+    rules = Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
     answers: list[Generation | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
     with _answering(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            draws = _Draws(temperature, top_p, seed, chosen, max_new_tokens)
+            draws = Draws(temperature, top_p, seed, chosen, max_new_tokens)
             decoding = _Decoding(model, [prompts[index] for index in chosen], draws, max_new_tokens)
-            texts = [_Answer(rules) for _ in chosen]
+            texts = [Answer(rules) for _ in chosen]
             while decoding.rows:
                 rows, tokens = decoding.step()
                 ended = [texts[row].add(token) for row, token in zip(rows, tokens, strict=True)]
@@ -113,10 +95,10 @@ def stream(
 
     Nothing is given out that a later token may take back: half a character, or the beginning of a stop string.
     """
-    answer = _Answer(_Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
+    answer = Answer(Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
     shown = 0
     with _answering(model):
-        decoding = _Decoding(model, [prompt], _Draws(temperature, top_p, seed, [0], max_new_tokens), max_new_tokens)
+        decoding = _Decoding(model, [prompt], Draws(temperature, top_p, seed, [0], max_new_tokens), max_new_tokens)
         while decoding.rows:
             _, tokens = decoding.step()
             over = answer.add(tokens[0]) or decoding.is_full(0)
@@ -182,7 +164,7 @@ class _Decoding:
     """
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: _Draws, max_new_tokens: int
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: Draws, max_new_tokens: int
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
         limit = _limit(model)
@@ -246,92 +228,6 @@ class _Decoding:
         self._position_ids = self._position_ids[index]
         if self._mask is not None:
             self._mask = self._mask[index]
-
-
-class _Draws:
-    """Chooses the next token of each row: greedily, or from a stream of random numbers of its own."""
-
-    def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int], num_draws: int) -> None:
-        self._temperature = temperature
-        self._top_p = top_p
-        self._uniform = (
-            np.stack([np.random.default_rng([seed, index]).random(num_draws) for index in indices])
-            if temperature > 0
-            else None
-        )
-
-    def choose(self, logits_BV: Tensor, rows: Sequence[int], step: int) -> Tensor:
-        """The next token of each row, ``[B]``.
-
-        Tokens are sorted by falling probability and the first whose cumulated probability passes the row's random
-        number is taken; the number is scaled to the kept mass, so cutting at ``top_p`` needs no renormalising.
-        """
-        if self._uniform is None:
-            return logits_BV.argmax(-1)
-        probabilities_BV = (logits_BV / self._temperature).softmax(-1, dtype=torch.float64)
-        sorted_BV, tokens_BV = torch.sort(probabilities_BV, dim=-1, descending=True, stable=True)
-        reached_BV = sorted_BV.cumsum(-1)
-        kept_B = ((reached_BV - sorted_BV) < self._top_p).sum(-1, keepdim=True)
-        mass_B = reached_BV.gather(-1, kept_B - 1)
-        uniform_B = torch.from_numpy(self._uniform[list(rows), step]).to(logits_BV.device)[:, None]
-        place_B = torch.searchsorted(reached_BV, uniform_B * mass_B, right=True).minimum(kept_B - 1)
-        return tokens_BV.gather(-1, place_B)[:, 0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    """What ends an answer."""
-
-    tokenizer: PreTrainedTokenizerFast
-    stop: tuple[str, ...]
-    end_ids: frozenset[int]
-
-    @property
-    def window(self) -> int:
-        """Tokens that may hold a stop string: a token is at least a byte, and a character may begin before it."""
-        return 4 + max((len(text.encode()) for text in self.stop), default=0)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of tokens, special ones left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class _Answer:
-    """The tokens of one answer as they come."""
-
-    def __init__(self, rules: _Rules) -> None:
-        self._rules = rules
-        self._ids: list[int] = []
-        self._reason: FinishReason = "length"
-
-    def add(self, token: int) -> bool:
-        """Takes a token; true when the answer is over."""
-        if token in self._rules.end_ids:
-            self._reason = "stop"
-            return True
-        self._ids.append(token)
-        if self._rules.stop:
-            tail = self._rules.decode(self._ids[-self._rules.window :])
-            # The window decodes to the end of the text, so a hit in it is one in the whole.
-            if any(text in tail for text in self._rules.stop):
-                self._reason = "stop"
-                return True
-        return False
-
-    def finish(self) -> Generation:
-        """The whole answer."""
-        text = self._rules.decode(self._ids)
-        cuts = [place for place in map(text.find, self._rules.stop) if place >= 0]
-        return Generation(tuple(self._ids), text[: min(cuts)] if cuts else text, self._reason)
-
-    def settled(self) -> str:
-        """The text that no later token can change."""
-        text = self._rules.decode(self._ids)
-        text = text.rstrip("�") if text.endswith("�") else text
-        for size in range(min(len(text), max(map(len, self._rules.stop), default=0)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._rules.stop):
-                return text[:-size]
-        return text
 
 
 def _limit(model: PreTrainedModel) -> int | None:

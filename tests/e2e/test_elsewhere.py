@@ -83,10 +83,10 @@ def test_what_loading_an_adapter_has_to_say_is_told(home: Path, monkeypatch: pyt
     flow.finetune(load_run(Path("config.yaml")).run)
     load, events = adapters.load_adapter, []  # type: ignore[var-annotated]
 
-    def load_and_note(model, folder):  # type: ignore[no-untyped-def]
+    def load_and_note(*given, **options):  # type: ignore[no-untyped-def]
         from dataclasses import replace
 
-        return replace(load(model, folder), notes=("lm_head keeps its own weight",))
+        return replace(load(*given, **options), notes=("lm_head keeps its own weight",))
 
     monkeypatch.setattr(adapters, "load_adapter", load_and_note)
     inference.open_model("runs/x", sink=events.append)

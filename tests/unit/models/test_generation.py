@@ -9,7 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ingle import models
 from ingle.errors import ModelError
-from ingle.models.generation import _Answer, _Draws, _Rules
+from ingle.models.answers import Answer, Rules
+from ingle.models.sampling import Draws
 
 PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23], [10, 11, 12]]
 
@@ -61,7 +62,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
     rows = list(range(len(logits)))
 
     def counts(top_p: float) -> np.ndarray:
-        tokens = _Draws(1.0, top_p, 7, rows, 1).choose(logits, rows, 0)
+        tokens = Draws(1.0, top_p, 7, rows, 1).choose(logits, rows, 0)
         return np.bincount(tokens.numpy(), minlength=4) / len(rows)
 
     np.testing.assert_allclose(counts(1.0), [0.15, 0.5, 0.1, 0.25], atol=0.015)
@@ -73,7 +74,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
 def test_temperature_flattens() -> None:
     logits = torch.tensor([[2.0, 0.0]]).repeat(20_000, 1)
     rows = list(range(len(logits)))
-    share = _Draws(2.0, 1.0, 0, rows, 1).choose(logits, rows, 0).float().mean().item()
+    share = Draws(2.0, 1.0, 0, rows, 1).choose(logits, rows, 0).float().mean().item()
     assert share == pytest.approx(1 / (1 + np.e), abs=0.015)
 
 
@@ -134,7 +135,7 @@ def test_half_a_character_is_held_back() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
             return bytes(ids).decode(errors="replace")
 
-    answer = _Answer(_Rules(Bytes(), ("é!",), frozenset()))
+    answer = Answer(Rules(Bytes(), ("é!",), frozenset()))
     settled = []
     for byte in "aé?é!".encode():
         over = answer.add(byte)

@@ -1,0 +1,42 @@
+"""Choosing the next token of each row of a batch.
+
+Legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """Chooses the next token of each row: greedily, or from a stream of random numbers of its own."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int], num_draws: int) -> None:
+        self._temperature = temperature
+        self._top_p = top_p
+        self._uniform = (
+            np.stack([np.random.default_rng([seed, index]).random(num_draws) for index in indices])
+            if temperature > 0
+            else None
+        )
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int], step: int) -> Tensor:
+        """The next token of each row, ``[B]``.
+
+        Tokens are sorted by falling probability and the first whose cumulated probability passes the row's random
+        number is taken; the number is scaled to the kept mass, so cutting at ``top_p`` needs no renormalising.
+        """
+        if self._uniform is None:
+            return logits_BV.argmax(-1)
+        probabilities_BV = (logits_BV / self._temperature).softmax(-1, dtype=torch.float64)
+        sorted_BV, tokens_BV = torch.sort(probabilities_BV, dim=-1, descending=True, stable=True)
+        reached_BV = sorted_BV.cumsum(-1)
+        kept_B = ((reached_BV - sorted_BV) < self._top_p).sum(-1, keepdim=True)
+        mass_B = reached_BV.gather(-1, kept_B - 1)
+        uniform_B = torch.from_numpy(self._uniform[list(rows), step]).to(logits_BV.device)[:, None]
+        place_B = torch.searchsorted(reached_BV, uniform_B * mass_B, right=True).minimum(kept_B - 1)
+        return tokens_BV.gather(-1, place_B)[:, 0]
