@@ -240,3 +240,37 @@ def test_a_missing_binding_is_told_before_anything_is_written(
         export(str(make_adapter()), "gguf", tmp_path / "x", type="f16", verify=True)
     assert "ingle[llama]" in str(caught.value)
     assert not list(tmp_path.glob("x*"))
+
+
+@needs_llama
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral"])
+def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig
+
+    tokenizer = models.load_tokenizer(ModelConfig(id=str(llama_folder)))
+    options = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 256,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.1,
+    }
+    torch.manual_seed(0)
+    folder = tmp_path / family
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    made = export(str(folder), "gguf", tmp_path / "out", type="f32", verify=True)["certificate"]
+    assert made["passed"] and made["mean_kl"] < 1e-5
+    assert bool(made["notes"]) == (family == "qwen2")  # whose tokenizer composes accents, as llama.cpp does not
