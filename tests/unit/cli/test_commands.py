@@ -171,7 +171,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine = Engine()
     opened: list[tuple[str, bool]] = []
 
-    def open_model(path: str, *, base_only: bool = False, sink: Any = None) -> Engine:
+    def open_model(path: str, *, base_only: bool = False, allow_mismatch: bool = False, sink: Any = None) -> Engine:
         opened.append((path, base_only))
         return engine
 
