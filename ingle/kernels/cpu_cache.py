@@ -43,14 +43,14 @@ def _compile(function: Kernel, **options: Any) -> Kernel:
     return compiled
 
 
-def _digest(path: Path) -> str:
-    """Stands for the text of every file of kernels that the one at ``path`` imports from, however indirectly."""
+def _digest(path: Path, folder: Path = Path(__file__).parent) -> str:
+    """Stands for the text of every file in ``folder`` that the one at ``path`` imports from, however indirectly."""
     texts: dict[str, str] = {path.stem: path.read_text(encoding="utf-8")}
     waiting = [path.stem]
     while waiting:
         for name in _OWN_IMPORT.findall(texts[waiting.pop()]):
             if name not in texts:
-                texts[name] = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+                texts[name] = (folder / f"{name}.py").read_text(encoding="utf-8")
                 waiting.append(name)
     del texts[path.stem]
     return hashlib.blake2b("".join(texts[name] for name in sorted(texts)).encode(), digest_size=4).hexdigest()

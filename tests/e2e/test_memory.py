@@ -16,4 +16,4 @@ def test_the_predicted_memory_is_what_is_used(ingle: Ingle, tmp_path: Path, flag
     done = ingle("train", "examples/demo/demo.yaml", f"--output={tmp_path}", "--evaluate=null", *short, *flags)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["plan"]["memory"]["total"] == pytest.approx(report["peak_memory_bytes"], rel=0.2)
+    assert report["plan"]["memory"]["total"] == pytest.approx(report["peak_memory_bytes"], rel=0.25)

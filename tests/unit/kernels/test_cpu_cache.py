@@ -16,12 +16,12 @@ def test_a_kernel_is_compiled_anew_when_what_it_inlines_changes(tmp_path: Path) 
     near.write_text("from ingle.kernels.far import g\n")
     far.write_text("from ingle.kernels.near import f\n")  # a circle ends
     other.write_text("")
-    before = cpu_cache._digest(kernel)
+    before = cpu_cache._digest(kernel, tmp_path)
     other.write_text("unrelated")
     kernel.write_text(kernel.read_text() + "# numba sees this by itself\n")
-    assert cpu_cache._digest(kernel) == before
+    assert cpu_cache._digest(kernel, tmp_path) == before
     far.write_text(far.read_text() + "# changed\n")
-    assert cpu_cache._digest(kernel) != before
+    assert cpu_cache._digest(kernel, tmp_path) != before
 
 
 def test_the_name_that_a_kernel_is_kept_by_holds_what_it_inlines() -> None:
