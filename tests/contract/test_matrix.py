@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ingle import adapters, flow, inference
+from ingle import adapters, assembly, flow, inference
 from ingle.config import load_run
 from ingle.config.base import FormatName
 from ingle.errors import ConfigError
@@ -140,7 +140,7 @@ def test_formats_to_merge_into(material: Path, tmp_path: Path, target: str) -> N
         with pytest.raises(ConfigError, match="cannot be packed"):
             load_run(None, flags)
         return
-    parts = flow.assemble(load_run(None, flags).run, lambda event: None)
+    parts = assembly.assemble(load_run(None, flags).run, lambda event: None)
     parts.rounding.prepare(parts.plan.num_steps)
     layers = adapters.lora_modules(parts.model).values()
     assert all(layer.merged is not None for layer in layers)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ingle import adapters, flow, inference
+from ingle import adapters, assembly, flow, inference
 from ingle.adapters import merged_planes
 from ingle.config import load_run
 from ingle.events import Event, Saved, Step
@@ -83,6 +83,6 @@ def test_what_is_evaluated_and_opened_is_what_will_be_served(
 def test_the_base_is_the_same_after_training(config: Path, tmp_path: Path) -> None:
     run = load_run(config, [*MERGE_AWARE, f"--output={tmp_path}/run"]).run
     train(config, tmp_path / "run", *MERGE_AWARE, "--evaluate=null")
-    parts = flow.assemble(run, lambda event: None)
+    parts = assembly.assemble(run, lambda event: None)
     identity = adapters.read_record(tmp_path / "run" / "adapter").identity
     assert identity is not None and parts.identity == identity

@@ -1,0 +1,129 @@
+"""What a run is made of, put together from its config: data, plan, packed base, adapter, objective, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ingle import adapters, data, evaluation, models, parallel, planning, quant
+from ingle.config.rules import check
+from ingle.config.run import Run
+from ingle.events import Sink, Warned
+from ingle.objectives import LanguageModelling, Objective, Watched
+from ingle.quant.imatrix import ImatrixCollector
+from ingle.training.census import model_shape
+from ingle.training.compiling import can_compile, compile_layers
+from ingle.training.groups import parameter_groups
+from ingle.training.meter import free_bytes, resident_bytes
+from ingle.training.optim import Optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is planned: its data is tokenized, its model has no bytes yet."""
+
+    mesh: parallel.Mesh
+    dtype: torch.dtype
+    tokenizer: Any
+    dataset: data.TokenDataset
+    sequences: data.Sequences
+    model: models.Model
+    plan: planning.Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """Everything a run is made of, ready for its first step."""
+
+    mesh: parallel.Mesh
+    plan: planning.Plan
+    tokenizer: Any
+    model: models.Model
+    objective: Objective
+    optimizer: Optimizer
+    data_hash: str
+    num_sequences: int
+    fusion: adapters.FusionReport
+    rounding: adapters.Rounding
+    identity: adapters.BaseIdentity | None
+    imatrix: ImatrixCollector | None
+
+    def audit(self) -> dict[str, Any]:
+        """What the model is made of, as plain data."""
+        return quant.audit(self.model).to_dict() | {"fusion": asdict(self.fusion)}
+
+
+def prepare(run: Run, sink: Sink) -> Prepared:
+    """Reads the data and the model's shape and plans the run; of the weights nothing is read."""
+    check(run)
+    mesh = parallel.start(run.parallel)
+    dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    if run.evaluate is not None:
+        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent, not after
+    tokenizer = models.load_tokenizer(run.model)
+    model = models.skeleton(run.model, mesh.device, dtype)
+    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    sequences = data.make_sequences(dataset, run.data, run.seed)
+    plan = planning.make_plan(
+        run,
+        model_shape(model, adapters.select(model, run.adapter), models.choose_formats(model, run.model, run.base)),
+        planning.DataShape(
+            num_sequences=len(sequences),
+            num_tokens=dataset.num_tokens,
+            longest=max(int(dataset.lengths[sequence].sum()) for sequence in sequences),
+        ),
+        dtype_bytes=dtype.itemsize,
+        process_bytes=resident_bytes() if mesh.device.type == "cpu" else 0,
+        free_bytes=free_bytes(mesh.device),
+        can_compile=can_compile(mesh.device),
+        on_gpu=mesh.device.type == "cuda",
+    )
+    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan)
+
+
+def assemble(run: Run, sink: Sink) -> Assembled:
+    """Builds all parts of a run: data, plan, quantized base, adapter, objective, optimizer."""
+    ready = prepare(run, sink)
+    model, device = ready.model, ready.mesh.device
+    models.pack(model, run.model, run.base)
+    models.fill(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
+    models.verify(model)
+    attached = adapters.attach(model, run.adapter, seed=run.seed)
+    for note in attached.notes:
+        sink(Warned(note))
+    if run.train.recompute:
+        models.recompute_layers(model)
+    asked_to_compile = ready.plan.compile and run.train.compile is True
+    fusion = adapters.FusionReport(0, {}) if asked_to_compile else adapters.fuse(model)
+    compiled = ready.plan.compile and not fusion.fused and not run.train.imatrix
+    if compiled:
+        compile_layers(model)
+
+    objective: Objective = LanguageModelling(
+        ready.dataset,
+        data.SequenceSampler(ready.sequences, run.seed, run.data.shuffle),
+        global_batch_size=ready.plan.global_batch_size,
+        micro_batch_size=ready.plan.micro_batch_size,
+        device=device,
+    )
+    imatrix = None
+    if run.train.imatrix:
+        models.gguf_names(model)  # an architecture without them is told now, not after the training
+        imatrix = ImatrixCollector(model)
+        objective = Watched(objective, imatrix)
+    return Assembled(
+        mesh=ready.mesh,
+        plan=replace(ready.plan, compile=compiled),
+        tokenizer=ready.tokenizer,
+        model=model,
+        objective=objective,
+        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim),
+        data_hash=ready.dataset.fingerprint(),
+        num_sequences=len(ready.sequences),
+        fusion=fusion,
+        rounding=adapters.Rounding(model, run.adapter, ready.plan.num_steps),
+        identity=None if run.adapter.kind == "none" else adapters.identify(model),
+        imatrix=imatrix,
+    )
