@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.kernels.attention_cpu import Heads, Reach, Scores
+from ingle.kernels.attention_cpu import Scores
+from ingle.kernels.attention_tiles import Heads, Reach
 from ingle.kernels.bfloat16 import supported
 from ingle.kernels.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
 from ingle.kernels.importance import SquaredInputs

@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ingle.kernels.attention_cpu import (
-    Heads,
-    Reach,
-    Scores,
-    attend,
-    attend_backward,
-    group_gradient,
-    group_rows,
-    ungroup_rows,
-)
+from ingle.kernels.attention_cpu import Scores, attend, attend_backward
+from ingle.kernels.attention_layout import group_gradient, group_rows, ungroup_rows
+from ingle.kernels.attention_tiles import Heads, Reach
 from ingle.kernels.bfloat16 import supported
 
 

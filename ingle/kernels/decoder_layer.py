@@ -18,16 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ingle.kernels.attention_cpu import (
-    Heads,
-    Reach,
-    Scores,
-    attend,
-    attend_backward,
-    group_gradient,
-    group_rows,
-    ungroup_rows,
-)
+from ingle.kernels.attention_cpu import Scores, attend, attend_backward
+from ingle.kernels.attention_layout import group_gradient, group_rows, ungroup_rows
+from ingle.kernels.attention_tiles import Heads, Reach
 from ingle.kernels.elementwise import rms_norm, rms_norm_again, rms_norm_backward_, swiglu, swiglu_backward_
 from ingle.kernels.lora import (
     Projection,
