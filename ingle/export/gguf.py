@@ -32,6 +32,7 @@ from ingle.gguf.container import row_bytes
 from ingle.gguf.imatrix import read_imatrix
 from ingle.gguf.mixes import ALIASES, FILE_TYPES, file_type_number, is_packed, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
+from ingle.gguf.rotary import rope_divisors
 from ingle.models.streaming import Entry
 from ingle.quant.format import Format, make_format
 
@@ -139,7 +140,7 @@ class GgufExport:
             return read
 
         tensors = [TensorToWrite(p.name, p.type, p.shape, data(p)) for p in self.planned]
-        divisors = shapes.rope_divisors(self._config)
+        divisors = rope_divisors(self._config)
         own_divisors = None if self.base_file is None else self.base_file.tensors.get(ROPE_FREQS)
         if own_divisors is not None:
             tensors.append(TensorToWrite(ROPE_FREQS, own_divisors.type_name, own_divisors.shape, own_divisors.read))

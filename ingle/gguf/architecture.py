@@ -5,16 +5,14 @@ Source: llama.cpp's ``convert_hf_to_gguf.py`` and ``src/models/*.cpp``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ingle.errors import GgufError
 from ingle.gguf.container import GgufFile
-from ingle.gguf.names import ALWAYS_TIED, ROPE_FREQS, names_of, unsupported
+from ingle.gguf.names import ALWAYS_TIED, names_of, unsupported
+from ingle.gguf.rotary import head_size, read_rotary, rotary_parameters, scaling_metadata
+from ingle.gguf.values import ArchitectureValues
 
 #: transformers' ``model_type`` to llama.cpp's architecture.
 ARCHITECTURES = {
@@ -41,9 +39,6 @@ _CLASSES = {
 _FULL_EVERY = {"gemma2": 2, "gemma3": 6}
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 
-#: What Llama 3 has; its scaling is told by the divisors of the frequencies alone.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
 
 def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """GGUF metadata that describe a model, beginning with ``general.architecture``.
@@ -59,8 +54,8 @@ def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         raise unsupported(config["model_type"])
     if architecture in ALWAYS_TIED and not config.get("tie_word_embeddings", True):
         raise GgufError("llama.cpp takes the embedding as the head of this architecture.", where="tie_word_embeddings")
-    head_dim = _head_dim(config)
-    rope = _rope(config)
+    head_dim = head_size(config)
+    rope = rotary_parameters(config)
     full_rope = rope.get("full_attention", rope)
     values: dict[str, Any] = {
         "block_count": config["num_hidden_layers"],
@@ -77,19 +72,9 @@ def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if architecture == "llama":
         values["rope.dimension_count"] = head_dim
-    values |= _scaling(full_rope)
+    values |= scaling_metadata(full_rope)
     values |= _windows(architecture, config, rope)
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
-
-
-def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    """What ``rope_freqs.weight`` holds for a model whose frequencies are scaled as in Llama 3; None for others."""
-    rope = _rope(config)
-    rope = rope.get("full_attention", rope)
-    if rope.get("rope_type", "default") != "llama3":
-        return None
-    low, high, trained = (float(rope[key]) for key in _LLAMA3)
-    return _llama3_divisors(_head_dim(config), float(rope["rope_theta"]), float(rope["factor"]), low, high, trained)
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
@@ -100,7 +85,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     """
     names = names_of(file.metadata)
     architecture = names.architecture
-    values = _Values(file, architecture)
+    values = ArchitectureValues(file, architecture)
     num_heads, hidden = names.num_heads, values.whole("embedding_length")
     head_dim = values.whole("attention.key_length", hidden // num_heads)
     if values.whole("attention.value_length", head_dim) != head_dim:
@@ -124,7 +109,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_parameters": _read_rope(file, values, head_dim),
+        "rope_parameters": read_rotary(file, values, head_dim),
     }
     if architecture == "llama":
         config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
@@ -140,66 +125,10 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-class _Values:
-    """The metadata of one architecture, with errors that name the key."""
-
-    def __init__(self, file: GgufFile, architecture: str) -> None:
-        self._file = file
-        self._architecture = architecture
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._file.metadata.get(f"{self._architecture}.{key}", default)
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._bad(key, value)
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._bad(key, value)
-        return float(value)
-
-    def _bad(self, key: str, value: Any) -> GgufError:
-        what = "is missing" if value is None else f"is {str(value)[:60]}, which is not supported"
-        return GgufError(f"{self._architecture}.{key} {what}.", where=str(self._file.path))
-
-
 def _context(config: Mapping[str, Any]) -> int:
     """The longest text that llama.cpp computes as transformers does: it does not know Mistral's sliding window."""
     longest = int(config["max_position_embeddings"])
     return min(longest, config.get("sliding_window") or longest) if config["model_type"] == "mistral" else longest
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters as transformers 5 writes them, from old configs too."""
-    if config.get("rope_parameters") is not None:
-        return dict(config["rope_parameters"])
-    scaling = dict(config.get("rope_scaling") or {})
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling.pop("type"))
-    return {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)} | scaling
-
-
-def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):
-        return {}
-    if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and not set(rope) - {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}:
-        return {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
-        }
-    raise GgufError(f"rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
 
 
 def _windows(architecture: str, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +168,7 @@ def _query_scalar(architecture: str, num_layers: int, hidden: int, num_heads: in
 
 
 def _read_gemma(
-    values: _Values, architecture: str, num_layers: int, hidden: int, num_heads: int, head_dim: int
+    values: ArchitectureValues, architecture: str, num_layers: int, hidden: int, num_heads: int, head_dim: int
 ) -> dict[str, Any]:
     config: dict[str, Any] = {
         "layer_types": _layer_types(architecture, num_layers),
@@ -253,52 +182,3 @@ def _read_gemma(
     cap = values.number("final_logit_softcapping", 30.0 if architecture == "gemma2" else 0.0)
     config["final_logit_softcapping"] = cap or None
     return config
-
-
-def _read_rope(file: GgufFile, values: _Values, head_dim: int) -> dict[str, Any]:
-    theta = values.number("rope.freq_base", 10000.0)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    kind = values.get("rope.scaling.type", "none")
-    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
-    if kind == "yarn":
-        rope |= {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": values.whole("rope.scaling.original_context_length"),
-        }
-    elif kind not in ("none", "linear"):
-        raise GgufError(f"rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
-    elif factor != 1.0:
-        rope |= {"rope_type": "linear", "factor": factor}
-    if ROPE_FREQS in file.tensors:
-        rope |= _read_llama3(file, head_dim, theta)
-    if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
-        return rope
-    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
-    return {"full_attention": rope, "sliding_attention": local}
-
-
-def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
-    """Recovers Llama 3's scaling from its divisors: the file has nothing else of it."""
-    stored = file.tensors[ROPE_FREQS].read().view(np.float32).reshape(-1)
-    factor = float(stored.max())
-    expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
-    if file.tensors[ROPE_FREQS].type_name != "f32" or not np.allclose(stored, expected, rtol=1e-3):
-        raise GgufError(
-            "the rotary frequencies are scaled in a way that is not Llama 3's.",
-            where=f"{file.path}, {ROPE_FREQS}",
-            fix="use the model's safetensors release",
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-
-
-def _llama3_divisors(
-    head_dim: int, theta: float, factor: float, low: float, high: float, trained: float
-) -> NDArray[np.float32]:
-    """1 for short waves, ``factor`` for long ones, and a smooth passage between."""
-    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    waves = 2 * math.pi / frequencies
-    smooth = (trained / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    divisors = np.where(waves < trained / high, 1.0, np.where(waves > trained / low, factor, between))
-    return divisors.astype(np.float32)

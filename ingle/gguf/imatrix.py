@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingle.errors import GgufError
-from ingle.gguf.container import GgufFile, read_gguf
+from ingle.gguf.container import GgufFile
+from ingle.gguf.reading import read_gguf
 from ingle.gguf.writing import TensorToWrite, write_gguf
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"

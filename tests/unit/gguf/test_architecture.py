@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ingle.errors import GgufError
 from ingle.gguf import GgufFile, TensorToWrite, read_gguf, write_gguf
-from ingle.gguf.architecture import rope_divisors, to_config, to_metadata
+from ingle.gguf.architecture import to_config, to_metadata
+from ingle.gguf.rotary import rope_divisors
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

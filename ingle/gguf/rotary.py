@@ -1,0 +1,120 @@
+"""Rotary position embeddings: transformers' parameters to GGUF metadata and back.
+
+Source: llama.cpp's ``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ingle.errors import GgufError
+from ingle.gguf.container import GgufFile
+from ingle.gguf.names import ROPE_FREQS, names_of
+from ingle.gguf.values import ArchitectureValues
+
+#: What Llama 3 has; its scaling is told by the divisors of the frequencies alone.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """Features of a query's head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def rotary_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary parameters as transformers 5 writes them, from old configs too."""
+    if config.get("rope_parameters") is not None:
+        return dict(config["rope_parameters"])
+    scaling = dict(config.get("rope_scaling") or {})
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+    return {"rope_type": "default", "rope_theta": config.get("rope_theta", 10000.0)} | scaling
+
+
+def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    """What ``rope_freqs.weight`` holds for a model whose frequencies are scaled as in Llama 3; None for others."""
+    rope = rotary_parameters(config)
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type", "default") != "llama3":
+        return None
+    low, high, trained = (float(rope[key]) for key in _LLAMA3)
+    return _llama3_divisors(head_size(config), float(rope["rope_theta"]), float(rope["factor"]), low, high, trained)
+
+
+def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys, without the architecture, that say how positions are scaled; Llama 3's has none.
+
+    Raises:
+        GgufError: llama.cpp has no such scaling.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):
+        return {}
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn" and not set(rope) - {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}:
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        }
+    raise GgufError(f"rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
+
+
+def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> dict[str, Any]:
+    """``rope_parameters`` of a config; with local layers one each for ``full_attention`` and ``sliding_attention``.
+
+    Raises:
+        GgufError: The file scales positions in another way than linearly, as YaRN or as Llama 3.
+    """
+    theta = values.number("rope.freq_base", 10000.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    kind = values.get("rope.scaling.type", "none")
+    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
+    if kind == "yarn":
+        rope |= {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": values.whole("rope.scaling.original_context_length"),
+        }
+    elif kind not in ("none", "linear"):
+        raise GgufError(f"rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
+    elif factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": factor}
+    if ROPE_FREQS in file.tensors:
+        rope |= _read_llama3(file, head_dim, theta)
+    if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
+        return rope
+    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
+    """Recovers Llama 3's scaling from its divisors: the file has nothing else of it."""
+    stored = file.tensors[ROPE_FREQS].read().view(np.float32).reshape(-1)
+    factor = float(stored.max())
+    expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
+    if file.tensors[ROPE_FREQS].type_name != "f32" or not np.allclose(stored, expected, rtol=1e-3):
+        raise GgufError(
+            "the rotary frequencies are scaled in a way that is not Llama 3's.",
+            where=f"{file.path}, {ROPE_FREQS}",
+            fix="use the model's safetensors release",
+        )
+    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+
+
+def _llama3_divisors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, trained: float
+) -> NDArray[np.float32]:
+    """1 for short waves, ``factor`` for long ones, and a smooth passage between."""
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    waves = 2 * math.pi / frequencies
+    smooth = (trained / waves - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    divisors = np.where(waves < trained / high, 1.0, np.where(waves > trained / low, factor, between))
+    return divisors.astype(np.float32)
