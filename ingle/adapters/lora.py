@@ -160,8 +160,12 @@ class LoraLinear(nn.Module):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether LoRA can sit on a module: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``."""
-    return isinstance(module, nn.Linear | QuantLinear) or is_conv1d(module)
+    """Whether LoRA can sit on a module: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
+
+    A subclass with a ``forward`` of its own (Phi-3.5-MoE's router) computes something else, and is none.
+    """
+    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return linear or isinstance(module, QuantLinear) or is_conv1d(module)
 
 
 def features(module: nn.Module) -> tuple[int, int]:

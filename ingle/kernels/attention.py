@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ingle.kernels.attention_cpu import Scores, attend, attend_backward
 from ingle.kernels.attention_layout import group_gradient, group_rows, ungroup_rows
@@ -37,7 +37,7 @@ def packed_attention(
     Args:
         q: [1, Hq, N, Dh]; any strides.
         k: [1, Hkv, N, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
-        v: [1, Hkv, N, Dh].
+        v: [1, Hkv, N, Dv]; Dv is another size than Dh in multi-head latent attention.
         cu_seqlens: First token of each document and the end, int, [D + 1].
         scale: Factor on the scores.
         causal: A token sees itself and what is before it.
@@ -45,8 +45,13 @@ def packed_attention(
         softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
-        [1, N, Hq, Dh].
+        [1, N, Hq, Dv].
     """
+    if v.shape[3] != q.shape[3]:  # zeros change neither a score nor the other columns of the result
+        sizes = (q.shape[3], v.shape[3])
+        q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        return packed_attention(q, k, v, cu_seqlens, **options)[..., : sizes[1]]
     if supported(q, k, v):
         heads = Heads(q.shape[1], k.shape[1], q.shape[3])
         reach = Reach.of(cu_seqlens, heads, causal=causal, window=window)

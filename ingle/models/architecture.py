@@ -212,6 +212,8 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         reason = f"it is an encoder ({', '.join(config.architectures or ())})"
     elif config.get_text_config() is not config:
         reason = "it reads images or sound besides text, which is not supported yet"
+    elif kind == "bloom" or getattr(config, "alibi", False):
+        reason = "its attention knows positions by a bias (ALiBi), which is not computed for packed documents"
     elif unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
         reason = f"it has layers of kind {', '.join(unknown)}, through which packed documents would see one another"
     if reason:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
 from ingle.quant import QuantLinear
+from ingle.wording import first_line
 
 if TYPE_CHECKING:
     from ingle.data.types import Batch
@@ -115,7 +116,7 @@ def verify(model: PreTrainedModel) -> None:
     another.
 
     Raises:
-        ModelError: When they differ, or the whole gives NaN or infinity.
+        ModelError: When they differ, the whole gives NaN or infinity, or the architecture cannot be asked so.
     """
     head_weight = head(model).weight
     lengths = (7, 5)
@@ -128,7 +129,16 @@ def verify(model: PreTrainedModel) -> None:
         t.to(head_weight.device) for t in (ids, positions, cu_seqlens, rows, mask)
     )
     with _evaluating(model):
-        ours = head(model).logits(_packed(model, ids[None], positions[None], cu_seqlens))[0].float()
+        try:
+            hidden = _packed(model, ids[None], positions[None], cu_seqlens)
+        except (ValueError, TypeError, AttributeError, LookupError) as refusal:
+            raise ModelError(
+                f"{type(model).__name__} does not take packed documents.",
+                where="model.id",
+                why=f"{type(refusal).__name__}: {first_line(refusal)}",
+                fix="choose a model of another architecture",
+            ) from refusal
+        ours = head(model).logits(hidden)[0].float()
         whole = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
     if not torch.isfinite(whole).all():
         raise _not_finite(model)

@@ -42,18 +42,19 @@ def reference(
 
 
 def compare(
-    dtype: torch.dtype, lengths: list[int], *, hq: int = 4, hkv: int = 2, dh: int = 16, causal: bool = True,
-    window: int | None = None, softcap: float | None = None, scale: float = 0.3,
+    dtype: torch.dtype, lengths: list[int], *, hq: int = 4, hkv: int = 2, dh: int = 16, dv: int | None = None,
+    causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float = 0.3,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     n = sum(lengths)
     # As projections make them: [1, N, H, Dh] seen as [1, H, N, Dh].
     q, k, v = (
-        torch.randn(1, n, h, dh, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for h in (hq, hkv, hkv)
+        torch.randn(1, n, h, size, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+        for h, size in ((hq, dh), (hkv, dh), (hkv, dv or dh))
     )
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     out = packed_attention(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
-    assert out.shape == (1, n, hq, dh) and out.dtype == dtype
+    assert out.shape == (1, n, hq, dv or dh) and out.dtype == dtype
     grad = torch.randn(out.shape, generator=generator).to(dtype)
     ours = torch.autograd.grad(out, (q, k, v), grad)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
@@ -91,6 +92,12 @@ def test_documents_longer_than_a_tile(dtype: torch.dtype, causal: bool, window: 
 @pytest.mark.parametrize("hq, hkv, dh", [(1, 1, 8), (6, 6, 20), (8, 1, 64), (9, 3, 80)])
 def test_head_layouts(hq: int, hkv: int, dh: int) -> None:
     compare(torch.bfloat16, LENGTHS["mixed"], hq=hq, hkv=hkv, dh=dh, scale=dh**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dh, dv", [(24, 16), (16, 32)])
+def test_values_of_another_size_than_keys(dtype: torch.dtype, dh: int, dv: int) -> None:
+    compare(dtype, LENGTHS["mixed"], dh=dh, dv=dv, window=7)
 
 
 def test_documents_do_not_feel_each_other() -> None:

@@ -61,6 +61,21 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
     "qwen2_moe": lambda: hf.Qwen2MoeConfig(**_MOE),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_MOE, head_dim=16),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(
+        **_COMMON,
+        num_key_value_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=64,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=24,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        moe_intermediate_size=64,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    ),
 }
 
 

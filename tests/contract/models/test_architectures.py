@@ -210,6 +210,7 @@ QUERIES_AND_VALUES = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
     "falcon": ("query_key_value",),
+    "deepseek_v3": ("q_b_proj", "kv_b_proj"),
 }
 
 

@@ -50,6 +50,20 @@ def test_all_linear_is_every_linear_but_the_head() -> None:
     assert report.adapted == adapters.select(llama(), LoraAdapter(rank=2)).adapted
 
 
+def test_a_linear_with_a_way_of_its_own_is_no_linear() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = super().forward(x)
+            return logits, logits.argmax(-1)
+
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "router": Router(4, 2)})
+    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    assert report.adapted == ("q_proj",)
+    assert "router" in {each.name for each in report.not_adapted}
+    with pytest.raises(AdapterError, match="Router"):
+        adapters.select(model, LoraAdapter(rank=2, target_modules=("router",)))
+
+
 @pytest.mark.parametrize(
     "patterns, expected",
     [

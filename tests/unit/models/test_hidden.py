@@ -62,6 +62,17 @@ def test_lost_boundaries_are_found(model: PreTrainedModel, monkeypatch: pytest.M
         models.verify(model)
 
 
+def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(attention_mask: Tensor, **named: object) -> object:
+        rows, tokens = attention_mask.shape
+        raise AssertionError(f"unreachable: {rows} x {tokens}")
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    with pytest.raises(ModelError, match="does not take packed documents") as error:
+        models.verify(model)
+    assert "too many values" in str(error.value.why)
+
+
 def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
