@@ -17,18 +17,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from ingle.config.base import format_name
 from ingle.config.ggml import GgmlBase
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant import make_format
 
 FORMATS: dict[str, type[GgmlBase]] = {
-    get_args(section.model_fields["format"].annotation)[0]: section
-    for section in GgmlBase.__subclasses__()
-    if section.not_packed is None
+    format_name(section): section for section in GgmlBase.__subclasses__() if section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {

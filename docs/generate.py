@@ -17,12 +17,11 @@ import typer.main
 
 from ingle import errors, events
 from ingle.cli.app import app
-from ingle.config.base import BaseConfig
+from ingle.config.base import base_sections, format_name
 from ingle.config.data import Source
 from ingle.config.evaluate import MetricName, TaskConfig
 from ingle.config.run import Run
 from ingle.config.schema import Option, options, shapes
-from ingle.config.section import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -144,12 +143,13 @@ def formats_page() -> str:
     """Every format in which a base can be held."""
     lines = _head(
         "Base formats",
-        "`base.format` chooses how the frozen weights of the linear maps are held; embeddings, norms and the "
-        f"output head keep the compute dtype. Bits count the scales, for rows of {IN_FEATURES:,} weights.",
+        "`base.format` chooses how the frozen weights of the linear maps are held. Norms keep the compute dtype, and "
+        "so do the embedding and the output head, unless the model is a GGUF file that holds them packed. Bits count "
+        f"the scales, for rows of {IN_FEATURES:,} weights.",
     )
     rows = []
-    for section in _members(BaseConfig):
-        name = str(get_args(section.model_fields["format"].annotation)[0])
+    for section in base_sections():
+        name = format_name(section)
         base = section.model_validate({"format": name})
         bits = f"{base.bits_per_weight(IN_FEATURES):.3f}".rstrip("0").rstrip(".")
         rows.append((f"`{name}`", bits, _markdown(_summary(section)), _markdown(_source(section))))
@@ -199,11 +199,6 @@ def _attributes(documented: Any) -> tuple[str, dict[str, str]]:
     match = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
     entries = re.findall(r"^    (\w+): (.*(?:\n {8,}.*)*)", match[1], re.MULTILINE) if match else []
     return text, {name: " ".join(body.split()) for name, body in entries}
-
-
-def _members(union: Any) -> list[type[Section]]:
-    hint = get_args(union)[0] if hasattr(union, "__metadata__") else union
-    return list(get_args(hint))
 
 
 def _summary(documented: Any) -> str:

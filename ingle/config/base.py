@@ -11,6 +11,22 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, TypeAdapter
 
 from ingle.config.ggml import (
+    IQ4_NLBase,
+    IQ4_XSBase,
+    Q2_KBase,
+    Q3_KBase,
+    Q4_0Base,
+    Q4_1Base,
+    Q4_KBase,
+    Q5_0Base,
+    Q5_1Base,
+    Q5_KBase,
+    Q6_KBase,
+    Q8_0Base,
+    TQ1_0Base,
+    TQ2_0Base,
+)
+from ingle.config.ggml_read import (
     IQ1_MBase,
     IQ1_SBase,
     IQ2_SBase,
@@ -18,29 +34,17 @@ from ingle.config.ggml import (
     IQ2_XXSBase,
     IQ3_SBase,
     IQ3_XXSBase,
-    IQ4_NLBase,
-    IQ4_XSBase,
     MXFP4Base,
     NVFP4Base,
-    Q2_KBase,
+)
+from ingle.config.mixes import (
     Q3_K_LBase,
     Q3_K_MBase,
     Q3_K_SBase,
-    Q3_KBase,
-    Q4_0Base,
-    Q4_1Base,
     Q4_K_MBase,
     Q4_K_SBase,
-    Q4_KBase,
-    Q5_0Base,
-    Q5_1Base,
     Q5_K_MBase,
     Q5_K_SBase,
-    Q5_KBase,
-    Q6_KBase,
-    Q8_0Base,
-    TQ1_0Base,
-    TQ2_0Base,
 )
 from ingle.config.section import Section, tagged
 
@@ -242,10 +246,20 @@ def base_section(value: FormatName | Mapping[str, Any]) -> BaseConfig:
     return section
 
 
+def base_sections() -> tuple[type[BaseConfig], ...]:
+    """The section of every format."""
+    sections: tuple[type[BaseConfig], ...] = get_args(get_args(_Base)[0])
+    return sections
+
+
+def format_name(section: type[BaseConfig]) -> str:
+    """What ``base.format`` calls the format of a section."""
+    return str(get_args(section.model_fields["format"].annotation)[0])
+
+
 def folding_formats() -> tuple[str, ...]:
     """Names of the formats that hold a free offset for each group, so that a QA-LoRA change merges exactly."""
-    sections = get_args(get_args(_Base)[0])
-    return tuple(section.model_fields["format"].annotation.__args__[0] for section in sections if folds(section))
+    return tuple(format_name(section) for section in base_sections() if folds(section))
 
 
 def folds(base: BaseConfig | type[BaseConfig]) -> bool:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from ingle import models
 from ingle.config.base import BaseConfig, base_section
-from ingle.config.ggml import GgmlBase, MixBase
+from ingle.config.ggml import GgmlBase
+from ingle.config.mixes import MixBase
 from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle.config.base import BaseConfig
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.models.gguf_weights import PLAIN, GgufWeight
 from ingle.models.shards import StoredTensor
-from ingle.quant import Format, from_bitnet, from_bitsandbytes, from_hqq
+from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
+from ingle.quant.format import option_words
 from ingle.quant.linear import Packed
 
 
@@ -176,7 +175,7 @@ class Destination:
                 where=f"base.format, at {name}",
                 why=f"it is packed as {format}; "
                 + ("this weight is not packed" if packed is None else f"the model wants {packed.format}"),
-                fix=name_options(format),
+                fix=option_words(format),
             )
         self._write(packed, planes, name)
         self.filled.add(name)
@@ -293,13 +292,3 @@ def _materialize(model: nn.Module, device: torch.device) -> dict[int, nn.Paramet
                 made[id(old)] = (old, new)
             module._parameters[key] = made[id(old)][1]
     return {id(new): new for _, new in made.values()}
-
-
-def name_options(format: Format) -> str:
-    """The words of a command line that choose a format: its name, and what else its section of the config has."""
-    sections = get_args(get_args(BaseConfig)[0])
-    section = next(s for s in sections if get_args(s.model_fields["format"].annotation) == (format.name,))
-    # A format has no use for options of training alone.
-    values = {key: getattr(format, key) for key in section.model_fields if key != "format" and hasattr(format, key)}
-    words = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
-    return " ".join(words)

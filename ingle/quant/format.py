@@ -11,8 +11,19 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase
-from ingle.config.ggml import GgmlBase, MixBase
+from ingle.config.base import (
+    BaseConfig,
+    Fp4Base,
+    HqqBase,
+    Int8Base,
+    Nf4Base,
+    NoBase,
+    TernaryBase,
+    base_sections,
+    format_name,
+)
+from ingle.config.ggml import GgmlBase
+from ingle.config.mixes import MixBase
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.ggml_float import MXFP4, NVFP4
 from ingle.quant.ggml_grid import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
@@ -146,3 +157,12 @@ def make_format(base: BaseConfig) -> Format | None:
             return Hqq(bits=base.bits, group_size=base.group_size, solver=base.solver)
         case TernaryBase():
             return Ternary(group_size=base.group_size)
+
+
+def option_words(format: Format) -> str:
+    """The words of a command line that choose a format: its name, and what else its section of the config has."""
+    section = next(section for section in base_sections() if format_name(section) == format.name)
+    # A format has no use for options of training alone.
+    values = {key: getattr(format, key) for key in section.model_fields if key != "format" and hasattr(format, key)}
+    words = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
+    return " ".join(words)

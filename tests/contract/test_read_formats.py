@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from ingle.adapters import attach
 from ingle.config.adapter import LoraAdapter
-from ingle.config.base import base_section
+from ingle.config.base import base_section, format_name
 from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.quant import QuantLinear, convert, make_format
 from ingle.quant.format import GGUF_FORMATS
 from ingle.quant.ggml import GgmlBlocks
 
-NAMES = [member.base.model_fields["format"].annotation.__args__[0] for member in GGUF_FORMATS if member.base.not_packed]
+NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.not_packed]
 ROWS, COLUMNS = 48, 512
 
 

@@ -12,21 +12,20 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ingle.config.base import format_name
 from ingle.config.ggml import GgmlBase
 from ingle.quant import make_format
 from ingle.quant.ggml import GgmlBlocks
 
 SECTIONS: dict[str, type[GgmlBase]] = {
-    get_args(section.model_fields["format"].annotation)[0]: section
-    for section in GgmlBase.__subclasses__()
-    if section.not_packed is None
+    format_name(section): section for section in GgmlBase.__subclasses__() if section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {
