@@ -14,7 +14,7 @@ import yaml
 from ingle import __version__
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
-from ingle.export.divergence import Divergence
+from ingle.evaluation.divergence import Divergence
 from ingle.export.fidelity import TensorFidelity, mean_correlation
 
 _TITLES = {

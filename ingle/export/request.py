@@ -12,10 +12,9 @@ from ingle.config.data import DataConfig
 from ingle.config.data import Source as DataSource
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
-from ingle.data import Example, Sample
+from ingle.data import Example
 from ingle.errors import ConfigError
-from ingle.evaluation.likelihood import window_size
-from ingle.export.divergence import read_samples
+from ingle.evaluation.likelihood import Window, window_size
 from ingle.inference import Source
 from ingle.training.folder import RunFolder
 
@@ -29,6 +28,10 @@ MAX_KL = 0.15
 MIN_CORRELATION = 0.5
 #: What promotion may add, as a share of the file.
 SIZE_BUDGET = 0.15
+
+#: Tokens, and rows of each source, that the trained model and what is written are compared on at most; the longest
+#: document among them, longer ones are cut.
+MAX_TOKENS, MAX_ROWS, MAX_LENGTH = 8192, 512, 1024
 
 #: Prompts that a certificate asks.
 NUM_PROMPTS = 6
@@ -121,13 +124,27 @@ class Subject:
                     return cls(source, run, candidate)
         return cls(source, None, None)
 
-    def samples(self, tokenizer: Any, model: Any, file: Path | None) -> list[Sample]:
-        """Tokenized text to measure on; empty where there is none."""
+    def windows(self, tokenizer: Any, model: Any, file: Path | None) -> list[Window]:
+        """The first documents to measure on, tokenized as training does; empty where there are none."""
         config = self._text_config(file)
         if config is None:
             return []
         objective = self.run.objective.kind if self.run is not None and file is None else "sft"
-        return read_samples(config, tokenizer, objective, window=window_size(model))
+        sources = (
+            source.model_copy(update={"limit": min(source.limit or MAX_ROWS, MAX_ROWS)}) for source in config.sources
+        )
+        length = min(window_size(model), MAX_LENGTH)
+        limited = config.model_copy(update={"max_seq_len": length, "sources": tuple(sources)})
+        dataset = data.build_dataset(limited, tokenizer, objective=objective)
+        windows: list[Window] = []
+        num_tokens = 0
+        for index in range(len(dataset)):
+            sample = dataset.sample(index)
+            num_tokens += len(sample.input_ids)
+            if windows and num_tokens > MAX_TOKENS:
+                break
+            windows.append(Window(index, sample))
+        return windows
 
     def prompts(self, file: Path | None) -> Sequence[Example]:
         """What a certificate asks."""

@@ -13,11 +13,11 @@ import psutil
 from ingle import adapters, inference, models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
-from ingle.data import Sample
 from ingle.errors import AdapterError, ExportError
+from ingle.evaluation.divergence import Divergence, Reference, compare, refer
+from ingle.evaluation.likelihood import Window
 from ingle.events import Progress, Sink, Warned
 from ingle.export.card import make_card, read_licence
-from ingle.export.divergence import Divergence, Outlook, compare, look
 from ingle.export.fidelity import TensorFidelity, mean_correlation
 from ingle.export.merging import Merger
 from ingle.export.promotion import Promotion
@@ -54,13 +54,13 @@ class Yardstick:
     """The trained model on some text.
 
     Attributes:
-        samples: The text; empty where there is none.
-        outlook: What the trained model thinks of it; None where it was not asked.
+        windows: The text; empty where there is none.
+        reference: What the trained model thinks of it; None where it was not asked.
         adapter_effect: KL divergence of the trained model from its base, nats a token.
     """
 
-    samples: Sequence[Sample] = ()
-    outlook: Outlook | None = None
+    windows: Sequence[Window] = ()
+    reference: Reference | None = None
     adapter_effect: float | None = None
 
 
@@ -117,18 +117,19 @@ class Work:
         if self.request.data is None and self.subject.run is None:
             return Yardstick()
         engine = self.open_trained()
-        samples = self.subject.samples(self.tokenizer, engine.model, self.request.data)
+        windows = self.subject.windows(self.tokenizer, engine.model, self.request.data)
         self.sink(Progress("measuring what was trained", 0))
-        outlook = look(engine.model, samples)
+        reference = refer(engine.model, windows)
         effect = None
         if engine.adapted:
             with adapters.disabled(engine.model):
-                effect = compare(outlook, look(engine.model, samples)).kl
-        return Yardstick(samples, outlook, effect)
+                # From the trained model to its base, as what is written is measured.
+                effect = compare(engine.model, reference, windows).divergence().kl
+        return Yardstick(windows, reference, effect)
 
     def measure_written(self, yardstick: Yardstick, source: Source, num_weights: int) -> Divergence | None:
         """Asks what was written about the same text; None where there is none, or no room for the model."""
-        if yardstick.outlook is None:
+        if yardstick.reference is None:
             return None
         dtype = models.compute_dtype(source.model.dtype, "cpu")
         needed, free = num_weights * dtype.itemsize * 1.2, psutil.virtual_memory().available
@@ -142,7 +143,7 @@ class Work:
             return None
         self.sink(Progress("measuring what is written", 0))
         engine = inference.open_source(source)
-        return compare(yardstick.outlook, look(engine.model, yardstick.samples))
+        return compare(engine.model, yardstick.reference, yardstick.windows).divergence()
 
     def report(
         self,
@@ -162,7 +163,7 @@ class Work:
             "num_copied": num_copied,
             "num_merged": len(found),
             "mean_correlation": mean_correlation(found),
-            "divergence": None if divergence is None else divergence.to_dict(),
+            "divergence": None if divergence is None else asdict(divergence),
             "adapter_effect": yardstick.adapter_effect,
             "limits": {"max_kl": self.request.max_kl, "min_correlation_without_text": MIN_CORRELATION},
             "promotion": None if promotion is None else asdict(promotion),

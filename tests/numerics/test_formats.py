@@ -13,8 +13,8 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ingle.config.base import base_section
 from ingle.data import IGNORE_INDEX, Sample
+from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.formats.bench import Bench
-from ingle.evaluation.formats.divergence import compare, refer
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.likelihood import Window, pack_windows
 from ingle.models.architecture import build
@@ -101,7 +101,6 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     table = next(name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight)
 
     reference = refer(model, windows())
-    base = compare(model, reference, windows())
     with Bench(model).holding(dict.fromkeys([*names, table], format)) as held:
         found = compare(model, reference, windows())
     assert held.decode_weights_per_s and held.decode_weights_per_s > 0
@@ -119,8 +118,15 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
 
     np.testing.assert_allclose(found.kl, kl.numpy(), rtol=2e-3, atol=2e-5)
     np.testing.assert_allclose(found.nll, nll.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.reference_nll, base_nll.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.agrees, agrees.numpy())
-    quality = Quality.of(found, base)
+    means = found.divergence()
+    assert means.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert means.top1_agreement == float(agrees.double().mean())
+    assert means.perplexity_first == pytest.approx(math.exp(float(base_nll.mean())), rel=1e-4)
+    assert means.perplexity_second == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
+    assert means.num_tokens == len(nll)
+    quality = Quality.of(found)
     assert quality.perplexity.value == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
     assert quality.loss.value == pytest.approx(float((nll - base_nll).mean()), abs=1e-4)
     assert quality.kl.value == pytest.approx(float(kl.mean()), rel=1e-3)
@@ -137,7 +143,7 @@ def test_the_unpacked_model_is_at_no_distance_from_itself() -> None:
     model = make(LLAMA, torch.bfloat16)
     reference = refer(model, windows())
     found = compare(model, reference, windows())
-    quality = Quality.of(found, found)
+    quality = Quality.of(found)
     assert quality.kl.value == quality.loss.value == quality.kl_99 == 0
     assert quality.top_1.value == 1
 
@@ -177,5 +183,5 @@ def test_a_row_survives_json() -> None:
 
     model = make(LLAMA)
     found = compare(model, refer(model, windows()), windows())
-    row = FormatResult("x", "gguf", {"q4_0": 3}, 10, 4.5, 20, None, 0.1, Quality.of(found, found))
+    row = FormatResult("x", "gguf", {"q4_0": 3}, 10, 4.5, 20, None, 0.1, Quality.of(found))
     assert FormatResult.from_dict(json.loads(json.dumps(row.to_dict()))) == row

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ingle.atomic import write_atomically
 from ingle.errors import EvaluationError, QuantizationError
+from ingle.evaluation.divergence import Reference, compare, refer
 from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.candidates import Candidate
 from ingle.evaluation.formats.choice import LIMIT, pareto_front, recommend, sayings
-from ingle.evaluation.formats.divergence import Predictions, Reference, compare, refer
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.formats.text import count_scored
 from ingle.evaluation.likelihood import Window
@@ -126,17 +126,17 @@ def compare_formats(
     """
     bench = Bench(model)
     reference = refer(model, windows, _teller(sink, "reading the text unpacked"))
-    base = compare(model, reference, windows, _teller(sink, "predicting unpacked"))
     skipped = []
     done = notebook.rows
     if REFERENCE not in done:
-        notebook.add(_row(Candidate.unpacked(model), 0.0, _model_bytes(model), None, Quality.of(base, base)))
+        quality = Quality.of(compare(model, reference, windows, _teller(sink, "predicting unpacked")))
+        notebook.add(_row(Candidate.unpacked(model), 0.0, _model_bytes(model), None, quality))
     for number, candidate in enumerate(candidates, 1):
         if candidate.name in done:
             continue
         stage = f"{candidate.name} ({number} of {len(candidates)})"
         try:
-            row = _measure(model, bench, candidate, windows, (reference, base), importance, _stages(sink, stage))
+            row = _measure(model, bench, candidate, windows, reference, importance, _stages(sink, stage))
         except QuantizationError as error:
             skipped.append({"name": candidate.name, "why": error.why or error.message})
             sink(Warned(f"{candidate.name} cannot hold this model: {error.why or error.message}", where=error.where))
@@ -165,14 +165,13 @@ def _measure(
     bench: Bench,
     candidate: Candidate,
     windows: Sequence[Window],
-    unpacked: tuple[Reference, Predictions],
+    reference: Reference,
     importance: Mapping[str, Tensor] | None,
     tell: tuple[Callable[[int, int], None], Callable[[int, int], None]],
 ) -> FormatResult:
-    reference, base = unpacked
     with bench.holding(candidate.formats, importance, tell[0]) as held:
         predictions = compare(model, reference, windows, tell[1])
-    return _row(candidate, held.encode_s, held.memory_bytes, held.decode_weights_per_s, Quality.of(predictions, base))
+    return _row(candidate, held.encode_s, held.memory_bytes, held.decode_weights_per_s, Quality.of(predictions))
 
 
 def _row(candidate: Candidate, encode_s: float, memory: int, rate: float | None, quality: Quality) -> FormatResult:

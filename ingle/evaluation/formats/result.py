@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ingle.evaluation.formats.divergence import Predictions
+from ingle.evaluation.divergence import Predictions
 from ingle.evaluation.intervals import bootstrap, wilson
 from ingle.evaluation.stats import Floats
 
@@ -49,12 +49,12 @@ class Quality:
     top_1: Estimate
 
     @classmethod
-    def of(cls, predictions: Predictions, reference: Predictions) -> Quality:
-        """The statistics of a comparison.
+    def of(cls, predictions: Predictions) -> Quality:
+        """The statistics of a comparison with the unpacked model.
 
         Windows are what is drawn again for the intervals: tokens of one window depend on one another.
         """
-        rises = predictions.nll - reference.nll
+        rises = predictions.nll - predictions.reference_nll
         num_tokens = len(predictions.nll)
         agreed = wilson(int(predictions.agrees.sum()), num_tokens)
         return cls(

@@ -1,7 +1,8 @@
-"""How far a packed model's predictions are from those of the weights it was packed from, token by token.
+"""How far one model's predictions are from another's on the same text, token by token.
 
-The unpacked model goes first and leaves its last hidden states behind; its logits are made again from them beside the
-packed model's, some rows at a time, so that no more than a few hundred tokens' logits exist at once.
+The first one, the reference, goes before and leaves its last hidden states behind; its logits are made again from them
+beside the other's, some rows at a time, so that no more than a few hundred tokens' logits exist at once and the two
+models need not.
 
 Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
 """
@@ -31,7 +32,7 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the unpacked model left behind.
+    """What the model that others are compared with left behind.
 
     Attributes:
         hidden: Last hidden states of the scored tokens, row by row of packed windows.
@@ -43,25 +44,51 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Divergence:
+    """Means over all scored tokens of a text.
+
+    Attributes:
+        kl: KL(reference || other), nats a token.
+        top1_agreement: Share of tokens where both find the same one likeliest.
+        perplexity_first: Of the text under the reference.
+        perplexity_second: Of the text under the other.
+        num_tokens: Tokens compared.
+    """
+
+    kl: float
+    top1_agreement: float
+    perplexity_first: float
+    perplexity_second: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Predictions:
     """What was compared, in the order of :func:`pack_windows`.
 
     Attributes:
         window: The window of each token, ``[N]``, counted in that order.
         nll: Negative log-likelihood of each token in nats, ``[N]``.
-        kl: Kullback-Leibler divergence of the packed model's prediction from the unpacked one's in nats, ``[N]``.
+        reference_nll: The same under the reference, ``[N]``.
+        kl: Kullback-Leibler divergence of the prediction from the reference's in nats, ``[N]``.
         agrees: Whether both put the same token first, ``[N]``.
     """
 
     window: npt.NDArray[np.int64]
     nll: Floats
+    reference_nll: Floats
     kl: Floats
     agrees: npt.NDArray[np.bool_]
 
-    @property
-    def perplexity(self) -> float:
-        """``exp`` of the mean negative log-likelihood."""
-        return float(np.exp(self.nll.mean()))
+    def divergence(self) -> Divergence:
+        """The means over all tokens."""
+        return Divergence(
+            kl=float(self.kl.mean()),
+            top1_agreement=float(self.agrees.mean()),
+            perplexity_first=float(np.exp(self.reference_nll.mean())),
+            perplexity_second=float(np.exp(self.nll.mean())),
+            num_tokens=len(self.kl),
+        )
 
     def by_window(self, values_N: npt.ArrayLike) -> Floats:
         """Sum over the tokens of each window, and their number, ``[W, 2]``."""
@@ -71,9 +98,9 @@ class Predictions:
 
 @torch.no_grad()
 def refer(model: Any, windows: Sequence[Window], tell: Tell = lambda done, total: None) -> Reference:
-    """Runs the unpacked model over the windows and keeps what comparisons need.
+    """Runs a model, in evaluation mode, over the windows and keeps what comparisons with it need.
 
-    Its output layer is copied, since the packed model may hold another in its place.
+    Its output layer is copied, since the other model may be this very one, packed in place.
     """
     hidden, done = [], 0
     for row in pack_windows(windows):
@@ -94,12 +121,12 @@ def compare(
     """Runs a model over the same windows and compares every prediction of a scored token.
 
     Args:
-        model: The packed model, in evaluation mode.
+        model: In evaluation mode.
         reference: Of :func:`refer` with the same windows.
         windows: At least one.
         tell: Is told how many windows of how many are done.
     """
-    parts: list[tuple[Floats, Floats, npt.NDArray[np.bool_]]] = []
+    parts: list[tuple[Floats, Floats, Floats, npt.NDArray[np.bool_]]] = []
     places, done = [], 0
     output = head(model)
     for row, expected_NH in zip(pack_windows(windows), reference.hidden, strict=True):
@@ -113,8 +140,8 @@ def compare(
             parts.append(_compare(theirs_CV, ours_CV, targets_N[chunk]))
         done += len(row)
         tell(done, len(windows))
-    nll, kl, agrees = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return Predictions(np.concatenate(places), nll, kl, agrees)
+    nll, reference_nll, kl, agrees = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Predictions(np.concatenate(places), nll, reference_nll, kl, agrees)
 
 
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +154,15 @@ def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     return forward_hidden(model, batch)[0][kept], targets_N[kept], number_N[kept].cpu()
 
 
-def _compare(theirs_CV: Tensor, ours_CV: Tensor, targets_C: Tensor) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
-    nll_C = -ours_CV.gather(1, targets_C[:, None])[:, 0]
+def _compare(
+    theirs_CV: Tensor, ours_CV: Tensor, targets_C: Tensor
+) -> tuple[Floats, Floats, Floats, npt.NDArray[np.bool_]]:
+    nll_C, reference_nll_C = (-logps_CV.gather(1, targets_C[:, None])[:, 0] for logps_CV in (ours_CV, theirs_CV))
     kl_C = (theirs_CV.exp() * (theirs_CV - ours_CV)).sum(-1)
     agrees_C = theirs_CV.argmax(-1) == ours_CV.argmax(-1)
     return (
         nll_C.double().cpu().numpy(),
+        reference_nll_C.double().cpu().numpy(),
         kl_C.double().clamp_min(0).cpu().numpy(),  # rounding may leave a hair below zero
         agrees_C.cpu().numpy(),
     )
