@@ -8,11 +8,12 @@ from typing import Any
 
 from ingle import inference, models
 from ingle.events import Saved, Sink
-from ingle.export import certificate, llama
+from ingle.export import certificate, hf, llama
 from ingle.export.merged import export_gguf, export_safetensors
 from ingle.export.request import MAX_KL, SIZE_BUDGET, Request, Subject, Target
 from ingle.export.unmerged import export_adapter_gguf, export_peft
 from ingle.export.work import Outcome, Work
+from ingle.models.peers import require_readers
 
 
 def export(
@@ -49,7 +50,8 @@ def export(
         sink: Is told of the progress.
 
     Returns:
-        ``path``, ``type``, ``num_bytes``, ``fidelity`` (the content of ``fidelity.json``) and ``certificate``.
+        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (the content of ``fidelity.json``; None where nothing was
+        merged or packed) and ``certificate`` (of ``certificate.json``; None without ``verify``).
 
     Raises:
         ExportError: Too much would be lost, or what was written does not answer as it should.
@@ -69,8 +71,8 @@ def export(
         imatrix=imatrix,
     )
     request.check()
-    if verify and to in ("gguf", "gguf-adapter"):
-        llama.require()  # known before anything is written, not after
+    if verify:  # what is missing is known before anything is written, not after
+        _require_reader(request)
     source = inference.locate(run_or_model)
     work = Work(request, Subject.find(run_or_model, source), models.load_tokenizer(source.model), sink)
     outcome = _WAYS[to](work)
@@ -91,6 +93,17 @@ def export(
         certificate.require_passed(made, path)
         result["certificate"] = made
     return result
+
+
+def _require_reader(request: Request) -> None:
+    """Raises unless the program that is to answer is installed."""
+    match request.to:
+        case "gguf" | "gguf-adapter":
+            llama.require()
+        case "peft":
+            require_readers("peft")
+        case "safetensors":
+            require_readers(*hf.READERS.get((request.type or "bf16").lower(), ()))
 
 
 _WAYS: dict[Target, Callable[[Work], Outcome]] = {

@@ -17,9 +17,9 @@ Source: ggml's ``ggml-common.h`` and ``ggml-quants.c``; the ``gguf`` package's `
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,34 +28,24 @@ from torch import Tensor
 from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.kernels.ggml import decode_blocks, encode_blocks, has_kernel
-from ingle.quant.plane import PlaneSpec, Scratch, count_bits_per_weight
+from ingle.quant.packed_format import PackedFormat, require_importance
+from ingle.quant.plane import PlaneSpec
 
 #: From here on a scale may be too large for float16.
 LARGE = 60000.0
 
 
 @dataclass(frozen=True)
-class GgmlBlocks(ABC):
+class GgmlBlocks(PackedFormat):
     """A format of blocks; a member names its config section and says how a block is unpacked."""
 
-    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
     base: ClassVar[type[GgmlBase]]
     uses_importance: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """What ``base.format`` calls it."""
-        return type(self).__name__.lower()
 
     @property
     def block_size(self) -> int:
         """Weights of a block."""
         return self.base.block_size
-
-    @property
-    def additive_field(self) -> int | None:
-        """Group size of a free additive float: none, unless a member says otherwise."""
-        return None
 
     @abstractmethod
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
@@ -65,14 +55,6 @@ class GgmlBlocks(ABC):
         """Name, shape and dtype of every plane; a last block that is not whole counts as one."""
         num_blocks = -(-in_features // self.base.block_size)
         return {"data": PlaneSpec((out_features, num_blocks * self.base.block_bytes))}
-
-    def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits one weight takes, scales included."""
-        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
-
-    def granule(self, out_features: int, in_features: int) -> int:
-        """Every row stands alone."""
-        return 1
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
         """Packs a weight as ggml's reference does; with ``importance`` ``[I]`` as ggml does with an importance matrix.
@@ -97,41 +79,21 @@ class GgmlBlocks(ABC):
         lowest, highest = encode_blocks(self.name, weight_OI, used, data)
         largest = max(-lowest, highest)
         if not largest < float("inf"):
-            raise QuantizationError(
-                f"{name} holds NaN or infinity and cannot be packed as {self.name}.",
-                where=name,
-                why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
-                fix="check the checkpoint, or train with --base.format=none",
-            )
+            raise self.not_finite(weight_OI, name)
         planes = {"data": data.to(weight_OI.device)}
         if largest > LARGE:
             decoded = self.decode(planes, num_rows, num_columns, torch.float32).abs().max()
             if not largest / 4 < float(decoded) < 4 * largest:
-                raise QuantizationError(
-                    f"{name} is too large for {self.name}.",
-                    where=name,
-                    why=f"absmax {largest}, and its scales are float16",
-                    fix="check the checkpoint, or train with --base.format=none",
-                )
+                raise self.too_large(name, f"absmax {largest}, and its scales are float16")
         return planes
 
-    def decode(
-        self,
-        planes: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        data = planes["data"].detach()
-        if not has_kernel(data, dtype):
-            decode = self.decode if has_kernel(data, torch.float32) else self.decode_reference
-            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
-            return decoded if out is None else out.copy_(decoded)
-        if out is None:
-            out = torch.empty(out_features, in_features, dtype=dtype, device=data.device)
-        return decode_blocks(self.name, data, out)
+    def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
+        """Unpacks with a kernel."""
+        return decode_blocks(self.name, planes["data"], out_OI)
+
+    def has_kernel(self, plane: Tensor, dtype: torch.dtype) -> bool:
+        """Whether blocks where this plane is can be decoded to ``dtype`` by a kernel."""
+        return has_kernel(plane, dtype)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
@@ -152,22 +114,6 @@ class GgmlBlocks(ABC):
             why=f"a block never crosses a row; llama.cpp packs such a matrix as {stands_in}",
             fix=f"--base.format={fallback or 'nf4'}",
         )
-
-
-def require_importance(importance: Tensor, num_columns: int, name: str) -> None:
-    """Refuses what cannot weigh the columns of a weight.
-
-    Raises:
-        QuantizationError: It is of another length, negative or not finite.
-    """
-    if tuple(importance.shape) != (num_columns,):
-        raise QuantizationError(
-            f"The importance of {name} has another length than its rows.",
-            where=name,
-            why=f"need {[num_columns]}, got {list(importance.shape)}",
-        )
-    if not bool((importance.isfinite() & (importance >= 0)).all()):
-        raise QuantizationError(f"The importance of {name} is negative or not finite in places.", where=name)
 
 
 def half(blocks_ONB: Tensor, first: int) -> Tensor:

@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.kernels.decode import has_kernel
 from ingle.kernels.hqq import decode_groups, encode_groups
-from ingle.quant.ggml import require_importance
 from ingle.quant.hqq_proximal import solve
-from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, count_bits_per_weight
+from ingle.quant.packed_format import PackedFormat, require_importance
+from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 
 #: The largest float16: scales and zeros end here.
 LARGEST = 65504.0
@@ -44,7 +43,7 @@ CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(PackedFormat):
     """Groups with a float scale and zero.
 
     Attributes:
@@ -56,12 +55,6 @@ class Hqq:
     bits: int = 4
     group_size: int = 64
     solver: Literal["ingle", "hqq"] = field(default="ingle", compare=False)
-    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """What ``base.format`` calls it."""
-        return "hqq"
 
     @property
     def additive_field(self) -> int | None:
@@ -76,14 +69,6 @@ class Hqq:
             "scale": PlaneSpec((out_features, 2 * num_groups)),
             "zero": PlaneSpec((out_features, 2 * num_groups)),
         }
-
-    def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits one weight takes, scales and zeros included."""
-        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
-
-    def granule(self, out_features: int, in_features: int) -> int:
-        """Every row stands alone."""
-        return 1
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
         """Packs a weight; ``importance`` ``[I]`` weighs the square errors of the columns (solver ``ingle`` only).
@@ -103,28 +88,14 @@ class Hqq:
         else:
             codes, scale_ON, zero_ON = encode_groups(weight_OI, importance, self.bits, self.group_size)
         if not bool((scale_ON.isfinite() & zero_ON.isfinite()).all()):
-            raise _too_large(name, "a scale or a zero is beyond float16")
+            raise self.too_large(name, "a scale or a zero is beyond float16")
         planes = {"codes": codes, "scale": as_bytes(scale_ON), "zero": as_bytes(zero_ON)}
         return {plane: tensor.to(weight_OI.device) for plane, tensor in planes.items()}
 
-    def decode(
-        self,
-        planes: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        codes = planes["codes"].detach()
-        if not has_kernel(codes, dtype):
-            decode = self.decode if has_kernel(codes, torch.float32) else self.decode_reference
-            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
-            return decoded if out is None else out.copy_(decoded)
-        if out is None:
-            out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
+    def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
+        """Unpacks with a kernel."""
         scale_ON, zero_ON = as_float16(planes["scale"]), as_float16(planes["zero"])
-        return decode_groups(codes, scale_ON, zero_ON, self.bits, self.group_size, out)
+        return decode_groups(planes["codes"], scale_ON, zero_ON, self.bits, self.group_size, out_OI)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
@@ -195,28 +166,9 @@ class Hqq:
         low, high = (float(bound) for bound in weight_OI.aminmax())
         largest = max(-low, high)
         if not largest < float("inf"):
-            raise QuantizationError(
-                f"{name} holds NaN or infinity and cannot be packed as hqq.",
-                where=name,
-                why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
-                fix="check the checkpoint, or train with --base.format=none",
-            )
+            raise self.not_finite(weight_OI, name)
         if largest > LARGEST:
-            raise _too_large(name, f"absmax {largest}, and its scales and zeros are float16")
-
-
-def _too_large(name: str, why: str) -> QuantizationError:
-    return QuantizationError(
-        f"{name} is too large for hqq.",
-        where=name,
-        why=why,
-        fix="check the checkpoint, or train with --base.format=none",
-    )
-
-
-def as_float16(plane: Tensor) -> Tensor:
-    """The float16 values whose bytes a plane holds: the last dimension shrinks by 2; no copy."""
-    return plane.detach().contiguous().view(torch.float16)
+            raise self.too_large(name, f"absmax {largest}, and its scales and zeros are float16")
 
 
 def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from ingle.config.base import HqqBase
 from ingle.errors import QuantizationError
-from ingle.quant.hqq import Hqq, as_float16, pack_codes, unpack_codes
-from ingle.quant.plane import as_bytes
+from ingle.quant.hqq import Hqq, pack_codes, unpack_codes
+from ingle.quant.plane import as_bytes, as_float16
 
 #: The package's names for its packings.
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}

@@ -29,16 +29,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ingle.errors import QuantizationError
-from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, has_kernel, search_bounds
-from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, as_float32, count_bits_per_weight
+from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, search_bounds
+from ingle.quant.packed_format import PackedFormat
+from ingle.quant.plane import PlaneSpec, as_bytes, as_float32
 
 #: The 16 levels of NF4, as bitsandbytes spells them.
 NORMAL_LEVELS = (
@@ -72,7 +72,7 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Levels:
+class Levels(PackedFormat):
     """16 levels with or without double quantization; a member names its levels.
 
     Attributes:
@@ -82,19 +82,8 @@ class Levels:
 
     block_size: int = 64
     double_quant: bool = True
-    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
     table: ClassVar[tuple[float, ...]]
     order: ClassVar[tuple[int, ...]] = tuple(range(16))
-
-    @property
-    def name(self) -> str:
-        """What ``base.format`` calls it."""
-        return type(self).__name__.lower()
-
-    @property
-    def additive_field(self) -> int | None:
-        """Blocks have no offset: none."""
-        return None
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
         """Name, shape and dtype of every plane."""
@@ -108,10 +97,6 @@ class Levels:
             "nested_absmax": PlaneSpec((-(-out_features * num_blocks // NESTED_BLOCK), 4)),
             "absmax_offset": PlaneSpec((1, 4)),
         }
-
-    def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits one weight takes, scales included."""
-        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
 
     def granule(self, out_features: int, in_features: int) -> int:
         """Rows that can be cut out of all planes together."""
@@ -131,12 +116,7 @@ class Levels:
         packed = encode_levels(weight_OI, middles, order, self.block_size) or self.encode_reference(weight_OI)
         codes, absmax = packed
         if not bool(absmax.isfinite().all()):
-            raise QuantizationError(
-                f"{name} holds NaN or infinity and cannot be packed as {self.name}.",
-                where=name,
-                why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
-                fix="check the checkpoint, or train with --base.format=none",
-            )
+            raise self.not_finite(weight_OI, name)
         if not self.double_quant:
             return {"codes": codes, "absmax": as_bytes(absmax)}
         return {"codes": codes} | encode_absmax(absmax)
@@ -163,28 +143,14 @@ class Levels:
         codes_OI = self.codes(device)[below_OI]
         return (codes_OI[:, ::2] << 4) | codes_OI[:, 1::2], absmax_ON
 
-    def decode(
-        self,
-        planes: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        codes = planes["codes"].detach()
-        if not has_kernel(codes, dtype):
-            decode = self.decode if has_kernel(codes, torch.float32) else self.decode_reference
-            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
-            return decoded if out is None else out.copy_(decoded)
-        if out is None:
-            out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
-        table = self.scratch.table(self.levels, codes.device)
+    def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
+        """Unpacks with a kernel."""
+        codes, table = planes["codes"], self.scratch.table(self.levels, planes["codes"].device)
         if not self.double_quant:
-            return decode_levels(codes, table, as_float32(planes["absmax"]), self.block_size, out)
-        scales = planes["absmax"].detach(), self.scratch.table(dynamic_map, codes.device)
+            return decode_levels(codes, table, as_float32(planes["absmax"]), self.block_size, out_OI)
+        scales = planes["absmax"], self.scratch.table(dynamic_map, codes.device)
         nested, offset = (as_float32(planes[name]).flatten() for name in ("nested_absmax", "absmax_offset"))
-        return decode_nested_levels(codes, table, *scales, nested, offset, self.block_size, out)
+        return decode_nested_levels(codes, table, *scales, nested, offset, self.block_size, out_OI)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype

@@ -20,24 +20,23 @@ Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv 2402.17764), equations 1 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ingle.config.base import TernaryGroups
-from ingle.errors import QuantizationError
-from ingle.kernels.decode import has_kernel
 from ingle.kernels.hqq import decode_groups
 from ingle.kernels.ternary import encode_ternary, measure_groups
-from ingle.quant.plane import PlaneSpec, Scratch, as_bytes, count_bits_per_weight
+from ingle.quant.packed_format import PackedFormat
+from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 
 #: Weights measured and encoded at once by the torch implementation; bounds its float32 copies.
 CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Ternary:
+class Ternary(PackedFormat):
     """Ternary weights with one scale for the tensor, for every row, or for groups of a row.
 
     Attributes:
@@ -45,17 +44,6 @@ class Ternary:
     """
 
     group_size: TernaryGroups = "tensor"
-    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """What ``base.format`` calls it."""
-        return "ternary"
-
-    @property
-    def additive_field(self) -> int | None:
-        """Weights around zero have none."""
-        return None
 
     def width(self, in_features: int) -> int:
         """Weights of a row that share a scale, as a multiple of eight."""
@@ -67,14 +55,6 @@ class Ternary:
         num_groups = -(-in_features // self.width(in_features))
         return {"codes": PlaneSpec((out_features, -(-in_features // 4))), "scale": PlaneSpec((rows, 2 * num_groups))}
 
-    def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits one weight takes, scales included."""
-        return count_bits_per_weight(self.plane_specs(out_features, in_features), out_features, in_features)
-
-    def granule(self, out_features: int, in_features: int) -> int:
-        """Every row stands alone; a scale of the whole tensor belongs to all of them."""
-        return 1
-
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
         """Packs a weight; ``importance`` is not used.
 
@@ -84,17 +64,9 @@ class Ternary:
         weight_OI = weight_OI.detach()
         codes, scale_SN = self._encode(weight_OI, fast=True)
         if not bool(scale_SN.isfinite().all()):
-            num_bad = int((~weight_OI.isfinite()).sum())
-            raise QuantizationError(
-                f"{name} holds NaN or infinity and cannot be packed as ternary."
-                if num_bad
-                else f"{name} is too large for ternary.",
-                where=name,
-                why=f"{num_bad} of {weight_OI.numel()} values are not finite"
-                if num_bad
-                else f"absmax {float(weight_OI.abs().max())}, and its scales are float16",
-                fix="check the checkpoint, or train with --base.format=none",
-            )
+            if not bool(weight_OI.isfinite().all()):
+                raise self.not_finite(weight_OI, name)
+            raise self.too_large(name, f"absmax {float(weight_OI.abs().max())}, and its scales are float16")
         return {"codes": codes, "scale": as_bytes(scale_SN)}
 
     def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,24 +100,12 @@ class Ternary:
         mean_SN = (sum_ON / count).to(torch.bfloat16)
         return torch.where(least_ON >= most_ON, most_ON.half(), mean_SN.half())
 
-    def decode(
-        self,
-        planes: Mapping[str, Tensor],
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Unpacks to ``[O, I]``, into ``out`` if it is given."""
-        codes = planes["codes"].detach()
-        if not has_kernel(codes, dtype):
-            decode = self.decode if has_kernel(codes, torch.float32) else self.decode_reference
-            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
-            return decoded if out is None else out.copy_(decoded)
-        if out is None:
-            out = torch.empty(out_features, in_features, dtype=dtype, device=codes.device)
-        scale_ON = scales_of(planes).expand(out_features, -1).contiguous()
-        return decode_groups(codes, scale_ON, torch.ones_like(scale_ON), 2, self.width(in_features), out)
+    def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
+        """Unpacks with a kernel."""
+        scale_ON = as_float16(planes["scale"]).expand(len(out_OI), -1).contiguous()
+        return decode_groups(
+            planes["codes"], scale_ON, torch.ones_like(scale_ON), 2, self.width(out_OI.shape[1]), out_OI
+        )
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
@@ -154,13 +114,9 @@ class Ternary:
         codes = planes["codes"].detach()
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
         codes_OI = (codes.unsqueeze(-1) >> shifts & 3).flatten(1)[:, :in_features]
-        scale_OI = spread(scales_of(planes).float().expand(out_features, -1), self.width(in_features), in_features)
+        scale_ON = as_float16(planes["scale"]).float().expand(out_features, -1)
+        scale_OI = spread(scale_ON, self.width(in_features), in_features)
         return ((codes_OI.float() - 1) * scale_OI).to(dtype)
-
-
-def scales_of(planes: Mapping[str, Tensor]) -> Tensor:
-    """The float16 scales ``[S, N]``."""
-    return planes["scale"].detach().contiguous().view(torch.float16)
 
 
 def spread(values_ON: Tensor, width: int, num_columns: int) -> Tensor:

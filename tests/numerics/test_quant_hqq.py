@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.quant.hqq import Hqq, as_float16, pack_codes, unpack_codes
+from ingle.quant.hqq import Hqq, pack_codes, unpack_codes
+from ingle.quant.plane import as_float16
 
 BITS = (8, 4, 3, 2, 1)
 EMBER = Path(__file__).parents[2] / "examples" / "models" / "ember-6m" / "model.safetensors"

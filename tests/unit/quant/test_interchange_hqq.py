@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ingle.errors import QuantizationError
 from ingle.quant import from_hqq, to_hqq
-from ingle.quant.hqq import Hqq, as_float16, unpack_codes
+from ingle.quant.hqq import Hqq, unpack_codes
 from ingle.quant.interchange_hqq import pack_stripes, unpack_stripes
+from ingle.quant.plane import as_float16
 
 BITS = (8, 4, 3, 2, 1)
 #: Codes to a number and the lowest bit of the first of them, for each number of bits.

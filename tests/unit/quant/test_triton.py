@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 CODE = """
 import torch
 from ingle.kernels import triton as kernels
-from ingle.quant.hqq import Hqq, as_float16
+from ingle.quant.hqq import Hqq
+from ingle.quant.plane import as_float16
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4, dynamic_map
 from ingle.quant.plane import as_float32
