@@ -50,7 +50,7 @@ def export(
         sink: Is told of the progress.
 
     Returns:
-        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (the content of ``fidelity.json``; None where nothing was
+        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (of ``fidelity.json``; None where nothing was
         merged or packed) and ``certificate`` (of ``certificate.json``; None without ``verify``).
 
     Raises:
