@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,8 @@ def evaluate(
     if len(models) != 1 or task is None:
         raise ConfigError("A model and a task are needed.", fix="ingle evaluate RUN_OR_MODEL --task TASK.yaml")
     loaded = load_task(task, overrides)
+    if out is not None:
+        _require_place(out)
     from ingle.sinks import Terminal
     from ingle.sinks.tables import comparison_table, side_by_side, summary_table
     from ingle.sinks.terminal import make_console, show
@@ -64,6 +67,15 @@ def evaluate(
         show(console, summary_table(report))
         return
     show(console, comparison_table(report), *side_by_side(report, loaded.num_shown))
+
+
+def _require_place(out: Path) -> None:
+    """Refuses a file that could not be written, before the work and not after it."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder.", where=f"--out {out}", fix=f"--out {out / 'scores.json'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"nothing can be written in {out.parent}.", where=f"--out {out}", fix="name another file")
 
 
 def evaluate_model(path_or_id: str, task: TaskConfig, sink: Sink, *, allow_mismatch: bool = False) -> dict[str, Any]:

@@ -28,7 +28,10 @@ from ingle.errors import Explained, IngleError, Interrupted
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 #: What the system refuses for reasons that lie with the user's disk or rights.
-_USERS_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+_USERS_ERRNOS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 #: Frames of a bug's traceback that are shown without ``--debug``.
 _SHOWN_FRAMES = 4
 
@@ -97,7 +100,8 @@ def as_mistake(error: BaseException) -> IngleError | None:
     if hasattr(error, "format_message") and hasattr(error, "ctx"):
         return _usage_error(error)
     if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
-        where = str(error.filename) if error.filename is not None else None
+        # A file that is written beside its place has a name of ours; the user knows the place.
+        where = re.sub(r"\.partial-.*", "", str(error.filename)) if error.filename is not None else None
         return IngleError(f"{error.strerror}.", where=where, fix="check the path, its permissions and the free space")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return IngleError(
@@ -110,7 +114,8 @@ def as_mistake(error: BaseException) -> IngleError | None:
 
 def _usage_error(error: Any) -> IngleError:
     command = getattr(error.ctx, "command_path", "ingle") if error.ctx is not None else "ingle"
-    message = re.sub(r", unable to parse .*", "", error.format_message()).replace("Input should be", "it must be")
+    message = re.sub(r", unable to parse .*|Value error, ", "", error.format_message())
+    message = message.replace("Input should be", "it must be")
     return IngleError(message, fix=f"`{command} --help` shows what can be typed")
 
 

@@ -33,7 +33,8 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
             raise DataError("There is no prompt.", fix='--prompt "...", --prompt-file FILE, or text on standard input')
         prompts = [sys.stdin.read().removesuffix("\n")]
     if not any(prompts):
-        raise DataError("There is no prompt.", where=str(file or "standard input"), fix='--prompt "..."')
+        where = "--prompt" if texts else str(file or "standard input")
+        raise DataError("There is no prompt.", where=where, fix='--prompt "..."')
     return prompts
 
 

@@ -316,6 +316,19 @@ def test_evaluate_compares_what_was_trained_with_its_base(
     assert json.loads((folder / "report.json").read_text()) == PAIR
 
 
+def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
+    evaluated: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "runs/x", "--task", "task.yaml", "--out"]
+    assert call([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
+    evaluated.clear()
+    assert call([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
+    assert call([*words, "task.yaml/scores.json"]) == 2 and "File exists." in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
+    assert call([*words, "new/more.json"]) == 2 and "nothing can be written in new." in capsys.readouterr().err
+    assert evaluated == []
+
+
 def test_evaluate_scores_a_plain_model_alone(
     evaluated: list[Any], engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
