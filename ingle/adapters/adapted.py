@@ -14,6 +14,9 @@ from ingle.adapters.targets import Selection
 from ingle.errors import AdapterError
 from ingle.quant.linear import Packed
 
+#: Linear maps of dense and shared feed-forwards that PEFT takes for those of fused experts, by these names.
+_NAMED_LIKE_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+
 #: Buffers that keep what a module trained whole held before; they end in this and are never saved.
 BEFORE = "_before_training"
 
@@ -127,8 +130,14 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
             f"{len(experts)} fused expert weights ({sum(e.parameters for e in experts):,} parameters) "
             "stay frozen without an adapter",
         )
+    alike = {name.rpartition(".")[2] for name in selection.adapted} & _NAMED_LIKE_EXPERTS
+    if experts and alike:
+        notes += (
+            f"PEFT may take {', '.join(sorted(alike))} for the experts' and answer otherwise; "
+            "leave them out of adapter.target_modules if it is to read the adapter",
+        )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AttachReport(selection.adapted, selection.whole, tuple(not_adapted), notes, trainable)
+    return AttachReport(selection.adapted, selection.whole, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable)
 
 
 def _is_plain(model: nn.Module, name: str) -> bool:

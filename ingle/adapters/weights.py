@@ -134,7 +134,8 @@ def sort_tensors(
     halves: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
     saved = settings.get("modules_to_save") or ()
-    paths = [name for name, _ in model.named_modules() if any(name == s or name.endswith(f".{s}") for s in saved)]
+    # As PEFT reads the list: "norm" means every module whose name ends so, input_layernorm too.
+    paths = [name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))]
     if settings.get("ensure_weight_tying"):  # PEFT then names one module and saves all that share its weight
         paths += tied_modules(model, tuple(paths))
     for key, tensor in tensors.items():
@@ -146,7 +147,12 @@ def sort_tensors(
         elif owner is not None:
             whole.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
         else:
-            raise AdapterError(f"{key} is no part of an adapter that is supported.", where=str(folder / WEIGHTS))
+            raise AdapterError(
+                f"{key} is no part of an adapter that is supported.",
+                where=str(folder / WEIGHTS),
+                why="only A and B of linear maps and the modules in modules_to_save are read",
+                fix="merge it into its base with PEFT, or train it without LoRA on embeddings and head",
+            )
     broken = [name for name, pair in halves.items() if len(pair) != 2]
     if broken or not halves:
         raise AdapterError(

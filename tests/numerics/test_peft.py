@@ -133,9 +133,10 @@ def test_tied_embeddings_are_trained_and_saved_together(named: str, tmp_path: Pa
         {"r": 4, "lora_alpha": 3, "use_rslora": True, "target_modules": "all-linear"},
         {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 32}},
         {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head"]},
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
         {"r": 4, "lora_alpha": 8, "layers_to_transform": [1]},
     ],
-    ids=["plain", "rslora", "patterns", "modules_to_save", "some-layers"],
+    ids=["plain", "rslora", "patterns", "modules_to_save", "ends-so", "some-layers"],
 )
 def test_what_peft_saved_loads_here(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **settings}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from ingle import adapters
 from ingle.config.adapter import LoraAdapter, NoAdapter
@@ -176,8 +184,23 @@ def test_fused_experts_are_reported_and_never_passed_over(packed: bool) -> None:
     experts = [each for each in report.not_adapted if "experts" in each.name]
     assert sum(each.parameters for each in experts) == 4 * 3 * 64 * 128
     assert any("expert" in note and f"{4 * 3 * 64 * 128:,}" in note for note in report.notes)
+    assert not any("PEFT" in note for note in report.notes)
     with pytest.raises(AdapterError, match="experts"):
         adapters.attach(mixtral(), LoraAdapter(target_modules=("experts",)), seed=0)
+
+
+def test_maps_named_like_experts_are_told_since_peft_mixes_them_up(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, mlp_only_layers=[0],
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    assert any("PEFT may take down_proj, gate_proj, up_proj" in note for note in report.notes)
+    adapters.save_adapter(model, tmp_path, LoraAdapter(rank=2), "base")
+    again = adapters.attach(Qwen3MoeForCausalLM(config), LoraAdapter(rank=2, path=str(tmp_path)), seed=0)
+    assert again.notes == report.notes, "told once, also when the adapter comes from a folder"
 
 
 def test_architectures_that_look_at_their_layers_still_can() -> None:
