@@ -69,10 +69,6 @@ class TokenDataset:
         """Memory the arrays take, in bytes."""
         return sum(a.nbytes for a in (self._ids, self._supervised, self._offsets, self.lengths)) + self._origins.nbytes
 
-    def supervised_lengths(self) -> npt.NDArray[np.int64]:
-        """int64 [D], supervised tokens of each document."""
-        return np.add.reduceat(self._supervised, self._offsets[:-1], dtype=np.int64)
-
     def closing_ids(self) -> Ids:
         """int32 [D], the last token of each document that carries loss: what the model learns to stop with."""
         places = np.where(self._supervised, np.arange(len(self._ids)), 0)

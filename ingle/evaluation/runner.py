@@ -12,8 +12,8 @@ from ingle.errors import EvaluationError
 from ingle.evaluation.compare import compare, summarize
 from ingle.evaluation.likelihood import score_references, window_size
 from ingle.evaluation.result import Question, TaskResult
-from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.task import ANSWER_METRICS, TaskSample, read_task
+from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
+from ingle.evaluation.task import TaskSample, read_task
 from ingle.events import Progress, Sink, Warned
 from ingle.models import generate
 
@@ -36,12 +36,13 @@ def run_task(
     """
     began = time.monotonic()
     samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
-    answers, num_unfinished = _answer(model, tokenizer, samples, task, sink, stage) if wants_answers(task) else ((), 0)
+    wanted = {scorer.reads for scorer in make_scorers(task)}
+    answers, num_unfinished = _answer(model, tokenizer, samples, task, sink, stage) if "answers" in wanted else ((), 0)
     return TaskResult(
         samples=tuple(Question(sample.example.origin, sample.prompt, sample.references) for sample in samples),
         outputs=Outputs(
             answers=answers,
-            likelihoods=_likelihoods(model, tokenizer, samples, task, sink, stage) if wants_likelihoods(task) else (),
+            likelihoods=_likelihoods(model, tokenizer, samples, task, sink, stage) if "likelihoods" in wanted else (),
         ),
         num_unfinished=num_unfinished,
         seconds=time.monotonic() - began,
@@ -82,16 +83,6 @@ def evaluate_single(model: Any, tokenizer: Any, task: TaskConfig, *, sink: Sink 
         What :func:`ingle.evaluation.summarize` returns.
     """
     return summarize(run_task(model, tokenizer, task, sink=sink, stage="model"), task)
-
-
-def wants_answers(task: TaskConfig) -> bool:
-    """Whether any metric reads generated answers."""
-    return any(name in ANSWER_METRICS for name in task.metrics)
-
-
-def wants_likelihoods(task: TaskConfig) -> bool:
-    """Whether any metric reads likelihoods."""
-    return any(name not in ANSWER_METRICS for name in task.metrics)
 
 
 def _answer(

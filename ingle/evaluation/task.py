@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from ingle.config.evaluate import TaskConfig
 from ingle.data import Example, Message, read_examples
 from ingle.errors import DataError, EvaluationError
-
-#: Metrics that read generated answers; the others read likelihoods.
-ANSWER_METRICS = frozenset({"exact_match", "bleu", "chrf", "rouge_l"})
+from ingle.evaluation.scorers import make_scorers
 
 Warn = Callable[[str], None]
 
@@ -107,7 +105,7 @@ def _transcript(messages: Iterable[Message]) -> str:
 
 
 def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
-    wanting = [name for name in task.metrics if name in ANSWER_METRICS]
+    wanting = [scorer.name for scorer in make_scorers(task) if scorer.reads == "answers"]
     texts = [sample for sample in samples if sample.example.text is not None]
     if wanting and texts:
         raise EvaluationError(

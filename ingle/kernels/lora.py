@@ -74,28 +74,11 @@ class Projection:
 Projections = Sequence[Projection]
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Weight,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    *,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """``x W^T + bias + scale * dropout(x) A^T B^T``, [..., I] -> [..., O]; arguments as in :class:`Projection`.
-
-    Dropout is drawn from torch's CPU generator, so seeding it, or recomputing under
-    ``torch.utils.checkpoint``, gives the same mask again. Gradients go to x, A and B.
-
-    Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
-    """
-    return lora_linears(x, [Projection(weight, bias, lora_a, lora_b, scale, dropout)])[0]
-
-
 def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
-    """:func:`lora_linear` of one input through several projections.
+    """``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
+
+    Dropout is drawn from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, gives
+    the same mask again. Gradients go to x, A and B.
 
     Args:
         x: [..., I], in the dtype of the products.
@@ -103,6 +86,8 @@ def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
 
     Returns:
         One [..., O] each.
+
+    Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
     """
     factors = [factor for p in projections for factor in p.factors()]
     outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The mesh: ranks and the device of this process."""
+"""The mesh: the device of this process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,9 @@ class Mesh:
 
     Attributes:
         device: Where this process computes.
-        dist_rank: Number of this process in the run.
-        world_size: Processes in the run.
     """
 
     device: torch.device
-    dist_rank: int = 0
-    world_size: int = 1
 
 
 def start(config: ParallelConfig) -> Mesh:

@@ -99,11 +99,6 @@ class Scratch:
         """Bytes now held, on all devices."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
-    def release(self) -> None:
-        """Gives the memory back."""
-        self._buffers.clear()
-        self._tables.clear()
-
     def __deepcopy__(self, memo: dict[int, object]) -> Scratch:
         return Scratch()
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle.adapters import LoraLinear
 from ingle.config.base import Nf4Base
-from ingle.kernels.lora import Projection, lora_linear, lora_linears
+from ingle.kernels.lora import Projection, lora_linears
 from ingle.quant import QuantLinear, make_format
 
 I, O, R, N = 64, 48, 4, 30  # noqa: E741
@@ -43,7 +43,7 @@ def test_one_projection(dtype: torch.dtype, with_bias: bool) -> None:
     bias = draw(O, seed=3, dtype=dtype) if with_bias else None
     master = torch.promote_types(dtype, torch.float32)
     a, b = (draw(*s, seed=i, dtype=master).requires_grad_() for i, s in enumerate([(R, I), (O, R)], 4))
-    y = lora_linear(x, lambda dtype: weight, a, b, 0.7, bias=bias)
+    (y,) = lora_linears(x, [Projection(lambda dtype: weight, bias, a, b, 0.7)])
     grad = draw(*y.shape, seed=6, dtype=dtype)
     ours = torch.autograd.grad(y, (x, a, b), grad)
     exact = [t.detach().double().requires_grad_() for t in (x, a, b)]
@@ -89,7 +89,7 @@ def test_an_output_may_be_added_to_in_place() -> None:
     weight = draw(O, I, seed=3)
     gradients = []
     for in_place in (True, False):
-        y = lora_linear(x, lambda dtype: weight, a, b, 0.5)
+        (y,) = lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 0.5)])
         y = y.add_(1.0) if in_place else y + 1.0
         gradients.append(torch.autograd.grad(y.square().sum(), (x, a, b)))
     for ours, theirs in zip(*gradients, strict=True):
@@ -99,7 +99,7 @@ def test_an_output_may_be_added_to_in_place() -> None:
 def test_an_input_without_gradient_gets_none() -> None:
     x, weight = draw(N, I, seed=1), draw(O, I, seed=2)
     a, b = draw(R, I, seed=3).requires_grad_(), draw(O, R, seed=4).requires_grad_()
-    lora_linear(x, lambda dtype: weight, a, b, 1.0).sum().backward()
+    lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 1.0)])[0].sum().backward()
     assert x.grad is None and a.grad is not None and b.grad is not None
     close(a.grad, torch.ones(N, O).mm(b.detach()).t() @ x, 1e-5)
 
