@@ -80,10 +80,20 @@ def detect_layout(row: Mapping[str, Any], origin: str) -> tuple[Layout, tuple[La
         raise DataError(
             "The columns fit no known layout.",
             where=origin,
-            why=f"the columns are {', '.join(map(str, row)) or 'none'}",
+            why=_why_none(row),
             fix="rename them with data.sources: columns: {prompt: ..., completion: ...} or {text: ...}",
         )
     return fits[0], tuple(fits[1:])
+
+
+def _why_none(row: Mapping[str, Any]) -> str:
+    why = f"the columns are {', '.join(map(str, row)) or 'none'}"
+    for name in ("messages", "conversations"):
+        if name in row:
+            why += f'; {name} must be a list such as [{{"role": "user", "content": "..."}}, ...], with a message in it'
+    if len(row) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in str(next(iter(row)))]):
+        why += f"; fields stand between commas, in .tsv between tabs, and here perhaps between {separators[0]!r}"
+    return why
 
 
 def _is_turns(value: object, key: str) -> bool:

@@ -71,11 +71,14 @@ def _open(path: Path) -> IO[bytes]:
 
 def _wrong_encoding(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
     data = error.object[max(error.start - 20, 0) : error.start + 20]
+    is_utf16 = error.start == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    charset, other = ("UTF-16", "LATIN1") if is_utf16 else ("LATIN1", "UTF-16")
+    converted = path.with_name(f"utf8-{path.name}")
     return DataError(
         "The file is not UTF-8.",
         where=f"{path}:{line}",
         why=f"byte 0x{error.object[error.start]:02x} in {data!r}",
-        fix=f"convert it: iconv -f LATIN1 -t UTF-8 '{path.name}' > 'utf8-{path.name}' (or -f UTF-16)",
+        fix=f"convert it: iconv -f {charset} -t UTF-8 '{path}' > '{converted}' (or -f {other})",
     )
 
 

@@ -18,8 +18,14 @@ from ingle.data.layouts import detect_layout, parse_row, rename_columns
 from ingle.data.readers import Rows, data_suffix, known_suffixes, read_rows
 from ingle.data.types import Example
 from ingle.errors import DataError, DependencyError, HubUnavailable
+from ingle.wording import first_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+#: Seconds to wait for the hub's answer before it counts as out of reach.
+_HUB_TIMEOUT_S = 10
+
+_LOCAL = "download it elsewhere and name the file: data.sources=[{path: train.jsonl}] (or .csv, .parquet, .txt)"
 
 
 def read_examples(sources: Sequence[Source], *, on_warning: Callable[[str], None] | None = None) -> Iterator[Example]:
@@ -82,7 +88,7 @@ def find_files(path: str) -> list[Path] | None:
         return found
     if _HUB_ID.fullmatch(path) and data_suffix(local) not in known_suffixes():
         return None
-    near = difflib.get_close_matches(local.name, _names_in(local.parent), n=1)
+    near = difflib.get_close_matches(local.name, _names_in(local.parent), n=1, cutoff=0.75)
     raise DataError(
         "There is no such file.", where=path, fix=f"did you mean {local.parent / near[0]}?" if near else None
     )
@@ -99,6 +105,8 @@ def _read_hub(source: Source) -> Rows:
         raise DependencyError(
             "A hub dataset needs the library `datasets`.", where=source.path, fix="pip install datasets"
         ) from error
+    if not env.hub_offline() and not Path(datasets.config.HF_DATASETS_CACHE, source.path.replace("/", "___")).exists():
+        _ask_hub(source)
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
     except Exception as error:  # the library raises errors of many kinds, and of its own dependencies
@@ -109,16 +117,37 @@ def _read_hub(source: Source) -> Rows:
         yield number, dict(row)
 
 
-def _hub_error(source: Source, error: Exception) -> Exception:
+def _ask_hub(source: Source) -> None:
+    """Tells at once that the hub is out of reach; loading would try again and again, and say so each time.
+
+    Raises:
+        HubUnavailable: It is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(source.path, timeout=_HUB_TIMEOUT_S)
+    except (HfHubHTTPError, HFValidationError):
+        pass  # it answered; loading tells what is wrong
+    except Exception as error:  # of the HTTP library that the hub's library has
+        raise _unreachable(source, f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _hub_error(source: Source, error: Exception) -> DataError | HubUnavailable:
     """Tell "the hub cannot be reached" from "the hub has no such thing"."""
-    why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    local = "download it elsewhere and name the file: data.sources=[{path: train.jsonl}] (or .csv, .parquet, .txt)"
+    why = f"{type(error).__name__}: {first_line(error)}"
     missing = isinstance(error, FileNotFoundError)  # what the library's "not found" errors derive from
     if env.hub_offline() or "Connect" in type(error).__name__ or (isinstance(error, OSError) and not missing):
-        return HubUnavailable(
-            f"There is no local file {source.path!r}, and the hub cannot be reached for a dataset of that name.",
-            where=f"data.sources: {source.path}",
-            why=why,
-            fix=local,
-        )
-    return DataError("The hub dataset cannot be loaded.", where=f"data.sources: {source.path}", why=why, fix=local)
+        return _unreachable(source, why)
+    where = f"data.sources: {source.path}"
+    return DataError("The hub dataset cannot be loaded.", where=where, why=why, fix=_LOCAL)
+
+
+def _unreachable(source: Source, why: str) -> HubUnavailable:
+    return HubUnavailable(
+        f"There is no local file {source.path!r}, and the hub cannot be reached for a dataset of that name.",
+        where=f"data.sources: {source.path}",
+        why=why,
+        fix=_LOCAL,
+    )

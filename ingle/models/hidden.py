@@ -131,7 +131,9 @@ def verify(model: PreTrainedModel) -> None:
     with _evaluating(model):
         try:
             hidden = _packed(model, ids[None], positions[None], cu_seqlens)
-        except (ValueError, TypeError, AttributeError, LookupError) as refusal:
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as refusal:
+            if isinstance(refusal, RuntimeError) and model.config._attn_implementation == IMPLEMENTATION:
+                raise  # our own attention failed, or the memory is full
             raise ModelError(
                 f"{type(model).__name__} does not take packed documents.",
                 where="model.id",

@@ -56,6 +56,12 @@ def locate(
         HubUnavailable: When the hub is needed and cannot be reached.
     """
     folder = Path(name).expanduser()
+    if (folder / "run.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name} is a run folder, not a model.",
+            where=option,
+            fix=f"`ingle export {name} --to safetensors --out FOLDER` makes a model of it",
+        )
     if folder.is_dir():
         return folder
     if folder.is_file():

@@ -46,6 +46,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
 
 def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokenizerFast:
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / file).is_file() for file in ("config.json", *files)):
+        raise ModelError(
+            f"{name} holds no model: there is no config.json and no tokenizer.", where=option, fix="check the path"
+        )
     if not any((folder / file).is_file() for file in files):
         raise ModelError(
             f"{name} holds no tokenizer.",
@@ -58,9 +62,12 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
             folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
         )
     except Exception as error:  # the Rust reader and sentencepiece raise bare exceptions
-        text = str(error).strip() or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"the tokenizer of {name} cannot be read.", where=str(folder), why=text.splitlines()[0][:200]
+            f"the tokenizer of {name} cannot be read.",
+            where=str(folder),
+            why=text[:300],
+            fix="fetch or copy tokenizer.json again, or name another folder or hub id in model.tokenizer",
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(

@@ -166,7 +166,9 @@ def test_a_column_that_is_not_there_names_those_that_are(tmp_path):
         ({}, "none"),
         ({"id": 1, "review": "x"}, "id, review"),
         ({"prompt": "a"}, "prompt"),
-        ({"messages": []}, "messages"),
+        ({"messages": []}, "messages must be a list such as"),
+        ({"messages": "hello"}, "messages must be a list such as"),
+        ({"prompt;completion": "a;b"}, "perhaps between ';'"),
     ],
 )
 def test_rows_of_no_known_layout_name_their_columns(row, why):

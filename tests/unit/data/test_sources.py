@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
 import sys
 import types
 
@@ -136,6 +137,18 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize(("charset", "named"), [("latin-1", "LATIN1"), ("utf-16", "UTF-16")])
+def test_the_way_out_of_another_encoding_can_be_typed(charset, named, tmp_path):
+    path = tmp_path / "a b.csv"
+    path.write_bytes("text\nnaïve\n".encode(charset))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    command = str(caught.value.fix).removeprefix("convert it: ").partition(" (")[0]
+    assert f"-f {named} " in command
+    subprocess.run(command, shell=True, check=True)
+    assert read(tmp_path / "utf8-a b.csv")[0].text == "naïve"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_name_file_and_line(fault, tmp_path):
     name, content, line, why = FAULTS[fault]
@@ -236,6 +249,9 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
     with pytest.raises(DataError, match="no such file") as caught:
         read(tmp_path / "trian.jsonl")
     assert str(tmp_path / "train.jsonl") in str(caught.value.fix)
+    with pytest.raises(DataError, match="no such file") as caught:
+        read(tmp_path / "reviews.jsonl")
+    assert caught.value.fix is None, "an ending alone is no likeness"
 
 
 def test_what_can_only_be_a_hub_dataset():
@@ -247,8 +263,10 @@ def test_what_can_only_be_a_hub_dataset():
         find_files("a/b/c")
 
 
-def fake_hub(monkeypatch, load):
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+def fake_hub(monkeypatch, load, answer=lambda *_, **__: None, cache="nowhere"):
+    library = types.SimpleNamespace(load_dataset=load, config=types.SimpleNamespace(HF_DATASETS_CACHE=cache))
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
 
 
 def test_hub_dataset_is_read_by_split_and_name(monkeypatch):
@@ -289,6 +307,26 @@ def test_hub_faults_tell_offline_from_missing(error, offline, kind, monkeypatch)
         read("nobody/some-data")
     assert "train.jsonl" in str(caught.value.fix), "the way out by a local file"
     assert "nobody/some-data" in str(caught.value)
+
+
+def test_a_hub_out_of_reach_is_told_before_the_library_tries_again_and_again(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise ConnectionError("Name or service not known")
+
+    loaded = []
+
+    def load(path, name, split):
+        loaded.append(path)
+        return [{"text": "a"}]
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "0")
+    fake_hub(monkeypatch, load, refuse, str(tmp_path))
+    with pytest.raises(HubUnavailable, match="Name or service not known"):
+        read("nobody/some-data")
+    assert loaded == []
+    (tmp_path / "nobody___some-data").mkdir()
+    assert [example.text for example in read("nobody/some-data")] == ["a"], "what is cached needs no hub"
 
 
 def test_empty_hub_dataset_is_an_error(monkeypatch):

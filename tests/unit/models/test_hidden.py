@@ -73,6 +73,20 @@ def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeyp
     assert "too many values" in str(error.value.why)
 
 
+@pytest.mark.parametrize(("ours", "kind"), [(False, ModelError), (True, RuntimeError)])
+def test_an_attention_of_its_own_that_fails_is_no_bug_of_ours(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, ours: bool, kind: type[Exception]
+) -> None:
+    def forward(**named: object) -> object:
+        raise RuntimeError("expected scalar type Float but found BFloat16")
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    if not ours:
+        model.set_attn_implementation("eager")
+    with pytest.raises(kind):
+        models.verify(model)
+
+
 def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):

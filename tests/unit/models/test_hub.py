@@ -21,6 +21,15 @@ def test_a_local_file_is_itself(tmp_path: Path) -> None:
         hub.locate_file("model.gguf")
 
 
+def test_a_run_folder_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ModelError, match="is a run folder, not a model") as caught:
+        hub.locate(str(tmp_path))
+    assert f"ingle export {tmp_path}" in str(caught.value.fix)
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.locate(str(tmp_path)) == tmp_path
+
+
 def test_a_file_of_a_repository_is_fetched_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 

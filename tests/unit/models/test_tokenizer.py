@@ -51,8 +51,19 @@ def test_another_tokenizer_can_be_named(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json and no tokenizer"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds no tokenizer"):
         load(tmp_path)
+
+
+def test_one_that_lacks_its_vocabulary_is_told_in_a_whole_sentence(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="cannot be read") as caught:
+        load(tmp_path)
+    assert not str(caught.value.why).endswith(":") and "tokenizer.json" in str(caught.value.fix)
 
 
 def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
