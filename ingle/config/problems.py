@@ -36,7 +36,7 @@ class Problem:
     fix: str | None = None
 
 
-def raise_problems(problems: Sequence[Problem], subject: str = "the options") -> None:
+def raise_problems(problems: Sequence[Problem]) -> None:
     """Does nothing when there are no problems.
 
     Raises:
@@ -46,7 +46,7 @@ def raise_problems(problems: Sequence[Problem], subject: str = "the options") ->
         return
     if len(problems) == 1:
         raise ConfigError(problems[0].message, where=problems[0].where, fix=problems[0].fix)
-    lines = [f"{len(problems)} things are wrong with {subject}."]
+    lines = [f"{len(problems)} things are wrong with the options."]
     for number, problem in enumerate(problems, 1):
         lines.append(f"  {number}. {problem.message}")
         lines.extend(

@@ -221,14 +221,13 @@ def _join(text: str) -> str:
     return " ".join(text.split())
 
 
-def options(section: type[Section] = Run, prefix: str = "") -> list[Option]:
+def options(section: type[Section] = Run) -> list[Option]:
     """Every option of the tree, in the order of the sections.
 
     Args:
         section: Where to start; the whole run by default.
-        prefix: Dotted path of ``section``, with its dot.
     """
-    return list(_walk(section, prefix, None))
+    return list(_walk(section, "", None))
 
 
 def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Option]:
@@ -266,11 +265,11 @@ def _default(field: FieldInfo) -> str | None:
     return write_value(list(value) if isinstance(value, tuple) else value)
 
 
-def json_schema(section: type[Section] = Run) -> dict[str, Any]:
+def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a config file, with the description of every option."""
-    schema = section.model_json_schema()
-    found = {cls.__name__: cls for cls in _sections(section)}
-    for name, part in [(section.__name__, schema), *schema.get("$defs", {}).items()]:
+    schema = Run.model_json_schema()
+    found = {cls.__name__: cls for cls in _sections(Run)}
+    for name, part in [(Run.__name__, schema), *schema.get("$defs", {}).items()]:
         if name not in found:
             continue
         summary, described = docstring(found[name])

@@ -90,16 +90,15 @@ class Mix:
                 f"there is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
             )
 
-    def tensor_type(self, name: str, shape: tuple[int, ...], *, otherwise: str = "f32") -> str:
-        """The type of a tensor.
+    def tensor_type(self, name: str, shape: tuple[int, ...]) -> str:
+        """The type of a tensor; norms, biases and routers are float32.
 
         Args:
             name: GGUF's.
             shape: Outermost size first.
-            otherwise: What a norm, a bias or a router has.
         """
         if not is_packed(name, shape):
-            return otherwise
+            return "f32"
         chosen = FILE_TYPES[self.file_type]
         if block_of(chosen)[0] == 1:
             return chosen

@@ -8,7 +8,6 @@ that looks like a large weight is refused by name, never passed over.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,7 @@ from ingle.quant.straight_through import TernaryLinear
 from ingle.quant.ternary import Ternary
 
 
-def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), formats: Formats | None = None) -> None:
+def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = None) -> None:
     """Replaces the model's linear maps by packed ones, or by ones that train through their rounding, in place.
 
     On the meta device the planes are empty and wait for their bytes; on a materialised model every weight is encoded
@@ -31,7 +30,6 @@ def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), f
     Args:
         model: Any module; if it has ``get_output_embeddings``, what that returns is left alone.
         base: The format; ``none`` changes nothing.
-        keep: Names of further modules to leave alone.
         formats: Decides the format of each module in place of ``base``.
 
     Raises:
@@ -50,7 +48,7 @@ def convert(model: nn.Module, base: BaseConfig, *, keep: Collection[str] = (), f
             continue
         for key, child in list(parent._modules.items()):  # a module used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key
-            if child is None or child is head or name in keep:
+            if child is None or child is head:
                 continue
             if id(child) not in packed:
                 replacement = _pack(child, formats, name, uses, trained=trained)

@@ -90,7 +90,7 @@ class RunFolder:
                 where=str(self.path),
                 fix="name the folder that `output:` of the config names",
             )
-        return move_paths(run_from_yaml(self.config.read_text()), self.path)
+        return move_paths(run_from_yaml(self.config.read_text(), str(self.config)), self.path)
 
     def state(self, run: Run) -> State:
         """How far the run in this folder is; ``new`` when there is none.

@@ -117,7 +117,6 @@ def test_norms_biases_and_routers_stay() -> None:
     assert not is_packed("blk.0.ffn_gate_inp.weight", (8, 256)) and not is_packed("x.weight", (1, 256))
     mix = Mix("q4_k_m", "llama", 8, 8, 8, tied=False)
     assert mix.tensor_type("output_norm.weight", (256,)) == "f32"
-    assert mix.tensor_type("output_norm.weight", (256,), otherwise="bf16") == "bf16"
 
 
 def test_an_unknown_file_type_is_told() -> None:

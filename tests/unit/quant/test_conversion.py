@@ -46,13 +46,6 @@ def test_none_changes_nothing() -> None:
     assert list(model.named_modules()) == before
 
 
-def test_named_modules_are_kept() -> None:
-    model = make_llama()
-    convert(model, NF4, keep=["model.layers.0.mlp.up_proj"])
-    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    assert isinstance(model.model.layers[1].mlp.up_proj, QuantLinear)
-
-
 def test_converting_twice_is_converting_once() -> None:
     model = make_llama()
     convert(model, NF4)
