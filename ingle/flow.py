@@ -47,7 +47,8 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             return _already_finished(folder, sink)
         sink = combine(MetricsFile(folder.metrics), sink)
         try:
-            parts = assemble(run, sink)
+            parts = assemble(run, _stoppable(folder, sink, stop))
+            _raise_if_asked_to_stop(folder, stop)
             folder.begin(as_typed)
             base = _evaluate_before(run, folder, parts, sink, stop) if run.adapter.kind == "none" else None
             position = train(run, folder, parts, sink, stop)
@@ -206,19 +207,22 @@ def _already_finished(folder: RunFolder, sink: Sink) -> dict[str, Any]:
 
 
 def _stoppable(folder: RunFolder, sink: Sink, stop: StopRequest) -> Sink:
-    """A sink that ends an evaluation when a signal asked for it; the trained weights are on disk by then."""
+    """A sink that ends loading or evaluation when a signal asked for it; what is trained is on disk then."""
 
     def tell(event: Event) -> None:
-        _raise_if_asked_to_stop(folder, stop, "what is trained so far is saved")
+        _raise_if_asked_to_stop(folder, stop)
         sink(event)
 
     return tell
 
 
-def _raise_if_asked_to_stop(folder: RunFolder, stop: StopRequest, saved: str) -> None:
+def _raise_if_asked_to_stop(folder: RunFolder, stop: StopRequest, saved: str | None = None) -> None:
     if stop.signal is not None:
+        begun = folder.config.is_file()
+        saved = saved or ("what is trained so far is saved" if begun else "nothing is trained yet")
+        resume = f", or `ingle train --resume {folder.path}`," if begun else ""
         raise Interrupted(
             f"stopped by {stop.signal.name}: {saved}.",
             where=str(folder.path),
-            fix=f"run the same command again, or `ingle train --resume {folder.path}`, to go on",
+            fix=f"run the same command again{resume} to go on",
         )

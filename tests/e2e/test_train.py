@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from ingle import events, flow
+from ingle.config import load_run
+from ingle.errors import Interrupted
 from tests.e2e.conftest import Ingle, command, environment
 
 
@@ -125,6 +128,21 @@ def test_a_signal_saves_and_exits_130_and_resume_goes_on(
     again = ingle("train", "--resume", tmp_path / "run")
     assert again.returncode == 0, again.stderr
     assert _digest(tmp_path / "run") == expected
+
+
+def test_a_signal_while_the_model_is_loaded_stops_at_once_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    told: list[events.Event] = []
+
+    def sink(event: events.Event) -> None:
+        told.append(event)
+        if isinstance(event, events.Progress) and event.stage == "reading weights":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="SIGINT: nothing is trained yet") as caught:
+        flow.finetune(load_run(config).run, sink)
+    assert "--resume" not in str(caught.value.fix), "there is no run to resume"
+    assert sum(isinstance(event, events.Progress) and event.stage == "reading weights" for event in told) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data: Path, tmp_path: Path) -> None:
