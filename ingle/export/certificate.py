@@ -4,6 +4,9 @@ The other program is llama.cpp for GGUF, transformers (with PEFT for an adapter)
 tokens of rendered conversations and of awkward texts, for the tokens that end an answer, for the probabilities of every
 next token along Ingle's own greedy answers, and for its own greedy answers.
 
+It is held against two models: what Ingle reads in the export, which it must equal, and what was trained, from which it
+may be as far as the export was allowed to be.  The second finds what a reader and a writer do wrong together.
+
 Tokens must be equal.  Probabilities cannot be: llama.cpp rounds the inputs of every packed product to 8 bits, and sums
 are made in another order.  So they may differ by what such rounding makes, and a greedy answer may part from Ingle's
 where the two likeliest tokens are nearly tied, and nowhere else.
@@ -17,18 +20,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import Any
 
 from ingle import __version__, models
 from ingle.atomic import write_atomically
 from ingle.data.types import Example
 from ingle.errors import ExportError
-from ingle.events import Progress, Sink
+from ingle.events import Sink
+from ingle.export.comparison import Compared, Server, ask, summarize
 
 #: Texts on which tokenizers are known to differ.
 PROBES = (
@@ -41,9 +40,6 @@ PROBES = (
 
 #: Text with a combining accent: some tokenizers put it together first (NFC), which llama.cpp never does.
 DECOMPOSED = "cafe\u0301"
-
-#: Likeliest tokens whose probabilities are compared.
-TOP_K = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,70 +57,12 @@ class Tolerance:
 
 #: Where every product is made in floating point.
 PLAIN = Tolerance(mean_kl=2e-3, tie=0.15)
+#: How far an export may be from what was trained, nats a token: more than bfloat16 or 8-bit inputs cost, and
+LIMIT = 1e-2
+#: so many times what it was on the text that it was measured on, other texts being other texts.
+SLACK = 5.0
 #: Where the other program rounds the inputs of products to 8 bits.
 PACKED = Tolerance(mean_kl=1e-2, tie=0.5)
-
-
-class Server(Protocol):
-    """Another program that has read the export."""
-
-    @property
-    def version(self) -> str:
-        """Name and version."""
-        ...
-
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation whose answer is about to begin."""
-        ...
-
-    def text_ids(self, text: str) -> list[int]:
-        """The tokens of a plain text, with what is put before every text."""
-        ...
-
-    def is_end(self, token: int) -> bool:
-        """Whether an answer ends at a token."""
-        ...
-
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """``[T, V]``: the logits after each token."""
-        ...
-
-    def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
-        """The likeliest tokens after a prompt, up to one that ends an answer."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One prompt, answered by both.
-
-    Attributes:
-        prompt: Its last message, or its text.
-        tokens_equal: Whether both make the same tokens of it.
-        ingle: Ingle's greedy answer.
-        other: The other's.
-        greedy_equal: Whether the answers are the same tokens.
-        parted_at: Token at which they part; None where they do not.
-        gap: How much less likely Ingle finds the other's choice there, nats.
-        mean_kl: Mean KL(Ingle || other) along Ingle's answer.
-        max_kl: The largest of them.
-        top1_agreement: Share of tokens where both find the same one likeliest.
-        top_k_difference: Largest difference of log-probability among Ingle's ten likeliest tokens.
-        num_tokens: Tokens compared.
-    """
-
-    prompt: str
-    tokens_equal: bool
-    ingle: str
-    other: str
-    greedy_equal: bool
-    parted_at: int | None
-    gap: float
-    mean_kl: float
-    max_kl: float
-    top1_agreement: float
-    top_k_difference: float
-    num_tokens: int
 
 
 def certify(
@@ -153,13 +91,7 @@ def certify(
         one should know.
     """
     tokenizer = engine.tokenizer
-    prompts = [_prompt(example, engine, system) for example in examples]
-    compared = []
-    for done, (ids, messages, text) in enumerate(prompts, 1):
-        theirs = server.prompt_ids(messages) if messages else server.text_ids(text)
-        compared.append(_compare(server, engine, ids, theirs, text, max_new_tokens))
-        if sink is not None:
-            sink(Progress(f"asking {server.version}", done, len(prompts)))
+    compared = ask(server, engine, examples, system, max_new_tokens, sink)
     probes = [
         {"text": text, "equal": server.text_ids(text) == [int(i) for i in tokenizer(text)["input_ids"]]}
         for text in PROBES
@@ -169,14 +101,7 @@ def certify(
         notes.append(f"{server.version} makes other tokens of text with combining accents; give it composed text (NFC)")
     ends = sorted(models.end_token_ids(engine.model, tokenizer))
     missed = [tokenizer.convert_ids_to_tokens(token) for token in ends if not server.is_end(token)]
-    total = sum(each.num_tokens for each in compared)
-    mean_kl = sum(each.mean_kl * each.num_tokens for each in compared) / total
-    result: dict[str, Any] = {
-        "mean_kl": mean_kl,
-        "top1_agreement": sum(each.top1_agreement * each.num_tokens for each in compared) / total,
-        "greedy_equal": sum(each.greedy_equal for each in compared),
-        "num_prompts": len(compared),
-        "num_tokens": total,
+    result = summarize(compared) | {
         "tolerance": asdict(tolerance),
         "tokenizer_probes": probes,
         "notes": notes,
@@ -186,6 +111,44 @@ def certify(
     }
     reasons = list(_reasons(result, compared, tolerance))
     return {"passed": not reasons, "reasons": reasons} | result
+
+
+def hold_against_trained(
+    certificate: dict[str, Any],
+    server: Server,
+    engine: Any,
+    examples: Sequence[Example],
+    *,
+    system: str | None,
+    limit: float | None,
+    max_new_tokens: int = 32,
+    sink: Sink | None = None,
+) -> dict[str, Any]:
+    """Compares another program with what was trained.
+
+    Args:
+        certificate: As :func:`certify` makes it.
+        server: The other program.
+        engine: What was trained, in float32.
+        examples: Prompts, or texts to be continued.
+        system: A system message put before conversations that have none.
+        limit: Largest mean KL(trained || other), nats a token; None for any.
+        max_new_tokens: Longest answer.
+        sink: Is told of the progress.
+
+    Returns:
+        The certificate with ``trained``, and what it adds to ``reasons``.
+    """
+    found = summarize(ask(server, engine, examples, system, max_new_tokens, sink)) | {"limit": limit}
+    reasons = list(certificate["reasons"])
+    if limit is not None and not found["mean_kl"] <= limit:
+        reasons.append(
+            f"the mean KL divergence from what was trained is {found['mean_kl']:.2g} nats, more than {limit:g}"
+        )
+    end = server.declared_end
+    if end is not None and end not in models.end_token_ids(engine.model, engine.tokenizer):
+        reasons.append(f"answers end at token {end}, which ended none in training")
+    return certificate | {"passed": not reasons, "reasons": reasons, "trained": found}
 
 
 def write_certificate(path: Path, certificate: dict[str, Any], files: Sequence[Path]) -> None:
@@ -213,62 +176,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _prompt(example: Example, engine: Any, system: str | None) -> tuple[list[int], list[dict[str, str]], str]:
-    """Ingle's tokens of a prompt, its messages (none for plain text), and its text."""
-    from ingle import data
-    from ingle.data.template import has_template, read_conversation
-
-    if example.text is None and (example.messages or has_template(engine.tokenizer)):
-        messages = list(read_conversation(example, system))
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
-        ids = data.prompt_ids(engine.tokenizer, example, system)
-        return ids, [{"role": m.role, "content": m.content} for m in messages], messages[-1].content
-    text = example.text[:200] if example.text is not None else str(example.prompt)
-    return [int(i) for i in engine.tokenizer(text)["input_ids"]], [], text
-
-
-def _compare(
-    server: Server, engine: Any, ids: list[int], theirs: list[int], text: str, max_new_tokens: int
-) -> Compared:
-    tokenizer, model = engine.tokenizer, engine.model
-    answer = list(models.generate(model, tokenizer, [ids], max_new_tokens=max_new_tokens)[0].token_ids)
-    ends = models.end_token_ids(model, tokenizer)
-    other = server.continue_greedily(ids, max_new_tokens, ends)
-    whole = [*ids, *answer]
-    ours_TV, theirs_TV = _logps(model, whole), torch.from_numpy(server.logits(whole)).log_softmax(-1)
-    theirs_TV = theirs_TV[:, : ours_TV.shape[1]]
-    kl_T = (ours_TV.exp() * (ours_TV - theirs_TV)).sum(-1)
-    top = ours_TV.topk(min(TOP_K, ours_TV.shape[1]), dim=-1)
-    parted = next((i for i, (a, b) in enumerate(zip([*answer, -1], [*other, -1], strict=False)) if a != b), None)
-    gap = 0.0
-    if parted is not None:
-        row = ours_TV[len(ids) + parted - 1]
-        chosen = other[parted] if parted < len(other) else max(ends, key=lambda token: float(row[token]), default=0)
-        gap = float(row.max() - row[chosen])
-    return Compared(
-        prompt=text[:200],
-        tokens_equal=ids == theirs,
-        ingle=tokenizer.decode(answer),
-        other=tokenizer.decode(other),
-        greedy_equal=parted is None,
-        parted_at=parted,
-        gap=gap,
-        mean_kl=float(kl_T.mean()),
-        max_kl=float(kl_T.max()),
-        top1_agreement=float((ours_TV.argmax(-1) == theirs_TV.argmax(-1)).double().mean()),
-        top_k_difference=float((theirs_TV.gather(-1, top.indices) - top.values).abs().max()),
-        num_tokens=len(whole),
-    )
-
-
-@torch.no_grad()
-def _logps(model: Any, ids: Sequence[int]) -> Tensor:
-    device = models.head(model).weight.device
-    logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
-    return logits.float().log_softmax(-1).cpu()
 
 
 def _reasons(result: dict[str, Any], compared: Sequence[Compared], tolerance: Tolerance) -> list[str]:

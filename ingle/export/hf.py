@@ -36,6 +36,8 @@ from ingle.quant.linear import Packed
 PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 #: Formats that have a layout of their own among safetensors.
 PACKED = ("nf4", "fp4", "int8", "hqq")
+#: What transformers needs to read them.
+READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",)}
 
 #: Parts under which a packed weight is stored, at most.
 _MAX_PARTS = 24

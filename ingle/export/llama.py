@@ -116,6 +116,12 @@ class LlamaCpp:
         vocab = binding.llama_model_get_vocab(self._llama.model)
         return bool(binding.llama_vocab_is_eog(vocab, token))
 
+    @property
+    def declared_end(self) -> int | None:
+        """The file's own ``eos_token_id``."""
+        number = int(self._llama.token_eos())
+        return number if number >= 0 else None
+
     def _token_text(self, kind: str) -> str:
         binding = require()
         number = getattr(self._llama, f"token_{kind}")()

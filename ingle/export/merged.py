@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ingle import models
 from ingle.events import Progress
-from ingle.export import certificate, gguf, hf, ollama
+from ingle.export import gguf, hf, ollama
 from ingle.export.fidelity import TensorFidelity
 from ingle.export.gguf import GgufExport
 from ingle.export.hf import Layout
@@ -59,15 +59,10 @@ def export_safetensors(work: Work) -> Outcome:
     files = tuple(sorted(place.folder.glob("*.safetensors")))
 
     def certify() -> dict[str, Any]:
-        engine = open_source(_folder_source(place.folder, layout, source, dtype="float32"))
-        return certificate.certify(
-            TransformersServer(place.folder),
-            engine,
-            work.subject.prompts(work.request.data),
-            system=work.subject.system,
-            tolerance=certificate.PLAIN,
-            sink=work.sink,
-        )
+        def reopen() -> Engine:
+            return open_source(_folder_source(place.folder, layout, source, dtype="float32"))
+
+        return work.certify(TransformersServer(place.folder), reopen, divergence, packed=layout.name not in hf.PLAIN)
 
     num_bytes = sum(file.stat().st_size for file in files)
     return Outcome(place.folder, place.folder, files, layout.name, num_bytes, report, certify)
@@ -113,26 +108,20 @@ def export_gguf(work: Work) -> Outcome:
     packed = any(planned.type not in gguf.PLAIN for planned in export.planned)
 
     def certify() -> dict[str, Any]:
-        engine = Engine(open_source(plain_source(place.result, "float32")).model, work.tokenizer, adapted=False)
-        return certify_llama(work, place.result, engine, packed=packed)
+        def reopen() -> Engine:
+            model = open_source(plain_source(place.result, "float32")).model
+            return Engine(model, work.tokenizer, adapted=False)
+
+        with serve_llama(place.result, merger.stream.model.config) as server:
+            return work.certify(server, reopen, divergence, packed=packed)
 
     return Outcome(place.result, place.folder, (place.result,), type_name, place.result.stat().st_size, report, certify)
 
 
-def certify_llama(
-    work: Work, path: Path, engine: Engine, *, packed: bool, adapter: Path | None = None
-) -> dict[str, Any]:
-    """Lets llama.cpp answer with a file and compares it with Ingle."""
-    longest = getattr(engine.model.config, "max_position_embeddings", _CONTEXT)
-    with LlamaCpp(path, adapter=adapter, context=min(longest, _CONTEXT)) as server:
-        return certificate.certify(
-            server,
-            engine,
-            work.subject.prompts(work.request.data),
-            system=work.subject.system,
-            tolerance=certificate.PACKED if packed else certificate.PLAIN,
-            sink=work.sink,
-        )
+def serve_llama(path: Path, config: Any, *, adapter: Path | None = None) -> LlamaCpp:
+    """llama.cpp with a file, and room for a certificate's texts."""
+    longest = getattr(config, "max_position_embeddings", _CONTEXT)
+    return LlamaCpp(path, adapter=adapter, context=min(longest, _CONTEXT))
 
 
 def about(work: Work) -> dict[str, Any]:

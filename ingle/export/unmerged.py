@@ -13,7 +13,7 @@ from ingle.export import adapter_gguf, certificate, gguf, hf
 from ingle.export.adapter_gguf import TYPES
 from ingle.export.gguf import GgufExport
 from ingle.export.hf import Layout
-from ingle.export.merged import about, certify_llama, write_modelfile
+from ingle.export.merged import about, serve_llama, write_modelfile
 from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.export.work import Outcome, Work
@@ -80,19 +80,28 @@ def export_adapter_gguf(work: Work) -> Outcome:
         write_modelfile(work, merger.stream.model, partial, weights=base, adapter=f"./{place.main}")
         work.write_companions(partial, type_name=type_name, usage=_adapter_usage(work, base, place.main))
 
-    def certify() -> dict[str, Any]:
+    def certify_on(base: Path, *, packed: bool) -> dict[str, Any]:
         engine = work.open_trained(dtype="float32")
+        with serve_llama(base, engine.model.config, adapter=place.result) as server:
+            return certificate.certify(
+                server,
+                engine,
+                work.subject.prompts(work.request.data),
+                system=work.subject.system,
+                tolerance=certificate.PACKED if packed else certificate.PLAIN,
+                sink=work.sink,
+            )
+
+    def certify() -> dict[str, Any]:
         source = Source(work.subject.source.model, work.subject.source.base)
         if is_gguf(source.model.id):
-            own = open_gguf(source.model.id, revision=source.model.revision)
-            return certify_llama(work, own.path, engine, packed=True, adapter=place.result)
+            return certify_on(open_gguf(source.model.id, revision=source.model.revision).path, packed=True)
         with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
             path = Path(folder) / "base.gguf"
             kind = gguf.AS_TRAINED if gguf.holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
-            packed = any(planned.type not in gguf.PLAIN for planned in base.planned)
-            return certify_llama(work, path, engine, packed=packed, adapter=place.result)
+            return certify_on(path, packed=any(planned.type not in gguf.PLAIN for planned in base.planned))
 
     size = place.result.stat().st_size
     return Outcome(place.result, place.folder, (place.result,), type_name, size, None, certify)

@@ -17,7 +17,9 @@ from ingle.errors import AdapterError, ExportError
 from ingle.evaluation.divergence import Divergence, Reference, compare, refer
 from ingle.evaluation.likelihood import Window
 from ingle.events import Progress, Sink, Warned
+from ingle.export import certificate
 from ingle.export.card import make_card, read_licence
+from ingle.export.comparison import Server
 from ingle.export.fidelity import TensorFidelity, mean_correlation
 from ingle.export.merging import Merger
 from ingle.export.promotion import Promotion
@@ -144,6 +146,32 @@ class Work:
         self.sink(Progress("measuring what is written", 0))
         engine = inference.open_source(source)
         return compare(engine.model, yardstick.reference, yardstick.windows).divergence()
+
+    def certify(
+        self, server: Server, open_written: Callable[[], Engine], divergence: Divergence | None, *, packed: bool
+    ) -> dict[str, Any]:
+        """Lets another program answer with a merged model, and compares it with what is written and what was trained.
+
+        Args:
+            server: The other program.
+            open_written: Opens what was written in float32; let go before what was trained is opened.
+            divergence: As :meth:`measure_written` found it.
+            packed: Whether any weight was packed.
+        """
+        asked: dict[str, Any] = {
+            "examples": self.subject.prompts(self.request.data),
+            "system": self.subject.system,
+            "sink": self.sink,
+        }
+        tolerance = certificate.PACKED if packed and self.request.to == "gguf" else certificate.PLAIN
+        made = certificate.certify(server, open_written(), tolerance=tolerance, **asked)
+        limit: float | None = certificate.LIMIT
+        if divergence is not None:
+            limit = certificate.LIMIT + certificate.SLACK * divergence.kl
+        elif packed:
+            limit = None if self.request.allow_loss else self.request.max_kl
+        trained = self.open_trained(dtype="float32")
+        return certificate.hold_against_trained(made, server, trained, limit=limit, **asked)
 
     def report(
         self,

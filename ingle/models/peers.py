@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ingle.errors import DependencyError
 from ingle.models.saving import quiet
+
+#: What reads an export besides transformers, by the name of its package.
+_NAMES = {"peft": "PEFT", "bitsandbytes": "bitsandbytes", "hqq": "the hqq package"}
 
 
 class TransformersServer:
@@ -48,7 +52,9 @@ class TransformersServer:
             raise DependencyError("transformers lacks a library for these weights.", why=str(error)) from error
         if adapter is None:
             return model
-        peft = _require_peft()
+        require_readers("peft")
+        import peft
+
         self.version += f", peft {peft.__version__}"
         return peft.PeftModel.from_pretrained(model, str(adapter))
 
@@ -64,6 +70,12 @@ class TransformersServer:
     def is_end(self, token: int) -> bool:
         """Whether an answer ends at a token."""
         return token in self._ends
+
+    @property
+    def declared_end(self) -> int | None:
+        """The tokenizer's own end of a text."""
+        number: int | None = self._tokenizer.eos_token_id
+        return number
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -82,11 +94,15 @@ class TransformersServer:
         return answer
 
 
-def _require_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise DependencyError(
-            "--verify asks PEFT itself, and it is not installed.", why=str(error), fix="pip install 'ingle[peft]'"
-        ) from error
-    return peft
+def require_readers(*libraries: str) -> None:
+    """Raises unless what another program needs to read an export is there.
+
+    Raises:
+        DependencyError: It is not installed.
+    """
+    for library in libraries:
+        if find_spec(library) is None:
+            raise DependencyError(
+                f"--verify asks {_NAMES[library]} itself, and it is not installed.",
+                fix=f"pip install {library}, or leave --verify out",
+            )

@@ -119,6 +119,7 @@ class _Echo:
     """Another program that is Ingle itself, with one fault."""
 
     version = "echo"
+    declared_end = None
 
     def __init__(self, engine: Engine, **faults: Any) -> None:
         self._engine, self._faults = engine, faults
