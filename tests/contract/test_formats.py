@@ -44,6 +44,7 @@ from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.hqq import Hqq
 from ingle.quant.ternary import Ternary
+from tests.tiny import take_steps
 
 FORMATS: dict[str, BaseConfig] = {
     "nf4": Nf4Base(format="nf4"),
@@ -548,14 +549,7 @@ def test_every_format_trains_under_lora(key: str) -> None:
     x, target = torch.randn(64, 256), torch.randn(64, 32)
     convert(model, FORMATS[key])
     attach(model, LoraAdapter(kind="lora", rank=8), seed=0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     frozen = [p.clone() for p in model.parameters() if not p.requires_grad]
-    losses = []
-    for _ in range(3):
-        loss = functional.mse_loss(model(x), target)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = take_steps(model, x, target, lr=0.01, num_steps=3)
     assert losses[2] < losses[1] < losses[0]
     assert all(map(torch.equal, frozen, (p for p in model.parameters() if not p.requires_grad)))

@@ -16,6 +16,7 @@ from ingle.errors import QuantizationError
 from ingle.quant import QuantLinear, convert, make_format
 from ingle.quant.format import GGUF_FORMATS
 from ingle.quant.ggml import GgmlBlocks
+from tests.tiny import take_steps
 
 NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.not_packed]
 ROWS, COLUMNS = 48, 512
@@ -114,14 +115,7 @@ def test_adapters_train_on_them(format: GgmlBlocks) -> None:
     model = nn.Sequential(make_layer(format), nn.GELU(), nn.Linear(ROWS, 32))
     x, target = torch.randn(64, COLUMNS), torch.randn(64, 32)
     attach(model, LoraAdapter(kind="lora", rank=8), seed=0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
     frozen = [p.clone() for p in model.parameters() if not p.requires_grad]
-    losses = []
-    for _ in range(3):
-        loss = functional.mse_loss(model(x), target)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = take_steps(model, x, target, lr=0.003, num_steps=3)
     assert losses[2] < losses[1] < losses[0]
     assert all(map(torch.equal, frozen, (p for p in model.parameters() if not p.requires_grad)))

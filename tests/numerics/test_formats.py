@@ -17,9 +17,9 @@ from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.likelihood import Window, pack_windows
-from ingle.models.architecture import build
 from ingle.quant import make_format
 from ingle.quant.imatrix import linear_maps
+from tests.tiny import make_random
 
 LLAMA = LlamaConfig(
     vocab_size=300,
@@ -34,15 +34,7 @@ GPT2 = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=12
 
 
 def make(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
-    model: Any = build(config, dtype).to_empty(device="cpu")
-    model.tie_weights()
-    if hasattr(model.base_model, "rotary_emb"):
-        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + ("norm" in path))
-    return model.eval()
+    return make_random(config, dtype, std=0.2).eval()
 
 
 def windows() -> list[Window]:

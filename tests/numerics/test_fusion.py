@@ -24,17 +24,9 @@ from ingle.config.base import Nf4Base
 from ingle.data.types import Batch
 from ingle.kernels import decoder_layer
 from ingle.models import forward_hidden
-from ingle.models.architecture import build
 from ingle.quant import convert
+from tests.tiny import SIZES, make_random
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
@@ -48,16 +40,11 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
 def make(config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter, *, packed: bool = False) -> Any:
-    model: Any = build(config, dtype).to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(values * 0.1 + ("norm" in path))
+    model = make_random(config, dtype)
     if packed:
         convert(model, Nf4Base(format="nf4", double_quant=False))
     adapters.attach(model, adapter, seed=0)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in adapters.trainable_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

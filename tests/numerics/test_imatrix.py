@@ -15,33 +15,20 @@ from ingle.config.base import Nf4Base
 from ingle.data.types import Batch
 from ingle.errors import QuantizationError
 from ingle.models import forward_hidden, recompute_layers
-from ingle.models.architecture import build
 from ingle.quant import convert
 from ingle.quant.imatrix import ImatrixCollector, linear_maps
+from tests.tiny import SIZES, make_random
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 GPT2 = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
 
 
 def make(config: PretrainedConfig, dtype: torch.dtype, *, adapted: bool, packed: bool) -> Any:
-    model: Any = build(config, dtype).to_empty(device="cpu")
-    if hasattr(model.base_model, "rotary_emb"):
-        model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + ("norm" in path))
+    model = make_random(config, dtype)
     if packed:
         convert(model, Nf4Base(format="nf4"))
     if adapted:
         adapters.attach(model, LoraAdapter(rank=4), seed=0)
+        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for _, parameter in adapters.trainable_parameters(model):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -22,6 +22,7 @@ from ingle.evaluation.formats.result import Estimate, FormatResult, Quality
 from ingle.events import Warned
 from ingle.models.architecture import build
 from ingle.quant.imatrix import linear_maps
+from tests.tiny import write_llama
 
 
 def row(name: str, size: int, kl: float, loss: float | None = None, spread: float = 0.0) -> FormatResult:
@@ -163,27 +164,18 @@ def test_an_architecture_that_llama_cpp_does_not_know_has_safetensors_only() -> 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaForCausalLM
 
     from tests.conftest import make_tokenizer
 
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return write_llama(
+        tmp_path_factory.mktemp("model"),
+        make_tokenizer(),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

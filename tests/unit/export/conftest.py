@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ingle import adapters, models
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import base_section
 from ingle.config.model import ModelConfig
+from tests.tiny import write_llama
 
 
 @pytest.fixture(scope="session")
@@ -20,26 +21,18 @@ def llama_folder(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_factory: Callable[..., PreTrainedTokenizerFast]
 ) -> Path:
     """Two layers, 256 wide, grouped queries, tied embeddings."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tokenizer_factory(eos="<|im_end|>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return write_llama(
+        tmp_path_factory.mktemp("llama"),
+        tokenizer_factory(eos="<|im_end|>"),
+        dtype=torch.bfloat16,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=4,
-        vocab_size=len(tokenizer),
         tie_word_embeddings=True,
         max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
         initializer_range=0.08,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ingle import models
 from ingle.config import ModelConfig
@@ -23,27 +23,14 @@ from ingle.gguf.imatrix import read_imatrix
 from ingle.quant import make_format
 from ingle.quant.imatrix import linear_maps
 from tests.conftest import make_tokenizer
+from tests.tiny import write_llama
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(path)
-    return path
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
+    return write_llama(path, make_tokenizer(), dtype=torch.bfloat16, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from ingle.errors import QuantizationError
 from ingle.quant import TernaryLinear, convert, settle
 from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
 from ingle.quant.ternary import Ternary
+from tests.tiny import take_steps
 
 GROUPS: list[TernaryGroups] = ["tensor", "row", 256]
 
@@ -133,14 +134,8 @@ def test_training_lowers_the_loss_and_flips_codes() -> None:
     attach(model, NoAdapter(kind="none"), seed=0)
     assert [type(module) for module in model] == [TernaryLinear, nn.GELU, TernaryLinear]
     x, target = torch.randn(64, 64), torch.randn(64, 32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    before, losses = decoded(model[0], torch.float32).sign(), []
-    for _ in range(20):
-        loss = functional.mse_loss(model(x), target)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    before = decoded(model[0], torch.float32).sign()
+    losses = take_steps(model, x, target, lr=0.01, num_steps=20)
     assert losses[-1] < 0.7 * losses[0]
     assert (decoded(model[0], torch.float32).sign() != before).any()
 
