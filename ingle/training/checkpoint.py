@@ -7,6 +7,7 @@ of ``(seed, step, micro-batch)``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -24,7 +25,10 @@ from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: Masters and moments, in the folder of a checkpoint.
+OPTIMIZER = "optimizer.safetensors"
 
 #: The importance matrix so far, in the folder of a checkpoint.
 IMATRIX = "imatrix.safetensors"
@@ -75,10 +79,11 @@ class Checkpoints:
         target = self._root / f"step-{position.step}"
         with atomic_folder(target) as partial:
             tensors = {name: tensor.contiguous() for name, tensor in optimizer.state_dict().items()}
-            save_file(tensors, partial / "optimizer.safetensors")
+            save_file(tensors, partial / OPTIMIZER)
             if self._imatrix is not None:
                 save_file(self._imatrix.state_dict(), partial / IMATRIX)
-            state = {"format": FORMAT_VERSION, **asdict(position)}
+            digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+            state = {"format": FORMAT_VERSION, "sha256": digests, **asdict(position)}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._root / f"step-{old}")
@@ -168,19 +173,27 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        tensors = load_file(path / "optimizer.safetensors")
         version = state.pop("format")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
+            )
+        for name, digest in state.pop("sha256").items():
+            if _digest(path / name) != digest:
+                raise _damaged(path, f"{name} holds other bytes than were written")
+        tensors = load_file(path / OPTIMIZER)
         position = replace(Position(0, 0, 0, ""), **state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
-        )
     return tensors, position
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _damaged(path: Path, error: Exception | str) -> CheckpointError:
     return CheckpointError(
         "the checkpoint is damaged.",
         where=str(path),

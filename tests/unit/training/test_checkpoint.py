@@ -75,6 +75,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, victim: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_a_single_changed_bit_is_damage(tmp_path: Path) -> None:
+    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    file = path / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0x40
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged") as caught:
+        read(path)
+    assert "optimizer.safetensors holds other bytes" in str(caught.value)
+
+
 def test_other_data_is_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
     path = checkpoints.save(_optimizer(), _position(1))
