@@ -107,9 +107,36 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
     with pytest.raises(DoesNotFit) as caught:
         _plan(_run(), free_bytes=1 << 20)
     text = str(caught.value)
-    assert "--train.micro_batch_size=1" in text
-    assert "--base.format=nf4" in text
+    assert "none of these is enough alone: --train.micro_batch_size=1" in text
+    assert "--base.format=nf4" not in text, "the weights of so small a model are not what takes the memory"
     assert "activations" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "width", "flag"),
+    [
+        ({"adapter": {"kind": "lora", "rank": 2000}}, 512, "--adapter.rank=1000"),
+        ({"adapter": {"kind": "lora", "rank": 4}}, 4096, "--base.format=nf4"),
+        ({"adapter": {"kind": "none"}}, 4096, "--adapter.kind=lora"),
+    ],
+)
+def test_a_flag_is_proposed_when_the_run_fits_with_it(sections: dict[str, Any], width: int, flag: str) -> None:
+    linears = (LinearShape(width, width, count=12, active=12, adapted=12),)
+    shape = replace(MODEL, num_parameters=12 * width * width + 1000 * 64, linears=linears)
+    short = replace(DATA, longest=8)
+
+    def fit(free_bytes: int, **sections: Any) -> Plan:
+        facts: dict[str, Any] = {"dtype_bytes": 2, "process_bytes": 0, "can_compile": True}
+        return make_plan(_run(**sections), shape, short, free_bytes=free_bytes, **facts)
+
+    free = round(0.9 * fit(1 << 60, **sections).memory["total"])
+    with pytest.raises(DoesNotFit) as caught:
+        fit(free, **sections)
+    proposed = [option.split(" (")[0] for option in str(caught.value.fix).split("   or   ")]
+    assert proposed == [flag], "neither rows nor recomputation are what takes the memory"
+    section, option = flag.removeprefix("--").split(".")
+    option, value = option.split("=")
+    fit(free, **sections | {section: sections.get(section, {}) | {option: int(value) if value.isdigit() else value}})
 
 
 def test_compile_decision_is_a_function_of_the_config() -> None:

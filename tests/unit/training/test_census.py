@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from ingle import adapters
 from ingle.config import AdapterConfig, DataConfig, LoraAdapter, ModelConfig, NoAdapter, Run
-from ingle.planning.plan import trainable_parameters
+from ingle.planning.memory import trainable_parameters
 from ingle.training.census import model_shape
 
 SIZES = {

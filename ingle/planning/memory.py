@@ -1,0 +1,95 @@
+"""The memory of a run, counted from its config and the shape of its model.
+
+Weights, adapters, gradients and optimizer state are counted exactly from the skeleton.  Activations are an
+estimate: the inputs and outputs of every linear map on the path of a token, which is what the fused layers
+and the nonlinearities between them keep for backward.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.base import HqqBase, base_section
+from ingle.config.run import Run
+from ingle.planning.shape import ModelShape
+
+#: Logits held at once by the chunked loss, and bytes a logit takes there (bf16 product and float32 softmax).
+_LOSS_CHUNK_LOGITS = 1 << 24
+_LOSS_BYTES_PER_LOGIT = 8
+
+#: What a CPU run loads after it is planned: the kernels, half way between a run that finds them compiled and one that
+#: compiles them; with bfloat16 also the matrix products that oneDNN compiles for each shape and keeps.  Measured, and
+#: much the same for every model.
+_CPU_KERNEL_BYTES = 60 << 20
+_CPU_PRIMITIVE_BYTES = 130 << 20
+
+
+def trainable_parameters(run: Run, model: ModelShape) -> int:
+    """Parameters that are trained."""
+    if run.adapter.kind == "none":
+        return model.num_parameters
+    rank, size = run.adapter.rank, _group_size(run)
+    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in model.linears)
+    return model.trained_whole + rank * columns
+
+
+def _group_size(run: Run) -> int:
+    """Inputs that share a column of A."""
+    if not isinstance(run.adapter, QaLoraAdapter):
+        return 1
+    base = run.base
+    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF's formats with an offset
+
+
+def memory_bytes(
+    run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int, *, on_gpu: bool = False
+) -> dict[str, int]:
+    """Predicted bytes by purpose, for rows of ``row_tokens`` tokens."""
+    weights = sum(
+        lin.num_weights
+        * lin.count
+        * (lin.bits_per_weight or run.base.bits_per_weight(lin.in_features, dtype_bits=8 * dtype_bytes))
+        / 8
+        for lin in model.linears
+    )
+    trained = trainable_parameters(run, model)
+    full = run.adapter.kind == "none"
+    whole = trained if full else model.trained_whole
+    copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; what the base answers with
+    widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
+    kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
+    largest = max((lin.num_weights for lin in model.linears), default=0)
+    is_packed = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
+    decoded = largest * dtype_bytes if is_packed else 0
+    logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
+    return {
+        "weights": round(weights) + model.other_parameters * dtype_bytes,
+        "merged weights": _merged_bytes(run, model),
+        "trainable": 4 * (trained - whole) + copies * whole,
+        "gradients": trained * 4,
+        "optimizer": trained * 8,
+        "activations": round(row_tokens * kept * dtype_bytes),
+        "decoded weights": decoded,
+        "loss": logits,
+        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes),
+    }
+
+
+def _merged_bytes(run: Run, model: ModelShape) -> int:
+    """Packed merged weights beside the base, in runs that train through the rounding of their merge."""
+    adapter = run.adapter
+    if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
+        named = adapter.merge_aware.format
+    elif isinstance(adapter, QaLoraAdapter) and adapter.train_rounding:
+        named = None
+    else:
+        return 0
+    target = run.base if named is None else base_section(named)
+    bits = sum(lin.num_weights * lin.adapted * target.bits_per_weight(lin.in_features) for lin in model.linears)
+    return round(bits / 8)
+
+
+def _kernel_bytes(dtype_bytes: int) -> int:
+    """What compiled kernels and their compiler take in the memory of a CPU run."""
+    return _CPU_KERNEL_BYTES + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)
