@@ -158,6 +158,16 @@ def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data
     assert "training data changed" in again.stderr
 
 
+@pytest.mark.parametrize(("batch", "warned"), [(4, False), (512, True)])
+def test_a_step_larger_than_the_data_is_told(config: Path, batch: int, warned: bool) -> None:
+    told: list[events.Event] = []
+    epochs = ["--train.num_steps=null", "--train.num_epochs=1", f"--train.global_batch_size={batch}"]
+    plan = flow.plan(load_run(config, epochs).run, told.append)
+    assert (plan.num_epochs >= 1.5) == warned
+    warnings = [event for event in told if isinstance(event, events.Warned) and "the data is read" in event.message]
+    assert len(warnings) == warned
+
+
 def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(ingle: Ingle, config: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
