@@ -179,7 +179,7 @@ def _row(scorer: Scorer, base: Scores, tuned: Scores, test: _Test, p_holm: float
         "num_better": int(np.sum(gains_S > 0)),
         "num_worse": int(np.sum(gains_S < 0)),
         "num_equal": int(np.sum(gains_S == 0)),
-        "mde80": _finite(_MDE80 * bounds.stderr),
+        "mde80": _finite(_MDE80 * bounds.stderr) if len(gains_S) >= wording.LEAST_SAMPLES else None,
     }
     for side, scores in (("base", base), ("tuned", tuned)):
         own, _ = _single_interval(scorer, scores, seed)

@@ -12,6 +12,9 @@ from ingle.wording import title as title
 #: Level of significance, after Holm's correction.
 LEVEL = 0.05
 
+#: Fewer samples cannot reach it: with ``n`` that all agree, p is ``2 / 2^n``.
+LEAST_SAMPLES = 6
+
 
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
     """A score, or with ``signed`` a difference, as print has it: ``61.0``, ``−3.3``, ``41.2 %``, ``+50.0 points``."""
@@ -71,6 +74,8 @@ def verdict(metric: str, row: Mapping[str, Any]) -> str:
 
 
 def _power(metric: str, row: Mapping[str, Any]) -> str:
+    if row["n"] < LEAST_SAMPLES:
+        return f" Fewer than {LEAST_SAMPLES} samples can show none, however large it is."
     if not row["mde80"]:
         return ""
     return f" A difference smaller than {score(metric, row['mde80'])} would likely go unseen with this many samples."

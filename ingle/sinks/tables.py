@@ -135,7 +135,8 @@ def side_by_side(comparison: Mapping[str, Any], num_shown: int) -> Iterator[Rend
     shown = comparison.get("shown", {})
     picked = [("largest gain", index) for index in shown.get("gains", [])[:1]]
     picked += [("largest loss", index) for index in shown.get("losses", [])[:1]]
-    picked += [("drawn at random", index) for index in shown.get("random", [])]
+    already = [index for _, index in picked]
+    picked += [("drawn at random", index) for index in shown.get("random", []) if index not in already]
     for reason, index in picked[:num_shown]:
         sample = comparison["samples"][index]
         if sample.get("base") is None and sample.get("tuned") is None:

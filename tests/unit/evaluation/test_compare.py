@@ -95,7 +95,7 @@ def test_the_verdict_is_one_honest_sentence():
     assert report["verdict"].startswith("exact match 15.0 % → 85.0 %, +70.0 points [")
     assert report["verdict"].endswith("n = 40: better.")
     few = compare(*pair(1, 2, 0, 1), task("exact_match"))
-    assert "p = 0.500, n = 4: no significant difference" in few["verdict"]
+    assert "p = 0.500, n = 4: no significant difference. Fewer than 6 samples can show none" in few["verdict"]
     assert compare(*pair(0, 0, 30, 0), task("exact_match"))["verdict"].endswith("worse.")
 
 

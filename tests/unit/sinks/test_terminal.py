@@ -213,6 +213,8 @@ def test_the_comparison_and_answers_side_by_side() -> None:
         "Sample 1, drawn at random",
     ]
     assert "(empty)" in show(started(), Evaluated(6, silent))
+    few = show(started(), Evaluated(6, COMPARISON | {"shown": {"gains": [4], "losses": [], "random": [1, 4]}}))
+    assert few.count("Sample 5") == 1 and few.count("Sample 2") == 1, "each is shown once"
     assert "ask 4 [bold]" in text and "truth" in text and "base 4" in text and "tuned 4" in text
 
 
