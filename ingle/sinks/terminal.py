@@ -129,6 +129,9 @@ class Terminal:
         if self.console.is_terminal:
             live = self._progress()
             if event.stage not in self._stages:
+                # One stage follows another, and of an unknown length it is over when the next begins.
+                for task in [task for task in live.tasks if task.total is None]:
+                    live.remove_task(self._stages.pop(task.description))
                 self._stages[event.stage] = live.add_task(event.stage, total=event.total, facts="")
             live.update(self._stages[event.stage], completed=event.done, total=event.total)
             if event.total is not None and event.done >= event.total:

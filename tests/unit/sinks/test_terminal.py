@@ -162,6 +162,22 @@ def test_the_bar_goes_when_the_block_ends_badly() -> None:
     assert not console._live_stack
 
 
+def test_a_stage_of_unknown_length_is_over_when_the_next_begins() -> None:
+    shown: list[list[str]] = []
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    with Terminal(console) as sink:
+        for event in (
+            events.Progress("tokenize", 1024),
+            events.Progress("tokenize", 2048),
+            events.Progress("reading weights", 1, 2),
+            events.Progress("reading weights", 2, 2),
+        ):
+            sink(event)
+            assert sink._live is not None
+            shown.append([task.description for task in sink._live.tasks])
+    assert shown == [["tokenize"], ["tokenize"], ["reading weights"], []]
+
+
 def test_long_stages_are_told_in_quarters() -> None:
     text = show(*(events.Progress("reading", done, 100) for done in range(101)), *[events.Progress("drawing", 3)] * 4)
     assert text.splitlines() == [
