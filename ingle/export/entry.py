@@ -103,7 +103,7 @@ def _require_reader(request: Request) -> None:
         case "peft":
             require_readers("peft")
         case "safetensors":
-            require_readers(*hf.READERS.get((request.type or "bf16").lower(), ()))
+            require_readers(*hf.READERS.get((request.type or "bf16").lower().partition("-")[0], ()))
 
 
 _WAYS: dict[Target, Callable[[Work], Outcome]] = {

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ingle import models, quant
-from ingle.config.base import BaseConfig, NoBase, base_section
+from ingle.config.base import BaseConfig, HqqBase, NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, QuantizationError
+from ingle.evaluation.formats import HQQ, PACKED, safetensors_base
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
 from ingle.export.merging import Loaded, Merger
@@ -34,8 +35,6 @@ from ingle.quant.linear import Packed
 
 #: Plain types by their name on the command line.
 PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-#: Formats that have a layout of their own among safetensors.
-PACKED = ("nf4", "fp4", "int8", "hqq")
 #: What transformers needs to read them.
 READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",)}
 
@@ -60,6 +59,8 @@ class Layout:
         """As on the command line."""
         if isinstance(self.base, NoBase):
             return next(name for name, dtype in PLAIN.items() if dtype == self.dtype)
+        if isinstance(self.base, HqqBase):
+            return f"hqq-{self.base.bits}-g{self.base.group_size}".removesuffix("-g64")
         return self.base.format
 
 
@@ -68,21 +69,24 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
 
     Args:
         type_name: As typed.
-        base: What the run trained on; its block size and the like are taken over where the format is the same.
+        base: What the run trained on; its block size, bits and the like are taken over where only the format is named.
 
     Raises:
         ConfigError: There is no such layout among safetensors.
     """
     if type_name in PLAIN:
         return Layout(PLAIN[type_name], NoBase())
-    if type_name in PACKED:
-        if base.format == type_name:
-            return Layout(torch.bfloat16, base)
-        return Layout(torch.bfloat16, base_section({"format": type_name}))
+    if type_name == base.format and type_name in READERS:
+        return Layout(torch.bfloat16, base)
+    packed = safetensors_base({"hqq": "hqq-4"}.get(type_name, type_name))
+    if packed is not None:
+        return Layout(torch.bfloat16, packed)
     raise ConfigError(
         f"there is no layout of safetensors for {type_name}.",
         where=f"--type {type_name}",
-        fix=f"--to gguf --type {type_name}" if type_name in FILE_TYPES else f"one of {', '.join((*PLAIN, *PACKED))}",
+        fix=f"--to gguf --type {type_name}"
+        if type_name in FILE_TYPES
+        else f"one of {', '.join((*PLAIN, *PACKED, *HQQ))}",
     )
 
 

@@ -38,7 +38,7 @@ def export_safetensors(work: Work) -> Outcome:
         work.check_base(merger)
         written = _folder_source(partial, layout, source)
         num_weights = sum(entry.num_weights for entry in merger.stream.entries)
-        divergence = None if layout.name == "hqq" else work.measure_written(yardstick, written, num_weights)
+        divergence = work.measure_written(yardstick, written, num_weights)
         report = work.report(
             layout.name,
             found,

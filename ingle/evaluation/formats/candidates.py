@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from ingle.config.base import BaseConfig, HqqBase, base_section
 from ingle.errors import ConfigError, GgufError
@@ -92,13 +92,8 @@ def find_target(name: str, option: str = "--to") -> Target:
     resolved = (ALIASES | {"hqq": "hqq-4"}).get(name.lower(), name.lower())
     if resolved in FILE_TYPES:
         return Target(resolved, "gguf")
-    if resolved in PACKED:
-        return Target(resolved, "safetensors", base_section({"format": resolved}))
-    if match := _HQQ.match(resolved):
-        section = {"format": "hqq", "bits": int(match[1]), "group_size": int(match[2] or 64)}
-        fields = HqqBase.model_fields
-        if all(section[key] in fields[key].annotation.__args__ for key in ("bits", "group_size")):  # type: ignore[union-attr]
-            return Target(resolved, "safetensors", base_section(section))
+    if (base := safetensors_base(resolved)) is not None:
+        return Target(resolved, "safetensors", base)
     known = (*FILE_TYPES, *PACKED, *HQQ)
     close = difflib.get_close_matches(resolved, known, n=1, cutoff=0.5)
     fix = f"did you mean {close[0]}?" if close else None
@@ -110,6 +105,19 @@ def find_target(name: str, option: str = "--to") -> Target:
         why=f"formats are {', '.join(known)}",
         fix=fix,
     )
+
+
+def safetensors_base(name: str) -> BaseConfig | None:
+    """The base format that a name of a packed layout of safetensors means: ``nf4``, ``hqq-3``, ``hqq-2-g32``."""
+    if name in PACKED:
+        return base_section({"format": name})
+    match = _HQQ.match(name)
+    if match is None:
+        return None
+    section = {"format": "hqq", "bits": int(match[1]), "group_size": int(match[2] or 64)}
+    fields = HqqBase.model_fields
+    known = all(section[key] in get_args(fields[key].annotation) for key in ("bits", "group_size"))
+    return base_section(section) if known else None
 
 
 def list_candidates(

@@ -76,6 +76,20 @@ def test_merged_safetensors_are_certified_by_transformers(
     assert "| model.layers.0.self_attn.q_proj.weight | float32 |" in (out / "fidelity.md").read_text()
 
 
+@pytest.mark.parametrize("type_name", ["hqq", "hqq-8", "hqq-3-g32"])
+def test_hqq_is_measured_as_every_other_layout(
+    make_adapter: MakeAdapter, tmp_path: Path, text: Path, type_name: str
+) -> None:
+    out = tmp_path / "out"
+    result = export(str(make_adapter(0.2)), "safetensors", out, type=type_name, data=text, allow_loss=True)
+    bits, group_size = {"hqq": (4, 64), "hqq-8": (8, 64), "hqq-3-g32": (3, 32)}[type_name]
+    assert result["type"] == {"hqq": "hqq-4"}.get(type_name, type_name)
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["quant_config"]
+    assert told["weight_quant_params"] == {"nbits": bits, "group_size": group_size, "axis": 1}
+    kl = result["fidelity"]["divergence"]["kl"]
+    assert kl < 1e-3 if bits == 8 else 1e-3 < kl < 1
+
+
 @needs_llama
 @pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_k_m", "q5_1", "iq4_xs"])
 def test_llama_cpp_answers_with_gguf_as_ingle_does(
