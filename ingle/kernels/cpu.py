@@ -3,11 +3,6 @@
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.  ``out`` holds bits: ``uint16`` is
 bfloat16, ``uint32`` is float32.
 
-A 16-level format is decoded inside vector registers: the 16 products ``level * scale`` of a block are rounded once to
-the output type, split into bytes, and a byte shuffle (SSSE3's ``pshufb``, NEON's ``tbl``) picks from them by code.
-LLVM's own vectoriser cannot find this, and compiles a look-up into single loads at a tenth of the speed.  Processors
-without such a shuffle take ``look_up_portable``, with the same results.
-
 Threads: on Linux numba's OpenMP layer and torch share libgomp, and with it the very threads.  A second pool would
 fight with torch's, whose threads spin for a while after every product.  Every row is computed by one thread in one
 order, so results do not depend on how many there are.
@@ -15,170 +10,18 @@ order, so results do not depend on how many there are.
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import binding, ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, prange
 
 from ingle.kernels.cpu_cache import compile_kernel
+from ingle.kernels.look_up import UNIT, WIDE, look_up, look_up_wide, put
 
-#: Weights decoded by one look-up.
-UNIT = 16
-#: Weights decoded in one go where a block has as many: without loops in between, at twice the speed.
-WIDE = 64
 #: 1 / 127 as bitsandbytes spells it.
 RECIPROCAL = np.float32(7.874015718698502e-3)
 #: log2 of the number of absmax values that share one nested absmax.
 NESTED_SHIFT = 8
-
-_BYTE, _WORD, _DWORD, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-
-
-def find_shuffle() -> str | None:
-    """LLVM's name of this processor's 16-byte shuffle, or None."""
-    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
-        return None  # numba was told to compile for another processor than this one
-    match platform.machine().lower():
-        case "x86_64" | "amd64":
-            return "llvm.x86.ssse3.pshuf.b.128" if binding.get_host_cpu_features().get("ssse3") else None
-        case "aarch64" | "arm64":
-            return "llvm.aarch64.neon.tbl1.v16i8"
-    return None
-
-
-def make_look_up(shuffle: str, count: int) -> Any:
-    """``look_up_portable`` of ``count`` weights by a byte shuffle of that name, for numba's kernels to call."""
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def look_up_vector(_: Any, codes: Any, at: Any, levels: Any, scale: Any, out: Any, to: Any) -> tuple[Any, Any]:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kinds = signature.args
-            codes, at, levels, scale, out, to = arguments
-            table = _load(builder, _address(context, builder, kinds[2], levels), _FLOAT, UNIT)
-            # Nobody writes the levels, so the products of a block are computed once for all its units.
-            table.set_metadata("invariant.load", builder.module.add_metadata([]))
-            products = builder.bitcast(builder.fmul(table, _splat(builder, scale)), ir.VectorType(_DWORD, UNIT))
-            for unit in range(count // UNIT):
-                first = builder.add(at, at.type(unit * UNIT // 2))
-                packed = _load(builder, _address(context, builder, kinds[0], codes, first), _BYTE, UNIT // 2)
-                decoded = _pick(builder, products, packed, shuffle, narrow=kinds[4].dtype == types.uint16)
-                place = _address(context, builder, kinds[4], out, builder.add(to, to.type(unit * UNIT)))
-                builder.store(decoded, builder.bitcast(place, decoded.type.as_pointer())).align = 1
-            return context.get_dummy_value()
-
-        return types.void(codes, at, levels, scale, out, to), generate
-
-    return look_up_vector
-
-
-def _pick(builder: Any, products: Any, packed: Any, shuffle: str, narrow: bool) -> Any:
-    """The products that 16 codes name, as bytes in memory order; bfloat16 if narrow, else float32."""
-    high = builder.lshr(packed, _fill(_BYTE, UNIT // 2, 4))
-    low = builder.and_(packed, _fill(_BYTE, UNIT // 2, 15))
-    index = _interleave(builder, high, low)
-    kind = ir.FunctionType(index.type, [index.type, index.type])
-    function = cgutils.get_or_insert_function(builder.module, kind, shuffle)
-    values = _round_halves(builder, products) if narrow else products
-    picked = [builder.call(function, [_byte(builder, values, k), index]) for k in range(2 if narrow else 4)]
-    if narrow:
-        return _interleave(builder, *picked)
-    words = ir.VectorType(_WORD, UNIT)
-    lower = builder.bitcast(_interleave(builder, picked[0], picked[1]), words)
-    upper = builder.bitcast(_interleave(builder, picked[2], picked[3]), words)
-    return _interleave(builder, lower, upper)
-
-
-def _round_halves(builder: Any, bits: Any) -> Any:
-    """The upper halves of float32 bits, rounded to nearest even: bfloat16."""
-    odd = builder.and_(builder.lshr(bits, _fill(_DWORD, UNIT, 16)), _fill(_DWORD, UNIT, 1))
-    rounded = builder.add(builder.add(bits, _fill(_DWORD, UNIT, 0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, _fill(_DWORD, UNIT, 16)), ir.VectorType(_WORD, UNIT))
-
-
-def _byte(builder: Any, values: Any, number: int) -> Any:
-    """One byte of every element, the lowest is number 0."""
-    shifted = builder.lshr(values, _fill(values.type.element, UNIT, 8 * number))
-    return builder.trunc(shifted, ir.VectorType(_BYTE, UNIT))
-
-
-def _interleave(builder: Any, even: Any, odd: Any) -> Any:
-    count = even.type.count
-    order = [index for i in range(count) for index in (i, count + i)]
-    return builder.shuffle_vector(even, odd, ir.Constant(ir.VectorType(_DWORD, 2 * count), order))
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(ir.VectorType(_FLOAT, UNIT), ir.Undefined), value, _DWORD(0))
-    return builder.shuffle_vector(vector, vector, _fill(_DWORD, UNIT, 0))
-
-
-def _fill(kind: Any, count: int, value: int) -> Any:
-    return ir.Constant(ir.VectorType(kind, count), [value] * count)
-
-
-def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any = None) -> Any:
-    start = context.make_array(kind)(context, builder, array).data
-    return start if index is None else builder.gep(start, [index])
-
-
-def _load(builder: Any, address: Any, element: Any, count: int) -> Any:
-    loaded = builder.load(builder.bitcast(address, ir.VectorType(element, count).as_pointer()))
-    loaded.align = 1
-    return loaded
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def float_bits(_: Any, value: Any) -> tuple[Any, Any]:
-    """The bits of a float32, as uint32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], _DWORD)
-
-    return types.uint32(types.float32), generate
-
-
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def put(value: Any, out: Any, to: int) -> None:
-    """Stores the bits of a float32 at ``out[to]``; rounded to nearest even where ``out`` holds bfloat16."""
-    bits = float_bits(value)
-    if out.itemsize == 2:
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    out[to] = bits
-
-
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def look_up_portable(codes: Any, at: int, levels: Any, scale: Any, out: Any, to: int) -> None:
-    """Decodes 16 weights from 8 bytes: ``out[to + k] = round(levels[code[k]] * scale)``.
-
-    Args:
-        codes: uint8, flat; the even weight in the high nibble.
-        at: Index of the first byte.
-        levels: 16 float32.
-        scale: float32.
-        out: uint16 (the bits of bfloat16) or uint32 (those of float32), flat.
-        to: Index of the first weight.
-    """
-    for k in range(UNIT // 2):
-        put(levels[codes[at + k] >> 4] * scale, out, to + 2 * k)
-        put(levels[codes[at + k] & 15] * scale, out, to + 2 * k + 1)
-
-
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def look_up_portable_wide(codes: Any, at: int, levels: Any, scale: Any, out: Any, to: int) -> None:
-    """``look_up_portable`` of 64 weights from 32 bytes."""
-    for unit in range(WIDE // UNIT):
-        look_up_portable(codes, at + unit * (UNIT // 2), levels, scale, out, to + unit * UNIT)
-
-
-_SHUFFLE = find_shuffle()
-#: The fastest look-ups this processor has.
-look_up: Any = look_up_portable if _SHUFFLE is None else make_look_up(_SHUFFLE, UNIT)
-look_up_wide: Any = look_up_portable_wide if _SHUFFLE is None else make_look_up(_SHUFFLE, WIDE)
 
 
 @njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ingle.kernels.cpu import float_bits
 from ingle.kernels.cpu_encode import from_bits
 from ingle.kernels.ggml_lanes import LANES
+from ingle.kernels.look_up import float_bits
 
 #: ``(v + ROUND) - ROUND`` rounds half to even.
 ROUND = np.float32(12582912.0)

@@ -16,9 +16,10 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from ingle.kernels.cpu import put, split
+from ingle.kernels.cpu import split
 from ingle.kernels.cpu_cache import compile_kernel
 from ingle.kernels.ggml_block import from_half
+from ingle.kernels.look_up import put
 from ingle.kernels.vector import DWORD, Array, Vector, splat
 
 #: Weights decoded in one go where a group has as many.

@@ -14,7 +14,7 @@ import torch
 from llvmlite import binding, ir
 from numba import njit, prange
 
-from ingle.kernels import cpu, cpu_cache
+from ingle.kernels import cpu, cpu_cache, look_up
 from ingle.kernels.cpu_threads import match_threads, set_threads
 from ingle.kernels.decode import encode_levels, has_kernel, search_bounds
 from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
@@ -28,8 +28,10 @@ SCALES = np.array([0, 1, 0.0317, 1e-45, 1e-38, 1.2e-38, 3.39e38, 3.4e38, -0.5, 2
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(("bits", "dtype"), [(np.uint16, torch.bfloat16), (np.uint32, torch.float32)])
 def test_every_look_up_rounds_as_torch(wide: bool, bits: Any, dtype: torch.dtype) -> None:
-    count = cpu.WIDE if wide else cpu.UNIT
-    ways = (cpu.look_up_portable_wide, cpu.look_up_wide) if wide else (cpu.look_up_portable, cpu.look_up)
+    count = look_up.WIDE if wide else look_up.UNIT
+    ways = [look_up.look_up_portable_wide, look_up.look_up_wide] if wide else [look_up.look_up_portable]
+    if (shuffle := look_up.find_shuffle()) is not None:
+        ways.append(look_up.make_look_up(shuffle, count))
     codes = np.arange(256, dtype=np.uint8)
     numbers = torch.from_numpy(codes)
     code = torch.stack((numbers >> 4, numbers & 15), dim=1).flatten().int()
@@ -52,9 +54,10 @@ def test_every_look_up_rounds_as_torch(wide: bool, bits: Any, dtype: torch.dtype
 def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
-    assert cpu.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
+    assert look_up.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
     monkeypatch.setattr(numba.config, "CPU_NAME", "generic")
-    assert cpu.find_shuffle() is None
+    assert look_up.find_shuffle() is None
+    assert not look_up.has_permute()
 
 
 def test_look_up_compiles_for_arm() -> None:
@@ -65,7 +68,7 @@ def test_look_up_compiles_for_arm() -> None:
     builder = ir.IRBuilder(function.append_basic_block())
     products = builder.bitcast(function.args[0], ir.VectorType(ir.IntType(32), 16))
     shuffle = "llvm.aarch64.neon.tbl1.v16i8"
-    builder.store(cpu._pick(builder, products, function.args[1], shuffle, narrow=True), function.args[2])
+    builder.store(look_up._pick(builder, products, function.args[1], shuffle, narrow=True), function.args[2])
     builder.ret_void()
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -84,7 +87,7 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
     @njit
     def round_all(values: Any, out: Any) -> None:
         for k in range(values.size):
-            cpu.put(values[k], out, k)
+            look_up.put(values[k], out, k)
 
     out = np.zeros(values.numel(), dtype=np.uint16)
     round_all(values.numpy(), out)
