@@ -207,7 +207,7 @@ def _parse_pair(row: Mapping[str, Any], origin: str, first: str) -> Example:
     prompt, answer = _find_pair(row) or ("prompt", "completion")
     if _is_turns(row.get(prompt), "role"):  # a conversational pair: both columns hold messages
         turns = list(row[prompt]) + (list(row[answer]) if isinstance(row.get(answer), list) else [])
-        joined = {"messages": turns, "references": row.get("references")}
+        joined = {"messages": turns, "references": row.get("references"), "tools": row.get("tools")}
         return _parse_turns(joined, origin, first, "messages", "role", "content")
     return _pair_example(
         row, origin, _text(row, prompt, origin, first, layout), _answered(row, (answer,), origin, first, layout)
@@ -230,6 +230,9 @@ def _parse_turns(
     turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise _misfit(row, origin, first, layout, "there is no list of messages, or it is empty")
+    if row.get("tools") not in (None, [], "", "[]"):
+        why = "the row has 'tools', which the chat template would show the model, and which are not supported yet"
+        raise _misfit(row, origin, first, layout, why)
     messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, Mapping) or role_key not in turn:
@@ -241,6 +244,9 @@ def _parse_turns(
         for name in ("tool_calls", "reasoning_content", "thinking"):
             if turn.get(name):
                 raise _misfit(row, origin, first, layout, f"message {number} has {name!r}, which is not supported yet")
+        if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
+            why = f"message {number} is marked as not to be trained on (weight, train), which is not supported yet"
+            raise _misfit(row, origin, first, layout, why)
         messages.append(Message(role, _content(turn.get(content_key), number, row, origin, first, layout)))
     references = _references(row, origin, first, layout)
     if references and messages[-1].role != "assistant":

@@ -193,6 +193,10 @@ def test_rows_of_no_known_layout_name_their_columns(row, why):
         ({"messages": [{"role": "user", "content": None}]}, "messages", "not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "not text"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages", "tool_calls"),
+        ({"messages": CHAT, "tools": [{"type": "function"}]}, "messages", "'tools'"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "tools": "[{}]"}, "prompt-completion", "'tools'"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "messages", "message 2 is marked as not to be trained on"),
+        ({"messages": [CHAT[0], {**CHAT[1], "train": False}]}, "messages", "message 2 is marked"),
         ({"conversations": [{"from": "human"}]}, "sharegpt", "not text"),
         ({"instruction": "a"}, "instruction", "'output' is missing"),
     ],
@@ -219,3 +223,9 @@ def test_half_of_a_surrogate_pair_is_an_error_with_its_line(row, layout):
         parse_row(row, layout, "f:9")
     assert caught.value.where == "f:9"
     assert "surrogate" in str(caught.value.why)
+
+
+@pytest.mark.parametrize("extra", [{"tools": []}, {"tools": None}, {"tools": "[]"}, {"id": 7}])
+def test_columns_that_say_nothing_are_passed_over(extra):
+    turns = [CHAT[0], {**CHAT[1], "weight": 1, "train": True}]
+    assert len(parse_row({"messages": turns, **extra}, "messages", "f:1").messages) == 2
