@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
-from ingle.quant import QuantLinear
+from ingle.quant import QuantEmbedding, QuantLinear
 from ingle.wording import first_line
 
 if TYPE_CHECKING:
@@ -69,8 +69,17 @@ def head(model: PreTrainedModel) -> Head:
     scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    weight = layer.decode(model.dtype) if isinstance(layer, QuantLinear) else layer.weight
+    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
     return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
+
+
+def computed_in(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the hidden states: the model's own, which transformers reads off the first weight that is floating.
+
+    Where the embedding is packed, that one belongs to an adapter, or to nothing.
+    """
+    embedding = model.get_input_embeddings()
+    return embedding.weight_dtype if isinstance(embedding, QuantEmbedding) else model.dtype
 
 
 def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -91,7 +100,7 @@ def _packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         boundaries = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
     else:
-        mask = _block_diagonal(cu_seqlens, input_ids.shape[1], model.dtype)
+        mask = _block_diagonal(cu_seqlens, input_ids.shape[1], computed_in(model))
     output = model.base_model(
         input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False, **boundaries
     )
@@ -147,7 +156,7 @@ def verify(model: PreTrainedModel) -> None:
     error = (ours - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(1e-30)
     # The median of a document: a router on the edge may send a single token to another expert.
     worst = max(document.median().item() for document in error.split(lengths))
-    if not worst <= _TOLERANCE.get(model.dtype, 0.2):
+    if not worst <= _TOLERANCE.get(computed_in(model), 0.2):
         raise ModelError(
             f"{type(model).__name__} does not give the same logits packed as one document at a time.",
             where="model.id",
@@ -172,7 +181,7 @@ def _not_finite(model: PreTrainedModel) -> ModelError:
     return ModelError(
         f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite.",
         where="model.dtype",
-        why=f"the values overflow in {str(model.dtype).removeprefix('torch.')}",
+        why=f"the values overflow in {str(computed_in(model)).removeprefix('torch.')}",
         fix="--model.dtype=float32",
     )
 

@@ -14,6 +14,7 @@ from ingle.config import load_run
 from ingle.data.types import Message
 from ingle.errors import IngleError
 from ingle.gguf import read_gguf
+from ingle.models import head
 from ingle.quant import QuantEmbedding, QuantLinear
 
 Write = Callable[[Path, Path, str], Path]
@@ -48,6 +49,16 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     assert answer == inference.open_model(str(tmp_path / "run")).generate(
         [[Message("user", "3 plus 4?")]], max_new_tokens=8
     )
+
+
+def test_a_file_whose_every_matrix_is_packed_answers_in_bfloat16(config: Path, file: Path, tmp_path: Path) -> None:
+    """The first floating weight of such a model is the adapter's, in float32."""
+    overrides = [f"--model.id={file}", "--base.format=none", "--model.dtype=bfloat16", "--train.num_steps=2"]
+    report = flow.finetune(load_run(config, overrides).run)
+    assert "chrf" in report["metrics"]
+    engine = inference.open_model(str(tmp_path / "run"))
+    assert head(engine.model).weight.dtype == torch.bfloat16
+    assert engine.generate([[Message("user", "3 plus 4?")]], max_new_tokens=4)
 
 
 def test_a_run_on_a_mix_is_the_run_on_a_file_of_that_type(config: Path, file: Path, tmp_path: Path) -> None:
