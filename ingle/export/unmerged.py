@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ingle import adapters
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
+from ingle.events import Warned
 from ingle.export import adapter_gguf, certificate, gguf, hf
 from ingle.export.adapter_gguf import TYPES
 from ingle.export.gguf import GgufExport
@@ -114,6 +116,14 @@ def _require_adapter(work: Work) -> Path:
             "there is no adapter here to export.",
             where=work.base_model,
             fix="--to safetensors or --to gguf writes the model",
+        )
+    if adapters.read_record(adapter).adapter.get("merge_aware") is not None:
+        work.sink(
+            Warned(
+                "this adapter was trained to be merged: on the unmerged base it answers somewhat differently than in "
+                "training; --to gguf and --to safetensors write what was trained",
+                where=str(adapter),
+            )
         )
     return adapter
 

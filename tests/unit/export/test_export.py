@@ -17,8 +17,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ingle import inference, models
+from ingle.config.adapter import MergeAware
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
+from ingle.events import Event, Warned
 from ingle.export import certificate, export
 from ingle.export.certificate import certify
 from ingle.inference import Engine
@@ -111,6 +113,16 @@ def test_llama_cpp_puts_the_adapter_on_its_base(make_adapter: MakeAdapter, tmp_p
     made = result["certificate"]
     assert made["passed"] and made["mean_kl"] < (1e-5 if base == "none" else 1e-2)
     assert sorted(os.listdir(tmp_path / "lora")) == ["Modelfile", "README.md", "certificate.json", "lora.gguf"]
+
+
+@pytest.mark.parametrize(("aware", "number"), [(None, 0), (MergeAware(), 1)])
+def test_an_adapter_trained_to_be_merged_is_told_when_it_is_not(
+    make_adapter: MakeAdapter, tmp_path: Path, aware: MergeAware | None, number: int
+) -> None:
+    told: list[Event] = []
+    export(str(make_adapter(base="q4_0", merge_aware=aware)), "peft", tmp_path / "out", sink=told.append)
+    warnings = [event.message for event in told if isinstance(event, Warned)]
+    assert len(warnings) == number and all("unmerged" in warning for warning in warnings)
 
 
 @needs_llama
