@@ -50,7 +50,8 @@ def export(
             metavar="TYPE",
             show_default=False,
             help="GGUF: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, ..., bf16, f16, f32, or as-trained (every weight in the "
-            "format it was trained in). safetensors: bf16 (the default), f16, f32, nf4, fp4, int8, hqq-4 (or 8, 3, 2, 1 bits; hqq-3-g32).",
+            "format it was trained in). safetensors: bf16 (the default), f16, f32, nf4, fp4, int8, hqq-4 (or 8, 3, 2, "
+            "1 bits; hqq-3-g32 for groups of 32).",
         ),
     ] = None,
     verify: Annotated[

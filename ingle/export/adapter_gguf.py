@@ -22,10 +22,7 @@ from ingle.export.merging import Merger, is_transposed
 from ingle.gguf import TensorToWrite, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.names import names_of
-
-#: Types an adapter may be written in.
-TYPES = ("f32", "f16", "bf16")
-_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from ingle.quant.format import PLAIN
 
 
 def write_adapter(merger: Merger, path: Path, type_name: str, metadata: Mapping[str, Any]) -> int:
@@ -34,7 +31,7 @@ def write_adapter(merger: Merger, path: Path, type_name: str, metadata: Mapping[
     Args:
         merger: Base and adapter.
         path: Where.
-        type_name: One of :data:`TYPES`.
+        type_name: One of :data:`~ingle.quant.format.PLAIN`.
         metadata: What else the file says of itself.
 
     Returns:
@@ -86,5 +83,5 @@ def factors(layer: LoraLinear, alpha: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _tensor(name: str, type_name: str, value: torch.Tensor) -> TensorToWrite:
-    data: NDArray[Any] = value.to(_DTYPES[type_name]).contiguous().view(torch.uint8).numpy()
+    data: NDArray[Any] = value.to(PLAIN[type_name]).contiguous().view(torch.uint8).numpy()
     return TensorToWrite(name, type_name, tuple(value.shape), lambda: np.ascontiguousarray(data))

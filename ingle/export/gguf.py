@@ -20,28 +20,20 @@ from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
 
 from ingle import models
-from ingle.config.base import BaseConfig, base_section
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
-from ingle.errors import ConfigError, GgufError
+from ingle.errors import GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
+from ingle.export.gguf_types import AS_TRAINED, target_of
 from ingle.export.merging import Loaded, Merger
 from ingle.gguf import GgufFile, TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.imatrix import read_imatrix
-from ingle.gguf.mixes import ALIASES, FILE_TYPES, file_type_number, is_packed, mix_of
+from ingle.gguf.mixes import file_type_number, is_packed, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.rotary import rope_divisors
 from ingle.models.streaming import Entry
-from ingle.quant.format import Format, make_format
-
-#: Plain types of a GGUF file.
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-
-#: ``--type`` of a file in which every tensor keeps the format it was trained in.
-AS_TRAINED = "as-trained"
+from ingle.quant.format import PLAIN, Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +99,11 @@ class GgufExport:
         return sum(planned.num_bytes for planned in self.planned)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the file holds blocks, and not plain numbers alone."""
+        return any(planned.type not in PLAIN for planned in self.planned)
+
+    @property
     def num_copied(self) -> int:
         """Weights whose bytes are those of the base."""
         return self._num_copied
@@ -169,7 +166,7 @@ class GgufExport:
         elif self.base_file is not None:
             kind = int(self.base_file.metadata.get("general.file_type", kind))
         about = {"general.type": "model", "general.file_type": kind}
-        if any(planned.type not in PLAIN for planned in self.planned):
+        if self.is_packed:
             about["general.quantization_version"] = GGML_QUANT_VERSION
         return self._described | about | words
 
@@ -177,7 +174,7 @@ class GgufExport:
         """What would survive of a merged weight in another type."""
         assert planned.entry is not None
         with self.merger.loaded(planned.entry) as loaded:
-            return measure(loaded, planned.name, _target(type_name), self.importance.get(planned.name))[1]
+            return measure(loaded, planned.name, target_of(type_name), self.importance.get(planned.name))[1]
 
     def _plan(self) -> list[Planned]:
         planned = []
@@ -223,7 +220,7 @@ class GgufExport:
 
     def _pack(self, planned: Planned, found: list[TensorFidelity]) -> NDArray[Any]:
         """The tensor's bytes, rows in llama.cpp's order."""
-        target = _target(planned.type)
+        target = target_of(planned.type)
         if planned.entry is None:
             return _to_numpy(self.merger.trained[planned.hf_name], target, planned.name)
         with self.merger.loaded(planned.entry) as loaded:
@@ -254,50 +251,6 @@ class GgufExport:
 def read_importance(path: Path) -> dict[str, torch.Tensor]:
     """The importance of every weight's columns, by GGUF name, from an importance matrix of llama.cpp's."""
     return {name: torch.from_numpy(entry.mean[0]) for name, entry in read_imatrix(path).entries.items()}
-
-
-def choose_type(name: str | None, base: BaseConfig, *, from_gguf: bool = False) -> str:
-    """The type of the file.
-
-    Args:
-        name: ``--type`` as typed; None for what was trained on, where GGUF holds it, and else what loses least.
-        base: What the model was trained on.
-        from_gguf: It was trained on the bytes of a GGUF file.
-
-    Raises:
-        ConfigError: No GGUF file has this type, or the base is held in what GGUF does not hold.
-    """
-    if name is None and isinstance(base, MixBase) and not from_gguf:
-        return base.format
-    if name is None:
-        return AS_TRAINED if from_gguf or holds(base) else "q8_0"
-    chosen = ALIASES.get(name.lower(), name.lower())
-    if chosen == AS_TRAINED and not (from_gguf or holds(base)) and base.format != "none":
-        raise ConfigError(
-            f"GGUF cannot hold {base.format}, which this model was trained on.",
-            where=f"--type {name}",
-            fix="--type q8_0, or another type of llama.cpp's",
-        )
-    if chosen not in (AS_TRAINED, *FILE_TYPES):
-        raise ConfigError(
-            f"there is no GGUF type {name}.",
-            where=f"--type {name}",
-            fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}",
-        )
-    return chosen
-
-
-def holds(base: BaseConfig) -> bool:
-    """Whether GGUF has the format that a base is held in."""
-    return isinstance(base, GgmlBase | MixBase)
-
-
-def _target(type_name: str) -> Format | torch.dtype:
-    if type_name in PLAIN:
-        return PLAIN[type_name]
-    format = make_format(base_section({"format": type_name}))
-    assert format is not None, type_name
-    return format
 
 
 def _to_numpy(value: torch.Tensor, target: Format | torch.dtype, name: str) -> NDArray[Any]:

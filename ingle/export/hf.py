@@ -28,13 +28,11 @@ from ingle.export.shards import ShardWriter
 from ingle.gguf.mixes import FILE_TYPES
 from ingle.models.streaming import Entry
 from ingle.quant import to_bitsandbytes
-from ingle.quant.format import Format
+from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
 from ingle.quant.interchange_hqq import to_hqq
 from ingle.quant.linear import Packed
 
-#: Plain types by their name on the command line.
-PLAIN = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 #: What transformers needs to read them.
 READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",)}
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ingle import models
 from ingle.events import Progress
-from ingle.export import gguf, hf, ollama
+from ingle.export import hf, ollama
 from ingle.export.fidelity import TensorFidelity
-from ingle.export.gguf import GgufExport
+from ingle.export.gguf import GgufExport, read_importance
+from ingle.export.gguf_types import choose_type
 from ingle.export.hf import Layout
 from ingle.export.llama import LlamaCpp
 from ingle.export.place import Place
@@ -20,6 +21,7 @@ from ingle.export.work import Outcome, Work, plain_source
 from ingle.inference import Engine, Source, open_source
 from ingle.models.gguf_file import is_gguf, open_gguf
 from ingle.models.peers import TransformersServer
+from ingle.quant.format import PLAIN
 
 #: Tokens of a certificate's longest text.
 _CONTEXT = 1024
@@ -51,7 +53,7 @@ def export_safetensors(work: Work) -> Outcome:
         work.write_companions(
             partial,
             type_name=layout.name,
-            usage=_usage(place.folder, work),
+            usage=_usage(place.folder, layout),
             found=found,
             divergence=divergence,
             report=report,
@@ -62,7 +64,7 @@ def export_safetensors(work: Work) -> Outcome:
         def reopen() -> Engine:
             return open_source(_folder_source(place.folder, layout, source, dtype="float32"))
 
-        return work.certify(TransformersServer(place.folder), reopen, divergence, packed=layout.name not in hf.PLAIN)
+        return work.certify(TransformersServer(place.folder), reopen, divergence, packed=layout.name not in PLAIN)
 
     num_bytes = sum(file.stat().st_size for file in files)
     return Outcome(place.folder, place.folder, files, layout.name, num_bytes, report, certify)
@@ -72,7 +74,7 @@ def export_gguf(work: Work) -> Outcome:
     """Writes the merged, or untouched, model as one GGUF file with a Modelfile."""
     source = work.subject.source
     own = open_gguf(source.model.id, revision=source.model.revision) if is_gguf(source.model.id) else None
-    type_name = gguf.choose_type(work.request.type, source.base, from_gguf=own is not None)
+    type_name = choose_type(work.request.type, source.base, from_gguf=own is not None)
     place = Place(work.request.out, f"{work.name}-{type_name}")
     assert place.main is not None
     yardstick = work.measure_trained()
@@ -105,7 +107,6 @@ def export_gguf(work: Work) -> Outcome:
             divergence=divergence,
             report=report,
         )
-    packed = any(planned.type not in gguf.PLAIN for planned in export.planned)
 
     def certify() -> dict[str, Any]:
         def reopen() -> Engine:
@@ -113,7 +114,7 @@ def export_gguf(work: Work) -> Outcome:
             return Engine(model, work.tokenizer, adapted=False)
 
         with serve_llama(place.result, merger.stream.model.config) as server:
-            return work.certify(server, reopen, divergence, packed=packed)
+            return work.certify(server, reopen, divergence, packed=export.is_packed)
 
     return Outcome(place.result, place.folder, (place.result,), type_name, place.result.stat().st_size, report, certify)
 
@@ -142,7 +143,7 @@ def _promote(work: Work, export: GgufExport) -> Promotion:
     merged = {
         planned.name: planned
         for planned in export.planned
-        if planned.hf_name in export.merger.layers and planned.type not in gguf.PLAIN
+        if planned.hf_name in export.merger.layers and planned.type not in PLAIN
     }
     done = 0
 
@@ -164,7 +165,7 @@ def _promote(work: Work, export: GgufExport) -> Promotion:
 def _importance(work: Work) -> dict[str, Tensor]:
     if work.request.imatrix is None:
         return {}
-    return gguf.read_importance(work.request.imatrix)
+    return read_importance(work.request.imatrix)
 
 
 def _folder_source(folder: Path, layout: Layout, source: Source, *, dtype: str | None = None) -> Source:
@@ -172,7 +173,13 @@ def _folder_source(folder: Path, layout: Layout, source: Source, *, dtype: str |
     return Source(plain.model, layout.base)
 
 
-def _usage(folder: Path, work: Work) -> str:
+def _usage(folder: Path, layout: Layout) -> str:
+    if layout.name == "hqq":
+        return (
+            f'```python\nimport ingle\n\nmodel = ingle.open_model("{folder.name}")\n```\n\n'
+            "The linear maps are the `hqq` package's: `HQQLinear` loads each of them from these tensors. transformers 5 "
+            "does not read them, and takes fresh weights instead."
+        )
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")\n'

@@ -12,25 +12,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ingle import models
-from ingle.config.base import NoBase, base_section
+from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import Target, find_target, read_windows
 from ingle.evaluation.importance import gather_importance
 from ingle.events import Progress, Saved, Sink
 from ingle.export import hf
-from ingle.export.gguf import PLAIN, GgufExport
+from ingle.export.gguf import GgufExport
 from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.gguf import read_gguf
 from ingle.inference import Source
+from ingle.models.gguf_weights import GgufWeight
 from ingle.models.hub import locate
-from ingle.quant import make_format
+from ingle.quant.format import PLAIN
 
 #: Tokens of a text that an importance matrix is gathered from.
 NUM_TOKENS = 65_536
@@ -222,23 +222,12 @@ def _write_gguf(
     losses = _Losses(sink, len(export.planned))
     for planned in export.planned:
         assert planned.entry is not None
-        tensor = tensors[planned.name]
+        tensor, names = tensors[planned.name], export.names
+        order, offset = names.permutation(planned.name, planned.shape[0]), names.offset(planned.name)
+        written = GgufWeight(planned.hf_name, tensor, order, offset).value(torch.float32).float()
         with merger.loaded(planned.entry) as loaded:
-            weight = loaded.merged(torch.float32) + export.names.offset(planned.name)
-        rows = torch.from_numpy(tensor.read())
-        order = export.names.permutation(planned.name, len(rows))
-        if order is not None:
-            rows = rows[torch.from_numpy(np.argsort(order))]
-        losses.add(planned.name, weight, _unpack(rows, planned.type, weight.shape), planned.type, tensor.num_bytes)
+            losses.add(planned.name, loaded.merged(torch.float32), written, planned.type, tensor.num_bytes)
     return losses.classes
-
-
-def _unpack(rows: Tensor, type_name: str, shape: torch.Size) -> Tensor:
-    if type_name in PLAIN:
-        return rows.reshape(-1).view(PLAIN[type_name]).view(shape).float()
-    format = make_format(base_section({"format": type_name}))
-    assert format is not None
-    return format.decode({"data": rows}, shape[0], shape[1], torch.float32)
 
 
 def _write_folder(

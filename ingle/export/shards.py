@@ -17,21 +17,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ingle.models.shards import DTYPES
+
 #: Small enough for file systems and uploads, large enough that few models need many.
 SHARD_BYTES = 4_000_000_000
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardWriter:

@@ -7,13 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ingle import adapters
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
 from ingle.events import Warned
-from ingle.export import adapter_gguf, certificate, gguf, hf
-from ingle.export.adapter_gguf import TYPES
+from ingle.export import adapter_gguf, certificate, hf
 from ingle.export.gguf import GgufExport
+from ingle.export.gguf_types import AS_TRAINED, holds
 from ingle.export.hf import Layout
 from ingle.export.merged import about, serve_llama, write_modelfile
 from ingle.export.merging import Merger
@@ -22,6 +24,7 @@ from ingle.export.work import Outcome, Work
 from ingle.inference import Source
 from ingle.models.gguf_file import is_gguf, open_gguf
 from ingle.models.peers import TransformersServer
+from ingle.quant.format import PLAIN
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -42,7 +45,7 @@ def export_peft(work: Work) -> Outcome:
         engine = work.open_trained(dtype="float32")
         with tempfile.TemporaryDirectory(dir=place.folder.parent, prefix="base-") as folder:
             base = Merger(Source(work.subject.source.model, work.subject.source.base))
-            layout = Layout(hf.PLAIN["f32"], NoBase())
+            layout = Layout(torch.float32, NoBase())
             hf.write_safetensors(base, work.tokenizer, work.subject.source.model, Path(folder), layout, sink=work.sink)
             return certificate.certify(
                 TransformersServer(Path(folder), adapter=place.folder),
@@ -66,11 +69,11 @@ def export_adapter_gguf(work: Work) -> Outcome:
     """
     _require_adapter(work)
     type_name = (work.request.type or "f32").lower()
-    if type_name not in TYPES:
+    if type_name not in PLAIN:
         raise ConfigError(
             f"an adapter cannot be written as {type_name}.",
             where=f"--type {type_name}",
-            fix=f"one of {', '.join(TYPES)}",
+            fix=f"one of {', '.join(PLAIN)}",
         )
     place = Place(work.request.out, f"{work.name}-lora")
     assert place.main is not None
@@ -100,10 +103,10 @@ def export_adapter_gguf(work: Work) -> Outcome:
             return certify_on(open_gguf(source.model.id, revision=source.model.revision).path, packed=True)
         with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
             path = Path(folder) / "base.gguf"
-            kind = gguf.AS_TRAINED if gguf.holds(source.base) else "f32"
+            kind = AS_TRAINED if holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
-            return certify_on(path, packed=any(planned.type not in gguf.PLAIN for planned in base.planned))
+            return certify_on(path, packed=base.is_packed)
 
     size = place.result.stat().st_size
     return Outcome(place.result, place.folder, (place.result,), type_name, size, None, certify)

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
-from ingle.models.gguf_weights import PLAIN, GgufWeight
+from ingle.models.gguf_weights import GgufWeight
 from ingle.models.shards import StoredTensor
 from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
-from ingle.quant.format import option_words
+from ingle.quant.format import PLAIN, option_words
 from ingle.quant.linear import Packed
 
 

@@ -21,10 +21,11 @@ from ingle.gguf import GgufFile, read_gguf
 from ingle.gguf.architecture import to_config
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.vocabulary import to_vocabulary
-from ingle.models.gguf_weights import PLAIN, GgufWeight, unread_type
+from ingle.models.gguf_weights import GgufWeight, unread_type
 from ingle.models.groups import Group, ReadingPlan
 from ingle.models.hub import locate_file
 from ingle.quant import Format, Formats, GgufFormats, make_formats
+from ingle.quant.format import PLAIN
 
 
 def is_gguf(name: str) -> bool:

@@ -12,9 +12,7 @@ from torch import Tensor
 from ingle.errors import GgufError
 from ingle.gguf import GgufTensor
 from ingle.quant import GgufFormats
-
-#: Types that are plain numbers.
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from ingle.quant.format import PLAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,8 @@ SINGLE_NAME = "model.safetensors"
 #: A longer header is refused, as safetensors itself does.
 _MAX_HEADER_BYTES = 100_000_000
 
-_DTYPES: Mapping[str, torch.dtype] = {
+#: What a header calls the types of tensors.
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -176,11 +177,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _entry(path: Path, start: int, value: dict[str, Any]) -> StoredTensor:
     name = str(value["dtype"])
-    if name not in _DTYPES:
+    if name not in DTYPES:
         raise ModelError(f"{path.name} holds tensors of type {name}, which are not supported.", where=str(path))
     shape = tuple(int(size) for size in value["shape"])
     first, last = value["data_offsets"]
-    entry = StoredTensor(path, _DTYPES[name], shape, start + int(first))
+    entry = StoredTensor(path, DTYPES[name], shape, start + int(first))
     if entry.num_bytes != int(last) - int(first):
         raise _damaged(path, "the sizes in its header do not agree")
     return entry

@@ -131,6 +131,9 @@ class FoldingFormat(Format, Protocol):
         ...
 
 
+#: Types of plain numbers, by the names they have in GGUF files and on the command line.
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
 #: The formats of GGUF files; each names its section of the config.
 GGUF_FORMATS: tuple[type[GgmlBlocks], ...] = (
     *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0),

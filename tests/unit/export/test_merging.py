@@ -18,7 +18,8 @@ from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError
 from ingle.export import hf
 from ingle.export.fidelity import measure
-from ingle.export.gguf import AS_TRAINED, GgufExport, choose_type
+from ingle.export.gguf import GgufExport
+from ingle.export.gguf_types import AS_TRAINED, choose_type
 from ingle.export.merging import Merger
 from ingle.gguf import read_gguf
 from ingle.inference import Source
