@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ingle.adapters import disabled
@@ -16,6 +17,9 @@ from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
 from ingle.evaluation.task import TaskSample, read_task
 from ingle.events import Progress, Sink, Warned
 from ingle.models import generate
+
+#: Where reasoning models end their thoughts; what they answer follows.
+_THOUGHTS_END = "</think>"
 
 
 def run_task(
@@ -114,7 +118,20 @@ def _answer(
                 count=num_unfinished,
             )
         )
-    return tuple(generation.text for generation in generations), num_unfinished
+    pairs = zip(generations, samples, strict=True)
+    return tuple(final_answer(generation.text, sample.references) for generation, sample in pairs), num_unfinished
+
+
+def final_answer(text: str, references: Sequence[str]) -> str:
+    """What is scored of a generated text: all but the thoughts before the answer.
+
+    Qwen3's template, for one, opens every last answer with thoughts, empty ones where there are none.  References
+    that hold thoughts themselves are compared with the whole text.
+    """
+    _, end, answer = text.partition(_THOUGHTS_END)
+    if not end or any(_THOUGHTS_END in reference for reference in references):
+        return text
+    return answer.lstrip()
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], samples: tuple[TaskSample, ...]) -> None:
