@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ingle.errors import ConfigError
+from ingle.wording import size
 
 
 class To(StrEnum):
@@ -137,7 +138,7 @@ def export(
 def summarize(result: dict[str, Any]) -> list[str]:
     """What a person wants to know of an export, a line each."""
     kind = f" as {result['type']}" if result["type"] else ""
-    lines = [f"wrote {result['path']}{kind}, {result['num_bytes'] / 2**20:,.1f} MiB"]
+    lines = [f"wrote {result['path']}{kind}, {size(result['num_bytes'])}"]
     fidelity = result["fidelity"]
     if fidelity is not None:
         text = f"{fidelity['num_copied']} of {fidelity['num_tensors']} weights copied as they were"
@@ -148,9 +149,7 @@ def summarize(result: dict[str, Any]) -> list[str]:
         lines.append(text)
         if fidelity["promotion"] is not None:
             promotion = fidelity["promotion"]
-            lines.append(
-                f"{len(promotion['types'])} weights promoted, {promotion['extra_bytes'] / 2**20:,.2f} MiB more"
-            )
+            lines.append(f"{len(promotion['types'])} weights promoted, {size(promotion['extra_bytes'])} more")
         divergence = fidelity["divergence"]
         if divergence is not None:
             lines.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ingle.atomic import atomic_folder, sync
 from ingle.errors import ConfigError, DoesNotFit
+from ingle.wording import size
 
 #: What may lie beside an exported file.
 COMPANIONS = ("README.md", "Modelfile", "fidelity.json", "fidelity.md", "certificate.json")
@@ -63,7 +64,7 @@ class Place:
         needed += 16 << 20
         if needed > free:
             raise DoesNotFit(
-                f"this export needs {needed / 2**20:,.0f} MiB of disk; {free / 2**20:,.0f} MiB are free.",
+                f"this export needs {size(needed)} of disk; {size(free)} are free.",
                 where=f"--out {self._out}",
                 fix="free some space, name a folder on another disk, or choose a smaller --type",
             )

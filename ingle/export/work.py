@@ -26,6 +26,7 @@ from ingle.export.promotion import Promotion
 from ingle.export.request import MIN_CORRELATION, Request, Subject
 from ingle.export.tables import fidelity_page
 from ingle.inference import Engine, Source
+from ingle.wording import size
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Work:
         if needed > free and isinstance(source.base, NoBase) and not source.model.id.endswith(".gguf"):
             self.sink(
                 Warned(
-                    f"what was written is not measured on text: opening it takes {needed / 2**30:.1f} GiB of memory, "
-                    f"and {free / 2**30:.1f} GiB are free"
+                    f"what was written is not measured on text: opening it takes {size(needed)} of memory, "
+                    f"and {size(free)} are free"
                 )
             )
             return None

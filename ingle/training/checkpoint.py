@@ -24,6 +24,7 @@ from ingle.errors import CheckpointError, DoesNotFit, QuantizationError
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
+from ingle.wording import size
 
 FORMAT_VERSION = 2
 
@@ -150,9 +151,9 @@ class Checkpoints:
         free = self._folder.free_bytes()
         if needed > free:
             raise DoesNotFit(
-                f"this run needs {needed / 2**20:,.0f} MiB of disk; {free / 2**20:,.0f} MiB are free.",
+                f"this run needs {size(needed)} of disk; {size(free)} are free.",
                 where=f"output = {self._folder.path}, train.keep_checkpoints = {self._keep}",
-                why=f"{self._keep + 1} checkpoints of {full / 2**20:,.1f} MiB and the result",
+                why=f"{self._keep + 1} checkpoints of {size(full)} and the result",
                 fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",
             )
         path = self.save(optimizer, position)
