@@ -171,25 +171,35 @@ def compare_ways(
             **facts,
             "train_s": report["train_s"],
             "packing_s": report["rounding"]["packing_s"] if aware else 0.0,
-            "metrics": {
-                name: {key: metric[key] for key in ("base", "tuned", "delta", "ci95")}
-                for name, metric in compared.items()
-            },
+            "metrics": pair(compared),
         }
         rows.append(row)
         say(describe(row))
     return rows
 
 
-def describe(row: dict[str, Any]) -> str:
-    """One line of the table; in it "base" is as trained and "tuned" as served."""
-    scores = "  ".join(
-        f"{name} {m['base']:.4f} -> {m['tuned']:.4f} ({m['delta']:+.4f}, {m['ci95'][0]:+.4f} to {m['ci95'][1]:+.4f})"
-        for name, m in row["metrics"].items()
+def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Scores as trained and as served, from a comparison of the two."""
+    return {
+        name: {"trained": metric["base"], "served": metric["tuned"], "delta": metric["delta"], "ci95": metric["ci95"]}
+        for name, metric in metrics.items()
+    }
+
+
+def describe_pair(metrics: dict[str, dict[str, Any]]) -> str:
+    """The scores on one line, with the difference and its interval."""
+    return "  ".join(
+        f"{name} {m['trained']:.4f} -> {m['served']:.4f} "
+        f"({m['delta']:+.4f}, {m['ci95'][0]:+.4f} to {m['ci95'][1]:+.4f})"
+        for name, m in metrics.items()
     )
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of the table."""
     return (
         f"{row['run']:16s} {row['served']:46s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
-        f"gain {row['gain']:.3f}  {scores}  trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
+        f"gain {row['gain']:.3f}  {describe_pair(row['metrics'])}  trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
     )
 
 

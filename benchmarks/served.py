@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.merges import describe_pair, pair
 from ingle import data, evaluation, flow, inference, models
 from ingle.config import TaskConfig, load_run
 from ingle.evaluation.likelihood import cut_windows, scorable, window_size
@@ -176,10 +177,7 @@ def measure(way: Way, label: str, folder: Path, flags: list[str], task: TaskConf
         "bytes": served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0),
         "same_answers": same,
         "n": compared["n"],
-        "metrics": {
-            name: {"trained": row["base"], "served": row["tuned"], "delta": row["delta"], "ci95": row["ci95"]}
-            for name, row in compared["metrics"].items()
-        },
+        "metrics": pair(compared["metrics"]),
     }
 
 
@@ -189,10 +187,7 @@ def _answers(compared: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def describe(row: dict[str, Any]) -> str:
     """One line of the table."""
-    scores = "  ".join(
-        f"{name} {m['trained']:.3f} -> {m['served']:.3f} ({m['delta']:+.3f}, {m['ci95'][0]:+.3f} to {m['ci95'][1]:+.3f})"
-        for name, m in row["metrics"].items()
-    )
+    scores = describe_pair(row["metrics"])
     same = f"{row['same_answers']}/{row['n']} answers the same"
     return f"{row['way']:13s} {row['said']:52s} {row['bytes'] / 2**20:5.1f} MiB  {same}  {scores}"
 
