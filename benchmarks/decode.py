@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.timing import take_turns
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant.format import GGUF_FORMATS, Format
 from ingle.quant.ggml import GgmlBlocks
@@ -50,18 +50,6 @@ def load_peer() -> Any:
         except ImportError:
             return None
     return peer
-
-
-def measure(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in each round, turn by turn, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def rate(work: float, seconds: list[float]) -> dict[str, float]:
@@ -122,7 +110,7 @@ def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
     theirs = make_peer(peer, format, weight, dtype)
     if theirs is not None:
         functions["peer"] = theirs[0]
-    seconds = measure(functions, rounds)
+    seconds = take_turns(functions, rounds, warm_up=2)
     weights, num_bytes = weight.numel(), out.numel() * out.element_size()
     row: dict[str, Any] = {
         "decode": rate(weights, seconds["ours"]),
@@ -144,7 +132,7 @@ def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
     theirs = make_peer(peer, format, weight, dtype)
     if theirs is not None:
         functions["peer"] = theirs[1]
-    seconds = measure(functions, rounds)
+    seconds = take_turns(functions, rounds, warm_up=2)
     row: dict[str, Any] = {"encode": rate(weight.numel(), seconds["ours"])}
     if theirs is not None:
         row["peer"] = rate(weight.numel(), seconds["peer"])
@@ -164,8 +152,10 @@ def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: in
     def multiply() -> Tensor:
         return functional.linear(x, weight)
 
-    alone = {key: measure({key: function}, rounds)[key] for key, function in (("d", decode), ("m", multiply))}
-    turns = measure({"d": decode, "m": multiply}, rounds)
+    alone = {
+        key: take_turns({key: function}, rounds, warm_up=2)[key] for key, function in (("d", decode), ("m", multiply))
+    }
+    turns = take_turns({"d": decode, "m": multiply}, rounds, warm_up=2)
     medians = [1e3 * statistics.median(seconds) for seconds in (alone["d"], turns["d"], alone["m"], turns["m"])]
     row = dict(zip(("decode_alone_ms", "decode_ms", "product_alone_ms", "product_ms"), medians, strict=True))
     return row | {"share_of_layer": row["decode_ms"] / (row["decode_ms"] + row["product_ms"])}

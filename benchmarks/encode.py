@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import millions_per_s, take_turns
 from ingle.config.base import format_name
 from ingle.config.ggml import GgmlBase
 from ingle.kernels.cpu_threads import set_threads
@@ -51,19 +51,6 @@ def load_peer(path: Path | None) -> Any:
     return library
 
 
-def measure(functions: dict[str, Callable[[], object]], rounds: int, weights: int) -> dict[str, float]:
-    """Million weights per second of each function: medians over rounds, turn by turn, after one to warm up."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            if number:
-                seconds[name].append(clock() - start)
-    return {name: weights / statistics.median(values) / 1e6 for name, values in seconds.items()}
-
-
 def measure_format(peer: Any, name: str, shape: tuple[int, int], weighted: bool, rounds: int) -> dict[str, float]:
     """One row of the table."""
     section = FORMATS[name]
@@ -80,7 +67,8 @@ def measure_format(peer: Any, name: str, shape: tuple[int, int], weighted: bool,
 
     if peer is not None:
         functions["peer"] = encode
-    row = measure(functions, rounds, weight.numel())
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    row = millions_per_s(take_turns(functions, rounds, clock=clock), weight.numel())
     if peer is not None:
         row["ratio"] = row["ours"] / row["peer"]
         row["equal"] = float(torch.equal(format.encode(weight, importance)["data"], data))

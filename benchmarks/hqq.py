@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.timing import millions_per_s, take_turns
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant.hqq import Hqq
 
@@ -66,20 +66,6 @@ def make_package() -> Callable[[Tensor, Hqq], object] | None:
     return encode
 
 
-def measure_speed(
-    functions: Mapping[str, Callable[[], object]], rounds: int, weights: int, clock: Any
-) -> dict[str, float]:
-    """Million weights per second of each function: medians over rounds, turn by turn, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            if number:
-                seconds[name].append(clock() - start)
-    return {name: weights / statistics.median(values) / 1e6 for name, values in seconds.items()}
-
-
 def measure(kind: str, weight: Tensor, bits: int, size: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     ours, published = Hqq(bits, size), Hqq(bits, size, "hqq")
@@ -96,10 +82,10 @@ def measure(kind: str, weight: Tensor, bits: int, size: int, rounds: int) -> dic
     if package is not None:
         functions["package"] = lambda: package(weight, ours)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    row["encode"] = measure_speed(functions, rounds, weight.numel(), clock)
+    row["encode"] = millions_per_s(take_turns(functions, rounds, clock=clock), weight.numel())
     out = torch.empty(weight.shape, dtype=torch.bfloat16)
     decode = {"ingle": lambda: ours.decode(planes["ingle"], *weight.shape, torch.bfloat16, out)}
-    row["decode"] = measure_speed(decode, 10 * rounds, weight.numel(), time.perf_counter)["ingle"]
+    row["decode"] = millions_per_s(take_turns(decode, 10 * rounds), weight.numel())["ingle"]
     return row
 
 
