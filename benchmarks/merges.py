@@ -199,7 +199,8 @@ def describe(row: dict[str, Any]) -> str:
     """One line of the table."""
     return (
         f"{row['run']:16s} {row['served']:46s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
-        f"gain {row['gain']:.3f}  {describe_pair(row['metrics'])}  trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
+        f"gain {row['gain']:.3f}  {describe_pair(row['metrics'])}  "
+        f"trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
     )
 
 
