@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from rapidfuzz.distance import LCSseq
 
@@ -18,6 +16,7 @@ from ingle.config.run import Run
 from ingle.evaluation import charts, wording
 from ingle.evaluation.charts import Estimate
 from ingle.evaluation.facts import compare_memory, list_facts, list_modules
+from ingle.evaluation.templates import render
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -36,10 +35,9 @@ def render_page(run: Run, report: Mapping[str, Any], steps: Sequence[Mapping[str
         report: The content of ``report.json``.
         steps: Rows of ``metrics.jsonl``.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_resource("report.html"))
-    return template.render(
-        style=Markup(_resource("report.css")),
+    return render(
+        "report.html",
+        "report.css",
         name=Path(run.output).name,
         subtitle=_subtitle(run),
         hero=_hero(report),
@@ -54,12 +52,11 @@ def render_page(run: Run, report: Mapping[str, Any], steps: Sequence[Mapping[str
     )
 
 
-def _resource(name: str) -> str:
-    return (files("ingle.evaluation") / "templates" / name).read_text(encoding="utf-8")
-
-
 def _subtitle(run: Run) -> str:
-    adapter = "full fine-tuning" if run.adapter.kind == "none" else f"LoRA rank {run.adapter.rank}"
+    if run.adapter.kind == "none":
+        adapter = "full fine-tuning"
+    else:
+        adapter = f"{'QA-LoRA' if run.adapter.kind == 'qa_lora' else 'LoRA'} rank {run.adapter.rank}"
     base = "" if run.base.format == "none" else f" on {run.base.format.upper()}"
     return f"{run.model.id} · {adapter}{base} · {', '.join(source.path for source in run.data.sources)}"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
 from ingle.evaluation.formats.wording import rate, row_cells, size, small
+from ingle.evaluation.templates import render
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -29,10 +28,10 @@ def render_page(report: Mapping[str, Any]) -> str:
     Args:
         report: What :func:`ingle.evaluation.formats.compare_formats` returned.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_resource("formats.html"))
-    return template.render(
-        style=Markup(_resource("report.css") + _resource("formats.css")),
+    return render(
+        "formats.html",
+        "report.css",
+        "formats.css",
         name=Path(report["subject"]["model"]).name,
         subtitle=_subtitle(report),
         report=report,
@@ -40,10 +39,6 @@ def render_page(report: Mapping[str, Any]) -> str:
         charts=_charts(report),
         limit=f"{report['limit']:g}",
     )
-
-
-def _resource(name: str) -> str:
-    return (files("ingle.evaluation") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _subtitle(report: Mapping[str, Any]) -> str:

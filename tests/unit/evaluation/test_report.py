@@ -157,6 +157,19 @@ def test_the_page_shows_the_verdict_the_curve_and_the_answers(tmp_path):
     assert report["metrics"]["chrf"]["signature"] in words
 
 
+@pytest.mark.parametrize(
+    ("adapter", "base", "said"),
+    [
+        ({"kind": "lora", "rank": 4}, "nf4", "LoRA rank 4 on NF4"),
+        ({"kind": "qa_lora", "rank": 8}, "q5_1", "QA-LoRA rank 8 on Q5_1"),
+        ({"kind": "none"}, "none", "full fine-tuning"),
+    ],
+)
+def test_the_page_says_what_was_trained(tmp_path, adapter, base, said):
+    _, text, _ = make_report(tmp_path, adapter=adapter, base={"format": base})
+    assert f" · {said} · " in " ".join(Page(text).words)
+
+
 def test_no_difference_is_said_plainly(tmp_path):
     base, _ = make_results("word")
     _, text, _ = make_report(tmp_path, (base, base))
