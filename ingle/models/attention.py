@@ -78,8 +78,9 @@ def attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     if cu_seq_lens_q is not None:
+        window = _window(module, sliding_window)
         return packed_attention(
-            query, key, value, cu_seq_lens_q, scale=scale, causal=causal, window=sliding_window, softcap=softcap
+            query, key, value, cu_seq_lens_q, scale=scale, causal=causal, window=window, softcap=softcap
         ), None
     if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[-2] > 1:
         raise ModelError(
@@ -88,6 +89,28 @@ def attend(
             fix="choose a model of another architecture",
         )
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap), None
+
+
+def _window(module: nn.Module, passed: int | None) -> int | None:
+    """The window of a layer: the one it passes, or, where it leaves that to the mask, the config's.
+
+    Raises:
+        ModelError: When the config has a window and does not say for which layers.
+    """
+    config = getattr(module, "config", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    if passed is not None or not window:
+        return passed
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return window if kinds[module.layer_idx] == "sliding_attention" else None
+    if window < getattr(config, "max_position_embeddings", 0):
+        raise ModelError(
+            f"{type(module).__name__} has a sliding window of {window:,} tokens and does not say which layers use it.",
+            where="model.id",
+            fix="choose a model of another architecture",
+        )
+    return None
 
 
 def _attend_masked(

@@ -60,6 +60,9 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
     "granite": lambda: hf.GraniteConfig(**_GROUPED, logits_scaling=4.0, embedding_multiplier=3.0),
     "mixtral": lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
     "qwen2_moe": lambda: hf.Qwen2MoeConfig(**_MOE),
+    "qwen2_moe-window": lambda: hf.Qwen2MoeConfig(
+        **_MOE, use_sliding_window=True, sliding_window=4, max_window_layers=2
+    ),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_MOE, head_dim=16),
     "deepseek_v3": lambda: hf.DeepseekV3Config(
         **_COMMON,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_answers_that_overflow_are_told_from_damage(model: PreTrainedModel, monk
     monkeypatch.setattr(model, "forward", overflowing)
     with pytest.raises(ModelError, match="all its weights are finite"):
         models.verify(model)
+
+
+def test_a_window_is_the_layers_own_or_the_configs_and_never_guessed() -> None:
+    states = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    layer = nn.Module()
+
+    def attend(window: int | None = None) -> Tensor:
+        return attention.attend(layer, states, states, states, None, cu_seq_lens_q=bounds, sliding_window=window)[0]
+
+    whole, narrow = attend(), attend(window=3)
+    layer.layer_idx = 1
+    for kind, expected in (("sliding_attention", narrow), ("full_attention", whole)):
+        layer.config = SimpleNamespace(sliding_window=3, layer_types=["full_attention", kind])
+        assert torch.equal(attend(), expected)
+    layer.config = SimpleNamespace(sliding_window=9, max_position_embeddings=9)
+    assert torch.equal(attend(), whole)
+    layer.config = SimpleNamespace(sliding_window=3, max_position_embeddings=9)
+    with pytest.raises(ModelError, match="sliding window of 3 tokens and does not say"):
+        attend()
+    assert torch.equal(attend(window=3), narrow)
 
 
 def test_sinks_and_position_biases_are_refused(model: PreTrainedModel) -> None:
