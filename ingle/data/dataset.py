@@ -28,6 +28,10 @@ _BATCH_CHARS = 1 << 21
 
 _NO_LOSS = "no supervised token"
 _STRADDLED = "a token lies across the border of prompt and answer and carries no loss (end the prompt with white space)"
+_RECUT = (
+    "the white space at the prompt's end becomes other tokens when nothing follows it, as in other servers "
+    "(a single line end is safer)"
+)
 _PLAIN_TEXT = "plain text has no answers: every token carries loss (objective clm says so plainly)"
 
 
@@ -205,6 +209,8 @@ class _Build:
             self.remarks.add(remark, document.origin)
         if encoded.straddled:
             self.remarks.add(_STRADDLED, document.origin)
+        if encoded.recut:
+            self.remarks.add(_RECUT, document.origin)
         self.open_turns += encoded.open_turns
         if length <= limit:
             self._append(document, encoded.ids, encoded.supervised)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import tokenizers
 
 from ingle.data.template import (
+    ANSWER,
     Answer,
     TrainOn,
     has_template,
@@ -67,12 +68,14 @@ class Encoded:
         supervised: bool [T]; the first is always False, since nothing predicts it.
         open_turns: Trained turns after which no end-of-turn token is supervised.
         straddled: Whether a token lies across the border of prompt and answer.
+        recut: Whether the white space at a prompt's end becomes other tokens when nothing follows it.
     """
 
     ids: Ids
     supervised: Mask
     open_turns: int = 0
     straddled: bool = False
+    recut: bool = False
 
 
 def draw_document(example: Example, tokenizer: Tokenizer, *, train_on: TrainOn, system: str | None) -> Document | str:
@@ -132,6 +135,7 @@ class TextEncoder:
         self._bos: int | None = tokenizer.bos_token_id
         control = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
         self._control = np.array(sorted(control), dtype=np.int32)
+        self._recut: dict[str, bool] = {}
 
     @property
     def has_eos(self) -> bool:
@@ -210,13 +214,15 @@ class TextEncoder:
         (answer,) = document.answers
         supervised = offsets[:, 0] >= answer.start
         ids, supervised, is_open = self._close(ids, supervised)
-        return Encoded(ids, supervised, int(is_open), _straddles(offsets, answer.start))
+        return Encoded(
+            ids, supervised, int(is_open), _straddles(offsets, answer.start), self._is_recut(document.text, answer)
+        )
 
     def _mask_chat(self, encoding: Any, document: Document) -> Encoded:
         ids, offsets = _as_arrays(encoding)
         starts = offsets[:, 0]
         supervised = np.full(len(ids), document.everything, dtype=np.bool_)
-        open_turns, straddled, is_open = 0, False, False
+        open_turns, straddled, recut, is_open = 0, False, False, False
         for answer in document.answers or ():
             after = np.flatnonzero((starts >= answer.content_end) & (starts < answer.end))
             ends = after[np.isin(ids[after], self._control)]
@@ -225,11 +231,24 @@ class TextEncoder:
             stop = answer.end if is_open else offsets[ends[0], 1]
             supervised |= (starts >= answer.start) & (starts < stop)
             straddled = straddled or _straddles(offsets, answer.start)
+            recut = recut or self._is_recut(document.text, answer)
         if is_open:  # the template does not end the last turn, so the model would never learn to stop
             ids, supervised, is_open = self._close(ids, supervised)
             open_turns -= not is_open
         supervised[:1] = False
-        return Encoded(ids, supervised, open_turns, straddled)
+        return Encoded(ids, supervised, open_turns, straddled, recut)
+
+    def _is_recut(self, text: str, answer: Answer) -> bool:
+        prompt = text[: answer.start]
+        space = prompt[len(prompt.rstrip()) :]
+        if len(space) < 2:
+            return False
+        if space not in self._recut:
+            alone = self._backend.encode(space, add_special_tokens=False).ids
+            self._recut[space] = (
+                self._backend.encode(space + ANSWER, add_special_tokens=False).ids[: len(alone)] != alone
+            )
+        return self._recut[space]
 
 
 def _is_plain(document: Document) -> bool:

@@ -30,6 +30,9 @@ from ingle.errors import DataError
 
 TrainOn = Literal["assistant", "last", "all"]
 
+#: Stands for an answer where its beginning has a say in how the prompt is cut into tokens.
+ANSWER = "a"
+
 #: What :func:`locate_answers` may remark on; shown once with a count.
 PROMPT_DIFFERS = "the chat template's generation prompt is not what its rendered answers begin with"
 HISTORY_DIFFERS = (
@@ -144,11 +147,21 @@ def prompt_ids(tokenizer: Tokenizer, example: Example, system: str | None = None
         while messages and messages[-1].role == "assistant":
             messages.pop()
         text = render(tokenizer, messages, add_generation_prompt=True, origin=example.origin).rstrip(" ")
-        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    ids = [int(i) for i in tokenizer(split_prompt(example)[0], add_special_tokens=True)["input_ids"]]
+        return _ids_before_answer(tokenizer, text, add_special_tokens=False)
+    ids = _ids_before_answer(tokenizer, split_prompt(example)[0], add_special_tokens=True)
     while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
         ids.pop()
     return ids
+
+
+def _ids_before_answer(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """The ids of a prompt with an answer behind it: what follows decides how white space at its end is cut."""
+    with_answer = tokenizer(text + ANSWER, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    ids, offsets = with_answer["input_ids"], with_answer["offset_mapping"]
+    border = next(i for i, (_, end) in enumerate(offsets) if end > len(text))
+    if offsets[border][0] < len(text):  # the tokenizer joins the two, as it will not with every answer
+        return [int(i) for i in tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]]
+    return [int(i) for i in ids[:border]]
 
 
 def locate_answers(

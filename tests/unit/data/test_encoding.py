@@ -6,6 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from ingle.data.encoding import Document, TextEncoder, cut_text, draw_document
@@ -62,6 +67,38 @@ def test_a_token_across_the_border_belongs_to_the_prompt(plain):
     encoded = encode(plain, pair("ques", "tion two"))
     assert supervised_text(plain, encoded) == " two<|endoftext|>"
     assert encoded.straddled
+
+
+@pytest.fixture()
+def joins_lines() -> PreTrainedTokenizerFast:
+    """GPT-2's pre-tokenizer cuts two line ends apart when a word follows, and this vocabulary has them as one too."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    texts = ["four\n\n", "what\n\n"] * 9
+    backend.train_from_iterator(texts, BpeTrainer(special_tokens=["<|end|>"], initial_alphabet=ByteLevel.alphabet()))
+    assert backend.encode("\n\n").tokens == ["ĊĊ"] and backend.encode("\n\na").tokens == ["Ċ", "Ċ", "a"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }}\n\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_a_prompt_is_cut_as_training_cut_it(joins_lines, template):
+    joins_lines.chat_template = template
+    encoded = encode(joins_lines, pair("what\n\n", "four"))
+    ids = prompt_ids(joins_lines, pair("what\n\n", "four"))
+    assert encoded.ids[: len(ids)].tolist() == ids
+    assert supervised_text(joins_lines, encoded) == "four<|end|>" and encoded.supervised[len(ids)]
+    assert encoded.recut, "another server would begin otherwise: that is told"
+
+
+def test_line_ends_that_stay_as_they_are_are_no_remark(joins_lines, plain):
+    assert not encode(joins_lines, pair("what\n", "four")).recut
+    assert not encode(plain, pair("what\n\n", "four")).recut
 
 
 def test_train_on_all_masks_nothing_of_a_pair(plain):
