@@ -27,24 +27,6 @@ from ingle.export.merging import Loaded
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
 
-#: Bytes of a block that hold scales and offsets, not codes: first and end of each run.
-_SCALES: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "q4_0": ((0, 2),),
-    "q4_1": ((0, 4),),
-    "q5_0": ((0, 2),),
-    "q5_1": ((0, 4),),
-    "q8_0": ((0, 2),),
-    "q2_k": ((0, 16), (80, 84)),
-    "q3_k": ((96, 110),),
-    "q4_k": ((0, 16),),
-    "q5_k": ((0, 16),),
-    "q6_k": ((192, 210),),
-    "iq4_nl": ((0, 2),),
-    "iq4_xs": ((0, 8),),
-    "tq1_0": ((52, 54),),
-    "tq2_0": ((64, 66),),
-}
-
 #: Rows compared at once; bounds the float32 copies.
 _CHUNK_WEIGHTS = 1 << 24
 
@@ -60,7 +42,7 @@ class TensorFidelity:
         delta_rms: Rms of the wanted change.
         weight_rms: Rms of the weight without it.
         step: Quantization step; see the module.
-        codes_changed: Share of codes that differ; None where the format's codes are not told apart.
+        codes_changed: Share of codes that differ; of a plain type, of the numbers.
         correlation: Between survived and wanted change.
         gain: Length of the survived change along the wanted one.
         num_bytes: Bytes it takes.
@@ -72,7 +54,7 @@ class TensorFidelity:
     delta_rms: float
     weight_rms: float
     step: float
-    codes_changed: float | None
+    codes_changed: float
     correlation: float
     gain: float
     num_bytes: int
@@ -121,7 +103,7 @@ def measure(
     if isinstance(target, torch.dtype):
         packed = (weight_OI + layer.spread(delta_OG)).to(target)
         merged_OI, before_OI = packed.float(), weight_OI.to(target).float()
-        changed: float | None = float((merged_OI != before_OI).double().mean())
+        changed = float((merged_OI != before_OI).double().mean())
         type_name, num_bytes = str(target).removeprefix("torch."), packed.nbytes
     else:
         packed = loaded.planes(target, importance)
@@ -167,19 +149,8 @@ def _sum_up(weight_OI: Tensor, layer: Any, delta_OG: Tensor, merged_OI: Tensor, 
 
 def _codes_changed(
     format: Format, before: Mapping[str, Tensor], after: Mapping[str, Tensor], merged_OI: Tensor
-) -> float | None:
+) -> float:
     """Share of codes that differ: with the merged scales put over the old codes, exactly those weights differ."""
-    mixed = dict(after)
-    if "codes" in after:
-        mixed["codes"] = before["codes"]
-    elif format.name in _SCALES:
-        block_bytes = format.base.block_bytes  # type: ignore[attr-defined]
-        blocks = before["data"].unflatten(1, (-1, block_bytes)).clone()
-        fresh = after["data"].unflatten(1, (-1, block_bytes))
-        for first, end in _SCALES[format.name]:
-            blocks[..., first:end] = fresh[..., first:end]
-        mixed = {"data": blocks.flatten(1)}
-    else:
-        return None
     rows, columns = merged_OI.shape
-    return float((format.decode(mixed, rows, columns, torch.float32) != merged_OI).double().mean())
+    mixed_OI = format.decode(format.recode(before, after), rows, columns, torch.float32)
+    return float((mixed_OI != merged_OI).double().mean())

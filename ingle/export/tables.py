@@ -61,11 +61,9 @@ def _summary(report: Mapping[str, Any]) -> str:
 def _table(tensors: Sequence[TensorFidelity]) -> str:
     lines = ["| weight | type | delta / step | codes | correlation | gain |", "|---|---|---|---|---|---|"]
     for each in sorted(tensors, key=lambda each: -each.lost_energy):
-        codes = "–" if each.codes_changed is None else f"{each.codes_changed:.1%}"
-        lines.append(
-            f"| {each.name} | {each.type} | {each.delta_per_step:.3g} | {codes} | {each.correlation:.4f} "
-            f"| {each.gain:.3f} |"
-        )
+        ratio, codes = f"{each.delta_per_step:.3g}", f"{each.codes_changed:.1%}"
+        cells = (each.name, each.type, ratio, codes, f"{each.correlation:.4f}", f"{each.gain:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -90,6 +90,10 @@ class Format(Protocol):
         """
         ...
 
+    def recode(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The codes of one packing under the scales of another, which tells what changed in the codes alone."""
+        ...
+
     def decode(
         self,
         planes: Mapping[str, Tensor],

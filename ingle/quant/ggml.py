@@ -37,9 +37,17 @@ LARGE = 60000.0
 
 @dataclass(frozen=True)
 class GgmlBlocks(PackedFormat):
-    """A format of blocks; a member names its config section and says how a block is unpacked."""
+    """A format of blocks; a member names its config section and says how a block is unpacked.
+
+    Attributes:
+        base: Its section of the config.
+        scale_bytes: Bytes of a block that hold scales and offsets, not codes: first and end of each run; empty where
+            no block is packed.
+        uses_importance: Whether packing weighs its error by an importance matrix.
+    """
 
     base: ClassVar[type[GgmlBase]]
+    scale_bytes: ClassVar[tuple[tuple[int, int], ...]] = ()
     uses_importance: ClassVar[bool] = True
 
     @property
@@ -55,6 +63,15 @@ class GgmlBlocks(PackedFormat):
         """Name, shape and dtype of every plane; a last block that is not whole counts as one."""
         num_blocks = -(-in_features // self.base.block_size)
         return {"data": PlaneSpec((out_features, num_blocks * self.base.block_bytes))}
+
+    def recode(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The codes of one packing under the scales of another."""
+        mixed_ONB, from_ONB = (
+            planes["data"].unflatten(1, (-1, self.base.block_bytes)).clone() for planes in (codes, scales)
+        )
+        for first, end in self.scale_bytes:
+            mixed_ONB[..., first:end] = from_ONB[..., first:end]
+        return {"data": mixed_ONB.flatten(1)}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
         """Packs a weight as ggml's reference does; with ``importance`` ``[I]`` as ggml does with an importance matrix.

@@ -29,6 +29,7 @@ class Q2_K(GgmlBlocks):
     """2-bit integers with offsets."""
 
     base = Q2_KBase
+    scale_bytes = ((0, 16), (80, 84))
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * sc) * q - dmin * mn``."""
@@ -44,6 +45,7 @@ class Q3_K(GgmlBlocks):
     """3-bit integers around zero; the highest bit of every code lies apart."""
 
     base = Q3_KBase
+    scale_bytes = ((96, 110),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * (sc - 32)) * (q - 4)``."""
@@ -59,6 +61,7 @@ class Q4_K(GgmlBlocks):
     """4-bit integers with offsets."""
 
     base = Q4_KBase
+    scale_bytes = ((0, 16),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * sc) * q - dmin * mn``."""
@@ -70,6 +73,7 @@ class Q5_K(GgmlBlocks):
     """5-bit integers with offsets."""
 
     base = Q5_KBase
+    scale_bytes = ((0, 16),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * sc) * q - dmin * mn``."""
@@ -81,6 +85,7 @@ class Q6_K(GgmlBlocks):
     """6-bit integers around zero."""
 
     base = Q6_KBase
+    scale_bytes = ((192, 210),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * sc) * (q - 32)``."""

@@ -60,6 +60,7 @@ class Q4_0(GgmlBlocks):
     """4-bit integers around zero."""
 
     base = Q4_0Base
+    scale_bytes = ((0, 2),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * (q - 8)``."""
@@ -71,6 +72,7 @@ class Q4_1(WithOffset):
     """4-bit integers with an offset."""
 
     base = Q4_1Base
+    scale_bytes = ((0, 4),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * q + m``."""
@@ -82,6 +84,7 @@ class Q5_0(GgmlBlocks):
     """5-bit integers around zero."""
 
     base = Q5_0Base
+    scale_bytes = ((0, 2),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * (q - 16)``."""
@@ -94,6 +97,7 @@ class Q5_1(WithOffset):
     """5-bit integers with an offset."""
 
     base = Q5_1Base
+    scale_bytes = ((0, 4),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * q + m``."""
@@ -106,6 +110,7 @@ class Q8_0(GgmlBlocks):
     """8-bit integers."""
 
     base = Q8_0Base
+    scale_bytes = ((0, 2),)
     uses_importance = False
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class IQ4_NL(GgmlBlocks):
     """Non-linear 4-bit levels in blocks of 32."""
 
     base = IQ4_NLBase
+    scale_bytes = ((0, 2),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``d * level[q]``."""
@@ -39,6 +40,7 @@ class IQ4_XS(GgmlBlocks):
     """Non-linear 4-bit levels in blocks of 256."""
 
     base = IQ4_XSBase
+    scale_bytes = ((0, 8),)
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
         """``(d * (sc - 32)) * level[q]``."""

@@ -29,6 +29,7 @@ class TQ1_0(GgmlBlocks):
     """Ternary weights, five to a byte."""
 
     base = TQ1_0Base
+    scale_bytes = ((52, 54),)
     uses_importance = False
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class TQ2_0(GgmlBlocks):
     """Ternary weights, four to a byte."""
 
     base = TQ2_0Base
+    scale_bytes = ((64, 66),)
     uses_importance = False
 
     def unpack(self, blocks_ONB: Tensor) -> Tensor:

@@ -63,6 +63,10 @@ class PackedFormat(ABC):
         """Rows that can be cut out of all planes together: each stands alone, unless a member says otherwise."""
         return 1
 
+    def recode(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The codes of one packing under the scales of another, which tells what changed in the codes alone."""
+        return dict(scales) | {"codes": codes["codes"]}
+
     def decode(
         self,
         planes: Mapping[str, Tensor],

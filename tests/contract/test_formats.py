@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import numpy as np
 import pytest
@@ -245,6 +246,21 @@ def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
         assert torch.equal(part, whole[start : start + rows])
         if start > 3 * rows:
             break
+
+
+def test_codes_go_under_other_scales(format: Format) -> None:
+    """Twice a weight has its codes and twice its scales."""
+    weight = torch.randn(fit(format, 48, 64), generator=torch.Generator().manual_seed(0))
+    once, twice = format.encode(weight), format.encode(2 * weight)
+    mixed = format.recode(once, twice)
+    if isinstance(format, Hqq) and format.solver == "hqq":
+        return  # its shrinkage knows one size of weights only
+    assert all(torch.equal(mixed[name], twice[name]) for name in twice)
+    assert not all(torch.equal(mixed[name], once[name]) for name in twice)
+    if isinstance(format, GgmlBlocks):
+        num_codes = format.base.block_bytes - sum(end - first for first, end in format.scale_bytes)
+        bits = 8 * 52 / 256 if format.name == "tq1_0" else int(re.sub(r"\D*(\d).*", r"\1", format.name))
+        assert num_codes == format.block_size * bits / 8
 
 
 def test_codes_of_a_row_do_not_depend_on_other_rows(format: Format) -> None:
