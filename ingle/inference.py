@@ -122,7 +122,8 @@ def locate(path_or_id: str) -> Source:
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
-    return Source(ModelConfig(id=path_or_id), NoBase())
+    model = ModelConfig(id=path_or_id)
+    return Source(model, models.packed_base(model))
 
 
 def open_model(
@@ -198,4 +199,5 @@ def _locate_adapter(folder: Path) -> Source:
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
-    return Source(ModelConfig(id=base), adapters.read_record(folder).base or NoBase(), folder)
+    model = ModelConfig(id=base)
+    return Source(model, adapters.read_record(folder).base or models.packed_base(model), folder)

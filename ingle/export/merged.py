@@ -174,11 +174,11 @@ def _folder_source(folder: Path, layout: Layout, source: Source, *, dtype: str |
 
 
 def _usage(folder: Path, layout: Layout) -> str:
-    if layout.name == "hqq":
+    if layout.base.format == "hqq":
         return (
             f'```python\nimport ingle\n\nmodel = ingle.open_model("{folder.name}")\n```\n\n'
-            "The linear maps are the `hqq` package's: `HQQLinear` loads each of them from these tensors. transformers 5 "
-            "does not read them, and takes fresh weights instead."
+            "The linear maps are the `hqq` package's: `HQQLinear` loads each of them from these tensors. "
+            "transformers 5 does not read them, and takes fresh weights instead."
         )
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

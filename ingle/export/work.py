@@ -21,6 +21,7 @@ from ingle.export import certificate
 from ingle.export.card import make_card, read_licence
 from ingle.export.comparison import Server
 from ingle.export.fidelity import TensorFidelity, mean_correlation
+from ingle.export.gguf_types import AS_TRAINED
 from ingle.export.merging import Merger
 from ingle.export.promotion import Promotion
 from ingle.export.request import MIN_CORRELATION, Request, Subject
@@ -216,7 +217,7 @@ class Work:
             why = f"KL divergence from the trained model {divergence['kl']:.3f} nats a token, {self.request.max_kl:g} "
             why += f"are accepted; the same likeliest token in {divergence['top1_agreement']:.1%}"
             why += f"\nthe adapter itself changes the base by {effect:.3f} nats" if effect is not None else ""
-        elif correlation is not None and correlation < MIN_CORRELATION:
+        elif correlation is not None and correlation < MIN_CORRELATION and not self._rounded_in_training(report):
             why = f"of the trained change survives a correlation of {correlation:.2f}; {MIN_CORRELATION:g} is accepted "
             why += "where there is no text to measure on (--data FILE)"
         else:
@@ -231,6 +232,17 @@ class Work:
             why=why,
             fix=self._remedies(),
         )
+
+    def _rounded_in_training(self, report: dict[str, Any]) -> bool:
+        """Whether the weights were trained through the very rounding that writes them: then nothing more is lost."""
+        adapter, base = self.subject.source.adapter, self.subject.source.base
+        aware = None if adapter is None else adapters.read_record(adapter).adapter.get("merge_aware")
+        if aware is None:
+            return False
+        if aware["format"] is None and report["type"] in (AS_TRAINED, base.format):
+            return True
+        target = aware["format"] or base.format
+        return report["type"] == target or all(tensor["type"] == target for tensor in report["tensors"])
 
     def _remedies(self) -> str:
         if self.request.to == "gguf":

@@ -12,6 +12,7 @@ from ingle.models.importance import gguf_names, load_importance, save_importance
 from ingle.models.layers import decoder_layers, recompute_layers
 from ingle.models.loader import fill
 from ingle.models.opening import load_model
+from ingle.models.packed import packed_base
 from ingle.models.saving import save_pretrained, save_setup
 from ingle.models.tokenizer import load_tokenizer
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pack",
+    "packed_base",
     "recompute_layers",
     "save_importance",
     "save_pretrained",

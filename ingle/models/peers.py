@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ingle.errors import DependencyError
 from ingle.models.saving import quiet
@@ -46,6 +47,9 @@ class TransformersServer:
         self._ends = set(declared if isinstance(declared, list) else [declared]) | {self._tokenizer.eos_token_id}
 
     def _read(self, folder: Path, adapter: Path | None) -> Any:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "hqq":
+            return _read_hqq(folder, config)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except ImportError as error:
@@ -92,6 +96,27 @@ class TransformersServer:
                 break
             answer.append(token)
         return answer
+
+
+def _read_hqq(folder: Path, config: Any) -> Any:
+    """A model with the hqq package's own layers: transformers 5 does not read them, and takes fresh weights instead."""
+    require_readers("hqq")
+    from hqq.core.quantize import HQQLinear
+
+    del config.quantization_config
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    for path in [key.removesuffix(".W_q") for key in tensors if key.endswith(".W_q")]:
+        keys = [key for key in tensors if key.startswith(f"{path}.")]
+        layer = HQQLinear(None, None, compute_dtype=torch.float32, device="cpu", initialize=False)
+        layer.load_state_dict({key.removeprefix(f"{path}."): tensors.pop(key) for key in keys})
+        model.set_submodule(path, layer)
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def require_readers(*libraries: str) -> None:

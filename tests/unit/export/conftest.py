@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from ingle import adapters, models
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LoraAdapter, QaLoraAdapter
 from ingle.config.base import base_section
 from ingle.config.model import ModelConfig
 from tests.tiny import write_llama
@@ -39,8 +40,9 @@ def llama_folder(
 def make_adapter(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Callable[..., Path]:
     """Writes a trained-looking adapter for the tiny Llama: ``make_adapter(size, **options of the adapter)``."""
 
-    def make(size: float = 0.02, *, base: str = "none", skip: tuple[str, ...] = (), **options: object) -> Path:
-        adapter = LoraAdapter(rank=4, **options)  # type: ignore[arg-type]
+    def make(size: float = 0.02, *, base: Any = "none", skip: tuple[str, ...] = (), **options: Any) -> Path:
+        kind = QaLoraAdapter if options.get("kind") == "qa_lora" else LoraAdapter
+        adapter = kind(rank=4, **options)
         model = models.load_model(ModelConfig(id=str(llama_folder), dtype="float32"), base_section(base))
         adapters.attach(model, adapter, seed=0)
         generator = torch.Generator().manual_seed(1)

@@ -1,0 +1,63 @@
+"""What a published checkpoint is packed in, so that it can be opened without being told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ingle.config.base import BaseConfig, NoBase, base_section
+from ingle.config.model import ModelConfig
+from ingle.models.architecture import read_json
+from ingle.models.gguf_file import is_gguf
+from ingle.models.hub import locate
+
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def packed_base(model: ModelConfig) -> BaseConfig:
+    """The base section that holds a checkpoint's linear maps as they are stored; none where they are plain.
+
+    What only the bytes of the weights tell of a GGUF file is none too: each tensor names its own type.
+
+    Raises:
+        ModelError: There is no such model.
+        HubUnavailable: When the hub is needed and cannot be reached.
+    """
+    if is_gguf(model.id):
+        return NoBase()
+    folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
+    settings = read_json(folder, model).get("quantization_config") or {}
+    match settings.get("quant_method"):
+        case "hqq":
+            params = settings["quant_config"]["weight_quant_params"]
+            return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
+        case "bitnet":
+            return base_section("ternary")
+        case "bitsandbytes" if settings.get("load_in_8bit"):
+            return base_section("int8")
+        case "bitsandbytes":
+            weights = locate(model.id, revision=model.revision, part="weights", code=model.trust_remote_code)
+            return base_section(
+                {
+                    "format": settings.get("bnb_4bit_quant_type", "fp4"),
+                    "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
+                    "block_size": _state(weights).get("blocksize", 64),
+                }
+            )
+    return NoBase()
+
+
+def _state(folder: Path) -> Mapping[str, Any]:
+    """What bitsandbytes keeps beside the first weight it packed; the config does not name the size of a block."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            keys: list[str] = tensors.keys()
+            key = next((key for key in keys if _STATE in key), None)
+            if key is not None:
+                state: Mapping[str, Any] = json.loads(bytes(tensors.get_tensor(key).tolist()))
+                return state
+    return {}
