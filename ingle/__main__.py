@@ -11,8 +11,10 @@ def main() -> int:
     Returns:
         The exit code.
     """
+    from ingle import env
     from ingle.cli.outcome import call
 
+    env.share_processors()
     return call(sys.argv[1:])
 
 

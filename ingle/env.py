@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+#: Programs that may run beside ours, on average, before the machine counts as busy.
+_BUSY = 0.5
+
 
 def hub_offline() -> bool:
     """Whether the user asked for no hub access (``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE``)."""
@@ -21,3 +24,18 @@ def limit_primitive_caches(count: int) -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(count))
+
+
+def share_processors() -> None:
+    """Has threads that wait for one another give way soon, where other programs want the same processors.
+
+    A thread of OpenMP that waits for the others turns for milliseconds before it sleeps, which is the fastest way as
+    long as each has a processor of its own.  Where it has not, it keeps the very thread that it waits for from running,
+    and a run on a busy machine takes many times as long.  What the user has set stays.  To be called before torch is
+    loaded: the library reads this once.
+    """
+    if not hasattr(os, "sched_getaffinity") or "OMP_WAIT_POLICY" in os.environ:
+        return
+    free = (os.cpu_count() or 1) - os.getloadavg()[0]
+    if free < len(os.sched_getaffinity(0)) - _BUSY:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the library's own choice for too many threads
