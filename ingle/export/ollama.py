@@ -96,16 +96,11 @@ def make_modelfile(
         lines.append(f"ADAPTER {adapter}")
     found = recognise(tokenizer)
     if found is None:
-        lines.append(
-            "# No TEMPLATE is written: "
-            + ("this model has no chat template." if not tokenizer.chat_template else "this chat template is none of ")
-            + (
-                ""
-                if not tokenizer.chat_template
-                else f"{', '.join(f.name for f in FAMILIES)}.  Ollama looks at the one inside the file; check what "
-                "`ollama show --template` says."
-            )
-        )
+        reason = "this model has no chat template."
+        if tokenizer.chat_template:
+            reason = f"this chat template is none of {', '.join(family.name for family in FAMILIES)}.  Ollama looks at "
+            reason += "the one inside the file; check what `ollama show --template` says."
+        lines.append(f"# No TEMPLATE is written: {reason}")
     else:
         family, system = found
         lines.append(f"# {family.name}, checked against the model's own template")

@@ -47,7 +47,7 @@ def steps_above(type_name: str, num_columns: int) -> tuple[str, ...]:
 
 
 def promote(
-    names: Sequence[tuple[str, str, int]],
+    weights: Sequence[tuple[str, str, int]],
     measure_as: Callable[[str, str], TensorFidelity],
     budget_bytes: int,
     *,
@@ -56,47 +56,47 @@ def promote(
     """Chooses wider types.
 
     Args:
-        names: Name, type and columns of every merged weight.
+        weights: Name, type and columns of every merged weight.
         measure_as: What would survive of a weight in a type.
         budget_bytes: Most bytes more.
         enough: Correlation at which it ends.
     """
-    if not names:
+    if not weights:
         return Promotion({}, 0, None, None)
     options = {
-        name: [measure_as(name, step) for step in (own, *steps_above(own, columns))] for name, own, columns in names
+        name: [measure_as(name, step) for step in (own, *steps_above(own, columns))] for name, own, columns in weights
     }
-    chosen = {name: 0 for name in options}
-    before = mean_correlation([found[0] for found in options.values()])
+    chosen = dict.fromkeys(options, 0)
+    before = _correlation(options, chosen)
     queue: list[tuple[float, str, int]] = []
     for name, found in options.items():
-        _push(queue, name, 0, found)
-    spent = 0
-    while queue and (_current(options, chosen) or 0.0) < enough:
+        _offer(queue, name, 0, found, budget_bytes)
+    left = budget_bytes
+    while queue and (_correlation(options, chosen) or 0.0) < enough:
         _, name, step = heapq.heappop(queue)
         cost = options[name][step].num_bytes - options[name][chosen[name]].num_bytes
-        if spent + cost > budget_bytes:
-            continue
-        spent += cost
-        chosen[name] = step
-        _push(queue, name, step, options[name])
+        if cost <= left:
+            left -= cost
+            chosen[name] = step
+        _offer(queue, name, chosen[name], options[name], left)
     types = {name: options[name][step].type for name, step in chosen.items() if step}
-    return Promotion(types, spent, before, _current(options, chosen))
+    return Promotion(types, budget_bytes - left, before, _correlation(options, chosen))
 
 
-def _push(queue: list[tuple[float, str, int]], name: str, step: int, found: Sequence[TensorFidelity]) -> None:
-    """Offers the best of the steps above, by what it saves for its bytes."""
+def _offer(
+    queue: list[tuple[float, str, int]], name: str, step: int, found: Sequence[TensorFidelity], left: int
+) -> None:
+    """Puts the best of the steps above that can be paid into the queue, by what it saves for its bytes."""
     own = found[step]
-    best = max(
-        (
-            ((own.lost_energy - other.lost_energy) / max(1, other.num_bytes - own.num_bytes), place)
-            for place, other in enumerate(found[step + 1 :], step + 1)
-        ),
-        default=None,
-    )
-    if best is not None and best[0] > 0:
-        heapq.heappush(queue, (-best[0], name, best[1]))
+    gains = [
+        ((own.lost_energy - other.lost_energy) / max(1, other.num_bytes - own.num_bytes), place)
+        for place, other in enumerate(found[step + 1 :], step + 1)
+        if other.num_bytes - own.num_bytes <= left
+    ]
+    gain, place = max(gains, default=(0.0, step))
+    if gain > 0:
+        heapq.heappush(queue, (-gain, name, place))
 
 
-def _current(options: dict[str, list[TensorFidelity]], chosen: dict[str, int]) -> float | None:
+def _correlation(options: dict[str, list[TensorFidelity]], chosen: dict[str, int]) -> float | None:
     return mean_correlation([options[name][step] for name, step in chosen.items()])

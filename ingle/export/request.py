@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ingle import data
 from ingle.config.data import DataConfig
@@ -19,7 +19,7 @@ from ingle.inference import Source
 from ingle.training.folder import RunFolder
 
 Target = Literal["peft", "safetensors", "gguf", "gguf-adapter"]
-TARGETS: tuple[Target, ...] = ("peft", "safetensors", "gguf", "gguf-adapter")
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 #: Largest KL divergence of the written model from the trained one, nats a token: beyond what Q3_K_M costs a model of
 #: eight billion weights (0.10), well below what Q2_K does (0.45).

@@ -38,6 +38,11 @@ def test_the_weight_that_loses_most_climbs_first() -> None:
     assert found.before is not None and found.expected is not None and found.expected > found.before
 
 
+def test_a_smaller_step_is_taken_where_the_best_cannot_be_paid() -> None:
+    found = promote(_NAMES, _measure, budget_bytes=150, enough=0.999999)
+    assert found.types == {"large": "q5_k"} and found.extra_bytes == 100
+
+
 def test_it_ends_when_enough_survives() -> None:
     found = promote(_NAMES, _measure, budget_bytes=10_000, enough=0.9)
     assert set(found.types) == {"large"}
