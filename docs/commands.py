@@ -77,8 +77,7 @@ def shown_commands(block: Block) -> list[str]:
 
 def wrong_command(command: str, root: Path) -> Iterator[str]:
     """What a reader who types ``command`` would stumble over."""
-    for part in re.split(r"\s*(?:&&|\|\||;|\|)\s*", command):
-        words = shlex.split(part, comments=True)
+    for words in _split(command):
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if not words:
@@ -91,6 +90,19 @@ def wrong_command(command: str, root: Path) -> Iterator[str]:
             yield from _wrong_ingle(arguments, root)
         elif program not in OTHER_PROGRAMS:
             yield f"{program} is not a program that a reader has"
+
+
+def _split(command: str) -> list[list[str]]:
+    """The words of each program that a line runs; what is quoted stays one word."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;")
+    lexer.whitespace_split = True
+    parts: list[list[str]] = [[]]
+    for word in lexer:
+        if word.strip("|&;"):
+            parts[-1].append(word)
+        else:
+            parts.append([])
+    return parts
 
 
 def _wrong_ingle(arguments: list[str], root: Path) -> Iterator[str]:

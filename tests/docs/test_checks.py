@@ -116,6 +116,8 @@ def test_a_loose_constraint_is_found(tmp_path: Path) -> None:
         ("ingle train examples/demo/demo.yaml --optim.lr=1e-4", None),
         (".venv/bin/ingle config show examples/demo/demo.yaml --base.format=nf4", None),
         ("make demo && ingle --help", None),
+        ("ingle generate runs/demo --prompt 'a | b && c; d'", None),
+        ("ingle generate runs/demo --prompt $'a\\nb' | frobnicate", "frobnicate is not a program"),
         ("ingle train examples/demo/demo.yaml --optim.rl=1e-4", "there is no option optim.rl"),
         ("ingle train examples/demo/none.yaml", "examples/demo/none.yaml is not there"),
         ("ingle trian x.yaml", "there is no command"),
