@@ -110,7 +110,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
 
 def test_rehearsal_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 1000)
-    with pytest.raises(DoesNotFit, match="of disk; .* are free"):
+    with pytest.raises(DoesNotFit, match=r"of disk; .* are free"):
         _checkpoints(tmp_path).rehearse(_optimizer(), _position(0))
 
 
