@@ -73,7 +73,12 @@ def _require_place(out: Path) -> None:
     """Refuses a file that could not be written, before the work and not after it."""
     if out.is_dir():
         raise ConfigError(f"{out} is a folder.", where=f"--out {out}", fix=f"--out {out / 'scores.json'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {out.parent} cannot be made.", where=f"--out {out}", why=error.strerror, fix="name another file"
+        ) from error
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"nothing can be written in {out.parent}.", where=f"--out {out}", fix="name another file")
 

@@ -323,7 +323,7 @@ def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
     assert call([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
     evaluated.clear()
     assert call([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
-    assert call([*words, "task.yaml/scores.json"]) == 2 and "File exists." in capsys.readouterr().err
+    assert call([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be made" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
     assert call([*words, "new/more.json"]) == 2 and "nothing can be written in new." in capsys.readouterr().err
     assert evaluated == []
