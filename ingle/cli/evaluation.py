@@ -77,7 +77,10 @@ def _require_place(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the folder {out.parent} cannot be made.", where=f"--out {out}", why=error.strerror, fix="name another file"
+            f"the folder {out.parent} cannot be made.",
+            where=f"--out {out}",
+            why=error.strerror,
+            fix="name another file",
         ) from error
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"nothing can be written in {out.parent}.", where=f"--out {out}", fix="name another file")
