@@ -20,8 +20,8 @@ IMPORTED_AS = {
 }
 #: Parts that come with another distribution in exactly the version it needs.
 PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba", "markupsafe": "jinja2"}
-#: Comes with torch where there is a GPU.
-OPTIONAL = {"triton"}
+#: The first comes with torch where there is a GPU; the second reads an export where the user has it.
+OPTIONAL = {"triton", "hqq"}
 
 
 def imports(folder: str) -> set[str]:
