@@ -87,7 +87,7 @@ def _disk_full_is_told(path: Path) -> Iterator[None]:
             "the disk is full; what was complete before is untouched.",
             where=str(path),
             why=f"{shutil.disk_usage(path.parent).free:,} bytes are free",
-            fix="free some space and run the same command again: it goes on from the last checkpoint",
+            fix="free some space and run the same command again; training goes on from its last checkpoint",
         ) from error
 
 

@@ -20,7 +20,8 @@ from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
 
 from ingle import models
-from ingle.errors import GgufError
+from ingle.config.base import base_section
+from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
 from ingle.export.gguf_types import AS_TRAINED, target_of
@@ -193,7 +194,21 @@ class GgufExport:
             gguf_name = named[name]
             kind = self._own_type(name, gguf_name, shape) if mix is None else mix.tensor_type(gguf_name, shape)
             planned.append(Planned(gguf_name, entry, name, shape, kind))
+        self._require_packable(planned)
         return planned
+
+    def _require_packable(self, planned: list[Planned]) -> None:
+        """Refuses to merge into formats that are only read, before anything is measured or written."""
+        merged = [each for each in planned if each.hf_name in self.merger.layers and each.type not in PLAIN]
+        for kind, name in {each.type: each.name for each in merged}.items():
+            reason = getattr(base_section({"format": kind}), "not_packed", None)
+            if reason is not None:
+                raise ConfigError(
+                    f"a merged weight cannot be packed as {kind}, which is only read.",
+                    where=name,
+                    why=reason,
+                    fix="--type q8_0, or another type of llama.cpp's; --to gguf-adapter leaves the base as it is",
+                )
 
     def _name(self, name: str) -> str:
         found = self.names.to_gguf(name)

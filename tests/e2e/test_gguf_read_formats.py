@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ingle import flow, inference
 from ingle.config import load_run
+from ingle.errors import ConfigError
+from ingle.export import export
 from ingle.gguf import read_gguf, write_gguf
 from ingle.gguf.writing import TensorToWrite
 from ingle.quant.format import GGUF_FORMATS
@@ -74,3 +76,7 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     held = model.get_submodule("model.layers.0.mlp.up_proj")
     rows = torch.from_numpy(read_gguf(file).tensors["blk.0.ffn_up.weight"].read())
     assert torch.equal(getattr(held, "base", held).get_parameter("data"), rows)
+    with pytest.raises(ConfigError, match="only read") as caught:
+        export(str(tmp_path / "run"), "gguf", tmp_path / "served")
+    assert "--to gguf-adapter" in str(caught.value) and not (tmp_path / "served").exists()
+    assert export(str(file), "gguf", tmp_path / "copy.gguf")["fidelity"]["num_merged"] == 0
