@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
-from ingle.config.base import TernaryBase, base_section, folding_formats, folds
+from ingle.config.base import TernaryBase, folding_formats, folds, why_not_packed
 from ingle.config.paths import find_path
 from ingle.config.rule import Rule
 from ingle.config.run import Run
@@ -59,7 +59,7 @@ def _merges_into(run: Run) -> str | None:
 def _only_read(run: Run) -> dict[str, str]:
     """Formats that weights would have to be packed in although none can be, and why."""
     names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merges_into(run)) if name is not None}
-    reasons = {name: getattr(base_section({"format": name}), "not_packed", None) for name in sorted(names)}
+    reasons = {name: why_not_packed(name) for name in sorted(names)}
     return {name: why for name, why in reasons.items() if why is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ingle.config.base import BaseConfig, base_section
+from ingle.config.base import BaseConfig, base_section, why_not_packed
 from ingle.config.ggml import GgmlBase
 from ingle.config.mixes import MixBase
 from ingle.errors import ConfigError
@@ -39,8 +39,9 @@ def choose_type(name: str | None, base: BaseConfig, *, from_gguf: bool = False) 
         )
     if chosen not in (AS_TRAINED, *FILE_TYPES):
         raise ConfigError(
-            f"there is no GGUF type {name}.",
+            f"no file can be written in {name}.",
             where=f"--type {name}",
+            why=why_not_packed(chosen),
             fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}",
         )
     return chosen

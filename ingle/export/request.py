@@ -95,8 +95,9 @@ class Request:
                 where=f"--type {self.type}",
                 fix="leave it out",
             )
-        if self.data is not None and not self.data.exists():
-            raise ConfigError("there is no such file.", where=f"--data {self.data}")
+        for option, path in {"--data": self.data, "--imatrix": self.imatrix}.items():
+            if path is not None and not path.exists():
+                raise ConfigError("there is no such file.", where=f"{option} {path}")
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,11 @@ def test_llama_cpp_certifies(ingle: Ingle, run: Path, tmp_path: Path, to: str) -
 
 def test_mistakes_exit_with_2_and_leave_nothing(ingle: Ingle, run: Path, tmp_path: Path) -> None:
     for words, message in (
-        (("--to", "gguf", "--type", "q9"), "no GGUF type"),
+        (("--to", "gguf", "--type", "q9"), "no file can be written in q9"),
         (("--to", "peft", "--type", "bf16"), "--type"),
         (("--to", "gguf", "--type", "q2_k", "--max-kl", "0"), "lose too much"),
         (("--to", "onnx"), "onnx"),
+        (("--to", "gguf", "--imatrix", "nowhere.gguf"), "--imatrix nowhere.gguf"),
     ):
         done = ingle("export", run, *words, "--out", tmp_path / "x")
         assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Protocol, get_args
 
-from ingle.config.base import BaseConfig, HqqBase, base_section
+from ingle.config.base import BaseConfig, HqqBase, base_section, why_not_packed
 from ingle.errors import ConfigError, GgufError
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.container import block_of, row_bytes
@@ -99,10 +99,11 @@ def find_target(name: str, option: str = "--to") -> Target:
     fix = f"did you mean {close[0]}?" if close else None
     if resolved.startswith("hqq"):
         fix = "hqq-BITS or hqq-BITS-gGROUP: 8, 4, 3, 2 or 1 bits; groups of 8, 16, 32, 64 or 128"
+    reason = why_not_packed(resolved)
     raise ConfigError(
-        f"there is no format {name!r}.",
+        f"there is no format {name!r}." if reason is None else f"nothing can be packed in {name}.",
         where=f"{option} {name}",
-        why=f"formats are {', '.join(known)}",
+        why=f"formats are {', '.join(known)}" if reason is None else reason,
         fix=fix,
     )
 

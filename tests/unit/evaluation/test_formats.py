@@ -107,6 +107,12 @@ def test_a_wrong_name_is_told_what_was_meant(typed: str, meant: str) -> None:
     assert meant in str(caught.value.fix) and f"--formats {typed}" in str(caught.value)
 
 
+def test_a_format_that_is_only_read_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="nothing can be packed in iq2_xs") as caught:
+        find_target("iq2_xs")
+    assert "long search" in str(caught.value.why)
+
+
 def llama(hidden: int = 256) -> Any:
     return build(
         LlamaConfig(

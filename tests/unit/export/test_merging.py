@@ -192,8 +192,11 @@ def test_types_are_chosen_and_refused() -> None:
     assert choose_type(None, base_section("q4_k_m")) == "q4_k_m"
     assert choose_type(None, NoBase(), from_gguf=True) == AS_TRAINED
     assert choose_type("Q4_K", NoBase()) == "q4_k_m"
-    with pytest.raises(ConfigError, match="no GGUF type"):
+    with pytest.raises(ConfigError, match="no file can be written in"):
         choose_type("q9", NoBase())
+    with pytest.raises(ConfigError, match="no file can be written in iq2_xs") as read_only:
+        choose_type("iq2_xs", NoBase())
+    assert "long search" in str(read_only.value.why)
     with pytest.raises(ConfigError, match="cannot hold nf4"):
         choose_type(AS_TRAINED, base_section("nf4"))
     with pytest.raises(ConfigError, match="no layout") as caught:
