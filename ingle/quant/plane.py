@@ -46,12 +46,12 @@ def as_bytes(values: Tensor) -> Tensor:
 
 def as_float16(plane: Tensor) -> Tensor:
     """The float16 values whose bytes a plane holds: the last dimension shrinks by 2; no copy."""
-    return plane.detach().contiguous().view(torch.float16)
+    return plane.contiguous().view(torch.float16)
 
 
 def as_float32(plane: Tensor) -> Tensor:
     """The float32 values whose bytes a plane holds: the last dimension shrinks by 4; no copy."""
-    return plane.detach().contiguous().view(torch.float32)
+    return plane.contiguous().view(torch.float32)
 
 
 def align(plane: Tensor) -> Tensor:
