@@ -11,7 +11,8 @@ from typing import Any
 
 from numba import njit
 
-from ingle.kernels.bfloat16 import FAST
+#: Float rules of the kernels: sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning.
+FAST = {"contract", "nsz", "arcp", "reassoc"}
 
 Kernel = Callable[..., Any]
 
@@ -30,6 +31,17 @@ def compile_kernel(function: Kernel) -> Kernel:
 def compile_float_kernel(function: Kernel) -> Kernel:
     """As :func:`compile_kernel`, and floating-point sums may be taken in another order."""
     return _compile(function, fastmath=FAST)
+
+
+def inline_float(function: Kernel) -> Kernel:
+    """A function that float kernels call, always made part of them.
+
+    Left to stand alone it exists twice: within the kernel, which is what is kept, and by itself, which is what runs in
+    the process that compiles it. The two take their sums in different orders, and a run that was resumed would end
+    with other bits than the one that was not stopped.
+    """
+    inlined: Kernel = njit(fastmath=FAST, error_model="numpy", forceinline=True)(function)
+    return inlined
 
 
 def _compile(function: Kernel, **options: Any) -> Kernel:

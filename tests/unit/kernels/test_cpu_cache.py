@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +42,27 @@ def test_a_kernel_computes() -> None:
     values = np.arange(3.0)
     _double(values)
     assert values.tolist() == [0.0, 2.0, 4.0]
+
+
+_COMPUTE = """
+import hashlib
+import numpy as np
+from ingle.kernels.attention_softmax import differentiate, exponentiate
+
+random = np.random.default_rng(0)
+scores, slopes = random.normal(size=(2, 2, 30, 203)).astype(np.float32)
+rest, scale, softcap = scores[:, :0][:0], np.float32(0.3), np.float32(0.0)
+first, last = np.zeros(15, np.int32), np.arange(188, 203, dtype=np.int32)
+weights, lse, delta = scores.copy(), np.empty((2, 30), np.float32), np.full((2, 30), 0.01, np.float32)
+exponentiate(weights, rest, first, last, scale, softcap, lse)
+differentiate(scores, rest, slopes, first, last, scale, softcap, lse, delta)
+print(*(hashlib.sha256(array.tobytes()).hexdigest() for array in (weights, lse, scores, slopes)))
+"""
+
+
+def test_a_kernel_just_compiled_computes_what_the_kept_one_does(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _COMPUTE]
+    compiled, kept = (subprocess.check_output(command, env=environment, text=True) for _ in range(2))
+    assert len(list(tmp_path.rglob("*.nbi"))) == 2
+    assert kept == compiled
