@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ingle.kernels.bfloat16 import exp, largest, load, prange, store
-from ingle.kernels.cpu_cache import compile_float_kernel, inline_float
+from ingle.kernels.bfloat16 import FAST, exp, largest, load, njit, prange, store
+from ingle.kernels.cpu_cache import compile_float_kernel
 
 
 @compile_float_kernel
@@ -43,7 +43,7 @@ def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta
 # slices from 0, as only such loops become vector code.
 
 
-@inline_float
+@njit(fastmath=FAST, error_model="numpy")
 def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-untyped-def]
     seen, values = row[begin:end], buffer[: end - begin]
     if begin >= end:
@@ -64,7 +64,7 @@ def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-
     return top + np.log(total)
 
 
-@inline_float
+@njit(fastmath=FAST, error_model="numpy")
 def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, buffer):  # type: ignore[no-untyped-def]
     seen, steep, values = row[begin:end], slope[begin:end], buffer[: end - begin]
     _bend_all(seen, rest, begin, end, scale, softcap, values)
@@ -79,7 +79,7 @@ def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, 
     slope[end:] = 0
 
 
-@inline_float
+@njit(fastmath=FAST, error_model="numpy")
 def _bend_all(seen, rest, begin, end, scale, softcap, values):  # type: ignore[no-untyped-def]
     """Raw scores -> scaled and capped ones in float32."""
     if len(rest) > 0:
@@ -107,7 +107,7 @@ def merge(total, total_lse, out, lse):  # type: ignore[no-untyped-def]
             total_lse[r] = both
 
 
-@inline_float
+@njit(fastmath=FAST)
 def _mix(total, keep, out, share):  # type: ignore[no-untyped-def]
     for j in range(len(total)):
         total[j] = total[j] * keep + load(out, j) * share

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
-from ingle.kernels.cpu_cache import inline_float
+#: Float rules of the kernels: sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning.
+FAST = {"contract", "nsz", "arcp", "reassoc"}
+
 
 _BIT16 = ir.IntType(16)
 _BIT32 = ir.IntType(32)
@@ -81,7 +83,7 @@ def from_order(typing_context, order):  # type: ignore[no-untyped-def]
     return types.float32(types.int32), build
 
 
-@inline_float
+@njit(fastmath=FAST)
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32, within 2 ulp on [-87, 88], clamped outside it; a NaN stays one.
 
@@ -129,7 +131,7 @@ def _store(values, index, value):  # type: ignore[no-untyped-def]
     return store_bfloat16 if values.dtype == types.uint16 else store_float32
 
 
-@inline_float
+@njit(fastmath=FAST)
 def largest(values):  # type: ignore[no-untyped-def]
     """The largest of an array; compared as integers, since compilers do not vectorise the maximum of floats."""
     top = np.int32(-(2**31))
@@ -154,4 +156,4 @@ def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-__all__ = ["bits", "exp", "largest", "load", "narrow", "prange", "store", "supported", "widen"]
+__all__ = ["FAST", "bits", "exp", "largest", "load", "narrow", "njit", "prange", "store", "supported", "widen"]

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llvmlite.binding import Linkage
 from numba import njit
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
-#: Float rules of the kernels: sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning.
-FAST = {"contract", "nsz", "arcp", "reassoc"}
+from ingle.kernels.bfloat16 import FAST
 
 Kernel = Callable[..., Any]
 
@@ -33,19 +35,8 @@ def compile_float_kernel(function: Kernel) -> Kernel:
     return _compile(function, fastmath=FAST)
 
 
-def inline_float(function: Kernel) -> Kernel:
-    """A function that float kernels call, always made part of them.
-
-    Left to stand alone it exists twice: within the kernel, which is what is kept, and by itself, which is what runs in
-    the process that compiles it. The two take their sums in different orders, and a run that was resumed would end
-    with other bits than the one that was not stopped.
-    """
-    inlined: Kernel = njit(fastmath=FAST, error_model="numpy", forceinline=True)(function)
-    return inlined
-
-
 def _compile(function: Kernel, **options: Any) -> Kernel:
-    options |= {"parallel": True, "nogil": True, "error_model": "numpy"}
+    options |= {"parallel": True, "nogil": True, "error_model": "numpy", "pipeline_class": _Compiler}
     # Numba looks at the file of the kernel alone; what is inlined from others has to be in the name it keeps it by.
     function.__qualname__ += f"-{_digest(Path(inspect.getfile(function)))}"
     try:
@@ -53,6 +44,31 @@ def _compile(function: Kernel, **options: Any) -> Kernel:
     except RuntimeError:
         compiled = njit(**options)(function)
     return compiled
+
+
+class _Compiler(CompilerBase):  # type: ignore[misc]
+    """Lets the process that compiles a kernel run the very code that is kept of it."""
+
+    def define_pipelines(self) -> list[Any]:
+        library = _OwnCopies(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        library.enable_object_caching()
+        self.state.library = library
+        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+
+class _OwnCopies(JITCodeLibrary):  # type: ignore[misc]
+    """A kernel's machine code, which calls nothing outside of it that numba compiled.
+
+    What a kernel calls, its loop's body above all, exists twice in the process that compiles it: optimised by itself,
+    and copied into the kernel and optimised once more, where sums may come out in another order. The copy is kept, but
+    by name the first would be called: a run that is resumed would end with other bits than one that was not stopped.
+    """
+
+    def _finalize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if function.linkage in (Linkage.linkonce_odr, Linkage.weak_odr):
+                function.linkage = Linkage.internal
+        super()._finalize_final_module()
 
 
 def _digest(path: Path, folder: Path = Path(__file__).parent) -> str:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ingle.kernels import IGNORE_INDEX
-from ingle.kernels.bfloat16 import bits, exp, largest, load, prange, store, supported
-from ingle.kernels.cpu_cache import compile_float_kernel, inline_float
+from ingle.kernels.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store, supported
+from ingle.kernels.cpu_cache import compile_float_kernel
 from ingle.kernels.cpu_threads import match_threads
 
 #: Logits of one chunk; 2^24 of them are 32 MiB in bfloat16, and a chunk of 500 rows still fills the cores.
@@ -221,7 +221,7 @@ def _score_with_torch(logits_CV: Tensor, targets_C: Tensor, shape: _Shape, with_
     return nll_C
 
 
-@inline_float
+@njit(fastmath=FAST)
 def _bend(raw, scale, softcap):  # type: ignore[no-untyped-def]
     z = raw * scale
     if softcap > np.float32(0.0):
@@ -229,7 +229,7 @@ def _bend(raw, scale, softcap):  # type: ignore[no-untyped-def]
     return z
 
 
-@inline_float
+@njit(fastmath=FAST)
 def _slope(z, scale, softcap):  # type: ignore[no-untyped-def]
     """Derivative of :func:`_bend` where it has the value z."""
     return scale * (np.float32(1.0) - (z / softcap) * (z / softcap)) if softcap > np.float32(0.0) else scale
