@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -208,8 +209,8 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         reason = "its BitNet layers have norms of their own, which are not supported"
     elif not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = f"transformers has no causal language model for model_type {kind!r}"
-    elif any("MaskedLM" in name for name in config.architectures or ()) and not getattr(config, "is_decoder", False):
-        reason = f"it is an encoder ({', '.join(config.architectures or ())})"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        reason = f"it is an encoder ({', '.join(config.architectures or [kind])})"
     elif config.get_text_config() is not config:
         reason = "it reads images or sound besides text, which is not supported yet"
     elif kind == "bloom" or getattr(config, "alibi", False):

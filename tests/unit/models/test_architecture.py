@@ -35,6 +35,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
     [
         (hf.T5Config(d_model=16, num_layers=1, vocab_size=32), "encoder-decoder"),
         (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertForMaskedLM"]), "encoder"),
+        (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertModel"]), "encoder"),
         (hf.ViTConfig(), "no causal language model"),
         (hf.MambaConfig(**TINY), "state from token to token|layers of kind"),
         (hf.Lfm2Config(**TINY, num_attention_heads=2, layer_types=["conv"]), "layers of kind conv"),
