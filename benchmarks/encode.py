@@ -21,13 +21,15 @@ from typing import Any
 import torch
 
 from benchmarks.timing import millions_per_s, take_turns
-from ingle.config.base import format_name
+from ingle.config.base import base_sections, format_name
 from ingle.config.ggml import GgmlBase
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant import make_format
 
 FORMATS: dict[str, type[GgmlBase]] = {
-    format_name(section): section for section in GgmlBase.__subclasses__() if section.not_packed is None
+    format_name(section): section
+    for section in base_sections()
+    if issubclass(section, GgmlBase) and section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {
@@ -82,12 +84,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1024, help="rows of 4096 weights, as in an mlp of a 7B model")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--library", type=Path, help="ggml's library, instead of the one in llama-cpp-python")
+    parser.add_argument(
+        "--library", dest="ggml", type=Path, help="ggml's library, instead of the one in llama-cpp-python"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
     set_threads(options.threads)
     torch.manual_seed(0)
-    peer = load_peer(options.library)
+    peer = load_peer(options.ggml)
     rows = {
         f"{name}{', importance' if weighted else ''}": measure_format(
             peer, name, (options.rows, 4096), weighted, options.rounds

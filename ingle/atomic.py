@@ -1,8 +1,9 @@
-"""Files and folders that are either whole or not there: write beside, fsync, rename."""
+"""Files and folders that are either whole or not there: write beside, fsync, rename; and whether they still are."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ingle.errors import CheckpointError
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

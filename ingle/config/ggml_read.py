@@ -6,8 +6,6 @@ from typing import Literal
 
 from ingle.config.ggml import GgmlBase
 
-#: Why Ingle does not pack the formats with grids.
-GRID = "which rows stand for its weights is a long search that an importance matrix has to lead"
 #: Why Ingle does not pack 4-bit floats.
 FLOAT = "models are published in it by who trained them in it; for any other model a format of integers loses less"
 
@@ -35,92 +33,79 @@ class NVFP4Base(GgmlBase):
     not_packed = FLOAT
 
 
-class IQ2_XXSBase(GgmlBase):
+class GridBase(GgmlBase):
+    """Super-blocks of 256 weights whose codes name rows of a fixed grid."""
+
+    block_size = 256
+    fallback = "iq4_nl"
+    not_packed = "which rows stand for its weights is a long search that an importance matrix has to lead"
+
+
+class IQ2_XXSBase(GridBase):
     """GGUF IQ2_XXS: 256 rows of eight weights; read only.
 
     Source: ggml, ``block_iq2_xxs``.
     """
 
     format: Literal["iq2_xxs"]
-    block_size = 256
     block_bytes = 66
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ2_XSBase(GgmlBase):
+class IQ2_XSBase(GridBase):
     """GGUF IQ2_XS: 512 rows of eight weights; read only.
 
     Source: ggml, ``block_iq2_xs``.
     """
 
     format: Literal["iq2_xs"]
-    block_size = 256
     block_bytes = 74
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ2_SBase(GgmlBase):
+class IQ2_SBase(GridBase):
     """GGUF IQ2_S: 1,024 rows of eight weights; read only.
 
     Source: ggml, ``block_iq2_s``.
     """
 
     format: Literal["iq2_s"]
-    block_size = 256
     block_bytes = 82
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ3_XXSBase(GgmlBase):
+class IQ3_XXSBase(GridBase):
     """GGUF IQ3_XXS: 256 rows of four weights; read only.
 
     Source: ggml, ``block_iq3_xxs``.
     """
 
     format: Literal["iq3_xxs"]
-    block_size = 256
     block_bytes = 98
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ3_SBase(GgmlBase):
+class IQ3_SBase(GridBase):
     """GGUF IQ3_S: 512 rows of four weights; read only.
 
     Source: ggml, ``block_iq3_s``.
     """
 
     format: Literal["iq3_s"]
-    block_size = 256
     block_bytes = 110
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ1_SBase(GgmlBase):
+class IQ1_SBase(GridBase):
     """GGUF IQ1_S: 2,048 rows of eight ternary weights; read only.
 
     Source: ggml, ``block_iq1_s``.
     """
 
     format: Literal["iq1_s"]
-    block_size = 256
     block_bytes = 50
-    fallback = "iq4_nl"
-    not_packed = GRID
 
 
-class IQ1_MBase(GgmlBase):
+class IQ1_MBase(GridBase):
     """GGUF IQ1_M: 2,048 rows of eight ternary weights; read only.
 
     Source: ggml, ``block_iq1_m``.
     """
 
     format: Literal["iq1_m"]
-    block_size = 256
     block_bytes = 56
-    fallback = "iq4_nl"
-    not_packed = GRID

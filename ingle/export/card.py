@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from ingle import __version__
+from ingle.atomic import sha256
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
 from ingle.evaluation.divergence import Divergence
@@ -139,7 +139,7 @@ def _data(run: Run, run_folder: Path | None) -> str:
     lines = ["| source | SHA-256 |", "|---|---|"]
     for source in run.data.sources:
         path = Path(source.path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "not a single local file"
+        digest = sha256(path) if path.is_file() else "not a single local file"
         lines.append(f"| {path.name} | `{digest}` |")
     states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
     if states:

@@ -14,7 +14,6 @@ where the two likeliest tokens are nearly tied, and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ingle import __version__, models
-from ingle.atomic import write_atomically
+from ingle.atomic import sha256, write_atomically
 from ingle.data.types import Example
 from ingle.errors import ExportError
 from ingle.events import Sink
@@ -57,12 +56,12 @@ class Tolerance:
 
 #: Where every product is made in floating point.
 PLAIN = Tolerance(mean_kl=2e-3, tie=0.15)
+#: Where the other program rounds the inputs of products to 8 bits.
+PACKED = Tolerance(mean_kl=1e-2, tie=0.5)
 #: How far an export may be from what was trained, nats a token: more than bfloat16 or 8-bit inputs cost, and
 LIMIT = 1e-2
 #: so many times what it was on the text that it was measured on, other texts being other texts.
 SLACK = 5.0
-#: Where the other program rounds the inputs of products to 8 bits.
-PACKED = Tolerance(mean_kl=1e-2, tie=0.5)
 
 
 def certify(
@@ -170,12 +169,6 @@ def require_passed(certificate: dict[str, Any], where: Path) -> None:
             why="\n".join(certificate["reasons"]),
             fix="do not serve it; certificate.json holds every compared figure",
         )
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reasons(result: dict[str, Any], compared: Sequence[Compared], tolerance: Tolerance) -> list[str]:

@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
 
 from ingle import models
-from ingle.config.base import base_section
+from ingle.config.base import why_not_packed
 from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
@@ -201,7 +201,7 @@ class GgufExport:
         """Refuses to merge into formats that are only read, before anything is measured or written."""
         merged = [each for each in planned if each.hf_name in self.merger.layers and each.type not in PLAIN]
         for kind, name in {each.type: each.name for each in merged}.items():
-            reason = getattr(base_section({"format": kind}), "not_packed", None)
+            reason = why_not_packed(kind)
             if reason is not None:
                 raise ConfigError(
                     f"a merged weight cannot be packed as {kind}, which is only read.",

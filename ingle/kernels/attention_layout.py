@@ -1,8 +1,6 @@
 """Rows by token put into the layout that attention multiplies, and back; rotated on the way.
 
-Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size,
-P rows of a tile, K keys of a tile. Grouped means, for keys and values: segment by segment [Hkv, S, Dh]; for
-queries and what goes with them: tile by tile [Hkv, tokens, G, Dh], so that batched products take them as they lie.
+Legend: as in :mod:`ingle.kernels.attention_tiles`.
 """
 
 from __future__ import annotations

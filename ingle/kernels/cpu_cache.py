@@ -50,9 +50,9 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
     """Lets the process that compiles a kernel run the very code that is kept of it."""
 
     def define_pipelines(self) -> list[Any]:
-        library = _OwnCopies(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
-        library.enable_object_caching()
-        self.state.library = library
+        code = _OwnCopies(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+        code.enable_object_caching()
+        self.state["library"] = code
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
 
 

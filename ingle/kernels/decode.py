@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ingle.kernels import cpu, cpu_encode
@@ -219,7 +219,7 @@ for _name, _kernel in (
     ("decode_nested_levels", _decode_nested_levels),
     ("decode_int8", _decode_int8),
 ):
-    torch.library.custom_op(f"ingle::{_name}", _kernel, mutates_args=("out",)).register_fake(lambda *_: None)
+    library.custom_op(f"ingle::{_name}", _kernel, mutates_args=("out",)).register_fake(lambda *_: None)
 
 
 def _array(tensor: Tensor) -> object:

@@ -6,7 +6,7 @@ Under ``torch.compile`` decoding is one opaque operator, so a graph holds packed
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ingle.kernels import ggml_decode, ggml_encode
@@ -49,7 +49,7 @@ def _decode_blocks(name: str, data: Tensor, out: Tensor) -> None:
 
 
 # A fake decode has nothing to return.
-torch.library.custom_op("ingle::decode_blocks", _decode_blocks, mutates_args=("out",)).register_fake(lambda *_: None)
+library.custom_op("ingle::decode_blocks", _decode_blocks, mutates_args=("out",)).register_fake(lambda *_: None)
 
 
 def encode_blocks(name: str, weight_OI: Tensor, importance_I: Tensor | None, data: Tensor) -> tuple[float, float]:

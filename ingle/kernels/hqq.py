@@ -8,7 +8,7 @@ Under ``torch.compile`` decoding is one opaque operator, so a graph holds packed
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ingle.kernels import hqq_decode, hqq_encode
 from ingle.kernels.cpu_threads import match_threads
@@ -53,7 +53,7 @@ def _decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, size: 
 
 
 # A fake decode has nothing to return.
-torch.library.custom_op("ingle::decode_groups", _decode_groups, mutates_args=("out",)).register_fake(lambda *_: None)
+library.custom_op("ingle::decode_groups", _decode_groups, mutates_args=("out",)).register_fake(lambda *_: None)
 
 
 def encode_groups(

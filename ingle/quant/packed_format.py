@@ -83,7 +83,7 @@ class PackedFormat(ABC):
             return decoded if out is None else out.copy_(decoded)
         if out is None:
             out = torch.empty(out_features, in_features, dtype=dtype, device=plane.device)
-        return self.decode_into({name: each.detach() for name, each in planes.items()}, out)
+        return self.decode_into(planes, out)
 
     def not_finite(self, weight_OI: Tensor, name: str) -> QuantizationError:
         """The error for a weight that holds NaN or infinity."""

@@ -7,7 +7,6 @@ of ``(seed, step, micro-batch)``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ingle.atomic import atomic_folder
+from ingle.atomic import atomic_folder, sha256
 from ingle.errors import CheckpointError, DoesNotFit, QuantizationError
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
@@ -83,7 +82,7 @@ class Checkpoints:
             save_file(tensors, partial / OPTIMIZER)
             if self._imatrix is not None:
                 save_file(self._imatrix.state_dict(), partial / IMATRIX)
-            digests = {file.name: _digest(file) for file in sorted(partial.iterdir())}
+            digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             state = {"format": FORMAT_VERSION, "sha256": digests, **asdict(position)}
             (partial / "state.json").write_text(json.dumps(state, indent=1))
         for old in self.steps()[: -self._keep]:
@@ -180,18 +179,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
                 f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
             )
         for name, digest in state.pop("sha256").items():
-            if _digest(path / name) != digest:
+            if sha256(path / name) != digest:
                 raise _damaged(path, f"{name} holds other bytes than were written")
         tensors = load_file(path / OPTIMIZER)
         position = replace(Position(0, 0, 0, ""), **state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _damaged(path, error) from error
     return tensors, position
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _damaged(path: Path, error: Exception | str) -> CheckpointError:

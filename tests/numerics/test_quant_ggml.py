@@ -19,13 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.config.base import format_name
+from ingle.config.base import base_sections, format_name
 from ingle.config.ggml import GgmlBase
 from ingle.quant import make_format
 from ingle.quant.ggml import GgmlBlocks
 
 SECTIONS: dict[str, type[GgmlBase]] = {
-    format_name(section): section for section in GgmlBase.__subclasses__() if section.not_packed is None
+    format_name(section): section
+    for section in base_sections()
+    if issubclass(section, GgmlBase) and section.not_packed is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {

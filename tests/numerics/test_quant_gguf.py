@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ingle.config import base as sections
-from ingle.config.base import format_name
+from ingle.config.base import base_sections, format_name
 from ingle.config.ggml import GgmlBase
 from ingle.quant import make_format
 from ingle.quant.ggml import GgmlBlocks
 
 gguf = pytest.importorskip("gguf", reason="gguf is the oracle here")
 
-SECTIONS: dict[str, type[GgmlBase]] = {format_name(section): section for section in GgmlBase.__subclasses__()}
+SECTIONS: dict[str, type[GgmlBase]] = {
+    format_name(section): section for section in base_sections() if issubclass(section, GgmlBase)
+}
 #: What the package can pack; the rest is compared with ggml itself.
 PACKED = [name for name in SECTIONS if name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0")]
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ingle import inference, models
+from ingle.atomic import sha256
 from ingle.config.adapter import MergeAware
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
@@ -62,7 +63,7 @@ def test_peft_reads_the_adapter(llama_folder: Path, make_adapter: MakeAdapter, t
     torch.testing.assert_close(_ours(adapter), theirs, rtol=1e-4, atol=1e-4)
     made = json.loads((out / "certificate.json").read_text())
     assert made["passed"] and result["certificate"]["passed"] and made["mean_kl"] < 1e-6
-    assert made["files"]["adapter_model.safetensors"] == certificate.sha256(out / "adapter_model.safetensors")
+    assert made["files"]["adapter_model.safetensors"] == sha256(out / "adapter_model.safetensors")
     assert "library_name: peft" in (out / "README.md").read_text()
 
 
@@ -102,7 +103,7 @@ def test_llama_cpp_answers_with_gguf_as_ingle_does(
     made = json.loads((out.parent / "certificate.json").read_text())
     assert made["passed"] is True and result["certificate"]["passed"]
     assert all(prompt["tokens_equal"] for prompt in made["prompts"])
-    assert made["files"] == {"m.gguf": certificate.sha256(out)}
+    assert made["files"] == {"m.gguf": sha256(out)}
     assert "TEMPLATE" in (out.parent / "Modelfile").read_text()
 
 
