@@ -37,7 +37,6 @@ class GridBase(GgmlBase):
     """Super-blocks of 256 weights whose codes name rows of a fixed grid."""
 
     block_size = 256
-    fallback = "iq4_nl"
     not_packed = "which rows stand for its weights is a long search that an importance matrix has to lead"
 
 
