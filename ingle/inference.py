@@ -187,13 +187,14 @@ def _locate_run(folder: Path) -> Source:
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert isinstance(base, str)
-    except (ValueError, KeyError, AssertionError) as error:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base or "\0" in base:
+            raise ValueError("it is not a name")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
             "the adapter does not say which model it belongs to.",
             where=str(folder / "adapter_config.json"),
-            why="base_model_name_or_path is missing",
+            why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base's id into that field",
         ) from error
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+from pydantic import ValidationError
 
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
+from ingle.errors import ModelError
 from ingle.models.architecture import read_json
 from ingle.models.gguf_file import is_gguf
 from ingle.models.hub import locate
+from ingle.models.shards import read_index
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -31,33 +31,45 @@ def packed_base(model: ModelConfig) -> BaseConfig:
         return NoBase()
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     settings = read_json(folder, model).get("quantization_config") or {}
-    match settings.get("quant_method"):
-        case "hqq":
-            params = settings["quant_config"]["weight_quant_params"]
-            return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
-        case "bitnet":
-            return base_section("ternary")
-        case "bitsandbytes" if settings.get("load_in_8bit"):
-            return base_section("int8")
-        case "bitsandbytes":
-            weights = locate(model.id, revision=model.revision, part="weights", code=model.trust_remote_code)
-            return base_section(
-                {
-                    "format": settings.get("bnb_4bit_quant_type", "fp4"),
-                    "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
-                    "block_size": _state(weights).get("blocksize", 64),
-                }
-            )
+    try:
+        match settings.get("quant_method"):
+            case "hqq":
+                params = settings["quant_config"]["weight_quant_params"]
+                return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
+            case "bitnet":
+                return base_section("ternary")
+            case "bitsandbytes" if settings.get("load_in_8bit"):
+                return base_section("int8")
+            case "bitsandbytes":
+                weights = locate(model.id, revision=model.revision, part="weights", code=model.trust_remote_code)
+                return base_section(
+                    {
+                        "format": settings.get("bnb_4bit_quant_type", "fp4"),
+                        "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
+                        "block_size": _block_size(weights),
+                    }
+                )
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ModelError(
+            f"the weights of {model.id} are packed in a way that its config.json does not describe.",
+            where=f"{folder / 'config.json'}: quantization_config",
+            why=_explain(error),
+            fix="fetch or copy the model again; it is damaged or incomplete",
+        ) from None
     return NoBase()
 
 
-def _state(folder: Path) -> Mapping[str, Any]:
+def _block_size(folder: Path) -> int:
     """What bitsandbytes keeps beside the first weight it packed; the config does not name the size of a block."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            keys: list[str] = tensors.keys()
-            key = next((key for key in keys if _STATE in key), None)
-            if key is not None:
-                state: Mapping[str, Any] = json.loads(bytes(tensors.get_tensor(key).tolist()))
-                return state
-    return {}
+    for key, stored in read_index(folder).items():
+        if _STATE in key:
+            return int(json.loads(bytes(stored.read().tolist()))["blocksize"])
+    return 64
+
+
+def _explain(error: Exception) -> str:
+    """A problem with a value or the name of a missing key, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
