@@ -49,14 +49,15 @@ class Engine:
         model: The model, adapter attached.
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
-        keeps_control_tokens: Whether control tokens inside messages are tokens; by default they are text.
+        source: Where all of it came from, when it was opened from somewhere.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, keeps_control_tokens: bool = False) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapted = adapted
-        self._control = data.ControlTokens(tokenizer, "keep" if keeps_control_tokens else "escape")
+        keeps = source is not None and source.keeps_control_tokens
+        self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
 
     def generate(
         self,
@@ -165,7 +166,7 @@ def open_source(
         for note in adapters.load_adapter(model, source.adapter, allow_mismatch=allow_mismatch).notes:
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
-    return Engine(model, tokenizer, adapted=adapted, keeps_control_tokens=source.keeps_control_tokens)
+    return Engine(model, tokenizer, adapted=adapted, source=source)
 
 
 def _locate_run(folder: Path) -> Source:
@@ -197,7 +198,7 @@ def _keeps_control_tokens(run: Run) -> bool:
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         assert isinstance(base, str)
     except (ValueError, KeyError, AssertionError) as error:
         raise AdapterError(

@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field, Strict
 
 from ingle.config.section import Section, Text, one_or_more
 
+#: Suffixes of data files, each also with ``.gz``.
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
 ControlTokens = Literal["escape", "keep", "refuse"]
 Layout = Literal["auto", "messages", "prompt-completion", "instruction", "sharegpt", "text"]
 

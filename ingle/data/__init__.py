@@ -3,6 +3,7 @@
 from ingle.data.batch import collate, round_up
 from ingle.data.control import ControlTokens
 from ingle.data.dataset import TokenDataset, build_dataset
+from ingle.data.duplicates import Contamination, find_contamination
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
@@ -13,6 +14,7 @@ from ingle.data.types import IGNORE_INDEX, Batch, Example, Message, Sample, Toke
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "Contamination",
     "ControlTokens",
     "Example",
     "Message",
@@ -23,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "build_dataset",
     "collate",
+    "find_contamination",
     "make_sequences",
     "prompt_ids",
     "read_examples",

@@ -22,6 +22,7 @@ from ingle.data.template import TrainOn
 from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample, Tokenizer
 from ingle.errors import ConfigError, DataError
 from ingle.events import Progress, Sink, Warned
+from ingle.wording import plural
 
 #: Documents tokenized at once: at most so many, and at most about so many characters.
 _BATCH_DOCUMENTS = 1024
@@ -101,14 +102,14 @@ class Origins:
 
     def append(self, origin: str, count: int = 1) -> None:
         """Note where the next ``count`` documents come from."""
-        name, _, line = origin.rpartition(":")
+        name = origin.rstrip("0123456789")  # ends in ":" or ":row "
         number = self._names.setdefault(name, len(self._names))
         self._name_of.extend(np.full(count, number, dtype=np.int32))
-        self._line_of.extend(np.full(count, int(line), dtype=np.int32))
+        self._line_of.extend(np.full(count, int(origin[len(name) :]), dtype=np.int32))
 
     def at(self, i: int) -> str:
         """``file:line`` of document ``i``."""
-        return f"{list(self._names)[self._name_of.view()[i]]}:{self._line_of.view()[i]}"
+        return f"{list(self._names)[self._name_of.view()[i]]}{self._line_of.view()[i]}"
 
     @property
     def nbytes(self) -> int:
@@ -288,7 +289,7 @@ class _Build:
             raise DataError(
                 "Nothing is left to learn from.",
                 where="data.sources: " + ", ".join(source.path for source in self.data.sources),
-                why="; ".join(f"{r.count} rows: {r.reason} (first {r.first})" for r in dropped) or "no rows",
+                why="; ".join(f"{plural(r.count, 'row')}: {r.reason} (first {r.first})" for r in dropped) or "no rows",
                 fix="`ingle data inspect CONFIG` shows what became of the rows",
             )
         self._warn(stats)
@@ -300,10 +301,13 @@ class _Build:
         for remark in stats.remarks:
             self.sink(Warned(remark.reason, remark.first, remark.count))
         if stats.truncated_documents:
-            lost = f"documents cut to data.max_seq_len = {self.data.max_seq_len}: {stats.truncated_tokens} tokens lost"
+            lost = f"documents cut to data.max_seq_len = {self.data.max_seq_len}: "
+            lost += f"{plural(stats.truncated_tokens, 'token')} lost"
             self.sink(Warned(lost, "data.max_seq_len", stats.truncated_documents))
         if stats.cut_ends:
-            self.sink(Warned("answers lost their end-of-turn token by that", "data.max_seq_len", stats.cut_ends))
+            self.sink(
+                Warned("answers that were cut have lost their end-of-turn token", "data.max_seq_len", stats.cut_ends)
+            )
         if stats.open_turns:
             why = "" if self.encoder.has_eos else "; the tokenizer has no end-of-text token"
             self.sink(Warned(f"trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))

@@ -84,7 +84,7 @@ class Checkpoints:
                 save_file(self._imatrix.state_dict(), partial / IMATRIX)
             digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             state = {"format": FORMAT_VERSION, "sha256": digests, **asdict(position)}
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._root / f"step-{old}")
         return target
@@ -172,7 +172,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
         CheckpointError: When a file is missing, damaged, or of another version.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = state.pop("format")
         if version != FORMAT_VERSION:
             raise CheckpointError(
