@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def _evaluate_before(
         return None
     task_hash = run.evaluate.model_dump_json()
     if folder.base_evaluation.is_file():
-        kept = json.loads(folder.base_evaluation.read_text())
+        kept = json.loads(folder.base_evaluation.read_text(encoding="utf-8"))
         if kept["task"] == task_hash:
             return evaluation.TaskResult.from_dict(kept["result"])
     result = evaluation.run_task(
@@ -190,6 +191,7 @@ def _report(
         "plan": parts.plan.to_dict(),
         "audit": parts.audit(),
         "rounding": parts.rounding.to_dict(),
+        "contamination": asdict(parts.contamination) if parts.contamination is not None else None,
     }
     report = evaluation.write_report(
         folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics
@@ -200,7 +202,7 @@ def _report(
 
 
 def _already_finished(folder: RunFolder, sink: Sink) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(folder.report.read_text())
+    report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
     sink(Warned(f"this run is finished; {folder.report.with_suffix('.html')} shows it. --output= starts another."))
     sink(Finished(report.get("num_steps", 0), report))
     return report

@@ -15,6 +15,7 @@ from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
+from ingle.config.run import Run
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, ModelError
 from ingle.events import Sink, Warned
@@ -31,12 +32,14 @@ class Source:
         base: The format its weights are held in.
         adapter: Folder of the adapter, None for none.
         original: The model before full fine-tuning, None otherwise.
+        keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
     """
 
     model: ModelConfig
     base: BaseConfig
     adapter: Path | None = None
     original: ModelConfig | None = None
+    keeps_control_tokens: bool = False
 
 
 class Engine:
@@ -46,12 +49,15 @@ class Engine:
         model: The model, adapter attached.
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
+        source: Where all of it came from, when it was opened from somewhere.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapted = adapted
+        keeps = source is not None and source.keeps_control_tokens
+        self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
 
     def generate(
         self,
@@ -107,7 +113,7 @@ class Engine:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
         example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
-        return data.prompt_ids(self.tokenizer, example, system)
+        return data.prompt_ids(self.tokenizer, example, system, control=self._control)
 
 
 def locate(path_or_id: str) -> Source:
@@ -160,7 +166,7 @@ def open_source(
         for note in adapters.load_adapter(model, source.adapter, allow_mismatch=allow_mismatch).notes:
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
-    return Engine(model, tokenizer, adapted=adapted)
+    return Engine(model, tokenizer, adapted=adapted, source=source)
 
 
 def _locate_run(folder: Path) -> Source:
@@ -172,7 +178,7 @@ def _locate_run(folder: Path) -> Source:
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
-        return Source(run.model, run.base, folder / "adapter")
+        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run))
     if not (folder / "model").is_dir():
         raise ModelError(
             "this run has no model yet: it is not trained to its end.",
@@ -182,12 +188,17 @@ def _locate_run(folder: Path) -> Source:
     trained = ModelConfig(
         id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
     )
-    return Source(trained, NoBase(), original=run.model)
+    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run))
+
+
+def _keeps_control_tokens(run: Run) -> bool:
+    """Prompts are cut as the training data was."""
+    return run.data.control_tokens == "keep"
 
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         assert isinstance(base, str)
     except (ValueError, KeyError, AssertionError) as error:
         raise AdapterError(
@@ -196,8 +207,11 @@ def _locate_adapter(folder: Path) -> Source:
             why="base_model_name_or_path is missing",
             fix="open the run folder instead, or write the base's id into that field",
         ) from error
+    keeps = False
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
+        keeps = _keeps_control_tokens(run)
     model = ModelConfig(id=base)
-    return Source(model, adapters.read_record(folder).base or models.packed_base(model), folder)
+    held = adapters.read_record(folder).base or models.packed_base(model)
+    return Source(model, held, folder, keeps_control_tokens=keeps)

@@ -47,6 +47,11 @@ def count(number: float) -> str:
     return f"{scaled:.{digits}f} {'?KMBT'[exponent]}"
 
 
+def plural(number: int, noun: str) -> str:
+    """``1 token``, ``1,234 tokens``; the noun is a regular one."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def size(num_bytes: float) -> str:
     """Bytes in the unit that fits: ``812 MiB``, ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):

@@ -8,6 +8,10 @@ from pydantic import BeforeValidator, Field, Strict
 
 from ingle.config.section import Section, Text, one_or_more
 
+#: Suffixes of data files, each also with ``.gz``.
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+ControlTokens = Literal["escape", "keep", "refuse"]
 Layout = Literal["auto", "messages", "prompt-completion", "instruction", "sharegpt", "text"]
 
 
@@ -53,6 +57,9 @@ class DataConfig(Section):
             ``auto``: split for ``clm``, truncate for ``sft``.
         shuffle: Shuffle the sequences anew each epoch.
         system: A system message put before conversations that have none.
+        control_tokens: What happens to control tokens (``<|im_end|>``, ``</s>``) inside messages, prompts and
+            completions: ``escape`` reads them as text, ``keep`` as the tokens that they spell, ``refuse`` makes the
+            row an error. Plain text is read as it stands.
     """
 
     sources: Sources
@@ -62,3 +69,4 @@ class DataConfig(Section):
     too_long: Literal["auto", "truncate", "drop", "split"] = "auto"
     shuffle: bool = True
     system: str | None = None
+    control_tokens: ControlTokens = "escape"

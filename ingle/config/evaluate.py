@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from ingle.config.data import Sources
+from ingle.config.data import ControlTokens, Sources
 from ingle.config.section import Section, Strings
 
 MetricName = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
@@ -27,6 +27,7 @@ class TaskConfig(Section):
         stop: Strings that end an answer, besides the end-of-turn token.
         answer_pattern: A regular expression whose first group (last match) is compared by ``exact_match``.
         system: A system message put before prompts that have none.
+        control_tokens: As ``data.control_tokens``, for prompts and references; ``keep`` goes with ``keep``.
         batch_size: Answers generated at once.
         num_shown: Side-by-side answers printed and put into the report.
         seed: Of sampling and of the statistics.
@@ -42,6 +43,7 @@ class TaskConfig(Section):
     stop: Strings = ()
     answer_pattern: str | None = None
     system: str | None = None
+    control_tokens: ControlTokens = "escape"
     batch_size: Annotated[int, Field(ge=1)] = 32
     num_shown: Annotated[int, Field(ge=0)] = 3
     seed: int = 0

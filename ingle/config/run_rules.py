@@ -68,7 +68,19 @@ def _trains_base(run: Run) -> bool:
     return isinstance(run.base, TernaryBase) and run.base.train
 
 
+def _reads_otherwise(run: Run) -> bool:
+    """Whether control tokens inside messages are tokens in training and text in evaluation, or the other way round."""
+    return run.evaluate is not None and (run.evaluate.control_tokens == "keep") != (run.data.control_tokens == "keep")
+
+
 RUN_RULES: tuple[Rule[Run], ...] = (
+    Rule(
+        "control-tokens-alike",
+        _reads_otherwise,
+        lambda run: "Training and evaluation would read control tokens inside messages differently.",
+        "data.control_tokens, evaluate.control_tokens",
+        lambda run: f"--evaluate.control_tokens={run.data.control_tokens}",
+    ),
     Rule(
         "micro-batch-divides",
         lambda run: (

@@ -8,7 +8,7 @@ from typing import Any
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
-from ingle.data import Tokenizer, prompt_ids
+from ingle.data import ControlTokens, Tokenizer, prompt_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.compare import compare, summarize
 from ingle.evaluation.likelihood import score_references, window_size
@@ -93,7 +93,8 @@ def _answer(
     model: Any, tokenizer: Any, samples: tuple[TaskSample, ...], task: TaskConfig, sink: Sink, stage: str
 ) -> tuple[tuple[str, ...], int]:
     """Generated answers, and how many of them were cut off."""
-    prompts = [prompt_ids(tokenizer, sample.example, task.system) for sample in samples]
+    control = ControlTokens(tokenizer, task.control_tokens)
+    prompts = [prompt_ids(tokenizer, sample.example, task.system, control=control) for sample in samples]
     _check_lengths(model, prompts, samples)
     total = len(prompts)
     sink(Progress(f"{stage}: answering", 0, total))
@@ -157,6 +158,7 @@ def _likelihoods(
             tokenizer,
             samples,
             system=task.system,
+            control=ControlTokens(tokenizer, task.control_tokens),
             on_progress=lambda done, total: sink(Progress(f"{stage}: scoring references", done, total)),
             on_cut=lambda count: sink(
                 Warned(

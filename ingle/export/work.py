@@ -263,8 +263,8 @@ class Work:
         """Writes the card, and the fidelity report where there is one."""
         if report is not None:
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / "fidelity.json").write_text(text + "\n")
-            (folder / "fidelity.md").write_text(fidelity_page(report, found))
+            (folder / "fidelity.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "fidelity.md").write_text(fidelity_page(report, found), encoding="utf-8")
         card = make_card(
             to=self.request.to,
             type_name=type_name,
@@ -276,7 +276,7 @@ class Work:
             fidelity=found,
             divergence=divergence,
         )
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     @property
     def base_model(self) -> str:

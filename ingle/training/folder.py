@@ -90,7 +90,7 @@ class RunFolder:
                 where=str(self.path),
                 fix="name the folder that `output:` of the config names",
             )
-        return move_paths(run_from_yaml(self.config.read_text(), str(self.config)), self.path)
+        return move_paths(run_from_yaml(self.config.read_text(encoding="utf-8"), str(self.config)), self.path)
 
     def state(self, run: Run) -> State:
         """How far the run in this folder is; ``new`` when there is none.
@@ -154,7 +154,7 @@ class RunFolder:
         lock = self.path / "run.lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115 - closed by the block below
+            file = open(lock, "w", encoding="utf-8")  # noqa: SIM115 - closed by the block below
         except OSError as error:
             raise ConfigError(
                 "the run folder cannot be written.",
