@@ -30,6 +30,7 @@ from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_config
 from ingle.models.hub import locate
+from ingle.models.rotary import rotate_by_document
 from ingle.wording import first_line
 
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
@@ -128,6 +129,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
         if type(model)._supports_attention_backend:
             model.set_attn_implementation(IMPLEMENTATION)
         _use_plain_linears(model)
+    rotate_by_document(model)
     _keep_in_float32(model, dtype)
     for name, value in dropouts.items():
         setattr(model.config, name, value)

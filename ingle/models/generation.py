@@ -3,6 +3,10 @@
 Rows are padded on the left, so that all of them grow at the right end together; a row that is done leaves the batch
 at once.  Each prompt draws from its own stream of random numbers, so an answer does not depend on what else is asked.
 
+A text that grows past the length at which ``longrope`` takes other factors has its cached keys made anew, as
+transformers does for Phi-3.  ``dynamic`` positions stretch with every token and the keys in the cache stay as they
+were, which is what transformers' ``generate`` does too.
+
 Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
 """
 
@@ -13,11 +17,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
 from ingle.models.answers import Answer, Generation, Rules
 from ingle.models.hidden import Head, head
+from ingle.models.limits import text_limit
+from ingle.models.rotary import recomputed_beyond
 from ingle.models.sampling import Draws
 
 #: Stands for an answer while the end-of-turn token of a chat template is looked for.
@@ -167,7 +174,7 @@ class _Decoding:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: Draws, max_new_tokens: int
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
-        limit = _limit(model)
+        limit = text_limit(model)
         _refuse_lengths(lengths, limit)
         self.rows = list(range(len(prompts)))
         self._model = model
@@ -175,6 +182,8 @@ class _Decoding:
         self._draws = draws
         self._room = [min(max_new_tokens, limit - length) if limit else max_new_tokens for length in lengths]
         self._step = 0
+        self._lengths = lengths
+        self._renewed_beyond = recomputed_beyond(model)
         self._cache = DynamicCache(config=model.config)
         device = self._head.weight.device
         width = max(lengths)
@@ -182,6 +191,7 @@ class _Decoding:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
         self._ids = torch.from_numpy(ids).to(device)
+        self._texts = self._ids if self._renewed_beyond else None
         padding = torch.tensor([width - length for length in lengths], device=device)
         steps = torch.arange(width, device=device)
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
@@ -198,20 +208,45 @@ class _Decoding:
 
     def step(self) -> tuple[list[int], list[int]]:
         """Adds one token to every row; gives the rows and their tokens."""
+        mask = None if self._mask is None else self._mask[:, : self._seen]
         output = self._model.base_model(
             input_ids=self._ids,
-            attention_mask=None if self._mask is None else self._mask[:, : self._seen],
+            attention_mask=mask,
             position_ids=self._position_ids,
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits_BV = self._head.logits(output.last_hidden_state[:, -1]).float()
+        last_BH = output.last_hidden_state[:, -1]
+        if self._step and self._texts is not None:
+            self._texts = torch.cat([self._texts, self._ids], dim=1)
+            lengths = [self._lengths[row] + self._step for row in self.rows]
+            crossing = [place for place, length in enumerate(lengths) if length - 1 in self._renewed_beyond]
+            if crossing:
+                last_BH[crossing] = self._renew(crossing, self._texts[crossing], mask)
+        logits_BV = self._head.logits(last_BH).float()
         tokens_B = self._draws.choose(logits_BV, self.rows, self._step)
         self._ids = tokens_B[:, None]
         self._position_ids = self._position_ids[:, -1:] + 1
         self._seen += 1
         self._step += 1
         return list(self.rows), tokens_B.tolist()
+
+    def _renew(self, places: list[int], ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Reads whole rows once more, and puts the keys and values into the cache; the last hidden states, ``[., H]``."""
+        steps = torch.arange(self._seen, device=ids.device)
+        padding = self._seen - 1 - self._position_ids[places, -1:]
+        fresh = DynamicCache(config=self._model.config)
+        output = self._model.base_model(
+            input_ids=ids,
+            attention_mask=None if mask is None else mask[places],
+            position_ids=(steps - padding).clamp_min(0),
+            past_key_values=fresh,
+            use_cache=True,
+        )
+        for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
+            ours.keys[places], ours.values[places] = new.keys, new.values
+        last: Tensor = output.last_hidden_state[:, -1]
+        return last
 
     def drop(self, rows: Sequence[int]) -> None:
         """Takes rows out of the batch and of the cache."""
@@ -226,14 +261,10 @@ class _Decoding:
         self._cache.batch_select_indices(index)
         self._ids = self._ids[index]
         self._position_ids = self._position_ids[index]
+        if self._texts is not None:
+            self._texts = self._texts[index]
         if self._mask is not None:
             self._mask = self._mask[index]
-
-
-def _limit(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can hold in one text."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
 def _refuse_lengths(lengths: Sequence[int], limit: int | None) -> None:

@@ -1,0 +1,65 @@
+"""How long a text may be for a model: what its positions are made for, and what they cannot go beyond."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ingle.errors import ModelError
+from ingle.models.rotary import rope_sections
+
+#: Rows that some architectures keep at the front of their table of positions (OPT: 2).
+_SPARE_ROWS = range(9)
+
+
+def text_limit(model: PreTrainedModel) -> int | None:
+    """Most tokens that the model is made for in one text; None where its config does not say.
+
+    ``dynamic`` positions stretch: with them it is ``factor`` times ``max_position_embeddings``.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    factors = [section.get("factor") for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
+    return int(limit * max([1.0, *(float(factor) for factor in factors if factor)]))
+
+
+def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
+    """Refuses texts that have more tokens than the model has positions.
+
+    Rotary positions go on for ever. Learned ones, and masks that an architecture keeps for itself, are tables that
+    end.
+
+    Args:
+        model: A model, with or without bytes.
+        longest: Tokens of the longest text.
+        where: The option that decides how long texts are.
+
+    Raises:
+        ModelError: When there are too few.
+    """
+    table = _table(model)
+    if table is not None and longest > table[1]:
+        name, limit = table
+        raise ModelError(
+            f"A text has {longest:,} tokens, and {type(model).__name__} has positions for {limit:,}.",
+            where=where,
+            why=f"its {name} ends there",
+            fix=f"--data.max_seq_len={limit}",
+        )
+
+
+def _table(model: PreTrainedModel) -> tuple[str, int] | None:
+    """A table of positions, learned or computed, with its size."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    sizes = {limit + spare for spare in _SPARE_ROWS}
+    tokens = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings in sizes:
+            return name, limit
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.dim() >= 2 and sizes & set(buffer.shape):
+                return f"{name}.{key}", limit
+    return None
