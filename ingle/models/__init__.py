@@ -10,6 +10,7 @@ from ingle.models.gguf_file import choose_formats, pack
 from ingle.models.hidden import Head, forward_hidden, head
 from ingle.models.importance import gguf_names, load_importance, save_importance
 from ingle.models.layers import decoder_layers, recompute_layers
+from ingle.models.limits import refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.loader import fill
 from ingle.models.opening import load_model
 from ingle.models.packed import packed_base
@@ -37,10 +38,13 @@ __all__ = [
     "pack",
     "packed_base",
     "recompute_layers",
+    "refuse_longer",
+    "refuse_tokens_beyond",
     "save_importance",
     "save_pretrained",
     "save_setup",
     "skeleton",
     "stream",
+    "text_limit",
     "verify",
 ]

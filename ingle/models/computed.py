@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 
-def compute(skeleton: PreTrainedModel, device: torch.device, *, known: Collection[str] = (), seed: int = 0) -> list[str]:
+def compute(
+    skeleton: PreTrainedModel, device: torch.device, *, known: Collection[str] = (), seed: int = 0
+) -> list[str]:
     """Gives values to the buffers of a skeleton, and to the parameters that no file holds, in place.
 
     Its other parameters stay on the meta device, flagged as initialised.

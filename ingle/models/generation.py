@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from ingle.errors import ModelError
 from ingle.models.answers import Answer, Generation, Rules
 from ingle.models.hidden import Head, head
-from ingle.models.limits import text_limit
+from ingle.models.limits import num_tokens, refuse_tokens_beyond, text_limit
 from ingle.models.rotary import recomputed_beyond
 from ingle.models.sampling import Draws
 
@@ -62,9 +62,10 @@ def generate(
         One answer a prompt, in order.
 
     Raises:
-        ModelError: When a prompt is empty or longer than the model can read.
+        ModelError: When a prompt is empty, longer than the model can read, or has a token that the model lacks.
     """
     rules = Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+    refuse_tokens_beyond(model, max((max(prompt, default=0) for prompt in prompts), default=0), tokenizer)
     answers: list[Generation | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
@@ -102,6 +103,7 @@ def stream(
 
     Nothing is given out that a later token may take back: half a character, or the beginning of a stop string.
     """
+    refuse_tokens_beyond(model, max(prompt, default=0), tokenizer)
     answer = Answer(Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
     shown = 0
     with _answering(model):
@@ -118,18 +120,29 @@ def stream(
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn."""
+    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn.
+
+    Raises:
+        ModelError: One of them is no token of the model.
+    """
     found: set[int] = set()
-    for declared in (
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(model.config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-        _end_of_turn(tokenizer),
+    rows = num_tokens(model)
+    for where, declared in (
+        ("generation_config.json: eos_token_id", getattr(model.generation_config, "eos_token_id", None)),
+        ("config.json: eos_token_id", getattr(model.config, "eos_token_id", None)),
+        ("the tokenizer's eos_token", tokenizer.eos_token_id),
+        ("the chat template's end of turn", _end_of_turn(tokenizer)),
     ):
-        if isinstance(declared, int):
-            found.add(declared)
-        elif declared is not None:
-            found.update(declared)
+        numbers = declared if isinstance(declared, list | tuple) else [] if declared is None else [declared]
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < rows:
+                raise ModelError(
+                    "The token that is to end an answer is none of the model's.",
+                    where=where,
+                    why=f"it is {number!r}; the model has tokens from 0 to {rows - 1:,}",
+                    fix="compare the file with the one that the model was published with",
+                )
+        found.update(numbers)
     return frozenset(found)
 
 
@@ -232,7 +245,7 @@ class _Decoding:
         return list(self.rows), tokens_B.tolist()
 
     def _renew(self, places: list[int], ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Reads whole rows once more, and puts the keys and values into the cache; the last hidden states, ``[., H]``."""
+        """Reads whole rows once more and puts their keys and values into the cache; gives the last hidden states."""
         steps = torch.arange(self._seen, device=ids.device)
         padding = self._seen - 1 - self._position_ids[places, -1:]
         fresh = DynamicCache(config=self._model.config)

@@ -1,12 +1,15 @@
-"""How long a text may be for a model: what its positions are made for, and what they cannot go beyond."""
+"""What a text may be for a model: how long, and of which tokens."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ingle.errors import ModelError
 from ingle.models.rotary import rope_sections
+from ingle.quant import QuantEmbedding
 
 #: Rows that some architectures keep at the front of their table of positions (OPT: 2).
 _SPARE_ROWS = range(9)
@@ -20,8 +23,8 @@ def text_limit(model: PreTrainedModel) -> int | None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    factors = [section.get("factor") for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
-    return int(limit * max([1.0, *(float(factor) for factor in factors if factor)]))
+    dynamic = [section for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
+    return int(limit * max([1.0, *(float(section["factor"]) for section in dynamic)]))
 
 
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
@@ -47,6 +50,35 @@ def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
             why=f"its {name} ends there",
             fix=f"--data.max_seq_len={limit}",
         )
+
+
+def num_tokens(model: PreTrainedModel) -> int:
+    """How many tokens the model has embeddings for."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.out_features if isinstance(embedding, QuantEmbedding) else embedding.weight.shape[0])
+
+
+def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a token that the model has no embedding for.
+
+    Args:
+        model: A model, with or without bytes.
+        largest: The largest token there is in the texts.
+        tokenizer: What made it.
+
+    Raises:
+        ModelError: Tokenizer and model do not belong together.
+    """
+    rows = num_tokens(model)
+    if largest < rows:
+        return
+    (token,) = tokenizer.convert_ids_to_tokens([largest])
+    raise ModelError(
+        f"The text has the token {token!r}, for which the model has no embedding.",
+        where="model.tokenizer",
+        why=f"it is number {largest:,}; the model has {rows:,}, from 0 on, and the tokenizer {len(tokenizer):,}",
+        fix="take the tokenizer that the model was published with",
+    )
 
 
 def _table(model: PreTrainedModel) -> tuple[str, int] | None:

@@ -18,16 +18,28 @@ from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
 from ingle.gguf import read_gguf
-from ingle.models.architecture import bitnet_divides, build, read_json
+from ingle.models.architecture import bitnet_divides, build, config_path, read_json
+from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.computed import compute, seeded
 from ingle.models.destination import Destination
 from ingle.models.gguf_file import is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.gguf_weights import GgufWeight
-from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, ReadingPlan, plan_reading
+from ingle.models.groups import (
+    Converted,
+    Experts,
+    Group,
+    PackedWeight,
+    Plain,
+    ReadingPlan,
+    plan_reading,
+    refuse_other_shapes,
+)
 from ingle.models.hub import Part, locate
 from ingle.models.shards import read_index
 from ingle.models.verification import verify
 from ingle.wording import some
+
+_COMPARE_GENERATION = "remove the file, or compare it with the one that the model was published with"
 
 
 def fill(
@@ -55,18 +67,22 @@ def fill(
         QuantizationError: When a weight cannot be packed.
     """
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
-    destination = Destination(model, twin, torch.device(device), sink)
     if config.init == "random":
         _read_generation_config(model, config, part="small")
+        destination = Destination(model, twin, torch.device(device), sink)
         _fill_random(destination, twin, seed)
     else:
         plan, folder = plan_weights(model, config, twin)
+        refuse_other_shapes(plan, twin)  # before memory is asked for
+        destination = Destination(model, twin, torch.device(device), sink)
         for done, group in enumerate(plan.groups):
             read_group(group, destination, twin, folder)
             if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
                 sink(Progress("reading weights", done + 1, len(plan.groups)))
         _refuse_missing(destination, twin, plan, folder, sink)
-    for name in compute(twin, destination.device, known=destination.filled, seed=seed):
+    with reading(config_path(config), "transformers cannot compute what these settings ask for.", fix=COMPARE_CONFIG):
+        computed = compute(twin, destination.device, known=destination.filled, seed=seed)
+    for name in computed:
         destination.put(name, twin.get_parameter_or_buffer(name).detach())
     destination.finish()
     assert destination.left() == 0, f"{destination.left()} parameters got no value"
@@ -160,6 +176,9 @@ def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part
         model.generation_config = read_gguf_generation_config(file)
         return file.path
     folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        read_object(path)
+        with reading(path, "transformers cannot read generation_config.json.", fix=_COMPARE_GENERATION):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return folder

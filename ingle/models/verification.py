@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ingle.errors import IngleError, ModelError
 from ingle.models.attention import IMPLEMENTATION
+from ingle.models.boundary import COMPARE_CONFIG, explain, reading
 from ingle.models.hidden import computed_in, forward_packed, head
 from ingle.models.probe import Probe, make_probe
 from ingle.wording import first_line
@@ -37,7 +39,8 @@ def verify(model: PreTrainedModel) -> None:
     """
     with _evaluating(model):
         _compare_whole(model)
-        probe = make_probe(model)
+        with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+            probe = make_probe(model)
         if probe is not None:
             with _evaluating(probe.model):
                 _compare_lengths(model, probe)
@@ -57,14 +60,16 @@ def _compare_whole(model: PreTrainedModel) -> None:
     except Exception as error:  # whatever this architecture meets when it computes with this config
         raise ModelError(
             f"{type(model).__name__} cannot compute with these settings.",
-            where=f"{model.config.name_or_path or 'model.id'}",
-            why=f"{type(error).__name__}: {first_line(error)}",
-            fix="compare config.json with the one that the model was published with",
+            where=_config_of(model),
+            why=explain(error),
+            fix=COMPARE_CONFIG,
         ) from error
     ours = the_head.logits(_pack(model, documents, device))[0].float()
     if not torch.isfinite(whole).all():
         raise _not_finite(model)
-    _require_alike(model, ours, whole, lengths, _TOLERANCE, "its head, its positions or its attention do something unknown")
+    _require_alike(
+        model, ours, whole, lengths, _TOLERANCE, "its head, its positions or its attention do something unknown"
+    )
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
@@ -123,6 +128,12 @@ def _require_alike(
         )
 
 
+def _config_of(model: PreTrainedModel) -> str:
+    """Where the config of a model came from."""
+    path = Path(model.config.name_or_path) / "config.json"
+    return str(path) if path.is_file() else "model.id"
+
+
 def _not_finite(model: PreTrainedModel) -> ModelError:
     damaged = [
         name
@@ -136,8 +147,13 @@ def _not_finite(model: PreTrainedModel) -> ModelError:
             why=f"{len(damaged)} weights are affected",
             fix="fetch the checkpoint again, or choose another",
         )
+    message = f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite."
+    if computed_in(model) == torch.float32:
+        return ModelError(
+            message, where=_config_of(model), why="its settings make it so in float32 too", fix=COMPARE_CONFIG
+        )
     return ModelError(
-        f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite.",
+        message,
         where="model.dtype",
         why=f"the values overflow in {str(computed_in(model)).removeprefix('torch.')}",
         fix="--model.dtype=float32",

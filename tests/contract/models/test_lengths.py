@@ -15,7 +15,7 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
 from ingle.models import architecture, attention
-from tests.contract.models.conftest import _COMMON, _GROUPED, VOCAB_SIZE, randomized
+from tests.contract.models.conftest import _GROUPED, VOCAB_SIZE, randomized
 from tests.contract.models.test_architectures import pack, supervised_loss
 
 #: The length at which the models below change.
@@ -55,7 +55,9 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
         attention_bias=True,
         lm_head_bias=True,
     ),
-    "llama-dynamic": lambda: hf.LlamaConfig(**{**_GROUPED, "max_position_embeddings": SWITCH}, rope_parameters=_DYNAMIC),
+    "llama-dynamic": lambda: hf.LlamaConfig(
+        **{**_GROUPED, "max_position_embeddings": SWITCH}, rope_parameters=_DYNAMIC
+    ),
     "gemma3-by-layer": lambda: hf.Gemma3TextConfig(
         **{**_GROUPED, "max_position_embeddings": SWITCH},
         head_dim=16,
@@ -145,9 +147,13 @@ def test_answers_that_grow_past_the_switch_are_those_of_transformers(made, mixed
     answers = models.generate(ours, tokenizer, mixed, max_new_tokens=8, batch_size=4)
     for document, answer in zip(mixed, answers, strict=True):
         prompt = torch.tensor([document])
-        ids = copy.deepcopy(reference).generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=2
-        )[0, len(document) :].tolist()
+        ids = (
+            copy.deepcopy(reference)
+            .generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=2
+            )[0, len(document) :]
+            .tolist()
+        )
         assert list(answer.token_ids) == (ids[: ids.index(2)] if 2 in ids else ids), len(document)
 
 

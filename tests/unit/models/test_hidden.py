@@ -67,7 +67,7 @@ def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeyp
     honest = model.base_model.forward
 
     def forward(attention_mask: Tensor, **named: object) -> object:
-        rows, tokens = attention_mask.shape
+        _rows, _tokens = attention_mask.shape
         return honest(attention_mask=attention_mask, **named)
 
     monkeypatch.setattr(model.base_model, "forward", forward)
