@@ -74,6 +74,11 @@ class TokenDataset:
         return len(self._ids)
 
     @property
+    def largest_id(self) -> int:
+        """The largest token of all documents."""
+        return int(self._ids.max())
+
+    @property
     def nbytes(self) -> int:
         """Memory the arrays take, in bytes."""
         return sum(a.nbytes for a in (self._ids, self._supervised, self._offsets, self.lengths)) + self._origins.nbytes
@@ -110,6 +115,11 @@ class Origins:
     def at(self, i: int) -> str:
         """``file:line`` of document ``i``."""
         return f"{list(self._names)[self._name_of.view()[i]]}{self._line_of.view()[i]}"
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token of all documents."""
+        return int(self._ids.max())
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from ingle.evaluation.result import Question, TaskResult
 from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
 from ingle.evaluation.task import TaskSample, read_task
 from ingle.events import Progress, Sink, Warned
-from ingle.models import generate
+from ingle.models import generate, text_limit
 
 #: Where reasoning models end their thoughts; what they answer follows.
 _THOUGHTS_END = "</think>"
@@ -136,9 +136,9 @@ def final_answer(text: str, references: Sequence[str]) -> str:
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], samples: tuple[TaskSample, ...]) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = text_limit(model)
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if isinstance(limit, int) and 0 < limit <= len(prompts[longest]):
+    if limit is not None and limit <= len(prompts[longest]):
         raise EvaluationError(
             "A task prompt is longer than the model can read.",
             where=samples[longest].example.origin,
