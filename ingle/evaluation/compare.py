@@ -76,7 +76,7 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig) -> dict[str, 
     gains_S = _gains(scorers[0], *pairs[0])
     return {
         "headline": headline,
-        "verdict": wording.verdict(headline, metrics[headline]),
+        "verdict": wording.verdict(headline, metrics[headline], len(metrics)),
         "outcome": metrics[headline]["outcome"],
         "n": len(base.samples),
         "metrics": metrics,

@@ -15,6 +15,7 @@ from ingle.evaluation.likelihood import score_references, window_size
 from ingle.evaluation.result import Question, TaskResult
 from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
 from ingle.evaluation.task import TaskSample, read_task
+from ingle.evaluation.wording import few_samples
 from ingle.events import Progress, Sink, Warned
 from ingle.models import generate
 
@@ -77,6 +78,7 @@ def evaluate_pair(
         with disabled(model):
             base = run_task(model, tokenizer, task, sink=sink, stage="base")
     tuned = run_task(model, tokenizer, task, sink=sink, stage="tuned")
+    _warn_of_few(tuned, sink)
     return compare(base, tuned, task)
 
 
@@ -86,7 +88,14 @@ def evaluate_single(model: Any, tokenizer: Any, task: TaskConfig, *, sink: Sink 
     Returns:
         What :func:`ingle.evaluation.summarize` returns.
     """
-    return summarize(run_task(model, tokenizer, task, sink=sink, stage="model"), task)
+    result = run_task(model, tokenizer, task, sink=sink, stage="model")
+    _warn_of_few(result, sink)
+    return summarize(result, task)
+
+
+def _warn_of_few(result: TaskResult, sink: Sink) -> None:
+    if warning := few_samples(len(result.samples)):
+        sink(Warned(warning, where="evaluate"))
 
 
 def _answer(
