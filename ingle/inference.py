@@ -13,8 +13,8 @@ from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.parallel import ParallelConfig
 from ingle.config.named import check_name, missing
+from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, HubUnavailable, ModelError
@@ -82,7 +82,7 @@ class Engine:
             stop: Strings that end an answer.
             batch_size: Answers made at once.
             base_only: Answer without the adapter.
-            on_progress: Is told how many answers of how many are done.
+            on_progress: Called with the number of finished answers and that of all.
 
         Returns:
             One answer a prompt, in order.
@@ -148,8 +148,8 @@ def open_model(
     Args:
         path_or_id: What to open.
         base_only: Leave the adapter out (for a full fine-tuning: open the model it started from).
-        allow_mismatch: Put the adapter on another base than it was trained on; the sink is told how far it is.
-        sink: Is told of the loading.
+        allow_mismatch: Put the adapter on another base than it was trained on; the sink gets a warning.
+        sink: Takes the progress of loading and the warnings.
 
     Raises:
         ModelError: When it cannot be found or read.

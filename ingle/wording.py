@@ -47,6 +47,11 @@ def count(number: float) -> str:
     return f"{scaled:.{digits}f} {'?KMBT'[exponent]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: ``1 row``, ``1,234 rows``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def size(num_bytes: float) -> str:
     """Bytes in the unit that fits: ``812 MiB``, ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):

@@ -124,7 +124,9 @@ def check_template(engine: Engine) -> None:
 def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
     """Refuses options of sampling that have no meaning, before anything is loaded."""
     if not math.isfinite(temperature):
-        raise ConfigError("--temperature must be a number.", where=f"--temperature {temperature}", fix="--temperature 0.7")
+        raise ConfigError(
+            "--temperature must be a number.", where=f"--temperature {temperature}", fix="--temperature 0.7"
+        )
     if not top_p > 0:
         raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:

@@ -89,7 +89,9 @@ def _read_row(line: str, where: str) -> Prompt:
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError("This line is not JSON.", where=where, why=str(error), fix="write one JSON value a line") from None
+        raise DataError(
+            "This line is not JSON.", where=where, why=str(error), fix="write one JSON value a line"
+        ) from None
     match row:
         case str():
             return row

@@ -95,8 +95,10 @@ def few_samples(num_samples: int) -> str | None:
     """What to warn of where a task has few samples; None where it has enough."""
     if num_samples >= FEW_SAMPLES:
         return None
-    samples = "1 sample" if num_samples == 1 else f"{num_samples} samples"
-    return f"Every score here rests on only {samples}: below {FEW_SAMPLES}, the intervals are rough guesses."
+    return (
+        f"These scores rest on only {wording.counted(num_samples, 'sample')}; "
+        f"with fewer than {FEW_SAMPLES}, treat the intervals as rough."
+    )
 
 
 def _power(metric: str, row: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ def generate(
         seed: Of the sampling; prompt ``i`` draws from the stream ``(seed, i)``.
         stop: Strings that end an answer.
         batch_size: Prompts answered at once; those of like length go together.
-        on_progress: Is told how many answers of how many are done.
+        on_progress: Called with the number of finished answers and that of all.
 
     Returns:
         One answer a prompt, in order.

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 #: Below this, sampling takes the likeliest token anyway, and logits divided by it would overflow.
 _LEAST_TEMPERATURE = 1e-6
 

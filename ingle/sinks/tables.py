@@ -184,7 +184,9 @@ class _Fitting:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         free = options.update_width(10_000)
-        fitting = (table for table in self._tables if Measurement.get(console, free, table).maximum <= options.max_width)
+        fitting = (
+            table for table in self._tables if Measurement.get(console, free, table).maximum <= options.max_width
+        )
         yield next(fitting, _note(f"\n{self._lines}\n"))
 
 
@@ -205,7 +207,7 @@ def summary_table(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def side_by_side(comparison: Mapping[str, Any], num_shown: int) -> Iterator[RenderableType]:
-    """Answers of base and tuned next to each other: the largest gain, the largest loss, then samples drawn at random."""
+    """Answers of base and tuned: to the largest gain, to the largest loss, then to samples drawn at random."""
     shown = comparison.get("shown", {})
     picked = [("largest gain", index) for index in shown.get("gains", [])[:1]]
     picked += [("largest loss", index) for index in shown.get("losses", [])[:1]]
@@ -234,7 +236,7 @@ def _clip(text: str) -> Text:
 
 
 def finish_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What the run took, predicted beside measured."""
+    """What the run took, and what was predicted."""
     parts = []
     if summary.get("num_steps") is not None:
         parts.append(f"{summary['num_steps']:,} steps")

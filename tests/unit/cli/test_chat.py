@@ -140,7 +140,9 @@ def test_saving_overwrites_no_file_of_others(tmp_path: Path) -> None:
 
 
 def test_a_message_may_have_several_lines_or_begin_with_a_slash() -> None:
-    engine, _ = talk('"""one', "", '  two"""', '"""', "/exit", '"""', "/tmp/x is a path", " /exit", '"""short"""', "/exit")
+    engine, _ = talk(
+        '"""one', "", '  two"""', '"""', "/exit", '"""', "/tmp/x is a path", " /exit", '"""short"""', "/exit"
+    )
     assert [asked[-1] for asked in contents(engine)] == ["one\n\n  two", "/exit", "/tmp/x is a path", "/exit", "short"]
 
 

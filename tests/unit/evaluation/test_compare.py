@@ -108,8 +108,10 @@ def test_the_verdict_names_the_correction_it_rests_on():
     four = task("exact_match", "perplexity", "bits_per_byte", "rouge_l")
     report = compare(base, tuned, four)
     assert report["metrics"]["exact_match"]["p_holm"] == pytest.approx(4 / 64)
-    assert report["verdict"].split("p = 0.016, n = 20: ")[1].startswith(
-        "not significant after correction for 4 metrics (p = 0.062)."
+    assert (
+        report["verdict"]
+        .split("p = 0.016, n = 20: ")[1]
+        .startswith("not significant after correction for 4 metrics (p = 0.062).")
     )
     two = compare(base, tuned, task("exact_match", "perplexity"))
     assert two["verdict"].endswith("n = 20: better (p = 0.031 after correction for 2 metrics).")

@@ -221,7 +221,12 @@ def test_the_comparison_and_answers_side_by_side() -> None:
     silent = COMPARISON | {"samples": [{"prompt": "p", "references": [], "base": " ", "tuned": "t"}] * 5}
     for part in ("0.0 %", "41.2 %", "+41.2 points   ✓", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
         assert part in row
-    assert "perplexity ↓" in text and "↓ Lower is better." in text and "✓ better: p < 0.05" in text and "[-20.00, –]" in text
+    assert (
+        "perplexity ↓" in text
+        and "↓ Lower is better." in text
+        and "✓ better: p < 0.05" in text
+        and "[-20.00, –]" in text
+    )
     assert "exact match rose." in text
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("Sample")] == [
         "Sample 5, largest gain",
