@@ -56,15 +56,18 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> LoadedRun:
     return LoadedRun(run, trace(run, root), notes)
 
 
-def load_task(path: Path, overrides: Sequence[str] = ()) -> TaskConfig:
-    """Reads a task file and lays flags over it.
+def load_task(source: Path | TaskConfig | None, overrides: Sequence[str] = ()) -> TaskConfig:
+    """Reads a task and lays flags over it.
 
-    The file has the options of ``evaluate:``, or is a run's config, of which that section is taken.
+    Args:
+        source: A file with the options of ``evaluate:``, or a run's config, of which that section is taken; or a task;
+            or None when the flags say everything.
+        overrides: As of :func:`load_run`.
 
     Raises:
         ConfigError: With everything that is wrong, at once.
     """
-    task, _, _ = _load(TaskConfig, path, overrides)
+    task, _, _ = _load(TaskConfig, source, overrides)
     return task
 
 
@@ -86,15 +89,18 @@ def run_to_yaml(run: Run) -> str:
     return to_yaml(run)
 
 
-def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
+def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
     flags = read_overrides(overrides)
     root = Node({}, "flag", "the flags")
+    path = source if isinstance(source, Path) else None
     begun_in = None
     if path is not None:
         root = _section_node(read_document(_read(path), str(path)), str(path))
         begun_in = _text_at(root, "paths_from")
-        if section is TaskConfig and "evaluate" in root.value:
-            root = _section_node(root.value["evaluate"], str(path))
+        if section is TaskConfig:
+            root = _task_node(root, str(path))
+    elif isinstance(source, Section):
+        root = _section_node(read_document(to_yaml(source), "the task"), "the task")
     notes = lay_over(root, flags, section)
     tidy(root, Table(section))
     for node in _path_nodes(root, section):
@@ -133,6 +139,20 @@ def _section_node(root: Node, name: str) -> Node:
         root.value = {}
     if not isinstance(root.value, dict):
         raise ConfigError("A config file holds options such as `seed: 0`, one a line.", where=name)
+    return root
+
+
+def _task_node(root: Node, name: str) -> Node:
+    """The options of a task: the file's own, or those of the ``evaluate:`` section of a run's config."""
+    task = root.value.get("evaluate")
+    if task is not None and task.value is not None:
+        return _section_node(task, name)
+    if task is not None or root.value.keys() & {"model", "data", "output"}:
+        raise ConfigError(
+            "This config holds no task: it has no `evaluate:` section.",
+            where=name,
+            fix="add `evaluate: {sources: [held-out.jsonl]}` to it, or name a task file",
+        )
     return root
 
 

@@ -71,8 +71,8 @@ def score_references(
         samples: Of the task.
         system: A system message put before conversations that have none.
         control: What to do with control tokens in messages; by default they are read as text.
-        on_progress: Is told how many windows of how many are done.
-        on_cut: Is told how many prompts lost their beginning to fit the model.
+        on_progress: Called with the number of finished windows and that of all.
+        on_cut: Called with the number of prompts that were cut at the start to fit the model.
 
     Raises:
         EvaluationError: A reference gives no token to score.
@@ -115,13 +115,13 @@ def scorable(
     document = draw_document(example, tokenizer, train_on="last", system=system, control=control)
     if isinstance(document, str):
         raise EvaluationError(
-            "A task row gives nothing whose likelihood could be scored.", where=example.origin, why=document
+            "A task row has nothing whose likelihood could be scored.", where=example.origin, why=document
         )
     return document
 
 
 def cut_windows(documents: Sequence[Document], tokenizer: Tokenizer, size: int) -> tuple[list[Window], int]:
-    """Pieces of at most ``size`` tokens of all documents, and how many prompts lost their beginning.
+    """Pieces of at most ``size`` tokens of all documents, and how many prompts were cut at the start.
 
     Raises:
         EvaluationError: A document has no token to score.
@@ -160,7 +160,7 @@ def _scored(encoded: Encoded, document: Document, tokenizer: Tokenizer) -> tuple
 
 
 def _windows(ids_T: Ids, scored_T: Mask, size: int, document: Document) -> tuple[list[Sample], bool]:
-    """Pieces of a document that the model can read, and whether a prompt lost its beginning."""
+    """Pieces of a document that the model can read, and whether its prompt was cut at the start."""
     places = np.flatnonzero(scored_T)
     if not len(places):
         raise EvaluationError("A task row's reference has no token to score.", where=document.origin)

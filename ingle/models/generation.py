@@ -12,7 +12,7 @@ Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -27,7 +27,7 @@ from ingle.models.limits import num_tokens, refuse_tokens_beyond, text_limit
 from ingle.models.rotary import recomputed_beyond
 from ingle.models.sampling import Draws
 
-#: Stands for an answer while the end-of-turn token of a chat template is looked for.
+#: The answer of a made-up conversation, rendered to find the end-of-turn token of a chat template.
 _PROBE = "ingle"
 
 
@@ -56,7 +56,7 @@ def generate(
         seed: Of the sampling; prompt ``i`` draws from the stream ``(seed, i)``.
         stop: Strings that end an answer.
         batch_size: Prompts answered at once; those of like length go together.
-        on_progress: Is told how many answers of how many are done.
+        on_progress: Called with the number of finished answers and that of all.
 
     Returns:
         One answer a prompt, in order.
@@ -64,6 +64,7 @@ def generate(
     Raises:
         ModelError: When a prompt is empty, longer than the model can read, or has a token that the model lacks.
     """
+    _refuse_lengths(model, prompts)
     rules = Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
     refuse_tokens_beyond(model, max((max(prompt, default=0) for prompt in prompts), default=0), tokenizer)
     answers: list[Generation | None] = [None] * len(prompts)
@@ -72,7 +73,7 @@ def generate(
     with _answering(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            draws = Draws(temperature, top_p, seed, chosen, max_new_tokens)
+            draws = Draws(temperature, top_p, seed, chosen)
             decoding = _Decoding(model, [prompts[index] for index in chosen], draws, max_new_tokens)
             texts = [Answer(rules) for _ in chosen]
             while decoding.rows:
@@ -98,16 +99,23 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
-) -> Iterator[str]:
+) -> Generator[str, None, Generation]:
     """Answers one prompt piece by piece; the pieces joined are what :func:`generate` gives.
 
     Nothing is given out that a later token may take back: half a character, or the beginning of a stop string.
+
+    Returns:
+        The whole answer, when the generator is exhausted.
+
+    Raises:
+        ModelError: When the prompt is empty or longer than the model can read.
     """
     refuse_tokens_beyond(model, max(prompt, default=0), tokenizer)
+    _refuse_lengths(model, [prompt])
     answer = Answer(Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
     shown = 0
     with _answering(model):
-        decoding = _Decoding(model, [prompt], Draws(temperature, top_p, seed, [0], max_new_tokens), max_new_tokens)
+        decoding = _Decoding(model, [prompt], Draws(temperature, top_p, seed, [0]), max_new_tokens)
         while decoding.rows:
             _, tokens = decoding.step()
             over = answer.add(tokens[0]) or decoding.is_full(0)
@@ -116,7 +124,8 @@ def stream(
                 yield text[shown:]
                 shown = len(text)
             if over:
-                return
+                break
+    return answer.finish()
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
@@ -188,7 +197,6 @@ class _Decoding:
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
         limit = text_limit(model)
-        _refuse_lengths(lengths, limit)
         self.rows = list(range(len(prompts)))
         self._model = model
         self._head: Head = head(model)
@@ -209,11 +217,7 @@ class _Decoding:
         steps = torch.arange(width, device=device)
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
         # No mask at all where no row is padded: attention then needs none.
-        shape = (len(prompts), width + max(self._room))
-        self._mask = torch.ones(shape, dtype=torch.long, device=device) if min(lengths) < width else None
-        if self._mask is not None:
-            self._mask[:, :width] = (steps >= padding[:, None]).long()
-        self._seen = width
+        self._mask = (steps >= padding[:, None]).long() if min(lengths) < width else None
 
     def is_full(self, row: int) -> bool:
         """Whether no token more may be added to a row."""
@@ -221,10 +225,9 @@ class _Decoding:
 
     def step(self) -> tuple[list[int], list[int]]:
         """Adds one token to every row; gives the rows and their tokens."""
-        mask = None if self._mask is None else self._mask[:, : self._seen]
         output = self._model.base_model(
             input_ids=self._ids,
-            attention_mask=mask,
+            attention_mask=self._mask,
             position_ids=self._position_ids,
             past_key_values=self._cache,
             use_cache=True,
@@ -235,24 +238,25 @@ class _Decoding:
             lengths = [self._lengths[row] + self._step for row in self.rows]
             crossing = [place for place, length in enumerate(lengths) if length - 1 in self._renewed_beyond]
             if crossing:
-                last_BH[crossing] = self._renew(crossing, self._texts[crossing], mask)
+                last_BH[crossing] = self._renew(crossing, self._texts[crossing])
         logits_BV = self._head.logits(last_BH).float()
-        tokens_B = self._draws.choose(logits_BV, self.rows, self._step)
+        tokens_B = self._draws.choose(logits_BV, self.rows)
         self._ids = tokens_B[:, None]
         self._position_ids = self._position_ids[:, -1:] + 1
-        self._seen += 1
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         self._step += 1
         return list(self.rows), tokens_B.tolist()
 
-    def _renew(self, places: list[int], ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _renew(self, places: list[int], ids: Tensor) -> Tensor:
         """Reads whole rows once more and puts their keys and values into the cache; gives the last hidden states."""
-        steps = torch.arange(self._seen, device=ids.device)
-        padding = self._seen - 1 - self._position_ids[places, -1:]
+        width = ids.shape[1]
+        padding = width - 1 - self._position_ids[places, -1:]
         fresh = DynamicCache(config=self._model.config)
         output = self._model.base_model(
             input_ids=ids,
-            attention_mask=None if mask is None else mask[places],
-            position_ids=(steps - padding).clamp_min(0),
+            attention_mask=None if self._mask is None else self._mask[places],
+            position_ids=(torch.arange(width, device=ids.device) - padding).clamp_min(0),
             past_key_values=fresh,
             use_cache=True,
         )
@@ -280,13 +284,17 @@ class _Decoding:
             self._mask = self._mask[index]
 
 
-def _refuse_lengths(lengths: Sequence[int], limit: int | None) -> None:
-    if min(lengths) == 0:
-        raise ModelError("a prompt has no tokens.", where="prompt", fix="give at least one word")
-    if limit is not None and max(lengths) >= limit:
-        raise ModelError(
-            "a prompt is longer than the model can read.",
-            where="prompt",
-            why=f"{max(lengths):,} tokens, and the model holds {limit:,} in all",
-            fix="shorten the prompt",
-        )
+def _refuse_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Before anything is answered: a prompt that cannot be is found out at once, not after all the others."""
+    limit = text_limit(model)
+    for number, prompt in enumerate(prompts, 1):
+        where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+        if len(prompt) == 0:
+            raise ModelError("A prompt has no tokens.", where=where, fix="give at least one word")
+        if limit is not None and len(prompt) >= limit:
+            raise ModelError(
+                "A prompt is longer than the model's context.",
+                where=where,
+                why=f"it has {len(prompt):,} tokens, and the model holds {limit:,}, its answer included",
+                fix="shorten the prompt",
+            )
