@@ -17,7 +17,7 @@ from ingle.gguf import read_gguf
 from tests.e2e.conftest import Ingle, command, environment
 
 needs_llama = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: pip install 'ingle[llama]'"
+    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge"
 )
 
 
