@@ -99,7 +99,9 @@ def export(
     ] = None,
     imatrix: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default=False, help="Importance matrix for the quantizer, in llama.cpp's format."),
+        typer.Option(
+            metavar="FILE", show_default=False, help="Importance matrix for the quantizer, in llama.cpp's format."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

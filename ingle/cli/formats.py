@@ -29,7 +29,8 @@ def formats(
         ),
     ],
     formats: Annotated[
-        str | None, typer.Option(metavar="A,B,C", show_default=False, help="Compare only these formats; all by default.")
+        str | None,
+        typer.Option(metavar="A,B,C", show_default=False, help="Compare only these formats; all by default."),
     ] = None,
     out: Annotated[
         Path | None,

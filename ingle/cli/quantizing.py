@@ -33,7 +33,7 @@ def quantize(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Importance matrix for GGUF types with blocks and hqq: read, or with --data gathered and written there.",
+            help="Importance matrix, for GGUF types with blocks and hqq: read, or with --data gathered and written.",
         ),
     ] = None,
     data: Annotated[
@@ -82,7 +82,7 @@ def _render(result: Mapping[str, Any]) -> list[RenderableType]:
         table.add_row(name, types, count(row["num_weights"]), f"{row['bits_per_weight']:.2f}", error)
     before, after = result["num_bytes_before"], result["num_bytes"]
     lines = [
-        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight on average.",
+        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight.",
         "  Relative error: rms of the change over rms of the weights, read back from the file.",
     ]
     if result["imatrix"] is not None:

@@ -119,7 +119,7 @@ class GgufExport:
         Args:
             path: Where.
             metadata: What else it says of itself (``general.name`` and the like).
-            sink: Is told of the progress.
+            sink: Gets the progress.
 
         Returns:
             What survived of every merged weight.

@@ -211,7 +211,7 @@ def _formats(model: ModelConfig, layout: Layout) -> Mapping[str, Format]:
 
 
 def _quantization_config(layout: Layout) -> dict[str, Any] | None:
-    """What transformers wants to be told of packed weights."""
+    """What transformers needs to know about packed weights."""
     base: Any = layout.base
     if isinstance(base, NoBase):
         return None

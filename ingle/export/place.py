@@ -128,7 +128,7 @@ class Place:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yields a folder for what is needed for a while, on the same disk; the next export clears it if we are killed."""
+        """Yields a temporary folder on the same disk; if we are killed, the next export to this place clears it."""
         staging = self._staging("scratch")
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}-") as folder:
             yield Path(folder)

@@ -130,12 +130,13 @@ def require_model(path_or_id: str) -> None:
         raise ModelError(
             f"{path_or_id} is neither a run nor an adapter nor a model.",
             where=str(path),
-            why="it has no run.yaml, adapter_config.json or config.json; it holds " + (some(names) if names else "nothing"),
+            why="it has no run.yaml, adapter_config.json or config.json; it holds "
+            + (some(names) if names else "nothing"),
             fix=f"did you mean {path / found}?" if found else "name the folder that a run left (its `output`)",
         )
-    is_path = path.parent.is_dir() and path.parent != Path(".")
     near = _did_you_mean(path)
-    if not path.exists() and (is_path or near or path.is_absolute()) and not path_or_id.endswith(".gguf"):
+    of_runs = path.parent.is_dir() and any(path.parent.glob("*/run.yaml"))  # not the owner of models on the hub
+    if not path.exists() and (near or of_runs or path.is_absolute() or len(path.parts) > 2) and path.suffix != ".gguf":
         raise ModelError(f"There is no {path_or_id}.", where=str(path), fix=near or "check the path")
 
 

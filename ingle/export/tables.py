@@ -26,11 +26,11 @@ def fidelity_page(report: Mapping[str, Any], tensors: Sequence[TensorFidelity]) 
                     "| measured on text | |",
                     "|---|---|",
                     f"| tokens compared | {divergence['num_tokens']:,} |",
-                    f"| KL divergence of the export from the trained model | {divergence['kl']:.5f} nats a token |",
+                    f"| KL divergence, export from trained model | {divergence['kl']:.5f} nats a token |",
                     f"| same most likely token | {divergence['top1_agreement']:.2%} |",
                     f"| perplexity, trained model | {divergence['perplexity_first']:.4f} |",
                     f"| perplexity, export | {divergence['perplexity_second']:.4f} |",
-                    f"| KL divergence of the base from the trained model | {_number(report['adapter_effect'])} nats a token |",
+                    f"| KL divergence, base from trained model | {_number(report['adapter_effect'])} nats a token |",
                 ]
             )
         )

@@ -167,6 +167,8 @@ def _adapter_usage(work: Work, base: str, name: str) -> str:
         made = "`base.gguf` is the base model; make it once, in the same folder:\n\n```console\n"
         made += f"$ ingle quantize {work.base_model} --to {type_name} --out base.gguf\n```"
         if not holds(held) and not isinstance(held, NoBase):
-            made += f"\n\nThe adapter was trained on the base in {held.format}, which GGUF cannot hold: on this base it "
+            made += (
+                f"\n\nThe adapter was trained on the base in {held.format}, which GGUF cannot hold: on this base it "
+            )
             made += "answers slightly differently. `ingle export --to gguf` merges the two as they were trained."
     return f"```console\n$ llama-server -m {base} --lora {name}\n```\n\n{made}"

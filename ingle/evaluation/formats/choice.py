@@ -111,7 +111,7 @@ def warnings(num_tokens: int, num_windows: int) -> list[str]:
 
 
 def sayings(rows: Sequence[FormatResult], limit: float = LIMIT) -> list[Saying]:
-    """What the field says of llama.cpp's mixes, each beside the figures measured here."""
+    """Common advice on llama.cpp's mixes, each with the figures measured here."""
     by_name = {row.name: row for row in rows}
     return [_medium_over_small(by_name), _tests_only(by_name, limit), _balance(by_name, limit)]
 
@@ -127,7 +127,9 @@ def _medium_over_small(rows: Mapping[str, FormatResult]) -> Saying:
         f"{small.name} {_value(small)} at {small.bits_per_weight:.2f}"
         for medium, small in pairs
     ]
-    return Saying(claim, f"divergence {'; '.join(figures)}", _verdict([_is_surely_less(medium, small) for medium, small in pairs]))
+    return Saying(
+        claim, f"divergence {'; '.join(figures)}", _verdict([_is_surely_less(medium, small) for medium, small in pairs])
+    )
 
 
 def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Saying:
@@ -136,7 +138,9 @@ def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Saying:
     if not found:
         return Saying(claim, "none of them was measured", "open")
     figures = ", ".join(f"{row.name} {_told(row, limit)}" for row in found)
-    return Saying(claim, f"divergence {figures}; the limit is {limit:g}", _verdict([not _fits(row, limit) for row in found]))
+    return Saying(
+        claim, f"divergence {figures}; the limit is {limit:g}", _verdict([not _fits(row, limit) for row in found])
+    )
 
 
 def _balance(rows: Mapping[str, FormatResult], limit: float) -> Saying:

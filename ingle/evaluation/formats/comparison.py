@@ -108,7 +108,7 @@ def compare_formats(
     limit: float = LIMIT,
     sink: Sink = lambda event: None,
 ) -> dict[str, Any]:
-    """Measures every candidate beside the unpacked model.
+    """Measures every candidate against the unpacked model.
 
     Args:
         model: In evaluation mode, weights in the compute type; it is as before when this returns.

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, LlamaConfig
 
+from ingle.cli.formats import _render
 from ingle.config import ModelConfig
 from ingle.errors import ConfigError, DataError, EvaluationError
 from ingle.evaluation.formats import Survey, find_target, survey
@@ -346,3 +350,33 @@ def test_what_is_far_off_stands_at_the_edge() -> None:
     dots = [Dot("near", 1, 0.01, 0.009, 0.011, "front", ""), Dot("far", 2, 50.0, 45.0, 55.0, "other", "")]
     drawn = size_chart(dots, Axes("size", "loss", 0.02, "limit", top=1.0), width=600)
     assert drawn.count("<circle") == 1 and 'class="dot" d="M' in drawn
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(width: int) -> None:
+    rows = [*ROWS, row("hqq-2-g128", 55, 0.06)]
+    report = {
+        "formats": [each.to_dict() for each in rows],
+        "reference": row("none", 200, 0.0).to_dict(),
+        "front": pareto_front(rows),
+        "recommendation": asdict(recommend(rows, 0.02)),
+        "sayings": [asdict(each) for each in sayings(rows, 0.02)],
+        "num_tokens": 10_602,
+        "num_windows": 1,
+        "subject": {"model": "my model", "data": "held-out.jsonl", "dtype": "bfloat16"},
+    }
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    for each in _render(report, None, console):
+        console.print(each)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+    lines = shown.splitlines()
+    for each in rows:
+        assert any(line.strip(" ●").startswith(f"{each.name} ") for line in lines), each.name
+    assert ("Left out in so narrow a terminal: " in shown) == (width < 100)
+    text = " ".join(shown.split())
+    assert "Measured on 10,602 tokens of held-out.jsonl (1 window)" in text
+    assert "Recommended: q4_k_m, the smallest" in text and "ingle quantize 'my model' --to q4_k_m" in text

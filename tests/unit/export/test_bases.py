@@ -28,9 +28,7 @@ MakeAdapter = Callable[..., Path]
 IDS = [5, 17, 250, 33, 8, 299, 41]
 #: A weight whose rows no program permutes, by the names of the hub and of GGUF.
 DOWN, FFN_DOWN = "model.layers.1.mlp.down_proj", "blk.1.ffn_down.weight"
-needs_llama = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge"
-)
+needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
 
 
 def logits_of(source: inference.Source) -> torch.Tensor:

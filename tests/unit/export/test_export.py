@@ -27,9 +27,7 @@ from ingle.export.certificate import certify
 from ingle.inference import Engine
 
 MakeAdapter = Callable[..., Path]
-needs_llama = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge"
-)
+needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
 IDS = [5, 17, 250, 33, 8, 299, 41]
 
 

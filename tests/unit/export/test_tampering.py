@@ -20,9 +20,7 @@ from ingle.export import export
 from ingle.export.request import Target
 
 MakeAdapter = Callable[..., Path]
-needs_llama = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge"
-)
+needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
 
 
 def reverse_rows(file: GGUFReader) -> None:
