@@ -136,7 +136,8 @@ def require_model(path_or_id: str) -> None:
         )
     near = _did_you_mean(path)
     of_runs = path.parent.is_dir() and any(path.parent.glob("*/run.yaml"))  # not the owner of models on the hub
-    if not path.exists() and (near or of_runs or path.is_absolute() or len(path.parts) > 2) and path.suffix != ".gguf":
+    is_path = (of_runs or path.is_absolute() or len(path.parts) > 2) and path.suffix != ".gguf"
+    if not path.exists() and (near or is_path):
         raise ModelError(f"There is no {path_or_id}.", where=str(path), fix=near or "check the path")
 
 

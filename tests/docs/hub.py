@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +21,7 @@ _FILE = re.compile(r"(?:/(?P<kind>datasets))?/(?P<name>[^/]+/[^/]+)/resolve/[^/]
 
 
 @contextmanager
-def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> Iterator[str]:
+def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> Iterator[tuple[str, Callable[[], None]]]:
     """Serves folders as repositories while the block runs.
 
     Args:
@@ -29,13 +29,13 @@ def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> It
         datasets: The same of data sets.
 
     Yields:
-        The address, for ``HF_ENDPOINT``.
+        The address, for ``HF_ENDPOINT``, and what takes the hub away.
     """
     folders = {("models", name): folder for name, folder in repositories.items()}
     folders |= {("datasets", name): folder for name, folder in datasets.items()}
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version = "HTTP/1.0"  # no connection outlives its request, nor the hub
 
         def do_GET(self) -> None:
             address = urlsplit(self.path)
@@ -94,12 +94,16 @@ def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> It
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
+
+    def close() -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", close
+    finally:
+        close()
 
 
 def _names(folder: Path) -> list[str]:

@@ -57,7 +57,10 @@ class Worker:
         """Runs a program in a folder."""
         return self._ask({"python": text, "folder": str(folder)})
 
-    def close(self) -> None:
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -76,7 +79,7 @@ def shorten(words: Sequence[str], folder: Path) -> list[str]:
     command, short = words[0], list(words)
     config = "".join((folder / word).read_text() for word in words if (folder / word).is_file())
     if command == "train" and "--resume" not in words:
-        short.append("--train.num_steps=2")
+        short += ["--train.num_steps=2", "--train.global_batch_size=1"]
         if "evaluate:" in config or any(word.startswith("--evaluate") for word in words):
             short += ["--evaluate.num_samples=2", "--evaluate.max_new_tokens=4"]
     elif command == "evaluate":

@@ -12,7 +12,7 @@ import pytest
 from docs import check
 from docs.markdown import Page, read_pages
 from tests.docs.hub import serve_hub
-from tests.docs.running import Runner, Worker
+from tests.docs.running import Done, Runner, Worker
 
 ROOT = Path(check.ROOT)
 
@@ -39,23 +39,6 @@ def of_readers(page: Page) -> bool:
     return page.name == "README.md" or page.name.startswith(("docs/tutorials/", "docs/how-to/"))
 
 
-@pytest.fixture
-def stage(tmp_path: Path) -> Iterator[tuple[Runner, Path]]:
-    """A runner with a hub, and a folder that holds all that the pages take for granted."""
-    folder = tmp_path / "stage"
-    (folder / "data").mkdir(parents=True)
-    shutil.copy(ROOT / "examples" / "own-data" / "train.jsonl", folder / "data" / "train.jsonl")
-    models = {"Qwen/Qwen3-0.6B": folder / "qwen3", "HuggingFaceTB/SmolLM2-360M-Instruct": folder / "llama"}
-    with serve_hub(models, datasets={"HuggingFaceH4/no_robots": folder / "data"}) as address:
-        home = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
-        offline = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        worker = Worker(ROOT, home | offline | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"})
-        try:
-            yield Runner(worker, ROOT, importlib.util.find_spec("llama_cpp") is not None), folder
-        finally:
-            worker.close()
-
-
 def prepare(runner: Runner, folder: Path) -> None:
     """Makes what the pages take for granted: small models, a GGUF file, the finished demo."""
     tokenizer = ROOT / "examples" / "models" / "ember-6m"
@@ -76,25 +59,51 @@ def prepare(runner: Runner, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_runs(stage: tuple[Runner, Path], tmp_path: Path) -> None:
-    """One test, since loading the libraries takes longer than most commands."""
-    runner, folder = stage
-    prepare(runner, folder)
+def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
+    """One test with one process, since loading the libraries takes longer than most commands."""
+    folder = tmp_path / "stage"
+    (folder / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "own-data" / "train.jsonl", folder / "data" / "train.jsonl")
+    models = {"Qwen/Qwen3-0.6B": folder / "qwen3", "HuggingFaceTB/SmolLM2-360M-Instruct": folder / "llama"}
+    with serve_hub(models, datasets={"HuggingFaceH4/no_robots": folder / "data"}) as (address, close_hub):
+        hub = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
+        hub |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        with Worker(ROOT, hub | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}) as worker:
+            runner = Runner(worker, ROOT, importlib.util.find_spec("llama_cpp") is not None)
+            prepare(runner, folder)
+            wrong = list(run_pages(runner, folder, tmp_path))
+            assert not wrong, "\n\n".join(wrong)
+            unknown = ask_hub(worker, folder, "nobody/nothing")
+            assert unknown.code == 2 and "no model of that name on the hub" in unknown.output, unknown.output
+            close_hub()
+            away = ask_hub(worker, folder, "somebody/something")
+            assert away.code == 2 and "HubUnavailable" in away.output and "go online once" in away.output, away.output
+            cached = runner.run_command("ingle train examples/quickstart-hub.yaml --dry-run", folder)
+            assert cached.code == 0, cached.output
+
+
+def run_pages(runner: Runner, stage: Path, tmp_path: Path) -> Iterator[str]:
+    """Runs each page in a folder of its own that holds what is staged; yields what went wrong."""
     pages = [page for page in read_pages(ROOT) if of_readers(page)]
-    files = {name: block.text for page in pages for block in page.blocks if (name := block.mark("file"))}
-    whole = [block.text for page in pages for block in page.blocks if "output: runs/mine" in block.text]
-    files = {"mine.yaml": next(text for text in whole if "Qwen" in text)} | files
-    wrong = []
+    blocks = [block for page in pages for block in page.blocks]
+    files = {name: block.text for block in blocks if (name := block.mark("file"))}
+    whole = next(block.text for block in blocks if block.language == "yaml" and "output: runs/mine" in block.text)
+    files = {"mine.yaml": whole} | files
     for number, page in enumerate(pages):
-        place = tmp_path / f"page-{number}"
-        place.mkdir()
+        folder = tmp_path / f"page-{number}"
+        folder.mkdir()
         for name in ("examples", "my-model", "some-model.Q4_K_M.gguf"):
-            (place / name).symlink_to(folder / name)
+            (folder / name).symlink_to(stage / name)
         for name, text in files.items():
-            (place / name).write_text(text)
-        shutil.copytree(folder / "runs", place / "runs")
+            (folder / name).write_text(text)
+        shutil.copytree(stage / "runs", folder / "runs")
         try:
-            runner.run_page(page, place)
+            runner.run_page(page, folder)
         except AssertionError as error:
-            wrong.append(str(error))
-    assert not wrong, "\n\n".join(wrong)
+            yield str(error)
+
+
+def ask_hub(worker: Worker, folder: Path, model: str) -> Done:
+    """Trains a model of the hub, which a run asks for before all else."""
+    data = "--data.sources=examples/own-data/train.jsonl"
+    return worker.run(["train", f"--model.id={model}", data, "--output=runs/asked", "--train.num_steps=1"], folder)
