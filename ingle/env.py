@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
+from pathlib import Path
 
 #: Programs that may run beside ours, on average, before the machine counts as busy.
 _BUSY = 0.5
+
+
+def install_command(extra: str) -> str:
+    """What to type to install an extra of this package: in a source checkout, or with pip.
+
+    Args:
+        extra: A name of ``[project.optional-dependencies]``.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not all((root / name).is_file() for name in ("Makefile", "pyproject.toml", "constraints.txt")):
+        return f"pip install 'ingle[{extra}]'"
+    inside = Path.cwd() == root
+    if extra == "llama":
+        return "make judge" if inside else f"make -C {shlex.quote(str(root))} judge"
+    target = shlex.quote(f"{'.' if inside else root}[{extra}]")
+    return f"{shlex.quote(sys.executable)} -m pip install -e {target}"
 
 
 def hub_offline() -> bool:

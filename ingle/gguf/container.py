@@ -131,5 +131,5 @@ def row_bytes(type_name: str, num_columns: int) -> int:
     """
     size, num_bytes = block_of(type_name)
     if num_columns % size:
-        raise GgufError(f"rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
+        raise GgufError(f"Rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
     return num_columns // size * num_bytes

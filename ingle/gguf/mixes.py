@@ -87,7 +87,7 @@ class Mix:
     def __post_init__(self) -> None:
         if self.file_type not in FILE_TYPES:
             raise GgufError(
-                f"there is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
+                f"There is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
             )
 
     def tensor_type(self, name: str, shape: tuple[int, ...]) -> str:

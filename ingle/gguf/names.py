@@ -128,7 +128,7 @@ def names_of(metadata: dict[str, Any]) -> TensorNames:
         raise unsupported(architecture)
     num_heads = metadata.get(f"{architecture}.attention.head_count")
     if not isinstance(num_heads, int):
-        raise GgufError(f"the file does not say one number of heads: {num_heads!r}.", where="attention.head_count")
+        raise GgufError(f"The file does not name one number of heads: {num_heads!r}.", where="attention.head_count")
     return TensorNames(architecture, num_heads, int(metadata.get(f"{architecture}.attention.head_count_kv", num_heads)))
 
 

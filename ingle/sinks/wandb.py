@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from ingle.env import install_command
 from ingle.errors import DependencyError
 from ingle.events import Evaluated, Event, Failed, Finished, Started, Step
 from ingle.sinks.metrics import record
@@ -27,7 +28,7 @@ class Wandb:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise DependencyError(
-                "Weights & Biases is not installed.", where="--wandb", fix="pip install 'ingle[wandb]'"
+                "Weights & Biases is not installed.", where="--wandb", fix=f"`{install_command('wandb')}`"
             ) from error
         self._project = project
         self._run: Any = None

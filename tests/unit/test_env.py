@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ingle import env
@@ -41,3 +43,14 @@ def test_threads_give_way_on_a_busy_machine(
     monkeypatch.setattr(env.os, "sched_getaffinity", lambda process: set(range(ours)))
     env.share_processors()
     assert env.os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_an_extra_is_installed_where_the_program_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = Path(env.__file__).parents[1]
+    monkeypatch.chdir(root)
+    assert env.install_command("llama") == "make judge"
+    assert env.install_command("wandb").endswith("-m pip install -e '.[wandb]'")
+    monkeypatch.chdir(tmp_path)
+    assert env.install_command("llama") == f"make -C {root} judge"
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "site-packages" / "ingle" / "env.py"))
+    assert env.install_command("llama") == "pip install 'ingle[llama]'"
