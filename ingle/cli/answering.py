@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ingle import stopping
 from ingle.errors import ConfigError, ModelError
 from ingle.events import Progress
 
@@ -160,7 +161,8 @@ def chat(
         "top_p": top_p,
         "stop": stop or (),
     }
-    _talk(engine, system, seed, options)
+    with stopping.handled_by_program():
+        _talk(engine, system, seed, options)
 
 
 def _talk(engine: Engine, system: str | None, seed: int, options: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ingle.atomic import atomic_folder, sync
 from ingle.errors import ConfigError, DoesNotFit
+from ingle.stopping import renaming, undone
 from ingle.wording import size
 
 #: What may lie beside an exported file.
@@ -79,10 +80,12 @@ class Place:
             return
         staging = self._out.with_name(f"{self._out.name}.partial-{os.getpid()}-whole")
         try:
-            with atomic_folder(staging) as partial:
-                yield partial
-            for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
-                os.replace(entry, self.folder / entry.name)
+            with undone(lambda: shutil.rmtree(staging, ignore_errors=True)):
+                with atomic_folder(staging) as partial:
+                    yield partial
+                with renaming:
+                    for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
+                        os.replace(entry, self.folder / entry.name)
             sync(self.folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

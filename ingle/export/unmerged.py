@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ingle import adapters
+from ingle.atomic import scratch_folder
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
 from ingle.events import Warned
@@ -43,12 +43,12 @@ def export_peft(work: Work) -> Outcome:
 
     def certify() -> dict[str, Any]:
         engine = work.open_trained(dtype="float32")
-        with tempfile.TemporaryDirectory(dir=place.folder.parent, prefix="base-") as folder:
+        with scratch_folder(place.folder.parent, "base-") as folder:
             base = Merger(Source(work.subject.source.model, work.subject.source.base))
             layout = Layout(torch.float32, NoBase())
-            hf.write_safetensors(base, work.tokenizer, work.subject.source.model, Path(folder), layout, sink=work.sink)
+            hf.write_safetensors(base, work.tokenizer, work.subject.source.model, folder, layout, sink=work.sink)
             return certificate.certify(
-                TransformersServer(Path(folder), adapter=place.folder),
+                TransformersServer(folder, adapter=place.folder),
                 engine,
                 work.subject.prompts(work.request.data),
                 system=work.subject.system,
@@ -101,8 +101,8 @@ def export_adapter_gguf(work: Work) -> Outcome:
         source = Source(work.subject.source.model, work.subject.source.base)
         if is_gguf(source.model.id):
             return certify_on(open_gguf(source.model.id, revision=source.model.revision).path, packed=True)
-        with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
-            path = Path(folder) / "base.gguf"
+        with scratch_folder(place.folder, "base-") as folder:
+            path = folder / "base.gguf"
             kind = AS_TRAINED if holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
