@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from ingle.config.section import Section, Text, one_or_more
+from ingle.config.section import Count, Section, Text, one_or_more
 
 #: Suffixes of data files, each also with ``.gz``.
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -33,7 +33,7 @@ class Source(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     split: Text = "train"
     name: Text | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
 
 
 Sources = Annotated[
@@ -63,7 +63,7 @@ class DataConfig(Section):
     """
 
     sources: Sources
-    max_seq_len: Annotated[int, Field(ge=8)] = 1024
+    max_seq_len: Annotated[int, Field(ge=8, le=16_777_216)] = 1024
     packing: bool = True
     train_on: Literal["assistant", "last", "all"] = "assistant"
     too_long: Literal["auto", "truncate", "drop", "split"] = "auto"

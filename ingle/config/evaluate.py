@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict
 
 from ingle.config.data import ControlTokens, Sources
-from ingle.config.section import Section, Strings
+from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
 MetricName = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
 
@@ -36,14 +36,14 @@ class TaskConfig(Section):
     sources: Sources
     metrics: Annotated[tuple[MetricName, ...], Strict(False), Field(min_length=1)] = ("chrf", "bleu", "rouge_l")
     group_by_prompt: bool = False
-    num_samples: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    num_samples: Count | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 128
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Strings = ()
     answer_pattern: str | None = None
     system: str | None = None
     control_tokens: ControlTokens = "escape"
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    num_shown: Annotated[int, Field(ge=0)] = 3
-    seed: int = 0
+    batch_size: BatchSize = 32
+    num_shown: Annotated[int, Field(ge=0, le=10_000)] = 3
+    seed: Seed = 0
