@@ -12,9 +12,11 @@ def main() -> int:
         The exit code.
     """
     from ingle import env
+
+    env.put_off_collection()
+    env.share_processors()
     from ingle.cli.outcome import call
 
-    env.share_processors()
     return call(sys.argv[1:])
 
 
