@@ -16,9 +16,11 @@ def main() -> int:
     stopping.install()
     try:
         from ingle import env
+
+        env.put_off_collection()
+        env.share_processors()
         from ingle.cli.outcome import call
 
-        env.share_processors()
         return call(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began
         sys.stderr.write(f"Interrupted: {stopping.explanation()}\n")

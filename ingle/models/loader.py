@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
-from ingle.gguf import read_gguf
 from ingle.models.architecture import bitnet_divides, build, config_path, read_json
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.computed import compute, seeded
@@ -99,6 +98,8 @@ def plan_weights(model: PreTrainedModel, config: ModelConfig, twin: PreTrainedMo
     """
     place = _read_generation_config(model, config, part="weights")
     if is_gguf(config.id):
+        from ingle.gguf import read_gguf
+
         return plan_gguf(twin, read_gguf(place)), place
     return plan_reading(twin, read_index(place), bitnet_divides=bitnet_divides(read_json(place, config))), place
 
