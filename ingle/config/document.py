@@ -62,9 +62,8 @@ class _Loader(yaml.SafeLoader):
         """Composes one node; PyYAML does so recursively."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"more than {_MAX_DEPTH} levels", problem_mark=self.peek_event().start_mark
-            )
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels", problem_mark=event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -157,11 +156,12 @@ class _Reader:
             finally:
                 loader.dispose()
         except yaml.reader.ReaderError as error:
-            mark = yaml.Mark(self._name, error.position, text.count("\n", 0, error.position), 0, None, None)
+            line = text.count("\n", 0, error.position)
+            mark = yaml.Mark(self._name, error.position, line, 0, text, error.position)
             raise self._invalid(mark, f"the character U+{ord(text[error.position]):04X} is not allowed") from error
         except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            raise self._invalid(mark, getattr(error, "problem", None) or str(error)) from error
+            found = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+            raise self._invalid(found, getattr(error, "problem", None) or str(error)) from error
 
     def _invalid(self, mark: yaml.Mark | None, why: str) -> ConfigError:
         return ConfigError(
