@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 #: Metrics that are shares and read best in percent.
 _SHARES = ("exact_match",)
@@ -21,6 +22,11 @@ _TITLES = {
 def either(words: Sequence[str]) -> str:
     """``a``, ``a or b``, ``a, b or c``."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is closest to a mistyped one; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def some(names: Collection[str]) -> str:
@@ -45,6 +51,11 @@ def count(number: float) -> str:
         exponent, scaled = exponent + 1, scaled / 1000
     digits = max(0, 2 - int(math.log10(abs(float(f"{scaled:.3g}")))))
     return f"{scaled:.{digits}f} {'?KMBT'[exponent]}"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 token``, ``1,234 tokens``; the noun is a regular one."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def size(num_bytes: float) -> str:
@@ -73,8 +84,14 @@ def title(metric: str) -> str:
     return _TITLES.get(metric, metric)
 
 
+def interval(metric: str, bounds: Sequence[float | None], *, signed: bool = False) -> str:
+    """Both ends of an interval without their unit, which the score next to it has: ``[+45.9, +51.4]``."""
+    ends = (score(metric, bound, signed=signed).removesuffix(" %").removesuffix(" points") for bound in bounds)
+    return f"[{', '.join(ends)}]"
+
+
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``."""
+    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``, ``+50.0 points`` of a percentage."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -84,7 +101,9 @@ def score(metric: str, value: float | None, *, signed: bool = False) -> str:
     text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
-    return text + (" %" if metric in _SHARES else "")
+    if metric not in _SHARES:
+        return text
+    return text + (" points" if signed else " %")
 
 
 def p_value(p: float | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
+from ingle.env import install_command
 from ingle.errors import DependencyError, ExportError
 
 
@@ -46,10 +47,10 @@ class LlamaCpp:
             )
         except (ValueError, RuntimeError) as error:
             raise ExportError(
-                "llama.cpp cannot load what was written.",
+                "llama.cpp cannot load the export.",
                 where=str(adapter or path),
                 why=str(error),
-                fix="this is a fault of Ingle's: please report it with the model's config.json",
+                fix="this is a bug in Ingle: please report it with the model's config.json",
             ) from error
 
     def __enter__(self) -> LlamaCpp:
@@ -68,7 +69,7 @@ class LlamaCpp:
         """
         template = self._llama.metadata.get("tokenizer.chat_template")
         if template is None:
-            raise ExportError("the file holds no chat template.", where="tokenizer.chat_template")
+            raise ExportError("The file holds no chat template.", where="tokenizer.chat_template")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         bos = self._token_text("bos")
         text: str = environment.from_string(template).render(
@@ -141,9 +142,9 @@ def require() -> Any:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
         raise DependencyError(
-            "--verify asks llama.cpp itself, and its Python binding is not installed.",
+            "--verify needs llama.cpp's Python binding, which is not installed.",
             why=str(error),
-            fix="pip install 'ingle[llama]' (it compiles for some minutes and needs a C++ compiler and CMake)",
+            fix=f"`{install_command('llama')}` (compiles for some minutes; needs a C++ compiler and CMake)",
         ) from error
     return llama_cpp
 

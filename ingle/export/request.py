@@ -13,10 +13,11 @@ from ingle.config.data import Source as DataSource
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
-from ingle.errors import ConfigError
+from ingle.errors import ConfigError, ModelError
 from ingle.evaluation.likelihood import Window, window_size
 from ingle.inference import Source
 from ingle.training.folder import RunFolder
+from ingle.wording import either, nearest, some
 
 Target = Literal["peft", "safetensors", "gguf", "gguf-adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -57,7 +58,7 @@ class Request:
         promote: Give weights that lose too much a wider type.
         size_budget: What that may cost, as a share of the file.
         max_kl: Largest loss that is accepted, nats a token.
-        allow_loss: Write it whatever is lost.
+        allow_loss: Write it however much is lost.
         allow_mismatch: Put the adapter on another base than it was trained on.
         data: Text to measure on; the run's held-out rows, or its training rows, when None.
         imatrix: Importance matrix for the quantizer.
@@ -83,21 +84,68 @@ class Request:
         """
         if self.to not in TARGETS:
             raise ConfigError(
-                f"there is no export {self.to!r}.", where=f"--to {self.to}", fix=f"one of {', '.join(TARGETS)}"
+                f"There is no export {self.to!r}.", where=f"--to {self.to}", fix=f"--to {either(TARGETS)}"
             )
         misplaced = {"--promote": self.promote, "--imatrix": self.imatrix is not None}
         for option, given in misplaced.items():
             if given and self.to != "gguf":
-                raise ConfigError(f"{option} is for --to gguf.", where=f"{option} --to {self.to}", fix="leave it out")
+                raise ConfigError(
+                    f"{option} works only with --to gguf.", where=f"{option} --to {self.to}", fix=f"leave {option} out"
+                )
         if self.type is not None and self.to == "peft":
             raise ConfigError(
-                "--type is for merged models and GGUF: an adapter for PEFT stays as it is.",
+                "--type does not work with --to peft: the adapter is copied as it is.",
                 where=f"--type {self.type}",
-                fix="leave it out",
+                fix="leave --type out; --to safetensors or --to gguf writes the merged model in a type",
             )
         for option, path in {"--data": self.data, "--imatrix": self.imatrix}.items():
-            if path is not None and not path.exists():
-                raise ConfigError("there is no such file.", where=f"{option} {path}")
+            if path is not None:
+                require_file(path, option)
+
+
+def require_file(path: Path, option: str) -> None:
+    """Raises unless a file exists.
+
+    Raises:
+        ConfigError: It does not; names the closest one in its folder.
+    """
+    if not path.exists():
+        raise ConfigError("There is no such file.", where=f"{option} {path}", fix=_did_you_mean(path))
+
+
+def require_model(path_or_id: str) -> None:
+    """Refuses a path that cannot be what is asked for before it is taken for the id of a model on the hub.
+
+    Raises:
+        ModelError: The path does not exist although its folder does, or it is a folder without run, adapter or model.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        if any(name in names for name in ("run.yaml", "adapter_config.json", "config.json")):
+            return
+        below = next((name for name in names if (path / name / "run.yaml").is_file()), None)
+        files = next((name for name in names if name.endswith(".gguf")), None)
+        found = below or files
+        raise ModelError(
+            f"{path_or_id} is neither a run nor an adapter nor a model.",
+            where=str(path),
+            why="it has no run.yaml, adapter_config.json or config.json; it holds "
+            + (some(names) if names else "nothing"),
+            fix=f"did you mean {path / found}?" if found else "name the folder that a run left (its `output`)",
+        )
+    near = _did_you_mean(path)
+    of_runs = path.parent.is_dir() and any(path.parent.glob("*/run.yaml"))  # not the owner of models on the hub
+    is_path = (of_runs or path.is_absolute() or len(path.parts) > 2) and path.suffix != ".gguf"
+    if not path.exists() and (near or is_path):
+        raise ModelError(f"There is no {path_or_id}.", where=str(path), fix=near or "check the path")
+
+
+def _did_you_mean(path: Path) -> str | None:
+    """The entry of the nearest existing folder whose name is closest."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, names, cutoff=0.7)
+    return f"did you mean {path.parent / near}?" if near else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +196,7 @@ class Subject:
         return windows
 
     def prompts(self, file: Path | None) -> Sequence[Example]:
-        """What a certificate asks."""
+        """The prompts of a certificate."""
         config = self._text_config(file)
         if config is None:
             return [Example(f"prompt {i}", prompt=text, completion="") for i, text in enumerate(_PROMPTS, 1)]

@@ -90,11 +90,11 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     num_heads, hidden = names.num_heads, values.whole("embedding_length")
     head_dim = values.whole("attention.key_length", hidden // num_heads)
     if head_dim % 2:
-        raise GgufError(f"heads of {head_dim} features cannot be rotated in pairs.", where=str(file.path))
+        raise GgufError(f"Heads of {head_dim} features cannot be rotated in pairs.", where=str(file.path))
     if values.whole("attention.value_length", head_dim) != head_dim:
-        raise GgufError("keys and values of different length are not supported.", where=str(file.path))
+        raise GgufError("Keys and values of different length are not supported.", where=str(file.path))
     if values.whole("rope.dimension_count", head_dim) != head_dim:
-        raise GgufError("rotating a part of each head is not supported.", where=str(file.path))
+        raise GgufError("Rotating a part of each head is not supported.", where=str(file.path))
     if values.whole("expert_count", 0, low=0):
         raise GgufError("GGUF models with experts are not supported yet.", where=str(file.path))
     model_type, class_name = _CLASSES[architecture]

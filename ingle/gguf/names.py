@@ -130,7 +130,7 @@ def names_of(metadata: dict[str, Any]) -> TensorNames:
     num_kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
     if not (_is_count(num_heads) and _is_count(num_kv_heads)) or num_heads % num_kv_heads:
         raise GgufError(
-            "the file does not give one number of heads, a multiple of that of keys and values.",
+            "The file does not give one number of heads, a multiple of that of keys and values.",
             where=f"{architecture}.attention.head_count",
             why=f"head_count is {str(num_heads)[:60]}, head_count_kv is {str(num_kv_heads)[:60]}",
         )

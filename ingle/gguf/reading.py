@@ -49,12 +49,12 @@ def read_gguf(path: Path | str) -> GgufFile:
     for file in files:
         for name, tensor in file.tensors.items():
             if name in tensors:
-                raise GgufError(f"the tensor {name} is in two files.", where=f"{tensors[name].path} and {file.path}")
+                raise GgufError(f"The tensor {name} is in two files.", where=f"{tensors[name].path} and {file.path}")
             tensors[name] = tensor
     expected = files[0].metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise GgufError(
-            f"the files of this model do not belong together: they hold {len(tensors)} tensors, not {expected}.",
+            f"The files of this model do not belong together: they hold {len(tensors)} tensors, not {expected}.",
             where=str(path.parent),
             fix=DAMAGED,
         )

@@ -17,7 +17,7 @@ from ingle.gguf.container import GgufFile
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.values import ArchitectureValues
 
-#: What Llama 3 has; its scaling is told by the divisors of the frequencies alone.
+#: Llama 3's; only the divisors of the frequencies show its scaling.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -63,7 +63,7 @@ def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
         }
-    raise GgufError(f"rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
+    raise GgufError(f"Rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
 
 
 def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
             "original_max_position_embeddings": values.whole("rope.scaling.original_context_length"),
         }
     elif kind not in ("none", "linear"):
-        raise GgufError(f"rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
+        raise GgufError(f"Rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
     elif factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQS in file.tensors:
@@ -105,7 +105,7 @@ def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
             if np.allclose(stored, expected, rtol=1e-3):
                 return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     raise GgufError(
-        "the rotary frequencies are scaled in a way that is not Llama 3's.",
+        "The rotary frequencies are scaled in a way other than Llama 3's.",
         where=f"{file.path}, {ROPE_FREQS}",
         fix="use the model's safetensors release",
     )

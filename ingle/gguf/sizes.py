@@ -54,7 +54,7 @@ def require_sizes(file: GgufFile, config: Mapping[str, Any]) -> None:
 
 def _disagree(file: GgufFile, what: str, said: object, held: str) -> GgufError:
     return GgufError(
-        f"the metadata and the tensors of {file.path.name} describe different models.",
+        f"The metadata and the tensors of {file.path.name} describe different models.",
         where=str(file.path),
         why=f"the metadata give {what} {said}; the file holds {held}",
         fix=DAMAGED,

@@ -74,7 +74,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise GgufError(
-            "the file holds no tokenizer." if not tokens else f"tokenizers of kind {kind!r} are not supported.",
+            "The file holds no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
             why="Ingle reads gpt2 (byte-level BPE) and llama (sentencepiece)",
             fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
@@ -176,7 +176,7 @@ def to_metadata(
         chat_template: Jinja, or None.
 
     Raises:
-        GgufError: When llama.cpp has no such tokenizer, or cannot be told all tokens that end an answer.
+        GgufError: When llama.cpp has no such tokenizer, or has no place for all tokens that end an answer.
     """
     model = tokenizer["model"]
     if model.get("type") != "BPE":

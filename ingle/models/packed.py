@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any
 
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
-from ingle.errors import ModelError
 from ingle.models.architecture import read_json
+from ingle.models.boundary import reading
 from ingle.models.gguf_file import is_gguf
 from ingle.models.hub import locate
 from ingle.models.shards import read_index
@@ -31,31 +31,29 @@ def packed_base(model: ModelConfig) -> BaseConfig:
         return NoBase()
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     settings = read_json(folder, model).get("quantization_config") or {}
-    try:
-        match settings.get("quant_method"):
-            case "hqq":
-                params = settings["quant_config"]["weight_quant_params"]
-                return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
-            case "bitnet":
-                return base_section("ternary")
-            case "bitsandbytes" if settings.get("load_in_8bit"):
-                return base_section("int8")
-            case "bitsandbytes":
-                weights = locate(model.id, revision=model.revision, part="weights", code=model.trust_remote_code)
-                return base_section(
-                    {
-                        "format": settings.get("bnb_4bit_quant_type", "fp4"),
-                        "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
-                        "block_size": _block_size(weights),
-                    }
-                )
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ModelError(
-            f"the weights of {model.id} are packed in a way that its config.json does not describe.",
-            where=f"{folder / 'config.json'}: quantization_config",
-            why=_explain(error),
-            fix="fetch or copy the model again; it is damaged or incomplete",
-        ) from None
+    fix = "fetch config.json again; its quantization_config is damaged"
+    with reading(folder / "config.json", "The way that the weights are packed cannot be read.", fix=fix):
+        return _packed_as(settings, model)
+
+
+def _packed_as(settings: Mapping[str, Any], model: ModelConfig) -> BaseConfig:
+    match settings.get("quant_method"):
+        case "hqq":
+            params = settings["quant_config"]["weight_quant_params"]
+            return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
+        case "bitnet":
+            return base_section("ternary")
+        case "bitsandbytes" if settings.get("load_in_8bit"):
+            return base_section("int8")
+        case "bitsandbytes":
+            weights = locate(model.id, revision=model.revision, part="weights", code=model.trust_remote_code)
+            return base_section(
+                {
+                    "format": settings.get("bnb_4bit_quant_type", "fp4"),
+                    "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
+                    "block_size": _block_size(weights),
+                }
+            )
     return NoBase()
 
 
@@ -65,11 +63,3 @@ def _block_size(folder: Path) -> int:
         if _STATE in key:
             return int(json.loads(bytes(stored.read().tolist()))["blocksize"])
     return 64
-
-
-def _explain(error: Exception) -> str:
-    """A problem with a value or the name of a missing key, in one line."""
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

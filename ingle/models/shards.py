@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import ModelError
+from ingle.models.boundary import reading
 from ingle.wording import some
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -150,17 +151,14 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """The file that each weight lies in, as the index has it."""
-    try:
+    with reading(index, f"{index.name} is not a shard index.", fix=_DAMAGED):
         weight_map = _read_object(index.read_bytes())["weight_map"]
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map must be an object that is not empty")
         for key, name in weight_map.items():
             if not isinstance(name, str) or "\0" in name or Path(name).name != name:
                 raise ValueError(f"{key[:100]!r} must lie in a file of this folder, not in {str(name)[:100]!r}")
-    except (ValueError, KeyError, RecursionError) as error:
-        why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ModelError(f"{index.name} is not a shard index.", where=str(index), why=why, fix=_DAMAGED) from None
-    return weight_map
+    return dict(weight_map)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -175,10 +173,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise _damaged(path, f"{size:,} bytes do not begin with a safetensors header")
         raw = file.read(length)
-    try:
+    with reading(path, f"{path.name} is not a whole safetensors file.", fix=_DAMAGED):
         header = _read_object(raw)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header cannot be read: {error}") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its __metadata__ is not an object of texts")

@@ -1,0 +1,49 @@
+"""A process that has loaded everything once and runs one ``ingle`` command or program of a page after the other.
+
+Each line of standard input is a request as JSON: ``words`` of a command line or ``python`` source, and a ``folder``.
+Each answer is a line with the exit ``code`` and the ``output``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    """Answers requests until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    requests = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for line in requests:
+        request = json.loads(line)
+        os.chdir(request["folder"])
+        with tempfile.TemporaryFile("w+") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            code = _run(request)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            file.seek(0)
+            print(json.dumps({"code": code, "output": file.read()}), file=answers, flush=True)
+
+
+def _run(request: dict[str, Any]) -> int:
+    if "words" in request:
+        from ingle.cli.outcome import call
+
+        return call(request["words"])
+    try:
+        exec(compile(request["python"], "<page>", "exec"), {"__name__": "__main__"})
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()
