@@ -402,6 +402,7 @@ TARGETS = {
             {
                 "run/checkpoints/step-1/state.json": "json",
                 "run/checkpoints/step-1/optimizer.safetensors": "safetensors",
+                "run/metrics.jsonl": "jsonl",
             },
             fixed=True,
         ),
