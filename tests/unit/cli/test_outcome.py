@@ -114,7 +114,7 @@ def test_a_bug_with_debug_shows_everything(fails: Raise, capsys: pytest.CaptureF
         (["train", "a.yaml", "--dry-rnu"], "did you mean --dry-run?"),
         (["train", "a.yaml", "-x"], "-x is not an option of this command."),
         (["train", "a.yaml", "--resume", "x"], "--resume takes no config"),
-        (["evaluate", "m"], "A model and a task are needed."),
+        (["evaluate", "m"], "m is not a run, so it has no task of its own."),
         (["evaluate", "m", "--task", "nowhere.yaml"], "does not exist"),
         (["evaluate", "m", "--tsk", "t.yaml"], "did you mean --task?"),
     ],
