@@ -71,7 +71,9 @@ def test_a_container_may_use_less_than_the_machine_has(
 
 
 def test_a_program_that_runs_now_counts() -> None:
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE) as busy:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as busy:
         assert busy.stdout is not None
         busy.stdout.readline()
         free = env._free_processors()
