@@ -15,7 +15,7 @@ from ingle.events import Progress, Sink, Warned
 from ingle.objectives import LanguageModelling, Objective, Watched
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.census import model_shape
-from ingle.training.compiling import can_compile, compile_layers
+from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes
 from ingle.training.optim import Optimizer
@@ -87,6 +87,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         free_bytes=free_bytes(mesh.device),
         can_compile=can_compile(mesh.device),
         on_gpu=mesh.device.type == "cuda",
+        compiles_kernels=not has_kernels(),
     )
     if run.train.num_steps is None and plan.num_epochs >= 1.5 * run.train.num_epochs:
         sink(

@@ -66,6 +66,7 @@ def make_plan(
     free_bytes: int,
     can_compile: bool,
     on_gpu: bool = False,
+    compiles_kernels: bool = False,
 ) -> Plan:
     """Counts what ``run`` needs.
 
@@ -78,6 +79,7 @@ def make_plan(
         free_bytes: Memory that is free on the device.
         can_compile: Whether compiled layers would run here.
         on_gpu: Whether the device is a GPU.
+        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
 
     Raises:
         DoesNotFit: When the prediction exceeds what is free, with the cheapest way out.
@@ -88,7 +90,9 @@ def make_plan(
     tokens_per_step = data.num_tokens / data.num_sequences * global_batch
     num_tokens = round(tokens_per_step * num_steps)
     flops = flops_per_token(run, model)
-    memory = memory_bytes(run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu)
+    memory = memory_bytes(
+        run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu, compiles_kernels=compiles_kernels
+    )
     memory["process"] = process_bytes
     memory["total"] = sum(memory.values())
     plan = Plan(
@@ -114,7 +118,14 @@ def make_plan(
             where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}",
             why=" · ".join(f"{name} {size(part)}" for name, part in parts if part and name not in ("total", "process")),
             fix=find_remedy(
-                run, model, data.longest, micro_batch, free_bytes=free_bytes, dtype_bytes=dtype_bytes, on_gpu=on_gpu
+                run,
+                model,
+                data.longest,
+                micro_batch,
+                free_bytes=free_bytes,
+                dtype_bytes=dtype_bytes,
+                on_gpu=on_gpu,
+                compiles_kernels=compiles_kernels,
             ),
         )
     return plan

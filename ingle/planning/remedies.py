@@ -26,6 +26,7 @@ def find_remedy(
     free_bytes: int,
     dtype_bytes: int,
     on_gpu: bool,
+    compiles_kernels: bool = False,
 ) -> str:
     """The changes of one option each that make a run fit; where there is none, those that save most.
 
@@ -37,10 +38,14 @@ def find_remedy(
         free_bytes: Memory that is free.
         dtype_bytes: Bytes of the compute dtype.
         on_gpu: Whether the device is a GPU.
+        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
     """
 
     def total(changed: Run, sequences: int) -> int:
-        return sum(memory_bytes(changed, model, sequences * longest, dtype_bytes, on_gpu=on_gpu).values())
+        parts = memory_bytes(
+            changed, model, sequences * longest, dtype_bytes, on_gpu=on_gpu, compiles_kernels=compiles_kernels
+        )
+        return sum(parts.values())
 
     totals = {flag: total(changed, sequences) for flag, changed, sequences in _changes(run, micro_batch)}
     fitting = {flag: needed for flag, needed in totals.items() if needed <= free_bytes}
