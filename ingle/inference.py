@@ -122,6 +122,13 @@ def locate(path_or_id: str) -> Source:
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path_or_id} holds neither a run nor an adapter nor a model.",
+            where=path_or_id,
+            why="there is no run.yaml, adapter_config.json or config.json in it",
+            fix=RunFolder(folder).nearby() or "name a run folder, an adapter folder, a model folder or a hub id",
+        )
     model = ModelConfig(id=path_or_id)
     return Source(model, models.packed_base(model))
 
@@ -168,14 +175,14 @@ def _locate_run(folder: Path) -> Source:
     if isinstance(run.adapter, LowRankAdapter):
         if not (folder / "adapter").is_dir():
             raise ModelError(
-                "this run has no adapter yet: it is not trained to its end.",
+                "This run has no adapter yet: it is not finished.",
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
         return Source(run.model, run.base, folder / "adapter")
     if not (folder / "model").is_dir():
         raise ModelError(
-            "this run has no model yet: it is not trained to its end.",
+            "This run has no model yet: it is not finished.",
             where=str(folder),
             fix=f"ingle train --resume {folder}",
         )
@@ -191,7 +198,7 @@ def _locate_adapter(folder: Path) -> Source:
         assert isinstance(base, str)
     except (ValueError, KeyError, AssertionError) as error:
         raise AdapterError(
-            "the adapter does not say which model it belongs to.",
+            "The adapter does not say which model it belongs to.",
             where=str(folder / "adapter_config.json"),
             why="base_model_name_or_path is missing",
             fix="open the run folder instead, or write the base's id into that field",

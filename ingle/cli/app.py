@@ -8,6 +8,7 @@ import typer
 
 from ingle import __version__
 from ingle.cli import answering, configuration, doctor, evaluation, exporting, formats, inspection, quantizing, training
+from ingle.cli.numbers import checked
 
 app = typer.Typer(
     name="ingle",
@@ -51,3 +52,8 @@ app.add_typer(config, name="config")
 config.command("show", context_settings=_TAKES_OVERRIDES)(configuration.show)
 config.command("schema")(configuration.schema)
 app.command("doctor")(doctor.doctor)
+
+for group in (app, data, config):
+    for entry in group.registered_commands:
+        assert entry.callback is not None
+        entry.callback = checked(entry.callback)

@@ -62,7 +62,9 @@ class _Loader(yaml.SafeLoader):
         """Composes one node; PyYAML does so recursively."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels", problem_mark=self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {_MAX_DEPTH} levels", problem_mark=self.peek_event().start_mark
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -195,7 +197,9 @@ class _Reader:
         if node.tag in _KEYS_ONLY:  # a lone ``<<`` or ``=`` means something as a key only
             return node.value
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
-            raise ConfigError(f"This number has {len(node.value):,} digits.", where=where, fix="write at most 18 digits")
+            raise ConfigError(
+                f"This number has {len(node.value):,} digits.", where=where, fix="write at most 18 digits"
+            )
         try:
             value = loader.construct_object(node, deep=True)
         except (ValueError, KeyError, IndexError) as error:  # only an explicit tag gets here: ``!!int abc``
@@ -207,9 +211,7 @@ class _Reader:
             _check_text(value, where)
         return value
 
-    def _table(
-        self, loader: yaml.SafeLoader, node: yaml.MappingNode, outer: tuple[yaml.Node, ...]
-    ) -> dict[str, Node]:
+    def _table(self, loader: yaml.SafeLoader, node: yaml.MappingNode, outer: tuple[yaml.Node, ...]) -> dict[str, Node]:
         table: dict[str, Node] = {}
         merged: dict[str, Node] = {}
         for key_node, value_node in node.value:

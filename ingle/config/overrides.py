@@ -11,7 +11,6 @@ from ingle.config.schema import Choice, Leaf, Rows, Shape, Table, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 
-
 #: Parts of a dotted path; the deepest option has four.
 _MAX_KEYS = 16
 

@@ -8,7 +8,6 @@ from collections import Counter
 from ingle.config.evaluate import TaskConfig
 from ingle.config.rule import Rule
 
-
 #: What compiling a text raises: also for a repetition beyond 32 bits, and for thousands of nested groups.
 _NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
