@@ -61,7 +61,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     mesh = parallel.start(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, mesh.device)
     if run.evaluate is not None:
-        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent, not after
+        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent on training
     tokenizer = models.load_tokenizer(run.model)
     model = models.skeleton(run.model, mesh.device, dtype)
     dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
@@ -113,7 +113,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     imatrix = None
     if run.train.imatrix:
-        models.gguf_names(model)  # an architecture without them is told now, not after the training
+        models.gguf_names(model)  # an architecture without them is refused now, not after the training
         imatrix = ImatrixCollector(model)
         objective = Watched(objective, imatrix)
     return Assembled(

@@ -153,7 +153,7 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     """Whether compiling decoder layers pays for itself within the run.
 
-    A pure function of the config and the model, never of a measured speed: a run that goes on after a crash must
+    A pure function of the config and the model, never of a measured speed: a run that is resumed after a crash must
     compute with the same kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than
     half an hour on a device of ordinary speed, so that the minutes that compiling may take are a small part of them.
     """
