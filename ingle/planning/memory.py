@@ -84,7 +84,7 @@ def memory_bytes(
 
 
 def _merged_bytes(run: Run, model: ModelShape) -> int:
-    """Packed merged weights beside the base, in runs that train through the rounding of their merge."""
+    """Packed merged weights, held in addition to the base, in runs that train through the rounding of their merge."""
     adapter = run.adapter
     if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
         named = adapter.merge_aware.format
