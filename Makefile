@@ -12,8 +12,10 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(
 JOBS ?= 2
 THREADS ?= 1
 PYTEST_ARGS ?=
+SECONDS ?= 600
+FUZZ_ARGS ?=
 
-.PHONY: help install demo test judge check docs bench clean
+.PHONY: help install demo test fuzz judge check docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +28,9 @@ demo: $(VENV)/.installed ## Fine-tune the bundled model on the bundled task and 
 
 test: $(VENV)/.installed-test ## Run the tests
 	OMP_NUM_THREADS=$(THREADS) NUMBA_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-test ## Read mutated files of every kind for SECONDS=600; failing cases go to fuzz-failures/
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(FUZZ_ARGS)
 
 judge: $(VENV)/.installed-test-llama ## Compile llama.cpp's binding (some minutes), so that the tests let it read exports
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.config.rules import check
 from ingle.config.run import Run
-from ingle.events import Sink, Warned
+from ingle.events import Progress, Sink, Warned
 from ingle.objectives import LanguageModelling, Objective, Watched
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.census import model_shape
@@ -18,6 +19,7 @@ from ingle.training.compiling import can_compile, compile_layers
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes
 from ingle.training.optim import Optimizer
+from ingle.wording import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Prepared:
     sequences: data.Sequences
     model: models.Model
     plan: planning.Plan
+    contamination: data.Contamination | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Assembled:
     rounding: adapters.Rounding
     identity: adapters.BaseIdentity | None
     imatrix: ImatrixCollector | None
+    contamination: data.Contamination | None
 
     def audit(self) -> dict[str, Any]:
         """What the model is made of, as plain data."""
@@ -60,11 +64,15 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     check(run)
     mesh = parallel.start(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    contamination = None
     if run.evaluate is not None:
-        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent, not after
+        samples = evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent
+        contamination = _find_contamination(run, [sample.example for sample in samples], sink)
     tokenizer = models.load_tokenizer(run.model)
     model = models.skeleton(run.model, mesh.device, dtype)
     dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
+    models.refuse_longer(model, int(dataset.lengths.max()), where="data.max_seq_len")
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(
         run,
@@ -88,7 +96,25 @@ def prepare(run: Run, sink: Sink) -> Prepared:
                 where="train.global_batch_size",
             )
         )
-    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan)
+    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan, contamination)
+
+
+def _find_contamination(run: Run, held_out: Sequence[data.Example], sink: Sink) -> data.Contamination:
+    """Counts the held-out rows that training contains, and warns: scores on them say little about new prompts."""
+    sink(Progress("compare with held-out rows", 0))
+    found = data.find_contamination(data.read_examples(run.data.sources), held_out)
+    if found.same_prompt:
+        sink(
+            Warned(
+                f"{found.same_prompt:,} of {plural(found.rows, 'held-out prompt')} "
+                f"{'is' if found.same_prompt == 1 else 'are'} in the training data, {found.same_row:,} of them with "
+                f"the same answer (first {found.pairs[0].first} = {found.pairs[0].second}): the comparison will look "
+                "better than the model is",
+                where="evaluate.sources",
+                count=found.same_prompt,
+            )
+        )
+    return found
 
 
 def assemble(run: Run, sink: Sink) -> Assembled:
@@ -134,4 +160,5 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         rounding=adapters.Rounding(model, run.adapter, ready.plan.num_steps),
         identity=None if run.adapter.kind == "none" else adapters.identify(model),
         imatrix=imatrix,
+        contamination=ready.contamination,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
+from ingle.config.named import check_name, missing
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
+from ingle.config.run import Run
 from ingle.data.types import Example, Message
-from ingle.errors import AdapterError, ModelError
+from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
 from ingle.models.answers import Generation
 from ingle.training.folder import RunFolder
@@ -31,12 +33,14 @@ class Source:
         base: The format its weights are held in.
         adapter: Folder of the adapter, None for none.
         original: The model before full fine-tuning, None otherwise.
+        keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
     """
 
     model: ModelConfig
     base: BaseConfig
     adapter: Path | None = None
     original: ModelConfig | None = None
+    keeps_control_tokens: bool = False
 
 
 class Engine:
@@ -46,12 +50,16 @@ class Engine:
         model: The model, adapter attached.
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
+        source: Where all of it came from, when it was opened from somewhere.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapted = adapted
+        keeps = source is not None and source.keeps_control_tokens
+        self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
+        self.source = source
 
     def generate(
         self,
@@ -79,7 +87,7 @@ class Engine:
             stop: Strings that end an answer.
             batch_size: Answers made at once.
             base_only: Answer without the adapter.
-            on_progress: Is told how many answers of how many are done.
+            on_progress: Called with the number of finished answers and that of all.
 
         Returns:
             One answer a prompt, in order.
@@ -99,31 +107,40 @@ class Engine:
                 on_progress=on_progress,
             )
 
-    def stream(self, prompt: str | Sequence[Message], *, system: str | None = None, **options: Any) -> Iterator[str]:
-        """Answers one prompt piece by piece; ``options`` as in :meth:`generate`."""
-        yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options)
+    def stream(
+        self, prompt: str | Sequence[Message], *, system: str | None = None, **options: Any
+    ) -> Generator[str, None, Generation]:
+        """Answers one prompt piece by piece and returns the whole answer; ``options`` as in :meth:`generate`."""
+        return (yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options))
 
     def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
         example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
-        return data.prompt_ids(self.tokenizer, example, system)
+        return data.prompt_ids(self.tokenizer, example, system, control=self._control)
 
 
 def locate(path_or_id: str) -> Source:
     """Finds out what a path or hub id names.
 
     Raises:
-        ModelError: When a run folder holds nothing trained yet, or a path does not exist.
+        ModelError: When a run folder holds nothing trained yet, or there is nothing under that name.
+        HubUnavailable: When it may be a hub id, and the hub cannot be reached.
         AdapterError: When an adapter folder does not name its base.
     """
-    folder = Path(path_or_id)
+    check_name(path_or_id)
+    folder = Path(path_or_id).expanduser()
     if (folder / "run.yaml").is_file():
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
     model = ModelConfig(id=path_or_id)
-    return Source(model, models.packed_base(model))
+    try:
+        return Source(model, models.packed_base(model))
+    except HubUnavailable as error:
+        if "/" in path_or_id:
+            raise
+        raise missing(path_or_id) from error  # the hub's models have two names: here a local one was meant
 
 
 def open_model(
@@ -136,8 +153,8 @@ def open_model(
     Args:
         path_or_id: What to open.
         base_only: Leave the adapter out (for a full fine-tuning: open the model it started from).
-        allow_mismatch: Put the adapter on another base than it was trained on; the sink is told how far it is.
-        sink: Is told of the loading.
+        allow_mismatch: Put the adapter on another base than it was trained on; the sink gets a warning.
+        sink: Takes the progress of loading and the warnings.
 
     Raises:
         ModelError: When it cannot be found or read.
@@ -160,7 +177,7 @@ def open_source(
         for note in adapters.load_adapter(model, source.adapter, allow_mismatch=allow_mismatch).notes:
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
-    return Engine(model, tokenizer, adapted=adapted)
+    return Engine(model, tokenizer, adapted=adapted, source=source)
 
 
 def _locate_run(folder: Path) -> Source:
@@ -168,36 +185,44 @@ def _locate_run(folder: Path) -> Source:
     if isinstance(run.adapter, LowRankAdapter):
         if not (folder / "adapter").is_dir():
             raise ModelError(
-                "this run has no adapter yet: it is not trained to its end.",
+                "This run has no adapter yet: its training has not finished.",
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
-        return Source(run.model, run.base, folder / "adapter")
+        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run))
     if not (folder / "model").is_dir():
         raise ModelError(
-            "this run has no model yet: it is not trained to its end.",
+            "This run has no model yet: its training has not finished.",
             where=str(folder),
             fix=f"ingle train --resume {folder}",
         )
     trained = ModelConfig(
         id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
     )
-    return Source(trained, NoBase(), original=run.model)
+    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run))
+
+
+def _keeps_control_tokens(run: Run) -> bool:
+    """Prompts are cut as the training data was."""
+    return run.data.control_tokens == "keep"
 
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         assert isinstance(base, str)
     except (ValueError, KeyError, AssertionError) as error:
         raise AdapterError(
-            "the adapter does not say which model it belongs to.",
+            "The adapter does not say which model it belongs to.",
             where=str(folder / "adapter_config.json"),
             why="base_model_name_or_path is missing",
-            fix="open the run folder instead, or write the base's id into that field",
+            fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
+    keeps = False
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
+        keeps = _keeps_control_tokens(run)
     model = ModelConfig(id=base)
-    return Source(model, adapters.read_record(folder).base or models.packed_base(model), folder)
+    held = adapters.read_record(folder).base or models.packed_base(model)
+    return Source(model, held, folder, keeps_control_tokens=keeps)

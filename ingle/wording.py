@@ -84,8 +84,14 @@ def title(metric: str) -> str:
     return _TITLES.get(metric, metric)
 
 
+def interval(metric: str, bounds: Sequence[float | None], *, signed: bool = False) -> str:
+    """Both ends of an interval without their unit, which the score next to it has: ``[+45.9, +51.4]``."""
+    ends = (score(metric, bound, signed=signed).removesuffix(" %").removesuffix(" points") for bound in bounds)
+    return f"[{', '.join(ends)}]"
+
+
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``."""
+    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``, ``+50.0 points`` of a percentage."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -95,7 +101,9 @@ def score(metric: str, value: float | None, *, signed: bool = False) -> str:
     text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
     if float(text.replace(",", "")) == 0:
         text = text.lstrip("+-")
-    return text + (" %" if metric in _SHARES else "")
+    if metric not in _SHARES:
+        return text
+    return text + (" points" if signed else " %")
 
 
 def p_value(p: float | None) -> str:

@@ -1,9 +1,9 @@
-"""``ingle generate`` and ``ingle chat``."""
+"""``ingle generate``, and the options that it shares with ``ingle chat``."""
 
 from __future__ import annotations
 
 import json
-import sys
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,7 @@ System = Annotated[str | None, typer.Option(help="A system message before conver
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Put the adapter on another base than it was trained on.")
@@ -53,10 +53,13 @@ def generate(
 
     Without `--prompt` and `--prompt-file`, standard input is the prompt.
     """
-    from ingle.cli.prompts import read_prompts
+    from ingle.cli.prompts import check_text, read_prompts
+    from ingle.config.named import check_name
 
-    _check_sampling(temperature, top_p, stop)
-    prompts = read_prompts(prompt or [], prompt_file)
+    check_sampling(temperature, top_p, stop)
+    check_text(system or "", "--system")
+    check_name(model)
+    prompts = read_prompts(prompt or [], prompt_file, raw=raw)
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
@@ -102,24 +105,30 @@ def _as_question(engine: Engine, prompt: Prompt, raw: bool) -> Any:
 
     if raw:
         if not isinstance(prompt, str):
-            raise ConfigError("--raw continues texts, and a prompt holds messages.", fix="leave --raw out")
+            raise ConfigError("--raw continues texts, but a prompt holds messages.", fix="leave --raw out")
         return prompt
-    _check_template(engine)
+    check_template(engine)
     pairs = [("user", prompt)] if isinstance(prompt, str) else prompt
     return tuple(Message(role, content) for role, content in pairs)
 
 
-def _check_template(engine: Engine) -> None:
+def check_template(engine: Engine) -> None:
+    """Refuses conversations with a model that has no chat template."""
     if not engine.tokenizer.chat_template:
         raise ModelError(
-            "This model has no chat template, so it knows no conversations.",
+            "This model has no chat template, so it cannot hold a conversation.",
             fix="`ingle generate --raw` continues the text as it stands",
         )
 
 
-def _check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
-    if top_p <= 0:
-        raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}")
+def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
+    """Refuses options of sampling that have no meaning, before anything is loaded."""
+    if not math.isfinite(temperature):
+        raise ConfigError(
+            "--temperature must be a number.", where=f"--temperature {temperature}", fix="--temperature 0.7"
+        )
+    if not top_p > 0:
+        raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:
         raise ConfigError(
             "--top-p has no effect: at temperature 0 the likeliest token is always taken.",
@@ -128,67 +137,3 @@ def _check_sampling(temperature: float, top_p: float, stop: list[str] | None) ->
         )
     if "" in (stop or ()):
         raise ConfigError("An empty --stop would end every answer before its first token.", where="--stop")
-
-
-def chat(
-    model: Model,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    base_only: BaseOnly = False,
-    allow_mismatch: AllowMismatch = False,
-) -> None:
-    """Talk with a model or with what a run has trained.
-
-    `/reset` starts anew, `/exit` or Ctrl-D leaves; Ctrl-C cuts an answer short.
-    """
-    _check_sampling(temperature, top_p, stop)
-    from ingle.sinks import Terminal
-    from ingle.sinks.terminal import make_console
-
-    with Terminal(make_console(stderr=True)) as terminal:
-        from ingle import inference
-
-        engine = inference.open_model(model, base_only=base_only, allow_mismatch=allow_mismatch, sink=terminal)
-    _check_template(engine)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "stop": stop or (),
-    }
-    _talk(engine, system, seed, options)
-
-
-def _talk(engine: Engine, system: str | None, seed: int, options: dict[str, Any]) -> None:
-    from ingle.data.types import Message
-
-    interactive = sys.stdin.isatty()
-    messages: list[Message] = []
-    while True:
-        try:
-            said = input("> " if interactive else "").strip()
-        except EOFError:
-            break
-        if said == "/exit":
-            break
-        if said == "/reset":
-            messages.clear()
-            continue
-        if not said:
-            continue
-        messages.append(Message("user", said))
-        # A new seed each turn: the same words twice need not get the same answer.
-        pieces: list[str] = []
-        try:
-            for piece in engine.stream(tuple(messages), system=system, seed=seed + len(messages), **options):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-        print()
-        messages.append(Message("assistant", "".join(pieces)))

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from ingle import __version__
-from ingle.cli import answering, configuration, doctor, evaluation, exporting, formats, inspection, quantizing, training
+from ingle.cli import (
+    answering,
+    chat,
+    configuration,
+    doctor,
+    evaluation,
+    exporting,
+    formats,
+    inspection,
+    quantizing,
+    training,
+)
 
 app = typer.Typer(
     name="ingle",
@@ -40,7 +51,7 @@ _TAKES_OVERRIDES = {"ignore_unknown_options": True}
 
 app.command("train", context_settings=_TAKES_OVERRIDES)(training.train)
 app.command("generate")(answering.generate)
-app.command("chat")(answering.chat)
+app.command("chat")(chat.chat)
 app.command("evaluate", context_settings=_TAKES_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)

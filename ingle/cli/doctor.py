@@ -109,7 +109,11 @@ def _processor() -> tuple[str, set[str]]:
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine(), set()
-    fields = dict(line.split(":", 1) for line in path.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1)
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+        if ":" in line
+    )
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     return fields.get("model name", platform.machine()), set(
         (fields.get("flags") or fields.get("Features", "")).split()

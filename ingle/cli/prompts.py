@@ -8,53 +8,90 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ingle.config.named import nearest_path
 from ingle.errors import DataError
 
 #: A conversation as pairs of role and content, or a text.
 Prompt = str | list[tuple[str, str]]
 
+_WAYS = '--prompt "...", --prompt-file FILE, or text on standard input'
 
-def read_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
+
+def read_prompts(texts: Sequence[str], file: Path | None, *, raw: bool = False) -> list[Prompt]:
     """The prompts of a command.
 
     Args:
         texts: From ``--prompt``.
         file: From ``--prompt-file``: ``.jsonl`` with a text, ``{"prompt": ...}`` or ``{"messages": [...]}`` a line;
             anything else is text with a prompt a line.  Without texts and file, all of standard input is one prompt.
+        raw: Whether prompts are continued as they stand; white space alone is then a prompt as well.
 
     Raises:
-        DataError: There is no prompt, or a line is none.
+        DataError: There is no prompt, or one is empty or cannot be read.
     """
-    prompts: list[Prompt] = list(texts)
-    if file is not None:
-        prompts.extend(_read_file(file))
-    elif not prompts:
+    prompts = [(text, f"--prompt {number} of {len(texts)}") for number, text in enumerate(texts, 1)]
+    found: list[tuple[Prompt, str]] = [*prompts, *(_read_file(file) if file is not None else ())]
+    if not texts and file is None:
         if sys.stdin.isatty():
-            raise DataError("There is no prompt.", fix='--prompt "...", --prompt-file FILE, or text on standard input')
-        prompts = [sys.stdin.read().removesuffix("\n")]
-    if not any(prompts):
-        where = "--prompt" if texts else str(file or "standard input")
-        raise DataError("There is no prompt.", where=where, fix='--prompt "..."')
-    return prompts
+            raise DataError("There is no prompt.", fix=_WAYS)
+        found = [(_read_standard_input(), "standard input")]
+    if not found:
+        raise DataError("There is no prompt.", where=str(file), fix="write a prompt a line into it")
+    for prompt, where in found:
+        parts = [prompt] if isinstance(prompt, str) else [content for _, content in prompt]
+        if not (parts[-1] if raw else parts[-1].strip()):
+            raise DataError("A prompt is empty.", where=where, fix="write at least one word, or leave it out")
+        for part in parts:
+            check_text(part, where)
+    return [prompt for prompt, _ in found]
 
 
-def _read_file(file: Path) -> Iterator[Prompt]:
+def check_text(text: str, where: str) -> None:
+    """Refuses halves of surrogate pairs: no tokenizer takes them.
+
+    Python makes them of bytes on the command line that are not UTF-8; JSON can spell them.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError("This text is not valid Unicode.", where=where, why=str(error)) from None
+
+
+def _read_standard_input() -> str:
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError("The text is not UTF-8.", where="standard input", why=str(error)) from None
+    if not text:
+        raise DataError("There is no prompt.", where="standard input", fix=_WAYS)
+    return text
+
+
+def _read_file(file: Path) -> Iterator[tuple[Prompt, str]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at the line separators that JSON allows in texts
     except FileNotFoundError:
-        raise DataError("The file of prompts does not exist.", where=str(file)) from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+        near = nearest_path(file)
+        raise DataError(
+            "The file of prompts does not exist.", where=str(file), fix=f"did you mean {near}?" if near else None
+        ) from None
+    except IsADirectoryError:
+        raise DataError("The file of prompts is a folder.", where=str(file), fix="name a file in it") from None
+    except UnicodeDecodeError as error:
         raise DataError("The file of prompts is not UTF-8 text.", where=str(file), why=str(error)) from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _read_row(line, f"{file}:{number}") if file.suffix in (".jsonl", ".json") else line
+            where = f"{file}:{number}"
+            yield _read_row(line, where) if file.suffix in (".jsonl", ".json") else line, where
 
 
 def _read_row(line: str, where: str) -> Prompt:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError("This line is not JSON.", where=where, why=str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            "This line is not JSON.", where=where, why=str(error), fix="write one JSON value a line"
+        ) from None
     match row:
         case str():
             return row

@@ -58,11 +58,11 @@ class LowRankAdapter(Section):
     """
 
     kind: str
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    alpha: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
-    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1_000_000)] = 1.0
     target_modules: Literal["all-linear"] | Patterns = "all-linear"
     trainable_modules: Strings = ()
     path: Text | None = None

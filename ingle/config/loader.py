@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from ingle.config.document import Node, read_document
 from ingle.config.evaluate import TaskConfig
+from ingle.config.files import read_config
+from ingle.config.ignored import find_ignored
 from ingle.config.origin import Origin, to_yaml, trace
 from ingle.config.overrides import lay_over, read_overrides, tidy
 from ingle.config.paths import expand, find_path, is_path
@@ -56,15 +58,18 @@ def load_run(path: Path | None, overrides: Sequence[str] = ()) -> LoadedRun:
     return LoadedRun(run, trace(run, root), notes)
 
 
-def load_task(path: Path, overrides: Sequence[str] = ()) -> TaskConfig:
-    """Reads a task file and lays flags over it.
+def load_task(source: Path | TaskConfig | None, overrides: Sequence[str] = ()) -> TaskConfig:
+    """Reads a task and lays flags over it.
 
-    The file has the options of ``evaluate:``, or is a run's config, of which that section is taken.
+    Args:
+        source: A file with the options of ``evaluate:``, or a run's config, of which that section is taken; or a task;
+            or None when the flags say everything.
+        overrides: As of :func:`load_run`.
 
     Raises:
         ConfigError: With everything that is wrong, at once.
     """
-    task, _, _ = _load(TaskConfig, path, overrides)
+    task, _, _ = _load(TaskConfig, source, overrides)
     return task
 
 
@@ -86,17 +91,22 @@ def run_to_yaml(run: Run) -> str:
     return to_yaml(run)
 
 
-def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
+def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
     flags = read_overrides(overrides)
     root = Node({}, "flag", "the flags")
+    path = source if isinstance(source, Path) else None
     begun_in = None
     if path is not None:
-        root = _section_node(read_document(_read(path), str(path)), str(path))
+        root = _section_node(read_document(read_config(path), str(path)), str(path))
         begun_in = _text_at(root, "paths_from")
-        if section is TaskConfig and "evaluate" in root.value:
-            root = _section_node(root.value["evaluate"], str(path))
+        if section is TaskConfig:
+            root = _task_node(root, str(path))
+    elif isinstance(source, Section):
+        root = _section_node(read_document(to_yaml(source), "the task"), "the task")
     notes = lay_over(root, flags, section)
     tidy(root, Table(section))
+    if section is Run:
+        notes += find_ignored(root)
     for node in _path_nodes(root, section):
         _settle(node, path.parent if path is not None else None, begun_in)
     if begun_in is not None and section is not TaskConfig:
@@ -104,23 +114,6 @@ def _load(section: type[S], path: Path | None, overrides: Sequence[str]) -> tupl
     if (output := _text_at(root, "output")) is not None:
         root.value["output"].value = expand(output)
     return _build(section, root), root, notes
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = sorted(str(found) for found in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(
-            "The config file does not exist.", where=str(path), fix=f"there is {', '.join(near[:5])}" if near else None
-        ) from None
-    except IsADirectoryError:
-        fix = f"ingle train --resume {path}, or {path / 'run.yaml'}" if (path / "run.yaml").exists() else None
-        raise ConfigError("The config is a folder, not a YAML file.", where=str(path), fix=fix) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError("The config file is not UTF-8 text.", where=str(path), why=str(error)) from None
-    except OSError as error:
-        raise ConfigError("The config file cannot be read.", where=str(path), why=error.strerror) from None
 
 
 def _text_at(root: Node, name: str) -> str | None:
@@ -132,7 +125,21 @@ def _section_node(root: Node, name: str) -> Node:
     if root.value is None:
         root.value = {}
     if not isinstance(root.value, dict):
-        raise ConfigError("A config file holds options such as `seed: 0`, one a line.", where=name)
+        raise ConfigError("A config file holds options such as `seed: 0`, one per line.", where=name)
+    return root
+
+
+def _task_node(root: Node, name: str) -> Node:
+    """The options of a task: the file's own, or those of the ``evaluate:`` section of a run's config."""
+    task = root.value.get("evaluate")
+    if task is not None and task.value is not None:
+        return _section_node(task, name)
+    if task is not None or root.value.keys() & {"model", "data", "output"}:
+        raise ConfigError(
+            "This config holds no task: it has no `evaluate:` section.",
+            where=name,
+            fix="add `evaluate: {sources: [held-out.jsonl]}` to it, or name a task file",
+        )
     return root
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -94,6 +95,7 @@ class Option:
     when: str | None = None
 
 
+@cache
 def shapes(section: type[Section]) -> dict[str, Shape]:
     """The shape of each field of ``section``."""
     hints = get_type_hints(section, include_extras=True)
@@ -194,7 +196,7 @@ def _words(hint: Any) -> list[str]:
         return ["a list of text" if inner == "text" else f"a list of any of {inner.replace(' or ', ', ')}"]
     if bare in (int, float):
         signs = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-        limits = [f"{signs[name]} {limit}" for name, limit in _bounds(metadata).items()]
+        limits = [f"{signs[name]} {limit:,}" for name, limit in _bounds(metadata).items()]
         return [" ".join(["a whole number" if bare is int else "a number", " and ".join(limits)]).strip()]
     return {str: ["text"], bool: ["true", "false"], NoneType: ["null"]}[bare]
 

@@ -8,19 +8,22 @@ from collections import Counter
 from ingle.config.evaluate import TaskConfig
 from ingle.config.rule import Rule
 
+#: What compiling a text raises: also for a repetition beyond 32 bits, and for thousands of nested groups.
+_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
 
 def _groups(pattern: str) -> int | None:
     """How many groups a regular expression has; None when it is not one."""
     try:
         return re.compile(pattern).groups
-    except re.error:
+    except _NOT_A_REGEX:
         return None
 
 
 def _regex_error(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except _NOT_A_REGEX as error:
         return str(error)
     return ""
 

@@ -1,6 +1,6 @@
 """Base against tuned on the same samples: every metric's difference, its interval and its p-value.
 
-Which interval and which test a metric gets follows from its kind and is named beside the figures:
+Which interval and which test a metric gets follows from its kind and is named in the report:
 
 ======  =============================  ===========================================  ====================
 kind    interval of the difference     ``p``                                        ``p_exact``
@@ -76,7 +76,7 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig) -> dict[str, 
     gains_S = _gains(scorers[0], *pairs[0])
     return {
         "headline": headline,
-        "verdict": wording.verdict(headline, metrics[headline]),
+        "verdict": wording.verdict(headline, metrics[headline], len(metrics)),
         "outcome": metrics[headline]["outcome"],
         "n": len(base.samples),
         "metrics": metrics,
@@ -130,7 +130,7 @@ def summarize(result: TaskResult, task: TaskConfig) -> dict[str, Any]:
 def _check_same_samples(base: TaskResult, tuned: TaskResult) -> None:
     if base.samples != tuned.samples:
         raise EvaluationError(
-            "The two results are of different samples, so they cannot be compared pair by pair.",
+            "The two results are of different samples, so they cannot be compared.",
             why=f"{len(base.samples)} and {len(tuned.samples)} samples, not all with the same prompt and references",
             fix="answer the same task again with both models",
         )

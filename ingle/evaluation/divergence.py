@@ -1,7 +1,7 @@
 """How far one model's predictions are from another's on the same text, token by token.
 
 The first one, the reference, goes before and leaves its last hidden states behind; its logits are made again from them
-beside the other's, some rows at a time, so that no more than a few hundred tokens' logits exist at once and the two
+next to the other's, some rows at a time, so that no more than a few hundred tokens' logits exist at once and the two
 models need not.
 
 Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
@@ -127,7 +127,7 @@ def compare(
         model: In evaluation mode.
         reference: Of :func:`refer` with the same windows.
         windows: At least one.
-        tell: Is told how many windows of how many are done.
+        tell: Called with the number of finished windows and that of all.
     """
     parts: list[tuple[Floats, Floats, Floats, npt.NDArray[np.bool_]]] = []
     places, done = [], 0

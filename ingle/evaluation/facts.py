@@ -1,4 +1,4 @@
-"""What a run took, beside what was predicted: the figures of the page's last section."""
+"""What a run took and what was predicted: the figures of the page's last section."""
 
 from __future__ import annotations
 
@@ -50,13 +50,17 @@ def list_facts(run: Run, report: Mapping[str, Any]) -> list[tuple[str, str, str]
             f"trained through its rounding from step {rounding['first_step']:,} on; "
             f"packing took {duration(rounding['packing_s'])}",
         )
+    if contamination := report.get("contamination"):
+        same = contamination["same_prompt"]
+        note = f"{contamination['same_row']:,} with the same answer" if same else "by prompt"
+        add("Held-out rows in the training data", f"{same:,} of {contamination['rows']:,}", note)
     add("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}")
     add("Seed", str(run.seed))
     return facts
 
 
 def compare_memory(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Predicted bytes by purpose beside the measured peak, as shares of the longer bar; None without both."""
+    """Predicted bytes by purpose and the measured peak, as shares of the longer bar; None without both."""
     parts = {k: v for k, v in report.get("plan", {}).get("memory", {}).items() if k != "total" and v > 0}
     measured = report.get("peak_memory_bytes") or 0
     predicted = sum(parts.values())

@@ -22,7 +22,7 @@ def gather_importance(
     Args:
         model: In evaluation mode.
         windows: Of the text; all their tokens count, scored or not.
-        tell: Is told how many windows of how many are read.
+        tell: Called with the number of windows that were read and that of all.
     """
     collector = ImatrixCollector(model)
     done = 0

@@ -1,4 +1,4 @@
-"""``report.html``: one page that needs nothing but itself, and shows the doubts as plainly as the gains."""
+"""``report.html``: one page that needs no other file, and shows doubts as clearly as gains."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ingle.evaluation import charts, wording
 from ingle.evaluation.charts import Estimate
 from ingle.evaluation.facts import compare_memory, list_facts, list_modules
 from ingle.evaluation.templates import render
+from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -42,6 +43,7 @@ def render_page(run: Run, report: Mapping[str, Any], steps: Sequence[Mapping[str
         subtitle=_subtitle(run),
         hero=_hero(report),
         rows=[_metric_row(name, row) for name, row in report["metrics"].items()],
+        correction=_correction(report["metrics"]),
         interval_charts=_interval_charts(report["metrics"]),
         loss=_loss(steps),
         groups=_groups(report),
@@ -66,7 +68,10 @@ def _hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     name = report["headline"]
     row = report["metrics"][name]
+    correction = _correction(report["metrics"])
     words = {"better": "Better", "worse": "Worse", "unclear": "No significant difference"}
+    if row["outcome"] == "unclear" and row["p"] < wording.LEVEL <= row["p_holm"]:
+        words["unclear"] = "Not significant after correction"
     return {
         "outcome": row["outcome"],
         "word": words[row["outcome"]],
@@ -76,11 +81,18 @@ def _hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "delta": wording.score(name, row["delta"], signed=True),
         "interval": wording.interval(name, row["ci95"]),
         "p": wording.p_value(row["p"], floor=row["p_floor"]),
+        "corrected": f"{wording.corrected_p(row)} {correction}" if correction else None,
         "n": f"{row['n']:,}",
-        "counts": f"{row['num_better']:,} samples got better, {row['num_worse']:,} worse, {row['num_equal']:,} equal",
-        "sentence": report["verdict"],
+        "few": wording.few_samples(row["n"]),
+        "counts": f"{plural(row['num_better'], 'sample')} got better, {row['num_worse']:,} worse, "
+        f"{row['num_equal']:,} equal",
         "mde": wording.score(name, row["mde80"]) if row["mde80"] else None,
     }
+
+
+def _correction(metrics: Mapping[str, Any]) -> str | None:
+    """What p-values are corrected for; None where there is nothing to correct."""
+    return f"after correction for {len(metrics)} metrics" if len(metrics) > 1 else None
 
 
 def _metric_row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +110,8 @@ def _metric_row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
         "delta": wording.score(name, row["delta"], signed=True),
         "interval": wording.interval(name, row["ci95"]),
         "p": wording.p_value(row["p"], floor=row["p_floor"]).removeprefix("p ").removeprefix("= "),
-        "p_holm": wording.p_value(row["p_holm"]).removeprefix("p ").removeprefix("= "),
+        "p_holm": wording.corrected_p(row).removeprefix("p ").removeprefix("= "),
+        "n": f"{row['n']:,}",
         "p_exact": exact.removeprefix("= ") if exact else None,
         "outcome": row["outcome"],
         "counts": {key: f"{row[f'num_{key}']:,}" for key in ("better", "equal", "worse")},

@@ -8,15 +8,17 @@ from typing import Any
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
-from ingle.data import Tokenizer, prompt_ids
+from ingle.data import ControlTokens, Tokenizer, prompt_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.compare import compare, summarize
 from ingle.evaluation.likelihood import score_references, window_size
 from ingle.evaluation.result import Question, TaskResult
 from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
 from ingle.evaluation.task import TaskSample, read_task
-from ingle.events import Progress, Sink, Warned
-from ingle.models import generate
+from ingle.evaluation.wording import few_samples
+from ingle.events import Event, Progress, Sink, Warned
+from ingle.models import generate, text_limit
+from ingle.wording import plural
 
 #: Where reasoning models end their thoughts; what they answer follows.
 _THOUGHTS_END = "</think>"
@@ -31,7 +33,7 @@ def run_task(
         model: A filled model; adapters as they are to be tested.
         tokenizer: Its tokenizer.
         task: The task.
-        sink: Is told of the progress.
+        sink: Takes the progress and the warnings.
         stage: What the progress is called; which model answers (``base``, ``tuned``).
 
     Raises:
@@ -67,16 +69,18 @@ def evaluate_pair(
         model: The tuned model.
         tokenizer: Its tokenizer.
         task: The task.
-        sink: Is told of the progress.
+        sink: Takes the progress and the warnings.
         base: What the base did with the same task, for a model without adapters.
 
     Returns:
         What :func:`ingle.evaluation.compare` returns.
     """
+    sink = _each_warning_once(sink)
     if base is None:
         with disabled(model):
             base = run_task(model, tokenizer, task, sink=sink, stage="base")
     tuned = run_task(model, tokenizer, task, sink=sink, stage="tuned")
+    _warn_of_few(tuned, sink)
     return compare(base, tuned, task)
 
 
@@ -86,14 +90,36 @@ def evaluate_single(model: Any, tokenizer: Any, task: TaskConfig, *, sink: Sink 
     Returns:
         What :func:`ingle.evaluation.summarize` returns.
     """
-    return summarize(run_task(model, tokenizer, task, sink=sink, stage="model"), task)
+    result = run_task(model, tokenizer, task, sink=sink, stage="model")
+    _warn_of_few(result, sink)
+    return summarize(result, task)
+
+
+def _each_warning_once(sink: Sink) -> Sink:
+    """Base and tuned are given the same samples: what is odd about those is warned of once."""
+    warned: set[Event] = set()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Warned):
+            if event in warned:
+                return
+            warned.add(event)
+        sink(event)
+
+    return tell
+
+
+def _warn_of_few(result: TaskResult, sink: Sink) -> None:
+    if warning := few_samples(len(result.samples)):
+        sink(Warned(warning, where="evaluate"))
 
 
 def _answer(
     model: Any, tokenizer: Any, samples: tuple[TaskSample, ...], task: TaskConfig, sink: Sink, stage: str
 ) -> tuple[tuple[str, ...], int]:
     """Generated answers, and how many of them were cut off."""
-    prompts = [prompt_ids(tokenizer, sample.example, task.system) for sample in samples]
+    control = ControlTokens(tokenizer, task.control_tokens)
+    prompts = [prompt_ids(tokenizer, sample.example, task.system, control=control) for sample in samples]
     _check_lengths(model, prompts, samples)
     total = len(prompts)
     sink(Progress(f"{stage}: answering", 0, total))
@@ -113,7 +139,8 @@ def _answer(
     if num_unfinished:
         sink(
             Warned(
-                f"{num_unfinished} of {total} answers ({stage}) were cut off at {task.max_new_tokens} tokens",
+                f"{num_unfinished} of {plural(total, 'answer')} ({stage}) "
+                f"{'was' if num_unfinished == 1 else 'were'} cut off at {plural(task.max_new_tokens, 'token')}.",
                 where="evaluate.max_new_tokens",
                 count=num_unfinished,
             )
@@ -135,13 +162,13 @@ def final_answer(text: str, references: Sequence[str]) -> str:
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], samples: tuple[TaskSample, ...]) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = text_limit(model)
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if isinstance(limit, int) and 0 < limit <= len(prompts[longest]):
+    if limit is not None and limit <= len(prompts[longest]):
         raise EvaluationError(
-            "A task prompt is longer than the model can read.",
+            "A task prompt is longer than the model's context.",
             where=samples[longest].example.origin,
-            why=f"{len(prompts[longest]):,} tokens, and the model holds {limit:,} in all",
+            why=f"it has {len(prompts[longest]):,} tokens, and the model holds {limit:,}, its answer included",
             fix="shorten or remove the row",
         )
 
@@ -157,11 +184,12 @@ def _likelihoods(
             tokenizer,
             samples,
             system=task.system,
+            control=ControlTokens(tokenizer, task.control_tokens),
             on_progress=lambda done, total: sink(Progress(f"{stage}: scoring references", done, total)),
             on_cut=lambda count: sink(
                 Warned(
-                    f"{count} of {len(samples)} task prompts lost their beginning: with the answer they are longer "
-                    f"than {window_size(model):,} tokens",
+                    f"{count} of {plural(len(samples), 'task prompt')} {'was' if count == 1 else 'were'} cut at the "
+                    f"start, to leave room for the answer within {window_size(model):,} tokens.",
                     where="evaluate.sources",
                     count=count,
                 )

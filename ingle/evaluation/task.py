@@ -10,6 +10,7 @@ from ingle.config.evaluate import TaskConfig
 from ingle.data import Example, Message, read_examples
 from ingle.errors import DataError, EvaluationError
 from ingle.evaluation.scorers import make_scorers
+from ingle.wording import plural
 
 Warn = Callable[[str], None]
 
@@ -34,7 +35,7 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
 
     Args:
         task: The task.
-        on_warning: Is told what was repeated or is missing.
+        on_warning: Called with what is repeated or missing, in words.
 
     Raises:
         DataError: A row cannot be read, or there is none.
@@ -45,7 +46,7 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
         raise DataError(
             "The task has no samples.",
             where="evaluate.sources",
-            why=f"{', '.join(source.path for source in task.sources)} gave no rows",
+            why=f"{', '.join(source.path for source in task.sources)} has no rows",
             fix="name a file with held-out rows",
         )
     _check_metrics(task, samples)
@@ -53,9 +54,11 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
     if task.group_by_prompt:
         samples = groups
     elif len(groups) < len(samples):
+        repeated = len(samples) - len(groups)
         on_warning(
-            f"{len(samples) - len(groups)} of {len(samples)} task rows repeat an earlier prompt; intervals and tests "
-            "take samples for independent (evaluate.group_by_prompt=true makes them references of one sample)"
+            f"{repeated} of {len(samples)} task rows {'repeats' if repeated == 1 else 'repeat'} an earlier prompt, but "
+            "intervals and tests assume independent samples. evaluate.group_by_prompt=true makes rows with one prompt "
+            "one sample with several references."
         )
     return tuple(_draw(samples, task, on_warning))
 
@@ -109,9 +112,9 @@ def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
     texts = [sample for sample in samples if sample.example.text is not None]
     if wanting and texts:
         raise EvaluationError(
-            f"{', '.join(wanting)} compares answers with references, and plain text asks nothing.",
+            f"Plain text asks nothing, so there are no answers to compare for {', '.join(wanting)}.",
             where=texts[0].example.origin,
-            why=f"{len(texts)} of {len(samples)} task rows are plain text",
+            why=f"{len(texts)} of {plural(len(samples), 'task row')} {'is' if len(texts) == 1 else 'are'} plain text",
             fix="use evaluate.metrics: [bits_per_byte, perplexity], or rows with a prompt and an answer",
         )
 
@@ -136,7 +139,7 @@ def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list
     if task.num_samples is None or task.num_samples == len(samples):
         return samples
     if task.num_samples > len(samples):
-        on_warning(f"evaluate.num_samples is {task.num_samples}, but the task has only {len(samples)} samples")
+        on_warning(f"The task has only {plural(len(samples), 'sample')}; evaluate.num_samples is {task.num_samples}.")
         return samples
     drawn = random.Random(task.seed).sample(range(len(samples)), task.num_samples)
     return [samples[index] for index in sorted(drawn)]

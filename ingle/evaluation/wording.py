@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ingle import wording
@@ -15,11 +15,13 @@ LEVEL = 0.05
 #: Fewer samples cannot reach it: with ``n`` that all agree, p is ``2 / 2^n``.
 LEAST_SAMPLES = 6
 
+#: With fewer samples than this, intervals from resampling are too narrow to be relied on.
+FEW_SAMPLES = 30
+
 
 def score(metric: str, value: float | None, *, signed: bool = False) -> str:
     """A score, or with ``signed`` a difference, as print has it: ``61.0``, ``−3.3``, ``41.2 %``, ``+50.0 points``."""
-    text = wording.score(metric, value, signed=signed).replace("-", "−")
-    return text.removesuffix(" %") + " points" if signed and text.endswith(" %") else text
+    return wording.score(metric, value, signed=signed).replace("-", "−")
 
 
 def sample_score(metric: str, value: float | None) -> str:
@@ -27,9 +29,9 @@ def sample_score(metric: str, value: float | None) -> str:
     return ("right" if value else "wrong") if metric == "exact_match" else score(metric, value)
 
 
-def interval(metric: str, bounds: tuple[float | None, float | None] | list[float | None]) -> str:
+def interval(metric: str, bounds: Sequence[float | None]) -> str:
     """A 95 % interval of a difference: ``[+45.9, +51.4]``."""
-    return f"[{', '.join(score(metric, bound, signed=True).removesuffix(' points') for bound in bounds)}]"
+    return wording.interval(metric, bounds, signed=True).replace("-", "−")
 
 
 def p_value(p: float, *, floor: float = 0.0) -> str:
@@ -52,30 +54,56 @@ def outcome(scorer: Scorer, delta: float, p: float) -> str:
     return "better" if (delta > 0) == scorer.higher_is_better else "worse"
 
 
-def verdict(metric: str, row: Mapping[str, Any]) -> str:
+def corrected_p(row: Mapping[str, Any]) -> str:
+    """The p-value that decides, after Holm's correction: ``p = 0.062``, ``p ≤ 0.0005``."""
+    at_floor = row["p"] <= row["p_floor"] * 1.000001
+    return p_value(row["p_holm"], floor=row["p_holm"] if at_floor else 0.0)
+
+
+def judgement(row: Mapping[str, Any], num_metrics: int) -> str:
+    """What one compared metric shows, and by which p-value: ``better (p = 0.004 after correction for 3 metrics)``.
+
+    Args:
+        row: Its entry of the report.
+        num_metrics: Metrics of the task, for which p-values are corrected.
+    """
+    correction = f"after correction for {num_metrics} metrics"
+    if row["outcome"] != "unclear":
+        return row["outcome"] + (f" ({corrected_p(row)} {correction})" if num_metrics > 1 else "")
+    if row["p"] < LEVEL <= row["p_holm"]:
+        return f"not significant {correction} ({corrected_p(row)})"
+    return "no significant difference"
+
+
+def verdict(metric: str, row: Mapping[str, Any], num_metrics: int) -> str:
     """One honest sentence about one compared metric.
 
     Args:
         metric: Its name.
         row: Its entry of the report.
+        num_metrics: Metrics of the task, for which p-values are corrected.
     """
-    change = (
+    sentence = (
         f"{title(metric)} {score(metric, row['base'])} → {score(metric, row['tuned'])}, "
         f"{score(metric, row['delta'], signed=True)} {interval(metric, row['ci95'])}, "
-        f"{p_value(row['p'], floor=row['p_floor'])}, n = {row['n']:,}"
+        f"{p_value(row['p'], floor=row['p_floor'])}, n = {row['n']:,}: {judgement(row, num_metrics)}."
     )
-    match row["outcome"]:
-        case "better":
-            return f"{change}: better."
-        case "worse":
-            return f"{change}: worse."
-        case _:
-            return f"{change}: no significant difference.{_power(metric, row)}"
+    return sentence + (_power(metric, row) if row["outcome"] == "unclear" else "")
+
+
+def few_samples(num_samples: int) -> str | None:
+    """What to warn of where a task has few samples; None where it has enough."""
+    if num_samples >= FEW_SAMPLES:
+        return None
+    return (
+        f"These scores rest on only {wording.plural(num_samples, 'sample')}; "
+        f"with fewer than {FEW_SAMPLES}, treat the intervals as rough."
+    )
 
 
 def _power(metric: str, row: Mapping[str, Any]) -> str:
     if row["n"] < LEAST_SAMPLES:
-        return f" Fewer than {LEAST_SAMPLES} samples can show none, however large it is."
+        return f" With fewer than {LEAST_SAMPLES} samples, no difference can be significant, however large it is."
     if not row["mde80"]:
         return ""
-    return f" A difference smaller than {score(metric, row['mde80'])} would likely go unseen with this many samples."
+    return f" With this many samples, a difference smaller than {score(metric, row['mde80'])} would likely go unseen."

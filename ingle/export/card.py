@@ -93,7 +93,7 @@ def read_licence(folder: Path) -> str | None:
 
 def _read_report(run_folder: Path | None) -> dict[str, Any]:
     try:
-        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text())
+        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
@@ -131,7 +131,8 @@ def _data(run: Run, run_folder: Path | None) -> str:
         lines.append(f"| {path.name} | `{digest}` |")
     states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
     if states:
-        lines += ["", f"SHA of the tokenized data: `{json.loads(states[-1].read_text())['data_hash']}`."]
+        state = json.loads(states[-1].read_text(encoding="utf-8"))
+        lines += ["", f"SHA of the tokenized data: `{state['data_hash']}`."]
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ import glob
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Literal
 
 import psutil
 
-from ingle.atomic import atomic_folder, sync
+from ingle.atomic import atomic_folder, scratch_folder, sync
 from ingle.errors import ConfigError, DoesNotFit
+from ingle.stopping import renaming, undone
 from ingle.wording import size
 
 Companion = Literal["card", "modelfile", "fidelity", "fidelity_page", "certificate"]
@@ -114,36 +114,43 @@ class Place:
         folder = self.folder.absolute()
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         whole = self.folder if self.main is None else self._staging("whole")
-        try:
-            with atomic_folder(whole) as partial:
-                yield partial
-                self._require_free()  # somebody may have written there meanwhile
+
+        def clean() -> None:
             if self.main is not None:
-                self._move(whole)
-        except BaseException:
+                shutil.rmtree(whole, ignore_errors=True)
             for path in made:
                 with suppress(OSError):  # somebody else's files are in it
                     path.rmdir()
+
+        try:
+            with undone(clean):
+                with atomic_folder(whole) as partial:
+                    yield partial
+                    self._require_free()  # somebody may have written there meanwhile
+                if self.main is not None:
+                    self._move(whole)
+        except BaseException:
+            clean()
             raise
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yields a temporary folder on the same disk; if we are killed, the next export to this place clears it."""
         staging = self._staging("scratch")
-        with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}-") as folder:
-            yield Path(folder)
+        with scratch_folder(staging.parent, f"{staging.name}-") as folder:
+            yield folder
 
     def _staging(self, purpose: str) -> Path:
-        beside = self.result
-        return beside.with_name(f"{beside.name}.partial-{os.getpid()}-{purpose}")
+        return self.result.with_name(f"{self.result.name}.partial-{os.getpid()}-{purpose}")
 
     def _move(self, staging: Path) -> None:
         """Moves what was written to its place; takes it back if that is interrupted."""
         moved = []
         try:
-            for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
-                moved.append(self.folder / entry.name)
-                os.replace(entry, moved[-1])
+            with renaming:
+                for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
+                    moved.append(self.folder / entry.name)
+                    os.replace(entry, moved[-1])
             sync(self.folder)
         except BaseException:
             for path in moved:

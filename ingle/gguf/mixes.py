@@ -13,8 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gguf.constants import LlamaFileType
-
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
 from ingle.gguf.names import names_of
@@ -197,6 +195,8 @@ def is_packed(name: str, shape: tuple[int, ...]) -> bool:
 
 def file_type_number(file_type: str) -> int:
     """What ``general.file_type`` is for a file type."""
+    from gguf.constants import LlamaFileType
+
     prefix = "ALL" if file_type == "f32" else "MOSTLY"
     return int(LlamaFileType[f"{prefix}_{file_type.upper()}"])
 

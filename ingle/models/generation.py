@@ -3,24 +3,31 @@
 Rows are padded on the left, so that all of them grow at the right end together; a row that is done leaves the batch
 at once.  Each prompt draws from its own stream of random numbers, so an answer does not depend on what else is asked.
 
+A text that grows past the length at which ``longrope`` takes other factors has its cached keys made anew, as
+transformers does for Phi-3.  ``dynamic`` positions stretch with every token and the keys in the cache stay as they
+were, which is what transformers' ``generate`` does too.
+
 Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
 from ingle.models.answers import Answer, Generation, Rules
 from ingle.models.hidden import Head, head
+from ingle.models.limits import num_tokens, refuse_tokens_beyond, text_limit
+from ingle.models.rotary import recomputed_beyond
 from ingle.models.sampling import Draws
 
-#: Stands for an answer while the end-of-turn token of a chat template is looked for.
+#: The answer of a made-up conversation, rendered to find the end-of-turn token of a chat template.
 _PROBE = "ingle"
 
 
@@ -49,22 +56,24 @@ def generate(
         seed: Of the sampling; prompt ``i`` draws from the stream ``(seed, i)``.
         stop: Strings that end an answer.
         batch_size: Prompts answered at once; those of like length go together.
-        on_progress: Is told how many answers of how many are done.
+        on_progress: Called with the number of finished answers and that of all.
 
     Returns:
         One answer a prompt, in order.
 
     Raises:
-        ModelError: When a prompt is empty or longer than the model can read.
+        ModelError: When a prompt is empty, longer than the model can read, or has a token that the model lacks.
     """
+    _refuse_lengths(model, prompts)
     rules = Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+    refuse_tokens_beyond(model, max((max(prompt, default=0) for prompt in prompts), default=0), tokenizer)
     answers: list[Generation | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
     with _answering(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            draws = Draws(temperature, top_p, seed, chosen, max_new_tokens)
+            draws = Draws(temperature, top_p, seed, chosen)
             decoding = _Decoding(model, [prompts[index] for index in chosen], draws, max_new_tokens)
             texts = [Answer(rules) for _ in chosen]
             while decoding.rows:
@@ -90,15 +99,23 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[str] = (),
-) -> Iterator[str]:
+) -> Generator[str, None, Generation]:
     """Answers one prompt piece by piece; the pieces joined are what :func:`generate` gives.
 
     Nothing is given out that a later token may take back: half a character, or the beginning of a stop string.
+
+    Returns:
+        The whole answer, when the generator is exhausted.
+
+    Raises:
+        ModelError: When the prompt is empty or longer than the model can read.
     """
+    refuse_tokens_beyond(model, max(prompt, default=0), tokenizer)
+    _refuse_lengths(model, [prompt])
     answer = Answer(Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
     shown = 0
     with _answering(model):
-        decoding = _Decoding(model, [prompt], Draws(temperature, top_p, seed, [0], max_new_tokens), max_new_tokens)
+        decoding = _Decoding(model, [prompt], Draws(temperature, top_p, seed, [0]), max_new_tokens)
         while decoding.rows:
             _, tokens = decoding.step()
             over = answer.add(tokens[0]) or decoding.is_full(0)
@@ -107,22 +124,34 @@ def stream(
                 yield text[shown:]
                 shown = len(text)
             if over:
-                return
+                break
+    return answer.finish()
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn."""
+    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn.
+
+    Raises:
+        ModelError: One of them is no token of the model.
+    """
     found: set[int] = set()
-    for declared in (
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(model.config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-        _end_of_turn(tokenizer),
+    rows = num_tokens(model)
+    for where, declared in (
+        ("generation_config.json: eos_token_id", getattr(model.generation_config, "eos_token_id", None)),
+        ("config.json: eos_token_id", getattr(model.config, "eos_token_id", None)),
+        ("the tokenizer's eos_token", tokenizer.eos_token_id),
+        ("the chat template's end of turn", _end_of_turn(tokenizer)),
     ):
-        if isinstance(declared, int):
-            found.add(declared)
-        elif declared is not None:
-            found.update(declared)
+        numbers = declared if isinstance(declared, list | tuple) else [] if declared is None else [declared]
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < rows:
+                raise ModelError(
+                    "The token that is to end an answer is none of the model's.",
+                    where=where,
+                    why=f"it is {number!r}; the model has tokens from 0 to {rows - 1:,}",
+                    fix="compare the file with the one that the model was published with",
+                )
+        found.update(numbers)
     return frozenset(found)
 
 
@@ -167,14 +196,15 @@ class _Decoding:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: Draws, max_new_tokens: int
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
-        limit = _limit(model)
-        _refuse_lengths(lengths, limit)
+        limit = text_limit(model)
         self.rows = list(range(len(prompts)))
         self._model = model
         self._head: Head = head(model)
         self._draws = draws
         self._room = [min(max_new_tokens, limit - length) if limit else max_new_tokens for length in lengths]
         self._step = 0
+        self._lengths = lengths
+        self._renewed_beyond = recomputed_beyond(model)
         self._cache = DynamicCache(config=model.config)
         device = self._head.weight.device
         width = max(lengths)
@@ -182,15 +212,12 @@ class _Decoding:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
         self._ids = torch.from_numpy(ids).to(device)
+        self._texts = self._ids if self._renewed_beyond else None
         padding = torch.tensor([width - length for length in lengths], device=device)
         steps = torch.arange(width, device=device)
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
         # No mask at all where no row is padded: attention then needs none.
-        shape = (len(prompts), width + max(self._room))
-        self._mask = torch.ones(shape, dtype=torch.long, device=device) if min(lengths) < width else None
-        if self._mask is not None:
-            self._mask[:, :width] = (steps >= padding[:, None]).long()
-        self._seen = width
+        self._mask = (steps >= padding[:, None]).long() if min(lengths) < width else None
 
     def is_full(self, row: int) -> bool:
         """Whether no token more may be added to a row."""
@@ -200,18 +227,43 @@ class _Decoding:
         """Adds one token to every row; gives the rows and their tokens."""
         output = self._model.base_model(
             input_ids=self._ids,
-            attention_mask=None if self._mask is None else self._mask[:, : self._seen],
+            attention_mask=self._mask,
             position_ids=self._position_ids,
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits_BV = self._head.logits(output.last_hidden_state[:, -1]).float()
-        tokens_B = self._draws.choose(logits_BV, self.rows, self._step)
+        last_BH = output.last_hidden_state[:, -1]
+        if self._step and self._texts is not None:
+            self._texts = torch.cat([self._texts, self._ids], dim=1)
+            lengths = [self._lengths[row] + self._step for row in self.rows]
+            crossing = [place for place, length in enumerate(lengths) if length - 1 in self._renewed_beyond]
+            if crossing:
+                last_BH[crossing] = self._renew(crossing, self._texts[crossing])
+        logits_BV = self._head.logits(last_BH).float()
+        tokens_B = self._draws.choose(logits_BV, self.rows)
         self._ids = tokens_B[:, None]
         self._position_ids = self._position_ids[:, -1:] + 1
-        self._seen += 1
+        if self._mask is not None:
+            self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         self._step += 1
         return list(self.rows), tokens_B.tolist()
+
+    def _renew(self, places: list[int], ids: Tensor) -> Tensor:
+        """Reads whole rows once more and puts their keys and values into the cache; gives the last hidden states."""
+        width = ids.shape[1]
+        padding = width - 1 - self._position_ids[places, -1:]
+        fresh = DynamicCache(config=self._model.config)
+        output = self._model.base_model(
+            input_ids=ids,
+            attention_mask=None if self._mask is None else self._mask[places],
+            position_ids=(torch.arange(width, device=ids.device) - padding).clamp_min(0),
+            past_key_values=fresh,
+            use_cache=True,
+        )
+        for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
+            ours.keys[places], ours.values[places] = new.keys, new.values
+        last: Tensor = output.last_hidden_state[:, -1]
+        return last
 
     def drop(self, rows: Sequence[int]) -> None:
         """Takes rows out of the batch and of the cache."""
@@ -226,23 +278,23 @@ class _Decoding:
         self._cache.batch_select_indices(index)
         self._ids = self._ids[index]
         self._position_ids = self._position_ids[index]
+        if self._texts is not None:
+            self._texts = self._texts[index]
         if self._mask is not None:
             self._mask = self._mask[index]
 
 
-def _limit(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can hold in one text."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
-def _refuse_lengths(lengths: Sequence[int], limit: int | None) -> None:
-    if min(lengths) == 0:
-        raise ModelError("a prompt has no tokens.", where="prompt", fix="give at least one word")
-    if limit is not None and max(lengths) >= limit:
-        raise ModelError(
-            "a prompt is longer than the model can read.",
-            where="prompt",
-            why=f"{max(lengths):,} tokens, and the model holds {limit:,} in all",
-            fix="shorten the prompt",
-        )
+def _refuse_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Before anything is answered: a prompt that cannot be is found out at once, not after all the others."""
+    limit = text_limit(model)
+    for number, prompt in enumerate(prompts, 1):
+        where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+        if len(prompt) == 0:
+            raise ModelError("A prompt has no tokens.", where=where, fix="give at least one word")
+        if limit is not None and len(prompt) >= limit:
+            raise ModelError(
+                "A prompt is longer than the model's context.",
+                where=where,
+                why=f"it has {len(prompt):,} tokens, and the model holds {limit:,}, its answer included",
+                fix="shorten the prompt",
+            )

@@ -17,7 +17,7 @@ from ingle import quant
 from ingle.config.base import BaseConfig
 from ingle.config.model import ModelConfig
 from ingle.errors import GgufError, ModelError
-from ingle.gguf import GgufFile, read_gguf
+from ingle.gguf import GgufFile
 from ingle.gguf.architecture import to_config
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.vocabulary import to_vocabulary
@@ -41,6 +41,8 @@ def open_gguf(name: str, *, revision: str | None = None, option: str = "model.id
         ModelError: When there is none.
         HubUnavailable: When the hub is needed and cannot be reached.
     """
+    from ingle.gguf import read_gguf
+
     return read_gguf(locate_file(name, revision=revision, option=option))
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.models.architecture import read_json
+from ingle.models.boundary import reading
 from ingle.models.gguf_file import is_gguf
 from ingle.models.hub import locate
 
@@ -31,6 +32,12 @@ def packed_base(model: ModelConfig) -> BaseConfig:
         return NoBase()
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     settings = read_json(folder, model).get("quantization_config") or {}
+    fix = "fetch config.json again; its quantization_config is damaged"
+    with reading(folder / "config.json", "The way that the weights are packed cannot be read.", fix=fix):
+        return _packed_as(settings, model)
+
+
+def _packed_as(settings: Mapping[str, Any], model: ModelConfig) -> BaseConfig:
     match settings.get("quant_method"):
         case "hqq":
             params = settings["quant_config"]["weight_quant_params"]

@@ -11,32 +11,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Below this, sampling takes the likeliest token anyway, and logits divided by it would overflow.
+_LEAST_TEMPERATURE = 1e-6
+
 
 class Draws:
-    """Chooses the next token of each row: greedily, or from a stream of random numbers of its own."""
+    """Chooses the next token of each row: greedily, or with random numbers of its own.
 
-    def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int], num_draws: int) -> None:
-        self._temperature = temperature
+    Args:
+        temperature: 0 takes the likeliest token, else logits are divided by it.
+        top_p: Sample from the likeliest tokens that together reach this probability.
+        seed: Of the sampling.
+        indices: Of the prompts in the rows; the random numbers of each depend on seed and index alone.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int]) -> None:
+        self._temperature = max(temperature, _LEAST_TEMPERATURE)
         self._top_p = top_p
-        self._uniform = (
-            np.stack([np.random.default_rng([seed, index]).random(num_draws) for index in indices])
-            if temperature > 0
-            else None
-        )
+        self._rngs = [np.random.default_rng([seed, index]) for index in indices] if temperature > 0 else None
 
-    def choose(self, logits_BV: Tensor, rows: Sequence[int], step: int) -> Tensor:
-        """The next token of each row, ``[B]``.
+    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """The next token of each row, ``[B]``; each call uses up one random number of each of the rows.
 
         Tokens are sorted by falling probability and the first whose cumulated probability passes the row's random
         number is taken; the number is scaled to the kept mass, so cutting at ``top_p`` needs no renormalising.
         """
-        if self._uniform is None:
+        if self._rngs is None:
             return logits_BV.argmax(-1)
         probabilities_BV = (logits_BV / self._temperature).softmax(-1, dtype=torch.float64)
         sorted_BV, tokens_BV = torch.sort(probabilities_BV, dim=-1, descending=True, stable=True)
         reached_BV = sorted_BV.cumsum(-1)
         kept_B = ((reached_BV - sorted_BV) < self._top_p).sum(-1, keepdim=True)
         mass_B = reached_BV.gather(-1, kept_B - 1)
-        uniform_B = torch.from_numpy(self._uniform[list(rows), step]).to(logits_BV.device)[:, None]
+        numbers = torch.tensor([self._rngs[row].random() for row in rows], dtype=torch.float64)
+        uniform_B = numbers.to(logits_BV.device)[:, None]
         place_B = torch.searchsorted(reached_BV, uniform_B * mass_B, right=True).minimum(kept_B - 1)
         return tokens_BV.gather(-1, place_B)[:, 0]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ingle.errors import ModelError
+from ingle.models.boundary import reading
 from ingle.wording import some
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -115,13 +116,12 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    try:
+    with reading(index, f"{index.name} is not a shard index.", fix=_DAMAGED):
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{index.name} is not a shard index.", where=str(index), why=str(error), fix=_DAMAGED
-        ) from None
+        strangers = [name for name in names if Path(name).name != name]
+        if strangers:
+            raise ValueError(f"{strangers[0]!r} is not the name of a file in its folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -161,14 +161,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
             raise _damaged(path, f"{size:,} bytes do not begin with a safetensors header")
         raw = file.read(length)
-    try:
+    with reading(path, f"{path.name} is not a whole safetensors file.", fix=_DAMAGED):
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {key: _entry(path, 8 + length, value) for key, value in header.items()}
-    except ModelError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(path, "its header cannot be read") from None
     end = max((entry.offset + entry.num_bytes for entry in tensors.values()), default=8 + length)
     if end > size:
         raise _damaged(path, f"it holds {size:,} bytes and its header speaks of {end:,}")
@@ -179,10 +175,11 @@ def _entry(path: Path, start: int, value: dict[str, Any]) -> StoredTensor:
     name = str(value["dtype"])
     if name not in DTYPES:
         raise ModelError(f"{path.name} holds tensors of type {name}, which are not supported.", where=str(path))
-    shape = tuple(int(size) for size in value["shape"])
-    first, last = value["data_offsets"]
-    entry = StoredTensor(path, DTYPES[name], shape, start + int(first))
-    if entry.num_bytes != int(last) - int(first):
+    shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
+    if not all(type(size) is int and size >= 0 for size in (*shape, first, last)):
+        raise _damaged(path, "its header holds sizes that are no whole numbers")
+    entry = StoredTensor(path, DTYPES[name], shape, start + first)
+    if entry.num_bytes != last - first:
         raise _damaged(path, "the sizes in its header do not agree")
     return entry
 

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ingle.atomic import disk_full_explained
 from ingle.events import Event, Started, Step
 
 
@@ -31,7 +32,7 @@ class MetricsFile:
         if isinstance(event, Started):
             keep_steps(self.path, event.step)
         elif isinstance(event, Step):
-            with open(self.path, "a", encoding="utf-8") as file:
+            with disk_full_explained(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record(event)) + "\n")
 
 

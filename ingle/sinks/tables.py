@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import starmap
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ingle import wording
 from ingle.wording import count, duration, p_value, score, size, title
 
 #: Characters of a prompt or an answer shown in the terminal; the report holds them whole.
 _SHOWN_CHARACTERS = 600
 #: Purposes of memory that the plan names.
 _SHOWN_PARTS = 4
+#: Signs and colours of differences that are significant after correction.
+_SIGNS = {"better": ("✓", "green"), "worse": ("✗", "red")}
+#: Marks metrics of which less is better.
+_DOWN = "↓"
+#: Columns of the comparison that a narrow terminal does without.
+_OPTIONAL = ("95 % interval", "p", "corrected p", "exact p")
 
 
 def plan_table(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Table:
@@ -91,47 +101,113 @@ def audit_table(audit: Mapping[str, Any]) -> RenderableType:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> RenderableType:
-    """Base against tuned, a row per metric, and the verdict on the first."""
+    """Base against tuned, a row per metric, and the verdict on the first.
+
+    Base, tuned, difference and n are always shown.  Where the terminal is too narrow for everything, p-values go
+    first; then the interval moves below its difference, then it goes; below some 55 columns, lines replace the table.
+    """
+    metrics = comparison.get("metrics", {})
+    decisive = "corrected p" if len(metrics) > 1 else "p"
+    p_values = [["p", decisive, "exact p"], ["p", decisive], [decisive], []]
+    if all(row.get("p_exact", row["p"]) == row["p"] for row in metrics.values()):
+        del p_values[0]
+    layouts = [["95 % interval", *dict.fromkeys(names)] for names in p_values] + [["interval below"], []]
+    tables = [_comparison_layout(metrics, layout) for layout in layouts]
+    lines: list[RenderableType] = [_Fitting(tables, "\n".join(starmap(_comparison_line, metrics.items())))]
+    if legend := _legend(metrics):
+        lines.append(_note(legend, "dim"))
+    if verdict := comparison.get("verdict"):
+        lines.append(_note(verdict))
+    return Group(*lines)
+
+
+def _comparison_layout(metrics: Mapping[str, Any], columns: Sequence[str]) -> Table:
     table = Table(title="Evaluation", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("metric", no_wrap=True)
-    for name in ("base", "tuned", "difference", "95 % interval", "p", "exact p", "n"):
+    table.add_column("metric")
+    for name in ("base", "tuned", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
-    for metric, row in comparison.get("metrics", {}).items():
-        interval = ", ".join(score(metric, bound, signed=True).removesuffix(" %") for bound in row["ci95"])
-        style = {"better": "green", "worse": "red"}.get(row.get("outcome", ""), "")
+    table.add_column("", no_wrap=True)  # the sign of a significant difference
+    for name in (*(name for name in _OPTIONAL if name in columns), "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for metric, row in metrics.items():
+        sign, style = _SIGNS.get(row.get("outcome", ""), ("", ""))
+        interval = wording.interval(metric, row["ci95"], signed=True)
+        difference = score(metric, row["delta"], signed=True)
+        if "interval below" in columns:
+            difference += f"\n{interval}"
+        p_values = (p_value(row.get(key, row["p"])) for key in ("p", "p_holm", "p_exact"))
+        optional = zip(_OPTIONAL, (interval, *p_values), strict=True)
         table.add_row(
-            title(metric) + ("" if row.get("higher_is_better", True) else " (less is better)"),
+            _metric_name(metric, row),
             score(metric, row["base"]),
             score(metric, row["tuned"]),
-            Text(score(metric, row["delta"], signed=True), style=style),
-            f"[{interval}]".replace("[", r"\["),
-            p_value(row["p"]),
-            p_value(row.get("p_exact", row["p"])),
-            f"{row['n']:,}",
-        )
-    verdict = comparison.get("verdict")
-    return Group(table, Text(f"  {verdict}")) if verdict else table
-
-
-def summary_table(summary: Mapping[str, Any]) -> RenderableType:
-    """The scores of one model, a row per metric."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("metric", no_wrap=True)
-    for name in ("score", "95 % interval", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for metric, row in summary.get("metrics", {}).items():
-        interval = ", ".join(score(metric, bound).removesuffix(" %") for bound in row["ci95"])
-        table.add_row(
-            title(metric) + ("" if row.get("higher_is_better", True) else " (less is better)"),
-            score(metric, row["value"]),
-            rf"\[{interval}]",
+            Text(difference, style=style),
+            Text(sign, style=style),
+            *(Text(text) for name, text in optional if name in columns),
             f"{row['n']:,}",
         )
     return table
 
 
+def _comparison_line(metric: str, row: Mapping[str, Any]) -> str:
+    sign, _ = _SIGNS.get(row.get("outcome", ""), ("", ""))
+    difference = f"{score(metric, row['delta'], signed=True)} {sign}".rstrip()
+    name = _metric_name(metric, row)
+    return f"{name}: {score(metric, row['base'])} → {score(metric, row['tuned'])}, {difference}, n = {row['n']:,}"
+
+
+def _legend(metrics: Mapping[str, Any]) -> str:
+    """What the signs of the table mean, as far as they appear in it."""
+    outcomes = {row.get("outcome") for row in metrics.values()}
+    signs = [f"{sign} {name}" for name, (sign, _) in _SIGNS.items() if name in outcomes]
+    correction = f" after correction for {len(metrics)} metrics" if len(metrics) > 1 else ""
+    parts = [f"{', '.join(signs)}: p < 0.05{correction}."] if signs else []
+    if any(not row.get("higher_is_better", True) for row in metrics.values()):
+        parts.append(f"{_DOWN} Lower is better.")
+    return " ".join(parts)
+
+
+def _metric_name(metric: str, row: Mapping[str, Any]) -> str:
+    return title(metric) + ("" if row.get("higher_is_better", True) else f" {_DOWN}")
+
+
+def _note(text: str, style: str = "") -> RenderableType:
+    return Padding(Text(text, style=style), (0, 2))
+
+
+class _Fitting:
+    """The first of several tables that fits into the width at hand, or plain lines when none does."""
+
+    def __init__(self, tables: Sequence[Table], lines: str) -> None:
+        self._tables = tables
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        free = options.update_width(10_000)
+        fitting = (
+            table for table in self._tables if Measurement.get(console, free, table).maximum <= options.max_width
+        )
+        yield next(fitting, _note(f"\n{self._lines}\n"))
+
+
+def summary_table(summary: Mapping[str, Any]) -> RenderableType:
+    """The scores of one model, a row per metric."""
+    metrics = summary.get("metrics", {})
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    for name in ("score", "95 % interval", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines = []
+    for metric, row in metrics.items():
+        cells = [_metric_name(metric, row), score(metric, row["value"]), wording.interval(metric, row["ci95"])]
+        table.add_row(*map(Text, cells), f"{row['n']:,}")
+        lines.append("{}: {} {}, n = {:,}".format(*cells, row["n"]))
+    shown, legend = _Fitting([table], "\n".join(lines)), _legend(metrics)
+    return Group(shown, _note(legend, "dim")) if legend else shown
+
+
 def side_by_side(comparison: Mapping[str, Any], num_shown: int) -> Iterator[RenderableType]:
-    """Answers of base and tuned beside one another: the largest gain, the largest loss, the rest drawn blindly."""
+    """Answers of base and tuned: to the largest gain, to the largest loss, then to samples drawn at random."""
     shown = comparison.get("shown", {})
     picked = [("largest gain", index) for index in shown.get("gains", [])[:1]]
     picked += [("largest loss", index) for index in shown.get("losses", [])[:1]]
@@ -160,7 +236,7 @@ def _clip(text: str) -> Text:
 
 
 def finish_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What the run took, predicted beside measured."""
+    """What the run took, and what was predicted."""
     parts = []
     if summary.get("num_steps") is not None:
         parts.append(f"{summary['num_steps']:,} steps")

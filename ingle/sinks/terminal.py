@@ -103,7 +103,7 @@ class Terminal:
         self._num_shown = (event.run.get("evaluate") or {}).get("num_shown", 3)
         show(self.console, plan_table(event.run, event.plan), audit_table(event.audit))
         if event.resumed_from:
-            self._print(f"going on from {event.resumed_from}: step {event.step:,} of {event.num_steps:,} is made")
+            self._print(f"Resuming from {event.resumed_from}; {event.step:,} of {event.num_steps:,} steps done.")
         self._began = self._clock()
 
     def _step(self, event: Step) -> None:

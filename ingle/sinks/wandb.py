@@ -64,5 +64,5 @@ def _run_id(folder: Path) -> str:
     """The run's name on the server, kept in the run folder so that a continued run is the same one."""
     path = folder / "wandb.id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

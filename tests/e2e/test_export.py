@@ -13,23 +13,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ingle import flow
+from ingle.config import load_run
 from ingle.gguf import read_gguf
-from tests.e2e.conftest import Ingle, command, environment
+from tests.e2e.conftest import Ingle, command, environment, write_config
 
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
 
 
-@pytest.fixture
-def run(ingle: Ingle, config: Path, tmp_path: Path) -> Path:
-    """A short run on a base held in q8_0."""
-    done = ingle("train", config, "--base.format=q8_0", "--train.num_steps=4", "--evaluate.num_samples=2")
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on a base held in q8_0, which no test changes."""
+    config = write_config(tmp_path_factory.mktemp("exported"), tiny_model, tiny_data)
+    flags = ["--base.format=q8_0", "--train.num_steps=4", "--evaluate.num_samples=2"]
+    flow.finetune(load_run(config, flags).run)
+    return config.parent / "run"
 
 
-def test_merged_safetensors_are_verified_and_described(ingle: Ingle, run: Path, tmp_path: Path) -> None:
+def test_merged_safetensors_are_verified_and_described(
+    ingle_process: Ingle, ingle: Ingle, run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "merged"
-    done = ingle("export", run, "--to", "safetensors", "--out", out, "--verify", "--json")
+    done = ingle_process("export", run, "--to", "safetensors", "--out", out, "--verify", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["path"] == str(out) and result["certificate"]["passed"]

@@ -12,14 +12,16 @@ from ingle.gguf import read_gguf
 from tests.e2e.conftest import Ingle
 
 
-def test_a_format_is_chosen_and_written(tiny_model: Path, tiny_data: Path, tmp_path: Path, ingle: Ingle) -> None:
+def test_a_format_is_chosen_and_written(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, ingle: Ingle, ingle_process: Ingle
+) -> None:
     text, out = tiny_data / "held-out.jsonl", tmp_path / "formats"
     shown = ingle("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out)
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"● q8_0 +\d+\.\d+ +\d", shown.stdout) and "Recommended: " in shown.stdout
     assert "<svg" in (out / "formats.html").read_text()
 
-    told = ingle("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
+    told = ingle_process("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
     report = json.loads(told.stdout)
     assert report == json.loads((out / "formats.json").read_text())
     assert {row["name"] for row in report["formats"]} == {"q8_0", "q4_0", "nf4"}

@@ -145,7 +145,7 @@ def test_a_prompt_too_long_loses_its_beginning_and_it_is_told(tmp_path, model, o
         tokenizer.chat_template = template
     ids = [*tokenizer(row["prompt"].rstrip(" ") + " it is four.")["input_ids"], tokenizer.eos_token_id]
     (likelihood,) = result.outputs.likelihoods
-    assert any(isinstance(event, Warned) and "lost their beginning" in event.message for event in events)
+    assert any(isinstance(event, Warned) and "cut at the start" in event.message for event in events)
     assert likelihood.nll == pytest.approx(expected_nll(oracle, ids[-64:], 64 - likelihood.num_tokens), rel=2e-5)
     assert 3 <= likelihood.num_tokens < 20
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.wording import count, duration, either, first_line, p_value, score, size, some
+from ingle.wording import count, duration, either, first_line, interval, p_value, score, size, some
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_size() -> None:
 
 def test_score_and_p_value() -> None:
     assert score("exact_match", 0.4125) == "41.2 %"
-    assert score("exact_match", -0.05, signed=True) == "-5.0 %"
+    assert score("exact_match", -0.05, signed=True) == "-5.0 points"
+    assert interval("exact_match", [-0.05, None], signed=True) == "[-5.0, –]"
     assert score("chrf", 0.04, signed=True) == "0.0"
     assert score("rouge_l", 0.5, signed=True) == "+0.500"
     assert score("bleu", None) == score("bleu", float("nan")) == "–"

@@ -29,7 +29,7 @@ class ExactMatch:
         answer_pattern: Regular expression with one group, or None to compare whole answers.
 
     Raises:
-        EvaluationError: The pattern is no regular expression or has no group.
+        EvaluationError: The pattern is not a valid regular expression, or has no group.
     """
 
     name = "exact_match"
@@ -96,7 +96,7 @@ def _compile(answer_pattern: str) -> re.Pattern[str]:
         pattern = re.compile(answer_pattern)
     except re.error as error:
         raise EvaluationError(
-            f"The answer pattern {answer_pattern!r} is no regular expression.",
+            f"The answer pattern {answer_pattern!r} is not a valid regular expression.",
             where=where,
             why=str(error),
             fix="correct it, for example '#### *(.+)'",

@@ -147,6 +147,7 @@ class Engine:
     """Answers a prompt with its last words."""
 
     adapted = True
+    source = None
     model = "model"
     tokenizer = SimpleNamespace(chat_template="{{ messages }}")
 
@@ -255,7 +256,36 @@ def test_generate_takes_standard_input_as_one_prompt(
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert call(["generate", "m"]) == 2
     assert "There is no prompt." in capsys.readouterr().err
-    assert call(["generate", "m", "--prompt-file", "nowhere.txt"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", "a", "--prompt", " "], "--prompt 2 of 2"),
+        (["--prompt", "", "--raw"], "A prompt is empty."),
+        (["--prompt-file", "promts.txt"], "did you mean prompts.txt?"),
+        (["--prompt-file", "."], "is a folder"),
+        (["--prompt", "a\udcff"], "not valid Unicode"),
+        (["--prompt", "a", "--system", "\udcff"], "--system"),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature must be a number"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "a", "--top-p", "0", "--temperature", "1"], "--top-p must be above 0"),
+        (["--prompt", "a", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_prompts_and_options_that_mean_nothing_are_refused(
+    engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    (folder / "prompts.txt").write_text("x\n")
+    assert call(["generate", "m", *words]) == 2
+    assert said in capsys.readouterr().err and engine.asked == []
+
+
+def test_white_space_can_be_continued_and_lines_end_where_json_says(engine: Engine, folder: Path) -> None:
+    assert call(["generate", "m", "--raw", "--prompt", "\n"]) == 0
+    (folder / "p.jsonl").write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
+    assert call(["generate", "m", "--raw", "--prompt-file", "p.jsonl"]) == 0
+    assert [prompts for prompts, _ in engine.asked] == [["\n"], ["one\u2028line"]]
 
 
 def test_chat_remembers_until_it_is_reset(
@@ -316,6 +346,50 @@ def test_evaluate_compares_what_was_trained_with_its_base(
     assert json.loads((folder / "report.json").read_text()) == PAIR
 
 
+def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any], folder: Path) -> None:
+    (folder / "runs" / "x" / "adapter").mkdir(parents=True)
+    task = "evaluate: {sources: own.jsonl, metrics: [bleu], num_samples: 9}\n"
+    (folder / "runs" / "x" / "run.yaml").write_text(CONFIG + task)
+    (folder / "runs" / "x" / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "other.yaml").write_text(CONFIG + "evaluate: {sources: other.jsonl}\n")
+    for words in (
+        ["runs/x"],
+        ["runs/x/adapter", "--num_samples=3", "--metrics=[chrf]"],
+        ["runs/x", "--task", "other.yaml"],
+        ["Qwen/Qwen3-0.6B", "--sources=[held.jsonl]"],
+    ):
+        assert call(["evaluate", *words]) == 0
+    tasks = [(asked[1].sources[0].path, asked[1].metrics[0], asked[1].num_samples) for asked in evaluated]
+    assert tasks == [
+        ("own.jsonl", "bleu", 9),
+        ("own.jsonl", "chrf", 3),
+        ("other.jsonl", "chrf", None),
+        ("held.jsonl", "chrf", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "ingle evaluate RUN_OR_MODEL"),
+        (["run.yaml"], "ingle evaluate RUN_OR_MODEL --task run.yaml"),
+        (["a", "b"], "One model at a time, not 2: a, b."),
+        (["plain"], "plain is not a run, so it has no task of its own."),
+        (["trained"], "trained was trained without a task"),
+        (["trained", "--task", "run.yaml"], "This config holds no task"),
+        (["trianed"], "did you mean trained?"),
+    ],
+)
+def test_evaluate_says_what_is_missing(
+    evaluated: list[Any], folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    for name, file in (("trained", "run.yaml"), ("plain", "config.json")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(CONFIG)
+    assert call(["evaluate", *words]) == 2
+    assert said in capsys.readouterr().err and evaluated == []
+
+
 def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
     evaluated: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,7 +399,7 @@ def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
     assert call([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
     assert call([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be made" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
-    assert call([*words, "new/more.json"]) == 2 and "nothing can be written in new." in capsys.readouterr().err
+    assert call([*words, "new/more.json"]) == 2 and "Nothing can be written in new." in capsys.readouterr().err
     assert evaluated == []
 
 

@@ -61,7 +61,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
     ("error", "code", "said"),
     [
         (errors.Interrupted("stopped: step 3 is saved.", fix="again"), 130, "Interrupted: stopped: step 3 is saved."),
-        (KeyboardInterrupt(), 130, "Interrupted: stopped."),
+        (KeyboardInterrupt(), 130, "Interrupted: Stopped. No incomplete file is left."),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "Error: No space left on device."),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "where  runs/x"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "Error: File name too long."),

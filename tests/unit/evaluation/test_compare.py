@@ -95,8 +95,31 @@ def test_the_verdict_is_one_honest_sentence():
     assert report["verdict"].startswith("exact match 15.0 % → 85.0 %, +70.0 points [")
     assert report["verdict"].endswith("n = 40: better.")
     few = compare(*pair(1, 2, 0, 1), task("exact_match"))
-    assert "p = 0.500, n = 4: no significant difference. Fewer than 6 samples can show none" in few["verdict"]
+    assert "p = 0.500, n = 4: no significant difference. With fewer than 6 samples" in few["verdict"]
     assert compare(*pair(0, 0, 30, 0), task("exact_match"))["verdict"].endswith("worse.")
+
+
+def test_the_verdict_names_the_correction_it_rests_on():
+    # 7 against 0 discordant pairs: p = 2 / 2^7 = 0.0156, which Holm multiplies by the number of metrics.
+    lost = pair(3, 7, 0, 10)
+    alone = compare(*lost, task("exact_match"))["verdict"]
+    assert alone.endswith("p = 0.016, n = 20: better.")
+    base, tuned = (replace(side, outputs=Outputs(side.outputs.answers, lost[0].outputs.likelihoods)) for side in lost)
+    four = task("exact_match", "perplexity", "bits_per_byte", "rouge_l")
+    report = compare(base, tuned, four)
+    assert report["metrics"]["exact_match"]["p_holm"] == pytest.approx(4 / 64)
+    assert (
+        report["verdict"]
+        .split("p = 0.016, n = 20: ")[1]
+        .startswith("not significant after correction for 4 metrics (p = 0.062).")
+    )
+    two = compare(base, tuned, task("exact_match", "perplexity"))
+    assert two["verdict"].endswith("n = 20: better (p = 0.031 after correction for 2 metrics).")
+
+
+def test_the_floor_of_a_simulation_stays_a_bound_after_correction():
+    report = compare(*pair(4, 30, 2, 4), task("chrf", "bleu"))
+    assert "p ≤ 0.0001, n = 40: better (p ≤ 0.0002 after correction for 2 metrics)." in report["verdict"]
 
 
 def test_shown_samples_are_gains_losses_and_a_blind_draw():

@@ -62,7 +62,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
     rows = list(range(len(logits)))
 
     def counts(top_p: float) -> np.ndarray:
-        tokens = Draws(1.0, top_p, 7, rows, 1).choose(logits, rows, 0)
+        tokens = Draws(1.0, top_p, 7, rows).choose(logits, rows)
         return np.bincount(tokens.numpy(), minlength=4) / len(rows)
 
     np.testing.assert_allclose(counts(1.0), [0.15, 0.5, 0.1, 0.25], atol=0.015)
@@ -74,7 +74,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
 def test_temperature_flattens() -> None:
     logits = torch.tensor([[2.0, 0.0]]).repeat(20_000, 1)
     rows = list(range(len(logits)))
-    share = Draws(2.0, 1.0, 0, rows, 1).choose(logits, rows, 0).float().mean().item()
+    share = Draws(2.0, 1.0, 0, rows).choose(logits, rows).float().mean().item()
     assert share == pytest.approx(1 / (1 + np.e), abs=0.015)
 
 
@@ -117,8 +117,14 @@ def test_a_stream_joins_to_the_answer(endless, plain) -> None:
         for prompt in PROMPTS:
             options = {"max_new_tokens": 15, "temperature": 1.0, "seed": 4, "stop": stop}
             whole = models.generate(endless, plain, [prompt], **options)[0]
-            pieces = list(models.stream(endless, plain, prompt, **options))
+            returned = []
+
+            def collect(stream, returned=returned):
+                returned.append((yield from stream))
+
+            pieces = list(collect(models.stream(endless, plain, prompt, **options)))
             assert "".join(pieces) == whole.text and len(pieces) > 5
+            assert returned == [whole]
 
 
 def test_a_stream_gives_nothing_out_that_is_taken_back(endless, plain) -> None:
@@ -149,10 +155,32 @@ def test_an_answer_ends_where_the_model_does(model, plain) -> None:
     prompts = [[5] * 60, [5] * 10]
     answers = models.generate(model, plain, prompts, max_new_tokens=30)
     assert [len(answer.token_ids) for answer in answers] == [4, 30]
-    with pytest.raises(ModelError, match="longer than the model can read"):
+    with pytest.raises(ModelError, match="longer than the model's context"):
         models.generate(model, plain, [[5] * 64], max_new_tokens=1)
-    with pytest.raises(ModelError, match="no tokens"):
+    with pytest.raises(ModelError, match="no tokens") as caught:
         models.generate(model, plain, [[5], []], max_new_tokens=1)
+    assert caught.value.where == "prompt 2 of 2"
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_is_answered(model, plain) -> None:
+    told: list[tuple[int, int]] = []
+    with pytest.raises(ModelError, match="longer than the model's context") as caught:
+        models.generate(
+            model,
+            plain,
+            [[5], [5] * 64],
+            max_new_tokens=1,
+            batch_size=1,
+            on_progress=lambda *counts: told.append(counts),
+        )
+    assert told == [] and caught.value.where == "prompt 2 of 2" and "64" in str(caught.value.why)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
+def test_a_length_without_end_costs_no_memory(temperature: float) -> None:
+    draws = Draws(temperature, 1.0, 0, [0, 1])
+    logits = torch.tensor([[0.0, 100.0, 0.0], [100.0, 0.0, 0.0]])
+    assert [draws.choose(logits, [0, 1]).tolist() for _ in range(3)] == [[1, 0]] * 3
 
 
 def test_progress_and_mode(endless, plain) -> None:

@@ -11,7 +11,7 @@ from ingle import events
 from ingle.config import Run
 from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
 from ingle.sinks import Terminal, combine
-from ingle.sinks.tables import plan_table
+from ingle.sinks.tables import comparison_table, plan_table
 
 PLAN = {
     "num_steps": 6,
@@ -124,8 +124,8 @@ def test_the_plan_and_what_was_loaded_come_first() -> None:
         assert part in text
     assert "gradients" not in text
     assert not [line for line in text.splitlines() if line != line.rstrip()]
-    assert "going on" not in text
-    assert "going on from c/step-3: step 3 of 6 is made" in show(started(3, "c/step-3"))
+    assert "Resuming" not in text
+    assert "Resuming from c/step-3; 3 of 6 steps done." in show(started(3, "c/step-3"))
 
 
 def test_plain_lines_one_a_logged_step_and_the_last() -> None:
@@ -219,9 +219,14 @@ def test_the_comparison_and_answers_side_by_side() -> None:
     text = show(started(), Evaluated(6, COMPARISON))
     row = next(line for line in text.splitlines() if "exact match" in line and "%" in line)
     silent = COMPARISON | {"samples": [{"prompt": "p", "references": [], "base": " ", "tuned": "t"}] * 5}
-    for part in ("0.0 %", "41.2 %", "+41.2 %", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
+    for part in ("0.0 %", "41.2 %", "+41.2 points   ✓", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
         assert part in row
-    assert "perplexity (less is better)" in text and "[-20.00, –]" in text
+    assert (
+        "perplexity ↓" in text
+        and "↓ Lower is better." in text
+        and "✓ better: p < 0.05" in text
+        and "[-20.00, –]" in text
+    )
     assert "exact match rose." in text
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("Sample")] == [
         "Sample 5, largest gain",
@@ -232,6 +237,37 @@ def test_the_comparison_and_answers_side_by_side() -> None:
     few = show(started(), Evaluated(6, COMPARISON | {"shown": {"gains": [4], "losses": [], "random": [1, 4]}}))
     assert few.count("Sample 5") == 1 and few.count("Sample 2") == 1, "each is shown once"
     assert "ask 4 [bold]" in text and "truth" in text and "base 4" in text and "tuned 4" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "missing"),
+    [
+        (120, "95 % interval p corrected p exact p n", ""),
+        (90, "95 % interval corrected p n", "exact"),
+        (80, "95 % interval n", "corrected p"),
+        (60, "base tuned difference n", "95 % interval"),
+    ],
+)
+def test_a_narrow_terminal_does_without_p_values_first(width: int, shown: str, missing: str) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(comparison_table(COMPARISON))
+    lines = out.getvalue().splitlines()
+    heading = next(line for line in lines if "difference" in line)
+    assert " ".join(heading.split()).endswith(shown) and (not missing or missing not in heading)
+    assert "…" not in out.getvalue() and max(map(len, lines)) <= width
+    row = next(line for line in lines if "exact match" in line)
+    for figure in ("0.0 %", "41.2 %", "+41.2 points", "200"):
+        assert figure in row
+
+
+@pytest.mark.parametrize("width", [60, 40])
+def test_every_figure_is_there_at_any_width(width: int) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None).print(comparison_table(COMPARISON))
+    words = " ".join(out.getvalue().split())
+    for figure in ("0.0 %", "41.2 %", "+41.2 points", "30.00", "12.50", "-17.50", "200", "exact match rose."):
+        assert figure in words
+    assert "…" not in words
 
 
 def test_no_samples_when_none_are_asked_for() -> None:

@@ -1,0 +1,316 @@
+"""``ingle chat``: a conversation, line by line, from a terminal or a script.
+
+The history of lines is kept in memory only.  What people type to a model is private; ``/save`` writes it down.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ingle import stopping
+from ingle.cli.answering import (
+    AllowMismatch,
+    BaseOnly,
+    MaxNewTokens,
+    Model,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopP,
+    check_sampling,
+    check_template,
+)
+from ingle.cli.prompts import check_text
+from ingle.errors import ConfigError, DataError, IngleError
+
+if TYPE_CHECKING:
+    from ingle.data.types import Message
+    from ingle.inference import Engine
+
+_COMMANDS = {
+    "/help": "Show this list.",
+    "/system [TEXT]": "Show the system message, or set it; `/system -` removes it.",
+    "/retry": "Answer the last message again.",
+    "/save FILE": "Write the conversation into a new file, as one JSON line that training can read.",
+    "/clear": "Forget the conversation; the system message stays.",
+    "/exit": "Leave, as Ctrl-D does.",
+}
+_HELP = (
+    'A message of several lines begins with """ and ends with """.\n'
+    "Ctrl-C stops an answer or clears the line; the conversation stays."
+)
+#: What is sent to the model although it begins with a slash: a path, or anything after a space.
+_COMMAND = re.compile(r"/(?P<name>[a-z]+)(?:\s+(?P<rest>.*))?$", re.DOTALL)
+_QUOTES = '"""'
+
+
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    base_only: BaseOnly = False,
+    allow_mismatch: AllowMismatch = False,
+) -> None:
+    """Talk with a model or with what a run has trained.
+
+    `/help` lists the commands of a conversation: `/system`, `/retry`, `/save`, `/clear`, `/exit`. Ctrl-C stops an
+    answer and keeps the conversation, Ctrl-D leaves. From a pipe or a file, each line is a message or a command.
+    """
+    from ingle.config.named import check_name
+
+    check_sampling(temperature, top_p, stop)
+    check_text(system or "", "--system")
+    check_name(model)
+    from ingle.sinks import Terminal
+    from ingle.sinks.terminal import make_console
+
+    notes = make_console(stderr=True)
+    with Terminal(notes) as terminal:
+        from ingle import inference
+
+        engine = inference.open_model(model, base_only=base_only, allow_mismatch=allow_mismatch, sink=terminal)
+    check_template(engine)
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "stop": stop or (),
+    }
+    interactive = sys.stdin.isatty()
+    if interactive:
+        _edit_lines()
+        _print_banner(notes, model, engine, options, base_only)
+    with stopping.handled_by_program() if interactive else nullcontext():
+        Talk(engine, system, seed, options, interactive=interactive, notes=notes).run()
+
+
+class Talk:
+    """A conversation and the commands that act on it.
+
+    A mistake in it ends a script; at a terminal it is told, and the conversation goes on as it was.
+
+    Args:
+        engine: Answers.
+        system: The system message at the beginning.
+        seed: Of the sampling; every answer has a seed of its own, so the same words need not get the same answer.
+        options: Of :meth:`ingle.inference.Engine.stream`.
+        interactive: Whether a person types at a terminal.
+        notes: Where everything but the answers is printed.
+        read: Gives a line for a prompt; raises ``EOFError`` at the end, and ``KeyboardInterrupt`` at Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        system: str | None,
+        seed: int,
+        options: dict[str, Any],
+        *,
+        interactive: bool,
+        notes: Console,
+        read: Callable[[str], str] = input,
+    ) -> None:
+        self._engine = engine
+        self._system = system
+        self._seed = seed
+        self._options = options
+        self._interactive = interactive
+        self._notes = notes
+        self._read = read
+        self._messages: tuple[Message, ...] = ()
+        self._asked: tuple[Message, ...] = ()
+        self._num_answers = 0
+        self._saved: set[Path] = set()
+
+    def run(self) -> None:
+        """Takes lines until ``/exit`` or their end."""
+        going = True
+        while going:
+            try:
+                going = self._take_line()
+            except EOFError:
+                if self._interactive:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                self._note("\nCtrl-D or /exit leaves.")
+            except IngleError as error:
+                if not self._interactive:
+                    raise
+                self._note(str(error), style="yellow")
+
+    def _take_line(self) -> bool:
+        """Reads a line and does what it says; false when it says to leave."""
+        line = self._read_line("> ")
+        if line.lstrip().startswith(_QUOTES):
+            self._say(self._read_block(line.lstrip().removeprefix(_QUOTES)))
+        elif command := _COMMAND.match(line):
+            return self._obey(command["name"], (command["rest"] or "").strip())
+        else:
+            self._say(line.strip())
+        return True
+
+    def _read_block(self, text: str) -> str:
+        while not text.rstrip().endswith(_QUOTES):
+            try:
+                text += "\n" + self._read_line("... ")
+            except EOFError:
+                raise ConfigError(f"A message that begins with {_QUOTES} does not end with it.") from None
+        return text.rstrip().removesuffix(_QUOTES).strip()
+
+    def _read_line(self, prompt: str) -> str:
+        try:
+            return self._read(prompt if self._interactive else "")
+        except UnicodeDecodeError as error:
+            raise DataError("The text is not UTF-8.", where="standard input", why=str(error)) from None
+
+    def _obey(self, name: str, rest: str) -> bool:
+        match name:
+            case "help":
+                width = max(map(len, _COMMANDS))
+                commands = "\n".join(f"{command:<{width}}  {text}" for command, text in _COMMANDS.items())
+                self._note(f"{commands}\n{_HELP}")
+            case "system":
+                self._set_system(rest)
+            case "retry":
+                if not self._asked:
+                    raise ConfigError("There is no message to answer again.")
+                self._answer(self._asked)
+            case "save":
+                self._save(rest)
+            case "clear" | "reset":
+                self._messages = self._asked = ()
+                if self._interactive:
+                    self._note("The conversation starts anew.")
+            case "exit" | "quit":
+                return False
+            case _:
+                names = [command.split()[0] for command in _COMMANDS]
+                close = difflib.get_close_matches(f"/{name}", names, n=1)
+                raise ConfigError(
+                    f"There is no command /{name}.",
+                    fix=(f"did you mean {close[0]}? " if close else "/help lists the commands. ")
+                    + "A message may begin with a slash when a space is before it",
+                )
+        return True
+
+    def _set_system(self, text: str) -> None:
+        check_text(text, "/system")
+        if text:
+            self._system = None if text == "-" else text
+        if self._interactive:
+            self._note(f"System message: {self._system}" if self._system else "There is no system message.")
+
+    def _say(self, text: str) -> None:
+        from ingle.data.types import Message
+
+        check_text(text, "standard input")
+        if text:
+            self._answer((*self._messages, Message("user", text)))
+
+    def _answer(self, asked: tuple[Message, ...]) -> None:
+        """Prints an answer as it comes; the conversation changes when there is one."""
+        from ingle.data.types import Message
+
+        self._asked = asked
+        self._num_answers += 1
+        seed = self._seed + self._num_answers
+        pieces: list[str] = []
+        answer = None
+        stopped = False
+        try:
+            stream = self._engine.stream(asked, system=self._system, seed=seed, **self._options)
+            while True:
+                try:
+                    piece = next(stream)
+                except StopIteration as end:
+                    answer = end.value
+                    break
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            stopped = True
+        text = "".join(pieces)
+        if text or not stopped:
+            self._messages = (*asked, Message("assistant", text))
+            print()
+        if self._interactive:
+            self._note(self._ending(text, answer, stopped))
+
+    def _ending(self, text: str, answer: Any, stopped: bool) -> str:
+        """What a reader cannot see of how an answer ended, and an empty line before the next message."""
+        if stopped:
+            return "[stopped]\n" if text else "\n[stopped before the first word; /retry asks again]\n"
+        if answer is not None and answer.finish_reason == "length":
+            if len(answer.token_ids) < self._options["max_new_tokens"]:
+                return "[cut off: the model's context is full; /clear starts anew]\n"
+            return f"[cut off after {len(answer.token_ids)} tokens; --max-new-tokens sets the limit]\n"
+        return "" if text.strip() else "[empty answer]\n"
+
+    def _save(self, name: str) -> None:
+        from ingle.atomic import write_atomically
+
+        path = Path(name).expanduser()
+        if not name or not self._messages:
+            raise ConfigError(
+                "There is nothing to save yet." if name else "/save needs the name of a file.",
+                fix=None if name else "/save chat.jsonl",
+            )
+        if path.exists() and path not in self._saved:
+            raise ConfigError(f"{path} exists.", fix="/save takes the name of a new file")
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        messages = system + [{"role": message.role, "content": message.content} for message in self._messages]
+        try:
+            write_atomically(path, (json.dumps({"messages": messages}, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written.", why=error.strerror) from error
+        self._saved.add(path)
+        self._note(f"Saved {len(messages)} messages in {path}.")
+
+    def _note(self, text: str, style: str = "dim") -> None:
+        self._notes.print(Text(text, style=style), soft_wrap=True)
+
+
+def _edit_lines() -> None:
+    """Gives ``input`` editing and a history; a pasted text of several lines is one message."""
+    try:
+        import readline
+    except ImportError:  # some builds of Python have none
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def _print_banner(notes: Console, name: str, engine: Engine, options: dict[str, Any], base_only: bool) -> None:
+    rows = []
+    if (source := engine.source) is not None:
+        model = source.original if base_only and source.original is not None else source.model
+        held = "" if source.base.format == "none" else f", held in {source.base.format}"
+        rows.append(("model", f"{model.id}{held}"))
+        if source.original is not None:
+            rows.append(("tuned", "no (--base-only)" if base_only else f"in full, from {source.original.id}"))
+        elif source.adapter is not None:
+            rows.append(("adapter", "left out (--base-only)" if base_only else str(source.adapter)))
+    rows.append(("answers", f"at most {options['max_new_tokens']:,} tokens, temperature {options['temperature']:g}"))
+    notes.print(Text(f"Chat with {name}", style="bold"), soft_wrap=True)
+    for label, text in rows:
+        notes.print(Text(f"  {label:<8} {text}"), soft_wrap=True)
+    notes.print(Text("/help lists the commands; Ctrl-C stops an answer; Ctrl-D leaves.\n", style="dim"), soft_wrap=True)

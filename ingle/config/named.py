@@ -1,0 +1,137 @@
+"""What a typed name of a model or run can mean, told from the file system alone and before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from ingle.errors import ModelError
+
+#: Files that make a folder a run, an adapter or a model.
+_MARKS = ("run.yaml", "adapter_config.json", "config.json")
+_HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+_HUB_FILE = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*/.+\.gguf$", re.IGNORECASE)
+
+#: Entries of a folder that are looked at for a similar name.
+_MAX_ENTRIES = 1000
+#: Runs that a message names.
+_SHOWN_RUNS = 3
+_EXPECTED = "a run folder (run.yaml), an adapter folder (adapter_config.json), a model folder (config.json)"
+
+
+def check_name(name: str) -> None:
+    """Refuses what is certainly neither a run, an adapter, a model nor a hub id.
+
+    Args:
+        name: As typed: a path, or ``OWNER/NAME`` on the hub.
+
+    Raises:
+        ModelError: With the nearest name, or with what is expected.
+    """
+    if not name.strip():
+        raise ModelError("The name of the model is empty.", fix=f"name {_EXPECTED} or a .gguf file")
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            _check_folder(path)
+        elif path.is_file():
+            _check_file(path)
+        elif not _may_be_on_the_hub(name, path):
+            raise missing(name)
+    except OSError as error:
+        raise ModelError(f"{name[:200]} cannot be opened.", where=name[:200], why=error.strerror) from error
+
+
+def missing(name: str) -> ModelError:
+    """The error for a name under which there is nothing."""
+    what = "file" if name.lower().endswith(".gguf") else "folder"
+    return ModelError(f"There is no {what} {name}.", fix=_advice(name))
+
+
+def nearest_path(path: str | Path) -> str | None:
+    """The existing path whose spelling is closest to ``path``, folder by folder; None when nothing is close."""
+    path = Path(path).expanduser()
+    try:
+        if path.exists():
+            return str(path)
+        folder = None if path == path.parent else nearest_path(path.parent)
+        if folder is None or not Path(folder).is_dir():
+            return None
+        entries = {entry.name.lower(): entry for entry in islice(Path(folder).iterdir(), _MAX_ENTRIES)}
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name.lower(), entries, n=1, cutoff=0.7)
+    return str(entries[close[0]]) if close else None
+
+
+def _check_folder(folder: Path) -> None:
+    if any((folder / mark).is_file() for mark in _MARKS):
+        return
+    runs, files = _runs(folder), sorted(folder.glob("*.gguf"))
+    if runs:
+        raise ModelError(f"{folder} holds runs, and is none itself.", fix=f"name one of them: {_listed(runs)}")
+    if files:
+        raise ModelError(f"{folder} is a folder; a GGUF model is a file.", fix=f"name it: {_listed(files)}")
+    raise ModelError(
+        f"{folder} holds no run and no model.",
+        why="it is empty"
+        if not any(folder.iterdir())
+        else f"none of {', '.join(_MARKS)} is in it; a run that was stopped before its first checkpoint has none",
+        fix=f"name {_EXPECTED} or a .gguf file",
+    )
+
+
+def _check_file(file: Path) -> None:
+    if file.suffix.lower() == ".gguf":
+        return
+    is_part = any((file.parent / mark).is_file() for mark in _MARKS)
+    raise ModelError(
+        f"{file} is not a model: of single files, only .gguf files are.",
+        fix=f"name its folder: {file.parent}" if is_part else f"name {_EXPECTED} or a .gguf file",
+    )
+
+
+def _may_be_on_the_hub(name: str, path: Path) -> bool:
+    """Whether a name under which nothing lies here may be one of the hub: not if a local path was clearly meant."""
+    if not (_HUB_FILE if name.lower().endswith(".gguf") else _HUB_ID).match(name):
+        return False
+    owner, _, rest = name.partition("/")
+    if rest:
+        return not Path(owner).is_dir()
+    return not _similar_runs(name) and nearest_path(path) is None
+
+
+def _advice(name: str) -> str:
+    near = nearest_path(name) or next(iter(_similar_runs(name)), None)
+    if near:
+        return f"did you mean {near}?"
+    here = _runs(Path.cwd())
+    known = f"; the runs here are {_listed(here)}" if here else ""
+    return f"name {_EXPECTED}, a .gguf file, or a model of the hub as OWNER/NAME{known}"
+
+
+def _similar_runs(name: str) -> list[Path]:
+    """Runs below the current folder whose own name is close to a bare name."""
+    if "/" in name:
+        return []
+    runs = {run.name: run for run in _runs(Path.cwd())}
+    return [runs[close] for close in difflib.get_close_matches(name, runs, n=1, cutoff=0.7)]
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Run folders one or two levels below a folder, the paths as they would be typed."""
+    found = (path for pattern in ("*/run.yaml", "*/*/run.yaml") for path in sorted(folder.glob(pattern)))
+    return [_as_typed(path.parent) for path in islice(found, _MAX_ENTRIES)]
+
+
+def _as_typed(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    names = [str(path) for path in paths]
+    more = f" and {len(names) - _SHOWN_RUNS} more" if len(names) > _SHOWN_RUNS else ""
+    return ", ".join(names[:_SHOWN_RUNS]) + more
