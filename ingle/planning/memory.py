@@ -18,12 +18,15 @@ from ingle.planning.shape import ModelShape
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
-#: What a CPU run loads after it is planned: the kernels, their compiler where they are not in its cache, and with
-#: bfloat16 the matrix products that oneDNN compiles for each shape and keeps.  Measured, and much the same for every
-#: model: most of it is the compiler itself, whatever the number of kernels.
+#: What a CPU run loads after it is planned: the kernels, and with bfloat16 the matrix products that oneDNN compiles for
+#: each shape and keeps.  Measured, and much the same for every model.
 _CPU_KERNEL_BYTES = 40 << 20
-_CPU_COMPILER_BYTES = 140 << 20
 _CPU_PRIMITIVE_BYTES = 130 << 20
+#: What compiling the kernels takes besides, in the first run of all: the compiler itself, and what it keeps of each.
+_COMPILER_BYTES = 20 << 20
+_COMPILED_BYTES = 7 << 20
+#: How many kernels there are: of attention and loss, of packed weights, of the layers that are fused around adapters.
+_KERNELS, _PACKED_KERNELS, _FUSED_KERNELS = 6, 3, 5
 
 
 def trainable_parameters(run: Run, model: ModelShape) -> int:
@@ -69,6 +72,8 @@ def memory_bytes(
     largest = max((lin.num_weights for lin in model.linears), default=0)
     is_packed = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
     decoded = largest * dtype_bytes if is_packed else 0
+    count = _KERNELS + is_packed * _PACKED_KERNELS + (not full) * _FUSED_KERNELS
+    compiled = _COMPILER_BYTES + count * _COMPILED_BYTES if compiles_kernels else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
         "weights": round(weights) + model.other_parameters * dtype_bytes,
@@ -79,7 +84,7 @@ def memory_bytes(
         "activations": round(row_tokens * kept * dtype_bytes),
         "decoded weights": decoded,
         "loss": logits,
-        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes, compiles_kernels),
+        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes) + compiled,
     }
 
 
@@ -97,7 +102,6 @@ def _merged_bytes(run: Run, model: ModelShape) -> int:
     return round(bits / 8)
 
 
-def _kernel_bytes(dtype_bytes: int, compiles: bool) -> int:
-    """What compiled kernels and their compiler take in the memory of a CPU run."""
-    compiler = _CPU_COMPILER_BYTES if compiles else 0
-    return _CPU_KERNEL_BYTES + compiler + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)
+def _kernel_bytes(dtype_bytes: int) -> int:
+    """What compiled kernels take in the memory of a CPU run."""
+    return _CPU_KERNEL_BYTES + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)
