@@ -97,7 +97,8 @@ def _render(report: Mapping[str, Any], out: Path | None, console: Console) -> li
     from ingle.evaluation.formats.wording import measured_on
 
     shown = [key for key, _, _ in _COLUMNS]
-    while console.measure(table := _table(report, shown)).maximum > console.width and len(shown) > 2:
+    unlimited = console.options.update(width=1000)
+    while console.measure(table := _table(report, shown), options=unlimited).maximum > console.width and len(shown) > 2:
         shown.remove(max((rank, key) for key, _, rank in _COLUMNS if key in shown)[1])
     left_out = [title for key, title, _ in _COLUMNS if key not in shown]
     choice, subject = report["recommendation"], report["subject"]
