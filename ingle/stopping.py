@@ -189,7 +189,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(reader: int) -> None:
     """The watchdog's thread: ends the process when a signal has been there for too long."""
-    first = deadline = None
+    first: float | None = None
+    deadline: float | None = None
     while True:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], timeout)[0]:

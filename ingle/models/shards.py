@@ -213,7 +213,8 @@ def _entry(path: Path, start: int, key: str, value: Any) -> StoredTensor:
         raise ModelError(
             f"{path.name} holds tensors of type {value['dtype'][:100]}, which are not supported.", where=str(path)
         )
-    sizes, offsets = value.get("shape"), value.get("data_offsets")
+    sizes: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
     if not _are_sizes(sizes) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name} has no shape or no data_offsets of whole numbers")
     if prod(max(size, 1) for size in sizes) > _MAX_COUNT:
