@@ -1,10 +1,10 @@
-"""Checks the code blocks of the Markdown pages, and runs those marked ``run``.
+"""Checks the code blocks of the Markdown pages.
 
 How a block is written decides what is done with it:
 
 - ``console``: each line that begins with ``$`` is a command; the others are what it prints.  Every ``ingle``
-  command must name a command, options and dotted config paths that exist, every ``make`` a target.
-- ``console run``: the tests run the commands, one page in one fresh folder beside ``examples/``.
+  command must name a command, options and dotted config paths that exist, every ``make`` a target.  The tests run the
+  commands of the README, the tutorials and the how-tos (``tests/docs/running.py``), each page in a fresh folder.
 - ``python``: must compile; ``python run`` is run too.
 - ``yaml``, ``json``, ``jsonl``: must parse; YAML that is a part of a config may name only options that exist,
   YAML that is a whole config is validated.
@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,36 +184,3 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
             yield from _leaves(inner, f"{prefix}{index}.")
     else:
         yield prefix.rstrip(".")
-
-
-def runnable(page: Page) -> bool:
-    """Whether a page has something to run."""
-    return any("run" in block.marks for block in page.blocks)
-
-
-def run_page(page: Page, folder: Path, root: Path) -> None:
-    """Runs the blocks of a page marked ``run`` in ``folder``, in order, after writing its files.
-
-    Raises:
-        AssertionError: When a command exits with anything but 0.
-    """
-    (folder / "examples").symlink_to(root / "examples")
-    program = folder / ".venv" / "bin" / "ingle"
-    program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ingle "$@"\n')
-    program.chmod(0o755)
-    environment = dict(os.environ, PATH=f"{program.parent}:{os.environ['PATH']}", PYTHONPATH=str(root), TERM="dumb")
-    for block in page.blocks:
-        if name := block.mark("file"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(block.text)
-        if "run" not in block.marks:
-            continue
-        if block.language == "python":
-            command = [sys.executable, "-c", block.text]
-        else:
-            command = ["bash", "-euo", "pipefail", "-c", "\n".join(shown_commands(block))]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{block.where}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"

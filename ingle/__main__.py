@@ -11,11 +11,20 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    from ingle import env
-    from ingle.cli.outcome import call
+    from ingle import stopping
 
-    env.share_processors()
-    return call(sys.argv[1:])
+    stopping.install()
+    try:
+        from ingle import env
+
+        env.put_off_collection()
+        env.share_processors()
+        from ingle.cli.outcome import call
+
+        return call(sys.argv[1:])
+    except KeyboardInterrupt:  # before the command began
+        sys.stderr.write(f"Interrupted: {stopping.explanation()}\n")
+        return stopping.EXIT_CODE
 
 
 if __name__ == "__main__":

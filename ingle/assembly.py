@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from ingle import adapters, data, evaluation, models, parallel, planning, quant
 from ingle.config.rules import check
 from ingle.config.run import Run
-from ingle.events import Sink, Warned
+from ingle.events import Progress, Sink, Warned
 from ingle.objectives import LanguageModelling, Objective, Watched
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.census import model_shape
-from ingle.training.compiling import can_compile, compile_layers
+from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes
 from ingle.training.optim import Optimizer
+from ingle.wording import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Prepared:
     sequences: data.Sequences
     model: models.Model
     plan: planning.Plan
+    contamination: data.Contamination | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Assembled:
     rounding: adapters.Rounding
     identity: adapters.BaseIdentity | None
     imatrix: ImatrixCollector | None
+    contamination: data.Contamination | None
 
     def audit(self) -> dict[str, Any]:
         """What the model is made of, as plain data."""
@@ -60,11 +64,15 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     check(run)
     mesh = parallel.start(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, mesh.device)
+    contamination = None
     if run.evaluate is not None:
-        evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent, not after
+        samples = evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent
+        contamination = _find_contamination(run, [sample.example for sample in samples], sink)
     tokenizer = models.load_tokenizer(run.model)
     model = models.skeleton(run.model, mesh.device, dtype)
     dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
+    models.refuse_longer(model, int(dataset.lengths.max()), where="data.max_seq_len")
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(
         run,
@@ -79,16 +87,30 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         free_bytes=free_bytes(mesh.device),
         can_compile=can_compile(mesh.device),
         on_gpu=mesh.device.type == "cuda",
+        compiles_kernels=not has_kernels(),
     )
-    if run.train.num_steps is None and plan.num_epochs >= 1.5 * run.train.num_epochs:
+    advice = planning.find_better_batch(run, len(sequences), plan.num_steps)
+    if advice is not None:
+        sink(Warned(advice, where="train.global_batch_size"))
+    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan, contamination)
+
+
+def _find_contamination(run: Run, held_out: Sequence[data.Example], sink: Sink) -> data.Contamination:
+    """Counts the held-out rows that training contains, and warns: scores on them say little about new prompts."""
+    sink(Progress("compare with held-out rows", 0))
+    found = data.find_contamination(data.read_examples(run.data.sources), held_out)
+    if found.same_prompt:
         sink(
             Warned(
-                f"the data is read {plan.num_epochs:.3g} times, not {run.train.num_epochs:.3g}: a step takes"
-                f" {plan.global_batch_size:,} sequences and there are {len(sequences):,}",
-                where="train.global_batch_size",
+                f"{found.same_prompt:,} of {plural(found.rows, 'held-out prompt')} "
+                f"{'is' if found.same_prompt == 1 else 'are'} in the training data, {found.same_row:,} of them with "
+                f"the same answer (first {found.pairs[0].first} = {found.pairs[0].second}): the comparison will look "
+                "better than the model is",
+                where="evaluate.sources",
+                count=found.same_prompt,
             )
         )
-    return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan)
+    return found
 
 
 def assemble(run: Run, sink: Sink) -> Assembled:
@@ -118,7 +140,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     imatrix = None
     if run.train.imatrix:
-        models.gguf_names(model)  # an architecture without them is told now, not after the training
+        models.gguf_names(model)  # an architecture without them is refused now, not after the training
         imatrix = ImatrixCollector(model)
         objective = Watched(objective, imatrix)
     return Assembled(
@@ -134,4 +156,5 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         rounding=adapters.Rounding(model, run.adapter, ready.plan.num_steps),
         identity=None if run.adapter.kind == "none" else adapters.identify(model),
         imatrix=imatrix,
+        contamination=ready.contamination,
     )

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: write beside, fsync, rename; and whether they still are."""
+"""Files and folders that are either complete or absent: write under another name, fsync, rename; and their digests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from ingle.errors import CheckpointError
+from ingle.stopping import renaming, undone
+
+#: What the system says when nothing more can be written.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:
@@ -38,13 +43,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         CheckpointError: When the disk is full; ``path`` is then as it was.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with _disk_full_is_told(path):
+    with disk_full_explained(path), undone(lambda: partial.unlink(missing_ok=True)):
         try:
             with open(partial, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            with renaming:
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     sync(path.parent)
@@ -58,20 +64,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         CheckpointError: When the disk is full; ``path`` is then as it was.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with _disk_full_is_told(path):
+    replaced = path.with_name(f"{path.name}.partial-{os.getpid()}-replaced")
+    with disk_full_explained(path), undone(lambda: _remove(partial)):
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+            _remove(partial, replaced)  # of a killed process that had our number
             partial.mkdir(parents=True)
             yield partial
             for entry in partial.rglob("*"):
                 sync(entry)
             sync(partial)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(partial, path)
+            with renaming:
+                if path.exists():
+                    os.replace(path, replaced)
+                os.replace(partial, path)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial, replaced)
     sync(path.parent)
+
+
+@contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yields a new folder inside ``parent`` that is gone afterwards, however the program ends short of SIGKILL."""
+    with TemporaryDirectory(dir=parent, prefix=prefix) as name, undone(lambda: _remove(Path(name))):
+        yield Path(name)
 
 
 def sync(path: Path) -> None:
@@ -84,22 +99,34 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk_full_is_told(path: Path) -> Iterator[None]:
+def disk_full_explained(path: Path) -> Iterator[None]:
+    """Names the file and what to do when the disk is full while the block writes ``path``.
+
+    Raises:
+        CheckpointError: It is full, or the user's share of it is.
+    """
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
+        reason = _why_full(error)
+        if reason is None:
             raise
         raise CheckpointError(
-            "the disk is full; what was complete before is untouched.",
+            "The disk is full. Files that were complete before are untouched.",
             where=str(path),
-            why=f"{shutil.disk_usage(path.parent).free:,} bytes are free",
-            fix="free some space and run the same command again; training goes on from its last checkpoint",
+            why=f"{os.strerror(reason)}; {shutil.disk_usage(path.parent).free:,} bytes are free",
+            fix="free some space and run the same command again; a training run continues from its last checkpoint",
         ) from error
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _why_full(error: Exception) -> int | None:
+    """The system's number for a full disk, a full quota or a file above the allowed size; None for other errors."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno if error.errno in _FULL else None
     # Libraries written in Rust (safetensors) keep the system's error in their text alone.
-    return any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return next((number for number in _FULL if f"(os error {number})" in str(error)), None)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

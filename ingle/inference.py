@@ -16,6 +16,7 @@ from ingle.config.model import ModelConfig
 from ingle.config.named import check_name, missing
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
+from ingle.config.run import Run
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
@@ -32,12 +33,14 @@ class Source:
         base: The format its weights are held in.
         adapter: Folder of the adapter, None for none.
         original: The model before full fine-tuning, None otherwise.
+        keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
     """
 
     model: ModelConfig
     base: BaseConfig
     adapter: Path | None = None
     original: ModelConfig | None = None
+    keeps_control_tokens: bool = False
 
 
 class Engine:
@@ -54,6 +57,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.adapted = adapted
+        keeps = source is not None and source.keeps_control_tokens
+        self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
         self.source = source
 
     def generate(
@@ -112,7 +117,7 @@ class Engine:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
         example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
-        return data.prompt_ids(self.tokenizer, example, system)
+        return data.prompt_ids(self.tokenizer, example, system, control=self._control)
 
 
 def locate(path_or_id: str) -> Source:
@@ -129,6 +134,13 @@ def locate(path_or_id: str) -> Source:
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path_or_id} holds neither a run nor an adapter nor a model.",
+            where=path_or_id,
+            why="there is no run.yaml, adapter_config.json or config.json in it",
+            fix=RunFolder(folder).nearby() or "name a run folder, an adapter folder, a model folder or a hub id",
+        )
     model = ModelConfig(id=path_or_id)
     try:
         return Source(model, models.packed_base(model))
@@ -184,7 +196,7 @@ def _locate_run(folder: Path) -> Source:
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
-        return Source(run.model, run.base, folder / "adapter")
+        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run))
     if not (folder / "model").is_dir():
         raise ModelError(
             "This run has no model yet: its training has not finished.",
@@ -194,22 +206,31 @@ def _locate_run(folder: Path) -> Source:
     trained = ModelConfig(
         id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
     )
-    return Source(trained, NoBase(), original=run.model)
+    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run))
+
+
+def _keeps_control_tokens(run: Run) -> bool:
+    """Prompts are cut as the training data was."""
+    return run.data.control_tokens == "keep"
 
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        assert isinstance(base, str)
-    except (ValueError, KeyError, AssertionError) as error:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base or "\0" in base:
+            raise ValueError("it is not a name")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
             "The adapter does not say which model it belongs to.",
             where=str(folder / "adapter_config.json"),
-            why="base_model_name_or_path is missing",
+            why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
+    keeps = False
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
+        keeps = _keeps_control_tokens(run)
     model = ModelConfig(id=base)
-    return Source(model, adapters.read_record(folder).base or models.packed_base(model), folder)
+    held = adapters.read_record(folder).base or models.packed_base(model)
+    return Source(model, held, folder, keeps_control_tokens=keeps)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 #: Metrics that are shares and read best in percent.
 _SHARES = ("exact_match",)
@@ -21,6 +22,11 @@ _TITLES = {
 def either(words: Sequence[str]) -> str:
     """``a``, ``a or b``, ``a, b or c``."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is closest to a mistyped one; None where none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def some(names: Collection[str]) -> str:
@@ -47,9 +53,9 @@ def count(number: float) -> str:
     return f"{scaled:.{digits}f} {'?KMBT'[exponent]}"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: ``1 row``, ``1,234 rows``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def plural(number: int, noun: str) -> str:
+    """``1 token``, ``1,234 tokens``; the noun is a regular one."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def size(num_bytes: float) -> str:

@@ -19,7 +19,7 @@ from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
 from ingle.adapters.rounding import resolve_formats, round_layers
-from ingle.adapters.settings import CONFIG, alpha_of, make_settings, read_settings, scale_of
+from ingle.adapters.settings import CONFIG, Settings, alpha_of, make_settings, read_settings
 from ingle.adapters.targets import Selection
 from ingle.adapters.weights import (
     PREFIX,
@@ -49,15 +49,15 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
         AdapterError: When the folder holds no adapter, or one that cannot be computed exactly.
     """
     settings = read_settings(Path(folder))
-    targets = settings.get("target_modules")
+    targets = settings.target_modules
     patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
     shared: dict[str, Any] = {
-        "rank": settings["r"],
-        "alpha": float(settings["lora_alpha"]),
-        "dropout": float(settings.get("lora_dropout") or 0.0),
-        "rslora": bool(settings.get("use_rslora")),
+        "rank": settings.r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout or 0.0,
+        "rslora": bool(settings.use_rslora),
         "target_modules": patterns,
-        "trainable_modules": tuple(settings.get("modules_to_save") or ()),
+        "trainable_modules": tuple(settings.modules_to_save or ()),
     }
     special = read_record(folder).adapter
     if special.get("kind") == "qa_lora":
@@ -130,7 +130,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool =
     settings, record = read_settings(folder), read_record(folder)
     tensors = read_tensors(folder / WEIGHTS)
     factors, whole = sort_tensors(tensors, model, settings, folder)
-    check_targets(model, set(factors), settings, folder)
+    unknown = check_targets(model, factors, settings, folder)
     existing = lora_modules(model)
     _check_existing(model, existing, factors, whole, settings, folder)
     if not existing:
@@ -141,8 +141,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool =
             model,
             name,
             rank,
-            scale_of(name, rank, settings),
-            float(settings.get("lora_dropout") or 0.0),
+            settings.scale_of(name, rank),
+            settings.lora_dropout or 0.0,
             group_size=record.group_sizes.get(name, 1),
         )
         with torch.no_grad():
@@ -150,7 +150,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool =
             module.lora_b.copy_(lora_b)
     names = tuple(whole)
     notes = () if existing else (*_untie(model, names), *train_whole(model, names))
-    notes += _check_base(model, record, folder, allow_mismatch)
+    notes += (*unknown, *_check_base(model, record, folder, allow_mismatch))
     for name, state in whole.items():
         load_whole(model, name, state, folder)
     if not existing:
@@ -163,7 +163,7 @@ def _check_existing(
     existing: Mapping[str, LoraLinear],
     factors: Mapping[str, tuple[Tensor, Tensor]],
     whole: Mapping[str, Mapping[str, Tensor]],
-    settings: Mapping[str, Any],
+    settings: Settings,
     folder: Path,
 ) -> None:
     """Refuses an adapter that is not the one the model was prepared for."""
@@ -191,7 +191,7 @@ def _check_existing(
         )
     for name, (lora_a, _) in factors.items():
         check_factors(model, name, factors[name], folder)
-        rank, scale = len(lora_a), scale_of(name, len(lora_a), settings)
+        rank, scale = len(lora_a), settings.scale_of(name, len(lora_a))
         if name in existing and (existing[name].rank != rank or abs(existing[name].scale - scale) > 1e-9 * scale):
             raise AdapterError(
                 f"this adapter has rank {rank} and scale {scale:g}; the config asks for "

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ingle.adapters.adapted import BEFORE, lora_modules
@@ -46,8 +47,14 @@ class BaseIdentity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BaseIdentity:
-        """What :meth:`to_dict` gave."""
-        return cls(**{key: values[key] for key in ("sha256", "formats", "tensors", "samples")})
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            KeyError: When a field is missing.
+            ValueError: When a field is of another type.
+        """
+        known = {key: values[key] for key in ("sha256", "formats", "tensors", "samples")}
+        return TypeAdapter(cls).validate_python(known)
 
     def explain_difference(self, other: BaseIdentity) -> str:
         """How far ``other`` is from this base, in one sentence with figures."""
@@ -66,7 +73,8 @@ class BaseIdentity:
 
     def relative_error(self, other: BaseIdentity) -> float | None:
         """``|W' - W| / |W|`` over the sampled weights of the adapted layers; None where they cannot be compared."""
-        if self.samples.keys() != other.samples.keys():
+        counts, others_counts = ({name: len(v) for name, v in i.samples.items()} for i in (self, other))
+        if counts != others_counts:
             return None
         own, others = (torch.tensor([i.samples[name] for name in self.samples]) for i in (self, other))
         return float((others - own).norm() / own.norm()) if own.any() else None

@@ -9,8 +9,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from ingle.adapters.adapted import lora_modules
@@ -20,6 +21,92 @@ from ingle.errors import AdapterError
 from ingle.quant.conversion import is_conv1d
 
 CONFIG = "adapter_config.json"
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern[:80]!r} is no regular expression: {error}") from None
+    return pattern
+
+
+T = TypeVar("T")
+_Rank = Annotated[int, Field(ge=1)]
+_Alpha = Annotated[float, Field(gt=0)]
+_Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+
+
+class Settings(BaseModel):
+    """The part of ``adapter_config.json`` that decides what an adapter computes, under PEFT's names.
+
+    Source: ``LoraConfig`` and ``check_target_module_exists`` of the PEFT library.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
+
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    use_rslora: bool | None = None
+    rank_pattern: dict[_Pattern, _Rank] | None = None
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    target_modules: list[str] | _Pattern | None = None
+    exclude_modules: list[str] | _Pattern | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[_Pattern] | str | None = None
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] | None = None
+    ensure_weight_tying: bool | None = None
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the module at path ``name``; ``rank_pattern`` overrides ``r``."""
+        return _override(self.rank_pattern, name, self.r)
+
+    def scale_of(self, name: str, rank: int) -> float:
+        """Factor in front of ``x A^T B^T`` of the module at path ``name``; ``alpha_pattern`` overrides its alpha."""
+        alpha = _override(self.alpha_pattern, name, self.lora_alpha)
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+    def is_target(self, name: str) -> bool:
+        """Whether the module at path ``name`` carries an adapter."""
+        saved = self.modules_to_save or ()
+        if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in saved):
+            return False
+        if self.exclude_modules and _matches(self.exclude_modules, name):
+            return False
+        if self.target_modules in (None, "all-linear"):
+            return True
+        assert self.target_modules is not None
+        if not _matches(self.target_modules, name):
+            return False
+        return isinstance(self.target_modules, str) or self._is_in_a_chosen_layer(name)
+
+    def _is_in_a_chosen_layer(self, name: str) -> bool:
+        layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+        if not layers:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in patterns or [r"[^.]*"]:
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+            if match:
+                return int(match["index"]) in layers
+        return False
+
+
+def _matches(modules: list[str] | str, name: str) -> bool:
+    """Whether a regular expression matches a whole path, or one of the names in a list ends it."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _override(patterns: Mapping[str, T] | None, name: str, default: T) -> T:
+    """The value of the first pattern that matches the end of a path."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
 
 #: Settings of PEFT's that change the arithmetic, with the value that leaves it plain.
 _MUST_BE_PLAIN: dict[str, tuple[Any, ...]] = {
@@ -72,7 +159,7 @@ def make_settings(
     }
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> Settings:
     """The settings of an adapter folder.
 
     Raises:
@@ -86,16 +173,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
             fix="give a folder with adapter_config.json and adapter_model.safetensors in it",
         )
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kind = settings.get("peft_type")
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        kind = values.get("peft_type")
         if kind != "LORA":
-            raise AdapterError(f"adapters of type {kind} are not supported yet, only LORA.", where=f"{path}: peft_type")
-        if not (isinstance(settings.get("r"), int) and isinstance(settings.get("lora_alpha"), int | float)):
-            raise AdapterError("r or lora_alpha is missing.", where=str(path), fix="the file is damaged: copy it again")
-    except (ValueError, AttributeError) as error:
-        raise AdapterError("the adapter's config cannot be read.", where=str(path), why=str(error)) from None
+            raise AdapterError(
+                f"Adapters of type {str(kind)[:40]} are not supported yet, only LORA.", where=f"{path}: peft_type"
+            )
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise AdapterError(
+            "The adapter's config cannot be read.", where=str(path), why=str(error), fix="copy the file again"
+        ) from None
     for key, plain in _MUST_BE_PLAIN.items():
-        value = settings.get(key, plain[0])
+        value = values.get(key, plain[0])
         if value not in plain:
             raise AdapterError(
                 f"this adapter uses {key} = {value!r}, which is not supported yet.",
@@ -103,23 +193,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 why="without it the model would answer differently from the one that was trained",
                 fix="merge it into its base with PEFT, or train a plain LoRA",
             )
-    return dict(settings)
+    try:
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[-1]  # of a union, the last member is the one that explains most
+        raise AdapterError(
+            "The adapter's config holds a value that no adapter can have.",
+            where=f"{path}: {'.'.join(map(str, problem['loc'][:2]))}",
+            why=f"{problem['msg']}; the file says {repr(problem['input'])[:60]}",
+            fix="copy the file again, or save the adapter again with PEFT",
+        ) from None
 
 
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:
     """The alpha that gives this scale."""
     alpha = scale * rank**0.5 if rslora else scale * rank
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def scale_of(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """Scale of one module; ``alpha_pattern`` may single it out."""
-    alpha = settings["lora_alpha"]
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
-    return float(alpha) / rank**0.5 if settings.get("use_rslora") else float(alpha) / rank
 
 
 def _shortest_names(model: nn.Module, names: set[str]) -> list[str]:

@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -20,15 +21,29 @@ from torch import Tensor, nn
 from ingle.adapters.adapted import tied_modules
 from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.lora import features, is_linear
-from ingle.adapters.settings import CONFIG
+from ingle.adapters.settings import CONFIG, Settings
 from ingle.atomic import write_atomically
+from ingle.config.adapter import MergeAware
 from ingle.config.base import BaseConfig, base_section
+from ingle.config.section import Section
 from ingle.errors import AdapterError
 from ingle.wording import some
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = "ingle"
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+
+
+_GROUP_SIZES = TypeAdapter(dict[str, Annotated[int, Field(ge=1)]])
+
+
+class _Special(Section):
+    """The fields of the adapter section that PEFT does not know."""
+
+    kind: Literal["lora", "qa_lora"] = "lora"
+    train_rounding: bool = False
+    merge_aware: MergeAware | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,16 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str) -> Record:
-        """What a header says."""
+        """What a header says.
+
+        Raises:
+            ValueError: When it says what no adapter can be.
+        """
         values = json.loads(text)
         base, identity = values["base"], values["identity"]
         return cls(
-            values["adapter"],
-            values["group_sizes"],
+            _Special.model_validate(values["adapter"]).model_dump(exclude_unset=True),
+            _GROUP_SIZES.validate_python(values["group_sizes"], strict=True),
             None if base is None else base_section(base),
             None if identity is None else BaseIdentity.from_dict(identity),
         )
@@ -95,7 +114,7 @@ def read_record(folder: str | Path) -> Record:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_KEY)
         return Record() if text is None else Record.from_json(text)
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise AdapterError(
             "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
         ) from None
@@ -124,26 +143,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def sort_tensors(
-    tensors: dict[str, Tensor], model: nn.Module, settings: Mapping[str, Any], folder: Path
+    tensors: dict[str, Tensor], model: nn.Module, settings: Settings, folder: Path
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
     """Splits the file into ``path -> (A, B)`` and ``path -> {key: tensor}`` for modules trained whole.
 
     Raises:
-        AdapterError: When a tensor is neither, or half of an adapter is missing.
+        AdapterError: When a tensor is neither or is there twice, when half of an adapter is missing, or when a module
+            of ``modules_to_save`` is.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
-    saved = settings.get("modules_to_save") or ()
+    saved = settings.modules_to_save or ()
     # As PEFT reads the list: "norm" means every module whose name ends so, input_layernorm too.
     paths = [name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))]
-    if settings.get("ensure_weight_tying"):  # PEFT then names one module and saves all that share its weight
+    if settings.ensure_weight_tying:  # PEFT then names one module and saves all that share its weight
         paths += tied_modules(model, tuple(paths))
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
         owner = next((path for path in paths if name.startswith(f"{path}.")), None)
         if match:
-            halves.setdefault(match[1], {})[match[2]] = tensor
+            pair = halves.setdefault(match[1], {})
+            if match[2] in pair:
+                raise AdapterError(f"The file holds {match[2]} of {match[1]} twice.", where=str(folder / WEIGHTS))
+            if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+                raise AdapterError(
+                    f"{key} is no matrix of floating-point numbers.",
+                    where=str(folder / WEIGHTS),
+                    why=f"it is {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}",
+                    fix="save the adapter again in float32, float16 or bfloat16",
+                )
+            pair[match[2]] = tensor
         elif owner is not None:
             whole.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
         else:
@@ -153,6 +183,15 @@ def sort_tensors(
                 why="only A and B of linear maps and the modules in modules_to_save are read",
                 fix="merge it into its base with PEFT, or train it without LoRA on embeddings and head",
             )
+    outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+    absent = [path for path in outer if path not in whole and any(True for _ in model.get_submodule(path).parameters())]
+    if absent:
+        raise AdapterError(
+            f"The weights of {some(absent)} are missing.",
+            where=str(folder / WEIGHTS),
+            why=f"{CONFIG} says that they were trained whole (modules_to_save)",
+            fix="copy the whole adapter folder again",
+        )
     broken = [name for name, pair in halves.items() if len(pair) != 2]
     if broken or not halves:
         raise AdapterError(
@@ -163,29 +202,48 @@ def sort_tensors(
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, whole
 
 
-def check_targets(model: nn.Module, found: set[str], settings: Mapping[str, Any], folder: Path) -> None:
-    """Finds modules that the config names and the file lacks, where the config says it plainly.
+def check_targets(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], settings: Settings, folder: Path
+) -> tuple[str, ...]:
+    """Compares the modules and ranks that the config names with those in the file.
+
+    Returns:
+        Sentences about names in ``target_modules`` that fit no module of this model, which other readers ignore.
 
     Raises:
-        AdapterError: When there are such modules.
+        AdapterError: When the two contradict each other.
     """
-    targets = settings.get("target_modules")
-    if not isinstance(targets, list) or settings.get("layers_to_transform") or settings.get("exclude_modules"):
-        return
-    paths = {name.removesuffix(".base") for name, module in model.named_modules() if is_linear(module)}
-    named = {path for path in paths if any(path == t or path.endswith(f".{t}") for t in targets)}
-    missing = {
-        path
-        for path in named - found
-        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", path) for m in settings.get("modules_to_save") or ())
-    }
+    config = str(folder / CONFIG)
+    foreign = sorted(name for name in factors if not settings.is_target(name))
+    if foreign:
+        raise AdapterError(
+            f"The adapter's config does not target {some(foreign)}, but the weights hold an adapter there.",
+            where=f"{config}: target_modules",
+            why="config and weights belong to different adapters; another reader would leave these weights out",
+            fix="copy the whole adapter folder again",
+        )
+    for name, (lora_a, _) in factors.items():
+        if len(lora_a) != settings.rank_of(name):
+            raise AdapterError(
+                f"The adapter of {name} has rank {len(lora_a)}; its config says {settings.rank_of(name)}.",
+                where=f"{config}: r, rank_pattern",
+                why="config and weights belong to different adapters, and the scale depends on the rank",
+                fix="copy the whole adapter folder again",
+            )
+    if settings.target_modules in (None, "all-linear"):
+        return ()
+    paths = [name.removesuffix(".base") for name, module in model.named_modules() if is_linear(module)]
+    missing = sorted(path for path in paths if settings.is_target(path) and path not in factors)
     if missing:
         raise AdapterError(
             f"the adapter of {some(missing)} is missing.",
             where=str(folder / WEIGHTS),
-            why=f"target_modules names {len(named)} modules of this model; the file has {len(found)}",
+            why=f"the config names {len(missing) + len(factors)} modules of this model; the file has {len(factors)}",
             fix="copy the file again, or take the base it was trained on",
         )
+    listed = settings.target_modules if isinstance(settings.target_modules, list) else []
+    unknown = [entry for entry in listed if not any(f".{path}".endswith(f".{entry}") for path in paths)]
+    return (f"target_modules names {some(unknown)}, which this model does not have",) if unknown else ()
 
 
 def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], folder: Path) -> None:
@@ -236,6 +294,9 @@ def load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Pa
             f"the model { {k: list(p.shape) for k, p in parameters.items()} }",
             fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
         )
+    broken = [key for key, tensor in state.items() if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all()]
+    if broken:
+        raise AdapterError(f"{name}.{broken[0]} holds NaN, infinity or no numbers.", where=str(folder / WEIGHTS))
     with torch.no_grad():
         for key, tensor in state.items():
             if parameters[key].is_meta:  # of a model whose bytes are elsewhere

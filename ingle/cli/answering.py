@@ -20,8 +20,8 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter folder, a model folder or a hub id.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message before conversations that have none.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]

@@ -10,12 +10,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
+from ingle import stopping
 from ingle.cli.answering import (
     AllowMismatch,
     BaseOnly,
@@ -93,7 +95,8 @@ def chat(
     if interactive:
         _edit_lines()
         _print_banner(notes, model, engine, options, base_only)
-    Talk(engine, system, seed, options, interactive=interactive, notes=notes).run()
+    with stopping.handled_by_program() if interactive else nullcontext():
+        Talk(engine, system, seed, options, interactive=interactive, notes=notes).run()
 
 
 class Talk:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from ingle.errors import ConfigError
-from ingle.wording import size
+from ingle.wording import plural, size
 
 
 class To(StrEnum):
-    """What is written."""
+    """What is exported."""
 
     PEFT = "peft"
     SAFETENSORS = "safetensors"
@@ -42,7 +42,8 @@ def export(
         typer.Option(
             metavar="PATH",
             show_default=False,
-            help="A new folder; for GGUF also a file ending in .gguf, whose companions then lie beside it.",
+            help="A new folder. For GGUF: any folder, or a file ending in .gguf; card, Modelfile, fidelity report and "
+            "certificate are named after the file, so that several exports fit in one folder.",
         ),
     ],
     type: Annotated[
@@ -50,40 +51,43 @@ def export(
         typer.Option(
             metavar="TYPE",
             show_default=False,
-            help="GGUF: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, ..., bf16, f16, f32, or as-trained (every weight in the "
-            "format it was trained in). safetensors: bf16 (the default), f16, f32, nf4, fp4, int8, hqq-4 (or 8, 3, 2, "
-            "1 bits; hqq-3-g32 for groups of 32).",
+            help="GGUF: q4_k_m, q5_k_m, q6_k, q8_0, q4_0, ..., bf16, f16, f32, or as-trained (every tensor in the "
+            "format it had in training; this is not lossless: merged weights are rounded to that format again). "
+            "safetensors: bf16 (the default), f16, f32, nf4, fp4, int8, hqq-4 (or 8, 3, 2, 1 bits; hqq-3-g32 for "
+            "groups of 32).",
         ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Let llama.cpp (or transformers and PEFT) read what was written, compare its tokens, probabilities "
-            "and greedy answers with Ingle's, and write certificate.json. A mismatch fails the command.",
+            help="Let llama.cpp (or transformers and PEFT) read the export, compare its tokens, probabilities and "
+            "greedy answers with Ingle's, and write a certificate. A mismatch fails the command.",
         ),
     ] = False,
     promote: Annotated[
-        bool, typer.Option("--promote", help="Give the weights that lose most of their training a wider type.")
+        bool, typer.Option("--promote", help="Give the tensors that lose most of their training a wider type.")
     ] = False,
     size_budget: Annotated[
-        float, typer.Option(min=0.0, help="What --promote may add, as a share of the file's size.")
+        float, typer.Option(min=0.0, help="What --promote may add, as a share of the file size.")
     ] = 0.15,
     max_kl: Annotated[
         float,
         typer.Option(
             "--max-kl",
             min=0.0,
-            help="Refuse to write a model whose answers are further from the trained one's: KL divergence in nats a "
-            "token on held-out text.",
+            help="Refuse a model whose predictions are further from the trained one's: KL divergence in nats a token "
+            "on held-out text.",
         ),
     ] = 0.15,
     allow_loss: Annotated[
-        bool, typer.Option("--allow-loss", help="Write it whatever is lost; fidelity.json still says what.")
+        bool, typer.Option("--allow-loss", help="Write it however much is lost; the fidelity report says how much.")
     ] = False,
     allow_mismatch: Annotated[
         bool,
-        typer.Option("--allow-mismatch", help="Take another base than the adapter was trained on; says how far it is."),
+        typer.Option(
+            "--allow-mismatch", help="Accept another base than the adapter was trained on; says how different it is."
+        ),
     ] = False,
     data: Annotated[
         Path | None,
@@ -95,22 +99,24 @@ def export(
     ] = None,
     imatrix: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default=False, help="Importance matrix for the quantizer, as llama.cpp's."),
+        typer.Option(
+            metavar="FILE", show_default=False, help="Importance matrix for the quantizer, in llama.cpp's format."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write what was trained in the form in which it is served.
+    """Export a trained model in the form in which it is served.
 
     - `ingle export runs/demo --to gguf --type q4_k_m --out served --verify`
     - `ingle export runs/demo --to safetensors --out merged`
     - `ingle export runs/demo --to gguf-adapter --out lora.gguf`
 
-    Every merge is measured: per weight what survives of the change, and on text how far the written model's answers are
-    from the trained one's. Both stand in `fidelity.json` and `fidelity.md`. Nothing is overwritten, and a command that
-    is stopped leaves nothing behind.
+    Every merge is measured: for each tensor how much of the trained change survives the rounding, and on text how far
+    the predictions of the export are from those of the trained model. The fidelity report holds both. Nothing is
+    overwritten, and a command that is stopped leaves nothing half-written.
     """
     if not to:
-        raise ConfigError("Say what to write.", fix="--to gguf")
+        raise ConfigError("--to is missing.", fix="--to gguf")
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
@@ -136,31 +142,27 @@ def export(
 
 
 def summarize(result: dict[str, Any]) -> list[str]:
-    """What a person wants to know of an export, a line each."""
-    kind = f" as {result['type']}" if result["type"] else ""
-    lines = [f"wrote {result['path']}{kind}, {size(result['num_bytes'])}"]
-    fidelity = result["fidelity"]
-    if fidelity is not None:
-        text = f"{fidelity['num_copied']} of {fidelity['num_tensors']} weights copied as they were"
-        if fidelity["mean_correlation"] is not None:
-            text += (
-                f", {fidelity['num_merged']} merged: correlation of what survived {fidelity['mean_correlation']:.3f}"
-            )
-        lines.append(text)
-        if fidelity["promotion"] is not None:
-            promotion = fidelity["promotion"]
-            lines.append(f"{len(promotion['types'])} weights promoted, {size(promotion['extra_bytes'])} more")
-        divergence = fidelity["divergence"]
-        if divergence is not None:
-            lines.append(
-                f"against the trained model: KL {divergence['kl']:.4f} nats a token, same likeliest token in "
-                f"{divergence['top1_agreement']:.1%}, perplexity {divergence['perplexity_second']:.3f} "
-                f"(trained {divergence['perplexity_first']:.3f})"
-            )
+    """What a person wants to know of an export, a sentence or two a line."""
+    from ingle.export import wording
+
+    kind = f"{result['type']}, " if result["type"] else ""
+    lines: list[str | None] = [f"Wrote {result['path']} ({kind}{size(result['num_bytes'])})."]
+    report = result["fidelity"]
+    if report is not None:
+        lines += [wording.weights(report), wording.rounding(report), wording.kept(report)]
+        if report["promotion"] is not None:
+            promotion = report["promotion"]
+            count = plural(len(promotion["types"]), "tensor")
+            lines.append(f"Promoted {count} to wider types, for {size(promotion['extra_bytes'])} more.")
+        lines.append(
+            wording.divergence(report) or "Not measured on text; --data FILE measures how far the predictions moved."
+        )
     made = result["certificate"]
     if made is not None:
         lines.append(
-            f"{made['versions']['other']} answers as Ingle does: KL {made['mean_kl']:.1e}, "
-            f"{made['greedy_equal']} of {made['num_prompts']} greedy answers equal, tokens equal"
+            f"Verified: {made['versions']['other']} answers as Ingle does. Tokens are equal; KL divergence "
+            f"{made['mean_kl']:.1e} nats a token on {plural(made['num_tokens'], 'token')}; {made['greedy_equal']} of "
+            f"{plural(made['num_prompts'], 'greedy answer')} equal."
         )
-    return lines
+        lines += [f"Note: {note}." for note in made["notes"]]
+    return [line for line in lines if line is not None]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 _TOKENS = 16_384
 _LIMIT = 0.02
@@ -23,30 +25,31 @@ def formats(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="The text to compare on, best what the model will be used for: .jsonl, .txt, ... as for training.",
+            help="Text to compare on, best of the kind that the model will meet: .jsonl, .txt, ... as for training.",
         ),
     ],
     formats: Annotated[
-        str | None, typer.Option(metavar="A,B,C", show_default=False, help="Only these formats; all when left out.")
+        str | None,
+        typer.Option(metavar="A,B,C", show_default=False, help="Compare only these formats; all by default."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write formats.json and formats.html, a page with table and charts, there."),
+        typer.Option(metavar="DIR", help="Folder for formats.json and formats.html, a page with table and charts."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, from the beginning of FILE.")] = _TOKENS,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to score, from the start of FILE.")] = _TOKENS,
     limit: Annotated[
-        float, typer.Option(min=0.0, help="What the recommended format may cost: divergence in nats a token.")
+        float, typer.Option(min=0.0, help="Largest divergence of the recommended format, in nats a token.")
     ] = _LIMIT,
     imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Pack with this importance matrix (imatrix.gguf or .dat).")
+        Path | None, typer.Option(metavar="FILE", help="Quantize with this importance matrix (imatrix.gguf or .dat).")
     ] = None,
 ) -> None:
     """Compare base formats on a model and a text: size, perplexity, divergence, speed and memory.
 
-    Every format is applied to the weights in memory and reads the text beside the unpacked model. The end is a
-    recommendation: the smallest format that no other beats and that stays within the limit. With `--out` the same
-    command goes on after an interruption.
+    Each format is applied to the weights in memory, and its predictions on the text are compared with those of the
+    unpacked model. The result ends with a recommendation: the smallest format within the limit that no other beats.
+    With `--out`, the same command continues after an interruption.
     """
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console, show
@@ -68,44 +71,69 @@ def formats(
     if as_json:
         print(json.dumps(report, indent=2, allow_nan=False))
         return
-    show(make_console(), *_render(report, out))
+    console = make_console()
+    show(console, *_render(report, out, console))
 
 
-def _render(report: Mapping[str, Any], out: Path | None) -> list[RenderableType]:
+#: Columns of the table: key of a cell, title, and what is left out first where the terminal is narrow.
+_COLUMNS = (
+    ("size", "size", 0),
+    ("bits", "bits", 3),
+    ("kl", "divergence", 0),
+    ("kl_99", "99 % below", 4),
+    ("top_1", "same first", 1),
+    ("perplexity", "perplexity", 2),
+    ("loss", "loss", 5),
+    ("rate", "weights/s", 6),
+    ("memory", "memory", 7),
+)
+_VERDICTS = {"yes": "Holds here", "no": "Does not hold here", "in part": "Holds in part", "open": "Not measured"}
+
+
+def _render(report: Mapping[str, Any], out: Path | None, console: Console) -> list[RenderableType]:
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from ingle.evaluation.formats.wording import measured_on
+
+    shown = [key for key, _, _ in _COLUMNS]
+    unlimited = console.options.update(width=1000)
+    while console.measure(table := _table(report, shown), options=unlimited).maximum > console.width and len(shown) > 2:
+        shown.remove(max((rank, key) for key, _, rank in _COLUMNS if key in shown)[1])
+    left_out = [title for key, title, _ in _COLUMNS if key not in shown]
+    choice, subject = report["recommendation"], report["subject"]
+    lines = [
+        f"{measured_on(report)}. Loss and divergence are nats a token, against the unpacked model.",
+        "● = no other format is smaller without diverging more.",
+    ]
+    if left_out:
+        lines.append(f"Left out in so narrow a terminal: {', '.join(left_out)}; --json and --out show everything.")
+    lines += [f"{_VERDICTS[each['verdict']]}: {each['claim']} ({each['measured']})" for each in report["sayings"]]
+    if choice["name"] is not None:
+        lines.append(f"{'Recommended' if choice['within'] else 'Closest'}: {choice['name']}, {choice['reason']}")
+        lines.append(f"To write it: ingle quantize {shlex.quote(subject['model'])} --to {choice['name']} --out PATH")
+    if out is not None:
+        lines.append(f"Charts and intervals: {out / 'formats.html'}")
+    return [table, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines)]
+
+
+def _table(report: Mapping[str, Any], keys: Sequence[str]) -> Table:
+    """The table with some of its columns."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from ingle.evaluation.formats.wording import row_cells
 
-    columns = ("bits", "size", "perplexity", "loss", "kl", "kl_99", "top_1", "rate", "memory")
-    heads = ("bits", "size", "perplexity", "loss", "divergence", "99 % below", "same first", "weights/s", "memory")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("format", no_wrap=True)
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    chosen = report["recommendation"]["name"]
+    for key, title, _ in _COLUMNS:
+        if key in keys:
+            table.add_column(title, justify="right", no_wrap=True)
     for row in [*report["formats"], report["reference"]]:
         cells = row_cells(row)
         mark = "●" if row["name"] in report["front"] else " "
-        style = "bold green" if row["name"] == chosen else ""
-        table.add_row(Text(f"{mark} {row['name']}", style=style), *(cells[column] for column in columns))
-    lines = [
-        f"  {report['num_tokens']:,} tokens of {report['subject']['data']} in {report['num_windows']:,} windows, "
-        f"computed in {report['subject']['dtype']}; ● no other format is smaller without losing more",
-        "  loss and divergence: nats a token, from the unpacked model",
-        *(
-            f"  {_VERDICTS[saying['verdict']]}: {saying['claim']} ({saying['measured']})"
-            for saying in report["sayings"]
-        ),
-    ]
-    if chosen is not None:
-        word = "recommended" if report["recommendation"]["within"] else "closest"
-        lines.append(f"  {word}: {chosen}, {report['recommendation']['reason']}")
-        lines.append(f"  ingle quantize {report['subject']['model']} --to {chosen} --out PATH")
-    if out is not None:
-        lines.append(f"  {out / 'formats.html'} shows it")
-    return [table, *(Text(line) for line in lines)]
-
-
-_VERDICTS = {"yes": "true here too", "no": "not true here", "in part": "true in part", "open": "not measured"}
+        style = "bold green" if row["name"] == report["recommendation"]["name"] else ""
+        values = (cells[key] for key, _, _ in _COLUMNS if key in keys)
+        table.add_row(Text(f"{mark} {row['name']}", style=style), *values)
+    return table

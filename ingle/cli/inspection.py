@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ingle.cli.configs import CONFIG, Words, load_config
+from ingle.cli.words import split_words
+from ingle.errors import ConfigError
 from ingle.events import Warned
 
-_FLAGS = ("--num-previews", "--json", "--debug", "--help")
+if TYPE_CHECKING:
+    from ingle.config import LoadedRun
+
+_FLAGS = ("--model", "--num-previews", "--json", "--debug", "--help")
 
 
 def inspect(
     words: Annotated[Words, CONFIG] = None,
+    model: Annotated[
+        str | None, typer.Option(show_default=False, help="Model whose tokenizer reads a data file.")
+    ] = None,
     num_previews: Annotated[int, typer.Option(min=0, help="Documents shown token by token.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a model would learn from: tokens coloured by supervision, lengths, packing, duplicates, overlap.
 
+    Takes a config or a data file; without `--model`, a data file is read row by row only.
+
     Nothing is trained, and of the model only the tokenizer is read.
     """
-    loaded = load_config(words, "data inspect", _FLAGS)
+    from ingle.config import Run
+
+    files, overrides = split_words(words, known=Run.model_fields, flags=_FLAGS)
+    file = files[0] if len(files) == 1 and _is_data(files[0]) else None
+    if model is not None:
+        overrides = [*overrides, f"--model.id={model}"]
+    if file is None:
+        loaded = load_config([*files, *overrides], "data inspect", _FLAGS)
+    elif any(override.startswith("--model.") for override in overrides):
+        loaded = _load_for(file, overrides)
+    else:
+        _inspect_rows(file, overrides, num_previews, as_json)
+        return
     from ingle import models
     from ingle.data import doctor
     from ingle.sinks import Terminal
@@ -46,3 +70,34 @@ def inspect(
         print(json.dumps(report.to_dict(), ensure_ascii=False))
     else:
         doctor.render_report(report, make_console())
+
+
+def _is_data(word: str) -> bool:
+    """Whether a word names a data file, by its suffix."""
+    from ingle.config.data import SUFFIXES
+
+    return Path(word.lower().removesuffix(".gz")).suffix in SUFFIXES
+
+
+def _load_for(file: str, overrides: Sequence[str]) -> LoadedRun:
+    from ingle.config import load_run
+
+    sources = json.dumps([{"path": file}], ensure_ascii=False)
+    return load_run(None, [f"--data.sources={sources}", "--output=none", *overrides])
+
+
+def _inspect_rows(file: str, overrides: Sequence[str], num_previews: int, as_json: bool) -> None:
+    from ingle.data.rows import inspect_rows, render_rows
+    from ingle.sinks.terminal import make_console
+
+    if overrides:
+        raise ConfigError(
+            "Options of a run need a model to show what they do.",
+            where=overrides[0],
+            fix=f"ingle data inspect {file} --model PATH_OR_ID {' '.join(overrides)}",
+        )
+    report = inspect_rows(file, num_previews=num_previews)
+    if as_json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        render_rows(report, make_console())

@@ -1,10 +1,10 @@
 """From what happened to an exit code: the only place that knows them.
 
 =====  =========================================================================================
-0      done, or nothing left to do
-1      a bug in Ingle
-2      a mistake the user can mend
-130    interrupted; a run has then written a full checkpoint
+0      Done, or nothing left to do.
+1      A bug in Ingle.
+2      A mistake of the user.
+130    Interrupted; nothing incomplete is left, and a run continues from its last checkpoint.
 =====  =========================================================================================
 """
 
@@ -23,9 +23,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ingle import stopping
 from ingle.errors import Explained, IngleError, Interrupted
 
-DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, stopping.EXIT_CODE
 
 #: What the system refuses for reasons that lie with the user's disk or rights.
 _USERS_ERRNOS = (
@@ -37,10 +38,10 @@ _SHOWN_FRAMES = 4
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Runs a command and tells how it went.
+    """Runs a command and reports how it ended.
 
     Args:
-        arguments: The words behind ``ingle``.
+        arguments: The words after ``ingle``.
 
     Returns:
         The exit code.
@@ -72,19 +73,26 @@ def _tell(error: BaseException) -> int:
             code = getattr(error, "exit_code", getattr(error, "code", DONE))
             return code if isinstance(code, int) else DONE
         case Interrupted():
-            _print(error)
-            return INTERRUPTED
+            return _tell_interrupted(error)
         case KeyboardInterrupt() | typer.Abort():
-            _print(Interrupted("stopped."))
-            return INTERRUPTED
+            return _tell_interrupted(Interrupted(stopping.explanation()))
         case _ if type(error).__name__ == "NoArgsIsHelpError":
             return DONE  # the help of a group was shown
     mistake = as_mistake(error)
     if mistake is not None:
         _print(mistake)
         return MISTAKE
+    if stopping.requested() is not None:
+        # Ctrl-C reaches the processes that we started as well, and their end looks like an error to who waits for them.
+        return _tell_interrupted(Interrupted(stopping.explanation()))
     _print_bug(error)
     return BUG
+
+
+def _tell_interrupted(error: Interrupted) -> int:
+    _print(error)
+    stopping.silence_watchdog()
+    return INTERRUPTED
 
 
 def _is_broken_pipe(error: BaseException) -> bool:
@@ -94,13 +102,13 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def as_mistake(error: BaseException) -> IngleError | None:
-    """The error as one the user can mend; None when it is a bug."""
+    """The error as a mistake of the user; None when it is a bug."""
     if isinstance(error, IngleError):
         return error
     if hasattr(error, "format_message") and hasattr(error, "ctx"):
         return _usage_error(error)
     if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
-        # A file that is written beside its place has a name of ours; the user knows the place.
+        # An incomplete file has a name of ours; the user knows the final one.
         where = re.sub(r"\.partial-.*", "", str(error.filename)) if error.filename is not None else None
         return IngleError(f"{error.strerror}.", where=where, fix="check the path, its permissions and the free space")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -26,29 +26,29 @@ def quantize(
     ],
     out: Annotated[
         Path,
-        typer.Option(metavar="PATH", show_default=False, help="A .gguf file, or a new folder; nothing is overwritten."),
+        typer.Option(metavar="PATH", show_default=False, help="A .gguf file, or a folder; nothing is overwritten."),
     ],
     imatrix: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Importance matrix for types of GGUF blocks and hqq: read, or with --data gathered and written there.",
+            help="Importance matrix, for GGUF types with blocks and hqq: read, or with --data gathered and written.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FILE", show_default=False, help="Text to gather an importance matrix from."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to read, from its beginning.")] = 65_536,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to read, from its start.")] = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Pack a model in any format, and say what each class of weights lost.
+    """Quantize a model to any format, and report what each class of weights lost.
 
     - `ingle quantize my-model --to q4_k_m --out my-model.gguf --data text.jsonl`
     - `ingle quantize my-model --to nf4 --out my-model-nf4` (loads in Ingle and in transformers)
 
-    What was trained with an adapter is written by `ingle export`; which format suits a model says `ingle formats`.
+    To write a trained adapter use `ingle export`; to find the format that suits a model, `ingle formats`.
     """
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console, show
@@ -82,10 +82,10 @@ def _render(result: Mapping[str, Any]) -> list[RenderableType]:
         table.add_row(name, types, count(row["num_weights"]), f"{row['bits_per_weight']:.2f}", error)
     before, after = result["num_bytes_before"], result["num_bytes"]
     lines = [
-        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight",
-        "  relative error: root mean square of what changed over that of the weights, read back from the file",
+        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight.",
+        "  Relative error: rms of the change over rms of the weights, read back from the file.",
     ]
     if result["imatrix"] is not None:
-        lines.append(f"  packed with the importance matrix of {result['imatrix']}")
-    lines.append(f"  wrote {result['path']}")
+        lines.append(f"  Used the importance matrix of {result['imatrix']}.")
+    lines.append(f"  Wrote {result['path']}.")
     return [table, *(Text(line) for line in lines)]

@@ -51,18 +51,19 @@ class LowRankAdapter(Section):
         rslora: Rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732).
         lora_plus_ratio: Learning rate of B over that of A (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA.
         target_modules: ``all-linear``, or patterns matched against the end of a module's path
-            (``q_proj``, ``layers.*.mlp.*``).
+            (``q_proj``, ``layers.*.mlp.*``). ``all-linear`` leaves out the head, and what PEFT would take for fused
+            experts.
         trainable_modules: Modules trained whole and saved with the adapter (``embed_tokens``, ``lm_head``).
         path: An adapter folder in PEFT's layout to start from; its rank and targets must agree.
         allow_mismatch: Start from ``path`` even if it was trained on another base than this run's.
     """
 
     kind: str
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    alpha: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
-    lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=1_000_000)] = 1.0
     target_modules: Literal["all-linear"] | Patterns = "all-linear"
     trainable_modules: Strings = ()
     path: Text | None = None

@@ -6,8 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Strict
 
-from ingle.config.section import Section, Text, one_or_more
+from ingle.config.section import Count, Section, Text, one_or_more
 
+#: Suffixes of data files, each also with ``.gz``.
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+ControlTokens = Literal["escape", "keep", "refuse"]
 Layout = Literal["auto", "messages", "prompt-completion", "instruction", "sharegpt", "text"]
 
 
@@ -16,7 +20,7 @@ class Source(Section):
 
     Attributes:
         path: ``train.jsonl`` (also .json, .csv, .parquet, .txt, each also .gz), a glob, or a hub dataset id.
-            Looked for from the current folder, then beside the config file.
+            Relative to the current folder; if nothing is there, to the folder of the config file.
         layout: How a row is to be read; ``auto`` looks at its keys.
         columns: Renames columns before the layout is read: ``{prompt: mr, completion: ref}``.
         split: Split of a hub dataset.
@@ -29,7 +33,7 @@ class Source(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     split: Text = "train"
     name: Text | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
 
 
 Sources = Annotated[
@@ -53,12 +57,16 @@ class DataConfig(Section):
             ``auto``: split for ``clm``, truncate for ``sft``.
         shuffle: Shuffle the sequences anew each epoch.
         system: A system message put before conversations that have none.
+        control_tokens: What happens to control tokens (``<|im_end|>``, ``</s>``) inside messages, prompts and
+            completions: ``escape`` reads them as text, ``keep`` as the tokens that they spell, ``refuse`` makes the
+            row an error. Plain text is read as it stands.
     """
 
     sources: Sources
-    max_seq_len: Annotated[int, Field(ge=8)] = 1024
+    max_seq_len: Annotated[int, Field(ge=8, le=16_777_216)] = 1024
     packing: bool = True
     train_on: Literal["assistant", "last", "all"] = "assistant"
     too_long: Literal["auto", "truncate", "drop", "split"] = "auto"
     shuffle: bool = True
     system: str | None = None
+    control_tokens: ControlTokens = "escape"

@@ -1,12 +1,16 @@
-"""A YAML document whose every value knows the line it stands on.
+"""A YAML document in which every value knows its line.
 
-The dialect is YAML 1.1 as PyYAML reads it, less its traps: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30``
-and ``2024-01-01`` are text, a key is always text, and a key that stands twice is an error.
+The dialect is YAML 1.1 as PyYAML reads it, without its traps: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30``
+and ``2024-01-01`` are text, a key is always text, and a duplicate key is an error.
+
+A document is small by definition.  The limits below are far above every real config; they end a hostile one (nested
+thousands of levels deep, or a few aliases that expand to billions of values) before it takes time or memory.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +20,13 @@ from ingle.errors import ConfigError
 
 Origin = Literal["file", "flag"]
 
+#: Levels of nesting.
+_MAX_DEPTH = 40
+#: Values, each alias counted with all that it expands to.
+_MAX_VALUES = 100_000
+#: Digits of a whole number; 64 bits take 19.
+_MAX_DIGITS = 100
+
 
 @dataclass
 class Node:
@@ -23,7 +34,7 @@ class Node:
 
     Attributes:
         value: A scalar, a list of nodes or a dict of nodes.
-        origin: Whether a file or a flag gave it.
+        origin: Whether it comes from a file or a flag.
         where: ``run.yaml:12`` or the flag as typed.
         raw: A scalar as it was written; None for containers and for quoted text.
     """
@@ -43,7 +54,19 @@ class Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with its own table of what a plain scalar means."""
+    """PyYAML's safe loader with its own table of what a plain scalar means, and a limit on nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Composes one node; PyYAML does so recursively."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_DEPTH} levels", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,9 +118,9 @@ def read_document(text: str, name: str) -> Node:
     """Reads one YAML document from a file.
 
     Raises:
-        ConfigError: It is not YAML, a key stands twice, or it refers to itself.
+        ConfigError: It is not YAML, has a duplicate key, is nested too deep, or expands to too much.
     """
-    return _read(text, "file", lambda mark: f"{name}:{mark.line + 1}", name)
+    return _Reader("file", name, lambda mark: f"{name}:{mark.line + 1}").read(text)
 
 
 def read_value(text: str, where: str) -> Node:
@@ -108,71 +131,126 @@ def read_value(text: str, where: str) -> Node:
     """
     if not text.strip():
         return Node("", "flag", where, raw=text)
-    return _read(text, "flag", lambda mark: where, where)
+    return _Reader("flag", where, lambda mark: where).read(text)
 
 
-def _read(text: str, origin: Origin, place: Any, name: str) -> Node:
-    try:
-        loader = _Loader(text)
+class _Reader:
+    """Turns one document into nodes.
+
+    Args:
+        origin: Of every node.
+        name: Of the document.
+        place: From PyYAML's mark to what errors show.
+    """
+
+    def __init__(self, origin: Origin, name: str, place: Callable[[yaml.Mark], str]) -> None:
+        self._origin, self._name, self._place = origin, name, place
+        self._num_values = 0
+
+    def read(self, text: str) -> Node:
         try:
-            root = loader.get_single_node()
-            return _convert(loader, root, origin, place, ()) if root is not None else Node(None, origin, name)
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(
+            loader = _Loader(text)
+            try:
+                root = loader.get_single_node()
+                return self._convert(loader, root, ()) if root is not None else Node(None, self._origin, self._name)
+            finally:
+                loader.dispose()
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position)
+            mark = yaml.Mark(self._name, error.position, line, 0, text, error.position)
+            raise self._invalid(mark, f"the character U+{ord(text[error.position]):04X} is not allowed") from error
+        except yaml.YAMLError as error:
+            found = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+            raise self._invalid(found, getattr(error, "problem", None) or str(error)) from error
+
+    def _invalid(self, mark: yaml.Mark | None, why: str) -> ConfigError:
+        return ConfigError(
             "This is not valid YAML.",
-            where=place(mark) if mark is not None else name,
-            why=problem,
+            where=self._place(mark) if mark is not None else self._name,
+            why=why,
             fix="check indentation, quotes and brackets there; put text with ': ' or '#' in quotes",
-        ) from error
+        )
 
-
-def _convert(
-    loader: yaml.SafeLoader, node: yaml.Node, origin: Origin, place: Any, outer: tuple[yaml.Node, ...]
-) -> Node:
-    where = place(node.start_mark)
-    if any(node is above for above in outer):
-        raise ConfigError("A YAML alias contains itself.", where=where, fix="write the value out")
-    if node.tag not in _TAGS:
-        raise ConfigError(f"The YAML tag {node.tag} is not read here.", where=where, fix="write a plain value")
-    if isinstance(node, yaml.MappingNode):
-        return Node(_table(loader, node, origin, place, (*outer, node)), origin, where)
-    if isinstance(node, yaml.SequenceNode):
-        items = [_convert(loader, item, origin, place, (*outer, node)) for item in node.value]
-        return Node(items, origin, where)
-    # A lone ``<<`` or ``=`` means something as a key only.
-    value = node.value if node.tag in _KEYS_ONLY else loader.construct_object(node, deep=True)
-    is_plain = isinstance(node, yaml.ScalarNode) and not node.style
-    return Node(value, origin, where, raw=node.value if is_plain else None)
-
-
-def _table(
-    loader: yaml.SafeLoader, node: yaml.MappingNode, origin: Origin, place: Any, outer: tuple[yaml.Node, ...]
-) -> dict[str, Node]:
-    table: dict[str, Node] = {}
-    merged: dict[str, Node] = {}
-    for key_node, value_node in node.value:
-        where = place(key_node.start_mark)
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError("A key must be a word.", where=where)
-        value = _convert(loader, value_node, origin, place, outer)
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            for part in value.value if isinstance(value.value, list) else [value]:
-                merged = {**(part.value if isinstance(part.value, dict) else {}), **merged}
-            continue
-        if key_node.value in table:
+    def _convert(self, loader: yaml.SafeLoader, node: yaml.Node, outer: tuple[yaml.Node, ...]) -> Node:
+        where = self._place(node.start_mark)
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
             raise ConfigError(
-                f"The key {key_node.value!r} stands twice in one section.",
+                f"The document has more than {_MAX_VALUES:,} values.",
                 where=where,
-                why=f"the first is at {table[key_node.value].where}",
-                fix="keep one of them",
+                why="every alias counts with all that it expands to",
+                fix="write fewer values; name many files with a pattern such as `data/*.jsonl`",
             )
-        value.where = where
-        table[key_node.value] = value
-    return {**merged, **table}
+        if any(node is above for above in outer):
+            raise ConfigError("A YAML alias contains itself.", where=where, fix="write the value out")
+        if node.tag not in _TAGS:
+            raise ConfigError(f"The YAML tag {node.tag} is not supported.", where=where, fix="write a plain value")
+        if isinstance(node, yaml.MappingNode):
+            return Node(self._table(loader, node, (*outer, node)), self._origin, where)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self._convert(loader, item, (*outer, node)) for item in node.value]
+            return Node(items, self._origin, where)
+        is_plain = isinstance(node, yaml.ScalarNode) and not node.style
+        return Node(self._scalar(loader, node, where), self._origin, where, raw=node.value if is_plain else None)
+
+    def _scalar(self, loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
+        if node.tag in _KEYS_ONLY:  # a lone ``<<`` or ``=`` means something as a key only
+            return node.value
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
+            raise ConfigError(
+                f"This number has {len(node.value):,} digits.", where=where, fix="write at most 18 digits"
+            )
+        try:
+            value = loader.construct_object(node, deep=True)
+        except (ValueError, KeyError, IndexError) as error:  # only an explicit tag gets here: ``!!int abc``
+            kind = node.tag.rpartition(":")[2]
+            raise ConfigError(
+                f"{clip(repr(node.value))} does not fit the tag !!{kind}.", where=where, fix="write a plain value"
+            ) from error
+        if isinstance(value, str):
+            _check_text(value, where)
+        return value
+
+    def _table(self, loader: yaml.SafeLoader, node: yaml.MappingNode, outer: tuple[yaml.Node, ...]) -> dict[str, Node]:
+        table: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
+        for key_node, value_node in node.value:
+            where = self._place(key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError("A key must be a word.", where=where)
+            value = self._convert(loader, value_node, outer)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                for part in value.value if isinstance(value.value, list) else [value]:
+                    for name, inherited in part.value.items() if isinstance(part.value, dict) else ():
+                        merged.setdefault(name, inherited)
+                continue
+            _check_text(key_node.value, where)
+            if key_node.value in table:
+                raise ConfigError(
+                    f"The key {clip(repr(key_node.value))} is given twice in one section.",
+                    where=where,
+                    why=f"the first is at {table[key_node.value].where}",
+                    fix="keep one of them",
+                )
+            value.where = where
+            table[key_node.value] = value
+        return {**merged, **table}
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuses NUL and half surrogate pairs: no path, prompt or pattern holds them, and no file can store the latter."""
+    odd = next((character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"), None)
+    if odd is not None:
+        raise ConfigError(
+            f"A text holds the character U+{ord(odd):04X}, which no option takes.",
+            where=where,
+            fix="leave it out" if odd == "\0" else "write the character itself, without \\u escapes",
+        )
+
+
+def clip(text: str) -> str:
+    """The text as errors show it: at most 60 characters."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_value(value: Any) -> str:

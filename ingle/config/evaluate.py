@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from ingle.config.data import Sources
-from ingle.config.section import Section, Strings
+from ingle.config.data import ControlTokens, Sources
+from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
 MetricName = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
 
@@ -24,9 +24,10 @@ class TaskConfig(Section):
         max_new_tokens: Longest answer.
         temperature: 0 is greedy.
         top_p: Nucleus sampling when ``temperature`` is above 0.
-        stop: Strings that end an answer, besides the end-of-turn token.
+        stop: Strings that end an answer, in addition to the end-of-turn token.
         answer_pattern: A regular expression whose first group (last match) is compared by ``exact_match``.
         system: A system message put before prompts that have none.
+        control_tokens: As ``data.control_tokens``, for prompts and references; ``keep`` goes with ``keep``.
         batch_size: Answers generated at once.
         num_shown: Side-by-side answers printed and put into the report.
         seed: Of sampling and of the statistics.
@@ -35,13 +36,14 @@ class TaskConfig(Section):
     sources: Sources
     metrics: Annotated[tuple[MetricName, ...], Strict(False), Field(min_length=1)] = ("chrf", "bleu", "rouge_l")
     group_by_prompt: bool = False
-    num_samples: Annotated[int, Field(ge=1)] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    num_samples: Count | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 128
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Strings = ()
     answer_pattern: str | None = None
     system: str | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    num_shown: Annotated[int, Field(ge=0)] = 3
-    seed: int = 0
+    control_tokens: ControlTokens = "escape"
+    batch_size: BatchSize = 32
+    num_shown: Annotated[int, Field(ge=0, le=10_000)] = 3
+    seed: Seed = 0

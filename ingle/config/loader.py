@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from ingle.config.document import Node, read_document
 from ingle.config.evaluate import TaskConfig
+from ingle.config.files import read_config
+from ingle.config.ignored import find_ignored
 from ingle.config.origin import Origin, to_yaml, trace
 from ingle.config.overrides import lay_over, read_overrides, tidy
 from ingle.config.paths import expand, find_path, is_path
@@ -95,7 +97,7 @@ def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -
     path = source if isinstance(source, Path) else None
     begun_in = None
     if path is not None:
-        root = _section_node(read_document(_read(path), str(path)), str(path))
+        root = _section_node(read_document(read_config(path), str(path)), str(path))
         begun_in = _text_at(root, "paths_from")
         if section is TaskConfig:
             root = _task_node(root, str(path))
@@ -103,6 +105,8 @@ def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -
         root = _section_node(read_document(to_yaml(source), "the task"), "the task")
     notes = lay_over(root, flags, section)
     tidy(root, Table(section))
+    if section is Run:
+        notes += find_ignored(root)
     for node in _path_nodes(root, section):
         _settle(node, path.parent if path is not None else None, begun_in)
     if begun_in is not None and section is not TaskConfig:
@@ -110,23 +114,6 @@ def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -
     if (output := _text_at(root, "output")) is not None:
         root.value["output"].value = expand(output)
     return _build(section, root), root, notes
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = sorted(str(found) for found in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(
-            "The config file does not exist.", where=str(path), fix=f"there is {', '.join(near[:5])}" if near else None
-        ) from None
-    except IsADirectoryError:
-        fix = f"ingle train --resume {path}, or {path / 'run.yaml'}" if (path / "run.yaml").exists() else None
-        raise ConfigError("The config is a folder, not a YAML file.", where=str(path), fix=fix) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError("The config file is not UTF-8 text.", where=str(path), why=str(error)) from None
-    except OSError as error:
-        raise ConfigError("The config file cannot be read.", where=str(path), why=error.strerror) from None
 
 
 def _text_at(root: Node, name: str) -> str | None:
@@ -138,7 +125,7 @@ def _section_node(root: Node, name: str) -> Node:
     if root.value is None:
         root.value = {}
     if not isinstance(root.value, dict):
-        raise ConfigError("A config file holds options such as `seed: 0`, one a line.", where=name)
+        raise ConfigError("A config file holds options such as `seed: 0`, one per line.", where=name)
     return root
 
 

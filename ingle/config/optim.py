@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from ingle.config.section import Section
+from ingle.config.section import Positive, Section
 
-Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -27,12 +26,12 @@ class OptimConfig(Section):
         max_grad_norm: Gradients longer than this are scaled down to it; null turns clipping off.
     """
 
-    lr: Positive = 2e-4
+    lr: Annotated[float, Field(gt=0, le=1_000)] = 2e-4
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1_000)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
     warmup_ratio: Fraction = 0.03
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Positive | None = 1.0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ingle.config.document import Node, read_value, write_value
+from ingle.config.document import Node, clip, read_value, write_value
 from ingle.config.schema import Choice, Leaf, Rows, Shape, Table, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 
+#: Parts of a dotted path; the deepest option has four.
+_MAX_KEYS = 16
+
 
 @dataclass(frozen=True)
 class Override:
-    """One flag: where it points and what it says; ``text`` is None for a flag without a value."""
+    """One flag: where it points and its value; ``text`` is None for a flag without a value."""
 
     keys: tuple[str, ...]
     text: str | None
@@ -21,7 +25,7 @@ class Override:
     @property
     def typed(self) -> str:
         """The flag as it could be typed."""
-        return "--" + ".".join(self.keys) + ("" if self.text is None else f"={self.text}")
+        return "--" + ".".join(map(clip, self.keys)) + ("" if self.text is None else f"={clip(self.text)}")
 
 
 def read_overrides(words: Sequence[str]) -> list[Override]:
@@ -38,7 +42,9 @@ def read_overrides(words: Sequence[str]) -> list[Override]:
         keys = tuple(name.removeprefix("--").split("."))
         if not word.startswith("--") or not all(keys):
             fix = f"--{word}" if equals and all(keys) and not word.startswith("-") else "--section.option=value"
-            raise ConfigError(f"{word!r} is not an override.", fix=f"type overrides as {fix}")
+            raise ConfigError(f"{clip(word)!r} is not an override.", fix=f"type overrides as {fix}")
+        if len(keys) > _MAX_KEYS:
+            raise ConfigError(f"{clip(name)} is not an option.", why=f"no option is {len(keys):,} levels deep")
         if equals:
             found.append(Override(keys, text))
         elif rest and not rest[0].startswith("--"):
@@ -71,7 +77,7 @@ def _put(root: Node, shape: Shape | None, override: Override) -> None:
     target = _part_shape(_open(node, shape, override, len(override.keys) - 1), shape, last)
     value = _value(override, target)
     if isinstance(target, Choice) and not isinstance(value.value, dict):
-        # ``--adapter=none``: the word is the tag; what the file says beside it is sorted out afterwards.
+        # ``--adapter=none``: the word is the tag; options of another tag in the file are dropped afterwards.
         below, _ = _step(node, shape, last, override, len(override.keys) - 1)
         below.value[target.tag] = value
     elif isinstance(node.value, list):
@@ -146,9 +152,9 @@ def _part_shape(node: Node, shape: Shape | None, key: str) -> Shape | None:
 
 
 def _index(items: list[Node], key: str, override: Override) -> int:
-    if not key.isdigit() or int(key) > len(items):
+    if not re.fullmatch("[0-9]{1,9}", key) or int(key) > len(items):
         raise ConfigError(
-            f"{key!r} is not a position in a list of {len(items)}.",
+            f"{clip(key)!r} is not a position in a list of {len(items)}.",
             where=override.typed,
             fix=f"count from 0; {len(items)} adds an item",
         )

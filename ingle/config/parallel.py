@@ -20,4 +20,4 @@ class ParallelConfig(Section):
 
     kind: Literal["auto", "none"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: Annotated[int, Field(ge=1)] | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1_024)] | None = None

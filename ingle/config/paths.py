@@ -1,13 +1,14 @@
-"""Where the files that a config names are looked for.
+"""How the files that a config names are found.
 
-A relative path is read from the current folder, as typed paths are.  One that is not there is looked for beside the
-config file, and, for a run that is opened again, from the folder in which the run was begun
+A relative path is relative to the current folder.  If nothing is there, it is relative to the folder of the config file
+and, for a run that is opened again, to the folder in which the run was started
 (:attr:`~ingle.config.run.Run.paths_from`).  A name that is found nowhere stays as it is: it may be a hub id.
 """
 
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -37,8 +38,8 @@ def find_path(path: str, *folders: str | Path | None) -> str:
     path = expand(path)
     if Path(path).is_absolute() or _exists(Path(path)):
         return path
-    beside = (Path(folder) / path for folder in folders if folder is not None)
-    return next((str(found) for found in beside if _exists(found)), path)
+    others = (Path(folder) / path for folder in folders if folder is not None)
+    return next((str(found) for found in others if _exists(found)), path)
 
 
 def locate_paths(run: Run) -> Run:
@@ -52,7 +53,7 @@ def resolved_paths(run: Run) -> Run:
     def resolve(path: str) -> str:
         begun_in = Path(run.paths_from or "", expand(path))  # what it meant then, even if a namesake lies here
         found = begun_in if _exists(begun_in) else Path(expand(path))
-        return str(found.resolve()) if _exists(found) else path
+        return os.path.realpath(found) if _exists(found) else path
 
     return _map_paths(run, resolve)
 
@@ -60,19 +61,19 @@ def resolved_paths(run: Run) -> Run:
 def move_paths(run: Run, folder: Path) -> Run:
     """A run read from a run folder, whose files have perhaps moved together with it.
 
-    When the folder in which it was begun is gone, the run folder itself tells where that is now: ``output`` leads
-    from the one to the other.
+    If the folder in which the run was started is gone, it was probably moved together with the run folder: ``output``
+    is the path from the one to the other.
     """
     tail = Path(run.output).parts
-    here = folder.resolve()
+    here = Path(os.path.realpath(folder))  # resolve() raises on a loop of links
     if run.paths_from is None or Path(run.paths_from).is_dir() or here.parts[-len(tail) :] != tail:
         return run
     return run.model_copy(update={"paths_from": str(Path(*here.parts[: -len(tail)]))})
 
 
 def expand(path: str) -> str:
-    """A path whose ``~`` is the home folder; anything else as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """A path whose ``~`` is the home folder; anything else, and the ``~`` of a user who does not exist, as it is."""
+    return os.path.expanduser(path)
 
 
 def _map_paths(section: S, change: Callable[[str], str]) -> S:
@@ -91,4 +92,5 @@ def _changed_paths(section: Section, change: Callable[[str], str]) -> Iterator[t
 
 
 def _exists(path: Path) -> bool:
-    return path.exists() or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))
+    # os.path.exists() is False for a name that is too long, where Path.exists() raises.
+    return os.path.exists(path) or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ingle.config.document import Node, write_value
+from ingle.config.document import Node, clip, write_value
 from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 from ingle.wording import either
 
-#: A longer list of options helps nobody.
+#: A longer list of options helps nobody, nor does a longer list of problems.
 _LISTED = 12
 
 Path = tuple[str | int, ...]
@@ -47,17 +47,19 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     if len(problems) == 1:
         raise ConfigError(problems[0].message, where=problems[0].where, fix=problems[0].fix)
     lines = [f"{len(problems)} things are wrong with the options."]
-    for number, problem in enumerate(problems, 1):
+    for number, problem in enumerate(problems[:_LISTED], 1):
         lines.append(f"  {number}. {problem.message}")
         lines.extend(
             f"     {label:<6} {text}" for label, text in (("where", problem.where), ("fix", problem.fix)) if text
         )
+    if len(problems) > _LISTED:
+        lines.append(f"  ... and {len(problems) - _LISTED} more.")
     raise ConfigError("\n".join(lines))
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """A path as a flag spells it."""
-    return ".".join(str(key) for key in path)
+    """A path as a flag spells it; a name that no option could have is cut."""
+    return ".".join(clip(str(key)) for key in path)
 
 
 def locate(root: Node, path: Path) -> Node | None:
@@ -109,8 +111,11 @@ def translate(error: ValidationError, root: Node, section: type[Section]) -> lis
         node = locate(root, path)
         # Rows that are wrong themselves are not counted by pydantic, which then finds the list too short.
         counted = isinstance(shape, Rows) and detail["type"] == "too_short" and node is not None and bool(node.value)
-        if path not in found and not counted:
-            found[path] = _translate(detail, path, shape, root, section)
+        if path in found or counted:
+            continue
+        # Searching for similar names takes a while; nobody reads the thousandth suggestion.
+        listed = len(found) < _LISTED
+        found[path] = _translate(detail, path, shape, root, section) if listed else Problem(dotted(path))
     return list(found.values())
 
 
@@ -178,15 +183,29 @@ def _where(name: str, node: Node | None) -> str:
 def _shown(node: Node | None) -> str:
     if node is None:
         return ""
-    text = write_value(node.plain())
-    return f", not {text if len(text) <= 60 else text[:57] + '...'}"
+    if isinstance(node.value, dict | list) and _is_long(node):
+        return f", not {'a section' if isinstance(node.value, dict) else 'a list'} of {len(node.value):,}"
+    # A number is shown as it was typed: 1e400, not the infinity that it is read as.
+    is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
+    text = node.raw if node.raw is not None and is_number else write_value(node.plain())
+    return f", not {clip(text)}"
+
+
+def _is_long(node: Node) -> bool:
+    """Whether writing a container out would take more than a few lines."""
+    waiting, seen = [node], 0
+    while waiting and seen <= _LISTED:
+        value = waiting.pop().value
+        waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+        seen += 1
+    return seen > _LISTED
 
 
 def _closest(node: Node | None, choices: list[str]) -> str | None:
     given = node.plain() if node is not None else None
     for word in given if isinstance(given, list) else [given]:
         if isinstance(word, str) and word not in choices:
-            close = difflib.get_close_matches(word.lower().replace("-", "_"), choices, n=1)
+            close = difflib.get_close_matches(clip(word).lower().replace("-", "_"), choices, n=1)
             if close:
                 return f"did you mean {close[0]}?"
     return None
@@ -194,7 +213,7 @@ def _closest(node: Node | None, choices: list[str]) -> str | None:
 
 def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
     """What an unknown option may have been meant to be: a neighbour first, then its name elsewhere in the tree."""
-    parent, key = dotted(path[:-1]), str(path[-1]).replace("-", "_")
+    parent, key = dotted(path[:-1]), clip(str(path[-1])).replace("-", "_")
     prefix = f"{parent}." if parent else ""
     _, shape = option_path(path[:-1], section)
     match shape:

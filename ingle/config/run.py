@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from ingle.config.adapter import AdapterConfig, LoraAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.data import DataConfig
@@ -14,7 +10,7 @@ from ingle.config.model import ModelConfig
 from ingle.config.objective import ObjectiveConfig, Sft
 from ingle.config.optim import OptimConfig
 from ingle.config.parallel import ParallelConfig
-from ingle.config.section import Section, Text
+from ingle.config.section import Section, Seed, Text
 from ingle.config.train import TrainConfig
 
 
@@ -24,8 +20,8 @@ class Run(Section):
     Attributes:
         output: The run folder.
         seed: Of data order, adapter initialisation and dropout.
-        paths_from: Folder in which relative paths are looked for when the current folder does not have them;
-            ``run.yaml`` of a run folder holds the one in which the run was begun.
+        paths_from: Folder that relative paths refer to if the current folder does not have them; ``run.yaml`` in a run
+            folder holds the one in which the run was started.
     """
 
     model: ModelConfig
@@ -38,5 +34,5 @@ class Run(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluate: TaskConfig | None = None
     output: Text
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     paths_from: Text | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
 from ingle.config.base import TernaryBase, folding_formats, folds, why_not_packed
-from ingle.config.paths import find_path
+from ingle.config.paths import expand, find_path
 from ingle.config.rule import Rule
 from ingle.config.run import Run
 
@@ -16,17 +17,17 @@ def _model_path(run: Run) -> str:
 
 
 def _same_folder(one: str, other: str) -> bool:
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return os.path.realpath(expand(one)) == os.path.realpath(expand(other))
 
 
 def _inside(path: str, folder: str) -> bool:
-    return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+    return Path(os.path.realpath(expand(path))).is_relative_to(os.path.realpath(expand(folder)))
 
 
 def _blocking_file(path: str) -> Path | None:
     """The file that stands where ``path`` or a folder above it would be."""
-    folder = Path(path).expanduser()
-    return next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None)
+    folder = Path(expand(path))
+    return next((part for part in (folder, *folder.parents) if os.path.exists(part) and not os.path.isdir(part)), None)
 
 
 def _divisor(run: Run) -> int:
@@ -68,7 +69,19 @@ def _trains_base(run: Run) -> bool:
     return isinstance(run.base, TernaryBase) and run.base.train
 
 
+def _reads_otherwise(run: Run) -> bool:
+    """Whether control tokens inside messages are tokens in training and text in evaluation, or the other way round."""
+    return run.evaluate is not None and (run.evaluate.control_tokens == "keep") != (run.data.control_tokens == "keep")
+
+
 RUN_RULES: tuple[Rule[Run], ...] = (
+    Rule(
+        "control-tokens-alike",
+        _reads_otherwise,
+        lambda run: "Training and evaluation would read control tokens inside messages differently.",
+        "data.control_tokens, evaluate.control_tokens",
+        lambda run: f"--evaluate.control_tokens={run.data.control_tokens}",
+    ),
     Rule(
         "micro-batch-divides",
         lambda run: (

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -32,7 +33,7 @@ class Leaf:
         alone: The fixed words among the values.
         listed: The fixed words that may stand in a list.
         items: The default when that is a list; None when no list is among the values.
-        is_open: A list of any length is among the values, so that one item stands for a list of one.
+        is_open: A list of any length is among the values, so that a single item means a list of one.
     """
 
     words: str
@@ -61,7 +62,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rows:
-    """A list of sections; a bare text stands for a row with only ``key``."""
+    """A list of sections; a bare text means a row with only ``key``."""
 
     section: type[Section]
     key: str = "path"
@@ -80,7 +81,7 @@ class Option:
     """One option as the reference shows it.
 
     Attributes:
-        path: Dotted path; ``N`` stands for a position in a list.
+        path: Dotted path; ``N`` is a position in a list.
         type: What a value may be, in plain words.
         default: The default as YAML would have it; None when it must be given.
         description: From the section's docstring.
@@ -94,6 +95,7 @@ class Option:
     when: str | None = None
 
 
+@cache
 def shapes(section: type[Section]) -> dict[str, Shape]:
     """The shape of each field of ``section``."""
     hints = get_type_hints(section, include_extras=True)
@@ -194,7 +196,7 @@ def _words(hint: Any) -> list[str]:
         return ["a list of text" if inner == "text" else f"a list of any of {inner.replace(' or ', ', ')}"]
     if bare in (int, float):
         signs = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
-        limits = [f"{signs[name]} {limit}" for name, limit in _bounds(metadata).items()]
+        limits = [f"{signs[name]} {limit:,}" for name, limit in _bounds(metadata).items()]
         return [" ".join(["a whole number" if bare is int else "a number", " and ".join(limits)]).strip()]
     return {str: ["text"], bool: ["true", "false"], NoneType: ["null"]}[bare]
 

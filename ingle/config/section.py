@@ -13,6 +13,21 @@ Strings = Annotated[tuple[str, ...], Strict(False)]
 #: A text that says something.
 Text = Annotated[str, Field(min_length=1)]
 
+# Every number has an upper bound, so that a slip of the keyboard (or an attack) is refused when the config is read and
+# not after hours of allocating.  The bounds are far above anything a machine of today can do.
+
+#: Of random numbers; what a signed 64-bit integer holds.
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+#: Steps, samples, sequences in a run.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+#: Sequences or answers that are computed together.
+BatchSize = Annotated[int, Field(ge=1, le=1_048_576)]
+
+#: A number above 0 that stays finite in float32.
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
 
 class Section(BaseModel):
     """A frozen, strict part of the config tree; an unknown key is an error, and so are NaN and infinity."""

@@ -8,19 +8,22 @@ from collections import Counter
 from ingle.config.evaluate import TaskConfig
 from ingle.config.rule import Rule
 
+#: What compiling a text raises: also for a repetition beyond 32 bits, and for thousands of nested groups.
+_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
 
 def _groups(pattern: str) -> int | None:
     """How many groups a regular expression has; None when it is not one."""
     try:
         return re.compile(pattern).groups
-    except re.error:
+    except _NOT_A_REGEX:
         return None
 
 
 def _regex_error(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except _NOT_A_REGEX as error:
         return str(error)
     return ""
 
@@ -35,7 +38,7 @@ def task_rules(at: str) -> tuple[Rule[TaskConfig], ...]:
         Rule(
             "metrics-once",
             lambda task: bool(_twice(task.metrics)),
-            lambda task: f"{', '.join(_twice(task.metrics))} stands twice in the list of metrics.",
+            lambda task: f"The list of metrics names {', '.join(_twice(task.metrics))} twice.",
             f"{at}metrics",
             lambda task: f"--{at}metrics=[{','.join(dict.fromkeys(task.metrics))}]",
         ),

@@ -6,9 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ingle.config.section import Section
-
-Count = Annotated[int, Field(ge=1)]
+from ingle.config.section import BatchSize, Count, Section
 
 
 class TrainConfig(Section):
@@ -31,13 +29,13 @@ class TrainConfig(Section):
         log_every: Steps between lines on the terminal; ``metrics.jsonl`` has every step.
     """
 
-    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    num_epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     num_steps: Count | None = None
-    global_batch_size: Count = 16
-    micro_batch_size: Count | None = None
+    global_batch_size: BatchSize = 16
+    micro_batch_size: BatchSize | None = None
     recompute: bool = False
     compile: Literal["auto"] | bool = "auto"
-    save_every: Annotated[int, Field(ge=0)] | None = None
+    save_every: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
     keep_checkpoints: Count = 2
     imatrix: bool = False
     log_every: Count = 1

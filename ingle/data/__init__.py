@@ -1,16 +1,21 @@
 """Data: rows from files and the hub, rendered, tokenized, masked, packed and dealt."""
 
 from ingle.data.batch import collate, round_up
+from ingle.data.control import ControlTokens
 from ingle.data.dataset import TokenDataset, build_dataset
+from ingle.data.duplicates import Contamination, find_contamination
 from ingle.data.packing import Sequences, make_sequences
+from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
 from ingle.data.sources import read_examples
-from ingle.data.template import prompt_ids, render
+from ingle.data.template import render
 from ingle.data.types import IGNORE_INDEX, Batch, Example, Message, Sample, Tokenizer
 
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "Contamination",
+    "ControlTokens",
     "Example",
     "Message",
     "Sample",
@@ -20,6 +25,7 @@ __all__ = [
     "Tokenizer",
     "build_dataset",
     "collate",
+    "find_contamination",
     "make_sequences",
     "prompt_ids",
     "read_examples",

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.config.data import DataConfig, Source
+from ingle.data.control import ControlTokens
 from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
 from ingle.data.sources import read_examples
 from ingle.data.statistics import DataStats, SourceShare, Tally
@@ -21,6 +22,7 @@ from ingle.data.template import TrainOn
 from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample, Tokenizer
 from ingle.errors import ConfigError, DataError
 from ingle.events import Progress, Sink, Warned
+from ingle.wording import plural
 
 #: Documents tokenized at once: at most so many, and at most about so many characters.
 _BATCH_DOCUMENTS = 1024
@@ -32,7 +34,10 @@ _RECUT = (
     "the white space at the prompt's end becomes other tokens when nothing follows it, as in other servers "
     "(a single line end is safer)"
 )
-_PLAIN_TEXT = "plain text has no answers: every token carries loss (objective clm says so plainly)"
+_PLAIN_TEXT = "plain text has no answers: every token carries loss (objective clm says the same)"
+_AS_TEXT = "control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)"
+_AS_TOKENS = "control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)"
+_END_LEFT_OUT = "the answer ends in an end-of-turn token of its own, which is left out: there is one already"
 
 
 class TokenDataset:
@@ -69,6 +74,11 @@ class TokenDataset:
         return len(self._ids)
 
     @property
+    def largest_id(self) -> int:
+        """The largest token of all documents."""
+        return int(self._ids.max())
+
+    @property
     def nbytes(self) -> int:
         """Memory the arrays take, in bytes."""
         return sum(a.nbytes for a in (self._ids, self._supervised, self._offsets, self.lengths)) + self._origins.nbytes
@@ -97,14 +107,14 @@ class Origins:
 
     def append(self, origin: str, count: int = 1) -> None:
         """Note where the next ``count`` documents come from."""
-        name, _, line = origin.rpartition(":")
+        name = origin.rstrip("0123456789")  # ends in ":" or ":row "
         number = self._names.setdefault(name, len(self._names))
         self._name_of.extend(np.full(count, number, dtype=np.int32))
-        self._line_of.extend(np.full(count, int(line), dtype=np.int32))
+        self._line_of.extend(np.full(count, int(origin[len(name) :]), dtype=np.int32))
 
     def at(self, i: int) -> str:
         """``file:line`` of document ``i``."""
-        return f"{list(self._names)[self._name_of.view()[i]]}:{self._line_of.view()[i]}"
+        return f"{list(self._names)[self._name_of.view()[i]]}{self._line_of.view()[i]}"
 
     @property
     def nbytes(self) -> int:
@@ -163,10 +173,11 @@ class _Build:
         self.too_long = data.too_long
         if self.too_long == "auto":
             self.too_long = "split" if objective == "clm" else "truncate"
-        self.encoder = TextEncoder(tokenizer)
+        self.control = ControlTokens(tokenizer, data.control_tokens)
+        self.encoder = TextEncoder(tokenizer, self.control)
         self.ids, self.supervised = _Column(np.int32), _Column(np.bool_)
         self.ends, self.origins = _Column(np.int64), Origins()
-        self.dropped, self.remarks = Tally(), Tally()
+        self.dropped, self.remarks, self.control_tokens = Tally(), Tally(), Tally()
         self.rows = self.documents = self.tokens = self.supervised_tokens = 0
         self.truncated = self.truncated_tokens = self.split = self.cut_ends = self.open_turns = 0
 
@@ -189,7 +200,9 @@ class _Build:
         chars = 0
         for example in read_examples([source], on_warning=lambda message: self.sink(Warned(message))):
             self.rows += 1
-            drawn = draw_document(example, self.tokenizer, train_on=self.train_on, system=self.data.system)
+            drawn = draw_document(
+                example, self.tokenizer, train_on=self.train_on, system=self.data.system, control=self.control
+            )
             if isinstance(drawn, str):
                 self.dropped.add(drawn, example.origin)
                 continue
@@ -207,6 +220,12 @@ class _Build:
         limit, length = self.data.max_seq_len, len(encoded.ids)
         for remark in document.remarks:
             self.remarks.add(remark, document.origin)
+        if document.control:
+            self.remarks.add(_AS_TEXT if document.shielded is not None else _AS_TOKENS, document.origin)
+            for token in document.control:
+                self.control_tokens.add(token, document.origin)
+        if document.ends_left_out:
+            self.remarks.add(_END_LEFT_OUT, document.origin)
         if encoded.straddled:
             self.remarks.add(_STRADDLED, document.origin)
         if encoded.recut:
@@ -268,13 +287,14 @@ class _Build:
             open_turns=self.open_turns,
             dropped=dropped,
             remarks=remarks,
+            control_tokens=self.control_tokens.close(),
             sources=sources,
         )
         if not self.documents:
             raise DataError(
                 "Nothing is left to learn from.",
                 where="data.sources: " + ", ".join(source.path for source in self.data.sources),
-                why="; ".join(f"{r.count} rows: {r.reason} (first {r.first})" for r in dropped) or "no rows",
+                why="; ".join(f"{plural(r.count, 'row')}: {r.reason} (first {r.first})" for r in dropped) or "no rows",
                 fix="`ingle data inspect CONFIG` shows what became of the rows",
             )
         self._warn(stats)
@@ -286,10 +306,13 @@ class _Build:
         for remark in stats.remarks:
             self.sink(Warned(remark.reason, remark.first, remark.count))
         if stats.truncated_documents:
-            lost = f"documents cut to data.max_seq_len = {self.data.max_seq_len}: {stats.truncated_tokens} tokens lost"
+            lost = f"documents cut to data.max_seq_len = {self.data.max_seq_len}: "
+            lost += f"{plural(stats.truncated_tokens, 'token')} lost"
             self.sink(Warned(lost, "data.max_seq_len", stats.truncated_documents))
         if stats.cut_ends:
-            self.sink(Warned("answers lost their end-of-turn token by that", "data.max_seq_len", stats.cut_ends))
+            self.sink(
+                Warned("answers that were cut have lost their end-of-turn token", "data.max_seq_len", stats.cut_ends)
+            )
         if stats.open_turns:
             why = "" if self.encoder.has_eos else "; the tokenizer has no end-of-text token"
             self.sink(Warned(f"trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))

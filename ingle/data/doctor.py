@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ingle.config.data import DataConfig
 from ingle.config.evaluate import TaskConfig
@@ -15,15 +14,16 @@ from ingle.data.dataset import TokenDataset, build_dataset
 from ingle.data.duplicates import Duplicates, Overlap, find_duplicates, find_overlap
 from ingle.data.encoding import TextEncoder
 from ingle.data.packing import make_sequences
-from ingle.data.report import Bar, DataReport, Ending, Lengths, Packing, Preview, Stretch, render_report
+from ingle.data.report import DataReport, Ending, Packing, Preview, Stretch, measure, render_report
+from ingle.data.rows import inspect_rows, render_rows
 from ingle.data.sources import read_examples
 from ingle.data.statistics import DataStats
 from ingle.data.types import IGNORE_INDEX, Ids, Tokenizer
 from ingle.events import Progress, Sink
+from ingle.wording import plural
 
-__all__ = ["DataReport", "inspect", "render_report"]
+__all__ = ["DataReport", "inspect", "inspect_rows", "render_report", "render_rows"]
 
-_NUM_BARS = 12
 _NUM_ENDINGS = 4
 
 
@@ -66,7 +66,7 @@ def inspect(
     return DataReport(
         objective=objective,
         stats=dataset.stats,
-        lengths=_measure(dataset.lengths),
+        lengths=measure(dataset.lengths),
         packing=Packing(data.packing, len(sequences), data.max_seq_len, sequences.efficiency),
         endings=endings[:_NUM_ENDINGS],
         duplicates=duplicates,
@@ -78,21 +78,6 @@ def inspect(
 
 def _spread(count: int, wanted: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(wanted, count)).round()})
-
-
-def _measure(lengths: npt.NDArray[np.int64]) -> Lengths:
-    low, high = int(lengths.min()), int(lengths.max())
-    width = -(-(high - low + 1) // _NUM_BARS)
-    counts = np.bincount((lengths - low) // width)
-    bars = (Bar(low + i * width, min(low + (i + 1) * width - 1, high), int(n)) for i, n in enumerate(counts))
-    return Lengths(
-        min=low,
-        median=float(np.median(lengths)),
-        mean=float(lengths.mean()),
-        p95=float(np.percentile(lengths, 95)),
-        max=high,
-        histogram=tuple(bars),
-    )
 
 
 def _count_endings(dataset: TokenDataset, tokenizer: Tokenizer, control: Ids) -> tuple[Ending, ...]:
@@ -124,22 +109,31 @@ def _find_problems(
     duplicates: Duplicates,
     overlap: Overlap | None,
 ) -> list[str]:
-    problems = [f"{r.count:,} rows skipped: {r.reason} (first {r.first})" for r in stats.dropped]
-    problems += [f"{r.count:,} rows: {r.reason} (first {r.first})" for r in stats.remarks]
+    problems = [f"{plural(r.count, 'row')} skipped: {r.reason} (first {r.first})" for r in stats.dropped]
+    problems += [f"{plural(r.count, 'row')}: {r.reason} (first {r.first})" for r in stats.remarks]
     if stats.truncated_documents:
         share = stats.truncated_documents / stats.documents
-        problems.append(f"{stats.truncated_documents:,} documents ({share:.1%}) are cut; raise data.max_seq_len")
+        verb = "is" if stats.truncated_documents == 1 else "are"
+        problems.append(
+            f"{plural(stats.truncated_documents, 'document')} ({share:.1%}) {verb} cut; raise data.max_seq_len"
+        )
     unended = sum(ending.count for ending in endings if not ending.ends_turn)
     if objective == "sft" and unended:
-        problems.append(f"{unended:,} documents do not end in a token that stops generation")
+        verb = "does" if unended == 1 else "do"
+        problems.append(f"{plural(unended, 'document')} {verb} not end in a token that stops generation")
     if stats.open_turns:
-        problems.append(f"{stats.open_turns:,} trained turns have no end-of-turn token by the chat template")
+        problems.append(f"{plural(stats.open_turns, 'trained turn')} without an end-of-turn token in the chat template")
     if stats.supervised_share < 0.05:
         problems.append(f"only {stats.supervised_share:.1%} of the tokens carry loss")
     if duplicates.exact:
-        problems.append(f"{duplicates.exact:,} of {duplicates.rows:,} rows are exact duplicates")
+        verb = "is an exact duplicate" if duplicates.exact == 1 else "are exact duplicates"
+        problems.append(f"{duplicates.exact:,} of {plural(duplicates.rows, 'row')} {verb}")
     if duplicates.near > 0.05 * duplicates.compared:
-        problems.append(f"{duplicates.near:,} of {duplicates.compared:,} distinct rows have a near duplicate")
+        verb = "has" if duplicates.near == 1 else "have"
+        problems.append(f"{duplicates.near:,} of {plural(duplicates.compared, 'distinct row')} {verb} a near duplicate")
     if overlap is not None and overlap.same_prompt:
-        problems.append(f"{overlap.same_prompt:,} of {overlap.rows:,} held-out prompts are in the training data")
+        verb = "is" if overlap.same_prompt == 1 else "are"
+        problems.append(
+            f"{overlap.same_prompt:,} of {plural(overlap.rows, 'held-out prompt')} {verb} in the training data"
+        )
     return problems

@@ -68,6 +68,23 @@ class Duplicates:
 
 
 @dataclass(frozen=True, slots=True)
+class Contamination:
+    """Held-out rows that training contains as well.
+
+    Attributes:
+        rows: Held-out rows.
+        same_prompt: Whose prompt occurs in training.
+        same_row: Whose prompt and answer do.
+        pairs: The first of them, held-out row and training row.
+    """
+
+    rows: int
+    same_prompt: int
+    same_row: int
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Overlap:
     """What of the held-out rows occurs in training.
 
@@ -143,36 +160,51 @@ def find_duplicates(examples: Iterable[Example], *, num_shown: int = 5) -> Dupli
     )
 
 
-def find_overlap(training: Iterable[Example], held_out: Sequence[Example], *, num_shown: int = 5) -> Overlap:
-    """What of the held-out rows training contains."""
+def find_contamination(
+    training: Iterable[Example], held_out: Sequence[Example], *, num_shown: int = 5
+) -> Contamination:
+    """Which held-out rows training contains; remembers the held-out rows only."""
+    parts = [read_parts(example) for example in held_out]
+    wanted = {_digest(prompt or answer) for prompt, answer in parts}
     prompts: dict[bytes, str] = {}
-    whole: set[bytes] = set()
-    grams: list[Hashes] = []
+    rows: set[bytes] = set()
     for example in training:
         prompt, answer = read_parts(example)
-        prompts.setdefault(_digest(prompt or answer), example.origin)
-        whole.add(_digest(prompt, answer))
-        grams.append(_hash_grams(answer, NGRAM_WORDS))
-    known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, dtype=np.uint64)
-    same_prompt = same_row = 0
-    pairs: list[Pair] = []
-    shares: list[float] = []
-    for example in held_out:
-        prompt, answer = read_parts(example)
-        origin = prompts.get(_digest(prompt or answer))
-        if origin is not None:
-            same_prompt += 1
-            same_row += _digest(prompt, answer) in whole
-            if len(pairs) < num_shown:
-                pairs.append(Pair(example.origin, origin, 1.0))
-        own = _hash_grams(answer, NGRAM_WORDS)
-        if len(own):
-            shares.append(_share_known(own, known))
-    return Overlap(
+        asked = _digest(prompt or answer)
+        if asked in wanted:
+            prompts.setdefault(asked, example.origin)
+            rows.add(_digest(prompt, answer))
+    seen = [
+        (example, prompts[_digest(prompt or answer)], _digest(prompt, answer) in rows)
+        for example, (prompt, answer) in zip(held_out, parts, strict=True)
+        if _digest(prompt or answer) in prompts
+    ]
+    return Contamination(
         rows=len(held_out),
-        same_prompt=same_prompt,
-        same_row=same_row,
-        pairs=tuple(pairs),
+        same_prompt=len(seen),
+        same_row=sum(same for _, _, same in seen),
+        pairs=tuple(Pair(example.origin, origin, 1.0) for example, origin, _ in seen[:num_shown]),
+    )
+
+
+def find_overlap(training: Iterable[Example], held_out: Sequence[Example], *, num_shown: int = 5) -> Overlap:
+    """What of the held-out rows training contains, and how much of their answers."""
+    grams: list[Hashes] = []
+
+    def noted() -> Iterator[Example]:
+        for example in training:
+            grams.append(_hash_grams(read_parts(example)[1], NGRAM_WORDS))
+            yield example
+
+    found = find_contamination(noted(), held_out, num_shown=num_shown)
+    known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, dtype=np.uint64)
+    answers = (_hash_grams(read_parts(example)[1], NGRAM_WORDS) for example in held_out)
+    shares = [_share_known(own, known) for own in answers if len(own)]
+    return Overlap(
+        rows=found.rows,
+        same_prompt=found.same_prompt,
+        same_row=found.same_row,
+        pairs=found.pairs,
         ngram_words=NGRAM_WORDS,
         answers=len(shares),
         ngram_share=float(np.mean(shares)) if shares else 0.0,

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
+from ingle.data.backend import copy_backend
+from ingle.data.control import ControlTokens
 from ingle.data.template import (
     ANSWER,
     Answer,
@@ -26,8 +27,7 @@ from ingle.data.template import (
     read_conversation,
     split_prompt,
 )
-from ingle.data.types import Example, Ids, Mask, Tokenizer
-from ingle.errors import DataError
+from ingle.data.types import Example, Ids, Mask, Message, Tokenizer
 
 #: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
 PIECE_CHARS = 1 << 18
@@ -48,6 +48,9 @@ class Document:
         everything: Every token carries loss, not only the answers.
         chat: Rendered by a chat template, which brings its own special tokens.  Otherwise the tokenizer puts
             its own (BOS) before the text, and the end-of-text token is put after it.
+        shielded: The text with the control tokens of messages hidden; None where it holds none that must stay text.
+        control: The control tokens that messages hold.
+        ends_left_out: Answers that lost an end of turn of their own.
         remarks: Of the template.
     """
 
@@ -56,6 +59,9 @@ class Document:
     answers: tuple[Answer, ...] | None = None
     everything: bool = False
     chat: bool = False
+    shielded: str | None = None
+    control: tuple[str, ...] = ()
+    ends_left_out: int = 0
     remarks: tuple[str, ...] = ()
 
 
@@ -78,33 +84,74 @@ class Encoded:
     recut: bool = False
 
 
-def draw_document(example: Example, tokenizer: Tokenizer, *, train_on: TrainOn, system: str | None) -> Document | str:
+def draw_document(
+    example: Example,
+    tokenizer: Tokenizer,
+    *,
+    train_on: TrainOn,
+    system: str | None,
+    control: ControlTokens | None = None,
+) -> Document | str:
     """The document of an example, or the reason to skip it.
 
+    Args:
+        example: A row.
+        tokenizer: With or without a chat template.
+        train_on: As ``data.train_on``.
+        system: As ``data.system``.
+        control: What to do with control tokens in messages; by default they are read as text.
+
     Raises:
-        DataError: The chat template is missing, refuses the conversation or cannot be masked.
+        DataError: The chat template is missing, refuses the conversation or cannot be masked; or a message holds a
+            control token that is refused.
+        ModelError: The chat template takes too much time or memory.
     """
     if example.text is not None:
         return Document(example.origin, example.text, everything=True) if example.text.strip() else "empty text"
+    control = control or ControlTokens(tokenizer)
     if not example.messages and not has_template(tokenizer):
-        prompt, completion = split_prompt(example)
-        if not completion.strip():
-            return "empty answer"
-        text = prompt + completion
-        answer = Answer(len(prompt), len(text), len(text))
-        return Document(example.origin, text, (answer,), everything=train_on == "all")
+        return _draw_pair(example, control, everything=train_on == "all")
     messages = list(read_conversation(example, system))
     if train_on != "all":
         while messages and messages[-1].role != "assistant":
             messages.pop()  # nothing after the last answer carries loss or is seen by a token that does
-        trained = [message for message in messages if message.role == "assistant"]
+    hidden = control.shield(messages, example.origin)
+    if train_on != "all":
+        trained = [message for message in hidden.messages if message.role == "assistant"]
         if not trained:
             return "no assistant turn"
         if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
             return "empty answer"
-    found = locate_answers(tokenizer, messages, train_on=train_on, origin=example.origin)
+    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin)
     return Document(
-        example.origin, found.text, found.answers, everything=train_on == "all", chat=True, remarks=found.remarks
+        example.origin,
+        hidden.reveal(found.text),
+        found.answers,
+        everything=train_on == "all",
+        chat=True,
+        shielded=found.text if hidden.hidden is not None else None,
+        control=hidden.tokens,
+        ends_left_out=hidden.ends_left_out,
+        remarks=found.remarks,
+    )
+
+
+def _draw_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
+    """Prompt and completion as one text, without a chat template."""
+    prompt, completion = split_prompt(example)
+    hidden = control.shield((Message("user", prompt), Message("assistant", completion)), example.origin)
+    shown = "".join(message.content for message in hidden.messages)
+    if not hidden.messages[1].content.strip():
+        return "empty answer"
+    answer = Answer(len(prompt), len(shown), len(shown))
+    return Document(
+        example.origin,
+        hidden.reveal(shown),
+        (answer,),
+        everything=everything,
+        shielded=shown if hidden.hidden is not None else None,
+        control=hidden.tokens,
+        ends_left_out=hidden.ends_left_out,
     )
 
 
@@ -129,12 +176,13 @@ def cut_text(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
 class TextEncoder:
     """Tokenizes documents in batches and masks them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = _exact_backend(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, control: ControlTokens | None = None) -> None:
+        self._private = control or ControlTokens(tokenizer)
+        self._backend = copy_backend(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
-        control = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
-        self._control = np.array(sorted(control), dtype=np.int32)
+        added = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
+        self._control = np.array(sorted(added), dtype=np.int32)
         self._recut: dict[str, bool] = {}
 
     @property
@@ -150,21 +198,24 @@ class TextEncoder:
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Ids and masks, in order."""
         plain = iter(self._encode_plain([d.text for d in documents if _is_plain(d)]))
-        spanned = {
-            chat: iter(
-                self._backend.encode_batch(
-                    [d.text for d in documents if d.chat == chat and not _is_plain(d)], add_special_tokens=not chat
-                )
-            )
-            for chat in (False, True)
-        }
+        spanned = {chat: iter(self._encode_spanned(documents, chat)) for chat in (False, True)}
         for document in documents:
             if _is_plain(document):
                 yield self._close_text(next(plain))
-            elif document.chat:
-                yield self._mask_chat(next(spanned[True]), document)
+                continue
+            if document.shielded is None:
+                encoding = next(spanned[document.chat])
             else:
-                yield self._mask_pair(next(spanned[False]), document)
+                encoding = self._private.encode(
+                    document.text, document.shielded, document.origin, add_special_tokens=not document.chat
+                )
+            yield self._mask_chat(encoding, document) if document.chat else self._mask_pair(encoding, document)
+
+    def _encode_spanned(self, documents: Sequence[Document], chat: bool) -> Sequence[Any]:
+        """Encodings with positions, of those documents that are read as they stand."""
+        texts = [d.text for d in documents if d.chat == chat and d.shielded is None and not _is_plain(d)]
+        encodings: Sequence[Any] = self._backend.encode_batch(texts, add_special_tokens=not chat)
+        return encodings
 
     def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
         """Ids of plain texts; what the tokenizer says about a long one is held for some pieces at a time only."""
@@ -212,7 +263,7 @@ class TextEncoder:
         ids, offsets = ids[text], offsets[text]
         assert document.answers is not None, "plain text has no border"
         (answer,) = document.answers
-        supervised = offsets[:, 0] >= answer.start
+        supervised = (offsets[:, 0] >= answer.start) | document.everything
         ids, supervised, is_open = self._close(ids, supervised)
         return Encoded(
             ids, supervised, int(is_open), _straddles(offsets, answer.start), self._is_recut(document.text, answer)
@@ -252,7 +303,7 @@ class TextEncoder:
 
 
 def _is_plain(document: Document) -> bool:
-    return document.everything and not document.chat
+    return document.everything and not document.chat and document.shielded is None
 
 
 def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:
@@ -261,26 +312,3 @@ def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:
 
 def _straddles(offsets: npt.NDArray[np.int64], border: int) -> bool:
     return bool(np.any((offsets[:, 0] < border) & (offsets[:, 1] > border)))
-
-
-def _exact_backend(tokenizer: Tokenizer) -> Any:
-    """A private copy of the tokenizer that reports the exact characters of each token.
-
-    ``trim_offsets`` leaves white space out of a token's span, which would hide where a token begins.
-
-    Raises:
-        DataError: The tokenizer is of the slow kind, which cannot tell positions.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise DataError(
-            "The tokenizer cannot tell which characters a token stands for.",
-            why=f"{type(tokenizer).__name__} has no fast backend (tokenizer.json)",
-            fix="name another tokenizer with model.tokenizer=",
-        )
-    # Quotes inside a JSON string are escaped, so this text is the option itself wherever it stands.
-    exact = backend.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
-    copy = tokenizers.Tokenizer.from_str(exact)
-    copy.no_padding()
-    copy.no_truncation()
-    return copy

@@ -37,6 +37,10 @@ ROLES = {
 }
 
 
+#: Columns that a message names at most.
+_MAX_NAMED = 12
+
+
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
     """The row with ``{name a layout knows: name in the file}`` applied.
 
@@ -49,7 +53,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: s
             raise DataError(
                 f"There is no column {own!r}.",
                 where=origin,
-                why=f"the columns are {', '.join(map(str, row))}",
+                why=f"the columns are {_columns(row)}",
                 fix="correct data.sources: columns: {name for Ingle: name in the file}",
             )
         renamed[name] = row[own]
@@ -76,6 +80,8 @@ def detect_layout(row: Mapping[str, Any], origin: str) -> tuple[Layout, tuple[La
         fits.append("prompt-completion")
     if "text" in row:
         fits.append("text")
+    if "chosen" in row and "rejected" in row and fits in ([], ["messages"]):
+        raise _preferences(row, origin)
     if not fits:
         raise DataError(
             "The columns fit no known layout.",
@@ -86,8 +92,29 @@ def detect_layout(row: Mapping[str, Any], origin: str) -> tuple[Layout, tuple[La
     return fits[0], tuple(fits[1:])
 
 
+def _columns(row: Mapping[str, Any]) -> str:
+    names = [str(name)[:80] for name in row]
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return (", ".join(names[:_MAX_NAMED]) or "none") + more
+
+
+def _preferences(row: Mapping[str, Any], origin: str) -> DataError:
+    """Pairs of a better and a worse answer, which no objective can learn from yet."""
+    if _is_turns(row["chosen"], "role") and not _is_turns(row.get("prompt"), "role"):
+        fix = "columns: {messages: chosen}"
+    else:
+        prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in row), None)
+        fix = f"columns: {{prompt: {prompt}, completion: chosen}}" if prompt else "columns: {text: chosen}"
+    return DataError(
+        "This looks like preference data: every row has a chosen and a rejected answer.",
+        where=origin,
+        why="there is no objective for preferences yet; sft learns from one answer a row",
+        fix=f"to train on the chosen answers alone: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
+    )
+
+
 def _why_none(row: Mapping[str, Any]) -> str:
-    why = f"the columns are {', '.join(map(str, row)) or 'none'}"
+    why = f"the columns are {_columns(row)}"
     for name in ("messages", "conversations"):
         if name in row:
             why += f'; {name} must be a list such as [{{"role": "user", "content": "..."}}, ...], with a message in it'
@@ -129,7 +156,7 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     for text in (*texts, *example.references):
         if text is not None and not _is_unicode(text):
             why = "a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-            raise DataError("The row is malformed.", where=origin, why=why, fix="mend or remove the row")
+            raise DataError("The row is malformed.", where=origin, why=why, fix="correct or remove the row")
     return example
 
 
@@ -163,7 +190,7 @@ def _misfit(row: Mapping[str, Any], origin: str, first: str, layout: str, why: s
         f"The row does not fit the layout {layout}.",
         where=origin,
         why=f"{why}{since}",
-        fix="mend the row, or set data.sources: layout: or columns:",
+        fix="correct the row, or set data.sources: layout: or columns:",
     )
 
 
@@ -172,7 +199,7 @@ def _text(row: Mapping[str, Any], name: str, origin: str, first: str, layout: st
     if isinstance(value, str):
         return value
     found = f"is {type(value).__name__}, not text" if value is not None else "is missing"
-    raise _misfit(row, origin, first, layout, f"{name!r} {found}; the columns are {', '.join(map(str, row))}")
+    raise _misfit(row, origin, first, layout, f"{name!r} {found}; the columns are {_columns(row)}")
 
 
 def _references(row: Mapping[str, Any], origin: str, first: str, layout: str) -> tuple[str, ...]:

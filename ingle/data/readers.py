@@ -1,7 +1,8 @@
 """Files to rows, one generator per file format.
 
-Every reader yields ``(line, row)`` and streams, so that a file larger than memory can be read.  Each error
-names ``file:line``.  Formats without lines (Parquet, a JSON object that wraps its rows) count rows instead.
+Every reader yields ``(place, row)`` and streams, so that a file larger than memory can be read.  Each error
+names ``file:place``.  A place is a line; where lines do not tell rows apart (Parquet, a JSON object that wraps its
+rows, JSON in one line) it is the number of the row.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from ingle.errors import DataError
+from ingle.wording import first_line
 
 Row = dict[str, Any]
-Rows = Iterator[tuple[int, Row]]
+Place = int | str
+Rows = Iterator[tuple[Place, Row]]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -27,7 +31,7 @@ _WRAPPERS = ("data", "rows", "examples", "instances", "train")
 
 
 def read_rows(path: Path) -> Rows:
-    """Rows of a file with their line numbers; the format follows the suffix.
+    """Rows of a file with their places; the format follows the suffix.
 
     Raises:
         DataError: The suffix is unknown, or the file is missing, empty, malformed or not UTF-8.
@@ -41,13 +45,15 @@ def read_rows(path: Path) -> Rows:
         )
     empty = True
     try:
-        for line, row in reader(path):
+        for place, row in reader(path):
             empty = False
-            yield line, row
+            yield place, row
     except FileNotFoundError:
         raise DataError("There is no such file.", where=str(path)) from None
     except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on damaged files
-        raise DataError("The file cannot be read.", where=str(path), why=str(error)) from error
+        raise DataError(
+            "The file cannot be read.", where=str(path), why=first_line(error), fix="write or copy the file again"
+        ) from error
     if empty:
         raise DataError("The file has no rows.", where=str(path), fix="remove it from data.sources or fill it")
 
@@ -92,14 +98,38 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise _wrong_encoding(path, line, error) from None
 
 
-def _malformed(path: Path, line: int, why: str) -> DataError:
-    return DataError("The row is malformed.", where=f"{path}:{line}", why=why, fix="mend or remove the row")
+def _malformed(path: Path, place: Place, why: str) -> DataError:
+    return DataError("The row is malformed.", where=f"{path}:{place}", why=why, fix="correct or remove the row")
 
 
-def _as_row(path: Path, line: int, value: object) -> Row:
+def _as_row(path: Path, place: Place, value: object) -> Row:
     if not isinstance(value, dict):
-        raise _malformed(path, line, f"a row must be a JSON object, this is {type(value).__name__}")
+        raise _malformed(path, place, f"a row must be a JSON object, this is {type(value).__name__}")
     return value
+
+
+def _reject_repeats(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON; which of two values for one key is meant is not for the reader to guess."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
+    return row
+
+
+#: Strict as to keys; numbers of thousands of digits, which Python refuses to read, raise ``ValueError`` too.
+_DECODER = json.JSONDecoder(object_pairs_hook=_reject_repeats)
+
+
+def _explain(error: ValueError | RecursionError) -> str:
+    """Why a text could not be read as JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    if "integer string conversion" in str(error):
+        return "a number has too many digits"
+    return str(error)
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -107,9 +137,9 @@ def _read_jsonl(path: Path) -> Rows:
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _malformed(path, line, f"not JSON: {error}") from None
+            value = _DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(path, line, _explain(error)) from None
         yield line, _as_row(path, line, value)
 
 
@@ -127,21 +157,26 @@ def _read_json(path: Path) -> Rows:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        _DECODER.decode(text)
+    except json.JSONDecodeError:
         return False
+    except (ValueError, RecursionError):
+        pass  # it is a whole line, and the reader of lines says what is wrong with it
     return True
 
 
 def _read_json_object(path: Path) -> Rows:
     text = "".join(text for _, text in _read_lines(path))
     try:
-        row = _as_row(path, 1, json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _malformed(path, getattr(error, "lineno", 1), f"not JSON: {error}") from None
+        row = _as_row(path, 1, _DECODER.decode(text))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, getattr(error, "lineno", 1), _explain(error)) from None
     wrapped = [row[name] for name in _WRAPPERS if isinstance(row.get(name), list)]
-    for number, item in enumerate(wrapped[0] if wrapped else [row], 1):
-        yield number, _as_row(path, number, item)
+    if not wrapped:
+        yield 1, row
+        return
+    for number, item in enumerate(wrapped[0], 1):
+        yield f"row {number}", _as_row(path, f"row {number}", item)
 
 
 class _Text:
@@ -176,14 +211,15 @@ class _Text:
                 return self.text[pos : pos + 1]
             self.grow()
 
-    def value(self) -> object:
+    def value(self, number: int) -> object:
+        """The next value, which is row ``number``."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.pos)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if self.ended or isinstance(error, RecursionError):
+                value, end = _DECODER.raw_decode(self.text, self.pos)
+            except (ValueError, RecursionError) as error:
+                if self.ended or not isinstance(error, json.JSONDecodeError):
                     line = self.line + self.text.count("\n", self.pos, getattr(error, "pos", self.pos))
-                    raise _malformed(self._path, line, f"not JSON: {error}") from None
+                    raise _malformed(self._path, line, f"row {number}: {_explain(error)}") from None
                 self.grow()
             else:
                 self.advance(end)
@@ -191,19 +227,33 @@ class _Text:
 
 
 def _read_json_array(path: Path) -> Rows:
+    """Rows of an array.  Places are lines, unless the second row begins where the first does."""
     with _open(path) as file:
         window = _Text(path, file)
         window.peek()
         window.advance(window.pos + 1)
+        number, in_lines = 0, True
+        held: tuple[Place, Row] | None = None  # the first row, until the second one tells what places are
         while (char := window.peek()) != "]":
-            line = window.line
+            line, number = window.line, number + 1
+            if number == 2:
+                assert held is not None, "there was a first row"
+                in_lines = held[0] != line
+                yield (held[0] if in_lines else "row 1"), held[1]
+            place: Place = line if in_lines else f"row {number}"
             if char != "{":
-                raise _malformed(path, line, f"expected an object, found {char or 'the end of the file'!r}")
-            yield line, _as_row(path, line, window.value())
+                raise _malformed(path, place, f"row {number}: expected an object, found {char or 'the end of file'!r}")
+            row = _as_row(path, place, window.value(number))
+            if number == 1:
+                held = (line, row)
+            else:
+                yield place, row
             if window.peek() == ",":
                 window.advance(window.pos + 1)
             elif window.peek() != "]":
-                raise _malformed(path, window.line, "expected ',' or ']' after an object")
+                raise _malformed(path, window.line, f"expected ',' or ']' after row {number}")
+        if number == 1 and held is not None:
+            yield held
 
 
 def _read_delimited(path: Path, delimiter: str) -> Rows:
@@ -256,13 +306,21 @@ def _read_parquet(path: Path) -> Rows:
     try:
         with _open(path) as file:
             source = parquet.ParquetFile(pyarrow.BufferReader(file.read()) if path.suffix.lower() == ".gz" else path)
+            names = source.schema_arrow.names
+            if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise DataError(f"The column {twice[0]!r} occurs twice.", where=str(path), fix="rename one of them")
             number = 0
             for batch in source.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pyarrow.ArrowException as error:
-        raise DataError("The file is not Parquet.", where=str(path), why=str(error)) from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of values Python cannot hold
+        raise DataError(
+            "The file is not Parquet, or damaged.",
+            where=str(path),
+            why=first_line(error),
+            fix="write or copy the file again",
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -12,7 +15,9 @@ from rich.text import Text
 
 from ingle.data.duplicates import Duplicates, Overlap, Pair
 from ingle.data.statistics import DataStats
+from ingle.wording import plural
 
+_NUM_BARS = 12
 _BAR_WIDTH = 32
 _MAX_SHOWN_CHARS = 2400
 
@@ -119,14 +124,21 @@ def render_report(report: DataReport, console: Console) -> None:
     for preview in report.previews:
         console.print(_draw_preview(preview, console))
     console.print(_draw_sources(report))
-    console.print(_draw_lengths(report.lengths, console))
+    console.print(draw_lengths("Tokens of a document", report.lengths, console))
     console.print(_draw_figures(report))
     for title, pairs in _listed_pairs(report):
-        console.print(_draw_pairs(title, pairs))
-    if report.problems:
+        console.print(draw_pairs(title, pairs))
+    draw_problems(report.problems, bool(_listed_pairs(report)), console)
+
+
+def draw_problems(problems: Sequence[str], listed: bool, console: Console) -> None:
+    """What to look at.  ``listed``: something is listed above that is too little for a sentence of its own."""
+    if problems:
         console.print(Text("To look at", style="bold"))
-        for problem in report.problems:
+        for problem in problems:
             console.print(Text(f"  ! {problem}", style="yellow"))
+    elif listed:
+        console.print(Text("There is nothing to look at but the few rows listed above.", style="green"))
     else:
         console.print(Text("Nothing odd was found.", style="green"))
 
@@ -150,7 +162,7 @@ def _draw_preview(preview: Preview, console: Console) -> Panel:
     if plain and inside:
         body.append(closing)
     legend = f"{opening}{closing} carries loss" if plain else "green carries loss"
-    title = f"{preview.origin}  {preview.num_tokens} tokens, {preview.num_supervised} with loss"
+    title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, {preview.num_supervised} with loss"
     return Panel(body, title=Text(title), subtitle=Text(legend), title_align="left", subtitle_align="right")
 
 
@@ -171,11 +183,28 @@ def _draw_sources(report: DataReport) -> Table:
     return table
 
 
-def _draw_lengths(lengths: Lengths, console: Console) -> Group:
+def measure(lengths: npt.NDArray[np.int64]) -> Lengths:
+    """Figures and histogram of lengths, int64 [D]."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // _NUM_BARS)
+    counts = np.bincount((lengths - low) // width)
+    bars = (Bar(low + i * width, min(low + (i + 1) * width - 1, high), int(n)) for i, n in enumerate(counts))
+    return Lengths(
+        min=low,
+        median=float(np.median(lengths)),
+        mean=float(lengths.mean()),
+        p95=float(np.percentile(lengths, 95)),
+        max=high,
+        histogram=tuple(bars),
+    )
+
+
+def draw_lengths(title: str, lengths: Lengths, console: Console) -> Group:
+    """A histogram."""
     block = "#" if console.options.ascii_only else "█"
     most = max(bar.count for bar in lengths.histogram)
     head = (
-        f"Tokens of a document: {lengths.min:,} to {lengths.max:,}, median {lengths.median:,.0f}, "
+        f"{title}: {lengths.min:,} to {lengths.max:,}, median {lengths.median:,.0f}, "
         f"mean {lengths.mean:,.1f}, 95 % below {lengths.p95:,.0f}"
     )
     width = len(f"{lengths.histogram[-1].high:,}")
@@ -191,22 +220,26 @@ def _draw_figures(report: DataReport) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    kept = f"{stats.rows:,} read, {stats.num_dropped:,} skipped, {stats.documents:,} documents"
-    table.add_row("rows", kept + (f" ({stats.split_documents:,} rows were split)" if stats.split_documents else ""))
+    kept = f"{stats.rows:,} read, {stats.num_dropped:,} skipped, {plural(stats.documents, 'document')}"
+    table.add_row("rows", kept + (f" ({plural(stats.split_documents, 'row')} split)" if stats.split_documents else ""))
     table.add_row("tokens", f"{stats.tokens:,}, {stats.supervised_tokens:,} with loss ({stats.supervised_share:.1%})")
     lost = stats.truncated_tokens / max(stats.tokens + stats.truncated_tokens, 1)
     table.add_row(
-        "truncation", f"{stats.truncated_documents:,} documents, {stats.truncated_tokens:,} tokens ({lost:.1%})"
+        "truncation",
+        f"{plural(stats.truncated_documents, 'document')}, {plural(stats.truncated_tokens, 'token')} ({lost:.1%})",
     )
     how = "packing" if packing.enabled else "no packing"
     table.add_row(
-        how, f"{packing.sequences:,} sequences of {packing.max_seq_len:,}, filled to {packing.efficiency:.1%}"
+        how, f"{plural(packing.sequences, 'sequence')} of {packing.max_seq_len:,}, filled to {packing.efficiency:.1%}"
     )
     endings = ", ".join(f"{ending.token!r} {ending.count / stats.documents:.1%}" for ending in report.endings)
     table.add_row("documents end in", Text(endings))
-    table.add_row("exact duplicates", f"{duplicates.exact:,} rows")
-    table.add_row("near duplicates", f"{duplicates.near:,} of {duplicates.compared:,} distinct rows compared")
-    table.add_row("same prompt, other answer", f"{duplicates.same_prompt:,} rows")
+    if stats.control_tokens:
+        found = ", ".join(f"{r.reason} ({plural(r.count, 'row')}, first {r.first})" for r in stats.control_tokens)
+        table.add_row("control tokens in messages", Text(found))
+    table.add_row("exact duplicates", plural(duplicates.exact, "row"))
+    table.add_row("near duplicates", f"{duplicates.near:,} of {plural(duplicates.compared, 'distinct row')} compared")
+    table.add_row("same prompt, other answer", plural(duplicates.same_prompt, "row"))
     if report.overlap is not None:
         overlap = report.overlap
         table.add_row(
@@ -225,7 +258,8 @@ def _listed_pairs(report: DataReport) -> list[tuple[str, tuple[Pair, ...]]]:
     return [(title, pairs) for title, pairs in lists if pairs]
 
 
-def _draw_pairs(title: str, pairs: tuple[Pair, ...]) -> Group:
+def draw_pairs(title: str, pairs: tuple[Pair, ...]) -> Group:
+    """Examples of rows that are alike."""
     lines = [Text(f"{title}, for example", style="bold")]
     lines += [Text(f"  {pair.second} = {pair.first}  ({pair.similarity:.0%})") for pair in pairs]
     return Group(*lines)

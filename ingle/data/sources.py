@@ -18,7 +18,7 @@ from ingle.data.layouts import detect_layout, parse_row, rename_columns
 from ingle.data.readers import Rows, data_suffix, known_suffixes, read_rows
 from ingle.data.types import Example
 from ingle.errors import DataError, DependencyError, HubUnavailable
-from ingle.wording import first_line
+from ingle.wording import first_line, some
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -56,8 +56,8 @@ def _read_source(source: Source, on_warning: Callable[[str], None] | None) -> It
 def _read_table(rows: Rows, name: str, source: Source, on_warning: Callable[[str], None] | None) -> Iterator[Example]:
     layout = source.layout
     first = ""
-    for line, raw in rows:
-        origin = f"{name}:{line}"
+    for place, raw in rows:
+        origin = f"{name}:{place}"
         row = rename_columns(raw, source.columns, origin)
         if layout == "auto":
             layout, others = detect_layout(row, origin)
@@ -79,8 +79,10 @@ def find_files(path: str) -> list[Path] | None:
         if not found:
             raise DataError("The folder holds no data file.", where=path, fix=f"one of {', '.join(known_suffixes())}")
         return found
-    if local.exists():
+    if local.is_file():
         return [local]
+    if local.exists():
+        raise DataError("This is no regular file.", where=path, fix="save what it gives in a file, and name that")
     if glob.has_magic(path):
         found = sorted(p for p in map(Path, glob.glob(str(local), recursive=True)) if p.is_file())
         if not found:
@@ -88,14 +90,26 @@ def find_files(path: str) -> list[Path] | None:
         return found
     if _HUB_ID.fullmatch(path) and data_suffix(local) not in known_suffixes():
         return None
-    near = difflib.get_close_matches(local.name, _names_in(local.parent), n=1, cutoff=0.75)
-    raise DataError(
-        "There is no such file.", where=path, fix=f"did you mean {local.parent / near[0]}?" if near else None
-    )
+    raise DataError("There is no such file.", where=path, fix=_suggest(local))
+
+
+def _suggest(missing: Path) -> str:
+    """The nearest name that exists, or what there is to choose from."""
+    folder = next(folder for folder in missing.parents if folder.is_dir() or folder == folder.parent)
+    part = missing.relative_to(folder).parts[0] if folder != missing.parent else missing.name
+    names = _names_in(folder)
+    near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {folder / near[0]}?"
+    data = [name for name in names if data_suffix(Path(name)) in known_suffixes()]
+    return f"{folder}/ holds {some(data)}" if data else f"check the path; {folder.resolve()} holds no data file"
 
 
 def _names_in(folder: Path) -> list[str]:
-    return [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    try:
+        return sorted(p.name for p in folder.iterdir())
+    except OSError:
+        return []
 
 
 def _read_hub(source: Source) -> Rows:

@@ -56,6 +56,7 @@ class DataStats:
         open_turns: Trained turns that no end-of-turn token follows, by the template.
         dropped: Rows left out, by reason.
         remarks: Other things that happened to rows that were kept.
+        control_tokens: Rows with control tokens inside messages, by token.
         sources: Share of each source.
     """
 
@@ -70,6 +71,7 @@ class DataStats:
     open_turns: int
     dropped: tuple[Remark, ...]
     remarks: tuple[Remark, ...]
+    control_tokens: tuple[Remark, ...]
     sources: tuple[SourceShare, ...]
 
     @property

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jinja2
 
+from ingle.data.sandbox import check_size, refusal, sandboxed
 from ingle.data.types import Example, Message, Tokenizer
 from ingle.errors import DataError
 
@@ -82,26 +83,36 @@ def render(
 
     Raises:
         DataError: The tokenizer has no template, or the template refuses the conversation.
+        ModelError: The template takes too much time or memory.
     """
+    _require_template(tokenizer, origin)
+    with sandboxed(tokenizer, origin):
+        return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt, origin=origin)
+
+
+def _require_template(tokenizer: Tokenizer, origin: str | None) -> None:
     if not has_template(tokenizer):
         raise DataError(
             "The data are conversations, but the tokenizer has no chat template.",
             where=origin,
             fix="name a Jinja file with model.chat_template=, or use prompt and completion columns",
         )
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
+) -> str:
+    """As :func:`render`, within limits that the caller has set."""
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text: Any = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(
-            "The chat template refuses the conversation.",
-            where=origin,
-            why=f"{error} (roles: {', '.join(message.role for message in messages)})",
-            fix="mend the row or data.system, or name another template with model.chat_template=",
-        ) from error
-    return str(text)
+    except (MemoryError, jinja2.TemplateSyntaxError):
+        raise  # no row can help
+    except Exception as error:  # a template raises whatever Python can raise
+        raise refusal(error, tokenizer, messages, origin) from error
+    return check_size(str(text), tokenizer, messages)
 
 
 def read_conversation(example: Example, system: str | None = None) -> tuple[Message, ...]:
@@ -129,41 +140,6 @@ def split_prompt(example: Example) -> tuple[str, str]:
     return prompt, example.prompt[len(prompt) :] + example.completion
 
 
-def prompt_ids(tokenizer: Tokenizer, example: Example, system: str | None = None) -> list[int]:
-    """The ids to generate from: those that training on the same example begins with.
-
-    Args:
-        tokenizer: With or without a chat template.
-        example: A conversation (its last answer is left out) or a prompt.
-        system: As ``data.system``.
-
-    Raises:
-        DataError: Plain text has no prompt; a conversation needs a chat template.
-    """
-    if example.text is not None:
-        raise DataError("Plain text has no prompt to answer.", where=example.origin, fix="use prompt and completion")
-    if example.messages or has_template(tokenizer):
-        messages = list(read_conversation(example, system))
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
-        text = render(tokenizer, messages, add_generation_prompt=True, origin=example.origin).rstrip(" ")
-        return _ids_before_answer(tokenizer, text, add_special_tokens=False)
-    ids = _ids_before_answer(tokenizer, split_prompt(example)[0], add_special_tokens=True)
-    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-        ids.pop()
-    return ids
-
-
-def _ids_before_answer(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """The ids of a prompt with an answer behind it: what follows decides how white space at its end is cut."""
-    with_answer = tokenizer(text + ANSWER, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-    ids, offsets = with_answer["input_ids"], with_answer["offset_mapping"]
-    border = next(i for i, (_, end) in enumerate(offsets) if end > len(text))
-    if offsets[border][0] < len(text):  # the tokenizer joins the two, as it will not with every answer
-        return [int(i) for i in tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]]
-    return [int(i) for i in ids[:border]]
-
-
 def locate_answers(
     tokenizer: Tokenizer, messages: Sequence[Message], *, train_on: TrainOn, origin: str | None = None
 ) -> Rendering:
@@ -172,9 +148,16 @@ def locate_answers(
     With ``train_on="all"`` only the last answer is located, for its end of turn.
 
     Raises:
-        DataError: The template refuses the conversation or cannot be masked.
+        DataError: There is no template, or it refuses the conversation or cannot be masked.
+        ModelError: The template takes too much time or memory.
     """
-    text = render(tokenizer, messages, origin=origin)
+    _require_template(tokenizer, origin)
+    with sandboxed(tokenizer, origin):
+        return _locate(tokenizer, messages, train_on, origin)
+
+
+def _locate(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn, origin: str | None) -> Rendering:
+    text = _render(tokenizer, messages, origin=origin)
     indices = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "all" and messages[-1].role != "assistant":
         return Rendering(text, ())
@@ -231,7 +214,7 @@ def _mark(
         content = marked[i].content
         marked[i] = Message(marked[i].role, (content.rstrip() if strip else content) + mark)
     try:
-        rest = render(tokenizer, marked, add_generation_prompt=add_generation_prompt)
+        rest = _render(tokenizer, marked, add_generation_prompt=add_generation_prompt)
     except DataError:
         return None
     plain, ends = "", {}
@@ -249,7 +232,7 @@ def _find_start(
 ) -> tuple[int, str | None]:
     """Where answer ``i`` begins in ``text``, and how what is served differs from what stands before it."""
     try:
-        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
+        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
     except DataError:
         prompt = None  # templates may refuse an empty history
     if prompt is not None and text.startswith(prompt) and len(prompt) <= ends[i]:

@@ -27,6 +27,9 @@ from ingle.models.hidden import Head
 #: Logits of a chunk, of each of the two models.
 CHUNK_LOGITS = 1 << 23
 
+#: Scored tokens below which a mean over them is a rough figure.
+FEW_TOKENS = 1000
+
 Tell = Callable[[int, int], None]
 
 

@@ -50,6 +50,10 @@ def list_facts(run: Run, report: Mapping[str, Any]) -> list[tuple[str, str, str]
             f"trained through its rounding from step {rounding['first_step']:,} on; "
             f"packing took {duration(rounding['packing_s'])}",
         )
+    if contamination := report.get("contamination"):
+        same = contamination["same_prompt"]
+        note = f"{contamination['same_row']:,} with the same answer" if same else "by prompt"
+        add("Held-out rows in the training data", f"{same:,} of {contamination['rows']:,}", note)
     add("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}")
     add("Seed", str(run.seed))
     return facts

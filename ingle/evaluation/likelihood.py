@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ingle.data import IGNORE_INDEX, Example, Sample, Tokenizer, collate
+from ingle.data import IGNORE_INDEX, ControlTokens, Example, Sample, Tokenizer, collate
 from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
 from ingle.data.types import Ids
 from ingle.errors import EvaluationError
@@ -59,6 +59,7 @@ def score_references(
     samples: Sequence[TaskSample],
     *,
     system: str | None = None,
+    control: ControlTokens | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_cut: Callable[[int], None] = lambda count: None,
 ) -> tuple[Likelihood, ...]:
@@ -69,6 +70,7 @@ def score_references(
         tokenizer: Its tokenizer.
         samples: Of the task.
         system: A system message put before conversations that have none.
+        control: What to do with control tokens in messages; by default they are read as text.
         on_progress: Called with the number of finished windows and that of all.
         on_cut: Called with the number of prompts that were cut at the start to fit the model.
 
@@ -76,7 +78,8 @@ def score_references(
         EvaluationError: A reference gives no token to score.
         DataError: The chat template cannot be used.
     """
-    documents = [scorable(sample.example, tokenizer, system) for sample in samples]
+    control = control or ControlTokens(tokenizer)
+    documents = [scorable(sample.example, tokenizer, system, control) for sample in samples]
     windows, cut = cut_windows(documents, tokenizer, window_size(model))
     if cut:
         on_cut(cut)
@@ -100,14 +103,16 @@ def window_size(model: Any) -> int:
     return min(limit, MAX_WINDOW) if isinstance(limit, int) and limit > 1 else MAX_WINDOW
 
 
-def scorable(example: Example, tokenizer: Tokenizer, system: str | None = None) -> Document:
+def scorable(
+    example: Example, tokenizer: Tokenizer, system: str | None = None, control: ControlTokens | None = None
+) -> Document:
     """The document whose reference, or whose whole text, is scored.
 
     Raises:
         EvaluationError: The row gives nothing to score.
         DataError: The chat template cannot be used.
     """
-    document = draw_document(example, tokenizer, train_on="last", system=system)
+    document = draw_document(example, tokenizer, train_on="last", system=system, control=control)
     if isinstance(document, str):
         raise EvaluationError(
             "A task row has nothing whose likelihood could be scored.", where=example.origin, why=document

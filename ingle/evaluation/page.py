@@ -17,7 +17,7 @@ from ingle.evaluation import charts, wording
 from ingle.evaluation.charts import Estimate
 from ingle.evaluation.facts import compare_memory, list_facts, list_modules
 from ingle.evaluation.templates import render
-from ingle.wording import counted
+from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -84,7 +84,7 @@ def _hero(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "corrected": f"{wording.corrected_p(row)} {correction}" if correction else None,
         "n": f"{row['n']:,}",
         "few": wording.few_samples(row["n"]),
-        "counts": f"{counted(row['num_better'], 'sample')} got better, {row['num_worse']:,} worse, "
+        "counts": f"{plural(row['num_better'], 'sample')} got better, {row['num_worse']:,} worse, "
         f"{row['num_equal']:,} equal",
         "mde": wording.score(name, row["mde80"]) if row["mde80"] else None,
     }

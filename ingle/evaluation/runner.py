@@ -8,7 +8,7 @@ from typing import Any
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
-from ingle.data import Tokenizer, prompt_ids
+from ingle.data import ControlTokens, Tokenizer, prompt_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.compare import compare, summarize
 from ingle.evaluation.likelihood import score_references, window_size
@@ -17,8 +17,8 @@ from ingle.evaluation.scorers import Likelihood, Outputs, make_scorers
 from ingle.evaluation.task import TaskSample, read_task
 from ingle.evaluation.wording import few_samples
 from ingle.events import Event, Progress, Sink, Warned
-from ingle.models import generate
-from ingle.wording import counted
+from ingle.models import generate, text_limit
+from ingle.wording import plural
 
 #: Where reasoning models end their thoughts; what they answer follows.
 _THOUGHTS_END = "</think>"
@@ -118,7 +118,8 @@ def _answer(
     model: Any, tokenizer: Any, samples: tuple[TaskSample, ...], task: TaskConfig, sink: Sink, stage: str
 ) -> tuple[tuple[str, ...], int]:
     """Generated answers, and how many of them were cut off."""
-    prompts = [prompt_ids(tokenizer, sample.example, task.system) for sample in samples]
+    control = ControlTokens(tokenizer, task.control_tokens)
+    prompts = [prompt_ids(tokenizer, sample.example, task.system, control=control) for sample in samples]
     _check_lengths(model, prompts, samples)
     total = len(prompts)
     sink(Progress(f"{stage}: answering", 0, total))
@@ -138,8 +139,8 @@ def _answer(
     if num_unfinished:
         sink(
             Warned(
-                f"{num_unfinished} of {counted(total, 'answer')} ({stage}) "
-                f"{'was' if num_unfinished == 1 else 'were'} cut off at {counted(task.max_new_tokens, 'token')}.",
+                f"{num_unfinished} of {plural(total, 'answer')} ({stage}) "
+                f"{'was' if num_unfinished == 1 else 'were'} cut off at {plural(task.max_new_tokens, 'token')}.",
                 where="evaluate.max_new_tokens",
                 count=num_unfinished,
             )
@@ -161,9 +162,9 @@ def final_answer(text: str, references: Sequence[str]) -> str:
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], samples: tuple[TaskSample, ...]) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = text_limit(model)
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if isinstance(limit, int) and 0 < limit <= len(prompts[longest]):
+    if limit is not None and limit <= len(prompts[longest]):
         raise EvaluationError(
             "A task prompt is longer than the model's context.",
             where=samples[longest].example.origin,
@@ -183,10 +184,11 @@ def _likelihoods(
             tokenizer,
             samples,
             system=task.system,
+            control=ControlTokens(tokenizer, task.control_tokens),
             on_progress=lambda done, total: sink(Progress(f"{stage}: scoring references", done, total)),
             on_cut=lambda count: sink(
                 Warned(
-                    f"{count} of {counted(len(samples), 'task prompt')} {'was' if count == 1 else 'were'} cut at the "
+                    f"{count} of {plural(len(samples), 'task prompt')} {'was' if count == 1 else 'were'} cut at the "
                     f"start, to leave room for the answer within {window_size(model):,} tokens.",
                     where="evaluate.sources",
                     count=count,

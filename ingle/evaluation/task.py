@@ -10,7 +10,7 @@ from ingle.config.evaluate import TaskConfig
 from ingle.data import Example, Message, read_examples
 from ingle.errors import DataError, EvaluationError
 from ingle.evaluation.scorers import make_scorers
-from ingle.wording import counted
+from ingle.wording import plural
 
 Warn = Callable[[str], None]
 
@@ -114,7 +114,7 @@ def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
         raise EvaluationError(
             f"Plain text asks nothing, so there are no answers to compare for {', '.join(wanting)}.",
             where=texts[0].example.origin,
-            why=f"{len(texts)} of {counted(len(samples), 'task row')} {'is' if len(texts) == 1 else 'are'} plain text",
+            why=f"{len(texts)} of {plural(len(samples), 'task row')} {'is' if len(texts) == 1 else 'are'} plain text",
             fix="use evaluate.metrics: [bits_per_byte, perplexity], or rows with a prompt and an answer",
         )
 
@@ -139,7 +139,7 @@ def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list
     if task.num_samples is None or task.num_samples == len(samples):
         return samples
     if task.num_samples > len(samples):
-        on_warning(f"The task has only {counted(len(samples), 'sample')}; evaluate.num_samples is {task.num_samples}.")
+        on_warning(f"The task has only {plural(len(samples), 'sample')}; evaluate.num_samples is {task.num_samples}.")
         return samples
     drawn = random.Random(task.seed).sample(range(len(samples)), task.num_samples)
     return [samples[index] for index in sorted(drawn)]

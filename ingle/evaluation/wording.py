@@ -69,7 +69,7 @@ def judgement(row: Mapping[str, Any], num_metrics: int) -> str:
     """
     correction = f"after correction for {num_metrics} metrics"
     if row["outcome"] != "unclear":
-        return row["outcome"] + (f" ({corrected_p(row)} {correction})" if num_metrics > 1 else "")
+        return str(row["outcome"]) + (f" ({corrected_p(row)} {correction})" if num_metrics > 1 else "")
     if row["p"] < LEVEL <= row["p_holm"]:
         return f"not significant {correction} ({corrected_p(row)})"
     return "no significant difference"
@@ -96,7 +96,7 @@ def few_samples(num_samples: int) -> str | None:
     if num_samples >= FEW_SAMPLES:
         return None
     return (
-        f"These scores rest on only {wording.counted(num_samples, 'sample')}; "
+        f"These scores rest on only {wording.plural(num_samples, 'sample')}; "
         f"with fewer than {FEW_SAMPLES}, treat the intervals as rough."
     )
 

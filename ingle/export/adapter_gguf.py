@@ -1,4 +1,4 @@
-"""The adapter alone as GGUF, for ``llama-server --lora``: A and B beside a base that stays as it is.
+"""The adapter alone as GGUF, for ``llama-server --lora``: A and B for a base that stays as it is.
 
 Rows of B are put into llama.cpp's order where those of the base are.  One ``alpha`` holds for the whole file, so a
 module whose scale is another has it multiplied into B.
@@ -43,10 +43,10 @@ def write_adapter(merger: Merger, path: Path, type_name: str, metadata: Mapping[
     """
     layers = merger.all_layers
     if not layers:
-        raise AdapterError("there is no adapter to export.", fix="--to gguf writes the model")
+        raise AdapterError("There is no adapter to export.", fix="--to gguf writes the model")
     if merger.trained:
         raise AdapterError(
-            f"an adapter file has no place for {', '.join(merger.trained)}, trained whole.",
+            f"An adapter file has no place for {', '.join(merger.trained)}, trained as a whole.",
             fix="--to gguf merges everything into one file",
         )
     described = shapes.to_metadata(merger.stream.model.config.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ from ingle import __version__
 from ingle.atomic import sha256
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
-from ingle.evaluation.divergence import Divergence
-from ingle.export.fidelity import TensorFidelity, mean_correlation
+from ingle.export import wording
 
 _TITLES = {
     "peft": "LoRA adapter in PEFT's layout",
@@ -34,10 +33,10 @@ def make_card(
     run: Run | None,
     run_folder: Path | None,
     usage: str,
-    fidelity: Sequence[TensorFidelity],
-    divergence: Divergence | None,
+    report: Mapping[str, Any] | None,
+    report_name: str,
 ) -> str:
-    """The content of ``README.md``.
+    """The model card, Markdown.
 
     Args:
         to: What was exported.
@@ -47,8 +46,8 @@ def make_card(
         run: The config it was trained with, None for a model that no run made.
         run_folder: Where that run lies.
         usage: How to use it, Markdown.
-        fidelity: Of every merged weight.
-        divergence: Of the trained model and what was written.
+        report: What the export changed, the content of ``fidelity.json``; None where nothing was merged or packed.
+        report_name: The name of that file.
     """
     head: dict[str, Any] = {
         "base_model": base_model,
@@ -65,11 +64,11 @@ def make_card(
     if licence is None:
         made += " Its licence could not be read; the licence of the base model applies."
     parts += [made, "## Use", usage]
-    report = _read_report(run_folder)
-    if report.get("metrics"):
-        parts += ["## How good it is", _metrics(report)]
-    if fidelity or divergence is not None:
-        parts += ["## What the export changed", _changes(fidelity, divergence)]
+    scores = _read_report(run_folder)
+    if scores.get("metrics"):
+        parts += ["## How good it is", _metrics(scores)]
+    if report is not None:
+        parts += ["## What the export changed", *_changes(report, report_name)]
     if run is not None:
         parts += ["## Data", _data(run, run_folder), "## Config", f"```yaml\n{run_to_yaml(run).strip()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -94,7 +93,7 @@ def read_licence(folder: Path) -> str | None:
 
 def _read_report(run_folder: Path | None) -> dict[str, Any]:
     try:
-        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text())
+        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
@@ -117,22 +116,11 @@ def _metrics(report: Mapping[str, Any]) -> str:
     )
 
 
-def _changes(fidelity: Sequence[TensorFidelity], divergence: Divergence | None) -> str:
-    sentences = []
-    if fidelity:
-        mean = mean_correlation(fidelity)
-        sentences.append(
-            f"{len(fidelity)} weights were merged with the adapter. What survived of the change has a correlation of "
-            f"{_number(mean)} with what was trained."
-        )
-    if divergence is not None:
-        sentences.append(
-            f"On {divergence.num_tokens:,} tokens of text, against the trained model: KL divergence "
-            f"{divergence.kl:.4f} nats a token, the same likeliest token in {divergence.top1_agreement:.1%}, "
-            f"perplexity {divergence.perplexity_second:.3f} (trained: {divergence.perplexity_first:.3f})."
-        )
-    sentences.append("`fidelity.json` has every figure.")
-    return " ".join(sentences)
+def _changes(report: Mapping[str, Any], name: str) -> list[str]:
+    """Paragraphs."""
+    sentences = (wording.weights(report), wording.rounding(report), wording.kept(report), wording.divergence(report))
+    text = " ".join(sentence for sentence in sentences if sentence is not None)
+    return [f"{text} `{name}` has every figure.", *(f"**Warning.** {warning}" for warning in report["warnings"])]
 
 
 def _data(run: Run, run_folder: Path | None) -> str:
@@ -143,7 +131,8 @@ def _data(run: Run, run_folder: Path | None) -> str:
         lines.append(f"| {path.name} | `{digest}` |")
     states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
     if states:
-        lines += ["", f"SHA of the tokenized data: `{json.loads(states[-1].read_text())['data_hash']}`."]
+        state = json.loads(states[-1].read_text(encoding="utf-8"))
+        lines += ["", f"SHA of the tokenized data: `{state['data_hash']}`."]
     return "\n".join(lines)
 
 

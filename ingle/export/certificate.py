@@ -83,7 +83,7 @@ def certify(
         system: A system message put before conversations that have none.
         tolerance: How far they may be apart.
         max_new_tokens: Longest answer.
-        sink: Is told of the progress.
+        sink: Gets the progress.
 
     Returns:
         The certificate as plain data; ``passed`` says whether all is well, ``reasons`` what is not, ``notes`` what
@@ -133,7 +133,7 @@ def hold_against_trained(
         system: A system message put before conversations that have none.
         limit: Largest mean KL(trained || other), nats a token; None for any.
         max_new_tokens: Longest answer.
-        sink: Is told of the progress.
+        sink: Gets the progress.
 
     Returns:
         The certificate with ``trained``, and what it adds to ``reasons``.
@@ -151,7 +151,7 @@ def hold_against_trained(
 
 
 def write_certificate(path: Path, certificate: dict[str, Any], files: Sequence[Path]) -> None:
-    """Writes ``certificate.json`` with the SHA-256 of what it speaks of."""
+    """Writes the certificate with the SHA-256 of the files it describes."""
     certificate = certificate | {"files": {file.name: sha256(file) for file in files}}
     write_atomically(path, (json.dumps(certificate, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -164,10 +164,10 @@ def require_passed(certificate: dict[str, Any], where: Path) -> None:
     """
     if not certificate["passed"]:
         raise ExportError(
-            "what was written does not answer as what was trained.",
+            "The export does not answer as the trained model.",
             where=str(where),
             why="\n".join(certificate["reasons"]),
-            fix="do not serve it; certificate.json holds every compared figure",
+            fix="do not serve it; the certificate holds every compared figure",
         )
 
 

@@ -1,4 +1,4 @@
-"""An export from beginning to end: what is asked, what is written, what is proved."""
+"""An export from beginning to end: check the request, write the files, verify them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ingle import inference, models
+from ingle.errors import Interrupted
 from ingle.events import Saved, Sink
 from ingle.export import certificate, hf, llama
 from ingle.export.merged import export_gguf, export_safetensors
@@ -37,25 +38,28 @@ def export(
     Args:
         run_or_model: A run folder, an adapter folder, a model folder, a ``.gguf`` file or a hub id.
         to: ``peft``, ``safetensors``, ``gguf`` or ``gguf-adapter``.
-        out: A new folder, or a ``.gguf`` file whose companions then lie beside it.
-        type: Of the weights; what was trained on, or what loses least, when None.
-        verify: Let another program read it, compare its answers, and write ``certificate.json``.
+        out: A new folder; for GGUF any folder, or a file ending in ``.gguf``.  What belongs to a GGUF file is named
+            after it.
+        type: Of the weights; when None the type of the base, or one that loses little.
+        verify: Let another program read it, compare its answers, and write a certificate.
         promote: Give weights that lose too much of their change a wider type.
         size_budget: What that may cost, as a share of the file.
         max_kl: Largest KL divergence of what is written from what was trained, nats a token.
-        allow_loss: Write it whatever is lost.
+        allow_loss: Write it however much is lost.
         allow_mismatch: Put the adapter on another base than it was trained on.
         data: Text to measure on; the run's held-out rows, or its training rows, when None.
         imatrix: Importance matrix for the quantizer.
-        sink: Is told of the progress.
+        sink: Gets the progress and warnings.
 
     Returns:
-        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (of ``fidelity.json``; None where nothing was
-        merged or packed) and ``certificate`` (of ``certificate.json``; None without ``verify``).
+        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (the content of the fidelity report; None where nothing
+        was merged or packed), ``certificate`` (None without ``verify``) and ``files``: the path of each file by what
+        it is (``model``, ``card``, ``modelfile``, ``fidelity``, ``fidelity_page``, ``certificate``).
 
     Raises:
-        ExportError: Too much would be lost, or what was written does not answer as it should.
-        IngleError: For every other mistake the user can mend.
+        ExportError: Too much would be lost, or the export does not answer as the trained model.
+        IngleError: For every other mistake of the user.
+        Interrupted: Stopped during the verification; the export itself is complete.
     """
     request = Request(
         to=to,
@@ -71,14 +75,15 @@ def export(
         imatrix=imatrix,
     )
     request.check()
-    if verify:  # what is missing is known before anything is written, not after
+    if verify:  # say that a program is missing before anything is written, not after
         _require_reader(request)
     source = inference.locate(run_or_model)
     work = Work(request, Subject.find(run_or_model, source), models.load_tokenizer(source.model), sink)
     outcome = _WAYS[to](work)
-    sink(Saved(0, str(outcome.path), "export"))
+    place = outcome.place
+    sink(Saved(0, str(place.result), "export"))
     result: dict[str, Any] = {
-        "path": str(outcome.path),
+        "path": str(place.result),
         "to": to,
         "type": outcome.type,
         "num_bytes": outcome.num_bytes,
@@ -86,17 +91,22 @@ def export(
         "certificate": None,
     }
     if verify:
-        made = outcome.certify()
-        path = outcome.folder / "certificate.json"
+        path = place.path("certificate")
+        try:
+            made = outcome.certify()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "Stopped before the verification was finished.", why=f"{place.result} is complete, but not verified"
+            ) from None
         certificate.write_certificate(path, made, outcome.files)
         sink(Saved(0, str(path), "certificate"))
         certificate.require_passed(made, path)
         result["certificate"] = made
-    return result
+    return result | {"files": place.files()}
 
 
 def _require_reader(request: Request) -> None:
-    """Raises unless the program that is to answer is installed."""
+    """Raises unless the program that reads the export is installed."""
     match request.to:
         case "gguf" | "gguf-adapter":
             llama.require()

@@ -119,7 +119,7 @@ class GgufExport:
         Args:
             path: Where.
             metadata: What else it says of itself (``general.name`` and the like).
-            sink: Is told of the progress.
+            sink: Gets the progress.
 
         Returns:
             What survived of every merged weight.
@@ -182,7 +182,7 @@ class GgufExport:
         entries: list[tuple[str, Entry | None, tuple[int, ...]]] = []
         for stored in self.merger.stream.entries:
             if len(stored.pieces) != 1:
-                raise GgufError("models with experts cannot be written to GGUF yet.", where=stored.name)
+                raise GgufError("Models with experts cannot be written to GGUF yet.", where=stored.name)
             entries.append((stored.name, stored, stored.pieces[0].shape))
         entries += [(name, None, tuple(self.merger.trained[name].shape)) for name in self.merger.untied]
         named = {name: self._name(name) for name, _, _ in entries}
@@ -204,10 +204,10 @@ class GgufExport:
             reason = why_not_packed(kind)
             if reason is not None:
                 raise ConfigError(
-                    f"a merged weight cannot be packed as {kind}, which is only read.",
+                    f"A merged weight cannot be packed in {kind}: Ingle only reads that format.",
                     where=name,
                     why=reason,
-                    fix="--type q8_0, or another type of llama.cpp's; --to gguf-adapter leaves the base as it is",
+                    fix="--type q8_0 or another type of llama.cpp; --to gguf-adapter leaves the base as it is",
                 )
 
     def _name(self, name: str) -> str:

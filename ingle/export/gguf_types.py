@@ -8,10 +8,12 @@ from ingle.config.base import BaseConfig, base_section, why_not_packed
 from ingle.config.ggml import GgmlBase
 from ingle.config.mixes import MixBase
 from ingle.errors import ConfigError
+from ingle.evaluation.formats import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
 from ingle.quant.format import PLAIN, Format, make_format
+from ingle.wording import nearest
 
-#: ``--type`` of a file in which every tensor keeps the format it was trained in.
+#: ``--type`` of a file in which every tensor keeps its format; merged ones are rounded to it again.
 AS_TRAINED = "as-trained"
 
 
@@ -33,18 +35,26 @@ def choose_type(name: str | None, base: BaseConfig, *, from_gguf: bool = False) 
     chosen = ALIASES.get(name.lower(), name.lower())
     if chosen == AS_TRAINED and not (from_gguf or holds(base)) and base.format != "none":
         raise ConfigError(
-            f"GGUF cannot hold {base.format}, which this model was trained on.",
+            f"GGUF cannot hold {base.format}, the format that this model was trained on.",
             where=f"--type {name}",
-            fix="--type q8_0, or another type of llama.cpp's",
+            fix="--type q8_0, or another type of llama.cpp",
         )
     if chosen not in (AS_TRAINED, *FILE_TYPES):
+        reason = why_not_packed(chosen)
+        known = (AS_TRAINED, *FILE_TYPES)
+        near = nearest(chosen, known, cutoff=0.5)
         raise ConfigError(
-            f"no file can be written in {name}.",
+            f"There is no GGUF type {name!r}." if reason is None else f"No weights can be packed in {name}.",
             where=f"--type {name}",
-            why=why_not_packed(chosen),
-            fix=f"one of {', '.join(FILE_TYPES)}, {AS_TRAINED}",
+            why=reason or f"types are {', '.join(known)}",
+            fix=_elsewhere(chosen) or (f"did you mean {near}?" if near else None),
         )
     return chosen
+
+
+def _elsewhere(name: str) -> str | None:
+    """What to type for a format that safetensors hold and GGUF does not."""
+    return f"--to safetensors --type {name}" if safetensors_base(name) is not None else None
 
 
 def holds(base: BaseConfig) -> bool:

@@ -23,15 +23,17 @@ from ingle.errors import ConfigError, QuantizationError
 from ingle.evaluation.formats import HQQ, PACKED, safetensors_base
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
+from ingle.export.gguf_types import AS_TRAINED
 from ingle.export.merging import Loaded, Merger
 from ingle.export.shards import ShardWriter
-from ingle.gguf.mixes import FILE_TYPES
+from ingle.gguf.mixes import ALIASES, FILE_TYPES
 from ingle.models.streaming import Entry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
 from ingle.quant.interchange_hqq import to_hqq
 from ingle.quant.linear import Packed
+from ingle.wording import nearest
 
 #: What transformers needs to read them.
 READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",)}
@@ -79,12 +81,19 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
     packed = safetensors_base({"hqq": "hqq-4"}.get(type_name, type_name))
     if packed is not None:
         return Layout(torch.bfloat16, packed)
+    known = (*PLAIN, *PACKED, *HQQ)
+    near = nearest(type_name, (*known, *FILE_TYPES), cutoff=0.5)
+    if type_name in (AS_TRAINED, *FILE_TYPES, *ALIASES):
+        fix: str | None = f"--to gguf --type {type_name}"
+    elif near is not None:
+        fix = f"did you mean {near}?" if near in known else f"did you mean --to gguf --type {near}?"
+    else:
+        fix = None
     raise ConfigError(
-        f"there is no layout of safetensors for {type_name}.",
+        f"Safetensors have no type {type_name!r}.",
         where=f"--type {type_name}",
-        fix=f"--to gguf --type {type_name}"
-        if type_name in FILE_TYPES
-        else f"one of {', '.join((*PLAIN, *PACKED, *HQQ))}",
+        why=f"types are {', '.join(known)}; HQQ also with a group size: hqq-3-g32",
+        fix=fix,
     )
 
 
@@ -112,7 +121,7 @@ def write_safetensors(
         folder: Where.
         layout: In what.
         importance: Mean squares of inputs by parameter, for formats that weigh their error by it.
-        sink: Is told of the progress.
+        sink: Gets the progress.
 
     Returns:
         What survived of every merged weight.
@@ -158,7 +167,7 @@ def _tensors(
     if format is not None:
         if len(entry.pieces) != 1:
             raise QuantizationError(
-                f"fused experts have no layout in {format.name} among safetensors.", where=entry.name, fix="--type bf16"
+                f"Safetensors have no layout for fused experts in {format.name}.", where=entry.name, fix="--type bf16"
             )
         (piece,) = entry.pieces
         if loaded.layer is None:
@@ -202,7 +211,7 @@ def _formats(model: ModelConfig, layout: Layout) -> Mapping[str, Format]:
 
 
 def _quantization_config(layout: Layout) -> dict[str, Any] | None:
-    """What transformers wants to be told of packed weights."""
+    """What transformers needs to know about packed weights."""
     base: Any = layout.base
     if isinstance(base, NoBase):
         return None

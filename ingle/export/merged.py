@@ -49,13 +49,13 @@ def export_safetensors(work: Work) -> Outcome:
             num_tensors=len(merger.stream.entries),
             num_copied=len(merger.stream.entries) - len(found) if layout.base == source.base else 0,
         )
-        work.refuse_loss(report, found)
+        work.accept(report, found)
         work.write_companions(
             partial,
+            place,
             type_name=layout.name,
             usage=_usage(place.folder, layout),
             found=found,
-            divergence=divergence,
             report=report,
         )
     files = tuple(sorted(place.folder.glob("*.safetensors")))
@@ -67,7 +67,7 @@ def export_safetensors(work: Work) -> Outcome:
         return work.certify(TransformersServer(place.folder), reopen, divergence, packed=layout.name not in PLAIN)
 
     num_bytes = sum(file.stat().st_size for file in files)
-    return Outcome(place.folder, place.folder, files, layout.name, num_bytes, report, certify)
+    return Outcome(place, files, layout.name, num_bytes, report, certify)
 
 
 def export_gguf(work: Work) -> Outcome:
@@ -97,14 +97,14 @@ def export_gguf(work: Work) -> Outcome:
             num_copied=export.num_copied,
             promotion=promotion,
         )
-        work.refuse_loss(report, found)
-        write_modelfile(work, merger.stream.model, partial, weights=f"./{place.main}")
+        work.accept(report, found)
+        write_modelfile(work, merger.stream.model, partial / place.name("modelfile"), weights=f"./{place.main}")
         work.write_companions(
             partial,
+            place,
             type_name=type_name,
-            usage=_gguf_usage(place.main),
+            usage=_gguf_usage(place),
             found=found,
-            divergence=divergence,
             report=report,
         )
 
@@ -116,30 +116,30 @@ def export_gguf(work: Work) -> Outcome:
         with serve_llama(place.result, merger.stream.model.config) as server:
             return work.certify(server, reopen, divergence, packed=export.is_packed)
 
-    return Outcome(place.result, place.folder, (place.result,), type_name, place.result.stat().st_size, report, certify)
+    return Outcome(place, (place.result,), type_name, place.result.stat().st_size, report, certify)
 
 
 def serve_llama(path: Path, config: Any, *, adapter: Path | None = None) -> LlamaCpp:
-    """llama.cpp with a file, and room for a certificate's texts."""
+    """llama.cpp with a file loaded, and room for a certificate's texts."""
     longest = getattr(config, "max_position_embeddings", _CONTEXT)
     return LlamaCpp(path, adapter=adapter, context=min(longest, _CONTEXT))
 
 
 def about(work: Work) -> dict[str, Any]:
-    """What a file says of itself besides its shape."""
+    """The metadata of a file besides its shape."""
     return {"general.name": work.name, "general.base_model.count": 1, "general.base_model.0.name": work.base_model}
 
 
-def write_modelfile(work: Work, model: Any, folder: Path, *, weights: str, adapter: str | None = None) -> None:
-    """Writes the ``Modelfile`` of a GGUF export."""
+def write_modelfile(work: Work, model: Any, path: Path, *, weights: str, adapter: str | None = None) -> None:
+    """Writes the Modelfile of a GGUF export; Ollama reads the paths in it from the folder where it lies."""
     ends = models.end_token_ids(model, work.tokenizer)
-    notes = [f"ollama create {work.name} -f Modelfile"]
+    notes = [f"ollama create {work.name} -f {path.name}"]
     text = ollama.make_modelfile(work.tokenizer, sorted(ends), weights=weights, adapter=adapter, notes=notes)
-    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def _promote(work: Work, export: GgufExport) -> Promotion:
-    """Gives the weights that lose most a wider type."""
+    """Gives the tensors that lose most a wider type."""
     merged = {
         planned.name: planned
         for planned in export.planned
@@ -177,8 +177,8 @@ def _usage(folder: Path, layout: Layout) -> str:
     if layout.base.format == "hqq":
         return (
             f'```python\nimport ingle\n\nmodel = ingle.open_model("{folder.name}")\n```\n\n'
-            "The linear maps are the `hqq` package's: `HQQLinear` loads each of them from these tensors. "
-            "transformers 5 does not read them, and takes fresh weights instead."
+            "The linear layers are in the layout of the `hqq` package: its `HQQLinear` loads each of them from these "
+            "tensors. transformers 5 does not read them and starts from random weights instead."
         )
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -187,8 +187,8 @@ def _usage(folder: Path, layout: Layout) -> str:
     )
 
 
-def _gguf_usage(name: str) -> str:
+def _gguf_usage(place: Place) -> str:
     return (
-        f"```console\n$ llama-server -m {name}\n```\n\nor, with Ollama:\n\n"
-        "```console\n$ ollama create my-model -f Modelfile\n$ ollama run my-model\n```"
+        f"```console\n$ llama-server -m {place.main}\n```\n\nor, with Ollama:\n\n"
+        f"```console\n$ ollama create my-model -f {place.name('modelfile')}\n$ ollama run my-model\n```"
     )

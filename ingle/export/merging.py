@@ -97,7 +97,7 @@ class Merger:
     Args:
         source: What to export.
         checks_base: Take note of the base's bytes as they pass, for :meth:`explain_mismatch`.
-        sink: Is told what the adapter's loading remarks on.
+        sink: Gets the notes from loading the adapter.
 
     Attributes:
         stream: The base.
@@ -156,7 +156,7 @@ class Merger:
         return None if found.sha256 == self.identity.sha256 else self.identity.explain_difference(found)
 
     def _is_tied(self, name: str) -> bool:
-        """Whether a value trained whole is the same as another's, so that one file entry stands for both."""
+        """Whether a value trained whole is the same as another's, so that one file entry serves both."""
         own = self.trained[name]
         there = {entry.name for entry in self.stream.entries}
         return any(

@@ -86,8 +86,8 @@ def make_modelfile(
     Args:
         tokenizer: Of the model.
         end_token_ids: What ends an answer.
-        weights: Behind ``FROM``: a file beside the Modelfile, or a model's name.
-        adapter: A LoRA GGUF beside it.
+        weights: Behind ``FROM``: a path from the folder of the Modelfile, or a model's name.
+        adapter: A LoRA GGUF, as a path from the same folder.
         notes: Comments at the top.
     """
     lines = [f"# {note}" for note in notes]

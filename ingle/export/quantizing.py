@@ -18,6 +18,7 @@ from torch import Tensor
 from ingle import models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
+from ingle.config.named import check_name
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import Target, find_target, read_windows
 from ingle.evaluation.importance import gather_importance
@@ -26,6 +27,7 @@ from ingle.export import hf
 from ingle.export.gguf import GgufExport
 from ingle.export.merging import Merger
 from ingle.export.place import Place
+from ingle.export.request import require_file
 from ingle.gguf import read_gguf
 from ingle.inference import Source
 from ingle.models.gguf_weights import GgufWeight
@@ -73,19 +75,19 @@ class Order:
         for option, given in (("--imatrix", self.imatrix), ("--data", self.data)):
             if given is not None and not weighed:
                 raise ConfigError(
-                    f"{target.name} does not weigh its error by an importance matrix.",
+                    f"{target.name} does not use an importance matrix.",
                     where=f"{option} {given}",
-                    fix="leave it out, or choose a type of GGUF blocks (q4_k_m) or hqq",
+                    fix=f"leave {option} out, or choose a GGUF type with blocks (q4_k_m) or hqq",
                 )
         if self.data is not None and self.imatrix is not None and self.imatrix.exists():
             raise ConfigError(
-                "the importance matrix to be gathered is there already.",
+                f"{self.imatrix} exists; nothing is overwritten.",
                 where=f"--imatrix {self.imatrix}",
-                why="with --data it is written, and nothing is overwritten",
-                fix="leave --data out to use it, or name another file",
+                why="with --data, the importance matrix is gathered and written there",
+                fix="leave --data out to use the file, or name another one",
             )
-        if self.data is None and self.imatrix is not None and not self.imatrix.is_file():
-            raise ConfigError("there is no such file.", where=f"--imatrix {self.imatrix}")
+        if self.data is None and self.imatrix is not None:
+            require_file(self.imatrix, "--imatrix")
         return target
 
 
@@ -129,7 +131,7 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
 
     Args:
         order: What into what.
-        sink: Is told of the progress.
+        sink: Gets the progress.
 
     Returns:
         ``path, to, container, num_weights, num_bytes_before, num_bytes, bits_per_weight, imatrix`` and ``classes``: for
@@ -137,9 +139,10 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
 
     Raises:
         ConfigError: The format is unknown, options contradict one another, or something would be overwritten.
-        IngleError: For every other mistake the user can mend.
+        IngleError: For every other mistake of the user.
     """
     target = order.check()
+    check_name(order.model)
     is_file = target.container == "gguf"
     name = Path(order.model).resolve().name
     place = Place(order.out, f"{name}-{target.name}" if is_file else None, companions=())
@@ -175,9 +178,9 @@ def _require_plain(merger: Merger, name: str) -> None:
     packed = next((format for format in formats if format is not None), None)
     if packed is not None:
         raise ConfigError(
-            f"the weights of {name} are packed as {packed.name} already.",
+            f"The weights of {name} are already packed in {packed.name}.",
             where="MODEL",
-            why="packing them again would lose once more, and nobody could tell how much",
+            why="packing them again would lose more, and the loss against the original could not be measured",
             fix="name the model's 16-bit release; `ingle export` copies packed weights as they are",
         )
 

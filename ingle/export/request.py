@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from ingle import data
 from ingle.config.data import DataConfig
 from ingle.config.data import Source as DataSource
+from ingle.config.named import nearest_path
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
@@ -17,6 +18,7 @@ from ingle.errors import ConfigError
 from ingle.evaluation.likelihood import Window, window_size
 from ingle.inference import Source
 from ingle.training.folder import RunFolder
+from ingle.wording import either
 
 Target = Literal["peft", "safetensors", "gguf", "gguf-adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -57,7 +59,7 @@ class Request:
         promote: Give weights that lose too much a wider type.
         size_budget: What that may cost, as a share of the file.
         max_kl: Largest loss that is accepted, nats a token.
-        allow_loss: Write it whatever is lost.
+        allow_loss: Write it however much is lost.
         allow_mismatch: Put the adapter on another base than it was trained on.
         data: Text to measure on; the run's held-out rows, or its training rows, when None.
         imatrix: Importance matrix for the quantizer.
@@ -83,21 +85,36 @@ class Request:
         """
         if self.to not in TARGETS:
             raise ConfigError(
-                f"there is no export {self.to!r}.", where=f"--to {self.to}", fix=f"one of {', '.join(TARGETS)}"
+                f"There is no export {self.to!r}.", where=f"--to {self.to}", fix=f"--to {either(TARGETS)}"
             )
         misplaced = {"--promote": self.promote, "--imatrix": self.imatrix is not None}
         for option, given in misplaced.items():
             if given and self.to != "gguf":
-                raise ConfigError(f"{option} is for --to gguf.", where=f"{option} --to {self.to}", fix="leave it out")
+                raise ConfigError(
+                    f"{option} works only with --to gguf.", where=f"{option} --to {self.to}", fix=f"leave {option} out"
+                )
         if self.type is not None and self.to == "peft":
             raise ConfigError(
-                "--type is for merged models and GGUF: an adapter for PEFT stays as it is.",
+                "--type does not work with --to peft: the adapter is copied as it is.",
                 where=f"--type {self.type}",
-                fix="leave it out",
+                fix="leave --type out; --to safetensors or --to gguf writes the merged model in a type",
             )
         for option, path in {"--data": self.data, "--imatrix": self.imatrix}.items():
-            if path is not None and not path.exists():
-                raise ConfigError("there is no such file.", where=f"{option} {path}")
+            if path is not None:
+                require_file(path, option)
+
+
+def require_file(path: Path, option: str) -> None:
+    """Raises unless a file exists.
+
+    Raises:
+        ConfigError: It does not; names the closest one in its folder.
+    """
+    if not path.exists():
+        near = nearest_path(path)
+        raise ConfigError(
+            "There is no such file.", where=f"{option} {path}", fix=None if near is None else f"did you mean {near}?"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +165,7 @@ class Subject:
         return windows
 
     def prompts(self, file: Path | None) -> Sequence[Example]:
-        """What a certificate asks."""
+        """The prompts of a certificate."""
         config = self._text_config(file)
         if config is None:
             return [Example(f"prompt {i}", prompt=text, completion="") for i, text in enumerate(_PROMPTS, 1)]

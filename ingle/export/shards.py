@@ -81,7 +81,7 @@ class ShardWriter:
             paths.append(final)
             places |= dict.fromkeys(names, final.name)
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(places.items()))}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return paths
 
     def _open(self) -> None:

@@ -1,11 +1,13 @@
-"""``fidelity.md``: what became of every merged weight, the worst first."""
+"""The fidelity page: what became of every merged weight, the worst first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ingle.export import wording
 from ingle.export.fidelity import TensorFidelity
+from ingle.wording import plural
 
 
 def fidelity_page(report: Mapping[str, Any], tensors: Sequence[TensorFidelity]) -> str:
@@ -21,14 +23,14 @@ def fidelity_page(report: Mapping[str, Any], tensors: Sequence[TensorFidelity]) 
         parts.append(
             "\n".join(
                 [
-                    "| on text | |",
+                    "| measured on text | |",
                     "|---|---|",
                     f"| tokens compared | {divergence['num_tokens']:,} |",
-                    f"| KL divergence, trained against written | {divergence['kl']:.5f} nats a token |",
-                    f"| same likeliest token | {divergence['top1_agreement']:.2%} |",
-                    f"| perplexity, trained | {divergence['perplexity_first']:.4f} |",
-                    f"| perplexity, written | {divergence['perplexity_second']:.4f} |",
-                    f"| KL divergence, trained against its base | {_number(report['adapter_effect'])} |",
+                    f"| KL divergence, export from trained model | {divergence['kl']:.5f} nats a token |",
+                    f"| same most likely token | {divergence['top1_agreement']:.2%} |",
+                    f"| perplexity, trained model | {divergence['perplexity_first']:.4f} |",
+                    f"| perplexity, export | {divergence['perplexity_second']:.4f} |",
+                    f"| KL divergence, base from trained model | {_number(report['adapter_effect'])} nats a token |",
                 ]
             )
         )
@@ -45,17 +47,15 @@ _MEANING = (
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    sentences = [f"Type: {report['type']}. {report['num_copied']} of {report['num_tensors']} weights were copied as "]
-    sentences[0] += "they are."
-    if report["mean_correlation"] is not None:
-        sentences.append(f"Correlation over all merged weights: {report['mean_correlation']:.4f}.")
+    lines = [f"Type: {report['type']}.", wording.weights(report), wording.rounding(report), wording.kept(report)]
     promotion = report["promotion"]
     if promotion is not None:
-        sentences.append(
-            f"{len(promotion['types'])} weights got a wider type, for {promotion['extra_bytes']:,} bytes: from "
-            f"{_number(promotion['before'])} to {_number(promotion['expected'])}."
+        lines.append(
+            f"{plural(len(promotion['types']), 'tensor')} got a wider type, for {promotion['extra_bytes']:,} bytes: "
+            f"correlation {_number(promotion['before'])} -> {_number(promotion['expected'])}."
         )
-    return " ".join(sentences)
+    text = " ".join(line for line in lines if line is not None)
+    return "\n\n".join([text, *(f"**Warning.** {warning}" for warning in report["warnings"])])
 
 
 def _table(tensors: Sequence[TensorFidelity]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ingle.inference import Source
 from ingle.models.gguf_file import is_gguf, open_gguf
 from ingle.models.peers import TransformersServer
 from ingle.quant.format import PLAIN
+from ingle.wording import either
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -38,17 +39,17 @@ def export_peft(work: Work) -> Outcome:
         for name in _FILES:
             shutil.copyfile(adapter / name, partial / name)
         work.tokenizer.save_pretrained(partial)
-        work.write_companions(partial, type_name=None, usage=_peft_usage(work, place.folder))
+        work.write_companions(partial, place, type_name=None, usage=_peft_usage(work, place.folder))
     files = tuple(place.folder / name for name in _FILES)
 
     def certify() -> dict[str, Any]:
         engine = work.open_trained(dtype="float32")
-        with tempfile.TemporaryDirectory(dir=place.folder.parent, prefix="base-") as folder:
+        with place.scratch() as folder:
             base = Merger(Source(work.subject.source.model, work.subject.source.base))
             layout = Layout(torch.float32, NoBase())
-            hf.write_safetensors(base, work.tokenizer, work.subject.source.model, Path(folder), layout, sink=work.sink)
+            hf.write_safetensors(base, work.tokenizer, work.subject.source.model, folder, layout, sink=work.sink)
             return certificate.certify(
-                TransformersServer(Path(folder), adapter=place.folder),
+                TransformersServer(folder, adapter=place.folder),
                 engine,
                 work.subject.prompts(work.request.data),
                 system=work.subject.system,
@@ -56,7 +57,7 @@ def export_peft(work: Work) -> Outcome:
                 sink=work.sink,
             )
 
-    return Outcome(place.folder, place.folder, files, None, files[1].stat().st_size, None, certify)
+    return Outcome(place, files, None, files[1].stat().st_size, None, certify)
 
 
 def export_adapter_gguf(work: Work) -> Outcome:
@@ -71,9 +72,9 @@ def export_adapter_gguf(work: Work) -> Outcome:
     type_name = (work.request.type or "f32").lower()
     if type_name not in PLAIN:
         raise ConfigError(
-            f"an adapter cannot be written as {type_name}.",
+            f"An adapter cannot be written as {type_name}.",
             where=f"--type {type_name}",
-            fix=f"one of {', '.join(PLAIN)}",
+            fix=f"--type {either(tuple(PLAIN))}; --to gguf writes the merged model in any type",
         )
     place = Place(work.request.out, f"{work.name}-lora")
     assert place.main is not None
@@ -81,9 +82,10 @@ def export_adapter_gguf(work: Work) -> Outcome:
     place.require_bytes(4 * sum(p.lora_a.numel() + p.lora_b.numel() for p in merger.all_layers.values()))
     with place.opened() as partial:
         adapter_gguf.write_adapter(merger, partial / place.main, type_name, about(work))
-        base = work.base_model if work.base_model.endswith(".gguf") else "./base.gguf"
-        write_modelfile(work, merger.stream.model, partial, weights=base, adapter=f"./{place.main}")
-        work.write_companions(partial, type_name=type_name, usage=_adapter_usage(work, base, place.main))
+        base = _base_path(work, place.folder)
+        modelfile = partial / place.name("modelfile")
+        write_modelfile(work, merger.stream.model, modelfile, weights=base, adapter=f"./{place.main}")
+        work.write_companions(partial, place, type_name=type_name, usage=_adapter_usage(work, base, place.main))
 
     def certify_on(base: Path, *, packed: bool) -> dict[str, Any]:
         engine = work.open_trained(dtype="float32")
@@ -101,30 +103,30 @@ def export_adapter_gguf(work: Work) -> Outcome:
         source = Source(work.subject.source.model, work.subject.source.base)
         if is_gguf(source.model.id):
             return certify_on(open_gguf(source.model.id, revision=source.model.revision).path, packed=True)
-        with tempfile.TemporaryDirectory(dir=place.folder, prefix="base-") as folder:
-            path = Path(folder) / "base.gguf"
+        with place.scratch() as folder:
+            path = folder / "base.gguf"
             kind = AS_TRAINED if holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
             return certify_on(path, packed=base.is_packed)
 
     size = place.result.stat().st_size
-    return Outcome(place.result, place.folder, (place.result,), type_name, size, None, certify)
+    return Outcome(place, (place.result,), type_name, size, None, certify)
 
 
 def _require_adapter(work: Work) -> Path:
     adapter = work.subject.source.adapter
     if adapter is None:
         raise AdapterError(
-            "there is no adapter here to export.",
+            "There is no adapter to export here.",
             where=work.base_model,
-            fix="--to safetensors or --to gguf writes the model",
+            fix="--to safetensors or --to gguf exports the model",
         )
     if adapters.read_record(adapter).adapter.get("merge_aware") is not None:
         work.sink(
             Warned(
-                "this adapter was trained to be merged: on the unmerged base it answers somewhat differently than in "
-                "training; --to gguf and --to safetensors write what was trained",
+                "This adapter was trained to be merged. On the unmerged base it answers somewhat differently than in "
+                "training; --to gguf and --to safetensors write what was trained.",
                 where=str(adapter),
             )
         )
@@ -140,16 +142,33 @@ def _peft_usage(work: Work, folder: Path) -> str:
     base = work.subject.source.base
     if not isinstance(base, NoBase):
         text += (
-            f"\n\nThe adapter was trained on the base held in {base.format}. On the base in 16 bit it answers slightly "
-            "differently; `ingle export --to safetensors` writes the two merged as they were trained."
+            f"\n\nThe adapter was trained on the base in {base.format}. On the 16-bit base it answers slightly "
+            "differently; `ingle export --to safetensors` merges the two as they were trained."
         )
     return text
 
 
+def _base_path(work: Work, folder: Path) -> str:
+    """The base's GGUF file as seen from the folder of the Modelfile."""
+    model = work.subject.source.model
+    if not is_gguf(model.id):
+        return "./base.gguf"
+    path = os.path.relpath(open_gguf(model.id, revision=model.revision).path.absolute(), folder.absolute())
+    return path if path.startswith(".") else f"./{path}"
+
+
 def _adapter_usage(work: Work, base: str, name: str) -> str:
-    made = (
-        f"`{base}` is the file it was trained on."
-        if base != "./base.gguf"
-        else f"`base.gguf` is the base in what it was trained on: `ingle export {work.base_model} --to gguf`."
-    )
+    """How to serve the adapter with llama.cpp."""
+    model, held = work.subject.source.model, work.subject.source.base
+    if is_gguf(model.id):
+        made = f"`{base}` is the file that the adapter was trained on."
+    else:
+        type_name = held.format if holds(held) else "bf16"
+        made = "`base.gguf` is the base model; make it once, in the same folder:\n\n```console\n"
+        made += f"$ ingle quantize {work.base_model} --to {type_name} --out base.gguf\n```"
+        if not holds(held) and not isinstance(held, NoBase):
+            made += (
+                f"\n\nThe adapter was trained on the base in {held.format}, which GGUF cannot hold: on this base it "
+            )
+            made += "answers slightly differently. `ingle export --to gguf` merges the two as they were trained."
     return f"```console\n$ llama-server -m {base} --lora {name}\n```\n\n{made}"

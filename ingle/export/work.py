@@ -17,26 +17,26 @@ from ingle.errors import AdapterError, ExportError
 from ingle.evaluation.divergence import Divergence, Reference, compare, refer
 from ingle.evaluation.likelihood import Window
 from ingle.events import Progress, Sink, Warned
-from ingle.export import certificate
+from ingle.export import certificate, wording
 from ingle.export.card import make_card, read_licence
 from ingle.export.comparison import Server
 from ingle.export.fidelity import TensorFidelity, mean_correlation
 from ingle.export.gguf_types import AS_TRAINED
 from ingle.export.merging import Merger
+from ingle.export.place import Place
 from ingle.export.promotion import Promotion
 from ingle.export.request import MIN_CORRELATION, Request, Subject
 from ingle.export.tables import fidelity_page
 from ingle.inference import Engine, Source
-from ingle.wording import size
+from ingle.wording import plural, size
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An export that lies where it should.
+    """An export that is written.
 
     Attributes:
-        path: The file or folder that was asked for.
-        folder: Where it and its companions lie.
+        place: Where it lies.
         files: What a certificate speaks of.
         type: Of the weights.
         num_bytes: Of the weights.
@@ -44,8 +44,7 @@ class Outcome:
         certify: Lets another program answer and compares.
     """
 
-    path: Path
-    folder: Path
+    place: Place
     files: tuple[Path, ...]
     type: str | None
     num_bytes: int
@@ -76,7 +75,7 @@ class Work:
         request: What is asked.
         subject: What is exported.
         tokenizer: Its tokenizer.
-        sink: Is told of the progress.
+        sink: Gets the progress and warnings.
     """
 
     request: Request
@@ -100,12 +99,12 @@ class Work:
             return
         if not self.request.allow_mismatch:
             raise AdapterError(
-                "this adapter was trained on another base.",
+                "This adapter was trained on another base.",
                 where=str(self.subject.source.adapter),
                 why=difference,
-                fix="export it with the base it was trained on, or take what comes with --allow-mismatch",
+                fix="export it with the base it was trained on, or accept the difference with --allow-mismatch",
             )
-        self.sink(Warned(f"the adapter was trained on another base: {difference}"))
+        self.sink(Warned(f"The adapter was trained on another base: {difference}."))
 
     def open_trained(self, *, dtype: str | None = None) -> Engine:
         """The trained model as training held it."""
@@ -122,7 +121,7 @@ class Work:
             return Yardstick()
         engine = self.open_trained()
         windows = self.subject.windows(self.tokenizer, engine.model, self.request.data)
-        self.sink(Progress("measuring what was trained", 0))
+        self.sink(Progress("measuring the trained model", 0))
         reference = refer(engine.model, windows)
         effect = None
         if engine.adapted:
@@ -140,12 +139,12 @@ class Work:
         if needed > free and isinstance(source.base, NoBase) and not source.model.id.endswith(".gguf"):
             self.sink(
                 Warned(
-                    f"what was written is not measured on text: opening it takes {size(needed)} of memory, "
-                    f"and {size(free)} are free"
+                    f"The export is not measured on text: opening it takes {size(needed)} of memory; "
+                    f"{size(free)} are free."
                 )
             )
             return None
-        self.sink(Progress("measuring what is written", 0))
+        self.sink(Progress("measuring the exported model", 0))
         engine = inference.open_source(source)
         return compare(engine.model, yardstick.reference, yardstick.windows).divergence()
 
@@ -187,7 +186,7 @@ class Work:
         promotion: Promotion | None = None,
     ) -> dict[str, Any]:
         """The content of ``fidelity.json``."""
-        return {
+        report: dict[str, Any] = {
             "type": type_name,
             "num_tensors": num_tensors,
             "num_copied": num_copied,
@@ -199,38 +198,51 @@ class Work:
             "promotion": None if promotion is None else asdict(promotion),
             "tensors": [each.to_dict() for each in found],
         }
+        aware = self._rounded_in_training(report)
+        report["warnings"] = wording.doubts(report, rounded_in_training=aware) if self._is_trained(found) else []
+        return report
 
-    def refuse_loss(self, report: dict[str, Any], found: Sequence[TensorFidelity]) -> None:
-        """Raises where too much of what was trained would be lost.
+    def accept(self, report: dict[str, Any], found: Sequence[TensorFidelity]) -> None:
+        """Refuses an export that loses too much of what was trained, and warns of one that is doubtful.
 
         Raises:
-            ExportError: It would, and that was not allowed.
+            ExportError: Too much would be lost, and that was not allowed.
         """
-        trained = bool(found) or (self.subject.run is not None)
-        if not trained or self.request.allow_loss:
-            return
-        divergence, correlation = report["divergence"], report["mean_correlation"]
-        if divergence is not None:
-            if divergence["kl"] <= self.request.max_kl:
-                return
-            effect = report["adapter_effect"]
-            why = f"KL divergence from the trained model {divergence['kl']:.3f} nats a token, {self.request.max_kl:g} "
-            why += f"are accepted; the same likeliest token in {divergence['top1_agreement']:.1%}"
-            why += f"\nthe adapter itself changes the base by {effect:.3f} nats" if effect is not None else ""
-        elif correlation is not None and correlation < MIN_CORRELATION and not self._rounded_in_training(report):
-            why = f"of the trained change survives a correlation of {correlation:.2f}; {MIN_CORRELATION:g} is accepted "
-            why += "where there is no text to measure on (--data FILE)"
-        else:
+        why = None if self.request.allow_loss or not self._is_trained(found) else self._why_refused(report)
+        if why is None:
+            for warning in report["warnings"]:
+                self.sink(Warned(warning))
             return
         if found:
             worst = max(found, key=lambda each: each.lost_energy)
-            why += f"\nmost is lost in {worst.name}: correlation {worst.correlation:.2f}, "
-            why += f"delta / step {worst.delta_per_step:.2f}"
+            why += f"\nmost is lost in {worst.name}: correlation {worst.correlation:.2f}; the change is "
+            why += f"{worst.delta_per_step:.2f} quantization steps"
         raise ExportError(
-            f"written as {report['type']}, this model would lose too much of what was trained.",
+            f"Written as {report['type']}, this model would lose too much of what was trained.",
             where=f"--type {report['type']}",
             why=why,
             fix=self._remedies(),
+        )
+
+    def _is_trained(self, found: Sequence[TensorFidelity]) -> bool:
+        return bool(found) or self.subject.run is not None
+
+    def _why_refused(self, report: dict[str, Any]) -> str | None:
+        """Why an export loses too much; None where it does not."""
+        divergence, correlation = report["divergence"], report["mean_correlation"]
+        if divergence is not None:
+            if divergence["kl"] <= self.request.max_kl:
+                return None
+            effect = report["adapter_effect"]
+            why = f"the KL divergence from the trained model is {divergence['kl']:.3f} nats a token, measured on "
+            why += f"{plural(divergence['num_tokens'], 'token')}; at most {self.request.max_kl:g} is accepted"
+            why += f"\nboth find the same token most likely in {divergence['top1_agreement']:.1%}"
+            return why + (f"\ntraining moved the base by {effect:.3f} nats a token" if effect is not None else "")
+        if correlation is None or correlation >= MIN_CORRELATION or self._rounded_in_training(report):
+            return None
+        return (
+            f"after rounding, the trained change has a correlation of {correlation:.2f} with itself before; at least "
+            f"{MIN_CORRELATION:g} is accepted where there is no text to measure on (--data FILE)"
         )
 
     def _rounded_in_training(self, report: dict[str, Any]) -> bool:
@@ -247,24 +259,24 @@ class Work:
     def _remedies(self) -> str:
         if self.request.to == "gguf":
             promote = "" if self.request.promote else "--promote (wider types where it matters), "
-            return f"{promote}a wider --type, --to gguf-adapter (nothing is lost), or --allow-loss"
-        return "--type bf16, --to peft (nothing is lost), or --allow-loss"
+            return f"{promote}a wider --type, --to gguf-adapter (loses nothing), or --allow-loss (write it anyway)"
+        return "--type bf16, --to peft (loses nothing), or --allow-loss (write it anyway)"
 
     def write_companions(
         self,
         folder: Path,
+        place: Place,
         *,
         type_name: str | None,
         usage: str,
         found: Sequence[TensorFidelity] = (),
-        divergence: Divergence | None = None,
         report: dict[str, Any] | None = None,
     ) -> None:
-        """Writes the card, and the fidelity report where there is one."""
+        """Writes the card, and the fidelity report where there is one, into ``folder`` under the names of ``place``."""
         if report is not None:
             text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / "fidelity.json").write_text(text + "\n")
-            (folder / "fidelity.md").write_text(fidelity_page(report, found))
+            (folder / place.name("fidelity")).write_text(text + "\n", encoding="utf-8")
+            (folder / place.name("fidelity_page")).write_text(fidelity_page(report, found), encoding="utf-8")
         card = make_card(
             to=self.request.to,
             type_name=type_name,
@@ -273,10 +285,10 @@ class Work:
             run=self.subject.run,
             run_folder=self.subject.run_folder,
             usage=usage,
-            fidelity=found,
-            divergence=divergence,
+            report=report,
+            report_name=place.name("fidelity"),
         )
-        (folder / "README.md").write_text(card)
+        (folder / place.name("card")).write_text(card, encoding="utf-8")
 
     @property
     def base_model(self) -> str:

@@ -1,9 +1,25 @@
-"""GGUF: llama.cpp's file format, its names, architectures, vocabularies and rules of quantization."""
+"""GGUF: llama.cpp's file format, its names, architectures, vocabularies and rules of quantization.
+
+The ``gguf`` package is loaded when a file is first read or written: most runs do neither.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ingle.gguf.container import GgufFile, GgufTensor
-from ingle.gguf.reading import read_gguf
-from ingle.gguf.writing import TensorToWrite, write_gguf
+
+if TYPE_CHECKING:
+    from ingle.gguf.reading import read_gguf
+    from ingle.gguf.writing import TensorToWrite, write_gguf
 
 __all__ = ["GgufFile", "GgufTensor", "TensorToWrite", "read_gguf", "write_gguf"]
+
+_LAZY = {"read_gguf": "reading", "TensorToWrite": "writing", "write_gguf": "writing"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"ingle.gguf.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

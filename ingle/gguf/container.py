@@ -14,24 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
 from ingle.errors import GgufError
 
 #: How ``struct`` and numpy spell a metadata type.
 SCALARS = {
-    GGUFValueType.UINT8: "B",
-    GGUFValueType.INT8: "b",
-    GGUFValueType.UINT16: "H",
-    GGUFValueType.INT16: "h",
-    GGUFValueType.UINT32: "I",
-    GGUFValueType.INT32: "i",
-    GGUFValueType.FLOAT32: "f",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "Q",
-    GGUFValueType.INT64: "q",
-    GGUFValueType.FLOAT64: "d",
+    0: "B",  # uint8
+    1: "b",  # int8
+    2: "H",  # uint16
+    3: "h",  # int16
+    4: "I",  # uint32
+    5: "i",  # int32
+    6: "f",  # float32
+    7: "?",  # bool
+    10: "Q",  # uint64
+    11: "q",  # int64
+    12: "d",  # float64
 }
 
 #: What to do about a file that is not whole.
@@ -116,6 +115,8 @@ def block_of(type_name: str) -> tuple[int, int]:
     Raises:
         GgufError: When there is no such type.
     """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
     try:
         size, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
     except KeyError:
@@ -131,5 +132,5 @@ def row_bytes(type_name: str, num_columns: int) -> int:
     """
     size, num_bytes = block_of(type_name)
     if num_columns % size:
-        raise GgufError(f"rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
+        raise GgufError(f"Rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
     return num_columns // size * num_bytes

@@ -13,8 +13,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gguf.constants import LlamaFileType
-
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
 from ingle.gguf.names import names_of
@@ -87,7 +85,7 @@ class Mix:
     def __post_init__(self) -> None:
         if self.file_type not in FILE_TYPES:
             raise GgufError(
-                f"there is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
+                f"There is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
             )
 
     def tensor_type(self, name: str, shape: tuple[int, ...]) -> str:
@@ -197,6 +195,8 @@ def is_packed(name: str, shape: tuple[int, ...]) -> bool:
 
 def file_type_number(file_type: str) -> int:
     """What ``general.file_type`` is for a file type."""
+    from gguf.constants import LlamaFileType
+
     prefix = "ALL" if file_type == "f32" else "MOSTLY"
     return int(LlamaFileType[f"{prefix}_{file_type.upper()}"])
 

@@ -54,7 +54,7 @@ def byte_level(pre: str) -> dict[str, Any]:
         return _sequence({"type": "Digits", "individual_digits": True}, _bytes(use_regex=True))
     if pre not in _BY_NAME:
         raise GgufError(
-            f"text is cut in a way that is not known, {pre!r}.",
+            f"The pre-tokenizer {pre!r} is not known.",
             where="tokenizer.ggml.pre",
             why=f"known are {', '.join((*_GPT2, *_DIGITS, *_BY_NAME))}",
             fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
@@ -82,7 +82,7 @@ def find_pre(tokenizer: Mapping[str, Any]) -> str:
         if names is not None:
             return names[0]
     raise GgufError(
-        "llama.cpp has no name for how this tokenizer cuts text.",
+        "llama.cpp has no name for the pre-tokenizer of this model.",
         where="tokenizer.json, pre_tokenizer",
         why=json.dumps(tokenizer.get("pre_tokenizer"))[:300],
     )
@@ -118,7 +118,7 @@ def add_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
     odd = [step["type"] for step in cuts if step["type"] not in ("Metaspace", "Split")]
     if odd or set(kinds) - {"Prepend", "Replace"} or not (metaspace or "Replace" in kinds):
         raise GgufError(
-            "llama.cpp's sentencepiece does not cut text as this tokenizer does.",
+            "llama.cpp's sentencepiece does not split text as this tokenizer does.",
             where="tokenizer.json",
             why=json.dumps({key: tokenizer.get(key) for key in ("normalizer", "pre_tokenizer")})[:300],
         )

@@ -17,7 +17,7 @@ from ingle.gguf.container import GgufFile
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.values import ArchitectureValues
 
-#: What Llama 3 has; its scaling is told by the divisors of the frequencies alone.
+#: Llama 3's; only the divisors of the frequencies show its scaling.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -63,7 +63,7 @@ def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
         }
-    raise GgufError(f"rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
+    raise GgufError(f"Rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
 
 
 def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> dict[str, Any]:
@@ -72,10 +72,10 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
     Raises:
         GgufError: The file scales positions in another way than linearly, as YaRN or as Llama 3.
     """
-    theta = values.number("rope.freq_base", 10000.0)
+    theta = values.positive("rope.freq_base", 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = values.get("rope.scaling.type", "none")
-    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
+    factor = values.positive("rope.scaling.factor", values.positive("rope.scale_linear", 1.0))
     if kind == "yarn":
         rope |= {
             "rope_type": "yarn",
@@ -83,29 +83,32 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
             "original_max_position_embeddings": values.whole("rope.scaling.original_context_length"),
         }
     elif kind not in ("none", "linear"):
-        raise GgufError(f"rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
+        raise GgufError(f"Rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
     elif factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQS in file.tensors:
         rope |= _read_llama3(file, head_dim, theta)
     if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
         return rope
-    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": values.positive("rope.freq_base_swa", 10000.0)}
     return {"full_attention": rope, "sliding_attention": local}
 
 
 def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
     """Recovers Llama 3's scaling from its divisors: the file has nothing else of it."""
-    stored = file.tensors[ROPE_FREQS].read().view(np.float32).reshape(-1)
-    factor = float(stored.max())
-    expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
-    if file.tensors[ROPE_FREQS].type_name != "f32" or not np.allclose(stored, expected, rtol=1e-3):
-        raise GgufError(
-            "the rotary frequencies are scaled in a way that is not Llama 3's.",
-            where=f"{file.path}, {ROPE_FREQS}",
-            fix="use the model's safetensors release",
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    tensor = file.tensors[ROPE_FREQS]
+    if tensor.type_name == "f32" and tensor.shape == (head_dim // 2,):
+        stored = tensor.read().view(np.float32).reshape(-1)
+        factor = float(stored.max())
+        if 0 < factor < math.inf:
+            expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
+            if np.allclose(stored, expected, rtol=1e-3):
+                return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    raise GgufError(
+        "The rotary frequencies are scaled in a way other than Llama 3's.",
+        where=f"{file.path}, {ROPE_FREQS}",
+        fix="use the model's safetensors release",
+    )
 
 
 def _llama3_divisors(

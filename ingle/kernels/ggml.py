@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ingle.kernels import ggml_decode, ggml_encode
 from ingle.kernels.cpu_threads import match_threads
 
 #: Integer types that hold the bits of a float type, which numba lacks or does not need.
@@ -44,6 +43,8 @@ def decode_blocks(name: str, data: Tensor, out: Tensor) -> Tensor:
 
 
 def _decode_blocks(name: str, data: Tensor, out: Tensor) -> None:
+    from ingle.kernels import ggml_decode  # two dozen kernels, which most runs do without
+
     packed, bits = data.detach().contiguous().view(-1).numpy(), out.detach().view(BITS[out.dtype]).view(-1).numpy()
     ggml_decode.KERNELS[name](packed, bits, match_threads(out.numel()))
 
@@ -66,6 +67,8 @@ def encode_blocks(name: str, weight_OI: Tensor, importance_I: Tensor | None, dat
     Returns:
         The lowest and the highest weight; not finite where one of them is not.
     """
+    from ingle.kernels import ggml_encode
+
     importance = torch.empty(0) if importance_I is None else importance_I.detach().cpu().float().contiguous()
     num_rows, num_columns = weight_OI.shape
     count = max(1, COPIED // max(1, num_columns))

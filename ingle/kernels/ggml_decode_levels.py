@@ -13,13 +13,9 @@ from numba import prange
 
 from ingle.kernels.cpu_cache import compile_kernel
 from ingle.kernels.ggml_block import share
+from ingle.kernels.ggml_grids import FLOATS, LEVELS
 from ingle.kernels.ggml_unpack import make_unpack, nibbles
 from ingle.kernels.vector import BYTE, DWORD, WORD, Array, Vector, splat
-
-#: The 16 levels of IQ4_NL and IQ4_XS.
-LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-#: Twice the 16 values of a float with a sign, two bits of exponent and one of mantissa: MXFP4 and NVFP4.
-FLOATS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def pick(index: Vector, levels: tuple[int, ...] = LEVELS) -> Vector:

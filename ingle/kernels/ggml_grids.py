@@ -1,6 +1,6 @@
-"""The grids of GGUF's IQ1 to IQ3 formats: the rows of small integers that their codes name.
+"""What the codes of GGUF's formats name: levels, and for IQ1 to IQ3 the rows of a grid.
 
-The tables belong to the formats' definition; the ``gguf`` package holds them.
+The tables belong to the formats' definition; the grids are those of the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+#: The 16 levels of IQ4_NL and IQ4_XS.
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+#: Twice the 16 values of a float with a sign, two bits of exponent and one of mantissa: MXFP4 and NVFP4.
+FLOATS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @cache

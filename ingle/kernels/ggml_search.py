@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from ingle.kernels.ggml_decode_levels import LEVELS
+from ingle.kernels.ggml_grids import LEVELS
 from ingle.kernels.ggml_lanes import LANES, TINIEST, each, make_lanes, store_codes
 from ingle.kernels.vector import FLOAT, Array, Variable, Vector, fill, repeat, splat
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ingle.kernels import hqq_decode, hqq_encode
 from ingle.kernels.cpu_threads import match_threads
 from ingle.kernels.decode import BITS, COPIED
 
@@ -47,6 +46,8 @@ def _decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, size: 
 
         decode_on_gpu(codes, scale, zero, bits, size, out)
         return
+    from ingle.kernels import hqq_decode
+
     arrays = codes.detach().contiguous().numpy(), _halves(scale), _halves(zero)
     target = out.detach().view(BITS[out.dtype]).numpy()
     hqq_decode.decode_groups(*arrays, bits, size, target, match_threads(out.numel()))
@@ -70,6 +71,8 @@ def encode_groups(
     Returns:
         Codes uint8 ``[O, C]``, scale and zero float16 ``[O, N]``, on the CPU.
     """
+    from ingle.kernels import hqq_encode
+
     num_rows, num_columns = weight_OI.shape
     codes = torch.empty(num_rows, -(-num_columns * bits // 8), dtype=torch.uint8)
     scale, zero = (torch.empty(num_rows, -(-num_columns // size), dtype=torch.float16) for _ in range(2))

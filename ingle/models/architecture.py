@@ -7,7 +7,6 @@ before a byte of weights is read, with the reason.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,9 +27,17 @@ from transformers import (
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
+from ingle.models.boundary import (
+    COMPARE_CONFIG,
+    read_object,
+    reading,
+    refuse_absurd,
+    refuse_impossible,
+    refuse_larger_than_files,
+)
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_config
 from ingle.models.hub import locate
-from ingle.wording import first_line
+from ingle.models.rotary import rotate_by_document
 
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -71,25 +78,32 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         return described
     folder = locate(model.id, revision=model.revision, code=model.trust_remote_code)
     raw = read_json(folder, model)
-    if "auto_map" in raw and not model.trust_remote_code and raw.get("model_type") not in CONFIG_MAPPING:
+    path = folder / "config.json"
+    if "auto_map" in raw and not model.trust_remote_code and not _is_known(raw):
         raise ModelError(
             f"{model.id} comes with Python code of its own.",
             where="model.trust_remote_code = false",
             fix="read that code, then set --model.trust_remote_code=true",
         )
-    try:
+    if not model.trust_remote_code and not _is_known(raw):
+        raise ModelError(
+            f"The architecture of {model.id} is not known to the installed transformers.",
+            where=str(path),
+            why=f"model_type is {raw.get('model_type')!r}",
+            fix="upgrade transformers, or choose another model",
+        )
+    with reading(path, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ModelError(
-            f"the architecture of {model.id} is not known to the installed transformers.",
-            where=str(folder / "config.json"),
-            why=f"model_type is {raw.get('model_type')!r}; {first_line(error)}",
-            fix="upgrade transformers, or choose another model",
-        ) from error
-    _refuse_config(config, raw, model)
+        _refuse_config(config, raw, model)
+    refuse_impossible(config, path)
     return config
+
+
+def _is_known(raw: Mapping[str, Any]) -> bool:
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
 
 
 def skeleton(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
@@ -105,9 +119,20 @@ def skeleton(model: ModelConfig, device: torch.device | str, dtype: torch.dtype)
         HubUnavailable: When the hub is needed and cannot be reached.
     """
     config = read_config(model)
-    built = build(config, dtype, trust_remote_code=model.trust_remote_code)
-    _refuse_modules(built, model)
+    path = config_path(model)
+    with reading(path, "transformers cannot make a model of these settings.", fix=COMPARE_CONFIG):
+        built = build(config, dtype, trust_remote_code=model.trust_remote_code)
+        _refuse_modules(built, model)
+    if model.init != "random" and not is_gguf(model.id):
+        refuse_larger_than_files(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
+
+
+def config_path(model: ModelConfig) -> Path:
+    """The file that says what a model is made of."""
+    if is_gguf(model.id):
+        return open_gguf(model.id, revision=model.revision).path
+    return locate(model.id, revision=model.revision, code=model.trust_remote_code) / "config.json"
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -128,6 +153,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
         if type(model)._supports_attention_backend:
             model.set_attn_implementation(IMPLEMENTATION)
         _use_plain_linears(model)
+    rotate_by_document(model)
     _keep_in_float32(model, dtype)
     for name, value in dropouts.items():
         setattr(model.config, name, value)
@@ -176,12 +202,8 @@ def read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
             if (folder / "adapter_config.json").is_file()
             else "give the folder that holds config.json and the .safetensors files",
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError("config.json cannot be read.", where=str(path), why=str(error)) from None
-    if not isinstance(raw, dict):
-        raise ModelError("config.json is not a JSON object.", where=str(path))
+    raw = read_object(path)
+    refuse_absurd(raw, path)
     return raw
 
 

@@ -3,6 +3,10 @@
 Rows are padded on the left, so that all of them grow at the right end together; a row that is done leaves the batch
 at once.  Each prompt draws from its own stream of random numbers, so an answer does not depend on what else is asked.
 
+A text that grows past the length at which ``longrope`` takes other factors has its cached keys made anew, as
+transformers does for Phi-3.  ``dynamic`` positions stretch with every token and the keys in the cache stay as they
+were, which is what transformers' ``generate`` does too.
+
 Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
 """
 
@@ -13,11 +17,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
 from ingle.models.answers import Answer, Generation, Rules
 from ingle.models.hidden import Head, head
+from ingle.models.limits import num_tokens, refuse_tokens_beyond, text_limit
+from ingle.models.rotary import recomputed_beyond
 from ingle.models.sampling import Draws
 
 #: The answer of a made-up conversation, rendered to find the end-of-turn token of a chat template.
@@ -55,10 +62,11 @@ def generate(
         One answer a prompt, in order.
 
     Raises:
-        ModelError: When a prompt is empty or longer than the model can read.
+        ModelError: When a prompt is empty, longer than the model can read, or has a token that the model lacks.
     """
     _refuse_lengths(model, prompts)
     rules = Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+    refuse_tokens_beyond(model, max((max(prompt, default=0) for prompt in prompts), default=0), tokenizer)
     answers: list[Generation | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
@@ -102,6 +110,7 @@ def stream(
     Raises:
         ModelError: When the prompt is empty or longer than the model can read.
     """
+    refuse_tokens_beyond(model, max(prompt, default=0), tokenizer)
     _refuse_lengths(model, [prompt])
     answer = Answer(Rules(tokenizer, tuple(stop), end_token_ids(model, tokenizer)))
     shown = 0
@@ -120,18 +129,29 @@ def stream(
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn."""
+    """Every token that ends an answer: the model's, the tokenizer's, and the template's end of turn.
+
+    Raises:
+        ModelError: One of them is no token of the model.
+    """
     found: set[int] = set()
-    for declared in (
-        getattr(model.generation_config, "eos_token_id", None),
-        getattr(model.config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-        _end_of_turn(tokenizer),
+    rows = num_tokens(model)
+    for where, declared in (
+        ("generation_config.json: eos_token_id", getattr(model.generation_config, "eos_token_id", None)),
+        ("config.json: eos_token_id", getattr(model.config, "eos_token_id", None)),
+        ("the tokenizer's eos_token", tokenizer.eos_token_id),
+        ("the chat template's end of turn", _end_of_turn(tokenizer)),
     ):
-        if isinstance(declared, int):
-            found.add(declared)
-        elif declared is not None:
-            found.update(declared)
+        numbers = declared if isinstance(declared, list | tuple) else [] if declared is None else [declared]
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < rows:
+                raise ModelError(
+                    "The token that is to end an answer is none of the model's.",
+                    where=where,
+                    why=f"it is {number!r}; the model has tokens from 0 to {rows - 1:,}",
+                    fix="compare the file with the one that the model was published with",
+                )
+        found.update(numbers)
     return frozenset(found)
 
 
@@ -176,13 +196,15 @@ class _Decoding:
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: Draws, max_new_tokens: int
     ) -> None:
         lengths = [len(prompt) for prompt in prompts]
-        limit = _limit(model)
+        limit = text_limit(model)
         self.rows = list(range(len(prompts)))
         self._model = model
         self._head: Head = head(model)
         self._draws = draws
         self._room = [min(max_new_tokens, limit - length) if limit else max_new_tokens for length in lengths]
         self._step = 0
+        self._lengths = lengths
+        self._renewed_beyond = recomputed_beyond(model)
         self._cache = DynamicCache(config=model.config)
         device = self._head.weight.device
         width = max(lengths)
@@ -190,6 +212,7 @@ class _Decoding:
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = prompt
         self._ids = torch.from_numpy(ids).to(device)
+        self._texts = self._ids if self._renewed_beyond else None
         padding = torch.tensor([width - length for length in lengths], device=device)
         steps = torch.arange(width, device=device)
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
@@ -209,7 +232,14 @@ class _Decoding:
             past_key_values=self._cache,
             use_cache=True,
         )
-        logits_BV = self._head.logits(output.last_hidden_state[:, -1]).float()
+        last_BH = output.last_hidden_state[:, -1]
+        if self._step and self._texts is not None:
+            self._texts = torch.cat([self._texts, self._ids], dim=1)
+            lengths = [self._lengths[row] + self._step for row in self.rows]
+            crossing = [place for place, length in enumerate(lengths) if length - 1 in self._renewed_beyond]
+            if crossing:
+                last_BH[crossing] = self._renew(crossing, self._texts[crossing])
+        logits_BV = self._head.logits(last_BH).float()
         tokens_B = self._draws.choose(logits_BV, self.rows)
         self._ids = tokens_B[:, None]
         self._position_ids = self._position_ids[:, -1:] + 1
@@ -217,6 +247,24 @@ class _Decoding:
             self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
         self._step += 1
         return list(self.rows), tokens_B.tolist()
+
+    def _renew(self, places: list[int], ids: Tensor) -> Tensor:
+        """Reads whole rows once more and puts their keys and values into the cache; gives the last hidden states."""
+        width = ids.shape[1]
+        padding = width - 1 - self._position_ids[places, -1:]
+        fresh = DynamicCache(config=self._model.config)
+        output = self._model.base_model(
+            input_ids=ids,
+            attention_mask=None if self._mask is None else self._mask[places],
+            position_ids=(torch.arange(width, device=ids.device) - padding).clamp_min(0),
+            past_key_values=fresh,
+            use_cache=True,
+        )
+        for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
+            for name in ("keys", "values"):
+                getattr(ours, name)[places] = getattr(new, name)
+        last: Tensor = output.last_hidden_state[:, -1]
+        return last
 
     def drop(self, rows: Sequence[int]) -> None:
         """Takes rows out of the batch and of the cache."""
@@ -231,19 +279,15 @@ class _Decoding:
         self._cache.batch_select_indices(index)
         self._ids = self._ids[index]
         self._position_ids = self._position_ids[index]
+        if self._texts is not None:
+            self._texts = self._texts[index]
         if self._mask is not None:
             self._mask = self._mask[index]
 
 
-def _limit(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can hold in one text."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
 def _refuse_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
     """Before anything is answered: a prompt that cannot be is found out at once, not after all the others."""
-    limit = _limit(model)
+    limit = text_limit(model)
     for number, prompt in enumerate(prompts, 1):
         where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
         if len(prompt) == 0:

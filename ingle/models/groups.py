@@ -144,6 +144,34 @@ def plan_reading(
     return ReadingPlan(tuple(groups.values()), tuple(unexpected), stored)
 
 
+def refuse_other_shapes(plan: ReadingPlan, twin: PreTrainedModel) -> None:
+    """Refuses weights on disk that have another shape than the architecture, before a byte of them is read.
+
+    Raises:
+        ModelError: It names the weight, its file and both shapes.
+    """
+    wanted = twin.state_dict()
+    for group in plan.groups:
+        want = tuple(wanted[group.target].shape)
+        match group:
+            case Plain(stored=stored):
+                have, path = stored.shape, stored.path
+            case Experts(parts=parts) if len({tuple(part.shape for part in each) for each in parts}) == 1:
+                rows = sum(part.shape[0] for part in parts[0])
+                have, path = (len(parts), rows, *parts[0][0].shape[1:]), parts[0][0].path
+            case GgufWeight(tensor=tensor):
+                have, path = tensor.shape, tensor.path
+            case _:
+                continue  # packed or converted: known when it is read
+        if have != want:
+            raise ModelError(
+                f"The weight {group.target} has another shape than config.json gives it.",
+                where=str(path),
+                why=f"{have} in the file, {want} by config.json",
+                fix="check that the files belong to this config.json",
+            )
+
+
 def _stacked(group: Converted, found: dict[str, list[StoredTensor]]) -> Experts | None:
     """The commonest conversion, taken apart so that one expert at a time is read."""
     kinds = [(type(step), getattr(step, "dim", None)) for step in group.transform.operations]

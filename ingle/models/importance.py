@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.gguf.architecture import to_metadata
-from ingle.gguf.imatrix import Imatrix, ImatrixEntry, read_imatrix, write_imatrix
 from ingle.gguf.names import TensorNames, names_of
 from ingle.quant.imatrix import Importance, linear_maps
 
@@ -48,6 +47,8 @@ def save_importance(
         GgufError: The architecture has no names in GGUF.
         CheckpointError: The disk is full.
     """
+    from ingle.gguf.imatrix import Imatrix, ImatrixEntry, write_imatrix
+
     names = gguf_names(model)
     found: dict[str, ImatrixEntry] = {}
     for name, entry in entries.items():
@@ -72,6 +73,8 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
         GgufError: The file is damaged or no importance matrix, or the architecture has no names in GGUF.
         ModelError: The file belongs to another model.
     """
+    from ingle.gguf.imatrix import read_imatrix
+
     names = gguf_names(model)
     entries = read_imatrix(path).entries
     found: dict[str, Tensor] = {}

@@ -8,21 +8,30 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 
 
+def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The stack of equal blocks between embeddings and last norm; None where none can be told apart."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    return None
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of equal blocks between embeddings and last norm.
 
     Raises:
         ModelError: When the architecture has none that can be told apart.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(
-        f"{type(model).__name__} has no stack of {count} decoder layers that could be found.",
-        where="model.id",
-        fix="--train.recompute=false --train.compile=false",
-    )
+    layers = find_layers(model)
+    if layers is None:
+        raise ModelError(
+            f"{type(model).__name__} has no stack of {model.config.num_hidden_layers} decoder layers "
+            "that could be found.",
+            where="model.id",
+            fix="--train.recompute=false --train.compile=false",
+        )
+    return layers
 
 
 def recompute_layers(model: PreTrainedModel) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,16 +17,28 @@ from transformers import GenerationConfig, PreTrainedModel
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
-from ingle.gguf import read_gguf
-from ingle.models.architecture import bitnet_divides, build, read_json
+from ingle.models.architecture import bitnet_divides, build, config_path, read_json
+from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
+from ingle.models.computed import compute, seeded
 from ingle.models.destination import Destination
 from ingle.models.gguf_file import is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.gguf_weights import GgufWeight
-from ingle.models.groups import Converted, Experts, Group, PackedWeight, Plain, ReadingPlan, plan_reading
-from ingle.models.hidden import verify
+from ingle.models.groups import (
+    Converted,
+    Experts,
+    Group,
+    PackedWeight,
+    Plain,
+    ReadingPlan,
+    plan_reading,
+    refuse_other_shapes,
+)
 from ingle.models.hub import Part, locate
 from ingle.models.shards import read_index
+from ingle.models.verification import verify
 from ingle.wording import some
+
+_COMPARE_GENERATION = "remove the file, or compare it with the one that the model was published with"
 
 
 def fill(
@@ -55,18 +66,23 @@ def fill(
         QuantizationError: When a weight cannot be packed.
     """
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
-    destination = Destination(model, twin, torch.device(device), sink)
     if config.init == "random":
         _read_generation_config(model, config, part="small")
+        destination = Destination(model, twin, torch.device(device), sink)
         _fill_random(destination, twin, seed)
     else:
         plan, folder = plan_weights(model, config, twin)
+        refuse_other_shapes(plan, twin)  # before memory is asked for
+        destination = Destination(model, twin, torch.device(device), sink)
         for done, group in enumerate(plan.groups):
             read_group(group, destination, twin, folder)
             if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
                 sink(Progress("reading weights", done + 1, len(plan.groups)))
         _refuse_missing(destination, twin, plan, folder, sink)
-    _fill_computed(destination, twin, seed)
+    with reading(config_path(config), "transformers cannot compute what these settings ask for.", fix=COMPARE_CONFIG):
+        computed = compute(twin, destination.device, known=destination.filled, seed=seed)
+    for name in computed:
+        destination.put(name, twin.get_parameter_or_buffer(name).detach())
     destination.finish()
     assert destination.left() == 0, f"{destination.left()} parameters got no value"
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer got no value"
@@ -82,6 +98,8 @@ def plan_weights(model: PreTrainedModel, config: ModelConfig, twin: PreTrainedMo
     """
     place = _read_generation_config(model, config, part="weights")
     if is_gguf(config.id):
+        from ingle.gguf import read_gguf
+
         return plan_gguf(twin, read_gguf(place)), place
     return plan_reading(twin, read_index(place), bitnet_divides=bitnet_divides(read_json(place, config))), place
 
@@ -145,41 +163,11 @@ def _refuse_missing(
 
 def _fill_random(destination: Destination, twin: PreTrainedModel, seed: int) -> None:
     """The architecture's own initialisation, in float32 on the CPU, so that it is the same on every device."""
-    with _seeded(seed):
+    with seeded(seed):
         source = type(twin)(deepcopy(twin.config)).float()
     values = source.state_dict()
     for name in list(values):
         destination.put(name, values.pop(name))
-
-
-def _fill_computed(destination: Destination, twin: PreTrainedModel, seed: int) -> None:
-    """Computes what no file holds (rotary frequencies, masks) with the architecture's own code.
-
-    It runs on the twin, whose other parameters stay on the meta device, flagged as initialised.
-    """
-    for parameter in twin.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    names = [name for name, _ in twin.named_buffers() if name not in destination.filled]
-    names += [name for name, _ in twin.named_parameters() if name not in destination.filled]
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = twin.get_submodule(path)
-        empty = torch.empty_like(getattr(owner, leaf), device=destination.device)
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = empty
-        else:
-            owner._parameters[leaf] = torch.nn.Parameter(empty)
-    with _seeded(seed):
-        twin.initialize_weights()
-    for name in names:
-        destination.put(name, twin.get_parameter_or_buffer(name).detach())
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part: Part) -> Path:
@@ -189,6 +177,9 @@ def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part
         model.generation_config = read_gguf_generation_config(file)
         return file.path
     folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        read_object(path)
+        with reading(path, "transformers cannot read generation_config.json.", fix=_COMPARE_GENERATION):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return folder

@@ -68,9 +68,8 @@ def save_setup(
     config.save_pretrained(folder)
     if quantization is not None:
         path = folder / "config.json"
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"quantization_config": dict(quantization)}, indent=2) + "\n"
-        )
+        written = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": dict(quantization)}
+        path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if model.can_generate():
         settings = deepcopy(model.generation_config)
         ends = sorted(end_token_ids(model, cast(PreTrainedTokenizerFast, tokenizer)))

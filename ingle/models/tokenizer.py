@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
+from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_tokenizer
 from ingle.models.hub import locate
+
+_FIX = "fetch or copy the tokenizer's files again, or name another folder or hub id in model.tokenizer"
 
 #: Tokens that model makers keep in reserve, or name as padding or as unknown; looked for in this order.
 _SPARE = (
@@ -57,18 +65,18 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
             why="none of " + ", ".join(files) + " is there",
             fix="name another folder or hub id in model.tokenizer",
         )
+    config = folder / "config.json"
+    if config.is_file():  # AutoTokenizer reads it too
+        refuse_absurd(read_object(config), config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
-        )
-    except Exception as error:  # the Rust reader and sentencepiece raise bare exceptions
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"the tokenizer of {name} cannot be read.",
-            where=str(folder),
-            why=text[:300],
-            fix="fetch or copy tokenizer.json again, or name another folder or hub id in model.tokenizer",
-        ) from error
+        with reading(folder, f"The tokenizer of {name} cannot be read.", fix=_FIX):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
+            )
+    except ModelError:
+        _blame_config(config, code)
+        raise
+    _refuse_odd(tokenizer, folder)
     if not tokenizer.is_fast:
         raise ModelError(
             f"{name} has a slow tokenizer; a fast one (tokenizer.json) is needed.",
@@ -78,6 +86,27 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
         )
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
+
+
+def _blame_config(path: Path, code: bool) -> None:
+    """Raises where it is the model's config that cannot be read, and not the tokenizer."""
+    if path.is_file():
+        with reading(path, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
+            AutoConfig.from_pretrained(path.parent, trust_remote_code=code, local_files_only=True)
+
+
+def _refuse_odd(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses settings that transformers takes as they are and fails on later."""
+    path = folder / "tokenizer_config.json"
+    with reading(path, "tokenizer_config.json makes a tokenizer that does not work.", fix=_FIX):
+        template = tokenizer.chat_template
+        if template is not None and not isinstance(template, str | dict):
+            raise TypeError(f"chat_template is {template!r}")
+        for name in ("bos", "eos", "pad", "unk"):
+            number = getattr(tokenizer, f"{name}_token_id")
+            if number is not None and not isinstance(number, int):
+                raise TypeError(f"{name}_token is {getattr(tokenizer, f'{name}_token')!r}")
+        tokenizer.decode(tokenizer("a b", add_special_tokens=True)["input_ids"])
 
 
 def _choose_pad(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -28,7 +28,7 @@ class Mesh:
 
 
 def start(config: ParallelConfig) -> Mesh:
-    """Picks the device, sets the number of CPU threads and tells the allocator to keep what is freed.
+    """Picks the device, sets the number of CPU threads and how this process treats its memory.
 
     Raises:
         ConfigError: When a GPU is asked for and there is none.
@@ -43,6 +43,7 @@ def start(config: ParallelConfig) -> Mesh:
     if config.num_threads is not None:
         set_threads(config.num_threads)
     keep_freed_memory()
+    env.collect_as_usual()
     env.limit_primitive_caches(_CACHED_PRIMITIVES)
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return Mesh(torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu"))

@@ -93,7 +93,7 @@ class ImatrixCollector:
             QuantizationError: The state is of another model.
         """
         if set(state) != set(self.state_dict()) or len(state["counts"]) != len(self._maps):
-            raise QuantizationError("the importance matrix so far belongs to another model.")
+            raise QuantizationError("The importance matrix so far belongs to another model.")
         for (name, inputs), count in zip(self._maps.items(), state["counts"].tolist(), strict=True):
             inputs.sums, inputs.count = state[f"sums.{name}"].clone(), count
 

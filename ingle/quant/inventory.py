@@ -61,7 +61,7 @@ class Audit:
     Attributes:
         bytes_by_dtype: Bytes of parameters and buffers, by torch's name of the dtype.
         classes: Per class of module and format, the largest first.
-        unquantized: Floating matrices beside packed ones; empty if nothing is packed.
+        unquantized: Floating matrices in a model that also has packed ones; empty if nothing is packed.
         parameters: Logical weights of the whole model.
         quantized: Those of them that are packed.
         trainable: Those of them that get gradients.

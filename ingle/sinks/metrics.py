@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per step.
 
-A line has left the process when the step's sink call returns.  When a run goes on after a crash, the steps that
-will be made again are cut off first, a torn last line with them, so no step ever stands twice.
+A line has left the process when the step's sink call returns.  When a run is resumed after a crash, the steps
+that will be computed again are cut off first, together with an incomplete last line, so no step is in it twice.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ingle.atomic import disk_full_explained
 from ingle.events import Event, Started, Step
 
 
@@ -31,7 +32,7 @@ class MetricsFile:
         if isinstance(event, Started):
             keep_steps(self.path, event.step)
         elif isinstance(event, Step):
-            with open(self.path, "a", encoding="utf-8") as file:
+            with disk_full_explained(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record(event)) + "\n")
 
 

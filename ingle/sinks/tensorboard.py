@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from ingle.env import install_command
 from ingle.errors import DependencyError
 from ingle.events import Evaluated, Event, Failed, Finished, Started, Step
 from ingle.sinks.metrics import record
@@ -26,7 +27,7 @@ class TensorBoard:
             self._writer_type: Any = importlib.import_module("tensorboard.summary").Writer
         except ImportError as error:
             raise DependencyError(
-                "TensorBoard is not installed.", where="--tensorboard", fix="pip install 'ingle[tensorboard]'"
+                "TensorBoard is not installed.", where="--tensorboard", fix=f"`{install_command('tensorboard')}`"
             ) from error
         self._folder = folder
         self._writer: Any = None

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from ingle.env import install_command
 from ingle.errors import DependencyError
 from ingle.events import Evaluated, Event, Failed, Finished, Started, Step
 from ingle.sinks.metrics import record
@@ -27,7 +28,7 @@ class Wandb:
             self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise DependencyError(
-                "Weights & Biases is not installed.", where="--wandb", fix="pip install 'ingle[wandb]'"
+                "Weights & Biases is not installed.", where="--wandb", fix=f"`{install_command('wandb')}`"
             ) from error
         self._project = project
         self._run: Any = None
@@ -63,5 +64,5 @@ def _run_id(folder: Path) -> str:
     """The run's name on the server, kept in the run folder so that a continued run is the same one."""
     path = folder / "wandb.id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

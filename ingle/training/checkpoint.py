@@ -7,11 +7,13 @@ of ``(seed, step, micro-batch)``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +27,10 @@ from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
 from ingle.wording import size
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+#: Position and digests, in the folder of a checkpoint.
+STATE = "state.json"
 
 #: Masters and moments, in the folder of a checkpoint.
 OPTIMIZER = "optimizer.safetensors"
@@ -84,7 +89,8 @@ class Checkpoints:
                 save_file(self._imatrix.state_dict(), partial / IMATRIX)
             digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
             state = {"format": FORMAT_VERSION, "sha256": digests, **asdict(position)}
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            state["state_sha256"] = _digest(state)
+            (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._root / f"step-{old}")
         return target
@@ -172,20 +178,33 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
         CheckpointError: When a file is missing, damaged, or of another version.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
-        version = state.pop("format")
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        version = state["format"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"the checkpoint is of format {version}; this version reads {FORMAT_VERSION}.", where=str(path)
+                f"This checkpoint has format {version}; this version of Ingle reads format {FORMAT_VERSION}.",
+                where=str(path),
+                fix="finish the run with the version that began it, or start again with --output=another/folder",
             )
-        for name, digest in state.pop("sha256").items():
-            if sha256(path / name) != digest:
+        if state.pop("state_sha256") != _digest(state):
+            raise _damaged(path, f"{STATE} holds other values than were written")
+        digests = state.pop("sha256")
+        for name in (OPTIMIZER, *digests):
+            if sha256(path / name) != digests[name]:
                 raise _damaged(path, f"{name} holds other bytes than were written")
         tensors = load_file(path / OPTIMIZER)
-        position = replace(Position(0, 0, 0, ""), **state)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        del state["format"]
+        position = Position(**state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise _damaged(path, error) from error
+    if path.name != f"step-{position.step}":
+        raise _damaged(path, f"it is the checkpoint of step {position.step}, in a folder of another name")
     return tensors, position
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """SHA-256 of what ``state.json`` says, however it is laid out."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: Path, error: Exception | str) -> CheckpointError:

@@ -1,25 +1,34 @@
-"""The run folder: what lies where, who may write in it, and what state it is in."""
+"""The run folder: its files, the lock of the process that writes in it, and how far its run is."""
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
+from ingle.config.document import clip, write_value
+from ingle.config.files import read_config
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
+from ingle.stopping import undone
+from ingle.wording import either
 
 #: Options that may differ between a run and its continuation: they change no weight.
 CONTINUABLE = ("evaluate", "output", "paths_from", "train.save_every", "train.keep_checkpoints", "train.log_every")
+
+#: Options that a message lists.
+_LISTED = 12
 
 State = Literal["new", "started", "finished"]
 
@@ -86,11 +95,30 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise CheckpointError(
-                f"{self.path} is not a run folder: it holds no run.yaml.",
+                f"{self.path} is not a run folder: it {self._what_is_there()}.",
                 where=str(self.path),
-                fix="name the folder that `output:` of the config names",
+                fix=self.nearby() or "name the folder that `output:` of the config names",
             )
-        return move_paths(run_from_yaml(self.config.read_text(), str(self.config)), self.path)
+        return move_paths(run_from_yaml(read_config(self.config), str(self.config)), self.path)
+
+    def _what_is_there(self) -> str:
+        if not self.path.exists():
+            return "does not exist"
+        return "holds no run.yaml" if self.path.is_dir() else "is a file"
+
+    def nearby(self) -> str | None:
+        """Run folders that may have been meant: above this path, below it, or with a similar name."""
+        above = [folder for folder in self.path.parents if RunFolder(folder).config.is_file()]
+        below = sorted(file.parent for file in self.path.glob("*/run.yaml")) if self.path.is_dir() else []
+        others = {str(file.parent): file.parent for file in self.path.parent.glob("*/run.yaml")}
+        similar = [others[name] for name in difflib.get_close_matches(str(self.path), others, n=1)]
+        found = above[:1] or below[:5] or similar
+        return f"did you mean {either([str(folder) for folder in found])}?" if found else None
+
+    def last_step(self) -> int | None:
+        """The step of the newest checkpoint, None when there is none."""
+        matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.glob("step-*"))
+        return max((int(match[1]) for match in matches if match), default=None)
 
     def state(self, run: Run) -> State:
         """How far the run in this folder is; ``new`` when there is none.
@@ -103,20 +131,44 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path} is not empty and holds no run.",
                     where=f"output = {run.output}",
-                    fix="--output=another/folder",
+                    fix="use --output=DIR with a new or an empty folder",
                 )
             return "new"
         if not self._holds_anything(run):
             return "new"  # it was refused or killed before its first checkpoint
         changed = differences(self.load_run(), run)
+        is_finished = self._is_reported()
         if changed:
             raise ConfigError(
-                f"{self.path} holds a run with other options; continuing it would mix the two.",
+                f"{self.path} holds a finished run with other options."
+                if is_finished
+                else f"{self.path} holds a run with other options; resuming it would mix the two.",
                 where=f"output = {run.output}",
-                why="\n".join(changed),
-                fix=f"--output=another/folder, or delete {self.path} to start anew",
+                why="\n".join(_listed(changed)),
+                fix=f"use --output=DIR to start a new run, or delete {self.path}",
             )
-        return "finished" if self._is_reported() else "started"
+        return "finished" if is_finished else "started"
+
+    def ignored(self, run: Run) -> list[str]:
+        """Options of ``run`` that differ from the finished run in this folder and have no effect on it any more."""
+        return _listed(differences(self.load_run(), run, only=("evaluate", "train")))
+
+    def outlook(self, run: Run) -> str:
+        """What starting ``run`` here would do, in a sentence.
+
+        Raises:
+            ConfigError: When it would be refused.
+        """
+        match self.state(run):
+            case "finished":
+                return f"The run in {self.path} is finished; starting it again changes nothing."
+            case "started":
+                step = self.last_step()
+                if step is None:  # the checkpoints were deleted after the training
+                    return f"The run in {self.path} is trained; starting it again evaluates it."
+                return f"The run in {self.path} would resume from checkpoints/step-{step}; {step:,} steps are done."
+            case "new":
+                return f"A new run would start in {self.path}."
 
     def _holds_anything(self, run: Run) -> bool:
         """Whether anything was trained that other options could spoil."""
@@ -147,53 +199,84 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keeps a second process out while the block runs.
 
+        A block that ends before the run began leaves nothing: neither the lock nor folders that were made for it.
+
         Raises:
-            CheckpointError: When another process is at work in this folder.
+            CheckpointError: When another process is working in this folder.
             ConfigError: When the folder cannot be written.
         """
         lock = self.path / "run.lock"
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+
+        def clear() -> None:
+            if not self.config.is_file() and lock.exists():
+                lock.unlink()
+                for folder in made:
+                    if any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115 - closed by the block below
+            file = open(lock, "w", encoding="utf-8")  # noqa: SIM115 - closed by the block below
         except OSError as error:
             raise ConfigError(
-                "the run folder cannot be written.",
+                "The run folder cannot be written.",
                 where=f"output = {self.path}",
                 why=error.strerror,
-                fix="--output=a/folder/of/yours",
+                fix="use --output=DIR with a folder of yours",
             ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(
-                    f"another process is at work in {self.path}.",
+                    f"Another process is working in {self.path}.",
                     where=f"output = {self.path}",
-                    fix="wait for it, stop it, or choose another folder with --output=",
+                    fix="wait for it, stop it, or use --output=DIR to start a new run",
                 ) from error
-            try:
-                yield
-            finally:
-                if [entry.name for entry in self.path.iterdir()] == [lock.name]:  # it failed before it began
-                    lock.unlink()
-                    self.path.rmdir()
+            with undone(clear):
+                try:
+                    yield
+                finally:
+                    clear()
 
     def free_bytes(self) -> int:
         """Free space of the disk the folder is on."""
         return shutil.disk_usage(self.path).free
 
 
-def differences(old: Run, new: Run) -> list[str]:
-    """Options that differ and matter, as ``dotted.path: old -> new``; two ways to name one file do not."""
+def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> list[str]:
+    """Options that differ and change the weights, as ``dotted.path: old -> new``.
+
+    Two ways to name one file are no difference.
+
+    Args:
+        old: The run before.
+        new: The run now.
+        only: Sections to compare instead, options included that change no weight.
+    """
     before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
     meant, wanted = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        if any(key == name or key.startswith(f"{name}.") for name in CONTINUABLE):
-            continue
-        if meant.get(key) != wanted.get(key):
-            lines.append(f"{key}: {before.get(key, 'unset')} -> {after.get(key, 'unset')}")
-    return lines
+    keys = [key for key in (before | after) if meant.get(key) != wanted.get(key)]
+    if only is None:
+        keys = [key for key in keys if not _is_in(key, CONTINUABLE)]
+    else:
+        keys = [key for key in keys if _is_in(key, only)]
+    return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in sorted(keys)]
+
+
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in sections)
+
+
+def _shown(options: Mapping[str, Any], key: str) -> str:
+    return clip(write_value(options[key])) if key in options else "unset"
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    return [*lines[:_LISTED], *([f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]
 
 
 def _flatten(tree: Any, path: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
@@ -40,7 +40,7 @@ def _container_limit() -> int:
     """Memory this process's container may take; none on a plain system."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            limit = Path(path).read_text().strip()
+            limit = Path(path).read_text(encoding="utf-8").strip()
         except OSError:
             continue
         if limit.isdigit():

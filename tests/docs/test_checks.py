@@ -160,12 +160,6 @@ def test_blocks_that_cannot_be_used_are_found(language: str, text: str, wrong: i
     assert len(faults(Page("page.md", f"```{language}\n{text}```\n"))) == wrong
 
 
-def test_a_run_block_that_fails_is_found(tmp_path: Path) -> None:
-    page = Page("page.md", "```text file=a/b.txt\nhello\n```\n```console run\n$ cat a/b.txt\n$ ls nowhere\n```\n")
-    with pytest.raises(AssertionError, match=r"page\.md:4"):
-        commands.run_page(page, tmp_path, ROOT)
-
-
 def test_the_project_is_listed_through_git(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / ".gitignore").write_text("ignored.md\n")

@@ -2,19 +2,114 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from docs import check, commands
+from docs import check
 from docs.markdown import Page, read_pages
+from tests.docs.hub import serve_hub
+from tests.docs.running import Done, Runner, Worker
 
 ROOT = Path(check.ROOT)
 
+#: Stand-ins of the models that the pages name: as large as a packed format needs, with the bundled tokenizer.
+_MAKE_MODELS = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+torch.manual_seed(0)
+tokenizer = PreTrainedTokenizerFast.from_pretrained("{tokenizer}")
+sizes = dict(
+    vocab_size=len(tokenizer), hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=None,
+    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+)
+models = {{"llama": LlamaForCausalLM(LlamaConfig(**sizes)), "qwen3": Qwen3ForCausalLM(Qwen3Config(**sizes))}}
+for name, model in models.items():
+    model.to(torch.bfloat16).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+"""
+_TRY_LLAMA_CPP = """
+from pathlib import Path
+from ingle.export import llama
+llama.require()
+llama.try_out(Path("some-model.Q4_K_M.gguf"), None)
+"""
+
+
+def of_readers(page: Page) -> bool:
+    """Whether a page is one whose commands a reader types one after the other."""
+    return page.name == "README.md" or page.name.startswith(("docs/tutorials/", "docs/how-to/"))
+
+
+def prepare(runner: Runner, folder: Path) -> None:
+    """Makes what the pages take for granted: small models, a GGUF file, the finished demo."""
+    tokenizer = ROOT / "examples" / "models" / "ember-6m"
+    assert runner.worker.run_python(_MAKE_MODELS.format(tokenizer=tokenizer), folder).code == 0
+    examples = folder / "examples"
+    (examples / "models").mkdir(parents=True)
+    for entry in (ROOT / "examples").iterdir():
+        if entry.name != "models":
+            (examples / entry.name).symlink_to(entry)
+    (examples / "models" / "ember-6m").symlink_to(folder / "llama")
+    (folder / "my-model").symlink_to(folder / "llama")
+    for command in (
+        "ingle quantize my-model --to q4_k_m --out some-model.Q4_K_M.gguf",
+        "ingle train examples/demo/demo.yaml",
+    ):
+        done = runner.run_command(command, folder)
+        assert done.code == 0, done.output
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [page for page in read_pages(ROOT) if commands.runnable(page)], ids=lambda page: page.name
-)
-def test_a_page_runs_from_top_to_bottom(page: Page, tmp_path: Path) -> None:
-    commands.run_page(page, tmp_path, ROOT)
+def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
+    """One test with one process, since loading the libraries takes longer than most commands."""
+    folder = tmp_path / "stage"
+    (folder / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "own-data" / "train.jsonl", folder / "data" / "train.jsonl")
+    models = {"Qwen/Qwen3-0.6B": folder / "qwen3", "HuggingFaceTB/SmolLM2-360M-Instruct": folder / "llama"}
+    with serve_hub(models, datasets={"HuggingFaceH4/no_robots": folder / "data"}) as (address, close_hub):
+        hub = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
+        hub |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        with Worker(ROOT, hub | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}) as worker:
+            prepare(Runner(worker, ROOT, verifies=False), folder)
+            trial = worker.run_python(_TRY_LLAMA_CPP, folder)  # it may be missing, or crash on this machine
+            runner = Runner(worker, ROOT, verifies=trial.code == 0)
+            wrong = list(run_pages(runner, folder, tmp_path))
+            assert not wrong, "\n\n".join(wrong)
+            unknown = ask_hub(worker, folder, "nobody/nothing")
+            assert unknown.code == 2 and "no model of that name on the hub" in unknown.output, unknown.output
+            close_hub()
+            away = ask_hub(worker, folder, "somebody/something")
+            assert away.code == 2 and "HubUnavailable" in away.output and "go online once" in away.output, away.output
+            cached = runner.run_command("ingle train examples/quickstart-hub.yaml --dry-run", folder)
+            assert cached.code == 0, cached.output
+
+
+def run_pages(runner: Runner, stage: Path, tmp_path: Path) -> Iterator[str]:
+    """Runs each page in a folder of its own that holds what is staged; yields what went wrong."""
+    pages = [page for page in read_pages(ROOT) if of_readers(page)]
+    blocks = [block for page in pages for block in page.blocks]
+    files = {name: block.text for block in blocks if (name := block.mark("file"))}
+    whole = next(block.text for block in blocks if block.language == "yaml" and "output: runs/mine" in block.text)
+    files = {"mine.yaml": whole} | files
+    for number, page in enumerate(pages):
+        folder = tmp_path / f"page-{number}"
+        folder.mkdir()
+        for name in ("examples", "my-model", "some-model.Q4_K_M.gguf"):
+            (folder / name).symlink_to(stage / name)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        shutil.copytree(stage / "runs", folder / "runs")
+        try:
+            runner.run_page(page, folder)
+        except AssertionError as error:
+            yield str(error)
+
+
+def ask_hub(worker: Worker, folder: Path, model: str) -> Done:
+    """Trains a model of the hub, which a run asks for before all else."""
+    data = "--data.sources=examples/own-data/train.jsonl"
+    return worker.run(["train", f"--model.id={model}", data, "--output=runs/asked", "--train.num_steps=1"], folder)

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ingle.cli.outcome import call
 from tests.tiny import write_llama
 
 CHATML = (
@@ -56,7 +59,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Path:
     """A config of a dozen short steps whose run folder is ``tmp_path / "run"``."""
-    path = tmp_path / "config.yaml"
+    return write_config(tmp_path, tiny_model, tiny_data)
+
+
+def write_config(folder: Path, tiny_model: Path, tiny_data: Path) -> Path:
+    """As :func:`config`, for fixtures that several tests share."""
+    path = folder / "config.yaml"
     path.write_text(f"""\
 model: {{id: {tiny_model}, dtype: float32}}
 base: {{format: nf4}}
@@ -69,7 +77,7 @@ evaluate:
   metrics: [chrf, exact_match, bits_per_byte]
   num_samples: 8
   max_new_tokens: 8
-output: {tmp_path}/run
+output: {folder}/run
 """)
     return path
 
@@ -88,10 +96,24 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def ingle() -> Ingle:
-    """Runs the command to its end."""
+def ingle_process() -> Ingle:
+    """Runs the command to its end in a child process, which spends seconds on loading libraries."""
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, env=environment())
+
+    return run
+
+
+@pytest.fixture
+def ingle(monkeypatch: pytest.MonkeyPatch) -> Ingle:
+    """Runs the command to its end in this process, from the words that were typed to the exit code."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
+        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+            code = call(words)
+        return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
     return run

@@ -12,14 +12,16 @@ from ingle.gguf import read_gguf
 from tests.e2e.conftest import Ingle
 
 
-def test_a_format_is_chosen_and_written(tiny_model: Path, tiny_data: Path, tmp_path: Path, ingle: Ingle) -> None:
+def test_a_format_is_chosen_and_written(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, ingle: Ingle, ingle_process: Ingle
+) -> None:
     text, out = tiny_data / "held-out.jsonl", tmp_path / "formats"
     shown = ingle("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out)
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"● q8_0 +\d+\.\d+ +\d", shown.stdout) and "recommended: " in shown.stdout
+    assert re.search(r"● q8_0 +\d+\.\d+ +\d", shown.stdout) and "Recommended: " in shown.stdout
     assert "<svg" in (out / "formats.html").read_text()
 
-    told = ingle("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
+    told = ingle_process("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
     report = json.loads(told.stdout)
     assert report == json.loads((out / "formats.json").read_text())
     assert {row["name"] for row in report["formats"]} == {"q8_0", "q4_0", "nf4"}
@@ -28,7 +30,7 @@ def test_a_format_is_chosen_and_written(tiny_model: Path, tiny_data: Path, tmp_p
     file = tmp_path / "m.gguf"
     made = ingle("quantize", tiny_model, "--to", "q4_0", "--out", file, "--data", text)
     assert made.returncode == 0, made.stderr
-    assert "attn_q" in made.stdout and "bits a weight" in made.stdout and f"wrote {file}" in made.stdout
+    assert "attn_q" in made.stdout and "bits a weight" in made.stdout and f"Wrote {file}" in made.stdout
     assert read_gguf(file).tensors["blk.0.attn_q.weight"].type_name == "q4_0"
     again = ingle("quantize", tiny_model, "--to", "q4_0", "--out", file)
     assert again.returncode == 2 and "exists" in again.stderr

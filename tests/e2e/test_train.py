@@ -16,7 +16,10 @@ import pytest
 from ingle import events, flow
 from ingle.config import load_run
 from ingle.errors import Interrupted
-from tests.e2e.conftest import Ingle, command, environment
+from tests.e2e.conftest import Ingle, command, environment, write_config
+
+#: What the config of these tests asks for.
+NUM_STEPS = 12
 
 
 def _digest(run: Path) -> str:
@@ -28,28 +31,21 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digest of the adapter by config text, so that the long way is gone once."""
-    return {}
-
-
-def _reference(ingle: Ingle, config: Path, tmp_path: Path, kept: dict[str, str]) -> str:
-    if "digest" not in kept:
-        done = ingle("train", config, f"--output={tmp_path}/whole")
-        assert done.returncode == 0, done.stderr
-        kept["digest"] = _digest(tmp_path / "whole")
-    return kept["digest"]
-
-
-def test_a_run_leaves_everything_the_contract_names(ingle: Ingle, config: Path, tmp_path: Path) -> None:
-    done = ingle("train", config)
+def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run that came to its end in a process of its own; no test changes its folder ``run``."""
+    config = write_config(tmp_path_factory.mktemp("finished"), tiny_model, tiny_data)
+    done = subprocess.run(command("train", config), capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "run"
+    return config
+
+
+def test_a_run_leaves_everything_the_contract_names(finished: Path) -> None:
+    run = finished.parent / "run"
     for name in ("run.yaml", "metrics.jsonl", "report.json", "report.html", "adapter/adapter_config.json"):
         assert (run / name).is_file(), name
     assert (run / "checkpoints" / "step-12").is_dir()
     rows = _metrics(run)
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     keys = {"step", "loss", "num_tokens", "tokens_per_s", "lr", "grad_norm", "peak_memory_bytes", "epoch"}
     assert keys <= rows[0].keys()
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -66,34 +62,41 @@ def test_a_run_leaves_everything_the_contract_names(ingle: Ingle, config: Path, 
     assert report["wall_s"] > 0
 
 
-def test_a_finished_run_is_left_alone(ingle: Ingle, config: Path, tmp_path: Path) -> None:
-    assert ingle("train", config).returncode == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "run.lock"}
-    again = ingle("train", config)
+def test_a_finished_run_is_left_alone(ingle: Ingle, finished: Path) -> None:
+    files = (finished.parent / "run").rglob("*")
+    before = {path: path.stat().st_mtime_ns for path in files if path.name != "run.lock"}
+    again = ingle("train", finished)
     assert again.returncode == 0
     assert "finished" in again.stdout + again.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_other_options_on_the_same_folder_are_refused(ingle: Ingle, config: Path) -> None:
-    assert ingle("train", config, "--train.num_steps=2", "--evaluate=null").returncode == 0
-    other = ingle("train", config, "--train.num_steps=2", "--evaluate=null", "--optim.lr=1e-3")
+def test_other_options_on_the_same_folder_are_refused(ingle: Ingle, finished: Path) -> None:
+    other = ingle("train", finished, "--optim.lr=1e-3")
     assert other.returncode == 2
     assert "optim.lr: 0.005 -> 0.001" in other.stderr
     assert "Traceback" not in other.stderr
 
 
+def _num_rows(metrics: Path) -> int:
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+
 @contextmanager
 def _running(tmp_path: Path, step: int, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A training process in its own right, given out when ``metrics.jsonl`` shows ``step``; killed at the end."""
+    """A training process, handed over when it has written ``step`` rows of ``metrics.jsonl``; killed at the end.
+
+    Where a run goes on, it has to add a row to those that were there: a signal should not come before it is at work.
+    """
     metrics, log = tmp_path / "run" / "metrics.jsonl", tmp_path / "log"
+    step = max(step, min(_num_rows(metrics) + 1, NUM_STEPS))
     with (
         open(log, "wb") as file,
         subprocess.Popen(command("train", *arguments), stdout=file, stderr=file, env=environment()) as process,
     ):
         try:
             deadline = time.monotonic() + 200
-            while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
+            while _num_rows(metrics) < step:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.002)
             yield process
@@ -101,33 +104,33 @@ def _running(tmp_path: Path, step: int, *arguments: str | Path) -> Iterator[subp
             process.kill()
 
 
-@pytest.mark.parametrize("step", [1, 4, 8])
-def test_after_kill_9_the_adapter_is_byte_identical(
-    ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], step: int
+def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
+    ingle_process: Ingle, config: Path, finished: Path, tmp_path: Path
 ) -> None:
-    expected = _reference(ingle, config, tmp_path, uninterrupted)
-    with _running(tmp_path, step, config) as process:
-        process.kill()
-    again = ingle("train", config)
+    """Before the first checkpoint, between two of them, and after a resumed run has written one."""
+    for step in (1, 4, 8):
+        with _running(tmp_path, step, config) as process:
+            process.kill()
+    again = ingle_process("train", config)
     assert again.returncode == 0, again.stderr
-    assert _digest(tmp_path / "run") == expected
-    assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, 13))
+    assert _digest(tmp_path / "run") == _digest(finished.parent / "run")
+    assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, NUM_STEPS + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_130_and_resume_goes_on(
-    ingle: Ingle, config: Path, tmp_path: Path, uninterrupted: dict[str, str], number: signal.Signals
+    ingle_process: Ingle, config: Path, finished: Path, tmp_path: Path
 ) -> None:
-    expected = _reference(ingle, config, tmp_path, uninterrupted)
-    with _running(tmp_path, 2, config) as process:
-        process.send_signal(number)
-        process.wait(timeout=60)
-    told = (tmp_path / "log").read_text()
-    assert process.returncode == 130, told
-    assert "--resume" in told
-    again = ingle("train", "--resume", tmp_path / "run")
+    run = tmp_path / "run"
+    for words, step, number in (((config,), 2, signal.SIGINT), (("--resume", run), 7, signal.SIGTERM)):
+        with _running(tmp_path, step, *words) as process:
+            process.send_signal(number)
+            process.wait(timeout=60)
+        told = (tmp_path / "log").read_text()
+        assert process.returncode == 130, told
+        assert "--resume" in told
+    again = ingle_process("train", "--resume", run)
     assert again.returncode == 0, again.stderr
-    assert _digest(tmp_path / "run") == expected
+    assert _digest(run) == _digest(finished.parent / "run")
 
 
 def test_a_signal_while_the_model_is_loaded_stops_at_once_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
@@ -168,11 +171,10 @@ def test_a_step_larger_than_the_data_is_told(config: Path, batch: int, warned: b
     assert len(warnings) == warned
 
 
-def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(ingle: Ingle, config: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(config: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    done = ingle("train", config, "--adapter={kind: none}", "--base.format=none", "--optim.lr=1e-3")
-    assert done.returncode == 0, done.stderr
+    flow.finetune(load_run(config, ["--adapter={kind: none}", "--base.format=none", "--optim.lr=1e-3"]).run)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["metrics"]["bits_per_byte"]["delta"] < 0
@@ -183,4 +185,4 @@ def test_a_second_process_on_the_same_folder_is_refused(ingle: Ingle, config: Pa
         process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
         second = ingle("train", config)
     assert second.returncode == 2
-    assert "another process is at work" in second.stderr
+    assert "Another process is working" in second.stderr

@@ -63,7 +63,7 @@ class Bench:
         experts = [name for name, module in model.named_modules() if is_fused_experts(module)]
         if experts:
             raise EvaluationError(
-                "formats of mixture-of-experts models cannot be compared yet.",
+                "Formats of mixture-of-experts models cannot be compared yet.",
                 where=experts[0],
                 fix="`ingle train --base.format=...` holds their experts in any format",
             )
@@ -86,7 +86,7 @@ class Bench:
         Args:
             formats: By parameter; what is not named stays.
             importance: Mean squares of inputs, by parameter.
-            tell: Is told how many matrices of how many are packed.
+            tell: Gets the number of matrices packed so far, and their total.
 
         Raises:
             QuantizationError: A weight cannot be held in its format.

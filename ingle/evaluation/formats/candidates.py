@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ingle.gguf.container import block_of, row_bytes
 from ingle.gguf.mixes import ALIASES, FILE_TYPES, Mix, mix_of
 from ingle.gguf.names import TensorNames, names_of
 from ingle.quant import Format, make_format
+from ingle.wording import nearest
 
 #: Formats that safetensors hold in the layout of the library they come from.
 PACKED = ("nf4", "fp4", "int8")
@@ -95,13 +95,13 @@ def find_target(name: str, option: str = "--to") -> Target:
     if (base := safetensors_base(resolved)) is not None:
         return Target(resolved, "safetensors", base)
     known = (*FILE_TYPES, *PACKED, *HQQ)
-    close = difflib.get_close_matches(resolved, known, n=1, cutoff=0.5)
-    fix = f"did you mean {close[0]}?" if close else None
+    near = nearest(resolved, known, cutoff=0.5)
+    fix = f"did you mean {near}?" if near is not None else None
     if resolved.startswith("hqq"):
         fix = "hqq-BITS or hqq-BITS-gGROUP: 8, 4, 3, 2 or 1 bits; groups of 8, 16, 32, 64 or 128"
     reason = why_not_packed(resolved)
     raise ConfigError(
-        f"there is no format {name!r}." if reason is None else f"nothing can be packed in {name}.",
+        f"There is no format {name!r}." if reason is None else f"No weights can be packed in {name}.",
         where=f"{option} {name}",
         why=f"formats are {', '.join(known)}" if reason is None else reason,
         fix=fix,

@@ -111,7 +111,7 @@ def _across(dots: Sequence[Dot], left: float, right: float) -> Scale:
 
 
 def _up(dots: Sequence[Dot], axes: Axes, floor: float, top: float) -> Scale:
-    """From the smallest to the largest value, the marked line among them."""
+    """From the smallest to the largest value, the marked line included."""
     levels = [axes.level(dot.value) for dot in dots] + [axes.level(axes.line)]
     low, high = min(levels), max(levels)
     pad = 0.07 * (max(high - low, 0.3) if axes.logarithmic else (high - low) or abs(high) or 1.0)
@@ -174,7 +174,7 @@ Box = tuple[float, float, float, float]
 
 
 def _label(dot: Dot, across: float, up: float, taken: list[Box], left: float, right: float) -> str:
-    """The name beside its dot, where it covers nothing; the pointer reads it where there is no such place."""
+    """The name next to its dot where it covers nothing; elsewhere only the tooltip has it."""
     length = _CHARACTER * len(dot.label)
     reach = 14.0 if dot.kind == "chosen" else 9.0
     places: tuple[tuple[float, float, str, float], ...] = (

@@ -1,4 +1,4 @@
-"""From measured rows to a recommendation with its reason, beside what the field says without having measured.
+"""From measured rows to a recommendation with its reason, and what is commonly said about formats against it.
 
 What a format costs is counted in nats a token: 0.02 is about 2 % of perplexity, or a mean divergence that llama.cpp's
 table for an 8B model puts between Q4_K_M (0.031) and Q5_K_M (0.011).  Divergence decides, since it sees every change;
@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ingle.evaluation.divergence import FEW_TOKENS
 from ingle.evaluation.formats.result import FormatResult
+from ingle.evaluation.formats.wording import small
+from ingle.wording import plural
 
 #: Nats a token that a format may cost.
 LIMIT = 0.02
@@ -34,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Saying:
-    """What people say, and what was measured here.
+    """A common claim, and what was measured here.
 
     Attributes:
         claim: What the field says.
@@ -80,24 +83,35 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
         return Choice(
             best.name,
             False,
-            f"no measured format stays within {limit:g} nats a token; {best.name} comes closest "
-            f"with {_cost(best):.3g} ({best.bits_per_weight:.2f} bits a weight).",
+            f"no measured format stays within {limit:g} nats a token; {best.name} comes closest with "
+            f"{_told(best, limit)} at {best.bits_per_weight:.2f} bits a weight.",
         )
     chosen = fitting[0]
-    where = " on the front" if chosen in front else ""
+    where = " ● format" if chosen in front else " format"
     reason = (
-        f"the smallest{where} that costs at most {limit:g} nats a token (about {100 * limit:g} % of perplexity): "
-        f"divergence {_with_end(chosen.quality.kl.value, chosen.quality.kl.upper)} at "
-        f"{chosen.bits_per_weight:.2f} bits a weight."
+        f"the smallest{where} whose divergence is at most {limit:g} nats a token (about {100 * limit:g} % of "
+        f"perplexity): {_told(chosen, limit)} at {chosen.bits_per_weight:.2f} bits a weight."
     )
     smaller = [row for row in front if row.size_bytes < chosen.size_bytes]
     if smaller:
-        reason += f" The next smaller one on the front, {smaller[-1].name}, costs {_cost(smaller[-1]):.3g}."
+        reason += f" The next smaller one, {smaller[-1].name}, has {_told(smaller[-1], limit)}."
     return Choice(chosen.name, True, reason)
 
 
+def warnings(num_tokens: int, num_windows: int) -> list[str]:
+    """Why the figures of a comparison may be far from those of the next text."""
+    if num_tokens < FEW_TOKENS:
+        return [
+            f"Only {plural(num_tokens, 'token')} {'was' if num_tokens == 1 else 'were'} measured, so the figures are "
+            f"rough and the recommendation may change with the text. Use a text of at least {FEW_TOKENS:,} tokens."
+        ]
+    if num_windows == 1:
+        return ["The text is a single window, so there are no intervals. Use a longer text."]
+    return []
+
+
 def sayings(rows: Sequence[FormatResult], limit: float = LIMIT) -> list[Saying]:
-    """What the field says of llama.cpp's mixes, each beside the figures measured here."""
+    """Common advice on llama.cpp's mixes, each with the figures measured here."""
     by_name = {row.name: row for row in rows}
     return [_medium_over_small(by_name), _tests_only(by_name, limit), _balance(by_name, limit)]
 
@@ -109,11 +123,13 @@ def _medium_over_small(rows: Mapping[str, FormatResult]) -> Saying:
     if not pairs:
         return Saying(claim, "no such pair was measured", "open")
     figures = [
-        f"{medium.name} {medium.quality.kl.value:.3g} at {medium.bits_per_weight:.2f} bits, "
-        f"{small.name} {small.quality.kl.value:.3g} at {small.bits_per_weight:.2f}"
+        f"{medium.name} {_value(medium)} at {medium.bits_per_weight:.2f} bits, "
+        f"{small.name} {_value(small)} at {small.bits_per_weight:.2f}"
         for medium, small in pairs
     ]
-    return Saying(claim, "; ".join(figures), _verdict([_is_surely_less(medium, small) for medium, small in pairs]))
+    return Saying(
+        claim, f"divergence {'; '.join(figures)}", _verdict([_is_surely_less(medium, small) for medium, small in pairs])
+    )
 
 
 def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Saying:
@@ -121,8 +137,10 @@ def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Saying:
     found = [rows[name] for name in ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l") if name in rows]
     if not found:
         return Saying(claim, "none of them was measured", "open")
-    figures = ", ".join(f"{row.name} costs {_cost(row):.3g}" for row in found)
-    return Saying(claim, f"{figures}; the limit is {limit:g}", _verdict([not _fits(row, limit) for row in found]))
+    figures = ", ".join(f"{row.name} {_told(row, limit)}" for row in found)
+    return Saying(
+        claim, f"divergence {figures}; the limit is {limit:g}", _verdict([not _fits(row, limit) for row in found])
+    )
 
 
 def _balance(rows: Mapping[str, FormatResult], limit: float) -> Saying:
@@ -130,10 +148,10 @@ def _balance(rows: Mapping[str, FormatResult], limit: float) -> Saying:
     five, four = rows.get("q5_k_m"), rows.get("q4_k_m")
     if five is None:
         return Saying(claim, "q5_k_m was not measured", "open")
-    figures = f"q5_k_m costs {_cost(five):.3g} at {five.bits_per_weight:.2f} bits"
+    figures = f"q5_k_m {_told(five, limit)} at {five.bits_per_weight:.2f} bits"
     if four is not None:
-        figures += f", q4_k_m {_cost(four):.3g} at {four.bits_per_weight:.2f}"
-    return Saying(claim, f"{figures}; the limit is {limit:g}", _verdict([_fits(five, limit)]))
+        figures += f", q4_k_m {_told(four, limit)} at {four.bits_per_weight:.2f}"
+    return Saying(claim, f"divergence {figures}; the limit is {limit:g}", _verdict([_fits(five, limit)]))
 
 
 def _verdict(agreeing: Sequence[bool]) -> Literal["yes", "no", "in part"]:
@@ -147,6 +165,7 @@ def _is_surely_less(one: FormatResult, other: FormatResult) -> bool:
 
 
 def _cost(row: FormatResult) -> float:
+    """What is held against the limit: the upper end of the divergence's interval."""
     return row.quality.kl.upper
 
 
@@ -155,5 +174,13 @@ def _fits(row: FormatResult, limit: float) -> bool:
     return _cost(row) <= limit and (loss.value if loss.low is None else loss.low) <= limit
 
 
-def _with_end(value: float, upper: float) -> str:
-    return f"{value:.3g} (at most {upper:.3g})" if upper > value else f"{value:.3g}"
+def _value(row: FormatResult) -> str:
+    """The divergence, as the table has it."""
+    return small(row.quality.kl.value)
+
+
+def _told(row: FormatResult, limit: float) -> str:
+    """The divergence, and the end of its interval where that is what decides."""
+    if row.quality.kl.value <= limit < _cost(row):
+        return f"{_value(row)} (its 95 % interval reaches {small(_cost(row))})"
+    return _value(row)

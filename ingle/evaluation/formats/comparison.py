@@ -18,7 +18,7 @@ from ingle.errors import EvaluationError, QuantizationError
 from ingle.evaluation.divergence import Reference, compare, refer
 from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.candidates import Candidate
-from ingle.evaluation.formats.choice import LIMIT, pareto_front, recommend, sayings
+from ingle.evaluation.formats.choice import LIMIT, pareto_front, recommend, sayings, warnings
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.formats.text import count_scored
 from ingle.evaluation.likelihood import Window
@@ -90,9 +90,9 @@ class Notebook:
             ) from None
         if fingerprint != self._subject.fingerprint:
             raise EvaluationError(
-                "the folder holds a comparison of another model, text or version.",
+                "The folder holds a comparison of another model, text or version.",
                 where=str(path.parent),
-                fix="name another --out, or delete it",
+                fix="name another --out, or delete the folder",
             )
         self.rows = {row.name: row for row in rows}
 
@@ -108,7 +108,7 @@ def compare_formats(
     limit: float = LIMIT,
     sink: Sink = lambda event: None,
 ) -> dict[str, Any]:
-    """Measures every candidate beside the unpacked model.
+    """Measures every candidate against the unpacked model.
 
     Args:
         model: In evaluation mode, weights in the compute type; it is as before when this returns.
@@ -118,18 +118,18 @@ def compare_formats(
         importance: For formats that weigh their error by it, by parameter.
         notebook: Rows that are done.
         limit: Nats a token that the recommended format may cost.
-        sink: Is told of the progress, and of formats that cannot hold this model.
+        sink: Gets the progress, and a warning for each format that cannot hold this model.
 
     Returns:
         Plain data: ``schema, status, subject, num_tokens, num_windows, limit, reference, formats`` (smallest first),
-        ``front, recommendation, sayings, skipped``.
+        ``front, recommendation, sayings, skipped, warnings``.
     """
     bench = Bench(model)
-    reference = refer(model, windows, _teller(sink, "reading the text unpacked"))
+    reference = refer(model, windows, _teller(sink, "reading the text, unpacked"))
     skipped = []
     done = notebook.rows
     if REFERENCE not in done:
-        quality = Quality.of(compare(model, reference, windows, _teller(sink, "predicting unpacked")))
+        quality = Quality.of(compare(model, reference, windows, _teller(sink, "predicting, unpacked")))
         notebook.add(_row(Candidate.unpacked(model), 0.0, _model_bytes(model), None, quality))
     for number, candidate in enumerate(candidates, 1):
         if candidate.name in done:
@@ -142,13 +142,17 @@ def compare_formats(
             sink(Warned(f"{candidate.name} cannot hold this model: {error.why or error.message}", where=error.where))
             continue
         notebook.add(row)
+    num_tokens = sum(count_scored(window) for window in windows)
+    doubts = warnings(num_tokens, len(windows))
+    for doubt in doubts:
+        sink(Warned(doubt))
     wanted = {candidate.name for candidate in candidates}
     rows = sorted((row for row in done.values() if row.name in wanted), key=lambda row: (row.size_bytes, row.name))
     return {
         "schema": SCHEMA,
         "status": "finished",
         "subject": asdict(subject),
-        "num_tokens": sum(count_scored(window) for window in windows),
+        "num_tokens": num_tokens,
         "num_windows": len(windows),
         "limit": limit,
         "reference": done[REFERENCE].to_dict(),
@@ -157,6 +161,7 @@ def compare_formats(
         "recommendation": asdict(recommend(rows, limit)),
         "sayings": [asdict(saying) for saying in sayings(rows, limit)],
         "skipped": skipped,
+        "warnings": doubts,
     }
 
 

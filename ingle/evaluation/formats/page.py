@@ -12,6 +12,7 @@ from markupsafe import Markup
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
 from ingle.evaluation.formats.wording import rate, row_cells, size, small
 from ingle.evaluation.templates import render
+from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
@@ -46,7 +47,7 @@ def _subtitle(report: Mapping[str, Any]) -> str:
     parts = [
         subject["model"],
         subject["data"],
-        f"{report['num_tokens']:,} tokens in {report['num_windows']:,} windows",
+        f"{plural(report['num_tokens'], 'token')} in {plural(report['num_windows'], 'window')}",
         f"computed in {subject['dtype']}",
     ]
     if subject["imatrix"]:
@@ -73,13 +74,13 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "heading": "Divergence",
             "note": "Mean Kullback-Leibler divergence of the packed model's predictions from the unpacked one's. It "
-            "sees every change, also where one token's gain hides another's loss.",
+            "sees every change, even where gains on some tokens hide losses on others.",
             **_both([_dot(row, "kl", report, unit) for row in rows], divergence),
         },
         {
             "heading": "Perplexity",
             "note": "Of the text itself. Bars are intervals of the difference from the unpacked model, token by "
-            "token; an arrow stands for a format that is further off.",
+            "token; an arrow marks a format beyond the edge of the chart.",
             **_both([_dot(row, "perplexity", report, unit) for row in rows], perplexity),
         },
     ]

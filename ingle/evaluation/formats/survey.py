@@ -15,6 +15,7 @@ from torch import Tensor
 from ingle import models
 from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
+from ingle.config.named import check_name
 from ingle.errors import ConfigError, EvaluationError
 from ingle.evaluation.formats.candidates import find_target, list_candidates, target_names
 from ingle.evaluation.formats.choice import LIMIT
@@ -68,7 +69,7 @@ class Survey:
         is_folder = not self.out.exists() or self.out.is_dir()
         if not is_folder or (self.out.exists() and any(self.out.iterdir()) and not self.notes.is_file()):
             raise ConfigError(
-                f"{self.out} holds something else." if is_folder else f"{self.out} is a file.",
+                f"{self.out} holds other files." if is_folder else f"{self.out} is a file.",
                 where=f"--out {self.out}",
                 fix="name a new folder",
             )
@@ -85,7 +86,7 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> dict[str, Any]:
 
     Args:
         asked: What to compare on what.
-        sink: Is told of the progress.
+        sink: Gets the progress.
 
     Returns:
         What :func:`ingle.evaluation.formats.comparison.compare_formats` returns; with ``out``, it is in
@@ -98,6 +99,7 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> dict[str, Any]:
         EvaluationError: The model is packed already or has fused experts, or the folder holds another comparison.
     """
     asked.check()
+    check_name(asked.model.id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(asked.model)
     model = models.load_model(asked.model, device=device, sink=sink)
@@ -110,8 +112,8 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> dict[str, Any]:
     if left_out:
         sink(
             Warned(
-                f"llama.cpp's file types are left out: Ingle does not know how it calls the weights of a "
-                f"{model.config.model_type} model",
+                f"llama.cpp's file types are left out: Ingle does not know llama.cpp's names for the weights of a "
+                f"{model.config.model_type} model.",
                 count=len(left_out),
             )
         )
@@ -145,9 +147,9 @@ def _require_plain(model: Any, name: str) -> None:
     packed = next((module for module in model.modules() if isinstance(module, Packed)), None)
     if packed is not None:
         raise EvaluationError(
-            f"the weights of {name} are packed as {packed.format.name} already.",
+            f"The weights of {name} are already packed in {packed.format.name}.",
             where="MODEL",
-            why="what another format loses can be told from the unpacked weights only",
+            why="the loss of another format can be measured against the unpacked weights only",
             fix="name the model's 16-bit release",
         )
 

@@ -27,7 +27,7 @@ def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -
 
     Args:
         path: A file, glob or hub dataset, read as ``data.sources`` is.
-        model: Says how much can be read at once.
+        model: Its window bounds what is read at once.
         tokenizer: The model's.
         num_tokens: How much is enough.
 
@@ -46,7 +46,7 @@ def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -
             found += count_scored(window)
         number += len(documents)
     if not windows:
-        raise DataError("there is nothing to compare formats on.", where=path, why="the file holds no rows")
+        raise DataError("There is no text to compare formats on.", where=path, why="the file holds no rows")
     return windows
 
 

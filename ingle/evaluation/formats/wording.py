@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ingle.wording import size
+from ingle.wording import plural, size
+
+
+def measured_on(report: Mapping[str, Any]) -> str:
+    """What the figures of a comparison were measured on."""
+    subject = report["subject"]
+    text = f"Measured on {plural(report['num_tokens'], 'token')} of {subject['data']} "
+    return text + f"({plural(report['num_windows'], 'window')}), computed in {subject['dtype']}"
 
 
 def row_cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -57,4 +64,4 @@ def _ends(figure: Mapping[str, Any], write: Any) -> str:
     return "" if figure["low"] is None else f"{write(figure['low'])} – {write(figure['high'])}"
 
 
-__all__ = ["rate", "row_cells", "signed", "size", "small"]
+__all__ = ["measured_on", "rate", "row_cells", "signed", "size", "small"]

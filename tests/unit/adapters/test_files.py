@@ -99,11 +99,14 @@ def test_damaged_files(folder: Path) -> None:
         (lambda t: [t.pop(A), t.pop(B)], "the adapter of model.layers.0.self_attn.q_proj is missing"),
         (lambda t: t.clear(), "holds no adapter"),
         (lambda t: t.update({A: torch.zeros(2, 60)}), "other sizes"),
-        (lambda t: t.update({A: torch.zeros(3, 64)}), "other sizes"),
+        (lambda t: t.update({A: torch.zeros(3, 64)}), "has rank 3; its config says 2"),
         (lambda t: t.update({A: t[A] * float("nan")}), "NaN"),
+        (lambda t: t.update({A: torch.zeros(2, 64, dtype=torch.int8)}), "no matrix of floating-point numbers"),
+        (lambda t: t.update({A: torch.tensor(1.0)}), "no matrix of floating-point numbers"),
+        (lambda t: t.update({A.replace("weight", "default.weight"): t[A].clone()}), "twice"),
         (lambda t: t.update({A.replace("lora_A.weight", "bias"): torch.zeros(64)}), "no part of an adapter"),
         (lambda t: t.update({k.replace("layers.0", "layers.7"): t[k].clone() for k in (A, B)}), "does not have"),
-        (lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}), "LlamaMLP"),
+        (lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}), "does not target"),
     ],
 )
 def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
@@ -120,7 +123,16 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
-        ({"r": None}, "r or lora_alpha"),
+        ({"r": None}, "adapter_config.json: r"),
+        ({"r": True}, "adapter_config.json: r"),
+        ({"r": 0}, "adapter_config.json: r"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json: lora_alpha"),
+        ({"lora_alpha": "4"}, "adapter_config.json: lora_alpha"),
+        ({"lora_dropout": 1.5}, "adapter_config.json: lora_dropout"),
+        ({"rank_pattern": {"q_proj": -1}}, "adapter_config.json: rank_pattern.q_proj"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "adapter_config.json: alpha_pattern.q_proj"),
+        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"target_modules": 7}, "adapter_config.json: target_modules"),
     ],
 )
 def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
@@ -128,6 +140,42 @@ def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str
     assert fragment in refusal(folder)
     with pytest.raises(AdapterError):
         adapters.adapter_config(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, fragment",
+    [
+        ({"r": 4}, "has rank 2; its config says 4"),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 8}}, "model.layers.1.mlp.up_proj has rank 2; its config says 8"),
+        ({"target_modules": ["nowhere"]}, "does not target"),
+        ({"target_modules": ["q_proj"]}, "does not target model.layers.0.mlp.up_proj"),
+        ({"target_modules": ["q_proj", "up_proj", "v_proj"]}, "v_proj"),
+        ({"target_modules": r".*\.q_proj"}, "does not target"),
+        ({"exclude_modules": ["up_proj"]}, "does not target"),
+        ({"layers_to_transform": [0]}, "does not target model.layers.1"),
+        ({"modules_to_save": ["lm_head"]}, "The weights of lm_head are missing"),
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(
+    folder: Path, settings: dict[str, Any], fragment: str
+) -> None:
+    edit_config(folder, **settings)
+    assert fragment in refusal(folder)
+
+
+def test_an_adapter_of_what_is_no_linear_map_is_refused(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}))
+    edit_config(folder, target_modules=["q_proj", "up_proj", "mlp"])
+    assert "LlamaMLP" in refusal(folder)
+
+
+def test_other_ways_to_name_the_same_modules_are_accepted_and_unknown_names_are_reported(folder: Path) -> None:
+    for targets in (r".*\.(q_proj|up_proj)", ["self_attn.q_proj", "mlp.up_proj"], "all-linear", None):
+        edit_config(folder, target_modules=targets, layers_to_transform=None)
+        assert adapters.load_adapter(llama(), folder).notes == ()
+    edit_config(folder, target_modules=["q_proj", "up_proj", "query_key_value"], layers_to_transform=[0, 1])
+    (note,) = adapters.load_adapter(llama(), folder).notes
+    assert note == "target_modules names query_key_value, which this model does not have"
 
 
 def test_starting_from_a_folder(folder: Path) -> None:

@@ -89,15 +89,26 @@ def test_merge_keys_and_aliases() -> None:
 @pytest.mark.parametrize(
     ("text", "where", "said"),
     [
-        ("a: 1\nb: 2\na: 3\n", "f.yaml:3", "'a' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "f.yaml:3", "'a' is given twice"),
         ("a: [1\nb: 2\n", "f.yaml:2", "not valid YAML"),
         ("a: b: c\n", "f.yaml:1", "not valid YAML"),
         ("\ta: 1\n", "f.yaml:1", "not valid YAML"),
-        ("a: !!python/object/apply:os.getcwd []\n", "f.yaml:1", "is not read here"),
-        ("a: !!binary aGk=\n", "f.yaml:1", "is not read here"),
+        ("a: !!python/object/apply:os.getcwd []\n", "f.yaml:1", "is not supported"),
+        ("a: !!binary aGk=\n", "f.yaml:1", "is not supported"),
         ("a: &x [*x]\n", "f.yaml:1", "contains itself"),
         ("? [a]\n: 1\n", "f.yaml:1", "key must be a word"),
         ("a: 1\n---\nb: 2\n", "f.yaml:2", "not valid YAML"),
+        ("a: 1\nb: \0\n", "f.yaml:2", "not valid YAML"),
+        ("a:\n  " + "[" * 3000, "f.yaml:2", "not valid YAML"),
+        ("a:\n  " + "- " * 60 + "1", "f.yaml:2", "not valid YAML"),
+        ("a:\n- " + "9" * 6000, "f.yaml:2", "has 6,000 digits"),
+        ("a: 0x" + "f" * 6000, "f.yaml:1", "has 6,002 digits"),
+        ("a: !!int abc\n", "f.yaml:1", "does not fit the tag !!int"),
+        ("a: !!float ''\n", "f.yaml:1", "does not fit the tag !!float"),
+        ("a: !!bool maybe\n", "f.yaml:1", "does not fit the tag !!bool"),
+        ('a: "\\0"\n', "f.yaml:1", "U+0000"),
+        ('a: "\\ud800"\n', "f.yaml:1", "U+D800"),
+        ('"\\0": 1\n', "f.yaml:1", "U+0000"),
     ],
 )
 def test_broken_documents_name_the_line(text: str, where: str, said: str) -> None:
@@ -105,3 +116,19 @@ def test_broken_documents_name_the_line(text: str, where: str, said: str) -> Non
         read_document(text, "f.yaml")
     assert said in caught.value.message
     assert caught.value.where == where
+
+
+@pytest.mark.parametrize("text", ["a0: &a0 [x, x]\n", "a0: &a0 {k: x, l: x}\n"])
+def test_aliases_that_expand_to_billions_of_values_are_refused(text: str) -> None:
+    for level in range(1, 40):
+        text += f"a{level}: &a{level} " + (
+            f"[*a{level - 1}, *a{level - 1}]\n" if "[" in text else f"{{k: *a{level - 1}, l: *a{level - 1}}}\n"
+        )
+    with pytest.raises(ConfigError, match="more than 100,000 values"):
+        read_document(text, "f.yaml")
+
+
+def test_a_long_chain_of_merges_keeps_the_first_value_of_each_key() -> None:
+    parts = ", ".join(f"{{k{number}: {number}, same: {number}}}" for number in range(2000))
+    merged = read_document(f"a:\n  <<: [{parts}]\n", "f").plain()["a"]
+    assert len(merged) == 2001 and merged["k1999"] == 1999 and merged["same"] == 0

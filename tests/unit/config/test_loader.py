@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -8,6 +10,7 @@ import pytest
 from ingle.config import Int8Base, LoraAdapter, Nf4Base, NoAdapter, Run, TaskConfig
 from ingle.config.base import FormatName
 from ingle.config.loader import load_run, load_task, run_from_yaml, run_to_yaml
+from ingle.config.schema import options
 from ingle.errors import ConfigError
 
 MINIMAL = """\
@@ -191,10 +194,10 @@ def test_a_flag_without_value_means_true_only_for_true_or_false(folder: Path) ->
         ),
         ("--evaluate={sources: e, metrics: [blue]}", "evaluate.metrics must be a list", "did you mean bleu?"),
         ("--model=gpt2", "model must be a section, not gpt2.", "--model.id=gpt2"),
-        ("--optim.lr=0", "optim.lr must be a number above 0, not 0.", None),
-        ("--optim.lr=.nan", "optim.lr must be a number above 0, not .nan.", None),
-        ("--optim.lr=.inf", "optim.lr must be a number above 0, not .inf.", None),
-        ("--optim.lr=", "optim.lr must be a number above 0, not", None),
+        ("--optim.lr=0", "optim.lr must be a number above 0 and at most 1,000, not 0.", None),
+        ("--optim.lr=.nan", "optim.lr must be a number above 0 and at most 1,000, not .nan.", None),
+        ("--optim.lr=.inf", "optim.lr must be a number above 0 and at most 1,000, not .inf.", None),
+        ("--optim.lr=", "optim.lr must be a number above 0 and at most 1,000, not", None),
         ("--output=", "output is empty.", None),
         ("--data.sources=[]", "data.sources is empty.", None),
         ("--data.sources.0=null", "data.sources.0 must be a section, not null.", "--data.sources.0.path=VALUE"),
@@ -286,16 +289,72 @@ def test_a_runs_config_is_a_task_file_too(folder: Path) -> None:
 def test_files_that_are_no_config(folder: Path) -> None:
     (folder / "run").mkdir()
     (folder / "run/run.yaml").write_text(MINIMAL)
+    write(folder, MINIMAL)
     (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    (folder / "latin.yaml").write_bytes(b"seed: 0\n# \xe9\n")
+    os.mkfifo(folder / "pipe.yaml")
+    with open(folder / "huge.yaml", "wb") as file:
+        file.truncate(2 << 30)
     write(folder, "- a\n", "list.yaml")
     for name, said in (
         ("nope.yaml", "does not exist"),
         ("run", "is a folder"),
-        ("bytes.yaml", "not UTF-8"),
+        ("bytes.yaml", "is UTF-16"),
+        ("latin.yaml", "0xe9 in line 2"),
+        ("pipe.yaml", "is a pipe or a device"),
+        ("/dev/zero", "is a pipe or a device"),
+        ("huge.yaml", "too large"),
+        ("list.yaml/x", "does not exist"),
+        ("x" * 300, "cannot be read"),
+        ("rum.yaml", r"did you mean run\.yaml"),
         ("list.yaml", "holds options such as"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_run(Path(name))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--seed=1e400", "--seed=9223372036854775808", "--seed=-1", "--evaluate.seed=-1"),
+        *("--train.global_batch_size=1e12", "--train.micro_batch_size=1e12", "--train.num_steps=1e300"),
+        *("--data.max_seq_len=1e12", "--adapter.rank=1e12", "--evaluate.num_samples=1e12", "--train.num_epochs=1e300"),
+        *("--parallel.num_threads=1e12", "--evaluate.batch_size=1e12", "--adapter.alpha=1e300", "--optim.eps=1e300"),
+        *("--optim.weight_decay=.nan", "--evaluate.temperature=.inf", "--evaluate.max_new_tokens=1e12"),
+        *("--output=~nobody-of-this-name", "--data.sources.9999999999=x", "--data.sources.²=x", "--x" + ".y" * 3000),
+        *(f"--{'x' * 100_000}=1", "--seed=[" + "1," * 5_000 + "]", "--output=" + "x/" * 1_000),
+    ],
+)
+def test_no_value_gets_past_the_config_or_crashes_it(folder: Path, flag: str) -> None:
+    if flag.startswith("--output"):
+        assert load(folder, flag).output == flag.removeprefix("--output=")
+        return
+    error = failure(folder, flag, "--evaluate.sources=e.jsonl")
+    assert len(str(error)) < 1000
+    assert flag[2:].partition("=")[0][:12] in str(error)
+
+
+def test_thousands_of_mistakes_are_not_all_listed(folder: Path) -> None:
+    error = failure(folder, text=MINIMAL + "".join(f"key{number}: 1\n" for number in range(5000)))
+    assert "5000 things are wrong" in error.message and "and 4988 more" in error.message
+
+
+def test_every_number_has_an_upper_bound() -> None:
+    """So that no new option lets a number of a thousand digits through."""
+    for option in options():
+        for number in re.findall(r"a (?:whole )?number(?: [^,|]*?(?:at most|below))?", option.type):
+            assert number.endswith(("at most", "below")), option.path
+
+
+def test_options_without_effect_are_named(folder: Path) -> None:
+    text = MINIMAL + "base: {format: nf4, block_size: 32}\ntrain: {num_epochs: 2}\n"
+    loaded = load_run(write(folder, text), ["--train.num_steps=3", "--model.id=m.GGUF", "--optim.warmup_steps=1"])
+    assert loaded.run.base.format == "none"
+    assert [note.partition(" (")[0] for note in loaded.notes] == [
+        "base.format=nf4 from run.yaml:5 is left out: the weights of a GGUF file are packed already.",
+        "train.num_epochs from run.yaml:6 has no effect: train.num_steps is set.",
+    ]
+    assert load(folder, "--model.id=m.gguf", "--base=nf4", text=text).base.format == "nf4"  # for its plain weights
 
 
 def test_python_objects_take_the_same_short_forms() -> None:

@@ -72,7 +72,7 @@ def test_endings_tell_what_the_model_learns_to_stop_with(report):
 def test_every_oddity_is_a_sentence(report):
     report, _ = report
     problems = "\n".join(report.problems)
-    for part in ("empty answer", "are cut", "do not end in a token", "exact duplicates", "held-out prompts"):
+    for part in ("empty answer", "cut; raise", "not end in a token", "exact duplicate", "held-out prompts"):
         assert part in problems, part
     assert report.duplicates.exact == 1
     assert report.overlap.same_row == 1
@@ -93,6 +93,26 @@ def test_clean_data_have_no_problems(tmp_path, tokenizer):
     assert report.problems == ()
     assert report.overlap is None
     assert "Nothing odd" in draw(report)
+
+
+def test_nothing_odd_is_never_said_below_a_list(tmp_path, tokenizer):
+    """Few near duplicates are no problem of their own, and listed all the same."""
+    rows = [chat(f"define {i * 7919} by {i * 13}", f"{i * 104729} or {i * 1299709}") for i in range(1, 31)]
+    rows += [chat("name the red river of the far north", f"it is the one that you know{end}") for end in ("", ".")]
+    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, "sft")
+    assert report.problems == () and len(report.duplicates.near_pairs) == 1
+    assert "Near duplicates" in draw(report) and "Nothing odd" not in draw(report)
+
+
+def test_control_tokens_in_messages_are_shown(tmp_path, tokenizer):
+    rows = [chat("what is two?", "four"), chat("hello <|im_end|> you", "a <|im_start|> b"), chat("<|im_end|> x", "y")]
+    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, "sft")
+    found = {r.reason: (r.count, r.first) for r in report.stats.control_tokens}
+    place = f"{tmp_path / 'a.jsonl'}:2"
+    assert found == {"<|im_end|>": (2, place), "<|im_start|>": (1, place)}
+    assert "control tokens in messages" in draw(report)
+    assert any(problem.startswith("2 rows: control tokens inside messages") for problem in report.problems)
+    assert "".join(s.text for s in report.previews[1].stretches if s.supervised) == "a <|im_start|> b<|im_end|>"
 
 
 def test_pieces_of_split_text_are_no_problem(tmp_path, tokenizer):

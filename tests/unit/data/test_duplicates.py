@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ingle.data.duplicates import NEAR, find_duplicates, find_overlap, fold
+from ingle.data.duplicates import NEAR, find_contamination, find_duplicates, find_overlap, fold
 from ingle.data.types import Example, Message
 
 VOCABULARY = [f"word{i}" for i in range(60)]
@@ -99,6 +99,18 @@ def test_overlap_by_prompt_and_answer():
     overlap = find_overlap(training, held_out)
     assert (overlap.rows, overlap.same_prompt, overlap.same_row) == (3, 2, 1)
     assert [(p.first, p.second) for p in overlap.pairs] == [("h:1", "t:1"), ("h:2", "t:2")]
+
+
+def test_contamination_counts_what_the_overlap_counts():
+    training = [pair(f"t:{i}", f"how many {i % 5}", f"answer {i}") for i in range(20)]
+    held_out = [
+        pair("h:1", "How many 3", "answer 8"),
+        pair("h:2", "how many 4", "none"),
+        pair("h:3", "new", "answer 1"),
+    ]
+    found = find_contamination(iter(training), held_out)
+    assert (found.rows, found.same_prompt, found.same_row) == (3, 2, 1)
+    assert [(p.first, p.second) for p in found.pairs] == [("h:1", "t:3"), ("h:2", "t:4")]
 
 
 def test_overlap_of_answers_by_ngrams():

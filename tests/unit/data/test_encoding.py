@@ -14,7 +14,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from ingle.data.encoding import Document, TextEncoder, cut_text, draw_document
-from ingle.data.template import Answer, prompt_ids
+from ingle.data.prompt import prompt_ids
+from ingle.data.template import Answer
 from ingle.data.types import Example
 from ingle.errors import DataError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import types
@@ -108,7 +109,17 @@ def test_a_json_file_of_one_object_is_one_row_or_wraps_its_rows(indent, tmp_path
     path.write_text(json.dumps(row, indent=indent))
     assert [len(e.messages) for e in read(path)] == [2]
     path.write_text(json.dumps({"version": [1], "data": [row, row]}, indent=indent))
-    assert [e.origin for e in read(path)] == [f"{path}:1", f"{path}:2"]
+    assert [e.origin for e in read(path)] == [f"{path}:row 1", f"{path}:row 2"]
+
+
+def test_rows_of_json_in_one_line_are_told_by_number(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x"}] * 3))
+    assert [e.origin for e in read(path)] == [f"{path}:row {n}" for n in (1, 2, 3)]
+    path.write_text(json.dumps([{"text": "x"}, {"text": "y"}, {"text": 7}]))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert caught.value.where == f"{path}:row 3"
 
 
 def test_blank_lines_are_no_rows(tmp_path):
@@ -127,7 +138,16 @@ FAULTS = {
     "array cut off": ("a.json", b'[{"text": "x"},\n{"text": "y"}\n', 3, "expected"),
     "array encoding": ("a.json", b'[{"text": "x"},\n{"text": "na\xefve"}]', 2, "0xef"),
     "object": ("a.json", b'{"text": "x",\n"oops }', 2, "not JSON"),
-    "wrapped": ("a.json", b'{"data": [{"text": "x"}, 7]}', 2, "int"),
+    "wrapped": ("a.json", b'{"data": [{"text": "x"}, 7]}', "row 2", "int"),
+    "one line": ("a.json", b'[{"text": "x"}, {"text": "y"}, {"text": oops}]', 1, "row 3: not JSON"),
+    "digits": ("a.jsonl", b'{"text": "x"}\n{"text": "y", "n": ' + b"9" * 10_000 + b"}", 2, "too many digits"),
+    "digits, array": ("a.json", b'[{"text": "x"},\n{"n": ' + b"9" * 10_000 + b"}]", 2, "too many digits"),
+    "digits, object": ("a.json", b'{"text": "x",\n"n": ' + b"9" * 10_000 + b"}", 1, "too many digits"),
+    "depth": ("a.jsonl", b'{"text": ' + b"[" * 100_000, 1, "nested too deeply"),
+    "depth, array": ("a.json", b'[{"text": ' + b'{"a":' * 100_000, 1, "nested too deeply"),
+    "key twice": ("a.jsonl", b'{"text": "x", "text": "y"}', 1, "'text' occurs twice"),
+    "null bytes": ("a.jsonl", b"\0\0\0\0", 1, "not JSON"),
+    "utf-32": ("a.jsonl", '{"text": "x"}'.encode("utf-32"), 1, "0xff"),
     "fields missing": ("a.csv", b"prompt,completion\na,b\nc\n", 3, "1 fields, but the header has 2"),
     "fields too many": ("a.csv", b"prompt,completion\na,b,c\n", 2, "3 fields"),
     "after a long field": ("a.csv", b'prompt,completion\n"a\nb",c\nd\n', 4, "1 fields"),
@@ -175,6 +195,36 @@ def test_header_or_schema_alone_is_empty(tmp_path):
     for name in ("a.csv", "a.parquet"):
         with pytest.raises(DataError, match="no rows"):
             read(tmp_path / name)
+
+
+def test_parquet_with_a_damaged_footer_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-40], whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :], whole[40:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError) as caught:
+            read(path)
+        assert caught.value.where == str(path)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="no regular file"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_missing_file_names_what_is_there(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("x")
+    for missing, hint in (
+        ("data/trian.jsonl", f"did you mean {tmp_path}/data/train.jsonl?"),
+        ("dat/train.jsonl", f"did you mean {tmp_path}/data?"),
+        ("data/x.csv", f"{tmp_path}/data/ holds train.jsonl"),
+    ):
+        with pytest.raises(DataError, match="no such file") as caught:
+            read(tmp_path / missing)
+        assert caught.value.fix == hint
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.parquet", "not Parquet"), ("a.jsonl.gz", "cannot be read")])
@@ -251,7 +301,7 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
     assert str(tmp_path / "train.jsonl") in str(caught.value.fix)
     with pytest.raises(DataError, match="no such file") as caught:
         read(tmp_path / "reviews.jsonl")
-    assert caught.value.fix is None, "an ending alone is no likeness"
+    assert caught.value.fix == f"{tmp_path}/ holds train.jsonl", "an ending alone is no likeness"
 
 
 def test_what_can_only_be_a_hub_dataset():

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 
 from ingle.data.encoding import TextEncoder, draw_document
+from ingle.data.prompt import prompt_ids
 from ingle.data.template import (
     ANSWER_CHANGED,
     HISTORY_DIFFERS,
     PROMPT_DIFFERS,
     TRAILING_SPACE,
     locate_answers,
-    prompt_ids,
     render,
 )
 from ingle.data.types import Example, Message

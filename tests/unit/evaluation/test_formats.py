@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, LlamaConfig
 
+from ingle.cli.formats import _render
 from ingle.config import ModelConfig
 from ingle.errors import ConfigError, DataError, EvaluationError
 from ingle.evaluation.formats import Survey, find_target, survey
 from ingle.evaluation.formats.candidates import list_candidates
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
-from ingle.evaluation.formats.choice import pareto_front, recommend, sayings
+from ingle.evaluation.formats.choice import pareto_front, recommend, sayings, warnings
 from ingle.evaluation.formats.page import render_page
 from ingle.evaluation.formats.result import Estimate, FormatResult, Quality
 from ingle.events import Warned
@@ -50,7 +54,7 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_the_smallest_within_the_limit_is_recommended() -> None:
     choice = recommend(ROWS, 0.02)
     assert (choice.name, choice.within) == ("q4_k_m", True)
-    assert "q4_k_s, costs 0.03" in choice.reason and "0.02 nats" in choice.reason
+    assert "0.0120 at" in choice.reason and "q4_k_s, has 0.0300" in choice.reason and "0.02 nats" in choice.reason
     assert recommend(ROWS, 0.001).name == "q8_0"
     assert recommend(ROWS, 1.0).name == "q4_k_s"
 
@@ -69,10 +73,29 @@ def test_nothing_within_the_limit_is_said() -> None:
     assert recommend([], 0.1).name is None
 
 
+def test_one_cost_is_one_number_wherever_it_is_told() -> None:
+    """The table, the recommendation and the advice show the divergence; the end of its interval is named as such."""
+    rows = [row("q2_k", 40, 0.4, spread=0.1), row("q4_k_m", 62, 0.019, spread=0.002), row("q5_k_m", 75, 0.012)]
+    choice = recommend(rows, 0.02)
+    assert choice.name == "q5_k_m" and "q4_k_m, has 0.0190 (its 95 % interval reaches 0.0210)" in choice.reason
+    _, tests, balance = sayings(rows, 0.02)
+    assert "q2_k 0.4000;" in tests.measured and "0.5" not in tests.measured
+    assert "q5_k_m 0.0120 at" in balance.measured and "q4_k_m 0.0190 (its 95 %" in balance.measured
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_windows", "words"),
+    [(17, 3, "Only 17 tokens were"), (1, 1, "Only 1 token was"), (5000, 1, "single window"), (5000, 9, None)],
+)
+def test_figures_of_too_little_text_are_doubted(num_tokens: int, num_windows: int, words: str | None) -> None:
+    found = warnings(num_tokens, num_windows)
+    assert len(found) == (words is not None) and (words is None or words in found[0])
+
+
 def test_sayings_stand_beside_figures() -> None:
     medium, tests, balance = sayings([*ROWS, row("q2_k", 40, 0.4), row("q5_k_m", 75, 0.004)], 0.02)
-    assert medium.verdict == "yes" and "q4_k_m 0.012" in medium.measured
-    assert tests.verdict == "yes" and "q2_k costs 0.4" in tests.measured
+    assert medium.verdict == "yes" and "q4_k_m 0.0120 at" in medium.measured
+    assert tests.verdict == "yes" and "q2_k 0.4000" in tests.measured
     assert balance.verdict == "yes" and "q4_k_m" in balance.measured
     worse = [row("q4_k_m", 62, 0.02), row("q4_k_s", 60, 0.01)]
     assert sayings(worse, 0.02)[0].verdict == "no"
@@ -108,7 +131,7 @@ def test_a_wrong_name_is_told_what_was_meant(typed: str, meant: str) -> None:
 
 
 def test_a_format_that_is_only_read_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match="nothing can be packed in iq2_xs") as caught:
+    with pytest.raises(ConfigError, match="No weights can be packed in iq2_xs") as caught:
         find_target("iq2_xs")
     assert "long search" in str(caught.value.why)
 
@@ -200,7 +223,7 @@ def test_the_report_is_whole(folder: Path, text: Path) -> None:
     report = survey(ask(folder, text))
     assert set(report) == {
         *("schema", "status", "subject", "num_tokens", "num_windows", "limit", "reference", "formats", "front"),
-        *("recommendation", "sayings", "skipped"),
+        *("recommendation", "sayings", "skipped", "warnings"),
     }
     assert report["schema"] == 1 and report["status"] == "finished"
     assert 200 <= report["num_tokens"] < 230
@@ -240,7 +263,7 @@ def test_another_text_is_not_mixed_in(folder: Path, text: Path, tmp_path: Path) 
 
 def test_a_full_folder_is_not_touched(folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="other files"):
         survey(ask(folder, text, out=tmp_path))
     with pytest.raises(ConfigError, match="is a file"):
         survey(ask(folder, text, out=tmp_path / "mine.txt"))
@@ -264,7 +287,8 @@ def test_a_format_that_cannot_hold_the_model_is_skipped_and_told(folder: Path, t
     assert {each["name"] for each in report["formats"]} | {each["name"] for each in report["skipped"]} == {
         *("q8_0", "iq4_nl", "tq2_0")
     }
-    assert len([event for event in events if isinstance(event, Warned)]) == len(report["skipped"])
+    told = [event.message for event in events if isinstance(event, Warned)]
+    assert len([message for message in told if "cannot hold" in message]) == len(report["skipped"])
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -326,3 +350,33 @@ def test_what_is_far_off_stands_at_the_edge() -> None:
     dots = [Dot("near", 1, 0.01, 0.009, 0.011, "front", ""), Dot("far", 2, 50.0, 45.0, 55.0, "other", "")]
     drawn = size_chart(dots, Axes("size", "loss", 0.02, "limit", top=1.0), width=600)
     assert drawn.count("<circle") == 1 and 'class="dot" d="M' in drawn
+
+
+# --- the screen ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(width: int) -> None:
+    rows = [*ROWS, row("hqq-2-g128", 55, 0.06)]
+    report = {
+        "formats": [each.to_dict() for each in rows],
+        "reference": row("none", 200, 0.0).to_dict(),
+        "front": pareto_front(rows),
+        "recommendation": asdict(recommend(rows, 0.02)),
+        "sayings": [asdict(each) for each in sayings(rows, 0.02)],
+        "num_tokens": 10_602,
+        "num_windows": 1,
+        "subject": {"model": "my model", "data": "held-out.jsonl", "dtype": "bfloat16"},
+    }
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    for each in _render(report, None, console):
+        console.print(each)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+    lines = shown.splitlines()
+    for each in rows:
+        assert any(line.strip(" ●").startswith(f"{each.name} ") for line in lines), each.name
+    assert ("Left out in so narrow a terminal: " in shown) == (width < 120)
+    text = " ".join(shown.split())
+    assert "Measured on 10,602 tokens of held-out.jsonl (1 window)" in text
+    assert "Recommended: q4_k_m, the smallest" in text and "ingle quantize 'my model' --to q4_k_m" in text

@@ -28,9 +28,7 @@ MakeAdapter = Callable[..., Path]
 IDS = [5, 17, 250, 33, 8, 299, 41]
 #: A weight whose rows no program permutes, by the names of the hub and of GGUF.
 DOWN, FFN_DOWN = "model.layers.1.mlp.down_proj", "blk.1.ffn_down.weight"
-needs_llama = pytest.mark.skipif(
-    find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: pip install 'ingle[llama]'"
-)
+needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
 
 
 def logits_of(source: inference.Source) -> torch.Tensor:
@@ -150,7 +148,7 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
     with pytest.raises(ConfigError, match="cannot hold ternary"):
         export(str(adapter), "gguf", tmp_path / "x", type="as-trained")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
-        "Modelfile", "README.md", "fidelity.json", "fidelity.md", "m.gguf"
+        "m.Modelfile", "m.fidelity.json", "m.fidelity.md", "m.gguf", "m.md"
     ]  # fmt: skip
 
 

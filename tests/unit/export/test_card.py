@@ -5,19 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ingle.config import load_run
 from ingle.config.run import Run
-from ingle.evaluation.divergence import Divergence
+from ingle.export import wording
 from ingle.export.card import make_card, read_licence
+
+REPORT: dict[str, Any] = {
+    "type": "q4_k_m",
+    "num_tensors": 56,
+    "num_copied": 14,
+    "num_merged": 42,
+    "mean_correlation": 0.9704,
+    "divergence": {
+        "kl": 0.0125, "top1_agreement": 0.987, "perplexity_first": 3.5, "perplexity_second": 3.6, "num_tokens": 4096
+    },
+    "adapter_effect": 0.5,
+    "limits": {"max_kl": 0.15, "min_correlation_without_text": 0.5},
+    "promotion": None,
+    "tensors": [{"type": "q4_k"}],
+    "warnings": ["Mind the gap."],
+}  # fmt: skip
 
 
 def _card(run: Run | None = None, folder: Path | None = None, licence: str | None = None) -> str:
-    divergence = Divergence(
-        kl=0.0125, top1_agreement=0.987, perplexity_first=3.5, perplexity_second=3.6, num_tokens=4096
-    )
     return make_card(
         to="gguf",
         type_name="q4_k_m",
@@ -26,8 +40,8 @@ def _card(run: Run | None = None, folder: Path | None = None, licence: str | Non
         run=run,
         run_folder=folder,
         usage="Serve it.",
-        fidelity=(),
-        divergence=divergence,
+        report=REPORT,
+        report_name="m.fidelity.json",
     )
 
 
@@ -44,7 +58,9 @@ def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
     card = _card(run, tmp_path / "run", "apache-2.0")
     assert f"| train.jsonl | `{hashlib.sha256(data.read_bytes()).hexdigest()}` |" in card
     assert "`abc123`" in card and "| chrf | 10" in card and "| 48 to 53 | 150 |" in card and "Better." in card
-    assert "0.0125 nats" in card and "98.7%" in card
+    assert "on 4,096 tokens: KL divergence 0.0125 nats" in card and "98.7%" in card
+    assert "56 tensors: 42 merged with the adapter, 14 copied byte for byte." in card
+    assert "correlation 0.970" in card and "**Warning.** Mind the gap." in card and "`m.fidelity.json`" in card
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]["id"] == "some/base"
 
@@ -55,3 +71,34 @@ def test_an_unknown_licence_is_said_to_be_the_bases(tmp_path: Path) -> None:
     assert "the licence of the base model applies" in card and "## Data" not in card
     (tmp_path / "README.md").write_text(_card(licence="mit"))
     assert read_licence(tmp_path) == "mit"
+
+
+def _doubts(*, rounded_in_training: bool = False, **changes: Any) -> str:
+    return " ".join(wording.doubts(REPORT | changes, rounded_in_training=rounded_in_training))
+
+
+def test_a_doubtful_export_is_explained() -> None:
+    assert _doubts() == ""
+    small = REPORT["divergence"] | {"kl": 0.002, "num_tokens": 17}
+    told = _doubts(mean_correlation=0.498, divergence=small, adapter_effect=0.003)
+    assert "on only 17 tokens" in told and "--data" in told
+    assert "0.498 over 42 merged tensors" in told and "0.0020 nats a token (the limit is 0.15)" in told
+    assert "training moved the base by 0.0030" in told
+    # Nothing is wrong with the weights, but the loss is most of what was trained.
+    assert "training had moved the base by 0.0150" in _doubts(adapter_effect=0.015)
+    assert "--allow-loss" in _doubts(mean_correlation=0.1, divergence=None)
+    assert "above 0.5; --data" in _doubts(mean_correlation=0.6, divergence=None)
+    # Training went through the rounding: a low correlation is what it was evaluated with.
+    assert _doubts(mean_correlation=0.1, rounded_in_training=True) == ""
+
+
+def test_as_trained_is_said_to_round_again() -> None:
+    assert wording.rounding(REPORT) is None
+    assert "rounded to that type again" in str(wording.rounding(REPORT | {"type": "as-trained"}))
+    assert wording.rounding(REPORT | {"type": "as-trained", "tensors": []}) is None
+
+
+def test_singulars() -> None:
+    one = REPORT | {"num_tensors": 1, "num_copied": 0, "num_merged": 1}
+    assert wording.weights(one) == "1 tensor: 1 merged with the adapter."
+    assert "over 1 merged tensor (" in str(wording.kept(one))

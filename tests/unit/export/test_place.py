@@ -12,45 +12,90 @@ from ingle.export.place import Place
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path: Path) -> None:
-    place = Place(tmp_path / "new", "model")
+    place = Place(tmp_path / "new", None)
     with place.opened() as partial:
-        (partial / "model.gguf").write_bytes(b"x")
+        (partial / "model.safetensors").write_bytes(b"x")
         assert not (tmp_path / "new").exists()
-    assert place.result == tmp_path / "new" / "model.gguf"
-    assert place.result.read_bytes() == b"x"
+    assert place.result == tmp_path / "new" and os.listdir(place.result) == ["model.safetensors"]
     assert os.listdir(tmp_path) == ["new"]
 
 
-def test_a_file_and_its_companions_lie_side_by_side(tmp_path: Path) -> None:
-    place = Place(tmp_path / "deep" / "model.gguf", "ignored")
+@pytest.mark.parametrize("out", ["deep/model.gguf", "deep"])
+def test_what_belongs_to_a_file_is_named_after_it(tmp_path: Path, out: str) -> None:
+    place = Place(tmp_path / out, "model")
     with place.opened() as partial:
         (partial / "model.gguf").write_bytes(b"x")
-        (partial / "README.md").write_text("card")
-    assert sorted(os.listdir(tmp_path / "deep")) == ["README.md", "model.gguf"]
+        (partial / place.name("card")).write_text("card")
+        assert not place.result.exists()
+    assert sorted(os.listdir(tmp_path / "deep")) == ["model.gguf", "model.md"]
+    assert place.files() == {"model": str(tmp_path / "deep/model.gguf"), "card": str(tmp_path / "deep/model.md")}
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_two_exports_lie_in_one_folder(tmp_path: Path, is_file: bool) -> None:
+    for stem in ("a.q4_k_m", "a.q8_0"):
+        place = Place(tmp_path / f"{stem}.gguf" if is_file else tmp_path, stem)
+        with place.opened() as partial:
+            for name in (str(place.main), place.name("certificate"), place.name("modelfile")):
+                (partial / name).write_text(stem)
+    kinds = ("Modelfile", "certificate.json", "gguf")
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{stem}.{kind}" for stem in ("a.q4_k_m", "a.q8_0") for kind in kinds)
+    assert (tmp_path / "a.q8_0.certificate.json").read_text() == "a.q8_0"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("name", ["new", "new.gguf"])
-def test_what_is_interrupted_leaves_nothing(tmp_path: Path, error: type[BaseException], name: str) -> None:
-    place = Place(tmp_path / name, "model")
+@pytest.mark.parametrize(("name", "stem"), [("new", None), ("new", "model"), ("a/b/new.gguf", "model")])
+def test_what_is_interrupted_leaves_nothing(
+    tmp_path: Path, error: type[BaseException], name: str, stem: str | None
+) -> None:
+    place = Place(tmp_path / name, stem)
     with pytest.raises(error), place.opened() as partial:
         (partial / "model.gguf").write_bytes(b"x")
         raise error
     assert os.listdir(tmp_path) == []
 
 
+def test_what_is_interrupted_between_two_files_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    place = Place(tmp_path / "m.gguf", "m")
+    move = os.replace
+
+    def stop_at_the_last(source: Path, target: Path) -> None:
+        if Path(target).name == "m.gguf":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with pytest.raises(KeyboardInterrupt), place.opened() as partial:
+        (partial / "m.gguf").write_bytes(b"x")
+        (partial / "m.md").write_text("card")
+        monkeypatch.setattr(os, "replace", stop_at_the_last)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").write_text("x")
-    with pytest.raises(ConfigError, match="overwrites nothing") as caught:
-        Place(tmp_path / "old", "model")
+    with pytest.raises(ConfigError, match="nothing is overwritten") as caught:
+        Place(tmp_path / "old", None)
     assert "old-2" in str(caught.value)
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        Place(tmp_path / "old" / "file", "model")
 
 
-def test_a_readme_of_another_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(ConfigError, match="overwrites nothing"):
+@pytest.mark.parametrize("name", ["model.gguf", "model.md", "model.certificate.json"])
+def test_a_file_of_another_is_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="nothing is overwritten") as caught:
         Place(tmp_path / "model.gguf", "model")
+    assert f"--out {tmp_path / 'model-2.gguf'}" in str(caught.value)
+
+
+def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    place = Place(tmp_path / "model.gguf", "model")
+    with pytest.raises(ConfigError, match="nothing is overwritten"), place.opened() as partial:
+        (partial / "model.gguf").write_text("ours")
+        (tmp_path / "model.gguf").write_text("theirs")
+    assert (tmp_path / "model.gguf").read_text() == "theirs" and os.listdir(tmp_path) == ["model.gguf"]
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -66,11 +111,18 @@ def test_a_folder_of_files_is_no_gguf_file(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / "new.partial-1"
-    left.mkdir()
+    ended, running = 1 << 30, os.getppid()
+    for number in (ended, running):
+        (tmp_path / f"new.partial-{number}").mkdir()
     with Place(tmp_path / "new", None).opened() as partial:
         (partial / "a").write_text("x")
-    assert os.listdir(tmp_path) == ["new"]
+    assert sorted(os.listdir(tmp_path)) == ["new", f"new.partial-{running}"]
+
+
+def test_what_is_needed_for_a_while_lies_beside_and_goes(tmp_path: Path) -> None:
+    with Place(tmp_path / "m.gguf", "m").scratch() as folder:
+        assert folder.parent == tmp_path and folder.name.startswith("m.gguf.partial-")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:

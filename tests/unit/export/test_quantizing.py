@@ -160,7 +160,7 @@ def test_nothing_is_overwritten_or_left_half_done(folder: Path, tmp_path: Path) 
 
 def test_a_packed_model_is_not_packed_again(folder: Path, tmp_path: Path) -> None:
     quantize(Order(str(folder), "q8_0", tmp_path / "m.gguf"))
-    with pytest.raises(ConfigError, match="packed as q8_0 already"):
+    with pytest.raises(ConfigError, match="already packed in q8_0"):
         quantize(Order(str(tmp_path / "m.gguf"), "q4_0", tmp_path / "n.gguf"))
 
 
@@ -169,11 +169,11 @@ def test_options_that_make_no_sense(folder: Path, text: Path, tmp_path: Path) ->
         with pytest.raises(ConfigError, match=match):
             quantize(Order(**{"model": str(folder), "to": "q4_0", "out": tmp_path / "m.gguf", **options}))
 
-    refused("no format", to="q4_km")
-    refused("does not weigh", to="nf4", out=tmp_path / "m", data=text)
-    refused("does not weigh", to="bf16", data=text)
-    refused("no such file", imatrix=tmp_path / "none.gguf")
-    refused("there already", imatrix=text, data=text)
+    refused("There is no format", to="q4_km")
+    refused("does not use", to="nf4", out=tmp_path / "m", data=text)
+    refused("does not use", to="bf16", data=text)
+    refused("There is no such file", imatrix=tmp_path / "none.gguf")
+    refused("exists", imatrix=text, data=text)
     refused("folder", to="nf4")
     with pytest.raises(GgufError, match="importance matrix"):
         quantize(Order(str(folder), "q4_0", tmp_path / "m.gguf", imatrix=text))

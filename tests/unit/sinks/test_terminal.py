@@ -124,8 +124,8 @@ def test_the_plan_and_what_was_loaded_come_first() -> None:
         assert part in text
     assert "gradients" not in text
     assert not [line for line in text.splitlines() if line != line.rstrip()]
-    assert "going on" not in text
-    assert "going on from c/step-3: step 3 of 6 is made" in show(started(3, "c/step-3"))
+    assert "Resuming" not in text
+    assert "Resuming from c/step-3; 3 of 6 steps done." in show(started(3, "c/step-3"))
 
 
 def test_plain_lines_one_a_logged_step_and_the_last() -> None:

@@ -86,6 +86,26 @@ def test_a_single_changed_bit_is_damage(tmp_path: Path) -> None:
     assert "optimizer.safetensors holds other bytes" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 2}, {"counter": 17}, {"num_tokens": 1}, {"data_hash": "abd"}, {"seconds": 0.0}, {"sha256": {}}, {"x": 1}],
+)
+def test_a_changed_position_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
+    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state))
+    assert read(path)[1] == _position(1), "the digest is of the values, not of their layout"
+    (path / "state.json").write_text(json.dumps(state | change))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read(path)
+
+
+def test_a_checkpoint_in_a_folder_of_another_step_is_damage(tmp_path: Path) -> None:
+    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1"):
+        read(path.rename(path.with_name("step-9")))
+
+
 def test_other_data_is_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
     path = checkpoints.save(_optimizer(), _position(1))

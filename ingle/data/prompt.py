@@ -1,0 +1,66 @@
+"""The ids of a prompt: those that training on the same row begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ingle.data.control import ControlTokens
+from ingle.data.template import ANSWER, has_template, read_conversation, render, split_prompt
+from ingle.data.types import Example, Message, Tokenizer
+from ingle.errors import DataError
+
+#: Ids and offsets of a text.
+_Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, example: Example, system: str | None = None, *, control: ControlTokens | None = None
+) -> list[int]:
+    """The ids to generate from.
+
+    Args:
+        tokenizer: With or without a chat template.
+        example: A conversation (its last answer is left out) or a prompt.
+        system: As ``data.system``.
+        control: What to do with control tokens in messages; by default they are read as text.
+
+    Raises:
+        DataError: Plain text has no prompt; a conversation needs a chat template.
+        ModelError: The chat template takes too much time or memory.
+    """
+    if example.text is not None:
+        raise DataError("Plain text has no prompt to answer.", where=example.origin, fix="use prompt and completion")
+    control = control or ControlTokens(tokenizer)
+    if example.messages or has_template(tokenizer):
+        messages = list(read_conversation(example, system))
+        while messages and messages[-1].role == "assistant":
+            messages.pop()
+        hidden = control.shield(messages, example.origin)
+        shown = render(tokenizer, hidden.messages, add_generation_prompt=True, origin=example.origin).rstrip(" ")
+        chat = True
+    else:
+        hidden = control.shield([Message("user", split_prompt(example)[0])], example.origin)
+        shown, chat = hidden.messages[0].content, False
+    text = hidden.reveal(shown)
+
+    def encode(end: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if hidden.hidden is None:
+            found: Any = tokenizer(text + end, add_special_tokens=not chat, return_offsets_mapping=True)
+            return [int(i) for i in found["input_ids"]], found["offset_mapping"]
+        found = control.encode(text + end, shown + end, example.origin, add_special_tokens=not chat)
+        return found.ids, found.offsets
+
+    ids = _cut_before_answer(encode, len(text))
+    while not chat and ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+        ids.pop()
+    return ids
+
+
+def _cut_before_answer(encode: _Encode, length: int) -> list[int]:
+    """The ids of a prompt with an answer behind it: what follows decides how white space at its end is cut."""
+    ids, offsets = encode(ANSWER)
+    border = next(i for i, (_, end) in enumerate(offsets) if end > length)
+    if offsets[border][0] < length:  # the tokenizer joins the two, as it will not with every answer
+        return encode("")[0]
+    return ids[:border]

@@ -1,0 +1,133 @@
+"""The boundary to a user's files: whatever a library raises over one becomes an error that names it.
+
+transformers, tokenizers and safetensors answer a damaged or contradictory file with any exception there is. A few
+things are checked before they are asked, because they would not raise but compute for hours or fill the memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ingle.errors import Explained, ModelError
+from ingle.wording import count
+
+COMPARE_CONFIG = "compare config.json with the one that the model was published with"
+
+#: No model has as many layers or experts; transformers makes lists and modules of them before it looks at them.
+_MOST = {"layers": 1_024, "experts": 8_192}
+_COUNTS = re.compile(r"^(?:n|num|number_of|decoder|encoder)_\w*?(layers?|experts?)(?:_\w+)?$|^\w*hidden_layers$")
+#: Keys of sizes; none is larger than this, so that products of two of them still fit an index.
+_SIZES = re.compile(r"(?:size|dim|heads?|embd|embeddings|positions|rank|inner|ctx)$")
+_LARGEST = 2**31 - 1
+
+#: What every decoder has, by transformers' own names.
+_POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+_LONGEST_WHY = 300
+
+
+@contextmanager
+def reading(path: Path | str, message: str, *, fix: str) -> Iterator[None]:
+    """Turns what is raised inside into a :class:`ModelError`; errors that explain themselves pass.
+
+    Args:
+        path: The file or folder that is read.
+        message: What cannot be done, as a sentence.
+        fix: What to do about it.
+
+    Raises:
+        ModelError: With the exception's own words as the reason.
+    """
+    try:
+        yield
+    except Explained:
+        raise
+    except BaseException as error:
+        # A panic in a Rust library is no Exception; Ctrl-C and the end of the program are none either, and pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(message, where=str(path), why=explain(error), fix=fix) from error
+
+
+def explain(error: BaseException) -> str:
+    """Kind and text of an exception in one line."""
+    text = " ".join(str(error.__cause__ or error).split())
+    kind = type(error.__cause__ or error).__name__
+    field = re.match(r"Validation error for field '(\w+)'", str(error))
+    return (f"{field[1]}: " if field else "") + (f"{kind}: {text}" if text else kind)[:_LONGEST_WHY]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: It cannot be read, or holds something else.
+    """
+    fix = "fetch or copy the file again; it is damaged or incomplete"
+    with reading(path, f"{path.name} cannot be read.", fix=fix):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} is not a JSON object.", where=str(path), fix=fix)
+    return found
+
+
+def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuses numbers in a ``config.json`` that no model has, before anything is made of them.
+
+    Raises:
+        ModelError: It names the key.
+    """
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            refuse_absurd(value, path)
+        match = _COUNTS.match(key)
+        if not isinstance(value, int) or not (match or _SIZES.search(key)):
+            continue
+        most = _LARGEST if match is None else _MOST["experts" if (match[1] or "").startswith("expert") else "layers"]
+        if abs(value) > most:
+            shown = f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
+            raise ModelError(
+                f"No model has {key} = {shown}.",
+                where=str(path),
+                why=f"the largest value that is taken is {most:,}",
+                fix=COMPARE_CONFIG,
+            )
+
+
+def refuse_impossible(config: Any, path: Path | str) -> None:
+    """Refuses sizes that are no sizes.
+
+    Raises:
+        ModelError: It names the key as the file has it.
+    """
+    names = getattr(config, "attribute_map", None) or {}
+    for name in _POSITIVE:
+        value = getattr(config, name, 1)
+        if isinstance(value, list | tuple):
+            continue  # one for each layer
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            key = names.get(name, name)
+            raise ModelError(
+                f"{key} must be a whole number above 0.", where=str(path), why=f"it is {value!r}", fix=COMPARE_CONFIG
+            )
+
+
+def refuse_larger_than_files(num_weights: int, folder: Path) -> None:
+    """Refuses a model that has more weights than its files have bits.
+
+    Raises:
+        ModelError: The config describes another model than the files hold.
+    """
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if num_bytes and num_weights > 8 * num_bytes:
+        raise ModelError(
+            f"config.json describes {count(num_weights)} weights, and the files hold {count(num_bytes)} bytes.",
+            where=str(folder / "config.json"),
+            why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
+            fix=COMPARE_CONFIG,
+        )

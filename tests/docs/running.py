@@ -1,0 +1,186 @@
+"""Runs the commands of a page: those of ``ingle`` shortened and in one process, others as far as they are here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from docs.commands import shown_commands
+from docs.markdown import Block, Page
+
+#: Programs that read files which the page has made.
+_READERS = ("cat", "cp", "head", "ls", "tail")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended.
+
+    Attributes:
+        code: The exit code.
+        output: What it printed.
+    """
+
+    code: int
+    output: str
+
+
+class Worker:
+    """A process in which commands of ``ingle`` and Python programs run.
+
+    Args:
+        root: The repository.
+        environment: Added to ours.
+    """
+
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._printed,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(root), "TERM": "dumb"} | environment,
+        )
+
+    def run(self, words: Sequence[str], folder: Path) -> Done:
+        """Runs ``ingle`` with words in a folder."""
+        return self._ask({"words": list(words), "folder": str(folder)})
+
+    def run_python(self, text: str, folder: Path) -> Done:
+        """Runs a program in a folder."""
+        return self._ask({"python": text, "folder": str(folder)})
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._printed.close()
+
+    def _ask(self, request: dict[str, Any]) -> Done:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        begin = self._printed.seek(0, os.SEEK_END)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        self._printed.seek(begin)
+        output = self._printed.read()
+        assert answer, f"the process ended with {self._process.wait()} in {request}\n{output}"
+        return Done(int(answer), output)
+
+
+def shorten(words: Sequence[str], folder: Path) -> list[str]:
+    """The words of an ``ingle`` command with fewer steps, samples and tokens; all else is as the page has it."""
+    command, short = words[0], list(words)
+    config = "".join((folder / word).read_text() for word in words if (folder / word).is_file())
+    if command == "train" and "--resume" not in words:
+        short += ["--train.num_steps=2", "--train.global_batch_size=1"]
+        if "evaluate:" in config or any(word.startswith("--evaluate") for word in words):
+            short += ["--evaluate.num_samples=2", "--evaluate.max_new_tokens=4"]
+    elif command == "evaluate":
+        short += ["--num_samples=2", "--max_new_tokens=4"]
+    elif command == "generate":
+        short += ["--max-new-tokens", "4"]
+    elif command == "formats":
+        short += ["--tokens", "64"] + (["--formats", "q8_0,q4_k_m"] if "--formats" not in words else [])
+    elif command == "quantize" and "--data" in words:
+        short += ["--tokens", "64"]
+    return short
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs pages.
+
+    Attributes:
+        worker: Runs ``ingle``.
+        root: The repository.
+        verifies: Whether llama.cpp's binding is here, so that ``--verify`` works for GGUF.
+    """
+
+    worker: Worker
+    root: Path
+    verifies: bool
+
+    def run_page(self, page: Page, folder: Path) -> None:
+        """Runs the commands and programs of a page in ``folder``, in order, after writing its files.
+
+        Raises:
+            AssertionError: A command does not exit with 0.
+        """
+        for block in page.blocks:
+            if name := block.mark("file"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(block.text)
+            if block.language == "python" and "run" in block.marks:
+                _require(self.worker.run_python(block.text, folder), block, "this program")
+            elif block.language == "console":
+                for command in shown_commands(block):
+                    _require(self.run_command(command, folder), block, command)
+
+    def run_command(self, command: str, folder: Path) -> Done:
+        """Runs a line as the shell would read it."""
+        words = _split(command, folder)
+        match Path(words[0]).name:
+            case "ingle":
+                return self._run_ingle(words[1:], folder)
+            case "make":
+                return self._run_make(words[1:], folder)
+            case "pip":
+                return _check_extra(words, self.root)
+            case name if name in _READERS:
+                if not self.verifies and "certificate" in command:
+                    return Done(0, "llama.cpp's binding is not here, and so no certificate")
+                done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+                return Done(done.returncode, done.stdout + done.stderr)
+            case _:  # what is served by other programs must be there to be served
+                missing = [word for word in words[1:] if _is_path(word) and not (folder / word).exists()]
+                return Done(len(missing), f"not there: {missing}")
+
+    def _run_ingle(self, words: Sequence[str], folder: Path) -> Done:
+        if not self.verifies and words[0] == "export":
+            words = [word for word in words if word != "--verify"]
+        return self.worker.run(shorten(words, folder), folder)
+
+    def _run_make(self, targets: Sequence[str], folder: Path) -> Done:
+        """What make would do; the commands of ``ingle`` in it are run."""
+        venv = folder / "venv"  # none of ours: make sets up and removes what is in there
+        asked = ["make", "--dry-run", f"VENV={venv}", f"PYTHON={sys.executable}", *targets]
+        done = subprocess.run(asked, cwd=self.root, capture_output=True, text=True, check=False)
+        for line in done.stdout.splitlines() if done.returncode == 0 else ():
+            if line.startswith(f"{venv}/bin/ingle "):
+                return self._run_ingle(_split(line, folder)[1:], folder)
+        return Done(done.returncode, done.stdout + done.stderr)
+
+
+def _require(done: Done, block: Block, command: str) -> None:
+    assert done.code == 0, f"{block.where}: {command}\nexit {done.code}\n{done.output}"
+
+
+def _split(command: str, folder: Path) -> list[str]:
+    """The words of a simple command, as bash makes them."""
+    asked = ["bash", "-euc", f"printf '%s\\0' {command}"]
+    return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+def _check_extra(words: Sequence[str], root: Path) -> Done:
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = [word.partition("[")[2].rstrip("]") for word in words if "[" in word]
+    unknown = [name for name in named if name not in extras]
+    return Done(len(unknown), f"no such extra: {unknown}")
+
+
+def _is_path(word: str) -> bool:
+    return "/" in word or word.endswith((".gguf", "Modelfile", ".json"))

@@ -1,0 +1,256 @@
+"""Makes the inputs, mutates them, runs the cases, judges what came of them, and counts."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.fuzz import inputs, sandbox
+from tests.fuzz.mutations import mutate
+from tests.fuzz.sandbox import LITTER, REFUSED, SUCCESS, WRONG, Outcome, Place
+from tests.fuzz.targets import TARGETS, Target
+
+#: Cases of one cause that are kept.
+_KEPT = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input.
+
+    Attributes:
+        target: Name of the target.
+        seed: Of the mutation.
+        done: What was done to which file.
+        files: The changed files.
+    """
+
+    target: str
+    seed: int
+    done: tuple[str, ...]
+    files: Mapping[str, bytes]
+
+
+@dataclass
+class Tally:
+    """What came of the cases of one target.
+
+    Attributes:
+        kinds: How many cases ended how.
+        same: Successes whose answer is that of the unchanged input.
+        unplaced: Refusals that name none of the changed files.
+        slowest: Most seconds of processor time that a case took.
+        causes: Failures by their cause.
+        seconds: Time of all cases together.
+    """
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    same: int = 0
+    unplaced: int = 0
+    slowest: float = 0.0
+    causes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def failures(self) -> int:
+        """Cases that break the promise."""
+        return sum(count for kind, count in self.kinds.items() if kind not in (SUCCESS, REFUSED))
+
+
+class Fuzzer:
+    """Everything that was made for the cases.
+
+    Args:
+        root: An empty folder.
+        names: Of the targets.
+        failures: Where failing cases are written; None to keep none.
+    """
+
+    def __init__(self, root: Path, names: list[str], failures: Path | None = None) -> None:
+        self._root = root
+        self._shared = root / "shared"
+        self._failures = failures
+        self._place = Place(root / "place")
+        self._pristine = {name: root / "pristine" / name for name in names}
+        self._answers: dict[str, Any] = {}
+        self._meanings: dict[str, dict[str, Any]] = {}
+        self._current = ""
+        self.tallies = {name: Tally() for name in names}
+        self._shared.mkdir(parents=True)
+        self._make("model", lambda: inputs.write_folder(self._shared / "model"))
+        self._make("data", lambda: inputs.write_data(self._shared / "data"))
+        if "gguf" in names:
+            self._make("GGUF", lambda: inputs.write_gguf_file(self._shared / "model.gguf", self._shared / "model"))
+        if {"run", "checkpoint"} & set(names):
+            rows = self._shared / "data" / "rows.jsonl"
+            self._make("run", lambda: inputs.write_run(self._shared / "run", self._shared / "model", rows))
+        for name in names:
+            self._begin(TARGETS[name])
+
+    def case(self, name: str, seed: int) -> Case:
+        """The case of a seed; always the same one for the same input."""
+        rng = Random(f"{name} {seed}")
+        kinds = TARGETS[name].kinds
+        # Mostly one file is changed: what one file hides another cannot show.
+        chosen = [rng.choice(sorted(kinds))] if rng.random() < 0.9 else sorted(kinds)
+        files, done = {}, []
+        for file in chosen:
+            content = (self._pristine[name] / file).read_bytes()
+            files[file], what = mutate(content, kinds[file], rng)
+            done.append(f"{file}: {what}")
+        return Case(name, seed, tuple(done), files)
+
+    def run(self, case: Case) -> Outcome:
+        """Runs a case, counts it, and keeps it when it failed."""
+        began = time.monotonic()
+        target, tally = TARGETS[case.target], self.tallies[case.target]
+        self._enter(case.target)
+        for file, content in case.files.items():
+            (self._place.input / file).write_bytes(content)
+        before = sandbox.digest(self._place.input)
+        outcome = self._run(target)
+        if not outcome.failed:
+            outcome = self._judge(target, case, outcome, before)
+        tally.kinds[outcome.kind] += 1
+        tally.same += outcome.kind == SUCCESS and outcome.answer == self._answers[case.target]
+        tally.slowest = max(tally.slowest, outcome.cpu_s)
+        tally.seconds += time.monotonic() - began
+        if outcome.kind == REFUSED:
+            tally.unplaced += not any(Path(file).name in outcome.message for file in case.files)
+        if outcome.failed:
+            tally.causes[outcome.cause] += 1
+            if tally.causes[outcome.cause] <= _KEPT:
+                self._keep(case, outcome)
+        for file in case.files:
+            shutil.copyfile(self._pristine[case.target] / file, self._place.input / file)
+        return outcome
+
+    def replay(self, path: Path) -> tuple[Case, Outcome]:
+        """Runs a case that was kept."""
+        kept = json.loads(path.read_text())
+        old, new = kept["root"].encode(), str(self._root).encode()
+        files = {file: base64.b64decode(text).replace(old, new) for file, text in kept["files"].items()}
+        case = Case(kept["target"], kept["seed"], tuple(kept["done"]), files)
+        return case, self.run(case)
+
+    def _run(self, target: Target) -> Outcome:
+        shutil.rmtree(self._place.out, ignore_errors=True)
+        return sandbox.run(lambda: target.act(self._place.input, self._place.out), self._place)
+
+    def _judge(self, target: Target, case: Case, outcome: Outcome, before: str) -> Outcome:
+        """What a case that did not break by itself has broken."""
+        if litter := self._place.litter():
+            for path in litter:
+                Path(path).unlink()
+            return replace(outcome, kind=LITTER, message="\n".join(litter), cause=f"leaves {Path(litter[0]).name}")
+        if sandbox.digest(self._place.input) != before:
+            shutil.rmtree(self._place.input)
+            self._current = ""
+            return replace(outcome, kind=LITTER, message="the input was changed", cause="changes its input")
+        if outcome.kind == REFUSED:
+            return outcome
+        if target.fixed or self._means_the_same(target, case):
+            if outcome.answer != self._answers[target.name]:
+                return _wrong(outcome, self._answers[target.name], "another answer than from the unchanged input")
+            return outcome
+        if target.expect is None:
+            return outcome
+        expect = target.expect
+        read = sandbox.run(lambda: dict(expect(self._place.input)), self._place)
+        if read.kind != SUCCESS:
+            if target.strict:
+                return _wrong(outcome, read.message[-1000:], "accepts what the reference refuses")
+            return outcome
+        for key, value in read.answer.items():
+            if outcome.answer[key] != value:
+                return _wrong(outcome, read.answer, f"{key} is not what the reference reads")
+        return outcome
+
+    def _means_the_same(self, target: Target, case: Case) -> bool:
+        known = self._meanings[target.name]
+        return all(_meaning(content, target.kinds[file]) == known[file] for file, content in case.files.items())
+
+    def _make(self, what: str, make: Any) -> Outcome:
+        made = sandbox.run(lambda: str(make()), self._place, limited=False)
+        if made.kind != SUCCESS:
+            raise AssertionError(f"the {what} cannot be made: {made.message}")
+        return made
+
+    def _begin(self, target: Target) -> None:
+        """Makes the input of a target and takes the answer to it."""
+        folder = self._pristine[target.name]
+        folder.mkdir(parents=True)
+        self._make(f"input of {target.name}", lambda: target.make(folder, self._shared))
+        self._enter(target.name)
+        sandbox.warm_up(lambda: target.act(self._place.input, self._place.out))
+        outcome = self._run(target)
+        if outcome.kind != SUCCESS:
+            raise AssertionError(f"the unchanged input of {target.name} fails: {outcome.kind} {outcome.message}")
+        self._answers[target.name] = outcome.answer
+        self._meanings[target.name] = {
+            file: _meaning((folder / file).read_bytes(), kind) for file, kind in target.kinds.items()
+        }
+        if litter := self._place.litter():
+            raise AssertionError(f"the unchanged input of {target.name} leaves {litter}")
+        if target.expect is not None:
+            expect = target.expect
+            read = sandbox.run(lambda: dict(expect(self._place.input)), self._place)
+            agreed = read.kind == SUCCESS and all(outcome.answer[key] == value for key, value in read.answer.items())
+            assert agreed, f"{target.name}: the reference reads {read.message or read.answer}, Ingle {outcome.answer}"
+
+    def _enter(self, name: str) -> None:
+        """Puts the unchanged input of a target in place."""
+        if self._current != name:
+            shutil.rmtree(self._place.input, ignore_errors=True)
+            shutil.copytree(self._pristine[name], self._place.input)
+            self._current = name
+
+    def _keep(self, case: Case, outcome: Outcome) -> None:
+        if self._failures is None:
+            return
+        self._failures.mkdir(parents=True, exist_ok=True)
+        path = self._failures / f"{case.target}-{case.seed}.json"
+        content = {
+            "replay": f"{sys.executable} -m tests.fuzz --replay {path}",
+            **asdict(outcome),
+            "target": case.target,
+            "seed": case.seed,
+            "done": case.done,
+            "root": str(self._root),
+            "files": {file: base64.b64encode(data).decode() for file, data in case.files.items()},
+        }
+        path.write_text(json.dumps(content, indent=1))
+
+
+def _wrong(outcome: Outcome, expected: Any, cause: str) -> Outcome:
+    message = f"answer   {json.dumps(outcome.answer)[:1500]}\nexpected {json.dumps(expected)[:1500]}"
+    return replace(outcome, kind=WRONG, message=message, cause=cause)
+
+
+def _meaning(content: bytes, kind: str) -> Any:
+    """What a file says, so that changes which say the same can be told; its bytes where there is nothing shorter."""
+    try:
+        if kind == "json":
+            return json.loads(content, object_pairs_hook=_unique)
+        if kind == "jsonl":
+            return [json.loads(line, object_pairs_hook=_unique) for line in content.split(b"\n") if line.strip()]
+    except (ValueError, RecursionError):
+        pass
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object none of whose keys stands twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found

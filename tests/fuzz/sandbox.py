@@ -1,0 +1,253 @@
+"""One case in a process of its own, forked from one that has loaded everything: limits, exit codes, and what it left.
+
+The limits are those of the promise: 20 s of processor time and 2 GiB more than the process had when it was forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ingle.cli import outcome
+
+MAX_CPU_S = 20
+MAX_BYTES = 2 << 30
+#: A case that sleeps is ended too; on a busy machine processor time comes slowly.
+_MAX_WALL_S = 240
+_MAX_FILE_BYTES = 1 << 30
+
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|MemoryError|can't allocate memory|malloc of size|Cannot allocate memory|not be allocated", re.I
+)
+
+#: What may happen to a case; the first two are fine.
+SUCCESS, REFUSED, BUG, CRASH, HANG, MEMORY, LITTER, WRONG = (
+    *("success", "refused", "bug", "crash", "hang", "memory", "litter", "wrong"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+        kind: One of the constants above.
+        answer: What the target answered, as JSON.
+        message: What the user would read, or the traceback.
+        cause: For failures the same text for cases that are likely to have one cause.
+        cpu_s: Processor time.
+    """
+
+    kind: str
+    answer: Any = None
+    message: str = ""
+    cause: str = ""
+    cpu_s: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether the promise is broken."""
+        return self.kind not in (SUCCESS, REFUSED)
+
+
+class Refused(Exception):
+    """A command ended with exit code 2."""
+
+
+class Broke(Exception):
+    """A command ended with another exit code than 0 and 2."""
+
+
+def command(*words: str | Path) -> str:
+    """Runs ``ingle`` with these words in this process; its standard output."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = outcome.call([*map(str, words), "--debug"])
+    if code == outcome.DONE:
+        return out.getvalue()
+    text = err.getvalue()
+    if code == outcome.MISTAKE:
+        raise Refused(text[text.rfind("Error: ") :] if "Error: " in text else text)
+    raise Broke(f"exit code {code}\n{text}")
+
+
+class Place:
+    """Folders for one case at a time: the input, the folder it runs in, and those it must leave alone.
+
+    Args:
+        root: Made if need be.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.input, self.work, self.home, self.temporary = (root / name for name in ("input", "work", "home", "tmp"))
+        self.out = self.work / "out"  # the one place where a case may leave files
+        self.log = root / "log"
+        for folder in (self.input, self.work, self.home, self.temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def litter(self) -> list[str]:
+        """Files outside the output folder."""
+        found = (path for folder in (self.work, self.home, self.temporary) for path in folder.rglob("*"))
+        return sorted(str(path) for path in found if path.is_file() and not path.is_relative_to(self.out))
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of everything in a folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        total.update(f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0".encode())
+        if path.is_file():
+            total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def run(act: Callable[[], Any], place: Place, *, limited: bool = True) -> Outcome:
+    """Runs a function in a forked process; the same promises as for a command hold for it.
+
+    Args:
+        act: The function; its answer must be JSON.
+        place: Where it runs.
+        limited: Whether the limits hold; inputs are made without.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _become_a_case(place, limited=limited)
+        result = _attempt(act)
+        try:
+            text = json.dumps(result)
+        except (ValueError, TypeError) as error:
+            text = json.dumps({"kind": BUG, "message": f"the answer is no JSON: {error}"})
+        with contextlib.suppress(BaseException):
+            _write(writer, text.encode("utf-8", "surrogatepass"))
+        os._exit(0)
+    os.close(writer)
+    text, late = _read(reader, _MAX_WALL_S if limited else 3600)
+    if late:
+        os.killpg(child, signal.SIGKILL)
+    _, status, usage = os.wait4(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it started
+    cpu_s = usage.ru_utime + usage.ru_stime
+    if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
+        return Outcome(HANG, message=f"{cpu_s:.0f} s of processor time", cause=f"hang {_where(place)}", cpu_s=cpu_s)
+    if os.WIFSIGNALED(status) or not text:
+        code = os.waitstatus_to_exitcode(status)
+        end = signal.Signals(-code).name if code < 0 else f"exit {code}"
+        log = place.log.read_text(errors="replace")[-2000:]
+        kind = MEMORY if _OUT_OF_MEMORY.search(log) else CRASH
+        return Outcome(kind, message=f"{end}\n{log}", cause=f"{end} {_where(place)}", cpu_s=cpu_s)
+    return Outcome(**json.loads(text), cpu_s=cpu_s)
+
+
+def warm_up(act: Callable[[], Any]) -> None:
+    """Calls a function here, so that no case has to load modules and compiled kernels anew."""
+    with quiet():
+        act()
+    gc.collect()
+    gc.freeze()  # a collection in a child then touches no page that it shares with us
+
+
+def _become_a_case(place: Place, *, limited: bool) -> None:
+    os.setpgid(0, 0)
+    silence, log = os.open(os.devnull, os.O_RDONLY), os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for source, target in ((silence, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.environ |= {"HOME": str(place.home), "TMPDIR": str(place.temporary)}
+    tempfile.tempdir = None
+    os.chdir(place.work)
+    if not limited:
+        return
+
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(MAX_CPU_S * 0.9, exit=False)  # says where it hangs
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    size = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    resource.setrlimit(resource.RLIMIT_AS, (size + MAX_BYTES, size + MAX_BYTES))
+
+
+def _attempt(act: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"kind": SUCCESS, "answer": act()}
+    except Refused as refused:
+        return _refusal(str(refused))
+    except BaseException as error:
+        mistake = None if isinstance(error, Broke) else outcome.as_mistake(error)
+        if mistake is not None:
+            return _refusal(f"{type(mistake).__name__}: {mistake}")
+        text = traceback.format_exc()
+        kind = MEMORY if _OUT_OF_MEMORY.search(text) else BUG
+        return {"kind": kind, "message": text[-6000:], "cause": _cause(text)}
+
+
+def _refusal(text: str) -> dict[str, Any]:
+    if _OUT_OF_MEMORY.search(text):
+        return {"kind": MEMORY, "message": text[-4000:], "cause": "out of memory"}
+    if "Traceback (most recent" in text or len(text) > 8000:
+        return {"kind": BUG, "message": text[:4000], "cause": "a refusal nobody can read"}
+    return {"kind": REFUSED, "message": text}
+
+
+def _cause(trace: str) -> str:
+    """The last of Ingle's lines in a traceback, and the error."""
+    frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line (\d+), in (\w+)', trace)
+    place = " ".join(frames[-1][::2]) if frames else "outside"
+    lines = trace.strip().splitlines()
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Panic\w*|Exit|Interrupt)\b", line)]
+    kind = errors[-1].split(":")[0] if errors else lines[-1][:60]
+    return f"{kind} in {place}"
+
+
+def _where(place: Place) -> str:
+    """The last of Ingle's lines that the log names."""
+    frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line \d+ in (\w+)', place.log.read_text(errors="replace"))
+    return " ".join(frames[0]) if frames else "at an unknown place"
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _read(descriptor: int, seconds: float) -> tuple[str, bool]:
+    """Everything that comes through a pipe, and whether it took too long."""
+    parts, end = [], time.monotonic() + seconds
+    try:
+        while True:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                return "", True
+            part = os.read(descriptor, 1 << 16)
+            if not part:
+                return b"".join(parts).decode("utf-8", "surrogatepass"), False
+            parts.append(part)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps libraries that print from printing."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
+    sys.stdout.flush()
