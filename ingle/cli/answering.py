@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,10 +122,6 @@ def check_template(engine: Engine) -> None:
 
 def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
     """Refuses options of sampling that have no meaning, before anything is loaded."""
-    if not math.isfinite(temperature):
-        raise ConfigError(
-            "--temperature must be a number.", where=f"--temperature {temperature}", fix="--temperature 0.7"
-        )
     if not top_p > 0:
         raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:

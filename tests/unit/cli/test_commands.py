@@ -267,7 +267,7 @@ def test_generate_takes_standard_input_as_one_prompt(
         (["--prompt-file", "."], "is a folder"),
         (["--prompt", "a\udcff"], "not valid Unicode"),
         (["--prompt", "a", "--system", "\udcff"], "--system"),
-        (["--prompt", "a", "--temperature", "inf"], "--temperature must be a number"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["--prompt", "a", "--top-p", "0", "--temperature", "1"], "--top-p must be above 0"),
         (["--prompt", "a", "--seed", "-1"], "--seed"),
