@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ingle.errors import Explained, ModelError
-from ingle.wording import count
 
 COMPARE_CONFIG = "compare config.json with the one that the model was published with"
 
@@ -115,19 +114,3 @@ def refuse_impossible(config: Any, path: Path | str) -> None:
             raise ModelError(
                 f"{key} must be a whole number above 0.", where=str(path), why=f"it is {value!r}", fix=COMPARE_CONFIG
             )
-
-
-def refuse_larger_than_files(num_weights: int, folder: Path) -> None:
-    """Refuses a model that has more weights than its files have bits.
-
-    Raises:
-        ModelError: The config describes another model than the files hold.
-    """
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if num_bytes and num_weights > 8 * num_bytes:
-        raise ModelError(
-            f"config.json describes {count(num_weights)} weights, and the files hold {count(num_bytes)} bytes.",
-            where=str(folder / "config.json"),
-            why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
-            fix=COMPARE_CONFIG,
-        )
