@@ -14,6 +14,7 @@ A second signal ends the process at once, with the same care.
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -21,8 +22,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 130
 
@@ -157,6 +159,19 @@ def explanation() -> str:
 def silence_watchdog() -> None:
     """The user has been told: if the watchdog has to end the process all the same, it prints nothing."""
     _request.explained = True
+
+
+def leave() -> NoReturn:
+    """Ends the process after an interruption.
+
+    Python would first wait for every thread, and tear down the libraries after it has frozen the watchdog.
+    """
+    silence_watchdog()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(EXIT_CODE)
 
 
 def by_signal() -> str:
