@@ -204,7 +204,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(reader: int) -> None:
     """The watchdog's thread: ends the process when a signal has been there for too long."""
-    first = deadline = None
+    first: float | None = None
+    deadline: float | None = None
     while True:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], timeout)[0]:
@@ -220,7 +221,7 @@ def _watch(reader: int) -> None:
         _request.seen = _request.seen or signal.Signals(min(numbers))
 
 
-def _end() -> None:
+def _end() -> NoReturn:
     """Ends the process from the watchdog's thread."""
     if renaming.acquire(timeout=_CLEANUP_S):  # never released: nothing gets a name any more
         _attempt(_undo_all)

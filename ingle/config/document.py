@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
+from yaml.reader import ReaderError
 
 from ingle.errors import ConfigError
 
@@ -156,8 +157,8 @@ class _Reader:
                 return self._convert(loader, root, ()) if root is not None else Node(None, self._origin, self._name)
             finally:
                 loader.dispose()
-        except yaml.reader.ReaderError as error:
-            mark = yaml.Mark(self._name, error.position, text.count("\n", 0, error.position), 0, None, None)
+        except ReaderError as error:
+            mark = yaml.Mark(self._name, error.position, text.count("\n", 0, error.position), 0, None, 0)
             raise self._invalid(mark, f"the character U+{ord(text[error.position]):04X} is not allowed") from error
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
