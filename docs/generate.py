@@ -36,7 +36,7 @@ EXIT_CODES = (
     ("2", "A mistake that you can fix: the error says where, why and what to type instead."),
     (
         "130",
-        "Interrupted by Ctrl-C or SIGTERM; no incomplete file is left, and a run continues from its last checkpoint.",
+        "Interrupted by Ctrl-C or SIGTERM; no incomplete file is left, and a run resumes from its last checkpoint.",
     ),
 )
 

@@ -1,7 +1,7 @@
 """Numbers on the command line: finite, and no larger than 64 bits hold.
 
-The library that reads options checks the bounds of each, but takes NaN for a number in every range and whole numbers of
-any length.  Checking once, for all commands, keeps a new one from forgetting that.
+The library that reads options checks the bounds of each; an option without an upper bound takes infinity and whole
+numbers of any length.  Checking here, for all commands, keeps a new option from forgetting that.
 """
 
 from __future__ import annotations

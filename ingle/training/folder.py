@@ -159,7 +159,8 @@ class RunFolder:
         Raises:
             ConfigError: When it would be refused.
         """
-        match self.state(run):
+        state = self.state(run)
+        match state:
             case "finished":
                 return f"The run in {self.path} is finished; starting it again changes nothing."
             case "started":

@@ -105,7 +105,7 @@ def test_a_bug_with_debug_shows_everything(fails: Raise, capsys: pytest.CaptureF
         (["generate", "m", "--prompt", "x", "--max-new-tokens", "9" * 6000], "Invalid value for '--max-new-tokens'"),
         (["generate", "m", "--prompt", "x", "--seed", "-1"], "it must be greater than or equal to 0\n"),
         (["chat", "m", "--temperature", "nan"], "Invalid value for '--temperature'"),
-        (["export", "m", "--to", "gguf", "--out", "e", "--max-kl", "nan"], "--max-kl nan is not a finite number.\n"),
+        (["export", "m", "--to", "gguf", "--out", "e", "--max-kl", "inf"], "--max-kl inf is not a finite number.\n"),
         (["generate", "m", "--prompt", "x", "--top-p", "0"], "--top-p must be above 0."),
         (["generate", "m", "--prompt", "x", "--stop", "", "--json"], "An empty --stop"),
         (["generate", "m", "--prompt", ""], "where  --prompt\n"),

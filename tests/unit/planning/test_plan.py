@@ -208,7 +208,7 @@ def test_little_data_gets_a_batch_that_makes_sense(
 ) -> None:
     def advice(train: dict[str, Any]) -> str | None:
         run, data = _run(train=train), replace(DATA, num_sequences=num_sequences)
-        facts = {"dtype_bytes": 2, "process_bytes": 0, "free_bytes": 1 << 40, "can_compile": True}
+        facts: dict[str, Any] = {"dtype_bytes": 2, "process_bytes": 0, "free_bytes": 1 << 40, "can_compile": True}
         return find_better_batch(run, num_sequences, make_plan(run, MODEL, data, **facts).num_steps)
 
     found = advice(train)
