@@ -120,7 +120,8 @@ def skeleton(model: ModelConfig, device: torch.device | str, dtype: torch.dtype)
     """
     config = read_config(model)
     path = config_path(model)
-    with reading(path, "transformers cannot make a model of these settings.", fix=COMPARE_CONFIG):
+    settings = config.to_dict()
+    with reading(path, "transformers cannot make a model of these settings.", fix=COMPARE_CONFIG, settings=settings):
         built = build(config, dtype, trust_remote_code=model.trust_remote_code)
         _refuse_modules(built, model)
     if model.init != "random" and not is_gguf(model.id):
