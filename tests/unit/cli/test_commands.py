@@ -111,7 +111,7 @@ def test_a_missing_tracker_is_told_before_anything_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert call(["train", "run.yaml", "--wandb", "project"]) == 2
-    assert flow.runs == [] and "ingle[wandb]" in capsys.readouterr().err
+    assert flow.runs == [] and "[wandb]" in capsys.readouterr().err
 
 
 def test_trackers_get_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
