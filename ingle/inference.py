@@ -134,6 +134,13 @@ def locate(path_or_id: str) -> Source:
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{path_or_id} holds neither a run nor an adapter nor a model.",
+            where=path_or_id,
+            why="there is no run.yaml, adapter_config.json or config.json in it",
+            fix=RunFolder(folder).nearby() or "name a run folder, an adapter folder, a model folder or a hub id",
+        )
     model = ModelConfig(id=path_or_id)
     try:
         return Source(model, models.packed_base(model))
@@ -209,13 +216,14 @@ def _keeps_control_tokens(run: Run) -> bool:
 
 def _locate_adapter(folder: Path) -> Source:
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        assert isinstance(base, str)
-    except (ValueError, KeyError, AssertionError) as error:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        if not isinstance(base, str) or not base or "\0" in base:
+            raise ValueError("it is not a name")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
             "The adapter does not say which model it belongs to.",
             where=str(folder / "adapter_config.json"),
-            why="base_model_name_or_path is missing",
+            why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
     keeps = False

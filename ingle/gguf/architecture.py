@@ -13,6 +13,7 @@ from ingle.gguf.container import GgufFile
 from ingle.gguf.names import ALWAYS_TIED, names_of, unsupported
 from ingle.gguf.rotary import head_size, read_rotary, rotary_parameters, scaling_metadata
 from ingle.gguf.values import ArchitectureValues
+from ingle.gguf.vocabulary import special_token_id
 
 #: transformers' ``model_type`` to llama.cpp's architecture.
 ARCHITECTURES = {
@@ -88,11 +89,13 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     values = ArchitectureValues(file, architecture)
     num_heads, hidden = names.num_heads, values.whole("embedding_length")
     head_dim = values.whole("attention.key_length", hidden // num_heads)
+    if head_dim % 2:
+        raise GgufError(f"Heads of {head_dim} features cannot be rotated in pairs.", where=str(file.path))
     if values.whole("attention.value_length", head_dim) != head_dim:
         raise GgufError("Keys and values of different length are not supported.", where=str(file.path))
     if values.whole("rope.dimension_count", head_dim) != head_dim:
         raise GgufError("Rotating a part of each head is not supported.", where=str(file.path))
-    if values.whole("expert_count", 0):
+    if values.whole("expert_count", 0, low=0):
         raise GgufError("GGUF models with experts are not supported yet.", where=str(file.path))
     model_type, class_name = _CLASSES[architecture]
     num_layers = values.whole("block_count")
@@ -106,8 +109,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": names.num_kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": values.whole("context_length"),
-        "rms_norm_eps": values.number("attention.layer_norm_rms_epsilon"),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else 0,
+        "rms_norm_eps": values.positive("attention.layer_norm_rms_epsilon"),
+        "vocab_size": _num_rows(file, "token_embd.weight"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "rope_parameters": read_rotary(file, values, head_dim),
     }
@@ -120,9 +123,15 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         config |= _read_gemma(values, architecture, num_layers, hidden, num_heads, head_dim)
     for key in ("bos", "eos", "pad"):
         full = "padding" if key == "pad" else key
-        if (number := file.metadata.get(f"tokenizer.ggml.{full}_token_id")) is not None:
+        if (number := special_token_id(file.metadata, full)) is not None:
             config[f"{key}_token_id"] = number
     return config
+
+
+def _num_rows(file: GgufFile, name: str) -> int:
+    """Rows of a matrix; 0 when there is no such matrix."""
+    tensor = file.tensors.get(name)
+    return tensor.shape[0] if tensor is not None and tensor.shape else 0
 
 
 def _context(config: Mapping[str, Any]) -> int:
@@ -178,7 +187,7 @@ def _read_gemma(
         "final_logit_softcapping": None,
     }
     if architecture == "gemma2":  # llama.cpp's own defaults
-        config["attn_logit_softcapping"] = values.number("attn_logit_softcapping", 50.0)
+        config["attn_logit_softcapping"] = values.positive("attn_logit_softcapping", 50.0)
     cap = values.number("final_logit_softcapping", 30.0 if architecture == "gemma2" else 0.0)
     config["final_logit_softcapping"] = cap or None
     return config

@@ -121,23 +121,27 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         counts = file.tensors.get(name + _COUNTS)
         if counts is None or tensor.type_name != "f32" or counts.type_name != "f32":
             raise _damaged(file.path, f"{name} has no counts, or they are no float32")
-        sums_EI = tensor.read().view(np.float32).reshape(-1, tensor.shape[-1])
+        sums_EI = tensor.read().view(np.float32).reshape(-1, tensor.shape[-1] if tensor.shape else 1)
         counts_E = counts.read().view(np.float32).reshape(-1)
         entries[name] = _entry(file.path, name, sums_EI, counts_E)
-    return Imatrix(
-        entries,
-        tuple(str(each) for each in file.metadata.get("imatrix.datasets", ())),
-        int(file.metadata.get("imatrix.chunk_count", 0)),
-        int(file.metadata.get("imatrix.chunk_size", 0)),
-    )
+    datasets = file.metadata.get("imatrix.datasets", [])
+    chunks = [file.metadata.get(f"imatrix.{key}", 0) for key in ("chunk_count", "chunk_size")]
+    if not isinstance(datasets, list) or any(type(count) is not int for count in chunks):
+        raise _damaged(file.path, "imatrix.datasets, imatrix.chunk_count or imatrix.chunk_size is of another type")
+    return Imatrix(entries, tuple(str(each) for each in datasets), *chunks)
 
 
 def _entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: NDArray[np.float32]) -> ImatrixEntry:
     if len(sums_EI) != len(counts_E):
         raise _damaged(path, f"{name} has sums of {len(sums_EI)} matrices and counts of {len(counts_E)}")
-    if not (np.isfinite(sums_EI).all() and (sums_EI >= 0).all() and np.isfinite(counts_E).all()):
-        raise _damaged(path, f"{name} holds values that are negative or not finite")
-    return ImatrixEntry(sums_EI, counts_E)
+    entry = ImatrixEntry(sums_EI, counts_E)
+    for values in (sums_EI, counts_E):
+        if not (np.isfinite(values).all() and (values >= 0).all()):
+            raise _damaged(path, f"{name} holds values that are negative or not finite")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(entry.mean).all():
+            raise _damaged(path, f"{name} has sums that are too large for its counts")
+    return entry
 
 
 class _LegacyReader:
@@ -151,6 +155,7 @@ class _LegacyReader:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._path = path
+        self._left = path.stat().st_size
 
     def read(self) -> Imatrix:
         """The whole matrix; a count is that of chunks here."""
@@ -161,6 +166,8 @@ class _LegacyReader:
             calls = self._int(0, (1 << 31) - 1, "calls")
             columns = self._int(1, _MAX_COLUMNS, "values")
             sums = np.frombuffer(self._bytes(4 * columns), "<f4").astype(np.float32)[None]
+            if name in entries:
+                raise _damaged(self._path, f"{name[:100]} is there twice")
             entries[name] = _entry(self._path, name, sums, np.array([calls], np.float32))
         rest = self._file.read()  # the last chunk and the data set, where they are
         chunks = struct.unpack_from("<i", rest)[0] if len(rest) >= 4 else 0
@@ -174,10 +181,10 @@ class _LegacyReader:
         return value
 
     def _bytes(self, count: int) -> bytes:
-        data = self._file.read(count)
-        if len(data) != count:
+        if count > self._left:  # nothing is asked for that the file cannot hold
             raise _damaged(self._path, "it ends early")
-        return data
+        self._left -= count
+        return self._file.read(count)
 
 
 def _damaged(path: Path, why: str) -> GgufError:

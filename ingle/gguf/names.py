@@ -124,12 +124,17 @@ def names_of(metadata: dict[str, Any]) -> TensorNames:
         GgufError: When its architecture is not supported, or the metadata lacks the number of heads.
     """
     architecture = metadata.get("general.architecture", "")
-    if architecture not in LAYERS:
-        raise unsupported(architecture)
-    num_heads = metadata.get(f"{architecture}.attention.head_count")
-    if not isinstance(num_heads, int):
-        raise GgufError(f"The file does not name one number of heads: {num_heads!r}.", where="attention.head_count")
-    return TensorNames(architecture, num_heads, int(metadata.get(f"{architecture}.attention.head_count_kv", num_heads)))
+    if not isinstance(architecture, str) or architecture not in LAYERS:
+        raise unsupported(str(architecture)[:60])
+    num_heads: Any = metadata.get(f"{architecture}.attention.head_count")
+    num_kv_heads: Any = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
+    if not (_is_count(num_heads) and _is_count(num_kv_heads)) or num_heads % num_kv_heads:
+        raise GgufError(
+            "The file does not give one number of heads, a multiple of that of keys and values.",
+            where=f"{architecture}.attention.head_count",
+            why=f"head_count is {str(num_heads)[:60]}, head_count_kv is {str(num_kv_heads)[:60]}",
+        )
+    return TensorNames(architecture, num_heads, num_kv_heads)
 
 
 def unsupported(architecture: str) -> GgufError:
@@ -139,6 +144,10 @@ def unsupported(architecture: str) -> GgufError:
         why=f"Ingle knows {', '.join(LAYERS)}",
         fix="use the model's safetensors release",
     )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _inverse(table: dict[str, str]) -> dict[str, str]:

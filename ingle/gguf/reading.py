@@ -33,7 +33,7 @@ def read_gguf(path: Path | str) -> GgufFile:
     """
     path = Path(path)
     split = _SPLIT_NAME.match(path.name)
-    if split is None or int(split["count"]) == 1:
+    if split is None or int(split["count"]) <= 1:
         return _read_one(path)
     count = int(split["count"])
     parts = [path.with_name(f"{split['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
@@ -112,22 +112,32 @@ class _Reader:
             metadata[key], types[key] = self._value(key)
         entries = [self._entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment}")
         start = -(-(self._size - self._left) // alignment) * alignment
+        return GgufFile(self._path, version, metadata, types, self._place(entries, start, alignment))
+
+    def _place(
+        self, entries: list[tuple[str, str, tuple[int, ...], int]], start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        """The tensors by name; each begins where the one before it ends, as llama.cpp demands, so none share bytes."""
         tensors: dict[str, GgufTensor] = {}
+        expected = 0
         for name, type_name, shape, offset in entries:
-            if name in tensors or offset % alignment:
-                raise self._damaged(f"The tensor {name} is there twice or begins at byte {offset}")
+            if name in tensors:
+                raise self._damaged(f"the tensor {name} is there twice")
             tensor = GgufTensor(name, type_name, shape, start + offset, self._path)
             try:
-                end = tensor.offset + tensor.num_bytes
+                num_bytes = tensor.num_bytes
             except GgufError as error:
                 raise self._damaged(f"{name}: {error.message}") from None
-            if end > self._size:
-                raise self._damaged(f"it holds {self._size:,} bytes, and {name} ends at {end:,}")
+            if offset != expected:
+                raise self._damaged(f"{name} begins at byte {offset:,} of the tensors, not at {expected:,}")
+            if tensor.offset + num_bytes > self._size:
+                raise self._damaged(f"it holds {self._size:,} bytes, and {name} ends at {tensor.offset + num_bytes:,}")
+            expected = -(-(offset + num_bytes) // alignment) * alignment
             tensors[name] = tensor
-        return GgufFile(self._path, version, metadata, types, tensors)
+        return tensors
 
     def _entry(self) -> tuple[str, str, tuple[int, ...], int]:
         name = self._string()
@@ -135,6 +145,8 @@ class _Reader:
         if num_dimensions > _MAX_DIMENSIONS:
             raise self._damaged(f"{name} has {num_dimensions} dimensions")
         shape = self._unpack("Q" * num_dimensions)[::-1]
+        if 0 in shape:
+            raise self._damaged(f"{name} has no elements: {list(shape)}")
         number, offset = self._unpack("IQ")
         try:
             type_name = GGMLQuantizationType(number).name.lower()

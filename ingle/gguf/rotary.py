@@ -72,10 +72,10 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
     Raises:
         GgufError: The file scales positions in another way than linearly, as YaRN or as Llama 3.
     """
-    theta = values.number("rope.freq_base", 10000.0)
+    theta = values.positive("rope.freq_base", 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = values.get("rope.scaling.type", "none")
-    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
+    factor = values.positive("rope.scaling.factor", values.positive("rope.scale_linear", 1.0))
     if kind == "yarn":
         rope |= {
             "rope_type": "yarn",
@@ -90,22 +90,25 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
         rope |= _read_llama3(file, head_dim, theta)
     if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
         return rope
-    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": values.positive("rope.freq_base_swa", 10000.0)}
     return {"full_attention": rope, "sliding_attention": local}
 
 
 def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
     """Recovers Llama 3's scaling from its divisors: the file has nothing else of it."""
-    stored = file.tensors[ROPE_FREQS].read().view(np.float32).reshape(-1)
-    factor = float(stored.max())
-    expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
-    if file.tensors[ROPE_FREQS].type_name != "f32" or not np.allclose(stored, expected, rtol=1e-3):
-        raise GgufError(
-            "The rotary frequencies are scaled in a way other than Llama 3's.",
-            where=f"{file.path}, {ROPE_FREQS}",
-            fix="use the model's safetensors release",
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    tensor = file.tensors[ROPE_FREQS]
+    if tensor.type_name == "f32" and tensor.shape == (head_dim // 2,):
+        stored = tensor.read().view(np.float32).reshape(-1)
+        factor = float(stored.max())
+        if 0 < factor < math.inf:
+            expected = _llama3_divisors(head_dim, theta, factor, *(float(value) for value in _LLAMA3.values()))
+            if np.allclose(stored, expected, rtol=1e-3):
+                return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    raise GgufError(
+        "The rotary frequencies are scaled in a way other than Llama 3's.",
+        where=f"{file.path}, {ROPE_FREQS}",
+        fix="use the model's safetensors release",
+    )
 
 
 def _llama3_divisors(

@@ -43,6 +43,9 @@ END_TEXTS = (
 
 _MISSING = "[PAD{}]"
 
+#: Sentencepiece tokens are cut in two at every place, so the work grows with the square of a token.
+_MAX_TOKEN_CHARS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -68,7 +71,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         GgufError: When there is none, or one of a kind that is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+    tokens = _texts(metadata, "tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise GgufError(
             "The file holds no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
@@ -76,13 +79,22 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
             why="Ingle reads gpt2 (byte-level BPE) and llama (sentencepiece)",
             fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
         )
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    longest = max(map(len, tokens))
+    if longest > _MAX_TOKEN_CHARS:
+        raise bad_value("tokenizer.ggml.tokens", f"holds a token of {longest:,} characters")
+    types: Any = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if not isinstance(types, list) or len(types) != len(tokens):
+        raise bad_value("tokenizer.ggml.token_type", f"does not give a type to each of the {len(tokens):,} tokens")
     pre = metadata.get("tokenizer.ggml.pre", "default")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in IGNORES_MERGES)
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(pre, str) or not isinstance(template, str | None):
+        raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not text")
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     special: dict[str, str] = {}
     for key in ("bos", "eos", "unknown", "padding"):
-        number = metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(key))
+        number = special_token_id(metadata, key)
+        number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):
             special[{"unknown": "unk", "padding": "pad"}.get(key, key) + "_token"] = tokens[number]
     real = {
@@ -108,12 +120,41 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     bos = special.get("bos_token") if add_bos else None
+    if bos is not None and bos not in real:
+        raise bad_value("tokenizer.ggml.bos_token_id", "names a token that is not used")
     return Vocabulary(
         {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
         | {"post_processor": _post_processor(bos, real)},
         special,
-        metadata.get("tokenizer.chat_template"),
+        template,
         _end_token_ids(metadata, real, types),
+    )
+
+
+def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
+    """The token that a file names for ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``; None for none.
+
+    Raises:
+        GgufError: When it is none of the file's tokens.
+    """
+    name = f"tokenizer.ggml.{key}_token_id"
+    number = metadata.get(name)
+    if number is None:
+        return None
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 2**31
+    if type(number) is not int or not 0 <= number < count:
+        raise bad_value(name, f"is {str(number)[:60]}; the file has {count:,} tokens")
+    return number
+
+
+def bad_value(key: str, problem: str) -> GgufError:
+    """The error for a part of a tokenizer that contradicts the others."""
+    return GgufError(
+        f"{key} {problem}.",
+        where=key,
+        fix="fetch or copy the file again, or name a folder or hub id with this model's tokenizer.json in "
+        "model.tokenizer",
     )
 
 
@@ -178,8 +219,16 @@ def to_metadata(
     return {f"tokenizer.{key}": value for key, value in values.items()}
 
 
+def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """A list of texts; empty when there is none."""
+    values = metadata.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise bad_value(key, "is not a list of texts")
+    return values
+
+
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) -> dict[str, Any]:
-    merges = metadata.get("tokenizer.ggml.merges", [])  # "a b": no token of bytes has a space in it
+    merges = _texts(metadata, "tokenizer.ggml.merges")  # "a b": no token of bytes has a space in it
     return {
         "normalizer": None,
         "pre_tokenizer": byte_level(pre),
@@ -191,9 +240,10 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) ->
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
 ) -> dict[str, Any]:
-    scores: list[float] = metadata.get("tokenizer.ggml.scores", [])
-    if len(scores) != len(types):
-        raise GgufError("The tokenizer has no score for every token.", where="tokenizer.ggml.scores")
+    scores: Any = metadata.get("tokenizer.ggml.scores")
+    numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
+    if not numbers or len(scores) != len(types):
+        raise bad_value("tokenizer.ggml.scores", f"does not give a number to each of the {len(types):,} tokens")
     joined = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
     joined.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
     merges = [
@@ -237,7 +287,7 @@ def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int]) -> list[int]:
-    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    named = [special_token_id(metadata, key) for key in ("eos", "eot", "eom")]
     found = [number for number in named if number is not None]
     # Qwen has a plain "</s>" too: only what the model's maker set apart counts.
     found += sorted(ids[text] for text in END_TEXTS if text in ids and types[ids[text]] != NORMAL)

@@ -227,6 +227,7 @@ class Destination:
             place = packed.get_parameter(key)
             target = place if expert is None else place[expert]
             self._require_shape(f"{name} ({key})", plane.shape, target.shape)
+            assert plane.dtype == target.dtype, f"{name} ({key}) is {plane.dtype}, not {target.dtype}"
             target.copy_(plane)
             self._empty.pop(id(place), None)
 

@@ -261,7 +261,8 @@ class _Decoding:
             use_cache=True,
         )
         for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
-            ours.keys[places], ours.values[places] = new.keys, new.values
+            for name in ("keys", "values"):
+                getattr(ours, name)[places] = getattr(new, name)
         last: Tensor = output.last_hidden_state[:, -1]
         return last
 

@@ -20,7 +20,8 @@ from ingle.errors import GgufError, ModelError
 from ingle.gguf import GgufFile
 from ingle.gguf.architecture import to_config
 from ingle.gguf.names import ROPE_FREQS, names_of
-from ingle.gguf.vocabulary import to_vocabulary
+from ingle.gguf.sizes import require_sizes
+from ingle.gguf.vocabulary import special_token_id, to_vocabulary
 from ingle.models.gguf_weights import GgufWeight, unread_type
 from ingle.models.groups import Group, ReadingPlan
 from ingle.models.hub import locate_file
@@ -50,9 +51,10 @@ def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The architecture's config, and what would be in its ``config.json``.
 
     Raises:
-        GgufError: When the architecture is not supported.
+        GgufError: When the architecture is not supported, or metadata and tensors describe different models.
     """
     raw = to_config(file)
+    require_sizes(file, raw)
     config: PretrainedConfig = AutoConfig.for_model(**raw)
     return config, raw
 
@@ -61,8 +63,7 @@ def read_gguf_generation_config(file: GgufFile) -> GenerationConfig:
     """What ends an answer."""
     ends = to_vocabulary(file.metadata).end_token_ids
     numbers = {
-        f"{key}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        for key, name in (("bos", "bos"), ("pad", "padding"))
+        f"{key}_token_id": special_token_id(file.metadata, name) for key, name in (("bos", "bos"), ("pad", "padding"))
     }
     return GenerationConfig(eos_token_id=ends, **numbers)
 

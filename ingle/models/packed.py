@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.models.architecture import read_json
 from ingle.models.boundary import reading
 from ingle.models.gguf_file import is_gguf
 from ingle.models.hub import locate
+from ingle.models.shards import read_index
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -52,19 +51,15 @@ def _packed_as(settings: Mapping[str, Any], model: ModelConfig) -> BaseConfig:
                 {
                     "format": settings.get("bnb_4bit_quant_type", "fp4"),
                     "double_quant": bool(settings.get("bnb_4bit_use_double_quant")),
-                    "block_size": _state(weights).get("blocksize", 64),
+                    "block_size": _block_size(weights),
                 }
             )
     return NoBase()
 
 
-def _state(folder: Path) -> Mapping[str, Any]:
+def _block_size(folder: Path) -> int:
     """What bitsandbytes keeps beside the first weight it packed; the config does not name the size of a block."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            keys: list[str] = tensors.keys()
-            key = next((key for key in keys if _STATE in key), None)
-            if key is not None:
-                state: Mapping[str, Any] = json.loads(bytes(tensors.get_tensor(key).tolist()))
-                return state
-    return {}
+    for key, stored in read_index(folder).items():
+        if _STATE in key:
+            return int(json.loads(bytes(stored.read().tolist()))["blocksize"])
+    return 64

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,14 +22,17 @@ import torch
 from torch import Tensor
 
 from ingle.errors import ModelError
-from ingle.models.boundary import reading
-from ingle.wording import some
+from ingle.models.boundary import COMPARE_CONFIG, reading
+from ingle.wording import count, some
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 #: A longer header is refused, as safetensors itself does.
 _MAX_HEADER_BYTES = 100_000_000
+
+#: More elements or bytes do not fit the 64 bits that torch counts with.
+_MAX_COUNT = 2**63 - 1
 
 #: What a header calls the types of tensors.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -115,13 +119,27 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     raise _no_weights(folder, found)
 
 
+def refuse_larger(num_weights: int, folder: Path) -> None:
+    """Refuses a model that has more weights than its files have bits; a folder without files passes.
+
+    Raises:
+        ModelError: The config describes another model than the files hold, or a file is damaged.
+    """
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not num_bytes or num_weights <= 8 * num_bytes:
+        return
+    read_index(folder)  # a file that is cut short is the better reason
+    raise ModelError(
+        f"config.json describes {count(num_weights)} weights, and the files hold {count(num_bytes)} bytes.",
+        where=str(folder / "config.json"),
+        why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
+        fix=COMPARE_CONFIG,
+    )
+
+
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    with reading(index, f"{index.name} is not a shard index.", fix=_DAMAGED):
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        strangers = [name for name in names if Path(name).name != name]
-        if strangers:
-            raise ValueError(f"{strangers[0]!r} is not the name of a file in its folder")
+    weight_map = _read_weight_map(index)
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -149,6 +167,18 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """The file that each weight lies in, as the index has it."""
+    with reading(index, f"{index.name} is not a shard index.", fix=_DAMAGED):
+        weight_map = _read_object(index.read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map must be an object that is not empty")
+        for key, name in weight_map.items():
+            if not isinstance(name, str) or "\0" in name or Path(name).name != name:
+                raise ValueError(f"{key[:100]!r} must lie in a file of this folder, not in {str(name)[:100]!r}")
+    return dict(weight_map)
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -162,26 +192,73 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"{size:,} bytes do not begin with a safetensors header")
         raw = file.read(length)
     with reading(path, f"{path.name} is not a whole safetensors file.", fix=_DAMAGED):
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {key: _entry(path, 8 + length, value) for key, value in header.items()}
-    end = max((entry.offset + entry.num_bytes for entry in tensors.values()), default=8 + length)
-    if end > size:
-        raise _damaged(path, f"it holds {size:,} bytes and its header speaks of {end:,}")
+        header = _read_object(raw)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, "its __metadata__ is not an object of texts")
+    tensors = {key: _entry(path, 8 + length, key, value) for key, value in header.items()}
+    _require_contiguous(path, tensors, 8 + length, size)
     return tensors
 
 
-def _entry(path: Path, start: int, value: dict[str, Any]) -> StoredTensor:
-    name = str(value["dtype"])
-    if name not in DTYPES:
-        raise ModelError(f"{path.name} holds tensors of type {name}, which are not supported.", where=str(path))
-    shape, (first, last) = tuple(value["shape"]), value["data_offsets"]
-    if not all(type(size) is int and size >= 0 for size in (*shape, first, last)):
-        raise _damaged(path, "its header holds sizes that are no whole numbers")
-    entry = StoredTensor(path, DTYPES[name], shape, start + first)
-    if entry.num_bytes != last - first:
-        raise _damaged(path, "the sizes in its header do not agree")
+def _read_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice.
+
+    Raises:
+        ValueError: It is something else.
+        RecursionError: It is nested too deeply.
+    """
+    value = json.loads(raw, object_pairs_hook=_unique)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:100]!r} occurs twice")
+    return found
+
+
+def _entry(path: Path, start: int, key: str, value: Any) -> StoredTensor:
+    """One line of a header, checked before anything is made of it."""
+    name = f"the tensor {key[:100]!r}"
+    if not isinstance(value, dict) or not isinstance(value.get("dtype"), str):
+        raise _damaged(path, f"{name} has no dtype")
+    if value["dtype"] not in DTYPES:
+        raise ModelError(
+            f"{path.name} holds tensors of type {value['dtype'][:100]}, which are not supported.", where=str(path)
+        )
+    sizes: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
+    if not _are_sizes(sizes) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"{name} has no shape or no data_offsets of whole numbers")
+    if prod(max(size, 1) for size in sizes) > _MAX_COUNT:
+        raise _damaged(path, f"{name} has more elements than can be counted")
+    entry = StoredTensor(path, DTYPES[value["dtype"]], tuple(sizes), start + offsets[0])
+    if entry.num_bytes != offsets[1] - offsets[0]:
+        raise _damaged(
+            path, f"{name} takes {entry.num_bytes:,} bytes and lies from byte {offsets[0]:,} to {offsets[1]:,}"
+        )
     return entry
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
+
+
+def _require_contiguous(path: Path, tensors: Mapping[str, StoredTensor], start: int, size: int) -> None:
+    """Refuses tensors that share bytes, and bytes of no tensor: the format forbids both."""
+    end, before = start, "the header"
+    for key, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            what = "share bytes" if entry.offset < end else "have bytes of no tensor between them"
+            raise _damaged(path, f"{before[:100]} and {key[:100]} {what}")
+        end, before = entry.offset + entry.num_bytes, key
+    if end != size:
+        raise _damaged(path, f"it holds {size:,} bytes, and its last tensor ends at {end:,}")
 
 
 def _damaged(path: Path, why: str) -> ModelError:

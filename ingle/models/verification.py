@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ def _compare_whole(model: PreTrainedModel) -> None:
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
-    device = probe.model.get_input_embeddings().weight.device
+    embedding: Any = probe.model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
     documents = _documents(probe.lengths, probe.num_ids)
     alone = [
         probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
@@ -130,8 +132,9 @@ def _require_alike(
 
 def _config_of(model: PreTrainedModel) -> str:
     """Where the config of a model came from."""
-    path = Path(model.config.name_or_path) / "config.json"
-    return str(path) if path.is_file() else "model.id"
+    folder = model.config.name_or_path
+    path = Path(folder or "") / "config.json"
+    return str(path) if folder and path.is_file() else "model.id"
 
 
 def _not_finite(model: PreTrainedModel) -> ModelError:

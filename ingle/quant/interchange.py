@@ -19,7 +19,9 @@ Source: bitsandbytes 0.50 ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -95,13 +97,27 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") ->
     states = [key for key in tensors if key.startswith(STATE)]
     if len(states) != 1:
         raise QuantizationError(f"{name} is not a bitsandbytes layer.", where=name, why=f"keys {sorted(tensors)}")
-    state = json.loads(bytes(tensors[states[0]].tolist()))
+    state = _read_state(tensors[states[0]], name)
     match state["quant_type"]:
         case "nf4":
             return _from_levels(Nf4, tensors, state, name)
         case "fp4":
             return _from_levels(Fp4, tensors, state, name)
-    raise QuantizationError(f"{name} is held as {state['quant_type']}, which Ingle does not hold.", where=name)
+    raise QuantizationError(
+        f"{name} is held as {str(state['quant_type'])[:60]}, which Ingle does not hold.", where=name
+    )
+
+
+def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
+    """The JSON that bitsandbytes keeps beside a weight, with the sizes that are computed with."""
+    try:
+        state = json.loads(bytes(tensor.tolist()))
+        sizes = [*state["shape"], state["blocksize"]]
+        if len(sizes) != 3 or any(type(size) is not int or size < 1 for size in sizes) or "quant_type" not in state:
+            raise ValueError(f"quant_type, shape and blocksize are needed, got {str(state)[:200]}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise QuantizationError(f"{name} has a quant_state that cannot be read.", where=name, why=str(error)) from None
+    return dict(state)
 
 
 def _from_levels(
@@ -110,44 +126,64 @@ def _from_levels(
     out_features, in_features = state["shape"]
     format = kind(block_size=state["blocksize"], double_quant="weight.nested_absmax" in tensors)
     _require_whole_blocks(format, out_features, in_features)
-    packed = tensors["weight"]
+    packed = _part(tensors, "weight", name)
     device = packed.device
-    _require_table(tensors["weight.quant_map"], format.levels(device), name)
-    planes = {"codes": packed.contiguous().view(torch.uint8).reshape(out_features, in_features // 2)}
-    absmax = tensors["weight.absmax"]
+    _require_table(_part(tensors, "weight.quant_map", name), format.levels(device), name)
+    absmax = _part(tensors, "weight.absmax", name)
+    planes = {"codes": packed.contiguous().view(-1).view(torch.uint8)}
     if format.double_quant:
-        _require_table(tensors["weight.nested_quant_map"], dynamic_map(device), name)
-        if state["nested_blocksize"] != NESTED_BLOCK:
-            raise QuantizationError(f"{name} has nested blocks of {state['nested_blocksize']}.", where=name)
-        planes["absmax"] = absmax.reshape(out_features, -1)
-        planes["nested_absmax"] = as_bytes(tensors["weight.nested_absmax"].float().reshape(-1, 1))
-        offset = torch.tensor([[state["nested_offset"]]], dtype=torch.float32, device=device)
-        planes["absmax_offset"] = as_bytes(offset)
+        _require_table(_part(tensors, "weight.nested_quant_map", name), dynamic_map(device), name)
+        offset: Any = state.get("nested_offset")
+        nested = state.get("nested_blocksize")
+        if nested != NESTED_BLOCK or type(offset) not in (int, float) or not math.isfinite(offset):
+            raise QuantizationError(
+                f"{name} has nested blocks of {str(nested)[:60]} with an offset of {str(offset)[:60]}.", where=name
+            )
+        scales = tensors["weight.nested_absmax"]
+        planes["absmax"] = absmax.flatten()
+        planes["nested_absmax"] = as_bytes(scales.float().reshape(-1, 1))
+        planes["absmax_offset"] = as_bytes(torch.tensor([[offset]], dtype=torch.float32, device=device))
     else:
-        planes["absmax"] = as_bytes(absmax.float().reshape(out_features, -1))
-    scales = absmax if not format.double_quant else tensors["weight.nested_absmax"]
-    if not bool(scales.isfinite().all()):
+        scales = absmax
+        planes["absmax"] = as_bytes(absmax.float().reshape(-1, 1)).flatten()
+    if not scales.is_floating_point() or not bool(scales.isfinite().all()):
         raise QuantizationError(f"{name} has scales that are not finite.", where=name)
     for key, spec in format.plane_specs(out_features, in_features).items():
-        if tuple(planes[key].shape) != spec.shape:
+        if planes[key].numel() != prod(spec.shape) or planes[key].dtype != torch.uint8:
             raise QuantizationError(
                 f"{name} has {key} of another size than its shape asks for.",
                 where=name,
-                why=f"need {spec.shape}, got {tuple(planes[key].shape)}",
+                why=f"need {prod(spec.shape)} bytes, got {planes[key].numel()} of {planes[key].dtype}",
             )
+        planes[key] = planes[key].reshape(spec.shape)
     return format, planes
 
 
 def _from_int8(tensors: Mapping[str, Tensor], name: str) -> tuple[Format, dict[str, Tensor]]:
     layout = tensors.get("weight_format")
-    if layout is not None and int(layout.item()) != 0:
+    if layout is not None and (layout.numel() != 1 or layout.item() != 0):
         raise QuantizationError(
             f"{name} is stored in a tiled layout of an old GPU.",
             where=name,
-            why=f"weight_format = {int(layout.item())}; only 0 (by rows) is portable",
+            why=f"weight_format = {layout.flatten()[:4].tolist()}; only 0 (by rows) is portable",
             fix="save it anew with a current bitsandbytes",
         )
-    return Int8(), {"codes": tensors["weight"], "scale": as_bytes(tensors["SCB"].float().reshape(-1, 1))}
+    codes, scale = _part(tensors, "weight", name), tensors["SCB"]
+    if codes.dtype != torch.int8 or codes.dim() != 2 or scale.numel() != len(codes) or not scale.is_floating_point():
+        raise QuantizationError(
+            f"{name} is not an 8-bit layer of bitsandbytes.",
+            where=name,
+            why=f"weight is {codes.dtype} {list(codes.shape)}, SCB is {scale.dtype} {list(scale.shape)}",
+        )
+    if not bool(scale.isfinite().all()):
+        raise QuantizationError(f"{name} has scales that are not finite.", where=name)
+    return Int8(), {"codes": codes, "scale": as_bytes(scale.float().reshape(-1, 1))}
+
+
+def _part(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+    if key not in tensors:
+        raise QuantizationError(f"{name} is not a bitsandbytes layer: {key} is missing.", where=name)
+    return tensors[key]
 
 
 def _require_whole_blocks(format: Levels, out_features: int, in_features: int) -> None:
@@ -161,5 +197,5 @@ def _require_whole_blocks(format: Levels, out_features: int, in_features: int) -
 
 
 def _require_table(table: Tensor, ours: Tensor, name: str) -> None:
-    if not torch.equal(table.float(), ours):
+    if not torch.equal(table.float().flatten(), ours):
         raise QuantizationError(f"{name} was packed with another table of levels than bitsandbytes' own.", where=name)

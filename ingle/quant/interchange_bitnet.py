@@ -40,6 +40,8 @@ def from_bitnet(
     Raises:
         QuantizationError: The layer is not packed so, holds codes that are not ternary, or its scale is of no use.
     """
+    if missing := [key for key in ("weight", "weight_scale") if key not in tensors]:
+        raise QuantizationError(f"{name} is not a packed BitNet layer: {missing[0]} is missing.", where=name)
     packed, scale = tensors["weight"], tensors["weight_scale"].float()
     if packed.dtype != torch.uint8 or packed.dim() != 2 or scale.numel() != 1:
         raise QuantizationError(

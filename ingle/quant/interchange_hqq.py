@@ -116,9 +116,12 @@ def from_hqq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> tuple[Hq
             f"group_size in {list(sizes)}",
             fix="exchange the decoded weight",
         )
-    if "packing" in tensors and bytes(tensors["packing"].tolist()).decode("ascii", "replace") != PACKINGS[int(bits)]:
+    if "packing" in tensors and not torch.equal(tensors["packing"].flatten(), _encode(PACKINGS[int(bits)])):
         raise QuantizationError(f"{name} has a packing that is not that of {bits:g} bits.", where=name)
-    out_features, in_features = (int(count) for count in tensors["shape"].tolist())
+    shape = tensors["shape"].flatten().tolist()
+    if len(shape) != 2 or any(type(count) is not int or not 0 < count < 2**31 for count in shape):
+        raise QuantizationError(f"{name} has no shape of two sizes: {shape[:4]}.", where=name)
+    out_features, in_features = shape
     format = Hqq(bits=int(bits), group_size=int(size))
     _require_groups(format, out_features, in_features, name)
     num_groups = out_features * in_features // format.group_size
@@ -150,10 +153,14 @@ def unpack_stripes(packed: Tensor, bits: int) -> Tensor:
 def _view_packed(packed: Tensor, format: Hqq, num_groups: int, name: str) -> Tensor:
     """``W_q`` in its own dtype: the package may have stored it viewed as floats."""
     view = torch.int32 if format.bits == 3 else torch.uint8
-    packed = packed.contiguous().view(view)
+    packed = packed.contiguous()
+    # The last dimension is what is viewed, so it must be there and its bytes must fill whole numbers.
+    if packed.dim() == 2 and packed.shape[1] * packed.itemsize % view.itemsize == 0:
+        packed = packed.view(view)
     need = (-(-num_groups // STRIPES[format.bits]), format.group_size)
-    if (num_groups % STRIPES[format.bits] and format.bits != 3) or tuple(packed.shape) != need:
-        why = f"need {list(need)}, got {list(packed.shape)}"
+    whole = format.bits == 3 or num_groups % STRIPES[format.bits] == 0
+    if not whole or packed.dtype != view or tuple(packed.shape) != need:
+        why = f"need {list(need)} of {view}, got {list(packed.shape)} of {packed.dtype}"
         raise QuantizationError(f"{name} has codes of another size than its shape asks for.", where=name, why=why)
     return packed
 

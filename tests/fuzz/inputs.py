@@ -57,7 +57,7 @@ def write_folder(folder: Path) -> Path:
     """The model in the hub's layout."""
     tokenizer = make_tokenizer(eos="<|im_end|>", special=("<|im_start|>",))
     return write_llama(
-        folder, tokenizer, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        folder, tokenizer, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=256,
     )  # fmt: skip
 
