@@ -42,7 +42,7 @@ class Worker:
     """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
-        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self._printed = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
