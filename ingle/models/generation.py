@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -256,6 +257,8 @@ class _Decoding:
             past_key_values=fresh,
             use_cache=True,
         )
+        ours: Any
+        new: Any
         for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
             ours.keys[places], ours.values[places] = new.keys, new.values
         last: Tensor = output.last_hidden_state[:, -1]
