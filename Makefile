@@ -15,10 +15,10 @@ PYTEST_ARGS ?=
 SECONDS ?= 600
 FUZZ_ARGS ?=
 
-.PHONY: help install demo test fuzz judge check docs bench clean
+.PHONY: help install demo test test-avx2 sweep fuzz judge check docs bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Set up .venv with the pinned versions
 	@echo "ingle is ready: $(BIN)/ingle --help"
@@ -26,8 +26,22 @@ install: $(VENV)/.installed ## Set up .venv with the pinned versions
 demo: $(VENV)/.installed ## Fine-tune the bundled model on the bundled task and compare it with its base
 	$(BIN)/ingle train examples/demo/demo.yaml
 
-test: $(VENV)/.installed-test ## Run the tests
-	OMP_NUM_THREADS=$(THREADS) NUMBA_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+# A worker that runs dry takes tests from the other one, so that both end together.
+PYTEST_WORDS = -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+test test-avx2 sweep: export OMP_NUM_THREADS := $(THREADS)
+test test-avx2 sweep: export NUMBA_NUM_THREADS := $(THREADS)
+
+test: $(VENV)/.installed-test ## Run the tests; PYTEST_ARGS=--durations=40 also lists the slowest
+	$(BIN)/python -m pytest $(PYTEST_WORDS)
+
+# What depends most on the processor: the kernels, and numbers that are compared with those of other programs.
+AVX2_TESTS := tests/unit/kernels tests/unit/quant tests/numerics tests/contract/test_formats.py
+
+test-avx2: $(VENV)/.installed-test ## Run the tests of kernels and numbers as on a processor without AVX-512
+	$(BIN)/python -m tests.avx2 $(PYTEST_WORDS) $(AVX2_TESTS)
+
+sweep: $(VENV)/.installed-test ## Run the combinations that the tests leave out
+	$(BIN)/python -m pytest $(PYTEST_WORDS) -m sweep
 
 fuzz: $(VENV)/.installed-test ## Read mutated files of every kind for SECONDS=600; failing cases go to fuzz-failures/
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(FUZZ_ARGS)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.dtypes import run_dtype, word
 from benchmarks.timing import take_turns
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant.format import GGUF_FORMATS, Format
@@ -142,7 +143,7 @@ def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
 
 def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> dict[str, Any]:
     """One row of the third table: decode and product, each alone and in turns, in milliseconds."""
-    format, dtype = FORMATS[name], torch.bfloat16
+    format, dtype = FORMATS[name], run_dtype()
     planes = make_planes(format, torch.randn(shape))
     weight, x = torch.empty(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
 
@@ -196,7 +197,7 @@ def main() -> None:
         shape = SHAPES["mlp of 4096"]
         if not is_read_only(FORMATS[name]):
             encodes[f"{name}, mlp of 4096, bfloat16"] = measure_encode(peer, name, shape, torch.bfloat16, 3)
-        layers[f"{name}, mlp of 1024, bfloat16"] = measure_layer(
+        layers[f"{name}, mlp of 1024, {word(run_dtype())}"] = measure_layer(
             name, SHAPES["mlp of 1024"], options.tokens, options.rounds
         )
     result = {"threads": torch.get_num_threads(), "decode": decodes, "encode": encodes, "layer": layers}

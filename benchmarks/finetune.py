@@ -6,13 +6,15 @@ Both start from the same weights, take the same tokens and do whole optimizer st
 own, turn by turn, so that a busy machine slows both. A turn is three steps in a row, as training takes them, and the
 first of them, which finds caches and clocks as the other side left them, is not counted. Printed are medians over the
 steps after warm-up, the ratio of the two, peak memory, and the floor: the time the step's matrix products would take at
-the rate this machine multiplies such matrices at, with all else free.
+the rate this machine multiplies such matrices at, with all else free. Both compute in the type that a run would take
+here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -89,8 +91,8 @@ def count_flops(shape: Shape) -> dict[str, float]:
     }
 
 
-def measure_matmul_rate(shape: Shape) -> dict[str, float]:
-    """Rate of bfloat16 products in the shapes of the step, in FLOP/s, by shape; outputs reused."""
+def measure_matmul_rate(shape: Shape, dtype: Any) -> dict[str, float]:
+    """Rate of products of a type in the shapes of the step, in FLOP/s, by shape; outputs reused."""
     import torch
 
     rates = {}
@@ -98,8 +100,8 @@ def measure_matmul_rate(shape: Shape) -> dict[str, float]:
     maps["head"] = (shape.vocab_size, shape.hidden_size)
     for name, (o, i) in maps.items():
         rows = shape.num_tokens if name != "head" else 512
-        x, w = torch.randn(rows, i).bfloat16(), torch.randn(o, i).bfloat16()
-        y, g = torch.empty(rows, o).bfloat16(), torch.empty(rows, i).bfloat16()
+        x, w = torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)
+        y, g = torch.empty(rows, o, dtype=dtype), torch.empty(rows, i, dtype=dtype)
 
         def both(x: Any = x, w: Any = w, y: Any = y, g: Any = g) -> None:
             torch.mm(x, w.t(), out=y)
@@ -158,7 +160,7 @@ def _ids(shape: Shape, step: int) -> Any:
     return torch.randint(shape.vocab_size, (shape.num_documents, shape.document_len), generator=generator)
 
 
-def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") -> Callable[[int], float]:
+def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str = "fused") -> Callable[[int], float]:
     """What ``ingle train`` assembles, around a data set of random tokens; returns the step.
 
     ``layers``: ``fused`` as it runs; ``eager`` without fused layers; ``compiled`` with torch.compile instead.
@@ -166,6 +168,7 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") 
     import torch
     from pydantic import TypeAdapter
 
+    from benchmarks.dtypes import word
     from ingle import adapters, models, parallel, quant
     from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig, ParallelConfig
     from ingle.data.types import Sample
@@ -175,12 +178,12 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") 
     from ingle.training.optim import Optimizer
     from ingle.training.steps import take_step
 
-    config, adapter = ModelConfig(id=str(folder), dtype="bfloat16"), LoraAdapter(rank=shape.rank)
+    config, adapter = ModelConfig(id=str(folder), dtype=word(dtype)), LoraAdapter(rank=shape.rank)
     optim = OptimConfig()
     device = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads())).device
-    model: Any = models.skeleton(config, device, torch.bfloat16)
+    model: Any = models.skeleton(config, device, dtype)
     quant.convert(model, TypeAdapter(BaseConfig).validate_python({"format": base}))
-    models.fill(model, config, device, torch.bfloat16)
+    models.fill(model, config, device, dtype)
     adapters.attach(model, adapter, seed=0)
     if layers == "fused":
         report = adapters.fuse(model)
@@ -217,19 +220,19 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, layers: str = "fused") 
     return step
 
 
-def prepare_peer(shape: Shape, folder: Path, base: str, lora_dtype: str) -> Callable[[int], float]:
+def prepare_peer(shape: Shape, folder: Path, base: str, dtype: Any, lora_dtype: str) -> Callable[[int], float]:
     """The same in transformers + PEFT (+ bitsandbytes), with their defaults; returns the step."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    options: dict[str, Any] = {"dtype": dtype}
     if base == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -264,11 +267,14 @@ def _memory(key: str) -> int:
     return 0
 
 
-def work(side: str, shape: Shape, folder: Path, base: str, threads: int) -> None:
+def work(side: str, shape: Shape, options: argparse.Namespace) -> None:
     """A child process: takes a step whenever a line comes in, and answers with a line of JSON."""
     import torch
 
-    torch.set_num_threads(threads)
+    from benchmarks.dtypes import run_dtype
+
+    torch.set_num_threads(options.threads)
+    folder, base, dtype = options.folder, options.base[0], run_dtype(options.dtype)
     if side.startswith("ingle"):
         import ingle.flow  # noqa: F401  imports are not part of the memory compared
     else:
@@ -276,9 +282,9 @@ def work(side: str, shape: Shape, folder: Path, base: str, threads: int) -> None
         import transformers  # noqa: F401
     imported = _memory("VmRSS")
     if side.startswith("ingle"):
-        step = prepare_ingle(shape, folder, base, side.partition("-")[2] or "fused")
+        step = prepare_ingle(shape, folder, base, dtype, side.partition("-")[2] or "fused")
     else:
-        step = prepare_peer(shape, folder, base, "bfloat16" if side == "peer-bf16" else "float32")
+        step = prepare_peer(shape, folder, base, dtype, "bfloat16" if side == "peer-bf16" else "float32")
     # What loading needed at its peak is forgotten: compared is what training needs.
     Path("/proc/self/clear_refs").write_text("5")
     loaded = _memory("VmRSS")
@@ -315,16 +321,17 @@ def _profile(step: Callable[[], float]) -> list[tuple[str, float, int]]:
 
 
 class Side:
-    """One child process."""
+    """One child process; what follows a colon in its name tells it from others of its kind."""
 
-    def __init__(self, name: str, arguments: list[str]) -> None:
+    def __init__(self, name: str, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.steps: list[dict[str, float]] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.finetune", "--work", name, *arguments],
+            [sys.executable, "-m", "benchmarks.finetune", "--work", name.partition(":")[0], *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | dict(environment or {}),
         )
         self._read("ready")
 
@@ -352,7 +359,7 @@ class Side:
 
 def compare(shape: Shape, folder: Path, base: str, options: argparse.Namespace) -> dict[str, Any]:
     """Takes steps on all sides turn by turn and prints the medians."""
-    arguments = ["--base", base, "--threads", str(options.threads), "--folder", str(folder)]
+    arguments = ["--base", base, "--threads", str(options.threads), "--folder", str(folder), "--dtype", options.dtype]
     sides = {name: Side(name, arguments + ["--tiny"] * options.tiny) for name in options.sides}
     take_turns(sides, options.turns)
     result = {name: summarize(side, shape) for name, side in sides.items()}
@@ -391,6 +398,8 @@ def summarize(side: Side, shape: Shape) -> dict[str, Any]:
 
 def main() -> None:
     """Reads the arguments, runs, prints."""
+    from benchmarks.dtypes import NAMES, run_dtype, word
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", nargs="+", default=["none", "nf4"], help="of the base; peers know none, nf4")
     parser.add_argument(
@@ -398,6 +407,7 @@ def main() -> None:
     )
     parser.add_argument("--turns", type=int, default=4, help="of each side, three steps each, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", choices=NAMES, help="auto: what a run would compute in here")
     parser.add_argument("--profile", action="store_true", help="operators of one step of the first side")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
@@ -406,19 +416,22 @@ def main() -> None:
     options = parser.parse_args()
     shape = TINY if options.tiny else Shape()
     if options.work:
-        work(options.work, shape, options.folder, options.base[0], options.threads)
+        work(options.work, shape, options)
         return
     import torch
 
     torch.set_num_threads(options.threads)
-    rates = measure_matmul_rate(shape)
+    dtype = run_dtype(options.dtype)
+    rates = measure_matmul_rate(shape, dtype)
     flops = count_flops(shape)
     floor = floor_seconds(shape, rates)
     print(
         f"{shape.num_documents} x {shape.document_len} tokens, {sum(flops.values()) / 1e12:.2f} TFLOP a step: "
         + ", ".join(f"{name} {value / 1e12:.3f}" for name, value in flops.items())
     )
-    print("bfloat16 products: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()) + " GFLOP/s")
+    print(
+        f"{word(dtype)} products: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()) + " GFLOP/s"
+    )
     print(f"floor: {floor:.3f} s a step, {shape.num_tokens / floor:.0f} tokens/s")
     figures: dict[str, Any] = {"floor_tokens_per_s": shape.num_tokens / floor, "rates": rates}
     with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import decode, finetune
+from benchmarks.dtypes import run_dtype, word
 from ingle.kernels.cpu_threads import set_threads
 
 FORMATS = ("nf4", "q8_0", "q4_0", "q4_k", "q6_k")
@@ -26,10 +27,10 @@ AIMS = {"decode": 4.0, "peer": 2.0, "train": 0.85}
 
 
 def measure_decodes(formats: list[str], where: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """A row for each format: weights a second into bfloat16, and the peer's."""
+    """A row for each format: weights a second into the type of a run, and the peer's."""
     peer = decode.load_peer()
     shape = decode.SHAPES[where]
-    return {name: decode.measure_decode(peer, name, shape, torch.bfloat16, rounds) for name in formats}
+    return {name: decode.measure_decode(peer, name, shape, run_dtype(), rounds) for name in formats}
 
 
 def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -68,7 +69,7 @@ def main() -> None:
     set_threads(options.threads)
     torch.manual_seed(0)
     decodes = measure_decodes(options.formats, options.shape, options.rounds)
-    print(f"Decode of {options.shape} into bfloat16, billion weights/s on {options.threads} threads")
+    print(f"Decode of {options.shape} into {word(run_dtype())}, billion weights/s on {options.threads} threads")
     for name, row in decodes.items():
         rate = row["decode"]
         line = f"  {name:<8} {rate['median']:6.2f} (best {rate['best']:.2f})  {mark(rate['median'], AIMS['decode'])}"

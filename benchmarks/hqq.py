@@ -6,7 +6,7 @@ Weights are Gaussian, heavy-tailed (Student's t with 3 degrees of freedom) and t
 default the bundled one).  Errors are relative to the weights: rms over rms, and the mean of ``|w|^0.7``, which is what
 the published solver minimises, over that of the weights; 1 is the error of holding zeros.  The published solver is
 Ingle's implementation of it (``solver: hqq``); with the ``hqq`` package installed its own quantizer and bit packing
-run too.  Speeds are of packing, turn by turn in time of the processor, and of decoding into bfloat16.
+run too.  Speeds are of packing, turn by turn in time of the processor, and of decoding into the type of a run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.dtypes import run_dtype
 from benchmarks.timing import millions_per_s, take_turns
 from ingle.kernels.cpu_threads import set_threads
 from ingle.quant.hqq import Hqq
@@ -83,8 +84,8 @@ def measure(kind: str, weight: Tensor, bits: int, size: int, rounds: int) -> dic
         functions["package"] = lambda: package(weight, ours)
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     row["encode"] = millions_per_s(take_turns(functions, rounds, clock=clock), weight.numel())
-    out = torch.empty(weight.shape, dtype=torch.bfloat16)
-    decode = {"ingle": lambda: ours.decode(planes["ingle"], *weight.shape, torch.bfloat16, out)}
+    out = torch.empty(weight.shape, dtype=run_dtype())
+    decode = {"ingle": lambda: ours.decode(planes["ingle"], *weight.shape, out.dtype, out)}
     row["decode"] = millions_per_s(take_turns(decode, 10 * rounds), weight.numel())["ingle"]
     return row
 

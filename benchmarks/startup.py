@@ -30,10 +30,16 @@ def answer(run: str) -> list[str]:
 
 
 def train(folder: str) -> str:
-    """A short run of the demo, whose model is opened; it also compiles the kernels."""
+    """A short run on the demo's model and data, which is opened then; it also compiles the kernels."""
     run = str(Path(folder) / "run")
-    words = [str(ROOT / "examples/demo/demo.yaml"), "--train.num_steps=2", "--evaluate=none", f"--output={run}"]
-    _run(["-m", "ingle", "train", *words])
+    options = {
+        "model.id": ROOT / "examples/models/ember-6m",
+        "base.format": "nf4",
+        "data.sources": ROOT / "examples/demo/train.jsonl",
+        "train.num_steps": 2,
+        "output": run,
+    }
+    _run(["-m", "ingle", "train", *(f"--{name}={value}" for name, value in options.items())])
     return run
 
 

@@ -33,8 +33,11 @@ IN_FEATURES = 4096
 EXIT_CODES = (
     ("0", "Done, or nothing left to do."),
     ("1", "A bug in Ingle: please report the traceback."),
-    ("2", "A mistake that you can mend: the error says where, why and what to type instead."),
-    ("130", "Interrupted; a full checkpoint is on disk, and the same command goes on from it."),
+    ("2", "A mistake that you can fix: the error says where, why and what to type instead."),
+    (
+        "130",
+        "Interrupted by Ctrl-C or SIGTERM; no incomplete file is left, and a run resumes from its last checkpoint.",
+    ),
 )
 
 
@@ -123,10 +126,10 @@ def _parameter_default(parameter: Any) -> str:
 
 
 def errors_page() -> str:
-    """Every error a user can cause and mend."""
+    """Every error that a user can cause and fix."""
     lines = _head(
         "Errors",
-        "Every mistake that you can mend is one of these. The command line prints it without a traceback and "
+        "Every mistake that you can fix is one of these. The command line prints it without a traceback and "
         "exits with 2; Python code catches `ingle.errors.IngleError` or one of its kinds. `Interrupted` is no mistake. "
         "`str(error)` is the whole text; the parts are in `message`, `where`, `why` and `fix`.",
     )
@@ -177,7 +180,7 @@ def metrics_page() -> str:
 
 
 def events_page() -> str:
-    """Every event a run tells its sinks."""
+    """Every event that a run sends to its sinks."""
     lines = _head(
         "Events",
         "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "

@@ -21,10 +21,13 @@ def main() -> int:
         env.share_processors()
         from ingle.cli.outcome import call
 
-        return call(sys.argv[1:])
+        code = call(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began
         sys.stderr.write(f"Interrupted: {stopping.explanation()}\n")
-        return stopping.EXIT_CODE
+        code = stopping.EXIT_CODE
+    if code == stopping.EXIT_CODE:
+        stopping.leave()
+    return code
 
 
 if __name__ == "__main__":

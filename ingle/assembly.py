@@ -15,7 +15,7 @@ from ingle.events import Progress, Sink, Warned
 from ingle.objectives import LanguageModelling, Objective, Watched
 from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.census import model_shape
-from ingle.training.compiling import can_compile, compile_layers
+from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes
 from ingle.training.optim import Optimizer
@@ -87,15 +87,11 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         free_bytes=free_bytes(mesh.device),
         can_compile=can_compile(mesh.device),
         on_gpu=mesh.device.type == "cuda",
+        compiles_kernels=not has_kernels(),
     )
-    if run.train.num_steps is None and plan.num_epochs >= 1.5 * run.train.num_epochs:
-        sink(
-            Warned(
-                f"the data is read {plan.num_epochs:.3g} times, not {run.train.num_epochs:.3g}: a step takes"
-                f" {plan.global_batch_size:,} sequences and there are {len(sequences):,}",
-                where="train.global_batch_size",
-            )
-        )
+    advice = planning.find_better_batch(run, len(sequences), plan.num_steps)
+    if advice is not None:
+        sink(Warned(advice, where="train.global_batch_size"))
     return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan, contamination)
 
 
@@ -144,7 +140,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     imatrix = None
     if run.train.imatrix:
-        models.gguf_names(model)  # an architecture without them is told now, not after the training
+        models.gguf_names(model)  # an architecture without them is refused now, not after the training
         imatrix = ImatrixCollector(model)
         objective = Watched(objective, imatrix)
     return Assembled(

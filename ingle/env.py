@@ -102,7 +102,7 @@ def _free_processors() -> float:
 def _count_running() -> int:
     """Threads of all programs that run or could run at this moment."""
     try:
-        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+        return int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):
         return 1
 
@@ -110,11 +110,11 @@ def _count_running() -> int:
 def _processor_quota() -> float:
     """Processors whose time this process's container may use; no limit on a plain system."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):
         try:
-            folder = Path("/sys/fs/cgroup/cpu")
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            files = (Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+            quota, period = (file.read_text(encoding="ascii").strip() for file in files)
         except OSError:
             return math.inf
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf

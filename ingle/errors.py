@@ -1,4 +1,4 @@
-"""The one tree of errors that a user can cause and mend.
+"""The one tree of errors that a user can cause and fix.
 
 Every error says what is wrong in a sentence, where (an option or ``file:line``), why (the numbers) and
 what to type instead.  A programmer's mistake is an ``assert``, never one of these.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class Explained(BaseException):
-    """What the user is told when something ends early.
+    """What the user reads when something ends early.
 
     Args:
         message: One sentence that says what is wrong.
@@ -36,7 +36,7 @@ class Explained(BaseException):
 
 
 class IngleError(Explained, Exception):
-    """A mistake the user can mend; the command line prints it without a traceback and exits with 2."""
+    """A mistake of the user; the command line prints it without a traceback and exits with 2."""
 
 
 class ConfigError(IngleError):
@@ -92,7 +92,7 @@ class DependencyError(IngleError):
 
 
 class Interrupted(Explained):
-    """The run was asked to stop and has written a full checkpoint; the command exits with 130.
+    """Ctrl-C or SIGTERM ended the command, which exits with 130; a run continues from its last checkpoint.
 
-    Like ``KeyboardInterrupt`` it is no error, so that nobody who mends errors takes it for one.
+    Like ``KeyboardInterrupt`` it is no ``Exception``, so that code that handles errors does not swallow it.
     """

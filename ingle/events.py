@@ -1,4 +1,4 @@
-"""Typed events: what a run tells the world.
+"""Typed events: everything that a run reports.
 
 The flow calls ``sink(event)`` and knows nothing of terminals, files or trackers; those are sinks.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The run is about to begin (or go on) training.
+    """The run is about to start (or resume) training.
 
     Attributes:
         run: The resolved config as plain data.

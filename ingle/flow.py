@@ -14,6 +14,7 @@ from typing import Any
 
 from ingle import adapters, evaluation, models, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
+from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
@@ -143,7 +144,8 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> N
         models.save_pretrained(parts.model, parts.tokenizer, result)
     else:
         adapters.save_adapter(parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity)
-        parts.tokenizer.save_pretrained(result)
+        with disk_full_explained(result):
+            parts.tokenizer.save_pretrained(result)
     sink(Saved(parts.plan.num_steps, str(result), "model" if run.adapter.kind == "none" else "adapter"))
     if parts.imatrix is not None:
         datasets = [source.path for source in run.data.sources]

@@ -14,6 +14,7 @@ A second signal ends the process at once, with the same care.
 
 from __future__ import annotations
 
+import atexit
 import os
 import select
 import signal
@@ -21,8 +22,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 130
 
@@ -159,6 +161,19 @@ def silence_watchdog() -> None:
     _request.explained = True
 
 
+def leave() -> NoReturn:
+    """Ends the process after an interruption.
+
+    Python would first wait for every thread, and tear down the libraries after it has frozen the watchdog.
+    """
+    silence_watchdog()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(EXIT_CODE)
+
+
 def by_signal() -> str:
     """What follows "Stopped": `` by SIGTERM``, or nothing when no signal was received."""
     received = _request.signal or _request.seen
@@ -189,7 +204,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _watch(reader: int) -> None:
     """The watchdog's thread: ends the process when a signal has been there for too long."""
-    first = deadline = None
+    first: float | None = None
+    deadline: float | None = None
     while True:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reader], [], [], timeout)[0]:
@@ -205,7 +221,7 @@ def _watch(reader: int) -> None:
         _request.seen = _request.seen or signal.Signals(min(numbers))
 
 
-def _end() -> None:
+def _end() -> NoReturn:
     """Ends the process from the watchdog's thread."""
     if renaming.acquire(timeout=_CLEANUP_S):  # never released: nothing gets a name any more
         _attempt(_undo_all)

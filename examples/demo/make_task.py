@@ -3,7 +3,8 @@
     python examples/demo/make_task.py
 
 writes ``train.jsonl`` and ``heldout.jsonl`` beside this file, always the same bytes. Each row holds one conversation
-(record in, notice out) and further notices for the same record in ``references``. The two splits share no record and no
+(record in, notice out), a held-out one also further notices for the same record in ``references``: an answer that words
+its record in another way is no worse for it. The two splits share no record and no
 pair of a record's first two values; a quarter of the held-out records also hold values that no training record has
 (lines with ``*`` in ``values.txt``), which the model has to copy without having seen them.
 """
@@ -20,10 +21,10 @@ from random import Random
 
 HERE = Path(__file__).parent
 SEED = "noticeboard"
-NUM_TRAIN, NUM_HELDOUT = 3_000, 300
-NUM_REFERENCES = {"train": 2, "heldout": 4}  # besides the answer in the conversation
+NUM_TRAIN, NUM_HELDOUT = 5_000, 300
+NUM_REFERENCES = {"train": 0, "heldout": 4}  # besides the answer in the conversation
 UNSEEN_SHARE = 0.25
-REQUEST = "Please write this up for the noticeboard.\n"
+REQUEST = "Please write this up.\n"
 
 Record = dict[str, str]
 
@@ -137,7 +138,7 @@ class Noticeboard:
     def _options(self, kind: Kind) -> dict[str, str]:
         if kind.name == "found":  # who keeps it and where go together
             return dict(kind.options)
-        chosen = set(self.rng.sample(sorted(kind.options), self.rng.choice((0, 1, 1, 1, 2, 2))))
+        chosen = set(self.rng.sample(sorted(kind.options), self.rng.choice((0, 0, 1, 1))))
         return {field: section for field, section in kind.options.items() if field in chosen}
 
     def notices(self, kind: Kind, record: Record, count: int) -> list[str]:
@@ -189,13 +190,11 @@ def record_line(record: Record) -> str:
 def row(record: Record, notices: Sequence[str]) -> dict[str, object]:
     """One JSONL row."""
     first, *others = notices
-    return {
-        "messages": [
-            {"role": "user", "content": REQUEST + record_line(record)},
-            {"role": "assistant", "content": first},
-        ],
-        "references": others,
-    }
+    messages = [
+        {"role": "user", "content": REQUEST + record_line(record)},
+        {"role": "assistant", "content": first},
+    ]
+    return {"messages": messages} | ({"references": others} if others else {})
 
 
 def make_splits() -> dict[str, list[dict[str, object]]]:

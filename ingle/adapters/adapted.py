@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.targets import Selection
+from ingle.adapters.targets import Selection, named_like_experts
 from ingle.errors import AdapterError
 from ingle.quant.linear import Packed
-
-#: Linear maps of dense and shared feed-forwards that PEFT takes for those of fused experts, by these names.
-_NAMED_LIKE_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
+from ingle.wording import some
 
 #: Buffers that keep what a module trained whole held before; they end in this and are never saved.
 BEFORE = "_before_training"
@@ -130,10 +128,16 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
             f"{len(experts)} fused expert weights ({sum(e.parameters for e in experts):,} parameters) "
             "stay frozen without an adapter",
         )
-    alike = {name.rpartition(".")[2] for name in selection.adapted} & _NAMED_LIKE_EXPERTS
-    if experts and alike:
+    if selection.left_out:
         notes += (
-            f"PEFT may take {', '.join(sorted(alike))} for the experts' and answer otherwise; "
+            f"{len(selection.left_out)} linear maps got no adapter ({some(selection.left_out)}): PEFT would take them "
+            "for those of the fused experts and answer otherwise; name them in adapter.target_modules to adapt them",
+        )
+    mixed_up = named_like_experts(model, selection.adapted)
+    if mixed_up:
+        alike = sorted({name.rpartition(".")[2] for name in mixed_up})
+        notes += (
+            f"PEFT takes {', '.join(alike)} for those of the fused experts and answers otherwise; "
             "leave them out of adapter.target_modules if it is to read the adapter",
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +19,8 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter folder, a model folder or a hub id.")
 ]
 System = Annotated[str | None, typer.Option(help="A system message before conversations that have none.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]
@@ -123,10 +122,6 @@ def check_template(engine: Engine) -> None:
 
 def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
     """Refuses options of sampling that have no meaning, before anything is loaded."""
-    if not math.isfinite(temperature):
-        raise ConfigError(
-            "--temperature must be a number.", where=f"--temperature {temperature}", fix="--temperature 0.7"
-        )
     if not top_p > 0:
         raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:

@@ -19,6 +19,7 @@ from ingle.cli import (
     quantizing,
     training,
 )
+from ingle.cli.numbers import checked
 
 app = typer.Typer(
     name="ingle",
@@ -62,3 +63,8 @@ app.add_typer(config, name="config")
 config.command("show", context_settings=_TAKES_OVERRIDES)(configuration.show)
 config.command("schema")(configuration.schema)
 app.command("doctor")(doctor.doctor)
+
+for group in (app, data, config):
+    for entry in group.registered_commands:
+        assert entry.callback is not None
+        entry.callback = checked(entry.callback)

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "/help": "Show this list.",
-    "/system [TEXT]": "Show the system message, or set it; `/system -` removes it.",
+    "/system [TEXT]": "Show or set the system message; `/system -` removes it.",
     "/retry": "Answer the last message again.",
-    "/save FILE": "Write the conversation into a new file, as one JSON line that training can read.",
+    "/save FILE": "Write the conversation into a new file, as a row of training data.",
     "/clear": "Forget the conversation; the system message stays.",
     "/exit": "Leave, as Ctrl-D does.",
 }
@@ -287,7 +287,7 @@ class Talk:
         self._note(f"Saved {len(messages)} messages in {path}.")
 
     def _note(self, text: str, style: str = "dim") -> None:
-        self._notes.print(Text(text, style=style), soft_wrap=True)
+        self._notes.print(Text(text, style=style))
 
 
 def _edit_lines() -> None:

@@ -40,7 +40,7 @@ _HUB_TIMEOUT_S = 2.0
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, memory and measured speed; takes a few seconds.
 
-    A run can be no faster than these rates; what is missing here (a compiler, the hub) says what to install.
+    A run can be no faster than these rates. What is missing (a compiler, the hub) is listed with what to install.
     """
     report = examine()
     if as_json:
@@ -105,7 +105,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _processor() -> tuple[str, set[str]]:
-    """Name and instruction sets of the CPU; Linux tells both."""
+    """Name and instruction sets of the CPU; both are known on Linux only."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.processor() or platform.machine(), set()
@@ -233,12 +233,15 @@ def _print(report: dict[str, Any]) -> None:
     memory = report["memory"]
     line("memory", f"{size(memory['total_bytes'])}, {size(memory['available_bytes'])} available")
     line("disk free", ", ".join(f"{size(free)} at {path}" for path, free in report["disk"].items()))
-    line("compiler", "there, torch.compile works" if report["can_compile"] else "none: install g++ for torch.compile")
+    line(
+        "compiler",
+        "found; torch.compile works" if report["can_compile"] else "not found; install g++ to use torch.compile",
+    )
     line("hub", _HUB_WORDS[report["hub"]])
     for device in report["devices"]:
         if device["kind"] == "cpu":
             line("cpu", f"{device['name']}, {device['cores']} cores, {device['threads']} threads")
-            line("", " ".join(device["features"]) or "no fast instructions known")
+            line("", " ".join(device["features"]) or "no vector instructions that Ingle uses")
         else:
             line("gpu", f"{device['name']}, {size(device['memory_bytes'])}, {size(device['free_bytes'])} free")
         for name, (title, scale, unit) in _RATE_WORDS.items():

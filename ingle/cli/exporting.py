@@ -146,7 +146,7 @@ def summarize(result: dict[str, Any]) -> list[str]:
     from ingle.export import wording
 
     kind = f"{result['type']}, " if result["type"] else ""
-    lines = [f"Wrote {result['path']} ({kind}{size(result['num_bytes'])})."]
+    lines: list[str | None] = [f"Wrote {result['path']} ({kind}{size(result['num_bytes'])})."]
     report = result["fidelity"]
     if report is not None:
         lines += [wording.weights(report), wording.rounding(report), wording.kept(report)]

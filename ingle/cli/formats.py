@@ -87,7 +87,7 @@ _COLUMNS = (
     ("rate", "weights/s", 6),
     ("memory", "memory", 7),
 )
-_VERDICTS = {"yes": "Holds here", "no": "Does not hold here", "in part": "Holds in part", "open": "Not measured"}
+_VERDICTS = {"yes": "Holds here", "no": "Does not hold here", "in part": "Holds in part"}
 
 
 def _render(report: Mapping[str, Any], out: Path | None, console: Console) -> list[RenderableType]:
@@ -97,7 +97,8 @@ def _render(report: Mapping[str, Any], out: Path | None, console: Console) -> li
     from ingle.evaluation.formats.wording import measured_on
 
     shown = [key for key, _, _ in _COLUMNS]
-    while console.measure(table := _table(report, shown)).maximum > console.width and len(shown) > 2:
+    unlimited = console.options.update(width=1000)
+    while console.measure(table := _table(report, shown), options=unlimited).maximum > console.width and len(shown) > 2:
         shown.remove(max((rank, key) for key, _, rank in _COLUMNS if key in shown)[1])
     left_out = [title for key, title, _ in _COLUMNS if key not in shown]
     choice, subject = report["recommendation"], report["subject"]
@@ -107,7 +108,11 @@ def _render(report: Mapping[str, Any], out: Path | None, console: Console) -> li
     ]
     if left_out:
         lines.append(f"Left out in so narrow a terminal: {', '.join(left_out)}; --json and --out show everything.")
-    lines += [f"{_VERDICTS[each['verdict']]}: {each['claim']} ({each['measured']})" for each in report["sayings"]]
+    lines += [
+        f"{_VERDICTS[each['verdict']]}: {each['claim']} ({each['measured']})"
+        for each in report["sayings"]
+        if each["verdict"] in _VERDICTS
+    ]
     if choice["name"] is not None:
         lines.append(f"{'Recommended' if choice['within'] else 'Closest'}: {choice['name']}, {choice['reason']}")
         lines.append(f"To write it: ingle quantize {shlex.quote(subject['model'])} --to {choice['name']} --out PATH")

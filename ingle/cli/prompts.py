@@ -29,8 +29,11 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, raw: bool = False) 
     Raises:
         DataError: There is no prompt, or one is empty or cannot be read.
     """
-    prompts = [(text, f"--prompt {number} of {len(texts)}") for number, text in enumerate(texts, 1)]
-    found: list[tuple[Prompt, str]] = [*prompts, *(_read_file(file) if file is not None else ())]
+    found: list[tuple[Prompt, str]] = []
+    for number, text in enumerate(texts, 1):
+        found.append((text, f"--prompt {number} of {len(texts)}" if len(texts) > 1 else "--prompt"))
+    if file is not None:
+        found.extend(_read_file(file))
     if not texts and file is None:
         if sys.stdin.isatty():
             raise DataError("There is no prompt.", fix=_WAYS)

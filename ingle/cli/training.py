@@ -37,7 +37,7 @@ def train(
     Every option of the config can be set on the command line: `--a.b=c` or `--a.b c`, the value written as in YAML.
 
     - `ingle train run.yaml --optim.lr=1e-4 --train.num_steps=100`
-    - `ingle train run.yaml --base.format=none` (another format; what the file says of the old one is left out)
+    - `ingle train run.yaml --base.format=none` (another format; options of the old one in the file are left out)
     - `ingle train run.yaml --data.sources=[a.jsonl,b.jsonl] --data.sources.0.limit=1000`
     - `ingle train --model.id=Qwen/Qwen3-0.6B --data.sources=my.jsonl --output=runs/mine` (no file at all)
 

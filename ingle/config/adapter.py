@@ -51,7 +51,8 @@ class LowRankAdapter(Section):
         rslora: Rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732).
         lora_plus_ratio: Learning rate of B over that of A (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA.
         target_modules: ``all-linear``, or patterns matched against the end of a module's path
-            (``q_proj``, ``layers.*.mlp.*``).
+            (``q_proj``, ``layers.*.mlp.*``). ``all-linear`` leaves out the head, and what PEFT would take for fused
+            experts.
         trainable_modules: Modules trained whole and saved with the adapter (``embed_tokens``, ``lm_head``).
         path: An adapter folder in PEFT's layout to start from; its rank and targets must agree.
         allow_mismatch: Start from ``path`` even if it was trained on another base than this run's.

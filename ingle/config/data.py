@@ -20,7 +20,7 @@ class Source(Section):
 
     Attributes:
         path: ``train.jsonl`` (also .json, .csv, .parquet, .txt, each also .gz), a glob, or a hub dataset id.
-            Looked for from the current folder, then beside the config file.
+            Relative to the current folder; if nothing is there, to the folder of the config file.
         layout: How a row is to be read; ``auto`` looks at its keys.
         columns: Renames columns before the layout is read: ``{prompt: mr, completion: ref}``.
         split: Split of a hub dataset.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
+from yaml.reader import ReaderError
 
 from ingle.errors import ConfigError
 
@@ -155,7 +156,7 @@ class _Reader:
                 return self._convert(loader, root, ()) if root is not None else Node(None, self._origin, self._name)
             finally:
                 loader.dispose()
-        except yaml.reader.ReaderError as error:
+        except ReaderError as error:
             line = text.count("\n", 0, error.position)
             mark = yaml.Mark(self._name, error.position, line, 0, text, error.position)
             raise self._invalid(mark, f"the character U+{ord(text[error.position]):04X} is not allowed") from error

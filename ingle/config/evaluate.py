@@ -24,7 +24,7 @@ class TaskConfig(Section):
         max_new_tokens: Longest answer.
         temperature: 0 is greedy.
         top_p: Nucleus sampling when ``temperature`` is above 0.
-        stop: Strings that end an answer, besides the end-of-turn token.
+        stop: Strings that end an answer, in addition to the end-of-turn token.
         answer_pattern: A regular expression whose first group (last match) is compared by ``exact_match``.
         system: A system message put before prompts that have none.
         control_tokens: As ``data.control_tokens``, for prompts and references; ``keep`` goes with ``keep``.

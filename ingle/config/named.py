@@ -68,11 +68,12 @@ def nearest_path(path: str | Path) -> str | None:
 
 
 def _check_folder(folder: Path) -> None:
-    if any((folder / mark).is_file() for mark in _MARKS):
+    if _is_marked(folder):
         return
-    runs, files = _runs(folder), sorted(folder.glob("*.gguf"))
-    if runs:
-        raise ModelError(f"{folder} holds runs, and is none itself.", fix=f"name one of them: {_listed(runs)}")
+    inside = sorted(path for path in folder.iterdir() if _is_marked(path)) or _runs(folder)
+    files = sorted(folder.glob("*.gguf"))
+    if inside:
+        raise ModelError(f"{folder} is no run and no model, but it holds some.", fix=f"name one: {_listed(inside)}")
     if files:
         raise ModelError(f"{folder} is a folder; a GGUF model is a file.", fix=f"name it: {_listed(files)}")
     raise ModelError(
@@ -87,11 +88,14 @@ def _check_folder(folder: Path) -> None:
 def _check_file(file: Path) -> None:
     if file.suffix.lower() == ".gguf":
         return
-    is_part = any((file.parent / mark).is_file() for mark in _MARKS)
     raise ModelError(
         f"{file} is not a model: of single files, only .gguf files are.",
-        fix=f"name its folder: {file.parent}" if is_part else f"name {_EXPECTED} or a .gguf file",
+        fix=f"name its folder: {file.parent}" if _is_marked(file.parent) else f"name {_EXPECTED} or a .gguf file",
     )
+
+
+def _is_marked(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in _MARKS)
 
 
 def _may_be_on_the_hub(name: str, path: Path) -> bool:

@@ -77,7 +77,7 @@ def _put(root: Node, shape: Shape | None, override: Override) -> None:
     target = _part_shape(_open(node, shape, override, len(override.keys) - 1), shape, last)
     value = _value(override, target)
     if isinstance(target, Choice) and not isinstance(value.value, dict):
-        # ``--adapter=none``: the word is the tag; what the file says beside it is sorted out afterwards.
+        # ``--adapter=none``: the word is the tag; options of another tag in the file are dropped afterwards.
         below, _ = _step(node, shape, last, override, len(override.keys) - 1)
         below.value[target.tag] = value
     elif isinstance(node.value, list):

@@ -1,7 +1,7 @@
-"""Where the files that a config names are looked for.
+"""How the files that a config names are found.
 
-A relative path is read from the current folder, as typed paths are.  One that is not there is looked for beside the
-config file, and, for a run that is opened again, from the folder in which the run was begun
+A relative path is relative to the current folder.  If nothing is there, it is relative to the folder of the config file
+and, for a run that is opened again, to the folder in which the run was started
 (:attr:`~ingle.config.run.Run.paths_from`).  A name that is found nowhere stays as it is: it may be a hub id.
 """
 
@@ -38,8 +38,8 @@ def find_path(path: str, *folders: str | Path | None) -> str:
     path = expand(path)
     if Path(path).is_absolute() or _exists(Path(path)):
         return path
-    beside = (Path(folder) / path for folder in folders if folder is not None)
-    return next((str(found) for found in beside if _exists(found)), path)
+    others = (Path(folder) / path for folder in folders if folder is not None)
+    return next((str(found) for found in others if _exists(found)), path)
 
 
 def locate_paths(run: Run) -> Run:
@@ -61,8 +61,8 @@ def resolved_paths(run: Run) -> Run:
 def move_paths(run: Run, folder: Path) -> Run:
     """A run read from a run folder, whose files have perhaps moved together with it.
 
-    When the folder in which it was begun is gone, the run folder itself tells where that is now: ``output`` leads
-    from the one to the other.
+    If the folder in which the run was started is gone, it was probably moved together with the run folder: ``output``
+    is the path from the one to the other.
     """
     tail = Path(run.output).parts
     here = Path(os.path.realpath(folder))  # resolve() raises on a loop of links

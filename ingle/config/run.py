@@ -20,8 +20,8 @@ class Run(Section):
     Attributes:
         output: The run folder.
         seed: Of data order, adapter initialisation and dropout.
-        paths_from: Folder in which relative paths are looked for when the current folder does not have them;
-            ``run.yaml`` of a run folder holds the one in which the run was begun.
+        paths_from: Folder that relative paths refer to if the current folder does not have them; ``run.yaml`` in a run
+            folder holds the one in which the run was started.
     """
 
     model: ModelConfig

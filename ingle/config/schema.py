@@ -33,7 +33,7 @@ class Leaf:
         alone: The fixed words among the values.
         listed: The fixed words that may stand in a list.
         items: The default when that is a list; None when no list is among the values.
-        is_open: A list of any length is among the values, so that one item stands for a list of one.
+        is_open: A list of any length is among the values, so that a single item means a list of one.
     """
 
     words: str
@@ -62,7 +62,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rows:
-    """A list of sections; a bare text stands for a row with only ``key``."""
+    """A list of sections; a bare text means a row with only ``key``."""
 
     section: type[Section]
     key: str = "path"
@@ -81,7 +81,7 @@ class Option:
     """One option as the reference shows it.
 
     Attributes:
-        path: Dotted path; ``N`` stands for a position in a list.
+        path: Dotted path; ``N`` is a position in a list.
         type: What a value may be, in plain words.
         default: The default as YAML would have it; None when it must be given.
         description: From the section's docstring.

@@ -38,7 +38,7 @@ def task_rules(at: str) -> tuple[Rule[TaskConfig], ...]:
         Rule(
             "metrics-once",
             lambda task: bool(_twice(task.metrics)),
-            lambda task: f"{', '.join(_twice(task.metrics))} stands twice in the list of metrics.",
+            lambda task: f"The list of metrics names {', '.join(_twice(task.metrics))} twice.",
             f"{at}metrics",
             lambda task: f"--{at}metrics=[{','.join(dict.fromkeys(task.metrics))}]",
         ),

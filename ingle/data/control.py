@@ -280,7 +280,7 @@ def _distinct(found: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: str) -> dict[str, str]:
     """For each control token a private text of the same length whose characters no message holds."""
-    taken = set().union(*(message.content for message in messages))
+    taken = {char for message in messages for char in message.content}
     free = (char for char in map(chr, range(_FOR_MESSAGES, _FOR_MESSAGES + _SIZE)) if char not in taken)
     private = {token: "".join(islice(free, len(token))) for token in tokens}
     if any(len(token) != len(name) for token, name in private.items()):

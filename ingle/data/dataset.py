@@ -117,11 +117,6 @@ class Origins:
         return f"{list(self._names)[self._name_of.view()[i]]}{self._line_of.view()[i]}"
 
     @property
-    def largest_id(self) -> int:
-        """The largest token of all documents."""
-        return int(self._ids.max())
-
-    @property
     def nbytes(self) -> int:
         """Memory it takes, in bytes."""
         return self._name_of.view().nbytes + self._line_of.view().nbytes

@@ -181,8 +181,8 @@ class TextEncoder:
         self._backend = copy_backend(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
-        control = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
-        self._control = np.array(sorted(control), dtype=np.int32)
+        added = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
+        self._control = np.array(sorted(added), dtype=np.int32)
         self._recut: dict[str, bool] = {}
 
     @property

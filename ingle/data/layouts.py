@@ -109,7 +109,7 @@ def _preferences(row: Mapping[str, Any], origin: str) -> DataError:
         "This looks like preference data: every row has a chosen and a rejected answer.",
         where=origin,
         why="there is no objective for preferences yet; sft learns from one answer a row",
-        fix=f"to train on the chosen answers alone: data.sources=[{{path: ..., {fix}}}]",
+        fix=f"to train on the chosen answers alone: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
     )
 
 

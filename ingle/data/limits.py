@@ -84,12 +84,12 @@ def _limited_time(seconds: float) -> Iterator[None]:
                 former[number] = handler
                 signal.signal(number, stop)
 
-    ticked = signal.signal(signal.SIGVTALRM, tick)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _TICK_S, _TICK_S)
+    ticked = signal.signal(signal.SIGPROF, tick)
+    signal.setitimer(signal.ITIMER_PROF, _TICK_S, _TICK_S)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, ticked)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, ticked)
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -111,8 +112,7 @@ def _reject_repeats(pairs: list[tuple[str, Any]]) -> Row:
     """An object of JSON; which of two values for one key is meant is not for the reader to guess."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return row
 
@@ -232,7 +232,8 @@ def _read_json_array(path: Path) -> Rows:
         window = _Text(path, file)
         window.peek()
         window.advance(window.pos + 1)
-        number, held, in_lines = 0, None, True
+        number, in_lines = 0, True
+        held: tuple[Place, Row] | None = None  # the first row, until the second one tells what places are
         while (char := window.peek()) != "]":
             line, number = window.line, number + 1
             if number == 2:

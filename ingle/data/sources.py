@@ -98,7 +98,7 @@ def _suggest(missing: Path) -> str:
     folder = next(folder for folder in missing.parents if folder.is_dir() or folder == folder.parent)
     part = missing.relative_to(folder).parts[0] if folder != missing.parent else missing.name
     names = _names_in(folder)
-    near = difflib.get_close_matches(part, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(part, names, n=1, cutoff=0.75)
     if near:
         return f"did you mean {folder / near[0]}?"
     data = [name for name in names if data_suffix(Path(name)) in known_suffixes()]

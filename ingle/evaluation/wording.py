@@ -69,7 +69,7 @@ def judgement(row: Mapping[str, Any], num_metrics: int) -> str:
     """
     correction = f"after correction for {num_metrics} metrics"
     if row["outcome"] != "unclear":
-        return row["outcome"] + (f" ({corrected_p(row)} {correction})" if num_metrics > 1 else "")
+        return str(row["outcome"]) + (f" ({corrected_p(row)} {correction})" if num_metrics > 1 else "")
     if row["p"] < LEVEL <= row["p_holm"]:
         return f"not significant {correction} ({corrected_p(row)})"
     return "no significant difference"

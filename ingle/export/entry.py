@@ -11,7 +11,7 @@ from ingle.errors import Interrupted
 from ingle.events import Saved, Sink
 from ingle.export import certificate, hf, llama
 from ingle.export.merged import export_gguf, export_safetensors
-from ingle.export.request import MAX_KL, SIZE_BUDGET, Request, Subject, Target, require_model
+from ingle.export.request import MAX_KL, SIZE_BUDGET, Request, Subject, Target
 from ingle.export.unmerged import export_adapter_gguf, export_peft
 from ingle.export.work import Outcome, Work
 from ingle.models.peers import require_readers
@@ -77,7 +77,6 @@ def export(
     request.check()
     if verify:  # say that a program is missing before anything is written, not after
         _require_reader(request)
-    require_model(run_or_model)
     source = inference.locate(run_or_model)
     work = Work(request, Subject.find(run_or_model, source), models.load_tokenizer(source.model), sink)
     outcome = _WAYS[to](work)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +18,15 @@ from numpy.typing import NDArray
 from ingle.env import install_command
 from ingle.errors import DependencyError, ExportError
 
+#: Loads a model and an adapter and computes a few tokens, many at once and one alone.
+_TRIAL = """
+import sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], lora_path=sys.argv[2] or None, n_ctx=64, n_batch=64, n_threads=1, verbose=False)
+model.eval(list(range(8)))
+model.eval([0])
+"""
+
 
 class LlamaCpp:
     """A GGUF file as llama.cpp serves it.
@@ -25,12 +37,13 @@ class LlamaCpp:
         context: Most tokens in one text.
 
     Raises:
-        DependencyError: The binding is not installed.
+        DependencyError: The binding is not installed, or crashes.
         ExportError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
         binding = require()
+        try_out(path, adapter)
         self.version = f"llama.cpp (llama-cpp-python {binding.__version__})"
         try:
             self._llama = binding.Llama(
@@ -147,6 +160,27 @@ def require() -> Any:
             fix=f"`{install_command('llama')}` (compiles for some minutes; needs a C++ compiler and CMake)",
         ) from error
     return llama_cpp
+
+
+def try_out(path: Path, adapter: Path | None) -> None:
+    """Has llama.cpp compute a few tokens in a process of its own, so that a crash does not end ours.
+
+    It crashes where it was compiled for instructions that the system does not allow, as AMX in some virtual machines.
+
+    Raises:
+        DependencyError: It does.
+    """
+    words = [sys.executable, "-c", _TRIAL, str(path), str(adapter or "")]
+    code = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
+    if code < 0:  # other failures come again below, with their reasons
+        raise DependencyError(
+            "llama.cpp crashes while it reads the export; the export itself is complete.",
+            where=str(path),
+            why=f"a process of its own was ended by {signal.Signals(-code).name}",
+            fix="compile its binding without this processor's own instructions: `CMAKE_ARGS=-DGGML_NATIVE=OFF "
+            f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python`; or leave "
+            "--verify out",
+        )
 
 
 def _threads() -> int:

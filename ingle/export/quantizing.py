@@ -18,6 +18,7 @@ from torch import Tensor
 from ingle import models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
+from ingle.config.named import check_name
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import Target, find_target, read_windows
 from ingle.evaluation.importance import gather_importance
@@ -26,7 +27,7 @@ from ingle.export import hf
 from ingle.export.gguf import GgufExport
 from ingle.export.merging import Merger
 from ingle.export.place import Place
-from ingle.export.request import require_file, require_model
+from ingle.export.request import require_file
 from ingle.gguf import read_gguf
 from ingle.inference import Source
 from ingle.models.gguf_weights import GgufWeight
@@ -141,7 +142,7 @@ def quantize(order: Order, sink: Sink = lambda event: None) -> dict[str, Any]:
         IngleError: For every other mistake of the user.
     """
     target = order.check()
-    require_model(order.model)
+    check_name(order.model)
     is_file = target.container == "gguf"
     name = Path(order.model).resolve().name
     place = Place(order.out, f"{name}-{target.name}" if is_file else None, companions=())

@@ -10,14 +10,15 @@ from typing import Any, Literal, get_args
 from ingle import data
 from ingle.config.data import DataConfig
 from ingle.config.data import Source as DataSource
+from ingle.config.named import nearest_path
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
-from ingle.errors import ConfigError, ModelError
+from ingle.errors import ConfigError
 from ingle.evaluation.likelihood import Window, window_size
 from ingle.inference import Source
 from ingle.training.folder import RunFolder
-from ingle.wording import either, nearest, some
+from ingle.wording import either
 
 Target = Literal["peft", "safetensors", "gguf", "gguf-adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -110,42 +111,10 @@ def require_file(path: Path, option: str) -> None:
         ConfigError: It does not; names the closest one in its folder.
     """
     if not path.exists():
-        raise ConfigError("There is no such file.", where=f"{option} {path}", fix=_did_you_mean(path))
-
-
-def require_model(path_or_id: str) -> None:
-    """Refuses a path that cannot be what is asked for before it is taken for the id of a model on the hub.
-
-    Raises:
-        ModelError: The path does not exist although its folder does, or it is a folder without run, adapter or model.
-    """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir())
-        if any(name in names for name in ("run.yaml", "adapter_config.json", "config.json")):
-            return
-        below = next((name for name in names if (path / name / "run.yaml").is_file()), None)
-        files = next((name for name in names if name.endswith(".gguf")), None)
-        found = below or files
-        raise ModelError(
-            f"{path_or_id} is neither a run nor an adapter nor a model.",
-            where=str(path),
-            why="it has no run.yaml, adapter_config.json or config.json; it holds "
-            + (some(names) if names else "nothing"),
-            fix=f"did you mean {path / found}?" if found else "name the folder that a run left (its `output`)",
+        near = nearest_path(path)
+        raise ConfigError(
+            "There is no such file.", where=f"{option} {path}", fix=None if near is None else f"did you mean {near}?"
         )
-    near = _did_you_mean(path)
-    of_runs = path.parent.is_dir() and any(path.parent.glob("*/run.yaml"))  # not the owner of models on the hub
-    is_path = (of_runs or path.is_absolute() or len(path.parts) > 2) and path.suffix != ".gguf"
-    if not path.exists() and (near or is_path):
-        raise ModelError(f"There is no {path_or_id}.", where=str(path), fix=near or "check the path")
-
-
-def _did_you_mean(path: Path) -> str | None:
-    """The entry of the nearest existing folder whose name is closest."""
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, names, cutoff=0.7)
-    return f"did you mean {path.parent / near}?" if near else None
 
 
 @dataclass(frozen=True)

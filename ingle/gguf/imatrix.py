@@ -125,10 +125,10 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         counts_E = counts.read().view(np.float32).reshape(-1)
         entries[name] = _entry(file.path, name, sums_EI, counts_E)
     datasets = file.metadata.get("imatrix.datasets", [])
-    counts = [file.metadata.get(f"imatrix.{key}", 0) for key in ("chunk_count", "chunk_size")]
-    if not isinstance(datasets, list) or any(type(count) is not int for count in counts):
+    chunks = [file.metadata.get(f"imatrix.{key}", 0) for key in ("chunk_count", "chunk_size")]
+    if not isinstance(datasets, list) or any(type(count) is not int for count in chunks):
         raise _damaged(file.path, "imatrix.datasets, imatrix.chunk_count or imatrix.chunk_size is of another type")
-    return Imatrix(entries, tuple(str(each) for each in datasets), *counts)
+    return Imatrix(entries, tuple(str(each) for each in datasets), *chunks)
 
 
 def _entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: NDArray[np.float32]) -> ImatrixEntry:

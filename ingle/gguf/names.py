@@ -126,8 +126,8 @@ def names_of(metadata: dict[str, Any]) -> TensorNames:
     architecture = metadata.get("general.architecture", "")
     if not isinstance(architecture, str) or architecture not in LAYERS:
         raise unsupported(str(architecture)[:60])
-    num_heads = metadata.get(f"{architecture}.attention.head_count")
-    num_kv_heads = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
+    num_heads: Any = metadata.get(f"{architecture}.attention.head_count")
+    num_kv_heads: Any = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
     if not (_is_count(num_heads) and _is_count(num_kv_heads)) or num_heads % num_kv_heads:
         raise GgufError(
             "The file does not give one number of heads, a multiple of that of keys and values.",

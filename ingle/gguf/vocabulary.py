@@ -82,7 +82,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARS:
         raise bad_value("tokenizer.ggml.tokens", f"holds a token of {longest:,} characters")
-    types: list[int] = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    types: Any = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise bad_value("tokenizer.ggml.token_type", f"does not give a type to each of the {len(tokens):,} tokens")
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -240,7 +240,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) ->
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
 ) -> dict[str, Any]:
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores: Any = metadata.get("tokenizer.ggml.scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
     if not numbers or len(scores) != len(types):
         raise bad_value("tokenizer.ggml.scores", f"does not give a number to each of the {len(types):,} tokens")

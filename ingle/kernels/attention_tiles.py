@@ -104,6 +104,7 @@ class Reach:
         """Reads document boundaries, int [D + 1]."""
         bounds = cu_seqlens.numpy().astype(np.int32)
         lengths = np.diff(bounds)
+        window = None if window is None else min(window, int(bounds[-1]))  # a config may name any number
         index = np.arange(bounds[-1], dtype=np.int32)
         start, stop = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
         first = start if window is None else np.maximum(start, index - np.int32(window - 1))

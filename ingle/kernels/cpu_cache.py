@@ -35,6 +35,13 @@ def compile_float_kernel(function: Kernel) -> Kernel:
     return _compile(function, fastmath=FAST)
 
 
+def is_compiled(kernel: Kernel) -> bool:
+    """Whether an earlier process has compiled a kernel and kept the result, for whatever kind of arguments."""
+    dispatcher: Any = kernel
+    folder = dispatcher.stats.cache_path  # None where nothing can be kept
+    return folder is not None and any(Path(folder).glob(f"*.{dispatcher.py_func.__qualname__}-*.nbi"))
+
+
 def _compile(function: Kernel, **options: Any) -> Kernel:
     options |= {"parallel": True, "nogil": True, "error_model": "numpy", "pipeline_class": _Compiler}
     # Numba looks at the file of the kernel alone; what is inlined from others has to be in the name it keeps it by.

@@ -16,8 +16,9 @@ from ingle.kernels.cpu_cache import compile_kernel
 #: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
 TINIEST = np.float32(1e-38)
 
-#: The least absmax whose 127-fold inverse is finite.
-SMALLEST = np.float32(127) / np.finfo(np.float32).max
+#: The least power of two whose 127-fold inverse is finite.  A zero times infinity would be a NaN, and what a cast makes
+#: of a NaN depends on the processor.
+SMALLEST = np.float32(2.0**-121)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -193,7 +193,7 @@ def _bend_and_score(logits_CV: Tensor, targets_C: Tensor, shape: _Shape, with_gr
     if supported(logits_CV):
         match_threads(logits_CV.numel())
         nll_C = np.empty(len(targets_C), np.float32)
-        _score_rows(
+        score_rows(
             bits(logits_CV),
             targets_C.numpy(),
             np.float32(shape.logit_scale),
@@ -206,7 +206,7 @@ def _bend_and_score(logits_CV: Tensor, targets_C: Tensor, shape: _Shape, with_gr
 
 
 def _score_with_torch(logits_CV: Tensor, targets_C: Tensor, shape: _Shape, with_gradient: bool) -> Tensor:
-    """What :func:`_score_rows` computes, readable and on any device."""
+    """What :func:`score_rows` computes, readable and on any device."""
     z_CV = logits_CV.to(_accumulator(logits_CV.dtype)) * shape.logit_scale
     slope: float | Tensor = shape.logit_scale
     if shape.softcap:
@@ -236,7 +236,7 @@ def _slope(z, scale, softcap):  # type: ignore[no-untyped-def]
 
 
 @compile_float_kernel
-def _score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: ignore[no-untyped-def]
+def score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: ignore[no-untyped-def]
     """One row at a time, in cache: log-sum-exp, loss, then softmax minus one-hot in place of the logits."""
     num_rows, vocabulary = logits.shape
     for i in prange(num_rows):

@@ -33,23 +33,29 @@ _FLOAT = ir.FloatType()
 
 def find_shuffle() -> str | None:
     """LLVM's name of this processor's 16-byte shuffle, or None."""
-    match _machine():
+    match platform.machine().lower():
         case "x86_64" | "amd64":
-            return "llvm.x86.ssse3.pshuf.b.128" if binding.get_host_cpu_features().get("ssse3") else None
+            return "llvm.x86.ssse3.pshuf.b.128" if _has("ssse3") else None
         case "aarch64" | "arm64":
-            return "llvm.aarch64.neon.tbl1.v16i8"
+            return "llvm.aarch64.neon.tbl1.v16i8" if not _is_told() or _has("neon") else None
     return None
 
 
 def has_permute() -> bool:
     """Whether this processor permutes 64 bytes in whole words (AVX-512BW)."""
-    return _machine() in ("x86_64", "amd64") and bool(binding.get_host_cpu_features().get("avx512bw"))
+    return platform.machine().lower() in ("x86_64", "amd64") and _has("avx512bw")
 
 
-def _machine() -> str | None:
-    """Name of the processor's architecture; None where numba was told to compile for another one."""
-    told = numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
-    return None if told else platform.machine().lower()
+def _is_told() -> bool:
+    """Whether numba compiles for the processor that ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` describe."""
+    return numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
+
+
+def _has(feature: str) -> bool:
+    """Whether numba compiles for a processor with a feature of LLVM's; one that is described has what is listed."""
+    if _is_told():
+        return f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def make_look_up(shuffle: str | None, count: int) -> Any:

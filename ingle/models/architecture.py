@@ -33,11 +33,11 @@ from ingle.models.boundary import (
     reading,
     refuse_absurd,
     refuse_impossible,
-    refuse_larger_than_files,
 )
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_config
 from ingle.models.hub import locate
 from ingle.models.rotary import rotate_by_document
+from ingle.models.shards import refuse_larger
 
 #: Kinds of layers whose reach :mod:`ingle.models.attention` computes.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -120,11 +120,12 @@ def skeleton(model: ModelConfig, device: torch.device | str, dtype: torch.dtype)
     """
     config = read_config(model)
     path = config_path(model)
-    with reading(path, "transformers cannot make a model of these settings.", fix=COMPARE_CONFIG):
+    settings = config.to_dict()
+    with reading(path, "transformers cannot make a model of these settings.", fix=COMPARE_CONFIG, settings=settings):
         built = build(config, dtype, trust_remote_code=model.trust_remote_code)
         _refuse_modules(built, model)
     if model.init != "random" and not is_gguf(model.id):
-        refuse_larger_than_files(sum(parameter.numel() for parameter in built.parameters()), path.parent)
+        refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
 
 

@@ -7,6 +7,7 @@ things are checked before they are asked, because they would not raise but compu
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ingle.errors import Explained, ModelError
-from ingle.wording import count
 
 COMPARE_CONFIG = "compare config.json with the one that the model was published with"
 
@@ -32,13 +32,14 @@ _LONGEST_WHY = 300
 
 
 @contextmanager
-def reading(path: Path | str, message: str, *, fix: str) -> Iterator[None]:
+def reading(path: Path | str, message: str, *, fix: str, settings: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Turns what is raised inside into a :class:`ModelError`; errors that explain themselves pass.
 
     Args:
         path: The file or folder that is read.
         message: What cannot be done, as a sentence.
         fix: What to do about it.
+        settings: What is in the file, so that a value that is not known can be found in it.
 
     Raises:
         ModelError: With the exception's own words as the reason.
@@ -51,15 +52,26 @@ def reading(path: Path | str, message: str, *, fix: str) -> Iterator[None]:
         # A panic in a Rust library is no Exception; Ctrl-C and the end of the program are none either, and pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(message, where=str(path), why=explain(error), fix=fix) from error
+        raise ModelError(message, where=str(path), why=explain(error, settings or {}), fix=fix) from error
 
 
-def explain(error: BaseException) -> str:
-    """Kind and text of an exception in one line."""
+def explain(error: BaseException, settings: Mapping[str, Any] | None = None) -> str:
+    """Kind and text of an exception in one line, with the key that it is about where that is known."""
     text = " ".join(str(error.__cause__ or error).split())
     kind = type(error.__cause__ or error).__name__
     field = re.match(r"Validation error for field '(\w+)'", str(error))
-    return (f"{field[1]}: " if field else "") + (f"{kind}: {text}" if text else kind)[:_LONGEST_WHY]
+    key = field[1] if field else _key_of(error.args[0], settings or {}) if isinstance(error, KeyError) else None
+    return (f"{key}: " if key else "") + (f"{kind}: {text}" if text else kind)[:_LONGEST_WHY]
+
+
+def _key_of(value: object, settings: Mapping[str, Any]) -> str | None:
+    """Where settings hold a value that a table does not have."""
+    for key, found in settings.items():
+        if isinstance(found, dict) and (inner := _key_of(value, found)) is not None:
+            return f"{key}.{inner}"
+        if type(found) is type(value) and found == value:
+            return key
+    return None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -85,6 +97,8 @@ def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
     for key, value in raw.items():
         if isinstance(value, dict):
             refuse_absurd(value, path)
+        if isinstance(value, float) and math.isnan(value):
+            raise ModelError(f"{key} is NaN, which is no number.", where=str(path), fix=COMPARE_CONFIG)
         match = _COUNTS.match(key)
         if not isinstance(value, int) or not (match or _SIZES.search(key)):
             continue
@@ -115,19 +129,3 @@ def refuse_impossible(config: Any, path: Path | str) -> None:
             raise ModelError(
                 f"{key} must be a whole number above 0.", where=str(path), why=f"it is {value!r}", fix=COMPARE_CONFIG
             )
-
-
-def refuse_larger_than_files(num_weights: int, folder: Path) -> None:
-    """Refuses a model that has more weights than its files have bits.
-
-    Raises:
-        ModelError: The config describes another model than the files hold.
-    """
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if num_bytes and num_weights > 8 * num_bytes:
-        raise ModelError(
-            f"config.json describes {count(num_weights)} weights, and the files hold {count(num_bytes)} bytes.",
-            where=str(folder / "config.json"),
-            why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
-            fix=COMPARE_CONFIG,
-        )

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from ingle import env
+from ingle.config.named import nearest_path
 from ingle.errors import HubUnavailable, ModelError
 from ingle.wording import first_line
 
@@ -71,7 +72,7 @@ def locate(
             fix="give the folder that holds config.json and the .safetensors files",
         )
     if not _HUB_ID.match(name):
-        raise ModelError(f"there is no folder {name}.", where=option, fix="check the path")
+        raise ModelError(f"There is no folder {name}.", where=option, fix=_advice(name))
     patterns = [*_SMALL, *(_WEIGHTS if part == "weights" else ()), *(("*.py",) if code else ())]
     return _snapshot(name, revision, patterns, ["original/*"] if code else ["original/*", "*/*"], option)
 
@@ -88,13 +89,18 @@ def locate_file(name: str, *, revision: str | None = None, option: str = "model.
         return path
     match = _HUB_FILE.match(name)
     if match is None:
-        raise ModelError(f"there is no file {name}.", where=option, fix="check the path")
+        raise ModelError(f"There is no file {name}.", where=option, fix=_advice(name))
     # Of a file that is split into several all are fetched.
     pattern = re.sub(r"-\d{5}-of-(\d{5})\.", r"-*-of-\1.", match["file"])
     found = _snapshot(match["repository"], revision, [pattern], None, option) / match["file"]
     if not found.is_file():
-        raise ModelError(f"the hub's {match['repository']} holds no file {match['file']}.", where=option)
+        raise ModelError(f"The hub's {match['repository']} holds no file {match['file']}.", where=option)
     return found
+
+
+def _advice(name: str) -> str:
+    near = nearest_path(name)
+    return f"did you mean {near}?" if near else "check the path"
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: list[str] | None, option: str) -> Path:
@@ -123,16 +129,16 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: lis
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"there is no folder {name}, and no model of that name on the hub.",
+            f"There is no folder {name}, and no model of that name on the hub.",
             where=option,
             fix="check the spelling; for a private model log in with `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise HubUnavailable(
-            f"there is no folder {name}, and the hub cannot be asked for it.",
+            f"There is no folder {name}, and the hub cannot be asked for a model of that name.",
             where=option,
             why="hub access is switched off (HF_HUB_OFFLINE) and the model is not in the local cache"
             if offline
             else f"the hub did not answer ({first_line(error)}) and the model is not in the local cache",
-            fix="give a local folder, or go online once so that the model is cached",
+            fix="name a local folder, or go online once so that the model is cached",
         ) from error

@@ -72,7 +72,7 @@ def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTra
     rows = num_tokens(model)
     if largest < rows:
         return
-    (token,) = tokenizer.convert_ids_to_tokens([largest])
+    token = tokenizer.convert_ids_to_tokens(largest)
     raise ModelError(
         f"The text has the token {token!r}, for which the model has no embedding.",
         where="model.tokenizer",

@@ -63,11 +63,14 @@ def make_probe(model: PreTrainedModel) -> Probe | None:
     for section, key, value in _named_lengths(config):
         _set(section, key, small[value])
     _exaggerate(config)
-    probe = build(config, computed_in(model))
+    # Code of the model's own is asked for again only where it is what made the model.
+    own_code = not type(model).__module__.startswith("transformers.")
+    probe = build(config, computed_in(model), trust_remote_code=own_code)
     _keep_one_of_each(probe)
     device = next(model.parameters()).device
     compute(probe, device, known={name for name, _ in probe.named_parameters()})
-    width = probe.get_input_embeddings().weight.shape[1]
+    embedding: Any = probe.get_input_embeddings()
+    width: int = embedding.weight.shape[1]
     _share(probe, model)
     probe.set_input_embeddings(_quiet_embedding(width, device, computed_in(model)))
     over = [length + 1 for length in small.values()]
@@ -80,7 +83,7 @@ def _named_lengths(config: PretrainedConfig) -> list[tuple[Any, str, int]]:
     changing = rope_types(config) - _FIXED_ROPE
     keys = [key for key in _LENGTHS if changing or key != _ORIGINAL]
     keys += [_LONGEST] if any("dynamic" in kind for kind in changing) else []
-    found = [(config, key, getattr(config, key, None)) for key in keys]
+    found: list[tuple[Any, str, Any]] = [(config, key, getattr(config, key, None)) for key in keys]
     for section in rope_sections(config):
         if str(section.get("rope_type")) not in _FIXED_ROPE:
             found += [(section, key, section.get(key)) for key in _LENGTHS]
@@ -137,4 +140,5 @@ def _share(probe: nn.Module, model: nn.Module) -> None:
 def _quiet_embedding(width: int, device: torch.device, dtype: torch.dtype) -> nn.Embedding:
     """Small random vectors: what the first layers add to them is then most of the answer."""
     values = torch.randn(_NUM_IDS, width, generator=torch.Generator().manual_seed(0)) * 0.02
-    return nn.Embedding.from_pretrained(values.to(device, dtype))
+    quiet: nn.Embedding = nn.Embedding.from_pretrained(values.to(device, dtype))
+    return quiet

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ingle.errors import ModelError
-from ingle.models.boundary import reading
-from ingle.wording import some
+from ingle.models.boundary import COMPARE_CONFIG, reading
+from ingle.wording import count, some
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -117,6 +117,24 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     if len(found) == 1 and found[0].name != "adapter_model.safetensors":
         return _read_header(found[0])
     raise _no_weights(folder, found)
+
+
+def refuse_larger(num_weights: int, folder: Path) -> None:
+    """Refuses a model that has more weights than its files have bits; a folder without files passes.
+
+    Raises:
+        ModelError: The config describes another model than the files hold, or a file is damaged.
+    """
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not num_bytes or num_weights <= 8 * num_bytes:
+        return
+    read_index(folder)  # a file that is cut short is the better reason
+    raise ModelError(
+        f"config.json describes {count(num_weights)} weights, and the files hold {count(num_bytes)} bytes.",
+        where=str(folder / "config.json"),
+        why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
+        fix=COMPARE_CONFIG,
+    )
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
@@ -214,7 +232,8 @@ def _entry(path: Path, start: int, key: str, value: Any) -> StoredTensor:
         raise ModelError(
             f"{path.name} holds tensors of type {value['dtype'][:100]}, which are not supported.", where=str(path)
         )
-    sizes, offsets = value.get("shape"), value.get("data_offsets")
+    sizes: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
     if not _are_sizes(sizes) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{name} has no shape or no data_offsets of whole numbers")
     if prod(max(size, 1) for size in sizes) > _MAX_COUNT:

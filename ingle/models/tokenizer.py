@@ -19,7 +19,9 @@ from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_a
 from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_tokenizer
 from ingle.models.hub import locate
 
-_FIX = "fetch or copy the tokenizer's files again, or name another folder or hub id in model.tokenizer"
+_FIX = (
+    "fetch or copy tokenizer.json and tokenizer_config.json again, or name another folder or hub id in model.tokenizer"
+)
 
 #: Tokens that model makers keep in reserve, or name as padding or as unknown; looked for in this order.
 _SPARE = (

@@ -73,12 +73,13 @@ def _compare_whole(model: PreTrainedModel) -> None:
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
-    device = probe.model.get_input_embeddings().weight.device
+    device = next(probe.model.parameters()).device
     documents = _documents(probe.lengths, probe.num_ids)
-    alone = [
-        probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
-        for document in documents
-    ]
+    with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+        alone = [
+            probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
+            for document in documents
+        ]
     packed = _pack(probe.model, documents, device)[0]
     why = f"documents of {', '.join(map(str, probe.lengths))} tokens, with {probe.described}"
     _require_alike(model, packed.float(), torch.cat(alone).float(), probe.lengths, _PROBE_TOLERANCE, why)
@@ -130,8 +131,9 @@ def _require_alike(
 
 def _config_of(model: PreTrainedModel) -> str:
     """Where the config of a model came from."""
-    path = Path(model.config.name_or_path) / "config.json"
-    return str(path) if path.is_file() else "model.id"
+    folder = model.config.name_or_path
+    path = Path(folder or "") / "config.json"
+    return str(path) if folder and path.is_file() else "model.id"
 
 
 def _not_finite(model: PreTrainedModel) -> ModelError:

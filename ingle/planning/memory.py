@@ -18,11 +18,15 @@ from ingle.planning.shape import ModelShape
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
-#: What a CPU run loads after it is planned: the kernels, half way between a run that finds them compiled and one that
-#: compiles them; with bfloat16 also the matrix products that oneDNN compiles for each shape and keeps.  Measured, and
-#: much the same for every model.
-_CPU_KERNEL_BYTES = 60 << 20
+#: What a CPU run loads after it is planned: the kernels, and with bfloat16 the matrix products that oneDNN compiles for
+#: each shape and keeps.  Measured, and much the same for every model.
+_CPU_KERNEL_BYTES = 40 << 20
 _CPU_PRIMITIVE_BYTES = 130 << 20
+#: What compiling the kernels takes besides, in the first run of all: the compiler itself, and what it keeps of each.
+_COMPILER_BYTES = 20 << 20
+_COMPILED_BYTES = 7 << 20
+#: How many kernels there are: of attention and loss, of packed weights, of the layers that are fused around adapters.
+_KERNELS, _PACKED_KERNELS, _FUSED_KERNELS = 6, 3, 5
 
 
 def trainable_parameters(run: Run, model: ModelShape) -> int:
@@ -43,7 +47,13 @@ def _group_size(run: Run) -> int:
 
 
 def memory_bytes(
-    run: Run, model: ModelShape, row_tokens: int, dtype_bytes: int, *, on_gpu: bool = False
+    run: Run,
+    model: ModelShape,
+    row_tokens: int,
+    dtype_bytes: int,
+    *,
+    on_gpu: bool = False,
+    compiles_kernels: bool = False,
 ) -> dict[str, int]:
     """Predicted bytes by purpose, for rows of ``row_tokens`` tokens."""
     weights = sum(
@@ -62,6 +72,8 @@ def memory_bytes(
     largest = max((lin.num_weights for lin in model.linears), default=0)
     is_packed = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
     decoded = largest * dtype_bytes if is_packed else 0
+    count = _KERNELS + is_packed * _PACKED_KERNELS + (not full) * _FUSED_KERNELS
+    compiled = _COMPILER_BYTES + count * _COMPILED_BYTES if compiles_kernels else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
         "weights": round(weights) + model.other_parameters * dtype_bytes,
@@ -72,12 +84,12 @@ def memory_bytes(
         "activations": round(row_tokens * kept * dtype_bytes),
         "decoded weights": decoded,
         "loss": logits,
-        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes),
+        "kernels": 0 if on_gpu else _kernel_bytes(dtype_bytes) + compiled,
     }
 
 
 def _merged_bytes(run: Run, model: ModelShape) -> int:
-    """Packed merged weights beside the base, in runs that train through the rounding of their merge."""
+    """Packed merged weights, held in addition to the base, in runs that train through the rounding of their merge."""
     adapter = run.adapter
     if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
         named = adapter.merge_aware.format
@@ -91,5 +103,5 @@ def _merged_bytes(run: Run, model: ModelShape) -> int:
 
 
 def _kernel_bytes(dtype_bytes: int) -> int:
-    """What compiled kernels and their compiler take in the memory of a CPU run."""
+    """What compiled kernels take in the memory of a CPU run."""
     return _CPU_KERNEL_BYTES + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)

@@ -7,12 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ingle.config.run import Run
-from ingle.errors import DoesNotFit
+from ingle.errors import ConfigError, DoesNotFit
 from ingle.planning.memory import memory_bytes, trainable_parameters
-from ingle.planning.remedies import find_remedy
+from ingle.planning.remedies import default_batch, find_remedy
 from ingle.planning.shape import DataShape, ModelShape
 from ingle.wording import size
 
+#: Steps of a run; what ``train.num_steps`` takes.
+_MOST_STEPS = 1_000_000_000
+#: Bytes that a tokenized token of a batch takes: ids, targets, positions, document numbers.
+_BATCH_BYTES_PER_TOKEN = 32
 #: Operations per second that ``compile: auto`` assumes.
 _ORDINARY_SPEED = {"cpu": 1e12, "gpu": 1e14}
 
@@ -66,6 +70,7 @@ def make_plan(
     free_bytes: int,
     can_compile: bool,
     on_gpu: bool = False,
+    compiles_kernels: bool = False,
 ) -> Plan:
     """Counts what ``run`` needs.
 
@@ -78,17 +83,29 @@ def make_plan(
         free_bytes: Memory that is free on the device.
         can_compile: Whether compiled layers would run here.
         on_gpu: Whether the device is a GPU.
+        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
 
     Raises:
+        ConfigError: When the epochs make more steps than any run can.
         DoesNotFit: When the prediction exceeds what is free, with the cheapest way out.
     """
     global_batch = run.train.global_batch_size
     micro_batch = run.train.micro_batch_size or default_micro_batch(global_batch, data.longest)
     num_steps = run.train.num_steps or math.ceil(run.train.num_epochs * data.num_sequences / global_batch)
+    if num_steps > _MOST_STEPS:
+        raise ConfigError(
+            f"The run would make {num_steps:.3g} steps.",
+            where=f"train.num_epochs = {run.train.num_epochs}",
+            why=f"{data.num_sequences:,} sequences in steps of {global_batch:,}",
+            fix="use a smaller --train.num_epochs, or --train.num_steps",
+        )
     tokens_per_step = data.num_tokens / data.num_sequences * global_batch
     num_tokens = round(tokens_per_step * num_steps)
     flops = flops_per_token(run, model)
-    memory = memory_bytes(run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu)
+    memory = memory_bytes(
+        run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu, compiles_kernels=compiles_kernels
+    )
+    memory["batch"] = round(tokens_per_step * _BATCH_BYTES_PER_TOKEN)  # all micro-batches of a step are made at once
     memory["process"] = process_bytes
     memory["total"] = sum(memory.values())
     plan = Plan(
@@ -110,11 +127,21 @@ def make_plan(
     if needed > free_bytes:
         parts = sorted(memory.items(), key=lambda part: -part[1])
         raise DoesNotFit(
-            f"this run needs {size(needed)} beside what is in use; {size(free_bytes)} are free.",
-            where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}",
+            f"This run needs {size(needed)} more than is in use; {size(free_bytes)} are free.",
+            where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}, "
+            f"train.global_batch_size = {global_batch}",
             why=" · ".join(f"{name} {size(part)}" for name, part in parts if part and name not in ("total", "process")),
-            fix=find_remedy(
-                run, model, data.longest, micro_batch, free_bytes=free_bytes, dtype_bytes=dtype_bytes, on_gpu=on_gpu
+            fix=f"--train.global_batch_size={default_batch(data.num_sequences)}"
+            if memory["batch"] > needed / 2
+            else find_remedy(
+                run,
+                model,
+                data.longest,
+                micro_batch,
+                free_bytes=free_bytes,
+                dtype_bytes=dtype_bytes,
+                on_gpu=on_gpu,
+                compiles_kernels=compiles_kernels,
             ),
         )
     return plan
@@ -137,7 +164,7 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     """Whether compiling decoder layers pays for itself within the run.
 
-    A pure function of the config and the model, never of a measured speed: a run that goes on after a crash must
+    A pure function of the config and the model, never of a measured speed: a run that is resumed after a crash must
     compute with the same kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than
     half an hour on a device of ordinary speed, so that the minutes that compiling may take are a small part of them.
     """

@@ -1,7 +1,8 @@
-"""What to type instead when a run does not fit."""
+"""What to type instead when a run does not fit, or would learn little."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter
@@ -15,6 +16,53 @@ from ingle.wording import size
 _LEAST_RANK = 8
 #: What does not make a run fit must save this share of it to be proposed all the same.
 _WORTHWHILE = 0.05
+#: A run of fewer steps hardly leaves the warm-up.
+_FEW_STEPS = 10
+#: Steps that are proposed then.
+_ENOUGH_STEPS = 20
+
+
+def default_batch(num_sequences: float) -> int:
+    """The largest power of two, at most 16, that gives ``num_sequences`` in about 20 steps or more."""
+    return int(min(16, 2 ** math.floor(math.log2(max(1.0, num_sequences / _ENOUGH_STEPS)))))
+
+
+def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | None:
+    """What is odd about the batch of a run on little data, and flags that make it a better run; None when it is fine.
+
+    Args:
+        run: The run.
+        num_sequences: Sequences in its data.
+        num_steps: Steps it would make.
+    """
+    train = run.train
+    batch = train.global_batch_size
+    num_epochs = num_steps * batch / num_sequences
+    has = f"the data has {num_sequences:,}" + (
+        f", packed up to {run.data.max_seq_len:,} tokens" if run.data.packing else ""
+    )
+    if train.num_steps is not None:
+        if batch <= num_sequences:
+            return None
+        problem = f"A step takes {batch:,} sequences and {has}: each step reads the data more than once."
+    elif num_epochs >= 1.5 * train.num_epochs:
+        problem = (
+            f"A step takes {batch:,} sequences and {has}, so the data is read {num_epochs:.3g} times instead of "
+            f"{train.num_epochs:.3g}."
+        )
+    elif num_steps < _FEW_STEPS:
+        steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+        problem = f"The run makes only {steps}: a step takes {batch:,} sequences and {has}."
+    else:
+        return None
+    wanted = default_batch(num_sequences * (train.num_epochs if train.num_steps is None else 1))
+    flags = [f"--train.global_batch_size={wanted}"] if wanted < batch else []
+    if train.micro_batch_size is not None and wanted % train.micro_batch_size:
+        flags.append(f"--train.micro_batch_size={math.gcd(wanted, train.micro_batch_size)}")
+    epochs = math.ceil(_ENOUGH_STEPS * wanted / num_sequences)
+    if train.num_steps is None and epochs > train.num_epochs:
+        flags.append(f"--train.num_epochs={epochs}")
+    return f"{problem} Try {' '.join(flags)}." if flags else None
 
 
 def find_remedy(
@@ -26,6 +74,7 @@ def find_remedy(
     free_bytes: int,
     dtype_bytes: int,
     on_gpu: bool,
+    compiles_kernels: bool = False,
 ) -> str:
     """The changes of one option each that make a run fit; where there is none, those that save most.
 
@@ -37,10 +86,14 @@ def find_remedy(
         free_bytes: Memory that is free.
         dtype_bytes: Bytes of the compute dtype.
         on_gpu: Whether the device is a GPU.
+        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
     """
 
     def total(changed: Run, sequences: int) -> int:
-        return sum(memory_bytes(changed, model, sequences * longest, dtype_bytes, on_gpu=on_gpu).values())
+        parts = memory_bytes(
+            changed, model, sequences * longest, dtype_bytes, on_gpu=on_gpu, compiles_kernels=compiles_kernels
+        )
+        return sum(parts.values())
 
     totals = {flag: total(changed, sequences) for flag, changed, sequences in _changes(run, micro_batch)}
     fitting = {flag: needed for flag, needed in totals.items() if needed <= free_bytes}
@@ -51,7 +104,9 @@ def find_remedy(
     saving = sorted((needed, flag) for flag, needed in totals.items() if needed <= enough)
     if not saving:
         return "a smaller model or a shorter data.max_seq_len"
-    return "none of these is enough alone: " + "   ".join(f"{flag} ({size(needed)})" for needed, flag in saving[:3])
+    return "none of these is enough on its own: " + "   ".join(
+        f"{flag} ({size(needed)})" for needed, flag in saving[:3]
+    )
 
 
 def _changes(run: Run, micro_batch: int) -> Iterator[tuple[str, Run, int]]:

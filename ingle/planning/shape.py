@@ -42,7 +42,7 @@ class ModelShape:
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         vocab_size: Rows of the output head.
-        trained_whole: Parameters of modules trained whole beside an adapter (embeddings, the head).
+        trained_whole: Parameters of modules trained whole in addition to an adapter (embeddings, the head).
     """
 
     num_parameters: int

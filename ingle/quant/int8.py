@@ -29,6 +29,8 @@ from ingle.quant.plane import PlaneSpec, as_bytes, as_float32
 
 #: 1 / 127 as bitsandbytes spells it.
 RECIPROCAL = 7.874015718698502e-3
+#: The least power of two whose 127-fold inverse is finite: zero and tiny rows are divided by it.
+SMALLEST = 2.0**-121
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ class Int8(PackedFormat):
         """Codes ``[O, I]`` and float32 absmax ``[O]`` in plain torch."""
         weight_OI = weight_OI.float()
         scale_O = weight_OI.abs().amax(dim=1)
-        # A zero row has nothing to divide by, and a tiny one would divide into infinity.
-        factor_O = scale_O.clamp(min=127.0 / torch.finfo(torch.float32).max).reciprocal() * 127.0  # as torch divides
+        factor_O = scale_O.clamp(min=SMALLEST).reciprocal() * 127.0  # as torch divides
         return (weight_OI * factor_O.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale_O
 
     def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:

@@ -133,7 +133,8 @@ def _from_levels(
     planes = {"codes": packed.contiguous().view(-1).view(torch.uint8)}
     if format.double_quant:
         _require_table(_part(tensors, "weight.nested_quant_map", name), dynamic_map(device), name)
-        offset, nested = state.get("nested_offset"), state.get("nested_blocksize")
+        offset: Any = state.get("nested_offset")
+        nested = state.get("nested_blocksize")
         if nested != NESTED_BLOCK or type(offset) not in (int, float) or not math.isfinite(offset):
             raise QuantizationError(
                 f"{name} has nested blocks of {str(nested)[:60]} with an offset of {str(offset)[:60]}.", where=name

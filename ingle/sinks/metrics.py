@@ -1,7 +1,7 @@
 """``metrics.jsonl``: one JSON object per step.
 
-A line has left the process when the step's sink call returns.  When a run goes on after a crash, the steps that
-will be made again are cut off first, a torn last line with them, so no step ever stands twice.
+A line has left the process when the step's sink call returns.  When a run is resumed after a crash, the steps
+that will be computed again are cut off first, together with an incomplete last line, so no step is in it twice.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> RenderableType:
     if legend := _legend(metrics):
         lines.append(_note(legend, "dim"))
     if verdict := comparison.get("verdict"):
-        lines.append(_note(verdict))
+        lines.append(_note(f"{verdict}\n"))
     return Group(*lines)
 
 

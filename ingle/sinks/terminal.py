@@ -19,7 +19,7 @@ from ingle.wording import count, duration, size
 
 #: Columns where there is no terminal to ask.
 _PLAIN_WIDTH = 120
-#: A long stage without a live bar is told this often.
+#: Share of a long stage between two lines, where there is no live bar.
 _PLAIN_SHARE = 0.25
 #: A stage shorter than this is not worth a line.
 _PLAIN_SILENCE_S = 2.0
@@ -40,7 +40,7 @@ class Terminal:
         self._clock = clock
         self._live: Progress | None = None
         self._stages: dict[str, TaskID] = {}
-        self._told: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._compared = False
         self._warnings: Counter[str] = Counter()
@@ -88,7 +88,7 @@ class Terminal:
                 self.close()
 
     def close(self) -> None:
-        """Takes the live bar away and tells how often each warning came."""
+        """Removes the live bar and prints how often each warning occurred."""
         self._stop()
         for message, total in self._warnings.items():
             if total > self._printed[message]:
@@ -145,13 +145,13 @@ class Terminal:
         is_over = event.total is not None and event.done >= event.total
         share = event.done / event.total if event.total else 0.0
         if now - self._since.setdefault(event.stage, now) >= _PLAIN_SILENCE_S:
-            told = self._told.get(event.stage)
-            if told is None or share >= told + _PLAIN_SHARE or is_over:
+            reported = self._reported.get(event.stage)
+            if reported is None or share >= reported + _PLAIN_SHARE or is_over:
                 whole = f" of {event.total:,}" if event.total is not None else ""
                 self._print(f"{event.stage}: {event.done:,}{whole}")
-                self._told[event.stage] = share
+                self._reported[event.stage] = share
         if is_over:
-            self._told.pop(event.stage, None)
+            self._reported.pop(event.stage, None)
             self._since.pop(event.stage, None)
 
     def _warn(self, event: Warned) -> None:

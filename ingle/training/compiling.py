@@ -1,4 +1,4 @@
-"""Compiled decoder layers."""
+"""What is compiled: decoder layers, and the kernels of the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import shutil
 
 import torch
 
+from ingle.kernels.cpu_cache import is_compiled
+from ingle.kernels.cross_entropy import score_rows
 from ingle.models import Model, decoder_layers
 
 
@@ -20,3 +22,8 @@ def compile_layers(model: Model) -> None:
     """Compiles each decoder layer in place; layers of one shape share the compiled code."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
+
+
+def has_kernels() -> bool:
+    """Whether this machine has compiled the CPU's kernels before; the one of the loss tells, which every run needs."""
+    return is_compiled(score_rows)

@@ -97,7 +97,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} is not a run folder: it {self._what_is_there()}.",
                 where=str(self.path),
-                fix=self._nearby_runs() or "name the folder that `output:` of the config names",
+                fix=self.nearby() or "name the folder that `output:` of the config names",
             )
         return move_paths(run_from_yaml(read_config(self.config), str(self.config)), self.path)
 
@@ -106,7 +106,7 @@ class RunFolder:
             return "does not exist"
         return "holds no run.yaml" if self.path.is_dir() else "is a file"
 
-    def _nearby_runs(self) -> str | None:
+    def nearby(self) -> str | None:
         """Run folders that may have been meant: above this path, below it, or with a similar name."""
         above = [folder for folder in self.path.parents if RunFolder(folder).config.is_file()]
         below = sorted(file.parent for file in self.path.glob("*/run.yaml")) if self.path.is_dir() else []
@@ -159,7 +159,8 @@ class RunFolder:
         Raises:
             ConfigError: When it would be refused.
         """
-        match self.state(run):
+        state = self.state(run)
+        match state:
             case "finished":
                 return f"The run in {self.path} is finished; starting it again changes nothing."
             case "started":

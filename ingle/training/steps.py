@@ -52,7 +52,7 @@ def compute_gradients(model: Model, objective: Objective, batches: Sequence[Batc
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss became {value} at step {step}.",
+                f"The loss became {value} at step {step}.",
                 where=f"micro-batch {index + 1} of {len(batches)}, {batch.num_tokens} tokens",
                 why=_non_finite_weight(model)
                 or "all weights are finite: the values overflowed inside the forward pass",
@@ -78,9 +78,9 @@ def take_step(
     if not math.isfinite(grad_norm):
         culprits = [name for name, gradient in optimizer.gradients() if not torch.isfinite(gradient).all()]
         raise NonFiniteError(
-            f"a gradient became NaN or infinite at step {step}; its loss was {loss:.4f}.",
-            where=f"first in {culprits[0]}" if culprits else "in the norm over all gradients",
-            why=f"{len(culprits)} parameters are affected",
+            f"A gradient became NaN or infinite at step {step}; the loss of that step was {loss:.4f}.",
+            where=f"first in {culprits[0]}" if culprits else "the norm over all gradients",
+            why=f"parameters affected: {len(culprits)}",
             fix="a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
         )
     optimizer.step(lr)

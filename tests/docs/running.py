@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,10 +42,12 @@ class Worker:
     """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self._printed = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._printed,
             text=True,
             env=os.environ | {"PYTHONPATH": str(root), "TERM": "dumb"} | environment,
         )
@@ -65,13 +68,17 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._printed.close()
 
     def _ask(self, request: dict[str, Any]) -> Done:
         assert self._process.stdin is not None and self._process.stdout is not None
+        begin = self._printed.seek(0, os.SEEK_END)
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
-        assert answer, f"the process died of {request}"
-        return Done(**json.loads(answer))
+        self._printed.seek(begin)
+        output = self._printed.read()
+        assert answer, f"the process ended with {self._process.wait()} in {request}\n{output}"
+        return Done(int(answer), output)
 
 
 def shorten(words: Sequence[str], folder: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,12 @@ models = {{"llama": LlamaForCausalLM(LlamaConfig(**sizes)), "qwen3": Qwen3ForCau
 for name, model in models.items():
     model.to(torch.bfloat16).save_pretrained(name)
     tokenizer.save_pretrained(name)
+"""
+_TRY_LLAMA_CPP = """
+from pathlib import Path
+from ingle.export import llama
+llama.require()
+llama.try_out(Path("some-model.Q4_K_M.gguf"), None)
 """
 
 
@@ -69,8 +74,9 @@ def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
         hub = {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
         hub |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
         with Worker(ROOT, hub | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}) as worker:
-            runner = Runner(worker, ROOT, importlib.util.find_spec("llama_cpp") is not None)
-            prepare(runner, folder)
+            prepare(Runner(worker, ROOT, verifies=False), folder)
+            trial = worker.run_python(_TRY_LLAMA_CPP, folder)  # it may be missing, or crash on this machine
+            runner = Runner(worker, ROOT, verifies=trial.code == 0)
             wrong = list(run_pages(runner, folder, tmp_path))
             assert not wrong, "\n\n".join(wrong)
             unknown = ask_hub(worker, folder, "nobody/nothing")

@@ -1,7 +1,7 @@
 """A process that has loaded everything once and runs one ``ingle`` command or program of a page after the other.
 
 Each line of standard input is a request as JSON: ``words`` of a command line or ``python`` source, and a ``folder``.
-Each answer is a line with the exit ``code`` and the ``output``.
+Each answer is a line with the exit code.  What the commands print goes to standard error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import traceback
 from typing import Any
 
@@ -19,17 +18,14 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     for line in requests:
         request = json.loads(line)
         os.chdir(request["folder"])
-        with tempfile.TemporaryFile("w+") as file:
-            for number in (1, 2):
-                os.dup2(file.fileno(), number)
-            code = _run(request)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            file.seek(0)
-            print(json.dumps({"code": code, "output": file.read()}), file=answers, flush=True)
+        code = _run(request)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        print(code, file=answers, flush=True)
 
 
 def _run(request: dict[str, Any]) -> int:

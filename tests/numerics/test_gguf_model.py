@@ -205,7 +205,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
     small.with_name("cut.gguf").write_bytes(small.read_bytes()[:-4096])
     with pytest.raises(GgufError, match="not a whole GGUF file"):
         load(small.with_name("cut.gguf"))
-    with pytest.raises(ModelError, match="there is no file"):
+    with pytest.raises(ModelError, match="There is no file"):
         load(tmp_path / "nowhere.gguf")
     with pytest.raises(ModelError, match="a GGUF file is a model by itself") as info:
         folder = tmp_path / "folder"

@@ -10,11 +10,16 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 from ingle import adapters
@@ -107,6 +112,64 @@ def test_conv1d(tmp_path: Path) -> None:
     move(model)
     adapters.save_adapter(model, tmp_path, adapter, "base")
     torch.testing.assert_close(through_peft(gpt2(), tmp_path), logits(model), rtol=1e-5, atol=1e-5)
+
+
+#: Dense layers or shared experts next to fused ones, under one name.
+EXPERTS: dict[str, PretrainedConfig] = {
+    name: make(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts_per_tok=2,
+        **more,
+    )
+    for name, make, more in (
+        (
+            "deepseek_v3",
+            DeepseekV3Config,
+            {
+                "q_lora_rank": 16,
+                "kv_lora_rank": 16,
+                "qk_rope_head_dim": 4,
+                "qk_nope_head_dim": 4,
+                "v_head_dim": 8,
+                "n_routed_experts": 4,
+                "n_shared_experts": 1,
+                "first_k_dense_replace": 1,
+                "n_group": 1,
+                "topk_group": 1,
+            },
+        ),
+        ("qwen3_moe", Qwen3MoeConfig, {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 8}),
+        ("qwen2_moe", Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+    )
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT's own translation of names
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_adapter_on_all_linear_maps_is_read_alike_with_fused_experts(name: str, tmp_path: Path) -> None:
+    def fresh() -> PreTrainedModel:
+        torch.manual_seed(0)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(EXPERTS[name]).eval()
+        return made
+
+    def error(adapter: LoraAdapter, folder: Path) -> float:
+        model = fresh()
+        adapters.attach(model, adapter, seed=0)
+        move(model)
+        adapters.save_adapter(model, folder, adapter, "base")
+        ours = logits(model)
+        return float((through_peft(fresh(), folder) - ours).abs().max() / ours.abs().max())
+
+    assert error(LoraAdapter(rank=4), tmp_path / "all") < 1e-5
+    # What is left out by default is left out for a reason, and nothing else is.
+    like_experts = LoraAdapter(rank=4, target_modules=("gate_proj", "up_proj", "down_proj"))
+    assert (error(like_experts, tmp_path / "like-experts") < 1e-5) == (name == "qwen2_moe")
 
 
 @pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])

@@ -144,8 +144,7 @@ def test_packed_storage_of_another_dtype_is_read() -> None:
 def test_int8_is_theirs(shape: tuple[int, int]) -> None:
     weight = draw(shape, torch.float16)
     codes, scale, _ = oracle.int8_vectorwise_quant(weight)
-    # Their zero rows are 0 * (127 / 0), a NaN that is cast to int8: what comes out differs between processors.
-    codes[scale == 0] = 0
+    codes[scale == 0] = 0  # theirs are casts of 0 * (127 / 0), a NaN: what comes out differs between processors
     ours = Int8().encode(weight)
     assert torch.equal(ours["codes"], codes)
     assert torch.equal(as_float32(ours["scale"]).flatten(), scale)

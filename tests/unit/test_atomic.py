@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file as save
 
 from ingle.atomic import atomic_folder, write_atomically
 from ingle.errors import CheckpointError
+from ingle.events import Step
+from ingle.sinks.metrics import MetricsFile
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,3 +67,21 @@ def test_what_a_killed_process_of_our_number_left_is_no_obstacle(tmp_path: Path)
     with atomic_folder(tmp_path / "folder") as partial:
         (partial / "x").write_text("whole")
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["x"]
+
+
+def test_a_file_beyond_the_system_s_limit_is_a_full_disk(tmp_path: Path) -> None:
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics = tmp_path / "metrics.jsonl"
+    sink = MetricsFile(metrics)
+    step = Step(1, 2.0, 1, 1.0, 1.0, 1.0, 1, 1.0)
+    sink(step)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, former[1]))
+        with pytest.raises(CheckpointError, match="disk is full") as caught:
+            sink(step)
+        with pytest.raises(CheckpointError, match="disk is full"), atomic_folder(tmp_path / "step-3") as partial:
+            save({"x": np.zeros(1000)}, partial / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert caught.value.where == str(metrics)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -47,6 +47,7 @@ class Axes:
         line_label: What stands at it.
         top: Dots above this value are drawn as arrows at the upper edge.
         logarithmic: Whether the vertical axis counts in powers of ten.
+        has_front: Whether the front is drawn as a line; it is one of divergence, and means nothing elsewhere.
     """
 
     across: str
@@ -55,6 +56,7 @@ class Axes:
     line_label: str
     top: float = math.inf
     logarithmic: bool = True
+    has_front: bool = True
 
     def level(self, value: float) -> float:
         """Where a value lies on the vertical axis."""
@@ -80,7 +82,7 @@ def size_chart(dots: Sequence[Dot], axes: Axes, *, width: int) -> str:
         parts.append(
             f'<text class="tick" x="{right}" y="{place - 6:.1f}" text-anchor="end">{escape(axes.line_label)}</text>'
         )
-    front = _falling(dots)
+    front = _falling(dots) if axes.has_front else []
     if len(front) > 1:
         corners = [f"M{x(front[0].size):.1f},{y(axes.level(front[0].value)):.1f}"]
         corners += [f"H{x(dot.size):.1f}V{y(axes.level(dot.value)):.1f}" for dot in front[1:]]

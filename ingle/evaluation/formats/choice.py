@@ -87,10 +87,10 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
             f"{_told(best, limit)} at {best.bits_per_weight:.2f} bits a weight.",
         )
     chosen = fitting[0]
-    where = " ● format" if chosen in front else " format"
+    unbeaten = " that no other beats" if chosen in front else ""
     reason = (
-        f"the smallest{where} whose divergence is at most {limit:g} nats a token (about {100 * limit:g} % of "
-        f"perplexity): {_told(chosen, limit)} at {chosen.bits_per_weight:.2f} bits a weight."
+        f"the smallest format{unbeaten} with a divergence of at most {limit:g} nats a token (about "
+        f"{100 * limit:g} % of perplexity): {_told(chosen, limit)} at {chosen.bits_per_weight:.2f} bits a weight."
     )
     smaller = [row for row in front if row.size_bytes < chosen.size_bytes]
     if smaller:

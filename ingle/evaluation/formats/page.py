@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
-from ingle.evaluation.formats.wording import rate, row_cells, size, small
+from ingle.evaluation.formats.wording import row_cells, value
 from ingle.evaluation.templates import render
 from ingle.wording import plural
 
@@ -69,7 +69,7 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     across = f"size of the weights' file, {name}"
     divergence = Axes(across, "divergence, nats a token", limit, f"limit {limit:g}", _NONSENSE)
     top = base * math.exp(min(_CLOSE * limit, _NONSENSE))
-    perplexity = Axes(across, "perplexity", base, f"unpacked {base:.4g}", top, logarithmic=False)
+    perplexity = Axes(across, "perplexity", base, f"unpacked {value(base)}", top, logarithmic=False, has_front=False)
     return [
         {
             "heading": "Divergence",
@@ -92,17 +92,16 @@ def _unit(rows: Sequence[Mapping[str, Any]]) -> tuple[float, str]:
 
 
 def _dot(row: Mapping[str, Any], key: str, report: Mapping[str, Any], unit: float) -> Dot:
-    value, ends = row["quality"][key]["value"], _ends(row, key, report["reference"])
+    lost, ends = row["quality"][key]["value"], _ends(row, key, report["reference"])
     kind = "front" if row["name"] in report["front"] else "other"
     if row["name"] == report["recommendation"]["name"]:
         kind = "chosen"
-    speed = rate(row["decode_weights_per_s"])
+    cells = row_cells(row)
     note = (
-        f"{row['name']}: {size(row['size_bytes'])}, {row['bits_per_weight']:.2f} bits a weight, "
-        f"divergence {small(row['quality']['kl']['value'])}, perplexity {row['quality']['perplexity']['value']:.4g}, "
-        f"decodes {speed} weights/s"
+        f"{row['name']}: {cells['size']}, {cells['bits']} bits a weight, divergence {cells['kl']}, "
+        f"perplexity {cells['perplexity']}, decodes {cells['rate']} weights/s"
     )
-    return Dot(row["name"], row["size_bytes"] / unit, value, *ends, kind, note)
+    return Dot(row["name"], row["size_bytes"] / unit, lost, *ends, kind, note)
 
 
 def _ends(row: Mapping[str, Any], key: str, reference: Mapping[str, Any]) -> tuple[float, float]:

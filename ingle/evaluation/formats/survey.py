@@ -15,6 +15,7 @@ from torch import Tensor
 from ingle import models
 from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
+from ingle.config.named import check_name
 from ingle.errors import ConfigError, EvaluationError
 from ingle.evaluation.formats.candidates import find_target, list_candidates, target_names
 from ingle.evaluation.formats.choice import LIMIT
@@ -98,6 +99,7 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> dict[str, Any]:
         EvaluationError: The model is packed already or has fused experts, or the folder holds another comparison.
     """
     asked.check()
+    check_name(asked.model.id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(asked.model)
     model = models.load_model(asked.model, device=device, sink=sink)

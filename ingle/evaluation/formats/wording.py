@@ -24,8 +24,8 @@ def row_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "types": ", ".join(name for name, _ in sorted(row["types"].items(), key=lambda item: -item[1])),
         "bits": f"{row['bits_per_weight']:.2f}",
         "size": size(row["size_bytes"]),
-        "perplexity": _value(quality["perplexity"]["value"]),
-        "perplexity_ends": _ends(quality["perplexity"], _value),
+        "perplexity": value(quality["perplexity"]["value"]),
+        "perplexity_ends": _ends(quality["perplexity"], value),
         "loss": signed(quality["loss"]["value"]),
         "loss_ends": _ends(quality["loss"], signed),
         "kl": small(quality["kl"]["value"]),
@@ -56,12 +56,13 @@ def rate(weights_per_s: float | None) -> str:
     return f"{weights_per_s / 1e9:.1f} G" if weights_per_s >= 5e8 else f"{weights_per_s / 1e6:.0f} M"
 
 
-def _value(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def value(perplexity: float) -> str:
+    """A perplexity: ``2,116``, ``12.34``."""
+    return f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.4g}"
 
 
 def _ends(figure: Mapping[str, Any], write: Any) -> str:
     return "" if figure["low"] is None else f"{write(figure['low'])} – {write(figure['high'])}"
 
 
-__all__ = ["measured_on", "rate", "row_cells", "signed", "size", "small"]
+__all__ = ["measured_on", "rate", "row_cells", "signed", "size", "small", "value"]

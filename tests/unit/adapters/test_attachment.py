@@ -189,17 +189,24 @@ def test_fused_experts_are_reported_and_never_passed_over(packed: bool) -> None:
         adapters.attach(mixtral(), LoraAdapter(target_modules=("experts",)), seed=0)
 
 
-def test_maps_named_like_experts_are_told_since_peft_mixes_them_up(tmp_path: Path) -> None:
+def test_maps_that_peft_takes_for_experts_get_an_adapter_only_when_they_are_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=50, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, mlp_only_layers=[0],
     )  # fmt: skip
+    report = adapters.attach(Qwen3MoeForCausalLM(config), LoraAdapter(rank=2), seed=0)
+    attention = LINEARS[:4]
+    assert {name.rpartition(".")[2] for name in report.adapted} == set(attention)
+    assert any(note.startswith("3 linear maps got no adapter (model.layers.0.mlp.down_proj") for note in report.notes)
+
+    named = LoraAdapter(rank=2, target_modules=LINEARS)
     model = Qwen3MoeForCausalLM(config)
-    report = adapters.attach(model, LoraAdapter(rank=2), seed=0)
-    assert any("PEFT may take down_proj, gate_proj, up_proj" in note for note in report.notes)
-    adapters.save_adapter(model, tmp_path, LoraAdapter(rank=2), "base")
-    again = adapters.attach(Qwen3MoeForCausalLM(config), LoraAdapter(rank=2, path=str(tmp_path)), seed=0)
+    report = adapters.attach(model, named, seed=0)
+    assert {name.rpartition(".")[2] for name in report.adapted} == set(LINEARS)
+    assert any("PEFT takes down_proj, gate_proj, up_proj" in note for note in report.notes)
+    adapters.save_adapter(model, tmp_path, named, "base")
+    again = adapters.attach(Qwen3MoeForCausalLM(config), named.model_copy(update={"path": str(tmp_path)}), seed=0)
     assert again.notes == report.notes, "told once, also when the adapter comes from a folder"
 
 

@@ -233,8 +233,10 @@ def test_a_terminal_edits_lines_and_ctrl_c_stops_an_answer_there(tmp_path: Path)
 def _take_terminal(slave: int) -> Callable[[], None]:
     def take() -> None:
         import fcntl
+        import signal
         import termios
 
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored where the tests run in the background
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
     return take

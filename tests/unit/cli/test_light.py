@@ -44,6 +44,31 @@ def test_no_heavy_library_is_loaded(tmp_path: Path, words: list[str], code: int)
         assert done.stdout
 
 
+ANSWER = """
+import gc, sys
+import torch
+from transformers import LlamaForCausalLM
+floor = set(sys.modules)
+from ingle.__main__ import main
+sys.argv = ["ingle", "generate", "examples/models/ember-6m", "--prompt", "x", "--max-new-tokens", "1"]
+assert main() == 0
+besides = set(sys.modules) - floor
+others = {"accelerate", "bitsandbytes", "datasets", "gguf", "llama_cpp", "pandas", "peft", "pyarrow", "sacrebleu"}
+others |= {"scipy", "sklearn", "sympy", "ingle.evaluation", "ingle.training.optim", "ingle.objectives"}
+others |= {"ingle.kernels.ggml_decode", "ingle.kernels.ggml_encode", "ingle.kernels.hqq_decode", "ingle.gguf.reading"}
+sys.stderr.write(f"{sorted(others & besides)} {gc.get_freeze_count() > 0}")
+"""
+
+
+def test_an_answer_loads_what_the_model_needs_and_nothing_of_other_commands() -> None:
+    """Beside torch and the model's class, which bring libraries of their own."""
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER], cwd=root, env=ENV, capture_output=True, text=True, timeout=600
+    )
+    assert done.stderr.rsplit("\n", 1)[-1] == "[] True", done.stderr
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     check = "import sys, ingle, ingle.config, ingle.sinks, ingle.cli.app; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True, env=ENV, timeout=60)

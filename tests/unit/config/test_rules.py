@@ -42,6 +42,10 @@ BREACHES: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=qa_lora", "--base=q5_1"],
     ),
     "merges-into-a-format": (["--adapter.merge_aware.fraction=.5"], ["--adapter.merge_aware.format=q4_k"]),
+    "control-tokens-alike": (
+        ["--data.control_tokens=keep", "--evaluate.sources=t.jsonl"],
+        ["--data.control_tokens=keep", "--evaluate.sources=t.jsonl", "--evaluate.control_tokens=keep"],
+    ),
     "clm-trains-on-all": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
     "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
     "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),

@@ -72,7 +72,7 @@ def test_endings_tell_what_the_model_learns_to_stop_with(report):
 def test_every_oddity_is_a_sentence(report):
     report, _ = report
     problems = "\n".join(report.problems)
-    for part in ("empty answer", "are cut", "do not end in a token", "exact duplicates", "held-out prompts"):
+    for part in ("empty answer", "cut; raise", "not end in a token", "exact duplicate", "held-out prompts"):
         assert part in problems, part
     assert report.duplicates.exact == 1
     assert report.overlap.same_row == 1

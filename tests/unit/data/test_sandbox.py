@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import signal
 import threading
-import time
 
 import pytest
 
@@ -18,14 +17,6 @@ from ingle.errors import DataError, ModelError
 TURN = (Message("user", "what"), Message("assistant", "four"))
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = "{% set n = namespace(t='x') %}{% for i in range(64) %}\n{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}"
-
-
-@pytest.fixture()
-def short(monkeypatch):
-    """Limits of a tenth of a second and 64 MiB."""
-    monkeypatch.setattr(sandbox, "TIME_S", 0.1)
-    monkeypatch.setattr(limits, "_TICK_S", 0.05)
-    monkeypatch.setattr(sandbox, "MEMORY_BYTES", 1 << 26)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +35,9 @@ def short(monkeypatch):
     ],
     ids=["loop", "doubling", "repeat", "wide", "power", "round", "map", "syntax", "open", "nested"],
 )
-def test_what_is_wrong_with_a_template_is_told_with_its_line(tokenizer, short, template, message, line):
+def test_what_is_wrong_with_a_template_is_told_with_its_line(tokenizer, monkeypatch, template, message, line):
+    monkeypatch.setattr(sandbox, "TIME_S", 0.3 if message == "too much time" else 60)
+    monkeypatch.setattr(sandbox, "MEMORY_BYTES", 1 << 26)
     tokenizer.chat_template = template
     with pytest.raises((ModelError, DataError), match=message) as caught:
         locate_answers(tokenizer, TURN, train_on="last", origin="t.jsonl:7")
@@ -88,24 +81,27 @@ def test_unpacked_arguments_are_no_power(tokenizer):
 
 
 def test_limits_leave_no_trace():
-    former = (resource.getrlimit(resource.RLIMIT_AS), *map(signal.getsignal, (signal.SIGVTALRM, signal.SIGINT)))
+    former = (resource.getrlimit(resource.RLIMIT_AS), *map(signal.getsignal, (signal.SIGPROF, signal.SIGINT)))
     with pytest.raises(ZeroDivisionError), limited(1, 1 << 30):
         raise ZeroDivisionError
     assert former == (
         resource.getrlimit(resource.RLIMIT_AS),
-        *map(signal.getsignal, (signal.SIGVTALRM, signal.SIGINT)),
+        *map(signal.getsignal, (signal.SIGPROF, signal.SIGINT)),
     )
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_ctrl_c_ends_a_block_although_its_handler_only_takes_a_note(monkeypatch):
     monkeypatch.setattr(limits, "_TICK_S", 0.02)
     noted: list[int] = []
-    former = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+
+    def note(number: int, frame: object) -> None:
+        noted.append(number)
+
+    former = signal.signal(signal.SIGINT, note)
     try:
-        with pytest.raises(KeyboardInterrupt), limited(30, 1 << 30):
-            began = time.thread_time()
-            while time.thread_time() - began < 0.2:
+        with pytest.raises(KeyboardInterrupt), limited(60, 1 << 30):
+            while signal.getsignal(signal.SIGINT) is note:  # until the block has run for a while
                 pass
             signal.raise_signal(signal.SIGINT)
             while True:

@@ -376,7 +376,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(width: int) -> No
     lines = shown.splitlines()
     for each in rows:
         assert any(line.strip(" ●").startswith(f"{each.name} ") for line in lines), each.name
-    assert ("Left out in so narrow a terminal: " in shown) == (width < 100)
+    assert ("Left out in so narrow a terminal: " in shown) == (width < 120)
     text = " ".join(shown.split())
     assert "Measured on 10,602 tokens of held-out.jsonl (1 window)" in text
     assert "Recommended: q4_k_m, the smallest" in text and "ingle quantize 'my model' --to q4_k_m" in text

@@ -32,7 +32,7 @@ def test_an_answer_behind_thoughts_is_right(tmp_path: Path, monkeypatch: pytest.
     rows.write_text(json.dumps({"prompt": "two and two?", "completion": "four"}) + "\n")
     answers = [SimpleNamespace(text="<think>\n\n</think>\n\nfour", finish_reason="stop")]
     monkeypatch.setattr(runner, "generate", lambda *args, **options: answers)
-    monkeypatch.setattr(runner, "prompt_ids", lambda *args: [1])
+    monkeypatch.setattr(runner, "prompt_ids", lambda *args, **options: [1])
     task = TaskConfig(sources=(Source(path=str(rows)),), metrics=("exact_match",))
     result = evaluate_single(SimpleNamespace(config=None), None, task)
     assert result["metrics"]["exact_match"]["value"] == 1.0

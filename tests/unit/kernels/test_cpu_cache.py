@@ -38,10 +38,18 @@ def _double(values):  # type: ignore[no-untyped-def]
         values[i] *= 2
 
 
-def test_a_kernel_computes() -> None:
+@cpu_cache.compile_float_kernel
+def _never_called(values):  # type: ignore[no-untyped-def]
+    for i in prange(len(values)):
+        values[i] *= 3
+
+
+def test_a_kernel_computes_and_is_kept() -> None:
     values = np.arange(3.0)
     _double(values)
     assert values.tolist() == [0.0, 2.0, 4.0]
+    assert cpu_cache.is_compiled(_double)
+    assert not cpu_cache.is_compiled(_never_called)
 
 
 _COMPUTE = """

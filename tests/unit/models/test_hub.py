@@ -15,9 +15,9 @@ def test_a_local_file_is_itself(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"x")
     assert hub.locate_file(str(path)) == path
-    with pytest.raises(ModelError, match=r"there is no file .*nowhere\.gguf"):
+    with pytest.raises(ModelError, match=r"There is no file .*nowhere\.gguf"):
         hub.locate_file(str(tmp_path / "nowhere.gguf"))
-    with pytest.raises(ModelError, match=r"there is no file model\.gguf"):
+    with pytest.raises(ModelError, match=r"There is no file model\.gguf"):
         hub.locate_file("model.gguf")
 
 

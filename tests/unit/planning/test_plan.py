@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ingle.config import Run
-from ingle.errors import DoesNotFit
-from ingle.planning import DataShape, LinearShape, ModelShape, Plan, make_plan
+from ingle.errors import ConfigError, DoesNotFit
+from ingle.planning import DataShape, LinearShape, ModelShape, Plan, find_better_batch, make_plan
 from ingle.planning.plan import default_micro_batch
 
 MODEL = ModelShape(
@@ -79,7 +79,10 @@ def test_nf4_takes_the_bytes_of_its_format() -> None:
 
 def test_a_cpu_run_counts_what_it_compiles() -> None:
     assert _plan(_run(), dtype_bytes=2).memory["kernels"] > _plan(_run(), dtype_bytes=4).memory["kernels"] > 0
-    assert _plan(_run(), on_gpu=True).memory["kernels"] == 0
+    first = _plan(_run(base={"format": "nf4"}), compiles_kernels=True).memory["kernels"]
+    plain = _plan(_run(adapter={"kind": "none"}), compiles_kernels=True).memory["kernels"]
+    assert first > plain > _plan(_run()).memory["kernels"]
+    assert _plan(_run(), on_gpu=True, compiles_kernels=True).memory["kernels"] == 0
 
 
 def test_recompute_trades_memory_for_work() -> None:
@@ -107,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out() -> None:
     with pytest.raises(DoesNotFit) as caught:
         _plan(_run(), free_bytes=1 << 20)
     text = str(caught.value)
-    assert "none of these is enough alone: --train.micro_batch_size=1" in text
+    assert "none of these is enough on its own: --train.micro_batch_size=1" in text
     assert "--base.format=nf4" not in text, "the weights of so small a model are not what takes the memory"
     assert "activations" in text
 
@@ -165,3 +168,56 @@ def test_training_through_the_rounding_keeps_the_merged_weights() -> None:
     assert aware.memory["merged weights"] == 12 * 64 * 64 * 34 // 32
     own = _plan(_run(base={"format": "q4_0"}, adapter={"merge_aware": {}}))
     assert own.memory["merged weights"] == 12 * 64 * 64 * 18 // 32
+
+
+def test_a_batch_that_fits_no_memory_is_refused_with_a_smaller_one() -> None:
+    with pytest.raises(DoesNotFit) as caught:
+        _plan(_run(train={"global_batch_size": 1 << 20}), free_bytes=4 << 30)
+    assert "train.global_batch_size = 1048576" in str(caught.value)
+    assert caught.value.fix == "--train.global_batch_size=4"
+
+
+def test_more_steps_than_any_run_makes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="1e\\+12 steps"):
+        make_plan(
+            _run(train={"num_epochs": 1e6, "global_batch_size": 1}),
+            MODEL,
+            replace(DATA, num_sequences=1_000_000),
+            dtype_bytes=2,
+            process_bytes=0,
+            free_bytes=1 << 40,
+            can_compile=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "train", "flags"),
+    [
+        (5, {}, "--train.global_batch_size=1 --train.num_epochs=4"),
+        (40, {}, "--train.global_batch_size=2"),
+        (40, {"micro_batch_size": 4}, "--train.global_batch_size=2 --train.micro_batch_size=2"),
+        (40, {"num_epochs": 8.0}, None),
+        (5, {"global_batch_size": 1}, "--train.num_epochs=4"),
+        (3200, {}, None),
+        (5, {"num_steps": 3}, "--train.global_batch_size=1"),
+        (32, {"num_steps": 3}, None),
+    ],
+)
+def test_little_data_gets_a_batch_that_makes_sense(
+    num_sequences: int, train: dict[str, Any], flags: str | None
+) -> None:
+    def advice(train: dict[str, Any]) -> str | None:
+        run, data = _run(train=train), replace(DATA, num_sequences=num_sequences)
+        facts: dict[str, Any] = {"dtype_bytes": 2, "process_bytes": 0, "free_bytes": 1 << 40, "can_compile": True}
+        return find_better_batch(run, num_sequences, make_plan(run, MODEL, data, **facts).num_steps)
+
+    found = advice(train)
+    assert (found is None) == (flags is None)
+    if found is not None and flags is not None:
+        assert found.endswith(f" Try {flags}.")
+        followed = dict(flag.removeprefix("--train.").split("=") for flag in flags.split())
+        assert advice(train | {name: int(value) for name, value in followed.items()} | _epochs(followed)) is None
+
+
+def _epochs(flags: dict[str, str]) -> dict[str, float]:
+    return {"num_epochs": float(flags["num_epochs"])} if "num_epochs" in flags else {}

@@ -56,7 +56,11 @@ def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch
 
     assert look_up.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
     monkeypatch.setattr(numba.config, "CPU_NAME", "generic")
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
     assert look_up.find_shuffle() is None
+    assert not look_up.has_permute()
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+ssse3,+neon")  # what is listed counts, as numba compiles
+    assert look_up.find_shuffle() is not None
     assert not look_up.has_permute()
 
 

@@ -28,8 +28,8 @@ def story(output: Path) -> list[Any]:
 @pytest.mark.parametrize(
     ("module", "make", "extra"),
     [
-        ("tensorboard.summary", lambda path: TensorBoard(path), "ingle[tensorboard]"),
-        ("wandb", lambda path: Wandb("p"), "ingle[wandb]"),
+        ("tensorboard.summary", lambda path: TensorBoard(path), "[tensorboard]"),
+        ("wandb", lambda path: Wandb("p"), "[wandb]"),
     ],
 )
 def test_a_missing_library_names_the_extra(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ingle.config import DataConfig, ModelConfig, Run, Source
-from ingle.errors import ConfigError
+from ingle.errors import CheckpointError, ConfigError
 from ingle.training.folder import RunFolder
 
 
@@ -66,3 +66,44 @@ def test_other_options_are_taken_until_something_is_trained(tmp_path: Path) -> N
     assert folder.state(other) == "started"
     with pytest.raises(ConfigError, match="seed: 1 -> 0"):
         folder.state(_run(tmp_path))
+
+
+def test_a_run_that_did_not_begin_leaves_neither_lock_nor_folders(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("precious")
+    for folder in (theirs, tmp_path / "new" / "run"):
+        with pytest.raises(ZeroDivisionError), RunFolder(folder).locked():
+            raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "theirs"]
+
+
+def test_the_outlook_says_what_starting_would_do(tmp_path: Path) -> None:
+    folder, run = RunFolder(tmp_path / "run"), _run(tmp_path / "run")
+    assert "new run would start" in folder.outlook(run)
+    folder.begin(run)
+    for step in (3, 12):
+        (folder.checkpoints / f"step-{step}").mkdir(parents=True)
+    assert "resume from checkpoints/step-12; 12 steps are done" in folder.outlook(run)
+    folder.report.write_text('{"status": "finished"}')
+    assert "is finished" in folder.outlook(run)
+    with pytest.raises(ConfigError, match="holds a finished run with other options"):
+        folder.outlook(run.model_copy(update={"seed": 1}))
+
+
+def test_options_that_a_finished_run_ignores_are_named(tmp_path: Path) -> None:
+    folder, run = RunFolder(tmp_path / "run"), _run(tmp_path / "run")
+    folder.begin(run)
+    assert folder.ignored(run) == []
+    train = run.train.model_copy(update={"save_every": 5})
+    assert folder.ignored(run.model_copy(update={"train": train})) == ["train.save_every: null -> 5"]
+
+
+def test_a_folder_that_is_no_run_leads_to_the_one_that_was_meant(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "demo"
+    RunFolder(run).begin(_run(run))
+    (run / "checkpoints" / "step-3").mkdir(parents=True)
+    for wrong in (run.parent, run.with_name("demp"), run / "checkpoints" / "step-3"):
+        with pytest.raises(CheckpointError, match="is not a run folder") as caught:
+            RunFolder(wrong).load_run()
+        assert caught.value.fix == f"did you mean {run}?"
