@@ -32,7 +32,7 @@ class LlamaCpp:
         binding = require()
         self.version = f"llama.cpp (llama-cpp-python {binding.__version__})"
         try:
-            self._llama = binding.Llama(
+            self._llama = _plain(binding.Llama)(
                 str(path),
                 lora_path=None if adapter is None else str(adapter),
                 n_ctx=context,
@@ -146,6 +146,26 @@ def require() -> Any:
             fix="pip install 'ingle[llama]' (it compiles for some minutes and needs a C++ compiler and CMake)",
         ) from error
     return llama_cpp
+
+
+def _plain(engine: Any) -> Any:
+    """The binding's class, reading matrices as they lie in the file.
+
+    llama.cpp lays them out anew for the processor's own matrix instructions, which its class has no option against;
+    where these are AMX, it crashes (llama.cpp pull request 26954).
+    """
+
+    class Plain(engine):  # type: ignore[misc]
+        @property
+        def model_params(self) -> Any:
+            return self._model_params
+
+        @model_params.setter
+        def model_params(self, params: Any) -> None:
+            params.use_extra_bufts = False
+            self._model_params = params
+
+    return Plain
 
 
 def _threads() -> int:
