@@ -164,11 +164,12 @@ def refuse_other_shapes(plan: ReadingPlan, twin: PreTrainedModel) -> None:
             case _:
                 continue  # packed or converted: known when it is read
         if have != want:
+            described = "the file's metadata" if isinstance(group, GgufWeight) else "config.json"
             raise ModelError(
-                f"The weight {group.target} has another shape than config.json gives it.",
+                f"The weight {group.target} has another shape than {described} gives it.",
                 where=str(path),
-                why=f"{have} in the file, {want} by config.json",
-                fix="check that the files belong to this config.json",
+                why=f"{have} in the file, {want} by {described}",
+                fix=f"check that the weights belong to {described}",
             )
 
 

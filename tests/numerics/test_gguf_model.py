@@ -197,7 +197,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         )
 
     assert "model.layers.1.mlp.up_proj.weight" in message(lambda metadata, tensors: tensors.pop("blk.1.ffn_up.weight"))
-    assert "(95, 64) in the file, (96, 64) in the architecture" in message(shorten)
+    assert "(95, 64) in the file, (96, 64) by the file's metadata" in message(shorten)
     assert "blk.1.ffn_up.weight is held as i8" in message(unread)
     assert "'mamba' are not supported" in message(
         lambda metadata, tensors: metadata.update({"general.architecture": "mamba"})
