@@ -34,8 +34,7 @@ for name, model in models.items():
 _TRY_LLAMA_CPP = """
 from pathlib import Path
 from ingle.export import llama
-llama.require()
-llama.try_out(Path("some-model.Q4_K_M.gguf"), None)
+llama.LlamaCpp(Path("some-model.Q4_K_M.gguf"), context=64)
 """
 
 
