@@ -84,7 +84,7 @@ class Worker:
 def shorten(words: Sequence[str], folder: Path) -> list[str]:
     """The words of an ``ingle`` command with fewer steps, samples and tokens; all else is as the page has it."""
     command, short = words[0], list(words)
-    config = "".join((folder / word).read_text() for word in words if (folder / word).is_file())
+    config = "".join((folder / word).read_text() for word in words if word.endswith(".yaml"))
     if command == "train" and "--resume" not in words:
         short += ["--train.num_steps=2", "--train.global_batch_size=1"]
         if "evaluate:" in config or any(word.startswith("--evaluate") for word in words):
