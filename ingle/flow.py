@@ -14,7 +14,7 @@ from typing import Any
 
 from ingle import adapters, evaluation, models, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
-from ingle.atomic import disk_full_explained, write_atomically
+from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
@@ -159,13 +159,11 @@ def _evaluate_before(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) 
     """The base's answers, taken before full fine-tuning overwrites it and kept for when the run is resumed."""
     if run.evaluate is None:
         return None
-    task_hash = run.evaluate.model_dump_json()
-    if folder.base_evaluation.is_file():
-        kept = json.loads(folder.base_evaluation.read_bytes())
-        if kept["task"] == task_hash:
-            return evaluation.TaskResult.from_dict(kept["result"])
-    result = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=sink, stage="base")
-    write_atomically(folder.base_evaluation, json.dumps({"task": task_hash, "result": result.to_dict()}).encode())
+    task = run.evaluate.model_dump_json()
+    result = evaluation.load_result(task, folder.base_evaluation)
+    if result is None:
+        result = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=sink, stage="base")
+        evaluation.save_result(result, task, folder.base_evaluation)
     return result
 
 

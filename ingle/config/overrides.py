@@ -169,7 +169,7 @@ def tidy(node: Node, shape: Shape | None) -> None:
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
             chosen = node.value.get(tag) if isinstance(node.value, dict) else None
             name = chosen.value if chosen is not None else default
-            if name in members:
+            if isinstance(name, str) and name in members:
                 tidy(node, Table(members[name]))
         case Rows(section, key):
             if isinstance(node.value, str | dict):
@@ -197,7 +197,9 @@ def _drop_strangers(root: Node, section: type[Section]) -> list[str]:
         if not isinstance(shape, Choice) or node is None or not isinstance(node.value, dict):
             continue
         chosen = node.value.get(shape.tag)
-        if chosen is None or chosen.origin != "flag" or chosen.value not in shape.members:
+        if chosen is None or chosen.origin != "flag" or not isinstance(chosen.value, str):
+            continue
+        if chosen.value not in shape.members:
             continue
         known = shape.members[chosen.value].model_fields
         for key in [key for key, value in node.value.items() if key not in known and value.origin == "file"]:

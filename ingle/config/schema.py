@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -96,8 +96,9 @@ class Option:
 
 
 @cache
-def shapes(section: type[Section]) -> dict[str, Shape]:
-    """The shape of each field of ``section``."""
+@cache
+def shapes(section: type[Section]) -> Mapping[str, Shape]:
+    """The shape of each field of ``section``; reading its type hints takes longer than reading a config."""
     hints = get_type_hints(section, include_extras=True)
     return {name: _shape(hints[name], section.model_fields[name]) for name in section.model_fields}
 

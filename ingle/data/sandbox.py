@@ -97,11 +97,20 @@ def refusal(error: Exception, tokenizer: Tokenizer, messages: Sequence[Message],
 
 
 def check_size(text: str, tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The rendered text, if its length is reasonable.
+    """The rendered text, if its length is reasonable and all of it are characters.
 
     Raises:
         ModelError: It is not.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            "The rendered conversation holds half of a surrogate pair, which is no character.",
+            where=place(tokenizer, None),
+            why=str(error),
+            fix="correct the text of the messages, or the template",
+        ) from None
     given = sum(len(message.content) for message in messages)
     if len(text) > _FIXED_CHARS + _GROWTH * given:
         raise ModelError(

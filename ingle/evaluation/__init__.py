@@ -2,7 +2,7 @@
 
 from ingle.evaluation.compare import compare, summarize
 from ingle.evaluation.report import write_report
-from ingle.evaluation.result import Question, TaskResult
+from ingle.evaluation.result import Question, TaskResult, load_result, save_result
 from ingle.evaluation.runner import evaluate_pair, evaluate_single, run_task
 from ingle.evaluation.task import TaskSample, read_task
 
@@ -13,8 +13,10 @@ __all__ = [
     "compare",
     "evaluate_pair",
     "evaluate_single",
+    "load_result",
     "read_task",
     "run_task",
+    "save_result",
     "summarize",
     "write_report",
 ]

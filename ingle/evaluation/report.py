@@ -44,15 +44,27 @@ def write_report(
 
 
 def read_steps(metrics_path: Path) -> list[dict[str, Any]]:
-    """The steps of ``metrics.jsonl`` in order; of a step made twice (after a crash) the last one counts."""
+    """The steps of ``metrics.jsonl`` in order; of a step made twice (after a crash) the last one counts.
+
+    Lines that hold no step, as a crash or an editor may leave them, are passed over.
+    """
     steps: dict[int, dict[str, Any]] = {}
     if not metrics_path.is_file():
         return []
-    for line in metrics_path.read_text(encoding="utf-8").splitlines():
+    for line in metrics_path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:  # a line that a crash cut in two
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("loss"), int | float):
+        if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]) and _has_numbers(row):
             steps[row["step"]] = row
     return [steps[step] for step in sorted(steps)]
+
+
+def _has_numbers(row: Mapping[str, Any]) -> bool:
+    """Whether what is drawn of a step can be drawn."""
+    return _is_number(row.get("loss")) and ("lr" not in row or _is_number(row["lr"]))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # not NaN, and no whole number that no float holds

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from ingle.atomic import write_atomically
 from ingle.evaluation.scorers import Likelihood, Outputs
 
 
@@ -71,3 +75,28 @@ class TaskResult:
             num_unfinished=data["num_unfinished"],
             seconds=data["seconds"],
         )
+
+
+def save_result(result: TaskResult, task: str, path: Path) -> None:
+    """Writes a result with the task that it answers and a digest.
+
+    Raises:
+        CheckpointError: When the disk is full.
+    """
+    content = result.to_dict()
+    write_atomically(path, json.dumps({"task": task, "result": content, "sha256": _digest(content)}).encode())
+
+
+def load_result(task: str, path: Path) -> TaskResult | None:
+    """What :func:`save_result` wrote; None when it answers another task, is damaged, or is not there."""
+    try:
+        kept = json.loads(path.read_bytes())
+        if kept["task"] == task and kept["sha256"] == _digest(kept["result"]):
+            return TaskResult.from_dict(kept["result"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +15,6 @@ from numpy.typing import NDArray
 from ingle.env import install_command
 from ingle.errors import DependencyError, ExportError
 
-#: Loads a model and an adapter and computes a few tokens, many at once and one alone.
-_TRIAL = """
-import sys
-from llama_cpp import Llama
-model = Llama(sys.argv[1], lora_path=sys.argv[2] or None, n_ctx=64, n_batch=64, n_threads=1, verbose=False)
-model.eval(list(range(8)))
-model.eval([0])
-"""
-
 
 class LlamaCpp:
     """A GGUF file as llama.cpp serves it.
@@ -37,16 +25,15 @@ class LlamaCpp:
         context: Most tokens in one text.
 
     Raises:
-        DependencyError: The binding is not installed, or crashes.
+        DependencyError: The binding is not installed.
         ExportError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
         binding = require()
-        try_out(path, adapter)
         self.version = f"llama.cpp (llama-cpp-python {binding.__version__})"
         try:
-            self._llama = binding.Llama(
+            self._llama = _plain(binding.Llama)(
                 str(path),
                 lora_path=None if adapter is None else str(adapter),
                 n_ctx=context,
@@ -162,25 +149,24 @@ def require() -> Any:
     return llama_cpp
 
 
-def try_out(path: Path, adapter: Path | None) -> None:
-    """Has llama.cpp compute a few tokens in a process of its own, so that a crash does not end ours.
+def _plain(engine: Any) -> Any:
+    """The binding's class, reading matrices as they lie in the file.
 
-    It crashes where it was compiled for instructions that the system does not allow, as AMX in some virtual machines.
-
-    Raises:
-        DependencyError: It does.
+    llama.cpp lays them out anew for the processor's own matrix instructions, which its class has no option against;
+    where these are AMX, it crashes (llama.cpp pull request 26954).
     """
-    words = [sys.executable, "-c", _TRIAL, str(path), str(adapter or "")]
-    code = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode
-    if code < 0:  # other failures come again below, with their reasons
-        raise DependencyError(
-            "llama.cpp crashes while it reads the export; the export itself is complete.",
-            where=str(path),
-            why=f"a process of its own was ended by {signal.Signals(-code).name}",
-            fix="compile its binding without this processor's own instructions: `CMAKE_ARGS=-DGGML_NATIVE=OFF "
-            f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python`; or leave "
-            "--verify out",
-        )
+
+    class Plain(engine):  # type: ignore[misc]
+        @property
+        def model_params(self) -> Any:
+            return self._model_params
+
+        @model_params.setter
+        def model_params(self, params: Any) -> None:
+            params.use_extra_bufts = False
+            self._model_params = params
+
+    return Plain
 
 
 def _threads() -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -260,6 +261,8 @@ class _Decoding:
             past_key_values=fresh,
             use_cache=True,
         )
+        ours: Any
+        new: Any
         for ours, new in zip(self._cache.layers, fresh.layers, strict=True):
             for name in ("keys", "values"):
                 getattr(ours, name)[places] = getattr(new, name)

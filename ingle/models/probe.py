@@ -63,7 +63,9 @@ def make_probe(model: PreTrainedModel) -> Probe | None:
     for section, key, value in _named_lengths(config):
         _set(section, key, small[value])
     _exaggerate(config)
-    probe = build(config, computed_in(model))
+    # Code of the model's own is asked for again only where it is what made the model.
+    own_code = not type(model).__module__.startswith("transformers.")
+    probe = build(config, computed_in(model), trust_remote_code=own_code)
     _keep_one_of_each(probe)
     device = next(model.parameters()).device
     compute(probe, device, known={name for name, _ in probe.named_parameters()})

@@ -136,7 +136,8 @@ def _switch(module: nn.Module, layer_type: str | None) -> tuple[str | None, int]
     kind = _kinds(module).get(layer_type)
     if kind is None or not _depends_on_length(kind):
         return None, 0
+    rotary: Any = module
     if kind == _LONGROPE:
-        settings: Any = module.config.rope_parameters  # type: ignore[union-attr]
+        settings = rotary.config.rope_parameters
         return kind, int((settings if layer_type is None else settings[layer_type])["original_max_position_embeddings"])
-    return kind, int(module.original_max_seq_len)  # type: ignore[arg-type]
+    return kind, int(rotary.original_max_seq_len)

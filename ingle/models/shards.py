@@ -193,8 +193,9 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raw = file.read(length)
     with reading(path, f"{path.name} is not a whole safetensors file.", fix=_DAMAGED):
         header = _read_object(raw)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
         raise _damaged(path, "its __metadata__ is not an object of texts")
     tensors = {key: _entry(path, 8 + length, key, value) for key, value in header.items()}
     _require_contiguous(path, tensors, 8 + length, size)

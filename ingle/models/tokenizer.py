@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -70,13 +71,15 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
     config = folder / "config.json"
     if config.is_file():  # AutoTokenizer reads it too
         refuse_absurd(read_object(config), config)
+    settings = folder / "tokenizer_config.json"
+    place = settings if settings.is_file() else folder
     try:
-        with reading(folder, f"The tokenizer of {name} cannot be read.", fix=_FIX):
+        with reading(place, f"The tokenizer of {name} cannot be read.", fix=_FIX):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
             )
     except ModelError:
-        _blame_config(config, code)
+        _blame_one_file(folder, code)
         raise
     _refuse_odd(tokenizer, folder)
     if not tokenizer.is_fast:
@@ -90,11 +93,18 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _blame_config(path: Path, code: bool) -> None:
-    """Raises where it is the model's config that cannot be read, and not the tokenizer."""
-    if path.is_file():
-        with reading(path, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
-            AutoConfig.from_pretrained(path.parent, trust_remote_code=code, local_files_only=True)
+def _blame_one_file(folder: Path, code: bool) -> None:
+    """Raises where one file alone cannot be read: the model's config, or one of the tokenizer's."""
+    config, core = folder / "config.json", folder / "tokenizer.json"
+    if config.is_file():
+        with reading(config, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
+            AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
+    if core.is_file():
+        with reading(core, "tokenizer.json cannot be read.", fix=_FIX):
+            Tokenizer.from_file(str(core))
+    for path in (folder / name for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")):
+        if path.is_file():
+            read_object(path)
 
 
 def _refuse_odd(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +73,13 @@ def _compare_whole(model: PreTrainedModel) -> None:
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
-    embedding: Any = probe.model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
+    device = next(probe.model.parameters()).device
     documents = _documents(probe.lengths, probe.num_ids)
-    alone = [
-        probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
-        for document in documents
-    ]
+    with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+        alone = [
+            probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
+            for document in documents
+        ]
     packed = _pack(probe.model, documents, device)[0]
     why = f"documents of {', '.join(map(str, probe.lengths))} tokens, with {probe.described}"
     _require_alike(model, packed.float(), torch.cat(alone).float(), probe.lengths, _PROBE_TOLERANCE, why)

@@ -77,5 +77,5 @@ def keep_steps(path: Path, step: int) -> None:
 def _is_kept(line: bytes, step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -182,7 +182,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
         version = state["format"]
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"This checkpoint has format {version}; this version of Ingle reads format {FORMAT_VERSION}.",
+                f"This checkpoint has format {str(version)[:20]}; this version of Ingle reads format {FORMAT_VERSION}.",
                 where=str(path),
                 fix="finish the run with the version that began it, or start again with --output=another/folder",
             )
@@ -196,7 +196,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
         del state["format"]
         position = Position(**state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, f"{STATE}: {type(error).__name__}: {error}") from error
     if path.name != f"step-{position.step}":
         raise _damaged(path, f"it is the checkpoint of step {position.step}, in a folder of another name")
     return tensors, position

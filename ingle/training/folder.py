@@ -179,7 +179,7 @@ class RunFolder:
         """Whether a whole report is there; a damaged one is written again."""
         try:
             return bool(json.loads(self.report.read_bytes())["status"] == "finished")
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def begin(self, run: Run) -> None:

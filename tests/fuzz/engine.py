@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import struct
 import sys
 import time
 from collections import Counter
@@ -14,7 +15,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.fuzz import inputs, sandbox
+import yaml
+
+from tests.fuzz import ggufs, inputs, sandbox
 from tests.fuzz.mutations import mutate
 from tests.fuzz.sandbox import LITTER, REFUSED, SUCCESS, WRONG, Outcome, Place
 from tests.fuzz.targets import TARGETS, Target
@@ -125,7 +128,8 @@ class Fuzzer:
         tally.slowest = max(tally.slowest, outcome.cpu_s)
         tally.seconds += time.monotonic() - began
         if outcome.kind == REFUSED:
-            tally.unplaced += not any(Path(file).name in outcome.message for file in case.files)
+            names = [*(Path(file).name for file in case.files), target.option]
+            tally.unplaced += not any(name in outcome.message for name in names if name)
         if outcome.failed:
             tally.causes[outcome.cause] += 1
             if tally.causes[outcome.cause] <= _KEPT:
@@ -243,7 +247,13 @@ def _meaning(content: bytes, kind: str) -> Any:
             return json.loads(content, object_pairs_hook=_unique)
         if kind == "jsonl":
             return [json.loads(line, object_pairs_hook=_unique) for line in content.split(b"\n") if line.strip()]
-    except (ValueError, RecursionError):
+        if kind == "yaml" and len(content) < 4096:
+            return yaml.safe_load(content)
+        if kind == "gguf":
+            file = ggufs.parse(content)
+            file.values.sort(key=lambda value: value.key)
+            return file
+    except (ValueError, RecursionError, KeyError, IndexError, struct.error, yaml.YAMLError):
         pass
     return content
 

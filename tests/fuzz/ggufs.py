@@ -131,7 +131,10 @@ def mutate_gguf(content: bytes, rng: Random) -> tuple[bytes, str]:
     except (ValueError, KeyError, IndexError, struct.error):
         at = rng.randrange(len(content) + 1)
         return content[:at] + bytes([rng.randrange(256)]) + content[at + 1 :], f"a byte at {at}"
-    if not file.values or (file.entries and rng.random() < 0.5):
+    if rng.random() < 0.1:
+        rng.shuffle(file.values)
+        done = "metadata in another order"
+    elif not file.values or (file.entries and rng.random() < 0.5):
         done = _change_entries(file, rng)
     else:
         done = _change_values(file, rng)

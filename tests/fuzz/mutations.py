@@ -111,6 +111,35 @@ def encode_otherwise(content: bytes, rng: Random) -> tuple[bytes, str]:
     return text.encode(name, "replace"), f"in {name}"
 
 
+def json_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """The same JSON document as another text."""
+    try:
+        return trees.respell(trees.parse(content.decode()), rng).encode("utf-8", "surrogatepass"), "spelled otherwise"
+    except (ValueError, RecursionError):
+        return insert_text(content, rng)
+
+
+def jsonl_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """The same rows as other lines."""
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    try:
+        rows = [json.dumps(json.loads(line), ensure_ascii=rng.random() < 0.5) for line in lines]
+    except (ValueError, RecursionError):
+        return insert_text(content, rng)
+    return rng.choice(("\n", "\r\n", "\n\n")).join(rows).encode("utf-8", "surrogatepass"), "spelled otherwise"
+
+
+def yaml_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """The same YAML document as another text."""
+    try:
+        tree = yaml.safe_load(content)
+        flow = rng.choice((None, True, False))
+        text = yaml.safe_dump(tree, default_flow_style=flow, width=rng.choice((20, 80, 10**6)), sort_keys=True)
+    except (yaml.YAMLError, ValueError, RecursionError, UnicodeDecodeError, TypeError):
+        return insert_text(content, rng)
+    return f"# a comment: {{\n{text}\n# the end".encode(), "spelled otherwise"
+
+
 def json_tree(content: bytes, rng: Random) -> tuple[bytes, str]:
     """A change in a JSON document."""
     try:
@@ -162,6 +191,8 @@ def safetensors_header(content: bytes, rng: Random) -> tuple[bytes, str]:
         done = f"{one} moved by {shift}"
     elif kind == 2:
         data, done = data + bytes(rng.choice((1, 8, 4096))), "bytes after the last tensor"
+    elif kind == 3:
+        tree, done = trees.Object(rng.sample(tree, len(tree))), "in another order"
     else:
         tree, done = trees.mutate(tree, rng)
     header = trees.dump(tree).encode("utf-8", "surrogatepass")
@@ -229,10 +260,10 @@ _TEXT: tuple[Mutation, ...] = (flip_bits, truncate, splice, insert_text, encode_
 KINDS: dict[str, tuple[Mutation, ...]] = {
     "bytes": _BYTES,
     "text": _TEXT,
-    "json": (*_TEXT, *(json_tree,) * 20),
-    "jsonl": (*_TEXT, *(json_lines,) * 10),
+    "json": (*_TEXT, *(json_tree,) * 20, *(json_respelled,) * 3),
+    "jsonl": (*_TEXT, *(json_lines,) * 10, *(jsonl_respelled,) * 3),
     "safetensors": (*_BYTES, *(safetensors_header,) * 6),
-    "yaml": (*_TEXT, *(yaml_lines,) * 12),
+    "yaml": (*_TEXT, *(yaml_lines,) * 12, *(yaml_respelled,) * 3),
     "words": (words,),
     "jinja": (*_TEXT, *(jinja,) * 8),
     "gguf": (*_BYTES, *(mutate_gguf,) * 10),
@@ -243,6 +274,9 @@ def mutate(content: bytes, kind: str, rng: Random) -> tuple[bytes, str]:
     """One to three changes to a file of a kind."""
     done = []
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
-        content, what = rng.choice(KINDS[kind])(content, rng)
+        try:
+            content, what = rng.choice(KINDS[kind])(content, rng)
+        except RecursionError:  # an earlier change has nested it too deeply for us
+            content, what = flip_bits(content, rng)
         done.append(what)
     return content, "; ".join(done)

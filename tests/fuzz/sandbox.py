@@ -79,13 +79,12 @@ def command(*words: str | Path) -> str:
     """Runs ``ingle`` with these words in this process; its standard output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = outcome.call([*map(str, words), "--debug"])
+        code = outcome.call([*map(str, words)])
     if code == outcome.DONE:
         return out.getvalue()
-    text = err.getvalue()
     if code == outcome.MISTAKE:
-        raise Refused(text[text.rfind("Error: ") :] if "Error: " in text else text)
-    raise Broke(f"exit code {code}\n{text}")
+        raise Refused(err.getvalue())
+    raise Broke(f"exit code {code}\n{err.getvalue()}")
 
 
 class Place:
@@ -210,12 +209,13 @@ def _refusal(text: str) -> dict[str, Any]:
 
 def _cause(trace: str) -> str:
     """The last of Ingle's lines in a traceback, and the error."""
-    frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line (\d+), in (\w+)', trace)
-    place = " ".join(frames[-1][::2]) if frames else "outside"
-    lines = trace.strip().splitlines()
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Panic\w*|Exit|Interrupt)\b", line)]
-    kind = errors[-1].split(":")[0] if errors else lines[-1][:60]
-    return f"{kind} in {place}"
+    if bug := re.search(r"^Bug: (\w+)", trace, re.MULTILINE):  # what a command prints
+        frames, kind = re.findall(r"/(ingle/\S+?):\d+ in (\w+)", trace), bug[1]
+    else:
+        frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line \d+, in (\w+)', trace)
+        errors = re.findall(r"^([\w.]*(?:Error|Exception|Exit|Interrupt|Broke))\b", trace, re.MULTILINE)
+        kind = errors[-1] if errors else trace.strip().splitlines()[-1][:60]
+    return f"{kind} in {' '.join(frames[-1])}" if frames else f"{kind} outside"
 
 
 def _where(place: Place) -> str:

@@ -133,6 +133,19 @@ def mutate(tree: Any, rng: Random) -> tuple[Any, str]:
             return tree, f"{name} in {depth} lists"
 
 
+def respell(tree: Any, rng: Random) -> str:
+    """Another text of the same tree: keys in another order, other space, characters escaped or not."""
+    plain = _plain(tree, rng)
+    spaces = rng.choice(({"indent": 3}, {"separators": (",", ":")}, {"separators": (" ,\t", " : ")}, {}))
+    return json.dumps(plain, ensure_ascii=rng.random() < 0.5, **spaces) + rng.choice(("", "\n", " \n\n"))
+
+
+def _plain(tree: Any, rng: Random) -> Any:
+    if isinstance(tree, Object):
+        return {key: _plain(value, rng) for key, value in rng.sample(tree, len(tree))}
+    return [_plain(value, rng) for value in tree] if isinstance(tree, list) else tree
+
+
 def _near(value: Any, rng: Random) -> Any:
     """A value of the same type."""
     if isinstance(value, bool):

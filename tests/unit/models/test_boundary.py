@@ -47,7 +47,7 @@ def load(folder: Path) -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN"),
         (
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
-            "rope_parameters.rope_type: KeyError: 'spiral'",
+            "rope_type: KeyError: 'spiral'",
         ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "factor"),
         ({"model_type": 5}, "not known"),
