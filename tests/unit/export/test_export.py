@@ -22,7 +22,7 @@ from ingle.config.adapter import MergeAware
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
 from ingle.events import Event, Warned
-from ingle.export import certificate, export, llama
+from ingle.export import certificate, export
 from ingle.export.certificate import certify
 from ingle.inference import Engine
 
@@ -268,15 +268,6 @@ def test_a_missing_binding_is_told_before_anything_is_written(
         export(str(make_adapter()), "gguf", tmp_path / "x", type="f16", verify=True)
     assert "judge" in str(caught.value)  # the tests run in a source checkout
     assert not list(tmp_path.glob("x*"))
-
-
-def test_a_crash_of_llama_cpp_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "_TRIAL", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(DependencyError, match="crashes") as caught:
-        llama.try_out(tmp_path / "m.gguf", None)
-    assert "SIGSEGV" in str(caught.value) and "GGML_NATIVE=OFF" in str(caught.value)
-    monkeypatch.setattr(llama, "_TRIAL", "raise SystemExit(1)")  # told again by what follows
-    llama.try_out(tmp_path / "m.gguf", None)
 
 
 @needs_llama
