@@ -59,7 +59,7 @@ def divergence(report: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"Against the trained model, on {plural(found['num_tokens'], 'token')}: KL divergence {found['kl']:.4f} nats a "
-        f"token, the same most likely token in {found['top1_agreement']:.1%}, perplexity "
+        f"token, the same most likely token in {100 * found['top1_agreement']:.1f} %, perplexity "
         f"{found['perplexity_second']:.3f} (trained: {found['perplexity_first']:.3f})."
     )
 
@@ -104,8 +104,10 @@ def _why_accepted(report: Mapping[str, Any]) -> str:
         return f"It is accepted because that is above {least:g}; --data FILE measures what it means on text."
     if found["kl"] > limits["max_kl"]:
         return "It was written because of --allow-loss."
-    text = (
-        f"It is accepted because the predictions move by only {found['kl']:.4f} nats a token "
-        f"(the limit is {limits['max_kl']:g})"
-    )
-    return text + (f"; training moved the base by {effect:.4f}." if effect is not None else ".")
+    text = f"It is accepted because the predictions move by {found['kl']:.4f} nats a token (the limit is "
+    text += f"{limits['max_kl']:g})"
+    if effect is None:
+        return f"{text}."
+    if found["kl"] > DOUBTFUL_SHARE * effect:
+        return f"{text}; but training moved the base by only {effect:.4f}, so most of what was trained may be lost."
+    return f"{text}; training moved the base by {effect:.4f}."

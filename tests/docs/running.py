@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Worker:
 def shorten(words: Sequence[str], folder: Path) -> list[str]:
     """The words of an ``ingle`` command with fewer steps, samples and tokens; all else is as the page has it."""
     command, short = words[0], list(words)
-    config = "".join((folder / word).read_text() for word in words if (folder / word).is_file())
+    config = "".join((folder / word).read_text() for word in words if word.endswith(".yaml"))
     if command == "train" and "--resume" not in words:
         short += ["--train.num_steps=2", "--train.global_batch_size=1"]
         if "evaluate:" in config or any(word.startswith("--evaluate") for word in words):
@@ -114,21 +114,21 @@ class Runner:
     root: Path
     verifies: bool
 
-    def run_page(self, page: Page, folder: Path) -> None:
-        """Runs the commands and programs of a page in ``folder``, in order, after writing its files.
+    def run_page(self, page: Page, folder: Path) -> Iterator[str]:
+        """Runs the commands and programs of a page in ``folder``, in order, and writes its files on the way.
 
-        Raises:
-            AssertionError: A command does not exit with 0.
+        Yields:
+            What does not exit with 0: where it is, and what it printed.
         """
         for block in page.blocks:
             if name := block.mark("file"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text(block.text)
             if block.language == "python" and "run" in block.marks:
-                _require(self.worker.run_python(block.text, folder), block, "this program")
+                yield from _failure(self.worker.run_python(block.text, folder), block, "this program")
             elif block.language == "console":
                 for command in shown_commands(block):
-                    _require(self.run_command(command, folder), block, command)
+                    yield from _failure(self.run_command(command, folder), block, command)
 
     def run_command(self, command: str, folder: Path) -> Done:
         """Runs a line as the shell would read it."""
@@ -165,8 +165,9 @@ class Runner:
         return Done(done.returncode, done.stdout + done.stderr)
 
 
-def _require(done: Done, block: Block, command: str) -> None:
-    assert done.code == 0, f"{block.where}: {command}\nexit {done.code}\n{done.output}"
+def _failure(done: Done, block: Block, command: str) -> Iterator[str]:
+    if done.code != 0:
+        yield f"{block.where}: {command}\nexit {done.code}\n{done.output}"
 
 
 def _split(command: str, folder: Path) -> list[str]:
