@@ -133,7 +133,7 @@ def plan_reading(
             sources.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
             groups.setdefault(name, Converted(name, mapping.converter(pattern)))
         elif name in groups:
-            raise ModelError(f"two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
+            raise ModelError(f"Two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
         else:
             parts = packed.get(weight)
             groups[name] = Plain(name, stored[key]) if parts is None else PackedWeight(name, parts, bitnet_divides)
@@ -238,7 +238,7 @@ def _name_weight(key: str) -> str:
 def _refuse_packed(key: str, entry: StoredTensor, packed: dict[str, dict[str, StoredTensor]]) -> None:
     if key in packed:
         raise ModelError(
-            f"the packed weight {key} would have to be fused with others, which is not supported.",
+            f"The packed weight {key} would have to be fused with others, which is not supported.",
             where=str(entry.path),
             fix="start from the checkpoint that is not quantized",
         )
