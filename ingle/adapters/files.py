@@ -92,7 +92,7 @@ def save_adapter(
     """
     modules = lora_modules(model)
     if not modules:
-        raise AdapterError("this model has no adapter to save.", where=str(folder))
+        raise AdapterError("This model has no adapter to save.", where=str(folder))
     whole = _trained_whole(model)
     tensors = {f"{PREFIX}{name}.{key}": tensor for name in whole for key, tensor in _own_state(model, name).items()}
     for name, module in modules.items():
@@ -169,7 +169,7 @@ def _check_existing(
     """Refuses an adapter that is not the one the model was prepared for."""
     if existing and set(existing) != set(factors):
         raise AdapterError(
-            "this adapter sits on other modules than adapter.target_modules names.",
+            "This adapter sits on other modules than adapter.target_modules names.",
             where=str(folder),
             why=f"only in the files: {some(set(factors) - set(existing))}; "
             f"only in the config: {some(set(existing) - set(factors))}",
@@ -178,14 +178,14 @@ def _check_existing(
     frozen = sorted(name for name in whole if existing and not _is_trained(model, name))
     if frozen:
         raise AdapterError(
-            f"this adapter holds {', '.join(frozen)}, trained whole, which would stay frozen here.",
+            f"This adapter holds {', '.join(frozen)}, trained whole, which would stay frozen here.",
             where=str(folder),
             fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
         )
     apart = tied_modules(model, tuple(whole))
     if existing and apart:
         raise AdapterError(
-            f"this adapter trained {', '.join(whole)} apart from {', '.join(apart)}, and this model ties them.",
+            f"This adapter trained {', '.join(whole)} apart from {', '.join(apart)}, and this model ties them.",
             where=str(folder),
             fix="train it with ensure_weight_tying in PEFT, or start without adapter.path",
         )
@@ -194,7 +194,7 @@ def _check_existing(
         rank, scale = len(lora_a), settings.scale_of(name, len(lora_a))
         if name in existing and (existing[name].rank != rank or abs(existing[name].scale - scale) > 1e-9 * scale):
             raise AdapterError(
-                f"this adapter has rank {rank} and scale {scale:g}; the config asks for "
+                f"This adapter has rank {rank} and scale {scale:g}; the config asks for "
                 f"rank {existing[name].rank} and scale {existing[name].scale:g}.",
                 where=str(folder),
                 fix=f"set adapter.rank to {rank} and adapter.alpha to {alpha_of(scale, rank, False):g}",
@@ -206,7 +206,7 @@ def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tens
     gathered = lora_a[:, :: module.group_size]
     if not torch.equal(spread(gathered, module.group_size, module.in_features), lora_a):
         raise AdapterError(
-            f"the adapter of {name} changes each input on its own, not in groups of {module.group_size}.",
+            f"The adapter of {name} changes each input on its own, not in groups of {module.group_size}.",
             where=str(folder / WEIGHTS),
             why="QA-LoRA shares a column of A in each group, and this one was trained without",
             fix="--adapter.kind=lora, or start from an adapter of kind qa_lora",
@@ -224,7 +224,7 @@ def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: 
     difference = record.identity.explain_difference(found)
     if not allow_mismatch:
         raise AdapterError(
-            "this adapter was trained on another base.",
+            "This adapter was trained on another base.",
             where=str(folder),
             why=f"{difference}\nSHA-256 {record.identity.sha256[:12]}... there, {found.sha256[:12]}... here",
             fix="open it on the base it was trained on, or take it all the same: --allow-mismatch,\n"

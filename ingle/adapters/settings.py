@@ -188,7 +188,7 @@ def read_settings(folder: Path) -> Settings:
         value = values.get(key, plain[0])
         if value not in plain:
             raise AdapterError(
-                f"this adapter uses {key} = {value!r}, which is not supported yet.",
+                f"This adapter uses {key} = {value!r}, which is not supported yet.",
                 where=f"{path}: {key}",
                 why="without it the model would answer differently from the one that was trained",
                 fix="merge it into its base with PEFT, or train a plain LoRA",

@@ -64,7 +64,7 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
     adapted = [name for name in adapted if not any(name == w or name.startswith(f"{w}.") for w in whole)]
     if not adapted:
         raise AdapterError(
-            "there is no linear map left to adapt.",
+            "There is no linear map left to adapt.",
             where="adapter.target_modules",
             why=f"{len(linears)} linear maps; trained whole: {', '.join(whole) or 'none'}",
             fix="name other modules, or set adapter.kind to none to train everything",

@@ -116,7 +116,7 @@ def read_record(folder: str | Path) -> Record:
         return Record() if text is None else Record.from_json(text)
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise AdapterError(
-            "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
+            "The adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
         ) from None
 
 
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin").is_file()
         raise AdapterError(
-            "the adapter's weights are missing.",
+            "The adapter's weights are missing.",
             where=str(path),
             why="there is an adapter_model.bin, a pickle that can run code" if pickled else None,
             fix="save it again with safetensors" if pickled else "copy the whole folder",
@@ -138,7 +138,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
-            "the adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
+            "The adapter's weights cannot be read.", where=str(path), why=str(error), fix="copy the file again"
         ) from None
 
 
@@ -195,7 +195,7 @@ def sort_tensors(
     broken = [name for name, pair in halves.items() if len(pair) != 2]
     if broken or not halves:
         raise AdapterError(
-            f"half of the adapter of {broken[0]} is missing." if broken else "the file holds no adapter.",
+            f"Half of the adapter of {broken[0]} is missing." if broken else "The file holds no adapter.",
             where=str(folder / WEIGHTS),
             fix="copy the file again",
         )
@@ -236,7 +236,7 @@ def check_targets(
     missing = sorted(path for path in paths if settings.is_target(path) and path not in factors)
     if missing:
         raise AdapterError(
-            f"the adapter of {some(missing)} is missing.",
+            f"The adapter of {some(missing)} is missing.",
             where=str(folder / WEIGHTS),
             why=f"the config names {len(missing) + len(factors)} modules of this model; the file has {len(factors)}",
             fix="copy the file again, or take the base it was trained on",
@@ -257,26 +257,26 @@ def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], f
         module = model.get_submodule(name)
     except AttributeError:
         raise AdapterError(
-            f"the adapter changes {name}, which this model does not have.",
+            f"The adapter changes {name}, which this model does not have.",
             where=where,
             fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
         ) from None
     module = getattr(module, "base", module)
     if not is_linear(module):
         raise AdapterError(
-            f"the adapter changes {name}, a {type(module).__name__}; only linear maps can be.", where=where
+            f"The adapter changes {name}, a {type(module).__name__}; only linear maps can be.", where=where
         )
     out_features, in_features = features(module)
     lora_a, lora_b = factors
     if lora_a.shape != (len(lora_a), in_features) or lora_b.shape != (out_features, len(lora_a)):
         raise AdapterError(
-            f"the adapter of {name} has other sizes than the model.",
+            f"The adapter of {name} has other sizes than the model.",
             where=where,
             why=f"A is {list(lora_a.shape)}, B {list(lora_b.shape)}; W is [{out_features}, {in_features}]",
             fix=f"take the base it was trained on (base_model_name_or_path in {CONFIG})",
         )
     if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
-        raise AdapterError(f"the adapter of {name} holds NaN or infinity.", where=where)
+        raise AdapterError(f"The adapter of {name} holds NaN or infinity.", where=where)
 
 
 def load_whole(model: nn.Module, name: str, state: dict[str, Tensor], folder: Path) -> None:

@@ -302,7 +302,7 @@ class _Build:
 
     def _warn(self, stats: DataStats) -> None:
         for remark in stats.dropped:
-            self.sink(Warned(f"rows skipped: {remark.reason}", remark.first, remark.count))
+            self.sink(Warned(f"Rows skipped: {remark.reason}", remark.first, remark.count))
         for remark in stats.remarks:
             self.sink(Warned(remark.reason, remark.first, remark.count))
         if stats.truncated_documents:
@@ -311,8 +311,8 @@ class _Build:
             self.sink(Warned(lost, "data.max_seq_len", stats.truncated_documents))
         if stats.cut_ends:
             self.sink(
-                Warned("answers that were cut have lost their end-of-turn token", "data.max_seq_len", stats.cut_ends)
+                Warned("Answers that were cut have lost their end-of-turn token", "data.max_seq_len", stats.cut_ends)
             )
         if stats.open_turns:
             why = "" if self.encoder.has_eos else "; the tokenizer has no end-of-text token"
-            self.sink(Warned(f"trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))
+            self.sink(Warned(f"Trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))

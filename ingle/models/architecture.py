@@ -222,7 +222,7 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
     packed_by = (raw.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
     if packed_by not in ("bitsandbytes", "hqq", "bitnet"):
         raise ModelError(
-            f"the weights of {model.id} are quantized with {packed_by}, which cannot be read.",
+            f"The weights of {model.id} are quantized with {packed_by}, which cannot be read.",
             where="model.id",
             fix="name the model's original weights in model.id and set base.format (nf4, int8)",
         )

@@ -171,7 +171,7 @@ class Destination:
         packed = self._packed(name)
         if packed is None or packed.format != format or packed.transposed:
             raise ModelError(
-                f"the checkpoint is already packed as {format.name} and cannot be held in another format.",
+                f"The checkpoint is already packed as {format.name} and cannot be held in another format.",
                 where=f"base.format, at {name}",
                 why=f"it is packed as {format}; "
                 + ("this weight is not packed" if packed is None else f"the model wants {packed.format}"),
@@ -269,7 +269,7 @@ class Destination:
     def _require_shape(self, name: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
         if tuple(have) != tuple(want):
             raise ModelError(
-                f"the weight {name} has another shape than the model.",
+                f"The weight {name} has another shape than the model.",
                 where=name,
                 why=f"{tuple(have)} in the file, {tuple(want)} in the architecture",
                 fix="check that the files belong to this config.json",

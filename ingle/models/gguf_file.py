@@ -79,7 +79,7 @@ def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         core = Tokenizer.from_str(json.dumps(vocabulary.tokenizer))
     except Exception as error:  # the Rust reader raises bare exceptions
         raise GgufError(
-            f"the tokenizer in {file.path.name} cannot be read.", where=str(file.path), why=str(error)[:200]
+            f"The tokenizer in {file.path.name} cannot be read.", where=str(file.path), why=str(error)[:200]
         ) from error
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **vocabulary.special)
     tokenizer.chat_template = vocabulary.chat_template

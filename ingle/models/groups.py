@@ -133,7 +133,7 @@ def plan_reading(
             sources.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
             groups.setdefault(name, Converted(name, mapping.converter(pattern)))
         elif name in groups:
-            raise ModelError(f"two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
+            raise ModelError(f"Two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
         else:
             parts = packed.get(weight)
             groups[name] = Plain(name, stored[key]) if parts is None else PackedWeight(name, parts, bitnet_divides)
@@ -164,11 +164,12 @@ def refuse_other_shapes(plan: ReadingPlan, twin: PreTrainedModel) -> None:
             case _:
                 continue  # packed or converted: known when it is read
         if have != want:
+            described = "the file's metadata" if isinstance(group, GgufWeight) else "config.json"
             raise ModelError(
-                f"The weight {group.target} has another shape than config.json gives it.",
+                f"The weight {group.target} has another shape than {described} gives it.",
                 where=str(path),
-                why=f"{have} in the file, {want} by config.json",
-                fix="check that the files belong to this config.json",
+                why=f"{have} in the file, {want} by {described}",
+                fix=f"check that the weights belong to {described}",
             )
 
 
@@ -237,7 +238,7 @@ def _name_weight(key: str) -> str:
 def _refuse_packed(key: str, entry: StoredTensor, packed: dict[str, dict[str, StoredTensor]]) -> None:
     if key in packed:
         raise ModelError(
-            f"the packed weight {key} would have to be fused with others, which is not supported.",
+            f"The packed weight {key} would have to be fused with others, which is not supported.",
             where=str(entry.path),
             fix="start from the checkpoint that is not quantized",
         )

@@ -54,7 +54,7 @@ def head(model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear | QuantLinear):
         raise ModelError(
-            f"the output head is a {type(layer).__name__}, not a linear layer.",
+            f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
             fix="take lm_head out of adapter.target_modules; adapter.trainable_modules trains it whole",
         )

@@ -89,7 +89,7 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
         columns = int(module.in_features)  # type: ignore[arg-type]
         if entry.mean.shape != (1, columns):
             raise ModelError(
-                "the importance matrix belongs to another model.",
+                "The importance matrix belongs to another model.",
                 where=str(path),
                 why=f"{gguf_name} has {entry.mean.shape[-1]} columns there, {columns} in the model",
                 fix="gather one for this model: --data FILE",
@@ -97,11 +97,11 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
         found[parameter] = torch.from_numpy(entry.mean[0].copy())
     if not found:
         raise ModelError(
-            "the importance matrix says nothing of this model's weights.",
+            "The importance matrix says nothing of this model's weights.",
             where=str(path),
             why=f"it holds {', '.join(list(entries)[:3])}, ...",
             fix="gather one for this model: --data FILE",
         )
     if missing:
-        sink(Warned(f"the importance matrix says nothing of {missing[0]}", where=str(path), count=len(missing)))
+        sink(Warned(f"The importance matrix says nothing of {missing[0]}", where=str(path), count=len(missing)))
     return found

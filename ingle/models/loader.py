@@ -132,7 +132,7 @@ def _convert(group: Converted, twin: PreTrainedModel, folder: Path) -> Iterator[
         raise
     except Exception as error:
         raise ModelError(
-            f"the weights of {group.target} cannot be converted.",
+            f"The weights of {group.target} cannot be converted.",
             where=str(folder),
             why=f"{type(error).__name__}: {error}",
             fix="check that the files belong to this config.json",
@@ -158,7 +158,7 @@ def _refuse_missing(
             fix="check that the files belong to this config.json",
         )
     if plan.unexpected and sink is not None:
-        sink(Warned(f"weights that fit nowhere were left out{lost}", str(folder), len(plan.unexpected)))
+        sink(Warned(f"Weights that fit nowhere were left out{lost}", str(folder), len(plan.unexpected)))
 
 
 def _fill_random(destination: Destination, twin: PreTrainedModel, seed: int) -> None:

@@ -152,7 +152,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
         for key, entry in _read_header(folder / name).items():
             if key in tensors:
                 raise ModelError(
-                    f"the weight {key} is in two files.",
+                    f"The weight {key} is in two files.",
                     where=f"{tensors[key].path.name} and {name}",
                     fix="keep one complete set of shards in the folder",
                 )
@@ -269,30 +269,30 @@ def _damaged(path: Path, why: str) -> ModelError:
 def _no_weights(folder: Path, found: list[Path]) -> ModelError:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return ModelError(
-            "the weights are Python pickles, which can run code when they are read; Ingle reads safetensors only.",
+            "The weights are Python pickles, which can run code when they are read; Ingle reads safetensors only.",
             where=str(folder),
             fix="convert once: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) in a place you trust",
         )
     if (folder / "adapter_config.json").is_file():
         return ModelError(
-            "the folder holds an adapter, not a model.",
+            "The folder holds an adapter, not a model.",
             where=str(folder),
             fix="put the base model into model.id and this folder into adapter.path",
         )
     if any(folder.glob("*.gguf")):
         return ModelError(
-            "a GGUF file is a model by itself.",
+            "A GGUF file is a model by itself.",
             where=str(folder),
             fix=f"--model.id={min(folder.glob('*.gguf'))}",
         )
     if found:
         return ModelError(
-            f"the folder holds {len(found)} weight files and no {INDEX_NAME} that says which belongs where.",
+            f"The folder holds {len(found)} weight files and no {INDEX_NAME} that says which belongs where.",
             where=str(folder),
             fix=f"fetch {INDEX_NAME} too",
         )
     return ModelError(
-        f"the folder holds no weights (no {SINGLE_NAME}, no {INDEX_NAME}).",
+        f"The folder holds no weights (no {SINGLE_NAME}, no {INDEX_NAME}).",
         where=str(folder),
         fix="fetch the .safetensors files, or set model.init=random to start from nothing",
     )

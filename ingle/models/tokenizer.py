@@ -144,4 +144,4 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError("the chat template cannot be read.", where="model.chat_template", why=str(error)) from None
+        raise ModelError("The chat template cannot be read.", where="model.chat_template", why=str(error)) from None

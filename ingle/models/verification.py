@@ -144,7 +144,7 @@ def _not_finite(model: PreTrainedModel) -> ModelError:
     ]
     if damaged:
         return ModelError(
-            f"the weight {damaged[0]} holds NaN or infinity.",
+            f"The weight {damaged[0]} holds NaN or infinity.",
             where="model.id",
             why=f"{len(damaged)} weights are affected",
             fix="fetch the checkpoint again, or choose another",

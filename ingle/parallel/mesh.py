@@ -35,7 +35,7 @@ def start(config: ParallelConfig) -> Mesh:
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "a GPU was asked for and this machine has none that PyTorch can use.",
+            "A GPU was asked for and this machine has none that PyTorch can use.",
             where="parallel.device = cuda",
             why=f"torch {torch.__version__} sees no CUDA device",
             fix="--parallel.device=cpu, or install a CUDA build of PyTorch",

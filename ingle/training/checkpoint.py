@@ -116,7 +116,7 @@ class Checkpoints:
         tensors, position = read(path)
         if position.data_hash != data_hash:
             raise CheckpointError(
-                "the training data changed since this run began; going on would mix two data sets.",
+                "The training data changed since this run began; going on would mix two data sets.",
                 where=str(path),
                 fix="put the former files back, or choose another folder with --output=",
             )
@@ -124,7 +124,7 @@ class Checkpoints:
         found = {name for name in tensors if name.startswith("master.")}
         if expected != found:
             raise CheckpointError(
-                "the checkpoint holds other parameters than this run trains.",
+                "The checkpoint holds other parameters than this run trains.",
                 where=str(path),
                 why=f"{len(found - expected)} unknown, {len(expected - found)} missing",
             )
@@ -156,7 +156,7 @@ class Checkpoints:
         free = self._folder.free_bytes()
         if needed > free:
             raise DoesNotFit(
-                f"this run needs {size(needed)} of disk; {size(free)} are free.",
+                f"This run needs {size(needed)} of disk; {size(free)} are free.",
                 where=f"output = {self._folder.path}, train.keep_checkpoints = {self._keep}",
                 why=f"{self._keep + 1} checkpoints of {size(full)} and the result",
                 fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",
@@ -166,7 +166,7 @@ class Checkpoints:
         same = reread == position and tensors.keys() == state.keys()
         if not same or any(not torch.equal(tensors[name], state[name].cpu()) for name in state):
             raise CheckpointError(
-                "what was read back from the first checkpoint is not what was written.", where=str(path)
+                "What was read back from the first checkpoint is not what was written.", where=str(path)
             )
         return path
 
@@ -209,7 +209,7 @@ def _digest(state: dict[str, Any]) -> str:
 
 def _damaged(path: Path, error: Exception | str) -> CheckpointError:
     return CheckpointError(
-        "the checkpoint is damaged.",
+        "The checkpoint is damaged.",
         where=str(path),
         why=str(error),
         fix=f"delete {path} and run again: the run goes on from the checkpoint before it",

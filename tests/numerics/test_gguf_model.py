@@ -197,7 +197,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         )
 
     assert "model.layers.1.mlp.up_proj.weight" in message(lambda metadata, tensors: tensors.pop("blk.1.ffn_up.weight"))
-    assert "(95, 64) in the file, (96, 64) in the architecture" in message(shorten)
+    assert "(95, 64) in the file, (96, 64) by the file's metadata" in message(shorten)
     assert "blk.1.ffn_up.weight is held as i8" in message(unread)
     assert "'mamba' are not supported" in message(
         lambda metadata, tensors: metadata.update({"general.architecture": "mamba"})
@@ -207,7 +207,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         load(small.with_name("cut.gguf"))
     with pytest.raises(ModelError, match="There is no file"):
         load(tmp_path / "nowhere.gguf")
-    with pytest.raises(ModelError, match="a GGUF file is a model by itself") as info:
+    with pytest.raises(ModelError, match="A GGUF file is a model by itself") as info:
         folder = tmp_path / "folder"
         folder.mkdir()
         shutil.copy(EMBER / "config.json", folder)
@@ -299,7 +299,7 @@ def test_a_damaged_tokenizer_is_told(small: Path, tmp_path: Path) -> None:
         metadata["tokenizer.ggml.merges"][7] = "one"
 
     path = rewritten(small, tmp_path / "x.gguf", change)
-    with pytest.raises(GgufError, match=r"the tokenizer in x\.gguf cannot be read"):
+    with pytest.raises(GgufError, match=r"The tokenizer in x\.gguf cannot be read"):
         load_tokenizer(ModelConfig(id=str(path)))
     assert load_tokenizer(ModelConfig(id=str(path), tokenizer=str(EMBER))).eos_token_id == 3
     assert load_tokenizer(ModelConfig(id=str(EMBER), tokenizer=str(small))).eos_token_id == 3

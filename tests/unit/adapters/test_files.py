@@ -95,8 +95,8 @@ def test_damaged_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change, fragment",
     [
-        (lambda t: t.pop(A), "half of the adapter of model.layers.0.self_attn.q_proj"),
-        (lambda t: [t.pop(A), t.pop(B)], "the adapter of model.layers.0.self_attn.q_proj is missing"),
+        (lambda t: t.pop(A), "Half of the adapter of model.layers.0.self_attn.q_proj"),
+        (lambda t: [t.pop(A), t.pop(B)], "The adapter of model.layers.0.self_attn.q_proj is missing"),
         (lambda t: t.clear(), "holds no adapter"),
         (lambda t: t.update({A: torch.zeros(2, 60)}), "other sizes"),
         (lambda t: t.update({A: torch.zeros(3, 64)}), "has rank 3; its config says 2"),

@@ -140,4 +140,4 @@ def test_what_a_file_asks_for_and_is_not_there_is_refused(tmp_path: Path) -> Non
     assert "a part of each head" in message({"llama.rope.dimension_count": 8})
     assert "'longrope'" in message({"llama.rope.scaling.type": "longrope"})
     odd = TensorToWrite("rope_freqs.weight", "f32", (8,), lambda: np.linspace(1, 7, 8, dtype="f4"))
-    assert "not Llama 3's" in message({}, [odd])
+    assert "other than Llama 3's" in message({}, [odd])
