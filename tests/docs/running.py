@@ -65,9 +65,7 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        self._process.communicate(timeout=60)
         self._printed.close()
 
     def _ask(self, request: dict[str, Any]) -> Done:

@@ -9,6 +9,7 @@ import pytest
 
 from docs import check, commands, generate
 from docs.markdown import Block, Page
+from tests.docs.running import Runner
 
 ROOT = Path(check.ROOT)
 
@@ -158,6 +159,19 @@ def test_commands_are_read_from_console_blocks() -> None:
 )
 def test_blocks_that_cannot_be_used_are_found(language: str, text: str, wrong: int) -> None:
     assert len(faults(Page("page.md", f"```{language}\n{text}```\n"))) == wrong
+
+
+def test_commands_that_fail_are_found(tmp_path: Path) -> None:
+    text = (
+        "```text file=a/b.txt\nhello\n```\n```console\n$ cat a/b.txt\n$ ls nowhere\n$ ollama create m -f a/none\n```\n"
+    )
+    runner = Runner(None, ROOT, verifies=False)  # type: ignore[arg-type]  # no command of ingle's
+    failures = list(runner.run_page(Page("page.md", text), tmp_path))
+    assert [failure.split("\n")[0] for failure in failures] == [
+        "page.md:4: ls nowhere",
+        "page.md:4: ollama create m -f a/none",
+    ]
+    assert "'a/none'" in failures[1]
 
 
 def test_the_project_is_listed_through_git(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_a_format_is_chosen_and_written(
     text, out = tiny_data / "held-out.jsonl", tmp_path / "formats"
     shown = ingle("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out)
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"● q8_0 +\d+\.\d+ +\d", shown.stdout) and "Recommended: " in shown.stdout
+    assert re.search(r"● q8_0 +[\d.]+ KiB +\d+\.\d+ +\d", shown.stdout) and "Recommended: " in shown.stdout
     assert "<svg" in (out / "formats.html").read_text()
 
     told = ingle_process("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
