@@ -173,6 +173,8 @@ def _become_a_case(place: Place, *, limited: bool) -> None:
     os.environ |= {"HOME": str(place.home), "TMPDIR": str(place.temporary)}
     tempfile.tempdir = None
     os.chdir(place.work)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # makes its pool anew, which two threads of a child must not do at once
     if not limited:
         return
 

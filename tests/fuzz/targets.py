@@ -206,6 +206,33 @@ def _load_gguf(folder: Path, out: Path) -> Any:
     return _answer(folder / "model.gguf")
 
 
+def _gguf_weights(folder: Path) -> Mapping[str, Any]:
+    """The bytes of every tensor as the gguf package reads them, rows of queries and keys in transformers' order."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    reader = GGUFReader(folder / "model.gguf")
+    heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+    found = {}
+    for tensor in reader.tensors:
+        *layer, part, _ = tensor.name.split(".")
+        rows = tensor.data
+        if part in heads:
+            count = reader.fields[f"llama.{heads[part]}"].contents()
+            rows = rows.reshape(count, -1, 2, rows.shape[-1]).swapaxes(1, 2)
+        module = _GGUF_MODULES[part] if not layer else f"model.layers.{layer[1]}.{_GGUF_MODULES[part]}"
+        packed = tensor.tensor_type == GGMLQuantizationType.Q8_0
+        found[f"{module}.{'data' if packed else 'weight'}"] = _sha(rows.tobytes())
+    return {"weights": found}
+
+
+_GGUF_MODULES = {
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    **{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+}
+
+
 def _safetensors_weights(folder: Path) -> Mapping[str, Any]:
     """The values that the safetensors library reads, in float32."""
     from safetensors.torch import load_file
@@ -355,7 +382,7 @@ TARGETS = {
                 f"{_MODEL}chat_template.jinja": "jinja",
             },
         ),
-        Target("gguf", _copy("model.gguf"), _load_gguf, {"model.gguf": "gguf"}),
+        Target("gguf", _copy("model.gguf"), _load_gguf, {"model.gguf": "gguf"}, expect=_gguf_weights),
         Target(
             "safetensors",
             _copy("model"),

@@ -26,7 +26,7 @@ from ingle.models.shards import read_index
 from tests.fuzz import ggufs
 
 _FIXED = settings(
-    max_examples=120,
+    max_examples=60,
     derandomize=True,
     database=None,
     deadline=None,
