@@ -236,19 +236,27 @@ def _clip(text: str) -> Text:
 
 
 def finish_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What the run took, and what was predicted."""
+    """What the run took, and what was predicted; values that are no numbers are left out."""
+    num_steps, num_tokens = _number(summary, "num_steps"), _number(summary, "num_tokens")
+    wall_s, tokens_per_s = _number(summary, "wall_s"), _number(summary, "tokens_per_s")
     parts = []
-    if summary.get("num_steps") is not None:
-        parts.append(f"{summary['num_steps']:,} steps")
-    if summary.get("num_tokens") is not None:
-        parts.append(f"{count(summary['num_tokens'])} tokens")
-    if summary.get("wall_s") is not None:
-        parts.append(f"in {duration(summary['wall_s'])}")
-    if summary.get("tokens_per_s") is not None:
-        parts.append(f"at {count(summary['tokens_per_s'])} tokens/s")
+    if num_steps is not None:
+        parts.append(f"{num_steps:,.0f} steps" + (", " if num_tokens is not None else " "))
+    if num_tokens is not None:
+        parts.append(f"{count(num_tokens)} tokens ")
+    if wall_s is not None:
+        parts.append(f"in {duration(wall_s)} ")
+    if tokens_per_s is not None:
+        parts.append(f"at {count(tokens_per_s)} tokens/s")
     if parts:
-        yield "finished: " + " ".join(parts).replace(" steps ", " steps, ", 1)
-    if summary.get("peak_memory_bytes"):
-        predicted = (summary.get("plan") or {}).get("memory", {}).get("total")
-        beside = f", {size(predicted)} predicted" if predicted else ""
-        yield f"peak memory: {size(summary['peak_memory_bytes'])} measured{beside}"
+        yield "Finished: " + "".join(parts).strip() + "."
+    peak, predicted = _number(summary, "peak_memory_bytes"), _number(summary, "plan", "memory", "total")
+    if peak:
+        yield f"Peak memory: {size(peak)} measured" + (f", {size(predicted)} predicted." if predicted else ".")
+
+
+def _number(values: Any, *path: str) -> float | None:
+    """A number inside nested dictionaries that were read from a file; None where there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, int | float) and abs(values) < 1e30 else None

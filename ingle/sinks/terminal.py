@@ -77,7 +77,7 @@ class Terminal:
                 show(self.console, comparison_table(event.report), *side_by_side(event.report, self._num_shown))
             case Saved():
                 if event.kind != "checkpoint" or not self.console.is_terminal:
-                    self._print(f"saved {event.kind}: {event.path}")
+                    self._print(f"Saved {event.kind}: {event.path}")
             case Finished():
                 self.close()
                 if event.summary.get("metrics") and not self._compared:  # a run that was finished before
@@ -92,7 +92,7 @@ class Terminal:
         self._stop()
         for message, total in self._warnings.items():
             if total > self._printed[message]:
-                self._print(f"warning: {message} ({total:,} times in all)", style="yellow")
+                self._print(f"Warning: {message} ({total:,} times in all)", style="yellow")
         self._warnings.clear()
         self._printed.clear()
 
@@ -160,7 +160,7 @@ class Terminal:
             self._printed[event.message] = event.count
             where = f" [{event.where}]" if event.where else ""
             often = f" ({event.count:,} times)" if event.count > 1 and str(event.count) not in event.message else ""
-            self._print(f"warning: {event.message}{often}{where}", style="yellow")
+            self._print(f"Warning: {event.message}{often}{where}", style="yellow")
 
     def _progress(self) -> Progress:
         if self._live is None:

@@ -91,7 +91,7 @@ def test_train_takes_overrides_in_any_order(flow: Flow, words: list[str]) -> Non
 def test_train_tells_what_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["train", "run.yaml", "--base=int8"]) == 0
     out = capsys.readouterr().out
-    assert "warning: base.block_size from run.yaml:2 is left out" in out
+    assert "Warning: base.block_size from run.yaml:2 is left out" in out
 
 
 def test_train_resumes_a_folder(flow: Flow) -> None:

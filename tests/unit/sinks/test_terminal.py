@@ -139,7 +139,7 @@ def test_plain_lines_one_a_logged_step_and_the_last() -> None:
 
 def test_a_live_bar_on_a_terminal_is_taken_away_at_the_end() -> None:
     text = show(started(), step(1), Saved(1, "c", "checkpoint"), step(6), terminal=True)
-    assert "\x1b[" in text and "training" in text and "saved checkpoint" not in text
+    assert "\x1b[" in text and "training" in text and "Saved checkpoint" not in text
     assert "step 6/6" in text.rstrip().splitlines()[-1] and "step 1/6" not in text
 
 
@@ -208,10 +208,10 @@ def test_warnings_are_merged_and_counted() -> None:
         Warned("odd"),
     )
     assert text.splitlines() == [
-        "warning: row skipped [no answer] [a.jsonl:3]",
-        "warning: 7 of 9 were cut",
-        "warning: odd",
-        "warning: row skipped [no answer] (5 times in all)",
+        "Warning: row skipped [no answer] [a.jsonl:3]",
+        "Warning: 7 of 9 were cut",
+        "Warning: odd",
+        "Warning: row skipped [no answer] (5 times in all)",
     ]
 
 
@@ -290,9 +290,9 @@ def test_the_end_tells_predicted_beside_measured() -> None:
             },
         ),
     )
-    assert "saved adapter: runs/x/adapter" in text
-    assert "finished: 6 steps, 24,576 tokens in 1m01s at 403 tokens/s" in text
-    assert "peak memory: 4.0 MiB measured, 3.0 MiB predicted" in text
+    assert "Saved adapter: runs/x/adapter" in text
+    assert "Finished: 6 steps, 24,576 tokens in 1m01s at 403 tokens/s." in text
+    assert "Peak memory: 4.0 MiB measured, 3.0 MiB predicted." in text
 
 
 def test_a_run_that_was_finished_before_shows_its_comparison_again() -> None:
