@@ -72,6 +72,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     model = models.skeleton(run.model, mesh.device, dtype)
     dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
     models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
+    models.end_token_ids(model, tokenizer)  # an end that the model lacks must show before hours are spent, too
     models.refuse_longer(model, int(dataset.lengths.max()), where="data.max_seq_len")
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(

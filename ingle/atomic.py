@@ -65,7 +65,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f"{path.name}.partial-{os.getpid()}-replaced")
-    with disk_full_explained(path), undone(lambda: _remove(partial)):
+    with disk_full_explained(path), undone(lambda: _remove(partial, replaced)):
         try:
             _remove(partial, replaced)  # of a killed process that had our number
             partial.mkdir(parents=True)
@@ -78,6 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     os.replace(path, replaced)
                 os.replace(partial, path)
         finally:
+            if replaced.exists() and not path.exists():  # interrupted between the two renames
+                os.replace(replaced, path)
             _remove(partial, replaced)
     sync(path.parent)
 

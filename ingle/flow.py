@@ -46,7 +46,8 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
     if folder.state(run) == "finished":
         return _already_finished(run, folder, sink)
     with stopping.listening(), stopping.explained(lambda: str(_interrupted(run, folder))), folder.locked():
-        folder.state(run)  # again: only now nobody else can change it
+        if folder.state(run) == "finished":  # by another process meanwhile; from now on nobody else can change it
+            return _already_finished(run, folder, sink)
         sink = combine(MetricsFile(folder.metrics), sink)
         try:
             parts = assemble(run, sink)

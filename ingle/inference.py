@@ -134,18 +134,11 @@ def locate(path_or_id: str) -> Source:
         return _locate_run(folder)
     if (folder / "adapter_config.json").is_file():
         return _locate_adapter(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{path_or_id} holds neither a run nor an adapter nor a model.",
-            where=path_or_id,
-            why="there is no run.yaml, adapter_config.json or config.json in it",
-            fix=RunFolder(folder).nearby() or "name a run folder, an adapter folder, a model folder or a hub id",
-        )
     model = ModelConfig(id=path_or_id)
     try:
         return Source(model, models.packed_base(model))
     except HubUnavailable as error:
-        if "/" in path_or_id:
+        if "/" in path_or_id and not Path(path_or_id).parent.is_dir():
             raise
         raise missing(path_or_id) from error  # the hub's models have two names: here a local one was meant
 

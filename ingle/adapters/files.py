@@ -49,6 +49,13 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
         AdapterError: When the folder holds no adapter, or one that cannot be computed exactly.
     """
     settings = read_settings(Path(folder))
+    if settings.lora_alpha <= 0 or settings.lora_dropout == 1:
+        raise AdapterError(
+            "Training cannot start from this adapter.",
+            where=str(Path(folder) / CONFIG),
+            why=f"lora_alpha is {settings.lora_alpha:g} and lora_dropout is {settings.lora_dropout or 0:g}",
+            fix="use an adapter with lora_alpha above 0 and lora_dropout below 1",
+        )
     targets = settings.target_modules
     patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
     shared: dict[str, Any] = {
@@ -149,7 +156,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool =
             module.lora_a.copy_(_gather(lora_a, module, name, folder))
             module.lora_b.copy_(lora_b)
     names = tuple(whole)
-    notes = () if existing else (*_untie(model, names), *train_whole(model, names))
+    notes = () if existing else (*_untie(model, whole), *train_whole(model, names))
     notes += (*unknown, *_check_base(model, record, folder, allow_mismatch))
     for name, state in whole.items():
         load_whole(model, name, state, folder)
@@ -192,7 +199,7 @@ def _check_existing(
     for name, (lora_a, _) in factors.items():
         check_factors(model, name, factors[name], folder)
         rank, scale = len(lora_a), settings.scale_of(name, len(lora_a))
-        if name in existing and (existing[name].rank != rank or abs(existing[name].scale - scale) > 1e-9 * scale):
+        if name in existing and (existing[name].rank != rank or abs(existing[name].scale - scale) > 1e-9 * abs(scale)):
             raise AdapterError(
                 f"This adapter has rank {rank} and scale {scale:g}; the config asks for "
                 f"rank {existing[name].rank} and scale {existing[name].scale:g}.",
@@ -254,12 +261,15 @@ def _round_as_trained(model: nn.Module, record: Record) -> None:
         round_layers(model, folding)
 
 
-def _untie(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Gives modules that share a weight with one outside ``names`` their own, as PEFT does with what it trains whole.
+def _untie(model: nn.Module, whole: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """Gives modules that were trained whole weights of their own, as PEFT does.
+
+    A weight is no longer shared with a module that was not trained, nor with one that the file has another value for.
 
     Returns:
         Sentences about what is no longer shared.
     """
+    names = tuple(whole)
     apart = tied_modules(model, names)
     shared = {id(p) for path in apart for p in model.get_submodule(path).parameters(recurse=False)}
     for name in names:
@@ -267,6 +277,14 @@ def _untie(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) in shared:
                     setattr(module, key, nn.Parameter(parameter.detach().clone()))
+    values: dict[int, Tensor] = {}
+    for name, state in whole.items():
+        for key, value in state.items():
+            path, _, leaf = f"{name}.{key}".rpartition(".")
+            module = model.get_submodule(path)
+            held = module._parameters.get(leaf)
+            if held is not None and not torch.equal(values.setdefault(id(held), value), value):
+                setattr(module, leaf, nn.Parameter(held.detach().clone()))
     return tuple(f"{path} keeps its own weight: the adapter trained {', '.join(names)} without it" for path in apart)
 
 

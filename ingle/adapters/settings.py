@@ -33,8 +33,8 @@ def _check_pattern(pattern: str) -> str:
 
 T = TypeVar("T")
 _Rank = Annotated[int, Field(ge=1)]
-_Alpha = Annotated[float, Field(gt=0)]
-_Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+_LayerPattern = Annotated[str, AfterValidator(_check_pattern)]
+_Pattern = Annotated[_LayerPattern, Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -46,15 +46,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore")
 
     r: _Rank
-    lora_alpha: _Alpha
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    lora_alpha: float
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
     use_rslora: bool | None = None
     rank_pattern: dict[_Pattern, _Rank] | None = None
-    alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    alpha_pattern: dict[_Pattern, float] | None = None
     target_modules: list[str] | _Pattern | None = None
     exclude_modules: list[str] | _Pattern | None = None
     layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[_Pattern] | str | None = None
+    layers_pattern: list[_LayerPattern] | _LayerPattern | None = None
     modules_to_save: list[Annotated[str, Field(min_length=1)]] | None = None
     ensure_weight_tying: bool | None = None
 
@@ -79,14 +79,16 @@ class Settings(BaseModel):
         assert self.target_modules is not None
         if not _matches(self.target_modules, name):
             return False
-        return isinstance(self.target_modules, str) or self._is_in_a_chosen_layer(name)
+        if isinstance(self.target_modules, str) or name in self.target_modules:
+            return True
+        return self._is_in_a_chosen_layer(name)
 
     def _is_in_a_chosen_layer(self, name: str) -> bool:
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if not layers:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        for pattern in patterns or [r"[^.]*"]:
+        for pattern in [each for each in patterns or () if each] or [r"[^.]*"]:
             match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
             if match:
                 return int(match["index"]) in layers

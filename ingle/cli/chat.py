@@ -148,7 +148,7 @@ class Talk:
                     print()
                 return
             except KeyboardInterrupt:
-                if not self._interactive:
+                if not self._interactive or stopping.requested() is not None:  # SIGTERM ends the program
                     raise
                 self._note("\nCtrl-D or /exit leaves.")
             except IngleError as error:
@@ -246,7 +246,7 @@ class Talk:
                 pieces.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            if not self._interactive:
+            if not self._interactive or stopping.requested() is not None:
                 raise
             stopped = True
         text = "".join(pieces)

@@ -33,16 +33,17 @@ def check_name(name: str) -> None:
     """
     if not name.strip():
         raise ModelError("The name of the model is empty.", fix=f"name {_EXPECTED} or a .gguf file")
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             _check_folder(path)
         elif path.is_file():
             _check_file(path)
         elif not _may_be_on_the_hub(name, path):
             raise missing(name)
-    except OSError as error:
-        raise ModelError(f"{name[:200]} cannot be opened.", where=name[:200], why=error.strerror) from error
+    except (OSError, RuntimeError) as error:  # the latter for the home of an unknown user
+        why = getattr(error, "strerror", None) or str(error)
+        raise ModelError(f"{name[:200]} cannot be opened.", where=name[:200], why=why) from error
 
 
 def missing(name: str) -> ModelError:
@@ -73,7 +74,9 @@ def _check_folder(folder: Path) -> None:
     inside = sorted(path for path in folder.iterdir() if _is_marked(path)) or _runs(folder)
     files = sorted(folder.glob("*.gguf"))
     if inside:
-        raise ModelError(f"{folder} is no run and no model, but it holds some.", fix=f"name one: {_listed(inside)}")
+        raise ModelError(
+            f"{folder} is neither a run nor a model, but contains some.", fix=f"name one: {_listed(inside)}"
+        )
     if files:
         raise ModelError(f"{folder} is a folder; a GGUF model is a file.", fix=f"name it: {_listed(files)}")
     raise ModelError(
@@ -103,9 +106,10 @@ def _may_be_on_the_hub(name: str, path: Path) -> bool:
     if not (_HUB_FILE if name.lower().endswith(".gguf") else _HUB_ID).match(name):
         return False
     owner, _, rest = name.partition("/")
-    if rest:
-        return not Path(owner).is_dir()
-    return not _similar_runs(name) and nearest_path(path) is None
+    if rest:  # a folder of models may well be laid out like the hub; a folder of runs is not
+        return not _runs(Path(owner))
+    near = [run.name for run in _similar_runs(name)] + [Path(found).name for found in [nearest_path(path)] if found]
+    return all(abs(len(found) - len(name)) > 1 for found in near)
 
 
 def _advice(name: str) -> str:

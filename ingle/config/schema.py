@@ -96,7 +96,6 @@ class Option:
 
 
 @cache
-@cache
 def shapes(section: type[Section]) -> Mapping[str, Shape]:
     """The shape of each field of ``section``; reading its type hints takes longer than reading a config."""
     hints = get_type_hints(section, include_extras=True)

@@ -290,8 +290,20 @@ def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: 
 
 def _compile(contents: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of several texts."""
-    longest_first = sorted({content for content in contents if content}, key=lambda content: (-len(content), content))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    tree: dict[str, Any] = {}
+    for content in filter(None, contents):
+        node = tree
+        for char in content:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return re.compile(_branches(tree) if tree else r"(?!)")
+
+
+def _branches(node: Mapping[str, Any]) -> str:
+    """A pattern for the texts in a tree of characters, the longest first; an alternation of thousands is slow."""
+    parts = [re.escape(char) + _branches(below) for char, below in sorted(node.items()) if char]
+    pattern = f"(?:{'|'.join(parts)})" if parts else ""
+    return f"{pattern}?" if parts and "" in node else pattern
 
 
 def _pair(content: str) -> set[str]:

@@ -60,6 +60,8 @@ def _limit_memory(num_bytes: int) -> tuple[int, int]:
         pages = int(os.read(file, 64).split()[0])
     finally:
         os.close(file)
+    if pages == 0:  # a sandbox that does not tell
+        return former
     wanted = pages * resource.getpagesize() + num_bytes
     soft, hard = former
     resource.setrlimit(resource.RLIMIT_AS, (min(x for x in (wanted, soft, hard) if x != resource.RLIM_INFINITY), hard))
@@ -90,6 +92,7 @@ def _limited_time(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, ticked)
+        # A tick may be on its way still, and the default for it is to end the program.
+        signal.signal(signal.SIGPROF, signal.SIG_IGN if ticked == signal.SIG_DFL else ticked)
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ memory and of what it may write, and whatever goes wrong names the line of the t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,8 +22,9 @@ from ingle.data.types import Message, Tokenizer
 from ingle.errors import DataError, ModelError
 from ingle.wording import first_line
 
-#: Processor time for all renderings of one conversation; common templates need a thousandth of it.
-TIME_S = 3.0
+#: Processor time for all renderings of a conversation of up to 64 messages; common templates need a thousandth of it.
+#: Every answer takes a rendering of all that is before it, so longer conversations get the square of it.
+TIME_S, _MESSAGES = 3.0, 64
 #: Memory for the same.
 MEMORY_BYTES = 1 << 29
 #: A rendering may be this many times longer than its contents, plus a fixed part.
@@ -32,28 +34,32 @@ _FIX = "correct the template, or name another with model.chat_template="
 
 
 @contextmanager
-def sandboxed(tokenizer: Tokenizer, origin: str | None) -> Iterator[None]:
+def sandboxed(tokenizer: Tokenizer, origin: str | None, num_messages: int = 1) -> Iterator[None]:
     """Limits what the block, which renders conversations, may take.
 
     Args:
         tokenizer: Whose template is rendered.
         origin: ``file:line`` of the row, for the error.
+        num_messages: Messages of the conversation.
 
     Raises:
         ModelError: The template takes too much time or memory, or is not valid Jinja.
     """
     template = tokenizer.chat_template
-    if isinstance(template, str) and (found := _find_power(template)) is not None:
+    sources = template.values() if isinstance(template, dict) else (template,)
+    found = next((line for source in sources if isinstance(source, str) and (line := _find_power(source))), None)
+    seconds = TIME_S * max(1.0, num_messages / _MESSAGES) ** 2
+    if found is not None:
         raise ModelError(
             "The chat template computes a power, which may never end.",
             where=place(tokenizer, found),
             fix=_FIX,
         )
     try:
-        with limited(TIME_S, MEMORY_BYTES):
+        with limited(seconds, MEMORY_BYTES):
             yield
     except OutOfTime as error:
-        why = f"it was still running after {TIME_S:.0f} seconds of processor time"
+        why = f"it was still running after {seconds:.0f} seconds of processor time"
         raise _too_much("time", why, tokenizer, error, origin) from None
     except MemoryError as error:
         why = f"it asked for more than {MEMORY_BYTES >> 20} MiB"
@@ -167,18 +173,21 @@ def _find_power(source: str) -> int | None:
 
     The filter ``round`` with a precision computes one too.
     """
-    before, last = "", ""
+    words: list[str] = []
     try:
         for line, kind, text in jinja2.Environment().lex(source):
             if kind in ("whitespace", "comment"):
                 continue
-            if kind == "operator" and text == "**" and last not in ("(", ","):  # there it unpacks arguments
+            if kind == "operator" and text == "**" and words[-1:] not in (["("], [","]):  # there it unpacks arguments
                 return int(line)
-            if text == "(" and last == "round" and before == "|":
+            # A precision of one digit, or none, is harmless.
+            if words[-3:] == ["|", "round", "("] and not (text == ")" or re.fullmatch(r"\d", text)):
                 return int(line)
-            if kind == "string" and text[1:-1] == "round" and last == "(" and before == "map":
+            if words[-4:-1] == ["|", "round", "("] and words[-1] != ")" and text != ")":
                 return int(line)
-            before, last = last, text
+            if kind == "string" and text[1:-1] == "round" and words[-2:] == ["map", "("]:
+                return int(line)
+            words.append(text)
     except jinja2.TemplateSyntaxError:
         return None  # transformers will say so
     return None

@@ -86,7 +86,7 @@ def render(
         ModelError: The template takes too much time or memory.
     """
     _require_template(tokenizer, origin)
-    with sandboxed(tokenizer, origin):
+    with sandboxed(tokenizer, origin, len(messages)):
         return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt, origin=origin)
 
 
@@ -152,7 +152,7 @@ def locate_answers(
         ModelError: The template takes too much time or memory.
     """
     _require_template(tokenizer, origin)
-    with sandboxed(tokenizer, origin):
+    with sandboxed(tokenizer, origin, len(messages)):
         return _locate(tokenizer, messages, train_on, origin)
 
 

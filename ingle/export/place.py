@@ -149,8 +149,8 @@ class Place:
         try:
             with renaming:
                 for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
+                    os.replace(entry, self.folder / entry.name)
                     moved.append(self.folder / entry.name)
-                    os.replace(entry, moved[-1])
             sync(self.folder)
         except BaseException:
             for path in moved:

@@ -64,11 +64,12 @@ def divergence(report: Mapping[str, Any]) -> str | None:
     )
 
 
-def doubts(report: Mapping[str, Any], *, rounded_in_training: bool) -> list[str]:
+def doubts(report: Mapping[str, Any], remedies: str, *, rounded_in_training: bool) -> list[str]:
     """Why an export that is accepted may still be a bad one.
 
     Args:
         report: The content of ``fidelity.json``.
+        remedies: What to use instead.
         rounded_in_training: Training went through this very rounding, so that nothing more is lost by it.
     """
     found = report["divergence"]
@@ -85,12 +86,12 @@ def doubts(report: Mapping[str, Any], *, rounded_in_training: bool) -> list[str]
         told.append(
             f"Rounding to {report['type']} left little of the trained change: its correlation with the change before "
             f"rounding is {correlation:.3f} over {plural(report['num_merged'], 'merged tensor')}, where 1 is all and 0 "
-            f"is nothing. {_why_accepted(report)} Use a wider --type, --promote, or --to gguf-adapter."
+            f"is nothing. {_why_accepted(report)} Better: {remedies}."
         )
     elif found is not None and effect and found["kl"] > DOUBTFUL_SHARE * effect:
         told.append(
             f"The export moves the predictions by {found['kl']:.4f} nats a token; training had moved the base by "
-            f"{effect:.4f}. Most of what was trained may be lost. Use a wider --type, --promote, or --to gguf-adapter."
+            f"{effect:.4f}. Most of what was trained may be lost. Better: {remedies}."
         )
     return told
 

@@ -199,7 +199,8 @@ class Work:
             "tensors": [each.to_dict() for each in found],
         }
         aware = self._rounded_in_training(report)
-        report["warnings"] = wording.doubts(report, rounded_in_training=aware) if self._is_trained(found) else []
+        trained = self._is_trained(found)
+        report["warnings"] = wording.doubts(report, self._remedies(), rounded_in_training=aware) if trained else []
         return report
 
     def accept(self, report: dict[str, Any], found: Sequence[TensorFidelity]) -> None:
@@ -221,7 +222,7 @@ class Work:
             f"Written as {report['type']}, this model would lose too much of what was trained.",
             where=f"--type {report['type']}",
             why=why,
-            fix=self._remedies(),
+            fix=f"{self._remedies()}, or --allow-loss (write it anyway)",
         )
 
     def _is_trained(self, found: Sequence[TensorFidelity]) -> bool:
@@ -259,8 +260,8 @@ class Work:
     def _remedies(self) -> str:
         if self.request.to == "gguf":
             promote = "" if self.request.promote else "--promote (wider types where it matters), "
-            return f"{promote}a wider --type, --to gguf-adapter (loses nothing), or --allow-loss (write it anyway)"
-        return "--type bf16, --to peft (loses nothing), or --allow-loss (write it anyway)"
+            return f"{promote}a wider --type, or --to gguf-adapter (loses nothing)"
+        return "--type bf16, or --to peft (loses nothing)"
 
     def write_companions(
         self,

@@ -143,6 +143,8 @@ def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
         return None
     tokens = metadata.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, list) else 2**31
+    if type(number) is int and key in ("padding", "unknown") and number >= count:
+        return None  # llama.cpp takes such a number for none, and some of its converters write 2^32 - 1
     if type(number) is not int or not 0 <= number < count:
         raise bad_value(name, f"is {str(number)[:60]}; the file has {count:,} tokens")
     return number

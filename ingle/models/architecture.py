@@ -85,6 +85,8 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             where="model.trust_remote_code = false",
             fix="read that code, then set --model.trust_remote_code=true",
         )
+    if "model_type" not in raw:
+        raise ModelError("config.json has no model_type.", where=str(path), fix=COMPARE_CONFIG)
     if not model.trust_remote_code and not _is_known(raw):
         raise ModelError(
             f"The architecture of {model.id} is not known to the installed transformers.",
@@ -97,7 +99,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
         _refuse_config(config, raw, model)
-    refuse_impossible(config, path)
+        refuse_impossible(config, path)
     return config
 
 

@@ -52,6 +52,8 @@ def reading(path: Path | str, message: str, *, fix: str, settings: Mapping[str, 
         # A panic in a Rust library is no Exception; Ctrl-C and the end of the program are none either, and pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise  # a model that is sound may be too large
         raise ModelError(message, where=str(path), why=explain(error, settings or {}), fix=fix) from error
 
 

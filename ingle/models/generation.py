@@ -145,14 +145,16 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     ):
         numbers = declared if isinstance(declared, list | tuple) else [] if declared is None else [declared]
         for number in numbers:
+            if number == -1 and type(number) is int:
+                continue  # some configs write "none" so
             if type(number) is not int or not 0 <= number < rows:
                 raise ModelError(
-                    "The token that is to end an answer is none of the model's.",
+                    "The token that ends an answer is not in the model's vocabulary.",
                     where=where,
                     why=f"it is {number!r}; the model has tokens from 0 to {rows - 1:,}",
                     fix="compare the file with the one that the model was published with",
                 )
-        found.update(numbers)
+            found.add(number)
     return frozenset(found)
 
 

@@ -157,8 +157,8 @@ def refuse_other_shapes(plan: ReadingPlan, twin: PreTrainedModel) -> None:
             case Plain(stored=stored):
                 have, path = stored.shape, stored.path
             case Experts(parts=parts) if len({tuple(part.shape for part in each) for each in parts}) == 1:
-                rows = sum(part.shape[0] for part in parts[0])
-                have, path = (len(parts), rows, *parts[0][0].shape[1:]), parts[0][0].path
+                one, path = parts[0][0].shape, parts[0][0].path
+                have = (len(parts), sum(part.shape[0] for part in parts[0]), *one[1:]) if one else ()
             case GgufWeight(tensor=tensor):
                 have, path = tensor.shape, tensor.path
             case _:

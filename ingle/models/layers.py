@@ -26,7 +26,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = find_layers(model)
     if layers is None:
         raise ModelError(
-            f"{type(model).__name__} has no stack of {model.config.num_hidden_layers} decoder layers "
+            f"{type(model).__name__} has no stack of {model.config.get_text_config().num_hidden_layers} decoder layers "
             "that could be found.",
             where="model.id",
             fix="--train.recompute=false --train.compile=false",

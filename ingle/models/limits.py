@@ -24,7 +24,7 @@ def text_limit(model: PreTrainedModel) -> int | None:
     if not isinstance(limit, int) or limit <= 0:
         return None
     dynamic = [section for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
-    return int(limit * max([1.0, *(float(section["factor"]) for section in dynamic)]))
+    return int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
 
 
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:

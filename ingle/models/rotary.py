@@ -31,6 +31,13 @@ class DocumentRotary(nn.Module):
         super().__init__()
         self.base = base
 
+    def __getattr__(self, name: str) -> Any:
+        """What the architecture asks of its rotary module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What ``base`` gives for each document alone.
 

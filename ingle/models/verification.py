@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle.errors import IngleError, ModelError
+from ingle.errors import ModelError
 from ingle.models.attention import IMPLEMENTATION
-from ingle.models.boundary import COMPARE_CONFIG, explain, reading
+from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.hidden import computed_in, forward_packed, head
 from ingle.models.probe import Probe, make_probe
 from ingle.wording import first_line
@@ -39,7 +39,9 @@ def verify(model: PreTrainedModel) -> None:
     """
     with _evaluating(model):
         _compare_whole(model)
-        with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+        with reading(
+            _config_of(model), f"{type(model).__name__} cannot be checked with short and long documents.", fix=_FIX
+        ):
             probe = make_probe(model)
         if probe is not None:
             with _evaluating(probe.model):
@@ -53,17 +55,8 @@ def _compare_whole(model: PreTrainedModel) -> None:
     documents = _documents(lengths, the_head.weight.shape[0])
     rows = nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-    try:
+    with reading(_config_of(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
         whole = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
-    except IngleError:
-        raise
-    except Exception as error:  # whatever this architecture meets when it computes with this config
-        raise ModelError(
-            f"{type(model).__name__} cannot compute with these settings.",
-            where=_config_of(model),
-            why=explain(error),
-            fix=COMPARE_CONFIG,
-        ) from error
     ours = the_head.logits(_pack(model, documents, device))[0].float()
     if not torch.isfinite(whole).all():
         raise _not_finite(model)

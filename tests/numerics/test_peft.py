@@ -197,7 +197,7 @@ def test_tied_embeddings_are_trained_and_saved_together(named: str, tmp_path: Pa
         {"r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 32}},
         {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head"]},
         {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
-        {"r": 4, "lora_alpha": 8, "layers_to_transform": [1]},
+        {"r": 4, "lora_alpha": -8, "layers_to_transform": [1], "layers_pattern": ""},
     ],
     ids=["plain", "rslora", "patterns", "modules_to_save", "ends-so", "some-layers"],
 )
@@ -234,6 +234,18 @@ def test_what_peft_trained_whole_on_tied_weights_loads_here(named: str, together
     else:
         with pytest.raises(AdapterError, match="this model ties them"):
             adapters.attach(llama(tied=True), again, seed=0)
+
+
+def test_what_peft_trained_whole_on_both_ends_of_a_tie_loads_here(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(llama(tied=True), config).eval()
+    move(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = llama(tied=True)
+    adapters.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), through_peft(llama(tied=True), tmp_path), rtol=1e-5, atol=1e-5)
 
 
 def peft_twin(ours: torch.nn.Module, base: PreTrainedModel) -> tuple[Any, dict[str, torch.nn.Parameter]]:

@@ -50,6 +50,8 @@ def test_what_can_be_opened_passes(name: str) -> None:
     [
         ("runs/dmeo", "There is no folder runs/dmeo.\n  fix    did you mean runs/demo?"),
         ("rnus/demo", None),  # it may be somebody's model
+        ("full/gpt2", None),
+        ("model-large", None),
         ("rnus/demo/adapter", "did you mean runs/demo/adapter?"),
         ("dmeo", "did you mean runs/demo?"),
         ("modle", "did you mean model?"),
@@ -57,7 +59,7 @@ def test_what_can_be_opened_passes(name: str) -> None:
         ("./nope", "the runs here are runs/demo, runs/short"),
         ("runs/nothing-like-it", "There is no folder runs/nothing-like-it."),
         ("files/b.gguf", "There is no file files/b.gguf.\n  fix    did you mean files/a.gguf?"),
-        ("runs", "runs is no run and no model, but it holds some.\n  fix    name one: runs/demo, runs/short"),
+        ("runs", "runs is neither a run nor a model, but contains some.\n  fix    name one: runs/demo, runs/short"),
         (".", "name one: model"),
         ("files", "files is a folder; a GGUF model is a file.\n  fix    name it: files/a.gguf"),
         ("empty", "empty holds no run and no model.\n  why    it is empty"),

@@ -74,7 +74,7 @@ def test_an_unknown_licence_is_said_to_be_the_bases(tmp_path: Path) -> None:
 
 
 def _doubts(*, rounded_in_training: bool = False, **changes: Any) -> str:
-    return " ".join(wording.doubts(REPORT | changes, rounded_in_training=rounded_in_training))
+    return " ".join(wording.doubts(REPORT | changes, "--to gguf-adapter", rounded_in_training=rounded_in_training))
 
 
 def test_a_doubtful_export_is_explained() -> None:
