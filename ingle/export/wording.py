@@ -25,7 +25,7 @@ def weights(report: Mapping[str, Any]) -> str:
     parts = [
         f"{merged} merged with the adapter" if merged else "",
         f"{copied} copied byte for byte" if copied else "",
-        f"{converted} converted" if converted else "",
+        f"{converted} written as {report['type']}" if converted else "",
     ]
     return f"{plural(total, 'tensor')}: {', '.join(part for part in parts if part)}."
 
