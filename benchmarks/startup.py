@@ -1,4 +1,4 @@
-"""How long ``ingle generate`` takes to its first word, beside the import of torch and one transformers model class.
+"""How long ``ingle generate`` takes to its first word, against importing torch and one transformers model class.
 
 Each turn starts both as a fresh process; nothing can be faster than loading what computes the answer.  With ``-X
 importtime`` it then lists what the command imports besides, the slowest first.

@@ -4,7 +4,7 @@
 
 The step of ``benchmarks.finetune`` is taken turn by turn by processes that wait in different ways: ``spins`` as
 OpenMP does by itself, for milliseconds; ``gives way`` after ``GOMP_SPINCOUNT=1000`` turns; ``passive`` at once.  First
-with the machine to themselves, then beside programs that this script starts, one for each thread.  Printed beside the
+with the machine to themselves, then next to programs that this script starts, one for each thread.  Printed beside the
 medians is what the rule chooses at that moment, and what it loses to the best of the three.  Last comes the moment
 after a load: the programs have ended, and the load average still holds them.
 """
@@ -98,7 +98,7 @@ def main() -> None:
         with neighbours(options.threads):
             chosen = choose(options.threads)
             seconds = measure(sides, options.turns)
-        show(f"beside {options.threads} other programs", seconds, chosen, shape.num_tokens)
+        show(f"next to {options.threads} other programs", seconds, chosen, shape.num_tokens)
         print(f"after them: the rule chooses {choose(options.threads)!r}, load average {os.getloadavg()[0]:.2f}")
 
 

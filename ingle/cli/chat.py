@@ -102,7 +102,7 @@ def chat(
 class Talk:
     """A conversation and the commands that act on it.
 
-    A mistake in it ends a script; at a terminal it is told, and the conversation goes on as it was.
+    A mistake in it ends a script; at a terminal the message is shown, and the conversation goes on as it was.
 
     Args:
         engine: Answers.

@@ -109,7 +109,7 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") ->
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
-    """The JSON that bitsandbytes keeps beside a weight, with the sizes that are computed with."""
+    """The JSON that bitsandbytes keeps with a weight, with the sizes that are computed with."""
     try:
         state = json.loads(bytes(tensor.tolist()))
         sizes = [*state["shape"], state["blocksize"]]

@@ -61,7 +61,7 @@ sys.stderr.write(f"{sorted(others & besides)} {gc.get_freeze_count() > 0}")
 
 
 def test_an_answer_loads_what_the_model_needs_and_nothing_of_other_commands() -> None:
-    """Beside torch and the model's class, which bring libraries of their own."""
+    """Next to torch and the model's class, which bring libraries of their own."""
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", ANSWER], cwd=root, env=ENV, capture_output=True, text=True, timeout=600
