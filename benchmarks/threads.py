@@ -4,7 +4,7 @@
 
 The step of ``benchmarks.finetune`` is taken turn by turn by processes that wait in different ways: ``spins`` as
 OpenMP does by itself, for milliseconds; ``gives way`` after ``GOMP_SPINCOUNT=1000`` turns; ``passive`` at once.  First
-with the machine to themselves, then next to programs that this script starts, one for each thread.  Printed beside the
+with the machine to themselves, then next to programs that this script starts, one for each thread.  Printed with the
 medians is what the rule chooses at that moment, and what it loses to the best of the three.  Last comes the moment
 after a load: the programs have ended, and the load average still holds them.
 """

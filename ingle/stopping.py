@@ -46,7 +46,7 @@ class _Request:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.at = 0.0
-        self.seen: signal.Signals | None = None  # by the watchdog, which is told earlier
+        self.seen: signal.Signals | None = None  # by the watchdog, which learns of it earlier
         self.deferred = False
         self.explain: Callable[[], str] = _explain
         self.explained = False

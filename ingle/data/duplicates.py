@@ -85,24 +85,16 @@ class Contamination:
 
 
 @dataclass(frozen=True, slots=True)
-class Overlap:
-    """What of the held-out rows occurs in training.
+class Overlap(Contamination):
+    """Contamination, and how many of the words of held-out answers occur in training.
 
     Attributes:
-        rows: Held-out rows.
-        same_prompt: Whose prompt occurs in training.
-        same_row: Whose prompt and answer do.
-        pairs: The first of them, held-out row and training row.
         ngram_words: Words of the n-grams compared.
         answers: Held-out answers long enough for one n-gram.
         ngram_share: Mean share of their n-grams that occur in training answers.
         half_seen: Answers with at least half of their n-grams in training answers.
     """
 
-    rows: int
-    same_prompt: int
-    same_row: int
-    pairs: tuple[Pair, ...]
     ngram_words: int
     answers: int
     ngram_share: float

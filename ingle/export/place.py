@@ -178,9 +178,9 @@ class Place:
 
     def _another(self) -> Path:
         """A path like ``--out`` where nothing is yet."""
-        beside = self.result if self.folder.is_dir() or not self.folder.exists() else self.folder
+        taken = self.result if self.folder.is_dir() or not self.folder.exists() else self.folder
         number = 2
-        while (path := beside.with_name(f"{beside.stem}-{number}{beside.suffix}")).exists():
+        while (path := taken.with_name(f"{taken.stem}-{number}{taken.suffix}")).exists():
             number += 1
         return path
 

@@ -48,13 +48,6 @@ class ArchitectureValues:
             raise self._bad(key, value)
         return value
 
-    def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise self._bad(key, value)
-        return value
-
     def _bad(self, key: str, value: Any) -> GgufError:
         what = "is missing" if value is None else f"is {str(value)[:60]}, which is not supported"
         return GgufError(f"{self._architecture}.{key} {what}.", where=str(self._file.path))

@@ -1,4 +1,4 @@
-"""What is told of a data file without a model."""
+"""What is reported of a data file without a model."""
 
 from __future__ import annotations
 
