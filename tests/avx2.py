@@ -1,7 +1,8 @@
 """Runs tests as on a processor with AVX2 and nothing beyond: ``python -m tests.avx2 [words for pytest]``.
 
 Each library that chooses its code by the processor gets a setting that limits the choice: torch, oneDNN, MKL, numpy,
-OpenBLAS and numba.  ``NUMBA_CPU_NAME`` alone would leave AVX-512 in the kernels, because numba adds the features that it finds.
+OpenBLAS and numba.  ``NUMBA_CPU_NAME`` alone would leave AVX-512 in the kernels, because numba adds the features that
+it finds.
 Kernels for both processors are kept in one cache, so a second run compiles nothing.
 """
 

@@ -85,3 +85,23 @@ def test_a_file_beyond_the_system_s_limit_is_a_full_disk(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert caught.value.where == str(metrics)
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_replacement_that_is_interrupted_between_its_renames_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "adapter"
+    with atomic_folder(target) as partial:
+        (partial / "weights").write_bytes(b"old")
+    rename, count = os.replace, iter(range(9))
+
+    def interrupted(source: Path, place: Path) -> None:
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        rename(source, place)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as partial:
+        (partial / "weights").write_bytes(b"new")
+    assert (target / "weights").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["adapter"]

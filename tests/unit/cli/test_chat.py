@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -82,6 +83,13 @@ def test_a_message_stopped_before_the_first_word_is_not_kept_and_can_be_asked_ag
     engine, notes = talk("hi", "wait", "/retry", "and?")
     assert contents(engine) == [["hi"]] + [["hi", "re hi", "wait"]] * 2 + [["hi", "re hi", "and?"]]
     assert "/retry asks again" in notes
+
+
+@pytest.mark.parametrize("lines", [(KeyboardInterrupt,), ("wait",)], ids=["reading", "answering"])
+def test_sigterm_ends_a_conversation_at_a_terminal(monkeypatch: pytest.MonkeyPatch, lines: tuple[Line, ...]) -> None:
+    monkeypatch.setattr("ingle.stopping.requested", lambda: signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        talk(*lines)
 
 
 def test_a_script_is_ended_by_ctrl_c_and_by_mistakes() -> None:
