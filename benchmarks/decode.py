@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from benchmarks.dtypes import run_dtype, word
 from benchmarks.timing import take_turns
-from ingle.kernels.cpu_threads import set_threads
+from ingle.kernels.threads import set_threads
 from ingle.quant.format import GGUF_FORMATS, Format
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.int8 import Int8

@@ -23,7 +23,7 @@ import torch
 from benchmarks.timing import millions_per_s, take_turns
 from ingle.config.base import base_sections, format_name
 from ingle.config.ggml import GgmlBase
-from ingle.kernels.cpu_threads import set_threads
+from ingle.kernels.threads import set_threads
 from ingle.quant import make_format
 
 FORMATS: dict[str, type[GgmlBase]] = {

@@ -181,9 +181,9 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str
     config, adapter = ModelConfig(id=str(folder), dtype=word(dtype)), LoraAdapter(rank=shape.rank)
     optim = OptimConfig()
     device = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads())).device
-    model: Any = models.skeleton(config, device, dtype)
+    model: Any = models.meta_model(config, device, dtype)
     quant.convert(model, TypeAdapter(BaseConfig).validate_python({"format": base}))
-    models.fill(model, config, device, dtype)
+    models.load_weights(model, config, device, dtype)
     adapters.attach(model, adapter, seed=0)
     if layers == "fused":
         report = adapters.fuse(model)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import decode, finetune
 from benchmarks.dtypes import run_dtype, word
-from ingle.kernels.cpu_threads import set_threads
+from ingle.kernels.threads import set_threads
 
 FORMATS = ("nf4", "q8_0", "q4_0", "q4_k", "q6_k")
 #: Billion weights a second, times the peer, share of nf4's tokens a second.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.dtypes import run_dtype
 from benchmarks.timing import millions_per_s, take_turns
-from ingle.kernels.cpu_threads import set_threads
+from ingle.kernels.threads import set_threads
 from ingle.quant.hqq import Hqq
 
 #: The exponent of the published solver's norm.

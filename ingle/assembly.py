@@ -69,7 +69,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         samples = evaluation.read_task(run.evaluate)  # a mistake in the task must show before hours are spent
         contamination = _find_contamination(run, [sample.example for sample in samples], sink)
     tokenizer = models.load_tokenizer(run.model)
-    model = models.skeleton(run.model, mesh.device, dtype)
+    model = models.meta_model(run.model, mesh.device, dtype)
     dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
     models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
     models.end_token_ids(model, tokenizer)  # an end that the model lacks must show before hours are spent, too
@@ -118,8 +118,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     """Builds all parts of a run: data, plan, quantized base, adapter, objective, optimizer."""
     ready = prepare(run, sink)
     model, device = ready.model, ready.mesh.device
-    models.pack(model, run.model, run.base)
-    models.fill(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
+    models.convert_base(model, run.model, run.base)
+    models.load_weights(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
     models.verify(model)
     attached = adapters.attach(model, run.adapter, seed=run.seed)
     for note in attached.notes:

@@ -20,7 +20,7 @@ from ingle.config.run import Run
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
-from ingle.models.answers import Generation
+from ingle.models.generation.answers import Generation
 from ingle.training.folder import RunFolder
 
 
@@ -136,7 +136,7 @@ def locate(path_or_id: str) -> Source:
         return _locate_adapter(folder)
     model = ModelConfig(id=path_or_id)
     try:
-        return Source(model, models.packed_base(model))
+        return Source(model, models.stored_base(model))
     except HubUnavailable as error:
         if "/" in path_or_id and not Path(path_or_id).parent.is_dir():
             raise
@@ -225,5 +225,5 @@ def _locate_adapter(folder: Path) -> Source:
         base = find_path(base, run.paths_from)
         keeps = _keeps_control_tokens(run)
     model = ModelConfig(id=base)
-    held = adapters.read_record(folder).base or models.packed_base(model)
+    held = adapters.read_record(folder).base or models.stored_base(model)
     return Source(model, held, folder, keeps_control_tokens=keeps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.targets import Selection, named_like_experts
 from ingle.errors import AdapterError
-from ingle.quant.linear import Packed
+from ingle.quant.linear import QuantModule
 from ingle.wording import some
 
 #: Buffers that keep what a module trained whole held before; they end in this and are never saved.
@@ -76,7 +76,7 @@ def train_whole(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     kept: set[int] = set()
     for name in names:
         for path, module in model.get_submodule(name).named_modules(prefix=name):
-            if isinstance(module, Packed):
+            if isinstance(module, QuantModule):
                 raise AdapterError(
                     f"{path} is held in {module.format.name} and cannot be trained whole.",
                     where="adapter.trainable_modules",
@@ -115,7 +115,7 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
     for name, module in model.named_modules():
         if name in bases or isinstance(module, LoraLinear):
             continue
-        if isinstance(module, Packed):
+        if isinstance(module, QuantModule):
             count = module.num_weights
         else:
             own = module.named_parameters(recurse=False)

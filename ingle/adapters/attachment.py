@@ -16,7 +16,7 @@ from ingle.adapters.targets import select
 from ingle.config.adapter import AdapterConfig, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
 from ingle.errors import AdapterError
-from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.linear import QuantLinear, QuantModule
 
 
 def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachReport:
@@ -71,7 +71,7 @@ def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
 
 def _train_everything(model: nn.Module) -> AttachReport:
     for name, module in model.named_modules():
-        if isinstance(module, Packed):
+        if isinstance(module, QuantModule):
             raise AdapterError(
                 f"{name} is held in {module.format.name} and cannot be trained.",
                 where="adapter.kind = none",

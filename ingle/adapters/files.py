@@ -37,7 +37,7 @@ from ingle.atomic import write_atomically
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
-from ingle.kernels.lora import spread
+from ingle.kernels.layers.lora import spread
 from ingle.quant.linear import QuantLinear
 from ingle.wording import some
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.kernels.attention_cpu import Scores
-from ingle.kernels.attention_tiles import Heads, Reach
-from ingle.kernels.bfloat16 import supported
-from ingle.kernels.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
-from ingle.kernels.importance import SquaredInputs
-from ingle.kernels.lora import Projection
+from ingle.kernels.attention.cpu import Scores
+from ingle.kernels.attention.tiles import Heads, Reach
+from ingle.kernels.layers.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
+from ingle.kernels.layers.importance import SquaredInputs
+from ingle.kernels.layers.lora import Projection
+from ingle.kernels.numba.bfloat16 import supported
 from ingle.quant.linear import QuantLinear
 
 #: Layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions, by exact class.

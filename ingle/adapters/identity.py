@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ingle.adapters.adapted import BEFORE, lora_modules
 from ingle.adapters.lora import LoraLinear
-from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.linear import QuantLinear, QuantModule
 
 #: Weights of each adapted layer that are kept to compare another base with.
 NUM_SAMPLES = 64
@@ -89,7 +89,7 @@ def identify(model: nn.Module) -> BaseIdentity:
     tensors = dict(base_tensors(model))
     with ThreadPoolExecutor() as pool:  # hashing leaves other threads free to run
         digests = dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
-    formats = Counter(module.format.name for module in model.modules() if isinstance(module, Packed))
+    formats = Counter(module.format.name for module in model.modules() if isinstance(module, QuantModule))
     return BaseIdentity(
         sha256=combine(digests),
         formats=dict(sorted(formats.items())),

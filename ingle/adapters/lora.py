@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ingle.kernels.lora import Projection, lora_linears, spread
+from ingle.kernels.layers.lora import Projection, lora_linears, spread
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear

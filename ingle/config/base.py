@@ -257,7 +257,7 @@ def format_name(section: type[BaseConfig]) -> str:
     return str(get_args(section.model_fields["format"].annotation)[0])
 
 
-def why_not_packed(name: str) -> str | None:
+def why_not_quantized(name: str) -> str | None:
     """Why weights are not packed in a format, only read; None where they are, or there is no such format."""
     sections = {format_name(section): section for section in base_sections()}
     return getattr(sections.get(name), "not_packed", None)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
-from ingle.config.base import TernaryBase, folding_formats, folds, why_not_packed
+from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.paths import expand, find_path
 from ingle.config.rule import Rule
 from ingle.config.run import Run
@@ -60,7 +60,7 @@ def _merges_into(run: Run) -> str | None:
 def _only_read(run: Run) -> dict[str, str]:
     """Formats that weights would have to be packed in although none can be, and why."""
     names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merges_into(run)) if name is not None}
-    reasons = {name: why_not_packed(name) for name in sorted(names)}
+    reasons = {name: why_not_quantized(name) for name in sorted(names)}
     return {name: why for name, why in reasons.items() if why is not None}
 
 

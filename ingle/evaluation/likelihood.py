@@ -27,7 +27,7 @@ from ingle.data.types import Ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers import Likelihood
 from ingle.evaluation.task import TaskSample
-from ingle.kernels.cross_entropy import linear_logps
+from ingle.kernels.layers.cross_entropy import linear_logps
 from ingle.models import forward_hidden, head
 
 Mask = npt.NDArray[np.bool_]

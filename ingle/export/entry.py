@@ -14,7 +14,7 @@ from ingle.export.merged import export_gguf, export_safetensors
 from ingle.export.request import MAX_KL, SIZE_BUDGET, Request, Subject, Target
 from ingle.export.unmerged import export_adapter_gguf, export_peft
 from ingle.export.work import Outcome, Work
-from ingle.models.peers import require_readers
+from ingle.models.interop.transformers_peft import require_readers
 
 
 def export(

@@ -20,7 +20,7 @@ from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
 
 from ingle import models
-from ingle.config.base import why_not_packed
+from ingle.config.base import why_not_quantized
 from ingle.errors import ConfigError, GgufError
 from ingle.events import Progress, Sink
 from ingle.export.fidelity import TensorFidelity, measure
@@ -30,10 +30,10 @@ from ingle.gguf import GgufFile, TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.imatrix import read_imatrix
-from ingle.gguf.mixes import file_type_number, is_packed, mix_of
+from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.rotary import rope_divisors
-from ingle.models.streaming import Entry
+from ingle.models.loading.streaming import Entry
 from ingle.quant.format import PLAIN, Format
 
 
@@ -100,7 +100,7 @@ class GgufExport:
         return sum(planned.num_bytes for planned in self.planned)
 
     @property
-    def is_packed(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether the file holds blocks, and not plain numbers alone."""
         return any(planned.type not in PLAIN for planned in self.planned)
 
@@ -167,7 +167,7 @@ class GgufExport:
         elif self.base_file is not None:
             kind = int(self.base_file.metadata.get("general.file_type", kind))
         about = {"general.type": "model", "general.file_type": kind}
-        if self.is_packed:
+        if self.is_quantized:
             about["general.quantization_version"] = GGML_QUANT_VERSION
         return self._described | about | words
 
@@ -201,7 +201,7 @@ class GgufExport:
         """Refuses to merge into formats that are only read, before anything is measured or written."""
         merged = [each for each in planned if each.hf_name in self.merger.layers and each.type not in PLAIN]
         for kind, name in {each.type: each.name for each in merged}.items():
-            reason = why_not_packed(kind)
+            reason = why_not_quantized(kind)
             if reason is not None:
                 raise ConfigError(
                     f"A merged weight cannot be packed in {kind}: Ingle only reads that format.",
@@ -224,7 +224,7 @@ class GgufExport:
         """What a weight is held in while it trains, or what the base's file has it in; vectors are float32."""
         if self.base_file is not None and gguf_name in self.base_file.tensors:
             return self.base_file.tensors[gguf_name].type_name
-        if not is_packed(gguf_name, shape):
+        if not is_quantized(gguf_name, shape):
             return "f32"
         holder = self.merger.stream.holder(name)
         format: Any = getattr(holder, "format", None) if name.endswith(".weight") else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ingle.config.base import BaseConfig, base_section, why_not_packed
+from ingle.config.base import BaseConfig, base_section, why_not_quantized
 from ingle.config.ggml import GgmlBase
 from ingle.config.mixes import MixBase
 from ingle.errors import ConfigError
@@ -40,7 +40,7 @@ def choose_type(name: str | None, base: BaseConfig, *, from_gguf: bool = False) 
             fix="--type q8_0, or another type of llama.cpp",
         )
     if chosen not in (AS_TRAINED, *FILE_TYPES):
-        reason = why_not_packed(chosen)
+        reason = why_not_quantized(chosen)
         known = (AS_TRAINED, *FILE_TYPES)
         near = nearest(chosen, known, cutoff=0.5)
         raise ConfigError(

@@ -27,12 +27,12 @@ from ingle.export.gguf_types import AS_TRAINED
 from ingle.export.merging import Loaded, Merger
 from ingle.export.shards import ShardWriter
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
-from ingle.models.streaming import Entry
+from ingle.models.loading.streaming import Entry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
 from ingle.quant.interchange_hqq import to_hqq
-from ingle.quant.linear import Packed
+from ingle.quant.linear import QuantModule
 from ingle.wording import nearest
 
 #: What transformers needs to read them.
@@ -204,9 +204,9 @@ def _formats(model: ModelConfig, layout: Layout) -> Mapping[str, Format]:
     """The format of every parameter that the layout packs."""
     if isinstance(layout.base, NoBase):
         return {}
-    skeleton = models.skeleton(model, "cpu", layout.dtype)
+    skeleton = models.meta_model(model, "cpu", layout.dtype)
     quant.convert(skeleton, layout.base)
-    packed = {name: module for name, module in skeleton.named_modules() if isinstance(module, Packed)}
+    packed = {name: module for name, module in skeleton.named_modules() if isinstance(module, QuantModule)}
     return {f"{name}.weight" if module.num_stacked is None else name: module.format for name, module in packed.items()}
 
 

@@ -19,8 +19,8 @@ from ingle.export.place import Place
 from ingle.export.promotion import Promotion, promote
 from ingle.export.work import Outcome, Work, plain_source
 from ingle.inference import Engine, Source, open_source
-from ingle.models.gguf_file import is_gguf, open_gguf
-from ingle.models.peers import TransformersServer
+from ingle.models.interop.transformers_peft import TransformersServer
+from ingle.models.loading.gguf_model import is_gguf, open_gguf
 from ingle.quant.format import PLAIN
 
 #: Tokens of a certificate's longest text.
@@ -114,7 +114,7 @@ def export_gguf(work: Work) -> Outcome:
             return Engine(model, work.tokenizer, adapted=False)
 
         with serve_llama(place.result, merger.stream.model.config) as server:
-            return work.certify(server, reopen, divergence, packed=export.is_packed)
+            return work.certify(server, reopen, divergence, packed=export.is_quantized)
 
     return Outcome(place, (place.result,), type_name, place.result.stat().st_size, report, certify)
 

@@ -19,11 +19,11 @@ from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import is_touched, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
-from ingle.models.streaming import Entry, Stream, plain_value
+from ingle.models.loading.streaming import Entry, Stream, plain_value
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
-from ingle.quant.linear import Packed
+from ingle.quant.linear import QuantModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Loaded:
     @property
     def format(self) -> Format | None:
         """What the base is packed in."""
-        return self.holder.format if isinstance(self.holder, Packed) and self._is_weight else None
+        return self.holder.format if isinstance(self.holder, QuantModule) and self._is_weight else None
 
     @property
     def _is_weight(self) -> bool:
@@ -72,7 +72,7 @@ class Loaded:
             parts = [holder.decode(expert, dtype) for expert in range(holder.num_stacked)]
             stacked = torch.stack(parts)
             return stacked.transpose(-1, -2).contiguous() if holder.transposed else stacked
-        assert isinstance(holder, Packed)
+        assert isinstance(holder, QuantModule)
         weight = holder.format.decode(holder.planes(), holder.out_features, holder.in_features, dtype)
         return weight.t().contiguous() if holder.transposed else weight
 
@@ -82,7 +82,7 @@ class Loaded:
         if self.layer is not None:
             return merged_planes(self.layer, target, importance, name=self.name)
         if self.is_copied(target):
-            assert isinstance(self.holder, Packed)
+            assert isinstance(self.holder, QuantModule)
             return self.holder.planes()
         return target.encode(self.merged(torch.float32), importance, name=self.name)
 
@@ -176,7 +176,7 @@ class _Passed:
 
     def note(self, name: str, holder: nn.Module, layer: LoraLinear | None) -> None:
         path, _, leaf = name.rpartition(".")
-        if isinstance(holder, Packed) and leaf != "bias":
+        if isinstance(holder, QuantModule) and leaf != "bias":
             prefix = name if isinstance(holder, QuantStack) else path
             tensors = {f"{prefix}.{key}": plane for key, plane in holder.planes().items()}
             if tensors.keys() - self._digests.keys():

@@ -30,8 +30,8 @@ from ingle.export.place import Place
 from ingle.export.request import require_file
 from ingle.gguf import read_gguf
 from ingle.inference import Source
-from ingle.models.gguf_weights import GgufWeight
-from ingle.models.hub import locate
+from ingle.models.loading.gguf_weights import GgufWeight
+from ingle.models.loading.hub import locate
 from ingle.quant.format import PLAIN
 
 #: Tokens of a text that an importance matrix is gathered from.

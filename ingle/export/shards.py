@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ingle.models.shards import DTYPES
+from ingle.models.loading.safetensors_files import DTYPES
 
 #: Small enough for file systems and uploads, large enough that few models need many.
 SHARD_BYTES = 4_000_000_000

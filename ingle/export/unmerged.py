@@ -22,8 +22,8 @@ from ingle.export.merging import Merger
 from ingle.export.place import Place
 from ingle.export.work import Outcome, Work
 from ingle.inference import Source
-from ingle.models.gguf_file import is_gguf, open_gguf
-from ingle.models.peers import TransformersServer
+from ingle.models.interop.transformers_peft import TransformersServer
+from ingle.models.loading.gguf_model import is_gguf, open_gguf
 from ingle.quant.format import PLAIN
 from ingle.wording import either
 
@@ -108,7 +108,7 @@ def export_adapter_gguf(work: Work) -> Outcome:
             kind = AS_TRAINED if holds(source.base) else "f32"
             base = GgufExport(Merger(source), work.tokenizer, kind)
             base.write(path, about(work), sink=work.sink)
-            return certify_on(path, packed=base.is_packed)
+            return certify_on(path, packed=base.is_quantized)
 
     size = place.result.stat().st_size
     return Outcome(place, (place.result,), type_name, size, None, certify)

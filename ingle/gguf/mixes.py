@@ -95,7 +95,7 @@ class Mix:
             name: GGUF's.
             shape: Outermost size first.
         """
-        if not is_packed(name, shape):
+        if not is_quantized(name, shape):
             return "f32"
         chosen = FILE_TYPES[self.file_type]
         if block_of(chosen)[0] == 1:
@@ -186,7 +186,7 @@ def mix_of(file_type: str, metadata: dict[str, Any], *, tied: bool, has_imatrix:
     )
 
 
-def is_packed(name: str, shape: tuple[int, ...]) -> bool:
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp's quantizer touches a tensor: matrices that are no norms and no routers."""
     # ggml counts dimensions without the outer ones that are 1.
     matrix = any(size > 1 for size in shape[:-1])

@@ -2,21 +2,21 @@
 
 from transformers import PreTrainedModel as Model
 
-from ingle.models.accepted import OLDEST_TRANSFORMERS
-from ingle.models.answers import Generation
-from ingle.models.architecture import compute_dtype, skeleton
-from ingle.models.generation import end_token_ids, generate, stream
-from ingle.models.gguf_file import choose_formats, pack
-from ingle.models.hidden import Head, forward_hidden, head
-from ingle.models.importance import gguf_names, load_importance, save_importance
-from ingle.models.layers import decoder_layers, recompute_layers
+from ingle.models.forward.layers import decoder_layers, recompute_layers
+from ingle.models.forward.packed import Head, forward_hidden, head
+from ingle.models.forward.verification import verify
+from ingle.models.generation.answers import Generation
+from ingle.models.generation.loop import end_token_ids, generate, stream
+from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
+from ingle.models.interop.saving import save_pretrained, save_setup
 from ingle.models.limits import refuse_longer, refuse_tokens_beyond, text_limit
-from ingle.models.loader import fill
-from ingle.models.opening import load_model
-from ingle.models.packed import packed_base
-from ingle.models.saving import save_pretrained, save_setup
+from ingle.models.loading.architecture import compute_dtype, meta_model
+from ingle.models.loading.gguf_model import choose_formats, convert_base
+from ingle.models.loading.opening import load_model
+from ingle.models.loading.stored_format import stored_base
+from ingle.models.loading.weights import load_weights
 from ingle.models.tokenizer import load_tokenizer
-from ingle.models.verification import verify
+from ingle.models.versions import OLDEST_TRANSFORMERS
 
 __all__ = [
     "OLDEST_TRANSFORMERS",
@@ -25,9 +25,9 @@ __all__ = [
     "Model",
     "choose_formats",
     "compute_dtype",
+    "convert_base",
     "decoder_layers",
     "end_token_ids",
-    "fill",
     "forward_hidden",
     "generate",
     "gguf_names",
@@ -35,15 +35,15 @@ __all__ = [
     "load_importance",
     "load_model",
     "load_tokenizer",
-    "pack",
-    "packed_base",
+    "load_weights",
+    "meta_model",
     "recompute_layers",
     "refuse_longer",
     "refuse_tokens_beyond",
     "save_importance",
     "save_pretrained",
     "save_setup",
-    "skeleton",
+    "stored_base",
     "stream",
     "text_limit",
     "verify",

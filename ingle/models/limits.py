@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ingle.errors import ModelError
-from ingle.models.rotary import rope_sections
+from ingle.models.forward.rotary_by_length import rope_sections
 from ingle.quant import QuantEmbedding
 
 #: Rows that some architectures keep at the front of their table of positions (OPT: 2).

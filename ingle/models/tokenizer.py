@@ -16,8 +16,8 @@ from transformers import (
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd
-from ingle.models.gguf_file import is_gguf, open_gguf, read_gguf_tokenizer
-from ingle.models.hub import locate
+from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_tokenizer
+from ingle.models.loading.hub import locate
 
 _FIX = (
     "fetch or copy tokenizer.json and tokenizer_config.json again, or name another folder or hub id in model.tokenizer"

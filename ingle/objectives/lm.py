@@ -16,7 +16,7 @@ from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
 from ingle.data.types import Batch
-from ingle.kernels.cross_entropy import linear_cross_entropy
+from ingle.kernels.layers.cross_entropy import linear_cross_entropy
 from ingle.models import Model, forward_hidden, head
 
 

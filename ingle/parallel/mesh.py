@@ -10,7 +10,7 @@ from ingle import env
 from ingle.config.parallel import ParallelConfig
 from ingle.errors import ConfigError
 from ingle.kernels.allocator import keep_freed_memory
-from ingle.kernels.cpu_threads import set_threads
+from ingle.kernels.threads import set_threads
 
 #: Enough for the shapes of one micro-batch, forward and backward; making one anew takes a third of a millisecond.
 _CACHED_PRIMITIVES = 128

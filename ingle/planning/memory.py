@@ -70,9 +70,9 @@ def memory_bytes(
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
     kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
     largest = max((lin.num_weights for lin in model.linears), default=0)
-    is_packed = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
-    decoded = largest * dtype_bytes if is_packed else 0
-    count = _KERNELS + is_packed * _PACKED_KERNELS + (not full) * _FUSED_KERNELS
+    is_quantized = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
+    decoded = largest * dtype_bytes if is_quantized else 0
+    count = _KERNELS + is_quantized * _PACKED_KERNELS + (not full) * _FUSED_KERNELS
     compiled = _COMPILER_BYTES + count * _COMPILED_BYTES if compiles_kernels else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
@@ -89,7 +89,7 @@ def memory_bytes(
 
 
 def _merged_bytes(run: Run, model: ModelShape) -> int:
-    """Packed merged weights, held in addition to the base, in runs that train through the rounding of their merge."""
+    """Quantized merged weights, kept in addition to the base by runs that train through the rounding of a merge."""
     adapter = run.adapter
     if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
         named = adapter.merge_aware.format

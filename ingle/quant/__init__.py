@@ -7,7 +7,7 @@ copies.  A format says what the bytes mean; nothing else in Ingle does.
 from __future__ import annotations
 
 from ingle.quant.conversion import convert
-from ingle.quant.embedding import QuantEmbedding, pack_ends
+from ingle.quant.embedding import QuantEmbedding, quantize_ends
 from ingle.quant.experts import QuantExperts, QuantStack
 from ingle.quant.format import Format, make_format
 from ingle.quant.interchange import from_bitsandbytes, to_bitsandbytes
@@ -39,7 +39,7 @@ __all__ = [
     "from_hqq",
     "make_format",
     "make_formats",
-    "pack_ends",
+    "quantize_ends",
     "settle",
     "to_bitsandbytes",
     "to_hqq",

@@ -15,7 +15,7 @@ from torch import nn
 from ingle.config.base import BaseConfig, TernaryBase
 from ingle.errors import QuantizationError
 from ingle.quant.experts import QuantExperts, is_fused_experts
-from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.linear import QuantLinear, QuantModule
 from ingle.quant.mixing import Formats, make_formats
 from ingle.quant.straight_through import TernaryLinear
 from ingle.quant.ternary import Ternary
@@ -44,7 +44,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     packed: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
-        if isinstance(parent, Packed | QuantExperts):
+        if isinstance(parent, QuantModule | QuantExperts):
             continue
         for key, child in list(parent._modules.items()):  # a module used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ingle.quant.format import Format
-from ingle.quant.linear import Packed, QuantLinear
+from ingle.quant.linear import QuantLinear, QuantModule
 from ingle.quant.mixing import Formats
 
 
-class QuantEmbedding(Packed):
+class QuantEmbedding(QuantModule):
     """An embedding ``[V, H]`` whose rows are decoded when they are looked up.
 
     Args:
@@ -37,7 +37,7 @@ class QuantEmbedding(Packed):
         return scaled.view(*ids.shape, self.in_features)
 
 
-def pack_ends(model: Any, formats: Formats) -> None:
+def quantize_ends(model: Any, formats: Formats) -> None:
     """Replaces a language model's embedding and head by packed ones, where a format is found for them; in place.
 
     Tied ones share their planes.  An embedding of a class that is not known stays as it is, and so does a head that is

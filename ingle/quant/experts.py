@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ingle.errors import QuantizationError
 from ingle.quant.format import Format
-from ingle.quant.linear import Packed, quant_linear
+from ingle.quant.linear import QuantModule, quant_linear
 
 #: The projections a fused module may have; all that are there are packed.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
-class QuantStack(Packed):
+class QuantStack(QuantModule):
     """One projection of all experts: planes ``[E, ...]``, each expert packed on its own."""
 
     def decode(self, expert: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

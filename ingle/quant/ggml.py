@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
-from ingle.kernels.ggml import decode_blocks, encode_blocks, has_kernel
-from ingle.quant.packed_format import PackedFormat, require_importance
+from ingle.kernels.ggml.dispatch import decode_blocks, encode_blocks, has_kernel
+from ingle.quant.packed_format import QuantFormat, require_importance
 from ingle.quant.plane import PlaneSpec
 
 #: From here on a scale may be too large for float16.
@@ -36,7 +36,7 @@ LARGE = 60000.0
 
 
 @dataclass(frozen=True)
-class GgmlBlocks(PackedFormat):
+class GgmlBlocks(QuantFormat):
     """A format of blocks; a member names its config section and says how a block is unpacked.
 
     Attributes:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ingle.config.ggml_read import MXFP4Base, NVFP4Base
-from ingle.kernels.ggml_grids import FLOATS
+from ingle.kernels.ggml.grids import FLOATS
 from ingle.quant.ggml import GgmlBlocks, nibbles
 from ingle.quant.ggml_levels import levels_of
 

@@ -32,7 +32,7 @@ from ingle.config.ggml_read import (
     IQ3_SBase,
     IQ3_XXSBase,
 )
-from ingle.kernels.ggml_grids import read_grid
+from ingle.kernels.ggml.grids import read_grid
 from ingle.quant.ggml import GgmlBlocks, half
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ingle.config.ggml import IQ4_NLBase, IQ4_XSBase
-from ingle.kernels.ggml_grids import LEVELS
+from ingle.kernels.ggml.grids import LEVELS
 from ingle.quant.ggml import GgmlBlocks, half, nibbles
 
 

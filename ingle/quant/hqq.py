@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.kernels.hqq import decode_groups, encode_groups
+from ingle.kernels.hqq.dispatch import decode_groups, encode_groups
 from ingle.quant.hqq_proximal import solve
-from ingle.quant.packed_format import PackedFormat, require_importance
+from ingle.quant.packed_format import QuantFormat, require_importance
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 
 #: The largest float16: scales and zeros end here.
@@ -43,7 +43,7 @@ CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Hqq(PackedFormat):
+class Hqq(QuantFormat):
     """Groups with a float scale and zero.
 
     Attributes:

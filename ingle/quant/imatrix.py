@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ingle.errors import QuantizationError
-from ingle.kernels.importance import Gate, SquaredInputs, observe
+from ingle.kernels.layers.importance import Gate, SquaredInputs, observe
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.kernels.decode import decode_int8, encode_int8
-from ingle.quant.packed_format import PackedFormat
+from ingle.kernels.levels.dispatch import decode_int8, encode_int8
+from ingle.quant.packed_format import QuantFormat
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float32
 
 #: 1 / 127 as bitsandbytes spells it.
@@ -34,7 +34,7 @@ SMALLEST = 2.0**-121
 
 
 @dataclass(frozen=True)
-class Int8(PackedFormat):
+class Int8(QuantFormat):
     """Row-wise absmax int8."""
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ingle.quant.linear import Packed
+from ingle.quant.linear import QuantModule
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def audit(model: nn.Module) -> Audit:
     rows: dict[tuple[str, str | None], Counter[str]] = {}
     floating: list[Unquantized] = []
     for name, module in model.named_modules():
-        format = module.format.name if isinstance(module, Packed) else None
+        format = module.format.name if isinstance(module, QuantModule) else None
         own = _own_tensors(module, seen)
         if not own:
             continue
@@ -128,8 +128,8 @@ def _own_tensors(module: nn.Module, seen: set[int]) -> dict[str, Tensor]:
 
 
 def _count(module: nn.Module, own: dict[str, Tensor]) -> dict[str, int]:
-    planes = set(module.specs) if isinstance(module, Packed) else set()
-    quantized = module.num_weights if isinstance(module, Packed) and planes & set(own) else 0
+    planes = set(module.specs) if isinstance(module, QuantModule) else set()
+    quantized = module.num_weights if isinstance(module, QuantModule) and planes & set(own) else 0
     plain = [t for key, t in own.items() if key not in planes and isinstance(t, nn.Parameter)]
     return {
         "parameters": quantized + sum(parameter.numel() for parameter in plain),

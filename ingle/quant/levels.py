@@ -36,8 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ingle.kernels.decode import decode_levels, decode_nested_levels, encode_levels, search_bounds
-from ingle.quant.packed_format import PackedFormat
+from ingle.kernels.levels.dispatch import decode_levels, decode_nested_levels, encode_levels, search_bounds
+from ingle.quant.packed_format import QuantFormat
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float32
 
 #: The 16 levels of NF4, as bitsandbytes spells them.
@@ -72,7 +72,7 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Levels(PackedFormat):
+class Levels(QuantFormat):
     """16 levels with or without double quantization; a member names its levels.
 
     Attributes:

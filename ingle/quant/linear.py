@@ -18,7 +18,7 @@ from ingle.quant.format import Format
 from ingle.quant.plane import align
 
 
-class Packed(nn.Module):
+class QuantModule(nn.Module):
     """A weight ``[O, I]``, or a stack of them, held as planes.
 
     Every plane is a frozen ``nn.Parameter`` of an integer dtype under its own name, so that FSDP shards it,
@@ -119,7 +119,7 @@ class Packed(nn.Module):
         )
 
 
-class QuantLinear(Packed):
+class QuantLinear(QuantModule):
     """``x W^T + bias`` over a packed W: decoded into a scratch for the product, and again for the gradient.
 
     Args:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.kernels.decode import has_kernel
+from ingle.kernels.levels.dispatch import has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch, count_bits_per_weight
 
 
 @dataclass(frozen=True)
-class PackedFormat(ABC):
+class QuantFormat(ABC):
     """A member of the axis that :class:`ingle.quant.format.Format` describes; it says what is its own.
 
     Attributes:

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ingle.config.base import TernaryGroups
-from ingle.kernels.hqq import decode_groups
-from ingle.kernels.ternary import encode_ternary, measure_groups
-from ingle.quant.packed_format import PackedFormat
+from ingle.kernels.hqq.dispatch import decode_groups
+from ingle.kernels.hqq.ternary import encode_ternary, measure_groups
+from ingle.quant.packed_format import QuantFormat
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 
 #: Weights measured and encoded at once by the torch implementation; bounds its float32 copies.
@@ -36,7 +36,7 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Ternary(PackedFormat):
+class Ternary(QuantFormat):
     """Ternary weights with one scale for the tensor, for every row, or for groups of a row.
 
     Attributes:

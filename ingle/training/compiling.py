@@ -6,8 +6,8 @@ import shutil
 
 import torch
 
-from ingle.kernels.cpu_cache import is_compiled
-from ingle.kernels.cross_entropy import score_rows
+from ingle.kernels.layers.cross_entropy import score_rows
+from ingle.kernels.numba.cache import is_compiled
 from ingle.models import Model, decoder_layers
 
 

@@ -220,9 +220,9 @@ def test_fast_encode_is_the_reference_bit_for_bit(format: Format) -> None:
 def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = draw(40, width(format)).half()
     expected = format.encode(weight)
-    monkeypatch.setattr("ingle.kernels.ggml.COPIED", 1000)
-    monkeypatch.setattr("ingle.kernels.decode.COPIED", 1000)  # eight times five rows
-    monkeypatch.setattr("ingle.kernels.hqq.COPIED", 1000)
+    monkeypatch.setattr("ingle.kernels.ggml.dispatch.COPIED", 1000)
+    monkeypatch.setattr("ingle.kernels.levels.dispatch.COPIED", 1000)  # eight times five rows
+    monkeypatch.setattr("ingle.kernels.hqq.dispatch.COPIED", 1000)
     monkeypatch.setattr("ingle.quant.hqq.CHUNK", 1000)
     packed = format.encode(weight)
     assert all(torch.equal(packed[name], plane) for name, plane in expected.items())

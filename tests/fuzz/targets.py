@@ -67,7 +67,7 @@ def _open(path: Path) -> Any:
     if (path / "adapter_config.json").is_file() or (path / "run.yaml").is_file():
         return inference.open_model(str(path))
     model = ModelConfig(id=str(path), dtype="float32")
-    return inference.open_source(inference.Source(model, models.packed_base(model)))
+    return inference.open_source(inference.Source(model, models.stored_base(model)))
 
 
 def _answer(path: Path) -> dict[str, Any]:
@@ -291,9 +291,9 @@ def _load_imatrix(name: str) -> Callable[[Path, Path], Any]:
 
         from ingle import models
         from ingle.config.model import ModelConfig
-        from ingle.models.importance import load_importance
+        from ingle.models.interop.imatrix_names import load_importance
 
-        skeleton = models.skeleton(ModelConfig(id=str(folder / "model"), dtype="float32"), "cpu", torch.float32)
+        skeleton = models.meta_model(ModelConfig(id=str(folder / "model"), dtype="float32"), "cpu", torch.float32)
         found = load_importance(skeleton, folder / name)
         return {"importance": {key: _bytes(value) for key, value in sorted(found.items())}}
 

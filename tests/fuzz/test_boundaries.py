@@ -22,7 +22,7 @@ from ingle.data.readers import read_rows
 from ingle.errors import ConfigError, DataError, GgufError, ModelError
 from ingle.gguf import read_gguf
 from ingle.gguf.imatrix import read_imatrix
-from ingle.models.shards import read_index
+from ingle.models.loading.safetensors_files import read_index
 from tests.fuzz import ggufs
 
 _FIXED = settings(

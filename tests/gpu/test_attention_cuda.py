@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ingle.kernels.attention import attend_by_document, packed_attention
+from ingle.kernels.attention.packed import attend_by_document, packed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ingle.kernels.decode import has_kernel
+from ingle.kernels.levels.dispatch import has_kernel
 from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Levels, Nf4

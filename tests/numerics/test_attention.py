@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.kernels import attention_tiles
-from ingle.kernels.attention import packed_attention
+from ingle.kernels.attention import tiles as attention_tiles
+from ingle.kernels.attention.packed import packed_attention
 
 LENGTHS = {
     "one": [37],

@@ -22,7 +22,7 @@ from ingle.adapters.fusion import FusedLayer
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import Nf4Base
 from ingle.data.types import Batch
-from ingle.kernels import decoder_layer
+from ingle.kernels.layers import decoder_layer
 from ingle.models import forward_hidden
 from ingle.quant import convert
 from tests.tiny import SIZES, make_random

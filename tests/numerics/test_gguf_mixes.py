@@ -12,7 +12,7 @@ import pytest
 
 from ingle.errors import GgufError
 from ingle.gguf import TensorToWrite, read_gguf, write_gguf
-from ingle.gguf.mixes import FILE_TYPES, Mix, file_type_number, is_packed, mix_of
+from ingle.gguf.mixes import FILE_TYPES, Mix, file_type_number, is_quantized, mix_of
 
 MODELS = {
     "llama, 4 layers, tied": ("llama", 4, 4, 4, True, 256),
@@ -113,8 +113,8 @@ def test_types_are_those_written_down(file_type: str, values: str, down: str, ou
 
 
 def test_norms_biases_and_routers_stay() -> None:
-    assert not is_packed("blk.0.attn_norm.weight", (8, 256)) and not is_packed("blk.0.attn_q.bias", (256,))
-    assert not is_packed("blk.0.ffn_gate_inp.weight", (8, 256)) and not is_packed("x.weight", (1, 256))
+    assert not is_quantized("blk.0.attn_norm.weight", (8, 256)) and not is_quantized("blk.0.attn_q.bias", (256,))
+    assert not is_quantized("blk.0.ffn_gate_inp.weight", (8, 256)) and not is_quantized("x.weight", (1, 256))
     mix = Mix("q4_k_m", "llama", 8, 8, 8, tied=False)
     assert mix.tensor_type("output_norm.weight", (256,)) == "f32"
 

@@ -252,8 +252,8 @@ def test_gemma_is_packed_whole(gguf_of: Write, tmp_path: Path) -> None:
 
 def test_what_is_not_wanted_packed_is_decoded_and_told(small: Path) -> None:
     config, told = ModelConfig(id=str(small), dtype="float32"), list[Any]()
-    model = models.skeleton(config, "cpu", torch.float32)
-    models.fill(model, config, "cpu", torch.float32, sink=told.append)
+    model = models.meta_model(config, "cpu", torch.float32)
+    models.load_weights(model, config, "cpu", torch.float32, sink=told.append)
     warned = [event.message for event in told if isinstance(event, Warned)]
     assert len(warned) == 2 + 3 * 7
     assert "model.embed_tokens.weight is q8_0 in the file and is held in float32" in warned

@@ -165,7 +165,7 @@ def test_another_models_state_is_refused() -> None:
 
 
 def test_sums_of_many_rows_keep_their_digits() -> None:
-    from ingle.kernels.importance import sum_of_squares
+    from ingle.kernels.layers.importance import sum_of_squares
 
     x = (torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
     expected = x.double().square().sum(0)

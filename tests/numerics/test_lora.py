@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle.adapters import LoraLinear
 from ingle.config.base import Nf4Base
-from ingle.kernels.lora import Projection, lora_linears
+from ingle.kernels.layers.lora import Projection, lora_linears
 from ingle.quant import QuantLinear, make_format
 
 I, O, R, N = 64, 48, 4, 30  # noqa: E741

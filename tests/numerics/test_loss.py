@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ingle.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_logps
+from ingle.kernels.layers.cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_logps
 
 V, H = 301, 24
 

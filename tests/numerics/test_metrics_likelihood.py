@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ingle import adapters
+from ingle import adapters, models
 from ingle.config import LoraAdapter, ModelConfig, Source, TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation import evaluate_pair, evaluate_single, read_task, run_task
 from ingle.evaluation.likelihood import score_references
 from ingle.events import Progress, Warned
-from ingle.models import fill, skeleton
 
 CPU = torch.device("cpu")
 CHATS = [
@@ -48,8 +47,8 @@ def checkpoint(tmp_path_factory, tokenizer_factory) -> tuple[Path, PreTrainedTok
 @pytest.fixture()
 def model(checkpoint):
     config = ModelConfig(id=str(checkpoint[0]))
-    model = skeleton(config, CPU, torch.float32)
-    fill(model, config, CPU, torch.float32)
+    model = models.meta_model(config, CPU, torch.float32)
+    models.load_weights(model, config, CPU, torch.float32)
     return model.eval()
 
 

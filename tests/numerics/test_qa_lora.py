@@ -13,7 +13,7 @@ from ingle.adapters import LoraLinear, merged_planes, merged_weight
 from ingle.adapters.lora import Merged
 from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import base_section
-from ingle.kernels.lora import Projection, lora_linears, pool, spread
+from ingle.kernels.layers.lora import Projection, lora_linears, pool, spread
 from ingle.quant import QuantLinear, convert, make_format
 from tests.numerics.test_fusion import CONFIGS, compare, make, run
 from tests.numerics.test_lora import TOLERANCE, close, draw

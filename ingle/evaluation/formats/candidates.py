@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal, Protocol, get_args
 
-from ingle.config.base import BaseConfig, HqqBase, base_section, why_not_packed
+from ingle.config.base import BaseConfig, HqqBase, base_section, why_not_quantized
 from ingle.errors import ConfigError, GgufError
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.container import block_of, row_bytes
@@ -99,7 +99,7 @@ def find_target(name: str, option: str = "--to") -> Target:
     fix = f"did you mean {near}?" if near is not None else None
     if resolved.startswith("hqq"):
         fix = "hqq-BITS or hqq-BITS-gGROUP: 8, 4, 3, 2 or 1 bits; groups of 8, 16, 32, 64 or 128"
-    reason = why_not_packed(resolved)
+    reason = why_not_quantized(resolved)
     raise ConfigError(
         f"There is no format {name!r}." if reason is None else f"No weights can be packed in {name}.",
         where=f"{option} {name}",

@@ -68,7 +68,7 @@ def recommend(rows: Sequence[FormatResult], limit: float = LIMIT) -> Choice:
     format out too.
 
     Args:
-        rows: Packed formats; the unpacked model is not among them.
+        rows: QuantModule formats; the unpacked model is not among them.
         limit: Nats a token.
     """
     by_name = {row.name: row for row in rows}

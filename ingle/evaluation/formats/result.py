@@ -77,7 +77,7 @@ class FormatResult:
         size_bytes: Of all tensors in the file.
         bits_per_weight: The same over the number of weights.
         memory_bytes: What the weights take while Ingle runs them, the largest decoded layer included.
-        decode_weights_per_s: Packed weights decoded a second; None where nothing is packed.
+        decode_weights_per_s: Quantized weights decoded a second; None where nothing is packed.
         encode_s: Time to pack the model.
         quality: How well it predicts.
     """

@@ -25,7 +25,7 @@ from ingle.evaluation.formats.text import read_windows
 from ingle.evaluation.likelihood import Window
 from ingle.events import Sink, Warned
 from ingle.quant.imatrix import linear_maps
-from ingle.quant.linear import Packed
+from ingle.quant.linear import QuantModule
 
 #: Tokens of the text that are scored.
 NUM_TOKENS = 16_384
@@ -144,7 +144,7 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> dict[str, Any]:
 
 
 def _require_plain(model: Any, name: str) -> None:
-    packed = next((module for module in model.modules() if isinstance(module, Packed)), None)
+    packed = next((module for module in model.modules() if isinstance(module, QuantModule)), None)
     if packed is not None:
         raise EvaluationError(
             f"The weights of {name} are already packed in {packed.format.name}.",

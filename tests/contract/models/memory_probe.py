@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from ingle import models
 from ingle.config import BaseConfig, ModelConfig
-from ingle.models.shards import read_index
+from ingle.models.loading.safetensors_files import read_index
 
 
 def status(field: str) -> int:

@@ -18,8 +18,8 @@ from ingle.config import BaseConfig, Int8Base, LoraAdapter, Nf4Base, NoBase
 from ingle.data.batch import collate
 from ingle.data.types import Batch, Sample
 from ingle.events import Event, Warned
-from ingle.kernels.cross_entropy import linear_cross_entropy
-from ingle.models.shards import read_index
+from ingle.kernels.layers.cross_entropy import linear_cross_entropy
+from ingle.models.loading.safetensors_files import read_index
 
 NF4, INT8 = Nf4Base(format="nf4"), Int8Base(format="int8")
 #: How a module is packed does not depend on the format, and formats have a contract of their own.

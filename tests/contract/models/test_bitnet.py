@@ -1,4 +1,4 @@
-"""Packed BitNet checkpoints: codes and scale are taken as they are, whichever way the scale goes."""
+"""QuantModule BitNet checkpoints: codes and scale are taken as they are, whichever way the scale goes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base
 from ingle.config.base import Fp4Base, LevelsBase
 from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Warned
-from ingle.models.shards import read_index
+from ingle.models.loading.safetensors_files import read_index
 
 IDS = torch.arange(12)[None]
 
@@ -185,13 +185,13 @@ def test_weights_are_converted_to_the_compute_type(make_checkpoint, tmp_path: Pa
 
 def test_an_adapted_skeleton_can_be_filled(make_checkpoint) -> None:
     checkpoint = make_checkpoint("llama")
-    model = models.skeleton(checkpoint.config, "cpu", torch.float32)
+    model = models.meta_model(checkpoint.config, "cpu", torch.float32)
     quant.convert(model, Int8Base(format="int8"))
     for name, module in list(model.named_modules()):
         if isinstance(module, quant.QuantLinear):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, Wrapper(module))
-    models.fill(model, checkpoint.config, "cpu", torch.float32)
+    models.load_weights(model, checkpoint.config, "cpu", torch.float32)
     model.eval()
     assert torch.equal(logits(model), logits(models.load_model(checkpoint.config, Int8Base(format="int8"))))
 

@@ -14,7 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
-from ingle.models import architecture, attention
+from ingle.models.forward import attention
+from ingle.models.loading import architecture
 from tests.contract.models.conftest import _GROUPED, VOCAB_SIZE, randomized
 from tests.contract.models.test_architectures import pack, supervised_loss
 

@@ -55,7 +55,8 @@ assert main() == 0
 besides = set(sys.modules) - floor
 others = {"accelerate", "bitsandbytes", "datasets", "gguf", "llama_cpp", "pandas", "peft", "pyarrow", "sacrebleu"}
 others |= {"scipy", "sklearn", "sympy", "ingle.evaluation", "ingle.training.optim", "ingle.objectives"}
-others |= {"ingle.kernels.ggml_decode", "ingle.kernels.ggml_encode", "ingle.kernels.hqq_decode", "ingle.gguf.reading"}
+others |= {"ingle.kernels.ggml.decoders", "ingle.kernels.ggml.encoders"}
+others |= {"ingle.kernels.hqq.decode", "ingle.gguf.reading"}
 sys.stderr.write(f"{sorted(others & besides)} {gc.get_freeze_count() > 0}")
 """
 

@@ -83,7 +83,7 @@ def test_the_error_of_a_class_is_that_of_its_weights(folder: Path, tmp_path: Pat
 def test_the_table_of_formats_says_the_same_size(folder: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / ("m.gguf" if to.startswith("q") else "m")
     result = quantize(Order(str(folder), to, out))
-    model = models.skeleton(ModelConfig(id=str(folder)), "cpu", torch.bfloat16)
+    model = models.meta_model(ModelConfig(id=str(folder)), "cpu", torch.bfloat16)
     ((candidate,), _) = list_candidates(model, [f"{name}.weight" for name in linear_maps(model)], [to])
     assert result["num_bytes"] == candidate.size_bytes
     assert result["bits_per_weight"] == pytest.approx(8 * candidate.size_bytes / sum(candidate.types.values()))

@@ -115,7 +115,9 @@ def test_a_missing_reader_is_known_before_anything_is_written(
     missing: str,
 ) -> None:
     there = find_spec
-    monkeypatch.setattr("ingle.models.peers.find_spec", lambda name: None if name == missing else there(name))
+    monkeypatch.setattr(
+        "ingle.models.interop.transformers_peft.find_spec", lambda name: None if name == missing else there(name)
+    )
     with pytest.raises(DependencyError, match=f"pip install {missing}"):
         export(str(make_adapter()), to, tmp_path / "out", type=type_name, verify=True)
     assert not (tmp_path / "out").exists()

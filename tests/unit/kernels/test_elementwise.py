@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.kernels import elementwise
-from ingle.kernels.elementwise import rms_norm, rms_norm_again, rms_norm_backward_, swiglu, swiglu_backward_
+from ingle.kernels.layers import elementwise
+from ingle.kernels.layers.elementwise import rms_norm, rms_norm_again, rms_norm_backward_, swiglu, swiglu_backward_
 
 N, H = 37, 50
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ingle.errors import DependencyError
-from ingle.models.accepted import OLDEST_TRANSFORMERS, check_transformers
+from ingle.models.versions import OLDEST_TRANSFORMERS, check_transformers
 
 
 def test_versions() -> None:

@@ -12,7 +12,7 @@ import transformers as hf
 from ingle import models
 from ingle.config import ModelConfig, Nf4Base
 from ingle.errors import ModelError
-from ingle.models.architecture import build
+from ingle.models.loading.architecture import build
 
 
 def write_config(folder: Path, config: hf.PretrainedConfig) -> ModelConfig:
@@ -21,7 +21,7 @@ def write_config(folder: Path, config: hf.PretrainedConfig) -> ModelConfig:
 
 
 def test_the_skeleton_holds_no_bytes(folder: Path) -> None:
-    model = models.skeleton(ModelConfig(id=str(folder)), "cpu", torch.bfloat16)
+    model = models.meta_model(ModelConfig(id=str(folder)), "cpu", torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]
     assert all(tensor.is_meta for tensor in tensors)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -53,30 +53,30 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
 )
 def test_other_kinds_of_models_are_refused_with_the_reason(tmp_path: Path, config, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:
-        models.skeleton(write_config(tmp_path, config), "cpu", torch.float32)
+        models.meta_model(write_config(tmp_path, config), "cpu", torch.float32)
     assert error.value.fix
 
 
 def test_unknown_and_missing_configs_are_refused(tmp_path: Path) -> None:
     config = ModelConfig(id=str(tmp_path))
     with pytest.raises(ModelError, match=r"holds no config\.json"):
-        models.skeleton(config, "cpu", torch.float32)
+        models.meta_model(config, "cpu", torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "from-the-future"}))
     with pytest.raises(ModelError, match="not known") as error:
-        models.skeleton(config, "cpu", torch.float32)
+        models.meta_model(config, "cpu", torch.float32)
     assert "from-the-future" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(ModelError, match="code of its own"):
-        models.skeleton(config, "cpu", torch.float32)
+        models.meta_model(config, "cpu", torch.float32)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):
-        models.skeleton(config, "cpu", torch.float32)
+        models.meta_model(config, "cpu", torch.float32)
 
 
 def test_an_adapter_folder_is_told_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError) as error:
-        models.skeleton(ModelConfig(id=str(tmp_path)), "cpu", torch.float32)
+        models.meta_model(ModelConfig(id=str(tmp_path)), "cpu", torch.float32)
     assert "adapter.path" in str(error.value.fix)
 
 

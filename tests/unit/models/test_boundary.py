@@ -14,9 +14,9 @@ import transformers as hf
 from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
-from ingle.models.architecture import build
 from ingle.models.boundary import reading, refuse_absurd
-from ingle.models.layout import lay_out
+from ingle.models.forward.padded_rows import lay_out
+from ingle.models.loading.architecture import build
 
 
 @pytest.fixture

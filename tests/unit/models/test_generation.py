@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ingle import models
 from ingle.errors import ModelError
-from ingle.models.answers import Answer, Rules
-from ingle.models.sampling import Draws
+from ingle.models.generation.answers import Answer, Rules
+from ingle.models.generation.sampling import Draws
 
 PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23], [10, 11, 12]]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ingle import models
 from ingle.errors import ModelError
-from ingle.models import attention
+from ingle.models.forward import attention
 
 
 def test_the_head_scales_and_caps() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingle.errors import ModelError
-from ingle.models import hub
+from ingle.models.loading import hub
 
 
 def test_a_local_file_is_itself(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ingle.errors import ModelError
-from ingle.models.shards import read_index
+from ingle.models.loading.safetensors_files import read_index
 
 
 def test_every_type_and_shape_is_read_as_safetensors_writes_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packed layers of other programs, each tensor removed, emptied, reshaped or of another type."""
+"""QuantModule layers of other programs, each tensor removed, emptied, reshaped or of another type."""
 
 from __future__ import annotations
 

@@ -14,9 +14,11 @@ import torch
 from llvmlite import binding, ir
 from numba import njit, prange
 
-from ingle.kernels import cpu, cpu_cache, look_up
-from ingle.kernels.cpu_threads import match_threads, set_threads
-from ingle.kernels.decode import encode_levels, has_kernel, search_bounds
+from ingle.kernels.levels import decode as cpu
+from ingle.kernels.levels.dispatch import encode_levels, has_kernel, search_bounds
+from ingle.kernels.numba import cache as cpu_cache
+from ingle.kernels.numba import lookup as look_up
+from ingle.kernels.threads import match_threads, set_threads
 from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
 
 CPU = torch.device("cpu")
@@ -178,4 +180,4 @@ def test_kernels_are_kept_on_disk() -> None:
     dispatcher: Any = cpu.decode_int8
     folder = Path(dispatcher.stats.cache_path)
     cpu.decode_int8(np.zeros((2, 3), np.int8), np.ones(2, np.float32), np.zeros((2, 3), np.uint16), 1)
-    assert list(folder.glob("cpu.decode_int8-*.nbi"))
+    assert list(folder.glob("decode.decode_int8-*.nbi"))

@@ -12,7 +12,7 @@ from ingle import adapters, quant
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import NoBase, base_section
 from ingle.errors import QuantizationError
-from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_formats, pack_ends
+from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_formats, quantize_ends
 from ingle.training.census import model_shape
 
 
@@ -88,7 +88,7 @@ def test_both_ends_are_packed_and_answer_as_decoded(tied: bool) -> None:
     embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     make = GgufFormats()
     chosen = {"model.embed_tokens": make("q6_k"), "lm_head": make("q8_0")}
-    pack_ends(model, lambda name, out_features, in_features: chosen.get(name))
+    quantize_ends(model, lambda name, out_features, in_features: chosen.get(name))
     packed, linear = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(packed, QuantEmbedding) and isinstance(linear, QuantLinear)
     assert (linear.get_parameter("data") is packed.get_parameter("data")) == tied
@@ -106,7 +106,7 @@ def test_an_embedding_that_scales_is_packed_too() -> None:
     model = build("gemma3_text", num_hidden_layers=1, head_dim=64).eval()
     embedding, ids = model.get_input_embeddings(), torch.randint(64, (2, 5))
     make = GgufFormats()
-    pack_ends(model, lambda name, out_features, in_features: make("q8_0"))
+    quantize_ends(model, lambda name, out_features, in_features: make("q8_0"))
     packed = model.get_input_embeddings()
     assert isinstance(packed, QuantEmbedding) and isinstance(model.get_output_embeddings(), QuantLinear)
     packed.get_parameter("data").copy_(packed.format.encode(embedding.weight.detach())["data"])
@@ -123,5 +123,5 @@ def test_an_embedding_of_an_unknown_class_stays() -> None:
     model.tie_weights()
     before = model.get_input_embeddings(), model.get_output_embeddings()
     make = GgufFormats()
-    pack_ends(model, lambda name, out_features, in_features: make("q8_0"))
+    quantize_ends(model, lambda name, out_features, in_features: make("q8_0"))
     assert (model.get_input_embeddings(), model.get_output_embeddings()) == before

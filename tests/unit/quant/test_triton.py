@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 CODE = """
 import torch
-from ingle.kernels import triton as kernels
+from ingle.kernels.triton import decode as kernels
 from ingle.quant.hqq import Hqq
 from ingle.quant.plane import as_float16
 from ingle.quant.int8 import Int8
@@ -51,7 +51,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ingle.kernels import triton as kernels
+from ingle.kernels.triton import decode as kernels
 
 sizes = {"num_blocks": "i32", "num_bytes": "i32", "num_columns": "i32", "HALF": "constexpr", "BLOCKS": "constexpr"}
 blocks = {"HALF": 32, "BLOCKS": 32}

@@ -1,0 +1,198 @@
+"""Attention within packed documents: exact, and no token sees another document.
+
+Legend: N packed tokens, D documents, T tokens of one document, Hq query heads, Hkv key/value heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ingle.kernels.attention.cpu import Scores, attend, attend_backward
+from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
+from ingle.kernels.attention.tiles import Heads, Reach
+from ingle.kernels.numba.bfloat16 import supported
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """``softmax(f(scale * q k^T)) v`` within each document.
+
+    ``f(s) = softcap * tanh(s / softcap)``, or nothing without a softcap.
+
+    Args:
+        q: [1, Hq, N, Dh]; any strides.
+        k: [1, Hkv, N, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
+        v: [1, Hkv, N, Dv]; Dv is another size than Dh in multi-head latent attention.
+        cu_seqlens: First token of each document and the end, int, [D + 1].
+        scale: Factor on the scores.
+        causal: A token sees itself and what is before it.
+        window: How many tokens a token sees, itself included (to either side when not causal).
+        softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
+
+    Returns:
+        [1, N, Hq, Dv].
+    """
+    if v.shape[3] != q.shape[3]:  # zeros change neither a score nor the other columns of the result
+        sizes = (q.shape[3], v.shape[3])
+        q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
+        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+        return packed_attention(q, k, v, cu_seqlens, **options)[..., : sizes[1]]
+    if supported(q, k, v):
+        heads = Heads(q.shape[1], k.shape[1], q.shape[3])
+        reach = Reach.of(cu_seqlens, heads, causal=causal, window=window)
+        out: Tensor = _PackedAttention.apply(q, k, v, reach, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+        return out
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and _has_varlen():
+        return _attend_varlen(q, k, v, cu_seqlens, scale, causal, window)
+    return attend_by_document(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap)
+
+
+def _has_varlen() -> bool:
+    """Whether this torch has variable-length attention with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """Torch's FlashAttention over packed documents. Not measured: written from its documentation."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = cu_seqlens.to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    left = -1 if window is None else window - 1
+    q_NHD, k_NHD, v_NHD = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
+    out: Any = varlen_attn(
+        q_NHD,
+        k_NHD,
+        v_NHD,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(left, 0 if causal else left),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    result: Tensor = out[None]
+    return result
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The tiles of :mod:`ingle.kernels.attention.cpu` behind the shapes that transformers uses."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> Tensor:
+        heads = reach.heads
+        q_grouped = group_rows(_dense(q[0]).transpose(0, 1), reach.by_tile, heads)
+        k_grouped, v_grouped = (group_rows(_dense(t[0]).transpose(0, 1), reach.by_segment, heads) for t in (k, v))
+        out, lse = attend(q_grouped, k_grouped, v_grouped, reach, scores)
+        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), reach.by_tile, heads)
+        ctx.reach, ctx.scores = reach, scores
+        ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD)
+        return out_NHD[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_1NHD: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse, out_NHD = ctx.saved_tensors
+        reach: Reach = ctx.reach
+        heads = reach.heads
+        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, reach)
+        grads = attend_backward(grad, delta, lse, q, k, v, reach, ctx.scores)
+        layouts = ((heads.q, reach.by_tile), (heads.kv, reach.by_segment), (heads.kv, reach.by_segment))
+        grads_NHD = (
+            ungroup_rows(grouped, out_NHD.new_empty(len(out_NHD), count, heads.size), by, heads)
+            for grouped, (count, by) in zip(grads, layouts, strict=True)
+        )
+        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), None, None)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """With its last dimension dense, as the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def attend_by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The definition of :func:`packed_attention`, on any device; documents of one length go through together."""
+    bounds = cu_seqlens.tolist()
+    by_length: dict[int, list[int]] = {}
+    for start, stop in itertools.pairwise(bounds):
+        by_length.setdefault(stop - start, []).append(start)
+    by_length.pop(0, None)
+    orders, outputs = [], []
+    for length, starts in by_length.items():
+        span = torch.arange(length, device=q.device)
+        index = (torch.tensor(starts, device=q.device)[:, None] + span).flatten()
+        whole = len(by_length) == 1  # one length only: a view will do
+        q_DHTD, k_DHTD, v_DHTD = (
+            (t[0] if whole else t[0, :, index]).unflatten(1, (len(starts), length)).transpose(0, 1) for t in (q, k, v)
+        )
+        visible = _visible(span, causal, window)
+        out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, visible, scale, causal, softcap)
+        outputs.append(out_DHTD.transpose(1, 2).flatten(0, 1))
+        orders.append(index)
+    if len(outputs) == 1:
+        return outputs[0][None]
+    back = torch.empty(q.shape[2], dtype=torch.long, device=q.device)
+    back[torch.cat(orders)] = torch.arange(q.shape[2], device=q.device)
+    return torch.cat(outputs)[back][None]
+
+
+def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """Which keys a query sees, bool [T, T]; None where causality alone, or nothing, decides."""
+    if window is None or window >= len(span_T):
+        return None
+    distance_TT = span_T[:, None] - span_T[None, :]
+    visible = (distance_TT < window) & (distance_TT > -window)
+    return visible & (distance_TT >= 0) if causal else visible
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, causal: bool, softcap: float | None
+) -> Tensor:
+    """[D, Hq, T, Dh] over a batch of documents of one length."""
+    if softcap is None:
+        plain = causal and visible is None
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=grouped
+        )
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.tanh((q @ k.transpose(-1, -2)).to(accumulator) * (scale / softcap)) * softcap
+    if visible is None and causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1).to(q.dtype) @ v

@@ -1,0 +1,1 @@
+"""HQQ and ternary formats: encode and decode."""

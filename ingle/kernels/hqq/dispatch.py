@@ -1,0 +1,93 @@
+"""Groups of few bits with a float16 scale and zero to float tensors and back, by the fastest kernel there is.
+
+Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
+
+Under ``torch.compile`` decoding is one opaque operator, so a graph holds packed weights and nothing decoded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, library
+
+from ingle.kernels.levels.dispatch import BITS, COPIED
+from ingle.kernels.threads import match_threads
+
+#: For codes of so many bits, the shares of a group's range that starts of the search leave out at either end: the
+#: first, the last and how many.  Below zero the grid reaches beyond, which small groups need, whose weights may all
+#: lie on a few points of it.  Chosen by error against time on Gaussian and heavy-tailed weights.
+STARTS = {8: (-0.006, 0.004, 6), 4: (-0.06, 0.12, 7), 3: (-0.1, 0.26, 7), 2: (-0.2, 0.4, 7), 1: (0.0, 0.42, 4)}
+
+
+def decode_groups(codes_OC: Tensor, scale_ON: Tensor, zero_ON: Tensor, bits: int, size: int, out_OI: Tensor) -> Tensor:
+    """Decodes ``(code - zero) * scale``, rounded once to the dtype of ``out_OI``.
+
+    Args:
+        codes_OC: uint8, every row a little-endian number with ``bits`` for a code.
+        scale_ON: float16, one for ``size`` neighbours in a row.
+        zero_ON: float16.
+        bits: 8, 4, 3, 2 or 1.
+        size: A multiple of 8; the last group of a row may be short.
+        out_OI: Contiguous, written.
+
+    Returns:
+        ``out_OI``.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.ingle.decode_groups(codes_OC, scale_ON, zero_ON, bits, size, out_OI)
+    else:
+        _decode_groups(codes_OC, scale_ON, zero_ON, bits, size, out_OI)
+    return out_OI
+
+
+def _decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, size: int, out: Tensor) -> None:
+    if out.is_cuda:
+        from ingle.kernels.triton.decode import decode_groups as decode_on_gpu
+
+        decode_on_gpu(codes, scale, zero, bits, size, out)
+        return
+    from ingle.kernels.hqq import decode as hqq_decode
+
+    arrays = codes.detach().contiguous().numpy(), _halves(scale), _halves(zero)
+    target = out.detach().view(BITS[out.dtype]).numpy()
+    hqq_decode.decode_groups(*arrays, bits, size, target, match_threads(out.numel()))
+
+
+# A fake decode has nothing to return.
+library.custom_op("ingle::decode_groups", _decode_groups, mutates_args=("out",)).register_fake(lambda *_: None)
+
+
+def encode_groups(
+    weight_OI: Tensor, importance_I: Tensor | None, bits: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packs a weight on the CPU, part by part, with the scales and zeros of least weighted square error.
+
+    Args:
+        weight_OI: Finite, of any strides, on any device.
+        importance_I: How much the square error of every column counts, or None.
+        bits: 8, 4, 3, 2 or 1.
+        size: Weights of a group.
+
+    Returns:
+        Codes uint8 ``[O, C]``, scale and zero float16 ``[O, N]``, on the CPU.
+    """
+    from ingle.kernels.hqq import encode as hqq_encode
+
+    num_rows, num_columns = weight_OI.shape
+    codes = torch.empty(num_rows, -(-num_columns * bits // 8), dtype=torch.uint8)
+    scale, zero = (torch.empty(num_rows, -(-num_columns // size), dtype=torch.float16) for _ in range(2))
+    importance = torch.empty(0) if importance_I is None else importance_I.detach().cpu().float().contiguous()
+    first, last, starts = STARTS[bits]
+    count = max(1, COPIED // max(1, num_columns))
+    for start in range(0, num_rows, count):
+        rows = slice(start, start + count)
+        part = weight_OI[rows].detach().to("cpu", torch.float32).contiguous()
+        search = bits, size, first, (last - first) / (starts - 1), starts
+        arrays = codes[rows].numpy(), _halves(scale[rows]), _halves(zero[rows])
+        threads = match_threads(part.numel())
+        hqq_encode.encode_groups(part.numpy(), importance.numpy(), *search, *arrays, threads)
+    return codes, scale, zero
+
+
+def _halves(tensor: Tensor) -> object:
+    return tensor.detach().contiguous().view(torch.uint16).numpy()

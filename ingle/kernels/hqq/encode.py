@@ -1,0 +1,178 @@
+"""Packing weights into groups of few bits with a float16 scale and zero each, by numba; the search in its module.
+
+Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
+
+A group never crosses a row; the last of a row may be short.  Sixteen consecutive groups are searched side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from ingle.kernels.ggml.block import from_half, share, to_half
+from ingle.kernels.ggml.lanes import LANES
+from ingle.kernels.hqq.search import assign, fit, measure
+from ingle.kernels.numba.cache import compile_kernel
+
+#: A scale is at least this part of the largest weight, so that its zero stays within float16.
+FLOOR = np.float32(2.0**-14)
+#: Scales of a constant group that are tried, one for every fraction of a float16.
+FRACTIONS = 1024
+#: Constants below this are held as their 1024-fold times 1/1024, so that float16's small numbers keep their digits.
+SMALL = np.float32(2.0**-4)
+#: The bits of float16's largest finite number.
+LARGEST = 0x7BFF
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def lay_out(
+    values: Any, importance: Any, num_columns: int, size: int, first: int, num_lanes: int, x: Any, w: Any
+) -> None:
+    """Puts 16 groups from number ``first`` on side by side; what a short one lacks has no weight.
+
+    A group whose importance is zero throughout counts as if all its weights were equally important.
+    """
+    per_row = -(-num_columns // size)
+    for lane in range(LANES):
+        group = first + min(lane, num_lanes - 1)
+        column = group % per_row * size
+        at, length = group // per_row * num_columns + column, min(size, num_columns - column)
+        for k in range(size):
+            x[k * LANES + lane] = values[at + k] if k < length else np.float32(0)
+            w[k * LANES + lane] = np.float32(k < length)
+        if importance.size:
+            total = np.float32(0)
+            for k in range(length):
+                total += importance[column + k]
+            if total > 0:
+                for k in range(length):
+                    w[k * LANES + lane] = importance[column + k] / total
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def hold_constant(value: Any) -> tuple[Any, Any]:
+    """Bits of a scale and a zero, ``(0 - zero) * scale`` being the value: exact if float16 holds it, else near.
+
+    Zero gets the scale 1, so that a later offset finds one.
+    """
+    small = abs(value) < SMALL
+    size = abs(value) * np.float32(1024) if small else abs(value)
+    scale, zero, best = to_half(np.float32(1)), to_half(np.float32(0)), size
+    for fraction in range(FRACTIONS):
+        factor = np.float32(1) + np.float32(fraction) / np.float32(FRACTIONS)
+        bits = to_half(size / factor)
+        error = abs(from_half(bits) * factor - size)
+        if error < best:
+            best, scale = error, bits
+            zero = to_half(factor / np.float32(1024) if small else factor)
+        if best == 0:
+            break
+    return scale, zero ^ np.uint16(0x8000) if value > 0 else zero
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def settle(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales: Any, zeros: Any) -> None:
+    """Rounds 16 grids to float16: of three neighbouring scales with their best zeros the one of least error.
+
+    Args:
+        x: The weights, centred.
+        w: Their weights.
+        fields: As ``fit`` leaves them.
+        size: Elements of a group.
+        top: The highest code.
+        trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centred weights.
+        scales: 16 uint16, written: bits of float16.
+        zeros: 16 uint16, written.
+    """
+    best = np.full(LANES, np.inf, np.float32)
+    kept = np.ones((2, LANES), np.float32)
+    bits = np.empty((2, LANES), np.uint16)
+    for shift in range(-1, 2):
+        for lane in range(LANES):
+            scale, centre, mean = fields[lane], fields[LANES + lane], fields[2 * LANES + lane]
+            floor = FLOOR * max(abs(fields[3 * LANES + lane]), abs(fields[4 * LANES + lane]))
+            if not scale > floor:
+                scale, centre = floor, top / np.float32(2)
+            near: Any = np.int64(to_half(scale)) + shift
+            bits[0, lane] = min(max(near, 1), LARGEST)
+            scale = from_half(bits[0, lane])
+            bits[1, lane] = to_half(centre - mean / scale)
+            trial[lane] = scale
+            trial[LANES + lane] = from_half(bits[1, lane]) + mean / scale
+        measure(x, w, trial, size, top)
+        for lane in range(LANES):
+            error = trial[2 * LANES + lane]
+            if error < best[lane]:
+                best[lane], scales[lane], zeros[lane] = error, bits[0, lane], bits[1, lane]
+                kept[0, lane], kept[1, lane] = trial[lane], trial[LANES + lane]
+    for lane in range(LANES):
+        trial[lane], trial[LANES + lane] = kept[0, lane], kept[1, lane]
+        if fields[3 * LANES + lane] == fields[4 * LANES + lane]:
+            scales[lane], zeros[lane] = hold_constant(fields[3 * LANES + lane])
+
+
+@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def put_codes(codes: Any, lane: int, length: int, bits: int, data: Any, at: int) -> None:
+    """Packs the codes of a group, the first in the lowest bits of the first byte."""
+    word, held = np.uint32(0), 0
+    for k in range(length):
+        word |= np.uint32(codes[k * LANES + lane]) << np.uint32(held)
+        held += bits
+        while held >= 8:
+            data[at] = np.uint8(word & np.uint32(255))
+            word >>= np.uint32(8)
+            held -= 8
+            at += 1
+    if held:
+        data[at] = np.uint8(word)
+
+
+@compile_kernel
+def encode_groups(
+    values: Any, importance: Any, bits: int, size: int, first_trim: Any, step: Any, starts: int,
+    codes: Any, scales: Any, zeros: Any, num_chunks: int,
+) -> None:  # fmt: skip
+    """Packs weights.
+
+    Args:
+        values: float32 ``[O, I]``.
+        importance: float32 ``[I]`` or empty.
+        bits: Of a code.
+        size: Weights of a group.
+        first_trim: Share of the range that the first start leaves out at an end; below zero it reaches beyond.
+        step: What every further start leaves out more.
+        starts: How many at either end.
+        codes: uint8 ``[O, C]``, written.
+        scales: uint16 ``[O, N]``, written: bits of float16.
+        zeros: uint16 ``[O, N]``, written.
+        num_chunks: Parts the groups are split into.
+    """
+    num_columns, per_row, row_bytes = values.shape[1], scales.shape[1], codes.shape[1]
+    num_groups, top = scales.size, np.float32((1 << bits) - 1)
+    flat, data = values.reshape(-1), codes.reshape(-1)
+    flat_scales, flat_zeros = scales.reshape(-1), zeros.reshape(-1)
+    for chunk in prange(num_chunks):
+        first, stop = share(chunk, -(-num_groups // LANES), num_chunks)
+        x, w = np.empty(size * LANES, np.float32), np.empty(size * LANES, np.float32)
+        found, fields = np.empty(size * LANES, np.uint8), np.empty(5 * LANES, np.float32)
+        trial = np.empty(3 * LANES, np.float32)
+        found_scales, found_zeros = np.zeros(LANES, np.uint16), np.zeros(LANES, np.uint16)
+        for block in range(first, stop):
+            number = block * LANES
+            num_lanes = min(LANES, num_groups - number)
+            lay_out(flat, importance, num_columns, size, number, num_lanes, x, w)
+            fit(x, w, fields, size, top, first_trim, step, starts)
+            settle(x, w, fields, size, top, trial, found_scales, found_zeros)
+            assign(x, found, trial, size, top)
+            for lane in range(num_lanes):
+                group = number + lane
+                flat_scales[group], flat_zeros[group] = found_scales[lane], found_zeros[lane]
+                if fields[3 * LANES + lane] == fields[4 * LANES + lane]:
+                    for k in range(size):
+                        found[k * LANES + lane] = np.uint8(0)
+                column = group % per_row * size
+                at = group // per_row * row_bytes + column * bits // 8
+                put_codes(found, lane, min(size, num_columns - column), bits, data, at)

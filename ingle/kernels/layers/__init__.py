@@ -1,0 +1,1 @@
+"""Fused steps of a layer: norms, SwiGLU, LoRA, cross-entropy."""

@@ -1,0 +1,221 @@
+"""The two halves of a Llama-like decoder layer, each as one step of autograd with a hand-written backward.
+
+``h + o(attention(rotate(q(norm h)), rotate(k(norm h)), v(norm h)))`` and ``h + down(silu(gate(norm h)) * up(norm h))``.
+
+What it saves over separate operators: normalised rows, rotated copies, the activation and its input's gradients are
+never kept or made twice; the projections of one input share one product for their A matrices; the residual is added
+in place; and what is kept is used up by backward, whose buffers become its results.
+
+Legend: N tokens, H hidden, I intermediate, Hq query heads, Hkv key/value heads, Dh head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ingle.kernels.attention.cpu import Scores, attend, attend_backward
+from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
+from ingle.kernels.attention.tiles import Heads, Reach
+from ingle.kernels.layers.elementwise import rms_norm, rms_norm_again, rms_norm_backward_, swiglu, swiglu_backward_
+from ingle.kernels.layers.lora import (
+    Projection,
+    interleave,
+    project,
+    seeded,
+    through_a,
+    through_b,
+    through_weights,
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A frozen RMSNorm.
+
+    Attributes:
+        weight: [H], or [Dh] for a norm of heads.
+        eps: Added to the mean square.
+    """
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention half.
+
+    Attributes:
+        norm: Before the projections.
+        q: And k, v, o: the projections.
+        scores: What happens to the scores.
+        q_norm: Of each query head before it is rotated (Qwen 3).
+        k_norm: Of each key head.
+    """
+
+    norm: Norm
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
+    scores: Scores
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The SwiGLU half."""
+
+    norm: Norm
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], reach: Reach) -> Tensor:
+    """``h + o(attention(norm h))``, [1, N, H] -> [1, N, H].
+
+    Args:
+        h: The residual stream.
+        attention: What to compute.
+        rotary: cos and sin of each token's position, [N, Dh].
+        reach: Which tokens see which, and the sizes of the heads.
+    """
+    qkv = seeded((attention.q, attention.k, attention.v))
+    out = seeded((attention.o,))
+    factors = [factor for p in (*qkv, *out) for factor in p.factors()]
+    result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, reach, *factors)  # type: ignore[no-untyped-call]
+    return result
+
+
+def mlp_half(h: Tensor, mlp: Mlp) -> Tensor:
+    """``h + down(silu(gate(norm h)) * up(norm h))``, [1, N, H] -> [1, N, H]."""
+    wide, down = seeded((mlp.gate, mlp.up)), seeded((mlp.down,))
+    factors = [factor for p in (*wide, *down) for factor in p.factors()]
+    result: Tensor = _MlpHalf.apply(h, mlp, wide, down, *factors)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AttentionHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        attention: Attention,
+        qkv: Sequence[Projection],
+        out: Sequence[Projection],
+        rotary: tuple[Tensor, Tensor],
+        reach: Reach,
+        *factors: Tensor | None,
+    ) -> Tensor:
+        heads, norm = reach.heads, attention.norm
+        h_NH = h.reshape(-1, h.shape[-1])
+        x_NH, rstd_N = rms_norm(h_NH, norm.weight, norm.eps)
+        projected, xa_NS = project(x_NH, qkv)
+        del x_NH
+        q_ND, k_ND, v_ND = projected
+        heads_normed, q_kept = _norm_heads(q_ND, attention.q_norm, heads.size)
+        keys_normed, k_kept = _norm_heads(k_ND, attention.k_norm, heads.size)
+        q = group_rows(_heads(heads_normed, heads), reach.by_tile, heads, rotary)
+        k = group_rows(_heads(keys_normed, heads), reach.by_segment, heads, rotary)
+        v = group_rows(_heads(v_ND, heads), reach.by_segment, heads)
+        del projected, q_ND, k_ND, v_ND, heads_normed, keys_normed
+        out_grouped, lse = attend(q, k, v, reach, attention.scores)
+        o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), reach.by_tile, heads)
+        (y_NH,), oa_NR = project(o_NHD.flatten(1), out)
+        ctx.attention, ctx.qkv, ctx.out, ctx.rotary, ctx.reach = attention, qkv, out, rotary, reach
+        ctx.save_for_backward(h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, *q_kept, *k_kept)
+        return y_NH.add_(h_NH).view(h.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, q_raw, q_rstd, k_raw, k_rstd = ctx.saved_tensors
+        attention, reach, heads = ctx.attention, ctx.reach, ctx.reach.heads
+        grad_NH = grad.reshape(h_NH.shape)
+        gb_NR, grads_b = through_b([grad_NH], oa_NR, ctx.out)
+        grads_a = through_a(gb_NR, o_NHD.flatten(1), ctx.out)
+        grad_o_NHD = through_weights([grad_NH], gb_NR, ctx.out).view(o_NHD.shape)
+        grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, reach)
+        grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, reach, attention.scores)
+        q_NHD, k_NHD, v_NHD = (h_NH.new_empty(len(h_NH), n, heads.size) for n in (heads.q, heads.kv, heads.kv))
+        ungroup_rows(grad_q, q_NHD, reach.by_tile, heads, ctx.rotary)
+        ungroup_rows(grad_k, k_NHD, reach.by_segment, heads, ctx.rotary)
+        ungroup_rows(grad_v, v_NHD, reach.by_segment, heads)
+        _norm_heads_backward_(q_NHD, q_raw, q_rstd, attention.q_norm)
+        _norm_heads_backward_(k_NHD, k_raw, k_rstd, attention.k_norm)
+        grads_ND = [q_NHD.flatten(1), k_NHD.flatten(1), v_NHD.flatten(1)]
+        x_NH = rms_norm_again(h_NH, attention.norm.weight, rstd_N)
+        gb_NS, grads_b_qkv = through_b(grads_ND, xa_NS, ctx.qkv)
+        grads_a_qkv = through_a(gb_NS, x_NH, ctx.qkv)
+        grad_h = None
+        if ctx.needs_input_grad[0]:
+            grad_x_NH = through_weights(grads_ND, gb_NS, ctx.qkv)
+            grad_h = rms_norm_backward_(grad_x_NH, h_NH, attention.norm.weight, rstd_N, grad_NH).view(grad.shape)
+        factors = (*interleave(grads_a_qkv, grads_b_qkv), *interleave(grads_a, grads_b))
+        return (grad_h, None, None, None, None, None, *factors)
+
+
+class _MlpHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, mlp: Mlp, wide: Sequence[Projection], down: Sequence[Projection], *factors: Tensor | None
+    ) -> Tensor:
+        h_NH = h.reshape(-1, h.shape[-1])
+        x_NH, rstd_N = rms_norm(h_NH, mlp.norm.weight, mlp.norm.eps)
+        (gate_NI, up_NI), xa_NS = project(x_NH, wide)
+        del x_NH
+        (y_NH,), ia_NR = project(swiglu(gate_NI, up_NI), down)
+        ctx.mlp, ctx.wide, ctx.down, ctx.spent = mlp, wide, down, False
+        ctx.save_for_backward(h_NH, rstd_N, xa_NS, gate_NI, up_NI, ia_NR)
+        return y_NH.add_(h_NH).view(h.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.spent:
+            raise RuntimeError("backward of a fused layer uses its buffers up and runs once")
+        ctx.spent = True
+        h_NH, rstd_N, xa_NS, gate_NI, up_NI, ia_NR = ctx.saved_tensors
+        grad_NH = grad.reshape(h_NH.shape)
+        gb_NR, grads_b = through_b([grad_NH], ia_NR, ctx.down)
+        inner_NI = through_weights([grad_NH], gb_NR, ctx.down)
+        swiglu_backward_(inner_NI, gate_NI, up_NI)  # now: the activation, and the gradients of gate and up
+        grads_a = through_a(gb_NR, inner_NI, ctx.down)
+        del inner_NI
+        gb_NS, grads_b_wide = through_b([gate_NI, up_NI], xa_NS, ctx.wide)
+        x_NH = rms_norm_again(h_NH, ctx.mlp.norm.weight, rstd_N)
+        grads_a_wide = through_a(gb_NS, x_NH, ctx.wide)
+        del x_NH
+        grad_h = None
+        if ctx.needs_input_grad[0]:
+            grad_x_NH = through_weights([gate_NI, up_NI], gb_NS, ctx.wide)
+            grad_h = rms_norm_backward_(grad_x_NH, h_NH, ctx.mlp.norm.weight, rstd_N, grad_NH).view(grad.shape)
+        factors = (*interleave(grads_a_wide, grads_b_wide), *interleave(grads_a, grads_b))
+        return (grad_h, None, None, None, *factors)
+
+
+def _heads(values_ND: Tensor, heads: Heads) -> Tensor:
+    return values_ND.view(len(values_ND), -1, heads.size)
+
+
+def _norm_heads(
+    values_ND: Tensor, norm: Norm | None, size: int
+) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
+    """The values with each head normalised, and what backward needs for it."""
+    if norm is None:
+        return values_ND, (None, None)
+    rows = values_ND.view(-1, size)
+    normed, rstd = rms_norm(rows, norm.weight, norm.eps)
+    return normed.view(values_ND.shape), (rows, rstd)
+
+
+def _norm_heads_backward_(grad_NHD: Tensor, rows: Tensor | None, rstd: Tensor | None, norm: Norm | None) -> None:
+    if norm is not None and rows is not None and rstd is not None:
+        rms_norm_backward_(grad_NHD.view(rows.shape), rows, norm.weight, rstd)

@@ -1,0 +1,168 @@
+"""The steps between a decoder layer's products, each in one pass over memory: RMSNorm and SwiGLU, both directions.
+
+As separate operators they read and write every activation several times, which on a CPU costs as much as a third
+of the products. Every function takes float32 or bfloat16, computes in float32 and rounds once; numba does the
+work on a CPU, torch elsewhere.
+
+Legend: N tokens, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ingle.kernels.numba.bfloat16 import bits, exp, load, prange, store, supported
+from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.threads import match_threads
+
+
+def rms_norm(h_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``h / sqrt(mean(h^2) + eps) * weight``.
+
+    Returns:
+        The normalised rows [N, H] in the dtype of ``h``, and ``1 / sqrt(mean(h^2) + eps)``, float32 [N].
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    if supported(h_NH, weight_H):
+        match_threads(h_NH.numel())
+        x_NH = torch.empty_like(h_NH, memory_format=torch.contiguous_format)
+        rstd_N = torch.empty(len(h_NH), dtype=torch.float32)
+        _rms_norm(bits(h_NH), bits(weight_H), np.float32(eps), bits(x_NH), rstd_N.numpy())
+        return x_NH, rstd_N
+    wide_NH = h_NH.float()
+    rstd_N = torch.rsqrt(wide_NH.square().mean(-1) + eps)
+    return (wide_NH * rstd_N[:, None] * weight_H.float()).to(h_NH.dtype), rstd_N
+
+
+def rms_norm_again(h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor) -> Tensor:
+    """The normalised rows once more, from what :func:`rms_norm` returned beside them; bit for bit the same."""
+    if supported(h_NH, weight_H):
+        match_threads(h_NH.numel())
+        x_NH = torch.empty_like(h_NH, memory_format=torch.contiguous_format)
+        _rms_norm_again(bits(h_NH), bits(weight_H), rstd_N.numpy(), bits(x_NH))
+        return x_NH
+    return (h_NH.float() * rstd_N[:, None] * weight_H.float()).to(h_NH.dtype)
+
+
+def rms_norm_backward_(
+    grad_x_NH: Tensor, h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor, residual_NH: Tensor | None = None
+) -> Tensor:
+    """Gradient of ``h`` from that of the normalised rows; the weight is frozen.
+
+    Args:
+        grad_x_NH: Gradient of the normalised rows; overwritten by the result.
+        h_NH: The norm's input.
+        weight_H: The norm's weight.
+        rstd_N: As :func:`rms_norm` returned it.
+        residual_NH: Gradient that reaches ``h`` past the norm, added to the result.
+
+    Returns:
+        ``grad_x``, now the gradient of ``h``.
+    """
+    if supported(grad_x_NH, h_NH, weight_H):
+        match_threads(h_NH.numel())
+        rest = grad_x_NH[:0] if residual_NH is None else residual_NH
+        _rms_norm_backward(bits(grad_x_NH), bits(h_NH), bits(weight_H), rstd_N.numpy(), bits(rest))
+        return grad_x_NH
+    normed_NH = h_NH.float() * rstd_N[:, None]
+    weighted_NH = grad_x_NH.float() * weight_H.float()
+    grad_NH = (weighted_NH - normed_NH * (weighted_NH * normed_NH).mean(-1, keepdim=True)) * rstd_N[:, None]
+    return grad_x_NH.copy_(grad_NH if residual_NH is None else grad_NH + residual_NH.float())
+
+
+def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """``silu(gate) * up``.
+
+    Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
+    """
+    if supported(gate_NI, up_NI):
+        match_threads(gate_NI.numel())
+        out_NI = torch.empty_like(gate_NI)
+        _swiglu(bits(gate_NI), bits(up_NI), bits(out_NI))
+        return out_NI
+    return (torch.nn.functional.silu(gate_NI.float()) * up_NI.float()).to(gate_NI.dtype)
+
+
+def swiglu_backward_(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
+    """Overwrites its arguments: the gradient of the output by the output itself, gate and up by their gradients.
+
+    Three buffers go in and three come out, so that no fourth is needed at the widest place of the layer.
+    """
+    if supported(grad_NI, gate_NI, up_NI):
+        match_threads(gate_NI.numel())
+        _swiglu_backward(bits(grad_NI), bits(gate_NI), bits(up_NI))
+        return
+    grad, gate, up = grad_NI.float(), gate_NI.float(), up_NI.float()
+    sigmoid = torch.sigmoid(gate)
+    results = (gate * sigmoid * up, grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid)
+    for buffer, result in zip((grad_NI, gate_NI, up_NI), results, strict=True):
+        buffer.copy_(result)
+
+
+@compile_float_kernel
+def _rms_norm(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
+    num_rows, width = h.shape
+    for i in prange(num_rows):
+        row, out = h[i], x[i]
+        total = np.float32(0.0)
+        for j in range(width):
+            value = load(row, j)
+            total += value * value
+        scale = np.float32(1.0) / np.sqrt(total / np.float32(width) + eps)
+        rstd[i] = scale
+        for j in range(width):
+            store(out, j, load(row, j) * scale * load(weight, j))
+
+
+@compile_float_kernel
+def _rms_norm_again(h, weight, rstd, x):  # type: ignore[no-untyped-def]
+    num_rows, width = h.shape
+    for i in prange(num_rows):
+        row, out, scale = h[i], x[i], rstd[i]
+        for j in range(width):
+            store(out, j, load(row, j) * scale * load(weight, j))
+
+
+@compile_float_kernel
+def _rms_norm_backward(grad, h, weight, rstd, residual):  # type: ignore[no-untyped-def]
+    num_rows, width = h.shape
+    for i in prange(num_rows):
+        g, row, scale = grad[i], h[i], rstd[i]
+        dot = np.float32(0.0)
+        for j in range(width):
+            dot += load(g, j) * load(weight, j) * load(row, j)
+        shrink = dot * scale * scale * scale / np.float32(width)
+        if len(residual) > 0:
+            rest = residual[i]
+            for j in range(width):
+                store(g, j, load(g, j) * load(weight, j) * scale - load(row, j) * shrink + load(rest, j))
+        else:
+            for j in range(width):
+                store(g, j, load(g, j) * load(weight, j) * scale - load(row, j) * shrink)
+
+
+@compile_float_kernel
+def _swiglu(gate, up, out):  # type: ignore[no-untyped-def]
+    num_rows, width = gate.shape
+    for i in prange(num_rows):
+        e, g, h = gate[i], up[i], out[i]
+        for j in range(width):
+            value = load(e, j)
+            store(h, j, value / (np.float32(1.0) + exp(-value)) * load(g, j))
+
+
+@compile_float_kernel
+def _swiglu_backward(grad, gate, up):  # type: ignore[no-untyped-def]
+    num_rows, width = gate.shape
+    for i in prange(num_rows):
+        d, e, g = grad[i], gate[i], up[i]
+        for j in range(width):
+            dh, value, other = load(d, j), load(e, j), load(g, j)
+            sigmoid = np.float32(1.0) / (np.float32(1.0) + exp(-value))
+            silu = value * sigmoid
+            store(d, j, silu * other)
+            store(e, j, dh * other * sigmoid * (np.float32(1.0) + value * (np.float32(1.0) - sigmoid)))
+            store(g, j, dh * silu)

@@ -1,0 +1,272 @@
+"""LoRA over a frozen weight as one step of autograd: ``y = x W^T + b + scale * dropout(x) A^T B^T``.
+
+Left to autograd, LoRA costs a copy of every output, keeps dropped-out inputs, and adds a full-size gradient for
+each of its two products. Here the thin products are added in place, only x and x A^T are kept, W is asked for
+again in backward (so that a packed base is decoded then and never stored), and W + scale * B A never exists.
+
+Several projections of one input (q, k, v; gate, up) go through together: their A matrices become one product.
+
+Inputs may be summed in groups of neighbours on the way into A (QA-LoRA); then the sums are kept instead of x.
+
+Legend: N tokens, I in_features, O out_features, G groups of inputs, R rank, S sum of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ingle.kernels.layers.importance import SquaredInputs, observe
+
+#: Gives the frozen weight [O, I] in a dtype; what it returns is valid until any weight is asked for again.
+Weight = Callable[[torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen linear map and its low-rank change.
+
+    Attributes:
+        weight: Gives W [O, I].
+        bias: Frozen, [O].
+        lora_a: Trained, float32, [R, G]; None where the map stays as it is.
+        lora_b: Trained, float32, [O, R]; None likewise.
+        scale: Factor on the change.
+        dropout: Share of what goes into A that is set to zero; the rest grows by ``1 / (1 - dropout)``.
+        group_size: Inputs that are summed on the way into A.
+        holds_change: Whether the weight has the change in it already. It is then not added again, and A and B get
+            the gradient of ``W + scale * B A`` as if packing had not rounded it (straight through).
+        seed: Of the dropout; :func:`seeded` draws it.
+        inputs: Gathers what x was, for an importance matrix.
+    """
+
+    weight: Weight
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scale: float = 1.0
+    dropout: float = 0.0
+    group_size: int = 1
+    holds_change: bool = False
+    seed: int = 0
+    inputs: SquaredInputs | None = None
+
+    @property
+    def rank(self) -> int:
+        """R; 0 without a change."""
+        return 0 if self.lora_a is None else len(self.lora_a)
+
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B."""
+        return self.lora_a, self.lora_b
+
+    def scaled_b(self, dtype: torch.dtype) -> Tensor:
+        """``scale * B``, rounded once, [O, R]."""
+        assert self.lora_b is not None
+        return (self.lora_b * self.scale).to(dtype)
+
+
+Projections = Sequence[Projection]
+
+
+def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
+    """``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
+
+    Dropout is drawn from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, gives
+    the same mask again. Gradients go to x, A and B.
+
+    Args:
+        x: [..., I], in the dtype of the products.
+        projections: What to project with; their O and R may differ.
+
+    Returns:
+        One [..., O] each.
+
+    Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
+    """
+    factors = [factor for p in projections for factor in p.factors()]
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def seeded(projections: Projections) -> tuple[Projection, ...]:
+    """The projections with fresh seeds for their dropout. Seeds are kept, not masks: a mask is as large as x."""
+    return tuple(replace(p, seed=int(torch.randint(1, 2**63 - 1, ()))) if p.dropout else p for p in projections)
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
+        x_NI = x.reshape(-1, x.shape[-1])
+        kept = pool(x_NI, _group_size(projections))
+        outputs, xa_NS = project(x, projections, kept)
+        ctx.projections = projections
+        ctx.save_for_backward(kept, xa_NS)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        kept, xa_NS = ctx.saved_tensors
+        projections: Projections = ctx.projections
+        grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        gb_NS, grads_b = through_b(grads_NO, xa_NS, projections)
+        grads_a = through_a(gb_NS, kept, projections)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = through_weights(grads_NO, gb_NS, projections).view(*grads[0].shape[:-1], -1)
+        return (grad_x, None, *interleave(grads_a, grads_b))
+
+
+# The pieces, for functions that fuse more than one layer. None of them is differentiable.
+
+
+def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """Outputs [..., O] of all projections of [..., I], and what B is multiplied with, [N, S], side by side.
+
+    No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for a function's views.
+
+    Args:
+        x: The input.
+        projections: What to project with.
+        pooled: The input's sums over groups, [N, G], where the caller has them.
+    """
+    observe(x, [p.inputs for p in projections if p.inputs is not None])
+    xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
+    outputs = []
+    for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
+        y = linear(x, p.weight(x.dtype), None if p.bias is None else p.bias.detach().to(x.dtype))
+        if p.rank and not p.holds_change:
+            y.view(-1, y.shape[-1]).addmm_(xa_NR, p.scaled_b(x.dtype).t())
+        outputs.append(y)
+    return outputs, xa_NS
+
+
+def through_b(
+    grads_NO: Sequence[Tensor], xa_NS: Tensor, projections: Projections
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of ``x A^T``, [N, S], and of every B, [O, R]."""
+    gb_NS = torch.empty_like(xa_NS)
+    grads_b: list[Tensor | None] = []
+    for p, g_NO, xa_NR, gb_NR in zip(
+        projections, grads_NO, _split(xa_NS, projections), _split(gb_NS, projections), strict=True
+    ):
+        if not p.rank:
+            grads_b.append(None)
+            continue
+        assert p.lora_b is not None
+        torch.mm(g_NO, p.scaled_b(xa_NS.dtype), out=gb_NR)
+        # (x A^T)^T g is the layout in which the thin product is fast; the small result is turned instead.
+        grads_b.append((xa_NR.t() @ g_NO).t().to(p.lora_b.dtype).mul_(p.scale))
+    return gb_NS, grads_b
+
+
+def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Tensor | None]:
+    """Gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may be pooled already."""
+    parts: Sequence[Tensor]
+    if _go_together(projections):
+        parts = _split(gb_NS.t() @ _as_a_takes(x_NI, projections), projections, dim=0)
+    else:
+        parts = [
+            gb_NR.t() @ _dropped(_as_a_takes(x_NI, [p]), p)
+            for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True)
+        ]
+    return [None if p.lora_a is None else part.to(p.lora_a.dtype) for p, part in zip(projections, parts, strict=True)]
+
+
+def through_weights(grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: Projections) -> Tensor:
+    """Gradient of x, [N, I]: the sum over the projections of ``g W + spread(mask * (g B A))``."""
+    dtype = gb_NS.dtype
+    grad_x_NI = grads_NO[0] @ projections[0].weight(dtype)
+    for p, g_NO in zip(projections[1:], grads_NO[1:], strict=True):
+        grad_x_NI.addmm_(g_NO, p.weight(dtype))
+    if _go_together(projections) and not any(p.holds_change for p in projections):
+        if gb_NS.shape[1]:
+            _add_through_a_(grad_x_NI, gb_NS, _all_a(projections, dtype), _group_size(projections))
+        return grad_x_NI
+    for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True):
+        if p.lora_a is not None and not p.holds_change:
+            grad_x_NI += spread(_dropped(gb_NR @ p.lora_a.to(dtype), p), p.group_size, grad_x_NI.shape[1])
+    return grad_x_NI
+
+
+def _add_through_a_(grad_x_NI: Tensor, gb_NS: Tensor, a_SG: Tensor, group_size: int) -> None:
+    if group_size == 1:
+        grad_x_NI.addmm_(gb_NS, a_SG)
+    elif grad_x_NI.shape[1] % group_size:
+        grad_x_NI += spread(gb_NS @ a_SG, group_size, grad_x_NI.shape[1])
+    else:
+        grad_x_NI.view(len(grad_x_NI), -1, group_size).add_((gb_NS @ a_SG).unsqueeze(-1))
+
+
+def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A, B, A, B, ...: the order of :meth:`Projection.factors`."""
+    return [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+
+
+def pool(x_NI: Tensor, group_size: int) -> Tensor:
+    """Sums over groups of neighbours, [N, G]; a last group that is not whole is summed as far as it goes."""
+    if group_size == 1:
+        return x_NI
+    missing = -x_NI.shape[1] % group_size
+    if missing:
+        x_NI = torch.nn.functional.pad(x_NI, (0, missing))
+    return x_NI.view(len(x_NI), -1, group_size).sum(-1)
+
+
+def spread(values: Tensor, group_size: int, in_features: int) -> Tensor:
+    """``[..., G]`` to ``[..., I]``: each value for all inputs of its group, the transpose of :func:`pool`."""
+    return values if group_size == 1 else values.repeat_interleave(group_size, dim=-1)[..., :in_features]
+
+
+def _project_down(x_NI: Tensor, projections: Projections) -> Tensor:
+    if not any(p.rank for p in projections):
+        return x_NI.new_empty(len(x_NI), 0)
+    dtype = x_NI.dtype
+    if _go_together(projections):
+        return _as_a_takes(x_NI, projections) @ _all_a(projections, dtype).t()
+    parts = [_dropped(_as_a_takes(x_NI, [p]), p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None]
+    return torch.cat(parts, dim=1)
+
+
+def _go_together(projections: Projections) -> bool:
+    """Whether one product serves all A matrices."""
+    return not any(p.dropout for p in projections) and len({p.group_size for p in projections if p.rank}) <= 1
+
+
+def _group_size(projections: Projections) -> int:
+    """The group size that all projections share, so that x itself need not be kept; 1 where they do not."""
+    sizes = {p.group_size for p in projections if p.rank}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _as_a_takes(x: Tensor, projections: Projections) -> Tensor:
+    """The input of the A matrices: x, or its sums over groups, whichever of them is given."""
+    widths = {p.lora_a.shape[1] for p in projections if p.lora_a is not None}
+    return x if not widths or x.shape[1] in widths else pool(x, _group_size(projections))
+
+
+def _all_a(projections: Projections, dtype: torch.dtype) -> Tensor:
+    """The A matrices one below the other, [S, I]."""
+    factors = [p.lora_a.detach().to(dtype) for p in projections if p.lora_a is not None]
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+
+def _split(values: Tensor, projections: Projections, dim: int = 1) -> tuple[Tensor, ...]:
+    """Cuts S into the R of each projection."""
+    return torch.split(values, [p.rank for p in projections], dim)
+
+
+def _dropped(values_NI: Tensor, p: Projection) -> Tensor:
+    """Inverted dropout that the seed decides: the same seed and shape drop the same elements again."""
+    if not p.dropout:
+        return values_NI
+    generator = torch.Generator(values_NI.device).manual_seed(p.seed)
+    kept = torch.empty(values_NI.shape, dtype=values_NI.dtype, device=values_NI.device)
+    kept.bernoulli_(1 - p.dropout, generator=generator)
+    return kept.mul_(values_NI).mul_(1 / (1 - p.dropout))

@@ -1,0 +1,1 @@
+"""The forward pass over packed documents."""

@@ -1,0 +1,138 @@
+"""Attention that knows where documents end, under a name of our own in transformers' registry.
+
+Training puts many documents into one row.  ``forward_hidden`` hands their boundaries down as keyword arguments
+(transformers' own names for them), and every attention layer of every architecture that uses the registry ends
+up here.  Without boundaries (generation) the ordinary mask decides, as in transformers.
+
+Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head size, N packed tokens, D documents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ingle.errors import ModelError
+from ingle.kernels.attention.packed import packed_attention
+
+#: Our name in transformers' registry of attention functions.
+IMPLEMENTATION = "ingle_packed"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attends within each document, or, without boundaries, as the mask says.
+
+    The architecture's own attention dropout is not applied: regularisation is the adapter's business, and a
+    base that changes under one's feet cannot be compared with itself.
+
+    Args:
+        module: The attention layer.
+        query: ``[B, Hq, T, Dh]``.
+        key: ``[B, Hkv, S, Dh]``.
+        value: ``[B, Hkv, S, Dh]``.
+        attention_mask: ``[B, 1, T, S]`` boolean (true = attend) when generating.
+        scaling: Factor before the softmax; ``Dh ** -0.5`` when None.
+        dropout: Ignored.
+        sliding_window: Tokens of its own document that a query sees, itself included.
+        softcap: ``softcap * tanh(score / softcap)`` before the mask.
+        is_causal: Whether a query sees only what is before it; the layer's own setting when None.
+        cu_seq_lens_q: First token of each document and the end, ``[D + 1]``.
+        s_aux: Attention sinks, not supported.
+        position_bias: Additive bias, not supported.
+        kwargs: What transformers passes to every attention function.
+
+    Returns:
+        ``[B, T, Hq, Dh]`` and no attention weights.
+
+    Raises:
+        ModelError: When the architecture asks for something that is not computed here.
+    """
+    if s_aux is not None or position_bias is not None:
+        raise ModelError(
+            f"{type(module).__name__} uses {'attention sinks' if s_aux is not None else 'a position bias'}, "
+            "which packed attention does not compute.",
+            where="model.id",
+            fix="choose a model of another architecture",
+        )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if cu_seq_lens_q is not None:
+        window = _window(module, sliding_window)
+        return packed_attention(
+            query, key, value, cu_seq_lens_q, scale=scale, causal=causal, window=window, softcap=softcap
+        ), None
+    if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[-2] > 1:
+        raise ModelError(
+            f"{type(module).__name__} is not told where documents end: its model drops the keyword arguments.",
+            where="model.id",
+            fix="choose a model of another architecture",
+        )
+    return _attend_masked(query, key, value, attention_mask, scale, causal, softcap), None
+
+
+def _window(module: nn.Module, passed: int | None) -> int | None:
+    """The window of a layer: the one it passes, or, where it leaves that to the mask, the config's.
+
+    Raises:
+        ModelError: When the config has a window and does not say for which layers.
+    """
+    config = getattr(module, "config", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    if passed is not None or not window:
+        return passed
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return window if kinds[module.layer_idx] == "sliding_attention" else None
+    if window < getattr(config, "max_position_embeddings", 0):
+        raise ModelError(
+            f"{type(module).__name__} has a sliding window of {window:,} tokens and does not say which layers use it.",
+            where="model.id",
+            fix="choose a model of another architecture",
+        )
+    return None
+
+
+def _attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, softcap: float | None
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    causal = causal and mask is None and query.shape[2] > 1
+    if softcap is None:
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2).contiguous()
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.tanh((query @ key.transpose(-1, -2)) * scale / softcap) * softcap
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+# Registering is what transformers' public interface is for; it happens once, when this module is imported.
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,165 @@
+"""The check that every model passes once per load: packed documents give what transformers gives for each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle.errors import ModelError
+from ingle.models.boundary import COMPARE_CONFIG, reading
+from ingle.models.forward.attention import IMPLEMENTATION
+from ingle.models.forward.packed import computed_in, forward_packed, head
+from ingle.models.forward.probe import Probe, make_probe
+from ingle.wording import first_line
+
+#: Largest relative difference of a token's logits between the halves and the whole.
+#: Rounding to bfloat16 alone makes about one per cent in two layers and more in eighty; a wrong head or mask makes all.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+#: The same for the hidden states of a probe, which has few layers and hardly any embedding to hide behind.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+_FIX = "choose a model of another architecture"
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel) -> None:
+    """Compares packed documents with documents on their own, and the two halves of the model with the whole.
+
+    Two short documents go through the whole model.  Where the config names lengths at which something changes
+    (windows, chunks, the length a model was made for), documents on both sides of each go through the first layers
+    of a copy in which these lengths are a few tokens: see :mod:`ingle.models.forward.probe`.
+
+    Raises:
+        ModelError: When they differ, the whole gives NaN or infinity, or the architecture cannot be asked so.
+    """
+    with _evaluating(model):
+        _compare_whole(model)
+        with reading(
+            _config_of(model), f"{type(model).__name__} cannot be checked with short and long documents.", fix=_FIX
+        ):
+            probe = make_probe(model)
+        if probe is not None:
+            with _evaluating(probe.model):
+                _compare_lengths(model, probe)
+
+
+def _compare_whole(model: PreTrainedModel) -> None:
+    the_head = head(model)
+    device = the_head.weight.device
+    lengths = (7, 5)
+    documents = _documents(lengths, the_head.weight.shape[0])
+    rows = nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+    with reading(_config_of(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
+        whole = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
+    ours = the_head.logits(_pack(model, documents, device))[0].float()
+    if not torch.isfinite(whole).all():
+        raise _not_finite(model)
+    _require_alike(
+        model, ours, whole, lengths, _TOLERANCE, "its head, its positions or its attention do something unknown"
+    )
+
+
+def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
+    device = next(probe.model.parameters()).device
+    documents = _documents(probe.lengths, probe.num_ids)
+    with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+        alone = [
+            probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
+            for document in documents
+        ]
+    packed = _pack(probe.model, documents, device)[0]
+    why = f"documents of {', '.join(map(str, probe.lengths))} tokens, with {probe.described}"
+    _require_alike(model, packed.float(), torch.cat(alone).float(), probe.lengths, _PROBE_TOLERANCE, why)
+
+
+def _documents(lengths: tuple[int, ...], num_ids: int) -> list[Tensor]:
+    ids = (torch.arange(sum(lengths)) * 7919 + 11) % num_ids
+    return list(ids.split(lengths))
+
+
+def _pack(model: PreTrainedModel, documents: list[Tensor], device: torch.device) -> Tensor:
+    lengths = torch.tensor([0, *map(len, documents)])
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    cu_seqlens = lengths.cumsum(0).to(torch.int32)
+    try:
+        return forward_packed(
+            model, torch.cat(documents)[None].to(device), positions[None].to(device), cu_seqlens.to(device)
+        )
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as refusal:
+        if isinstance(refusal, RuntimeError) and model.config._attn_implementation == IMPLEMENTATION:
+            raise  # our own attention failed, or the memory is full
+        raise ModelError(
+            f"{type(model).__name__} does not take packed documents.",
+            where="model.id",
+            why=f"{type(refusal).__name__}: {first_line(refusal)}",
+            fix=_FIX,
+        ) from refusal
+
+
+def _require_alike(
+    model: PreTrainedModel,
+    ours: Tensor,
+    theirs: Tensor,
+    lengths: tuple[int, ...],
+    tolerances: dict[torch.dtype, float],
+    why: str,
+) -> None:
+    error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)
+    # The median of a document: a router on the edge may send a single token to another expert.
+    worst = max(document.median().item() for document in error.split(lengths))
+    if not worst <= tolerances.get(computed_in(model), max(tolerances.values())):
+        raise ModelError(
+            f"{type(model).__name__} does not give the same answers packed as one document at a time.",
+            where="model.id",
+            why=f"they differ by {worst:.2%}; {why}",
+            fix=_FIX,
+        )
+
+
+def _config_of(model: PreTrainedModel) -> str:
+    """Where the config of a model came from."""
+    folder = model.config.name_or_path
+    path = Path(folder or "") / "config.json"
+    return str(path) if folder and path.is_file() else "model.id"
+
+
+def _not_finite(model: PreTrainedModel) -> ModelError:
+    damaged = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not torch.isfinite(weight).all()
+    ]
+    if damaged:
+        return ModelError(
+            f"The weight {damaged[0]} holds NaN or infinity.",
+            where="model.id",
+            why=f"{len(damaged)} weights are affected",
+            fix="fetch the checkpoint again, or choose another",
+        )
+    message = f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite."
+    if computed_in(model) == torch.float32:
+        return ModelError(
+            message, where=_config_of(model), why="its settings make it so in float32 too", fix=COMPARE_CONFIG
+        )
+    return ModelError(
+        message,
+        where="model.dtype",
+        why=f"the values overflow in {str(computed_in(model)).removeprefix('torch.')}",
+        fix="--model.dtype=float32",
+    )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(was_training)

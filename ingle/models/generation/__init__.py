@@ -1,0 +1,1 @@
+"""Generates answers with a key-value cache."""
