@@ -35,7 +35,7 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
         return model.num_parameters
     rank, size = run.adapter.rank, _group_size(run)
     columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in model.linears)
-    return model.trained_whole + rank * columns
+    return model.saved_parameters + rank * columns
 
 
 def _group_size(run: Run) -> int:
@@ -65,7 +65,7 @@ def memory_bytes(
     )
     trained = trainable_parameters(run, model)
     full = run.adapter.kind == "none"
-    whole = trained if full else model.trained_whole
+    whole = trained if full else model.saved_parameters
     copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; what the base answers with
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
     kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths

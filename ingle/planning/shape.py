@@ -42,7 +42,7 @@ class ModelShape:
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         vocab_size: Rows of the output head.
-        trained_whole: Parameters of modules trained whole in addition to an adapter (embeddings, the head).
+        saved_parameters: Parameters trained in full in addition to an adapter (embeddings, the head).
     """
 
     num_parameters: int
@@ -51,7 +51,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     vocab_size: int
-    trained_whole: int
+    saved_parameters: int
 
 
 @dataclass(frozen=True, slots=True)
