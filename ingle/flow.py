@@ -1,6 +1,6 @@
-"""The program: fine-tune a model as one config says, from the first byte to the report.
+"""The program: fine-tunes a model as one config says, from the data to the report.
 
-Read :func:`finetune` from top to bottom; every line of it is one package.
+Read :func:`finetune` from top to bottom; nearly every line of it is one package.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from ingle.training.steps import take_step
 
 
 def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
-    """Fine-tunes as ``run`` says, or resumes where an earlier call stopped.
+    """Fine-tunes a model, or resumes where an earlier call stopped.
 
     Args:
         run: The resolved config.
-        sink: Receives an event for everything that happens.
+        sink: Receives the events of the run.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        IngleError: For every mistake of the user.
-        Interrupted: When Ctrl-C or SIGTERM ended it; the run continues from its last checkpoint.
+        IngleError: The config, the data or a file is wrong.
+        Interrupted: Ctrl-C or SIGTERM ended it; the run continues from its last checkpoint.
     """
     as_given, run = run, locate_paths(run)
     folder = RunFolder(Path(run.output))
     if folder.state(run) == "finished":
         return _already_finished(run, folder, sink)
     with stopping.listening(), stopping.explained(lambda: str(_interrupted(run, folder))), folder.locked():
-        if folder.state(run) == "finished":  # by another process meanwhile; from now on nobody else can change it
+        if folder.state(run) == "finished":  # by another process in the meantime; from here on the lock is ours
             return _already_finished(run, folder, sink)
         sink = combine(MetricsFile(folder.metrics), sink)
         try:
@@ -55,8 +55,9 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             folder.begin(as_given)
             base = _evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
             position = train(run, folder, parts, sink, began)
+            ended = time.monotonic()
             _save_result(run, folder, parts, sink)
-            return _report(run, folder, parts, position, base, sink)
+            return _report(run, folder, parts, position, ended, base, sink)
         except KeyboardInterrupt:
             raise _interrupted(run, folder) from None
         except Exception as error:
@@ -65,13 +66,13 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
 
 
 def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
-    """Continues the run in a folder; see :func:`finetune`."""
+    """Resumes the run in a folder; see :func:`finetune`."""
     run = RunFolder(path).load_run()
     return finetune(run.model_copy(update={"output": str(path)}), sink)
 
 
 def plan(run: Run, sink: Sink = lambda event: None) -> planning.Plan:
-    """What a run would do and need; reads the data and the model's shape but none of its weights."""
+    """Plans a run; reads the data and the shape of the model, but no weights."""
     return prepare(locate_paths(run), sink).plan
 
 
@@ -168,7 +169,7 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> N
 
 
 def _evaluate_before(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> evaluation.TaskResult | None:
-    """The base's answers, taken before full fine-tuning overwrites it and kept for when the run is resumed."""
+    """Evaluates the base before full fine-tuning overwrites it; keeps the result for a resumed run."""
     if run.evaluate is None:
         return None
     task = run.evaluate.model_dump_json()
@@ -184,12 +185,12 @@ def _report(
     folder: RunFolder,
     parts: Assembled,
     position: Position,
+    ended: float,
     base: evaluation.TaskResult | None,
     sink: Sink,
 ) -> dict[str, Any]:
-    """Base against tuned on held-out samples, then ``report.json`` and ``report.html``."""
+    """Compares base and tuned model on held-out samples, and writes ``report.json`` and ``report.html``."""
     comparison = None
-    trained = time.monotonic()
     if run.evaluate is not None:
         parts.model.eval()
         comparison = evaluation.evaluate_pair(parts.model, parts.tokenizer, run.evaluate, sink=sink, base=base)
@@ -199,7 +200,7 @@ def _report(
         "num_tokens": position.num_tokens,
         "tokens_per_s": position.num_tokens / position.train_s if position.train_s else 0.0,
         "train_s": position.train_s,
-        "wall_s": position.wall_s + time.monotonic() - trained,
+        "wall_s": position.wall_s + time.monotonic() - ended,
         "peak_memory_bytes": peak_memory_bytes(parts.mesh.device),
         "plan": parts.plan.to_dict(),
         "audit": parts.audit(),
@@ -231,15 +232,15 @@ def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> dict[str, Any]
 
 
 def _interrupted(run: Run, folder: RunFolder) -> Interrupted:
-    """What is saved of a run that was stopped, and how to continue it."""
+    """Says what is saved of a stopped run, and how to continue it."""
     stopped = f"Stopped{stopping.by_signal()}"
     if not folder.config.is_file():
-        return Interrupted(f"{stopped}: nothing is trained yet.", fix="run the same command again")
+        return Interrupted(f"{stopped}: no training step was made.", fix="run the same command again")
     step = folder.last_step()
     if folder.result(run).exists():
         saved = "the training is complete, the evaluation is not"
     elif step:
-        saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}; the run continues from there"
+        saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}"
     else:
         saved = "no step is saved yet"
     return Interrupted(
