@@ -6,9 +6,7 @@ import pytest
 
 from ingle.config import Run, TaskConfig
 from ingle.config.loader import load_run
-from ingle.config.rules import check
-from ingle.config.run_rules import RUN_RULES
-from ingle.config.task_rules import TASK_RULES
+from ingle.config.rules import RUN_RULES, TASK_RULES, check
 from ingle.errors import ConfigError
 
 START = ["--model.id=m", "--data.sources=a.jsonl", "--output=o"]
