@@ -53,7 +53,7 @@ def generate(
     Without `--prompt` and `--prompt-file`, standard input is the prompt.
     """
     from ingle.cli.prompts import check_text, read_prompts
-    from ingle.config.named import check_name
+    from ingle.config.model_names import check_name
 
     check_sampling(temperature, top_p, stop)
     check_text(system or "", "--system")

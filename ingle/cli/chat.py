@@ -71,7 +71,7 @@ def chat(
     `/help` lists the commands of a conversation: `/system`, `/retry`, `/save`, `/clear`, `/exit`. Ctrl-C stops an
     answer and keeps the conversation, Ctrl-D leaves. From a pipe or a file, each line is a message or a command.
     """
-    from ingle.config.named import check_name
+    from ingle.config.model_names import check_name
 
     check_sampling(temperature, top_p, stop)
     check_text(system or "", "--system")

@@ -19,7 +19,7 @@ def show(words: Annotated[Words, CONFIG] = None) -> None:
 
     On a terminal it is a table, elsewhere YAML that `ingle train` takes.
     """
-    from ingle.config.origin import to_yaml
+    from ingle.config.loader import to_yaml
 
     loaded = load_config(words, "config show", ("--help",))
     for note in loaded.notes:
@@ -37,7 +37,7 @@ def _print_table(console: Console, loaded: LoadedRun) -> None:
     from rich.text import Text
 
     from ingle.config.document import write_value
-    from ingle.config.origin import leaves
+    from ingle.config.loader import leaves
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("option", no_wrap=True)

@@ -51,7 +51,7 @@ def evaluate(
     - `ingle evaluate Qwen/Qwen3-0.6B --task train.yaml` (a model alone)
     """
     from ingle.config import TaskConfig, load_task
-    from ingle.config.named import check_name
+    from ingle.config.model_names import check_name
 
     models, overrides = split_words(words, known=TaskConfig.model_fields, flags=_FLAGS)
     model = _only_model(models, task)

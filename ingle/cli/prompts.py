@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ingle.config.named import nearest_path
+from ingle.config.model_names import nearest_path
 from ingle.errors import DataError
 
 #: A conversation as pairs of role and content, or a text.

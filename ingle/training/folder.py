@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
-from ingle.config.document import clip, write_value
-from ingle.config.files import read_config
+from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
