@@ -49,7 +49,7 @@ def check_name(name: str) -> None:
 def missing(name: str) -> ModelError:
     """Returns the error for a name that does not exist."""
     kind = "file" if name.lower().endswith(".gguf") else "folder"
-    return ModelError(f"The {kind} {name} does not exist.", fix=_advice(name))
+    return ModelError(f"There is no {kind} {name}.", fix=_advice(name))
 
 
 def nearest_path(path: str | Path) -> str | None:

@@ -35,13 +35,13 @@ ONLY_READ = {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s",
 def refusal(format: str, adapter: str) -> str | None:
     """What a combination is refused with; None where it trains."""
     if format in ONLY_READ:
-        return "cannot be packed"
+        return "cannot be quantized to"
     if adapter == "none":
-        return None if format == "none" else "Full fine-tuning changes every weight"
+        return None if format == "none" else "Full fine-tuning needs unquantized weights"
     if adapter.startswith("qa_lora"):
         return None if format in FOLDING else "free offset"
     if adapter == "merge-aware":
-        return "needs to know the format" if format == "none" else None
+        return "needs the format" if format == "none" else None
     return None
 
 

@@ -46,7 +46,7 @@ def test_names_that_may_exist_pass(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("runs/dmeo", "The folder runs/dmeo does not exist.\n  fix    did you mean runs/demo?"),
+        ("runs/dmeo", "There is no folder runs/dmeo.\n  fix    did you mean runs/demo?"),
         ("rnus/demo", None),  # may be a hub id
         ("full/gpt2", None),
         ("model-large", None),
@@ -55,8 +55,8 @@ def test_names_that_may_exist_pass(name: str) -> None:
         ("modle", "did you mean model?"),
         ("./nope", "name a run folder (run.yaml), an adapter folder (adapter_config.json), a model folder"),
         ("./nope", "the runs in this folder are runs/demo, runs/short"),
-        ("runs/nothing-like-it", "The folder runs/nothing-like-it does not exist."),
-        ("files/b.gguf", "The file files/b.gguf does not exist.\n  fix    did you mean files/a.gguf?"),
+        ("runs/nothing-like-it", "There is no folder runs/nothing-like-it."),
+        ("files/b.gguf", "There is no file files/b.gguf.\n  fix    did you mean files/a.gguf?"),
         ("runs", "runs is not a run or model, but contains some.\n  fix    name one of them: runs/demo, runs/short"),
         (".", "name one of them: model"),
         ("files", "files is a folder, but a GGUF model is a file.\n  fix    name the file: files/a.gguf"),
@@ -65,7 +65,7 @@ def test_names_that_may_exist_pass(name: str) -> None:
         ("full/notes.txt", "full/notes.txt is not a model"),
         ("runs/demo/adapter/adapter_model.safetensors", "name its folder runs/demo/adapter"),
         ("x" * 300, "cannot be opened"),
-        ("a b", "The folder a b does not exist."),
+        ("a b", "There is no folder a b."),
         ("", "The name of the model is empty."),
     ],
 )
@@ -80,7 +80,7 @@ def test_names_that_cannot_exist_are_refused_with_a_suggestion(name: str, said: 
 
 def test_the_error_of_a_missing_folder_mentions_hub_ids() -> None:
     error = str(missing("nope"))
-    assert error.startswith("The folder nope does not exist.") and "OWNER/NAME" in error
+    assert error.startswith("There is no folder nope.") and "OWNER/NAME" in error
 
 
 def test_nearest_path_searches_folder_by_folder(folder: Path) -> None:
