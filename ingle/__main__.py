@@ -19,9 +19,9 @@ def main() -> int:
 
         env.put_off_collection()
         env.share_processors()
-        from ingle.cli.outcome import call
+        from ingle.cli.exit_status import run_command
 
-        code = call(sys.argv[1:])
+        code = run_command(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began
         sys.stderr.write(f"Interrupted: {stopping.explanation()}\n")
         code = stopping.EXIT_CODE

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ingle.cli.answering import AllowMismatch
-from ingle.cli.words import split_words
+from ingle.cli.arguments import split_words
+from ingle.cli.generation import AllowMismatch
 from ingle.errors import ConfigError
 from ingle.events import Sink
 

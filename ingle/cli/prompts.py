@@ -1,4 +1,4 @@
-"""Prompts from the command line, a file or standard input."""
+"""Reads prompts from the command line, a file or standard input."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 from ingle.config.model_names import nearest_path
 from ingle.errors import DataError
 
-#: A conversation as pairs of role and content, or a text.
+#: A text, or a conversation as pairs of role and content.
 Prompt = str | list[tuple[str, str]]
 
 _WAYS = '--prompt "...", --prompt-file FILE, or text on standard input'
 
 
 def read_prompts(texts: Sequence[str], file: Path | None, *, raw: bool = False) -> list[Prompt]:
-    """The prompts of a command.
+    """Returns the prompts of a command.
 
     Args:
-        texts: From ``--prompt``.
-        file: From ``--prompt-file``: ``.jsonl`` with a text, ``{"prompt": ...}`` or ``{"messages": [...]}`` a line;
-            anything else is text with a prompt a line.  Without texts and file, all of standard input is one prompt.
-        raw: Whether prompts are continued as they stand; white space alone is then a prompt as well.
+        texts: Values of ``--prompt``.
+        file: Value of ``--prompt-file``: JSON lines with a text, ``{"prompt": ...}`` or ``{"messages": [...]}``, or
+            text with one prompt per line. Without texts and file, standard input is one prompt.
+        raw: Whether the model continues the prompts as they are; white space is then a valid prompt.
 
     Raises:
-        DataError: There is no prompt, or one is empty or cannot be read.
+        DataError: There is no prompt, or a prompt is empty or cannot be read.
     """
     found: list[tuple[Prompt, str]] = []
     for number, text in enumerate(texts, 1):
@@ -39,20 +39,20 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, raw: bool = False) 
             raise DataError("There is no prompt.", fix=_WAYS)
         found = [(_read_standard_input(), "standard input")]
     if not found:
-        raise DataError("There is no prompt.", where=str(file), fix="write a prompt a line into it")
+        raise DataError("There is no prompt.", where=str(file), fix="write one prompt per line")
     for prompt, where in found:
         parts = [prompt] if isinstance(prompt, str) else [content for _, content in prompt]
         if not (parts[-1] if raw else parts[-1].strip()):
-            raise DataError("A prompt is empty.", where=where, fix="write at least one word, or leave it out")
+            raise DataError("A prompt is empty.", where=where, fix="write at least one word, or remove it")
         for part in parts:
             check_text(part, where)
     return [prompt for prompt, _ in found]
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuses halves of surrogate pairs: no tokenizer takes them.
+    """Raises for lone surrogates, which no tokenizer accepts.
 
-    Python makes them of bytes on the command line that are not UTF-8; JSON can spell them.
+    They come from command-line bytes that are not UTF-8, or from escapes in JSON.
     """
     try:
         text.encode()
@@ -72,16 +72,16 @@ def _read_standard_input() -> str:
 
 def _read_file(file: Path) -> Iterator[tuple[Prompt, str]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not at the line separators that JSON allows in texts
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 in JSON strings
     except FileNotFoundError:
         near = nearest_path(file)
         raise DataError(
-            "The file of prompts does not exist.", where=str(file), fix=f"did you mean {near}?" if near else None
+            "The prompt file does not exist.", where=str(file), fix=f"did you mean {near}?" if near else None
         ) from None
     except IsADirectoryError:
-        raise DataError("The file of prompts is a folder.", where=str(file), fix="name a file in it") from None
+        raise DataError("The prompt file is a folder.", where=str(file), fix="name a file in it") from None
     except UnicodeDecodeError as error:
-        raise DataError("The file of prompts is not UTF-8 text.", where=str(file), why=str(error)) from None
+        raise DataError("The prompt file is not UTF-8 text.", where=str(file), why=str(error)) from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{file}:{number}"
@@ -92,9 +92,8 @@ def _read_row(line: str, where: str) -> Prompt:
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            "This line is not JSON.", where=where, why=str(error), fix="write one JSON value a line"
-        ) from None
+        fix = "write one JSON value per line"
+        raise DataError("This line is not JSON.", where=where, why=str(error), fix=fix) from None
     match row:
         case str():
             return row
@@ -103,14 +102,14 @@ def _read_row(line: str, where: str) -> Prompt:
         case {"messages": [*messages]} if messages:
             return _read_messages(messages, where)
     raise DataError(
-        "This line holds no prompt.",
+        "This line contains no prompt.",
         where=where,
         fix='{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
     )
 
 
 def _read_messages(messages: list[Any], where: str) -> list[tuple[str, str]]:
-    """The messages up to the last one that is not the assistant's, so that rows of a data set can be asked again."""
+    """Returns the messages without the final answer, so that rows of a dataset can be used as prompts."""
     read: list[tuple[str, str]] = []
     for message in messages:
         match message:
@@ -121,5 +120,5 @@ def _read_messages(messages: list[Any], where: str) -> list[tuple[str, str]]:
     while read and read[-1][0] == "assistant":
         read.pop()
     if not read:
-        raise DataError("There is no message to answer.", where=where)
+        raise DataError("The conversation has no message to answer.", where=where)
     return read

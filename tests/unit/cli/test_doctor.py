@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ingle.cli import doctor
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_holds_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["doctor", "--json"]) == 0
+    assert run_command(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["torch"] == torch.__version__
     assert report["memory"]["total_bytes"] > report["memory"]["available_bytes"] > 0
@@ -31,7 +31,7 @@ def test_json_holds_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_page_names_every_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     rates: dict[str, Any] = dict.fromkeys(doctor._RATE_WORDS, 2.5e9)
     monkeypatch.setattr(doctor, "_rates", lambda device: rates)
-    assert call(["doctor"]) == 0
+    assert run_command(["doctor"]) == 0
     out = capsys.readouterr().out
     for title, _, unit in doctor._RATE_WORDS.values():
         assert f"{title:<22}      2.5 {unit}" in out

@@ -18,23 +18,27 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter folder, a model folder or a hub id.")
 ]
-System = Annotated[str | None, typer.Option(help="A system message before conversations that have none.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability only.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the sampling.")]
-Stop = Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")]
-AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Put the adapter on another base than it was trained on.")
+System = Annotated[str | None, typer.Option(help="System message for conversations that have none.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 is greedy decoding.")]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sample only from the most likely tokens up to this total probability."),
 ]
-BaseOnly = Annotated[bool, typer.Option("--base-only", help="Answer without the adapter.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Can be repeated.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Apply the adapter to a different base than the one it was trained on.")
+]
+BaseOnly = Annotated[bool, typer.Option("--base-only", help="Generate without the adapter.")]
 
 
 def generate(
     model: Model,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to answer; may be repeated.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to answer. Can be repeated.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="JSONL with `prompt` or `messages`, or text with a prompt a line.")
+        Path | None,
+        typer.Option(help="JSON lines with `prompt` or `messages`, or text with one prompt per line."),
     ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -42,13 +46,13 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     stop: Stop = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of answers generated together.")] = 32,
     base_only: BaseOnly = False,
     allow_mismatch: AllowMismatch = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without chat template.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer.")] = False,
 ) -> None:
-    """Answer prompts with a model or with what a run has trained.
+    """Answer prompts with a model or with the result of a run.
 
     Without `--prompt` and `--prompt-file`, standard input is the prompt.
     """
@@ -67,7 +71,7 @@ def generate(
 
         engine = inference.open_model(model, base_only=base_only, allow_mismatch=allow_mismatch, sink=terminal)
         answers = engine.generate(
-            [_as_question(engine, text, raw) for text in prompts],
+            [_to_messages(engine, text, raw) for text in prompts],
             system=system,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -75,7 +79,7 @@ def generate(
             seed=seed,
             stop=stop or (),
             batch_size=batch_size,
-            on_progress=lambda done, total: terminal(Progress("answering", done, total)) if total > 1 else None,
+            on_progress=lambda done, total: terminal(Progress("Generating", done, total)) if total > 1 else None,
         )
     for index, (asked, answer) in enumerate(zip(prompts, answers, strict=True)):
         if as_json:
@@ -99,12 +103,12 @@ def _record(asked: Prompt, answer: Any) -> dict[str, Any]:
     }
 
 
-def _as_question(engine: Engine, prompt: Prompt, raw: bool) -> Any:
+def _to_messages(engine: Engine, prompt: Prompt, raw: bool) -> Any:
     from ingle.data.types import Message
 
     if raw:
         if not isinstance(prompt, str):
-            raise ConfigError("--raw continues texts, but a prompt holds messages.", fix="leave --raw out")
+            raise ConfigError("--raw cannot be used with prompts that contain messages.", fix="remove --raw")
         return prompt
     check_template(engine)
     pairs = [("user", prompt)] if isinstance(prompt, str) else prompt
@@ -112,21 +116,21 @@ def _as_question(engine: Engine, prompt: Prompt, raw: bool) -> Any:
 
 
 def check_template(engine: Engine) -> None:
-    """Refuses conversations with a model that has no chat template."""
+    """Raises if the model has no chat template."""
     if not engine.tokenizer.chat_template:
         raise ModelError(
-            "This model has no chat template, so it cannot hold a conversation.",
-            fix="`ingle generate --raw` continues the text as it stands",
+            "The model has no chat template, which conversations need.",
+            fix="use `ingle generate --raw` to continue a text",
         )
 
 
 def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
-    """Refuses options of sampling that have no meaning, before anything is loaded."""
+    """Raises for sampling options that make no sense, before anything is loaded."""
     if not top_p > 0:
         raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:
         raise ConfigError(
-            "--top-p has no effect: at temperature 0 the likeliest token is always taken.",
+            "--top-p has no effect: decoding at temperature 0 is greedy.",
             where=f"--top-p {top_p}",
             fix="--temperature 0.7",
         )
