@@ -20,9 +20,7 @@ KNOWN = ("optim", "seed")
         (["--unknown=1"], [], ["--unknown=1"]),
     ],
 )
-def test_words_are_split(
-    words: list[str] | None, plain: list[str], overrides: list[str]
-) -> None:
+def test_words_are_split(words: list[str] | None, plain: list[str], overrides: list[str]) -> None:
     assert split_words(words, known=KNOWN) == (plain, overrides)
 
 
