@@ -6,19 +6,15 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line.
-
-    Returns:
-        The exit code.
-    """
+    """Runs the command line and returns the exit code."""
     from ingle import stopping
 
     stopping.install()
     try:
         from ingle import env
 
-        env.put_off_collection()
-        env.share_processors()
+        env.defer_garbage_collection()
+        env.limit_spinning()
         from ingle.cli.exit_status import run_command
 
         code = run_command(sys.argv[1:])

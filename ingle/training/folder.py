@@ -20,7 +20,7 @@ from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
-from ingle.stopping import undone
+from ingle.stopping import on_forced_exit
 from ingle.wording import either
 
 #: Options that may differ between a run and its continuation: they change no weight.
@@ -235,7 +235,7 @@ class RunFolder:
                     where=f"output = {self.path}",
                     fix="wait for it, stop it, or use --output=DIR to start a new run",
                 ) from error
-            with undone(clear):
+            with on_forced_exit(clear):
                 try:
                     yield
                 finally:
