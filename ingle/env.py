@@ -22,8 +22,8 @@ _THRESHOLDS = gc.get_threshold()
 def defer_garbage_collection() -> None:
     """Prevents garbage collection during imports, until :func:`restore_garbage_collection`.
 
-    Imports allocate hundreds of thousands of permanent objects. Visiting them in every collection takes a quarter of the
-    import time of torch and transformers.
+    Imports allocate hundreds of thousands of permanent objects. Visiting them in every collection takes a quarter of
+    the import time of torch and transformers.
     """
     gc.set_threshold(_WHILE_LOADING, *_THRESHOLDS[1:])
 
