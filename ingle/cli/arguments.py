@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ingle.errors import ConfigError
+from ingle.wording import nearest
 
 if TYPE_CHECKING:
     from ingle.config import LoadedRun
@@ -60,9 +60,9 @@ def _check_flag(word: str, known: Collection[str], flags: Collection[str]) -> No
     if name.startswith("--") and ("." in name or name[2:] in known):
         return
     # The config loader reports all other unknown names, with suggestions from the config tree.
-    close = difflib.get_close_matches(name, list(flags), n=1, cutoff=0.75)
+    close = nearest(name, flags, 0.75)
     if close or not name.startswith("--"):
-        fix = f"did you mean {close[0]}?" if close else "see --help"
+        fix = f"did you mean {close}?" if close else "see --help"
         raise ConfigError(f"{name} is not an option of this command.", fix=fix)
 
 

@@ -5,7 +5,6 @@ Conversations are private: the history of lines stays in memory, and only ``/sav
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -33,6 +32,7 @@ from ingle.cli.generation import (
 )
 from ingle.cli.prompts import check_text
 from ingle.errors import ConfigError, DataError, IngleError
+from ingle.wording import nearest
 
 if TYPE_CHECKING:
     from ingle.data.types import Message
@@ -202,11 +202,10 @@ class Conversation:
             case "exit" | "quit":
                 return False
             case _:
-                names = [command.split()[0] for command in _COMMANDS]
-                close = difflib.get_close_matches(f"/{name}", names, n=1)
+                close = nearest(f"/{name}", [command.split()[0] for command in _COMMANDS])
                 raise ConfigError(
                     f"There is no command /{name}.",
-                    fix=(f"did you mean {close[0]}? " if close else "see /help. ")
+                    fix=(f"did you mean {close}? " if close else "see /help. ")
                     + "To send this as a message, put a space in front of the slash",
                 )
         return True

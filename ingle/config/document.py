@@ -10,11 +10,10 @@ before they take time or memory.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import yaml
 from yaml.reader import ReaderError
 
 from ingle.errors import ConfigError
+from ingle.wording import nearest
 
 Origin = Literal["file", "flag"]
 
@@ -59,6 +59,20 @@ class Node:
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
         return self.value
+
+    def find(self, path: Sequence[str | int]) -> Node | None:
+        """Returns the node at ``path`` below this one, or None."""
+        node: Node | None = self
+        for key in path:
+            if node is None:
+                return None
+            if isinstance(node.value, dict):
+                node = node.value.get(str(key))
+            elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
+                node = node.value[key]
+            else:
+                return None
+        return node
 
 
 class _Loader(yaml.SafeLoader):
@@ -179,9 +193,8 @@ def _is_folder(path: Path) -> ConfigError:
 def _is_missing(path: Path) -> ConfigError:
     found = [str(entry) for entry in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
     found += [str(entry) for entry in sorted(Path().glob(f"*/{path.name}")) + sorted(Path().glob(f"*/*/{path.name}"))]
-    near = difflib.get_close_matches(str(path), found, n=1, cutoff=0.7)
-    near = near or [name for name in found if Path(name).name == path.name][:1]
-    fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(found[:5])}" if found else None
+    near = nearest(str(path), found, 0.7) or next((name for name in found if Path(name).name == path.name), None)
+    fix = f"did you mean {near}?" if near else f"there are {', '.join(found[:5])}" if found else None
     return ConfigError("The config file does not exist.", where=str(path), fix=fix)
 
 

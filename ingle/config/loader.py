@@ -13,7 +13,7 @@ from ingle.config.document import Node, read_config, read_document, write_value
 from ingle.config.evaluate import TaskConfig
 from ingle.config.overrides import apply_overrides, drop_ignored, expand_short_forms, read_overrides
 from ingle.config.paths import expand, find_path, is_path
-from ingle.config.problems import Problem, find_node, option_path, raise_problems, translate
+from ingle.config.problems import Problem, option_path, raise_problems, translate
 from ingle.config.rules import find_violations
 from ingle.config.run import Run
 from ingle.config.schema import Choice, Rows, Table, shapes
@@ -213,7 +213,7 @@ def _convert_scalars(error: ValidationError, root: Node, section: type[Section])
     for detail in error.errors(include_url=False):
         path, _ = option_path(detail["loc"], section)
         tail = detail["loc"][-1]
-        node = find_node(root, path)
+        node = root.find(path)
         if node is not None and isinstance(node.value, list) and isinstance(tail, int) and tail < len(node.value):
             node = node.value[tail]
         if node is None:
@@ -229,7 +229,7 @@ def _with_lines(problem: Problem, root: Node) -> Problem:
     """Adds to the options in ``where`` the lines that set them."""
     parts = []
     for name in (problem.where or "").split(", "):
-        node = find_node(root, tuple(int(key) if key.isdigit() else key for key in name.split(".")))
+        node = root.find([int(key) if key.isdigit() else key for key in name.split(".")])
         parts.append(name if node is None or node.origin == "flag" else f"{name} ({node.where})")
     return Problem(problem.message, ", ".join(parts), problem.fix)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from ingle.errors import ModelError
+from ingle.wording import nearest
 
 #: Files that identify a run, adapter or model folder.
 _MARKS = ("run.yaml", "adapter_config.json", "config.json")
@@ -64,8 +64,8 @@ def nearest_path(path: str | Path) -> str | None:
         entries = {entry.name.lower(): entry for entry in islice(Path(folder).iterdir(), _MAX_ENTRIES)}
     except (OSError, ValueError):
         return None
-    close = difflib.get_close_matches(path.name.lower(), entries, n=1, cutoff=0.7)
-    return str(entries[close[0]]) if close else None
+    close = nearest(path.name.lower(), entries, 0.7)
+    return str(entries[close]) if close else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -126,7 +126,8 @@ def _similar_runs(name: str) -> list[Path]:
     if "/" in name:
         return []
     runs = {run.name: run for run in _runs(Path.cwd())}
-    return [runs[close] for close in difflib.get_close_matches(name, runs, n=1, cutoff=0.7)]
+    close = nearest(name, runs, 0.7)
+    return [runs[close]] if close else []
 
 
 def _runs(folder: Path) -> list[Path]:

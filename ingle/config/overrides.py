@@ -143,11 +143,8 @@ def _part_shape(node: Node, shape: Shape | None, key: str) -> Shape | None:
             return shapes(section).get(key)
         case Rows(section):
             return Table(section)
-        case Choice(tag, members, default):
-            chosen = node.value.get(tag)
-            name = chosen.value if chosen is not None else default
-            candidates = [members[name]] if name in members else list(members.values())
-            return next((found for member in candidates if (found := shapes(member).get(key))), None)
+        case Choice():
+            return next((found for member in shape.candidates(node) if (found := shapes(member).get(key))), None)
         case _:
             return None
 
@@ -165,13 +162,11 @@ def _index(items: list[Node], key: str, override: Override) -> int:
 def expand_short_forms(node: Node, shape: Shape | None) -> None:
     """Expands short forms in place: a word for a tagged section, an item for a list of one, a text for a row."""
     match shape:
-        case Choice(tag, members, default):
+        case Choice(tag):
             if isinstance(node.value, str):
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
-            chosen = node.value.get(tag) if isinstance(node.value, dict) else None
-            name = chosen.value if chosen is not None else default
-            if isinstance(name, str) and name in members:
-                expand_short_forms(node, Table(members[name]))
+            if len(selected := shape.candidates(node)) == 1:
+                expand_short_forms(node, Table(selected[0]))
         case Rows(section, key):
             if isinstance(node.value, str | dict):
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
@@ -213,10 +208,10 @@ def drop_ignored(root: Node) -> list[str]:
     """Drops a base format that a GGUF file overrides, and returns a sentence for each option without effect."""
     notes = _drop_format(root)
     for name, cause in _DISABLED_BY:
-        given, decisive = _find(root, name), _find(root, cause)
+        given, decisive = root.find(name.split(".")), root.find(cause.split("."))
         if given is not None and decisive is not None and decisive.value is not None:
             notes.append(f"Ignoring {name}{_line(given)}: {cause} is set.")
-    objective, train_on = _find(root, "objective.kind"), _find(root, "data.train_on")
+    objective, train_on = root.find(("objective", "kind")), root.find(("data", "train_on"))
     if objective is not None and objective.value == "clm" and train_on is not None and train_on.value == "assistant":
         notes.append(f"Ignoring data.train_on{_line(train_on)}: language modelling (clm) trains on every token.")
     return notes
@@ -228,7 +223,7 @@ def _drop_format(root: Node) -> list[str]:
     If both come from the same place, the format stays: it applies to tensors that the GGUF file stores unquantized, and
     contradictions are reported when the file is read.
     """
-    model, format = _find(root, "model.id"), _find(root, "base.format")
+    model, format = root.find(("model", "id")), root.find(("base", "format"))
     if model is None or model.origin == "file" or not str(model.value).lower().endswith(".gguf"):
         return []
     if format is None or format.origin == "flag" or format.value in (None, "none"):
@@ -238,13 +233,6 @@ def _drop_format(root: Node) -> list[str]:
         f"Ignoring base.format={format.value}{_line(format)}: the weights of a GGUF file are already quantized. "
         f"(--base.format={format.value} quantizes those that are not.)"
     ]
-
-
-def _find(root: Node, name: str) -> Node | None:
-    node: Node | None = root
-    for key in name.split("."):
-        node = node.value.get(key) if node is not None and isinstance(node.value, dict) else None
-    return node
 
 
 def _line(node: Node) -> str:

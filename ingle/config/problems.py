@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ingle.config.document import Node, clip, write_value
 from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
-from ingle.wording import either
+from ingle.wording import either, nearest
 
 #: Longest list of problems or options in a message.
 _LISTED = 12
@@ -62,21 +61,6 @@ def dotted(path: Iterable[str | int]) -> str:
     return ".".join(clip(str(key)) for key in path)
 
 
-def find_node(root: Node, path: Path) -> Node | None:
-    """Returns the node at ``path``, or None."""
-    node: Node | None = root
-    for key in path:
-        if node is None:
-            return None
-        if isinstance(node.value, dict):
-            node = node.value.get(str(key))
-        elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-        else:
-            return None
-    return node
-
-
 def option_path(loc: Path, section: type[Section]) -> tuple[Path, Shape | None]:
     """Returns the path and shape of the option at a pydantic location.
 
@@ -108,7 +92,7 @@ def translate(error: ValidationError, root: Node, section: type[Section]) -> lis
     found: dict[Path, Problem] = {}
     for detail in error.errors(include_url=False):
         path, shape = option_path(detail["loc"], section)
-        node = find_node(root, path)
+        node = root.find(path)
         # Pydantic does not count invalid rows, and then reports that the list is too short.
         counted = isinstance(shape, Rows) and detail["type"] == "too_short" and node is not None and bool(node.value)
         if path in found or counted:
@@ -120,7 +104,7 @@ def translate(error: ValidationError, root: Node, section: type[Section]) -> lis
 
 
 def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node, section: type[Section]) -> Problem:
-    node = find_node(root, path)
+    node = root.find(path)
     name = dotted(path)
     where = _where(name, node)
     if detail["type"] == "extra_forbidden":
@@ -129,10 +113,10 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
         needed = " and ".join(dotted((*path, *rest)) for rest in _required(shape))
         return Problem(f"{needed} must be given.", None, f"add it to the file, or use --{needed.split(' ')[0]}=VALUE")
     if isinstance(shape, Choice) and detail["type"].startswith("union_tag"):
-        tag = find_node(root, (*path, shape.tag))
+        tag = root.find((*path, shape.tag))
         choices = either(list(shape.members))
         if tag is None and node is not None and isinstance(node.value, dict):
-            typo = next(iter(difflib.get_close_matches(shape.tag, node.value, n=1)), None)
+            typo = nearest(shape.tag, node.value)
             remedy = f"--{name}.{shape.tag}=..." if typo is None else f"write {shape.tag} instead of {typo}"
             return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, remedy)
         shown = tag or node
@@ -205,9 +189,9 @@ def _closest(node: Node | None, choices: list[str]) -> str | None:
     given = node.plain() if node is not None else None
     for word in given if isinstance(given, list) else [given]:
         if isinstance(word, str) and word not in choices:
-            close = difflib.get_close_matches(clip(word).lower().replace("-", "_"), choices, n=1)
+            close = nearest(clip(word).lower().replace("-", "_"), choices)
             if close:
-                return f"did you mean {close[0]}?"
+                return f"did you mean {close}?"
     return None
 
 
@@ -221,28 +205,20 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
             owners = [name for name, member in members.items() if key in member.model_fields]
             if owners:
                 return f"it belongs to {parent}.{tag}={either(owners)}"
-            siblings = _siblings(shape, find_node(root, path[:-1]))
+            sections = shape.candidates(root.find(path[:-1]))
+            siblings = list(dict.fromkeys(field for section in sections for field in section.model_fields))
         case Table(inner) | Rows(inner):
             siblings = list(inner.model_fields)
         case _:
             siblings = []
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
+    if close := nearest(key, siblings):
+        return f"did you mean {prefix}{close}?"
     everywhere = [option.path for option in options(section)]
     named = [found for found in everywhere if found.rpartition(".")[2] == key]
     if not named:
-        names = {found.rpartition(".")[2] for found in everywhere}
-        near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.75)
-        named = [found for found in everywhere if near and found.rpartition(".")[2] == near[0]]
+        near = nearest(key, sorted({found.rpartition(".")[2] for found in everywhere}), 0.75)
+        named = [found for found in everywhere if found.rpartition(".")[2] == near]
     if named:
         return f"did you mean {either(named[:3])}?"
     known = f"the options {f'of {parent} ' if parent else ''}are {', '.join(siblings)}"
     return known if 0 < len(siblings) <= _LISTED else None
-
-
-def _siblings(shape: Choice, node: Node | None) -> list[str]:
-    chosen = node.value.get(shape.tag) if node is not None and isinstance(node.value, dict) else None
-    name = chosen.value if chosen is not None else shape.default
-    members = [shape.members[name]] if name in shape.members else list(shape.members.values())
-    return list(dict.fromkeys(field for member in members for field in member.model_fields))

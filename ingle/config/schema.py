@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from ingle.config.document import write_value
+from ingle.config.document import Node, write_value
 from ingle.config.run import Run
 from ingle.config.section import Section
 from ingle.wording import either
@@ -58,6 +58,12 @@ class Choice:
     tag: str
     members: dict[str, type[Section]]
     default: str | None
+
+    def candidates(self, node: Node | None) -> list[type[Section]]:
+        """Returns the section that a node selects, or all members if it selects none."""
+        chosen = node.find((self.tag,)) if node is not None else None
+        name = self.default if chosen is None else chosen.value
+        return [self.members[name]] if isinstance(name, str) and name in self.members else list(self.members.values())
 
 
 @dataclass(frozen=True)
