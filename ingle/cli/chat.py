@@ -29,8 +29,8 @@ from ingle.cli.generation import (
     TopP,
     check_sampling,
     check_template,
+    check_text,
 )
-from ingle.cli.prompts import check_text
 from ingle.errors import ConfigError, DataError, IngleError
 from ingle.wording import nearest
 

@@ -180,7 +180,7 @@ def _data(name: str, file: str, kind: str, expect: Callable[[Path], Mapping[str,
 
 
 def _prompts(folder: Path, out: Path) -> Any:
-    from ingle.cli.prompts import read_prompts
+    from ingle.cli.generation import read_prompts
 
     return {"prompts": read_prompts([], folder / "rows.jsonl")}
 
