@@ -66,7 +66,7 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def is_read_only(format: Format) -> bool:
     """Whether weights are never packed in a format."""
-    return isinstance(format, GgmlBlocks) and format.base.not_packed is not None
+    return isinstance(format, GgmlBlocks) and format.base.read_only is not None
 
 
 def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name, missing
+from ingle.config.model_names import check_name, missing
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ingle.config.base import BaseConfig, base_section, why_not_quantized
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES

@@ -19,7 +19,7 @@ import psutil
 
 from ingle.atomic import atomic_folder, scratch_folder, sync
 from ingle.errors import ConfigError, DoesNotFit
-from ingle.stopping import renaming, undone
+from ingle.stopping import on_forced_exit, renaming
 from ingle.wording import size
 
 Companion = Literal["card", "modelfile", "fidelity", "fidelity_page", "certificate"]
@@ -123,7 +123,7 @@ class Place:
                     path.rmdir()
 
         try:
-            with undone(clean):
+            with on_forced_exit(clean):
                 with atomic_folder(whole) as partial:
                     yield partial
                     self._require_free()  # somebody may have written there meanwhile

@@ -18,7 +18,7 @@ from torch import Tensor
 from ingle import models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name
+from ingle.config.model_names import check_name
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import Target, find_target, read_windows
 from ingle.evaluation.importance import gather_importance

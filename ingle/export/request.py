@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ingle import data
 from ingle.config.data import DataConfig
 from ingle.config.data import Source as DataSource
-from ingle.config.named import nearest_path
+from ingle.config.model_names import nearest_path
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example

@@ -56,7 +56,7 @@ def start(config: ParallelConfig) -> Mesh:
     if config.num_threads is not None:
         set_threads(config.num_threads)
     keep_freed_memory()
-    env.collect_as_usual()
+    env.restore_garbage_collection()
     env.limit_primitive_caches(_CACHED_PRIMITIVES)
     return Mesh(torch.device("cpu") if config.device == "cpu" else pick_device())
 

@@ -22,8 +22,7 @@ from ingle.config.base import (
     base_sections,
     format_name,
 )
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.ggml_float import MXFP4, NVFP4
 from ingle.quant.ggml_grid import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS

@@ -81,11 +81,11 @@ class GgmlBlocks(QuantFormat):
                 that are not whole blocks; the importance is of another length, negative or not finite.
         """
         num_rows, num_columns = weight_OI.shape
-        if self.base.not_packed is not None:
+        if self.base.read_only is not None:
             raise QuantizationError(
                 f"{name} cannot be packed as {self.name}, which is only read.",
                 where=name,
-                why=self.base.not_packed,
+                why=self.base.read_only,
                 fix="train on a downloaded .gguf file in that type, or choose another --base.format",
             )
         self._require_whole_blocks(num_columns, name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.ggml_read import MXFP4Base, NVFP4Base
+from ingle.config.ggml import MXFP4Base, NVFP4Base
 from ingle.kernels.ggml.grids import FLOATS
 from ingle.quant.ggml import GgmlBlocks, nibbles
 from ingle.quant.ggml_levels import levels_of

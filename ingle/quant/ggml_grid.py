@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ingle.config.ggml_read import (
+from ingle.config.ggml import (
     IQ1_MBase,
     IQ1_SBase,
     IQ2_SBase,

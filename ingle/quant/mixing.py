@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ingle.config.base import BaseConfig, NoBase
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import MixBase
 from ingle.errors import QuantizationError
 from ingle.gguf.architecture import ARCHITECTURES
 from ingle.gguf.mixes import Mix

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
-from ingle.config.document import clip, write_value
-from ingle.config.files import read_config
+from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
-from ingle.stopping import undone
+from ingle.stopping import on_forced_exit
 from ingle.wording import either
 
 #: Options that may change when a run resumes, because they affect no weight.
@@ -236,7 +235,7 @@ class RunFolder:
                     where=f"output = {self.path}",
                     fix="wait for it, stop it, or use --output=DIR to start a new run",
                 ) from error
-            with undone(clear):
+            with on_forced_exit(clear):
                 try:
                     yield
                 finally:

@@ -21,30 +21,8 @@ from torch.nn import functional
 
 from ingle.adapters import attach
 from ingle.config.adapter import LoraAdapter
-from ingle.config.base import (
-    BaseConfig,
-    Fp4Base,
-    HqqBase,
-    Int8Base,
-    IQ4_NLBase,
-    IQ4_XSBase,
-    Nf4Base,
-    NoBase,
-    Q2_KBase,
-    Q3_KBase,
-    Q4_0Base,
-    Q4_1Base,
-    Q4_KBase,
-    Q5_0Base,
-    Q5_1Base,
-    Q5_KBase,
-    Q6_KBase,
-    Q8_0Base,
-    TernaryBase,
-    TQ1_0Base,
-    TQ2_0Base,
-)
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase, format_name
+from ingle.config.ggml import ENCODED, GgmlBase
 from ingle.errors import QuantizationError
 from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
@@ -59,20 +37,7 @@ FORMATS: dict[str, BaseConfig] = {
     "nf4-256": Nf4Base(format="nf4", block_size=256, double_quant=False),
     "nf4-4096": Nf4Base(format="nf4", block_size=4096),
     "int8": Int8Base(format="int8"),
-    "q4_0": Q4_0Base(format="q4_0"),
-    "q4_1": Q4_1Base(format="q4_1"),
-    "q5_0": Q5_0Base(format="q5_0"),
-    "q5_1": Q5_1Base(format="q5_1"),
-    "q8_0": Q8_0Base(format="q8_0"),
-    "q4_k": Q4_KBase(format="q4_k"),
-    "q6_k": Q6_KBase(format="q6_k"),
-    "q5_k": Q5_KBase(format="q5_k"),
-    "q3_k": Q3_KBase(format="q3_k"),
-    "q2_k": Q2_KBase(format="q2_k"),
-    "iq4_nl": IQ4_NLBase(format="iq4_nl"),
-    "iq4_xs": IQ4_XSBase(format="iq4_xs"),
-    "tq1_0": TQ1_0Base(format="tq1_0"),
-    "tq2_0": TQ2_0Base(format="tq2_0"),
+    **{format_name(section): section(format=format_name(section)) for section in ENCODED},
     "hqq": HqqBase(format="hqq"),
     "hqq-8": HqqBase(format="hqq", bits=8, group_size=128),
     "hqq-3": HqqBase(format="hqq", bits=3, group_size=32),

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from ingle.config.data import SUFFIXES
 from ingle.data.readers import known_suffixes
 from ingle.data.rows import inspect_rows, render_rows
@@ -43,9 +43,9 @@ def test_a_file_is_told_from_its_rows_alone(tmp_path):
 
 def test_the_command_takes_a_bare_file(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])
-    assert call(["data", "inspect", str(path), "--json"]) == 0
+    assert run_command(["data", "inspect", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layouts"] == {"text": 1}
-    assert call(["data", "inspect", str(path), "--data.max_seq_len=8"]) == 2
+    assert run_command(["data", "inspect", str(path), "--data.max_seq_len=8"]) == 2
     assert f"ingle data inspect {path} --model PATH_OR_ID" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ingle.config.base import BaseConfig, Nf4Base, NoBase, base_section, base_sections, format_name
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import MixBase
 from ingle.quant import make_format
 from ingle.quant.format import option_words
 

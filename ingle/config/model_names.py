@@ -1,35 +1,35 @@
-"""What a typed name of a model or run can mean, told from the file system alone and before anything heavy is loaded."""
+"""Checks the name of a model or run against the file system, before anything heavy is imported."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from ingle.errors import ModelError
+from ingle.wording import nearest
 
-#: Files that make a folder a run, an adapter or a model.
+#: Files that identify a run, adapter or model folder.
 _MARKS = ("run.yaml", "adapter_config.json", "config.json")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 _HUB_FILE = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*/.+\.gguf$", re.IGNORECASE)
 
-#: Entries of a folder that are looked at for a similar name.
+#: Folder entries that are searched for a similar name.
 _MAX_ENTRIES = 1000
-#: Runs that a message names.
+#: Runs that a message lists.
 _SHOWN_RUNS = 3
 _EXPECTED = "a run folder (run.yaml), an adapter folder (adapter_config.json), a model folder (config.json)"
 
 
 def check_name(name: str) -> None:
-    """Refuses what is certainly neither a run, an adapter, a model nor a hub id.
+    """Raises if a name cannot be a run, an adapter, a model or a hub id.
 
     Args:
-        name: As typed: a path, or ``OWNER/NAME`` on the hub.
+        name: The name as typed: a path, or ``OWNER/NAME`` on the hub.
 
     Raises:
-        ModelError: With the nearest name, or with what is expected.
+        ModelError: With the most similar name, or with the expected kinds of names.
     """
     if not name.strip():
         raise ModelError("The name of the model is empty.", fix=f"name {_EXPECTED} or a .gguf file")
@@ -41,19 +41,19 @@ def check_name(name: str) -> None:
             _check_file(path)
         elif not _may_be_on_the_hub(name, path):
             raise missing(name)
-    except (OSError, RuntimeError) as error:  # the latter for the home of an unknown user
+    except (OSError, RuntimeError) as error:  # a RuntimeError means the home of an unknown user
         why = getattr(error, "strerror", None) or str(error)
         raise ModelError(f"{name[:200]} cannot be opened.", where=name[:200], why=why) from error
 
 
 def missing(name: str) -> ModelError:
-    """The error for a name under which there is nothing."""
-    what = "file" if name.lower().endswith(".gguf") else "folder"
-    return ModelError(f"There is no {what} {name}.", fix=_advice(name))
+    """Returns the error for a name that does not exist."""
+    kind = "file" if name.lower().endswith(".gguf") else "folder"
+    return ModelError(f"There is no {kind} {name}.", fix=_advice(name))
 
 
 def nearest_path(path: str | Path) -> str | None:
-    """The existing path whose spelling is closest to ``path``, folder by folder; None when nothing is close."""
+    """Returns the existing path that is most similar to ``path``, folder by folder; None if nothing is similar."""
     path = Path(path).expanduser()
     try:
         if path.exists():
@@ -64,8 +64,8 @@ def nearest_path(path: str | Path) -> str | None:
         entries = {entry.name.lower(): entry for entry in islice(Path(folder).iterdir(), _MAX_ENTRIES)}
     except (OSError, ValueError):
         return None
-    close = difflib.get_close_matches(path.name.lower(), entries, n=1, cutoff=0.7)
-    return str(entries[close[0]]) if close else None
+    close = nearest(path.name.lower(), entries, 0.7)
+    return str(entries[close]) if close else None
 
 
 def _check_folder(folder: Path) -> None:
@@ -75,15 +75,15 @@ def _check_folder(folder: Path) -> None:
     files = sorted(folder.glob("*.gguf"))
     if inside:
         raise ModelError(
-            f"{folder} is neither a run nor a model, but contains some.", fix=f"name one: {_listed(inside)}"
+            f"{folder} is not a run or model, but contains some.", fix=f"name one of them: {_listed(inside)}"
         )
     if files:
-        raise ModelError(f"{folder} is a folder; a GGUF model is a file.", fix=f"name it: {_listed(files)}")
+        raise ModelError(f"{folder} is a folder, but a GGUF model is a file.", fix=f"name the file: {_listed(files)}")
     raise ModelError(
-        f"{folder} holds no run and no model.",
-        why="it is empty"
-        if not any(folder.iterdir())
-        else f"none of {', '.join(_MARKS)} is in it; a run that was stopped before its first checkpoint has none",
+        f"{folder} contains no run and no model.",
+        why=f"it has none of {', '.join(_MARKS)}; neither has a run that stopped before its first checkpoint"
+        if any(folder.iterdir())
+        else "it is empty",
         fix=f"name {_EXPECTED} or a .gguf file",
     )
 
@@ -92,8 +92,8 @@ def _check_file(file: Path) -> None:
     if file.suffix.lower() == ".gguf":
         return
     raise ModelError(
-        f"{file} is not a model: of single files, only .gguf files are.",
-        fix=f"name its folder: {file.parent}" if _is_marked(file.parent) else f"name {_EXPECTED} or a .gguf file",
+        f"{file} is not a model: the only model files are .gguf files.",
+        fix=f"name its folder {file.parent}" if _is_marked(file.parent) else f"name {_EXPECTED} or a .gguf file",
     )
 
 
@@ -102,11 +102,11 @@ def _is_marked(folder: Path) -> bool:
 
 
 def _may_be_on_the_hub(name: str, path: Path) -> bool:
-    """Whether a name under which nothing lies here may be one of the hub: not if a local path was clearly meant."""
+    """Returns whether a name that does not exist locally may be a hub id rather than a misspelled path."""
     if not (_HUB_FILE if name.lower().endswith(".gguf") else _HUB_ID).match(name):
         return False
     owner, _, rest = name.partition("/")
-    if rest:  # a folder of models may well be laid out like the hub; a folder of runs is not
+    if rest:  # a folder of models may be organized like the hub; a folder of runs is not
         return not _runs(Path(owner))
     near = [run.name for run in _similar_runs(name)] + [Path(found).name for found in [nearest_path(path)] if found]
     return all(abs(len(found) - len(name)) > 1 for found in near)
@@ -117,20 +117,21 @@ def _advice(name: str) -> str:
     if near:
         return f"did you mean {near}?"
     here = _runs(Path.cwd())
-    known = f"; the runs here are {_listed(here)}" if here else ""
-    return f"name {_EXPECTED}, a .gguf file, or a model of the hub as OWNER/NAME{known}"
+    known = f"; the runs in this folder are {_listed(here)}" if here else ""
+    return f"name {_EXPECTED}, a .gguf file, or a model on the hub as OWNER/NAME{known}"
 
 
 def _similar_runs(name: str) -> list[Path]:
-    """Runs below the current folder whose own name is close to a bare name."""
+    """Returns runs below the current folder with a name similar to a name without slashes."""
     if "/" in name:
         return []
     runs = {run.name: run for run in _runs(Path.cwd())}
-    return [runs[close] for close in difflib.get_close_matches(name, runs, n=1, cutoff=0.7)]
+    close = nearest(name, runs, 0.7)
+    return [runs[close]] if close else []
 
 
 def _runs(folder: Path) -> list[Path]:
-    """Run folders one or two levels below a folder, the paths as they would be typed."""
+    """Returns run folders one or two levels below a folder, as paths to type."""
     found = (path for pattern in ("*/run.yaml", "*/*/run.yaml") for path in sorted(folder.glob(pattern)))
     return [_as_typed(path.parent) for path in islice(found, _MAX_ENTRIES)]
 

@@ -1,10 +1,10 @@
-"""From what happened to an exit code: the only place that knows them.
+"""Runs a command, reports how it ended, and returns the exit code.
 
 =====  =========================================================================================
-0      Done, or nothing left to do.
+0      Success, or nothing to do.
 1      A bug in Ingle.
-2      A mistake of the user.
-130    Interrupted; nothing incomplete is left, and a run continues from its last checkpoint.
+2      An error that the user can fix.
+130    Interrupted; no incomplete file is left, and a run resumes from its last checkpoint.
 =====  =========================================================================================
 """
 
@@ -26,26 +26,19 @@ from rich.text import Text
 from ingle import stopping
 from ingle.errors import Explained, IngleError, Interrupted
 
-DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, stopping.EXIT_CODE
+SUCCESS, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, stopping.EXIT_CODE
 
-#: What the system refuses for reasons that lie with the user's disk or rights.
+#: Errors of the system that are caused by the user's paths, disk or permissions.
 _USERS_ERRNOS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
 )
-#: Frames of a bug's traceback that are shown without ``--debug``.
+#: Frames of a traceback that are shown without ``--debug``.
 _SHOWN_FRAMES = 4
 
 
-def call(arguments: Sequence[str]) -> int:
-    """Runs a command and reports how it ended.
-
-    Args:
-        arguments: The words after ``ingle``.
-
-    Returns:
-        The exit code.
-    """
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs ``ingle`` with these arguments, prints any error, and returns the exit code."""
     from ingle.cli.app import app
 
     words = [word for word in arguments if word != "--debug"]
@@ -53,62 +46,62 @@ def call(arguments: Sequence[str]) -> int:
     try:
         result: Any = app(words or ["--help"], prog_name="ingle", standalone_mode=False)
         sys.stdout.flush()
-        if result == INTERRUPTED:  # the library that reads options makes this of Ctrl-C
+        if result == INTERRUPTED:  # what typer returns after Ctrl-C
             raise KeyboardInterrupt
-        return result if isinstance(result, int) else DONE
+        return result if isinstance(result, int) else SUCCESS
     except BaseException as error:
         if debug and not isinstance(error, SystemExit | typer.Exit):
             traceback.print_exc()
-        return _tell(error)
+        return _report(error)
 
 
-def _tell(error: BaseException) -> int:
-    """Prints what went wrong on standard error."""
+def _report(error: BaseException) -> int:
+    """Prints an error on standard error and returns the exit code."""
     if _is_broken_pipe(error):
-        # Whoever read our output has seen enough; Python would complain once more when it closes the pipe.
+        # The reader of our output has exited; Python would raise again when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return SUCCESS
     match error:
         case SystemExit() | typer.Exit():
-            code = getattr(error, "exit_code", getattr(error, "code", DONE))
-            return code if isinstance(code, int) else DONE
+            code = getattr(error, "exit_code", getattr(error, "code", SUCCESS))
+            return code if isinstance(code, int) else SUCCESS
         case Interrupted():
-            return _tell_interrupted(error)
+            return _report_interrupted(error)
         case KeyboardInterrupt() | typer.Abort():
-            return _tell_interrupted(Interrupted(stopping.explanation()))
+            return _report_interrupted(Interrupted(stopping.explanation()))
         case _ if type(error).__name__ == "NoArgsIsHelpError":
-            return DONE  # the help of a group was shown
-    mistake = as_mistake(error)
-    if mistake is not None:
-        _print(mistake)
-        return MISTAKE
+            return SUCCESS  # the group has printed its help
+    user_error = as_user_error(error)
+    if user_error is not None:
+        _print(user_error)
+        return USER_ERROR
     if stopping.requested() is not None:
-        # Ctrl-C reaches the processes that we started as well, and their end looks like an error to who waits for them.
-        return _tell_interrupted(Interrupted(stopping.explanation()))
+        # Ctrl-C also ends the processes that we started, which raises errors where we wait for them.
+        return _report_interrupted(Interrupted(stopping.explanation()))
     _print_bug(error)
     return BUG
 
 
-def _tell_interrupted(error: Interrupted) -> int:
+def _report_interrupted(error: Interrupted) -> int:
     _print(error)
     stopping.silence_watchdog()
     return INTERRUPTED
 
 
 def _is_broken_pipe(error: BaseException) -> bool:
-    """Whether the reader of our output went away; the command-line library turns that into SystemExit."""
+    """Returns whether the reader of our output has exited; typer turns that error into SystemExit."""
     causes = (error, error.__context__) if isinstance(error, SystemExit) else (error,)
     return any(isinstance(cause, OSError) and cause.errno == errno.EPIPE for cause in causes)
 
 
-def as_mistake(error: BaseException) -> IngleError | None:
-    """The error as a mistake of the user; None when it is a bug."""
+def as_user_error(error: BaseException) -> IngleError | None:
+    """Returns an error that the user can fix as an :class:`IngleError`, and None for a bug."""
     if isinstance(error, IngleError):
         return error
     if hasattr(error, "format_message") and hasattr(error, "ctx"):
         return _usage_error(error)
     if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
-        # An incomplete file has a name of ours; the user knows the final one.
+        # Name the final file, not the incomplete one.
         where = re.sub(r"\.partial-.*", "", str(error.filename)) if error.filename is not None else None
         return IngleError(f"{error.strerror}.", where=where, fix="check the path, its permissions and the free space")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -124,7 +117,7 @@ def _usage_error(error: Any) -> IngleError:
     command = getattr(error.ctx, "command_path", "ingle") if error.ctx is not None else "ingle"
     message = re.sub(r", unable to parse .*|Value error, ", "", error.format_message())
     message = message.replace("Input should be", "it must be")
-    return IngleError(message, fix=f"`{command} --help` shows what can be typed")
+    return IngleError(message, fix=f"see `{command} --help`")
 
 
 def _print(error: Explained) -> None:
@@ -149,8 +142,8 @@ def _print_bug(error: BaseException) -> None:
         console.print(Text(line), soft_wrap=True)
     console.print(
         Text(
-            "  fix    this should not happen: please report it with the command, the lines that --debug shows,\n"
-            "         and what `ingle doctor` prints"
+            "  fix    please report this with the command, the traceback that --debug prints,\n"
+            "         and the output of `ingle doctor`"
         ),
         soft_wrap=True,
     )

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ingle import errors
-from ingle.cli import outcome
-from ingle.cli.outcome import call
+from ingle.cli import exit_status
+from ingle.cli.exit_status import run_command
 
 
-def test_being_asked_to_stop_is_no_error_that_anybody_mends() -> None:
+def test_interrupted_is_not_an_exception() -> None:
     assert not issubclass(errors.Interrupted, Exception)
     assert str(errors.Interrupted("stopped.", fix="again")) == "stopped.\n  fix    again"
 
@@ -39,9 +39,9 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Raise:
 TRAIN = ["train", "--resume", "x"]
 
 
-def test_a_users_mistake_is_one_sentence_without_traceback(fails: Raise, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_printed_without_traceback(fails: Raise, capsys: pytest.CaptureFixture[str]) -> None:
     fails(errors.DoesNotFit("too big [4 GiB].", where="here", why="1\n2", fix="less"))
-    assert call(TRAIN) == 2
+    assert run_command(TRAIN) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "DoesNotFit: too big [4 GiB].\n  where  here\n  why    1\n         2\n  fix    less\n"
@@ -52,7 +52,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
     fails: Raise, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     fails(errors.DataError("bad row."))
-    assert call(words) == 2
+    assert run_command(words) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("DataError: bad row.\n")
 
@@ -72,14 +72,14 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
 )
 def test_codes(fails: Raise, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str) -> None:
     fails(error)
-    assert call(TRAIN) == code
+    assert run_command(TRAIN) == code
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
 
 
-def test_a_bug_is_told_with_the_place_and_how_to_report_it(fails: Raise, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_is_printed_with_its_place_and_how_to_report_it(fails: Raise, capsys: pytest.CaptureFixture[str]) -> None:
     fails(ZeroDivisionError("oh [no]"))
-    assert call(TRAIN) == 1
+    assert run_command(TRAIN) == 1
     err = capsys.readouterr().err
     assert err.startswith("Bug: ZeroDivisionError: oh [no]\n")
     assert "training.py" in err and __file__ in err and "ingle doctor" in err
@@ -88,7 +88,7 @@ def test_a_bug_is_told_with_the_place_and_how_to_report_it(fails: Raise, capsys:
 
 def test_a_bug_with_debug_shows_everything(fails: Raise, capsys: pytest.CaptureFixture[str]) -> None:
     fails(ZeroDivisionError("oh"))
-    assert call([*TRAIN, "--debug"]) == 1
+    assert run_command([*TRAIN, "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -113,34 +113,34 @@ def test_a_bug_with_debug_shows_everything(fails: Raise, capsys: pytest.CaptureF
         (["doctor", "x"], "unexpected extra argument"),
         (["train", "--resume"], "requires an argument"),
         (["train"], "No config file is given."),
-        (["train", "a.yaml", "b.yaml"], "One config file at a time, not 2: a.yaml, b.yaml."),
+        (["train", "a.yaml", "b.yaml"], "The command accepts one config file, not 2: a.yaml, b.yaml."),
         (["train", "nowhere.yaml"], "The config file does not exist."),
         (["train", "a.yaml", "--resum", "x"], "did you mean --resume?"),
         (["train", "a.yaml", "--dry-rnu"], "did you mean --dry-run?"),
         (["train", "a.yaml", "-x"], "-x is not an option of this command."),
-        (["train", "a.yaml", "--resume", "x"], "--resume takes no config"),
+        (["train", "a.yaml", "--resume", "x"], "--resume cannot be combined with a config"),
         (["evaluate", "m"], "m is not a run, so it has no task of its own."),
         (["evaluate", "m", "--task", "nowhere.yaml"], "does not exist"),
         (["evaluate", "m", "--tsk", "t.yaml"], "did you mean --task?"),
     ],
 )
-def test_what_cannot_be_typed_is_a_mistake(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
-    assert call(words) == 2
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert run_command(words) == 2
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["config"], ["data"], ["train", "-h"], ["--version"]])
-def test_help_is_no_error(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    assert call(words) == 0
+def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert run_command(words) == 0
     out, err = capsys.readouterr()
     assert out.strip() and err == ""
 
 
-def test_every_kind_of_our_errors_is_a_mistake() -> None:
+def test_every_ingle_error_is_a_user_error() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.IngleError)]
     assert len(kinds) > 10
     for kind in kinds:
-        assert outcome.as_mistake(kind("x")) is not None
-    assert outcome.as_mistake(FileNotFoundError(errno.ENOENT, "x")) is None
-    assert outcome.as_mistake(AssertionError()) is None
+        assert exit_status.as_user_error(kind("x")) is not None
+    assert exit_status.as_user_error(FileNotFoundError(errno.ENOENT, "x")) is None
+    assert exit_status.as_user_error(AssertionError()) is None

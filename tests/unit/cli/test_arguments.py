@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.cli.words import split_words
+from ingle.cli.arguments import split_words
 from ingle.errors import ConfigError
 
 KNOWN = ("optim", "seed")
@@ -20,11 +20,11 @@ KNOWN = ("optim", "seed")
         (["--unknown=1"], [], ["--unknown=1"]),
     ],
 )
-def test_words_are_sorted(words: list[str] | None, plain: list[str], overrides: list[str]) -> None:
+def test_words_are_split(words: list[str] | None, plain: list[str], overrides: list[str]) -> None:
     assert split_words(words, known=KNOWN) == (plain, overrides)
 
 
-def test_slips_of_the_commands_own_options() -> None:
+def test_misspelled_options_of_the_command_are_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         split_words(["--dryrun"], known=KNOWN, flags=("--dry-run",))
     assert caught.value.fix == "did you mean --dry-run?"
