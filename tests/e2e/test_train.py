@@ -185,4 +185,4 @@ def test_a_second_process_on_the_same_folder_is_refused(ingle: Ingle, config: Pa
         process.send_signal(signal.SIGSTOP)  # so that it does not finish before the second one starts
         second = ingle("train", config)
     assert second.returncode == 2
-    assert "Another process is working" in second.stderr
+    assert "Another process is using" in second.stderr
