@@ -138,13 +138,13 @@ def test_a_signal_while_the_model_is_loaded_stops_at_once_and_leaves_nothing(con
 
     def sink(event: events.Event) -> None:
         told.append(event)
-        if isinstance(event, events.Progress) and event.stage == "reading weights":
+        if isinstance(event, events.Progress) and event.stage == "Reading weights":
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match="SIGINT: nothing is trained yet") as caught:
         flow.finetune(load_run(config).run, sink)
     assert "--resume" not in str(caught.value.fix), "there is no run to resume"
-    assert sum(isinstance(event, events.Progress) and event.stage == "reading weights" for event in told) == 1
+    assert sum(isinstance(event, events.Progress) and event.stage == "Reading weights" for event in told) == 1
     assert not (tmp_path / "run").exists()
 
 

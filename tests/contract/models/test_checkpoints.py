@@ -163,7 +163,7 @@ def test_a_weight_that_may_be_missing_is_initialised(make_checkpoint, tmp_path: 
 def test_a_weight_of_another_shape_is_an_error(make_checkpoint, tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama")
     for base in (NoBase(), Nf4Base(format="nf4")):
-        with pytest.raises(ModelError, match="another shape") as error:
+        with pytest.raises(ModelError, match="does not have the shape") as error:
             models.load_model(
                 write(checkpoint.folder, tmp_path / base.format, read(checkpoint.folder), intermediate_size=192), base
             )
@@ -285,10 +285,10 @@ def test_damaged_files_are_named(make_checkpoint, tmp_path: Path, damage: str) -
         case "nothing":
             weights.unlink()
     said = {
-        "truncated": r"model\.safetensors is not a whole",
+        "truncated": r"model\.safetensors is not a complete",
         "shard missing": r"missing: model-00002-of-00002\.safetensors",
         "pickle": "pickles",
-        "not a header": r"model\.safetensors is not a whole",
+        "not a header": r"model\.safetensors is not a complete",
         "pointer": "Git LFS",
         "nothing": "holds no weights",
     }

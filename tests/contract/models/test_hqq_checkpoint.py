@@ -56,7 +56,7 @@ def test_codes_and_scales_are_taken_as_they_are(packed_checkpoint, solver: str) 
 @pytest.mark.parametrize("base", [NoBase(), HqqBase(format="hqq"), HqqBase(format="hqq", bits=3, group_size=64)])
 def test_another_format_is_refused_with_the_options_it_needs(packed_checkpoint, base: BaseConfig) -> None:
     folder, _ = packed_checkpoint
-    with pytest.raises(ModelError, match="already packed as hqq") as error:
+    with pytest.raises(ModelError, match="already quantized as hqq") as error:
         models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
     assert error.value.fix is not None
     assert error.value.fix.startswith("--base.format=hqq --base.bits=3 --base.group_size=32")
