@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ingle import adapters, models, quant
+from ingle import adapters, models
 from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base, NoBase
 from ingle.config.base import Fp4Base, LevelsBase
 from ingle.errors import IngleError, ModelError
@@ -181,30 +181,6 @@ def test_weights_are_converted_to_the_compute_type(make_checkpoint, tmp_path: Pa
     # Frequencies stay exact: a bfloat16 angle would be wrong by whole turns.
     assert torch.equal(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-def test_an_adapted_skeleton_can_be_filled(make_checkpoint) -> None:
-    checkpoint = make_checkpoint("llama")
-    model = models.meta_model(checkpoint.config, "cpu", torch.float32)
-    quant.convert(model, Int8Base(format="int8"))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, quant.QuantLinear):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Wrapper(module))
-    models.load_weights(model, checkpoint.config, "cpu", torch.float32)
-    model.eval()
-    assert torch.equal(logits(model), logits(models.load_model(checkpoint.config, Int8Base(format="int8"))))
-
-
-class Wrapper(torch.nn.Module):
-    """What an adapter does to a linear layer."""
-
-    def __init__(self, base: torch.nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x)
 
 
 @pytest.fixture(
