@@ -57,7 +57,8 @@ class DocumentRotary(nn.Module):
         longest = document_lengths(position_ids).clamp_min(limit)
         if kind == _LONGROPE:
             longest = longest.clamp_max(limit + 1)
-        config, results = getattr(self.base, "config", None), None
+        config = getattr(self.base, "config", None)
+        results: Any = None
         for length in longest.unique().tolist():
             chosen_BT = longest == length
             # A new copy each time, because it keeps state; the copies share the config.

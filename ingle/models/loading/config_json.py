@@ -41,9 +41,9 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         HubUnavailable: The hub is needed and cannot be reached.
     """
     if is_gguf(model.id):
-        config, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
-        _refuse_config(config, raw, model)
-        return config
+        described, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
+        _refuse_config(described, raw, model)
+        return described
     path = config_path(model)
     raw = read_json(path.parent, model)
     kind = raw.get("model_type")
@@ -64,7 +64,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
     if kind is None:
         raise ModelError("config.json has no model_type.", where=str(path), fix=COMPARE_CONFIG)
     with reading(path, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             path.parent, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
         _refuse_config(config, raw, model)
