@@ -20,7 +20,7 @@ from ingle.config.run import Run
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
-from ingle.models.generation.answers import Generation
+from ingle.models.generation.stop_criteria import Generation
 from ingle.training.folder import RunFolder
 
 

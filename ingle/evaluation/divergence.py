@@ -22,7 +22,7 @@ from ingle.data import IGNORE_INDEX, collate
 from ingle.evaluation.likelihood import Window, pack_windows
 from ingle.evaluation.stats import Floats
 from ingle.models import forward_hidden, head
-from ingle.models.forward.packed import Head
+from ingle.models.forward.hidden_states import Head
 
 #: Logits of a chunk, of each of the two models.
 CHUNK_LOGITS = 1 << 23

@@ -33,7 +33,7 @@ from ingle.gguf.imatrix import read_imatrix
 from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.rotary import rope_divisors
-from ingle.models.loading.streaming import Entry
+from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant.format import PLAIN, Format
 
 
@@ -50,7 +50,7 @@ class Planned:
     """
 
     name: str
-    entry: Entry | None
+    entry: WeightEntry | None
     hf_name: str
     shape: tuple[int, ...]
     type: str
@@ -179,7 +179,7 @@ class GgufExport:
 
     def _plan(self) -> list[Planned]:
         planned = []
-        entries: list[tuple[str, Entry | None, tuple[int, ...]]] = []
+        entries: list[tuple[str, WeightEntry | None, tuple[int, ...]]] = []
         for stored in self.merger.stream.entries:
             if len(stored.pieces) != 1:
                 raise GgufError("Models with experts cannot be written to GGUF yet.", where=stored.name)

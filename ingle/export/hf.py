@@ -27,7 +27,7 @@ from ingle.export.gguf_types import AS_TRAINED
 from ingle.export.merging import Loaded, Merger
 from ingle.export.shards import ShardWriter
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
-from ingle.models.loading.streaming import Entry
+from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
@@ -156,7 +156,7 @@ def write_safetensors(
 
 
 def _tensors(
-    entry: Entry,
+    entry: WeightEntry,
     loaded: Loaded,
     layout: Layout,
     format: Format | None,

@@ -19,7 +19,7 @@ from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import is_touched, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
-from ingle.models.loading.streaming import Entry, Stream, plain_value
+from ingle.models.loading.weight_stream import WeightEntry, WeightStream, plain_value
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
@@ -114,7 +114,7 @@ class Merger:
 
     def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink | None = None) -> None:
         dtype = models.compute_dtype(source.model.dtype, "cpu")
-        self.stream = Stream(source.model, source.base, dtype)
+        self.stream = WeightStream(source.model, source.base, dtype)
         self.layers: dict[str, LoraLinear] = {}
         self.all_layers: dict[str, LoraLinear] = {}
         self.trained: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ class Merger:
         self.untied = tuple(name for name in self.trained if name not in there and not self._is_tied(name))
 
     @contextmanager
-    def loaded(self, entry: Entry) -> Iterator[Loaded]:
+    def loaded(self, entry: WeightEntry) -> Iterator[Loaded]:
         """One parameter with its bytes while the block runs."""
         trained = self.trained.get(entry.name)
         if trained is not None and self._passed is None:

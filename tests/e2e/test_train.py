@@ -138,13 +138,13 @@ def test_a_signal_during_loading_stops_at_once_and_leaves_no_file(config: Path, 
 
     def sink(event: events.Event) -> None:
         seen.append(event)
-        if isinstance(event, events.Progress) and event.stage.lower() == "reading weights":
+        if isinstance(event, events.Progress) and event.stage == "Reading weights":
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match="SIGINT: no training step was made") as caught:
         flow.finetune(load_run(config).run, sink)
     assert "--resume" not in str(caught.value.fix), "there is no run to resume"
-    assert sum(isinstance(event, events.Progress) and event.stage.lower() == "reading weights" for event in seen) == 1
+    assert sum(isinstance(event, events.Progress) and event.stage == "Reading weights" for event in seen) == 1
     assert not (tmp_path / "run").exists()
 
 

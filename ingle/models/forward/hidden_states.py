@@ -1,8 +1,8 @@
 """The two halves of a language model: the decoder up to its last norm, and the output head.
 
-The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures do
-different things to their logits (scale, divide, cap); what is known is read from the config, and
-:func:`ingle.models.verify` compares the halves with the whole once per load, so that nothing unknown goes unnoticed.
+The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures scale,
+divide or cap their logits; the known ways are read from the config, and :func:`ingle.models.verify` compares the two
+halves with the full model, so that an unknown one is detected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.forward.attention import IMPLEMENTATION
-from ingle.models.forward.padded_rows import lay_out
+from ingle.models.forward.padded_rows import arrange
 from ingle.quant import QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Head:
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
         logit_scale: Factor on the logits.
-        softcap: ``softcap * tanh(logits / softcap)`` when set.
+        softcap: ``softcap * tanh(logits / softcap)`` if set.
     """
 
     weight: Tensor
@@ -40,23 +40,23 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Applies the head to ``[..., H]``, giving ``[..., V]``."""
+        """Applies the head to ``[..., H]``; returns ``[..., V]``."""
         logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The output head of a model; a packed one is decoded anew by every call, and kept as long as the result is.
+    """Returns the output head of a model.  Every call decodes a quantized head, so keep the result while it is needed.
 
     Raises:
-        ModelError: When the head is not a plain linear layer.
+        ModelError: The head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear | QuantLinear):
         raise ModelError(
             f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
-            fix="take lm_head out of adapter.target_modules; adapter.trainable_modules trains it whole",
+            fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
         )
     config = model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -68,20 +68,20 @@ def head(model: PreTrainedModel) -> Head:
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of the hidden states: the model's own, which transformers reads off the first weight that is floating.
+    """Returns the dtype of the hidden states.
 
-    Where the embedding is packed, that one belongs to an adapter, or to nothing.
+    transformers reports the dtype of the first floating parameter, which is not the embedding's if that is quantized.
     """
     embedding = model.get_input_embeddings()
     return embedding.weight_dtype if isinstance(embedding, QuantEmbedding) else model.dtype
 
 
 def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The decoder's output after its last norm, ``[1, N, H]``; no token sees another document.
+    """Returns the decoder's output after its last norm, ``[1, N, H]``; no token attends to another document.
 
     Args:
-        model: A model from :func:`ingle.models.meta_model`.
-        batch: Documents one after another in a single row.
+        model: A model from :func:`ingle.models.meta_model`, with weights.
+        batch: Documents packed in a single row.
     """
     return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
 
@@ -89,8 +89,8 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """:func:`forward_hidden` on the tensors of a batch: ids and positions ``[1, N]``, boundaries ``[D + 1]``."""
     if model.config._attn_implementation == IMPLEMENTATION:
-        # A four-dimensional mask is passed through as it is, so transformers builds none: our attention
-        # reads the boundaries.  This one is a placeholder that attention recognises if they get lost.
+        # transformers passes a four-dimensional mask through unchanged and builds none.  Attention uses the boundaries
+        # instead and recognises this placeholder if an architecture drops them.
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         output = model.base_model(
             input_ids=input_ids,
@@ -102,12 +102,12 @@ def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tens
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
-    # An attention of its own may hold a mask of its own, which is no wider than the longest text it knows.
-    layout = lay_out(cu_seqlens, width=getattr(model.config, "max_position_embeddings", None))
+    # Attention of the architecture's own may have a mask as wide as the longest text it supports.
+    rows = arrange(cu_seqlens, width=getattr(model.config, "max_position_embeddings", None))
     output = model.base_model(
-        input_ids=layout.spread(input_ids),
-        attention_mask=layout.mask(computed_in(model)),
-        position_ids=layout.spread(position_ids),
+        input_ids=rows.spread(input_ids),
+        attention_mask=rows.mask(computed_in(model)),
+        position_ids=rows.spread(position_ids),
         use_cache=False,
     )
-    return layout.gather(output.last_hidden_state)
+    return rows.gather(output.last_hidden_state)

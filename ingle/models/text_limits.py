@@ -1,4 +1,4 @@
-"""What a text may be for a model: how long, and of which tokens."""
+"""Checks texts against a model: how long they may be, and which tokens they may have."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ingle.errors import ModelError
 from ingle.models.forward.rotary_by_length import rope_sections
 from ingle.quant import QuantEmbedding
 
-#: Rows that some architectures keep at the front of their table of positions (OPT: 2).
+#: Extra rows that some architectures keep at the start of their position table (OPT: 2).
 _SPARE_ROWS = range(9)
 
 
 def text_limit(model: PreTrainedModel) -> int | None:
-    """Most tokens that the model is made for in one text; None where its config does not say.
+    """Returns the maximum number of tokens of a text; None if the config does not say.
 
-    ``dynamic`` positions stretch: with them it is ``factor`` times ``max_position_embeddings``.
+    ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
@@ -30,22 +30,21 @@ def text_limit(model: PreTrainedModel) -> int | None:
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
     """Refuses texts that have more tokens than the model has positions.
 
-    Rotary positions go on for ever. Learned ones, and masks that an architecture keeps for itself, are tables that
-    end.
+    Rotary positions have no end.  Learned positions, and masks that an architecture stores, are tables that end.
 
     Args:
-        model: A model, with or without bytes.
+        model: May be on the meta device.
         longest: Tokens of the longest text.
-        where: The option that decides how long texts are.
+        where: The option that determines the length of texts.
 
     Raises:
-        ModelError: When there are too few.
+        ModelError: There are too few positions.
     """
-    table = _table(model)
+    table = _find_position_table(model)
     if table is not None and longest > table[1]:
         name, limit = table
         raise ModelError(
-            f"A text has {longest:,} tokens, and {type(model).__name__} has positions for {limit:,}.",
+            f"A text has {longest:,} tokens, but {type(model).__name__} has only {limit:,} positions.",
             where=where,
             why=f"its {name} ends there",
             fix=f"--data.max_seq_len={limit}",
@@ -53,7 +52,7 @@ def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
 
 
 def num_tokens(model: PreTrainedModel) -> int:
-    """How many tokens the model has embeddings for."""
+    """Returns how many tokens the model has embeddings for."""
     embedding: Any = model.get_input_embeddings()
     return int(embedding.out_features if isinstance(embedding, QuantEmbedding) else embedding.weight.shape[0])
 
@@ -62,9 +61,9 @@ def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTra
     """Refuses a token that the model has no embedding for.
 
     Args:
-        model: A model, with or without bytes.
-        largest: The largest token there is in the texts.
-        tokenizer: What made it.
+        model: May be on the meta device.
+        largest: The largest token id in the texts.
+        tokenizer: The tokenizer of the texts.
 
     Raises:
         ModelError: Tokenizer and model do not belong together.
@@ -76,13 +75,13 @@ def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTra
     raise ModelError(
         f"The text has the token {token!r}, for which the model has no embedding.",
         where="model.tokenizer",
-        why=f"it is number {largest:,}; the model has {rows:,}, from 0 on, and the tokenizer {len(tokenizer):,}",
-        fix="take the tokenizer that the model was published with",
+        why=f"its id is {largest:,}; the model has {rows:,} embeddings and the tokenizer {len(tokenizer):,} tokens",
+        fix="use the tokenizer that the model was published with",
     )
 
 
-def _table(model: PreTrainedModel) -> tuple[str, int] | None:
-    """A table of positions, learned or computed, with its size."""
+def _find_position_table(model: PreTrainedModel) -> tuple[str, int] | None:
+    """Returns name and size of a table of positions, learned or computed."""
     limit = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None

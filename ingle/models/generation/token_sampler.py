@@ -1,4 +1,4 @@
-"""Choosing the next token of each row of a batch.
+"""Chooses the next token of each row of a batch.
 
 Legend: B rows, V vocabulary.
 """
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Below this, sampling takes the likeliest token anyway, and logits divided by it would overflow.
+#: Below this, sampling gives the most likely token anyway, and dividing logits by it would overflow.
 _LEAST_TEMPERATURE = 1e-6
 
 
-class Draws:
-    """Chooses the next token of each row: greedily, or with random numbers of its own.
+class TokenSampler:
+    """Chooses tokens greedily, or at random with a random stream for each prompt.
 
     Args:
-        temperature: 0 takes the likeliest token, else logits are divided by it.
-        top_p: Sample from the likeliest tokens that together reach this probability.
-        seed: Of the sampling.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: Sample from the most likely tokens that together reach this probability.
+        seed: For the sampling.
         indices: Of the prompts in the rows; the random numbers of each depend on seed and index alone.
     """
 
@@ -31,10 +31,10 @@ class Draws:
         self._rngs = [np.random.default_rng([seed, index]) for index in indices] if temperature > 0 else None
 
     def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
-        """The next token of each row, ``[B]``; each call uses up one random number of each of the rows.
+        """Returns the next token of each row, ``[B]``; each call draws one random number for each row.
 
-        Tokens are sorted by falling probability and the first whose cumulated probability passes the row's random
-        number is taken; the number is scaled to the kept mass, so cutting at ``top_p`` needs no renormalising.
+        Tokens are sorted by falling probability, and the first whose cumulative probability exceeds the random number
+        is chosen.  The number is scaled to the kept probability, so ``top_p`` needs no renormalising.
         """
         if self._rngs is None:
             return logits_BV.argmax(-1)
