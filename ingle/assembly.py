@@ -13,7 +13,7 @@ from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Progress, Sink, Warned
 from ingle.objectives import LanguageModelling, Objective, Watched
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.census import model_shape
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups

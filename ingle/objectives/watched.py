@@ -10,7 +10,7 @@ from torch import Tensor
 from ingle.data.types import Batch
 from ingle.models import Model
 from ingle.objectives.base import Objective
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.quant.imatrix_collector import ImatrixCollector
 
 
 class Watched:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ingle.atomic import atomic_folder, sha256
 from ingle.errors import CheckpointError, DoesNotFit, QuantizationError
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
 from ingle.training.optim import Optimizer
 from ingle.wording import size

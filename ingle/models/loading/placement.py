@@ -22,7 +22,8 @@ from ingle.events import Sink, Warned
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
-from ingle.quant.format import PLAIN, option_words
+from ingle.quant.catalog import format_options
+from ingle.quant.format import PLAIN
 from ingle.quant.linear import QuantModule
 
 
@@ -175,7 +176,7 @@ class Destination:
                 where=f"base.format, at {name}",
                 why=f"it is packed as {format}; "
                 + ("this weight is not packed" if packed is None else f"the model wants {packed.format}"),
-                fix=option_words(format),
+                fix=format_options(format),
             )
         self._write(packed, planes, name)
         self.filled.add(name)

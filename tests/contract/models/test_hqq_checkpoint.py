@@ -15,8 +15,8 @@ from ingle.config import BaseConfig, ModelConfig, NoBase
 from ingle.config.base import HqqBase
 from ingle.errors import ModelError
 from ingle.quant import to_hqq
-from ingle.quant.hqq import Hqq, unpack_codes
-from ingle.quant.interchange_hqq import unpack_stripes
+from ingle.quant.hqq import Hqq, bytes_to_codes
+from ingle.quant.interchange.hqq import stripes_to_codes
 
 FORMAT = Hqq(3, 32, "hqq")
 
@@ -46,8 +46,8 @@ def test_codes_and_scales_are_taken_as_they_are(packed_checkpoint, solver: str) 
     model = models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
     layer = model.model.layers[1].self_attn.q_proj
     name = "model.layers.1.self_attn.q_proj"
-    codes = unpack_stripes(tensors[f"{name}.W_q"], 3)[: tensors[f"{name}.scale"].numel()]
-    assert torch.equal(unpack_codes(layer.codes, 3, 64).flatten(), codes.flatten())
+    codes = stripes_to_codes(tensors[f"{name}.W_q"], 3)[: tensors[f"{name}.scale"].numel()]
+    assert torch.equal(bytes_to_codes(layer.codes, 3, 64).flatten(), codes.flatten())
     weight = (codes - tensors[f"{name}.zero"].float()) * tensors[f"{name}.scale"].float()
     assert torch.equal(layer.decode(torch.float32), weight.view(64, 64))
     assert torch.equal(layer.bias, tensors[f"{name}.bias"])

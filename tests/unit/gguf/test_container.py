@@ -163,20 +163,20 @@ def test_what_is_no_gguf_file_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     assert "git lfs pull" in message()
     path.write_bytes(b"PK\3\4")
-    assert "no GGUF file" in message()
+    assert "not a GGUF file" in message()
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 4, 0, 0))
-    assert "GGUF version 4 is not known" in message()
+    assert "GGUF version 4 is not supported" in message()
     path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
     assert "big-endian" in message()
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60))
-    assert "end within the header" in message()
+    assert "end inside the header" in message()
     name = struct.pack("<Q", 1) + b"x"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + name + struct.pack("<IQIQ", 1, 32, 999, 0))
     assert "number 999" in message()
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + name + struct.pack("<IQIQ", 1, 31, 8, 0) + bytes(99))
-    assert "not whole blocks of 32 of q8_0" in message()
+    assert "not a multiple of the block size 32 of q8_0" in message()
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + name + struct.pack("<IQIQ", 1, 2**62, 0, 0))
-    assert "ends at" in message()
+    assert "ends at byte" in message()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
