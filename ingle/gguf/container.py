@@ -83,17 +83,12 @@ class GgufFile:
 
     Attributes:
         path: The (first) file.
-        version: Version of the container.
         metadata: Values as plain Python objects; float32 values are the shortest decimals that round to them.
-        types: ggml's name of the type of each scalar, or of the items of an array, in lower case. Given to
-            :func:`ingle.gguf.write_gguf`, they reproduce the same bytes.
         tensors: By name, in the order of the file.
     """
 
     path: Path
-    version: int
     metadata: dict[str, Any]
-    types: dict[str, str]
     tensors: dict[str, GgufTensor]
 
 

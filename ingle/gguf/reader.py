@@ -65,7 +65,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         )
     first = files[0]
     kept = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    return GgufFile(first.path, first.version, kept, {key: first.types[key] for key in kept}, tensors)
+    return GgufFile(first.path, kept, tensors)
 
 
 def _read_one(path: Path) -> GgufFile:
@@ -110,18 +110,17 @@ class _Reader:
             )
         num_tensors, num_values = self._unpack("QQ")
         metadata: dict[str, Any] = {}
-        types: dict[str, str] = {}
         for _ in range(num_values):
             key = self._string()
             if key in metadata:
                 raise self._damaged(f"the key {key} occurs twice")
-            metadata[key], types[key] = self._value(key)
+            metadata[key] = self._value(key)
         entries = [self._entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment}")
         start = -(-(self._size - self._left) // alignment) * alignment
-        return GgufFile(self._path, version, metadata, types, self._place(entries, start, alignment))
+        return GgufFile(self._path, metadata, self._place(entries, start, alignment))
 
     def _place(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], start: int, alignment: int
@@ -140,9 +139,7 @@ class _Reader:
             if offset != expected:
                 raise self._damaged(f"{name} starts at byte {offset:,} of the tensors instead of {expected:,}")
             if tensor.offset + num_bytes > self._size:
-                raise self._damaged(
-                    f"{name} ends at byte {tensor.offset + num_bytes:,} of {self._size:,}"
-                )
+                raise self._damaged(f"{name} ends at byte {tensor.offset + num_bytes:,} of {self._size:,}")
             expected = -(-(offset + num_bytes) // alignment) * alignment
             tensors[name] = tensor
         return tensors
@@ -166,24 +163,24 @@ class _Reader:
             ) from None
         return name, type_name, shape, offset
 
-    def _value(self, key: str) -> tuple[Any, str]:
+    def _value(self, key: str) -> Any:
         kind = self._kind(key)
         if kind == GGUFValueType.STRING:
-            return self._string(), "string"
+            return self._string()
         if kind != GGUFValueType.ARRAY:
             (value,) = self._unpack(SCALARS[kind])
             if kind == GGUFValueType.FLOAT32:
                 value = float(str(np.float32(value)))
-            return value, kind.name.lower()
+            return value
         item = self._kind(key)
         (count,) = self._unpack("Q")
         if item == GGUFValueType.STRING:
             self._require(8 * count)
-            return [self._string() for _ in range(count)], "string"
+            return [self._string() for _ in range(count)]
         if item == GGUFValueType.ARRAY:
             raise self._damaged(f"{key} is an array of arrays")
         values = np.frombuffer(self._take(count * struct.calcsize(SCALARS[item])), f"<{SCALARS[item]}")
-        return values.tolist(), item.name.lower()
+        return values.tolist()
 
     def _kind(self, key: str) -> GGUFValueType:
         (number,) = self._unpack("I")

@@ -41,13 +41,7 @@ class TensorToWrite:
         return prod(self.shape[:-1]) * row_bytes(self.type_name, self.shape[-1] if self.shape else 1)
 
 
-def write_gguf(
-    path: Path | str,
-    metadata: Mapping[str, Any],
-    tensors: Iterable[TensorToWrite],
-    *,
-    types: Mapping[str, str] | None = None,
-) -> None:
+def write_gguf(path: Path | str, metadata: Mapping[str, Any], tensors: Iterable[TensorToWrite]) -> None:
     """Writes a GGUF file (version 3) with at most one tensor in memory.
 
     Args:
@@ -56,7 +50,6 @@ def write_gguf(
             negative, uint64 if it is large), a float as float32, and items of a list as int32, float32, bool or string.
             Empty lists are omitted, because they have no type.
         tensors: In the order of the file.
-        types: Other types by key, as in :class:`ingle.gguf.GgufFile`.
 
     Raises:
         GgufError: A row is not a multiple of the block size of its type.
@@ -68,7 +61,7 @@ def write_gguf(
     writer.data_alignment = int(metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
     for key, value in metadata.items():
         if value != [] and value != ():
-            writer.add_key_value(key, value, *_value_types(value, (types or {}).get(key)))
+            writer.add_key_value(key, value, *_value_types(value))
     for tensor in listed:
         # The package writes tensors of one dtype as they are; uint8 would mean that the shape counts bytes.
         kind = GGMLQuantizationType[tensor.type_name.upper()]
@@ -95,17 +88,17 @@ def _write_tensor(file: BinaryIO, tensor: TensorToWrite) -> None:
     file.write(data.reshape(-1).view(np.uint8).data)
 
 
-def _value_types(value: Any, name: str | None) -> tuple[GGUFValueType, GGUFValueType | None]:
+def _value_types(value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
     """The type of a value and, for an array, of its items."""
-    is_array = isinstance(value, list | tuple)
-    kind = GGUFValueType[name.upper()] if name is not None else _guess(value if is_array else [value], is_array)
-    return (GGUFValueType.ARRAY, kind) if is_array else (kind, None)
+    if isinstance(value, list | tuple):
+        return GGUFValueType.ARRAY, _scalar_type(value, is_signed=True)
+    return _scalar_type([value], is_signed=False), None
 
 
-def _guess(items: Sequence[Any], is_array: bool) -> GGUFValueType:
+def _scalar_type(items: Sequence[Any], *, is_signed: bool) -> GGUFValueType:
     if not isinstance(items[0], int) or isinstance(items[0], bool):
         return GGUFValueType.get_type(items[0])
     lowest, highest = min(items), max(items)
-    if is_array or lowest < 0:
+    if is_signed or lowest < 0:
         return GGUFValueType.INT32 if highest < 2**31 and lowest >= -(2**31) else GGUFValueType.INT64
     return GGUFValueType.UINT32 if highest < 2**32 else GGUFValueType.UINT64

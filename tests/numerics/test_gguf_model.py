@@ -171,7 +171,7 @@ def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any], dict[s
     metadata = dict(file.metadata)
     tensors = {t.name: TensorToWrite(t.name, t.type_name, t.shape, t.read) for t in file.tensors.values()}
     change(metadata, tensors)
-    write_gguf(target, metadata, tensors.values(), types=file.types)
+    write_gguf(target, metadata, tensors.values())
     return target
 
 
