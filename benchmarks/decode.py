@@ -25,8 +25,8 @@ from torch.nn import functional
 from benchmarks.dtypes import run_dtype, word
 from benchmarks.timing import take_turns
 from ingle.kernels.threads import set_threads
-from ingle.quant.format import GGUF_FORMATS, Format
-from ingle.quant.ggml import GgmlBlocks
+from ingle.quant.format import Format
+from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Levels, Nf4
 from ingle.quant.ternary import Ternary

@@ -12,7 +12,7 @@ from ingle import adapters, data, evaluation, models, objectives, parallel, plan
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Progress, Sink, Warned
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes

@@ -9,7 +9,8 @@ from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import ConfigError
 from ingle.evaluation.formats import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
-from ingle.quant.format import PLAIN, Format, make_format
+from ingle.quant import make_format
+from ingle.quant.format import PLAIN, Format
 from ingle.wording import nearest
 
 #: ``--type`` of a file in which every tensor keeps its format; merged ones are rounded to it again.

@@ -31,7 +31,7 @@ from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
-from ingle.quant.interchange_hqq import to_hqq
+from ingle.quant.interchange.hqq import to_hqq
 from ingle.quant.linear import QuantModule
 from ingle.wording import nearest
 

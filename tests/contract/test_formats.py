@@ -214,7 +214,7 @@ def test_results_do_not_depend_on_threads(format: Format) -> None:
 def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
     shape = fit(format, 1024, 64)
     planes = format.encode(draw(*shape))
-    rows = format.granule(*shape)
+    rows = format.row_group(*shape)
     assert shape[0] % rows == 0
     whole = decode_plainly(format, planes, shape, torch.float32)
     for start in range(0, shape[0], rows):
@@ -478,11 +478,11 @@ def test_wrong_planes_are_refused(format: Format) -> None:
     layer = make_layer(format)
     planes = layer.planes()
     name = next(iter(planes))
-    with pytest.raises(QuantizationError, match="do not fit"):
+    with pytest.raises(QuantizationError, match="planes do not match"):
         layer.assign({other: plane for other, plane in planes.items() if other != name})
-    with pytest.raises(QuantizationError, match="does not fit"):
+    with pytest.raises(QuantizationError, match="does not match the format"):
         layer.assign(planes | {name: planes[name][1:]})
-    with pytest.raises(QuantizationError, match="another shape"):
+    with pytest.raises(QuantizationError, match="does not match its layer"):
         layer.quantize(draw(width(format), 48), name="w")
 
 
@@ -538,7 +538,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(key: str, format: Format) ->
     fallback = base.fallback or "float16"
     for columns, stands_in in ((base.block_size + 32, fallback), (base.block_size + 20, "float16")):
         if columns % base.block_size:
-            with pytest.raises(QuantizationError, match=f"packs such a matrix as (?i:{stands_in})") as caught:
+            with pytest.raises(QuantizationError, match=f"stores such a matrix as (?i:{stands_in})") as caught:
                 format.encode(draw(2, columns), name="model.layers.3.mlp.up_proj.weight")
             assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
 

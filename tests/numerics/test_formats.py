@@ -18,7 +18,7 @@ from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.likelihood import Window, pack_windows
 from ingle.quant import make_format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from tests.tiny import make_random
 
 LLAMA = LlamaConfig(

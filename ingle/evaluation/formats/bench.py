@@ -21,7 +21,7 @@ from ingle.errors import EvaluationError
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import is_fused_experts
 from ingle.quant.format import Format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from ingle.quant.linear import QuantLinear
 
 #: Seconds that decoding is measured for, and sweeps over the model at least and at most.

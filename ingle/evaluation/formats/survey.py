@@ -24,7 +24,7 @@ from ingle.evaluation.formats.page import render_page
 from ingle.evaluation.formats.text import read_windows
 from ingle.evaluation.likelihood import Window
 from ingle.events import Sink, Warned
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from ingle.quant.linear import QuantModule
 
 #: Tokens of the text that are scored.

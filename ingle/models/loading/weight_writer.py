@@ -22,7 +22,8 @@ from ingle.events import Sink, Warned
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
-from ingle.quant.format import PLAIN, option_words
+from ingle.quant.catalog import format_options
+from ingle.quant.format import PLAIN
 from ingle.quant.linear import QuantModule
 
 #: Selects the rows of a parameter to load, from its name, its number of rows and its row group.  Rows are the output
@@ -173,7 +174,7 @@ class WeightWriter:
                 where=f"base.format, at {name}",
                 why=f"it is quantized as {format}; "
                 + ("this weight would not be quantized" if quantized is None else f"the run needs {quantized.format}"),
-                fix=option_words(format),
+                fix=format_options(format),
             )
         self._write(quantized, self._cut(name, planes), name)
         self._finish(name)

@@ -21,7 +21,7 @@ from ingle.export.quantizing import Order, quantize
 from ingle.gguf import read_gguf
 from ingle.gguf.imatrix import read_imatrix
 from ingle.quant import make_format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from tests.conftest import make_tokenizer
 from tests.tiny import write_llama
 

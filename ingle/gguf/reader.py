@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file, or of all files of a split model, with plain file reads.
+"""Reads the header of a GGUF file, or of all files of a split model.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -14,10 +14,12 @@ import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from ingle.errors import GgufError
-from ingle.gguf.container import DAMAGED, SCALARS, GgufFile, GgufTensor
+from ingle.gguf.container import DAMAGED, GgufFile, GgufTensor
 
-#: Versions whose lengths have 64 bits.
+#: Supported versions, whose lengths have 64 bits.
 VERSIONS = (2, 3)
+#: Codes of scalar metadata types in ``struct`` and numpy, by GGUF's number of the type.
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 _MAX_DIMENSIONS = 4
 _CHUNK_BYTES = 1 << 20
@@ -25,11 +27,11 @@ _SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 
 
 def read_gguf(path: Path | str) -> GgufFile:
-    """Reads metadata and the list of tensors; of a split model (``...-00001-of-00003.gguf``) all files.
+    """Reads metadata and the list of tensors; for a split model (``...-00001-of-00003.gguf``), of all files.
 
     Raises:
-        GgufError: When the file is missing, damaged, cut short, big-endian, of another version, of an unknown tensor
-            type, or one of the files of a split model is missing.
+        GgufError: The file is missing, damaged, truncated, big-endian, of an unsupported version or has an unknown
+            tensor type; or a file of a split model is missing.
     """
     path = Path(path)
     split = _SPLIT_NAME.match(path.name)
@@ -42,25 +44,28 @@ def read_gguf(path: Path | str) -> GgufFile:
         raise GgufError(
             f"{len(missing)} of the {count} files of this model are missing: {', '.join(missing[:3])}.",
             where=str(path.parent),
-            fix="fetch or copy the missing files",
+            fix="download or copy the missing files",
         )
     files = [_read_one(part) for part in parts]
     tensors: dict[str, GgufTensor] = {}
     for file in files:
         for name, tensor in file.tensors.items():
             if name in tensors:
-                raise GgufError(f"The tensor {name} is in two files.", where=f"{tensors[name].path} and {file.path}")
+                raise GgufError(
+                    f"The tensor {name} is in two files of the model.", where=f"{tensors[name].path} and {file.path}"
+                )
             tensors[name] = tensor
     expected = files[0].metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise GgufError(
-            f"The files of this model do not belong together: they hold {len(tensors)} tensors, not {expected}.",
+            "The files of this model do not belong together.",
             where=str(path.parent),
+            why=f"they hold {len(tensors)} tensors instead of {expected}",
             fix=DAMAGED,
         )
     first = files[0]
     kept = {key: value for key, value in first.metadata.items() if not key.startswith("split.")}
-    return GgufFile(first.path, first.version, kept, {key: first.types[key] for key in kept}, tensors)
+    return GgufFile(first.path, kept, tensors)
 
 
 def _read_one(path: Path) -> GgufFile:
@@ -72,16 +77,15 @@ def _read_one(path: Path) -> GgufFile:
 
 
 class _Reader:
-    """Reads one header; every length in it is checked against the size of the file before it is believed."""
+    """Reads one header. Every length in it is checked against the size of the file before it is used."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._path = path
         self._size = path.stat().st_size
         self._buffer = b""
-        self._at = 0  # in the buffer
-        self._left = self._size  # bytes after that
-        # A vocabulary has hundreds of thousands of short texts: each costs a slice of the buffer and nothing more.
+        self._at = 0  # position in the buffer
+        self._left = self._size  # bytes of the file after that position
 
     def read(self) -> GgufFile:
         magic = self._take(min(4, self._size))
@@ -91,50 +95,51 @@ class _Reader:
                     f"{self._path.name} is a Git LFS pointer, not a model.", where=str(self._path), fix="git lfs pull"
                 )
             raise GgufError(
-                f"{self._path.name} is no GGUF file.", where=str(self._path), why=f"it begins with {magic!r}"
+                f"{self._path.name} is not a GGUF file.", where=str(self._path), why=f"it starts with {magic!r}"
             )
         (version,) = self._unpack("I")
         if version not in VERSIONS:
             swapped = version & 0xFFFF == 0
             raise GgufError(
-                f"{self._path.name} is a big-endian GGUF file." if swapped else f"GGUF version {version} is not known.",
+                f"{self._path.name} is a big-endian GGUF file."
+                if swapped
+                else f"GGUF version {version} is not supported.",
                 where=str(self._path),
-                why=f"versions {VERSIONS[0]} to {VERSIONS[-1]}, little-endian, are read",
-                fix="convert the model anew with a current llama.cpp",
+                why=f"supported are versions {VERSIONS[0]} to {VERSIONS[-1]}, little-endian",
+                fix="convert the model again with a current llama.cpp",
             )
         num_tensors, num_values = self._unpack("QQ")
         metadata: dict[str, Any] = {}
-        types: dict[str, str] = {}
         for _ in range(num_values):
             key = self._string()
             if key in metadata:
-                raise self._damaged(f"{key} is there twice")
-            metadata[key], types[key] = self._value(key)
+                raise self._damaged(f"the key {key} occurs twice")
+            metadata[key] = self._value(key)
         entries = [self._entry() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment}")
         start = -(-(self._size - self._left) // alignment) * alignment
-        return GgufFile(self._path, version, metadata, types, self._place(entries, start, alignment))
+        return GgufFile(self._path, metadata, self._place(entries, start, alignment))
 
     def _place(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], start: int, alignment: int
     ) -> dict[str, GgufTensor]:
-        """The tensors by name; each begins where the one before it ends, as llama.cpp demands, so none share bytes."""
+        """The tensors by name. Each starts where the previous one ends, as llama.cpp requires, so none share bytes."""
         tensors: dict[str, GgufTensor] = {}
         expected = 0
         for name, type_name, shape, offset in entries:
             if name in tensors:
-                raise self._damaged(f"the tensor {name} is there twice")
+                raise self._damaged(f"the tensor {name} occurs twice")
             tensor = GgufTensor(name, type_name, shape, start + offset, self._path)
             try:
                 num_bytes = tensor.num_bytes
             except GgufError as error:
                 raise self._damaged(f"{name}: {error.message}") from None
             if offset != expected:
-                raise self._damaged(f"{name} begins at byte {offset:,} of the tensors, not at {expected:,}")
+                raise self._damaged(f"{name} starts at byte {offset:,} of the tensors instead of {expected:,}")
             if tensor.offset + num_bytes > self._size:
-                raise self._damaged(f"it holds {self._size:,} bytes, and {name} ends at {tensor.offset + num_bytes:,}")
+                raise self._damaged(f"{name} ends at byte {tensor.offset + num_bytes:,} of {self._size:,}")
             expected = -(-(offset + num_bytes) // alignment) * alignment
             tensors[name] = tensor
         return tensors
@@ -152,49 +157,50 @@ class _Reader:
             type_name = GGMLQuantizationType(number).name.lower()
         except ValueError:
             raise GgufError(
-                f"{name} is of a type that is not known, number {number}.",
+                f"{name} has an unknown type, number {number}.",
                 where=str(self._path),
-                fix="upgrade the gguf package, or choose a file in another type",
+                fix="upgrade the gguf package, or choose a file of another type",
             ) from None
         return name, type_name, shape, offset
 
-    def _value(self, key: str) -> tuple[Any, str]:
+    def _value(self, key: str) -> Any:
         kind = self._kind(key)
         if kind == GGUFValueType.STRING:
-            return self._string(), "string"
+            return self._string()
         if kind != GGUFValueType.ARRAY:
             (value,) = self._unpack(SCALARS[kind])
             if kind == GGUFValueType.FLOAT32:
                 value = float(str(np.float32(value)))
-            return value, kind.name.lower()
+            return value
         item = self._kind(key)
         (count,) = self._unpack("Q")
         if item == GGUFValueType.STRING:
             self._require(8 * count)
-            return [self._string() for _ in range(count)], "string"
+            return [self._string() for _ in range(count)]
         if item == GGUFValueType.ARRAY:
             raise self._damaged(f"{key} is an array of arrays")
         values = np.frombuffer(self._take(count * struct.calcsize(SCALARS[item])), f"<{SCALARS[item]}")
-        return values.tolist(), item.name.lower()
+        return values.tolist()
 
     def _kind(self, key: str) -> GGUFValueType:
         (number,) = self._unpack("I")
         try:
             return GGUFValueType(number)
         except ValueError:
-            raise self._damaged(f"{key} is of type {number}") from None
+            raise self._damaged(f"{key} has the unknown type {number}") from None
 
     def _string(self) -> str:
         raw = self._take(int.from_bytes(self._take(8), "little"))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise self._damaged(f"a name or text is not UTF-8: {raw[:40]!r}") from None
+            raise self._damaged(f"a string is not UTF-8: {raw[:40]!r}") from None
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(f"<{layout}", self._take(struct.calcsize(f"<{layout}")))
 
     def _take(self, num_bytes: int) -> bytes:
+        # A vocabulary has hundreds of thousands of short strings, so each must cost no more than a slice of the buffer.
         end = self._at + num_bytes
         if end > len(self._buffer):
             self._require(num_bytes)
@@ -207,7 +213,7 @@ class _Reader:
 
     def _require(self, num_bytes: int) -> None:
         if num_bytes > self._left:
-            raise self._damaged(f"its {self._size:,} bytes end within the header")
+            raise self._damaged(f"its {self._size:,} bytes end inside the header")
 
     def _damaged(self, why: str) -> GgufError:
-        return GgufError(f"{self._path.name} is not a whole GGUF file.", where=str(self._path), why=why, fix=DAMAGED)
+        return GgufError(f"{self._path.name} is damaged or incomplete.", where=str(self._path), why=why, fix=DAMAGED)

@@ -1,4 +1,4 @@
-"""bitsandbytes' tensors in and out: what the Hub's 4-bit and 8-bit checkpoints hold.
+"""Converts layers from and to the tensors of bitsandbytes, as in 4-bit and 8-bit checkpoints of the Hugging Face Hub.
 
 =========================================== ============================== =============================
 key (after the layer's name and ``.``)      nf4, fp4                       int8
@@ -44,24 +44,24 @@ def to_bitsandbytes(
     *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
-    """A layer's tensors under bitsandbytes' keys (see the module), without the layer's name.
+    """Returns the tensors of a layer by the keys of bitsandbytes (see the module), without the layer's name.
 
     Args:
         planes: As ``format.plane_specs`` lists them.
-        format: Of the planes.
+        format: Format of the planes.
         out_features: O.
         in_features: I.
-        dtype: What readers shall decode to.
+        dtype: The dtype that readers decode to.
 
     Raises:
-        QuantizationError: The format has no such layout, or its blocks do not fill rows.
+        QuantizationError: bitsandbytes does not support the format, or rows are not a multiple of the block size.
     """
     if isinstance(format, Int8):
         zero = torch.zeros((), dtype=torch.uint8)
         return {"weight": planes["codes"], "SCB": as_float32(planes["scale"]).flatten(), "weight_format": zero}
     if not isinstance(format, Levels):
-        raise QuantizationError(f"bitsandbytes has no layout for {format.name}.")
-    _require_whole_blocks(format, out_features, in_features)
+        raise QuantizationError(f"bitsandbytes does not support {format.name}.")
+    _require_full_blocks(format, out_features, in_features)
     codes = planes["codes"]
     state: dict[str, Any] = {
         "quant_type": format.name,
@@ -83,14 +83,14 @@ def to_bitsandbytes(
 
 
 def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") -> tuple[Format, dict[str, Tensor]]:
-    """The format and planes of one layer of a bitsandbytes checkpoint; bytes are copied, never encoded anew.
+    """Returns the format and planes of a layer of a bitsandbytes checkpoint.
 
     Args:
-        tensors: By bitsandbytes' keys (see the module), without the layer's name.
-        name: The layer's name, for errors.
+        tensors: By the keys of bitsandbytes (see the module), without the layer's name.
+        name: The layer's name for errors.
 
     Raises:
-        QuantizationError: The layer is of a kind that Ingle does not hold, or its tensors contradict one another.
+        QuantizationError: The layer is of an unsupported kind, or its tensors contradict each other.
     """
     if "SCB" in tensors:
         return _from_int8(tensors, name)
@@ -103,20 +103,18 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], *, name: str = "weight") ->
             return _from_levels(Nf4, tensors, state, name)
         case "fp4":
             return _from_levels(Fp4, tensors, state, name)
-    raise QuantizationError(
-        f"{name} is held as {str(state['quant_type'])[:60]}, which Ingle does not hold.", where=name
-    )
+    raise QuantizationError(f"{name} has an unsupported format, {str(state['quant_type'])[:60]}.", where=name)
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
-    """The JSON that bitsandbytes keeps with a weight, with the sizes that are computed with."""
+    """Reads the JSON that bitsandbytes stores with a weight and checks the sizes in it."""
     try:
         state = json.loads(bytes(tensor.tolist()))
         sizes = [*state["shape"], state["blocksize"]]
         if len(sizes) != 3 or any(type(size) is not int or size < 1 for size in sizes) or "quant_type" not in state:
-            raise ValueError(f"quant_type, shape and blocksize are needed, got {str(state)[:200]}")
+            raise ValueError(f"expected quant_type, shape and blocksize, got {str(state)[:200]}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise QuantizationError(f"{name} has a quant_state that cannot be read.", where=name, why=str(error)) from None
+        raise QuantizationError(f"{name} has an invalid quant_state.", where=name, why=str(error)) from None
     return dict(state)
 
 
@@ -125,19 +123,21 @@ def _from_levels(
 ) -> tuple[Format, dict[str, Tensor]]:
     out_features, in_features = state["shape"]
     format = kind(block_size=state["blocksize"], double_quant="weight.nested_absmax" in tensors)
-    _require_whole_blocks(format, out_features, in_features)
-    packed = _part(tensors, "weight", name)
-    device = packed.device
-    _require_table(_part(tensors, "weight.quant_map", name), format.levels(device), name)
-    absmax = _part(tensors, "weight.absmax", name)
-    planes = {"codes": packed.contiguous().view(-1).view(torch.uint8)}
+    _require_full_blocks(format, out_features, in_features)
+    codes = _require_key(tensors, "weight", name)
+    device = codes.device
+    _require_table(_require_key(tensors, "weight.quant_map", name), format.levels(device), name)
+    absmax = _require_key(tensors, "weight.absmax", name)
+    planes = {"codes": codes.contiguous().view(-1).view(torch.uint8)}
     if format.double_quant:
-        _require_table(_part(tensors, "weight.nested_quant_map", name), dynamic_map(device), name)
+        _require_table(_require_key(tensors, "weight.nested_quant_map", name), dynamic_map(device), name)
         offset: Any = state.get("nested_offset")
         nested = state.get("nested_blocksize")
         if nested != NESTED_BLOCK or type(offset) not in (int, float) or not math.isfinite(offset):
             raise QuantizationError(
-                f"{name} has nested blocks of {str(nested)[:60]} with an offset of {str(offset)[:60]}.", where=name
+                f"{name} has unsupported nested blocks.",
+                where=name,
+                why=f"nested_blocksize {str(nested)[:60]}, nested_offset {str(offset)[:60]}",
             )
         scales = tensors["weight.nested_absmax"]
         planes["absmax"] = absmax.flatten()
@@ -151,9 +151,9 @@ def _from_levels(
     for key, spec in format.plane_specs(out_features, in_features).items():
         if planes[key].numel() != prod(spec.shape) or planes[key].dtype != torch.uint8:
             raise QuantizationError(
-                f"{name} has {key} of another size than its shape asks for.",
+                f"The size of {key} in {name} does not match the shape of the weight.",
                 where=name,
-                why=f"need {prod(spec.shape)} bytes, got {planes[key].numel()} of {planes[key].dtype}",
+                why=f"expected {prod(spec.shape)} bytes, got {planes[key].numel()} of {planes[key].dtype}",
             )
         planes[key] = planes[key].reshape(spec.shape)
     return format, planes
@@ -163,12 +163,12 @@ def _from_int8(tensors: Mapping[str, Tensor], name: str) -> tuple[Format, dict[s
     layout = tensors.get("weight_format")
     if layout is not None and (layout.numel() != 1 or layout.item() != 0):
         raise QuantizationError(
-            f"{name} is stored in a tiled layout of an old GPU.",
+            f"{name} is stored in a tiled layout for old GPUs.",
             where=name,
-            why=f"weight_format = {layout.flatten()[:4].tolist()}; only 0 (by rows) is portable",
-            fix="save it anew with a current bitsandbytes",
+            why=f"weight_format is {layout.flatten()[:4].tolist()}; only 0 (by rows) is portable",
+            fix="save the model again with a current bitsandbytes",
         )
-    codes, scale = _part(tensors, "weight", name), tensors["SCB"]
+    codes, scale = _require_key(tensors, "weight", name), tensors["SCB"]
     if codes.dtype != torch.int8 or codes.dim() != 2 or scale.numel() != len(codes) or not scale.is_floating_point():
         raise QuantizationError(
             f"{name} is not an 8-bit layer of bitsandbytes.",
@@ -180,22 +180,22 @@ def _from_int8(tensors: Mapping[str, Tensor], name: str) -> tuple[Format, dict[s
     return Int8(), {"codes": codes, "scale": as_bytes(scale.float().reshape(-1, 1))}
 
 
-def _part(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+def _require_key(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
     if key not in tensors:
-        raise QuantizationError(f"{name} is not a bitsandbytes layer: {key} is missing.", where=name)
+        raise QuantizationError(f"{name} is not a bitsandbytes layer.", where=name, why=f"{key} is missing")
     return tensors[key]
 
 
-def _require_whole_blocks(format: Levels, out_features: int, in_features: int) -> None:
+def _require_full_blocks(format: Levels, out_features: int, in_features: int) -> None:
     if in_features % format.block_size:
         raise QuantizationError(
-            "bitsandbytes lets blocks run across rows here; Ingle's never do, so the bytes cannot be exchanged.",
-            why=f"in_features = {in_features} is no multiple of block_size = {format.block_size} "
-            f"(weight [{out_features}, {in_features}])",
+            "A weight whose rows are not a multiple of block_size cannot be exchanged with bitsandbytes.",
+            why=f"in bitsandbytes blocks cross rows, in Ingle they do not; in_features = {in_features}, "
+            f"block_size = {format.block_size}, weight [{out_features}, {in_features}]",
             fix="choose a block_size that divides in_features, or exchange the decoded weight",
         )
 
 
-def _require_table(table: Tensor, ours: Tensor, name: str) -> None:
-    if not torch.equal(table.float().flatten(), ours):
-        raise QuantizationError(f"{name} was packed with another table of levels than bitsandbytes' own.", where=name)
+def _require_table(table: Tensor, expected: Tensor, name: str) -> None:
+    if not torch.equal(table.float().flatten(), expected):
+        raise QuantizationError(f"{name} uses another table of levels than bitsandbytes.", where=name)
