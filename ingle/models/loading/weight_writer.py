@@ -271,7 +271,7 @@ class WeightWriter:
                 num_rows, group = len(place), 1
                 if (quantized := self._quantized(name)) is not None and quantized.num_stacked is None:
                     num_rows = quantized.out_features
-                    group = quantized.format.granule(num_rows, quantized.in_features)
+                    group = quantized.format.row_group(num_rows, quantized.in_features)
                 chosen[id(place)] = rows = select(name, num_rows, group)
                 aligned = rows.start % group == 0 and (rows.stop % group == 0 or rows.stop == num_rows)
                 assert rows.step == 1 and 0 <= rows.start <= rows.stop <= num_rows and aligned, (name, rows)
