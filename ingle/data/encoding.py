@@ -1,15 +1,15 @@
-"""Documents to ids: text, the spans that carry loss, and their way through the tokenizer.
+"""Tokenizes documents and masks the tokens that carry loss.
 
-A document is tokenized once as a whole.  A token carries loss when its first character lies in a supervised
-span; so a token that straddles the border of a prompt belongs to the prompt.  Masks come from character
-positions and lengths, never from ids: pad and end-of-text may share an id without harm.
+A document is tokenized as one text.  A token carries loss if its first character is in a supervised span, so a token
+across the end of a prompt belongs to the prompt.  Masks come from character positions and lengths, never from ids: pad
+and end-of-text may share an id.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ingle.data.backend import copy_backend
 from ingle.data.control import ControlTokens
+from ingle.data.sandbox import Sandbox
 from ingle.data.template import (
     ANSWER,
     Answer,
@@ -27,13 +28,13 @@ from ingle.data.template import (
     read_conversation,
     split_prompt,
 )
-from ingle.data.types import Example, Ids, Mask, Message, Tokenizer
+from ingle.data.types import IGNORE_INDEX, Example, Ids, Mask, Message, Span, Tokenizer
 
-#: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
+#: Longer texts are tokenized in pieces, which bounds memory; see :func:`cut_text`.
 PIECE_CHARS = 1 << 18
 _PIECES_AT_ONCE = 8
 
-#: A line end at which every common pre-tokenizer cuts too: a single newline between two words.
+#: A single newline between two words: every common pre-tokenizer cuts there too.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 
@@ -43,15 +44,16 @@ class Document:
 
     Attributes:
         origin: ``file:line``.
-        text: All of it.
-        answers: Where the assistant speaks; None for plain text, where nobody does.
+        text: The text.
+        answers: The assistant's parts; None for plain text, which has none.
         everything: Every token carries loss, not only the answers.
-        chat: Rendered by a chat template, which brings its own special tokens.  Otherwise the tokenizer puts
-            its own (BOS) before the text, and the end-of-text token is put after it.
-        shielded: The text with the control tokens of messages hidden; None where it holds none that must stay text.
-        control: The control tokens that messages hold.
+        chat: Rendered by a chat template, which writes the special tokens.  Otherwise the tokenizer puts its own (BOS)
+            before the text, and the end-of-text token follows it.
+        shielded: The text with the control tokens of messages hidden; None if it has none that must stay text.
+        control: The control tokens in messages.
         ends_left_out: Answers that lost an end of turn of their own.
-        remarks: Of the template.
+        remarks: Remarks on the template.
+        spans: Labels of plain text, by name.
     """
 
     origin: str
@@ -63,6 +65,7 @@ class Document:
     control: tuple[str, ...] = ()
     ends_left_out: int = 0
     remarks: tuple[str, ...] = ()
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class Encoded:
         supervised: bool [T]; the first is always False, since nothing predicts it.
         open_turns: Trained turns after which no end-of-turn token is supervised.
         straddled: Whether a token lies across the border of prompt and answer.
-        recut: Whether the white space at a prompt's end becomes other tokens when nothing follows it.
+        recut: Whether the white space at the end of a prompt is tokenized differently when nothing follows it.
+        token_labels: Labels by name, int32 [T], ``IGNORE_INDEX`` outside of all spans.
     """
 
     ids: Ids
@@ -82,24 +86,27 @@ class Encoded:
     open_turns: int = 0
     straddled: bool = False
     recut: bool = False
+    token_labels: Mapping[str, Ids] = field(default_factory=dict)
 
 
-def draw_document(
+def make_document(
     example: Example,
     tokenizer: Tokenizer,
     *,
     train_on: TrainOn,
     system: str | None,
     control: ControlTokens | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Document | str:
-    """The document of an example, or the reason to skip it.
+    """Returns the document of an example with one text, or the reason to skip it.
 
     Args:
         example: A row.
         tokenizer: With or without a chat template.
         train_on: As ``data.train_on``.
         system: As ``data.system``.
-        control: What to do with control tokens in messages; by default they are read as text.
+        control: What happens to control tokens in messages; by default they are read as text.
+        sandbox: Limits of the chat template; entering one for many examples is faster than the default, a new one.
 
     Raises:
         DataError: The chat template is missing, refuses the conversation or cannot be masked; or a message holds a
@@ -107,22 +114,24 @@ def draw_document(
         ModelError: The chat template takes too much time or memory.
     """
     if example.text is not None:
-        return Document(example.origin, example.text, everything=True) if example.text.strip() else "empty text"
+        spans = {name: label for name, label in example.labels.items() if isinstance(label, tuple)}
+        text = Document(example.origin, example.text, everything=True, spans=spans)
+        return text if example.text.strip() else "Empty text."
     control = control or ControlTokens(tokenizer)
     if not example.messages and not has_template(tokenizer):
-        return _draw_pair(example, control, everything=train_on == "all")
+        return _make_pair(example, control, everything=train_on == "all")
     messages = list(read_conversation(example, system))
     if train_on != "all":
         while messages and messages[-1].role != "assistant":
-            messages.pop()  # nothing after the last answer carries loss or is seen by a token that does
+            messages.pop()  # what follows the last answer neither carries loss nor is context of what does
     hidden = control.shield(messages, example.origin)
     if train_on != "all":
         trained = [message for message in hidden.messages if message.role == "assistant"]
         if not trained:
-            return "no assistant turn"
+            return "No assistant turn."
         if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
-            return "empty answer"
-    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin)
+            return "Empty answer."
+    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin, sandbox=sandbox)
     return Document(
         example.origin,
         hidden.reveal(found.text),
@@ -136,13 +145,13 @@ def draw_document(
     )
 
 
-def _draw_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
+def _make_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
     """Prompt and completion as one text, without a chat template."""
     prompt, completion = split_prompt(example)
     hidden = control.shield((Message("user", prompt), Message("assistant", completion)), example.origin)
     shown = "".join(message.content for message in hidden.messages)
     if not hidden.messages[1].content.strip():
-        return "empty answer"
+        return "Empty answer."
     answer = Answer(len(prompt), len(shown), len(shown))
     return Document(
         example.origin,
@@ -156,10 +165,10 @@ def _draw_pair(example: Example, control: ControlTokens, *, everything: bool) ->
 
 
 def cut_text(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """Cut a long text into pieces of about ``size`` characters whose tokens joined are those of the whole.
+    """Cuts a long text into pieces of about ``size`` characters whose joined tokens are those of the full text.
 
-    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers part words
-    anyway; only where ``size`` characters hold none is a cut made elsewhere.
+    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers separate words anyway.
+    Only if ``size`` characters contain none, the cut is made elsewhere.
     """
     start = 0
     while len(text) - start > size:
@@ -187,21 +196,24 @@ class TextEncoder:
 
     @property
     def has_eos(self) -> bool:
-        """Whether there is a token to end a text with."""
+        """Whether the tokenizer has an end-of-text token."""
         return self._eos is not None
 
     @property
     def control_ids(self) -> Ids:
-        """Ids of special and added tokens, ascending: those that can end a turn."""
+        """Ids of special and added tokens, ascending; they can end a turn."""
         return self._control
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        """Ids and masks, in order."""
+        """Yields ids and masks, in order."""
         plain = iter(self._encode_plain([d.text for d in documents if _is_plain(d)]))
         spanned = {chat: iter(self._encode_spanned(documents, chat)) for chat in (False, True)}
         for document in documents:
             if _is_plain(document):
                 yield self._close_text(next(plain))
+                continue
+            if document.spans:
+                yield self._encode_labelled(document)
                 continue
             if document.shielded is None:
                 encoding = next(spanned[document.chat])
@@ -212,13 +224,14 @@ class TextEncoder:
             yield self._mask_chat(encoding, document) if document.chat else self._mask_pair(encoding, document)
 
     def _encode_spanned(self, documents: Sequence[Document], chat: bool) -> Sequence[Any]:
-        """Encodings with positions, of those documents that are read as they stand."""
-        texts = [d.text for d in documents if d.chat == chat and d.shielded is None and not _is_plain(d)]
+        """Encodings with positions of documents that need a mask and hide no control tokens."""
+        masked = (d for d in documents if d.shielded is None and not _is_plain(d) and not d.spans)
+        texts = [d.text for d in masked if d.chat == chat]
         encodings: Sequence[Any] = self._backend.encode_batch(texts, add_special_tokens=not chat)
         return encodings
 
     def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
-        """Ids of plain texts; what the tokenizer says about a long one is held for some pieces at a time only."""
+        """Ids of plain texts; a long text is tokenized a few pieces at a time."""
         short = [text for text in texts if len(text) <= PIECE_CHARS]
         encodings = iter(self._backend.encode_batch_fast(short))
         for text in texts:
@@ -237,7 +250,7 @@ class TextEncoder:
         return ids[self._find_text(ids)]
 
     def _find_text(self, ids: Ids) -> slice:
-        """All but a second BOS, and the EOS that some tokenizers add themselves (it is put there anyway)."""
+        """Everything but a second BOS and the EOS that some tokenizers append; :meth:`_close` appends it anyway."""
         start, stop = 0, len(ids)
         if stop > 1 and self._bos is not None and ids[0] == self._bos == ids[1]:
             start = 1
@@ -250,8 +263,20 @@ class TextEncoder:
         ids, supervised, is_open = self._close(ids, supervised)
         return Encoded(ids, supervised, int(is_open))
 
+    def _encode_labelled(self, document: Document) -> Encoded:
+        """Plain text with labels: a token gets the label of the span that it overlaps."""
+        ids, offsets = _as_arrays(self._backend.encode(document.text))
+        part = self._find_text(ids)
+        encoded, offsets = self._close_text(ids[part]), offsets[part]
+        token_labels = {}
+        for name, spans in document.spans.items():
+            token_labels[name] = labels = np.full(len(encoded.ids), IGNORE_INDEX, dtype=np.int32)
+            for span in spans:
+                labels[: len(offsets)][(offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)] = span.label
+        return replace(encoded, token_labels=token_labels)
+
     def _close(self, ids: Ids, supervised: Mask) -> tuple[Ids, Mask, bool]:
-        """With the end-of-text token, which carries loss, after the text; True when there is no such token."""
+        """Appends the end-of-text token, which carries loss; the last result is True if there is no such token."""
         if self._eos is not None:
             ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, True)
         supervised[:1] = False
@@ -261,7 +286,7 @@ class TextEncoder:
         ids, offsets = _as_arrays(encoding)
         text = self._find_text(ids)
         ids, offsets = ids[text], offsets[text]
-        assert document.answers is not None, "plain text has no border"
+        assert document.answers is not None, "plain text has no prompt"
         (answer,) = document.answers
         supervised = (offsets[:, 0] >= answer.start) | document.everything
         ids, supervised, is_open = self._close(ids, supervised)
@@ -283,7 +308,7 @@ class TextEncoder:
             supervised |= (starts >= answer.start) & (starts < stop)
             straddled = straddled or _straddles(offsets, answer.start)
             recut = recut or self._is_recut(document.text, answer)
-        if is_open:  # the template does not end the last turn, so the model would never learn to stop
+        if is_open:  # the template does not end the last turn: without an end the model would never learn to stop
             ids, supervised, is_open = self._close(ids, supervised)
             open_turns -= not is_open
         supervised[:1] = False
@@ -303,7 +328,7 @@ class TextEncoder:
 
 
 def _is_plain(document: Document) -> bool:
-    return document.everything and not document.chat and document.shielded is None
+    return document.everything and not (document.chat or document.shielded is not None or document.spans)
 
 
 def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:

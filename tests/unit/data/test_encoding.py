@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from ingle.data.encoding import Document, TextEncoder, cut_text, draw_document
+from ingle.data.encoding import Document, TextEncoder, cut_text, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.template import Answer
 from ingle.data.types import Example
@@ -21,7 +21,7 @@ from ingle.errors import DataError
 
 
 def encode(tokenizer, example, train_on="assistant"):
-    document = draw_document(example, tokenizer, train_on=train_on, system=None)
+    document = make_document(example, tokenizer, train_on=train_on, system=None)
     assert not isinstance(document, str), document
     (encoded,) = TextEncoder(tokenizer).encode([document])
     return encoded
@@ -171,7 +171,7 @@ def test_a_slow_tokenizer_is_refused():
         eos_token_id = bos_token_id = None
         all_special_ids = ()
 
-    with pytest.raises(DataError, match="which characters"):
+    with pytest.raises(DataError, match="characters of a token"):
         TextEncoder(Slow())
 
 
@@ -182,15 +182,15 @@ def test_documents_of_all_kinds_keep_their_order(tokenizer):
         Example("f:3", text="world"),
         pair("price", "food"),
     ]
-    documents = [draw_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
+    documents = [make_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
     together = [e.ids.tolist() for e in TextEncoder(tokenizer).encode(documents)]
     assert together == [encode(tokenizer, e).ids.tolist() for e in examples]
 
 
 @pytest.mark.parametrize("example", [pair("what", "  "), Example("f:1", text=" \n")])
 def test_nothing_to_say_is_a_reason_to_skip(plain, example):
-    reason = draw_document(example, plain, train_on="assistant", system=None)
-    assert reason in ("empty answer", "empty text")
+    reason = make_document(example, plain, train_on="assistant", system=None)
+    assert reason in ("Empty answer.", "Empty text.")
 
 
 def test_plain_text_has_no_prompt(plain):
