@@ -26,17 +26,7 @@ _BATCH_ROWS = 1024
 _BATCH_CHARS = 1 << 21
 
 _NO_LOSS = "No supervised token"
-_STRADDLED = (
-    "A token lies across the border of prompt and answer and carries no loss (end the prompt with white space)."
-)
-_RECUT = (
-    "The white space at the end of a prompt is tokenized differently when nothing follows it, as in other servers "
-    "(a single newline is safer)."
-)
 _PLAIN_TEXT = "Plain text has no answers: every token carries loss, as with objective clm."
-_AS_TEXT = "Control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)."
-_AS_TOKENS = "Control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)."
-_END_LEFT_OUT = "An answer ends in an end-of-turn token, which is removed: the template adds one."
 
 
 def build_dataset(
@@ -188,18 +178,10 @@ class _DatasetBuilder:
             self.row_ends.extend(self.documents)
 
     def _remark(self, document: Document, encoded: Encoded) -> None:
-        for remark in document.remarks:
+        for remark in (*document.remarks, *encoded.remarks):
             self.remarks.add(remark, document.origin)
-        if document.control:
-            self.remarks.add(_AS_TEXT if document.shielded is not None else _AS_TOKENS, document.origin)
-            for token in document.control:
-                self.control_tokens.add(token, document.origin)
-        if document.ends_left_out:
-            self.remarks.add(_END_LEFT_OUT, document.origin)
-        if encoded.straddled:
-            self.remarks.add(_STRADDLED, document.origin)
-        if encoded.recut:
-            self.remarks.add(_RECUT, document.origin)
+        for token in document.control:
+            self.control_tokens.add(token, document.origin)
         self.open_turns += encoded.open_turns
 
     def _cut(self, example: Example, document: Document, encoded: Encoded) -> list[slice] | str:

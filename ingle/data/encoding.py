@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.data.backend import copy_backend
-from ingle.data.control import ControlTokens
+from ingle.data.control import ControlTokens, Shielded
 from ingle.data.sandbox import Sandbox
 from ingle.data.template import (
     ANSWER,
     Answer,
+    Rendering,
     TrainOn,
     has_template,
     locate_answers,
@@ -37,6 +38,16 @@ _PIECES_AT_ONCE = 8
 #: A single newline between two words: every common pre-tokenizer cuts there too.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
+#: Remarks on documents; shown once with a count.
+STRADDLED = "A token lies across the border of prompt and answer and carries no loss (end the prompt with white space)."
+RECUT = (
+    "The white space at the end of a prompt is tokenized differently when nothing follows it, as in other servers "
+    "(a single newline is safer)."
+)
+_AS_TEXT = "Control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)."
+_AS_TOKENS = "Control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)."
+_END_LEFT_OUT = "An answer ends in an end-of-turn token, which is removed: the template adds one."
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -51,8 +62,7 @@ class Document:
             before the text, and the end-of-text token follows it.
         shielded: The text with the control tokens of messages hidden; None if it has none that must stay text.
         control: The control tokens in messages.
-        ends_left_out: Answers that lost an end of turn of their own.
-        remarks: Remarks on the template.
+        remarks: Remarks on the template and on control tokens.
         spans: Labels of plain text, by name.
     """
 
@@ -63,7 +73,6 @@ class Document:
     chat: bool = False
     shielded: str | None = None
     control: tuple[str, ...] = ()
-    ends_left_out: int = 0
     remarks: tuple[str, ...] = ()
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
 
@@ -76,16 +85,14 @@ class Encoded:
         ids: int32 [T].
         supervised: bool [T]; the first is always False, since nothing predicts it.
         open_turns: Trained turns after which no end-of-turn token is supervised.
-        straddled: Whether a token lies across the border of prompt and answer.
-        recut: Whether the white space at the end of a prompt is tokenized differently when nothing follows it.
+        remarks: Remarks on the borders of prompts and answers.
         token_labels: Labels by name, int32 [T], ``IGNORE_INDEX`` outside of all spans.
     """
 
     ids: Ids
     supervised: Mask
     open_turns: int = 0
-    straddled: bool = False
-    recut: bool = False
+    remarks: tuple[str, ...] = ()
     token_labels: Mapping[str, Ids] = field(default_factory=dict)
 
 
@@ -132,17 +139,7 @@ def make_document(
         if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
             return "Empty answer."
     found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin, sandbox=sandbox)
-    return Document(
-        example.origin,
-        hidden.reveal(found.text),
-        found.answers,
-        everything=train_on == "all",
-        chat=True,
-        shielded=found.text if hidden.hidden is not None else None,
-        control=hidden.tokens,
-        ends_left_out=hidden.ends_left_out,
-        remarks=found.remarks,
-    )
+    return _reveal(example, hidden, found, everything=train_on == "all", chat=True)
 
 
 def _make_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
@@ -152,15 +149,27 @@ def _make_pair(example: Example, control: ControlTokens, *, everything: bool) ->
     shown = "".join(message.content for message in hidden.messages)
     if not hidden.messages[1].content.strip():
         return "Empty answer."
-    answer = Answer(len(prompt), len(shown), len(shown))
+    found = Rendering(shown, (Answer(len(prompt), len(shown), len(shown)),))
+    return _reveal(example, hidden, found, everything=everything, chat=False)
+
+
+def _reveal(example: Example, hidden: Shielded, found: Rendering, *, everything: bool, chat: bool) -> Document:
+    """The document of a text that was rendered with its control tokens hidden."""
+    as_text = hidden.hidden is not None
+    remarks = found.remarks
+    if hidden.tokens:
+        remarks += (_AS_TEXT if as_text else _AS_TOKENS,)
+    if hidden.ends_left_out:
+        remarks += (_END_LEFT_OUT,)
     return Document(
         example.origin,
-        hidden.reveal(shown),
-        (answer,),
+        hidden.reveal(found.text),
+        found.answers,
         everything=everything,
-        shielded=shown if hidden.hidden is not None else None,
+        chat=chat,
+        shielded=found.text if as_text else None,
         control=hidden.tokens,
-        ends_left_out=hidden.ends_left_out,
+        remarks=remarks,
     )
 
 
@@ -190,8 +199,7 @@ class TextEncoder:
         self._backend = copy_backend(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
-        added = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
-        self._control = np.array(sorted(added), dtype=np.int32)
+        self._ends = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
         self._recut: dict[str, bool] = {}
 
     @property
@@ -202,7 +210,7 @@ class TextEncoder:
     @property
     def control_ids(self) -> Ids:
         """Ids of special and added tokens, ascending; they can end a turn."""
-        return self._control
+        return np.array(sorted(self._ends), dtype=np.int32)
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Yields ids and masks, in order."""
@@ -290,29 +298,32 @@ class TextEncoder:
         (answer,) = document.answers
         supervised = (offsets[:, 0] >= answer.start) | document.everything
         ids, supervised, is_open = self._close(ids, supervised)
-        return Encoded(
-            ids, supervised, int(is_open), _straddles(offsets, answer.start), self._is_recut(document.text, answer)
-        )
+        return Encoded(ids, supervised, int(is_open), self._check_borders(document, offsets))
 
     def _mask_chat(self, encoding: Any, document: Document) -> Encoded:
         ids, offsets = _as_arrays(encoding)
         starts = offsets[:, 0]
         supervised = np.full(len(ids), document.everything, dtype=np.bool_)
-        open_turns, straddled, recut, is_open = 0, False, False, False
+        open_turns, is_open = 0, False
         for answer in document.answers or ():
             after = np.flatnonzero((starts >= answer.content_end) & (starts < answer.end))
-            ends = after[np.isin(ids[after], self._control)]
-            is_open = len(ends) == 0
+            end = next((i for i in after if int(ids[i]) in self._ends), None)
+            is_open = end is None
             open_turns += is_open
-            stop = answer.end if is_open else offsets[ends[0], 1]
+            stop = answer.end if end is None else offsets[end, 1]
             supervised |= (starts >= answer.start) & (starts < stop)
-            straddled = straddled or _straddles(offsets, answer.start)
-            recut = recut or self._is_recut(document.text, answer)
         if is_open:  # the template does not end the last turn: without an end the model would never learn to stop
             ids, supervised, is_open = self._close(ids, supervised)
             open_turns -= not is_open
         supervised[:1] = False
-        return Encoded(ids, supervised, open_turns, straddled, recut)
+        return Encoded(ids, supervised, open_turns, self._check_borders(document, offsets))
+
+    def _check_borders(self, document: Document, offsets: npt.NDArray[np.int64]) -> tuple[str, ...]:
+        starts, ends = offsets.T
+        answers = document.answers or ()
+        straddled = any(np.any((starts < answer.start) & (ends > answer.start)) for answer in answers)
+        recut = any(self._is_recut(document.text, answer) for answer in answers)
+        return (STRADDLED,) * straddled + (RECUT,) * recut
 
     def _is_recut(self, text: str, answer: Answer) -> bool:
         prompt = text[: answer.start]
@@ -333,7 +344,3 @@ def _is_plain(document: Document) -> bool:
 
 def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:
     return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-
-
-def _straddles(offsets: npt.NDArray[np.int64], border: int) -> bool:
-    return bool(np.any((offsets[:, 0] < border) & (offsets[:, 1] > border)))

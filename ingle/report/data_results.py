@@ -20,15 +20,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """Figures of one source.
-
-    Attributes:
-        path: As in ``data.sources``.
-        rows: Rows read, including dropped ones.
-        documents: Documents kept; every piece of a split row counts.
-        tokens: Tokens of the documents.
-        supervised_tokens: Tokens that carry loss.
-    """
+    """Figures of one source; ``rows`` includes dropped ones, the others do not."""
 
     path: str
     rows: int
@@ -44,7 +36,6 @@ class DataStats:
     Attributes:
         rows: Rows read from the sources.
         documents: Documents kept; every piece of a split row counts.
-        tokens: Tokens of all documents.
         supervised_tokens: Tokens that carry loss.
         truncated_documents: Documents cut to ``max_seq_len``.
         truncated_tokens: Tokens lost by cutting.
@@ -54,7 +45,6 @@ class DataStats:
         dropped: Rows left out, by reason.
         remarks: Remarks on rows that were kept.
         control_tokens: Rows with control tokens inside messages, by token.
-        sources: Share of each source.
     """
 
     rows: int
@@ -96,13 +86,10 @@ class Duplicates:
     """Rows that repeat earlier ones.
 
     Attributes:
-        rows: Rows examined.
-        exact: Rows equal to an earlier one.
-        exact_pairs: The first of them.
+        exact: Rows equal to an earlier one, the first of them in ``exact_pairs``.
         same_prompt: Rows with the prompt of an earlier row and another answer.
         compared: Distinct rows that were compared for near duplicates.
-        near: Rows similar to an earlier one among these.
-        near_pairs: The most similar of them.
+        near: Rows similar to an earlier one among these, the most similar in ``near_pairs``.
     """
 
     rows: int
@@ -199,14 +186,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How documents fill sequences.
-
-    Attributes:
-        enabled: ``data.packing``.
-        sequences: Sequences of an epoch.
-        max_seq_len: Tokens that a sequence holds at most.
-        efficiency: Tokens of all documents over the tokens that all sequences could hold.
-    """
+    """Sequences of an epoch; ``efficiency`` is their tokens over the tokens that they could hold."""
 
     enabled: bool
     sequences: int
@@ -219,12 +199,7 @@ class DataReport:
     """Result of ``ingle data inspect`` with a model.
 
     Attributes:
-        objective: ``clm`` or ``sft``.
-        stats: Figures of the dataset.
-        lengths: Tokens of documents.
-        packing: Documents in sequences.
         endings: Last supervised tokens of documents, most frequent first.
-        duplicates: Within the training data.
         overlap: Between training data and held-out rows; None without held-out rows.
         previews: A few documents.
         problems: Problems to look at, in sentences.
@@ -255,11 +230,9 @@ class RowsReport:
 
     Attributes:
         path: As typed.
-        rows: Rows of the file.
         layouts: Number of rows by layout.
         columns: Columns of the first row.
         characters: Lengths of rows in characters.
-        duplicates: Among the rows.
         previews: A few rows.
         problems: Problems to look at, in sentences.
     """

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from ingle.data.encoding import Document, TextEncoder, cut_text, make_document
+from ingle.data.encoding import RECUT, STRADDLED, Document, TextEncoder, cut_text, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.template import Answer
 from ingle.data.types import Example
@@ -59,7 +59,7 @@ def test_spaces_between_prompt_and_answer_belong_to_the_answer(plain):
     assert ids == plain("answer:")["input_ids"]
     assert encoded.ids[: len(ids)].tolist() == ids
     assert supervised_text(plain, encoded) == " four<|endoftext|>"
-    assert not encoded.straddled
+    assert STRADDLED not in encoded.remarks
 
 
 def test_a_token_across_the_border_belongs_to_the_prompt(plain):
@@ -67,7 +67,7 @@ def test_a_token_across_the_border_belongs_to_the_prompt(plain):
     assert len(merged) == 1, "the point of this test is a border inside a token"
     encoded = encode(plain, pair("ques", "tion two"))
     assert supervised_text(plain, encoded) == " two<|endoftext|>"
-    assert encoded.straddled
+    assert STRADDLED in encoded.remarks
 
 
 @pytest.fixture()
@@ -94,12 +94,12 @@ def test_a_prompt_is_cut_as_training_cut_it(joins_lines, template):
     ids = prompt_ids(joins_lines, pair("what\n\n", "four"))
     assert encoded.ids[: len(ids)].tolist() == ids
     assert supervised_text(joins_lines, encoded) == "four<|end|>" and encoded.supervised[len(ids)]
-    assert encoded.recut, "another server would begin otherwise: that is told"
+    assert RECUT in encoded.remarks, "another server would tokenize the prompt differently"
 
 
 def test_line_ends_that_stay_as_they_are_are_no_remark(joins_lines, plain):
-    assert not encode(joins_lines, pair("what\n", "four")).recut
-    assert not encode(plain, pair("what\n\n", "four")).recut
+    assert encode(joins_lines, pair("what\n", "four")).remarks == ()
+    assert encode(plain, pair("what\n\n", "four")).remarks == ()
 
 
 def test_train_on_all_masks_nothing_of_a_pair(plain):
