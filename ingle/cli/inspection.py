@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,8 @@ def inspect(
         _inspect_rows(file, overrides, num_previews, as_json)
         return
     from ingle import models
-    from ingle.data import doctor
+    from ingle.data.inspection import inspect as inspect_data
+    from ingle.report.data_tables import render_report
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
@@ -56,7 +58,7 @@ def inspect(
         for note in loaded.notes:
             terminal(Warned(note))
         tokenizer = models.load_tokenizer(run.model)
-        report = doctor.inspect(
+        report = inspect_data(
             run.data,
             tokenizer,
             run.objective.kind,
@@ -66,9 +68,9 @@ def inspect(
             sink=terminal,
         )
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(asdict(report), ensure_ascii=False))
     else:
-        doctor.render_report(report, make_console())
+        render_report(report, make_console())
 
 
 def _is_data_file(word: str) -> bool:
@@ -86,7 +88,8 @@ def _load_for(file: str, overrides: Sequence[str]) -> LoadedRun:
 
 
 def _inspect_rows(file: str, overrides: Sequence[str], num_previews: int, as_json: bool) -> None:
-    from ingle.data.rows import inspect_rows, render_rows
+    from ingle.data.inspection import inspect_rows
+    from ingle.report.data_tables import render_rows
     from ingle.sinks.terminal import make_console
 
     if overrides:
@@ -97,6 +100,6 @@ def _inspect_rows(file: str, overrides: Sequence[str], num_previews: int, as_jso
         )
     report = inspect_rows(file, num_previews=num_previews)
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(asdict(report), ensure_ascii=False))
     else:
         render_rows(report, make_console())

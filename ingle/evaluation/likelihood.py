@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ingle.data import IGNORE_INDEX, ControlTokens, Example, Sample, Tokenizer, collate
-from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
+from ingle.data.encoding import Document, Encoded, TextEncoder, make_document
 from ingle.data.types import Ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers import Likelihood
@@ -112,7 +112,7 @@ def scorable(
         EvaluationError: The row gives nothing to score.
         DataError: The chat template cannot be used.
     """
-    document = draw_document(example, tokenizer, train_on="last", system=system, control=control)
+    document = make_document(example, tokenizer, train_on="last", system=system, control=control)
     if isinstance(document, str):
         raise EvaluationError(
             "A task row has nothing whose likelihood could be scored.", where=example.origin, why=document

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
 from ingle.config.data import DataConfig
 from ingle.config.evaluate import TaskConfig
-from ingle.data.dataset import build_dataset
-from ingle.data.doctor import inspect, render_report
+from ingle.data.dataset_builder import build_dataset
+from ingle.data.inspection import inspect
 from ingle.data.packing import make_sequences
+from ingle.report.data_tables import render_report
 
 
 def chat(question, answer):
@@ -72,7 +74,7 @@ def test_endings_tell_what_the_model_learns_to_stop_with(report):
 def test_every_oddity_is_a_sentence(report):
     report, _ = report
     problems = "\n".join(report.problems)
-    for part in ("empty answer", "cut; raise", "not end in a token", "exact duplicate", "held-out prompts"):
+    for part in ("Empty answer", "cut (3.1%)", "not end in a token", "exact duplicate", "held-out prompts"):
         assert part in problems, part
     assert report.duplicates.exact == 1
     assert report.overlap.same_row == 1
@@ -80,7 +82,7 @@ def test_every_oddity_is_a_sentence(report):
 
 def test_report_is_plain_data(report):
     report, _ = report
-    plain = json.loads(json.dumps(report.to_dict()))
+    plain = json.loads(json.dumps(asdict(report)))
     assert plain["stats"]["documents"] == 32
     assert plain["overlap"]["rows"] == 2
     assert plain["previews"][0]["stretches"][0]["supervised"] is False
@@ -92,7 +94,7 @@ def test_clean_data_have_no_problems(tmp_path, tokenizer):
     report = inspect(data, tokenizer, "sft")
     assert report.problems == ()
     assert report.overlap is None
-    assert "Nothing odd" in draw(report)
+    assert "No problems" in draw(report)
 
 
 def test_nothing_odd_is_never_said_below_a_list(tmp_path, tokenizer):
@@ -101,7 +103,7 @@ def test_nothing_odd_is_never_said_below_a_list(tmp_path, tokenizer):
     rows += [chat("name the red river of the far north", f"it is the one that you know{end}") for end in ("", ".")]
     report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, "sft")
     assert report.problems == () and len(report.duplicates.near_pairs) == 1
-    assert "Near duplicates" in draw(report) and "Nothing odd" not in draw(report)
+    assert "Near duplicates" in draw(report) and "No problems were found." not in draw(report)
 
 
 def test_control_tokens_in_messages_are_shown(tmp_path, tokenizer):
@@ -111,7 +113,10 @@ def test_control_tokens_in_messages_are_shown(tmp_path, tokenizer):
     place = f"{tmp_path / 'a.jsonl'}:2"
     assert found == {"<|im_end|>": (2, place), "<|im_start|>": (1, place)}
     assert "control tokens in messages" in draw(report)
-    assert any(problem.startswith("2 rows: control tokens inside messages") for problem in report.problems)
+    assert any(
+        problem.startswith("Control tokens inside messages") and "(2 rows, first " in problem
+        for problem in report.problems
+    )
     assert "".join(s.text for s in report.previews[1].stretches if s.supervised) == "a <|im_start|> b<|im_end|>"
 
 
