@@ -27,7 +27,7 @@ from ingle.evaluation.result import Question, TaskResult
 from ingle.evaluation.scorers import Likelihood, Outputs
 from ingle.evaluation.task import read_task
 from ingle.export import export
-from ingle.export.llama import LlamaCpp, require
+from ingle.export.verify.llama_cpp import LlamaCpp, import_binding
 
 CONFIG = Path("examples/demo/demo.yaml")
 MODEL = "examples/models/ember-6m"
@@ -50,24 +50,24 @@ class Served:
 def write_merged(run: str, folder: Path, kind: str) -> Served:
     """The adapter merged into the weights it was trained over."""
     done = export(run, "gguf", folder / f"{kind}.gguf", type=kind, allow_loss=True)
-    return Served(Path(done["path"]))
+    return Served(done.path)
 
 
 def write_beside(run: str, folder: Path, kind: str) -> Served:
     """The base as it was trained over, and the adapter beside it."""
     base = export(MODEL, "gguf", folder / "base" / f"{kind}.gguf", type=kind)
     adapter = export(run, "gguf-adapter", folder / "lora" / "adapter.gguf")
-    return Served(Path(base["path"]), Path(adapter["path"]))
+    return Served(base.path, adapter.path)
 
 
 def write_usual(run: str, folder: Path, kind: str) -> Served:
     """The adapter merged into the 16-bit originals, then packed by llama.cpp."""
-    adapter = export(run, "peft", folder / "peft")["path"]
+    adapter = export(run, "peft", folder / "peft").path
     merged = folder / "merged"
     _merge_with_peft(adapter, merged)
-    wide = export(str(merged), "gguf", folder / "f16.gguf", type="f16")["path"]
+    wide = export(str(merged), "gguf", folder / "f16.gguf", type="f16").path
     narrow = folder / f"{kind}.gguf"
-    binding = require()
+    binding = import_binding()
     params = binding.llama_model_quantize_default_params()
     params.ftype = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     if binding.llama_model_quantize(str(wide).encode(), str(narrow).encode(), params) != 0:

@@ -141,7 +141,9 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
             "leave them out of adapter.target_modules if it is to read the adapter",
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AttachReport(selection.adapted, selection.whole, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable)
+    return AttachReport(
+        selection.adapted, selection.modules_to_save, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable
+    )
 
 
 def _is_plain(model: nn.Module, name: str) -> bool:

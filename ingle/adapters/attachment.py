@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ingle.adapters.adapted import AttachReport, adapt, report, train_whole
-from ingle.adapters.files import load_adapter
+from ingle.adapters.peft_files import load_adapter
 from ingle.adapters.targets import select
 from ingle.config.adapter import AdapterConfig, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
@@ -39,7 +39,7 @@ def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachRepo
     for name in selection.adapted:
         lora = adapt(model, name, adapter.rank, adapter.scale, adapter.dropout, group_size=sizes.get(name, 1))
         lora.initialise(seed, name)
-    notes = train_whole(model, selection.whole)
+    notes = train_whole(model, selection.modules_to_save)
     if adapter.path is not None:
         notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes
     return report(model, selection, notes)

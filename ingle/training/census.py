@@ -62,7 +62,7 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         num_layers=len(layers),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        trained_whole=_count_whole(model, trained.whole),
+        trained_whole=_count_whole(model, trained.modules_to_save),
     )
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ingle import adapters
 from ingle.adapters import LoraLinear, Rounding, merged_planes, merged_weight, rounding
-from ingle.adapters.merging import is_touched
+from ingle.adapters.merging import is_changed
 from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import BaseConfig, base_section
 from ingle.errors import AdapterError, QuantizationError
@@ -53,7 +53,7 @@ def test_the_merged_weight_is_the_sum_in_float64(name: str) -> None:
 def test_untouched_bytes_are_copied_and_others_are_packed_from_the_sum(name: str) -> None:
     base = base_section(name)
     lora = layer(base, touched=False)
-    assert not is_touched(lora)
+    assert not is_changed(lora)
     assert all(merged_planes(lora)[key] is plane for key, plane in lora.base.planes().items())
     lora = layer(base)
     format = make_format(base)
@@ -77,7 +77,7 @@ def test_the_same_bytes_with_any_number_of_threads(name: str) -> None:
 
 
 def test_a_plain_weight_has_no_format_to_merge_into() -> None:
-    with pytest.raises(AdapterError, match="not packed"):
+    with pytest.raises(AdapterError, match="not quantized"):
         merged_planes(layer(base_section("none")))
 
 
@@ -180,7 +180,7 @@ def test_plain_adapters_are_left_alone() -> None:
         assert all(layer.merged is None for layer in adapters.lora_modules(model).values())
 
 
-@pytest.mark.parametrize(("base", "target", "said"), [("nf4", "q4_k", "whole blocks"), ("none", None, "not packed")])
+@pytest.mark.parametrize(("base", "target", "said"), [("nf4", "q4_k", "whole blocks"), ("none", None, "not quantized")])
 def test_what_cannot_be_packed_is_known_before_the_first_step(base: str, target: Any, said: str) -> None:
     adapter = LoraAdapter(rank=2, merge_aware=MergeAware(format=target))
     model = attached(base, adapter)

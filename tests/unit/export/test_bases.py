@@ -21,8 +21,8 @@ from ingle.config.base import base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, ExportError
 from ingle.export import export
-from ingle.export.hf import choose_layout, write_safetensors
-from ingle.export.merging import Merger
+from ingle.export.writers.merged_model import MergedModel
+from ingle.export.writers.safetensors_folder import choose_layout, write_safetensors
 
 MakeAdapter = Callable[..., Path]
 IDS = [5, 17, 250, 33, 8, 299, 41]
@@ -115,7 +115,7 @@ def test_qa_lora_goes_into_hqqs_zeros(
     assert (error.reshape(-1, size) <= step * np.abs(merged[f"{DOWN}.zero"].double().numpy()) / 2048 + 1e-9).all()
     trained, written = logits_of(inference.locate(str(adapter))), logits_of(inference.locate(str(out)))
     assert float((written - trained).abs().max()) < (0.02 if train_rounding else 0.1)  # the ends are bfloat16 there
-    with pytest.raises(ConfigError, match="cannot hold hqq"):
+    with pytest.raises(ConfigError, match="does not support hqq"):
         export(str(adapter), "gguf", tmp_path / "m.gguf", type="as-trained")
 
 
@@ -123,7 +123,7 @@ def test_qa_lora_goes_into_hqqs_zeros(
 def test_the_hqq_package_answers_as_ingle_does(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(base={"format": "hqq", "bits": 3}, kind="qa_lora", train_rounding=True)
     result = export(str(adapter), "safetensors", tmp_path / "out", type="hqq", verify=True)
-    assert result["certificate"]["passed"] and result["certificate"]["mean_kl"] < 1e-6
+    assert result.certificate.passed and result.certificate.agreement.mean_kl < 1e-6
 
 
 @pytest.mark.parametrize("group_size", ["tensor", "row", 256])
@@ -145,7 +145,7 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
     for type_name in ("tq2_0", "tq1_0"):  # a third of the levels has no place for a small change
         with pytest.raises(ExportError, match="too much"):
             export(str(adapter), "gguf", tmp_path / type_name, type=type_name)
-    with pytest.raises(ConfigError, match="cannot hold ternary"):
+    with pytest.raises(ConfigError, match="does not support ternary"):
         export(str(adapter), "gguf", tmp_path / "x", type="as-trained")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "m.Modelfile", "m.fidelity.json", "m.fidelity.md", "m.gguf", "m.md"
@@ -156,7 +156,7 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
 @pytest.mark.parametrize("base", ["ternary", "tq2_0", "hqq"])
 def test_the_adapter_alone_is_served_on_such_bases(make_adapter: MakeAdapter, tmp_path: Path, base: str) -> None:
     result = export(str(make_adapter(base=base)), "gguf-adapter", tmp_path / "lora", verify=True)
-    assert result["certificate"]["passed"]
+    assert result.certificate.passed
 
 
 @needs_llama
@@ -172,8 +172,8 @@ def test_the_adapter_alone_is_served_on_such_bases(make_adapter: MakeAdapter, tm
 def test_llama_cpp_serves_what_was_trained(
     make_adapter: MakeAdapter, tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
-    made = export(str(make_adapter(base=base, **options)), "gguf", tmp_path / "out", verify=True)["certificate"]
-    assert made["passed"] and made["trained"]["mean_kl"] < 1e-2
+    made = export(str(make_adapter(base=base, **options)), "gguf", tmp_path / "out", verify=True).certificate
+    assert made.passed and made.trained.mean_kl < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_only_another_rounding_than_in_training_loses(
         with pytest.raises(ExportError, match="too much"):
             export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name)
         return
-    report = export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name)["fidelity"]
-    assert report["mean_correlation"] < 0.5
+    report = export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name).fidelity
+    assert report.mean_correlation < 0.5
     merged = adapters.lora_modules(inference.open_model(str(adapter)).model)[DOWN].merged
     assert merged is not None
     kind, blocks = read_blocks(tmp_path / "m.gguf")
@@ -213,15 +213,15 @@ def test_a_packed_folder_opens_as_what_it_is(make_adapter: MakeAdapter, tmp_path
     assert all(getattr(source.base, key) == value for key, value in wanted.items())
     assert logits_of(source).isfinite().all()
     again = export(str(out), "gguf", tmp_path / "m.gguf", type="q8_0")
-    assert again["type"] == "q8_0"
+    assert again.type == "q8_0"
 
 
 def test_blocks_of_another_size_open_too(llama_folder: Path, tmp_path: Path) -> None:
     """Of which bitsandbytes' config says nothing."""
     source = inference.Source(ModelConfig(id=str(llama_folder)), base_section({"format": "nf4", "block_size": 128}))
-    merger = Merger(source)
+    model = MergedModel(source)
     layout = choose_layout("nf4", source.base)
     tokenizer = models.load_tokenizer(source.model)
-    write_safetensors(merger, tokenizer, source.model, tmp_path, layout)
+    write_safetensors(model, tokenizer, source.model, tmp_path, layout)
     assert inference.locate(str(tmp_path)).base == source.base
     assert torch.equal(logits_of(inference.locate(str(tmp_path))), logits_of(source))

@@ -8,9 +8,9 @@ import pytest
 
 from ingle.config.base import NoBase
 from ingle.errors import ConfigError
-from ingle.export.gguf_types import choose_type
-from ingle.export.hf import choose_layout
 from ingle.export.request import require_file
+from ingle.export.writers.gguf_types import choose_type
+from ingle.export.writers.safetensors_folder import choose_layout
 
 
 def test_a_missing_file_is_told_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

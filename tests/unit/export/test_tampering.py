@@ -72,8 +72,8 @@ def export_tampered(adapter: Path, to: Target, out: Path, tamper: Callable[[], N
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (reverse_rows, "from what was trained"),
-        (leave_order, "from what was trained"),
+        (reverse_rows, "from the trained model"),
+        (leave_order, "from the trained model"),
         (end_elsewhere, "answers end at token 9"),
         (misspell_template, "prompts become other tokens"),
     ],

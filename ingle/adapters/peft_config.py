@@ -1,17 +1,20 @@
-"""``adapter_config.json`` as PEFT writes and reads it.
+"""Reads and writes PEFT's ``adapter_config.json``.
 
-What cannot be computed exactly (DoRA, trained biases, bases that the initialisation changed, ...) is refused by name.
+Settings that Ingle cannot compute exactly (DoRA, trained biases, initialisations that change the base, ...) are refused
+by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+import regex  # type: ignore[import-untyped]
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from torch import nn
 
 from ingle.adapters.adapted import lora_modules
@@ -20,14 +23,17 @@ from ingle.config.adapter import LowRankAdapter
 from ingle.errors import AdapterError
 from ingle.quant.conversion import is_conv1d
 
-CONFIG = "adapter_config.json"
+CONFIG_FILE = "adapter_config.json"
+
+#: Time that all regular expressions of one config may take.
+MATCHING_TIME_S = 2.0
 
 
 def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern[:80]!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -37,7 +43,7 @@ _LayerPattern = Annotated[str, AfterValidator(_check_pattern)]
 _Pattern = Annotated[_LayerPattern, Field(min_length=1)]
 
 
-class Settings(BaseModel):
+class PeftConfig(BaseModel):
     """The part of ``adapter_config.json`` that decides what an adapter computes, under PEFT's names.
 
     Source: ``LoraConfig`` and ``check_target_module_exists`` of the PEFT library.
@@ -58,30 +64,29 @@ class Settings(BaseModel):
     modules_to_save: list[Annotated[str, Field(min_length=1)]] | None = None
     ensure_weight_tying: bool | None = None
 
+    _matching_s: float = PrivateAttr(0.0)
+
     def rank_of(self, name: str) -> int:
-        """Rank of the module at path ``name``; ``rank_pattern`` overrides ``r``."""
-        return _override(self.rank_pattern, name, self.r)
+        """Returns the rank of the module at path ``name``; ``rank_pattern`` overrides ``r``."""
+        return self._override(self.rank_pattern, name, self.r)
 
     def scale_of(self, name: str, rank: int) -> float:
-        """Factor in front of ``x A^T B^T`` of the module at path ``name``; ``alpha_pattern`` overrides its alpha."""
-        alpha = _override(self.alpha_pattern, name, self.lora_alpha)
+        """Returns the factor of ``x A^T B^T`` for the module at path ``name``; ``alpha_pattern`` overrides alpha."""
+        alpha = self._override(self.alpha_pattern, name, self.lora_alpha)
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
     def is_target(self, name: str) -> bool:
-        """Whether the module at path ``name`` carries an adapter."""
-        saved = self.modules_to_save or ()
-        if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in saved):
+        """Returns whether the module at path ``name`` has an adapter."""
+        if any(f".{module}." in f".{name}." for module in self.modules_to_save or ()):
             return False
-        if self.exclude_modules and _matches(self.exclude_modules, name):
+        if self.exclude_modules and self._names(self.exclude_modules, name):
             return False
-        if self.target_modules in (None, "all-linear"):
+        targets = self.target_modules
+        if targets is None or targets == "all-linear":
             return True
-        assert self.target_modules is not None
-        if not _matches(self.target_modules, name):
+        if not self._names(targets, name):
             return False
-        if isinstance(self.target_modules, str) or name in self.target_modules:
-            return True
-        return self._is_in_a_chosen_layer(name)
+        return isinstance(targets, str) or name in targets or self._is_in_a_chosen_layer(name)
 
     def _is_in_a_chosen_layer(self, name: str) -> bool:
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
@@ -89,29 +94,42 @@ class Settings(BaseModel):
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         for pattern in [each for each in patterns or () if each] or [r"[^.]*"]:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
+            match = self._match(regex.match, rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name)
             if match:
                 return int(match["index"]) in layers
         return False
 
+    def _names(self, modules: list[str] | str, name: str) -> bool:
+        """Returns whether a regular expression matches the whole path, or an entry of a list ends it."""
+        if isinstance(modules, str):
+            return self._match(regex.fullmatch, modules, name) is not None
+        return any(name == module or name.endswith(f".{module}") for module in modules)
 
-def _matches(modules: list[str] | str, name: str) -> bool:
-    """Whether a regular expression matches a whole path, or one of the names in a list ends it."""
-    if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
-    return any(name == module or name.endswith(f".{module}") for module in modules)
+    def _override(self, patterns: Mapping[str, T] | None, name: str, default: T) -> T:
+        """Returns the value of the first pattern that matches the end of a path."""
+        for pattern, value in (patterns or {}).items():
+            if self._match(regex.match, rf"(.*\.)?({pattern})$", name):
+                return value
+        return default
+
+    def _match(self, function: Callable[..., Any], pattern: str, name: str) -> Any:
+        """Matches with ``regex``, which can stop a search that backtracks for minutes; ``re`` cannot in a thread."""
+        began = time.monotonic()
+        try:
+            return function(pattern, name, timeout=max(0.01, MATCHING_TIME_S - self._matching_s))
+        except (TimeoutError, regex.error, RecursionError, MemoryError) as error:
+            raise AdapterError(
+                "A regular expression in the adapter's config cannot be matched in time.",
+                where=f"{CONFIG_FILE}: {pattern[:80]}",
+                why=f"{error or type(error).__name__}; the limit for all patterns is {MATCHING_TIME_S:g} s",
+                fix="list the module names in target_modules instead, without nested repetition such as (a+)+",
+            ) from None
+        finally:
+            self._matching_s += time.monotonic() - began
 
 
-def _override(patterns: Mapping[str, T] | None, name: str, default: T) -> T:
-    """The value of the first pattern that matches the end of a path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-#: Settings of PEFT's that change the arithmetic, with the value that leaves it plain.
-_MUST_BE_PLAIN: dict[str, tuple[Any, ...]] = {
+#: PEFT settings that change the arithmetic, with the values that leave it plain.
+_PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
@@ -129,16 +147,16 @@ _MUST_BE_PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def make_settings(
-    model: nn.Module, adapter: LowRankAdapter, base_model_id: str, whole: tuple[str, ...]
+def describe_adapter(
+    model: nn.Module, adapter: LowRankAdapter, base_model_id: str, modules_to_save: tuple[str, ...]
 ) -> dict[str, Any]:
-    """What PEFT needs to know about the adapters of a model.
+    """Returns the content of ``adapter_config.json`` for the adapters of a model.
 
     Args:
-        model: With its adapters.
-        adapter: What they were attached with.
+        model: Model with its adapters.
+        adapter: Adapter section that was attached.
         base_model_id: Hub id or folder of the base.
-        whole: Paths of the modules trained whole.
+        modules_to_save: Paths of the modules whose own weights were trained.
     """
     modules = lora_modules(model)
     odd = {name: m for name, m in modules.items() if m.rank != adapter.rank or m.scale != adapter.scale}
@@ -154,67 +172,67 @@ def make_settings(
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(module.base) for module in modules.values()),
         "target_modules": _shortest_names(model, set(modules)),
-        "modules_to_save": list(whole) or None,
+        "modules_to_save": list(modules_to_save) or None,
         "init_lora_weights": True,
         "rank_pattern": {name: m.rank for name, m in odd.items() if m.rank != adapter.rank},
         "alpha_pattern": {name: alpha_of(m.scale, m.rank, adapter.rslora) for name, m in odd.items()},
     }
 
 
-def read_settings(folder: Path) -> Settings:
-    """The settings of an adapter folder.
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Reads the config of an adapter folder.
 
     Raises:
-        AdapterError: There are none, they are damaged, or they describe what cannot be computed exactly.
+        AdapterError: The config is missing or damaged, or describes an adapter that cannot be computed exactly.
     """
-    path = folder / CONFIG
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(
             f"{folder} holds no adapter.",
             where=str(path),
-            fix="give a folder with adapter_config.json and adapter_model.safetensors in it",
+            fix="name a folder that contains adapter_config.json and adapter_model.safetensors",
         )
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
         kind = values.get("peft_type")
-        if kind != "LORA":
-            raise AdapterError(
-                f"Adapters of type {str(kind)[:40]} are not supported yet, only LORA.", where=f"{path}: peft_type"
-            )
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterError(
             "The adapter's config cannot be read.", where=str(path), why=str(error), fix="copy the file again"
         ) from None
-    for key, plain in _MUST_BE_PLAIN.items():
+    if kind != "LORA":
+        raise AdapterError(
+            f"Adapters of type {str(kind)[:40]} are not supported yet, only LORA.", where=f"{path}: peft_type"
+        )
+    for key, plain in _PLAIN_VALUES.items():
         value = values.get(key, plain[0])
         if value not in plain:
             raise AdapterError(
                 f"This adapter uses {key} = {value!r}, which is not supported yet.",
                 where=f"{path}: {key}",
-                why="without it the model would answer differently from the one that was trained",
-                fix="merge it into its base with PEFT, or train a plain LoRA",
+                why="without it the model would answer differently from the trained one",
+                fix="merge the adapter into its base with PEFT, or train a plain LoRA",
             )
     try:
-        return Settings.model_validate_json(text)
+        return PeftConfig.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[-1]  # of a union, the last member is the one that explains most
+        problem = error.errors(include_url=False)[-1]  # the last member of a union explains most
         raise AdapterError(
-            "The adapter's config holds a value that no adapter can have.",
+            "The adapter's config contains an invalid value.",
             where=f"{path}: {'.'.join(map(str, problem['loc'][:2]))}",
-            why=f"{problem['msg']}; the file says {repr(problem['input'])[:60]}",
+            why=f"{problem['msg']}; found {repr(problem['input'])[:60]}",
             fix="copy the file again, or save the adapter again with PEFT",
         ) from None
 
 
 def alpha_of(scale: float, rank: int, rslora: bool) -> float:
-    """The alpha that gives this scale."""
+    """Returns the alpha that gives a scale."""
     alpha = scale * rank**0.5 if rslora else scale * rank
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _shortest_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Last parts of the paths where they single out the adapted modules, whole paths otherwise."""
+    """Returns the last parts of the paths where they identify the adapted modules, and full paths otherwise."""
     others = {n.removesuffix(".base") for n, module in model.named_modules() if is_linear(module)} - names
     short: set[str] = set()
     for name in names:
