@@ -10,6 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,6 +28,8 @@ CONFIG_FILE = "adapter_config.json"
 
 #: Time that all regular expressions of one config may take.
 MATCHING_TIME_S = 2.0
+#: Limit on the characters of a pattern, and on the product of its counted repetitions, which ``regex`` expands.
+MAX_PATTERN_SIZE = 10_000
 
 
 def _check_pattern(pattern: str) -> str:
@@ -34,6 +37,9 @@ def _check_pattern(pattern: str) -> str:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from None
+    repeats = prod(int(high or low or 1) for low, high in re.findall(r"\{(\d*),?(\d*)\}", pattern))
+    if max(len(pattern), repeats) > MAX_PATTERN_SIZE:
+        raise ValueError(f"{pattern[:80]!r} is too long or repeats too often")
     return pattern
 
 
@@ -130,19 +136,11 @@ class PeftConfig(BaseModel):
 
 #: PEFT settings that change the arithmetic, with the values that leave it plain.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
+    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False, None)),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora"), (None,)),
+    **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None,)),
     "bias": ("none", None),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
     "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 

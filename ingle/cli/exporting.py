@@ -79,13 +79,13 @@ def export(
         typer.Option(
             "--max-kl",
             min=0.0,
-            help="Refuse an export whose predictions differ more from those of the trained model: KL divergence in nats "
-            "per token on held-out text.",
+            help="Refuse an export whose predictions differ more from those of the trained model: KL divergence in "
+            "nats per token on held-out text.",
         ),
     ] = 0.15,
     allow_loss: Annotated[
         bool,
-        typer.Option("--allow-loss", help="Write the export however much is lost; the fidelity report says how much."),
+        typer.Option("--allow-loss", help="Write the export however much is lost; see the fidelity report."),
     ] = False,
     allow_mismatch: Annotated[
         bool,

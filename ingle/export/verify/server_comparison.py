@@ -27,32 +27,25 @@ class Server(Protocol):
     @property
     def version(self) -> str:
         """Name and version."""
-        ...
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Returns the tokens of a conversation, up to where the answer begins."""
-        ...
 
     def text_ids(self, text: str) -> list[int]:
         """Returns the tokens of a plain text, including those that precede every text."""
-        ...
 
     def is_end(self, token: int) -> bool:
         """Returns whether a token ends an answer."""
-        ...
 
     @property
     def declared_end(self) -> int | None:
         """Token that the export declares as the end of an answer."""
-        ...
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Returns the logits after each token, ``[T, V]``."""
-        ...
 
     def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
         """Returns the greedy continuation of a prompt, up to a token that ends an answer."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""An adapter knows the base it was trained on: another is refused, or its distance is told."""
+"""An adapter records the base it was trained on: another base is refused, or its distance is reported."""
 
 from __future__ import annotations
 
@@ -87,17 +87,17 @@ def test_the_digest_of_row_chunks_is_that_of_the_tensor(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_base_is_the_same_however_it_is_held_and_trained(tied: bool) -> None:
-    whole = LoraAdapter(rank=3, trainable_modules=("embed_tokens",))
+    saved_module = LoraAdapter(rank=3, trainable_modules=("embed_tokens",))
     model = prepared(tied=tied)
     identity = identify(model)
     move(model)
     adapters.fuse(model)
     assert identify(model) == identity  # trained, fused
     assert identify(prepared(dtype=torch.float32, tied=tied)).sha256 == identity.sha256
-    other = prepared(adapter=whole, tied=tied)
+    other = prepared(adapter=saved_module, tied=tied)
     assert identify(other).sha256 == identity.sha256
     move(other)
-    assert identify(other).sha256 == identity.sha256  # what is trained whole counts as it was
+    assert identify(other).sha256 == identity.sha256  # modules_to_save count with their weights from before training
 
 
 @pytest.mark.parametrize("base", ["none", "nf4", "q4_0"])
@@ -133,7 +133,7 @@ def test_an_adapter_is_refused_on_another_base(tmp_path: Path) -> None:
             adapters.load_adapter(other, tmp_path)
 
 
-def test_how_far_the_other_base_is_comes_with_it(tmp_path: Path) -> None:
+def test_the_distance_of_another_base_is_reported(tmp_path: Path) -> None:
     saved(tmp_path)
     other = llama("q4_0")
     (note,) = adapters.load_adapter(other, tmp_path, allow_mismatch=True).notes
@@ -155,7 +155,7 @@ def test_how_far_the_other_base_is_comes_with_it(tmp_path: Path) -> None:
     assert f": 1 of {tensors} tensors differ; the weights of the adapted layers differ by 0.00%" in note
 
 
-def test_a_run_may_start_from_an_adapter_of_another_base_when_told_to(tmp_path: Path) -> None:
+def test_a_run_may_start_from_an_adapter_of_another_base_if_allowed(tmp_path: Path) -> None:
     saved(tmp_path)
     start = LoraAdapter(rank=2, target_modules=("q_proj", "up_proj"), path=str(tmp_path))
     adapters.attach(llama("nf4"), start, seed=0)
@@ -220,7 +220,7 @@ def test_qa_lora_cannot_start_from_a_change_of_single_inputs(tmp_path: Path) -> 
     ],
     ids=["qa_lora", "merge-aware", "other-format"],
 )
-def test_what_was_trained_through_its_rounding_answers_merged(base: str, adapter: Any, tmp_path: Path) -> None:
+def test_an_adapter_trained_through_its_rounding_answers_merged(base: str, adapter: Any, tmp_path: Path) -> None:
     model = saved(tmp_path, base, adapter)
     unmerged = model(IDS).logits
     adapters.Rounding(model, adapter, 4).prepare(5)

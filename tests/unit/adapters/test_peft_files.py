@@ -1,4 +1,4 @@
-"""Adapter folders that are damaged, foreign or unsupported are refused in words."""
+"""Adapter folders in PEFT's layout; damaged, foreign and unsupported ones are refused with an explanation."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def test_missing_files(folder: Path) -> None:
 
 def test_damaged_files(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
     assert "cannot be read" in refusal(folder)
-    weights.write_bytes(whole)
+    weights.write_bytes(content)
     (folder / "adapter_config.json").write_text("{")
     assert "config cannot be read" in refusal(folder)
     (folder / "adapter_config.json").write_text("[]")
@@ -134,10 +134,11 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
         ({"rank_pattern": {"q_proj": -1}}, "adapter_config.json: rank_pattern.q_proj"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "adapter_config.json: alpha_pattern.q_proj"),
         ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"target_modules": "((a{1000}){1000}){1000}"}, "repeats too often"),
         ({"target_modules": 7}, "adapter_config.json: target_modules"),
     ],
 )
-def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
+def test_settings_that_ingle_cannot_compute_are_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
     edit_config(folder, **settings)
     assert fragment in refusal(folder)
     with pytest.raises(AdapterError):
@@ -189,7 +190,7 @@ def test_nested_repetition_that_matches_at_once_is_accepted(folder: Path) -> Non
     assert adapters.load_adapter(llama(), folder).notes == ()
 
 
-def test_an_adapter_of_what_is_no_linear_map_is_refused(folder: Path) -> None:
+def test_an_adapter_of_another_module_than_a_linear_layer_is_refused(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}))
     edit_config(folder, target_modules=["q_proj", "up_proj", "mlp"])
     assert "LlamaMLP" in refusal(folder)
@@ -226,15 +227,15 @@ def test_starting_from_a_folder_of_another_shape(folder: Path, settings: dict[st
         adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(folder), **settings}), seed=1)
 
 
-def test_starting_from_modules_trained_whole_that_would_be_frozen_is_refused(tmp_path: Path) -> None:
-    whole = ADAPTER.model_copy(update={"trainable_modules": ("embed_tokens",)})
+def test_starting_from_trained_modules_that_would_be_frozen_is_refused(tmp_path: Path) -> None:
+    adapter = ADAPTER.model_copy(update={"trainable_modules": ("embed_tokens",)})
     model = llama()
-    adapters.attach(model, whole, seed=0)
-    adapters.save_adapter(model, tmp_path, whole, "base")
+    adapters.attach(model, adapter, seed=0)
+    adapters.save_adapter(model, tmp_path, adapter, "base")
     with pytest.raises(AdapterError, match=r"trained weights of model\.embed_tokens, which would stay frozen"):
         adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(tmp_path)}), seed=0)
     again = llama()
-    adapters.attach(again, whole.model_copy(update={"path": str(tmp_path)}), seed=0)
+    adapters.attach(again, adapter.model_copy(update={"path": str(tmp_path)}), seed=0)
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 

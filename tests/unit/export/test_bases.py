@@ -1,4 +1,4 @@
-"""Exports of adapters on every kind of base, read by others: what should be exact is, and the rest is refused."""
+"""Exports of adapters on every kind of base, read by other programs: exact where they should be, or refused."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def test_qa_lora_goes_into_the_offsets_and_nowhere_else(
 
 def unpack(tensors: dict[str, torch.Tensor], bits: int) -> NDArray[np.float64]:
     """The hqq package's tensors of the weight as float64: codes in stripes, ``(code - zero) * scale``."""
-    packed, scale, zero = (tensors[f"{DOWN}.{key}"].double().numpy() for key in ("W_q", "scale", "zero"))
-    per_number, whole = {4: (2, np.int64), 3: (10, np.int64)}[bits]
-    shifts = [bits * place for place in range(per_number - 1, -1, -1)]
-    codes = np.concatenate([(packed.astype(whole) >> shift) & (2**bits - 1) for shift in shifts])[: len(scale)]
+    numbers, scale, zero = (tensors[f"{DOWN}.{key}"].double().numpy() for key in ("W_q", "scale", "zero"))
+    per_number, integer = {4: (2, np.int64), 3: (10, np.int64)}[bits]
+    shifts = [bits * index for index in range(per_number - 1, -1, -1)]
+    codes = np.concatenate([(numbers.astype(integer) >> shift) & (2**bits - 1) for shift in shifts])[: len(scale)]
     shape = tensors[f"{DOWN}.shape"].tolist()
     values: NDArray[np.float64] = ((codes - zero) * scale).reshape(shape)
     return values
@@ -136,13 +136,13 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
     weight, change = weight_of(llama_folder), delta_of(adapter)
     groups = weight.reshape({"tensor": (1, -1), "row": (len(weight), -1)}.get(group_size, (-1, 256)))
     scale = np.abs(groups).mean(axis=1, keepdims=True)
-    scale = torch.from_numpy(scale).bfloat16().double().numpy()  # what a ternary base holds
+    scale = torch.from_numpy(scale).bfloat16().double().numpy()  # as stored by a ternary base
     ternary = (np.clip(np.round(groups / scale), -1, 1) * scale).reshape(weight.shape)
     kind, values = read_blocks(path)
     assert kind == GGMLQuantizationType.F32
     error = np.abs(values.view(np.float32) - ternary - change)
     assert np.quantile(error, 0.999) < 1e-6 and (error > 1e-6).mean() < 1e-3  # where weight / scale is nearly 0.5
-    for type_name in ("tq2_0", "tq1_0"):  # a third of the levels has no place for a small change
+    for type_name in ("tq2_0", "tq1_0"):  # three levels cannot represent a small change
         with pytest.raises(ExportError, match="too much"):
             export(str(adapter), "gguf", tmp_path / type_name, type=type_name)
     with pytest.raises(ConfigError, match="does not support ternary"):
@@ -169,7 +169,7 @@ def test_the_adapter_alone_is_served_on_such_bases(make_adapter: MakeAdapter, tm
         ("q4_k", {"merge_aware": {}}),
     ],
 )
-def test_llama_cpp_serves_what_was_trained(
+def test_llama_cpp_serves_the_trained_model(
     make_adapter: MakeAdapter, tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
     made = export(str(make_adapter(base=base, **options)), "gguf", tmp_path / "out", verify=True).certificate
@@ -188,7 +188,7 @@ def test_llama_cpp_serves_what_was_trained(
 def test_only_another_rounding_than_in_training_loses(
     make_adapter: MakeAdapter, tmp_path: Path, base: str, format: str | None, type_name: str | None, lost: bool
 ) -> None:
-    """Most of so small a change does not survive, but what was trained is what survived."""
+    """Most of such a small change does not survive, but training used what survived."""
     adapter = make_adapter(0.01, base=base, merge_aware={"format": format})
     if lost:
         with pytest.raises(ExportError, match="too much"):
@@ -204,7 +204,7 @@ def test_only_another_rounding_than_in_training_loses(
 
 
 @pytest.mark.parametrize("type_name", ["nf4", "fp4", "int8", "hqq-3-g32"])
-def test_a_packed_folder_opens_as_what_it_is(make_adapter: MakeAdapter, tmp_path: Path, type_name: str) -> None:
+def test_a_quantized_folder_opens_in_its_format(make_adapter: MakeAdapter, tmp_path: Path, type_name: str) -> None:
     out = tmp_path / "merged"
     export(str(make_adapter()), "safetensors", out, type=type_name, allow_loss=True)
     source = inference.locate(str(out))
@@ -217,7 +217,7 @@ def test_a_packed_folder_opens_as_what_it_is(make_adapter: MakeAdapter, tmp_path
 
 
 def test_blocks_of_another_size_open_too(llama_folder: Path, tmp_path: Path) -> None:
-    """Of which bitsandbytes' config says nothing."""
+    """The config of bitsandbytes does not store the block size."""
     source = inference.Source(ModelConfig(id=str(llama_folder)), base_section({"format": "nf4", "block_size": 128}))
     model = MergedModel(source)
     layout = choose_layout("nf4", source.base)

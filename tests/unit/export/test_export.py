@@ -1,4 +1,4 @@
-"""``ingle.export``: whole exports of a tiny model, read by PEFT, transformers and llama.cpp."""
+"""``ingle.export``: complete exports of a tiny model, read by PEFT, transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_hqq_is_measured_as_every_other_layout(
     result = export(str(make_adapter(0.2)), "safetensors", out, type=type_name, data=text, allow_loss=True)
     bits, group_size = {"hqq": (4, 64), "hqq-8": (8, 64), "hqq-3-g32": (3, 32)}[type_name]
     assert result.type == {"hqq": "hqq-4"}.get(type_name, type_name)
-    told = json.loads((out / "config.json").read_text())["quantization_config"]["quant_config"]
-    assert told["weight_quant_params"] == {"nbits": bits, "group_size": group_size, "axis": 1}
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["quant_config"]
+    assert stored["weight_quant_params"] == {"nbits": bits, "group_size": group_size, "axis": 1}
     kl = result.fidelity.divergence.kl
     assert kl < 1e-3 if bits == 8 else 1e-3 < kl < 1
 
@@ -118,12 +118,12 @@ def test_llama_cpp_puts_the_adapter_on_its_base(make_adapter: MakeAdapter, tmp_p
 
 
 @pytest.mark.parametrize(("aware", "number"), [(None, 0), (MergeAware(), 1)])
-def test_an_adapter_trained_to_be_merged_is_told_when_it_is_not(
+def test_an_unmerged_export_of_an_adapter_trained_to_be_merged_warns(
     make_adapter: MakeAdapter, tmp_path: Path, aware: MergeAware | None, number: int
 ) -> None:
-    told: list[Event] = []
-    export(str(make_adapter(base="q4_0", merge_aware=aware)), "peft", tmp_path / "out", sink=told.append)
-    warnings = [event.message for event in told if isinstance(event, Warned)]
+    events: list[Event] = []
+    export(str(make_adapter(base="q4_0", merge_aware=aware)), "peft", tmp_path / "out", sink=events.append)
+    warnings = [event.message for event in events if isinstance(event, Warned)]
     assert len(warnings) == number and all("unmerged" in warning for warning in warnings)
 
 
@@ -144,7 +144,7 @@ def test_another_model_gets_no_certificate(llama_folder: Path, make_adapter: Mak
 
 
 class _Echo:
-    """Another program that is Ingle itself, with one fault."""
+    """Ingle in the role of the other program, with one fault."""
 
     version = "echo"
     declared_end = None
@@ -226,7 +226,7 @@ def test_promotion_widens_within_its_budget(make_adapter: MakeAdapter, tmp_path:
     assert promotion.types and wider.num_bytes - plain.num_bytes == promotion.extra_bytes
 
 
-def test_another_base_is_refused_or_told(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_another_base_is_refused_or_reported(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(base="nf4")
     other = AutoModelForCausalLM.from_pretrained(llama_folder)
     with torch.no_grad():
@@ -238,19 +238,19 @@ def test_another_base_is_refused_or_told(llama_folder: Path, make_adapter: MakeA
     with pytest.raises(AdapterError, match="another base"):
         export(str(adapter), "gguf", tmp_path / "a", type="f16")
     assert not list(tmp_path.glob("a*"))
-    told: list[str] = []
+    messages: list[str] = []
     export(
         str(adapter),
         "gguf",
         tmp_path / "a",
         type="f16",
         allow_mismatch=True,
-        sink=lambda event: told.append(getattr(event, "message", "")),
+        sink=lambda event: messages.append(getattr(event, "message", "")),
     )
-    assert any("another base" in message and "%" in message for message in told)
+    assert any("another base" in message and "%" in message for message in messages)
 
 
-def test_options_that_make_no_sense_are_refused(make_adapter: MakeAdapter, llama_folder: Path, tmp_path: Path) -> None:
+def test_contradicting_options_are_refused(make_adapter: MakeAdapter, llama_folder: Path, tmp_path: Path) -> None:
     adapter = str(make_adapter())
     for options in ({"type": "bf16"}, {"promote": True}):
         with pytest.raises(ConfigError):
@@ -261,7 +261,7 @@ def test_options_that_make_no_sense_are_refused(make_adapter: MakeAdapter, llama
         export(adapter, "gguf", tmp_path / "x", data=tmp_path / "missing.jsonl")
 
 
-def test_a_missing_binding_is_told_before_anything_is_written(
+def test_a_missing_binding_is_reported_before_anything_is_written(
     make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -302,4 +302,4 @@ def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, 
     tokenizer.save_pretrained(folder)
     made = export(str(folder), "gguf", tmp_path / "out", type="f32", verify=True).certificate
     assert made.passed and made.agreement.mean_kl < 1e-5
-    assert bool(made.notes) == (family == "qwen2")  # whose tokenizer composes accents, as llama.cpp does not
+    assert bool(made.notes) == (family == "qwen2")  # its tokenizer composes accents, llama.cpp does not

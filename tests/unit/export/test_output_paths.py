@@ -1,4 +1,4 @@
-"""Exports overwrite nothing and are whole or not there."""
+"""Exports overwrite nothing and leave no incomplete files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_folder_appears_when_all_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["deep/model.gguf", "deep"])
-def test_what_belongs_to_a_file_is_named_after_it(tmp_path: Path, out: str) -> None:
+def test_companions_are_named_after_the_file(tmp_path: Path, out: str) -> None:
     paths = OutputPaths(tmp_path / out, "model")
     with paths.opened() as partial:
         (partial / "model.gguf").write_bytes(b"x")
@@ -32,7 +32,7 @@ def test_what_belongs_to_a_file_is_named_after_it(tmp_path: Path, out: str) -> N
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_two_exports_lie_in_one_folder(tmp_path: Path, is_file: bool) -> None:
+def test_two_exports_share_a_folder(tmp_path: Path, is_file: bool) -> None:
     for stem in ("a.q4_k_m", "a.q8_0"):
         paths = OutputPaths(tmp_path / f"{stem}.gguf" if is_file else tmp_path, stem)
         with paths.opened() as partial:
@@ -45,7 +45,7 @@ def test_two_exports_lie_in_one_folder(tmp_path: Path, is_file: bool) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(("name", "stem"), [("new", None), ("new", "model"), ("a/b/new.gguf", "model")])
-def test_what_is_interrupted_leaves_nothing(
+def test_an_interrupted_export_leaves_nothing(
     tmp_path: Path, error: type[BaseException], name: str, stem: str | None
 ) -> None:
     paths = OutputPaths(tmp_path / name, stem)
@@ -55,7 +55,7 @@ def test_what_is_interrupted_leaves_nothing(
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_interrupted_between_two_files_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_between_two_files_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     paths = OutputPaths(tmp_path / "m.gguf", "m")
     move = os.replace
@@ -90,7 +90,7 @@ def test_a_file_of_another_is_not_overwritten(tmp_path: Path, name: str) -> None
     assert f"--out {tmp_path / 'model-2.gguf'}" in str(caught.value)
 
 
-def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     paths = OutputPaths(tmp_path / "model.gguf", "model")
     with pytest.raises(ConfigError, match="nothing is overwritten"), paths.opened() as partial:
         (partial / "model.gguf").write_text("ours")
@@ -105,12 +105,12 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "a").is_file()
 
 
-def test_a_folder_of_files_is_no_gguf_file(tmp_path: Path) -> None:
+def test_an_export_folder_cannot_be_a_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         OutputPaths(tmp_path / "x.gguf", None)
 
 
-def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     ended, running = 1 << 30, os.getppid()
     for number in (ended, running):
         (tmp_path / f"new.partial-{number}").mkdir()
@@ -119,12 +119,12 @@ def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["new", f"new.partial-{running}"]
 
 
-def test_what_is_needed_for_a_while_lies_beside_and_goes(tmp_path: Path) -> None:
+def test_scratch_folders_lie_next_to_the_result_and_are_removed(tmp_path: Path) -> None:
     with OutputPaths(tmp_path / "m.gguf", "m").scratch() as folder:
         assert folder.parent == tmp_path and folder.name.startswith("m.gguf.partial-")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="of disk"):
         OutputPaths(tmp_path / "new", None).require_bytes(1 << 60)
