@@ -176,7 +176,7 @@ def test_layers_that_are_not_made_for_it_stay_and_the_reason_is_told() -> None:
     assert adapters.fuse(other).reasons == {"OlmoDecoderLayer is not among the fused architectures": 2}
     whole = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3, trainable_modules=("layers.1.mlp",)))
     report = adapters.fuse(whole)
-    assert (report.fused, report.reasons) == (1, {"more than its adapters is trained": 1})
+    assert (report.fused, report.reasons) == (1, {"weights other than its adapters are trained": 1})
     gelu = LlamaConfig(**SIZES, hidden_act="gelu")
     assert "not SiLU" in next(iter(adapters.fuse(make(gelu, torch.float32, LoraAdapter(rank=3))).reasons))
 

@@ -1,8 +1,9 @@
-"""Adapter folders that are damaged, foreign or unsupported are refused in words."""
+"""Adapter folders in PEFT's layout; damaged, foreign and unsupported ones are refused with an explanation."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ingle import adapters
+from ingle.adapters import peft_config
 from ingle.config.adapter import LoraAdapter
 from ingle.errors import AdapterError
 
@@ -82,10 +84,10 @@ def test_missing_files(folder: Path) -> None:
 
 def test_damaged_files(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
     assert "cannot be read" in refusal(folder)
-    weights.write_bytes(whole)
+    weights.write_bytes(content)
     (folder / "adapter_config.json").write_text("{")
     assert "config cannot be read" in refusal(folder)
     (folder / "adapter_config.json").write_text("[]")
@@ -98,13 +100,13 @@ def test_damaged_files(folder: Path) -> None:
         (lambda t: t.pop(A), "Half of the adapter of model.layers.0.self_attn.q_proj"),
         (lambda t: [t.pop(A), t.pop(B)], "The adapter of model.layers.0.self_attn.q_proj is missing"),
         (lambda t: t.clear(), "holds no adapter"),
-        (lambda t: t.update({A: torch.zeros(2, 60)}), "other sizes"),
-        (lambda t: t.update({A: torch.zeros(3, 64)}), "has rank 3; its config says 2"),
+        (lambda t: t.update({A: torch.zeros(2, 60)}), "does not have the sizes"),
+        (lambda t: t.update({A: torch.zeros(3, 64)}), "has rank 3, but its config says 2"),
         (lambda t: t.update({A: t[A] * float("nan")}), "NaN"),
-        (lambda t: t.update({A: torch.zeros(2, 64, dtype=torch.int8)}), "no matrix of floating-point numbers"),
-        (lambda t: t.update({A: torch.tensor(1.0)}), "no matrix of floating-point numbers"),
+        (lambda t: t.update({A: torch.zeros(2, 64, dtype=torch.int8)}), "not a matrix of floating-point numbers"),
+        (lambda t: t.update({A: torch.tensor(1.0)}), "not a matrix of floating-point numbers"),
         (lambda t: t.update({A.replace("weight", "default.weight"): t[A].clone()}), "twice"),
-        (lambda t: t.update({A.replace("lora_A.weight", "bias"): torch.zeros(64)}), "no part of an adapter"),
+        (lambda t: t.update({A.replace("lora_A.weight", "bias"): torch.zeros(64)}), "not part of a supported adapter"),
         (lambda t: t.update({k.replace("layers.0", "layers.7"): t[k].clone() for k in (A, B)}), "does not have"),
         (lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}), "does not target"),
     ],
@@ -131,11 +133,12 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
         ({"lora_dropout": 1.5}, "adapter_config.json: lora_dropout"),
         ({"rank_pattern": {"q_proj": -1}}, "adapter_config.json: rank_pattern.q_proj"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "adapter_config.json: alpha_pattern.q_proj"),
-        ({"target_modules": "(q_proj"}, "no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+        ({"target_modules": "((a{1000}){1000}){1000}"}, "repeats too often"),
         ({"target_modules": 7}, "adapter_config.json: target_modules"),
     ],
 )
-def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
+def test_settings_that_ingle_cannot_compute_are_refused(folder: Path, settings: dict[str, Any], fragment: str) -> None:
     edit_config(folder, **settings)
     assert fragment in refusal(folder)
     with pytest.raises(AdapterError):
@@ -145,8 +148,8 @@ def test_arithmetic_that_is_not_ours_is_refused(folder: Path, settings: dict[str
 @pytest.mark.parametrize(
     "settings, fragment",
     [
-        ({"r": 4}, "has rank 2; its config says 4"),
-        ({"rank_pattern": {"layers.1.mlp.up_proj": 8}}, "model.layers.1.mlp.up_proj has rank 2; its config says 8"),
+        ({"r": 4}, "has rank 2, but its config says 4"),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 8}}, "model.layers.1.mlp.up_proj has rank 2, but its config says 8"),
         ({"target_modules": ["nowhere"]}, "does not target"),
         ({"target_modules": ["q_proj"]}, "does not target model.layers.0.mlp.up_proj"),
         ({"target_modules": ["q_proj", "up_proj", "v_proj"]}, "v_proj"),
@@ -163,7 +166,31 @@ def test_a_config_that_contradicts_the_weights_is_refused(
     assert fragment in refusal(folder)
 
 
-def test_an_adapter_of_what_is_no_linear_map_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r"(?:.|.)*[XY]$"},
+        {"exclude_modules": r"(?:.|.)*[XY]$"},
+        {"rank_pattern": {r"(?:.+?)+?(?=X)": 2}},
+        {"layers_to_transform": [0], "layers_pattern": r"(?:.|.)*[XY]"},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_a_regular_expression_that_backtracks_for_minutes_is_refused_in_any_thread(
+    folder: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peft_config, "MATCHING_TIME_S", 0.05)
+    edit_config(folder, **settings)
+    with ThreadPoolExecutor() as pool:
+        assert "cannot be matched in time" in pool.submit(refusal, folder).result()
+
+
+def test_nested_repetition_that_matches_at_once_is_accepted(folder: Path) -> None:
+    edit_config(folder, target_modules=r"(\w+\.)+(q_proj|up_proj)", rank_pattern={"(a+)+$": 7})
+    assert adapters.load_adapter(llama(), folder).notes == ()
+
+
+def test_an_adapter_of_another_module_than_a_linear_layer_is_refused(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({k.replace("self_attn.q_proj", "mlp"): t[k].clone() for k in (A, B)}))
     edit_config(folder, target_modules=["q_proj", "up_proj", "mlp"])
     assert "LlamaMLP" in refusal(folder)
@@ -175,7 +202,7 @@ def test_other_ways_to_name_the_same_modules_are_accepted_and_unknown_names_are_
         assert adapters.load_adapter(llama(), folder).notes == ()
     edit_config(folder, target_modules=["q_proj", "up_proj", "query_key_value"], layers_to_transform=[0, 1])
     (note,) = adapters.load_adapter(llama(), folder).notes
-    assert note == "target_modules names query_key_value, which this model does not have"
+    assert note == "The adapter targets query_key_value, which this model does not have."
 
 
 def test_starting_from_a_folder(folder: Path) -> None:
@@ -189,7 +216,7 @@ def test_starting_from_a_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     "settings, fragment",
     [
-        ({"rank": 4}, "rank 2 and scale 2; the config asks for rank 4"),
+        ({"rank": 4}, "rank 2 and scale 2, but the config asks for rank 4"),
         ({"alpha": 1.0}, "the config asks for rank 2 and scale 0.5"),
         ({"target_modules": ("q_proj",)}, "other modules"),
         ({"target_modules": ("q_proj", "up_proj", "v_proj")}, "other modules"),
@@ -200,15 +227,15 @@ def test_starting_from_a_folder_of_another_shape(folder: Path, settings: dict[st
         adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(folder), **settings}), seed=1)
 
 
-def test_starting_from_modules_trained_whole_that_would_be_frozen_is_refused(tmp_path: Path) -> None:
-    whole = ADAPTER.model_copy(update={"trainable_modules": ("embed_tokens",)})
+def test_starting_from_trained_modules_that_would_be_frozen_is_refused(tmp_path: Path) -> None:
+    adapter = ADAPTER.model_copy(update={"trainable_modules": ("embed_tokens",)})
     model = llama()
-    adapters.attach(model, whole, seed=0)
-    adapters.save_adapter(model, tmp_path, whole, "base")
-    with pytest.raises(AdapterError, match=r"model\.embed_tokens, trained whole, which would stay frozen"):
+    adapters.attach(model, adapter, seed=0)
+    adapters.save_adapter(model, tmp_path, adapter, "base")
+    with pytest.raises(AdapterError, match=r"trained weights of model\.embed_tokens, which would stay frozen"):
         adapters.attach(llama(), ADAPTER.model_copy(update={"path": str(tmp_path)}), seed=0)
     again = llama()
-    adapters.attach(again, whole.model_copy(update={"path": str(tmp_path)}), seed=0)
+    adapters.attach(again, adapter.model_copy(update={"path": str(tmp_path)}), seed=0)
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 

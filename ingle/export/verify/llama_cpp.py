@@ -1,4 +1,4 @@
-"""The door to llama.cpp: its Python binding, asked the few things that a certificate needs."""
+"""Runs GGUF files in llama.cpp through its Python binding."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LlamaCpp:
     """A GGUF file as llama.cpp serves it.
 
     Args:
-        path: The model.
-        adapter: A LoRA GGUF to put on it.
-        context: Most tokens in one text.
+        path: Model file.
+        adapter: LoRA file to apply to the model.
+        context: Largest number of tokens in one text.
 
     Raises:
         DependencyError: The binding is not installed.
@@ -30,17 +30,18 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
-        binding = require()
-        self.version = f"llama.cpp (llama-cpp-python {binding.__version__})"
+        self._binding = import_binding()
+        self.version = f"llama.cpp (llama-cpp-python {self._binding.__version__})"
+        num_threads = torch.get_num_threads()  # with more threads than free cores they wait for each other
         try:
-            self._llama = _plain(binding.Llama)(
+            self._llama = _without_repacking(self._binding.Llama)(
                 str(path),
                 lora_path=None if adapter is None else str(adapter),
                 n_ctx=context,
                 n_batch=context,
                 n_ubatch=context,
-                n_threads=_threads(),
-                n_threads_batch=_threads(),
+                n_threads=num_threads,
+                n_threads_batch=num_threads,
                 logits_all=True,
                 use_mmap=True,
                 verbose=False,
@@ -62,14 +63,14 @@ class LlamaCpp:
         self._llama.close()
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation as ``llama-server`` makes them: the file's template, one BOS where it asks.
+        """Returns the tokens of a conversation as ``llama-server`` makes them: the file's template and one BOS.
 
         Raises:
-            ExportError: The file holds no template.
+            ExportError: The file contains no template.
         """
         template = self._llama.metadata.get("tokenizer.chat_template")
         if template is None:
-            raise ExportError("The file holds no chat template.", where="tokenizer.chat_template")
+            raise ExportError("The file contains no chat template.", where="tokenizer.chat_template")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         bos = self._token_text("bos")
         text: str = environment.from_string(template).render(
@@ -79,27 +80,22 @@ class LlamaCpp:
             add_generation_prompt=True,
             raise_exception=_raise,
         )
-        if self.adds_bos and bos:
+        if bos and self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true":
             text = text.removeprefix(bos)
         return self.text_ids(text)
 
-    @property
-    def adds_bos(self) -> bool:
-        """Whether llama.cpp puts a BOS before every text."""
-        return bool(self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true")
-
     def text_ids(self, text: str) -> list[int]:
-        """The tokens of a text, special ones recognised, with the BOS that the file asks for."""
+        """Returns the tokens of a text, with special tokens recognised and the BOS that the file asks for."""
         return [int(i) for i in self._llama.tokenize(text.encode(), add_bos=True, special=True)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """``[T, V]``: the logits after each token."""
+        """Returns the logits after each token, ``[T, V]``."""
         self._llama.reset()
         self._llama.eval(list(ids))
         return np.array(self._llama.scores[: len(ids)], dtype=np.float32)
 
     def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
-        """The likeliest tokens after a prompt, up to one that ends an answer."""
+        """Returns the greedy continuation of a prompt, up to a token that ends an answer."""
         self._llama.reset()
         self._llama.eval(list(ids))
         answer: list[int] = []
@@ -112,28 +108,26 @@ class LlamaCpp:
         return answer
 
     def is_end(self, token: int) -> bool:
-        """Whether llama.cpp ends an answer at a token."""
-        binding = require()
-        vocab = binding.llama_model_get_vocab(self._llama.model)
-        return bool(binding.llama_vocab_is_eog(vocab, token))
+        """Returns whether llama.cpp ends an answer at a token."""
+        vocab = self._binding.llama_model_get_vocab(self._llama.model)
+        return bool(self._binding.llama_vocab_is_eog(vocab, token))
 
     @property
     def declared_end(self) -> int | None:
-        """The file's own ``eos_token_id``."""
+        """The ``eos_token_id`` of the file."""
         number = int(self._llama.token_eos())
         return number if number >= 0 else None
 
     def _token_text(self, kind: str) -> str:
-        binding = require()
         number = getattr(self._llama, f"token_{kind}")()
         if number < 0:
             return ""
-        vocab = binding.llama_model_get_vocab(self._llama.model)
-        return str(binding.llama_vocab_get_text(vocab, number).decode("utf-8"))
+        vocab = self._binding.llama_model_get_vocab(self._llama.model)
+        return str(self._binding.llama_vocab_get_text(vocab, number).decode("utf-8"))
 
 
-def require() -> Any:
-    """The binding.
+def import_binding() -> Any:
+    """Imports llama.cpp's Python binding.
 
     Raises:
         DependencyError: It is not installed.
@@ -149,14 +143,14 @@ def require() -> Any:
     return llama_cpp
 
 
-def _plain(engine: Any) -> Any:
-    """The binding's class, reading matrices as they lie in the file.
+def _without_repacking(engine: Any) -> Any:
+    """Returns the binding's class with llama.cpp's repacking of matrices disabled, for which it has no option.
 
-    llama.cpp lays them out anew for the processor's own matrix instructions, which its class has no option against;
-    where these are AMX, it crashes (llama.cpp pull request 26954).
+    llama.cpp repacks matrices for the processor's matrix instructions and crashes with AMX (llama.cpp pull request
+    26954).
     """
 
-    class Plain(engine):  # type: ignore[misc]
+    class WithoutRepacking(engine):  # type: ignore[misc]
         @property
         def model_params(self) -> Any:
             return self._model_params
@@ -166,12 +160,7 @@ def _plain(engine: Any) -> Any:
             params.use_extra_bufts = False
             self._model_params = params
 
-    return Plain
-
-
-def _threads() -> int:
-    """As many as torch takes: more than there are free cores wait for one another."""
-    return torch.get_num_threads()
+    return WithoutRepacking
 
 
 def _raise(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Exports overwrite nothing and are whole or not there."""
+"""Exports overwrite nothing and leave no incomplete files."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from pathlib import Path
 import pytest
 
 from ingle.errors import ConfigError, DoesNotFit
-from ingle.export.place import Place
+from ingle.export.output_paths import OutputPaths
 
 
 def test_a_folder_appears_when_all_is_written(tmp_path: Path) -> None:
-    place = Place(tmp_path / "new", None)
-    with place.opened() as partial:
+    paths = OutputPaths(tmp_path / "new", None)
+    with paths.opened() as partial:
         (partial / "model.safetensors").write_bytes(b"x")
         assert not (tmp_path / "new").exists()
-    assert place.result == tmp_path / "new" and os.listdir(place.result) == ["model.safetensors"]
+    assert paths.result == tmp_path / "new" and os.listdir(paths.result) == ["model.safetensors"]
     assert os.listdir(tmp_path) == ["new"]
 
 
 @pytest.mark.parametrize("out", ["deep/model.gguf", "deep"])
-def test_what_belongs_to_a_file_is_named_after_it(tmp_path: Path, out: str) -> None:
-    place = Place(tmp_path / out, "model")
-    with place.opened() as partial:
+def test_companions_are_named_after_the_file(tmp_path: Path, out: str) -> None:
+    paths = OutputPaths(tmp_path / out, "model")
+    with paths.opened() as partial:
         (partial / "model.gguf").write_bytes(b"x")
-        (partial / place.name("card")).write_text("card")
-        assert not place.result.exists()
+        (partial / paths.name("card")).write_text("card")
+        assert not paths.result.exists()
     assert sorted(os.listdir(tmp_path / "deep")) == ["model.gguf", "model.md"]
-    assert place.files() == {"model": str(tmp_path / "deep/model.gguf"), "card": str(tmp_path / "deep/model.md")}
+    assert paths.files() == {"model": str(tmp_path / "deep/model.gguf"), "card": str(tmp_path / "deep/model.md")}
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_two_exports_lie_in_one_folder(tmp_path: Path, is_file: bool) -> None:
+def test_two_exports_share_a_folder(tmp_path: Path, is_file: bool) -> None:
     for stem in ("a.q4_k_m", "a.q8_0"):
-        place = Place(tmp_path / f"{stem}.gguf" if is_file else tmp_path, stem)
-        with place.opened() as partial:
-            for name in (str(place.main), place.name("certificate"), place.name("modelfile")):
+        paths = OutputPaths(tmp_path / f"{stem}.gguf" if is_file else tmp_path, stem)
+        with paths.opened() as partial:
+            for name in (str(paths.main), paths.name("certificate"), paths.name("modelfile")):
                 (partial / name).write_text(stem)
     kinds = ("Modelfile", "certificate.json", "gguf")
     assert sorted(os.listdir(tmp_path)) == sorted(f"{stem}.{kind}" for stem in ("a.q4_k_m", "a.q8_0") for kind in kinds)
@@ -45,19 +45,19 @@ def test_two_exports_lie_in_one_folder(tmp_path: Path, is_file: bool) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(("name", "stem"), [("new", None), ("new", "model"), ("a/b/new.gguf", "model")])
-def test_what_is_interrupted_leaves_nothing(
+def test_an_interrupted_export_leaves_nothing(
     tmp_path: Path, error: type[BaseException], name: str, stem: str | None
 ) -> None:
-    place = Place(tmp_path / name, stem)
-    with pytest.raises(error), place.opened() as partial:
+    paths = OutputPaths(tmp_path / name, stem)
+    with pytest.raises(error), paths.opened() as partial:
         (partial / "model.gguf").write_bytes(b"x")
         raise error
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_interrupted_between_two_files_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_between_two_files_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    place = Place(tmp_path / "m.gguf", "m")
+    paths = OutputPaths(tmp_path / "m.gguf", "m")
     move = os.replace
 
     def stop_at_the_last(source: Path, target: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_is_interrupted_between_two_files_leaves_nothing(tmp_path: Path, mo
             raise KeyboardInterrupt
         move(source, target)
 
-    with pytest.raises(KeyboardInterrupt), place.opened() as partial:
+    with pytest.raises(KeyboardInterrupt), paths.opened() as partial:
         (partial / "m.gguf").write_bytes(b"x")
         (partial / "m.md").write_text("card")
         monkeypatch.setattr(os, "replace", stop_at_the_last)
@@ -76,23 +76,23 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").write_text("x")
     with pytest.raises(ConfigError, match="nothing is overwritten") as caught:
-        Place(tmp_path / "old", None)
+        OutputPaths(tmp_path / "old", None)
     assert "old-2" in str(caught.value)
     with pytest.raises(ConfigError, match="nothing is overwritten"):
-        Place(tmp_path / "old" / "file", "model")
+        OutputPaths(tmp_path / "old" / "file", "model")
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model.md", "model.certificate.json"])
 def test_a_file_of_another_is_not_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match="nothing is overwritten") as caught:
-        Place(tmp_path / "model.gguf", "model")
+        OutputPaths(tmp_path / "model.gguf", "model")
     assert f"--out {tmp_path / 'model-2.gguf'}" in str(caught.value)
 
 
-def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    place = Place(tmp_path / "model.gguf", "model")
-    with pytest.raises(ConfigError, match="nothing is overwritten"), place.opened() as partial:
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    paths = OutputPaths(tmp_path / "model.gguf", "model")
+    with pytest.raises(ConfigError, match="nothing is overwritten"), paths.opened() as partial:
         (partial / "model.gguf").write_text("ours")
         (tmp_path / "model.gguf").write_text("theirs")
     assert (tmp_path / "model.gguf").read_text() == "theirs" and os.listdir(tmp_path) == ["model.gguf"]
@@ -100,31 +100,31 @@ def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with Place(tmp_path / "empty", None).opened() as partial:
+    with OutputPaths(tmp_path / "empty", None).opened() as partial:
         (partial / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
 
 
-def test_a_folder_of_files_is_no_gguf_file(tmp_path: Path) -> None:
+def test_an_export_folder_cannot_be_a_gguf_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
-        Place(tmp_path / "x.gguf", None)
+        OutputPaths(tmp_path / "x.gguf", None)
 
 
-def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed(tmp_path: Path) -> None:
     ended, running = 1 << 30, os.getppid()
     for number in (ended, running):
         (tmp_path / f"new.partial-{number}").mkdir()
-    with Place(tmp_path / "new", None).opened() as partial:
+    with OutputPaths(tmp_path / "new", None).opened() as partial:
         (partial / "a").write_text("x")
     assert sorted(os.listdir(tmp_path)) == ["new", f"new.partial-{running}"]
 
 
-def test_what_is_needed_for_a_while_lies_beside_and_goes(tmp_path: Path) -> None:
-    with Place(tmp_path / "m.gguf", "m").scratch() as folder:
+def test_scratch_folders_lie_next_to_the_result_and_are_removed(tmp_path: Path) -> None:
+    with OutputPaths(tmp_path / "m.gguf", "m").scratch() as folder:
         assert folder.parent == tmp_path and folder.name.startswith("m.gguf.partial-")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="of disk"):
-        Place(tmp_path / "new", None).require_bytes(1 << 60)
+        OutputPaths(tmp_path / "new", None).require_bytes(1 << 60)

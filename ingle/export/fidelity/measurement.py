@@ -1,16 +1,16 @@
-"""How much of a trained change survives in each weight that is packed anew.
+"""Measures how much of a trained change survives the quantization of each merged weight.
 
-A change smaller than half a quantization step is mostly rounded away, and what survives is noise that has little to do
-with what was trained.  So every merged weight is compared with the same weight packed without the change:
+A change smaller than half a quantization step is mostly rounded away, and what remains is noise that has little to do
+with the training.  So every merged weight is compared with the same weight quantized without the change:
 
-* **delta / step**: rms of the wanted change over the quantization step, ``sqrt(12)`` times the rms rounding error of
-  the merged weight (the step of a uniform grid with that error).
-* **codes changed**: share of the weights whose integer code is another one than without the change.
-* **correlation**: cosine of the angle between the change that survived and the one that was wanted.
-* **gain**: how large the survived change is along the wanted one; rounding that behaves like noise keeps it near 1
-  even where the correlation is low.
+* **delta / step**: RMS of the trained change over the quantization step, which is ``sqrt(12)`` times the RMS rounding
+  error of the merged weight (the step of a uniform grid with that error).
+* **codes changed**: share of weights whose integer code differs from the one without the change.
+* **correlation**: cosine of the angle between the surviving change and the trained one.
+* **gain**: length of the surviving change along the trained one.  Rounding that behaves like noise keeps it near 1
+  even if the correlation is low.
 
-Legend: O = rows, I = columns.
+Legend: O = rows, I = columns, G = groups of a row.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ingle.export.merging import Loaded
+from ingle.adapters.lora import LoraLinear
+from ingle.export.writers.merged_model import LoadedWeight
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
 
-#: Rows compared at once; bounds the float32 copies.
+#: Number of weights compared at once; bounds the size of the float64 copies.
 _CHUNK_WEIGHTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFidelity:
-    """What became of one merged weight.
+    """Fidelity of one merged weight.
 
     Attributes:
-        name: As the export calls it.
-        type: What it is packed in.
-        num_weights: How many there are.
-        delta_rms: Rms of the wanted change.
-        weight_rms: Rms of the weight without it.
+        name: Name in the exported files.
+        type: Format or data type.
+        num_weights: Number of elements.
+        delta_rms: RMS of the trained change.
+        weight_rms: RMS of the weight without the change.
         step: Quantization step; see the module.
-        codes_changed: Share of codes that differ; of a plain type, of the numbers.
-        correlation: Between survived and wanted change.
-        gain: Length of the survived change along the wanted one.
-        num_bytes: Bytes it takes.
+        codes_changed: Share of codes that differ; for plain types, of values.
+        correlation: Correlation of the surviving change with the trained one.
+        gain: Length of the surviving change along the trained one.
+        num_bytes: Size in the exported files.
     """
 
     name: str
@@ -61,62 +62,65 @@ class TensorFidelity:
 
     @property
     def delta_per_step(self) -> float:
-        """Rms of the change over the quantization step."""
+        """RMS of the change in quantization steps."""
         return self.delta_rms / self.step if self.step else math.inf
 
     @property
+    def energy(self) -> float:
+        """Sum of squares of the trained change."""
+        return self.delta_rms**2 * self.num_weights
+
+    @property
     def lost_energy(self) -> float:
-        """Squares of the wanted change that did not survive."""
+        """Sum of squares of the trained change that did not survive."""
         return (1 - max(self.correlation, 0.0) ** 2) * self.delta_rms**2 * self.num_weights
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Returns plain data for JSON."""
         ratio = self.delta_per_step
         return asdict(self) | {"delta_per_step": ratio if math.isfinite(ratio) else None}
 
 
 def mean_correlation(tensors: Sequence[TensorFidelity]) -> float | None:
-    """Correlation over all merged weights, each counted by the energy of its change; None where there are none."""
-    energy = [each.delta_rms**2 * each.num_weights for each in tensors]
-    if not sum(energy):
-        return None
-    return sum(each.correlation * e for each, e in zip(tensors, energy, strict=True)) / sum(energy)
+    """Returns the mean correlation, weighted by the energy of each change; None if there is no change."""
+    total = sum(each.energy for each in tensors)
+    return sum(each.correlation * each.energy for each in tensors) / total if total else None
 
 
 @torch.no_grad()
 def measure(
-    loaded: Loaded, name: str, target: Format | torch.dtype, importance: Tensor | None = None
+    loaded: LoadedWeight, name: str, target: Format | torch.dtype, importance: Tensor | None = None
 ) -> tuple[dict[str, Tensor] | Tensor, TensorFidelity]:
-    """Merges one weight into ``target`` and says what survived.
+    """Merges one weight into ``target`` and measures what survived.
 
     Returns:
-        Planes, or a ``[O, I]`` tensor where the target is a plain type; and the measurement.
+        The merged weight, as planes or as a plain ``[O, I]`` tensor, and the measurement.
     """
     layer = loaded.layer
     assert layer is not None
     rows, columns = layer.out_features, layer.in_features
     weight_OI = layer.dense_weight(torch.float32)
     if isinstance(layer.base, QuantLinear):
-        weight_OI = weight_OI.clone()  # it lies in the format's scratch
+        weight_OI = weight_OI.clone()  # it lies in the format's scratch buffer
     delta_OG = layer.delta()
-    packed: dict[str, Tensor] | Tensor
+    merged: dict[str, Tensor] | Tensor
     if isinstance(target, torch.dtype):
-        packed = (weight_OI + layer.spread(delta_OG)).to(target)
-        merged_OI, before_OI = packed.float(), weight_OI.to(target).float()
+        merged = (weight_OI + layer.spread(delta_OG)).to(target)
+        merged_OI, before_OI = merged.float(), weight_OI.to(target).float()
         changed = float((merged_OI != before_OI).double().mean())
-        type_name, num_bytes = str(target).removeprefix("torch."), packed.nbytes
+        type_name, num_bytes = str(target).removeprefix("torch."), merged.nbytes
     else:
-        packed = loaded.planes(target, importance)
+        merged = loaded.planes(target, importance)
         same = isinstance(layer.base, QuantLinear) and layer.base.format == target
         unmerged = layer.base.planes() if same else target.encode(weight_OI, importance, name=name)  # type: ignore[operator]
-        merged_OI = target.decode(packed, rows, columns, torch.float32)
+        merged_OI = target.decode(merged, rows, columns, torch.float32)
         before_OI = weight_OI if same else target.decode(unmerged, rows, columns, torch.float32)
-        changed = _codes_changed(target, unmerged, packed, merged_OI)
-        type_name, num_bytes = target.name, sum(plane.nbytes for plane in packed.values())
+        changed = _codes_changed(target, unmerged, merged, merged_OI)
+        type_name, num_bytes = target.name, sum(plane.nbytes for plane in merged.values())
     sums = _sum_up(weight_OI, layer, delta_OG, merged_OI, before_OI)
     count = rows * columns
     wanted, survived, both = sums["wanted"], sums["survived"], sums["both"]
-    return packed, TensorFidelity(
+    return merged, TensorFidelity(
         name=name,
         type=type_name,
         num_weights=count,
@@ -130,8 +134,10 @@ def measure(
     )
 
 
-def _sum_up(weight_OI: Tensor, layer: Any, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor) -> dict[str, float]:
-    """Sums of squares and products, some rows at a time, in float64."""
+def _sum_up(
+    weight_OI: Tensor, layer: LoraLinear, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor
+) -> dict[str, float]:
+    """Sums squares and products in float64, some rows at a time."""
     sums = dict.fromkeys(("weight", "wanted", "survived", "both", "error"), 0.0)
     rows = max(1, _CHUNK_WEIGHTS // weight_OI.shape[1])
     for start in range(0, len(weight_OI), rows):
@@ -150,7 +156,7 @@ def _sum_up(weight_OI: Tensor, layer: Any, delta_OG: Tensor, merged_OI: Tensor, 
 def _codes_changed(
     format: Format, before: Mapping[str, Tensor], after: Mapping[str, Tensor], merged_OI: Tensor
 ) -> float:
-    """Share of codes that differ: with the merged scales put over the old codes, exactly those weights differ."""
+    """Returns the share of codes that differ: the old codes with the merged scales differ in exactly those weights."""
     rows, columns = merged_OI.shape
     mixed_OI = format.decode(format.recode(before, after), rows, columns, torch.float32)
     return float((mixed_OI != merged_OI).double().mean())

@@ -1,35 +1,35 @@
-"""Wider types for the weights that lose most of their change, within a budget of bytes.
+"""Chooses wider types for the weights that lose most of their change, within a budget of bytes.
 
-Each merged weight is measured in its own type and in wider ones.  Then the step that saves most of the lost change for
-its bytes is taken, again and again, until enough survives or the next step would cost more than is left.
+Each merged weight is measured in its own type and in wider ones.  The step that saves most of the lost change per byte
+is taken repeatedly, until enough survives or the next step exceeds the budget.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ingle.export.fidelity import TensorFidelity, mean_correlation
+from ingle.export.fidelity.measurement import TensorFidelity, mean_correlation
 
-#: Types from narrow to wide; a weight climbs from its own.
+#: Types from narrow to wide.
 LADDER = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0")
-#: For rows that are not whole blocks of 256.
+#: The same for rows that are not a multiple of 256.
 SHORT_LADDER = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
-#: Correlation over all weights at which climbing ends.
+#: Mean correlation at which promotion stops.
 ENOUGH = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """What climbing came to.
+    """Result of a promotion.
 
     Attributes:
-        types: The new type of every weight that got one.
-        extra_bytes: What they cost.
-        before: Correlation over all weights in their own types.
-        expected: Correlation with the new ones.
+        types: New types by weight.
+        extra_bytes: Additional size of the file.
+        before: Mean correlation with the original types.
+        expected: Mean correlation with the new types.
     """
 
     types: dict[str, str]
@@ -38,8 +38,8 @@ class Promotion:
     expected: float | None
 
 
-def steps_above(type_name: str, num_columns: int) -> tuple[str, ...]:
-    """Wider types for a weight, narrow ones first."""
+def wider_types(type_name: str, num_columns: int) -> tuple[str, ...]:
+    """Returns the wider types for a weight, narrow ones first."""
     ladder = LADDER if num_columns % 256 == 0 else SHORT_LADDER
     if type_name in ladder:
         return ladder[ladder.index(type_name) + 1 :]
@@ -56,15 +56,13 @@ def promote(
     """Chooses wider types.
 
     Args:
-        weights: Name, type and columns of every merged weight.
-        measure_as: What would survive of a weight in a type.
-        budget_bytes: Most bytes more.
-        enough: Correlation at which it ends.
+        weights: Name, type and number of columns of every merged weight.
+        measure_as: Measures a weight in a type.
+        budget_bytes: Largest additional size.
+        enough: Mean correlation at which promotion stops.
     """
-    if not weights:
-        return Promotion({}, 0, None, None)
     options = {
-        name: [measure_as(name, step) for step in (own, *steps_above(own, columns))] for name, own, columns in weights
+        name: [measure_as(name, kind) for kind in (own, *wider_types(own, columns))] for name, own, columns in weights
     }
     chosen = dict.fromkeys(options, 0)
     before = _correlation(options, chosen)
@@ -86,17 +84,17 @@ def promote(
 def _offer(
     queue: list[tuple[float, str, int]], name: str, step: int, found: Sequence[TensorFidelity], left: int
 ) -> None:
-    """Puts the best of the steps above that can be paid into the queue, by what it saves for its bytes."""
+    """Adds the affordable wider type that saves most per byte to the queue."""
     own = found[step]
     gains = [
-        ((own.lost_energy - other.lost_energy) / max(1, other.num_bytes - own.num_bytes), place)
-        for place, other in enumerate(found[step + 1 :], step + 1)
+        ((own.lost_energy - other.lost_energy) / max(1, other.num_bytes - own.num_bytes), index)
+        for index, other in enumerate(found[step + 1 :], step + 1)
         if other.num_bytes - own.num_bytes <= left
     ]
-    gain, place = max(gains, default=(0.0, step))
+    gain, index = max(gains, default=(0.0, step))
     if gain > 0:
-        heapq.heappush(queue, (-gain, name, place))
+        heapq.heappush(queue, (-gain, name, index))
 
 
-def _correlation(options: dict[str, list[TensorFidelity]], chosen: dict[str, int]) -> float | None:
+def _correlation(options: Mapping[str, Sequence[TensorFidelity]], chosen: Mapping[str, int]) -> float | None:
     return mean_correlation([options[name][step] for name, step in chosen.items()])

@@ -1,7 +1,7 @@
-"""Writes safetensors files tensor by tensor: what is in memory is one tensor, never a shard.
+"""Writes safetensors files tensor by tensor, with one tensor in memory at a time.
 
-The header of a safetensors file stands before its tensors and is known only when the last one is; so room for it is
-left at the beginning and filled with spaces, which the format allows.
+The header of a safetensors file precedes its tensors but is known only after the last one.  So the writer reserves
+space for it and pads it with spaces, which the format allows.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ingle.models.loading.safetensors_files import DTYPES
 
-#: Small enough for file systems and uploads, large enough that few models need many.
+#: Small enough for file systems and uploads, large enough that few models need many shards.
 SHARD_BYTES = 4_000_000_000
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,14 +29,14 @@ class ShardWriter:
     """Writes ``model.safetensors``, or numbered shards and their index.
 
     Args:
-        folder: Where.
-        num_tensors: At most so many will be written; decides how much room is left for headers.
+        folder: Output folder.
+        num_tensors: Upper bound on the number of tensors; decides how much space is reserved for headers.
         shard_bytes: A shard is closed when the next tensor would make it larger.
     """
 
     def __init__(self, folder: Path, num_tensors: int, *, shard_bytes: int = SHARD_BYTES) -> None:
         self._folder = folder
-        self._room = -(-(num_tensors * 400 + 1024) // 8) * 8
+        self._header_bytes = -(-(num_tensors * 400 + 1024) // 8) * 8
         self._shard_bytes = shard_bytes
         self._file: BinaryIO | None = None
         self._header: dict[str, Any] = {}
@@ -46,9 +46,7 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor."""
-        assert all(name not in names for _, names in self._shards) and name not in self._header, (
-            f"{name} is there twice"
-        )
+        assert all(name not in names for _, names in self._shards) and name not in self._header, f"{name} is duplicated"
         if self._file is None or (self._header and self._position + tensor.nbytes > self._shard_bytes):
             self._close()
             self._open()
@@ -66,7 +64,7 @@ class ShardWriter:
         self.num_bytes += data.nbytes
 
     def finish(self) -> list[Path]:
-        """Closes the last file and gives the files their names."""
+        """Closes the last file, renames the shards, writes their index, and returns their paths."""
         self._close()
         count = len(self._shards)
         if count == 1:
@@ -74,20 +72,20 @@ class ShardWriter:
             os.replace(self._shards[0][0], final)
             return [final]
         paths: list[Path] = []
-        places: dict[str, str] = {}
+        weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._shards, 1):
             final = self._folder / f"model-{number:05d}-of-{count:05d}.safetensors"
             os.replace(path, final)
             paths.append(final)
-            places |= dict.fromkeys(names, final.name)
-        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(places.items()))}
+            weight_map |= dict.fromkeys(names, final.name)
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return paths
 
     def _open(self) -> None:
         path = self._folder / f"shard-{len(self._shards) + 1}.safetensors"
         self._file = open(path, "wb")  # noqa: SIM115 - closed with the shard
-        self._file.write(bytes(8 + self._room))
+        self._file.write(bytes(8 + self._header_bytes))
         self._shards.append((path, []))
         self._header, self._position = {}, 0
 
@@ -95,9 +93,9 @@ class ShardWriter:
         if self._file is None:
             return
         header = json.dumps({"__metadata__": {"format": "pt"}} | self._header).encode()
-        assert len(header) <= self._room, "the room for a header was too small"
+        assert len(header) <= self._header_bytes, "too little space was reserved for the header"
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.write(struct.pack("<Q", self._header_bytes) + header.ljust(self._header_bytes))
         self._file.close()
         self._file = None
         self._shards[-1][1].extend(self._header)

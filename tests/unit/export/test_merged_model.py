@@ -16,11 +16,11 @@ from ingle import adapters, inference, models
 from ingle.config.base import NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError
-from ingle.export import hf
-from ingle.export.fidelity import measure
-from ingle.export.gguf import GgufExport
-from ingle.export.gguf_types import AS_TRAINED, choose_type
-from ingle.export.merging import Merger
+from ingle.export.fidelity.measurement import measure
+from ingle.export.writers.gguf_file import GgufExport
+from ingle.export.writers.gguf_types import AS_TRAINED, choose_type
+from ingle.export.writers.merged_model import MergedModel
+from ingle.export.writers.safetensors_folder import choose_layout, write_safetensors
 from ingle.gguf import read_gguf
 from ingle.inference import Source
 
@@ -40,8 +40,8 @@ def _delta(adapter: Path, name: str) -> torch.Tensor:
 
 
 def _write_hf(source: Source, folder: Path, type_name: str) -> None:
-    layout = hf.choose_layout(type_name, source.base)
-    hf.write_safetensors(Merger(source), models.load_tokenizer(source.model), source.model, folder, layout)
+    layout = choose_layout(type_name, source.base)
+    write_safetensors(MergedModel(source), models.load_tokenizer(source.model), source.model, folder, layout)
 
 
 def test_a_merged_weight_is_the_base_and_its_change(
@@ -99,29 +99,29 @@ def test_modules_trained_whole_are_written(llama_folder: Path, make_adapter: Mak
 
 
 def test_only_one_weight_has_bytes_at_a_time(llama_folder: Path, make_adapter: MakeAdapter) -> None:
-    merger = Merger(_source(llama_folder, make_adapter(base="q8_0"), "q8_0"))
-    for entry in merger.stream.entries:
-        with merger.loaded(entry):
-            real = [n for n, p in merger.stream.model.named_parameters() if not p.is_meta and "lora_" not in n]
+    model = MergedModel(_source(llama_folder, make_adapter(base="q8_0"), "q8_0"))
+    for entry in model.stream.entries:
+        with model.loaded(entry):
+            real = [n for n, p in model.stream.model.named_parameters() if not p.is_meta and "lora_" not in n]
             assert len(real) == 1, real
-    assert all(p.is_meta for n, p in merger.stream.model.named_parameters() if "lora_" not in n)
+    assert all(p.is_meta for n, p in model.stream.model.named_parameters() if "lora_" not in n)
 
 
 def test_the_base_is_recognised_as_its_weights_pass(llama_folder: Path, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(base="nf4")
     for base, same in (("nf4", True), ("q8_0", False)):
-        merger = Merger(_source(llama_folder, adapter, base), checks_base=True)
-        for entry in merger.stream.entries:
-            with merger.loaded(entry):
+        model = MergedModel(_source(llama_folder, adapter, base), checks_base=True)
+        for entry in model.stream.entries:
+            with model.loaded(entry):
                 pass
-        assert (merger.explain_mismatch() is None) == same, base
+        assert (model.explain_mismatch() is None) == same, base
 
 
 def test_fidelity_is_what_float64_says(llama_folder: Path, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(0.01, base="q4_0")
-    merger = Merger(_source(llama_folder, adapter, "q4_0"))
-    entry = next(entry for entry in merger.stream.entries if entry.name == f"{Q_PROJ}.weight")
-    with merger.loaded(entry) as loaded:
+    model = MergedModel(_source(llama_folder, adapter, "q4_0"))
+    entry = next(entry for entry in model.stream.entries if entry.name == f"{Q_PROJ}.weight")
+    with model.loaded(entry) as loaded:
         before = loaded.base(torch.float32).double()
         planes, found = measure(loaded, "q", loaded.format)  # type: ignore[arg-type]
         data = loaded.holder.planes()["data"].numpy().copy()  # type: ignore[operator]
@@ -147,7 +147,7 @@ def test_untouched_weights_are_copied_in_llama_cpps_order(
 ) -> None:
     source = _source(llama_folder, make_adapter(base=base, skip=("k_proj", "down_proj")), base)
     path = tmp_path / "m.gguf"
-    export = GgufExport(Merger(source), models.load_tokenizer(source.model), AS_TRAINED)
+    export = GgufExport(MergedModel(source), models.load_tokenizer(source.model), AS_TRAINED)
     found = export.write(path, {})
     file = read_gguf(path)
     original = models.load_model(source.model, source.base)
@@ -165,7 +165,7 @@ def test_untouched_weights_are_copied_in_llama_cpps_order(
 def test_a_gguf_base_with_an_empty_adapter_keeps_every_byte(llama_folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
     plain = _source(llama_folder)
-    GgufExport(Merger(plain), models.load_tokenizer(plain.model), "q4_k_m").write(first, {"general.file_type": 15})
+    GgufExport(MergedModel(plain), models.load_tokenizer(plain.model), "q4_k_m").write(first, {"general.file_type": 15})
     model = models.load_model(ModelConfig(id=str(first), dtype="float32"), NoBase())
     from ingle.config.adapter import LoraAdapter
 
@@ -173,7 +173,7 @@ def test_a_gguf_base_with_an_empty_adapter_keeps_every_byte(llama_folder: Path, 
     adapters.save_adapter(model, tmp_path / "adapter", LoraAdapter(rank=2), str(first))
     source = Source(ModelConfig(id=str(first), dtype="bfloat16"), NoBase(), tmp_path / "adapter")
     tokenizer = models.load_tokenizer(source.model)
-    export = GgufExport(Merger(source), tokenizer, AS_TRAINED, base_file=read_gguf(first))
+    export = GgufExport(MergedModel(source), tokenizer, AS_TRAINED, base_file=read_gguf(first))
     export.write(second, {})
     assert export.num_copied == len(export.planned)
     before, after = read_gguf(first), read_gguf(second)
@@ -194,11 +194,11 @@ def test_types_are_chosen_and_refused() -> None:
     assert choose_type("Q4_K", NoBase()) == "q4_k_m"
     with pytest.raises(ConfigError, match="no GGUF type"):
         choose_type("q9", NoBase())
-    with pytest.raises(ConfigError, match="No weights can be packed in iq2_xs") as read_only:
+    with pytest.raises(ConfigError, match="Weights cannot be quantized to iq2_xs") as read_only:
         choose_type("iq2_xs", NoBase())
     assert "long search" in str(read_only.value.why)
-    with pytest.raises(ConfigError, match="cannot hold nf4"):
+    with pytest.raises(ConfigError, match="does not support nf4"):
         choose_type(AS_TRAINED, base_section("nf4"))
-    with pytest.raises(ConfigError, match="have no type") as caught:
-        hf.choose_layout("q4_k_m", NoBase())
+    with pytest.raises(ConfigError, match="no safetensors type") as caught:
+        choose_layout("q4_k_m", NoBase())
     assert "--to gguf --type q4_k_m" in str(caught.value)

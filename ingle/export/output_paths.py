@@ -1,7 +1,8 @@
-"""Where an export goes: a new folder, or a GGUF file with its companions; whole or not at all.
+"""Paths of an export's files, which are written completely or not at all.
 
-A folder in the hub's layout is one model, and its files carry the names that the hub and other programs look for.  GGUF
-files of several types often lie in one folder, so everything that belongs to one is named after it.
+An export is a new folder, or a GGUF file with companion files.  A folder in the layout of the hub is one model, and its
+files have the names that the hub and other programs expect.  GGUF files of several types often share a folder, so the
+companions of each are named after it.
 """
 
 from __future__ import annotations
@@ -24,41 +25,33 @@ from ingle.wording import size
 
 Companion = Literal["card", "modelfile", "fidelity", "fidelity_page", "certificate"]
 
-#: What follows the name of a GGUF file without its ending.
-_BESIDE_FILE: dict[Companion, str] = {
-    "card": ".md",
-    "modelfile": ".Modelfile",
-    "fidelity": ".fidelity.json",
-    "fidelity_page": ".fidelity.md",
-    "certificate": ".certificate.json",
-}
-#: Names in a folder that is one model.
-_IN_FOLDER: dict[Companion, str] = {
-    "card": "README.md",
-    "modelfile": "Modelfile",
-    "fidelity": "fidelity.json",
-    "fidelity_page": "fidelity.md",
-    "certificate": "certificate.json",
+#: Names of companions: in a folder that is one model, and as suffixes to the stem of a GGUF file.
+_NAMES: dict[Companion, tuple[str, str]] = {
+    "card": ("README.md", ".md"),
+    "modelfile": ("Modelfile", ".Modelfile"),
+    "fidelity": ("fidelity.json", ".fidelity.json"),
+    "fidelity_page": ("fidelity.md", ".fidelity.md"),
+    "certificate": ("certificate.json", ".certificate.json"),
 }
 
 
-class Place:
-    """The output of one export.
+class OutputPaths:
+    """Paths of one export.
 
     Args:
         out: A folder, or a file whose name ends in ``.gguf``.
-        stem: Name of the GGUF file inside a folder, without its ending; None when the export is a folder of files.
-        companions: What is written with it.
+        stem: Name of the GGUF file in a folder, without its suffix; None if the export is a folder.
+        companions: Files to be written with it.
 
     Attributes:
-        folder: Where everything ends up.
-        main: The GGUF file's name; None when the export is a folder of files.
+        folder: Output folder.
+        main: Name of the GGUF file; None if the export is a folder.
 
     Raises:
-        ConfigError: Something would be overwritten, or the path makes no sense.
+        ConfigError: A file would be overwritten, or the export is a folder and ``out`` a file.
     """
 
-    def __init__(self, out: Path, stem: str | None, companions: Collection[Companion] = tuple(_BESIDE_FILE)) -> None:
+    def __init__(self, out: Path, stem: str | None, companions: Collection[Companion] = tuple(_NAMES)) -> None:
         is_file = out.suffix.lower() == ".gguf" and not out.is_dir()
         if is_file and stem is None:
             raise ConfigError("This export is a folder, not a .gguf file.", where=f"--out {out}", fix="name a folder")
@@ -70,29 +63,28 @@ class Place:
 
     @property
     def result(self) -> Path:
-        """What was asked for: the GGUF file, or the folder."""
+        """The GGUF file, or the folder."""
         return self.folder if self.main is None else self.folder / self.main
 
     def name(self, companion: Companion) -> str:
-        """The file name of a companion."""
-        if self.main is None:
-            return _IN_FOLDER[companion]
-        return Path(self.main).stem + _BESIDE_FILE[companion]
+        """Returns the file name of a companion."""
+        in_folder, suffix = _NAMES[companion]
+        return in_folder if self.main is None else Path(self.main).stem + suffix
 
     def path(self, companion: Companion) -> Path:
-        """Where a companion lies in the end."""
+        """Returns the final path of a companion."""
         return self.folder / self.name(companion)
 
     def files(self) -> dict[str, str]:
-        """The paths of what was written, by what it is."""
-        found = {kind: self.path(kind) for kind in _BESIDE_FILE}
+        """Returns the paths of the files that exist, by their kind."""
+        found = {kind: self.path(kind) for kind in _NAMES}
         return {"model": str(self.result)} | {kind: str(path) for kind, path in found.items() if path.is_file()}
 
     def require_bytes(self, needed: int) -> None:
-        """Raises when the disk is too small for what will be written.
+        """Checks that the disk has enough free space.
 
         Raises:
-            DoesNotFit: It is.
+            DoesNotFit: It does not.
         """
         folder = self.folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
@@ -106,49 +98,49 @@ class Place:
 
     @contextmanager
     def opened(self) -> Iterator[Path]:
-        """Yields a folder to fill; when the block ends well everything in it moves to its place, the main file last.
+        """Yields a temporary folder; when the block succeeds, its files move to their paths, the main file last.
 
-        However the block ends, nothing half-written is left, nor a folder that was made for it.
+        If the block fails, neither incomplete files nor new folders remain.
         """
-        self._clear()
+        self._remove_leftovers()
         folder = self.folder.absolute()
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        whole = self.folder if self.main is None else self._staging("whole")
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        complete = self.folder if self.main is None else self._temporary("whole")
 
         def clean() -> None:
             if self.main is not None:
-                shutil.rmtree(whole, ignore_errors=True)
-            for path in made:
-                with suppress(OSError):  # somebody else's files are in it
+                shutil.rmtree(complete, ignore_errors=True)
+            for path in created:
+                with suppress(OSError):  # another program has put files there
                     path.rmdir()
 
         try:
             with on_forced_exit(clean):
-                with atomic_folder(whole) as partial:
+                with atomic_folder(complete) as partial:
                     yield partial
-                    self._require_free()  # somebody may have written there meanwhile
+                    self._require_free()  # another program may have written there meanwhile
                 if self.main is not None:
-                    self._move(whole)
+                    self._move(complete)
         except BaseException:
             clean()
             raise
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """Yields a temporary folder on the same disk; if we are killed, the next export to this place clears it."""
-        staging = self._staging("scratch")
-        with scratch_folder(staging.parent, f"{staging.name}-") as folder:
+        """Yields a temporary folder on the same disk; after a crash, the next export to these paths removes it."""
+        path = self._temporary("scratch")
+        with scratch_folder(path.parent, f"{path.name}-") as folder:
             yield folder
 
-    def _staging(self, purpose: str) -> Path:
+    def _temporary(self, purpose: str) -> Path:
         return self.result.with_name(f"{self.result.name}.partial-{os.getpid()}-{purpose}")
 
-    def _move(self, staging: Path) -> None:
-        """Moves what was written to its place; takes it back if that is interrupted."""
+    def _move(self, complete: Path) -> None:
+        """Moves the files to their paths, or none of them if it is interrupted."""
         moved = []
         try:
             with renaming:
-                for entry in sorted(staging.iterdir(), key=lambda entry: entry.name == self.main):
+                for entry in sorted(complete.iterdir(), key=lambda entry: entry.name == self.main):
                     os.replace(entry, self.folder / entry.name)
                     moved.append(self.folder / entry.name)
             sync(self.folder)
@@ -157,35 +149,33 @@ class Place:
                 path.unlink(missing_ok=True)
             raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(complete, ignore_errors=True)
 
     def _require_free(self) -> None:
-        taken = self._taken()
-        if taken is not None:
+        existing = self._existing()
+        if existing is not None:
             raise ConfigError(
-                f"{taken} exists; nothing is overwritten.",
+                f"{existing} exists; nothing is overwritten.",
                 where=f"--out {self._out}",
-                fix=f"delete it, or use --out {self._another()}",
+                fix=f"delete it, or use --out {self._alternative()}",
             )
 
-    def _taken(self) -> Path | None:
-        """Something in the way, if there is anything."""
+    def _existing(self) -> Path | None:
+        """Returns a path that would be overwritten, if any."""
         if self.main is not None and (self.folder.is_dir() or not self.folder.exists()):
-            names = (self.result, *map(self.path, self._companions))
-            return next((path for path in names if path.exists()), None)
+            return next((path for path in (self.result, *map(self.path, self._companions)) if path.exists()), None)
         free = not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir()))
         return None if free else self.folder
 
-    def _another(self) -> Path:
-        """A path like ``--out`` where nothing is yet."""
+    def _alternative(self) -> Path:
         taken = self.result if self.folder.is_dir() or not self.folder.exists() else self.folder
         number = 2
         while (path := taken.with_name(f"{taken.stem}-{number}{taken.suffix}")).exists():
             number += 1
         return path
 
-    def _clear(self) -> None:
-        """Removes what a killed export to the same place left behind."""
+    def _remove_leftovers(self) -> None:
+        """Removes temporary folders of exports to the same paths whose process has ended."""
         if self.result.parent.is_dir():
             for entry in self.result.parent.glob(f"{glob.escape(self.result.name)}.partial-*"):
                 number = re.match(r"\d+", entry.name.rpartition(".partial-")[2])
