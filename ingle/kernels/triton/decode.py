@@ -20,7 +20,7 @@ TILE = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_to(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 to ``dtype``, to nearest even; bfloat16 by hand, because Triton's interpreter truncates."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -42,7 +42,7 @@ def _store_levels(  # type: ignore[no-untyped-def]
     odd = tl.load(levels + (packed & 15)) * scale[:, None]
     value = tl.interleave(even, odd)
     column = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=column < num_columns)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,7 +78,7 @@ def _decode_int8(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     code = tl.load(codes + row * num_columns + column, mask=column < num_columns, other=0).to(tl.float32)
     value = code * tl.load(scales + row) * reciprocal
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=column < num_columns)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -99,7 +99,7 @@ def _decode_groups(  # type: ignore[no-untyped-def]
     scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
     zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
     value = (code.to(tl.float32) - zero) * scale
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=inside)
 
 
 def decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
