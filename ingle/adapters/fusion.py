@@ -23,7 +23,7 @@ from ingle.kernels.attention.tiles import Heads, Reach
 from ingle.kernels.layers.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
 from ingle.kernels.layers.importance import SquaredInputs
 from ingle.kernels.layers.lora import Projection
-from ingle.kernels.numba.bfloat16 import supported
+from ingle.kernels.numba.scalars import supported
 from ingle.quant.linear import QuantLinear
 
 #: Layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions, by exact class.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ingle.kernels.attention.softmax import differentiate, exponentiate, merge
 from ingle.kernels.attention.tiles import Reach
-from ingle.kernels.numba.bfloat16 import bits
+from ingle.kernels.numba.scalars import bits
 from ingle.kernels.threads import match_threads
 
 

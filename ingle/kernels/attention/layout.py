@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
 from ingle.kernels.attention.tiles import Heads, Indices, Reach
-from ingle.kernels.numba.bfloat16 import bits, load, prange, store
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import bits, load, store
 from ingle.kernels.threads import match_threads
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
 from ingle.kernels.attention.tiles import Heads, Reach
-from ingle.kernels.numba.bfloat16 import supported
+from ingle.kernels.numba.scalars import supported
 
 
 def packed_attention(

@@ -6,9 +6,10 @@ Every score comes in two parts, ``weights + rest``: the product as its dtype hol
 from __future__ import annotations
 
 import numpy as np
+from numba import njit, prange
 
-from ingle.kernels.numba.bfloat16 import FAST, exp, largest, load, njit, prange, store
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import FAST, exp, largest, load, store
 
 
 @compile_float_kernel

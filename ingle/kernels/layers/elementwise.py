@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
-from ingle.kernels.numba.bfloat16 import bits, exp, load, prange, store, supported
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import bits, exp, load, store, supported
 from ingle.kernels.threads import match_threads
 
 

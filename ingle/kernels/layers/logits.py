@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit, prange
 from torch import Tensor
 
-from ingle.kernels.numba.bfloat16 import FAST, bits, exp, largest, load, njit, prange, store, supported
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import FAST, bits, exp, largest, load, store, supported
 from ingle.kernels.threads import match_threads
 
 

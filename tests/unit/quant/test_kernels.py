@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from llvmlite import binding, ir
-from numba import njit, prange
+from numba import njit
 
 from ingle.kernels.levels import decode as cpu
 from ingle.kernels.levels.dispatch import encode_levels, has_kernel, search_bounds
-from ingle.kernels.numba import cache as cpu_cache
 from ingle.kernels.numba import lookup as look_up
+from ingle.kernels.numba.vector import Vector
 from ingle.kernels.threads import match_threads, set_threads
 from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
 
@@ -68,13 +68,13 @@ def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch
 
 def test_look_up_compiles_for_arm() -> None:
     module = ir.Module()
-    floats, packed = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(8), 8)
+    floats, raw = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(8), 8)
     place = ir.PointerType(ir.VectorType(ir.IntType(8), 32))
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [floats, packed, place]), "look_up")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [floats, raw, place]), "look_up")
     builder = ir.IRBuilder(function.append_basic_block())
-    products = builder.bitcast(function.args[0], ir.VectorType(ir.IntType(32), 16))
+    products, codes = (Vector(builder, argument) for argument in function.args[:2])
     shuffle = "llvm.aarch64.neon.tbl1.v16i8"
-    builder.store(look_up._pick(builder, products, function.args[1], shuffle, narrow=True), function.args[2])
+    builder.store(look_up.pick(products, codes, shuffle, narrow=True).value, function.args[2])
     builder.ret_void()
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -93,7 +93,7 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
     @njit
     def round_all(values: Any, out: Any) -> None:
         for k in range(values.size):
-            look_up.put(values[k], out, k)
+            look_up.store_weight(values[k], out, k)
 
     out = np.zeros(values.numel(), dtype=np.uint16)
     round_all(values.numpy(), out)
@@ -152,28 +152,6 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_a_place_for_the_cache_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-
-    def refuse(cache: bool = False, **options: Any) -> Any:
-        asked.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(cpu_cache, "njit", refuse)
-    double = cpu_cache.compile_kernel(_double)
-    assert asked == [True, False]
-    numbers = np.arange(4.0)
-    double(numbers)
-    assert numbers.tolist() == [0, 2, 4, 6]
-
-
-def _double(numbers: Any) -> None:
-    for k in prange(numbers.size):
-        numbers[k] *= 2
 
 
 def test_kernels_are_kept_on_disk() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numba import njit
 
-from ingle.kernels.numba.bfloat16 import bits, exp, largest, load, narrow, store, supported, widen
+from ingle.kernels.numba.scalars import bits, exp, largest, load, narrow, store, supported, widen
 
 
 @njit
