@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.kernels.attention import tiles as attention_tiles
+from ingle.kernels.attention import spans as attention_spans
 from ingle.kernels.attention.packed import packed_attention
 
 LENGTHS = {
@@ -85,7 +85,7 @@ def test_windows_caps_and_both_directions(
 @pytest.mark.parametrize("causal, window", [(True, None), (True, 90), (False, None), (False, 50)])
 def test_documents_longer_than_a_tile(dtype: torch.dtype, causal: bool, window: int | None, monkeypatch: Any) -> None:
     """Blocks of keys are merged, also where a row sees nothing of one."""
-    monkeypatch.setattr(attention_tiles, "TILE_KEYS", 64)
+    monkeypatch.setattr(attention_spans, "TILE_KEYS", 64)
     compare(dtype, [333, 20, 200], causal=causal, window=window)
 
 

@@ -166,7 +166,7 @@ def test_backward_uses_its_buffers_up_and_says_so() -> None:
     adapters.fuse(model)
     loss = forward_hidden(model, batch()).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="runs once"):
+    with pytest.raises(RuntimeError, match="can run only once"):
         loss.backward()
 
 

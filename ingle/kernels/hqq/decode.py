@@ -63,8 +63,8 @@ def decode_rest(data: Any, at: int, bits: int, length: int, scale: Any, zero: An
 def make_decoder(bits: int) -> Kernel:
     """The kernel for codes of so many bits.
 
-    Its arguments: ``codes`` uint8 ``[O, C]``; ``scales`` and ``zeros`` uint16 ``[O, N]``, bits of float16; ``size``, the
-    weights of a group, a multiple of 8 (the last group of a row may be short); ``out`` ``[O, I]``, the bits of bfloat16
+    Its arguments: ``codes`` uint8 ``[O, C]``; ``scales`` and ``zeros`` uint16 ``[O, N]``, bits of float16; ``size``,
+    weights of a group, a multiple of 8 (the last group of a row may be short); ``out`` ``[O, I]``, bits of bfloat16
     (uint16) or float32 (uint32); ``num_chunks``, parts of the rows that threads work on.
     """
     kinds = (ARRAY, OFFSET, types.float32, types.float32, ARRAY, OFFSET)

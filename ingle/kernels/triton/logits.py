@@ -1,6 +1,6 @@
 """Log-probabilities of targets from logits on a CUDA device, and their gradient in place of the logits.
 
-One program reads one row, block by block; sums are float32. Speed on a GPU has not been measured yet.
+One program reads one row, block by block; sums are float32. The speed on a GPU has not been measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _score_rows(  # type: ignore[no-untyped-def]
         z = _transform(tl.load(logits + row * vocabulary + column, mask=inside, other=0.0), scale, softcap)
         z = tl.where(inside, z, float("-inf"))
         higher = tl.maximum(top, z, propagate_nan=tl.PropagateNan.ALL)
-        # A lane that has seen nothing has no scale to correct: -inf minus -inf would be a NaN.
+        # -inf minus -inf would be NaN in a lane whose logits are all -inf.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - shift) + tl.exp(z - shift)
         top = higher
@@ -72,7 +72,7 @@ def _differentiate_rows(  # type: ignore[no-untyped-def]
 
 
 def score_rows(logits_CV: Tensor, targets_C: Tensor, scale: float, softcap: float) -> Tensor:
-    """As ``ingle.kernels.layers.logits.score``; a softcap of 0 means none."""
+    """Like ``ingle.kernels.layers.logits.score``; a softcap of 0 means none."""
     logps_C = torch.empty(len(logits_CV), dtype=torch.float32, device=logits_CV.device)
     with torch.cuda.device_of(logits_CV):
         _score_rows[(len(logits_CV),)](
@@ -84,7 +84,7 @@ def score_rows(logits_CV: Tensor, targets_C: Tensor, scale: float, softcap: floa
 def differentiate_rows(
     logits_CV: Tensor, targets_C: Tensor, logps_C: Tensor, grads_C: Tensor, scale: float, softcap: float
 ) -> None:
-    """As ``ingle.kernels.layers.logits.differentiate_``."""
+    """Like ``ingle.kernels.layers.logits.differentiate_``."""
     with torch.cuda.device_of(logits_CV):
         _differentiate_rows[(len(logits_CV),)](
             logits_CV, targets_C, logps_C, grads_C, logits_CV.shape[1], float(scale), float(softcap), BLOCK=BLOCK

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 from llvmlite import binding, ir
 from numba import njit
 
-from ingle.kernels.levels import decode as cpu
 from ingle.kernels.levels.dispatch import encode_levels, has_kernel, search_bounds
 from ingle.kernels.numba import lookup as look_up
 from ingle.kernels.numba.vector import Vector
@@ -152,10 +150,3 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_kernels_are_kept_on_disk() -> None:
-    dispatcher: Any = cpu.decode_int8
-    folder = Path(dispatcher.stats.cache_path)
-    cpu.decode_int8(np.zeros((2, 3), np.int8), np.ones(2, np.float32), np.zeros((2, 3), np.uint16), 1)
-    assert list(folder.glob("decode.decode_int8-*.nbi"))
