@@ -104,7 +104,7 @@ def test_all_rows_ignored_is_zero_loss_with_zero_gradient() -> None:
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, token_logps])
 def test_ignored_rows_do_not_reach_the_product(function: Any) -> None:
-    """A NaN in a row without loss must stay there."""
+    """NaN in a row without a target does not spread."""
     hidden, weight, targets, _ = make(32, torch.float32, False)
     hidden[targets == IGNORE_INDEX] = float("nan")
     hidden.requires_grad_()
@@ -135,7 +135,7 @@ def test_chunks_do_not_change_the_loss() -> None:
 
 
 def test_a_trained_float32_head_under_bfloat16_keeps_a_float32_gradient() -> None:
-    """Chunks are summed in float32: many small chunks must not lose what one big one has."""
+    """Chunks are summed in float32, so many small chunks are as exact as one large chunk."""
     hidden, weight, targets, _ = make(256, torch.bfloat16, False)
     head = weight.float().requires_grad_()
     many, one = (

@@ -77,8 +77,8 @@ Projections = Sequence[Projection]
 def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
     """``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
 
-    Dropout draws from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, repeats the
-    mask. Differentiable in x, A and B.
+    Dropout draws from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, repeats
+    the mask. Differentiable in x, A and B.
 
     Args:
         x: [..., I], in the dtype of the products.

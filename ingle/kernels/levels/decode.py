@@ -1,9 +1,11 @@
 """Decoders of 16-level formats and int8 on the CPU, in numba, so that users need no compiler.
 
-Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row. ``out`` holds bits: ``uint16`` is
-bfloat16, ``uint32`` is float32.
+:mod:`ingle.kernels.levels.dispatch` describes the arguments of the kernels, in the same order. Here ``out`` holds bits:
+``uint16`` is bfloat16, ``uint32`` is float32. Threads work on ``num_chunks`` parts of the rows.
 
-Threads: on Linux numba's OpenMP layer and torch share libgomp, and with it the threads. A second pool would compete
+Legend: C = bytes of codes in a row, N = blocks in a row.
+
+On Linux numba's OpenMP layer and torch share libgomp, and with it the threads. A second pool would compete
 with torch's, whose threads spin for a while after every product. One thread computes a row, in one order, so results
 do not depend on the number of threads.
 """
@@ -56,16 +58,7 @@ def decode_row(codes_C: Any, at: int, levels: Any, scales_N: Any, block_size: in
 
 @compile_kernel
 def decode_levels(codes: Any, levels: Any, scales: Any, block_size: int, out: Any, num_chunks: int) -> None:
-    """Decodes 16-level codes with float32 scales.
-
-    Args:
-        codes: uint8 ``[O, C]``.
-        levels: 16 float32.
-        scales: float32 ``[O, N]``.
-        block_size: Weights that share a scale.
-        out: ``[O, I]``.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Decodes 16-level codes with float32 scales."""
     num_rows, num_columns = out.shape
     flat_codes, flat_out = codes.reshape(-1), out.reshape(-1)
     for chunk in prange(num_chunks):
@@ -80,19 +73,7 @@ def decode_nested_levels(
     codes: Any, levels: Any, scale_codes: Any, scale_levels: Any, nested: Any, offset: Any,
     block_size: int, out: Any, num_chunks: int,
 ) -> None:  # fmt: skip
-    """Decodes 16-level codes whose scales are quantized too: ``scale_levels[code] * nested + offset``.
-
-    Args:
-        codes: uint8 ``[O, C]``.
-        levels: 16 float32.
-        scale_codes: uint8 ``[O, N]``.
-        scale_levels: 256 float32.
-        nested: float32, one for 256 consecutive scales of the flattened matrix.
-        offset: One float32.
-        block_size: Weights that share a scale.
-        out: ``[O, I]``.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Decodes 16-level codes whose scales are quantized too: ``scale_levels[code] * nested + offset``."""
     num_rows, num_columns = out.shape
     num_blocks = scale_codes.shape[1]
     flat_codes, flat_out = codes.reshape(-1), out.reshape(-1)
@@ -109,14 +90,7 @@ def decode_nested_levels(
 
 @compile_kernel
 def decode_int8(codes: Any, scales: Any, out: Any, num_chunks: int) -> None:
-    """Decodes rows of signed bytes: ``code * scale * (1 / 127)``.
-
-    Args:
-        codes: int8 ``[O, I]``.
-        scales: float32 ``[O]``.
-        out: ``[O, I]``.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Decodes rows of signed bytes: ``code * scale * (1 / 127)``."""
     num_rows = out.shape[0]
     for chunk in prange(num_chunks):
         first, stop = chunk_bounds(chunk, num_rows, num_chunks)

@@ -1,6 +1,10 @@
 """Encoders of 16-level formats, int8 and ternary on the CPU, in numba.
 
-Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
+:mod:`ingle.kernels.levels.dispatch` describes results and arguments. ``weights`` are the bits of float32 (uint32) or
+bfloat16 (uint16) ``[O, I]``; ``codes`` and everything after them is written, float32 as bits (uint32); threads work on
+``num_chunks`` parts. The last block or group of a row may be short. NaN or infinity gives a scale that is not finite.
+
+Legend: O = rows, I = columns.
 """
 
 from __future__ import annotations
@@ -25,19 +29,7 @@ SMALLEST = np.float32(2.0**-121)
 def encode_levels(
     weights: Any, midpoints: Any, order: Any, block_size: int, codes: Any, scales: Any, num_chunks: int
 ) -> None:
-    """Encodes weights as 16-level codes, by the number of midpoints strictly below ``weight / absmax``.
-
-    NaN or infinity gives a scale that is not finite.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        midpoints: 15 float32, ascending.
-        order: 16 uint8, the code for every number of midpoints.
-        block_size: Weights that share a scale; the last block of a row may be short.
-        codes: uint8 ``[O, C]``, written; the even weight in the high nibble.
-        scales: uint32 ``[O, N]``, written: the bits of every block's float32 absmax.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """16-level codes: ``order`` of the number of ``midpoints`` strictly below ``weight / absmax``; and absmax."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     in_order = True
@@ -68,14 +60,7 @@ def encode_levels(
 
 @compile_kernel
 def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None:
-    """Counts, for each value, how many of 255 bounds are strictly below it.
-
-    Args:
-        values: float32, flat.
-        bounds: 255 float32, ascending.
-        codes: uint8, flat, written.
-        num_chunks: Parts of the values that threads work on.
-    """
+    """Counts, for each float32 value, how many of 255 bounds are strictly below it."""
     for chunk in prange(num_chunks):
         first, stop = chunk_bounds(chunk, values.size, num_chunks)
         for k in range(first, stop):
@@ -89,16 +74,7 @@ def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None
 
 @compile_kernel
 def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
-    """Encodes rows as signed bytes: ``weight * (1 / absmax * 127)``, rounded to nearest, ties to even.
-
-    NaN or infinity gives a scale that is not finite.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        codes: int8 ``[O, I]``, written.
-        scales: uint32 ``[O]``, written: the bits of every row's float32 absmax.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Signed bytes: ``weight * (1 / absmax * 127)``, rounded to nearest, ties to even."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
@@ -118,16 +94,7 @@ def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
 
 @compile_kernel
 def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, num_chunks: int) -> None:
-    """Sums absolute values in groups of a row, and finds the least that is not zero and the largest.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        size: Weights of a group; the last of a row may be short.
-        totals: float64 ``[O, N]``, written.
-        least: uint32 ``[O, N]``, written: float32 bits; infinity if all are zero.
-        most: uint32 ``[O, N]``, written: float32 bits.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Sums magnitudes in groups of a row, and finds the least that is not zero and the largest."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
@@ -156,15 +123,7 @@ def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, 
 
 @compile_kernel
 def encode_ternary(weights: Any, limits: Any, size: int, codes: Any, num_chunks: int) -> None:
-    """Encodes weights as codes of two bits: 2 above a limit, 0 below minus the limit, else 1.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        limits: float32 ``[O, N]``.
-        size: Weights of a group, a multiple of four; the last of a row may be short.
-        codes: uint8 ``[O, C]``, written; the first weight of a byte in its lowest bits.
-        num_chunks: Parts of the rows that threads work on.
-    """
+    """Codes of two bits: 2 above a limit, 0 below minus the limit, else 1; the first weight in the lowest bits."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):

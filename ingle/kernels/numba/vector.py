@@ -21,6 +21,24 @@ BYTE, WORD, DWORD, FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.Flo
 ROUNDER = 12582912.0
 
 
+def _operator(name: str, float_name: str = "") -> Callable[[Vector, Any], Vector]:
+    """A method of :class:`Vector` by the names of the builder's instructions for integers and for floats."""
+
+    def method(self: Vector, other: Any) -> Vector:
+        emit = getattr(self.builder, float_name if self.is_float and float_name else name)
+        return Vector(self.builder, emit(self.value, self.of(other).value))
+
+    return method
+
+
+def _comparison(sign: str) -> Callable[[Vector, Any], Vector]:
+    def method(self: Vector, other: Any) -> Vector:
+        compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_unsigned
+        return Vector(self.builder, compare(sign, self.value, self.of(other).value))
+
+    return method
+
+
 class Vector:
     """A vector of floats or integers; a number as the other operand means a vector of that number.
 
@@ -48,73 +66,45 @@ class Vector:
         """Whether the elements are floats."""
         return isinstance(self.kind, ir.FloatType)
 
-    def __add__(self, other: Any) -> Vector:
-        return self._combine("fadd" if self.is_float else "add", other)
-
-    def __sub__(self, other: Any) -> Vector:
-        return self._combine("fsub" if self.is_float else "sub", other)
-
-    def __mul__(self, other: Any) -> Vector:
-        return self._combine("fmul" if self.is_float else "mul", other)
-
-    def __truediv__(self, other: Any) -> Vector:
-        return self._combine("fdiv", other)
+    __add__ = _operator("add", "fadd")
+    __sub__ = _operator("sub", "fsub")
+    __mul__ = _operator("mul", "fmul")
+    __truediv__ = _operator("", "fdiv")
+    __and__ = _operator("and_")
+    __or__ = _operator("or_")
+    __xor__ = _operator("xor")
+    __lshift__ = _operator("shl")
+    __rshift__ = _operator("lshr")
+    __lt__ = _comparison("<")
+    __gt__ = _comparison(">")
+    __ge__ = _comparison(">=")
 
     def __rtruediv__(self, other: Any) -> Vector:
         return self.of(other) / self
 
-    def __and__(self, other: Any) -> Vector:
-        return self._combine("and_", other)
-
-    def __or__(self, other: Any) -> Vector:
-        return self._combine("or_", other)
-
-    def __xor__(self, other: Any) -> Vector:
-        return self._combine("xor", other)
-
-    def __lshift__(self, other: Any) -> Vector:
-        return self._combine("shl", other)
-
-    def __rshift__(self, other: Any) -> Vector:
-        return self._combine("lshr", other)
-
-    def __lt__(self, other: Any) -> Vector:
-        return self._compare("<", other)
-
-    def __gt__(self, other: Any) -> Vector:
-        return self._compare(">", other)
-
-    def __ge__(self, other: Any) -> Vector:
-        return self._compare(">=", other)
-
     def same(self, other: Any) -> Vector:
         """Which elements are equal; ``==`` of two vectors."""
-        return self._compare("==", other)
+        return _comparison("==")(self, other)
+
+    def take(self, order: Sequence[int], other: Vector | None = None) -> Vector:
+        """The elements with these indices, which continue in ``other``; without it, a further index means zero."""
+        rest = ir.Constant(self.value.type, None) if other is None else other.value
+        return Vector(self.builder, self.builder.shuffle_vector(self.value, rest, _constant(DWORD, order)))
 
     def __getitem__(self, part: slice) -> Vector:
-        order = range(self.count)[part]
-        return Vector(self.builder, self.builder.shuffle_vector(self.value, self.value, _constant(DWORD, order)))
+        return self.take(range(self.count)[part])
 
     def join(self, other: Vector) -> Vector:
         """The elements of both, one vector after the other."""
-        order = range(self.count + other.count)
-        return Vector(self.builder, self.builder.shuffle_vector(self.value, other.value, _constant(DWORD, order)))
+        return self.take(range(self.count + other.count), other)
 
     def weave(self, other: Vector) -> Vector:
         """The elements of both, alternating."""
-        order = _constant(DWORD, [index for k in range(self.count) for index in (k, self.count + k)])
-        return Vector(self.builder, self.builder.shuffle_vector(self.value, other.value, order))
+        return self.take([index for k in range(self.count) for index in (k, self.count + k)], other)
 
     def spread(self, index: int, count: int) -> Vector:
         """One element repeated ``count`` times."""
-        order = _constant(DWORD, [index] * count)
-        return Vector(self.builder, self.builder.shuffle_vector(self.value, self.value, order))
-
-    def take(self, order: Sequence[int]) -> Vector:
-        """The elements with these indices; the index after the last means zero."""
-        zero = Vector(self.builder, ir.Constant(self.value.type, None))
-        shuffled = self.builder.shuffle_vector(self.value, zero.value, _constant(DWORD, order))
-        return Vector(self.builder, shuffled)
+        return self.take([index] * count)
 
     def choose(self, yes: Any, no: Vector) -> Vector:
         """``yes`` where this condition holds, ``no`` elsewhere."""
@@ -122,11 +112,11 @@ class Vector:
 
     def at_least(self, bound: Any) -> Vector:
         """The maximum with a bound; the bound for a NaN."""
-        return self._compare(">", bound).choose(self, self.of(bound))
+        return (self > bound).choose(self, self.of(bound))
 
     def at_most(self, bound: Any) -> Vector:
         """The minimum with a bound; the bound for a NaN."""
-        return self._compare("<", bound).choose(self, self.of(bound))
+        return (self < bound).choose(self, self.of(bound))
 
     def size(self) -> Vector:
         """Absolute values of floats."""
@@ -202,13 +192,6 @@ class Vector:
         if isinstance(other, ir.Value):
             return splat(self.builder, other, self.count)
         return Vector(self.builder, _constant(self.kind, [other] * self.count))
-
-    def _combine(self, name: str, other: Any) -> Vector:
-        return Vector(self.builder, getattr(self.builder, name)(self.value, self.of(other).value))
-
-    def _compare(self, sign: str, other: Any) -> Vector:
-        compare = self.builder.fcmp_ordered if self.is_float else self.builder.icmp_unsigned
-        return Vector(self.builder, compare(sign, self.value, self.of(other).value))
 
 
 class Array:

@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 @pytest.fixture(params=["numba", "torch"], autouse=True)
 def path(request: Any, monkeypatch: Any) -> None:
-    """Both the kernels and what stands in for them elsewhere."""
+    """The numba kernels, and the torch code for other devices and dtypes."""
     if request.param == "torch":
         monkeypatch.setattr(elementwise, "supported", lambda *tensors: False)
 

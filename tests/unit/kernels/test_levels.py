@@ -1,4 +1,4 @@
-"""The numba kernels beneath the formats: both ways to look up, rounding, threads, and where the cache goes."""
+"""Kernels of formats with levels: look-up in all its implementations, rounding, and the number of threads."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_every_look_up_rounds_as_torch(wide: bool, bits: Any, dtype: torch.dtype
             expected = (torch.from_numpy(LEVELS)[code] * torch.tensor(scale)).to(dtype)
             signed = {np.uint16: torch.int16, np.uint32: torch.int32}[bits]
             decoded = torch.from_numpy(out).view(signed)
-            assert torch.equal(decoded, expected.view(signed)), scale  # bit for bit: the sign of zero too
+            assert torch.equal(decoded, expected.view(signed)), scale  # bit for bit, including the sign of zero
 
 
-def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shuffle_follows_the_processor_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
     assert look_up.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
@@ -59,7 +59,7 @@ def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch
     monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
     assert look_up.find_shuffle() is None
     assert not look_up.has_permute()
-    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+ssse3,+neon")  # what is listed counts, as numba compiles
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+ssse3,+neon")
     assert look_up.find_shuffle() is not None
     assert not look_up.has_permute()
 
@@ -81,7 +81,7 @@ def test_look_up_compiles_for_arm() -> None:
     assert assembly.count("tbl") == 2
 
 
-def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
+def test_every_finite_float_rounds_to_bfloat16_as_in_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 2**31, (1 << 16,), generator=generator, dtype=torch.int64).to(torch.int32)
     ties = torch.arange(0x3F80_8000, 0x3F80_8000 + (1 << 24), 1 << 16, dtype=torch.int32)  # halfway, both ways
@@ -102,9 +102,9 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
 def test_ties_between_levels_stay_low(format: Levels) -> None:
     middles, order = format.midpoints(CPU), format.codes(CPU)
     weight = torch.cat([middles, torch.ones(1)]).repeat(4, 1)  # absmax 1: the scaled weight is the midpoint itself
-    packed = encode_levels(weight, middles, order, 32)
-    assert packed is not None
-    codes = torch.stack((packed[0] >> 4, packed[0] & 15), dim=-1).flatten(1)
+    encoded = encode_levels(weight, middles, order, 32)
+    assert encoded is not None
+    codes = torch.stack((encoded[0] >> 4, encoded[0] & 15), dim=-1).flatten(1)
     assert torch.equal(codes, order.repeat(4, 1))
     levels = format.levels(CPU)[order.int()]
     assert torch.equal(levels, levels.sort().values)
@@ -120,7 +120,7 @@ def test_search_counts_bounds_strictly_below() -> None:
     assert torch.equal(codes.int(), (bounds < values.unsqueeze(1)).sum(1).int())
 
 
-def test_kernels_know_their_limits() -> None:
+def test_kernels_decline_what_they_do_not_support() -> None:
     assert not has_kernel(torch.empty(1), torch.float16)
     tables = Nf4().midpoints(CPU), Nf4().codes(CPU)
     assert encode_levels(torch.empty(2, 32, dtype=torch.int32), *tables, 32) is None
@@ -139,7 +139,7 @@ def test_threads_follow_torch() -> None:
         torch.set_num_threads(before)
 
 
-def test_numbas_start_leaves_torchs_threads_alone() -> None:
+def test_starting_numba_keeps_the_threads_of_torch() -> None:
     code = """
 import torch
 from ingle.quant.levels import Nf4
