@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ class LogitTransform:
         tanh = torch.tanh(z / self.softcap)
         return self.softcap * tanh, self.scale * (1 - tanh**2)
 
-    def numbers(self) -> tuple[np.float32, np.float32]:
-        """The scale and the softcap as kernels take them; a softcap of 0 means none."""
+    def numbers(self) -> tuple[Any, Any]:
+        """The scale and the softcap as float32, for kernels; a softcap of 0 means none."""
         return np.float32(self.scale), np.float32(self.softcap or 0.0)
 
 

@@ -81,7 +81,8 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grads_N: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, targets_N, logps_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias, targets_N, logps_N = ctx.saved_tensors
+        inputs = hidden_NH, weight_VH, bias
         head = ChunkedHead(*inputs, targets_N, ctx.chunk_size)
         head.make_gradients(ctx.needs_input_grad)
         for rows_C, logits_CV in head.chunks():

@@ -112,11 +112,13 @@ class Vector:
 
     def at_least(self, bound: Any) -> Vector:
         """The maximum with a bound; the bound for a NaN."""
-        return (self > bound).choose(self, self.of(bound))
+        above: Vector = self > bound
+        return above.choose(self, self.of(bound))
 
     def at_most(self, bound: Any) -> Vector:
         """The minimum with a bound; the bound for a NaN."""
-        return (self < bound).choose(self, self.of(bound))
+        below: Vector = self < bound
+        return below.choose(self, self.of(bound))
 
     def size(self) -> Vector:
         """Absolute values of floats."""
