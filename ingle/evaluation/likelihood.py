@@ -27,7 +27,7 @@ from ingle.data.types import Ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers import Likelihood
 from ingle.evaluation.task import TaskSample
-from ingle.kernels.layers.cross_entropy import linear_logps
+from ingle.kernels.layers.token_logps import token_logps
 from ingle.models import forward_hidden, head
 
 Mask = npt.NDArray[np.bool_]
@@ -202,7 +202,7 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     batch = collate(samples).to(output.weight.device)
     hidden_NH = forward_hidden(model, batch)[0]
     targets_N = batch.next_labels()
-    logps_N = linear_logps(
+    logps_N = token_logps(
         hidden_NH,
         output.weight,
         targets_N,

@@ -1,4 +1,4 @@
-"""The scalar building blocks: rounding against torch for all bfloat16, the exponential against float64."""
+"""Scalar functions: rounding against torch for all bfloat16, float16 against numpy, the exponential in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import pytest
 import torch
 from numba import njit
 
-from ingle.kernels.numba.bfloat16 import bits, exp, largest, load, narrow, store, supported, widen
+from ingle.kernels.numba.scalars import (
+    bits,
+    exp,
+    from_half,
+    largest,
+    load,
+    narrow,
+    store,
+    supported,
+    to_half,
+    widen,
+)
 
 
 @njit
@@ -26,6 +37,18 @@ def _narrow_all(source, out):
 def _exp_all(source, out):
     for i in range(len(source)):
         out[i] = exp(source[i])
+
+
+@njit
+def _from_half_all(source, out):
+    for i in range(len(source)):
+        out[i] = from_half(source[i])
+
+
+@njit
+def _to_half_all(source, out):
+    for i in range(len(source)):
+        out[i] = to_half(source[i])
 
 
 @njit
@@ -55,7 +78,21 @@ def test_narrowing_rounds_as_torch_does() -> None:
     assert torch.equal(ours[finite].view(torch.int16), theirs[finite].view(torch.int16))
 
 
-def test_the_exponential() -> None:
+def test_float16_converts_as_in_numpy() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    wide = np.empty(len(every), np.float32)
+    _from_half_all(every, wide)
+    np.testing.assert_array_equal(wide, every.view(np.float16).astype(np.float32))
+    near = (wide.view(np.uint32)[:, None] + np.array([0, 0xFFF, 0x1000, 0x1001, 0x1FFF], np.uint32)).view(np.float32)
+    values = np.concatenate([near.ravel(), np.float32([1e-9, 6e4, 65519, 65520, 1e9, np.inf, -np.inf])])
+    values = values[~np.isnan(values)]
+    out = np.empty(len(values), np.uint16)
+    _to_half_all(values, out)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(out, values.astype(np.float16).view(np.uint16))
+
+
+def test_the_exponential_is_within_two_ulp() -> None:
     x = np.linspace(-87, 88, 1_000_001, dtype=np.float32)
     out = np.empty_like(x)
     _exp_all(x, out)
@@ -67,7 +104,7 @@ def test_the_exponential() -> None:
     assert out[0] < 2e-38 and out[1] < 2e-38 and out[2] == 1 and np.isnan(out[3])
 
 
-def test_the_largest() -> None:
+def test_largest_orders_floats_and_keeps_nan() -> None:
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     assert largest(values) == values.max()
     assert largest(-np.abs(values)) == -np.abs(values).min()
@@ -85,7 +122,7 @@ def test_load_and_store_take_both_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(source, out)
 
 
-def test_what_is_supported() -> None:
+def test_supported_needs_one_float_dtype_on_the_cpu() -> None:
     half, single = torch.ones(2).bfloat16(), torch.ones(2)
     assert supported(half, half) and supported(single)
     assert not supported(half, single) and not supported(torch.ones(2).double()) and not supported(torch.ones(2).half())

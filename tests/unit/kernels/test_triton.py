@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on the CPU in a process of their own, against the torch reference."""
+"""The Triton kernels against the torch reference, in Triton's interpreter; and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
-CODE = """
+DECODE = """
 import torch
 from ingle.kernels.triton import decode as kernels
 from ingle.quant.hqq import Hqq
@@ -46,6 +46,36 @@ for shape in ((1, 64), (3, 7), (5, 200), (4, 2816)):
 print("exact")
 """
 
+LOGITS = """
+import torch
+from ingle.kernels.layers import logits as reference
+from ingle.kernels.layers.logits import LogitTransform
+from ingle.kernels.triton import logits as kernels
+
+reference.supported = lambda *tensors: False  # torch, not numba
+kernels.BLOCK = 64
+generator = torch.Generator().manual_seed(0)
+for rows, vocabulary in ((1, 5), (4, 64), (7, 301)):
+    exact = torch.randn(rows, vocabulary, generator=generator) * 5
+    exact[0, 0], exact[-1, -1] = -torch.inf, 80.0
+    targets = torch.randint(1, vocabulary, (rows,), generator=generator)
+    grads = torch.randn(rows, generator=generator)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+        for transform in (LogitTransform(), LogitTransform(0.25, 5.0)):
+            raw = exact.to(dtype)
+            wanted = reference.score(raw.double(), targets, transform)
+            logps = kernels.score_rows(raw, targets, *transform.numbers())
+            assert (logps - wanted).abs().max() <= 1e-5, (logps, wanted)
+            gradient, expected = raw.clone(), raw.double()
+            kernels.differentiate_rows(gradient, targets, logps, grads, *transform.numbers())
+            reference.differentiate_(expected, targets, wanted, grads.double(), transform)
+            error = (gradient.double() - expected).norm() / expected.norm()
+            assert error <= tolerance, (dtype, transform, error)
+raw[0, 3] = torch.nan
+assert kernels.score_rows(raw, targets, 1.0, 0.0)[0].isnan()
+print("close")
+"""
+
 COMPILE = """
 import re
 from triton import compile
@@ -74,6 +104,21 @@ for out in ("*bf16", "*fp16", "*fp32"):
         source = ASTSource(fn=function, signature=signature, constexprs=constants)
         compiled = compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
         assert not re.search(r"\\bfma\\.", compiled.asm["ptx"]), function
+
+from ingle.kernels.triton import logits
+
+for target in (80, 90):
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        for softcap in (0.0, 30.0):
+            pointers = {"logits": dtype, "targets": "*i64", "logps": "*fp32"}
+            rest = {"vocabulary": "i32", "scale": "fp32", "softcap": "constexpr", "BLOCK": "constexpr"}
+            for function, signature in (
+                (logits._score_rows, pointers | rest),
+                (logits._differentiate_rows, pointers | {"grads": "*fp32"} | rest),
+            ):
+                constants = {"softcap": softcap, "BLOCK": logits.BLOCK}
+                source = ASTSource(fn=function, signature=signature, constexprs=constants)
+                assert ".entry" in compile(source, target=GPUTarget("cuda", target, 32)).asm["ptx"]
 print("compiled")
 """
 
@@ -85,9 +130,13 @@ def run(code: str, **environment: str) -> str:
     ).stdout
 
 
-def test_every_kernel_is_exact() -> None:
-    assert "exact" in run(CODE, TRITON_INTERPRET="1")
+def test_decoding_is_exact() -> None:
+    assert "exact" in run(DECODE, TRITON_INTERPRET="1")
 
 
-def test_every_kernel_compiles_for_a_gpu_and_fuses_no_sums() -> None:
+def test_logits_are_scored_and_differentiated_as_by_torch() -> None:
+    assert "close" in run(LOGITS, TRITON_INTERPRET="1")
+
+
+def test_every_kernel_compiles_and_decoding_fuses_no_sums() -> None:
     assert "compiled" in run(COMPILE)

@@ -1,11 +1,11 @@
-"""How packed documents are cut into tiles of scores that stay in cache, and which keys every token sees.
+"""Which keys each token of packed documents sees, and the tiles of scores that the documents are cut into.
 
-Short documents share a segment, and so a tile (each row knows its first and last key): a thousand documents of ten
-tokens cost as little as ten of a thousand.
+Tiles stay in cache. Short documents share a segment, and so a tile (each row has its own first and last key): a
+thousand documents of ten tokens cost as little as ten of a thousand.
 
 Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size,
-P rows of a tile, K keys of a tile. Grouped means, for keys and values: segment by segment [Hkv, S, Dh]; for
-queries and what goes with them: tile by tile [Hkv, tokens, G, Dh], so that batched products take them as they lie.
+P rows of a tile, K keys of a tile. Grouped means, for keys and values, segment by segment [Hkv, S, Dh]; for queries and
+outputs, tile by tile [Hkv, tokens, G, Dh], so that batched products need no copies.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-#: Documents are put together into a segment until it has this many tokens.
+#: Documents join a segment until it has this many tokens.
 SEGMENT_TOKENS = 128
-#: Most query tokens and most keys of a tile, and the number of scores it should not exceed (they should stay in cache).
+#: Most query tokens and most keys of a tile, and most scores, so that they stay in cache.
 TILE_TOKENS = 128
 TILE_KEYS = 1024
 TILE_SCORES = 1 << 21
@@ -44,12 +44,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some tokens that ask and the keys any of them sees, block by block; spans are start and stop in tokens.
+    """Some query tokens and the keys that any of them sees, block by block; start and stop are in tokens.
 
     Attributes:
-        rows: The tokens that ask.
-        blocks: The tokens that answer.
-        segment: The segment all of them are in.
+        rows: The query tokens.
+        blocks: The key tokens.
+        segment: The segment that contains them all.
     """
 
     rows: tuple[int, int]
@@ -62,7 +62,7 @@ class Tile:
         return grouped[start * heads.q * heads.size : stop * heads.q * heads.size].view(heads.kv, -1, heads.size)
 
     def numbers(self, values: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, P] of one number a query and head, contiguous."""
+        """[Hkv, P] of one number per query and head, contiguous."""
         return values[self.rows[0] * heads.q : self.rows[1] * heads.q].view(heads.kv, -1)
 
     def keys(self, block: tuple[int, int], grouped: Tensor, heads: Heads) -> Tensor:
@@ -71,23 +71,23 @@ class Tile:
         whole = grouped[start * heads.kv * heads.size : stop * heads.kv * heads.size].view(heads.kv, -1, heads.size)
         return whole[:, block[0] - start : block[1] - start]
 
-    def visible(self, block: tuple[int, int], reach: Reach) -> tuple[Indices, Indices]:
-        """First key and one past the last of each row's token, counted from the block's first."""
+    def visible(self, block: tuple[int, int], spans: AttentionSpans) -> tuple[Indices, Indices]:
+        """First key and one past the last of each row's token, relative to the block."""
         rows, (start, stop) = slice(*self.rows), block
-        return reach.first[rows].clip(start, stop) - np.int32(start), reach.last[rows].clip(start, stop) - np.int32(
+        return spans.first[rows].clip(start, stop) - np.int32(start), spans.last[rows].clip(start, stop) - np.int32(
             start
         )
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Which keys every token sees, and how the tokens are cut.
+class AttentionSpans:
+    """Which keys each token sees, and how the tokens are cut into tiles.
 
     Attributes:
         heads: Sizes.
         first: First key of each token, int32 [N]; never decreases.
         last: One past its last key, int32 [N]; never decreases within a segment.
-        tiles: They cover every token once.
+        tiles: Cover each token once.
         by_tile: Start and stop of each token's tile, int32 [N, 2].
         by_segment: Start and stop of each token's segment, int32 [N, 2].
     """
@@ -100,8 +100,8 @@ class Reach:
     by_segment: Indices
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: int | None) -> Reach:
-        """Reads document boundaries, int [D + 1]."""
+    def of(cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: int | None) -> AttentionSpans:
+        """The spans of documents with these boundaries, int [D + 1]."""
         bounds = cu_seqlens.numpy().astype(np.int32)
         lengths = np.diff(bounds)
         window = None if window is None else min(window, int(bounds[-1]))  # a config may name any number

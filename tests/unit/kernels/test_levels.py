@@ -1,23 +1,21 @@
-"""The numba kernels beneath the formats: both ways to look up, rounding, threads, and where the cache goes."""
+"""Kernels of formats with levels: look-up in all its implementations, rounding, and the number of threads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from llvmlite import binding, ir
-from numba import njit, prange
+from numba import njit
 
-from ingle.kernels.levels import decode as cpu
 from ingle.kernels.levels.dispatch import encode_levels, has_kernel, search_bounds
-from ingle.kernels.numba import cache as cpu_cache
 from ingle.kernels.numba import lookup as look_up
+from ingle.kernels.numba.vector import Vector
 from ingle.kernels.threads import match_threads, set_threads
 from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
 
@@ -50,10 +48,10 @@ def test_every_look_up_rounds_as_torch(wide: bool, bits: Any, dtype: torch.dtype
             expected = (torch.from_numpy(LEVELS)[code] * torch.tensor(scale)).to(dtype)
             signed = {np.uint16: torch.int16, np.uint32: torch.int32}[bits]
             decoded = torch.from_numpy(out).view(signed)
-            assert torch.equal(decoded, expected.view(signed)), scale  # bit for bit: the sign of zero too
+            assert torch.equal(decoded, expected.view(signed)), scale  # bit for bit, including the sign of zero
 
 
-def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shuffle_follows_the_processor_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
     import numba
 
     assert look_up.find_shuffle() in {"llvm.x86.ssse3.pshuf.b.128", "llvm.aarch64.neon.tbl1.v16i8", None}
@@ -61,20 +59,20 @@ def test_this_processor_has_a_shuffle_unless_numba_is_told_otherwise(monkeypatch
     monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
     assert look_up.find_shuffle() is None
     assert not look_up.has_permute()
-    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+ssse3,+neon")  # what is listed counts, as numba compiles
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+ssse3,+neon")
     assert look_up.find_shuffle() is not None
     assert not look_up.has_permute()
 
 
 def test_look_up_compiles_for_arm() -> None:
     module = ir.Module()
-    floats, packed = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(8), 8)
+    floats, raw = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(8), 8)
     place = ir.PointerType(ir.VectorType(ir.IntType(8), 32))
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [floats, packed, place]), "look_up")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [floats, raw, place]), "look_up")
     builder = ir.IRBuilder(function.append_basic_block())
-    products = builder.bitcast(function.args[0], ir.VectorType(ir.IntType(32), 16))
+    products, codes = (Vector(builder, argument) for argument in function.args[:2])
     shuffle = "llvm.aarch64.neon.tbl1.v16i8"
-    builder.store(look_up._pick(builder, products, function.args[1], shuffle, narrow=True), function.args[2])
+    builder.store(look_up.pick(products, codes, shuffle, narrow=True).value, function.args[2])
     builder.ret_void()
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -83,7 +81,7 @@ def test_look_up_compiles_for_arm() -> None:
     assert assembly.count("tbl") == 2
 
 
-def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
+def test_every_finite_float_rounds_to_bfloat16_as_in_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 2**31, (1 << 16,), generator=generator, dtype=torch.int64).to(torch.int32)
     ties = torch.arange(0x3F80_8000, 0x3F80_8000 + (1 << 24), 1 << 16, dtype=torch.int32)  # halfway, both ways
@@ -93,7 +91,7 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
     @njit
     def round_all(values: Any, out: Any) -> None:
         for k in range(values.size):
-            look_up.put(values[k], out, k)
+            look_up.store_weight(values[k], out, k)
 
     out = np.zeros(values.numel(), dtype=np.uint16)
     round_all(values.numpy(), out)
@@ -104,9 +102,9 @@ def test_rounding_to_bfloat16_is_torchs_for_any_float() -> None:
 def test_ties_between_levels_stay_low(format: Levels) -> None:
     middles, order = format.midpoints(CPU), format.codes(CPU)
     weight = torch.cat([middles, torch.ones(1)]).repeat(4, 1)  # absmax 1: the scaled weight is the midpoint itself
-    packed = encode_levels(weight, middles, order, 32)
-    assert packed is not None
-    codes = torch.stack((packed[0] >> 4, packed[0] & 15), dim=-1).flatten(1)
+    encoded = encode_levels(weight, middles, order, 32)
+    assert encoded is not None
+    codes = torch.stack((encoded[0] >> 4, encoded[0] & 15), dim=-1).flatten(1)
     assert torch.equal(codes, order.repeat(4, 1))
     levels = format.levels(CPU)[order.int()]
     assert torch.equal(levels, levels.sort().values)
@@ -122,7 +120,7 @@ def test_search_counts_bounds_strictly_below() -> None:
     assert torch.equal(codes.int(), (bounds < values.unsqueeze(1)).sum(1).int())
 
 
-def test_kernels_know_their_limits() -> None:
+def test_kernels_decline_what_they_do_not_support() -> None:
     assert not has_kernel(torch.empty(1), torch.float16)
     tables = Nf4().midpoints(CPU), Nf4().codes(CPU)
     assert encode_levels(torch.empty(2, 32, dtype=torch.int32), *tables, 32) is None
@@ -141,7 +139,7 @@ def test_threads_follow_torch() -> None:
         torch.set_num_threads(before)
 
 
-def test_numbas_start_leaves_torchs_threads_alone() -> None:
+def test_starting_numba_keeps_the_threads_of_torch() -> None:
     code = """
 import torch
 from ingle.quant.levels import Nf4
@@ -152,32 +150,3 @@ assert torch.get_num_threads() == 1, torch.get_num_threads()
 """
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_NUM_THREADS"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_a_place_for_the_cache_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-
-    def refuse(cache: bool = False, **options: Any) -> Any:
-        asked.append(cache)
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(cpu_cache, "njit", refuse)
-    double = cpu_cache.compile_kernel(_double)
-    assert asked == [True, False]
-    numbers = np.arange(4.0)
-    double(numbers)
-    assert numbers.tolist() == [0, 2, 4, 6]
-
-
-def _double(numbers: Any) -> None:
-    for k in prange(numbers.size):
-        numbers[k] *= 2
-
-
-def test_kernels_are_kept_on_disk() -> None:
-    dispatcher: Any = cpu.decode_int8
-    folder = Path(dispatcher.stats.cache_path)
-    cpu.decode_int8(np.zeros((2, 3), np.int8), np.ones(2, np.float32), np.zeros((2, 3), np.uint16), 1)
-    assert list(folder.glob("decode.decode_int8-*.nbi"))
