@@ -174,7 +174,7 @@ def metrics_page() -> str:
     rows = []
     for name in get_args(MetricName):
         scorer = make_scorer(name, TaskConfig(sources=(Source(path="x"),), metrics=(name,)))
-        better = "higher" if scorer.higher_is_better else "lower"
+        better = "higher" if scorer.metric.higher_is_better else "lower"
         rows.append((f"`{name}`", better, _markdown(_summary(scorer)), _markdown(_source(scorer))))
     return _page(lines + _table(("metric", "better", "what it is", "source"), rows))
 

@@ -13,10 +13,10 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ingle.config.base import base_section
 from ingle.data import IGNORE_INDEX, Sample
-from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.result import FormatResult, Quality
-from ingle.evaluation.likelihood import Window, pack_windows
+from ingle.evaluation.run.divergence import compare, record_reference
+from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.quant import make_format
 from ingle.quant.imatrix import linear_maps
 from tests.tiny import make_random
@@ -92,7 +92,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = next(name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight)
 
-    reference = refer(model, windows())
+    reference = record_reference(model, windows())
     with Bench(model).holding(dict.fromkeys([*names, table], format)) as held:
         found = compare(model, reference, windows())
     assert held.decode_weights_per_s and held.decode_weights_per_s > 0
@@ -133,7 +133,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
 
 def test_the_unpacked_model_is_at_no_distance_from_itself() -> None:
     model = make(LLAMA, torch.bfloat16)
-    reference = refer(model, windows())
+    reference = record_reference(model, windows())
     found = compare(model, reference, windows())
     quality = Quality.of(found)
     assert quality.kl.value == quality.loss.value == quality.kl_99 == 0
@@ -174,6 +174,6 @@ def test_a_row_survives_json() -> None:
     import json
 
     model = make(LLAMA)
-    found = compare(model, refer(model, windows()), windows())
+    found = compare(model, record_reference(model, windows()), windows())
     row = FormatResult("x", "gguf", {"q4_0": 3}, 10, 4.5, 20, None, 0.1, Quality.of(found))
     assert FormatResult.from_dict(json.loads(json.dumps(row.to_dict()))) == row

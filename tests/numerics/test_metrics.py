@@ -14,11 +14,10 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.scorers.bleu import Bleu, choose_tokenizer
-from ingle.evaluation.scorers.chrf import Chrf
-from ingle.evaluation.scorers.likelihood import BitsPerByte, Perplexity
-from ingle.evaluation.scorers.rouge_l import RougeL, f_measure, tokenize
-from ingle.evaluation.stats import randomization
+from ingle.evaluation.scorers.ngrams import Bleu, Chrf, choose_tokenizer
+from ingle.evaluation.scorers.perplexity import BitsPerByte, Perplexity
+from ingle.evaluation.scorers.rouge import RougeL, f_measure, tokenize
+from ingle.evaluation.statistics.significance import randomization
 
 ANSWERS = ("The cat sat on the mat.", "It is raining cats and dogs today.", "He go to school by bus")
 TARGETS = (("The cat is on the mat.",), ("It rains heavily today.",), ("He goes to school by bus.",))

@@ -14,7 +14,7 @@ from ingle import adapters, models
 from ingle.config import LoraAdapter, ModelConfig, Source, TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation import evaluate_pair, evaluate_single, read_task, run_task
-from ingle.evaluation.likelihood import score_references
+from ingle.evaluation.run.windows import score_references
 from ingle.events import Progress, Warned
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 from ingle.assembly import _find_contamination
 from ingle.config import Run
 from ingle.data.types import Example
-from ingle.evaluation.facts import list_facts
 from ingle.events import Warned
+from ingle.report.run_details import list_facts
 
 
 @pytest.fixture()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from ingle.evaluation.charts import Scale, nice_ticks, svg, tick_label
+from ingle.report.charts import Scale, nice_ticks, svg, tick_label
 
 #: Height of the plot, width of a character of a label, and height of a line, in pixels.
 _HEIGHT, _CHARACTER, _LINE = 420, 7.2, 15

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ingle.evaluation.divergence import FEW_TOKENS
 from ingle.evaluation.formats.result import FormatResult
 from ingle.evaluation.formats.wording import small
+from ingle.evaluation.run.divergence import FEW_TOKENS
 from ingle.wording import plural
 
 #: Nats a token that a format may cost.

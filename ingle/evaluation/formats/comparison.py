@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ingle.atomic import write_atomically
 from ingle.errors import EvaluationError, QuantizationError
-from ingle.evaluation.divergence import Reference, compare, refer
 from ingle.evaluation.formats.bench import Bench
 from ingle.evaluation.formats.candidates import Candidate
 from ingle.evaluation.formats.choice import LIMIT, pareto_front, recommend, sayings, warnings
 from ingle.evaluation.formats.result import FormatResult, Quality
 from ingle.evaluation.formats.text import count_scored
-from ingle.evaluation.likelihood import Window
+from ingle.evaluation.run.divergence import Reference, compare, record_reference
+from ingle.evaluation.run.windows import Window
 from ingle.events import Progress, Sink, Warned
 
 #: Of the JSON and of how its figures come about.
@@ -125,7 +125,7 @@ def compare_formats(
         ``front, recommendation, sayings, skipped, warnings``.
     """
     bench = Bench(model)
-    reference = refer(model, windows, _teller(sink, "reading the text, unpacked"))
+    reference = record_reference(model, windows, _teller(sink, "reading the text, unpacked"))
     skipped = []
     done = notebook.rows
     if REFERENCE not in done:

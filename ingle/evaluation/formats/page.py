@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ingle.evaluation.formats.chart import Axes, Dot, size_chart
 from ingle.evaluation.formats.wording import row_cells, value
-from ingle.evaluation.templates import render
+from ingle.report.templates import render
 from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ingle.evaluation.divergence import Predictions
-from ingle.evaluation.intervals import bootstrap, wilson
-from ingle.evaluation.stats import Floats
+from ingle.evaluation.run.divergence import Predictions
+from ingle.evaluation.statistics.intervals import bootstrap, wilson
+from ingle.evaluation.statistics.significance import Floats
 
 #: Draws of the bootstrap intervals.
 _RESAMPLES = 2_000

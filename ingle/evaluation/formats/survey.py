@@ -22,7 +22,7 @@ from ingle.evaluation.formats.choice import LIMIT
 from ingle.evaluation.formats.comparison import SCHEMA, Notebook, Subject, compare_formats
 from ingle.evaluation.formats.page import render_page
 from ingle.evaluation.formats.text import read_windows
-from ingle.evaluation.likelihood import Window
+from ingle.evaluation.run.windows import Window
 from ingle.events import Sink, Warned
 from ingle.quant.imatrix import linear_maps
 from ingle.quant.linear import QuantModule

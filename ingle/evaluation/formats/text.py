@@ -11,7 +11,7 @@ from ingle.config.data import Source
 from ingle.data import IGNORE_INDEX, Example, Tokenizer, read_examples
 from ingle.data.encoding import Document
 from ingle.errors import DataError
-from ingle.evaluation.likelihood import Window, cut_windows, scorable, window_size
+from ingle.evaluation.run.windows import Window, cut_windows, draw_scored_document, window_size
 
 #: Longest window; short ones give more of them, and so a narrower interval.
 WINDOW = 512
@@ -58,7 +58,7 @@ def count_scored(window: Window) -> int:
 def _batches(examples: Iterator[Example], tokenizer: Tokenizer) -> Iterator[list[Document]]:
     batch: list[Document] = []
     for example in examples:
-        batch.append(scorable(example, tokenizer))
+        batch.append(draw_scored_document(example, tokenizer))
         if len(batch) == _ROWS:
             yield batch
             batch = []

@@ -1,35 +1,36 @@
-"""What a scorer is: it turns answers into sufficient statistics, one row a sample.
+"""The interface of scorers: answers in, one row of sufficient statistics per sample out.
 
-The corpus score is a function of the statistics' column sums.  That one shape holds for plain means (score, 1), for
-ratios (negative log-likelihood, bytes) and for corpus scores (n-gram counts), so every test and interval of
-:mod:`ingle.evaluation.stats` and :mod:`ingle.evaluation.intervals` works on every metric without scoring again.
+The score of a task is a function of the column sums of the statistics. Plain means (score, 1), ratios (negative
+log-likelihood, bytes) and corpus scores (n-gram counts) all have this form, so every test and interval of
+:mod:`ingle.evaluation.statistics` works on every metric without scoring again.
 
 Legend: S samples, K sufficient statistics of a sample.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar
 
 import numpy as np
 
-from ingle.evaluation.stats import Floats
+from ingle.evaluation.statistics import Floats
+from ingle.report.metrics import Metric
 
-#: ``rate``: right or wrong. ``ratio``: sum of the first statistic over the sum of the second, seen through an
-#: increasing function (every mean is one). ``corpus``: any other function of the sums.
-Kind = Literal["rate", "ratio", "corpus"]
+#: Accepted answers of each sample.
+References = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How well a model predicts one reference text.
+    """How probable a model finds one reference text.
 
     Attributes:
         nll: Negative log-likelihood of the scored tokens, in nats.
-        num_tokens: Tokens scored.
-        num_bytes: UTF-8 bytes of the text they spell.
+        num_tokens: Number of scored tokens.
+        num_bytes: Length of their text in UTF-8.
     """
 
     nll: float
@@ -39,11 +40,11 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What one model did with the samples of a task, in their order.
+    """Outputs of one model for the samples of a task, in their order.
 
     Attributes:
-        answers: Generated texts; empty when no metric reads them.
-        likelihoods: Of the first reference of each sample; empty when no metric reads them.
+        answers: Generated texts; empty if no metric reads them.
+        likelihoods: Likelihood of each sample's first reference; empty if no metric reads them.
     """
 
     answers: tuple[str, ...] = ()
@@ -55,10 +56,10 @@ class Scores:
     """One metric of one model.
 
     Attributes:
-        value: The score of the whole set, as the reference implementation gives it.
-        per_sample: One score for each sample, in the same unit; the corpus score need not be their mean.
+        value: Score of the task, as the reference implementation computes it.
+        per_sample: Score of each sample, [S]; ``value`` need not be their mean.
         statistics: Sufficient statistics, float64 [S, K].
-        signature: What was computed, to the last option; equal signatures are comparable.
+        signature: All options of the metric; scores with equal signatures can be compared.
         num_unparsed: Answers in which nothing to compare was found; they score 0.
     """
 
@@ -69,31 +70,27 @@ class Scores:
     num_unparsed: int = 0
 
 
-class Scorer(Protocol):
-    """One metric.
+class Scorer(ABC):
+    """Computes one metric.
 
     Attributes:
-        name: As in the config and the report.
-        kind: Which tests and intervals apply.
-        higher_is_better: Direction of improvement.
-        reads: Which part of :class:`Outputs` is scored.
+        metric: Description of the metric.
     """
 
-    name: str
-    kind: Kind
-    higher_is_better: bool
-    reads: Literal["answers", "likelihoods"]
+    metric: ClassVar[Metric]
 
-    def score(self, outputs: Outputs, references: Sequence[Sequence[str]]) -> Scores:
-        """Scores the answers, each against its one or more references."""
-        ...
+    @abstractmethod
+    def score(self, outputs: Outputs, references: References) -> Scores:
+        """Scores all samples, each against one or more references."""
 
     def aggregate(self, totals: Floats) -> Floats:
-        """The score that summed statistics [..., K] give: [...]."""
-        ...
+        """Returns the scores [...] of summed statistics [..., K]: the first over the second, or 0 for a count of 0."""
+        counts = totals[..., 1]
+        return np.divide(totals[..., 0], counts, out=np.zeros_like(counts), where=counts > 0)
 
 
-def mean_of_ratio(totals: Floats) -> Floats:
-    """First sum over second sum, 0 where nothing was counted."""
-    counts = totals[..., 1]
-    return np.divide(totals[..., 0], counts, out=np.zeros_like(counts), where=counts > 0)
+def mean_scores(per_sample: Sequence[float] | Floats, signature: str, num_unparsed: int = 0) -> Scores:
+    """Returns scores whose value is the mean over the samples."""
+    values = np.asarray(per_sample, dtype=np.float64)
+    statistics = np.stack((values, np.ones_like(values)), axis=1)
+    return Scores(float(values.mean()), values, statistics, signature, num_unparsed)

@@ -14,7 +14,7 @@ from ingle.config import Source, TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation import Question, TaskResult, compare, summarize
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.stats import holm
+from ingle.evaluation.statistics.significance import holm
 
 ALL = ("exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte")
 

@@ -12,9 +12,9 @@ import pytest
 
 from ingle.config import Run
 from ingle.evaluation import Question, TaskResult, compare, write_report
-from ingle.evaluation.page import mark_shared
-from ingle.evaluation.report import read_steps
 from ingle.evaluation.scorers import Likelihood, Outputs
+from ingle.report.run_files import read_steps
+from ingle.report.run_page import mark_shared
 
 EVIL = "<script>alert('x')</script>&<img src=http://example.org/a.png onerror=alert(1)>"
 VOID = {"meta", "path", "line", "circle", "rect", "br", "img"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.evaluation.charts import nice_ticks, smooth, tick_label
-from ingle.evaluation.wording import p_value, score
+from ingle.report.charts import nice_ticks, smooth, tick_label
+from ingle.report.verdicts import p_value, score
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from ingle.events import Saved, Started, Step
 from ingle.sinks import MetricsFile
-from ingle.sinks.metrics import keep_steps
+from ingle.sinks.files import keep_steps
 
 KEYS = ["step", "loss", "num_tokens", "tokens_per_s", "lr", "grad_norm", "peak_memory_bytes", "epoch"]
 

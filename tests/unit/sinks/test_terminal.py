@@ -10,8 +10,8 @@ from rich.console import Console
 from ingle import events
 from ingle.config import Run
 from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
+from ingle.report.terminal_tables import comparison_table, plan_table
 from ingle.sinks import Terminal, combine
-from ingle.sinks.tables import comparison_table, plan_table
 
 PLAN = {
     "num_steps": 6,

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ingle.evaluation.stats import Floats
+Floats = npt.NDArray[np.float64]
 
 #: More points than this cannot be told apart on a page.
 MAX_POINTS = 600

@@ -1,4 +1,4 @@
-"""A task's samples: prompts and their accepted answers, read as training data is read."""
+"""Reads the samples of a task: prompts and accepted answers, in the formats of training data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TaskSample:
-    """One question of a task.
+    """One sample of a task.
 
     Attributes:
-        example: The row it came from (the first one, where rows were grouped), answered by the first reference.
-        prompt: What is asked, as a reader should see it; empty for plain text.
+        example: The row it came from (the first of grouped rows), answered by the first reference.
+        prompt: The prompt as text; empty for plain text.
         references: Accepted answers, at least one; for plain text, the text itself.
     """
 
@@ -31,11 +31,11 @@ class TaskSample:
 
 
 def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> tuple[TaskSample, ...]:
-    """Reads the held-out samples of a task, grouped and drawn as it says.
+    """Reads, groups and draws the held-out samples of a task.
 
     Args:
         task: The task.
-        on_warning: Called with what is repeated or missing, in words.
+        on_warning: Called with each warning.
 
     Raises:
         DataError: A row cannot be read, or there is none.
@@ -46,8 +46,8 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
         raise DataError(
             "The task has no samples.",
             where="evaluate.sources",
-            why=f"{', '.join(source.path for source in task.sources)} has no rows",
-            fix="name a file with held-out rows",
+            why=f"no rows in {', '.join(source.path for source in task.sources)}",
+            fix="use a file with held-out rows",
         )
     _check_metrics(task, samples)
     groups = _group(samples)
@@ -57,8 +57,8 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
         repeated = len(samples) - len(groups)
         on_warning(
             f"{repeated} of {len(samples)} task rows {'repeats' if repeated == 1 else 'repeat'} an earlier prompt, but "
-            "intervals and tests assume independent samples. evaluate.group_by_prompt=true makes rows with one prompt "
-            "one sample with several references."
+            "intervals and tests assume independent samples. Use evaluate.group_by_prompt=true to make rows with equal "
+            "prompts one sample with several references."
         )
     return tuple(_draw(samples, task, on_warning))
 
@@ -72,27 +72,27 @@ def _sample(example: Example) -> TaskSample:
         return TaskSample(replace(example, completion=references[0]), example.prompt, references)
     *given, answer = example.messages
     if answer.role != "assistant":
-        raise _no_reference(example, f"the last message is the {answer.role}'s")
+        raise _no_reference(example, f"the last message has role {answer.role}")
     references = _references(example, answer.content)
     example = replace(example, messages=(*given, Message("assistant", references[0])))
     return TaskSample(example, _transcript(given), references)
 
 
 def _references(example: Example, answer: str) -> tuple[str, ...]:
-    """The distinct answers that are not empty."""
+    """Returns the distinct answers that are not empty."""
     answers = tuple(dict.fromkeys(text for text in (answer, *example.references) if text.strip()))
     return answers or (_required(example, answer),)
 
 
 def _required(example: Example, text: str) -> str:
     if not text.strip():
-        raise _no_reference(example, "it is empty")
+        raise _no_reference(example, "the answer is empty")
     return text
 
 
 def _no_reference(example: Example, why: str) -> EvaluationError:
     return EvaluationError(
-        "A task row has no reference answer to compare with.",
+        "A task row has no reference answer.",
         where=example.origin,
         why=why,
         fix="give it an assistant message, a completion or a references list, or remove the row",
@@ -100,7 +100,7 @@ def _no_reference(example: Example, why: str) -> EvaluationError:
 
 
 def _transcript(messages: Iterable[Message]) -> str:
-    """A single user message as it is; longer conversations with their roles."""
+    """Returns a single user message as it is, longer conversations with their roles."""
     turns = list(messages)
     if [turn.role for turn in turns] == ["user"]:
         return turns[0].content
@@ -108,11 +108,11 @@ def _transcript(messages: Iterable[Message]) -> str:
 
 
 def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
-    wanting = [scorer.name for scorer in make_scorers(task) if scorer.reads == "answers"]
+    answered = [scorer.metric.name for scorer in make_scorers(task) if scorer.metric.reads == "answers"]
     texts = [sample for sample in samples if sample.example.text is not None]
-    if wanting and texts:
+    if answered and texts:
         raise EvaluationError(
-            f"Plain text asks nothing, so there are no answers to compare for {', '.join(wanting)}.",
+            f"Plain text has no prompt, so {', '.join(answered)} cannot score it.",
             where=texts[0].example.origin,
             why=f"{len(texts)} of {plural(len(samples), 'task row')} {'is' if len(texts) == 1 else 'are'} plain text",
             fix="use evaluate.metrics: [bits_per_byte, perplexity], or rows with a prompt and an answer",
@@ -120,12 +120,11 @@ def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
 
 
 def _group(samples: list[TaskSample]) -> list[TaskSample]:
-    """Samples with equal prompts joined, in the order of their first; the first answer stays first."""
+    """Merges samples with equal prompts, in the order of the first of each; the first answer stays first."""
     groups: dict[object, TaskSample] = {}
     for sample in samples:
         example = sample.example
-        key: object = example.messages[:-1] or example.prompt
-        key = (key, example.text if example.text is not None else None)
+        key = (example.messages[:-1] or example.prompt, example.text)
         known = groups.get(key)
         if known is not None:
             references = tuple(dict.fromkeys((*known.references, *sample.references)))
@@ -135,7 +134,7 @@ def _group(samples: list[TaskSample]) -> list[TaskSample]:
 
 
 def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list[TaskSample]:
-    """``num_samples`` of them, drawn with the seed, in the order of the file."""
+    """Draws ``num_samples`` of them by the seed and keeps their order."""
     if task.num_samples is None or task.num_samples == len(samples):
         return samples
     if task.num_samples > len(samples):

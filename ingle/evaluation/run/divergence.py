@@ -1,8 +1,7 @@
-"""How far one model's predictions are from another's on the same text, token by token.
+"""Divergence of one model's predictions from those of a reference, token by token.
 
-The first one, the reference, goes before and leaves its last hidden states behind; its logits are made again from them
-next to the other's, some rows at a time, so that no more than a few hundred tokens' logits exist at once and the two
-models need not.
+The reference runs first and keeps its last hidden states. Its logits are recomputed from them in chunks while the other
+model runs, so that the logits of only a few hundred tokens exist at once, and the two models never do.
 
 Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
 """
@@ -19,26 +18,26 @@ import torch
 from torch import Tensor
 
 from ingle.data import IGNORE_INDEX, collate
-from ingle.evaluation.likelihood import Window, pack_windows
-from ingle.evaluation.stats import Floats
+from ingle.evaluation.run.windows import Window, pack_windows
+from ingle.evaluation.statistics import Floats
 from ingle.models import forward_hidden, head
 from ingle.models.forward.packed import Head
 
-#: Logits of a chunk, of each of the two models.
+#: Logits of a chunk, for each of the two models.
 CHUNK_LOGITS = 1 << 23
 
-#: Scored tokens below which a mean over them is a rough figure.
+#: Below this number of scored tokens, their mean is a rough figure.
 FEW_TOKENS = 1000
 
-Tell = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the model that others are compared with left behind.
+    """What comparisons need of the reference model.
 
     Attributes:
-        hidden: Last hidden states of the scored tokens, row by row of packed windows.
+        hidden: Last hidden states of the scored tokens, one tensor per packed row.
         head: Its output layer.
     """
 
@@ -51,11 +50,11 @@ class Divergence:
     """Means over all scored tokens of a text.
 
     Attributes:
-        kl: KL(reference || other), nats a token.
-        top1_agreement: Share of tokens where both find the same one likeliest.
-        perplexity_first: Of the text under the reference.
-        perplexity_second: Of the text under the other.
-        num_tokens: Tokens compared.
+        kl: KL(reference || other) in nats per token.
+        top1_agreement: Share of tokens for which both predict the same token.
+        perplexity_first: Perplexity of the text under the reference.
+        perplexity_second: Perplexity of the text under the other model.
+        num_tokens: Number of compared tokens.
     """
 
     kl: float
@@ -67,14 +66,14 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What was compared, in the order of :func:`pack_windows`.
+    """Figures of each scored token, in the order of :func:`pack_windows`.
 
     Attributes:
-        window: The window of each token, ``[N]``, counted in that order.
+        window: Number of each token's window in that order, ``[N]``.
         nll: Negative log-likelihood of each token in nats, ``[N]``.
         reference_nll: The same under the reference, ``[N]``.
-        kl: Kullback-Leibler divergence of the prediction from the reference's in nats, ``[N]``.
-        agrees: Whether both put the same token first, ``[N]``.
+        kl: Kullback-Leibler divergence from the reference's prediction in nats, ``[N]``.
+        agrees: Whether both predict the same token, ``[N]``.
     """
 
     window: npt.NDArray[np.int64]
@@ -84,7 +83,7 @@ class Predictions:
     agrees: npt.NDArray[np.bool_]
 
     def divergence(self) -> Divergence:
-        """The means over all tokens."""
+        """Returns the means over all tokens."""
         return Divergence(
             kl=float(self.kl.mean()),
             top1_agreement=float(self.agrees.mean()),
@@ -94,23 +93,25 @@ class Predictions:
         )
 
     def by_window(self, values_N: npt.ArrayLike) -> Floats:
-        """Sum over the tokens of each window, and their number, ``[W, 2]``."""
+        """Returns the sum over the tokens of each window and their number, ``[W, 2]``."""
         counts = np.bincount(self.window)
         return np.stack([np.bincount(self.window, np.asarray(values_N, dtype=np.float64)), counts], axis=1)
 
 
 @torch.no_grad()
-def refer(model: Any, windows: Sequence[Window], tell: Tell = lambda done, total: None) -> Reference:
-    """Runs a model, in evaluation mode, over the windows and keeps what comparisons with it need.
+def record_reference(
+    model: Any, windows: Sequence[Window], on_progress: OnProgress = lambda done, total: None
+) -> Reference:
+    """Runs the reference model, in evaluation mode, and returns what comparisons with it need.
 
-    Its output layer is copied, since the other model may be this very one, packed in place.
+    The output layer is copied, since the other model may be this one, quantized in place.
     """
     hidden, done = [], 0
     for row in pack_windows(windows):
         states_NH, _, _ = _scored(model, row)
         hidden.append(states_NH)
         done += len(row)
-        tell(done, len(windows))
+        on_progress(done, len(windows))
     output = head(model)
     bias = None if output.bias is None else output.bias.detach().clone()
     kept = Head(output.weight.detach().clone(), bias, output.logit_scale, output.softcap)
@@ -119,15 +120,15 @@ def refer(model: Any, windows: Sequence[Window], tell: Tell = lambda done, total
 
 @torch.no_grad()
 def compare(
-    model: Any, reference: Reference, windows: Sequence[Window], tell: Tell = lambda done, total: None
+    model: Any, reference: Reference, windows: Sequence[Window], on_progress: OnProgress = lambda done, total: None
 ) -> Predictions:
-    """Runs a model over the same windows and compares every prediction of a scored token.
+    """Runs a model over the same windows and compares its prediction of every scored token.
 
     Args:
-        model: In evaluation mode.
-        reference: Of :func:`refer` with the same windows.
-        windows: At least one.
-        tell: Called with the number of finished windows and that of all.
+        model: A model in evaluation mode.
+        reference: Result of :func:`record_reference` for the same windows.
+        windows: At least one window.
+        on_progress: Called with the number of finished windows and their total.
     """
     parts: list[tuple[Floats, Floats, Floats, npt.NDArray[np.bool_]]] = []
     places, done = [], 0
@@ -142,13 +143,13 @@ def compare(
             ours_CV = output.logits(states_NH[chunk]).float().log_softmax(-1)
             parts.append(_compare(theirs_CV, ours_CV, targets_N[chunk]))
         done += len(row)
-        tell(done, len(windows))
+        on_progress(done, len(windows))
     nll, reference_nll, kl, agrees = (np.concatenate(values) for values in zip(*parts, strict=True))
     return Predictions(np.concatenate(places), nll, reference_nll, kl, agrees)
 
 
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states that predict a scored token, that token, and the number of its window in the row."""
+    """Returns the hidden states that predict scored tokens, these tokens, and their windows' numbers in the row."""
     batch = collate([window.sample for window in row]).to(head(model).weight.device)
     targets_N = batch.targets()
     kept = targets_N != IGNORE_INDEX
@@ -166,6 +167,6 @@ def _compare(
     return (
         nll_C.double().cpu().numpy(),
         reference_nll_C.double().cpu().numpy(),
-        kl_C.double().clamp_min(0).cpu().numpy(),  # rounding may leave a hair below zero
+        kl_C.double().clamp_min(0).cpu().numpy(),  # rounding errors can be negative
         agrees_C.cpu().numpy(),
     )

@@ -1,13 +1,12 @@
-"""Tests of a paired difference: is the tuned model's score another than the base's, or is it chance?
+"""Tests of a paired difference: does the tuned model score differently from the base, or is it chance?
 
-Both models answer the same samples, so the samples' own difficulty cancels and the question is only whether the
-two answers to one sample could be exchanged.  Every test here rests on that one null hypothesis and nothing else
-(no normality, no large n):
+Both models answer the same samples, so the difficulty of the samples cancels. The null hypothesis of every test is that
+the two answers to a sample can be exchanged; nothing else is assumed (no normal distribution, no large sample):
 
-* right-or-wrong scores: exact McNemar, the binomial test over the discordant pairs;
-* every other mean of per-sample scores: the exact sign-flip (Fisher-Pitman) distribution of the very difference
-  that is shown, by enumeration for few samples and by dynamic programming on an integer grid for any number;
-* scores of a corpus, which are no mean (BLEU, chrF): approximate randomization over sufficient statistics.
+* right-or-wrong scores: exact McNemar test, a binomial test over the discordant pairs;
+* other means of per-sample scores: exact sign-flip (Fisher-Pitman) test of the difference that is shown, by enumeration
+  for few samples and by dynamic programming on an integer grid for more;
+* corpus scores that are no mean (BLEU, chrF): approximate randomization over sufficient statistics.
 
 Legend: S samples, K sufficient statistics of a sample, R resamples or trials.
 """
@@ -15,29 +14,26 @@ Legend: S samples, K sufficient statistics of a sample, R resamples or trials.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
-Floats = npt.NDArray[np.float64]
+from ingle.evaluation.statistics import Aggregate, Floats
 
-#: Turns summed sufficient statistics [..., K] into scores [...].
-Aggregate = Callable[[Floats], Floats]
-
-#: Up to here all 2^S sign patterns are listed.
+#: Up to this number of samples, all 2^S sign patterns are enumerated.
 ENUMERATED_SAMPLES = 20
 
-#: Differences below this share of the largest possible one count as ties: they are rounding of equal values.
+#: Differences below this share of the sum of all are treated as ties: they are rounding errors.
 TIE_TOLERANCE = 1e-12
 
-#: Additions that one exact distribution may cost; a few hundredths of a second on one core.
+#: Additions that one exact distribution may cost: a few hundredths of a second on one core.
 GRID_COST = 40_000_000
 
 
 def mcnemar_exact(num_base_only: int, num_tuned_only: int) -> float:
-    """Two-sided exact p of McNemar's test: are the discordant pairs split like fair coins?
+    """Returns the two-sided p of McNemar's exact test: do the discordant pairs split like coin tosses?
 
     Source: McNemar 1947, Psychometrika 12:153; exact form in Fagerland et al. 2013, BMC Med. Res. Methodol. 13:91.
 
@@ -51,17 +47,17 @@ def mcnemar_exact(num_base_only: int, num_tuned_only: int) -> float:
 
 
 def sign_flip_exact(differences_S: npt.ArrayLike) -> float:
-    """Two-sided exact p of the mean difference under all 2^S flips of the differences' signs.
+    """Returns the two-sided exact p of the mean difference under all 2^S sign flips of the differences.
 
-    Up to 20 samples every pattern is listed.  Above, the differences are put on an integer grid, finer than a
-    fiftieth of the null distribution's width, and the grid's distribution is computed exactly.  Rounding keeps the
-    sign symmetry of the null hypothesis, so the p-value is that of an exact test at any number of samples.
+    Up to 20 samples, every pattern is enumerated. For more, the differences are rounded to an integer grid with steps
+    finer than a fiftieth of the width of the null distribution, and the distribution on the grid is computed exactly.
+    Rounding keeps the sign symmetry of the null hypothesis, so the test is exact for any number of samples.
 
     Source: Pitman 1937, J. R. Stat. Soc. Suppl. 4:119; dynamic programming as in Pagano and Tritchler 1983,
     JASA 78:435.
 
     Args:
-        differences_S: Tuned minus base, one for each sample.
+        differences_S: Tuned minus base, one per sample.
     """
     differences = np.asarray(differences_S, dtype=np.float64)
     magnitudes = np.abs(differences)
@@ -86,7 +82,7 @@ def _sign_flip_enumerated(differences_S: Floats) -> float:
 
 
 def _grid_step(magnitudes_S: Floats) -> float:
-    """The unit of the grid: the scores' own when they have one, else the finest that is cheap."""
+    """Returns the unit of the grid: the smallest score if all are multiples of it, else the finest that is cheap."""
     num_samples = len(magnitudes_S)
     num_states = max(GRID_COST // num_samples, 16 * num_samples)
     total, smallest = float(magnitudes_S.sum()), float(magnitudes_S.min())
@@ -97,9 +93,9 @@ def _grid_step(magnitudes_S: Floats) -> float:
 
 
 def _sign_flip_on_grid(magnitudes_S: npt.NDArray[np.int64], observed: int) -> float:
-    """P(|sum of randomly signed integers| >= |observed|), without cancellation: only positive terms are added."""
+    """Returns P(|sum of randomly signed integers| >= |observed|). Only positive terms are added: no cancellation."""
     total = int(magnitudes_S.sum())
-    probability = np.zeros(total + 1)  # of each possible sum of the magnitudes whose sign came out positive
+    probability = np.zeros(total + 1)  # of each possible sum of the magnitudes with a positive sign
     probability[0] = 1.0
     top = 0
     for magnitude in np.sort(magnitudes_S):
@@ -107,27 +103,26 @@ def _sign_flip_on_grid(magnitudes_S: npt.NDArray[np.int64], observed: int) -> fl
         top += int(magnitude)
         probability[magnitude : top + 1] += shifted
         probability[: top + 1] *= 0.5
-    positive = (total + abs(observed)) // 2  # the sum of the positive ones that gives the observed difference
+    positive = (total + abs(observed)) // 2  # the sum of the positive magnitudes at the observed difference
     return 1.0 if observed == 0 else 2.0 * float(probability[positive:].sum())
 
 
 def randomization(
     base_SK: Floats, tuned_SK: Floats, aggregate: Aggregate, *, num_trials: int = 10_000, seed: int = 0
 ) -> float:
-    """Two-sided p of a corpus score's difference when the two answers to each sample are swapped at random.
+    """Returns the two-sided p of a corpus score difference when both answers to each sample are swapped at random.
 
-    ``(c + 1) / (trials + 1)`` with ``c`` the trials at least as far apart as observed, so the test is exact up to
-    the choice of trials.  (sacrebleu counts only trials strictly further apart, which calls two identical systems
-    different with p = 1e-4; ties count here.)
+    It is ``(c + 1) / (trials + 1)``, where ``c`` trials differ at least as much as observed. Ties count; sacrebleu
+    counts only trials that differ more, which gives p = 1e-4 for two identical systems.
 
     Source: Noreen 1989; Riezler and Maxwell 2005, ACL workshop on evaluation measures, section 4.
 
     Args:
-        base_SK: Sufficient statistics of the base's answers.
-        tuned_SK: Those of the tuned model's.
+        base_SK: Sufficient statistics of the base.
+        tuned_SK: Sufficient statistics of the tuned model.
         aggregate: Turns their sums into a score.
-        num_trials: Random swaps.
-        seed: Of the swaps.
+        num_trials: Number of random swaps.
+        seed: Seed of the swaps.
     """
     rng = np.random.default_rng(seed)
     base_K, tuned_K, change_SK = base_SK.sum(0), tuned_SK.sum(0), tuned_SK - base_SK
@@ -142,7 +137,7 @@ def randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted so that the chance of any false alarm among them stays below the level.
+    """Returns p-values corrected so that the probability of any false positive stays below the level.
 
     Source: Holm 1979, Scand. J. Stat. 6:65.
     """
@@ -160,11 +155,11 @@ def _score(aggregate: Aggregate, totals_K: Floats) -> float:
 
 
 def row_chunks(num_rows: int, num_samples: int) -> list[int]:
-    """Splits rows so that one block of rows x samples float64 stays within 64 MiB."""
+    """Returns sizes of row blocks, so that rows x samples of float64 stay within 64 MiB."""
     size = max(1, min(num_rows, 8_388_608 // max(1, num_samples)))
     return [min(size, num_rows - start) for start in range(0, num_rows, size)]
 
 
 def _clamp(p: float) -> float:
-    """A p-value is never 0: a probability too small for a float is given as the smallest float."""
+    """Returns a p-value above 0: a probability below the smallest float becomes that float."""
     return min(1.0, max(p, sys.float_info.min))

@@ -1,8 +1,8 @@
-"""Intervals: how far the true score, or the true difference, may lie from what these samples show.
+"""95 % confidence intervals of scores and of paired differences.
 
-A rate gets a score interval (Wilson; Newcombe for a paired difference), which stays honest at 0 of n and n of n.
-Everything else gets the bias-corrected and accelerated bootstrap over samples; base and tuned are drawn together,
-so that their common difficulty cancels.
+Rates get a score interval (Wilson; Newcombe for a paired difference), which is valid even at 0 of n and n of n. All
+other scores get the bias-corrected and accelerated (BCa) bootstrap over samples; for a difference, a sample is drawn
+for base and tuned together, so that its difficulty cancels.
 
 Legend: S samples, K sufficient statistics of a sample, R resamples.
 """
@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from ingle.evaluation.stats import Aggregate, Floats, row_chunks
+from ingle.evaluation.statistics import Aggregate, Floats
+from ingle.evaluation.statistics.significance import row_chunks
 
-#: Two-sided 95 % quantile of the normal distribution.
+#: The 97.5 % quantile of the normal distribution.
 Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A 95 % interval and the standard error behind it; NaN where one sample tells nothing about spread."""
+    """A 95 % interval and its standard error; NaN for a single sample."""
 
     low: float
     high: float
@@ -31,7 +32,7 @@ class Interval:
 
 
 def wilson(num_right: int, num_samples: int) -> Interval:
-    """95 % interval of a rate.
+    """Returns the interval of a rate.
 
     Source: Wilson 1927, JASA 22:209, equation 4.
     """
@@ -46,10 +47,10 @@ def wilson(num_right: int, num_samples: int) -> Interval:
 
 
 def newcombe_paired(num_both: int, num_tuned_only: int, num_base_only: int, num_neither: int) -> Interval:
-    """95 % interval of (tuned rate - base rate) over the same samples.
+    """Returns the interval of (tuned rate - base rate) over the same samples.
 
-    Source: Newcombe 1998, Stat. Med. 17:2635, method 10 (Wilson intervals of the two rates, joined by their
-    correlation with its continuity correction).
+    Source: Newcombe 1998, Stat. Med. 17:2635, method 10 (Wilson intervals of both rates, combined by their correlation
+    with continuity correction).
 
     Args:
         num_both: Samples that both models got right.
@@ -76,21 +77,21 @@ def _newcombe_phi(both: int, tuned_only: int, base_only: int, neither: int) -> f
     if margins == 0:
         return 0.0
     determinant = float(both * neither - tuned_only * base_only)
-    if determinant > 0:  # corrected towards no correlation, the wider interval
+    if determinant > 0:  # corrected towards no correlation, which widens the interval
         determinant = max(determinant - (both + tuned_only + base_only + neither) / 2, 0.0)
     return determinant / math.sqrt(margins)
 
 
 def bootstrap(statistics_SK: Floats, aggregate: Aggregate, *, num_resamples: int = 10_000, seed: int = 0) -> Interval:
-    """95 % interval of the score of samples like these, by the BCa bootstrap.
+    """Returns the interval of a score by the BCa bootstrap.
 
     Source: Efron 1987, JASA 82:171.
 
     Args:
         statistics_SK: Sufficient statistics of each sample.
-        aggregate: Turns their sums into the score (or into a difference of two).
-        num_resamples: Draws of S samples with replacement.
-        seed: Of the draws.
+        aggregate: Turns their sums into the score, or into a difference of two scores.
+        num_resamples: Number of draws of S samples with replacement.
+        seed: Seed of the draws.
     """
     num_samples = len(statistics_SK)
     totals_K = statistics_SK.sum(0)
@@ -112,7 +113,7 @@ def bootstrap(statistics_SK: Floats, aggregate: Aggregate, *, num_resamples: int
 def paired_bootstrap(
     base_SK: Floats, tuned_SK: Floats, aggregate: Aggregate, *, num_resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """95 % interval of the difference (tuned - base); a sample is drawn for both or for neither."""
+    """Returns the interval of the difference (tuned - base); each sample is drawn for both or for neither."""
     num_base = base_SK.shape[1]
 
     def difference(totals: Floats) -> Floats:

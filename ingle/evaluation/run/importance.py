@@ -1,4 +1,4 @@
-"""Gathers an importance matrix from a text: one pass, nothing is trained."""
+"""Computes an importance matrix from a text in one pass, without training."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from ingle.data import collate
-from ingle.evaluation.likelihood import Window, pack_windows
+from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.models import forward_hidden, head
 from ingle.quant.imatrix import ImatrixCollector, Importance
 
 
 @torch.no_grad()
 def gather_importance(
-    model: Any, windows: Sequence[Window], tell: Callable[[int, int], None] = lambda done, total: None
+    model: Any, windows: Sequence[Window], on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Importance]:
-    """What every linear map of a model is given while it reads the windows, by parameter.
+    """Returns the statistics of each linear layer's inputs over the windows, by parameter.
 
     Args:
-        model: In evaluation mode.
-        windows: Of the text; all their tokens count, scored or not.
-        tell: Called with the number of windows that were read and that of all.
+        model: A model in evaluation mode.
+        windows: Windows of the text; all their tokens count, scored or not.
+        on_progress: Called with the number of finished windows and their total.
     """
     collector = ImatrixCollector(model)
     done = 0
@@ -32,7 +32,7 @@ def gather_importance(
             with collector.opened(batch.num_tokens):
                 forward_hidden(model, batch)
             done += len(row)
-            tell(done, len(windows))
+            on_progress(done, len(windows))
     finally:
         collector.remove()
     return collector.entries()
