@@ -63,17 +63,17 @@ class Metric:
         return (change > 0) == self.higher_is_better
 
     def write(self, value: float | None, *, signed: bool = False) -> str:
-        """Returns a score, or with ``signed`` a difference: ``61.0``, ``41.2 %``, ``+50.0 points``, ``–`` for None."""
+        """Returns a score, or with ``signed`` a difference: ``61.0``, ``41.2 %``, ``−50.0 points``, ``–`` for None."""
         if value is None or math.isnan(value):
             return "–"
         if math.isinf(value):
-            return "∞" if value > 0 else "-∞"
+            return "∞" if value > 0 else "−∞"
         scaled = value * 100 if self.percent else value
         digits = self.digits if abs(scaled) < 10_000 else 0
         text = f"{scaled:{'+' if signed else ''},.{digits}f}"
         if float(text.replace(",", "")) == 0:
             text = text.lstrip("+-")
-        return text + self._unit(signed)
+        return text.replace("-", "−") + self._unit(signed)
 
     def write_interval(self, bounds: Sequence[float | None], *, signed: bool = False) -> str:
         """Returns an interval without the unit: ``[+45.9, +51.4]``."""

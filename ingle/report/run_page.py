@@ -20,7 +20,6 @@ from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison
 from ingle.report.run_details import compare_memory, list_facts, list_modules
 from ingle.report.templates import render
-from ingle.report.verdicts import typographic
 from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.
@@ -65,10 +64,6 @@ def _subtitle(run: Run) -> str:
     return f"{run.model.id} · {adapter}{base} · {', '.join(source.path for source in run.data.sources)}"
 
 
-def _write(metric: Metric, value: float | None, *, signed: bool = False) -> str:
-    return typographic(metric.write(value, signed=signed))
-
-
 def _hero(report: RunReport) -> dict[str, Any] | None:
     if report.headline is None:
         return None
@@ -79,16 +74,16 @@ def _hero(report: RunReport) -> dict[str, Any] | None:
         "outcome": row.outcome,
         "word": "Not significant after correction" if verdicts.lost_by_correction(row) else words[row.outcome],
         "title": metric.title,
-        "base": _write(metric, row.base),
-        "tuned": _write(metric, row.tuned),
-        "delta": _write(metric, row.delta, signed=True),
-        "interval": typographic(metric.write_interval(row.ci95, signed=True)),
+        "base": metric.write(row.base),
+        "tuned": metric.write(row.tuned),
+        "delta": metric.write(row.delta, signed=True),
+        "interval": metric.write_interval(row.ci95, signed=True),
         "p": verdicts.p_relation(row.p, floor=row.p_floor),
         "corrected": f"{verdicts.corrected_p(row)} {correction}" if correction else None,
         "n": f"{row.n:,}",
         "few": verdicts.few_samples(row.n),
         "counts": f"{plural(row.num_better, 'sample')} got better, {row.num_worse:,} worse, {row.num_equal:,} equal",
-        "mde": _write(metric, row.mde80) if row.mde80 else None,
+        "mde": metric.write(row.mde80) if row.mde80 else None,
     }
 
 
@@ -98,11 +93,11 @@ def _metric_row(metric: Metric, row: MetricComparison) -> dict[str, Any]:
     return {
         "title": metric.title,
         "direction": metric.direction,
-        "base": _write(metric, row.base),
-        "tuned": _write(metric, row.tuned),
+        "base": metric.write(row.base),
+        "tuned": metric.write(row.tuned),
         "own": {"base": _plain_interval(metric, row.base_ci95), "tuned": _plain_interval(metric, row.tuned_ci95)},
-        "delta": _write(metric, row.delta, signed=True),
-        "interval": typographic(metric.write_interval(row.ci95, signed=True)),
+        "delta": metric.write(row.delta, signed=True),
+        "interval": metric.write_interval(row.ci95, signed=True),
         "p": _bare(verdicts.p_relation(row.p, floor=row.p_floor)),
         "p_holm": _bare(verdicts.corrected_p(row)),
         "n": f"{row.n:,}",
@@ -123,7 +118,7 @@ def _bare(relation: str) -> str:
 
 
 def _plain_interval(metric: Metric, bounds: Sequence[float | None]) -> str:
-    return f"{_write(metric, bounds[0]).removesuffix(' %')} – {_write(metric, bounds[1])}"
+    return f"{metric.write(bounds[0]).removesuffix(' %')} – {metric.write(bounds[1])}"
 
 
 def _interval_charts(metrics: Mapping[str, MetricComparison]) -> list[dict[str, Markup]]:
@@ -148,7 +143,7 @@ def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
     ends = [math.nan if end is None else end * factor for end in row.ci95]
     delta = math.nan if row.delta is None else row.delta
     note = f"{metric.title} {metric.write(row.delta, signed=True)} {metric.write_interval(row.ci95, signed=True)}"
-    return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, typographic(note))
+    return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, note)
 
 
 def _both(draw: Callable[[int], str]) -> dict[str, Markup]:
@@ -212,7 +207,7 @@ def _score(metric: Metric, pair: Pair) -> dict[str, str]:
     outcome = "equal"
     if pair.base is not None and pair.tuned is not None and not math.isclose(pair.base, pair.tuned, rel_tol=1e-9):
         outcome = "better" if metric.is_better(pair.tuned - pair.base) else "worse"
-    base, tuned = (typographic(metric.write_sample(value)) for value in (pair.base, pair.tuned))
+    base, tuned = (metric.write_sample(value) for value in (pair.base, pair.tuned))
     return {"title": metric.title, "base": base, "tuned": tuned, "outcome": outcome}
 
 

@@ -18,11 +18,6 @@ FEW_SAMPLES = 30
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def typographic(text: str) -> str:
-    """Returns text with minus signs in place of hyphens."""
-    return text.replace("-", "−")
-
-
 def p_value(p: float | None) -> str:
     """Returns a p-value with two significant digits: ``0.031``, ``4.0e-18``."""
     if p is None:
@@ -93,9 +88,7 @@ def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
     metric = find_metric(name)
     difference = f"{metric.write(row.delta, signed=True)} {metric.write_interval(row.ci95, signed=True)}"
     scores = f"{metric.title} {metric.write(row.base)} → {metric.write(row.tuned)}, {difference}"
-    sentence = (
-        f"{typographic(scores)}, {p_relation(row.p, floor=row.p_floor)}, n = {row.n:,}: {judge(row, num_metrics)}."
-    )
+    sentence = f"{scores}, {p_relation(row.p, floor=row.p_floor)}, n = {row.n:,}: {judge(row, num_metrics)}."
     if row.outcome != "unclear":
         return sentence
     if row.n < MIN_SAMPLES:

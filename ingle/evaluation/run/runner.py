@@ -116,7 +116,7 @@ def _collect_answers(
 
 def _check_count(source: Source, what: str, found: int, expected: int) -> None:
     if found != expected:
-        raise EvaluationError(f"{source.name} gave {found:,} {what} for {plural(expected, 'sample')}.")
+        raise EvaluationError(f"The source {source.name} gave {found:,} {what} for {plural(expected, 'sample')}.")
 
 
 def strip_thoughts(text: str, references: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The report: files, keys, escaping, and nothing from the network."""
+"""Files of a run's report: keys, escaping, and nothing from the network."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from ingle.config import Run
-from ingle.evaluation import Question, TaskResult, compare, write_report
+from ingle.evaluation import SampleText, TaskResult, compare
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.report.run_files import read_steps
+from ingle.report.results import RunReport, to_dict
+from ingle.report.run_files import read_report, read_steps, write_report
 from ingle.report.run_page import mark_shared
+from tests.stored_results import STORED
 
 EVIL = "<script>alert('x')</script>&<img src=http://example.org/a.png onerror=alert(1)>"
 VOID = {"meta", "path", "line", "circle", "rect", "br", "img"}
@@ -95,7 +97,7 @@ def make_run(tmp_path: Path, *metrics: str, **options) -> Run:
 
 def make_results(text: str = EVIL, num_samples: int = 12) -> tuple[TaskResult, TaskResult]:
     samples = tuple(
-        Question(f"t.jsonl:{i}", f"ask {text} {i}", (f"target {text} {i}", "other")) for i in range(num_samples)
+        SampleText(f"t.jsonl:{i}", f"ask {text} {i}", (f"target {text} {i}", "other")) for i in range(num_samples)
     )
     likelihoods = tuple(Likelihood(9.0 + i, 5, 20) for i in range(num_samples))
     better = tuple(Likelihood(5.0 + i, 5, 20) for i in range(num_samples))
@@ -112,27 +114,25 @@ def write_steps(path: Path, losses: list[float]) -> Path:
     return path
 
 
-def make_report(tmp_path: Path, results=None, losses=(4.0, 3.0, 2.5, 2.0), **options) -> tuple[dict, str, Path]:
+def make_report(tmp_path: Path, results=None, losses=(4.0, 3.0, 2.5, 2.0), **options) -> tuple[RunReport, str, Path]:
     run = make_run(tmp_path, **options)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    evaluation = None if results is None else compare(*results, run.evaluate)
+    comparison = None if results is None else compare(*results, run.evaluate)
     metrics = write_steps(folder / "metrics.jsonl", list(losses))
-    report = write_report(folder, run=run, evaluation=evaluation, summary=SUMMARY, metrics_path=metrics)
+    report = write_report(folder, run=run, comparison=comparison, summary=SUMMARY, metrics_path=metrics)
     return report, (folder / "report.html").read_text(encoding="utf-8"), folder
 
 
-def test_report_json_has_the_contracts_keys(tmp_path):
+def test_the_files_hold_the_report_and_all_answers(tmp_path):
     report, _, folder = make_report(tmp_path, make_results())
-    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
-    assert report["status"] == "finished"
-    assert {"peak_memory_bytes", "tokens_per_s", "wall_s"} <= report.keys()
-    for row in report["metrics"].values():
-        assert {"base", "tuned", "delta", "ci95", "p", "n"} <= row.keys()
-        assert len(row["ci95"]) == 2
+    assert read_report(folder / "report.json") == report
+    assert list(to_dict(report)) == list(STORED["report"])
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(answers) == 12 and answers[3]["prompt"].endswith(" 3")
-    assert {sample["index"] for sample in report["samples"]} == {i for v in report["shown"].values() for i in v}
+    assert "index" not in answers[0]
+    shown = report.shown
+    assert {sample.index for sample in report.samples} == {*shown.gains, *shown.losses, *shown.random}
 
 
 def test_the_page_escapes_everything_and_needs_no_network(tmp_path):
@@ -151,10 +151,10 @@ def test_the_page_shows_the_verdict_the_curve_and_the_answers(tmp_path):
     words = " ".join(Page(text).words)
     assert "Better" in words and "chrF" in words and "bits per byte" in words
     assert "loss (nats per supervised token)" in words and "learning rate" in words and "step" in words
-    assert "Drawn at random" in words and "Largest gains" in words and "Largest losses" not in words
+    assert "Random samples" in words and "Largest gains" in words and "Largest losses" not in words
     assert "Predicted 768 MiB (top), measured 1.00 GiB (bottom)" in words
     assert "sources:" in words  # the resolved config
-    assert report["metrics"]["chrf"]["signature"] in words
+    assert report.metrics["chrf"].signature in words
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,8 @@ def test_likelihoods_alone_show_no_answers(tmp_path):
     run = make_run(tmp_path, "bits_per_byte", "perplexity")
     folder = tmp_path / "run"
     folder.mkdir()
-    write_report(
-        folder, run=run, evaluation=compare(base, tuned, run.evaluate), summary=SUMMARY, metrics_path=folder / "none"
-    )
+    comparison = compare(base, tuned, run.evaluate)
+    write_report(folder, run=run, comparison=comparison, summary=SUMMARY, metrics_path=folder / "none")
     words = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words)
     assert "Answers side by side" not in words and "perplexity" in words
 
@@ -194,13 +193,13 @@ def test_answers_of_nothing_are_called_so(tmp_path):
     base = TaskResult(base.samples, Outputs(("\n" * 30, *[""] * 11), base.outputs.likelihoods))
     report, text, _ = make_report(tmp_path, (base, tuned))
     words = Page(text).words
-    assert "empty answer" in words and report["samples"][0]["base"] in ("", "\n" * 30)
+    assert "empty answer" in words and report.samples[0].base in ("", "\n" * 30)
     assert "\n\n\n\n" not in text
 
 
 def test_a_run_without_evaluation_says_so(tmp_path):
     report, text, folder = make_report(tmp_path)
-    assert report["metrics"] == {} and not (folder / "answers.jsonl").exists()
+    assert report.metrics == {} and not (folder / "answers.jsonl").exists()
     assert "Trained, not evaluated" in " ".join(Page(text).words)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ingle.evaluation import Question, TaskResult, load_result, save_result
+from ingle.evaluation import SampleText, TaskResult, load_result, save_result
 from ingle.evaluation.scorers import Likelihood, Outputs
 
 _RESULT = TaskResult(
-    samples=(Question("a.jsonl:1", "2 plus 2?", ("4", "four")),),
+    samples=(SampleText("a.jsonl:1", "2 plus 2?", ("4", "four")),),
     outputs=Outputs(answers=("4",), likelihoods=(Likelihood(0.1, 1, 1),)),
     seconds=0.3,
 )
