@@ -209,7 +209,7 @@ class RunReport:
         num_tokens: Tokens read, unsupervised ones included.
         tokens_per_s: ``num_tokens / train_s``.
         train_s: Seconds of training.
-        wall_s: Seconds of training and evaluation.
+        wall_s: Seconds of the run, including loading and evaluation.
         peak_memory_bytes: Highest resident (CPU) or allocated (GPU) memory.
         plan: The plan that the run announced.
         audit: Parameters and bytes by module class, as the run announced them.

@@ -14,13 +14,12 @@ Fact = tuple[str, str, str]
 def list_facts(run: Run, report: RunReport) -> list[Fact]:
     """Returns label, value and small print of each figure of the run."""
     plan, audit, predicted = report.plan, report.audit, report.plan.get("memory", {}).get("total")
-    evaluation_s = report.wall_s - report.train_s
     base = "" if run.base.format == "none" else f"{run.base.format.upper()} base · "
     facts = [
         (
             "Training time",
             duration(report.train_s),
-            f"+ {duration(evaluation_s)} evaluation" if evaluation_s > 1 else "",
+            f"{duration(report.wall_s)} with loading and evaluation" if report.wall_s - report.train_s > 1 else "",
         ),
         ("Speed", f"{report.tokens_per_s:,.0f} tokens/s", "averaged over the training time"),
         (

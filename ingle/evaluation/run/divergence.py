@@ -151,7 +151,7 @@ def compare(
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the hidden states that predict scored tokens, these tokens, and their windows' numbers in the row."""
     batch = collate([window.sample for window in row]).to(head(model).weight.device)
-    targets_N = batch.targets()
+    targets_N = batch.next_labels()
     kept = targets_N != IGNORE_INDEX
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
     number_N = torch.repeat_interleave(torch.arange(len(row), device=lengths.device), lengths)
