@@ -19,7 +19,7 @@ from ingle import open_model
 from ingle.config import Source, TaskConfig
 from ingle.data import Message
 from ingle.evaluation import evaluate_single
-from ingle.evaluation.charts import smooth, smoothing_span
+from ingle.report.charts import smooth, smoothing_span
 
 HERE = Path(__file__).parent
 WEIGHTS = ("model.safetensors", "config.json")

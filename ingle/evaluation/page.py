@@ -13,10 +13,11 @@ from rapidfuzz.distance import LCSseq
 
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
-from ingle.evaluation import charts, wording
-from ingle.evaluation.charts import Estimate
+from ingle.evaluation import wording
 from ingle.evaluation.facts import compare_memory, list_facts, list_modules
-from ingle.evaluation.templates import render
+from ingle.report import charts
+from ingle.report.charts import Estimate
+from ingle.report.templates import render
 from ingle.wording import plural
 
 #: Widths of the two drawings of a chart, in pixels.
