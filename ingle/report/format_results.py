@@ -77,15 +77,7 @@ class FormatResult:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a survey measures.
-
-    Attributes:
-        model: Id or folder.
-        data: File of the text.
-        imatrix: The importance matrix, if one was used.
-        dtype: Compute type.
-        fingerprint: Hash of everything that decides the figures.
-    """
+    """What a survey measures; ``fingerprint`` is a hash of everything that decides the figures."""
 
     model: str
     data: str
@@ -96,13 +88,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The recommended format.
-
-    Attributes:
-        name: The format; None if none was measured.
-        within: Whether it stays within the limit.
-        reason: Why this one, in a sentence or two with the figures.
-    """
+    """The recommended format (None if none was measured), whether it stays within the limit, and why it is this one."""
 
     name: str | None
     within: bool
@@ -111,14 +97,7 @@ class Recommendation:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Common advice on formats, and what was measured here.
-
-    Attributes:
-        claim: The advice.
-        measured: The figures.
-        verdict: Whether the figures support it: ``yes``, ``no``, ``in part``, or ``open`` if the formats were not
-            measured.
-    """
+    """Common advice on formats, the figures measured here, and whether they support it (``open``: not measured)."""
 
     claim: str
     measured: str

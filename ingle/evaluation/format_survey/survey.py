@@ -24,14 +24,14 @@ from ingle.errors import ConfigError, EvaluationError, QuantizationError
 from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.format_survey.targets import Candidate, find_target, list_candidates, target_names, unquantized
 from ingle.evaluation.format_survey.text_windows import count_scored, read_windows
-from ingle.evaluation.format_survey.trial import Cost, FormatTrial, quality_of
+from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
 from ingle.evaluation.likelihood import Window
 from ingle.events import Progress, Sink, Warned
 from ingle.quant.imatrix import linear_maps
 from ingle.quant.linear import QuantModule
 from ingle.report.format_advice import LIMIT, NUM_TOKENS, check_advice, pareto_front, recommend, warnings
 from ingle.report.format_page import render_format_page
-from ingle.report.format_results import FormatReport, FormatResult, Quality, Skipped, Subject
+from ingle.report.format_results import FormatReport, FormatResult, Skipped, Subject
 
 #: Version of the JSON and of how its figures are computed.
 SCHEMA = 1
@@ -62,76 +62,14 @@ class Survey:
     imatrix: Path | None = None
     out: Path | None = None
 
-    def check(self) -> None:
-        """Checks what can be checked before anything is loaded.
-
-        Raises:
-            ConfigError: A format is unknown, or the folder holds other files.
-        """
-        for name in self.names:
-            find_target(name, "--formats")
-        if self.out is None or not self.out.exists():
-            return
-        if not self.out.is_dir() or (any(self.out.iterdir()) and not (self.out / "formats.json").is_file()):
-            raise ConfigError(
-                f"{self.out} holds other files." if self.out.is_dir() else f"{self.out} is a file.",
-                where=f"--out {self.out}",
-                fix="name a new folder",
-            )
-
 
 @dataclass(frozen=True, slots=True)
-class _Saved:
-    """The part of ``formats.json`` that a survey continues from."""
+class _Unfinished:
+    """The content of ``formats.json`` that a survey continues from."""
 
     subject: Subject
     formats: list[FormatResult]
-
-
-class _Results:
-    """Finished rows, saved to ``formats.json`` if a folder is given.
-
-    Raises:
-        EvaluationError: The file holds something else, or a survey of another subject.
-    """
-
-    def __init__(self, path: Path | None, subject: Subject) -> None:
-        self._path, self._subject = path, subject
-        self.rows: dict[str, FormatResult] = {}
-        if path is None or not path.exists():
-            return
-        try:
-            saved = TypeAdapter(_Saved).validate_json(path.read_bytes())
-        except ValueError:
-            raise EvaluationError(
-                f"{path.name} does not hold a comparison of formats.",
-                where=str(path),
-                fix="name another folder with --out",
-            ) from None
-        if saved.subject.fingerprint != subject.fingerprint:
-            raise EvaluationError(
-                "The folder holds a comparison of another model, text or version.",
-                where=str(path.parent),
-                fix="name another folder with --out, or delete this one",
-            )
-        self.rows = {row.name: row for row in saved.formats}
-
-    def add(self, candidate: Candidate, cost: Cost, quality: Quality) -> None:
-        num_weights = sum(candidate.types.values())
-        self.rows[candidate.name] = FormatResult(
-            name=candidate.name,
-            container=candidate.container,
-            types=dict(candidate.types),
-            size_bytes=candidate.size_bytes,
-            bits_per_weight=8 * candidate.size_bytes / num_weights,
-            memory_bytes=cost.memory_bytes,
-            decode_weights_per_s=cost.decode_weights_per_s,
-            encode_s=cost.encode_s,
-            quality=quality,
-        )
-        if self._path is not None:
-            saved = _Saved(self._subject, list(self.rows.values()))
-            write_atomically(self._path, json.dumps({"status": "unfinished", **asdict(saved)}).encode())
+    status: str = "unfinished"
 
 
 def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
@@ -150,8 +88,7 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
         DataError: The text cannot be read.
         EvaluationError: The model is quantized already or has fused experts, or the folder holds another comparison.
     """
-    asked.check()
-    check_name(asked.model.id)
+    _check(asked)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = models.load_tokenizer(asked.model)
     model = models.load_model(asked.model, device=device, sink=sink)
@@ -169,18 +106,20 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
                 count=len(left_out),
             )
         )
-    subject = Subject(
-        model=asked.model.id,
-        data=asked.data,
-        imatrix=None if asked.imatrix is None else str(asked.imatrix),
-        dtype=str(model.dtype).removeprefix("torch."),
-        fingerprint=_fingerprint(model, windows, importance),
-    )
-    results = _Results(None if asked.out is None else asked.out / "formats.json", subject)
-    if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
-    skipped = _measure(model, windows, candidates, importance, results, sink)
-    report = _make_report(subject, windows, candidates, results.rows, skipped, asked.limit)
+    imatrix, dtype = asked.imatrix and str(asked.imatrix), str(model.dtype).removeprefix("torch.")
+    subject = Subject(asked.model.id, asked.data, imatrix, dtype, _fingerprint(model, windows, importance))
+    results = {} if asked.out is None else _read_results(asked.out, subject)
+
+    def keep(result: FormatResult) -> None:
+        results[result.name] = result
+        if asked.out is not None:
+            content = asdict(_Unfinished(subject, list(results.values())))
+            write_atomically(asked.out / "formats.json", json.dumps(content).encode())
+
+    missing = [each for each in (unquantized(model), *candidates) if each.name not in results]
+    skipped = _measure(model, windows, missing, importance, keep, sink)
+    found = [results[candidate.name] for candidate in candidates if candidate.name in results]
+    report = _make_report(subject, windows, results["none"], found, skipped, asked.limit)
     for message in report.warnings:
         sink(Warned(message))
     if asked.out is not None:
@@ -190,15 +129,52 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
     return report
 
 
+def _check(asked: Survey) -> None:
+    """Checks what can be checked before anything is loaded."""
+    for name in asked.names:
+        find_target(name, "--formats")
+    check_name(asked.model.id)
+    out = asked.out
+    if out is None or not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "formats.json").is_file()):
+        raise ConfigError(
+            f"{out} holds other files." if out.is_dir() else f"{out} is a file.",
+            where=f"--out {out}",
+            fix="name a new folder",
+        )
+
+
+def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
+    """Returns the results that the folder holds of this subject; creates the folder if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "formats.json"
+    if not path.exists():
+        return {}
+    try:
+        saved = TypeAdapter(_Unfinished).validate_json(path.read_bytes())
+    except ValueError:
+        raise EvaluationError(
+            f"{path.name} does not hold a comparison of formats.", where=str(path), fix="name another folder with --out"
+        ) from None
+    if saved.subject.fingerprint != subject.fingerprint:
+        raise EvaluationError(
+            "The folder holds a comparison of another model, text or version.",
+            where=str(folder),
+            fix="name another folder with --out, or delete this one",
+        )
+    return {row.name: row for row in saved.formats}
+
+
 def _measure(
     model: Any,
     windows: Sequence[Window],
     candidates: Sequence[Candidate],
     importance: Mapping[str, Tensor] | None,
-    results: _Results,
+    keep: Callable[[FormatResult], None],
     sink: Sink,
 ) -> list[Skipped]:
-    """Measures the model and every candidate that has no result yet; returns those that cannot store the model."""
+    """Measures every candidate and passes the result to ``keep``; returns those that cannot store the model."""
 
     def to_sink(stage: str) -> Callable[[int, int], None]:
         return lambda done, total: sink(Progress(stage, done, total))
@@ -206,11 +182,9 @@ def _measure(
     trial = FormatTrial(model)
     reference = refer(model, windows, to_sink("Predicting with the unquantized model"))
     skipped = []
-    plain = unquantized(model)
-    for number, candidate in enumerate([plain, *candidates]):
-        if candidate.name in results.rows:
-            continue
-        stage = "the unquantized model" if candidate is plain else f"{candidate.name} ({number} of {len(candidates)})"
+    for number, candidate in enumerate(candidates, 1):
+        name = candidate.name if candidate.formats else "the unquantized model"
+        stage = f"{name} ({number} of {len(candidates)})"
         try:
             with trial.quantized(candidate.formats, importance, to_sink(f"Quantizing to {stage}")) as cost:
                 predictions = compare(model, reference, windows, to_sink(f"Measuring {stage}"))
@@ -219,21 +193,29 @@ def _measure(
             skipped.append(Skipped(candidate.name, why))
             sink(Warned(f"{candidate.name} cannot store this model: {why.rstrip('.')}.", where=error.where))
             continue
-        results.add(candidate, cost, quality_of(predictions))
+        result = FormatResult(
+            name=candidate.name,
+            container=candidate.container,
+            types=dict(candidate.types),
+            size_bytes=candidate.size_bytes,
+            bits_per_weight=8 * candidate.size_bytes / sum(candidate.types.values()),
+            **asdict(cost),
+            quality=quality_of(predictions),
+        )
+        keep(result)
     return skipped
 
 
 def _make_report(
     subject: Subject,
     windows: Sequence[Window],
-    candidates: Sequence[Candidate],
-    results: Mapping[str, FormatResult],
+    reference: FormatResult,
+    found: Sequence[FormatResult],
     skipped: Sequence[Skipped],
     limit: float,
 ) -> FormatReport:
-    num_tokens = sum(count_scored(window) for window in windows)
-    found = [results[candidate.name] for candidate in candidates if candidate.name in results]
     rows = sorted(found, key=lambda row: (row.size_bytes, row.name))
+    num_tokens = sum(map(count_scored, windows))
     return FormatReport(
         schema=SCHEMA,
         status="finished",
@@ -241,7 +223,7 @@ def _make_report(
         num_tokens=num_tokens,
         num_windows=len(windows),
         limit=limit,
-        reference=results["none"],
+        reference=reference,
         formats=tuple(rows),
         front=tuple(pareto_front(rows)),
         recommendation=recommend(rows, limit),
