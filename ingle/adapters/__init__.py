@@ -1,7 +1,7 @@
 """What is trained on top of the base: LoRA, modules trained whole, and their files."""
 
 from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
-from ingle.adapters.attachment import attach
+from ingle.adapters.attachment import attach, initialise, insert
 from ingle.adapters.files import adapter_config, load_adapter, save_adapter
 from ingle.adapters.fusion import FusionReport, fuse
 from ingle.adapters.identity import BaseIdentity, identify
@@ -25,6 +25,8 @@ __all__ = [
     "disabled",
     "fuse",
     "identify",
+    "initialise",
+    "insert",
     "load_adapter",
     "lora_modules",
     "merged_planes",

@@ -1,6 +1,6 @@
 """Data: rows from files and the hub, rendered, tokenized, masked, packed and dealt."""
 
-from ingle.data.batch import collate, round_up
+from ingle.data.batch import Batch, collate, round_up
 from ingle.data.control import ControlTokens
 from ingle.data.dataset import TokenDataset, build_dataset
 from ingle.data.duplicates import Contamination, find_contamination
@@ -9,7 +9,7 @@ from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
 from ingle.data.sources import read_examples
 from ingle.data.template import render
-from ingle.data.types import IGNORE_INDEX, Batch, Example, Message, Sample, Tokenizer
+from ingle.data.types import IGNORE_INDEX, Example, Message, Sample, Tokenizer
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,17 +1,16 @@
-"""What the data layer passes on: examples, samples and padding-free batches.
+"""Examples and samples: what the data layer passes on.
 
-Tensor legend: N flattened tokens of a micro-batch, D documents in it, T tokens of one document.
+Tensor legend: T tokens of one document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ingle.kernels import IGNORE_INDEX as IGNORE_INDEX
 
@@ -98,50 +97,14 @@ class Sample:
 
     Attributes:
         input_ids: int32 [T].
-        labels: int32 [T], unshifted: the label of a token is the token itself, or ``IGNORE_INDEX``;
-            the first is always ``IGNORE_INDEX``, since nothing predicts it.
+        labels: int32 [T], aligned with ``input_ids``, ``IGNORE_INDEX`` where a position carries no loss.  In language
+            modelling a label is the token itself, and the first is ``IGNORE_INDEX``, since nothing predicts it.
+        columns: Further columns by name, see :data:`ingle.data.batch.COLUMNS`: [T], or a single value.
     """
 
     input_ids: Ids
     labels: Ids
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One micro-batch without padding: all documents one after the other in a single row.
-
-    Attributes:
-        input_ids: int64 [1, N].
-        labels: int64 [1, N], unshifted.
-        position_ids: int64 [1, N], from 0 in every document.
-        cu_seqlens: int32 [D + 1], where documents begin; the last is N.
-        num_tokens: N, less what :func:`ingle.data.round_up` has added.
-        num_supervised: Labels other than ``IGNORE_INDEX``.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    num_tokens: int
-    num_supervised: int
-
-    def targets(self) -> torch.Tensor:
-        """What each position predicts: the label of the next one, int64 [N]; the last predicts nothing."""
-        targets_N = torch.full_like(self.labels[0], IGNORE_INDEX)
-        targets_N[:-1] = self.labels[0, 1:]
-        return targets_N
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            num_tokens=self.num_tokens,
-            num_supervised=self.num_supervised,
-        )
+    columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 def last_answer(example: Example) -> str | None:

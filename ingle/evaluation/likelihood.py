@@ -201,7 +201,7 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     output = head(model)
     batch = collate(samples).to(output.weight.device)
     hidden_NH = forward_hidden(model, batch)[0]
-    targets_N = batch.targets()
+    targets_N = batch.next_labels()
     logps_N = linear_logps(
         hidden_NH,
         output.weight,

@@ -130,7 +130,7 @@ class Merger:
             modules = adapters.lora_modules(self.stream.model)
             self.all_layers = {f"{name}.weight": layer for name, layer in modules.items()}
             self.layers = {name: layer for name, layer in self.all_layers.items() if is_touched(layer)}
-            for path in report.trained_whole:
+            for path in report.modules_to_save:
                 for key, parameter in self.stream.model.get_submodule(path).named_parameters(remove_duplicate=False):
                     self.trained[f"{path}.{key}"] = parameter.detach()
         there = {entry.name for entry in self.stream.entries}

@@ -141,7 +141,7 @@ def test_a_signal_while_the_model_is_loaded_stops_at_once_and_leaves_nothing(con
         if isinstance(event, events.Progress) and event.stage == "reading weights":
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="SIGINT: nothing is trained yet") as caught:
+    with pytest.raises(Interrupted, match="SIGINT: no training step was made") as caught:
         flow.finetune(load_run(config).run, sink)
     assert "--resume" not in str(caught.value.fix), "there is no run to resume"
     assert sum(isinstance(event, events.Progress) and event.stage == "reading weights" for event in told) == 1

@@ -21,7 +21,7 @@ from ingle.adapters import fusion
 from ingle.adapters.fusion import FusedLayer
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import Nf4Base
-from ingle.data.types import Batch
+from ingle.data.batch import Batch
 from ingle.kernels.layers import decoder_layer
 from ingle.models import forward_hidden
 from ingle.quant import convert
@@ -55,7 +55,8 @@ def batch(lengths: tuple[int, ...] = (9, 1, 20, 3)) -> Batch:
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
     ids = torch.arange(sum(lengths)) * 7 % 64
-    return Batch(ids[None], ids[None], positions[None], bounds, sum(lengths), sum(lengths))
+    columns = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None], "cu_seqlens": bounds}
+    return Batch(columns, sum(lengths), len(lengths), sum(lengths))
 
 
 def run(model: Any) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.events import Sink
+from ingle.models.forward.verification import verify
 from ingle.models.loading.architecture import compute_dtype, meta_model
 from ingle.models.loading.gguf_model import convert_base
 from ingle.models.loading.weights import load_weights
@@ -38,5 +39,6 @@ def load_model(
     loaded = meta_model(model, device, dtype)
     convert_base(loaded, model, base if base is not None else NoBase())
     load_weights(loaded, model, device, dtype, seed=seed, sink=sink)
+    verify(loaded)
     loaded.eval()
     return loaded

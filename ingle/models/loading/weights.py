@@ -18,7 +18,6 @@ from ingle.config.model import ModelConfig
 from ingle.errors import ModelError, QuantizationError
 from ingle.events import Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
-from ingle.models.forward.verification import verify
 from ingle.models.loading.architecture import bitnet_divides, build, config_path, read_json
 from ingle.models.loading.computed import compute, seeded
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
@@ -61,8 +60,7 @@ def load_weights(
         sink: Told of progress and of weights that fit nowhere.
 
     Raises:
-        ModelError: When a file is missing or damaged, a weight is missing or of another shape, or the filled
-            model fails :func:`ingle.models.verify`.
+        ModelError: A file is missing or damaged, or a weight is missing or of another shape.
         QuantizationError: When a weight cannot be packed.
     """
     twin = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
@@ -86,7 +84,6 @@ def load_weights(
     destination.finish()
     assert destination.left() == 0, f"{destination.left()} parameters got no value"
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer got no value"
-    verify(model)
 
 
 def plan_weights(model: PreTrainedModel, config: ModelConfig, twin: PreTrainedModel) -> tuple[ReadingPlan, Path]:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from ingle import adapters
 from ingle.config import AdapterConfig, DataConfig, LoraAdapter, ModelConfig, NoAdapter, Run
 from ingle.planning.memory import trainable_parameters
-from ingle.training.census import model_shape
+from ingle.training.model_shape import model_shape
 
 SIZES = {
     "hidden_size": 32,

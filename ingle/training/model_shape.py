@@ -1,4 +1,4 @@
-"""Counts a model's shapes for the planner."""
+"""Counts the shapes of a model for the planner."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ingle.quant import Formats
 
 
 def model_shape(model: Model, trained: Selection, formats: Formats | None = None) -> ModelShape:
-    """Shapes of a model as it comes from the skeleton, before its linear maps are replaced.
+    """Counts the shapes of a model before its linear layers are replaced.
 
-    A fused expert parameter ``[experts, out, in]`` counts as that many linear maps, of which
-    ``num_experts_per_tok`` lie on the path of a token.
+    A fused expert parameter ``[experts, out, in]`` counts as that many linear layers, of which ``num_experts_per_tok``
+    lie on the path of a token.
 
     Args:
-        model: The model; the meta device will do.
-        trained: Which of its modules get an adapter, and which are trained whole.
-        formats: Decides the format of each linear map, where they may differ from one another.
+        model: The model; it may be on the meta device.
+        trained: Which of its modules get an adapter, and which are trained in full.
+        formats: Chooses the format of each linear layer, if they may differ.
     """
     config = model.config.get_text_config()
     counts: Counter[tuple[int, int]] = Counter()
@@ -62,12 +62,12 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         num_layers=len(layers),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        trained_whole=_count_whole(model, trained.whole),
+        saved_parameters=_count_parameters(model, trained.whole),
     )
 
 
 def _bits(formats: Formats, name: str, weight: Tensor) -> int:
-    """Bits that a module's weight will take."""
+    """Counts the bits of a module's weight in its format."""
     out_features, in_features = weight.shape
     format = formats(name, out_features, in_features)
     if format is None:
@@ -75,7 +75,7 @@ def _bits(formats: Formats, name: str, weight: Tensor) -> int:
     return 8 * sum(spec.num_bytes for spec in format.plane_specs(out_features, in_features).values())
 
 
-def _count_whole(model: Model, paths: Iterable[str]) -> int:
-    """Parameters of modules; a shared one counts once."""
+def _count_parameters(model: Model, paths: Iterable[str]) -> int:
+    """Counts the parameters of modules; shared ones once."""
     parameters = {id(p): p.numel() for path in paths for p in model.get_submodule(path).parameters()}
     return sum(parameters.values())
