@@ -8,7 +8,7 @@ from ingle.config.base import BaseConfig, base_section, why_not_quantized
 from ingle.config.ggml import GgmlBase
 from ingle.config.mixes import MixBase
 from ingle.errors import ConfigError
-from ingle.evaluation.formats import safetensors_base
+from ingle.evaluation.format_survey import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
 from ingle.quant.format import PLAIN, Format, make_format
 from ingle.wording import nearest

@@ -20,7 +20,7 @@ from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.named import check_name
 from ingle.errors import ConfigError
-from ingle.evaluation.formats import Target, find_target, read_windows
+from ingle.evaluation.format_survey import Target, find_target, read_windows
 from ingle.evaluation.run.importance import gather_importance
 from ingle.events import Progress, Saved, Sink
 from ingle.export import hf

@@ -1,4 +1,4 @@
-"""What is measured of a format, against the same figures computed directly in float64 from whole logits."""
+"""Figures of a quantized model against the same figures computed directly in float64 from all logits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ingle.config.base import base_section
 from ingle.data import IGNORE_INDEX, Sample
-from ingle.evaluation.formats.bench import Bench
-from ingle.evaluation.formats.result import FormatResult, Quality
+from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
 from ingle.evaluation.run.divergence import compare, record_reference
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.quant import make_format
@@ -49,7 +48,7 @@ def windows() -> list[Window]:
 
 
 def logits_in_float64(config: PretrainedConfig, state: dict[str, Tensor]) -> list[Tensor]:
-    """Log-probabilities of every scored token's predecessor, window by window in the order they are packed."""
+    """Log-probabilities of every scored token's predecessor, window by window in the order of the rows."""
     from transformers import AutoModelForCausalLM
 
     config._attn_implementation = "eager"
@@ -93,16 +92,16 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     table = next(name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight)
 
     reference = record_reference(model, windows())
-    with Bench(model).holding(dict.fromkeys([*names, table], format)) as held:
+    with FormatTrial(model).quantized(dict.fromkeys([*names, table], format)) as cost:
         found = compare(model, reference, windows())
-    assert held.decode_weights_per_s and held.decode_weights_per_s > 0
+    assert cost.decode_weights_per_s and cost.decode_weights_per_s > 0
 
-    packed = dict(before)
+    quantized = dict(before)
     for name in [*names, table]:
-        packed[name] = decoded(model, name, format)
-    if "lm_head.weight" in packed:
-        packed["lm_head.weight"] = packed[table]
-    theirs, ours = logits_in_float64(config, before), logits_in_float64(config, packed)
+        quantized[name] = decoded(model, name, format)
+    if "lm_head.weight" in quantized:
+        quantized["lm_head.weight"] = quantized[table]
+    theirs, ours = logits_in_float64(config, before), logits_in_float64(config, quantized)
     kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(theirs, ours, strict=True)])
     nll = torch.cat([-q.gather(1, t[:, None])[:, 0] for q, t in zip(ours, targets(), strict=True)])
     base_nll = torch.cat([-p.gather(1, t[:, None])[:, 0] for p, t in zip(theirs, targets(), strict=True)])
@@ -118,7 +117,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     assert means.perplexity_first == pytest.approx(math.exp(float(base_nll.mean())), rel=1e-4)
     assert means.perplexity_second == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
     assert means.num_tokens == len(nll)
-    quality = Quality.of(found)
+    quality = quality_of(found)
     assert quality.perplexity.value == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
     assert quality.loss.value == pytest.approx(float((nll - base_nll).mean()), abs=1e-4)
     assert quality.kl.value == pytest.approx(float(kl.mean()), rel=1e-3)
@@ -131,16 +130,16 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_unpacked_model_is_at_no_distance_from_itself() -> None:
+def test_the_unquantized_model_does_not_diverge_from_itself() -> None:
     model = make(LLAMA, torch.bfloat16)
     reference = record_reference(model, windows())
     found = compare(model, reference, windows())
-    quality = Quality.of(found)
+    quality = quality_of(found)
     assert quality.kl.value == quality.loss.value == quality.kl_99 == 0
     assert quality.top_1.value == 1
 
 
-def test_an_error_while_packing_puts_everything_back() -> None:
+def test_an_error_while_quantizing_restores_every_weight() -> None:
     from ingle.errors import QuantizationError
 
     model = make(LLAMA)
@@ -149,8 +148,8 @@ def test_an_error_while_packing_puts_everything_back() -> None:
         model.get_parameter(names[-1])[0, 0] = math.nan
     format = make_format(base_section("q8_0"))
     assert format is not None
-    with pytest.raises(QuantizationError), Bench(model).holding(dict.fromkeys(names, format)):
-        pytest.fail("it held NaN")
+    with pytest.raises(QuantizationError), FormatTrial(model).quantized(dict.fromkeys(names, format)):
+        pytest.fail("NaN was quantized")
     assert [f"{name}.weight" for name in linear_maps(model)] == names
     assert all(type(model.get_submodule(name.removesuffix(".weight"))) is torch.nn.Linear for name in names)
 
@@ -161,19 +160,10 @@ def test_importance_reaches_the_encoder() -> None:
     format = make_format(base_section("q4_k"))
     assert format is not None
     importance = {name: torch.rand(256, generator=torch.Generator().manual_seed(0))}
-    bench = Bench(model)
+    trial = FormatTrial(model)
     held = []
     for given in (None, importance):
-        with bench.holding({name: format}, given):
+        with trial.quantized({name: format}, given):
             held.append(model.get_submodule(name.removesuffix(".weight")).data.clone())
     expected = format.encode(model.get_parameter(name).detach(), importance[name])["data"]
     assert torch.equal(held[1], expected) and not torch.equal(held[0], held[1])
-
-
-def test_a_row_survives_json() -> None:
-    import json
-
-    model = make(LLAMA)
-    found = compare(model, record_reference(model, windows()), windows())
-    row = FormatResult("x", "gguf", {"q4_0": 3}, 10, 4.5, 20, None, 0.1, Quality.of(found))
-    assert FormatResult.from_dict(json.loads(json.dumps(row.to_dict()))) == row

@@ -1,12 +1,13 @@
-"""What a model can be packed as: every file type of GGUF and every layout of safetensors, by the name one types."""
+"""The formats that a model can be quantized to by name, and what each stores of a given model."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from ingle.config.base import BaseConfig, HqqBase, base_section, why_not_quantized
 from ingle.errors import ConfigError, GgufError
@@ -17,24 +18,24 @@ from ingle.gguf.names import TensorNames, names_of
 from ingle.quant import Format, make_format
 from ingle.wording import nearest
 
-#: Formats that safetensors hold in the layout of the library they come from.
-PACKED = ("nf4", "fp4", "int8")
-#: Bits of HQQ, for which the group size may stand behind: ``hqq-3``, ``hqq-2-g32``.
+#: Formats stored in safetensors in the layout of bitsandbytes.
+BITSANDBYTES = ("nf4", "fp4", "int8")
+#: Formats stored in the layout of HQQ; a group size may follow: ``hqq-2-g32``.
 HQQ = ("hqq-8", "hqq-4", "hqq-3", "hqq-2", "hqq-1")
 
 _HQQ = re.compile(r"^hqq-([1-8])(?:-g(\d+))?$")
-#: Bytes of a number that stays as it is, in safetensors.
+#: Bytes of an unquantized weight in safetensors.
 _PLAIN_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file that can be written.
+    """A kind of file that can be written.
 
     Attributes:
-        name: As one types it, aliases resolved.
+        name: Its name, with aliases resolved.
         container: ``gguf`` or ``safetensors``.
-        base: The format of the linear maps in safetensors; None for GGUF, whose file types choose by tensor.
+        base: The format of the linear layers in safetensors; None for GGUF, where the file type chooses by tensor.
     """
 
     name: str
@@ -42,25 +43,16 @@ class Target:
     base: BaseConfig | None = None
 
 
-class Matrices(Protocol):
-    """The part of a model that candidates are made for."""
-
-    config: Any
-
-    def named_parameters(self) -> Any:
-        """Names and parameters, tied ones once."""
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to hold a model.
+    """How a model is stored as a target.
 
     Attributes:
-        name: Of the target.
-        container: Of the target; empty for the model as it is.
-        formats: Of every matrix that is packed, by parameter.
-        types: Weights held in each type.
-        size_bytes: Of all tensors in the file.
+        name: Name of the target.
+        container: Its container; empty for the unquantized model.
+        formats: Format of every quantized matrix, by parameter name.
+        types: Number of weights stored in each type.
+        size_bytes: Size of all tensors in the file.
     """
 
     name: str
@@ -69,39 +61,32 @@ class Candidate:
     types: Mapping[str, int]
     size_bytes: int
 
-    @classmethod
-    def unpacked(cls, model: Matrices) -> Candidate:
-        """The model as it is."""
-        parameters = dict(model.named_parameters())
-        weights = sum(parameter.numel() for parameter in parameters.values())
-        return cls("none", "", {}, {"16 bit": weights}, _PLAIN_BYTES * weights)
-
 
 def target_names() -> tuple[str, ...]:
-    """Everything that can be named, smallest families first."""
+    """Returns the names of all quantized targets."""
     file_types = tuple(name for name in FILE_TYPES if block_of(FILE_TYPES[name])[0] > 1)
-    return (*file_types, *PACKED, *HQQ)
+    return (*file_types, *BITSANDBYTES, *HQQ)
 
 
 def find_target(name: str, option: str = "--to") -> Target:
-    """The target of a name.
+    """Returns the target of a name.
 
     Raises:
-        ConfigError: There is none, with what was probably meant.
+        ConfigError: There is no such target; the fix names the closest one.
     """
     resolved = (ALIASES | {"hqq": "hqq-4"}).get(name.lower(), name.lower())
     if resolved in FILE_TYPES:
         return Target(resolved, "gguf")
     if (base := safetensors_base(resolved)) is not None:
         return Target(resolved, "safetensors", base)
-    known = (*FILE_TYPES, *PACKED, *HQQ)
+    known = (*FILE_TYPES, *BITSANDBYTES, *HQQ)
     near = nearest(resolved, known, cutoff=0.5)
     fix = f"did you mean {near}?" if near is not None else None
     if resolved.startswith("hqq"):
         fix = "hqq-BITS or hqq-BITS-gGROUP: 8, 4, 3, 2 or 1 bits; groups of 8, 16, 32, 64 or 128"
     reason = why_not_quantized(resolved)
     raise ConfigError(
-        f"There is no format {name!r}." if reason is None else f"No weights can be packed in {name}.",
+        f"There is no format {name!r}." if reason is None else f"Ingle cannot quantize weights to {name}.",
         where=f"{option} {name}",
         why=f"formats are {', '.join(known)}" if reason is None else reason,
         fix=fix,
@@ -109,8 +94,8 @@ def find_target(name: str, option: str = "--to") -> Target:
 
 
 def safetensors_base(name: str) -> BaseConfig | None:
-    """The base format that a name of a packed layout of safetensors means: ``nf4``, ``hqq-3``, ``hqq-2-g32``."""
-    if name in PACKED:
+    """Returns the base format of a safetensors layout's name (``nf4``, ``hqq-3``, ``hqq-2-g32``); None for others."""
+    if name in BITSANDBYTES:
         return base_section({"format": name})
     match = _HQQ.match(name)
     if match is None:
@@ -121,19 +106,25 @@ def safetensors_base(name: str) -> BaseConfig | None:
     return base_section(section) if known else None
 
 
+def unquantized(model: Any) -> Candidate:
+    """Returns the model as it is, with 16 bits per weight."""
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    return Candidate("none", "", {}, {"16 bit": num_weights}, _PLAIN_BYTES * num_weights)
+
+
 def list_candidates(
-    model: Matrices, maps: Sequence[str], names: Sequence[str], *, has_imatrix: bool = False
+    model: Any, maps: Sequence[str], names: Sequence[str], *, has_imatrix: bool = False
 ) -> tuple[list[Candidate], list[str]]:
-    """How the named targets would hold a model.
+    """Returns how the named targets would store a model.
 
     Args:
-        model: Its parameters and config.
-        maps: Parameters of its linear maps, which safetensors pack.
-        names: Of targets.
+        model: A transformers model, on any device.
+        maps: Parameter names of its linear layers, which safetensors layouts quantize.
+        names: Names of targets.
         has_imatrix: Whether an importance matrix is used.
 
     Returns:
-        The candidates, and the names of GGUF targets when llama.cpp does not know the architecture.
+        The candidates, and the names of the GGUF targets if llama.cpp does not know the architecture.
 
     Raises:
         ConfigError: A name is unknown.
@@ -147,46 +138,41 @@ def list_candidates(
         metadata = None
     for target in targets:
         if target.base is not None:
-            found.append(_in_safetensors(target, shapes, maps))
+            found.append(_in_safetensors(target.name, target.base, shapes, maps))
         elif metadata is None:
             left_out.append(target.name)
         else:
             tied = bool(model.config.tie_word_embeddings)
             mix = mix_of(target.name, metadata, tied=tied, has_imatrix=has_imatrix)
-            found.append(_in_gguf(target, shapes, mix, names_of(metadata)))
+            found.append(_in_gguf(target.name, shapes, mix, names_of(metadata)))
     return found, left_out
 
 
-def _in_gguf(target: Target, shapes: Mapping[str, tuple[int, ...]], mix: Mix, names: TensorNames) -> Candidate:
+def _in_gguf(target: str, shapes: Mapping[str, tuple[int, ...]], mix: Mix, names: TensorNames) -> Candidate:
     made: dict[str, Format] = {}
     formats: dict[str, Format] = {}
-    types: dict[str, int] = {}
+    types: Counter[str] = Counter()
     size = 0
     for name, shape in shapes.items():
         gguf_name = names.to_gguf(name)
         assert gguf_name is not None, name
         kind = mix.tensor_type(gguf_name, shape)
-        types[kind] = types.get(kind, 0) + prod(shape)
+        types[kind] += prod(shape)
         size += prod(shape[:-1]) * row_bytes(kind, shape[-1])
         if block_of(kind)[0] > 1:
             formats[name] = made.setdefault(kind, _format(base_section({"format": kind})))
-    return Candidate(target.name, target.container, formats, types, size)
+    return Candidate(target, "gguf", formats, types, size)
 
 
-def _in_safetensors(target: Target, shapes: Mapping[str, tuple[int, ...]], maps: Sequence[str]) -> Candidate:
-    assert target.base is not None
-    format = _format(target.base)
-    packed = set(maps)
-    types = {target.name: 0, "16 bit": 0}
-    size = 0
-    for name, shape in shapes.items():
-        if name in packed:
-            types[target.name] += prod(shape)
-            size += sum(spec.num_bytes for spec in format.plane_specs(shape[0], shape[1]).values())
-        else:
-            types["16 bit"] += prod(shape)
-            size += _PLAIN_BYTES * prod(shape)
-    return Candidate(target.name, target.container, dict.fromkeys(maps, format), types, size)
+def _in_safetensors(
+    target: str, base: BaseConfig, shapes: Mapping[str, tuple[int, ...]], maps: Sequence[str]
+) -> Candidate:
+    format = _format(base)
+    types = {target: sum(prod(shapes[name]) for name in maps)}
+    types["16 bit"] = sum(map(prod, shapes.values())) - types[target]
+    specs = (spec for name in maps for spec in format.plane_specs(*shapes[name]).values())
+    size = sum(spec.num_bytes for spec in specs) + _PLAIN_BYTES * types["16 bit"]
+    return Candidate(target, "safetensors", dict.fromkeys(maps, format), types, size)
 
 
 def _format(section: BaseConfig) -> Format:
