@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,12 @@ from rapidfuzz.distance import LCSseq
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
 from ingle.report import charts, verdicts
-from ingle.report.charts import Estimate
+from ingle.report.charts import Estimate, both_widths
 from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison
 from ingle.report.run_details import compare_memory, list_facts, list_modules
 from ingle.report.templates import render
 from ingle.wording import plural
-
-#: Widths of the two drawings of a chart, in pixels.
-WIDE, NARROW = 880, 340
 
 #: Longer answers are shown without marks.
 MAX_MARKED_WORDS = 600
@@ -67,42 +64,42 @@ def _subtitle(run: Run) -> str:
 def _hero(report: RunReport) -> dict[str, Any] | None:
     if report.headline is None:
         return None
-    metric, row = find_metric(report.headline), report.metrics[report.headline]
+    row = report.metrics[report.headline]
     correction = verdicts.correction(len(report.metrics))
     words = {"better": "Better", "worse": "Worse", "unclear": "No significant difference"}
+    metric = find_metric(report.headline)
     return {
-        "outcome": row.outcome,
+        **_figures(metric, row),
         "word": "Not significant after correction" if verdicts.lost_by_correction(row) else words[row.outcome],
-        "title": metric.title,
-        "base": metric.write(row.base),
-        "tuned": metric.write(row.tuned),
-        "delta": metric.write(row.delta, signed=True),
-        "interval": metric.write_interval(row.ci95, signed=True),
         "p": verdicts.p_relation(row.p, floor=row.p_floor),
         "corrected": f"{verdicts.corrected_p(row)} {correction}" if correction else None,
-        "n": f"{row.n:,}",
         "few": verdicts.few_samples(row.n),
         "counts": f"{plural(row.num_better, 'sample')} got better, {row.num_worse:,} worse, {row.num_equal:,} equal",
         "mde": metric.write(row.mde80) if row.mde80 else None,
     }
 
 
-def _metric_row(metric: Metric, row: MetricComparison) -> dict[str, Any]:
-    counts = {"better": row.num_better, "equal": row.num_equal, "worse": row.num_worse}
-    exact = None if row.test == row.test_exact else _bare(verdicts.p_relation(row.p_exact))
+def _figures(metric: Metric, row: MetricComparison) -> dict[str, str]:
     return {
         "title": metric.title,
-        "direction": metric.direction,
         "base": metric.write(row.base),
         "tuned": metric.write(row.tuned),
-        "own": {"base": _plain_interval(metric, row.base_ci95), "tuned": _plain_interval(metric, row.tuned_ci95)},
         "delta": metric.write(row.delta, signed=True),
         "interval": metric.write_interval(row.ci95, signed=True),
+        "n": f"{row.n:,}",
+        "outcome": row.outcome,
+    }
+
+
+def _metric_row(metric: Metric, row: MetricComparison) -> dict[str, Any]:
+    counts = {"better": row.num_better, "equal": row.num_equal, "worse": row.num_worse}
+    return {
+        **_figures(metric, row),
+        "direction": metric.direction,
+        "own": {"base": _plain_interval(metric, row.base_ci95), "tuned": _plain_interval(metric, row.tuned_ci95)},
         "p": _bare(verdicts.p_relation(row.p, floor=row.p_floor)),
         "p_holm": _bare(verdicts.corrected_p(row)),
-        "n": f"{row.n:,}",
-        "p_exact": exact,
-        "outcome": row.outcome,
+        "p_exact": None if row.test == row.test_exact else _bare(verdicts.p_relation(row.p_exact)),
         "counts": {key: f"{count:,}" for key, count in counts.items()},
         "shares": {key: 100 * count / max(1, row.n) for key, count in counts.items()},
         "test": row.test,
@@ -135,7 +132,7 @@ def _interval_charts(metrics: Mapping[str, MetricComparison]) -> list[dict[str, 
 
 
 def _draw_intervals(rows: Sequence[Estimate], unit: str, flipped: bool) -> dict[str, Markup]:
-    return _both(lambda width: charts.interval_plot(rows, width=width, unit=unit, flipped=flipped))
+    return both_widths(lambda width: charts.interval_plot(rows, width=width, unit=unit, flipped=flipped))
 
 
 def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
@@ -146,10 +143,6 @@ def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
     return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, note)
 
 
-def _both(draw: Callable[[int], str]) -> dict[str, Markup]:
-    return {"wide": Markup(draw(WIDE)), "narrow": Markup(draw(NARROW))}
-
-
 def _loss(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     rows = [row for row in steps if math.isfinite(row["loss"])]
     if not rows:
@@ -157,9 +150,9 @@ def _loss(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     number, losses = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("step", "loss"))
     lrs = np.array([row["lr"] for row in rows], dtype=np.float64) if all("lr" in row for row in rows) else None
     means = charts.smooth(losses, charts.smoothing_span(len(losses)))
-    drawn = _both(lambda width: charts.loss_curve(number, losses, lrs, width=width, height=300 if width > 500 else 230))
+    heights = {True: 300, False: 230}
     return {
-        **drawn,
+        **both_widths(lambda width: charts.loss_curve(number, losses, lrs, width=width, height=heights[width > 500])),
         "first": f"{losses[0]:.3f}",
         "last": f"{means[-1]:.3f}",
         "span": charts.smoothing_span(len(losses)),

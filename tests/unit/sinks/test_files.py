@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from ingle.events import Saved, Started, Step
-from ingle.sinks import MetricsFile
-from ingle.sinks.files import keep_steps
+from ingle.events import Event, Failed, Progress, Saved, Started, Step, Warned, from_dict
+from ingle.sinks import EventsFile, MetricsFile
+from ingle.sinks.files import cut_after_step
 
 KEYS = ["step", "loss", "num_tokens", "tokens_per_s", "lr", "grad_norm", "peak_memory_bytes", "epoch"]
 
 
-def started(step: int = 0, num_steps: int = 10, log_every: int = 1) -> Started:
-    return Started(run={"train": {"log_every": log_every}}, plan={}, audit={}, step=step, num_steps=num_steps)
+def started(step: int = 0, log_every: int = 1) -> Started:
+    return Started(run={"train": {"log_every": log_every}}, plan={}, audit={}, step=step, num_steps=10)
 
 
 def step(number: int, loss: float = 1.5, **metrics: float) -> Step:
@@ -26,7 +26,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_object_a_step_with_exactly_the_agreed_keys(tmp_path: Path) -> None:
+def test_metrics_have_one_object_per_step_with_the_documented_keys(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = MetricsFile(path)
     sink(Saved(0, "x", "checkpoint"))
@@ -39,56 +39,60 @@ def test_one_object_a_step_with_exactly_the_agreed_keys(tmp_path: Path) -> None:
     assert list(lines(path)[1]) == [*KEYS, "accuracy"]
 
 
-def test_what_json_cannot_say_is_null(tmp_path: Path) -> None:
+def test_numbers_that_json_lacks_are_null_in_metrics(tmp_path: Path) -> None:
     sink = MetricsFile(tmp_path / "m")
-    sink(started())
-    sink(step(1, math.nan))
-    sink(step(2, -math.inf))
+    for event in (started(), step(1, math.nan), step(2, -math.inf)):
+        sink(event)
     assert [line["loss"] for line in lines(tmp_path / "m")] == [None, None]
 
 
-def test_every_step_is_kept_however_seldom_the_terminal_speaks(tmp_path: Path) -> None:
+def test_metrics_have_every_step_whatever_the_terminal_logs(tmp_path: Path) -> None:
     sink = MetricsFile(tmp_path / "m")
-    sink(started(log_every=4))
-    for number in range(1, 11):
-        sink(step(number))
+    for event in (started(log_every=4), *(step(number) for number in range(1, 11))):
+        sink(event)
     assert [line["step"] for line in lines(tmp_path / "m")] == list(range(1, 11))
 
 
-@pytest.mark.parametrize(
-    ("torn", "kept"),
-    [
-        (b"", [1, 2, 3]),
-        (b'{"step": 6, "lo', [1, 2, 3]),
-        (b"\x00\x00\x00", [1, 2, 3]),
-        (b"null\n", [1, 2, 3]),
-    ],
-)
-def test_going_on_cuts_off_steps_that_will_be_made_again(tmp_path: Path, torn: bytes, kept: list[int]) -> None:
+@pytest.mark.parametrize("sink_type", [MetricsFile, EventsFile])
+@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "lo', b"\x00\x00\x00", b"null\n"])
+def test_a_resumed_run_cuts_off_the_steps_that_it_repeats(tmp_path: Path, sink_type: Any, torn: bytes) -> None:
     path = tmp_path / "m"
-    sink = MetricsFile(path)
-    sink(started())
-    for number in range(1, 6):
-        sink(step(number))
+    sink = sink_type(path)
+    for event in (started(), *(step(number) for number in range(1, 6)), Failed("bad")):
+        sink(event)
     with open(path, "ab") as file:
         file.write(torn)
-    again = MetricsFile(path)
+    again = sink_type(path)
     again(started(step=3))
-    assert [line["step"] for line in lines(path)] == kept
     for number in range(4, 8):
         again(step(number, 9.0))
-    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 5, 6, 7]
+    steps = [line for line in lines(path) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["loss"] for line in steps] == [1.5] * 3 + [9.0] * 4
 
 
-def test_a_torn_line_before_the_resumed_step_is_cut_off_too(tmp_path: Path) -> None:
+def test_a_torn_line_before_the_resumed_step_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1}\n{"step": 2')
-    keep_steps(path, 5)
+    cut_after_step(path, 5)
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
-def test_a_new_run_empties_the_file_of_one_that_never_saved(tmp_path: Path) -> None:
+def test_a_new_run_empties_the_file_of_one_that_saved_nothing(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1}\n')
     MetricsFile(path)(started(step=0))
     assert path.read_bytes() == b""
+
+
+def test_the_events_file_has_all_events_and_can_be_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    sink = EventsFile(path)
+    before: list[Event] = [Progress("Reading weights", 1, 2), Warned("Odd.", "a.jsonl:3", 2)]
+    for event in before:
+        sink(event)
+    assert not path.exists()  # a run that cannot start leaves its folder as it was
+    after: list[Event] = [started(), step(1, accuracy=0.5), Saved(1, "c", "checkpoint"), Failed("bad")]
+    for event in after:
+        sink(event)
+    assert [from_dict(line) for line in lines(path)] == [*before, *after]
