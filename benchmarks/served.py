@@ -24,7 +24,7 @@ from ingle import data, evaluation, flow, inference, models
 from ingle.config import TaskConfig, load_run
 from ingle.evaluation.run.windows import cut_windows, draw_scored_document, window_size
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.tasks.reading import read_task
+from ingle.evaluation.tasks.samples import read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.export import export
 from ingle.export.llama import LlamaCpp, require

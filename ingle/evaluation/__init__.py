@@ -12,9 +12,9 @@ from ingle.evaluation.comparison import compare, summarize
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult, load_result, save_result
 
 if TYPE_CHECKING:
+    from ingle.evaluation.run.answer_sources import Answer, ModelSource, Source
     from ingle.evaluation.run.runner import evaluate, run_task
-    from ingle.evaluation.run.sources import Answer, ModelSource, Source
-    from ingle.evaluation.tasks.reading import TaskSample, read_task
+    from ingle.evaluation.tasks.samples import TaskSample, read_task
 
 __all__ = [
     "Answer",
@@ -34,8 +34,8 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(("evaluate", "run_task"), "ingle.evaluation.run.runner"),
-    **dict.fromkeys(("Answer", "ModelSource", "Source"), "ingle.evaluation.run.sources"),
-    **dict.fromkeys(("TaskSample", "read_task"), "ingle.evaluation.tasks.reading"),
+    **dict.fromkeys(("Answer", "ModelSource", "Source"), "ingle.evaluation.run.answer_sources"),
+    **dict.fromkeys(("TaskSample", "read_task"), "ingle.evaluation.tasks.samples"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ingle.events import Event, Sink
-from ingle.sinks.files import EventsFile, MetricsFile
+from ingle.sinks.jsonl import EventsFile, MetricsFile
 from ingle.sinks.terminal import Terminal
 from ingle.sinks.trackers import TensorBoard, Wandb
 

@@ -10,7 +10,7 @@ from typing import Any
 from ingle.env import install_command
 from ingle.errors import DependencyError
 from ingle.events import Evaluated, Event, Failed, Finished, Started, Step
-from ingle.sinks.files import step_record
+from ingle.sinks.jsonl import step_record
 
 
 class TensorBoard:

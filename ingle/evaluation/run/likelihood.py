@@ -16,7 +16,7 @@ from ingle.data import IGNORE_INDEX, ControlTokens, Sample, Tokenizer, collate
 from ingle.data.encoding import Document
 from ingle.evaluation.run.windows import cut_windows, draw_scored_document, pack_windows, window_size
 from ingle.evaluation.scorers import Likelihood
-from ingle.evaluation.tasks.reading import TaskSample
+from ingle.evaluation.tasks.samples import TaskSample
 from ingle.kernels.layers.cross_entropy import linear_logps
 from ingle.models import forward_hidden, head
 

@@ -9,9 +9,9 @@ from typing import overload
 from ingle.config.evaluate import TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
-from ingle.evaluation.run.sources import Source
+from ingle.evaluation.run.answer_sources import Source
 from ingle.evaluation.scorers import Outputs, make_scorers
-from ingle.evaluation.tasks.reading import TaskSample, read_task
+from ingle.evaluation.tasks.samples import TaskSample, read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.events import Event, Sink, Warned
 from ingle.report.results import Comparison, Summary

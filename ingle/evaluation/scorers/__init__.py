@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ingle.config.evaluate import TaskConfig
-from ingle.evaluation.scorers.base import Likelihood, Outputs, Scorer, Scores
 from ingle.evaluation.scorers.exact_match import ExactMatch
 from ingle.evaluation.scorers.ngrams import Bleu, Chrf
 from ingle.evaluation.scorers.perplexity import BitsPerByte, Perplexity
 from ingle.evaluation.scorers.rouge import RougeL
+from ingle.evaluation.scorers.scorer import Likelihood, Outputs, Scorer, Scores
 
 __all__ = ["Likelihood", "Outputs", "Scorer", "Scores", "make_scorer", "make_scorers"]
 

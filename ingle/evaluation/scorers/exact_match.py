@@ -11,7 +11,7 @@ import re
 from decimal import Decimal
 
 from ingle.errors import EvaluationError
-from ingle.evaluation.scorers.base import Outputs, References, Scorer, Scores, mean_scores
+from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores, mean_scores
 from ingle.report.metrics import METRICS
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")

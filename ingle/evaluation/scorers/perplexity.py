@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ingle.evaluation.scorers.base import Outputs, References, Scorer, Scores
+from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores
 from ingle.evaluation.statistics import Floats
 from ingle.report.metrics import METRICS
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import LCSseq
 
-from ingle.evaluation.scorers.base import Outputs, References, Scorer, Scores, mean_scores
+from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores, mean_scores
 from ingle.report.metrics import METRICS
 
 _ASCII_WORD = re.compile("[a-z0-9]+")

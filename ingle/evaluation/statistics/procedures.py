@@ -1,14 +1,10 @@
 """Chooses test and interval of a metric by its kind.
 
-======  ==============================  ==========================================  =====================
-kind    interval of the difference      ``p``                                       ``p_exact``
-======  ==============================  ==========================================  =====================
-rate    Newcombe's paired score         exact McNemar                               the same
-ratio   paired BCa bootstrap            exact sign-flip of the per-sample           the same
-                                        numerators
-corpus  paired BCa bootstrap            approximate randomization of the score,     exact sign-flip of
-                                        10,000 trials                               per-sample scores
-======  ==============================  ==========================================  =====================
+* rate: ``p`` and ``p_exact`` by McNemar's exact test; Newcombe's paired score interval of the difference.
+* ratio: ``p`` and ``p_exact`` by the exact sign-flip test of the per-sample numerators, if the denominators are equal;
+  else as for a corpus score. Paired BCa bootstrap of the difference.
+* corpus: ``p`` by approximate randomization of the score in 10,000 trials, ``p_exact`` by the exact sign-flip test of
+  the per-sample scores. Paired BCa bootstrap of the difference.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from ingle.errors import EvaluationError
 from ingle.evaluation.run.likelihood import score_references
 from ingle.evaluation.run.windows import window_size
 from ingle.evaluation.scorers import Likelihood
-from ingle.evaluation.tasks.reading import TaskSample
+from ingle.evaluation.tasks.samples import TaskSample
 from ingle.events import Progress, Sink, Warned
 from ingle.models import generate, text_limit
 from ingle.wording import plural

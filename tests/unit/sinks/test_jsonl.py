@@ -9,7 +9,7 @@ import pytest
 
 from ingle.events import Event, Failed, Progress, Saved, Started, Step, Warned, from_dict
 from ingle.sinks import EventsFile, MetricsFile
-from ingle.sinks.files import cut_after_step
+from ingle.sinks.jsonl import cut_after_step
 
 KEYS = ["step", "loss", "num_tokens", "tokens_per_s", "lr", "grad_norm", "peak_memory_bytes", "epoch"]
 
