@@ -11,7 +11,7 @@ from ingle.data.types import Example
 from ingle.report.run_details import list_facts
 from tests.stored_results import REPORT
 
-TRAINING = [("what is %d?" % i, str(i)) for i in range(4)]
+TRAINING = [(f"what is {i}?", str(i)) for i in range(4)]
 
 
 def search(*held_out: tuple[str, str]) -> Contamination:
