@@ -1,12 +1,12 @@
-"""What survives a merge: adapters as trained beside what is served, on the bundled base and task.
+"""Measures what a merge loses: scores of adapters as trained and as served, on the bundled base and task.
 
     taskset -c 0,1 python -m benchmarks.merges --out runs/merges
 
-The usual path (train over NF4, merge into 16 bit, pack as Q4_K) beside paths that train what they serve.  Each adapter
-is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as it was trained,
-and as it would be served.  Printed are the adapters' size against the weights, how much of the change is still there
-after packing (the correlation of what the packed weights moved by with what the adapter adds; 1 is all of it), and
-bits per byte as trained and as served with the paired difference and its 95 % interval.
+Compares the usual path (train on NF4, merge into 16 bits, quantize to Q4_K) with paths that train what they serve. Each
+adapter is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as trained
+and as served. The script prints the size of the adapter relative to the weights, how much of its change remains after
+quantization (the correlation between the change of the served weights and the adapter's; 1 is all of it), and bits per
+byte as trained and as served, with the paired difference and its 95 % interval.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ingle.quant import Format, QuantLinear, make_format
 
 CONFIG = Path("examples/demo/demo.yaml")
 
-#: What is trained: the flags of each run.
+#: The flags of each training run.
 RUNS = {
     "nf4": ["--base=nf4"],
     "q4_k": ["--base=q4_k"],
@@ -51,11 +51,11 @@ class Way:
     """A way from training to serving.
 
     Attributes:
-        run: Which adapter.
-        served: What is served, in words.
-        format: The format served; None for the run's own.
-        from_original: Merge into the 16-bit weights the model came with, not into those it was trained over.
-        through_bf16: Round the merged weights to bfloat16 before they are packed, as a merged checkpoint does.
+        run: Name of the training run.
+        served: Description of what is served.
+        format: The served format; None for that of the run.
+        from_original: Whether to merge into the original 16-bit weights instead of those of the training.
+        through_bf16: Whether to round the merged weights to bfloat16 before quantization, as a merged checkpoint does.
     """
 
     run: str
@@ -66,29 +66,29 @@ class Way:
 
 
 WAYS = (
-    Way("nf4", "16-bit originals + adapter, packed as q4_k", "q4_k", from_original=True, through_bf16=True),
-    Way("nf4", "decoded nf4 + adapter in 16 bit, packed as q4_k", "q4_k", through_bf16=True),
+    Way("nf4", "16-bit originals + adapter, quantized to q4_k", "q4_k", from_original=True, through_bf16=True),
+    Way("nf4", "decoded nf4 + adapter in 16 bit, quantized to q4_k", "q4_k", through_bf16=True),
     Way("nf4", "decoded nf4 + adapter in 16 bit", "none", through_bf16=True),
-    Way("q4_k", "packed again as q4_k"),
-    Way("q4_k-aware", "packed again as q4_k, trained for it"),
-    Way("q4_k-aware-whole", "packed again as q4_k, all steps trained for it"),
-    Way("nf4-aware", "packed as q4_k, trained for it", "q4_k"),
-    Way("none-aware", "packed as q4_k, trained for it", "q4_k"),
-    Way("q5_1", "packed again as q5_1"),
+    Way("q4_k", "quantized again to q4_k"),
+    Way("q4_k-aware", "quantized again to q4_k, trained for it"),
+    Way("q4_k-aware-whole", "quantized again to q4_k, all steps trained for it"),
+    Way("nf4-aware", "quantized to q4_k, trained for it", "q4_k"),
+    Way("none-aware", "quantized to q4_k, trained for it", "q4_k"),
+    Way("q5_1", "quantized again to q5_1"),
     Way("q5_1-qa", "folded into q5_1's offsets"),
     Way("q5_1-qa-rounded", "folded into q5_1's offsets, trained for it"),
 )
 
 
 def train(name: str, folder: Path, flags: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Trains one adapter, or finds it trained."""
+    """Trains an adapter, unless its run is finished already."""
     output = folder / name
     run = load_run(CONFIG, [*RUNS[name], "--evaluate=null", f"--output={output}", *flags]).run
     return output, flow.finetune(run)
 
 
 def open_unmerged(run: Path, *, original: bool) -> Any:
-    """The model of a run with its adapter beside its weights, over them or over the originals."""
+    """Returns the model of a run, or the original model, with the run's adapter unmerged, and the tokenizer."""
     source = inference.locate(str(run))
     base = NoBase() if original else source.base
     device = parallel.start(ParallelConfig()).device
@@ -101,7 +101,7 @@ def open_unmerged(run: Path, *, original: bool) -> Any:
 
 
 def serve(layer: LoraLinear, way: Way) -> tuple[Format | None, dict[str, Tensor]]:
-    """What a merged layer is held in on the way."""
+    """Returns the format and the planes of a merged layer."""
     own = layer.base.format if isinstance(layer.base, QuantLinear) else None
     format = own if way.format is None else make_format(base_section(way.format))  # type: ignore[arg-type]
     if not way.through_bf16:
@@ -111,14 +111,14 @@ def serve(layer: LoraLinear, way: Way) -> tuple[Format | None, dict[str, Tensor]
 
 
 def decode(layer: LoraLinear, format: Format | None, planes: dict[str, Tensor]) -> Tensor:
-    """The weight that is served."""
+    """Returns the served weight."""
     if format is None:
         return planes["weight"].float()
     return format.decode(planes, layer.out_features, layer.in_features, torch.float32)
 
 
 def merge(model: Any, way: Way) -> dict[str, float]:
-    """Puts what is served into the model and says how much of the change is in it."""
+    """Replaces the layers by their served weights, and returns how much of the adapter's change these contain."""
     moved_delta = moved_moved = delta_delta = weights = 0.0
     for name, layer in adapters.lora_modules(model).items():
         format, planes = serve(layer, way)
@@ -140,7 +140,7 @@ def merge(model: Any, way: Way) -> dict[str, float]:
 
 
 def _unchanged(layer: LoraLinear, way: Way) -> Tensor:
-    """What would be served were there no change."""
+    """Returns the weight that would be served without the adapter's change."""
     b = layer.lora_b.detach().clone()
     with torch.no_grad():
         layer.lora_b.zero_()
@@ -152,7 +152,7 @@ def _unchanged(layer: LoraLinear, way: Way) -> Tensor:
 def compare_ways(
     folder: Path, names: list[str], flags: list[str], task: TaskConfig, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Trains the adapters named and scores their ways."""
+    """Trains the named adapters and scores their ways."""
     trained: dict[str, evaluation.TaskResult] = {}
     rows = []
     for way in (way for way in WAYS if way.run in names):
@@ -179,7 +179,7 @@ def compare_ways(
 
 
 def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Scores as trained and as served, from a comparison of the two."""
+    """Returns the scores as trained and as served, from a comparison of the two."""
     return {
         name: {"trained": metric["base"], "served": metric["tuned"], "delta": metric["delta"], "ci95": metric["ci95"]}
         for name, metric in metrics.items()
@@ -187,7 +187,7 @@ def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def describe_pair(metrics: dict[str, dict[str, Any]]) -> str:
-    """The scores on one line, with the difference and its interval."""
+    """Returns the scores on one line, with the difference and its interval."""
     return "  ".join(
         f"{name} {m['trained']:.4f} -> {m['served']:.4f} "
         f"({m['delta']:+.4f}, {m['ci95'][0]:+.4f} to {m['ci95'][1]:+.4f})"
@@ -196,16 +196,16 @@ def describe_pair(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Returns a line of the table."""
     return (
-        f"{row['run']:16s} {row['served']:46s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
+        f"{row['run']:16s} {row['served']:54s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
         f"gain {row['gain']:.3f}  {describe_pair(row['metrics'])}  "
-        f"trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
+        f"training {row['train_s']:.0f} s, quantizing {row['packing_s']:.1f} s"
     )
 
 
 def main() -> None:
-    """Trains, merges, scores and prints."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/merges"), help="folder of the runs")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))

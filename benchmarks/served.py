@@ -1,11 +1,11 @@
-"""From training to llama.cpp: the task score of what is served beside the score of what was trained.
+"""Compares the scores of a trained model with those of its export in llama.cpp.
 
     taskset -c 0,1 python -m benchmarks.served --out runs/served
 
-Trains the demo's task on the bundled base in several formats, writes each run as GGUF, lets llama.cpp answer the same
-held-out samples greedily from that file, and compares its answers with those of the trained model, paired.  The last
-row is the usual path: an adapter trained over NF4, merged into the 16-bit originals and packed as Q4_K_M by llama.cpp's
-own quantizer.  Needs ``ingle[llama]``.
+Trains the demo's task on the bundled base in several formats and exports each run to GGUF. llama.cpp answers the same
+held-out samples greedily from that file, and its answers are compared pair by pair with those of the trained model. The
+last row is the usual path: an adapter trained on NF4, merged into the 16-bit originals and quantized to Q4_K_M by
+llama.cpp. Needs ``ingle[llama]``.
 """
 
 from __future__ import annotations
@@ -36,32 +36,27 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Served:
-    """Files that llama.cpp is given.
-
-    Attributes:
-        model: The model.
-        adapter: An adapter beside it.
-    """
+    """The files that llama.cpp loads: a model, and optionally an adapter."""
 
     model: Path
     adapter: Path | None = None
 
 
 def write_merged(run: str, folder: Path, kind: str) -> Served:
-    """The adapter merged into the weights it was trained over."""
+    """Exports the adapter merged into the weights of its training."""
     done = export(run, "gguf", folder / f"{kind}.gguf", type=kind, allow_loss=True)
     return Served(Path(done["path"]))
 
 
-def write_beside(run: str, folder: Path, kind: str) -> Served:
-    """The base as it was trained over, and the adapter beside it."""
+def write_apart(run: str, folder: Path, kind: str) -> Served:
+    """Exports the base of the training and the adapter as two files."""
     base = export(MODEL, "gguf", folder / "base" / f"{kind}.gguf", type=kind)
     adapter = export(run, "gguf-adapter", folder / "lora" / "adapter.gguf")
     return Served(Path(base["path"]), Path(adapter["path"]))
 
 
 def write_usual(run: str, folder: Path, kind: str) -> Served:
-    """The adapter merged into the 16-bit originals, then packed by llama.cpp."""
+    """Merges the adapter into the 16-bit originals, which llama.cpp then quantizes."""
     adapter = export(run, "peft", folder / "peft")["path"]
     merged = folder / "merged"
     _merge_with_peft(adapter, merged)
@@ -71,7 +66,7 @@ def write_usual(run: str, folder: Path, kind: str) -> Served:
     params = binding.llama_model_quantize_default_params()
     params.ftype = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     if binding.llama_model_quantize(str(wide).encode(), str(narrow).encode(), params) != 0:
-        raise RuntimeError(f"llama.cpp could not pack {wide}")
+        raise RuntimeError(f"llama.cpp could not quantize {wide}.")
     return Served(narrow)
 
 
@@ -90,11 +85,11 @@ class Way:
     """A way from training to serving.
 
     Attributes:
-        name: Of the run, and of its folder.
-        flags: What is trained.
-        kind: The file type served.
-        write: Writes it.
-        said: The way in words.
+        name: Name of the run and of its folder.
+        flags: Flags of the training.
+        kind: The served file type.
+        write: Writes the served files.
+        said: Description of the way.
     """
 
     name: str
@@ -106,13 +101,13 @@ class Way:
 
 NF4 = ("--base=nf4",)
 WAYS = {
-    "q4_k_m": Way("q4_k_m", ("--base=q4_k_m",), "q4_k_m", write_beside, "adapter beside the same q4_k_m file"),
+    "q4_k_m": Way("q4_k_m", ("--base=q4_k_m",), "q4_k_m", write_apart, "adapter next to the same q4_k_m file"),
     "q4_k_m-aware": Way(
         "q4_k_m-aware",
         ("--base=q4_k_m", "--adapter.merge_aware.fraction=0.25"),
         "q4_k_m",
         write_merged,
-        "merged and packed again as q4_k_m, trained for it",
+        "merged and quantized again to q4_k_m, trained for it",
     ),
     "q5_1-qa": Way(
         "q5_1-qa",
@@ -121,15 +116,15 @@ WAYS = {
         write_merged,
         "folded into q5_1's offsets",
     ),
-    "nf4": Way("nf4", NF4, "q8_0", write_merged, "merged, packed as q8_0"),
-    "hqq-3": Way("hqq-3", ("--base={format: hqq, bits: 3}",), "q8_0", write_merged, "merged, packed as q8_0"),
-    "tq2_0": Way("tq2_0", ("--base=tq2_0",), "tq2_0", write_beside, "adapter beside the same tq2_0 file"),
-    "usual": Way("nf4", NF4, "q4_k_m", write_usual, "merged into 16 bit, packed as Q4_K_M by llama.cpp"),
+    "nf4": Way("nf4", NF4, "q8_0", write_merged, "merged, quantized to q8_0"),
+    "hqq-3": Way("hqq-3", ("--base={format: hqq, bits: 3}",), "q8_0", write_merged, "merged, quantized to q8_0"),
+    "tq2_0": Way("tq2_0", ("--base=tq2_0",), "tq2_0", write_apart, "adapter next to the same tq2_0 file"),
+    "usual": Way("nf4", NF4, "q4_k_m", write_usual, "merged into 16 bit, quantized to Q4_K_M by llama.cpp"),
 }
 
 
 def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> TaskResult:
-    """What llama.cpp does with the task: greedy answers, and the likelihood of each reference."""
+    """Runs the task in llama.cpp: greedy answers, and the likelihood of each reference."""
     samples = read_task(task)
     ends = models.end_token_ids(model, tokenizer)
     documents = [scorable(sample.example, tokenizer, task.system) for sample in samples]
@@ -161,7 +156,7 @@ def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> Task
 
 
 def measure(way: Way, label: str, folder: Path, flags: list[str], task: TaskConfig) -> dict[str, Any]:
-    """Trains, writes, serves and compares one way."""
+    """Trains, exports, serves and compares one way."""
     run = str(folder / way.name)
     flow.finetune(load_run(CONFIG, [*way.flags, "--evaluate=null", f"--output={run}", *flags]).run)
     target = folder / "files" / label
@@ -186,18 +181,18 @@ def _answers(compared: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Returns a line of the table."""
     scores = describe_pair(row["metrics"])
     same = f"{row['same_answers']}/{row['n']} answers the same"
     return f"{row['way']:13s} {row['said']:52s} {row['bytes'] / 2**20:5.1f} MiB  {same}  {scores}"
 
 
 def main() -> None:
-    """Measures every way that is named and prints it."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/served-ways"), help="folder of runs and files")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, help="steps of training; the demo's own when not given")
+    parser.add_argument("--steps", type=int, help="training steps; the demo's by default")
     parser.add_argument("--samples", type=int, default=150)
     options = parser.parse_args()
     flags = [] if options.steps is None else [f"--train.num_steps={options.steps}"]
