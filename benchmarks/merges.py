@@ -29,6 +29,7 @@ from ingle.config import TaskConfig, load_run
 from ingle.config.base import NoBase, base_section
 from ingle.config.parallel import ParallelConfig
 from ingle.quant import Format, QuantLinear, make_format
+from ingle.report.results import MetricComparison
 
 CONFIG = Path("examples/demo/demo.yaml")
 
@@ -157,20 +158,20 @@ def compare_ways(
     rows = []
     for way in (way for way in WAYS if way.run in names):
         run, report = train(way.run, folder, flags)
-        aware = report["rounding"] is not None
+        aware = report.rounding is not None
         if way.run not in trained:
             engine = inference.open_model(str(run))
-            trained[way.run] = evaluation.run_task(engine.model, engine.tokenizer, task)
+            trained[way.run] = evaluation.run_task(evaluation.ModelSource(engine.model, engine.tokenizer), task)
         model, tokenizer = open_unmerged(run, original=way.from_original)
         facts = merge(model, way)
-        served = evaluation.run_task(model, tokenizer, task)
-        compared = evaluation.compare(trained[way.run], served, task)["metrics"]
+        served = evaluation.run_task(evaluation.ModelSource(model, tokenizer), task)
+        compared = evaluation.compare(trained[way.run], served, task).metrics
         row = {
             "run": way.run,
             "served": way.served,
             **facts,
-            "train_s": report["train_s"],
-            "packing_s": report["rounding"]["packing_s"] if aware else 0.0,
+            "train_s": report.train_s,
+            "packing_s": report.rounding["packing_s"] if aware else 0.0,
             "metrics": pair(compared),
         }
         rows.append(row)
@@ -178,10 +179,10 @@ def compare_ways(
     return rows
 
 
-def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def pair(metrics: dict[str, MetricComparison]) -> dict[str, dict[str, Any]]:
     """Returns the scores as trained and as served, from a comparison of the two."""
     return {
-        name: {"trained": metric["base"], "served": metric["tuned"], "delta": metric["delta"], "ci95": metric["ci95"]}
+        name: {"trained": metric.base, "served": metric.tuned, "delta": metric.delta, "ci95": metric.ci95}
         for name, metric in metrics.items()
     }
 

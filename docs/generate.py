@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import typer.main
 
+from docs import layers
 from ingle import errors, events
 from ingle.cli.app import app
 from ingle.config.base import base_sections, format_name
@@ -49,7 +50,20 @@ def pages() -> dict[str, str]:
         "formats.md": formats_page(),
         "metrics.md": metrics_page(),
         "events.md": events_page(),
+        "layers.md": layers_page(),
+        "layers.svg": layers.picture(),
     }
+
+
+def layers_page() -> str:
+    """The packages and what may import what."""
+    lines = _head(
+        "Layers",
+        "Imports go down only, and packages of one layer do not import one another. Import-linter checks it in "
+        "`make check`. A package with a star loads torch; the others answer at once.",
+    )
+    lines += ["![The layers as boxes, one row for each](layers.svg)", ""]
+    return _page([*lines, *_table(("layer", "package", "what it does"), layers.table())])
 
 
 def config_page() -> str:
@@ -173,9 +187,21 @@ def metrics_page() -> str:
     rows = []
     for name in get_args(MetricName):
         scorer = make_scorer(name, TaskConfig(sources=(Source(path="x"),), metrics=(name,)))
-        better = "higher" if scorer.higher_is_better else "lower"
-        rows.append((f"`{name}`", better, _markdown(_summary(scorer)), _markdown(_source(scorer))))
-    return _page(lines + _table(("metric", "better", "what it is", "source"), rows))
+        metric = scorer.metric
+        better = "higher" if metric.higher_is_better else "lower"
+        bounds = f"{metric.low:g} to {metric.high:g}".replace("inf", "∞")
+        rows.append((f"`{name}`", better, bounds, metric.kind, _markdown(_summary(scorer)), _markdown(_source(scorer))))
+    lines += _table(("metric", "better", "range", "kind", "description", "source"), rows)
+    return _page([*lines, "", "The kind decides which test and interval a metric gets:", "", *_procedures()])
+
+
+def _procedures() -> list[str]:
+    """The table of tests and intervals, from a docstring."""
+    from ingle.evaluation.statistics import procedures
+
+    text = inspect.cleandoc(procedures.__doc__ or "")
+    entries = [line.strip("* ").split(": ", 1) for line in text.replace("\n  ", " ").splitlines() if line[:1] == "*"]
+    return _table(("kind", "test and interval"), ((f"`{kind}`", _markdown(meaning)) for kind, meaning in entries))
 
 
 def events_page() -> str:
@@ -183,11 +209,12 @@ def events_page() -> str:
     lines = _head(
         "Events",
         "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "
-        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys.",
+        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys. A line of `events.jsonl` "
+        "is any event, with its tag under `event`; `ingle.events.from_dict` reads it back.",
     )
     for event in get_args(events.Event):
         _, described = _attributes(event)
-        lines += ["", f"## {event.__name__}", "", _markdown(_summary(event)), ""]
+        lines += ["", f"## {event.__name__}", "", f"`{event.tag}`: {_markdown(_summary(event))}", ""]
         rows = (
             (f"`{field.name}`", f"`{field.type}`", _markdown(described.get(field.name, "")))
             for field in dataclasses.fields(event)

@@ -21,7 +21,7 @@ from ingle.config.model import ModelConfig
 from ingle.config.named import check_name
 from ingle.errors import ConfigError
 from ingle.evaluation.format_survey import Target, find_target, read_windows
-from ingle.evaluation.importance import gather_importance
+from ingle.evaluation.run.importance_matrix import gather_importance
 from ingle.events import Progress, Saved, Sink
 from ingle.export import hf
 from ingle.export.gguf import GgufExport

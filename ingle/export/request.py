@@ -15,7 +15,7 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
 from ingle.errors import ConfigError
-from ingle.evaluation.likelihood import Window, window_size
+from ingle.evaluation.run.windows import Window, window_size
 from ingle.inference import Source
 from ingle.training.folder import RunFolder
 from ingle.wording import either

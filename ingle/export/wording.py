@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ingle.evaluation.divergence import FEW_TOKENS
+from ingle.evaluation.run.divergence import FEW_TOKENS
 from ingle.export.gguf_types import AS_TRAINED
 from ingle.wording import plural
 

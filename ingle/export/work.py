@@ -14,8 +14,8 @@ from ingle import adapters, inference, models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError, ExportError
-from ingle.evaluation.divergence import Divergence, Reference, compare, refer
-from ingle.evaluation.likelihood import Window
+from ingle.evaluation.run.divergence import Divergence, Reference, compare, record_reference
+from ingle.evaluation.run.windows import Window
 from ingle.events import Progress, Sink, Warned
 from ingle.export import certificate, wording
 from ingle.export.card import make_card, read_licence
@@ -122,7 +122,7 @@ class Work:
         engine = self.open_trained()
         windows = self.subject.windows(self.tokenizer, engine.model, self.request.data)
         self.sink(Progress("measuring the trained model", 0))
-        reference = refer(engine.model, windows)
+        reference = record_reference(engine.model, windows)
         effect = None
         if engine.adapted:
             with adapters.disabled(engine.model):

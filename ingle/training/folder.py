@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One JSON object per event."""
+        return self.path / "events.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of ``step-N`` checkpoints."""
         return self.path / "checkpoints"

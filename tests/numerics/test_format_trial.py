@@ -13,9 +13,9 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from ingle.config.base import base_section
 from ingle.data import IGNORE_INDEX, Sample
-from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
-from ingle.evaluation.likelihood import Window, pack_windows
+from ingle.evaluation.run.divergence import compare, record_reference
+from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.quant import make_format
 from ingle.quant.imatrix import linear_maps
 from tests.tiny import make_random
@@ -91,7 +91,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = next(name for name, p in model.named_parameters() if p is model.get_output_embeddings().weight)
 
-    reference = refer(model, windows())
+    reference = record_reference(model, windows())
     with FormatTrial(model).quantized(dict.fromkeys([*names, table], format)) as cost:
         found = compare(model, reference, windows())
     assert cost.decode_weights_per_s and cost.decode_weights_per_s > 0
@@ -132,7 +132,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
 
 def test_the_unquantized_model_does_not_diverge_from_itself() -> None:
     model = make(LLAMA, torch.bfloat16)
-    reference = refer(model, windows())
+    reference = record_reference(model, windows())
     found = compare(model, reference, windows())
     quality = quality_of(found)
     assert quality.kl.value == quality.loss.value == quality.kl_99 == 0

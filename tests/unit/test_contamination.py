@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from ingle.assembly import _find_contamination
 from ingle.config import Run
 from ingle.data.types import Example
-from ingle.evaluation.facts import list_facts
 from ingle.events import Warned
+from ingle.report.run_details import list_facts
+from tests.stored_results import REPORT
 
 
 @pytest.fixture()
@@ -35,7 +37,9 @@ def test_a_run_warns_and_its_report_says_so(run: Run) -> None:
         "2 of 3 held-out prompts are in the training data, 1 of them with the same answer"
     )
     assert f"(first h:1 = {run.data.sources[0].path}:3)" in warning.message
-    facts = {label: (value, note) for label, value, note in list_facts(run, {"contamination": vars_of(found)})}
+    facts = {
+        label: (value, note) for label, value, note in list_facts(run, replace(REPORT, contamination=asdict(found)))
+    }
     assert facts["Held-out rows in the training data"] == ("2 of 3", "1 with the same answer")
 
 
@@ -43,7 +47,3 @@ def test_nothing_in_common_is_no_warning(run: Run) -> None:
     told: list[Any] = []
     assert _find_contamination(run, [pair("h:1", "new", "3")], told.append).same_prompt == 0
     assert not any(isinstance(event, Warned) for event in told)
-
-
-def vars_of(found: Any) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("rows", "same_prompt", "same_row")}

@@ -21,11 +21,11 @@ from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
 from ingle.config.named import check_name
 from ingle.errors import ConfigError, EvaluationError, QuantizationError
-from ingle.evaluation.divergence import compare, refer
 from ingle.evaluation.format_survey.targets import Candidate, find_target, list_candidates, target_names, unquantized
 from ingle.evaluation.format_survey.text_windows import count_scored, read_windows
 from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
-from ingle.evaluation.likelihood import Window
+from ingle.evaluation.run.divergence import compare, record_reference
+from ingle.evaluation.run.windows import Window
 from ingle.events import Progress, Sink, Warned
 from ingle.quant.imatrix import linear_maps
 from ingle.quant.linear import QuantModule
@@ -181,7 +181,7 @@ def _measure(
         return lambda done, total: sink(Progress(stage, done, total))
 
     trial = FormatTrial(model)
-    reference = refer(model, windows, to_sink("Predicting with the unquantized model"))
+    reference = record_reference(model, windows, to_sink("Predicting with the unquantized model"))
     skipped = []
     for number, candidate in enumerate(candidates, 1):
         name = candidate.name if candidate.formats else "the unquantized model"

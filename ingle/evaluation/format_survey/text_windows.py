@@ -10,7 +10,7 @@ import numpy as np
 from ingle.config.data import Source
 from ingle.data import IGNORE_INDEX, Tokenizer, read_examples
 from ingle.errors import DataError
-from ingle.evaluation.likelihood import Window, cut_windows, scorable, window_size
+from ingle.evaluation.run.windows import Window, cut_windows, draw_scored_document, window_size
 
 #: Longest window in tokens; shorter windows are more in number, which narrows the intervals.
 MAX_WINDOW = 512
@@ -37,7 +37,7 @@ def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -
     windows: list[Window] = []
     num_scored = num_documents = 0
     max_size = min(MAX_WINDOW, window_size(model))
-    documents = (scorable(example, tokenizer) for example in read_examples([Source(path=path)]))
+    documents = (draw_scored_document(example, tokenizer) for example in read_examples([Source(path=path)]))
     for batch in iter(lambda: list(islice(documents, _NUM_ROWS)), []):
         for window in cut_windows(batch, tokenizer, max_size)[0]:
             if num_scored >= num_tokens:

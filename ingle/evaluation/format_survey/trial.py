@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ingle.errors import EvaluationError
-from ingle.evaluation.divergence import Predictions
-from ingle.evaluation.intervals import bootstrap, wilson
+from ingle.evaluation.run.divergence import Predictions
+from ingle.evaluation.statistics.intervals import bootstrap, wilson
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import is_fused_experts
 from ingle.quant.format import Format

@@ -1,4 +1,4 @@
-"""The pages' templates: one file of HTML each, with styles inside, so that a page needs nothing but itself."""
+"""HTML templates and style sheets of pages; a page contains its styles and needs no other file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 
 def render(template: str, *styles: str, **values: Any) -> str:
-    """A page.
+    """Returns a page.
 
     Args:
-        template: Name of its HTML.
-        styles: Names of its style sheets, given to the template as ``style``, one after the other.
-        values: What else the template names; a name without a value is an error.
+        template: File name of the template.
+        styles: File names of style sheets; joined, they are ``style`` in the template.
+        values: Variables of the template; a missing one is an error.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_read(template)).render(style=Markup("".join(map(_read, styles))), **values)
