@@ -19,6 +19,7 @@ SUBTITLES = {
     "inference": "opens trained models",
     "training": "loop, optimizer, checkpoints",
     "evaluation": "scores and statistics",
+    "scoring": "scores of saved models",
     "sinks": "terminal, files, trackers",
     "objectives": "batches and losses",
     "adapters": "LoRA and its files",
