@@ -1,4 +1,4 @@
-"""What is measured of a format, against the same figures computed directly in float64 from whole logits."""
+"""Compares the figures of a format with figures computed in float64 from all logits."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
         found = compare(model, reference, windows())
     assert held.decode_weights_per_s and held.decode_weights_per_s > 0
 
-    packed = dict(before)
+    quantized = dict(before)
     for name in [*names, table]:
-        packed[name] = decoded(model, name, format)
-    if "lm_head.weight" in packed:
-        packed["lm_head.weight"] = packed[table]
-    theirs, ours = logits_in_float64(config, before), logits_in_float64(config, packed)
+        quantized[name] = decoded(model, name, format)
+    if "lm_head.weight" in quantized:
+        quantized["lm_head.weight"] = quantized[table]
+    theirs, ours = logits_in_float64(config, before), logits_in_float64(config, quantized)
     kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(theirs, ours, strict=True)])
     nll = torch.cat([-q.gather(1, t[:, None])[:, 0] for q, t in zip(ours, targets(), strict=True)])
     base_nll = torch.cat([-p.gather(1, t[:, None])[:, 0] for p, t in zip(theirs, targets(), strict=True)])
@@ -131,7 +131,7 @@ def test_figures_are_those_of_float64(config: PretrainedConfig, kind: str) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_unpacked_model_is_at_no_distance_from_itself() -> None:
+def test_the_unquantized_model_is_at_no_distance_from_itself() -> None:
     model = make(LLAMA, torch.bfloat16)
     reference = refer(model, windows())
     found = compare(model, reference, windows())
