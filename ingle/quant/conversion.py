@@ -132,7 +132,7 @@ def _replace(
     replacement = make_quant_linear(linear, format)
     if not linear.weight.is_meta:
         replacement.quantize(linear.weight, name=f"{name}.weight")
-        linear.weight = None  # free it now instead of after the whole model
+        linear.weight = None  # free it now instead of when the model is done
     return replacement
 
 
