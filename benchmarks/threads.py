@@ -29,7 +29,7 @@ WAYS = {"spins": {}, "gives way": {"GOMP_SPINCOUNT": "1000"}, "passive": {"OMP_W
 PEER = "transformers + PEFT"
 _CHOICE = """
 from ingle import env
-env.share_processors()
+env.limit_spinning()
 print("gives way" if "GOMP_SPINCOUNT" in env.os.environ else "spins")
 """
 

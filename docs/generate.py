@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import typer.main
 
+from docs import layers
 from ingle import errors, events
 from ingle.cli.app import app
 from ingle.config.base import base_sections, format_name
@@ -50,7 +51,20 @@ def pages() -> dict[str, str]:
         "formats.md": formats_page(),
         "metrics.md": metrics_page(),
         "events.md": events_page(),
+        "layers.md": layers_page(),
+        "layers.svg": layers.picture(),
     }
+
+
+def layers_page() -> str:
+    """The packages and what may import what."""
+    lines = _head(
+        "Layers",
+        "Imports go down only, and packages of one layer do not import one another. Import-linter checks it in "
+        "`make check`. A package with a star loads torch; the others answer at once.",
+    )
+    lines += ["![The layers as boxes, one row for each](layers.svg)", ""]
+    return _page([*lines, *_table(("layer", "package", "what it does"), layers.table())])
 
 
 def config_page() -> str:

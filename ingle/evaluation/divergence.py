@@ -22,7 +22,7 @@ from ingle.data import IGNORE_INDEX, collate
 from ingle.evaluation.likelihood import Window, pack_windows
 from ingle.evaluation.stats import Floats
 from ingle.models import forward_hidden, head
-from ingle.models.forward.packed import Head
+from ingle.models.forward.hidden_states import Head
 
 #: Logits of a chunk, of each of the two models.
 CHUNK_LOGITS = 1 << 23
@@ -150,7 +150,7 @@ def compare(
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states that predict a scored token, that token, and the number of its window in the row."""
     batch = collate([window.sample for window in row]).to(head(model).weight.device)
-    targets_N = batch.targets()
+    targets_N = batch.next_labels()
     kept = targets_N != IGNORE_INDEX
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
     number_N = torch.repeat_interleave(torch.arange(len(row), device=lengths.device), lengths)

@@ -22,12 +22,12 @@ import numpy.typing as npt
 import torch
 
 from ingle.data import IGNORE_INDEX, ControlTokens, Example, Sample, Tokenizer, collate
-from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
+from ingle.data.encoding import Document, Encoded, TextEncoder, make_document
 from ingle.data.types import Ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers import Likelihood
 from ingle.evaluation.task import TaskSample
-from ingle.kernels.layers.cross_entropy import linear_logps
+from ingle.kernels.layers.token_logps import token_logps
 from ingle.models import forward_hidden, head
 
 Mask = npt.NDArray[np.bool_]
@@ -112,7 +112,7 @@ def scorable(
         EvaluationError: The row gives nothing to score.
         DataError: The chat template cannot be used.
     """
-    document = draw_document(example, tokenizer, train_on="last", system=system, control=control)
+    document = make_document(example, tokenizer, train_on="last", system=system, control=control)
     if isinstance(document, str):
         raise EvaluationError(
             "A task row has nothing whose likelihood could be scored.", where=example.origin, why=document
@@ -201,8 +201,8 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     output = head(model)
     batch = collate(samples).to(output.weight.device)
     hidden_NH = forward_hidden(model, batch)[0]
-    targets_N = batch.targets()
-    logps_N = linear_logps(
+    targets_N = batch.next_labels()
+    logps_N = token_logps(
         hidden_NH,
         output.weight,
         targets_N,

@@ -18,8 +18,7 @@ from ingle.config.base import (
     base_sections,
     format_name,
 )
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import QuantizationError
 from ingle.gguf.architecture import ARCHITECTURES
 from ingle.gguf.mixes import Mix

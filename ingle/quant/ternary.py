@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from ingle.config.base import TernaryGroups
 from ingle.kernels.hqq.dispatch import decode_groups
-from ingle.kernels.hqq.ternary import encode_ternary, measure_groups
+from ingle.kernels.levels.dispatch import encode_ternary, measure_groups
 from ingle.quant.format import Format
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 

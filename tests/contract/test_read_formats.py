@@ -17,7 +17,7 @@ from ingle.quant import QuantLinear, convert, make_format
 from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 from tests.tiny import take_steps
 
-NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.not_packed]
+NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.read_only]
 ROWS, COLUMNS = 48, 512
 
 
@@ -50,7 +50,7 @@ def test_packing_is_refused_with_the_reason(format: GgmlBlocks) -> None:
     with pytest.raises(QuantizationError, match="read only") as caught:
         format.encode(torch.randn(ROWS, COLUMNS), name="model.layers.3.mlp.up_proj.weight")
     assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
-    assert caught.value.why == format.base.not_packed
+    assert caught.value.why == format.base.read_only
     assert ".gguf" in str(caught.value.fix)
     with pytest.raises(QuantizationError, match="read only"):
         convert(nn.Sequential(nn.Linear(256, 256)), format.base(format=format.name))

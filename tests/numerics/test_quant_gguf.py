@@ -56,7 +56,7 @@ def test_any_bytes_decode_to_their_weights(name: str) -> None:
     assert torch.equal(rounded[fine], expected.bfloat16()[fine])
 
 
-@pytest.mark.parametrize("name", [name for name, section in SECTIONS.items() if section.not_packed is None])
+@pytest.mark.parametrize("name", [name for name, section in SECTIONS.items() if section.read_only is None])
 def test_importance_is_used_or_not(name: str) -> None:
     format, _ = make(name)
     rng = np.random.default_rng(7)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ingle import models
 from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name
+from ingle.config.model_names import check_name
 from ingle.errors import ConfigError, EvaluationError
 from ingle.evaluation.formats.candidates import find_target, list_candidates, target_names
 from ingle.evaluation.formats.choice import LIMIT

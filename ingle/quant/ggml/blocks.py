@@ -79,11 +79,11 @@ class GgmlBlocks(Format):
                 or infinity or is too large; or the importance is invalid.
         """
         num_rows, num_columns = weight_OI.shape
-        if self.base.not_packed is not None:
+        if self.base.read_only is not None:
             raise QuantizationError(
                 f"{name} cannot be quantized to {self.name}, which is read only.",
                 where=name,
-                why=self.base.not_packed,
+                why=self.base.read_only,
                 fix="train on a downloaded .gguf file of this type, or choose another --base.format",
             )
         self._require_full_blocks(num_columns, name)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml_read import (
+from ingle.config.ggml import (
     IQ1_MBase,
     IQ1_SBase,
     IQ2_SBase,

@@ -21,8 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import IQ4_NLBase, IQ4_XSBase
-from ingle.config.ggml_read import MXFP4Base, NVFP4Base
+from ingle.config.ggml import IQ4_NLBase, IQ4_XSBase, MXFP4Base, NVFP4Base
 from ingle.kernels.ggml.grids import FLOATS, LEVELS
 from ingle.quant.ggml.blocks import GgmlBlocks, half, nibbles
 

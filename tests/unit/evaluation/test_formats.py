@@ -24,7 +24,7 @@ from ingle.evaluation.formats.choice import pareto_front, recommend, sayings, wa
 from ingle.evaluation.formats.page import render_page
 from ingle.evaluation.formats.result import Estimate, FormatResult, Quality
 from ingle.events import Warned
-from ingle.models.loading.architecture import build
+from ingle.models.loading.meta_device import build
 from ingle.quant.imatrix_collector import linear_maps
 from tests.tiny import write_llama
 

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ingle import adapters, quant
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import BaseConfig, Nf4Base, NoBase, base_section, base_sections, format_name
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import MixBase
 from ingle.errors import QuantizationError
 from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_format, make_formats, quantize_ends
 from ingle.quant.catalog import format_options
-from ingle.training.census import model_shape
+from ingle.training.model_shape import model_shape
 
 
 def build(model_type: str = "llama", **changes: Any) -> Any:
