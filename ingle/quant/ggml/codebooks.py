@@ -22,15 +22,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import (
-    IQ1_MBase,
-    IQ1_SBase,
-    IQ2_SBase,
-    IQ2_XSBase,
-    IQ2_XXSBase,
-    IQ3_SBase,
-    IQ3_XXSBase,
-)
 from ingle.kernels.ggml.grids import read_grid
 from ingle.quant.ggml.blocks import GgmlBlocks, half
 
@@ -50,8 +41,6 @@ class Codebook(GgmlBlocks):
 class IQ2_XXS(Codebook):
     """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
 
-    base = IQ2_XXSBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
         parts = blocks_ONB[..., 2:].unflatten(-1, (8, 8))
@@ -62,8 +51,6 @@ class IQ2_XXS(Codebook):
 
 class IQ2_XS(Codebook):
     """Codes of 9 bits with seven signs in one word; a scale for 16."""
-
-    base = IQ2_XSBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
@@ -76,8 +63,6 @@ class IQ2_XS(Codebook):
 class IQ2_S(Codebook):
     """Codes of 10 bits, eight signs, a scale for 16."""
 
-    base = IQ2_SBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
         codes = blocks_ONB[..., 2:34].int() | _fields(blocks_ONB[..., 66:74].int(), (0, 2, 4, 6), 3) << 8
@@ -88,8 +73,6 @@ class IQ2_S(Codebook):
 
 class IQ3_XXS(Codebook):
     """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
-
-    base = IQ3_XXSBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 2 * row``."""
@@ -102,8 +85,6 @@ class IQ3_XXS(Codebook):
 class IQ3_S(Codebook):
     """Codes of 9 bits, eight signs, a scale for 32."""
 
-    base = IQ3_SBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * row``."""
         codes = blocks_ONB[..., 2:66].int() | _fields(blocks_ONB[..., 66:74].int(), tuple(range(8)), 1) << 8
@@ -114,8 +95,6 @@ class IQ3_S(Codebook):
 
 class IQ1_S(Codebook):
     """Codes of 11 bits, a scale and a shift for 32."""
-
-    base = IQ1_SBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
@@ -129,8 +108,6 @@ class IQ1_S(Codebook):
 
 class IQ1_M(Codebook):
     """Codes of 11 bits, a scale for 16, a shift for 8; the bits of ``d`` are spread over four words."""
-
-    base = IQ1_MBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
