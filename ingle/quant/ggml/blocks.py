@@ -124,7 +124,8 @@ class GgmlBlocks(Format):
         return self.dequantize_blocks(self._blocks(planes).detach()).flatten(1).to(dtype)
 
     def _blocks(self, planes: Mapping[str, Tensor]) -> Tensor:
-        return planes["data"].unflatten(1, (-1, self.base.block_bytes))
+        blocks_ONB: Tensor = planes["data"].unflatten(1, (-1, self.base.block_bytes))
+        return blocks_ONB
 
     def _require_full_blocks(self, num_columns: int, name: str) -> None:
         size = self.base.block_size

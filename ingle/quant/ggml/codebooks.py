@@ -102,7 +102,7 @@ class IQ1_S(Codebook):
         codes = blocks_ONB[..., 2:34].int() | _fields(words, (0, 3, 6, 9), 7) << 8
         scale = half(blocks_ONB, 0) * (2 * (words >> 12 & 7) + 1).float()
         shift = 0.125 - 0.25 * (words >> 15).float()
-        rows = self.rows(codes).unflatten(-2, (8, 4)) + shift[..., None, None]
+        rows: Tensor = self.rows(codes).unflatten(-2, (8, 4)) + shift[..., None, None]
         return (scale[..., None, None] * rows).flatten(-3)
 
 
@@ -118,7 +118,7 @@ class IQ1_M(Codebook):
         high = _nibble_pairs(blocks_ONB[..., 32:48])
         codes = blocks_ONB[..., :32].int() | (high & 7) << 8
         shift = 0.125 - 0.25 * (high >> 3).float()
-        rows = (self.rows(codes) + shift.unsqueeze(-1)).unflatten(-2, (16, 2))
+        rows: Tensor = (self.rows(codes) + shift.unsqueeze(-1)).unflatten(-2, (16, 2))
         return (scale[..., None, None] * rows).flatten(-3)
 
 

@@ -113,7 +113,7 @@ class TQ2_0(GgmlBlocks):
 
 def _scale_parts(scale: Tensor, codes: Tensor, minimum: Tensor | None = None) -> Tensor:
     """``scale * codes - minimum`` with one scale and minimum for each sub-block."""
-    weights = scale.unsqueeze(-1) * codes.unflatten(-1, (scale.shape[-1], -1))
+    weights: Tensor = scale.unsqueeze(-1) * codes.unflatten(-1, (scale.shape[-1], -1))
     return (weights if minimum is None else weights - minimum.unsqueeze(-1)).flatten(-2)
 
 
