@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from ingle.flow import finetune as finetune
     from ingle.flow import resume as resume
     from ingle.inference import open_model as open_model
+    from ingle.scoring import evaluate as evaluate
 
 __version__ = "0.1.0"
 
-_LAZY = {"finetune": "ingle.flow", "resume": "ingle.flow", "open_model": "ingle.inference"}
+_LAZY = {"finetune": "ingle.flow", "resume": "ingle.flow", "open_model": "ingle.inference", "evaluate": "ingle.scoring"}
 
 
 def load_run(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Any:

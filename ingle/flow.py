@@ -5,12 +5,10 @@ Read :func:`finetune` from top to bottom; nearly every line of it is one package
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ingle import adapters, evaluation, models, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
@@ -19,7 +17,9 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
-from ingle.sinks import MetricsFile, combine
+from ingle.report.results import RunReport
+from ingle.report.run_files import read_report, write_report
+from ingle.sinks import EventsFile, MetricsFile, combine
 from ingle.training.checkpoint import Checkpoints, Position, Stateful
 from ingle.training.folder import RunFolder
 from ingle.training.meter import Meter, peak_memory_bytes
@@ -27,7 +27,7 @@ from ingle.training.schedule import learning_rate
 from ingle.training.steps import take_step
 
 
-def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
+def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
     """Fine-tunes a model, or resumes where an earlier call stopped.
 
     Args:
@@ -48,7 +48,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
     with stopping.listening(), stopping.explained(lambda: str(_interrupted(run, folder))), folder.locked():
         if folder.state(run) == "finished":  # by another process in the meantime; from here on the lock is ours
             return _already_finished(run, folder, sink)
-        sink = combine(MetricsFile(folder.metrics), sink)
+        sink = combine(MetricsFile(folder.metrics), EventsFile(folder.events), sink)
         try:
             began = time.monotonic()
             parts = assemble(run, sink)
@@ -65,7 +65,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             raise
 
 
-def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
+def resume(path: Path, sink: Sink = lambda event: None) -> RunReport:
     """Resumes the run in a folder; see :func:`finetune`."""
     run = RunFolder(path).load_run()
     return finetune(run.model_copy(update={"output": str(path)}), sink)
@@ -175,7 +175,9 @@ def _evaluate_before(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) 
     task = run.evaluate.model_dump_json()
     result = evaluation.load_result(task, folder.base_evaluation)
     if result is None:
-        result = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=sink, stage="base")
+        result = evaluation.run_task(
+            evaluation.ModelSource(parts.model, parts.tokenizer, "base"), run.evaluate, sink=sink
+        )
         evaluation.save_result(result, task, folder.base_evaluation)
     return result
 
@@ -188,12 +190,14 @@ def _report(
     ended: float,
     base: evaluation.TaskResult | None,
     sink: Sink,
-) -> dict[str, Any]:
+) -> RunReport:
     """Compares base and tuned model on held-out samples, and writes ``report.json`` and ``report.html``."""
     comparison = None
     if run.evaluate is not None:
         parts.model.eval()
-        comparison = evaluation.evaluate_pair(parts.model, parts.tokenizer, run.evaluate, sink=sink, base=base)
+        tuned = evaluation.ModelSource(parts.model, parts.tokenizer, "tuned")
+        before = tuned.base() if base is None else [base]
+        (comparison,) = evaluation.evaluate(tuned, [run.evaluate], base=before, sink=sink)
         sink(Evaluated(position.step, comparison))
     summary = {
         "num_steps": position.step,
@@ -207,16 +211,14 @@ def _report(
         "rounding": parts.rounding.to_dict(),
         "contamination": asdict(parts.contamination) if parts.contamination is not None else None,
     }
-    report = evaluation.write_report(
-        folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics
-    )
+    report = write_report(folder.path, run=run, comparison=comparison, summary=summary, metrics_path=folder.metrics)
     sink(Saved(position.step, str(folder.report), "report"))
     sink(Finished(position.step, report))
     return report
 
 
-def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(folder.report.read_bytes())
+def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> RunReport:
+    report = read_report(folder.report)
     sink(Warned(f"This run is finished; its report is {folder.report.with_suffix('.html')}."))
     ignored = folder.ignored(run)
     if ignored:
@@ -227,7 +229,7 @@ def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> dict[str, Any]
             f"Use `{command}` to score it on another task, or --output=DIR to start a new run.",
         ]
         sink(Warned("\n  ".join(lines)))
-    sink(Finished(report.get("num_steps", 0), report))
+    sink(Finished(report.num_steps, report))
     return report
 
 

@@ -6,18 +6,6 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-#: Metrics that are shares and read best in percent.
-_SHARES = ("exact_match",)
-_DIGITS = {"bleu": 1, "chrf": 1, "rouge_l": 3, "perplexity": 2, "bits_per_byte": 3}
-_TITLES = {
-    "exact_match": "exact match",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "rouge_l": "ROUGE-L",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-}
-
 
 def either(words: Sequence[str]) -> str:
     """Joins words with "or": ``a``, ``a or b``, ``a, b or c``."""
@@ -77,39 +65,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def title(metric: str) -> str:
-    """A metric's name as people write it."""
-    return _TITLES.get(metric, metric)
-
-
-def interval(metric: str, bounds: Sequence[float | None], *, signed: bool = False) -> str:
-    """Both ends of an interval without their unit, which the score next to it has: ``[+45.9, +51.4]``."""
-    ends = (score(metric, bound, signed=signed).removesuffix(" %").removesuffix(" points") for bound in bounds)
-    return f"[{', '.join(ends)}]"
-
-
-def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``, ``+50.0 points`` of a percentage."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    scaled = value * 100 if metric in _SHARES else value
-    digits = _DIGITS.get(metric, 1) if abs(scaled) < 10_000 else 0
-    text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("+-")
-    if metric not in _SHARES:
-        return text
-    return text + (" points" if signed else " %")
-
-
-def p_value(p: float | None) -> str:
-    """A p-value with two significant digits."""
-    if p is None:
-        return "–"
-    if p < 1e-300:
-        return "< 1e-300"
-    return f"{p:.1e}" if p < 0.001 else f"{p:.3f}"

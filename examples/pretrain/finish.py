@@ -18,8 +18,8 @@ import numpy as np
 from ingle import open_model
 from ingle.config import Source, TaskConfig
 from ingle.data import Message
-from ingle.evaluation import evaluate_single
-from ingle.evaluation.charts import smooth, smoothing_span
+from ingle.evaluation import ModelSource, evaluate
+from ingle.report.charts import smooth, smoothing_span
 
 HERE = Path(__file__).parent
 WEIGHTS = ("model.safetensors", "config.json")
@@ -59,11 +59,12 @@ def write_card(model: Path, corpus: Path, steps: list[dict[str, Any]], report: d
         task = TaskConfig(
             sources=(Source(path=str(corpus / name)),), metrics=("bits_per_byte", "perplexity"), num_samples=400
         )
-        metrics = evaluate_single(engine.model, engine.tokenizer, task)["metrics"]
-        low, high = metrics["bits_per_byte"]["ci95"]
+        (summary,) = evaluate(ModelSource(engine.model, engine.tokenizer), [task])
+        metrics = summary.metrics
+        low, high = metrics["bits_per_byte"].ci95
         rows.append(
-            f"| {label} | {metrics['bits_per_byte']['n']} | {metrics['bits_per_byte']['value']:.3f} "
-            f"[{low:.3f}, {high:.3f}] | {metrics['perplexity']['value']:.2f} |"
+            f"| {label} | {metrics['bits_per_byte'].n} | {metrics['bits_per_byte'].value:.3f} "
+            f"[{low:.3f}, {high:.3f}] | {metrics['perplexity'].value:.2f} |"
         )
     return (
         (HERE / "card.md")

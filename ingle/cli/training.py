@@ -108,8 +108,8 @@ def _print_plan(loaded: LoadedRun) -> None:
         print(outlook)
         return
     from ingle import flow
+    from ingle.report.terminal_tables import plan_table
     from ingle.sinks import Terminal
-    from ingle.sinks.tables import plan_table
     from ingle.sinks.terminal import show
 
     with Terminal() as terminal:

@@ -1,1 +1,1 @@
-"""Typed results and how they are shown: on a terminal, as JSON, as pages.  Imports no torch."""
+"""Typed results, charts and pages; needs no torch."""

@@ -67,7 +67,7 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     overrides = [f"--model.id={file}", "--base.format=none", "--evaluate=null"]
     report = flow.finetune(load_run(config, overrides).run)
     assert file.read_bytes() == before
-    packed = {row["format"] for row in report["audit"]["classes"] if row["quantized"]}
+    packed = {row["format"] for row in report.audit["classes"] if row["quantized"]}
     assert packed == {*TYPES.values(), *SECOND.values()}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.2

@@ -327,7 +327,7 @@ def _resume(folder: Path, out: Path) -> Any:
 
 def _use_run(folder: Path, out: Path) -> Any:
     """What is done with a finished run: it is opened, started again, shown, and its adapter exported."""
-    from ingle.evaluation.report import read_steps
+    from ingle.report.run_files import read_steps
 
     refused = []
     answer: dict[str, Any] = {"steps": [row["loss"] for row in read_steps(folder / "run" / "metrics.jsonl")]}

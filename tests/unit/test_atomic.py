@@ -13,7 +13,7 @@ from safetensors.numpy import save_file as save
 from ingle.atomic import atomic_folder, write_atomically
 from ingle.errors import CheckpointError
 from ingle.events import Step
-from ingle.sinks.metrics import MetricsFile
+from ingle.sinks.jsonl import MetricsFile
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from ingle.config.base import BaseConfig, base_section, why_not_quantized
 from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import ConfigError
-from ingle.evaluation.formats import safetensors_base
+from ingle.evaluation.format_survey import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
 from ingle.quant import make_format
 from ingle.quant.format import PLAIN, Format

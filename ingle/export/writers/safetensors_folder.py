@@ -20,7 +20,7 @@ from ingle import models, quant
 from ingle.config.base import BaseConfig, HqqBase, NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, QuantizationError
-from ingle.evaluation.formats import HQQ, PACKED, safetensors_base
+from ingle.evaluation.format_survey import BITSANDBYTES, HQQ, safetensors_base
 from ingle.events import Progress, Sink
 from ingle.export.fidelity.measurement import TensorFidelity, measure
 from ingle.export.writers.gguf_types import AS_TRAINED
@@ -105,7 +105,7 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
     quantized = safetensors_base({"hqq": "hqq-4"}.get(type_name, type_name))
     if quantized is not None:
         return Layout(torch.bfloat16, quantized)
-    known = (*PLAIN, *PACKED, *HQQ)
+    known = (*PLAIN, *BITSANDBYTES, *HQQ)
     near = nearest(type_name, (*known, *FILE_TYPES), cutoff=0.5)
     fix: str | None = None
     if type_name in (AS_TRAINED, *FILE_TYPES, *ALIASES):

@@ -16,6 +16,7 @@ import yaml
 from ingle.cli.exit_status import run_command
 from ingle.config import Run, run_from_yaml
 from ingle.events import Started, Step
+from tests.stored_results import COMPARISON, STORED, SUMMARY
 
 CONFIG = "model: {id: m}\nbase: {format: nf4, block_size: 32}\ndata: {sources: a.jsonl}\noutput: runs/x\n"
 
@@ -299,39 +300,16 @@ def test_chat_remembers_until_it_is_reset(
     assert engine.streamed[0][1]["system"] == "s" and engine.streamed[0][1]["temperature"] == 0.7
 
 
-PAIR = {
-    "headline": "bleu",
-    "verdict": "BLEU rose.",
-    "n": 5,
-    "metrics": {
-        "bleu": {"base": 1.0, "tuned": 2.0, "delta": 1.0, "ci95": [0.5, 1.5], "p": 0.01, "n": 5, "outcome": "better"}
-    },
-    "samples": [],
-    "shown": {},
-}
-SINGLE = {"headline": "bleu", "n": 5, "metrics": {"bleu": {"value": 1.0, "ci95": [0.5, 1.5], "n": 5}}, "samples": []}
-
-
 @pytest.fixture
 def evaluated(engine: Engine, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Any]:
     (folder / "task.yaml").write_text("sources: held.jsonl\nmetrics: [bleu]\n")
     asked: list[Any] = []
 
-    def pair(model: Any, tokenizer: Any, task: Any, *, sink: Any, base: Any) -> dict[str, Any]:
-        asked.append(("pair", task, base))
-        return PAIR
+    def evaluate(path_or_id: str, tasks: list[Any], sink: Any, *, allow_mismatch: bool) -> list[Any]:
+        asked.extend(tasks)
+        return [SUMMARY if path_or_id == "m" else COMPARISON]
 
-    def single(model: Any, tokenizer: Any, task: Any, *, sink: Any) -> dict[str, Any]:
-        asked.append(("single", task))
-        return SINGLE
-
-    replace(
-        monkeypatch,
-        "evaluation",
-        evaluate_pair=pair,
-        evaluate_single=single,
-        run_task=lambda *args, **options: "base result",
-    )
+    replace(monkeypatch, "scoring", evaluate=evaluate)
     return asked
 
 
@@ -339,11 +317,10 @@ def test_evaluate_compares_what_was_trained_with_its_base(
     evaluated: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
-    kind, task, base = evaluated[0]
-    assert (kind, base, task.num_samples) == ("pair", None, 3)
+    assert [task.num_samples for task in evaluated] == [3]
     out = capsys.readouterr().out
-    assert "BLEU" in out and "[+0.5, +1.5]" in out and "BLEU rose." in out
-    assert json.loads((folder / "report.json").read_text()) == PAIR
+    assert "BLEU" in out and COMPARISON.verdict[:40] in out
+    assert json.loads((folder / "report.json").read_text()) == STORED["comparison"]
 
 
 def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any], folder: Path) -> None:
@@ -359,7 +336,7 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
         ["Qwen/Qwen3-0.6B", "--sources=[held.jsonl]"],
     ):
         assert run_command(["evaluate", *words]) == 0
-    tasks = [(asked[1].sources[0].path, asked[1].metrics[0], asked[1].num_samples) for asked in evaluated]
+    tasks = [(task.sources[0].path, task.metrics[0], task.num_samples) for task in evaluated]
     assert tasks == [
         ("own.jsonl", "bleu", 9),
         ("own.jsonl", "chrf", 3),
@@ -373,10 +350,10 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
     [
         ([], "ingle evaluate RUN_OR_MODEL"),
         (["run.yaml"], "ingle evaluate RUN_OR_MODEL --task run.yaml"),
-        (["a", "b"], "One model at a time, not 2: a, b."),
+        (["a", "b"], "Expected one model, got 2: a, b."),
         (["plain"], "plain is not a run, so it has no task of its own."),
-        (["trained"], "trained was trained without a task"),
-        (["trained", "--task", "run.yaml"], "This config has no task"),
+        (["trained"], "trained has no task"),
+        (["trained", "--task", "run.yaml"], "This config holds no task"),
         (["trianed"], "did you mean trained?"),
     ],
 )
@@ -397,33 +374,19 @@ def test_evaluate_checks_its_output_path_first(
     assert run_command([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
     evaluated.clear()
     assert run_command([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
-    assert run_command([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be made" in capsys.readouterr().err
+    assert (
+        run_command([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be created" in capsys.readouterr().err
+    )
     monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
-    assert run_command([*words, "new/more.json"]) == 2 and "Nothing can be written in new." in capsys.readouterr().err
+    assert run_command([*words, "new/more.json"]) == 2 and "The folder new is not writable." in capsys.readouterr().err
     assert evaluated == []
 
 
-def test_evaluate_scores_a_plain_model_alone(
-    evaluated: list[Any], engine: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine.adapted = False
+def test_evaluate_scores_another_model_alone(evaluated: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
-    assert evaluated[0][0] == "single"
-    assert json.loads(capsys.readouterr().out) == SINGLE
+    assert json.loads(capsys.readouterr().out) == STORED["summary"]
     assert run_command(["evaluate", "m", "--task", "task.yaml"]) == 0
-    assert "[0.5, 1.5]" in capsys.readouterr().out
-
-
-def test_evaluate_opens_the_base_of_a_full_fine_tuning_first(
-    evaluated: list[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ingle.inference
-
-    engine.adapted = False
-    monkeypatch.setattr(ingle.inference, "locate", lambda path: SimpleNamespace(original="m"))
-    assert run_command(["evaluate", "runs/x", "--task", "task.yaml", "--json"]) == 0
-    assert evaluated[0][0] == "pair" and evaluated[0][2] == "base result"
-    assert engine.opened == [("runs/x", True), ("runs/x", False)]  # type: ignore[attr-defined]
+    assert "71.4 %" in capsys.readouterr().out
 
 
 def test_data_inspect_looks_at_the_data_of_the_run(

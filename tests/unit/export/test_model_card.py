@@ -13,7 +13,7 @@ import yaml
 
 from ingle.config import load_run
 from ingle.config.run import Run
-from ingle.evaluation.divergence import Divergence
+from ingle.evaluation.run.divergence import Divergence
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
 from ingle.export.model_card import make_card, read_licence
