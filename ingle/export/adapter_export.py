@@ -157,7 +157,7 @@ def _require_adapter(job: ExportJob) -> Path:
             where=job.base_model,
             fix="--to safetensors or --to gguf exports the model",
         )
-    if adapters.read_record(adapter).adapter.get("merge_aware") is not None:
+    if adapters.read_record(adapter).adapter.merge_aware is not None:
         job.sink(
             Warned(
                 "This adapter was trained to be merged. On the unmerged base it answers somewhat differently than in "

@@ -248,12 +248,12 @@ class ExportJob:
     def _rounded_in_training(self, report: FidelityReport) -> bool:
         """Returns whether training used the rounding that writes the weights, so that nothing more is lost."""
         adapter, base = self.source.adapter, self.source.base
-        aware = None if adapter is None else adapters.read_record(adapter).adapter.get("merge_aware")
+        aware = None if adapter is None else adapters.read_record(adapter).adapter.merge_aware
         if aware is None:
             return False
-        if aware["format"] is None and report.type in (AS_TRAINED, base.format):
+        if aware.format is None and report.type in (AS_TRAINED, base.format):
             return True
-        target = aware["format"] or base.format
+        target = aware.format or base.format
         return report.type == target or all(tensor.type == target for tensor in report.tensors)
 
     def _remedies(self) -> str:
