@@ -29,6 +29,7 @@ from ingle.config import TaskConfig, load_run
 from ingle.config.base import NoBase, base_section
 from ingle.config.parallel import ParallelConfig
 from ingle.quant import Format, QuantLinear, make_format
+from ingle.report.results import MetricComparison
 
 CONFIG = Path("examples/demo/demo.yaml")
 
@@ -157,20 +158,20 @@ def compare_routes(
     rows = []
     for route in (route for route in ROUTES if route.run in names):
         run, report = train(route.run, folder, flags)
-        aware = report["rounding"] is not None
+        aware = report.rounding is not None
         if route.run not in trained:
             engine = inference.open_model(str(run))
-            trained[route.run] = evaluation.run_task(engine.model, engine.tokenizer, task)
+            trained[route.run] = evaluation.run_task(evaluation.ModelSource(engine.model, engine.tokenizer), task)
         model, tokenizer = open_unmerged(run, original=route.from_original)
         facts = merge(model, route)
-        served = evaluation.run_task(model, tokenizer, task)
-        compared = evaluation.compare(trained[route.run], served, task)["metrics"]
+        served = evaluation.run_task(evaluation.ModelSource(model, tokenizer), task)
+        compared = evaluation.compare(trained[route.run], served, task).metrics
         row = {
             "run": route.run,
             "served": route.served,
             **facts,
-            "train_s": report["train_s"],
-            "packing_s": report["rounding"]["packing_s"] if aware else 0.0,
+            "train_s": report.train_s,
+            "packing_s": report.rounding["packing_s"] if aware else 0.0,
             "metrics": pair(compared),
         }
         rows.append(row)
@@ -178,10 +179,10 @@ def compare_routes(
     return rows
 
 
-def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the scores as trained and as served from their comparison."""
+def pair(metrics: dict[str, MetricComparison]) -> dict[str, dict[str, Any]]:
+    """Scores as trained and as served, from a comparison of the two."""
     return {
-        name: {"trained": metric["base"], "served": metric["tuned"], "delta": metric["delta"], "ci95": metric["ci95"]}
+        name: {"trained": metric.base, "served": metric.tuned, "delta": metric.delta, "ci95": metric.ci95}
         for name, metric in metrics.items()
     }
 

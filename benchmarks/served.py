@@ -22,10 +22,10 @@ import numpy as np
 from benchmarks.merges import describe_pair, pair
 from ingle import data, evaluation, flow, inference, models
 from ingle.config import TaskConfig, load_run
-from ingle.evaluation.likelihood import cut_windows, scorable, window_size
-from ingle.evaluation.result import Question, TaskResult
+from ingle.evaluation.run.windows import cut_windows, draw_scored_document, window_size
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.task import read_task
+from ingle.evaluation.tasks.samples import read_task
+from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.export import export
 from ingle.export.verify.llama_cpp import LlamaCpp, import_binding
 
@@ -132,7 +132,7 @@ def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> Task
     """Runs the task in llama.cpp: greedy answers, and the likelihood of each reference."""
     samples = read_task(task)
     ends = models.end_token_ids(model, tokenizer)
-    documents = [scorable(sample.example, tokenizer, task.system) for sample in samples]
+    documents = [draw_scored_document(sample.example, tokenizer, task.system) for sample in samples]
     windows, _ = cut_windows(documents, tokenizer, window_size(model))
     with LlamaCpp(served.model, adapter=served.adapter, context=CONTEXT) as llama:
         answers = tuple(
@@ -153,7 +153,7 @@ def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> Task
             logps = rows[np.arange(len(places)), window.sample.labels[places]] - np.log(np.exp(rows).sum(-1))
             likelihoods.append(Likelihood(-float(logps.sum()), len(places), len(sample.references[0].encode())))
     return TaskResult(
-        samples=tuple(Question(sample.example.origin, sample.prompt, sample.references) for sample in samples),
+        samples=tuple(SampleText(sample.example.origin, sample.prompt, sample.references) for sample in samples),
         outputs=Outputs(answers=answers, likelihoods=tuple(likelihoods)),
         num_unfinished=0,
         seconds=0.0,
@@ -168,21 +168,17 @@ def measure(route: Route, label: str, folder: Path, flags: list[str], task: Task
     target.mkdir(parents=True, exist_ok=True)
     served = route.write(run, target, route.kind)
     engine = inference.open_model(run)
-    trained = evaluation.run_task(engine.model, engine.tokenizer, task)
+    trained = evaluation.run_task(evaluation.ModelSource(engine.model, engine.tokenizer), task)
     compared = evaluation.compare(trained, answer(served, engine.tokenizer, engine.model, task), task)
-    same = sum(one == other for one, other in zip(*_answers(compared), strict=True))
+    same = sum(sample.base == sample.tuned for sample in compared.samples)
     return {
         "route": label,
         "description": route.description,
         "bytes": served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0),
         "same_answers": same,
-        "n": compared["n"],
-        "metrics": pair(compared["metrics"]),
+        "n": compared.n,
+        "metrics": pair(compared.metrics),
     }
-
-
-def _answers(compared: dict[str, Any]) -> tuple[list[str], list[str]]:
-    return [s["base"] for s in compared["samples"]], [s["tuned"] for s in compared["samples"]]
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
 from ingle.kernels.attention.cpu import Scores
-from ingle.kernels.attention.tiles import Heads, Reach
+from ingle.kernels.attention.spans import AttentionSpans, Heads
 from ingle.kernels.layers.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
 from ingle.kernels.layers.importance import SquaredInputs
 from ingle.kernels.layers.lora import Projection
-from ingle.kernels.numba.bfloat16 import supported
+from ingle.kernels.numba.scalars import supported
 from ingle.quant.linear import QuantLinear
 
 #: Classes of layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions.
@@ -143,15 +143,15 @@ class FusedLayer(nn.Module):
             )
             return answer
         assert position_embeddings is not None and cu_seq_lens_q is not None
-        reach = Reach.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
+        spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         rotary = (position_embeddings[0][0], position_embeddings[1][0])
         if self.training and getattr(original, "gradient_checkpointing", False):
             again: Callable[..., Any] = checkpoint
-            recomputed: Tensor = again(self._run, hidden_states, rotary, reach, use_reentrant=False)
+            recomputed: Tensor = again(self._run, hidden_states, rotary, spans, use_reentrant=False)
             return recomputed
-        return self._run(hidden_states, rotary, reach)
+        return self._run(hidden_states, rotary, spans)
 
-    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], reach: Reach) -> Tensor:
+    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], spans: AttentionSpans) -> Tensor:
         attention: Any = self.self_attn
         mlp: Any = self.mlp
         first = Attention(
@@ -170,7 +170,7 @@ class FusedLayer(nn.Module):
             up=_projection(mlp.up_proj),
             down=_projection(mlp.down_proj),
         )
-        return mlp_half(attention_half(hidden_states, first, rotary, reach), second)
+        return mlp_half(attention_half(hidden_states, first, rotary, spans), second)
 
 
 def _norm(module: Any) -> Norm:

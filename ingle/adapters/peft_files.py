@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingle.adapters.adapted import AttachReport, adapt, lora_modules, report, tied_modules, train_whole
+from ingle.adapters.adapted import (
+    AttachReport,
+    adapt,
+    keep_initial_values,
+    lora_modules,
+    report,
+    tied_modules,
+    unfreeze,
+)
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
@@ -158,7 +166,11 @@ def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool =
             module.lora_a.copy_(_gather(lora_a, module, name, folder))
             module.lora_b.copy_(lora_b)
     names = tuple(saved)
-    notes = () if existing else (*_untie(model, saved), *train_whole(model, names))
+    notes: tuple[str, ...] = ()
+    if not existing:
+        notes = _untie(model, saved)
+        unfreeze(model, names)
+        notes += keep_initial_values(model, names)
     notes += (*unknown, *_check_base(model, record, folder, allow_mismatch))
     for name, state in saved.items():
         load_module(model, name, state, folder)

@@ -19,8 +19,8 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
 from ingle.errors import AdapterError, ExportError
-from ingle.evaluation.divergence import Divergence, Reference, compare, refer
-from ingle.evaluation.likelihood import Window, window_size
+from ingle.evaluation.run.divergence import Divergence, Reference, compare, record_reference
+from ingle.evaluation.run.windows import Window, window_size
 from ingle.events import Progress, Sink, Warned
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.output_paths import OutputPaths
@@ -165,7 +165,7 @@ class ExportJob:
         engine = self.open_trained()
         windows = self._read_windows(engine.model)
         self.sink(Progress("Measuring the trained model", 0))
-        reference = refer(engine.model, windows)
+        reference = record_reference(engine.model, windows)
         effect = None
         if engine.adapted:
             with adapters.disabled(engine.model):

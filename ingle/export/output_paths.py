@@ -20,7 +20,7 @@ import psutil
 
 from ingle.atomic import atomic_folder, scratch_folder, sync
 from ingle.errors import ConfigError, DoesNotFit
-from ingle.stopping import renaming, undone
+from ingle.stopping import on_forced_exit, renaming
 from ingle.wording import size
 
 Companion = Literal["card", "modelfile", "fidelity", "fidelity_page", "certificate"]
@@ -115,7 +115,7 @@ class OutputPaths:
                     path.rmdir()
 
         try:
-            with undone(clean):
+            with on_forced_exit(clean):
                 with atomic_folder(complete) as partial:
                     yield partial
                     self._require_free()  # another program may have written there meanwhile

@@ -18,10 +18,10 @@ from torch import Tensor
 from ingle import models
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name
+from ingle.config.model_names import check_name
 from ingle.errors import ConfigError
-from ingle.evaluation.formats import Target, find_target, read_windows
-from ingle.evaluation.importance import gather_importance
+from ingle.evaluation.format_survey import Target, find_target, read_windows
+from ingle.evaluation.run.importance_matrix import gather_importance
 from ingle.events import Progress, Saved, Sink
 from ingle.export.output_paths import OutputPaths
 from ingle.export.request import require_file

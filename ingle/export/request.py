@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from ingle.config.named import nearest_path
+from ingle.config.model_names import nearest_path
 from ingle.errors import ConfigError
 from ingle.export.fidelity.fidelity_report import MAX_KL
 from ingle.wording import either

@@ -13,6 +13,7 @@ from ingle import adapters, assembly, flow, inference
 from ingle.adapters import merged_planes
 from ingle.config import load_run
 from ingle.events import Event, Saved, Step
+from ingle.report.results import RunReport
 
 MERGE_AWARE = ("--base.format=q4_0", "--adapter.merge_aware.fraction=0.5")
 QA_LORA = ("--base.format=q5_1", "--adapter.kind=qa_lora", "--adapter.train_rounding=true")
@@ -22,7 +23,7 @@ class Crash(Exception):
     """Stops a run."""
 
 
-def train(config: Path, output: Path, *flags: str, crash: Any = None) -> dict[str, Any]:
+def train(config: Path, output: Path, *flags: str, crash: Any = None) -> RunReport:
     def sink(event: Event) -> None:
         if crash is not None and crash(event):
             raise Crash
@@ -53,7 +54,7 @@ def test_a_resumed_run_ends_in_the_same_bytes_wherever_it_stopped(
             train(config, output, *flags, crash=stop)
         again = train(config, output, *flags)
         assert weights(output) == weights(tmp_path / "complete"), name
-        assert again["metrics"] == complete["metrics"], name
+        assert again.metrics == complete.metrics, name
 
 
 @pytest.mark.parametrize("flags", [MERGE_AWARE, QA_LORA], ids=["merge-aware", "qa_lora"])
@@ -61,7 +62,7 @@ def test_evaluation_and_opening_use_the_weights_that_will_be_served(
     flags: tuple[str, ...], config: Path, tmp_path: Path
 ) -> None:
     report = train(config, tmp_path / "run", *flags)
-    rounding = report["rounding"]
+    rounding = report.rounding
     assert rounding["formats"] == [flags[0].rpartition("=")[2]]
     assert rounding["first_step"] == (7 if flags is MERGE_AWARE else 1)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["rounding"] == rounding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ingle.evaluation.divergence import FEW_TOKENS, Divergence
+from ingle.evaluation.run.divergence import FEW_TOKENS, Divergence
 from ingle.export.fidelity.measurement import TensorFidelity, mean_correlation
 from ingle.export.fidelity.promotion import Promotion
 from ingle.export.writers.gguf_types import AS_TRAINED

@@ -31,7 +31,7 @@ from ingle.gguf.container import row_bytes
 from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
 from ingle.gguf.names import ROPE_FREQS, names_of
 from ingle.gguf.rotary import rope_divisors
-from ingle.models.loading.streaming import Entry
+from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant.format import PLAIN, Format
 
 
@@ -48,7 +48,7 @@ class PlannedTensor:
     """
 
     name: str
-    entry: Entry | None
+    entry: WeightEntry | None
     hf_name: str
     shape: tuple[int, ...]
     type: str
@@ -170,7 +170,7 @@ class GgufExport:
             return measure(loaded, planned.name, target_of(type_name), self.importance.get(planned.name))[1]
 
     def _plan(self) -> list[PlannedTensor]:
-        entries: list[tuple[str, Entry | None, tuple[int, ...]]] = []
+        entries: list[tuple[str, WeightEntry | None, tuple[int, ...]]] = []
         for stored in self.merged.stream.entries:
             if len(stored.pieces) != 1:
                 raise GgufError("Models with experts cannot be written to GGUF yet.", where=stored.name)

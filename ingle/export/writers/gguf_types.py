@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ingle.config.base import BaseConfig, base_section, why_not_quantized
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
+from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import ConfigError
-from ingle.evaluation.formats import safetensors_base
+from ingle.evaluation.format_survey import safetensors_base
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
-from ingle.quant.format import PLAIN, Format, make_format
+from ingle.quant import make_format
+from ingle.quant.format import PLAIN, Format
 from ingle.wording import nearest
 
 #: ``--type`` of a file in which every tensor keeps its format; merged tensors are rounded to it again.

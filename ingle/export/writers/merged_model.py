@@ -19,7 +19,7 @@ from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import is_changed, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
-from ingle.models.loading.streaming import Entry, Stream, plain_value
+from ingle.models.loading.weight_stream import WeightEntry, WeightStream, plain_value
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
@@ -108,7 +108,7 @@ class MergedModel:
     """
 
     def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink = lambda event: None) -> None:
-        self.stream = Stream(source.model, source.base, models.compute_dtype(source.model.dtype, "cpu"))
+        self.stream = WeightStream(source.model, source.base, models.compute_dtype(source.model.dtype, "cpu"))
         self.adapted: dict[str, LoraLinear] = {}
         self.changed: dict[str, LoraLinear] = {}
         self.replaced: dict[str, Tensor] = {}
@@ -123,14 +123,14 @@ class MergedModel:
             modules = adapters.lora_modules(self.stream.model)
             self.adapted = {f"{name}.weight": layer for name, layer in modules.items()}
             self.changed = {name: layer for name, layer in self.adapted.items() if is_changed(layer)}
-            for path in report.trained_whole:
+            for path in report.modules_to_save:
                 for key, parameter in self.stream.model.get_submodule(path).named_parameters(remove_duplicate=False):
                     self.replaced[f"{path}.{key}"] = parameter.detach()
         stored = {entry.name for entry in self.stream.entries}
         self.untied = tuple(name for name in self.replaced if name not in stored and not self._is_tied(name, stored))
 
     @contextmanager
-    def loaded(self, entry: Entry) -> Iterator[LoadedWeight]:
+    def loaded(self, entry: WeightEntry) -> Iterator[LoadedWeight]:
         """Loads one parameter while the block runs."""
         replacement = self.replaced.get(entry.name)
         if replacement is not None and self._expected is None:

@@ -20,18 +20,18 @@ from ingle import models, quant
 from ingle.config.base import BaseConfig, HqqBase, NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, QuantizationError
-from ingle.evaluation.formats import HQQ, PACKED, safetensors_base
+from ingle.evaluation.format_survey import BITSANDBYTES, HQQ, safetensors_base
 from ingle.events import Progress, Sink
 from ingle.export.fidelity.measurement import TensorFidelity, measure
 from ingle.export.writers.gguf_types import AS_TRAINED
 from ingle.export.writers.merged_model import LoadedWeight, MergedModel
 from ingle.export.writers.shards import ShardWriter
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
-from ingle.models.loading.streaming import Entry
+from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant import to_bitsandbytes
 from ingle.quant.format import PLAIN, Format
 from ingle.quant.hqq import Hqq
-from ingle.quant.interchange_hqq import to_hqq
+from ingle.quant.interchange.hqq import to_hqq
 from ingle.quant.linear import QuantModule
 from ingle.wording import nearest
 
@@ -105,7 +105,7 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
     quantized = safetensors_base({"hqq": "hqq-4"}.get(type_name, type_name))
     if quantized is not None:
         return Layout(torch.bfloat16, quantized)
-    known = (*PLAIN, *PACKED, *HQQ)
+    known = (*PLAIN, *BITSANDBYTES, *HQQ)
     near = nearest(type_name, (*known, *FILE_TYPES), cutoff=0.5)
     fix: str | None = None
     if type_name in (AS_TRAINED, *FILE_TYPES, *ALIASES):
@@ -183,7 +183,7 @@ def write_safetensors(
 
 
 def _quantized_tensors(
-    entry: Entry,
+    entry: WeightEntry,
     loaded: LoadedWeight,
     layout: Layout,
     format: Format,
@@ -212,7 +212,7 @@ def _quantized_tensors(
 
 
 def _plain_tensors(
-    entry: Entry, loaded: LoadedWeight, layout: Layout, found: list[TensorFidelity]
+    entry: WeightEntry, loaded: LoadedWeight, layout: Layout, found: list[TensorFidelity]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the pieces of a plain parameter, with their keys."""
     if loaded.layer is not None:

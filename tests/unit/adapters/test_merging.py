@@ -191,5 +191,5 @@ def test_formats_without_an_offset_refuse_qa_lora(base: str) -> None:
     with pytest.raises(AdapterError) as error:
         adapters.attach(model, QaLoraAdapter(kind="qa_lora"), seed=0)
     text = str(error.value)
-    assert "model.layers.0.self_attn.q_proj is held in " + base in text and "and 4 more" in text
+    assert "model.layers.0.self_attn.q_proj is stored as " + base in text and "and 4 more" in text
     assert "q4_1 or q5_1" in text

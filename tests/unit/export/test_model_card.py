@@ -15,7 +15,7 @@ from ingle.config import load_run
 from ingle.config.base import NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.run import Run
-from ingle.evaluation.divergence import Divergence
+from ingle.evaluation.run.divergence import Divergence
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
 from ingle.export.job import ExportJob

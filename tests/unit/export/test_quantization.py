@@ -15,13 +15,13 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.config.base import base_section
 from ingle.errors import ConfigError, GgufError
-from ingle.evaluation.formats.candidates import list_candidates
+from ingle.evaluation.format_survey.targets import list_candidates
 from ingle.events import Progress
 from ingle.export import quantize
 from ingle.gguf import read_gguf
 from ingle.gguf.imatrix import read_imatrix
 from ingle.quant import make_format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from tests.conftest import make_tokenizer
 from tests.tiny import write_llama
 
