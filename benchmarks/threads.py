@@ -29,7 +29,7 @@ WAYS = {"spins": {}, "yields": {"GOMP_SPINCOUNT": "1000"}, "passive": {"OMP_WAIT
 PEER = "transformers + PEFT"
 _CHOICE = """
 from ingle import env
-env.share_processors()
+env.limit_spinning()
 print("yields" if "GOMP_SPINCOUNT" in env.os.environ else "spins")
 """
 

@@ -17,6 +17,7 @@ SUBTITLES = {
     "export": "files to serve",
     "assembly": "the parts of a run",
     "inference": "opens trained models",
+    "scoring": "scores on tasks",
     "training": "loop, optimizer, checkpoints",
     "evaluation": "scores and statistics",
     "sinks": "terminal, files, trackers",

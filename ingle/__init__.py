@@ -6,7 +6,7 @@
     report = ingle.finetune(run)
     answers = ingle.open_model(run.output).generate(["Hello"])
 
-Importing the package loads no torch; that happens when one of these is first used.
+Importing the package does not import torch; using ``finetune``, ``resume`` or ``open_model`` does.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _LAZY = {"finetune": "ingle.flow", "resume": "ingle.flow", "open_model": "ingle.
 
 
 def load_run(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Any:
-    """Reads a config file.
+    """Loads a config file.
 
     Args:
         path: The YAML file.
-        overrides: ``a.b=value`` entries that win over the file.
+        overrides: ``a.b=value`` entries that override the file.
 
     Returns:
         The frozen :class:`ingle.config.Run`.
 
     Raises:
-        ConfigError: When an option is unknown, of the wrong type, or at odds with another.
+        ConfigError: An option is unknown, has an invalid value, or conflicts with another option.
     """
     from pathlib import Path
 

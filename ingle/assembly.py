@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from ingle import adapters, data, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.rules import check
 from ingle.config.run import Run
-from ingle.events import Progress, Sink, Warned
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.events import Sink, Warned
+from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.groups import parameter_groups
 from ingle.training.meter import free_bytes, resident_bytes
@@ -62,13 +61,17 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     check(run)
     mesh = parallel.start(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, mesh.device)
-    contamination = None
-    if run.evaluate is not None:
-        samples = evaluation.read_task(run.evaluate)  # report a mistake in the task before hours are spent
-        contamination = _find_contamination(run, [sample.example for sample in samples], sink)
+    # Read the task first, to report a mistake in it before hours are spent.
+    held_out = [sample.example for sample in evaluation.read_task(run.evaluate)] if run.evaluate is not None else []
+    search = data.ContaminationSearch(held_out)
     tokenizer = models.load_tokenizer(run.model)
     model = models.meta_model(run.model, mesh.device, dtype)
-    dataset = data.build_dataset(run.data, tokenizer, objective=run.objective.kind, sink=sink)
+    dataset = data.build_dataset(
+        run.data, tokenizer, objective=run.objective.kind, sink=sink, on_example=search.add if held_out else None
+    )
+    contamination = search.result() if held_out else None
+    if contamination is not None and contamination.same_prompt:
+        sink(warn_of_contamination(contamination))
     models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
     models.end_token_ids(model, tokenizer)  # likewise an end-of-turn token that the model lacks
     models.refuse_longer(model, int(dataset.lengths.max()), where="data.max_seq_len")
@@ -94,22 +97,16 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     return Prepared(mesh, dtype, tokenizer, dataset, sequences, model, plan, contamination)
 
 
-def _find_contamination(run: Run, held_out: Sequence[data.Example], sink: Sink) -> data.Contamination:
-    """Counts the held-out rows that training contains, and warns: scores on them say little about new prompts."""
-    sink(Progress("compare with held-out rows", 0))
-    found = data.find_contamination(data.read_examples(run.data.sources), held_out)
-    if found.same_prompt:
-        sink(
-            Warned(
-                f"{found.same_prompt:,} of {plural(found.rows, 'held-out prompt')} "
-                f"{'is' if found.same_prompt == 1 else 'are'} in the training data, {found.same_row:,} of them with "
-                f"the same answer (first {found.pairs[0].first} = {found.pairs[0].second}): the comparison will look "
-                "better than the model is",
-                where="evaluate.sources",
-                count=found.same_prompt,
-            )
-        )
-    return found
+def warn_of_contamination(found: data.Contamination) -> Warned:
+    """Returns the warning that training contains held-out rows."""
+    return Warned(
+        f"{found.same_prompt:,} of {plural(found.rows, 'held-out prompt')} "
+        f"{'is' if found.same_prompt == 1 else 'are'} in the training data, {found.same_row:,} of them with the same "
+        f"answer (first {found.pairs[0].first} = {found.pairs[0].second}). The comparison will look better than the "
+        "model is.",
+        where="evaluate.sources",
+        count=found.same_prompt,
+    )
 
 
 def assemble(run: Run, sink: Sink) -> Assembled:

@@ -13,14 +13,14 @@ from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name, missing
+from ingle.config.model_names import check_name, missing
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run
 from ingle.data.types import Example, Message
 from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
-from ingle.models.generation.answers import Generation
+from ingle.models.generation.stop_criteria import Generation
 from ingle.training.folder import RunFolder
 
 

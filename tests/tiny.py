@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from ingle.models.loading.architecture import build
+from ingle.models.loading.meta_device import build
 
 #: Of a config of the Llama family.
 SIZES = {

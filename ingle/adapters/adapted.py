@@ -149,7 +149,9 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
             "the adapter, leave them out of adapter.target_modules.",
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AttachReport(selection.adapted, selection.whole, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable)
+    return AttachReport(
+        selection.adapted, selection.modules_to_save, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable
+    )
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:

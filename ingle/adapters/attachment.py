@@ -18,7 +18,7 @@ from ingle.adapters.adapted import (
     report,
     unfreeze,
 )
-from ingle.adapters.files import load_adapter
+from ingle.adapters.peft_files import load_adapter
 from ingle.adapters.targets import Selection, select
 from ingle.config.adapter import AdapterConfig, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
@@ -57,7 +57,7 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
     sizes = _group_sizes(model, selection.adapted) if isinstance(adapter, QaLoraAdapter) else {}
     for name in selection.adapted:
         adapt(model, name, adapter.rank, adapter.scale, adapter.dropout, group_size=sizes.get(name, 1))
-    unfreeze(model, selection.whole)
+    unfreeze(model, selection.modules_to_save)
     return selection
 
 
@@ -82,7 +82,7 @@ def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *
         for parameter in (lora.lora_a, lora.lora_b):
             parameter.data = parameter.data.to(device)
         lora.initialise(seed, name)
-    notes = keep_initial_values(model, selection.whole)
+    notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
         notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes
     return report(model, selection, notes)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ingle.cli.answering import AllowMismatch
-from ingle.cli.words import split_words
+from ingle.cli.arguments import split_words
+from ingle.cli.generation import AllowMismatch
 from ingle.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def evaluate(
     - `ingle evaluate Qwen/Qwen3-0.6B --task train.yaml` (a model without training)
     """
     from ingle.config import TaskConfig, load_task
-    from ingle.config.named import check_name
+    from ingle.config.model_names import check_name
 
     models, overrides = split_words(words, known=TaskConfig.model_fields, flags=_FLAGS)
     model = _only_model(models, task)

@@ -5,9 +5,9 @@ Tensor legend: T tokens of one document.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +42,13 @@ class Tokenizer(Protocol):
         """Ids of the special tokens."""
 
     def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
-        """Turn text into ids."""
+        """Tokenizes a text."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Render a conversation."""
+        """Renders a conversation."""
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
-        """Turn ids into text."""
+        """Turns ids into text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +57,38 @@ class Message:
 
     Attributes:
         role: ``system``, ``user``, ``assistant``, ``tool`` or ``developer``.
-        content: What was said.
+        content: Its text.
     """
 
     role: str
     content: str
 
 
+class Span(NamedTuple):
+    """Characters ``start`` to ``end`` (exclusive) of a text, and the label of the tokens that overlap them."""
+
+    start: int
+    end: int
+    label: int
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a source, read but not yet tokenized.
 
-    Exactly one of ``messages``, ``prompt`` with ``completion``, and ``text`` is set.
+    Exactly one of ``messages``, ``prompt`` with ``completion``, ``text`` and ``texts`` is set.
 
     Attributes:
         origin: ``file:line`` (``file:row`` where a file has no lines).
         messages: A conversation.
-        prompt: What is given.
-        completion: What is to be answered.
+        prompt: The beginning of a text, which carries no loss.
+        completion: Its continuation.
         text: Plain text.
         references: Further accepted answers; the last assistant message or the completion is the first.
+        texts: The texts of a row with several (such as ``chosen`` and ``rejected``), by name and in order.  Each is an
+            example with a single text.
+        labels: Labels by name, see :data:`ingle.data.batch.COLUMNS`: a number for every document of the row, or spans
+            of ``text`` for a label per token.  Every row of a dataset has the same names.
     """
 
     origin: str
@@ -85,10 +97,17 @@ class Example:
     completion: str | None = None
     text: str | None = None
     references: tuple[str, ...] = ()
+    texts: Mapping[str, Example] = field(default_factory=dict, hash=False)
+    labels: Mapping[str, float | tuple[Span, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), self.origin
-        assert sum((bool(self.messages), self.prompt is not None, self.text is not None)) == 1, self.origin
+        given = (bool(self.messages), self.prompt is not None, self.text is not None, bool(self.texts))
+        assert sum(given) == 1, self.origin
+
+
+#: Reads a row, given its ``file:line``.
+RowParser = Callable[[Mapping[str, Any], str], Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +127,7 @@ class Sample:
 
 
 def last_answer(example: Example) -> str | None:
-    """The first reference of an example: its completion, or what the assistant says last."""
+    """Returns the completion, or the last assistant message; None where there is neither."""
     if example.completion is not None:
         return example.completion
     answers: Sequence[str] = [m.content for m in example.messages if m.role == "assistant"]

@@ -1,22 +1,23 @@
-"""Models and tokenizers; the one door to ``transformers``."""
+"""Models and tokenizers; the only package that imports ``transformers``."""
 
+from ingle.models.versions import OLDEST_TRANSFORMERS  # first: it refuses a transformers that is too old
+
+# isort: split
 from transformers import PreTrainedModel as Model
 
+from ingle.models.forward.hidden_states import Head, forward_hidden, head
 from ingle.models.forward.layers import decoder_layers, recompute_layers
-from ingle.models.forward.packed import Head, forward_hidden, head
 from ingle.models.forward.verification import verify
-from ingle.models.generation.answers import Generation
-from ingle.models.generation.loop import end_token_ids, generate, stream
+from ingle.models.generation.decoding import generate, stream
+from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup
-from ingle.models.limits import refuse_longer, refuse_tokens_beyond, text_limit
-from ingle.models.loading.architecture import compute_dtype, meta_model
+from ingle.models.loading.config_json import stored_base
 from ingle.models.loading.gguf_model import choose_formats, convert_base
-from ingle.models.loading.opening import load_model
-from ingle.models.loading.stored_format import stored_base
-from ingle.models.loading.weights import load_weights
+from ingle.models.loading.meta_device import compute_dtype, meta_model
+from ingle.models.loading.weight_loading import load_model, load_weights
+from ingle.models.text_limits import refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.tokenizer import load_tokenizer
-from ingle.models.versions import OLDEST_TRANSFORMERS
 
 __all__ = [
     "OLDEST_TRANSFORMERS",

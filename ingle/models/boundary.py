@@ -1,7 +1,7 @@
-"""The boundary to a user's files: whatever a library raises over one becomes an error that names it.
+"""Turns whatever a library raises over a user's file into an error that names the file.
 
-transformers, tokenizers and safetensors answer a damaged or contradictory file with any exception there is. A few
-things are checked before they are asked, because they would not raise but compute for hours or fill the memory.
+transformers, tokenizers and safetensors raise any kind of exception over a damaged or contradictory file.  A few values
+are checked before, because they would not raise but compute for hours or exhaust memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ingle.errors import Explained, ModelError
 
 COMPARE_CONFIG = "compare config.json with the one that the model was published with"
 
-#: No model has as many layers or experts; transformers makes lists and modules of them before it looks at them.
+#: No model has more layers or experts; transformers builds a list or module for each before it checks the number.
 _MOST = {"layers": 1_024, "experts": 8_192}
 _COUNTS = re.compile(r"^(?:n|num|number_of|decoder|encoder)_\w*?(layers?|experts?)(?:_\w+)?$|^\w*hidden_layers$")
-#: Keys of sizes; none is larger than this, so that products of two of them still fit an index.
+#: Keys of sizes.  None is larger than this, so that products of two of them fit 64 bits.
 _SIZES = re.compile(r"(?:size|dim|heads?|embd|embeddings|positions|rank|inner|ctx)$")
 _LARGEST = 2**31 - 1
 
@@ -33,32 +33,32 @@ _LONGEST_WHY = 300
 
 @contextmanager
 def reading(path: Path | str, message: str, *, fix: str, settings: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Turns what is raised inside into a :class:`ModelError`; errors that explain themselves pass.
+    """Turns exceptions inside the block into a :class:`ModelError`; Ingle's own errors pass.
 
     Args:
         path: The file or folder that is read.
-        message: What cannot be done, as a sentence.
+        message: What failed, as a sentence.
         fix: What to do about it.
-        settings: What is in the file, so that a value that is not known can be found in it.
+        settings: The file's content, in which an unknown value is looked up to name its key.
 
     Raises:
-        ModelError: With the exception's own words as the reason.
+        ModelError: With the exception's text as the reason.
     """
     try:
         yield
     except Explained:
         raise
     except BaseException as error:
-        # A panic in a Rust library is no Exception; Ctrl-C and the end of the program are none either, and pass.
+        # A panic in a Rust library is no Exception; neither are Ctrl-C and SystemExit, which pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise  # a model that is sound may be too large
+            raise  # a valid model may be too large
         raise ModelError(message, where=str(path), why=explain(error, settings or {}), fix=fix) from error
 
 
 def explain(error: BaseException, settings: Mapping[str, Any] | None = None) -> str:
-    """Kind and text of an exception in one line, with the key that it is about where that is known."""
+    """Returns type and text of an exception in one line, with the key that it concerns if known."""
     text = " ".join(str(error.__cause__ or error).split())
     kind = type(error.__cause__ or error).__name__
     field = re.match(r"Validation error for field '(\w+)'", str(error))
@@ -67,7 +67,6 @@ def explain(error: BaseException, settings: Mapping[str, Any] | None = None) -> 
 
 
 def _key_of(value: object, settings: Mapping[str, Any]) -> str | None:
-    """Where settings hold a value that a table does not have."""
     for key, found in settings.items():
         if isinstance(found, dict) and (inner := _key_of(value, found)) is not None:
             return f"{key}.{inner}"
@@ -77,10 +76,10 @@ def _key_of(value: object, settings: Mapping[str, Any]) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        ModelError: It cannot be read, or holds something else.
+        ModelError: The file cannot be read, or holds something else.
     """
     fix = "fetch or copy the file again; it is damaged or incomplete"
     with reading(path, f"{path.name} cannot be read.", fix=fix):
@@ -91,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
-    """Refuses numbers in a ``config.json`` that no model has, before anything is made of them.
+    """Refuses numbers in a ``config.json`` that no model has, before a model is built from them.
 
     Raises:
         ModelError: It names the key.
@@ -100,26 +99,22 @@ def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, dict):
             refuse_absurd(value, path)
         if isinstance(value, float) and math.isnan(value):
-            raise ModelError(f"{key} is NaN, which is no number.", where=str(path), fix=COMPARE_CONFIG)
+            raise ModelError(f"{key} is NaN, which is not a number.", where=str(path), fix=COMPARE_CONFIG)
         match = _COUNTS.match(key)
         if not isinstance(value, int) or not (match or _SIZES.search(key)):
             continue
         most = _LARGEST if match is None else _MOST["experts" if (match[1] or "").startswith("expert") else "layers"]
         if abs(value) > most:
             shown = f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
-            raise ModelError(
-                f"No model has {key} = {shown}.",
-                where=str(path),
-                why=f"the largest value that is taken is {most:,}",
-                fix=COMPARE_CONFIG,
-            )
+            why = f"the largest accepted value is {most:,}"
+            raise ModelError(f"No model has {key} = {shown}.", where=str(path), why=why, fix=COMPARE_CONFIG)
 
 
 def refuse_impossible(config: Any, path: Path | str) -> None:
-    """Refuses sizes that are no sizes.
+    """Refuses sizes that are not positive whole numbers.
 
     Raises:
-        ModelError: It names the key as the file has it.
+        ModelError: It names the key as it is in the file.
     """
     names = getattr(config, "attribute_map", None) or {}
     for name in _POSITIVE:

@@ -1,4 +1,4 @@
-"""The tokenizer: fast (offsets are needed), with a pad token that is not the end of text."""
+"""Loads tokenizers: fast ones, because offsets are needed, with a pad token that is not the end-of-text token."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
@@ -19,11 +14,12 @@ from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_a
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_tokenizer
 from ingle.models.loading.hub import locate
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _FIX = (
     "fetch or copy tokenizer.json and tokenizer_config.json again, or name another folder or hub id in model.tokenizer"
 )
 
-#: Tokens that model makers keep in reserve, or name as padding or as unknown; looked for in this order.
+#: Tokens that models reserve for padding, in order of preference.
 _SPARE = (
     re.compile(r"pad", re.IGNORECASE),
     re.compile(r"reserved|unused|placeholder|dummy|extra_id|fim_pad|vision_pad", re.IGNORECASE),
@@ -31,15 +27,14 @@ _SPARE = (
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, ready for training.
+    """Loads the tokenizer of a model.
 
-    The pad token is the tokenizer's own when it differs from the end-of-text token; else a token that the maker
-    left unused; else there is none, and lengths alone tell where a row ends.  It is never the end-of-text token:
-    that one is supervised.
+    The pad token is the tokenizer's own if it differs from the end-of-text token, else a token that the model leaves
+    unused, else None.  It is never the end-of-text token, which is supervised.
 
     Raises:
-        ModelError: When there is no tokenizer, only a slow one, or the chat template cannot be read.
-        HubUnavailable: When the hub is needed and cannot be reached.
+        ModelError: There is no tokenizer, only a slow one, or the chat template cannot be read.
+        HubUnavailable: The hub is needed and cannot be reached.
     """
     name = model.tokenizer or model.id
     option = "model.tokenizer" if model.tokenizer else "model.id"
@@ -51,21 +46,23 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
         tokenizer = _read(folder, name, option, model.trust_remote_code)
     _choose_pad(tokenizer)
     if model.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(model.chat_template).expanduser())
+        try:
+            tokenizer.chat_template = Path(model.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError("The chat template cannot be read.", where="model.chat_template", why=str(error)) from None
     return tokenizer
 
 
 def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokenizerFast:
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not any((folder / file).is_file() for file in ("config.json", *files)):
+    if not any((folder / file).is_file() for file in ("config.json", *_FILES)):
         raise ModelError(
             f"{name} holds no model: there is no config.json and no tokenizer.", where=option, fix="check the path"
         )
-    if not any((folder / file).is_file() for file in files):
+    if not any((folder / file).is_file() for file in _FILES):
         raise ModelError(
             f"{name} holds no tokenizer.",
             where=str(folder),
-            why="none of " + ", ".join(files) + " is there",
+            why=f"none of {', '.join(_FILES)} exists",
             fix="name another folder or hub id in model.tokenizer",
         )
     config = folder / "config.json"
@@ -79,22 +76,22 @@ def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokeniz
                 folder, use_fast=True, trust_remote_code=code, local_files_only=True, clean_up_tokenization_spaces=False
             )
     except ModelError:
-        _blame_one_file(folder, code)
+        _find_culprit(folder, code)
         raise
-    _refuse_odd(tokenizer, folder)
+    _refuse_invalid(tokenizer, folder)
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{name} has a slow tokenizer; a fast one (tokenizer.json) is needed.",
+            f"{name} has a slow tokenizer, but a fast one (tokenizer.json) is needed.",
             where=option,
-            why="the loss mask is derived from character offsets, which only fast tokenizers give",
+            why="the loss mask is derived from character offsets, which only fast tokenizers provide",
             fix="name a hub id or folder with a tokenizer.json in model.tokenizer",
         )
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 
 
-def _blame_one_file(folder: Path, code: bool) -> None:
-    """Raises where one file alone cannot be read: the model's config, or one of the tokenizer's."""
+def _find_culprit(folder: Path, code: bool) -> None:
+    """Raises an error that names the one file that cannot be read, if there is one."""
     config, core = folder / "config.json", folder / "tokenizer.json"
     if config.is_file():
         with reading(config, "transformers cannot read config.json.", fix=COMPARE_CONFIG):
@@ -107,8 +104,8 @@ def _blame_one_file(folder: Path, code: bool) -> None:
             read_object(path)
 
 
-def _refuse_odd(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuses settings that transformers takes as they are and fails on later."""
+def _refuse_invalid(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuses settings that transformers accepts and fails on later."""
     path = folder / "tokenizer_config.json"
     with reading(path, "tokenizer_config.json makes a tokenizer that does not work.", fix=_FIX):
         template = tokenizer.chat_template
@@ -125,23 +122,13 @@ def _choose_pad(tokenizer: PreTrainedTokenizerFast) -> None:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     tokenizer.pad_token = None
-    meant = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    special = {
-        token.content: index
-        for index, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and index not in meant
-    }
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    unused = [token.content for index, token in added if token.special and index not in used]
     for pattern in _SPARE:
-        for content in special:
+        for content in unused:
             if pattern.search(content):
                 tokenizer.pad_token = content
                 return
-    if tokenizer.unk_token is not None and tokenizer.unk_token_id not in meant:
+    if tokenizer.unk_token is not None and tokenizer.unk_token_id not in used:
         tokenizer.pad_token = tokenizer.unk_token
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError("The chat template cannot be read.", where="model.chat_template", why=str(error)) from None

@@ -1,6 +1,6 @@
-"""Which transformers this is made for: looked at before anything else of it is imported.
+"""Checks the installed transformers before anything else imports it.
 
-The loader follows transformers' own tables of renamed and fused weights, which came with version 5 and settled in 5.4.
+Loading rests on transformers' tables of renamed and fused weights, which came with version 5 and settled in 5.4.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from ingle.errors import DependencyError
 
-#: The oldest version whose models pass the contract tests (fused experts are packed from later ones on).
+#: The oldest version whose models pass the contract tests (earlier ones do not fuse experts).
 OLDEST_TRANSFORMERS = (5, 4)
 
 
@@ -17,7 +17,7 @@ def check_transformers(installed: str) -> None:
     """Refuses a transformers that is too old.
 
     Raises:
-        DependencyError: With what to install.
+        DependencyError: It names the version to install.
     """
     if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRANSFORMERS:
         oldest = ".".join(map(str, OLDEST_TRANSFORMERS))

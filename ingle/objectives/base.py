@@ -75,14 +75,15 @@ class Objective(Protocol):
 
     The loop divides the sum of each term by the count of its denominator over the whole step: all micro-batches and
     all ranks.  So the way a step is cut into micro-batches does not change its gradient.
-
-    Attributes:
-        module: Its ``forward`` returns the sums of a micro-batch.
-        terms: The terms of the loss.
     """
 
-    module: StepModule
-    terms: Sequence[Term]
+    @property
+    def module(self) -> StepModule:
+        """The module whose ``forward`` returns the sums of a micro-batch."""
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The terms of the loss."""
 
     @property
     def epoch(self) -> float:

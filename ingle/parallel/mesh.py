@@ -56,7 +56,11 @@ def start(config: ParallelConfig) -> Mesh:
     if config.num_threads is not None:
         set_threads(config.num_threads)
     keep_freed_memory()
-    env.collect_as_usual()
+    env.restore_garbage_collection()
     env.limit_primitive_caches(_CACHED_PRIMITIVES)
-    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    return Mesh(torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu"))
+    return Mesh(torch.device("cpu") if config.device == "cpu" else pick_device())
+
+
+def pick_device() -> torch.device:
+    """Returns the GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -6,7 +6,7 @@ import shutil
 
 import torch
 
-from ingle.kernels.layers.cross_entropy import score_rows
+from ingle.kernels.layers.logits import score_rows
 from ingle.kernels.numba.cache import is_compiled
 from ingle.models import Model, decoder_layers
 

@@ -10,18 +10,16 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
-from ingle.config.document import clip, write_value
-from ingle.config.files import read_config
+from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
-from ingle.stopping import undone
+from ingle.stopping import on_forced_exit
 from ingle.wording import either
 
 #: Options that may change when a run resumes, because they affect no weight.
@@ -33,60 +31,35 @@ _LISTED = 12
 State = Literal["new", "started", "finished"]
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Files of a run folder.
 
-    Attributes:
+    Args:
         path: The folder, ``output:`` of the config.
+
+    Attributes:
+        config: The resolved config.
+        metrics: One JSON object per step.
+        events: One JSON object per event.
+        checkpoints: Folder of ``step-N`` checkpoints.
+        adapter: The trained adapter, in the layout of PEFT.
+        model: The trained model, after full fine-tuning.
+        report: The report as JSON.
+        imatrix: The importance matrix that was gathered during training.
+        base_evaluation: The evaluation of the base, kept because full fine-tuning overwrites the base.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "run.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """One JSON object per event."""
-        return self.path / "events.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of ``step-N`` checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, in the layout of PEFT."""
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        """The trained model, after full fine-tuning."""
-        return self.path / "model"
-
-    @property
-    def report(self) -> Path:
-        """The report as JSON."""
-        return self.path / "report.json"
-
-    @property
-    def imatrix(self) -> Path:
-        """The importance matrix that was gathered during training."""
-        return self.path / "imatrix.gguf"
-
-    @property
-    def base_evaluation(self) -> Path:
-        """The evaluation of the base, kept because full fine-tuning overwrites the base."""
-        return self.path / "base_evaluation.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "run.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.report = path / "report.json"
+        self.imatrix = path / "imatrix.gguf"
+        self.base_evaluation = path / "base_evaluation.json"
 
     def result(self, run: Run) -> Path:
         """Returns where the trained weights of ``run`` are saved."""
@@ -241,7 +214,7 @@ class RunFolder:
                     where=f"output = {self.path}",
                     fix="wait for it, stop it, or use --output=DIR to start a new run",
                 ) from error
-            with undone(clear):
+            with on_forced_exit(clear):
                 try:
                     yield
                 finally:

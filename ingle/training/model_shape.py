@@ -62,7 +62,7 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         num_layers=len(layers),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        saved_parameters=_count_parameters(model, trained.whole),
+        saved_parameters=_count_parameters(model, trained.modules_to_save),
     )
 
 

@@ -89,7 +89,7 @@ def compute_gradients(
             bad = next(value for value in values.values() if not math.isfinite(value))
             failed = _non_finite_loss(objective.module, bad, step, f"micro-batch {index + 1} of {len(batches)}", batch)
         total = weighted_mean(objective.terms, result.losses, counts)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
     if mesh.agree(failed is not None):
         raise failed or NonFiniteError(f"The loss became NaN or infinite at step {step} on another rank.")
     return mesh.reduce(sums), counts

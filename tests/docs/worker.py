@@ -30,9 +30,9 @@ def main() -> None:
 
 def _run(request: dict[str, Any]) -> int:
     if "words" in request:
-        from ingle.cli.outcome import call
+        from ingle.cli.exit_status import run_command
 
-        return call(request["words"])
+        return run_command(request["words"])
     try:
         exec(compile(request["python"], "<page>", "exec"), {"__name__": "__main__"})
     except BaseException:

@@ -180,7 +180,7 @@ def _data(name: str, file: str, kind: str, expect: Callable[[Path], Mapping[str,
 
 
 def _prompts(folder: Path, out: Path) -> Any:
-    from ingle.cli.prompts import read_prompts
+    from ingle.cli.generation import read_prompts
 
     return {"prompts": read_prompts([], folder / "rows.jsonl")}
 
@@ -334,9 +334,9 @@ def _use_run(folder: Path, out: Path) -> Any:
     try:
         answer["answer"] = _answer(folder / "run")
     except Exception as error:
-        from ingle.cli.outcome import as_mistake
+        from ingle.cli.exit_status import as_user_error
 
-        if as_mistake(error) is None:
+        if as_user_error(error) is None:
             raise
         refused.append(str(error))
     shutil.copytree(folder / "run", out / "run")

@@ -1,4 +1,4 @@
-"""Checkpoints of a run on a CUDA device: written from it, compared with it, and restored onto it."""
+"""Checkpoints of a run on a CUDA device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _step(parameter: nn.Parameter, optimizer: Optimizer) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     whole, optimizer = _start(dtype)
     checkpoints = Checkpoints(RunFolder(tmp_path), 2, {"optimizer": optimizer})
     checkpoints.rehearse(Position(0, 0, "abc"))

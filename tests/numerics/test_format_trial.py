@@ -17,7 +17,7 @@ from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
 from ingle.evaluation.run.divergence import compare, record_reference
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.quant import make_format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from tests.tiny import make_random
 
 LLAMA = LlamaConfig(

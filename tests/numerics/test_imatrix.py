@@ -16,7 +16,7 @@ from ingle.data.batch import Batch
 from ingle.errors import QuantizationError
 from ingle.models import forward_hidden, recompute_layers
 from ingle.quant import convert
-from ingle.quant.imatrix import ImatrixCollector, linear_maps
+from ingle.quant.imatrix_collector import ImatrixCollector, linear_maps
 from tests.tiny import SIZES, make_random
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ingle import models
 from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name
+from ingle.config.model_names import check_name
 from ingle.errors import ConfigError, EvaluationError, QuantizationError
 from ingle.evaluation.format_survey.targets import Candidate, find_target, list_candidates, target_names, unquantized
 from ingle.evaluation.format_survey.text_windows import count_scored, read_windows
@@ -27,7 +27,7 @@ from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
 from ingle.evaluation.run.divergence import compare, record_reference
 from ingle.evaluation.run.windows import Window
 from ingle.events import Progress, Sink, Warned
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from ingle.quant.linear import QuantModule
 from ingle.report.format_advice import LIMIT, NUM_TOKENS, check_advice, pareto_front, recommend, warnings
 from ingle.report.format_page import render_format_page

@@ -24,7 +24,7 @@ from ingle.evaluation.statistics.intervals import bootstrap, wilson
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import is_fused_experts
 from ingle.quant.format import Format
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from ingle.quant.linear import QuantLinear
 from ingle.report.format_results import Figure, Quality
 

@@ -21,7 +21,7 @@ from ingle.data import IGNORE_INDEX, collate
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.evaluation.statistics import Floats
 from ingle.models import forward_hidden, head
-from ingle.models.forward.packed import Head
+from ingle.models.forward.hidden_states import Head
 
 #: Logits of a chunk, for each of the two models.
 CHUNK_LOGITS = 1 << 23

@@ -10,7 +10,7 @@ import torch
 from ingle.data import collate
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.models import forward_hidden, head
-from ingle.quant.imatrix import ImatrixCollector, Importance
+from ingle.quant.imatrix_collector import ImatrixCollector, Importance
 
 
 @torch.no_grad()

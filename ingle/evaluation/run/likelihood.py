@@ -17,7 +17,7 @@ from ingle.data.encoding import Document
 from ingle.evaluation.run.windows import cut_windows, draw_scored_document, pack_windows, window_size
 from ingle.evaluation.scorers import Likelihood
 from ingle.evaluation.tasks.samples import TaskSample
-from ingle.kernels.layers.cross_entropy import linear_logps
+from ingle.kernels.layers.token_logps import token_logps
 from ingle.models import forward_hidden, head
 
 
@@ -79,7 +79,7 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     batch = collate(samples).to(output.weight.device)
     hidden_NH = forward_hidden(model, batch)[0]
     targets_N = batch.next_labels()
-    logps_N = linear_logps(
+    logps_N = token_logps(
         hidden_NH,
         output.weight,
         targets_N,

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.data import IGNORE_INDEX, ControlTokens, Example, Sample, Tokenizer
-from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
+from ingle.data.encoding import Document, Encoded, TextEncoder, make_document
 from ingle.data.types import Ids
 from ingle.errors import EvaluationError
 
@@ -61,7 +61,7 @@ def draw_scored_document(
         EvaluationError: The row has nothing to score.
         DataError: The chat template cannot be used.
     """
-    document = draw_document(example, tokenizer, train_on="last", system=system, control=control)
+    document = make_document(example, tokenizer, train_on="last", system=system, control=control)
     if isinstance(document, str):
         raise EvaluationError("A task row has no text to score.", where=example.origin, why=document)
     return document

@@ -1,8 +1,8 @@
-"""Attention that knows where documents end, under a name of our own in transformers' registry.
+"""Attention over packed documents, registered with transformers under a name of Ingle's.
 
-Training puts many documents into one row.  ``forward_hidden`` hands their boundaries down as keyword arguments
-(transformers' own names for them), and every attention layer of every architecture that uses the registry ends
-up here.  Without boundaries (generation) the ordinary mask decides, as in transformers.
+``forward_hidden`` passes the document boundaries down as keyword arguments (transformers' own names), and every
+attention layer that uses transformers' registry calls :func:`attend`.  Without boundaries (generation), the usual mask
+applies.
 
 Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head size, N packed tokens, D documents.
 """
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from ingle.errors import ModelError
 from ingle.kernels.attention.packed import packed_attention
 
-#: Our name in transformers' registry of attention functions.
+#: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
 
 
@@ -41,10 +41,9 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends within each document, or, without boundaries, as the mask says.
+    """Computes attention within each document, or without boundaries as the mask says.
 
-    The architecture's own attention dropout is not applied: regularisation is the adapter's business, and a
-    base that changes under one's feet cannot be compared with itself.
+    The architecture's own attention dropout is not applied: adapters have their own.
 
     Args:
         module: The attention layer.
@@ -54,19 +53,19 @@ def attend(
         attention_mask: ``[B, 1, T, S]`` boolean (true = attend) when generating.
         scaling: Factor before the softmax; ``Dh ** -0.5`` when None.
         dropout: Ignored.
-        sliding_window: Tokens of its own document that a query sees, itself included.
+        sliding_window: Tokens of its own document that a query sees, including itself.
         softcap: ``softcap * tanh(score / softcap)`` before the mask.
-        is_causal: Whether a query sees only what is before it; the layer's own setting when None.
+        is_causal: Whether a query sees only earlier tokens; the layer's own setting when None.
         cu_seq_lens_q: First token of each document and the end, ``[D + 1]``.
         s_aux: Attention sinks, not supported.
         position_bias: Additive bias, not supported.
-        kwargs: What transformers passes to every attention function.
+        kwargs: Other arguments that transformers passes to every attention function.
 
     Returns:
         ``[B, T, Hq, Dh]`` and no attention weights.
 
     Raises:
-        ModelError: When the architecture asks for something that is not computed here.
+        ModelError: The architecture needs something that is not supported.
     """
     if s_aux is not None or position_bias is not None:
         raise ModelError(
@@ -84,7 +83,7 @@ def attend(
         ), None
     if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[-2] > 1:
         raise ModelError(
-            f"{type(module).__name__} is not told where documents end: its model drops the keyword arguments.",
+            f"{type(module).__name__} does not receive the document boundaries: its model drops keyword arguments.",
             where="model.id",
             fix="choose a model of another architecture",
         )
@@ -92,10 +91,10 @@ def attend(
 
 
 def _window(module: nn.Module, passed: int | None) -> int | None:
-    """The window of a layer: the one it passes, or, where it leaves that to the mask, the config's.
+    """Returns the window that a layer passes, or the config's if the layer leaves the window to the mask.
 
     Raises:
-        ModelError: When the config has a window and does not say for which layers.
+        ModelError: The config has a window but does not say for which layers.
     """
     config = getattr(module, "config", None)
     window: int | None = getattr(config, "sliding_window", None)
@@ -106,7 +105,7 @@ def _window(module: nn.Module, passed: int | None) -> int | None:
         return window if kinds[module.layer_idx] == "sliding_attention" else None
     if window < getattr(config, "max_position_embeddings", 0):
         raise ModelError(
-            f"{type(module).__name__} has a sliding window of {window:,} tokens and does not say which layers use it.",
+            f"{type(module).__name__} has a sliding window of {window:,} tokens but does not say which layers use it.",
             where="model.id",
             fix="choose a model of another architecture",
         )
@@ -133,6 +132,6 @@ def _attend_masked(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-# Registering is what transformers' public interface is for; it happens once, when this module is imported.
+# transformers' public interface; runs once, on import.
 AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,4 +1,4 @@
-"""The decoder layers of a model: the unit of recompute and of compilation."""
+"""Finds the decoder layers of a model: the units of recompute and compilation."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ingle.errors import ModelError
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The stack of equal blocks between embeddings and last norm; None where none can be told apart."""
-    count = model.config.get_text_config().num_hidden_layers
+    """Returns the stack of equal blocks between embeddings and last norm; None if it cannot be identified."""
+    num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     return None
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The stack of equal blocks between embeddings and last norm.
+    """Returns the stack of equal blocks between embeddings and last norm.
 
     Raises:
-        ModelError: When the architecture has none that can be told apart.
+        ModelError: The architecture has none that can be identified.
     """
     layers = find_layers(model)
     if layers is None:
         raise ModelError(
             f"{type(model).__name__} has no stack of {model.config.get_text_config().num_hidden_layers} decoder layers "
-            "that could be found.",
+            "that Ingle can identify.",
             where="model.id",
             fix="--train.recompute=false --train.compile=false",
         )
@@ -35,19 +35,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Lets every decoder layer drop its activations and compute them again in backward.
+    """Makes every decoder layer free its activations and recompute them in backward.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3.
 
     Raises:
-        ModelError: When the architecture does not support it.
+        ModelError: The architecture does not support it.
     """
     if not model.supports_gradient_checkpointing:
         raise ModelError(
-            f"{type(model).__name__} cannot recompute its layers.",
+            f"{type(model).__name__} does not support recomputing its layers.",
             where="train.recompute = true",
             fix="--train.recompute=false and a smaller --train.micro_batch_size",
         )
-    # Its name until 5.23, where that one warns.
+    # transformers renamed the method in 5.23, where the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

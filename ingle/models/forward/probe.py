@@ -1,9 +1,9 @@
-"""A small stand-in for a model in which everything that depends on the length of a text happens within a few tokens.
+"""Builds probes: copies of models in which effects of the length of a text appear within a few tokens.
 
-Windows of 4,096 tokens and positions that change beyond 131,072 cannot be tried on a real model at every load.  A
-probe is the same architecture from the same config, with these lengths scaled down to a few tokens.  It shares its
-weights with the model, so it costs no memory, and it keeps only as many layers as it takes to have one of every kind.
-What changes with the length is made strong enough to show: rotary positions turn fast, and stretch a lot.
+Windows of 4,096 tokens and positions that change beyond 131,072 cannot be tried at every load.  A probe has the same
+architecture and config, with these lengths scaled down.  It shares its weights with the model, so it needs no memory,
+and keeps only as many layers as it takes to have one of every kind.  Effects of the length are exaggerated so that they
+show: rotary positions turn fast and stretch a lot.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ingle.models.forward.hidden_states import computed_in
 from ingle.models.forward.layers import find_layers
-from ingle.models.forward.packed import computed_in
 from ingle.models.forward.rotary_by_length import rope_sections, rope_types
-from ingle.models.loading.architecture import build
-from ingle.models.loading.computed import compute
+from ingle.models.loading.meta_device import build, compute_rest
 
-#: Keys of a config that name a length; the last one counts where positions depend on it.
+#: Keys of a config that name a length.
 _ORIGINAL = "original_max_position_embeddings"
 _LENGTHS = ("sliding_window", "window_size", "attention_chunk_size", _ORIGINAL)
 _LONGEST = "max_position_embeddings"
 
-#: Types of rotary positions that are the same for texts of all lengths.
+#: Rope types that are the same for texts of all lengths.
 _FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
 
-#: Tokens that the smallest length becomes, and by how much the next one is larger.
+#: Tokens that the smallest length becomes, and how much larger each following length is.
 _FIRST, _STEP = 4, 3
 
 _NUM_IDS = 64
@@ -38,13 +37,13 @@ _NUM_IDS = 64
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A model to compare packed documents with single ones on; only its decoder is there.
+    """A model on which to compare packed documents with single ones; only its decoder works.
 
     Attributes:
-        model: It shares weights with the model it was made of.
-        lengths: Of documents on both sides of every length that counts.
+        model: It shares weights with the original model.
+        lengths: Of documents on both sides of every scaled length.
         num_ids: Size of its vocabulary.
-        described: The lengths that count, as they are in the config and in the probe.
+        described: The scaled lengths, in the config and in the probe.
     """
 
     model: PreTrainedModel
@@ -54,32 +53,36 @@ class Probe:
 
 
 def make_probe(model: PreTrainedModel) -> Probe | None:
-    """A probe of a filled model; None where its config names no length at which something changes."""
-    found = sorted({value for _, _, value in _named_lengths(model.config)})
-    if not found:
+    """Returns a probe of a loaded model; None if its config names no length at which something changes."""
+    lengths = _named_lengths(model.config)
+    if not lengths:
         return None
+    found = sorted({value for _, _, value in lengths})
     small = {value: _FIRST + _STEP * index for index, value in enumerate(found)}
     config = copy.deepcopy(model.config)
     for section, key, value in _named_lengths(config):
-        _set(section, key, small[value])
+        if isinstance(section, dict):
+            section[key] = small[value]
+        else:
+            setattr(section, key, small[value])
     _exaggerate(config)
-    # Code of the model's own is asked for again only where it is what made the model.
+    # The model's own code is needed again if the model was built from it.
     own_code = not type(model).__module__.startswith("transformers.")
     probe = build(config, computed_in(model), trust_remote_code=own_code)
     _keep_one_of_each(probe)
     device = next(model.parameters()).device
-    compute(probe, device, known={name for name, _ in probe.named_parameters()})
+    compute_rest(probe, device, [name for name, _ in probe.named_buffers()])
     embedding: Any = probe.get_input_embeddings()
     width: int = embedding.weight.shape[1]
     _share(probe, model)
-    probe.set_input_embeddings(_quiet_embedding(width, device, computed_in(model)))
+    probe.set_input_embeddings(_small_embedding(width, device, computed_in(model)))
     over = [length + 1 for length in small.values()]
-    named = {key: f"{key} of {value:,} taken as {small[value]}" for _, key, value in _named_lengths(model.config)}
+    named = {key: f"{key} of {value:,} scaled to {small[value]}" for _, key, value in lengths}
     return Probe(probe, (small[found[0]], *over, small[found[-1]] * 3), _NUM_IDS, ", ".join(named.values()))
 
 
 def _named_lengths(config: PretrainedConfig) -> list[tuple[Any, str, int]]:
-    """Where a config names a length that changes something: the object or dictionary, the key, the length."""
+    """Returns the lengths in a config at which something changes: the object or dictionary, the key, the length."""
     changing = rope_types(config) - _FIXED_ROPE
     keys = [key for key in _LENGTHS if changing or key != _ORIGINAL]
     keys += [_LONGEST] if any("dynamic" in kind for kind in changing) else []
@@ -89,8 +92,8 @@ def _named_lengths(config: PretrainedConfig) -> list[tuple[Any, str, int]]:
             found += [(section, key, section.get(key)) for key in _LENGTHS]
     longest = getattr(config, _LONGEST, None) or float("inf")
     return [
-        (place, key, value)
-        for place, key, value in found
+        (owner, key, value)
+        for owner, key, value in found
         if isinstance(value, int) and value > 0 and (value < longest or key in (_LONGEST, _ORIGINAL))
     ]
 
@@ -107,15 +110,8 @@ def _exaggerate(config: PretrainedConfig) -> None:
             section["long_factor"] = [8.0 * factor for factor in section["long_factor"]]
 
 
-def _set(section: Any, key: str, value: int) -> None:
-    if isinstance(section, dict):
-        section[key] = value
-    else:
-        setattr(section, key, value)
-
-
 def _keep_one_of_each(probe: PreTrainedModel) -> None:
-    """Drops the layers after the first ones that show every kind."""
+    """Drops the layers after the first ones that cover every kind."""
     layers = find_layers(probe)
     if layers is None:
         return
@@ -126,19 +122,19 @@ def _keep_one_of_each(probe: PreTrainedModel) -> None:
 
 
 def _share(probe: nn.Module, model: nn.Module) -> None:
-    """Gives a probe the model's weights: whole modules that hold them, packed or not, or else their parameters."""
+    """Puts the model's own modules and parameters into a probe, quantized or not."""
     for name, child in list(probe.named_children()):
-        real = getattr(model, name)
-        if type(child) is type(real) and list(child.children()):
-            _share(child, real)
-        elif list(real.parameters()):
-            setattr(probe, name, real)
+        original = getattr(model, name)
+        if type(child) is type(original) and list(child.children()):
+            _share(child, original)
+        elif list(original.parameters()):
+            setattr(probe, name, original)
     for name in probe._parameters:
         probe._parameters[name] = model._parameters[name]
 
 
-def _quiet_embedding(width: int, device: torch.device, dtype: torch.dtype) -> nn.Embedding:
-    """Small random vectors: what the first layers add to them is then most of the answer."""
+def _small_embedding(width: int, device: torch.device, dtype: torch.dtype) -> nn.Embedding:
+    """Returns small random vectors, so that the layers' contributions dominate the hidden states."""
     values = torch.randn(_NUM_IDS, width, generator=torch.Generator().manual_seed(0)) * 0.02
-    quiet: nn.Embedding = nn.Embedding.from_pretrained(values.to(device, dtype))
-    return quiet
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(values.to(device, dtype))
+    return embedding

@@ -1,4 +1,4 @@
-"""The check that every model passes once per load: packed documents give what transformers gives for each alone."""
+"""Verifies a loaded model: packed documents must give what transformers gives for each document alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.forward.attention import IMPLEMENTATION
-from ingle.models.forward.packed import computed_in, forward_packed, head
+from ingle.models.forward.hidden_states import computed_in, forward_packed, head
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.wording import first_line
 
-#: Largest relative difference of a token's logits between the halves and the whole.
-#: Rounding to bfloat16 alone makes about one per cent in two layers and more in eighty; a wrong head or mask makes all.
+#: Largest relative difference of a token's logits between the two halves and the full model.  Rounding to bfloat16
+#: causes about one per cent in two layers and more in eighty; a wrong head or mask causes 100 %.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
-#: The same for the hidden states of a probe, which has few layers and hardly any embedding to hide behind.
+#: The same for the hidden states of a probe, which has few layers and almost no embedding.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 _FIX = "choose a model of another architecture"
@@ -28,54 +28,51 @@ _FIX = "choose a model of another architecture"
 
 @torch.no_grad()
 def verify(model: PreTrainedModel) -> None:
-    """Compares packed documents with documents on their own, and the two halves of the model with the whole.
+    """Compares packed documents with single documents, and the two halves of the model with the full model.
 
-    Two short documents go through the whole model.  Where the config names lengths at which something changes
-    (windows, chunks, the length a model was made for), documents on both sides of each go through the first layers
-    of a copy in which these lengths are a few tokens: see :mod:`ingle.models.forward.probe`.
+    Two short documents go through the full model.  Where the config names lengths at which something changes (windows,
+    chunks, positions), documents on both sides of each length go through a copy of the model in which these lengths are
+    a few tokens: see :mod:`ingle.models.forward.probe`.
 
     Raises:
-        ModelError: When they differ, the whole gives NaN or infinity, or the architecture cannot be asked so.
+        ModelError: They differ, the full model gives NaN or infinity, or the architecture cannot be compared.
     """
     with _evaluating(model):
-        _compare_whole(model)
-        with reading(
-            _config_of(model), f"{type(model).__name__} cannot be checked with short and long documents.", fix=_FIX
-        ):
+        _compare_logits(model)
+        with reading(_origin(model), f"{type(model).__name__} cannot be verified with short and long texts.", fix=_FIX):
             probe = make_probe(model)
         if probe is not None:
             with _evaluating(probe.model):
                 _compare_lengths(model, probe)
 
 
-def _compare_whole(model: PreTrainedModel) -> None:
-    the_head = head(model)
-    device = the_head.weight.device
+def _compare_logits(model: PreTrainedModel) -> None:
+    output_head = head(model)
+    device = output_head.weight.device
     lengths = (7, 5)
-    documents = _documents(lengths, the_head.weight.shape[0])
+    documents = _documents(lengths, output_head.weight.shape[0])
     rows = nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
-    with reading(_config_of(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
-        whole = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
-    ours = the_head.logits(_pack(model, documents, device))[0].float()
-    if not torch.isfinite(whole).all():
+    with reading(_origin(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
+        theirs = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
+    ours = output_head.logits(_forward(model, documents, device))[0].float()
+    if not torch.isfinite(theirs).all():
         raise _not_finite(model)
-    _require_alike(
-        model, ours, whole, lengths, _TOLERANCE, "its head, its positions or its attention do something unknown"
-    )
+    why = "its head, its positions or its attention do something that Ingle does not know"
+    _require_close(model, ours, theirs, lengths, _TOLERANCE, why)
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
     device = next(probe.model.parameters()).device
     documents = _documents(probe.lengths, probe.num_ids)
-    with reading(_config_of(model), f"{type(model).__name__} cannot be tried at these lengths.", fix=_FIX):
+    with reading(_origin(model), f"{type(model).__name__} cannot compute texts of these lengths.", fix=_FIX):
         alone = [
             probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
             for document in documents
         ]
-    packed = _pack(probe.model, documents, device)[0]
+    packed = _forward(probe.model, documents, device)[0]
     why = f"documents of {', '.join(map(str, probe.lengths))} tokens, with {probe.described}"
-    _require_alike(model, packed.float(), torch.cat(alone).float(), probe.lengths, _PROBE_TOLERANCE, why)
+    _require_close(model, packed.float(), torch.cat(alone).float(), probe.lengths, _PROBE_TOLERANCE, why)
 
 
 def _documents(lengths: tuple[int, ...], num_ids: int) -> list[Tensor]:
@@ -83,7 +80,8 @@ def _documents(lengths: tuple[int, ...], num_ids: int) -> list[Tensor]:
     return list(ids.split(lengths))
 
 
-def _pack(model: PreTrainedModel, documents: list[Tensor], device: torch.device) -> Tensor:
+def _forward(model: PreTrainedModel, documents: list[Tensor], device: torch.device) -> Tensor:
+    """Returns the hidden states of the packed documents."""
     lengths = torch.tensor([0, *map(len, documents)])
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     cu_seqlens = lengths.cumsum(0).to(torch.int32)
@@ -91,18 +89,18 @@ def _pack(model: PreTrainedModel, documents: list[Tensor], device: torch.device)
         return forward_packed(
             model, torch.cat(documents)[None].to(device), positions[None].to(device), cu_seqlens.to(device)
         )
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as refusal:
-        if isinstance(refusal, RuntimeError) and model.config._attn_implementation == IMPLEMENTATION:
-            raise  # our own attention failed, or the memory is full
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and model.config._attn_implementation == IMPLEMENTATION:
+            raise  # Ingle's own attention failed, or memory is exhausted
         raise ModelError(
-            f"{type(model).__name__} does not take packed documents.",
+            f"{type(model).__name__} does not support packed documents.",
             where="model.id",
-            why=f"{type(refusal).__name__}: {first_line(refusal)}",
+            why=f"{type(error).__name__}: {first_line(error)}",
             fix=_FIX,
-        ) from refusal
+        ) from error
 
 
-def _require_alike(
+def _require_close(
     model: PreTrainedModel,
     ours: Tensor,
     theirs: Tensor,
@@ -111,19 +109,19 @@ def _require_alike(
     why: str,
 ) -> None:
     error = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-30)
-    # The median of a document: a router on the edge may send a single token to another expert.
+    # The median of a document: rounding may make a router send a single token to another expert.
     worst = max(document.median().item() for document in error.split(lengths))
     if not worst <= tolerances.get(computed_in(model), max(tolerances.values())):
         raise ModelError(
-            f"{type(model).__name__} does not give the same answers packed as one document at a time.",
+            f"{type(model).__name__} gives other results for packed documents than for each document alone.",
             where="model.id",
             why=f"they differ by {worst:.2%}; {why}",
             fix=_FIX,
         )
 
 
-def _config_of(model: PreTrainedModel) -> str:
-    """Where the config of a model came from."""
+def _origin(model: PreTrainedModel) -> str:
+    """Returns the config.json of a model, or the option that names the model."""
     folder = model.config.name_or_path
     path = Path(folder or "") / "config.json"
     return str(path) if folder and path.is_file() else "model.id"
@@ -142,17 +140,12 @@ def _not_finite(model: PreTrainedModel) -> ModelError:
             why=f"{len(damaged)} weights are affected",
             fix="fetch the checkpoint again, or choose another",
         )
-    message = f"{type(model).__name__} answers with NaN or infinity, though all its weights are finite."
+    message = f"{type(model).__name__} computes NaN or infinity, although all its weights are finite."
     if computed_in(model) == torch.float32:
-        return ModelError(
-            message, where=_config_of(model), why="its settings make it so in float32 too", fix=COMPARE_CONFIG
-        )
-    return ModelError(
-        message,
-        where="model.dtype",
-        why=f"the values overflow in {str(computed_in(model)).removeprefix('torch.')}",
-        fix="--model.dtype=float32",
-    )
+        why = "its settings cause this in float32 too"
+        return ModelError(message, where=_origin(model), why=why, fix=COMPARE_CONFIG)
+    why = f"the values overflow in {str(computed_in(model)).removeprefix('torch.')}"
+    return ModelError(message, where="model.dtype", why=why, fix="--model.dtype=float32")
 
 
 @contextmanager

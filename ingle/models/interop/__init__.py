@@ -1,1 +1,1 @@
-"""Files for, and from, other programs."""
+"""Reads and writes files of other programs."""

@@ -1,4 +1,4 @@
-"""Importance matrices under a model's own names: what was gathered goes into a file, a file's figures come back."""
+"""Reads and writes importance matrices under a model's own names."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.names import TensorNames, names_of
-from ingle.quant.imatrix import Importance, linear_maps
+from ingle.quant.imatrix_collector import Importance, linear_maps
 
 
 def gguf_names(model: PreTrainedModel) -> TensorNames:
-    """What llama.cpp calls the model's tensors.
+    """Returns llama.cpp's names of the model's tensors.
 
     Raises:
-        GgufError: llama.cpp, or Ingle's reader of its files, does not know the architecture.
+        GgufError: The architecture is not supported.
     """
     return names_of(to_metadata(model.config.to_dict()))
 
@@ -34,12 +34,12 @@ def save_importance(
     datasets: Sequence[str],
     chunk_size: int,
 ) -> None:
-    """Writes what a collector gathered in llama.cpp's format.
+    """Writes collected importances in llama.cpp's format.
 
     Args:
-        model: Says how tensors are called.
+        model: Determines the names of tensors.
         entries: By the model's names.
-        path: Of the file; replaced.
+        path: Of the file; replaced if it exists.
         datasets: Files the text came from.
         chunk_size: Tokens of a text.
 
@@ -62,12 +62,12 @@ def save_importance(
 
 
 def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda event: None) -> dict[str, Tensor]:
-    """The importance of the columns of the model's linear maps, by parameter, float32 ``[I]``.
+    """Returns the importance of the columns of the model's linear layers, by parameter, float32 ``[I]``.
 
     Args:
-        model: With or without bytes.
+        model: With or without weights.
         path: A GGUF imatrix or an older ``.dat``.
-        sink: Is told of maps of which the file says nothing.
+        sink: Receives a warning of layers that the file does not cover.
 
     Raises:
         GgufError: The file is damaged or no importance matrix, or the architecture has no names in GGUF.
@@ -91,17 +91,17 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
             raise ModelError(
                 "The importance matrix belongs to another model.",
                 where=str(path),
-                why=f"{gguf_name} has {entry.mean.shape[-1]} columns there, {columns} in the model",
-                fix="gather one for this model: --data FILE",
+                why=f"{gguf_name} has {entry.mean.shape[-1]} columns in the file and {columns} in the model",
+                fix="compute one for this model: --data FILE",
             )
         found[parameter] = torch.from_numpy(entry.mean[0].copy())
     if not found:
         raise ModelError(
-            "The importance matrix says nothing of this model's weights.",
+            "The importance matrix covers none of the model's weights.",
             where=str(path),
             why=f"it holds {', '.join(list(entries)[:3])}, ...",
-            fix="gather one for this model: --data FILE",
+            fix="compute one for this model: --data FILE",
         )
     if missing:
-        sink(Warned(f"The importance matrix says nothing of {missing[0]}", where=str(path), count=len(missing)))
+        sink(Warned(f"The importance matrix does not cover {missing[0]}.", where=str(path), count=len(missing)))
     return found

@@ -1,4 +1,4 @@
-"""Writing a fully fine-tuned model, so that plain transformers reads it back."""
+"""Writes models in the layout of transformers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from transformers.utils import logging
 
 from ingle.atomic import atomic_folder
-from ingle.models.generation.loop import end_token_ids
+from ingle.models.generation.stop_criteria import end_token_ids
 from ingle.quant.linear import QuantModule
 
-#: Small enough for file systems and uploads, large enough that few models need many.
+#: Small enough for file systems and uploads, large enough that most models need few shards.
 _SHARD_SIZE = "4GB"
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes weights, config, generation config, tokenizer and chat template; the folder appears whole or not at all.
+    """Writes weights, config, generation config, tokenizer and chat template, atomically.
 
-    The names in the file are the hub's (transformers' conversions are reverted), tied weights are written once.
+    The names in the files are the hub's (transformers' conversions are reverted); tied weights are written once.
 
     Args:
-        model: A model without packed weights and adapters.
+        model: A model without quantized weights and adapters.
         tokenizer: Its tokenizer.
-        folder: Replaced when it exists.
+        folder: Replaced if it exists.
 
     Raises:
-        CheckpointError: When the disk is full.
+        CheckpointError: The disk is full.
     """
-    assert not any(isinstance(module, QuantModule) for module in model.modules()), "quantized weights cannot be trained"
-    folder = Path(folder)
+    assert not any(isinstance(module, QuantModule) for module in model.modules()), "quantized weights cannot be saved"
     with atomic_folder(folder) as partial, quiet():
         model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
@@ -50,15 +49,15 @@ def save_setup(
     untied: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes everything that stands beside the weights: config, generation config, tokenizer and chat template.
+    """Writes everything but the weights: config, generation config, tokenizer and chat template.
 
     Args:
-        model: Its config counts; it may be without bytes.
+        model: May be on the meta device.
         tokenizer: Its tokenizer.
-        folder: Where, made already.
-        dtype: What the weights are written in.
-        untied: The output head has a weight of its own in the files.
-        quantization: The ``quantization_config`` of packed weights.
+        folder: An existing folder.
+        dtype: Of the weights in the files.
+        untied: The output head has its own weight in the files.
+        quantization: The ``quantization_config`` of quantized weights.
     """
     config = deepcopy(model.config)
     config.dtype = dtype
@@ -80,7 +79,7 @@ def save_setup(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides the progress bar that transformers draws: ours is a sink."""
+    """Hides transformers' progress bars; Ingle reports progress as events."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""transformers and PEFT by themselves, reading what Ingle wrote, with nothing of Ingle's between them and the files."""
+"""Runs transformers and PEFT on files that Ingle wrote, independently of Ingle's own loader."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ingle.data import Message, render
 from ingle.errors import DependencyError
 from ingle.models.interop.saving import quiet
 
-#: What reads an export besides transformers, by the name of its package.
+#: What reads an export besides transformers, by package name.
 _NAMES = {"peft": "PEFT", "bitsandbytes": "bitsandbytes", "hqq": "the hqq package"}
 
 
 class TransformersServer:
-    """A model folder as ``AutoModelForCausalLM`` reads it, with an adapter that PEFT puts on it.
+    """A model folder as ``AutoModelForCausalLM`` reads it, with an adapter that PEFT attaches.
 
     Args:
         folder: A model in the hub's layout.
         adapter: An adapter folder.
 
     Attributes:
-        version: Names and versions.
+        version: Names and versions of the libraries.
 
     Raises:
-        DependencyError: PEFT, or what the packed weights need, is not installed.
+        DependencyError: PEFT, or a library that the quantized weights need, is not installed.
     """
 
     def __init__(self, folder: Path, *, adapter: Path | None = None) -> None:
         self.version = f"transformers {transformers.__version__}"
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # What these libraries warn of concerns their callers' code, not the user's model.
+        # The libraries' warnings concern their callers' code, not the user's model.
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._model: Any = self._read(folder, adapter).eval()
@@ -53,7 +54,9 @@ class TransformersServer:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except ImportError as error:
-            raise DependencyError("transformers lacks a library for these weights.", why=str(error)) from error
+            raise DependencyError(
+                "transformers needs a library for these weights that is not installed.", why=str(error)
+            ) from error
         if adapter is None:
             return model
         require_readers("peft")
@@ -63,32 +66,38 @@ class TransformersServer:
         return peft.PeftModel.from_pretrained(model, str(adapter))
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation whose answer is about to begin."""
-        text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        """Returns the tokens of a conversation with the generation prompt.
+
+        Raises:
+            DataError: The chat template refuses the conversation.
+            ModelError: The chat template exceeds its limits.
+        """
+        conversation = [Message(message["role"], message["content"]) for message in messages]
+        text = render(self._tokenizer, conversation, add_generation_prompt=True)
         return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def text_ids(self, text: str) -> list[int]:
-        """The tokens of a plain text, with what is put before every text."""
+        """Returns the tokens of a plain text, with the special tokens that begin every text."""
         return [int(i) for i in self._tokenizer(text)["input_ids"]]
 
     def is_end(self, token: int) -> bool:
-        """Whether an answer ends at a token."""
+        """Whether a token ends an answer."""
         return token in self._ends
 
     @property
     def declared_end(self) -> int | None:
-        """The tokenizer's own end of a text."""
+        """The tokenizer's end-of-text token."""
         number: int | None = self._tokenizer.eos_token_id
         return number
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """``[T, V]``: the logits after each token."""
+        """Returns the logits after each token, ``[T, V]``."""
         output: NDArray[np.float32] = self._model(input_ids=torch.tensor([list(ids)])).logits[0].float().numpy()
         return output
 
     def continue_greedily(self, ids: Sequence[int], num_tokens: int, ends: frozenset[int]) -> list[int]:
-        """The likeliest tokens after a prompt, up to one that ends an answer."""
+        """Returns the most likely tokens after a prompt, up to one that ends an answer."""
         answer: list[int] = []
         while len(answer) < num_tokens:
             token = int(self.logits([*ids, *answer])[-1].argmax())
@@ -99,7 +108,7 @@ class TransformersServer:
 
 
 def _read_hqq(folder: Path, config: Any) -> Any:
-    """A model with the hqq package's own layers: transformers 5 does not read them, and takes fresh weights instead."""
+    """Returns a model with the hqq package's layers; transformers 5 would ignore them and use random weights."""
     require_readers("hqq")
     from hqq.core.quantize import HQQLinear
 
@@ -120,14 +129,14 @@ def _read_hqq(folder: Path, config: Any) -> Any:
 
 
 def require_readers(*libraries: str) -> None:
-    """Raises unless what another program needs to read an export is there.
+    """Raises an error unless all libraries that read an export are installed.
 
     Raises:
-        DependencyError: It is not installed.
+        DependencyError: One of them is not installed.
     """
     for library in libraries:
         if find_spec(library) is None:
             raise DependencyError(
-                f"--verify asks {_NAMES[library]} itself, and it is not installed.",
-                fix=f"pip install {library}, or leave --verify out",
+                f"--verify needs {_NAMES[library]}, which is not installed.",
+                fix=f"pip install {library}, or omit --verify",
             )

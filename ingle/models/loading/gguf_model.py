@@ -1,7 +1,7 @@
-"""A ``.gguf`` file as a model: config, tokenizer, chat template and weights are all in it.
+"""Opens a GGUF file as a model: it holds config, tokenizer, chat template and weights.
 
-Layers keep the file's own bytes, whatever types they are in; embedding and head too, where the architecture has plain
-ones.  Nothing else is asked for: no ``config.json``, no 16-bit weights.
+Linear layers keep the file's own bytes in whatever type they have.  So do embedding and head where the architecture has
+plain ones.  No ``config.json`` and no 16-bit weights are needed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from ingle.config.base import BaseConfig
 from ingle.config.model import ModelConfig
 from ingle.errors import GgufError, ModelError
 from ingle.gguf import GgufFile
-from ingle.gguf.architecture import to_config
+from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import ROPE_FREQS, names_of
-from ingle.gguf.sizes import require_sizes
 from ingle.gguf.vocabulary import special_token_id, to_vocabulary
-from ingle.models.loading.gguf_weights import GgufWeight, unread_type
+from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file
 from ingle.models.loading.reading_plan import Group, ReadingPlan
 from ingle.quant import Format, Formats, GgufFormats, make_formats
@@ -30,17 +29,17 @@ from ingle.quant.format import PLAIN
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name is that of a GGUF file."""
+    """Whether a model's name is the name of a GGUF file."""
     return name.lower().endswith(".gguf")
 
 
 def open_gguf(name: str, *, revision: str | None = None, option: str = "model.id") -> GgufFile:
-    """The header of a GGUF file: a local path, or ``owner/name/file.gguf`` on the hub.
+    """Reads the header of a GGUF file: a local path, or ``owner/name/file.gguf`` on the hub.
 
     Raises:
-        GgufError: When it is damaged.
-        ModelError: When there is none.
-        HubUnavailable: When the hub is needed and cannot be reached.
+        GgufError: The file is damaged.
+        ModelError: There is no such file.
+        HubUnavailable: The hub is needed and cannot be reached.
     """
     from ingle.gguf import read_gguf
 
@@ -48,10 +47,10 @@ def open_gguf(name: str, *, revision: str | None = None, option: str = "model.id
 
 
 def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The architecture's config, and what would be in its ``config.json``.
+    """Returns the architecture's config, and what its ``config.json`` would hold.
 
     Raises:
-        GgufError: When the architecture is not supported, or metadata and tensors describe different models.
+        GgufError: The architecture is not supported, or metadata and tensors describe different models.
     """
     raw = to_config(file)
     require_sizes(file, raw)
@@ -60,7 +59,7 @@ def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
 
 
 def read_gguf_generation_config(file: GgufFile) -> GenerationConfig:
-    """What ends an answer."""
+    """Returns the generation config: the tokens that end an answer, begin a text and pad a row."""
     ends = to_vocabulary(file.metadata).end_token_ids
     numbers = {
         f"{key}_token_id": special_token_id(file.metadata, name) for key, name in (("bos", "bos"), ("pad", "padding"))
@@ -69,15 +68,15 @@ def read_gguf_generation_config(file: GgufFile) -> GenerationConfig:
 
 
 def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The tokenizer, with the file's chat template.
+    """Returns the tokenizer, with the file's chat template.
 
     Raises:
-        GgufError: When it is of a kind that is not supported, or damaged.
+        GgufError: The tokenizer is damaged, or its kind is not supported.
     """
     vocabulary = to_vocabulary(file.metadata)
     try:
         core = Tokenizer.from_str(json.dumps(vocabulary.tokenizer))
-    except Exception as error:  # the Rust reader raises bare exceptions
+    except Exception as error:  # the Rust library raises bare exceptions
         raise GgufError(
             f"The tokenizer in {file.path.name} cannot be read.", where=str(file.path), why=str(error)[:200]
         ) from error
@@ -86,15 +85,10 @@ def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def plan_gguf(twin: PreTrainedModel, file: GgufFile) -> ReadingPlan:
-    """Which tensor of the file becomes which parameter.
-
-    Args:
-        twin: The pristine architecture.
-        file: The file.
-    """
+def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
+    """Decides which tensor of a file becomes which parameter of the architecture."""
     names = names_of(file.metadata)
-    wanted = twin.state_dict()
+    wanted = architecture.state_dict()
     groups: list[Group] = []
     unexpected = []
     for tensor in file.tensors.values():
@@ -109,16 +103,16 @@ def plan_gguf(twin: PreTrainedModel, file: GgufFile) -> ReadingPlan:
 
 
 def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> Formats | None:
-    """The format of every linear map: what a GGUF file has it in, or else what the base asks for.
+    """Returns what chooses the format of every linear layer: that of a GGUF file, and else that of the base.
 
     Args:
-        model: The skeleton.
+        model: On the meta device.
         config: Which model.
-        base: The config section; weights that the file holds as plain numbers are packed so.
+        base: The config section; it applies to weights that the file holds as plain numbers.
 
     Raises:
-        ModelError: When the file holds a weight in another format than the base asks for.
-        QuantizationError: When the base is a mix that is not known for the architecture.
+        ModelError: The file holds a weight in another format than the base requests.
+        QuantizationError: The base is a mix without rules for the architecture.
     """
     if not is_gguf(config.id):
         return make_formats(base, model)
@@ -127,11 +121,11 @@ def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> F
 
 
 def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
-    """Packs the linear maps of a skeleton: as a GGUF file has them, or else as the base asks.
+    """Replaces the linear layers of a model on the meta device by quantized ones, as :func:`choose_formats` says.
 
     Raises:
-        ModelError: When a file holds weights in another format than the base asks for.
-        QuantizationError: When the model holds weights that cannot be packed.
+        ModelError: The file holds a weight in another format than the base requests.
+        QuantizationError: The model holds weights that cannot be quantized.
     """
     if not is_gguf(config.id):
         quant.convert(model, base)
@@ -143,26 +137,25 @@ def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) 
 
 
 def _choose(model: nn.Module, file: GgufFile, own: Formats, base: BaseConfig) -> Formats:
-    """What the file has each module in; what it holds as plain numbers as the base asks."""
     wanted = make_formats(base, model)
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:
         found = own(name, out_features, in_features)
-        asked = None if wanted is None else wanted(name, out_features, in_features)
-        if found is not None and asked is not None and asked.name != found.name:
+        requested = None if wanted is None else wanted(name, out_features, in_features)
+        if found is not None and requested is not None and requested.name != found.name:
             raise ModelError(
-                f"{file.path.name} holds {name} in {found.name}, and base.format asks for {asked.name}.",
+                f"{file.path.name} holds {name} in {found.name}, but base.format requests {requested.name}.",
                 where=f"base.format = {base.format}",
-                why="the file's own bytes are what is trained on",
+                why="a GGUF base keeps the bytes of its file",
                 fix="--base.format=none",
             )
-        return found or asked
+        return found or requested
 
     return choose
 
 
 def _own_formats(file: GgufFile) -> Formats:
-    """The format that the file holds each module's weight in; None for plain numbers."""
+    """Returns what finds the format in which the file holds a module's weight; None for plain numbers."""
     names = names_of(file.metadata)
     make = GgufFormats()
 
@@ -172,7 +165,7 @@ def _own_formats(file: GgufFile) -> Formats:
             return None
         format = make(tensor.type_name)
         if format is None:
-            raise unread_type(tensor)
+            raise unsupported_type(tensor)
         return format
 
     return choose

@@ -1,8 +1,8 @@
-"""The tensors of a ``.gguf`` file as weights of a model: its own bytes, with rows in transformers' order."""
+"""Reads the tensors of a GGUF file as weights of a model: the file's own bytes, rows in transformers' order."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ class GgufWeight:
     """One tensor that is one parameter.
 
     Attributes:
-        target: The parameter.
+        target: Name of the parameter.
         tensor: Where it is.
-        order: Which row of the parameter each row of the tensor is; None where rows stay in place.
+        order: Which row of the parameter each row of the tensor is; None if rows stay in place.
         offset: What the file has added to the values.
     """
 
@@ -31,34 +31,48 @@ class GgufWeight:
     order: NDArray[np.int64] | None
     offset: float
 
-    def rows(self) -> Tensor:
-        """The bytes of its rows, uint8 ``[rows, bytes of a row]``, in the parameter's order."""
-        data = torch.from_numpy(self.tensor.read())
-        if len(self.tensor.shape) < 2:  # a bias: every value is a row of its own
-            data = data.view(self.tensor.shape[0], -1)
-        return data if self.order is None else data[torch.from_numpy(np.argsort(self.order))]
+    def row_bytes(self, rows: range | None = None) -> Tensor:
+        """Reads the bytes of some rows, uint8 ``[rows, bytes of a row]``, in the parameter's order.
 
-    def value(self, dtype: torch.dtype) -> Tensor:
-        """The parameter's value; packed tensors are decoded.
+        Args:
+            rows: Of the parameter; all if None.  Where the file has them in another order, it is read from the first
+                to the last of them.
+        """
+        places = np.arange(self.tensor.shape[0]) if self.order is None else np.argsort(self.order)
+        if rows is not None:
+            places = places[rows.start : rows.stop]
+        start, stop = (int(places.min()), int(places.max()) + 1) if len(places) else (0, 0)
+        stride = self.tensor.num_bytes // max(1, self.tensor.shape[0])
+        part = replace(
+            self.tensor, shape=(stop - start, *self.tensor.shape[1:]), offset=self.tensor.offset + start * stride
+        )
+        data = torch.from_numpy(part.read())
+        if len(part.shape) == 1:  # a bias: every value is a row
+            data = data.view(part.shape[0], -1)
+        return data if self.order is None else data[torch.from_numpy(places - start)]
+
+    def value(self, dtype: torch.dtype, rows: range | None = None) -> Tensor:
+        """Returns the parameter's value, or that of some rows; quantized tensors are decoded.
 
         Raises:
-            GgufError: When its type is not read.
+            GgufError: The tensor has a type that is not supported.
         """
-        name, shape = self.tensor.type_name, self.tensor.shape
+        name, data = self.tensor.type_name, self.row_bytes(rows)
+        shape = (self.tensor.shape[0] if rows is None else len(rows), *self.tensor.shape[1:])
         if name in PLAIN:
-            value = self.rows().view(PLAIN[name]).view(shape)
+            value = data.view(PLAIN[name]).view(shape)
             return value if not self.offset else (value.float() - self.offset).to(dtype)
         format = GgufFormats()(name)
         if format is None:
-            raise unread_type(self.tensor)
-        value = format.decode({"data": self.rows()}, self.tensor.num_rows, shape[-1], dtype).view(shape)
+            raise unsupported_type(self.tensor)
+        value = format.decode({"data": data}, len(data), shape[-1], dtype).view(shape)
         return value if not self.offset else value - self.offset
 
 
-def unread_type(tensor: GgufTensor) -> GgufError:
-    """The error for a tensor of a type that Ingle does not hold."""
+def unsupported_type(tensor: GgufTensor) -> GgufError:
+    """Returns the error for a tensor of a type that Ingle does not support."""
     return GgufError(
-        f"{tensor.name} is held as {tensor.type_name}, which is not supported.",
+        f"{tensor.name} has the type {tensor.type_name}, which is not supported.",
         where=str(tensor.path),
-        fix="choose a file of another type, Q4_K_M for instance",
+        fix="choose a file of another type, for example Q4_K_M",
     )

@@ -1,8 +1,4 @@
-"""Finding the files of a model: a local folder as it is, or a snapshot of a hub repository.
-
-Everything that can go wrong with a name is told here in one sentence, so that the readers of configs, tokenizers
-and weights only see a folder that exists.
-"""
+"""Locates the files of a model: a local folder, or a snapshot of a hub repository."""
 
 from __future__ import annotations
 
@@ -22,11 +18,11 @@ from huggingface_hub.errors import (
 )
 
 from ingle import env
-from ingle.config.named import nearest_path
+from ingle.config.model_names import nearest_path
 from ingle.errors import HubUnavailable, ModelError
 from ingle.wording import first_line
 
-#: Seconds to wait for the hub's answer about one file before the cached copy is taken.
+#: How long to wait for the hub's answer about one file before the cached copy is used.
 _ETAG_TIMEOUT_S = 10
 
 #: Small files: config, tokenizer, template, index of the shards.
@@ -34,7 +30,6 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _WEIGHTS = ("*.safetensors",)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-
 _HUB_FILE = re.compile(r"^(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(?P<file>[^/].*)$")
 
 Part = Literal["small", "weights"]
@@ -43,18 +38,18 @@ Part = Literal["small", "weights"]
 def locate(
     name: str, *, revision: str | None = None, part: Part = "small", code: bool = False, option: str = "model.id"
 ) -> Path:
-    """The folder that holds the files of a model.
+    """Returns the folder that holds the files of a model.
 
     Args:
         name: A local folder or a hub id.
         revision: Branch, tag or commit on the hub.
         part: ``small`` fetches configs and tokenizer only, ``weights`` the safetensors too.
-        code: Fetch Python files as well (``model.trust_remote_code``).
+        code: Also fetch Python files (``model.trust_remote_code``).
         option: Where the name was given, for errors.
 
     Raises:
-        ModelError: When there is no such folder or repository.
-        HubUnavailable: When the hub is needed and cannot be reached.
+        ModelError: There is no such folder or repository.
+        HubUnavailable: The hub is needed and cannot be reached.
     """
     folder = Path(name).expanduser()
     if (folder / "run.yaml").is_file() and not (folder / "config.json").is_file():
@@ -72,38 +67,38 @@ def locate(
             fix="give the folder that holds config.json and the .safetensors files",
         )
     if not _HUB_ID.match(name):
-        raise ModelError(f"There is no folder {name}.", where=option, fix=_advice(name))
+        raise ModelError(f"There is no folder {name}.", where=option, fix=_suggest(name))
     patterns = [*_SMALL, *(_WEIGHTS if part == "weights" else ()), *(("*.py",) if code else ())]
-    return _snapshot(name, revision, patterns, ["original/*"] if code else ["original/*", "*/*"], option)
+    return _fetch(name, revision, patterns, ["original/*"] if code else ["original/*", "*/*"], option)
 
 
 def locate_file(name: str, *, revision: str | None = None, option: str = "model.id") -> Path:
-    """The file of a model that is a single one: a local path, or ``owner/name/file`` on the hub.
+    """Returns the file of a model that is a single file: a local path, or ``owner/name/file`` on the hub.
 
     Raises:
-        ModelError: When there is none.
-        HubUnavailable: When the hub is needed and cannot be reached.
+        ModelError: There is no such file.
+        HubUnavailable: The hub is needed and cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
     match = _HUB_FILE.match(name)
     if match is None:
-        raise ModelError(f"There is no file {name}.", where=option, fix=_advice(name))
-    # Of a file that is split into several all are fetched.
+        raise ModelError(f"There is no file {name}.", where=option, fix=_suggest(name))
+    # A model may be split into several files: all are fetched.
     pattern = re.sub(r"-\d{5}-of-(\d{5})\.", r"-*-of-\1.", match["file"])
-    found = _snapshot(match["repository"], revision, [pattern], None, option) / match["file"]
+    found = _fetch(match["repository"], revision, [pattern], None, option) / match["file"]
     if not found.is_file():
         raise ModelError(f"The hub's {match['repository']} holds no file {match['file']}.", where=option)
     return found
 
 
-def _advice(name: str) -> str:
+def _suggest(name: str) -> str:
     near = nearest_path(name)
     return f"did you mean {near}?" if near else "check the path"
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: list[str] | None, option: str) -> Path:
+def _fetch(name: str, revision: str | None, patterns: list[str], ignored: list[str] | None, option: str) -> Path:
     offline = env.hub_offline()
     try:
         return Path(
@@ -118,7 +113,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: lis
         )
     except GatedRepoError as error:
         raise ModelError(
-            f"{name} is gated: its owner asks you to accept terms first.",
+            f"{name} is gated: its owner requires you to accept terms first.",
             where=option,
             why=first_line(error),
             fix="accept the terms on the model's page, then log in with `hf auth login`",
@@ -134,11 +129,10 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], ignored: lis
             fix="check the spelling; for a private model log in with `hf auth login`",
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        cause = "hub access is off (HF_HUB_OFFLINE)" if offline else f"the hub did not answer ({first_line(error)})"
         raise HubUnavailable(
-            f"There is no folder {name}, and the hub cannot be asked for a model of that name.",
+            f"There is no folder {name}, and the hub cannot be reached for a model of that name.",
             where=option,
-            why="hub access is switched off (HF_HUB_OFFLINE) and the model is not in the local cache"
-            if offline
-            else f"the hub did not answer ({first_line(error)}) and the model is not in the local cache",
+            why=f"{cause} and the model is not in the local cache",
             fix="name a local folder, or go online once so that the model is cached",
         ) from error

@@ -15,7 +15,7 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.forward import attention
-from ingle.models.loading import architecture
+from ingle.models.loading import meta_device
 from tests.contract.models.conftest import _GROUPED, VOCAB_SIZE, randomized
 from tests.contract.models.test_architectures import pack, supervised_loss
 
@@ -161,8 +161,8 @@ def test_answers_that_grow_past_the_switch_are_those_of_transformers(made, mixed
 @pytest.mark.parametrize("name", ["phi3", "llama-dynamic", "gemma3-by-layer"], indirect=True)
 def test_positions_chosen_by_the_longest_document_are_found_at_load(made, monkeypatch) -> None:
     ours, _ = made
-    monkeypatch.setattr(architecture, "rotate_by_document", lambda model: None)
-    with pytest.raises(ModelError, match="same answers") as error:
+    monkeypatch.setattr(meta_device, "rotate_by_document", lambda model: None)
+    with pytest.raises(ModelError, match="other results for packed documents") as error:
         models.verify(ours)
     assert f"max_position_embeddings of {SWITCH}" in str(error.value.why)
 
@@ -172,6 +172,6 @@ def test_a_window_that_is_lost_is_found_at_load(made, monkeypatch) -> None:
     """Both windows are wider than the documents that went through the whole model."""
     ours, _ = made
     monkeypatch.setattr(attention, "_window", lambda module, passed: None)
-    with pytest.raises(ModelError, match="same answers") as error:
+    with pytest.raises(ModelError, match="other results for packed documents") as error:
         models.verify(ours)
     assert "sliding_window" in str(error.value.why)

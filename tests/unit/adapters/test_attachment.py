@@ -88,11 +88,11 @@ def test_patterns_match_the_end_of_a_path(patterns: tuple[str, ...], expected: l
 @pytest.mark.parametrize(
     "patterns, fragments",
     [
-        (("q_porj",), ["'q_porj' matches no linear map", "did you mean q_proj"]),
-        (("_proj",), ["'_proj' matches no linear map"]),  # only whole parts of a path match
-        (("mlp",), ["kind LlamaMLP, but no linear map", "mlp.*"]),
-        (("input_layernorm",), ["kind LlamaRMSNorm, but no linear map"]),
-        (("q_proj", "nothing.*"), ["'nothing.*' matches no linear map"]),
+        (("q_porj",), ["'q_porj' matches no linear layer", "did you mean q_proj"]),
+        (("_proj",), ["'_proj' matches no linear layer"]),  # only whole parts of a path match
+        (("mlp",), ["type LlamaMLP, but no linear layer", "mlp.*"]),
+        (("input_layernorm",), ["type LlamaRMSNorm, but no linear layer"]),
+        (("q_proj", "nothing.*"), ["'nothing.*' matches no linear layer"]),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_told(patterns: tuple[str, ...], fragments: list[str]) -> None:

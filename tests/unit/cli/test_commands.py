@@ -1,4 +1,4 @@
-"""Each command with the API below it replaced: what it passes on, and what it prints."""
+"""Each command with a fake API: what it passes on and prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from ingle.config import Run, run_from_yaml
 from ingle.events import Started, Step
 from tests.stored_results import COMPARISON, STORED, SUMMARY
@@ -35,7 +35,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 
 class Flow:
-    """Remembers what it was asked to do."""
+    """Records its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[Run] = []
@@ -85,33 +85,33 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Flow:
     ],
 )
 def test_train_takes_overrides_in_any_order(flow: Flow, words: list[str]) -> None:
-    assert call(["train", *words]) == 0
+    assert run_command(["train", *words]) == 0
     assert [(run.optim.lr, run.seed, run.model.id) for run in flow.runs] == [(1e-4, 3, "m")]
 
 
-def test_train_tells_what_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["train", "run.yaml", "--base=int8"]) == 0
+def test_train_warns_of_options_that_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", "run.yaml", "--base=int8"]) == 0
     out = capsys.readouterr().out
-    assert "Warning: base.block_size from run.yaml:2 is left out" in out
+    assert "Warning: Ignoring base.block_size (run.yaml:2)" in out
 
 
 def test_train_resumes_a_folder(flow: Flow) -> None:
-    assert call(["train", "--resume", "runs/x"]) == 0
+    assert run_command(["train", "--resume", "runs/x"]) == 0
     assert flow.resumed == [Path("runs/x")] and flow.runs == []
 
 
 def test_dry_run_only_plans(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["train", "run.yaml", "--dry-run"]) == 0
+    assert run_command(["train", "run.yaml", "--dry-run"]) == 0
     assert len(flow.planned) == 1 and flow.runs == []
     out = capsys.readouterr().out
     assert "6 (1.5 epochs)" in out and "at the end only" in out
 
 
-def test_a_missing_tracker_is_told_before_anything_starts(
+def test_a_missing_tracker_is_reported_before_the_run_starts(
     flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert call(["train", "run.yaml", "--wandb", "project"]) == 2
+    assert run_command(["train", "run.yaml", "--wandb", "project"]) == 2
     assert flow.runs == [] and "[wandb]" in capsys.readouterr().err
 
 
@@ -126,12 +126,12 @@ def test_trackers_get_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
         sink(Step(1, 2.0, 1, 1.0, 1.0, 1.0, 1, 1.0))
 
     replace(monkeypatch, "flow", finetune=finetune)
-    assert call(["train", "run.yaml", "--tensorboard"]) == 0
+    assert run_command(["train", "run.yaml", "--tensorboard"]) == 0
     assert ("train/loss", 2.0, 1) in written
 
 
 def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["config", "show", "run.yaml", "--base.format=int8", "--optim.lr", "3e-4"]) == 0
+    assert run_command(["config", "show", "run.yaml", "--base.format=int8", "--optim.lr", "3e-4"]) == 0
     out, err = capsys.readouterr()
     assert "lr: 0.0003  # flag" in out and "id: m  # file" in out and "seed: 0  # default" in out
     assert "base.block_size" in err
@@ -140,7 +140,7 @@ def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.Capture
 
 
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["config", "schema"]) == 0
+    assert run_command(["config", "schema"]) == 0
     assert "optim" in json.loads(capsys.readouterr().out)["properties"]
 
 
@@ -184,7 +184,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def test_generate_prints_the_answer_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--max-new-tokens", "7", "--stop", "#", "--stop", "x", "--system", "be brief", "--base-only"]
-    assert call(["generate", "runs/x", "--prompt", "hello", *words]) == 0
+    assert run_command(["generate", "runs/x", "--prompt", "hello", *words]) == 0
     assert capsys.readouterr().out == "re hello\n"
     prompts, options = engine.asked[0]
     assert [(message.role, message.content) for message in prompts[0]] == [("user", "hello")]
@@ -194,7 +194,7 @@ def test_generate_prints_the_answer_alone(engine: Engine, capsys: pytest.Capture
 
 
 def test_generate_json_is_one_object_a_line(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["generate", "m", "--prompt", "a", "--prompt", "é", "--json"]) == 0
+    assert run_command(["generate", "m", "--prompt", "a", "--prompt", "é", "--json"]) == 0
     out = capsys.readouterr().out
     assert [json.loads(line) for line in out.splitlines()] == [
         {"prompt": "a", "text": "re a", "finish_reason": "stop", "num_tokens": 2},
@@ -211,12 +211,12 @@ def test_generate_reads_prompts_from_files(engine: Engine, folder: Path, capsys:
     ]
     (folder / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     (folder / "p.txt").write_text("five\n\nsix\n")
-    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 0
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl"]) == 0
     assert capsys.readouterr().out == "--- 1\nre one\n--- 2\nre two\n--- 3\nre three\n--- 4\nre four\n"
     assert [message.role for message in engine.asked[0][0][2]] == ["system", "user"]
-    assert call(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
+    assert run_command(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
     assert engine.asked[1][0] == ["zero", "five", "six"]
-    assert call(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
 
 
 def test_a_model_without_chat_template_only_continues_text(
@@ -224,9 +224,9 @@ def test_a_model_without_chat_template_only_continues_text(
 ) -> None:
     monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(chat_template=None))
     for words in (["generate", "m", "--prompt", "x"], ["chat", "m"]):
-        assert call(words) == 2
+        assert run_command(words) == 2
         assert "--raw" in capsys.readouterr().err
-    assert call(["generate", "m", "--prompt", "x", "--raw"]) == 0
+    assert run_command(["generate", "m", "--prompt", "x", "--raw"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -239,11 +239,11 @@ def test_a_model_without_chat_template_only_continues_text(
         ("", "There is no prompt."),
     ],
 )
-def test_rows_that_are_no_prompts_name_their_line(
+def test_invalid_rows_name_their_line(
     engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     (folder / "p.jsonl").write_text(text)
-    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 2
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl"]) == 2
     assert said in capsys.readouterr().err
     assert engine.asked == []
 
@@ -252,10 +252,10 @@ def test_generate_takes_standard_input_as_one_prompt(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
-    assert call(["generate", "m"]) == 0
+    assert run_command(["generate", "m"]) == 0
     assert engine.asked[0][0][0][0].content == "two\nlines"
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert call(["generate", "m"]) == 2
+    assert run_command(["generate", "m"]) == 2
     assert "There is no prompt." in capsys.readouterr().err
 
 
@@ -274,18 +274,18 @@ def test_generate_takes_standard_input_as_one_prompt(
         (["--prompt", "a", "--seed", "-1"], "--seed"),
     ],
 )
-def test_prompts_and_options_that_mean_nothing_are_refused(
+def test_invalid_prompts_and_options_are_refused(
     engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     (folder / "prompts.txt").write_text("x\n")
-    assert call(["generate", "m", *words]) == 2
+    assert run_command(["generate", "m", *words]) == 2
     assert said in capsys.readouterr().err and engine.asked == []
 
 
 def test_white_space_can_be_continued_and_lines_end_where_json_says(engine: Engine, folder: Path) -> None:
-    assert call(["generate", "m", "--raw", "--prompt", "\n"]) == 0
+    assert run_command(["generate", "m", "--raw", "--prompt", "\n"]) == 0
     (folder / "p.jsonl").write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
-    assert call(["generate", "m", "--raw", "--prompt-file", "p.jsonl"]) == 0
+    assert run_command(["generate", "m", "--raw", "--prompt-file", "p.jsonl"]) == 0
     assert [prompts for prompts, _ in engine.asked] == [["\n"], ["one\u2028line"]]
 
 
@@ -293,7 +293,7 @@ def test_chat_remembers_until_it_is_reset(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand?\n/reset\nanew\n/exit\nnever\n"))
-    assert call(["chat", "runs/x", "--system", "s"]) == 0
+    assert run_command(["chat", "runs/x", "--system", "s"]) == 0
     assert capsys.readouterr().out == "so hi\nso and?\nso anew\n"
     contents = [[message.content for message in prompt] for prompt, _ in engine.streamed]
     assert contents == [["hi"], ["hi", "so hi", "and?"], ["anew"]]
@@ -316,7 +316,7 @@ def evaluated(engine: Engine, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 def test_evaluate_compares_what_was_trained_with_its_base(
     evaluated: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
+    assert run_command(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
     assert [task.num_samples for task in evaluated] == [3]
     out = capsys.readouterr().out
     assert "BLEU" in out and COMPARISON.verdict[:40] in out
@@ -335,7 +335,7 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
         ["runs/x", "--task", "other.yaml"],
         ["Qwen/Qwen3-0.6B", "--sources=[held.jsonl]"],
     ):
-        assert call(["evaluate", *words]) == 0
+        assert run_command(["evaluate", *words]) == 0
     tasks = [(task.sources[0].path, task.metrics[0], task.num_samples) for task in evaluated]
     assert tasks == [
         ("own.jsonl", "bleu", 9),
@@ -363,27 +363,29 @@ def test_evaluate_says_what_is_missing(
     for name, file in (("trained", "run.yaml"), ("plain", "config.json")):
         (folder / name).mkdir()
         (folder / name / file).write_text(CONFIG)
-    assert call(["evaluate", *words]) == 2
+    assert run_command(["evaluate", *words]) == 2
     assert said in capsys.readouterr().err and evaluated == []
 
 
-def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
+def test_evaluate_checks_its_output_path_first(
     evaluated: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", "runs/x", "--task", "task.yaml", "--out"]
-    assert call([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
+    assert run_command([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
     evaluated.clear()
-    assert call([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
-    assert call([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be created" in capsys.readouterr().err
+    assert run_command([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
+    assert (
+        run_command([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be created" in capsys.readouterr().err
+    )
     monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
-    assert call([*words, "new/more.json"]) == 2 and "The folder new is not writable." in capsys.readouterr().err
+    assert run_command([*words, "new/more.json"]) == 2 and "The folder new is not writable." in capsys.readouterr().err
     assert evaluated == []
 
 
 def test_evaluate_scores_another_model_alone(evaluated: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
+    assert run_command(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == STORED["summary"]
-    assert call(["evaluate", "m", "--task", "task.yaml"]) == 0
+    assert run_command(["evaluate", "m", "--task", "task.yaml"]) == 0
     assert "71.4 %" in capsys.readouterr().out
 
 
@@ -398,10 +400,10 @@ def test_data_inspect_looks_at_the_data_of_the_run(
 
     replace(monkeypatch, "models", load_tokenizer=lambda model: f"tokenizer of {model.id}")
     replace(monkeypatch, "data", doctor=SimpleNamespace(inspect=look, render_report=lambda report, console: None))
-    assert call(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
+    assert run_command(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     data, tokenizer, objective, held_out, options = asked[0]
     assert [source.path for source in data.sources] == ["a.jsonl"]
     assert (tokenizer, objective, held_out) == ("tokenizer of m", "sft", None)
     assert (options["num_previews"], options["seed"]) == (1, 4)
-    assert call(["data", "inspect", "run.yaml"]) == 0
+    assert run_command(["data", "inspect", "run.yaml"]) == 0

@@ -16,7 +16,7 @@ from ingle.evaluation.format_survey import Survey, find_target, survey, trial
 from ingle.evaluation.format_survey.targets import list_candidates
 from ingle.events import Event, Progress, Warned
 from ingle.models.loading.architecture import build
-from ingle.quant.imatrix import linear_maps
+from ingle.quant.imatrix_collector import linear_maps
 from ingle.report.format_page import render_format_page
 from ingle.report.format_results import Skipped
 from tests.conftest import make_tokenizer

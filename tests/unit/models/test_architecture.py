@@ -12,7 +12,7 @@ import transformers as hf
 from ingle import models
 from ingle.config import ModelConfig, Nf4Base
 from ingle.errors import ModelError
-from ingle.models.loading.architecture import build
+from ingle.models.loading.meta_device import build
 
 
 def write_config(folder: Path, config: hf.PretrainedConfig) -> ModelConfig:
@@ -62,11 +62,11 @@ def test_unknown_and_missing_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         models.meta_model(config, "cpu", torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "from-the-future"}))
-    with pytest.raises(ModelError, match="not known") as error:
+    with pytest.raises(ModelError, match="does not know the architecture") as error:
         models.meta_model(config, "cpu", torch.float32)
     assert "from-the-future" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}))
-    with pytest.raises(ModelError, match="code of its own"):
+    with pytest.raises(ModelError, match="its own Python code"):
         models.meta_model(config, "cpu", torch.float32)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read"):

@@ -15,8 +15,8 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import reading, refuse_absurd
-from ingle.models.forward.padded_rows import lay_out
-from ingle.models.loading.architecture import build
+from ingle.models.forward.padded_rows import arrange
+from ingle.models.loading.meta_device import build
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def load(folder: Path) -> None:
         ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1,000,000,000,000"),
         ({"vocab_size": 10**400}, "a number of 401 digits"),
         ({"vocab_size": 2**31 - 1}, "too large"),
-        ({"intermediate_size": 64}, "has another shape than config.json gives it"),
+        ({"intermediate_size": 64}, "does not have the shape that config.json describes"),
         ({"hidden_size": -1}, "hidden_size|hidden size"),
         ({"num_attention_heads": 0}, "ZeroDivision|num_attention_heads"),
         ({"hidden_size": None}, "hidden_size"),
@@ -50,7 +50,7 @@ def load(folder: Path) -> None:
             "rope_type: KeyError: 'spiral'",
         ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "factor"),
-        ({"model_type": 5}, "not known"),
+        ({"model_type": 5}, "does not know the architecture"),
         ({"quantization_config": [1]}, "config.json"),
         ({"pad_token_id": 4_000}, "Padding_idx"),
         ({"eos_token_id": 4_000}, "4000; the model has tokens from 0 to 31"),
@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
 def test_sizes_of_a_header_are_whole_numbers(copied: Path) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}).encode()
     (copied / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         load(copied)
 
 
@@ -146,14 +146,14 @@ def test_texts_longer_than_a_table_of_positions_are_refused(config, longest: int
     if longest is None:
         models.refuse_longer(model, 10**6, where="data.max_seq_len")
         return
-    with pytest.raises(ModelError, match="positions for 20") as error:
+    with pytest.raises(ModelError, match="only 20 positions") as error:
         models.refuse_longer(model, 21, where="data.max_seq_len")
     assert error.value.fix == "--data.max_seq_len=20"
 
 
 def test_rows_are_as_wide_as_allowed_and_lose_no_token() -> None:
     cu_seqlens = torch.tensor([0, 3, 5, 9, 10, 17], dtype=torch.int32)  # documents of 3, 2, 4, 1, 7
-    layout = lay_out(cu_seqlens, width=6)
+    layout = arrange(cu_seqlens, width=6)
     values = torch.arange(1, 18)[None]
     rows = layout.spread(values)
     assert rows.tolist() == [[1, 2, 3, 4, 5, 0, 0], [6, 7, 8, 9, 10, 0, 0], [11, 12, 13, 14, 15, 16, 17]]
@@ -162,4 +162,4 @@ def test_rows_are_as_wide_as_allowed_and_lose_no_token() -> None:
     assert visible.shape == (3, 1, 7, 7)
     assert visible[0, 0, 4].tolist() == [False, False, False, True, True, False, False]
     assert visible[0, 0, 5].any(), "a place without a token must see something"
-    assert lay_out(cu_seqlens, width=None).document_RW.tolist() == [[0] * 3 + [1] * 2 + [2] * 4 + [3] + [4] * 7]
+    assert arrange(cu_seqlens, width=None).document_RW.tolist() == [[0] * 3 + [1] * 2 + [2] * 4 + [3] + [4] * 7]

@@ -9,8 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from ingle import models
 from ingle.errors import ModelError
-from ingle.models.generation.answers import Answer, Rules
-from ingle.models.generation.sampling import Draws
+from ingle.models.generation.stop_criteria import Answer, StopCriteria
+from ingle.models.generation.token_sampler import TokenSampler
 
 PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23], [10, 11, 12]]
 
@@ -62,7 +62,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
     rows = list(range(len(logits)))
 
     def counts(top_p: float) -> np.ndarray:
-        tokens = Draws(1.0, top_p, 7, rows).choose(logits, rows)
+        tokens = TokenSampler(1.0, top_p, 7, rows).choose(logits, rows)
         return np.bincount(tokens.numpy(), minlength=4) / len(rows)
 
     np.testing.assert_allclose(counts(1.0), [0.15, 0.5, 0.1, 0.25], atol=0.015)
@@ -74,7 +74,7 @@ def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
 def test_temperature_flattens() -> None:
     logits = torch.tensor([[2.0, 0.0]]).repeat(20_000, 1)
     rows = list(range(len(logits)))
-    share = Draws(2.0, 1.0, 0, rows).choose(logits, rows).float().mean().item()
+    share = TokenSampler(2.0, 1.0, 0, rows).choose(logits, rows).float().mean().item()
     assert share == pytest.approx(1 / (1 + np.e), abs=0.015)
 
 
@@ -141,7 +141,7 @@ def test_half_a_character_is_held_back() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
             return bytes(ids).decode(errors="replace")
 
-    answer = Answer(Rules(Bytes(), ("é!",), frozenset()))
+    answer = Answer(StopCriteria(Bytes(), ("é!",), frozenset()))
     settled = []
     for byte in "aé?é!".encode():
         over = answer.add(byte)
@@ -178,7 +178,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_any_is_answered(model, plai
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
 def test_a_length_without_end_costs_no_memory(temperature: float) -> None:
-    draws = Draws(temperature, 1.0, 0, [0, 1])
+    draws = TokenSampler(temperature, 1.0, 0, [0, 1])
     logits = torch.tensor([[0.0, 100.0, 0.0], [100.0, 0.0, 0.0]])
     assert [draws.choose(logits, [0, 1]).tolist() for _ in range(3)] == [[1, 0]] * 3
 

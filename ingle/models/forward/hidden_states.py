@@ -1,0 +1,113 @@
+"""The two halves of a language model: the decoder up to its last norm, and the output head.
+
+The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures scale,
+divide or cap their logits; the known ways are read from the config, and :func:`ingle.models.verify` compares the two
+halves with the full model, so that an unknown one is detected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle.errors import ModelError
+from ingle.models.forward.attention import IMPLEMENTATION
+from ingle.models.forward.padded_rows import arrange
+from ingle.quant import QuantEmbedding, QuantLinear
+
+if TYPE_CHECKING:
+    from ingle.data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output layer: ``cap(logit_scale * (hidden @ weight.T + bias))``.
+
+    Attributes:
+        weight: ``[V, H]``.
+        bias: ``[V]`` or None.
+        logit_scale: Factor on the logits.
+        softcap: ``softcap * tanh(logits / softcap)`` if set.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Applies the head to ``[..., H]``; returns ``[..., V]``."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def head(model: PreTrainedModel) -> Head:
+    """Returns the output head of a model.  Every call decodes a quantized head, so keep the result while it is needed.
+
+    Raises:
+        ModelError: The head is not a plain linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear | QuantLinear):
+        raise ModelError(
+            f"The output head is a {type(layer).__name__}, not a linear layer.",
+            where="model.id",
+            fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
+        )
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
+    return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
+
+
+def computed_in(model: PreTrainedModel) -> torch.dtype:
+    """Returns the dtype of the hidden states.
+
+    transformers reports the dtype of the first floating parameter, which is not the embedding's if that is quantized.
+    """
+    embedding = model.get_input_embeddings()
+    return embedding.weight_dtype if isinstance(embedding, QuantEmbedding) else model.dtype
+
+
+def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Returns the decoder's output after its last norm, ``[1, N, H]``; no token attends to another document.
+
+    Args:
+        model: A model from :func:`ingle.models.meta_model`, with weights.
+        batch: Documents packed in a single row.
+    """
+    return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+
+
+def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """:func:`forward_hidden` on the tensors of a batch: ids and positions ``[1, N]``, boundaries ``[D + 1]``."""
+    if model.config._attn_implementation == IMPLEMENTATION:
+        # transformers passes a four-dimensional mask through unchanged and builds none.  Attention uses the boundaries
+        # instead and recognises this placeholder if an architecture drops them.
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        output = model.base_model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+    # Attention of the architecture's own may have a mask as wide as the longest text it supports.
+    rows = arrange(cu_seqlens, width=getattr(model.config, "max_position_embeddings", None))
+    output = model.base_model(
+        input_ids=rows.spread(input_ids),
+        attention_mask=rows.mask(computed_in(model)),
+        position_ids=rows.spread(position_ids),
+        use_cache=False,
+    )
+    return rows.gather(output.last_hidden_state)

@@ -1,0 +1,156 @@
+"""Builds models on the meta device: every module, no memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ingle.config.model import ModelConfig
+from ingle.models.boundary import COMPARE_CONFIG, reading
+from ingle.models.forward.attention import IMPLEMENTATION
+from ingle.models.forward.rotary_by_length import rotate_by_document
+from ingle.models.loading.config_json import config_path, read_config, untrainable
+from ingle.models.loading.gguf_model import is_gguf
+from ingle.models.loading.safetensors_files import refuse_larger
+
+#: Subclasses of ``nn.Linear`` that compute exactly what ``nn.Linear`` does.
+_LINEARS = {"FalconLinear"}
+
+_STATEFUL = re.compile(r"Mamba|SSM|Rwkv|Recurrent|LinearAttention|LightningAttention|GatedDelta|ShortConv|RgLru")
+
+
+def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
+    """Returns the dtype to compute in.
+
+    ``auto`` is bfloat16 where the hardware multiplies it fast (GPUs since Ampere, CPUs with AMX or AVX512-BF16), and
+    float32 elsewhere.
+    """
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        fast = kind == "cpu" and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def meta_model(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+    """Builds a model on the meta device.
+
+    Args:
+        model: Which model.
+        device: Where it will compute.
+        dtype: Its compute dtype; parameters that the architecture keeps in float32 stay so.
+
+    Raises:
+        ModelError: The architecture is unknown, not a causal language model, or not supported.
+        HubUnavailable: The hub is needed and cannot be reached.
+    """
+    config = read_config(model)
+    path = config_path(model)
+    settings = config.to_dict()
+    with reading(path, "transformers cannot build a model from these settings.", fix=COMPARE_CONFIG, settings=settings):
+        built = build(config, dtype, trust_remote_code=model.trust_remote_code)
+        _refuse_modules(built, model)
+    if model.init != "random" and not is_gguf(model.id):
+        refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
+    return built
+
+
+def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Builds a model on the meta device from a config, with Ingle's attention where the architecture allows it.
+
+    The architecture's own dropouts are zero: adapters have their own.
+    """
+    config = copy.deepcopy(config)
+    dropouts = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
+    for name in dropouts:
+        setattr(config, name, 0.0)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # Ingle quantizes by itself, and saved models are not in that format
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if type(model)._supports_attention_backend:
+            model.set_attn_implementation(IMPLEMENTATION)
+        _use_plain_linears(model)
+    rotate_by_document(model)
+    _keep_in_float32(model, dtype)
+    for name, value in dropouts.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def compute_rest(architecture: PreTrainedModel, device: torch.device, names: Collection[str], *, seed: int = 0) -> None:
+    """Computes, in place, what no file holds: rotary frequencies, masks, and parameters that may be missing.
+
+    The architecture's own code initialises them.  All other parameters stay on the meta device and are marked as
+    initialised.
+
+    Args:
+        architecture: A model on the meta device.
+        device: Where the values go.
+        names: Parameters and buffers to compute.
+        seed: For what is drawn at random.
+    """
+    for parameter in architecture.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = architecture.get_submodule(path)
+        empty = torch.empty_like(getattr(owner, leaf), device=device)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = empty
+        else:
+            owner._parameters[leaf] = nn.Parameter(empty)
+    with seeded(seed):
+        architecture.initialize_weights()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generator inside the block and restores its state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _use_plain_linears(model: PreTrainedModel) -> None:
+    """Replaces equivalent subclasses by ``nn.Linear``, so that they are quantized and adapted like all others."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module).__name__ in _LINEARS:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            plain.weight, plain.bias = module.weight, module.bias
+            model.set_submodule(name, plain)
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Keeps the parameters in float32 that ``from_pretrained`` keeps so for this architecture."""
+    patterns = model._keep_in_fp32_modules_strict if dtype == torch.bfloat16 else None
+    if not patterns:
+        return
+    keep = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if keep.search(f"{path}.{name}"):
+                setattr(module, name, nn.Parameter(parameter.float(), parameter.requires_grad))
+
+
+def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Refuses models whose tokens interact other than through plain attention."""
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise untrainable(config, "its attention has sinks, which packed attention does not compute")
+    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)]
+    kinds += [name for module in model.modules() if _STATEFUL.search(name := type(module).__name__)]
+    if kinds or getattr(model, "_is_stateful", False):
+        kind = kinds[0] if kinds else "state"
+        raise untrainable(config, f"it carries state from token to token ({kind}), which would mix packed documents")

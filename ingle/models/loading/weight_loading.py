@@ -1,0 +1,219 @@
+"""Loads weights into a model on the meta device: reads, converts, quantizes and places them tensor by tensor.
+
+Besides the model, at most one group of tensors (mostly one tensor) is in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ingle.config.base import BaseConfig, NoBase
+from ingle.config.model import ModelConfig
+from ingle.errors import IngleError, ModelError
+from ingle.events import Progress, Sink, Warned
+from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
+from ingle.models.forward.verification import verify
+from ingle.models.loading.config_json import bitnet_divides, config_path, read_json
+from ingle.models.loading.gguf_model import convert_base, is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
+from ingle.models.loading.gguf_weights import GgufWeight
+from ingle.models.loading.hub import Part, locate
+from ingle.models.loading.meta_device import build, compute_dtype, compute_rest, meta_model, seeded
+from ingle.models.loading.reading_plan import (
+    Converted,
+    Experts,
+    Group,
+    Plain,
+    QuantizedWeight,
+    ReadingPlan,
+    plan_reading,
+    refuse_other_shapes,
+)
+from ingle.models.loading.safetensors_files import read_index
+from ingle.models.loading.weight_writer import RowSelector, WeightWriter
+from ingle.wording import some
+
+
+def load_model(
+    model: ModelConfig,
+    base: BaseConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    sink: Sink | None = None,
+) -> PreTrainedModel:
+    """Loads and verifies a model, in evaluation mode.
+
+    Args:
+        model: Which model.
+        base: The format of its weights; the compute dtype if None.
+        device: Where it goes.
+        seed: For random weights (``init: random``).
+        sink: Receives progress and warnings.
+
+    Raises:
+        ModelError: The model cannot be found or read, or is not supported.
+        QuantizationError: A weight cannot be quantized to the format.
+    """
+    dtype = compute_dtype(model.dtype, device)
+    loaded = meta_model(model, device, dtype)
+    convert_base(loaded, model, base if base is not None else NoBase())
+    load_weights(loaded, model, device, dtype, seed=seed, sink=sink)
+    verify(loaded)
+    loaded.eval()
+    return loaded
+
+
+def load_weights(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    seed: int = 0,
+    sink: Sink | None = None,
+    rows: RowSelector | None = None,
+) -> None:
+    """Gives every parameter and buffer of a model on the meta device its memory and value.
+
+    Modules may be quantized, and adapters may wrap them.  What adapters add gets memory on the device and keeps
+    ``requires_grad``, but stays uninitialised.  Call :func:`ingle.models.verify` afterwards.
+
+    Args:
+        model: On the meta device.
+        config: Which weights.
+        device: Where they go.
+        dtype: Compute dtype.
+        seed: For random weights (``init: random``), which need the whole model in float32 as well.
+        sink: Receives progress, and warnings of weights that are not used.
+        rows: Which rows of each parameter to load, for a rank that holds a shard; all if None.  Only these rows are
+            read wherever the files hold them as plain numbers or GGUF blocks, and the format encodes them one by one.
+
+    Raises:
+        ModelError: A file is missing or damaged, or a weight is missing or has another shape.
+        QuantizationError: A weight cannot be quantized.
+    """
+    architecture = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
+    device = torch.device(device)
+    if config.init == "random":
+        _read_generation_config(model, config, part="small")
+        writer = WeightWriter(model, architecture, device, sink, rows=rows)
+        _fill_random(writer, architecture, seed)
+    else:
+        plan, folder = plan_weights(model, config, architecture)
+        refuse_other_shapes(plan, architecture)  # before memory is allocated
+        writer = WeightWriter(model, architecture, device, sink, rows=rows)
+        for done, group in enumerate(plan.groups):
+            read_group(group, writer, architecture, folder)
+            if sink is not None and (done % 32 == 0 or done + 1 == len(plan.groups)):
+                sink(Progress("Reading weights", done + 1, len(plan.groups)))
+        _refuse_missing(writer, architecture, plan, folder, sink)
+    names = writer.missing()
+    with reading(config_path(config), "transformers cannot compute with these settings.", fix=COMPARE_CONFIG):
+        compute_rest(architecture, device, names, seed=seed)
+    for name in names:
+        writer.put(name, architecture.get_parameter_or_buffer(name).detach())
+    assert not writer.missing(), f"{writer.missing()} have no value"
+
+
+def plan_weights(
+    model: PreTrainedModel, config: ModelConfig, architecture: PreTrainedModel
+) -> tuple[ReadingPlan, Path]:
+    """Plans the reading of a checkpoint; sets the model's generation config from its files.
+
+    Returns:
+        The plan, and the folder or file of the weights.
+
+    Raises:
+        ModelError: A file is missing or damaged.
+        HubUnavailable: The hub is needed and cannot be reached.
+    """
+    path = _read_generation_config(model, config, part="weights")
+    if is_gguf(config.id):
+        return plan_gguf(architecture, open_gguf(str(path))), path
+    divides = bitnet_divides(read_json(path, config))
+    return plan_reading(architecture, read_index(path), bitnet_divides=divides), path
+
+
+def read_group(group: Group, writer: WeightWriter, architecture: PreTrainedModel, folder: Path) -> None:
+    """Reads one group of tensors and writes it into the model."""
+    match group:
+        case Plain():
+            writer.read(group.target, group.stored)
+        case Experts():
+            writer.put_experts(group.target, len(group.parts), group.read)
+        case Converted():
+            for name, value in _convert(group, architecture, folder):
+                writer.put(name, value)
+        case QuantizedWeight():
+            tensors = {key: part.read() for key, part in group.parts.items()}
+            writer.put_quantized(group.target, tensors, divides=group.divides)
+        case GgufWeight():
+            writer.put_gguf(group)
+
+
+def _convert(group: Converted, architecture: PreTrainedModel, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Reads the tensors of a group and runs transformers' conversion."""
+    try:
+        values = group.transform.convert(group.target, model=architecture, config=architecture.config)
+    except IngleError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"The weights of {group.target} cannot be converted.",
+            where=str(folder),
+            why=f"{type(error).__name__}: {error}",
+            fix="check that the files belong to this config.json",
+        ) from error
+    while values:
+        name, value = values.popitem()
+        yield name, value[0] if isinstance(value, list) else value
+
+
+def _refuse_missing(
+    writer: WeightWriter, architecture: PreTrainedModel, plan: ReadingPlan, folder: Path, sink: Sink | None
+) -> None:
+    optional = tuple(architecture._keys_to_ignore_on_load_missing or ())
+    missing = sorted(set(writer.missing()) & architecture.state_dict().keys())
+    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
+    unused = some(plan.unexpected)
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights of the model are not in its files: {some(missing)}.",
+            where=str(folder),
+            why=f"{len(plan.unexpected)} weights in the files belong to no parameter: {unused}",
+            fix="check that the files belong to this config.json",
+        )
+    if plan.unexpected and sink is not None:
+        sink(Warned(f"Weights that belong to no parameter are ignored: {unused}.", str(folder), len(plan.unexpected)))
+
+
+def _fill_random(writer: WeightWriter, architecture: PreTrainedModel, seed: int) -> None:
+    """Initialises as the architecture does, in float32 on the CPU, so that every device gets the same weights."""
+    with seeded(seed):
+        source = type(architecture)(deepcopy(architecture.config)).float()
+    values = source.state_dict()
+    for name in list(values):
+        writer.put(name, values.pop(name))
+
+
+def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part: Part) -> Path:
+    """Sets the model's generation config from its files; returns the folder or file they are in."""
+    if is_gguf(config.id):
+        file = open_gguf(config.id, revision=config.revision)
+        model.generation_config = read_gguf_generation_config(file)
+        return file.path
+    folder = locate(config.id, revision=config.revision, part=part, code=config.trust_remote_code)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        read_object(path)
+        fix = "remove the file, or compare it with the one that the model was published with"
+        with reading(path, "transformers cannot read generation_config.json.", fix=fix):
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return folder

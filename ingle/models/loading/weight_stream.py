@@ -1,0 +1,126 @@
+"""Streams a model's weights: each is loaded in the base format of a run, handed out and freed.
+
+Export reads a model this way, so that only one parameter is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle.config.base import BaseConfig
+from ingle.config.model import ModelConfig
+from ingle.errors import ModelError
+from ingle.models.loading.gguf_model import convert_base
+from ingle.models.loading.gguf_weights import GgufWeight
+from ingle.models.loading.meta_device import build, meta_model
+from ingle.models.loading.reading_plan import Converted, Experts, Group, Plain, QuantizedWeight
+from ingle.models.loading.safetensors_files import StoredTensor
+from ingle.models.loading.weight_loading import plan_weights, read_group
+from ingle.models.loading.weight_writer import WeightWriter, leaf_of
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPiece:
+    """A tensor on disk that is a parameter, or some rows of one.
+
+    Attributes:
+        key: Its name on disk.
+        shape: Its shape, not quantized.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightEntry:
+    """One parameter of a checkpoint.
+
+    Attributes:
+        name: Its name in the model.
+        pieces: The tensors on disk it is made of; for fused experts those of all experts in order.
+    """
+
+    name: str
+    pieces: tuple[TensorPiece, ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Logical weights."""
+        return sum(prod(piece.shape) for piece in self.pieces)
+
+
+class WeightStream:
+    """A checkpoint in the base format of a run, read one parameter at a time on the CPU.
+
+    Args:
+        config: Which model.
+        base: The format of its weights.
+        dtype: Its compute dtype.
+
+    Attributes:
+        model: The model on the meta device; adapters may be attached to it.
+        entries: Its parameters that are in the files, in reading order.
+
+    Raises:
+        ModelError: The model cannot be found or read, or its file layout cannot be restored.
+        QuantizationError: A weight cannot be quantized to the format.
+    """
+
+    def __init__(self, config: ModelConfig, base: BaseConfig, dtype: torch.dtype) -> None:
+        device = torch.device("cpu")
+        self.model: PreTrainedModel = meta_model(config, device, dtype)
+        convert_base(self.model, config, base)
+        self._architecture = build(self.model.config, dtype, trust_remote_code=config.trust_remote_code)
+        self._plan, self._folder = plan_weights(self.model, config, self._architecture)
+        self._keys = {id(stored): key for key, stored in self._plan.stored.items()}
+        self._groups = {group.target: group for group in self._plan.groups}
+        self._writer = WeightWriter(self.model, self._architecture, device, allocate=False)
+        self.entries = tuple(WeightEntry(name, self._pieces(group)) for name, group in self._groups.items())
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        """Yields the module that holds a parameter, loaded while the block runs."""
+        with self._writer.allocated(name) as module:
+            read_group(self._groups[name], self._writer, self._architecture, self._folder)
+            yield module
+
+    def holder(self, name: str) -> nn.Module:
+        """Returns the module that holds a parameter, without memory: the quantized one, or its owner."""
+        return self._writer.holder(name)
+
+    def _pieces(self, group: Group) -> tuple[TensorPiece, ...]:
+        match group:
+            case Plain():
+                return (self._piece(group.stored),)
+            case QuantizedWeight():
+                shape = tuple(self._architecture.get_parameter(group.target).shape)
+                codes = group.parts.get("weight") or group.parts["W_q"]
+                return (TensorPiece(self._keys[id(codes)], shape),)
+            case GgufWeight():
+                return (TensorPiece(group.target, group.tensor.shape),)
+            case Experts():
+                return tuple(self._piece(part) for parts in group.parts for part in parts)
+            case Converted():
+                raise ModelError(
+                    f"{type(self.model).__name__} cannot be written in the layout of its files yet.",
+                    where=group.target,
+                    why="transformers converts this weight while it loads, and Ingle cannot reverse the conversion",
+                    fix="export the adapter alone: --to peft",
+                )
+
+    def _piece(self, stored: StoredTensor) -> TensorPiece:
+        return TensorPiece(self._keys[id(stored)], stored.shape)
+
+
+def plain_value(module: nn.Module, name: str) -> Tensor:
+    """Returns the value of a parameter or buffer that is not quantized."""
+    value: Tensor = getattr(module, leaf_of(name))
+    return value.detach()

@@ -1,0 +1,96 @@
+"""Checks texts against a model: how long they may be, and which tokens they may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ingle.errors import ModelError
+from ingle.models.forward.rotary_by_length import rope_sections
+from ingle.quant import QuantEmbedding
+
+#: Extra rows that some architectures keep at the start of their position table (OPT: 2).
+_SPARE_ROWS = range(9)
+
+
+def text_limit(model: PreTrainedModel) -> int | None:
+    """Returns the maximum number of tokens of a text; None if the config does not say.
+
+    ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    dynamic = [section for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
+    return int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
+
+
+def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
+    """Refuses texts that have more tokens than the model has positions.
+
+    Rotary positions have no end.  Learned positions, and masks that an architecture stores, are tables that end.
+
+    Args:
+        model: May be on the meta device.
+        longest: Tokens of the longest text.
+        where: The option that determines the length of texts.
+
+    Raises:
+        ModelError: There are too few positions.
+    """
+    table = _find_position_table(model)
+    if table is not None and longest > table[1]:
+        name, limit = table
+        raise ModelError(
+            f"A text has {longest:,} tokens, but {type(model).__name__} has only {limit:,} positions.",
+            where=where,
+            why=f"its {name} ends there",
+            fix=f"--data.max_seq_len={limit}",
+        )
+
+
+def num_tokens(model: PreTrainedModel) -> int:
+    """Returns how many tokens the model has embeddings for."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.out_features if isinstance(embedding, QuantEmbedding) else embedding.weight.shape[0])
+
+
+def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a token that the model has no embedding for.
+
+    Args:
+        model: May be on the meta device.
+        largest: The largest token id in the texts.
+        tokenizer: The tokenizer of the texts.
+
+    Raises:
+        ModelError: Tokenizer and model do not belong together.
+    """
+    rows = num_tokens(model)
+    if largest < rows:
+        return
+    token = tokenizer.convert_ids_to_tokens(largest)
+    raise ModelError(
+        f"The text has the token {token!r}, for which the model has no embedding.",
+        where="model.tokenizer",
+        why=f"its id is {largest:,}; the model has {rows:,} embeddings and the tokenizer {len(tokenizer):,} tokens",
+        fix="use the tokenizer that the model was published with",
+    )
+
+
+def _find_position_table(model: PreTrainedModel) -> tuple[str, int] | None:
+    """Returns name and size of a table of positions, learned or computed."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    sizes = {limit + spare for spare in _SPARE_ROWS}
+    tokens = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module is not tokens and module.num_embeddings in sizes:
+            return name, limit
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.dim() >= 2 and sizes & set(buffer.shape):
+                return f"{name}.{key}", limit
+    return None

@@ -1,0 +1,152 @@
+"""The two halves of a model, and the check that finds what they cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle import models
+from ingle.errors import ModelError
+from ingle.models.forward import attention
+
+
+def test_the_head_scales_and_caps() -> None:
+    head = models.Head(torch.eye(2), torch.tensor([0.0, 1.0]), logit_scale=2.0, softcap=3.0)
+    expected = 3 * torch.tanh(torch.tensor([2.0, 2.0]) / 3)
+    torch.testing.assert_close(head.logits(torch.tensor([1.0, 0.0])), expected)
+
+
+def test_verification_passes_and_leaves_the_mode_alone(model: PreTrainedModel) -> None:
+    model.train()
+    models.verify(model)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_unknown_head_is_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model.forward
+
+    def shifted(**arguments: Tensor) -> object:
+        output = forward(**arguments)
+        output.logits = output.logits + torch.linspace(0, 3, output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(model, "forward", shifted)
+    with pytest.raises(ModelError, match="other results for packed documents"):
+        models.verify(model)
+
+
+def test_documents_that_see_one_another_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest: Callable[..., Tensor] = attention.packed_attention
+
+    def leaking(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: object) -> Tensor:
+        return honest(q, k, v, cu_seqlens[[0, -1]], **options)
+
+    monkeypatch.setattr(attention, "packed_attention", leaking)
+    with pytest.raises(ModelError, match="other results for packed documents"):
+        models.verify(model)
+
+
+def test_lost_boundaries_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = model.model.layers[0].self_attn
+    forward = layer.forward
+
+    def forgetful(*positional: object, cu_seq_lens_q: Tensor | None = None, **named: object) -> object:
+        return forward(*positional, **named)
+
+    monkeypatch.setattr(layer, "forward", forgetful)
+    with pytest.raises(ModelError, match="document boundaries"):
+        models.verify(model)
+
+
+def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = model.base_model.forward
+
+    def forward(attention_mask: Tensor, **named: object) -> object:
+        _rows, _tokens = attention_mask.shape
+        return honest(attention_mask=attention_mask, **named)
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    with pytest.raises(ModelError, match="does not support packed documents") as error:
+        models.verify(model)
+    assert "too many values" in str(error.value.why)
+
+
+def test_a_model_that_fails_by_itself_is_told_from_our_own_attention_failing(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = model.base_model.forward
+
+    def forward(**named: object) -> object:
+        if "cu_seq_lens_q" in named:
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return honest(**named)
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    with pytest.raises(RuntimeError):
+        models.verify(model)
+    monkeypatch.setattr(model.base_model, "forward", lambda **named: forward(cu_seq_lens_q=None))
+    with pytest.raises(ModelError, match="cannot compute with these settings") as error:
+        models.verify(model)
+    assert "expected scalar type" in str(error.value.why)
+
+
+def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+        models.verify(model)
+
+
+def test_answers_that_overflow_are_told_from_damage(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model.forward
+
+    def overflowing(**arguments: Tensor) -> object:
+        output = forward(**arguments)
+        output.logits = output.logits * float("inf")
+        return output
+
+    monkeypatch.setattr(model, "forward", overflowing)
+    with pytest.raises(ModelError, match="all its weights are finite"):
+        models.verify(model)
+
+
+def test_a_window_is_the_layers_own_or_the_configs_and_never_guessed() -> None:
+    states = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    layer = nn.Module()
+
+    def attend(window: int | None = None) -> Tensor:
+        return attention.attend(layer, states, states, states, None, cu_seq_lens_q=bounds, sliding_window=window)[0]
+
+    whole, narrow = attend(), attend(window=3)
+    layer.layer_idx = 1
+    for kind, expected in (("sliding_attention", narrow), ("full_attention", whole)):
+        layer.config = SimpleNamespace(sliding_window=3, layer_types=["full_attention", kind])
+        assert torch.equal(attend(), expected)
+    layer.config = SimpleNamespace(sliding_window=9, max_position_embeddings=9)
+    assert torch.equal(attend(), whole)
+    layer.config = SimpleNamespace(sliding_window=3, max_position_embeddings=9)
+    with pytest.raises(ModelError, match="sliding window of 3 tokens but does not say"):
+        attend()
+    assert torch.equal(attend(window=3), narrow)
+
+
+def test_sinks_and_position_biases_are_refused(model: PreTrainedModel) -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    for extra in ({"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(1, 2, 3, 3)}):
+        with pytest.raises(ModelError, match="does not compute"):
+            attention.attend(nn.Module(), states, states, states, None, **extra)
+
+
+def test_a_head_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
+    model.set_output_embeddings(nn.Sequential(model.lm_head))
+    with pytest.raises(ModelError, match="output head"):
+        models.head(model)
+
+
+def test_layers_are_found(model: PreTrainedModel) -> None:
+    assert models.decoder_layers(model) is model.model.layers
