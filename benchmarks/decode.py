@@ -1,11 +1,11 @@
-"""How fast base weights are packed and unpacked on the CPU: Ingle beside bitsandbytes, in one run.
+"""Measures how fast base weights are encoded and decoded on the CPU, by Ingle and by bitsandbytes, in one run.
 
     taskset -c 0,1 python -m benchmarks.decode --threads 2
 
-Rounds go turn by turn over all measured functions, so that a busy machine slows all of them; printed are medians over
-the rounds, with the best in brackets. The floor of a decode is a plain copy into the same place, at the rate measured
-in the same rounds: no decode can be faster than its results can be stored. The last table alternates a decode with the
-product it is for, as a layer does, to show what sharing processors with torch's own threads costs.
+All measured functions alternate in rounds, so that a busy machine slows them alike; the output has medians over the
+rounds, with the best in brackets. The lower bound of a decode's time is a plain copy to the same memory, measured in
+the same rounds. The last table alternates a decode with the product that needs it, as a layer does, to show the cost of
+sharing processors with torch's own threads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.nn import functional
 from benchmarks.dtypes import run_dtype, word
 from benchmarks.timing import take_turns
 from ingle.kernels.threads import set_threads
-from ingle.quant.format import GGUF_FORMATS, Format
-from ingle.quant.ggml import GgmlBlocks
+from ingle.quant.format import Format
+from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Levels, Nf4
 from ingle.quant.ternary import Ternary
@@ -36,13 +36,13 @@ FORMATS: dict[str, Format] = {
     **{"nf4": Nf4(), "nf4, plain absmax": Nf4(double_quant=False), "fp4": Fp4(), "int8": Int8(), "ternary": Ternary()},
     **{member().name: member() for member in GGUF_FORMATS},
 }
-#: What is measured unless formats are named.
+#: Formats measured by default.
 USUAL = ["nf4", "nf4, plain absmax", "int8", "q8_0", "q4_0", "q4_k", "q6_k"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_peer() -> Any:
-    """The functions of bitsandbytes, or None where it is not installed."""
+    """The functions of bitsandbytes, or None if it is not installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,18 +59,18 @@ def rate(work: float, seconds: list[float]) -> dict[str, float]:
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """How many times faster ours is than the peer: medians and bests."""
+    """How many times faster Ingle is than the peer: median and best."""
     ours, theirs = seconds["ours"], seconds["peer"]
     return {"median": statistics.median(theirs) / statistics.median(ours), "best": min(theirs) / min(ours)}
 
 
 def is_read_only(format: Format) -> bool:
-    """Whether weights are never packed in a format."""
-    return isinstance(format, GgmlBlocks) and format.base.not_packed is not None
+    """Whether a format has no encoder."""
+    return isinstance(format, GgmlBlocks) and format.base.read_only is not None
 
 
 def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:
-    """A packed weight; of a format that is only read, random bytes."""
+    """An encoded weight; random bytes if the format has no encoder."""
     if not is_read_only(format):
         return format.encode(weight)
     out_features, in_features = weight.shape
@@ -79,7 +79,7 @@ def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:
 
 
 def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """The peer's decode and encode of the same weight to the same dtype."""
+    """The peer's decoder and encoder for the same weight and dtype."""
     if peer is None:
         return None
     if isinstance(format, Int8):
@@ -94,8 +94,8 @@ def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> 
     def encode() -> Any:
         return peer.quantize_4bit(cast, blocksize=size, quant_type=format.name, compress_statistics=nested)
 
-    packed, state = encode()
-    return lambda: peer.dequantize_4bit(packed, state), encode
+    quantized, state = encode()
+    return lambda: peer.dequantize_4bit(quantized, state), encode
 
 
 def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
 
 
 def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> dict[str, Any]:
-    """One row of the third table: decode and product, each alone and in turns, in milliseconds."""
+    """One row of the third table: decode and product, each alone and alternating, in milliseconds."""
     format, dtype = FORMATS[name], run_dtype()
     planes = make_planes(format, torch.randn(shape))
     weight, x = torch.empty(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
@@ -175,7 +175,7 @@ def render(title: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Parses the options, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
@@ -206,7 +206,7 @@ def main() -> None:
         return
     print(render(f"Decode, billion weights/s on {options.threads} threads (peer: bitsandbytes)", decodes))
     print(render("\nEncode, billion weights/s (peer: bitsandbytes)", encodes))
-    print(render(f"\nDecode and product in turns, {options.tokens} tokens, ms", layers))
+    print(render(f"\nDecode and product alternating, {options.tokens} tokens, ms", layers))
 
 
 if __name__ == "__main__":

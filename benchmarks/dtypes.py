@@ -1,4 +1,4 @@
-"""The number type that a run would compute in on this machine."""
+"""The compute dtype of a run on this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ NAMES = ("auto", "bfloat16", "float32")
 
 
 def run_dtype(name: str = "auto") -> torch.dtype:
-    """What ``model.dtype`` means on this machine's CPU.
+    """Returns the dtype that ``model.dtype`` resolves to on this machine's CPU.
 
-    Where the hardware does not multiply bfloat16, such a product takes fifty times as long as one of float32, and says
-    nothing about a run, which would not use it.
+    On hardware without bfloat16 products, they take fifty times as long as those of float32. A run would not use them,
+    so timing them says nothing about it.
     """
     return compute_dtype(name, "cpu")
 
 
 def word(dtype: torch.dtype) -> str:
-    """Its name without the library's."""
+    """Returns the name of a dtype without the prefix ``torch.``."""
     return str(dtype).removeprefix("torch.")

@@ -1,10 +1,10 @@
-"""How fast weights are packed into GGUF's formats: Ingle beside ggml's own quantizer, in one run and on one core each.
+"""Measures how fast weights are encoded in GGUF's formats, by Ingle and by ggml's quantizer, on one core each.
 
     taskset -c 0 python -m benchmarks.encode
 
-The peer is ``ggml_quantize_chunk`` of the library inside llama-cpp-python (``--library`` names another one); it works
-on one thread, so Ingle gets one too, and ``--threads`` shows what more bring.  Rounds go turn by turn; the times are
-of the processor, so that what else runs on a busy machine counts less.
+The peer is ``ggml_quantize_chunk`` of the library inside llama-cpp-python (``--library`` selects another one). It uses
+one thread, so by default Ingle does too; ``--threads`` sets more. The two alternate in rounds, and times are processor
+times, which depend less on other processes of a busy machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ingle.quant import make_format
 FORMATS: dict[str, type[GgmlBase]] = {
     format_name(section): section
     for section in base_sections()
-    if issubclass(section, GgmlBase) and section.not_packed is None
+    if issubclass(section, GgmlBase) and section.read_only is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {
@@ -39,7 +39,7 @@ KINDS = {
 
 
 def load_peer(path: Path | None) -> Any:
-    """The library of ggml, or None where it is not installed."""
+    """The library of ggml, or None if it is not installed."""
     if path is None:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None or spec.origin is None:
@@ -78,7 +78,7 @@ def measure_format(peer: Any, name: str, shape: tuple[int, int], weighted: bool,
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Parses the options, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)

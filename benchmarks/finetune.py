@@ -172,7 +172,7 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str
     from ingle import adapters, models, parallel, quant
     from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig, ParallelConfig
     from ingle.data.types import Sample
-    from ingle.objectives import LanguageModelling
+    from ingle.objectives import LanguageModelling, NextTokenLoss
     from ingle.training.compiling import compile_layers
     from ingle.training.groups import parameter_groups
     from ingle.training.optim import Optimizer
@@ -180,7 +180,8 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str
 
     config, adapter = ModelConfig(id=str(folder), dtype=word(dtype)), LoraAdapter(rank=shape.rank)
     optim = OptimConfig()
-    device = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads())).device
+    mesh = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads()))
+    device = mesh.device
     model: Any = models.meta_model(config, device, dtype)
     quant.convert(model, TypeAdapter(BaseConfig).validate_python({"format": base}))
     models.load_weights(model, config, device, dtype)
@@ -200,12 +201,16 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str
             return Sample(ids, labels)
 
     class InOrder:
+        def __len__(self) -> int:
+            return 1
+
         def take(self, counter: int, n: int) -> list[list[int]]:
             return [[counter + k] for k in range(n)]
 
     documents: Any = Documents()
     order: Any = InOrder()
     objective = LanguageModelling(
+        NextTokenLoss(model),
         documents,
         order,
         global_batch_size=shape.num_documents,
@@ -215,7 +220,7 @@ def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str
     optimizer = Optimizer(parameter_groups(model, adapter, optim), optim)
 
     def step(number: int) -> float:
-        return take_step(model, objective, optimizer, lr=optim.lr, seed=0, step=number + 1).loss
+        return take_step(objective, optimizer, mesh, lr=optim.lr, seed=0, step=number + 1).loss
 
     return step
 

@@ -1,10 +1,10 @@
-"""Base formats beside one another: how fast they decode, and how fast QLoRA runs on them.
+"""Compares base formats: how fast they decode, and how fast QLoRA runs on them.
 
     taskset -c 0,1 python -m benchmarks.formats --threads 2
 
-First the decode kernels, with bitsandbytes' where it has one; the aim is 4 billion weights a second on two cores and
-twice the peer.  Then whole optimizer steps of LoRA on each base, in a process of its own each, turn by turn; the aim
-is at least 85 % of nf4's tokens a second.  Rounds go turn by turn, so that a busy machine slows all of them.
+First come the decode kernels, next to those of bitsandbytes. The aim is 4 billion weights per second on two cores, and
+twice the rate of bitsandbytes. Then come full optimizer steps of LoRA on each base, each in its own process. The aim is
+at least 85 % of nf4's tokens per second. All measurements are interleaved, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from benchmarks.dtypes import run_dtype, word
 from ingle.kernels.threads import set_threads
 
 FORMATS = ("nf4", "q8_0", "q4_0", "q4_k", "q6_k")
-#: Billion weights a second, times the peer, share of nf4's tokens a second.
+#: Billion weights per second, ratio to bitsandbytes, ratio to nf4's tokens per second.
 AIMS = {"decode": 4.0, "peer": 2.0, "train": 0.85}
 
 
 def measure_decodes(formats: list[str], where: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """A row for each format: weights a second into the type of a run, and the peer's."""
+    """Returns a row per format: weights decoded per second to the dtype of a run, and the peer's rate."""
     peer = decode.load_peer()
     shape = decode.SHAPES[where]
     return {name: decode.measure_decode(peer, name, shape, run_dtype(), rounds) for name in formats}
 
 
 def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """A row for each base: tokens a second of QLoRA, and memory."""
+    """Returns a row per base: tokens per second of QLoRA, and memory."""
     shape = finetune.TINY if options.tiny else finetune.Shape()
     with tempfile.TemporaryDirectory() as folder:
         finetune.make_model(shape, Path(folder))
@@ -50,21 +50,23 @@ def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str,
 
 
 def mark(value: float, aim: float) -> str:
-    """Whether an aim is met."""
+    """Returns ``ok`` or the aim that was missed."""
     return "ok" if value >= aim else f"below {aim:g}"
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=30, help="of decoding")
-    parser.add_argument("--shape", default="mlp of 4096", choices=list(decode.SHAPES), help="of the decoded weight")
-    parser.add_argument("--turns", type=int, default=4, help="of each base, three steps each, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of decoding")
+    parser.add_argument(
+        "--shape", default="mlp of 4096", choices=list(decode.SHAPES), help="shape of the decoded weight"
+    )
+    parser.add_argument("--turns", type=int, default=4, help="turns of three steps per base, after one warm-up turn")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(decode.FORMATS))
-    parser.add_argument("--bases", nargs="+", default=list(FORMATS), help="of the training; nf4 is always among them")
-    parser.add_argument("--tiny", action="store_true", help="a small model, to see that it works")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--bases", nargs="+", default=list(FORMATS), help="bases to train on; nf4 is always included")
+    parser.add_argument("--tiny", action="store_true", help="use a small model, to test the script")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     set_threads(options.threads)
     torch.manual_seed(0)

@@ -1,12 +1,12 @@
-"""Error and speed of HQQ's storage: Ingle's joint solver beside the published one, in one run on the same weights.
+"""Compares error and speed of HQQ: Ingle's joint solver and the published one, on the same weights.
 
     taskset -c 0 python -m benchmarks.hqq
 
-Weights are Gaussian, heavy-tailed (Student's t with 3 degrees of freedom) and those of a model (``--model``, by
-default the bundled one).  Errors are relative to the weights: rms over rms, and the mean of ``|w|^0.7``, which is what
-the published solver minimises, over that of the weights; 1 is the error of holding zeros.  The published solver is
-Ingle's implementation of it (``solver: hqq``); with the ``hqq`` package installed its own quantizer and bit packing
-run too.  Speeds are of packing, turn by turn in time of the processor, and of decoding into the type of a run.
+The weights are Gaussian, heavy-tailed (Student's t with 3 degrees of freedom), or those of a model (``--model``, by
+default the bundled one). Errors are relative to the weights: the ratio of the rms, and the ratio of the means of
+``|w|^0.7``, which the published solver minimises; storing zeros has an error of 1. The published solver is Ingle's
+implementation (``solver: hqq``). If the ``hqq`` package is installed, its own quantizer runs too. Encoding is timed in
+turns, in CPU time; decoding is to the compute dtype of a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODEL = Path(__file__).parents[1] / "examples" / "models" / "ember-6m" / "model.
 
 
 def draw(kind: str, rows: int, columns: int, model: Path) -> Tensor:
-    """Weights of a kind as a float32 matrix."""
+    """Returns weights of a kind as a float32 matrix."""
     rng = np.random.default_rng(0)
     match kind:
         case "gaussian":
@@ -48,14 +48,14 @@ def draw(kind: str, rows: int, columns: int, model: Path) -> Tensor:
 
 
 def measure_error(weight: Tensor, decoded: Tensor) -> dict[str, float]:
-    """Relative errors in rms and in the p-norm that the published solver minimises."""
+    """Returns the relative errors in rms and in the p-norm that the published solver minimises."""
     weight, difference = weight.double(), (decoded - weight).double()
     p_norm = difference.abs().pow(NORM).mean() / weight.abs().pow(NORM).mean()
     return {"rms": float(difference.norm() / weight.norm()), "p_norm": float(p_norm)}
 
 
 def make_package() -> Callable[[Tensor, Hqq], object] | None:
-    """The package's own quantizer, or None where it is not installed."""
+    """Returns the quantizer of the ``hqq`` package, or None if it is not installed."""
     if importlib.util.find_spec("hqq") is None:
         return None
     from hqq.core.quantize import Quantizer
@@ -68,13 +68,13 @@ def make_package() -> Callable[[Tensor, Hqq], object] | None:
 
 
 def measure(kind: str, weight: Tensor, bits: int, size: int, rounds: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns a row of the table."""
     ours, published = Hqq(bits, size), Hqq(bits, size, "hqq")
     planes = {format.solver: format.encode(weight) for format in (ours, published)}
     row: dict[str, Any] = {"weights": kind, "bits": bits, "group_size": size}
     row["bits_per_weight"] = ours.bits_per_weight(*weight.shape)
-    for name, packed in planes.items():
-        row[name] = measure_error(weight, ours.decode(packed, *weight.shape, torch.float32))
+    for name, encoded in planes.items():
+        row[name] = measure_error(weight, ours.decode(encoded, *weight.shape, torch.float32))
     functions: dict[str, Callable[[], object]] = {
         "ingle": lambda: ours.encode(weight),
         "hqq": lambda: published.encode(weight),
@@ -91,7 +91,7 @@ def measure(kind: str, weight: Tensor, bits: int, size: int, rounds: int) -> dic
 
 
 def main() -> None:
-    """Parses, measures, prints."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -112,9 +112,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": options.threads, "hqq": rows}))
         return
-    print(f"Relative error, rms and |w|^{NORM} (ingle / published); packing and decoding in million weights/s on")
-    print(f"{options.threads} threads (packing: ingle / published{' / package' if make_package() else ''})")
-    print("| bits | group | bpw | weights | rms | p-norm | packing | decoding |\n|--:|--:|--:|---|--:|--:|--:|--:|")
+    print(f"Relative error, rms and |w|^{NORM} (ingle / published); encoding and decoding in million weights/s on")
+    print(f"{options.threads} threads (encoding: ingle / published{' / package' if make_package() else ''})")
+    print("| bits | group | bpw | weights | rms | p-norm | encoding | decoding |\n|--:|--:|--:|---|--:|--:|--:|--:|")
     for row in rows:
         errors = [" / ".join(f"{row[solver][key]:.4f}" for solver in ("ingle", "hqq")) for key in ("rms", "p_norm")]
         rates = " / ".join(f"{rate:.1f}" for rate in row["encode"].values())

@@ -1,12 +1,12 @@
-"""What survives a merge: adapters as trained beside what is served, on the bundled base and task.
+"""Measures what survives a merge: adapters as trained and as served, on the bundled base and task.
 
     taskset -c 0,1 python -m benchmarks.merges --out runs/merges
 
-The usual path (train over NF4, merge into 16 bit, pack as Q4_K) beside paths that train what they serve.  Each adapter
-is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as it was trained,
-and as it would be served.  Printed are the adapters' size against the weights, how much of the change is still there
-after packing (the correlation of what the packed weights moved by with what the adapter adds; 1 is all of it), and
-bits per byte as trained and as served with the paired difference and its 95 % interval.
+Compares the usual route (train on NF4, merge into 16 bit, quantize to Q4_K) with routes that train what they serve.
+Each adapter is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as
+trained, and as served.  The output shows the size of the change relative to the weights, how much of it survives
+quantization (correlation of the change of the quantized weights with that of the adapter; 1 is all of it), and bits per
+byte as trained and as served with the paired difference and its 95 % interval.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from ingle.config import TaskConfig, load_run
 from ingle.config.base import NoBase, base_section
 from ingle.config.parallel import ParallelConfig
 from ingle.quant import Format, QuantLinear, make_format
+from ingle.report.results import MetricComparison
 
 CONFIG = Path("examples/demo/demo.yaml")
 
-#: What is trained: the flags of each run.
+#: Flags of each run.
 RUNS = {
     "nf4": ["--base=nf4"],
     "q4_k": ["--base=q4_k"],
@@ -47,15 +48,15 @@ RUNS = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way from training to serving.
+class Route:
+    """A route from training to serving.
 
     Attributes:
-        run: Which adapter.
-        served: What is served, in words.
-        format: The format served; None for the run's own.
-        from_original: Merge into the 16-bit weights the model came with, not into those it was trained over.
-        through_bf16: Round the merged weights to bfloat16 before they are packed, as a merged checkpoint does.
+        run: Name of the run.
+        served: Description of what is served.
+        format: Format that is served; None for the run's own.
+        from_original: Merge into the original 16-bit weights instead of those that the adapter was trained on.
+        through_bf16: Round the merged weights to bfloat16 before quantization, as a merged checkpoint does.
     """
 
     run: str
@@ -65,30 +66,30 @@ class Way:
     through_bf16: bool = False
 
 
-WAYS = (
-    Way("nf4", "16-bit originals + adapter, packed as q4_k", "q4_k", from_original=True, through_bf16=True),
-    Way("nf4", "decoded nf4 + adapter in 16 bit, packed as q4_k", "q4_k", through_bf16=True),
-    Way("nf4", "decoded nf4 + adapter in 16 bit", "none", through_bf16=True),
-    Way("q4_k", "packed again as q4_k"),
-    Way("q4_k-aware", "packed again as q4_k, trained for it"),
-    Way("q4_k-aware-whole", "packed again as q4_k, all steps trained for it"),
-    Way("nf4-aware", "packed as q4_k, trained for it", "q4_k"),
-    Way("none-aware", "packed as q4_k, trained for it", "q4_k"),
-    Way("q5_1", "packed again as q5_1"),
-    Way("q5_1-qa", "folded into q5_1's offsets"),
-    Way("q5_1-qa-rounded", "folded into q5_1's offsets, trained for it"),
+ROUTES = (
+    Route("nf4", "16-bit originals + adapter, quantized to q4_k", "q4_k", from_original=True, through_bf16=True),
+    Route("nf4", "decoded nf4 + adapter in 16 bit, quantized to q4_k", "q4_k", through_bf16=True),
+    Route("nf4", "decoded nf4 + adapter in 16 bit", "none", through_bf16=True),
+    Route("q4_k", "quantized again to q4_k"),
+    Route("q4_k-aware", "quantized again to q4_k, trained for it"),
+    Route("q4_k-aware-whole", "quantized again to q4_k, all steps trained for it"),
+    Route("nf4-aware", "quantized to q4_k, trained for it", "q4_k"),
+    Route("none-aware", "quantized to q4_k, trained for it", "q4_k"),
+    Route("q5_1", "quantized again to q5_1"),
+    Route("q5_1-qa", "folded into q5_1's offsets"),
+    Route("q5_1-qa-rounded", "folded into q5_1's offsets, trained for it"),
 )
 
 
 def train(name: str, folder: Path, flags: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Trains one adapter, or finds it trained."""
+    """Trains one adapter unless its run is finished."""
     output = folder / name
     run = load_run(CONFIG, [*RUNS[name], "--evaluate=null", f"--output={output}", *flags]).run
     return output, flow.finetune(run)
 
 
 def open_unmerged(run: Path, *, original: bool) -> Any:
-    """The model of a run with its adapter beside its weights, over them or over the originals."""
+    """Opens a run with its adapter unmerged, on the base of the run or on the original weights."""
     source = inference.locate(str(run))
     base = NoBase() if original else source.base
     device = parallel.start(ParallelConfig()).device
@@ -100,29 +101,29 @@ def open_unmerged(run: Path, *, original: bool) -> Any:
     return model, models.load_tokenizer(source.model)
 
 
-def serve(layer: LoraLinear, way: Way) -> tuple[Format | None, dict[str, Tensor]]:
-    """What a merged layer is held in on the way."""
+def serve(layer: LoraLinear, route: Route) -> tuple[Format | None, dict[str, Tensor]]:
+    """Returns the format and the planes of a merged layer."""
     own = layer.base.format if isinstance(layer.base, QuantLinear) else None
-    format = own if way.format is None else make_format(base_section(way.format))  # type: ignore[arg-type]
-    if not way.through_bf16:
+    format = own if route.format is None else make_format(base_section(route.format))  # type: ignore[arg-type]
+    if not route.through_bf16:
         return format, merged_planes(layer, format)
     weight = merged_weight(layer, torch.bfloat16)
     return format, {"weight": weight} if format is None else format.encode(weight)
 
 
 def decode(layer: LoraLinear, format: Format | None, planes: dict[str, Tensor]) -> Tensor:
-    """The weight that is served."""
+    """Returns the weight that is served."""
     if format is None:
         return planes["weight"].float()
     return format.decode(planes, layer.out_features, layer.in_features, torch.float32)
 
 
-def merge(model: Any, way: Way) -> dict[str, float]:
-    """Puts what is served into the model and says how much of the change is in it."""
+def merge(model: Any, route: Route) -> dict[str, float]:
+    """Puts the served weights into the model and measures how much of the change survives."""
     moved_delta = moved_moved = delta_delta = weights = 0.0
     for name, layer in adapters.lora_modules(model).items():
-        format, planes = serve(layer, way)
-        after, before = decode(layer, format, planes), _unchanged(layer, way)
+        format, planes = serve(layer, route)
+        after, before = decode(layer, format, planes), _unchanged(layer, route)
         delta = layer.spread(layer.delta())
         moved = after - before
         moved_delta += float((moved * delta).sum(dtype=torch.float64))
@@ -139,38 +140,38 @@ def merge(model: Any, way: Way) -> dict[str, float]:
     }
 
 
-def _unchanged(layer: LoraLinear, way: Way) -> Tensor:
-    """What would be served were there no change."""
+def _unchanged(layer: LoraLinear, route: Route) -> Tensor:
+    """Returns the weight that would be served without the adapter."""
     b = layer.lora_b.detach().clone()
     with torch.no_grad():
         layer.lora_b.zero_()
-        found = decode(layer, *serve(layer, way))
+        found = decode(layer, *serve(layer, route))
         layer.lora_b.copy_(b)
     return found
 
 
-def compare_ways(
+def compare_routes(
     folder: Path, names: list[str], flags: list[str], task: TaskConfig, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Trains the adapters named and scores their ways."""
+    """Trains the named adapters and scores their routes."""
     trained: dict[str, evaluation.TaskResult] = {}
     rows = []
-    for way in (way for way in WAYS if way.run in names):
-        run, report = train(way.run, folder, flags)
-        aware = report["rounding"] is not None
-        if way.run not in trained:
+    for route in (route for route in ROUTES if route.run in names):
+        run, report = train(route.run, folder, flags)
+        aware = report.rounding is not None
+        if route.run not in trained:
             engine = inference.open_model(str(run))
-            trained[way.run] = evaluation.run_task(engine.model, engine.tokenizer, task)
-        model, tokenizer = open_unmerged(run, original=way.from_original)
-        facts = merge(model, way)
-        served = evaluation.run_task(model, tokenizer, task)
-        compared = evaluation.compare(trained[way.run], served, task)["metrics"]
+            trained[route.run] = evaluation.run_task(evaluation.ModelSource(engine.model, engine.tokenizer), task)
+        model, tokenizer = open_unmerged(run, original=route.from_original)
+        facts = merge(model, route)
+        served = evaluation.run_task(evaluation.ModelSource(model, tokenizer), task)
+        compared = evaluation.compare(trained[route.run], served, task).metrics
         row = {
-            "run": way.run,
-            "served": way.served,
+            "run": route.run,
+            "served": route.served,
             **facts,
-            "train_s": report["train_s"],
-            "packing_s": report["rounding"]["packing_s"] if aware else 0.0,
+            "train_s": report.train_s,
+            "packing_s": report.rounding["packing_s"] if aware else 0.0,
             "metrics": pair(compared),
         }
         rows.append(row)
@@ -178,16 +179,16 @@ def compare_ways(
     return rows
 
 
-def pair(metrics: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def pair(metrics: dict[str, MetricComparison]) -> dict[str, dict[str, Any]]:
     """Scores as trained and as served, from a comparison of the two."""
     return {
-        name: {"trained": metric["base"], "served": metric["tuned"], "delta": metric["delta"], "ci95": metric["ci95"]}
+        name: {"trained": metric.base, "served": metric.tuned, "delta": metric.delta, "ci95": metric.ci95}
         for name, metric in metrics.items()
     }
 
 
 def describe_pair(metrics: dict[str, dict[str, Any]]) -> str:
-    """The scores on one line, with the difference and its interval."""
+    """Formats the scores on one line, with the difference and its interval."""
     return "  ".join(
         f"{name} {m['trained']:.4f} -> {m['served']:.4f} "
         f"({m['delta']:+.4f}, {m['ci95'][0]:+.4f} to {m['ci95'][1]:+.4f})"
@@ -196,11 +197,11 @@ def describe_pair(metrics: dict[str, dict[str, Any]]) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Formats one line of the table."""
     return (
         f"{row['run']:16s} {row['served']:46s} delta/W {row['delta']:.3f}  corr {row['correlation']:.3f}  "
         f"gain {row['gain']:.3f}  {describe_pair(row['metrics'])}  "
-        f"trained {row['train_s']:.0f} s, packing {row['packing_s']:.1f} s"
+        f"trained {row['train_s']:.0f} s, quantizing {row['packing_s']:.1f} s"
     )
 
 
@@ -220,7 +221,7 @@ def main() -> None:
         {"sources": sources, "metrics": tuple(options.metrics), "num_samples": options.samples, "max_new_tokens": 96}
     )
     began = time.monotonic()
-    rows = compare_ways(options.out, options.runs, flags, task, lambda line: print(line, flush=True))
+    rows = compare_routes(options.out, options.runs, flags, task, lambda line: print(line, flush=True))
     (options.out / "merges.json").write_text(json.dumps(rows, indent=1))
     print(f"{time.monotonic() - began:.0f} s")
 

@@ -1,11 +1,11 @@
-"""From training to llama.cpp: the task score of what is served beside the score of what was trained.
+"""Compares task scores of trained models with those of the files that llama.cpp serves.
 
     taskset -c 0,1 python -m benchmarks.served --out runs/served
 
 Trains the demo's task on the bundled base in several formats, writes each run as GGUF, lets llama.cpp answer the same
-held-out samples greedily from that file, and compares its answers with those of the trained model, paired.  The last
-row is the usual path: an adapter trained over NF4, merged into the 16-bit originals and packed as Q4_K_M by llama.cpp's
-own quantizer.  Needs ``ingle[llama]``.
+held-out samples greedily, and compares its answers with those of the trained model, paired.  The last row is the usual
+route: an adapter trained on NF4, merged into the 16-bit originals and quantized to Q4_K_M by llama.cpp's own quantizer.
+Needs ``ingle[llama]``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from benchmarks.merges import describe_pair, pair
 from ingle import data, evaluation, flow, inference, models
 from ingle.config import TaskConfig, load_run
-from ingle.evaluation.likelihood import cut_windows, scorable, window_size
-from ingle.evaluation.result import Question, TaskResult
+from ingle.evaluation.run.windows import cut_windows, draw_scored_document, window_size
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.task import read_task
+from ingle.evaluation.tasks.samples import read_task
+from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.export import export
-from ingle.export.llama import LlamaCpp, require
+from ingle.export.verify.llama_cpp import LlamaCpp, import_binding
 
 CONFIG = Path("examples/demo/demo.yaml")
 MODEL = "examples/models/ember-6m"
@@ -36,11 +36,11 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class Served:
-    """Files that llama.cpp is given.
+    """Files that llama.cpp loads.
 
     Attributes:
-        model: The model.
-        adapter: An adapter beside it.
+        model: Model file.
+        adapter: LoRA file, if the adapter is not merged.
     """
 
     model: Path
@@ -48,30 +48,30 @@ class Served:
 
 
 def write_merged(run: str, folder: Path, kind: str) -> Served:
-    """The adapter merged into the weights it was trained over."""
+    """Writes the adapter merged into the weights it was trained on."""
     done = export(run, "gguf", folder / f"{kind}.gguf", type=kind, allow_loss=True)
-    return Served(Path(done["path"]))
+    return Served(done.path)
 
 
-def write_beside(run: str, folder: Path, kind: str) -> Served:
-    """The base as it was trained over, and the adapter beside it."""
+def write_unmerged(run: str, folder: Path, kind: str) -> Served:
+    """Writes the base as it was in training, and the adapter as a file of its own."""
     base = export(MODEL, "gguf", folder / "base" / f"{kind}.gguf", type=kind)
     adapter = export(run, "gguf-adapter", folder / "lora" / "adapter.gguf")
-    return Served(Path(base["path"]), Path(adapter["path"]))
+    return Served(base.path, adapter.path)
 
 
 def write_usual(run: str, folder: Path, kind: str) -> Served:
-    """The adapter merged into the 16-bit originals, then packed by llama.cpp."""
-    adapter = export(run, "peft", folder / "peft")["path"]
+    """Writes the adapter merged into the 16-bit originals, quantized by llama.cpp."""
+    adapter = export(run, "peft", folder / "peft").path
     merged = folder / "merged"
     _merge_with_peft(adapter, merged)
-    wide = export(str(merged), "gguf", folder / "f16.gguf", type="f16")["path"]
+    wide = export(str(merged), "gguf", folder / "f16.gguf", type="f16").path
     narrow = folder / f"{kind}.gguf"
-    binding = require()
+    binding = import_binding()
     params = binding.llama_model_quantize_default_params()
     params.ftype = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     if binding.llama_model_quantize(str(wide).encode(), str(narrow).encode(), params) != 0:
-        raise RuntimeError(f"llama.cpp could not pack {wide}")
+        raise RuntimeError(f"llama.cpp could not quantize {wide}")
     return Served(narrow)
 
 
@@ -86,53 +86,53 @@ def _merge_with_peft(adapter: str, out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way from training to serving.
+class Route:
+    """A route from training to serving.
 
     Attributes:
-        name: Of the run, and of its folder.
-        flags: What is trained.
-        kind: The file type served.
-        write: Writes it.
-        said: The way in words.
+        name: Name of the run and its folder.
+        flags: Flags of the run.
+        kind: File type that is served.
+        write: Writes the files.
+        description: Description of what is served.
     """
 
     name: str
     flags: tuple[str, ...]
     kind: str
     write: Callable[[str, Path, str], Served]
-    said: str
+    description: str
 
 
 NF4 = ("--base=nf4",)
-WAYS = {
-    "q4_k_m": Way("q4_k_m", ("--base=q4_k_m",), "q4_k_m", write_beside, "adapter beside the same q4_k_m file"),
-    "q4_k_m-aware": Way(
+ROUTES = {
+    "q4_k_m": Route("q4_k_m", ("--base=q4_k_m",), "q4_k_m", write_unmerged, "adapter with the same q4_k_m file"),
+    "q4_k_m-aware": Route(
         "q4_k_m-aware",
         ("--base=q4_k_m", "--adapter.merge_aware.fraction=0.25"),
         "q4_k_m",
         write_merged,
-        "merged and packed again as q4_k_m, trained for it",
+        "merged and quantized again to q4_k_m, trained for it",
     ),
-    "q5_1-qa": Way(
+    "q5_1-qa": Route(
         "q5_1-qa",
         ("--base=q5_1", "--adapter.kind=qa_lora", "--adapter.train_rounding=true"),
         "q5_1",
         write_merged,
         "folded into q5_1's offsets",
     ),
-    "nf4": Way("nf4", NF4, "q8_0", write_merged, "merged, packed as q8_0"),
-    "hqq-3": Way("hqq-3", ("--base={format: hqq, bits: 3}",), "q8_0", write_merged, "merged, packed as q8_0"),
-    "tq2_0": Way("tq2_0", ("--base=tq2_0",), "tq2_0", write_beside, "adapter beside the same tq2_0 file"),
-    "usual": Way("nf4", NF4, "q4_k_m", write_usual, "merged into 16 bit, packed as Q4_K_M by llama.cpp"),
+    "nf4": Route("nf4", NF4, "q8_0", write_merged, "merged, quantized to q8_0"),
+    "hqq-3": Route("hqq-3", ("--base={format: hqq, bits: 3}",), "q8_0", write_merged, "merged, quantized to q8_0"),
+    "tq2_0": Route("tq2_0", ("--base=tq2_0",), "tq2_0", write_unmerged, "adapter with the same tq2_0 file"),
+    "usual": Route("nf4", NF4, "q4_k_m", write_usual, "merged into 16 bit, quantized to Q4_K_M by llama.cpp"),
 }
 
 
 def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> TaskResult:
-    """What llama.cpp does with the task: greedy answers, and the likelihood of each reference."""
+    """Runs the task in llama.cpp: greedy answers, and the likelihood of each reference."""
     samples = read_task(task)
     ends = models.end_token_ids(model, tokenizer)
-    documents = [scorable(sample.example, tokenizer, task.system) for sample in samples]
+    documents = [draw_scored_document(sample.example, tokenizer, task.system) for sample in samples]
     windows, _ = cut_windows(documents, tokenizer, window_size(model))
     with LlamaCpp(served.model, adapter=served.adapter, context=CONTEXT) as llama:
         answers = tuple(
@@ -153,50 +153,46 @@ def answer(served: Served, tokenizer: Any, model: Any, task: TaskConfig) -> Task
             logps = rows[np.arange(len(places)), window.sample.labels[places]] - np.log(np.exp(rows).sum(-1))
             likelihoods.append(Likelihood(-float(logps.sum()), len(places), len(sample.references[0].encode())))
     return TaskResult(
-        samples=tuple(Question(sample.example.origin, sample.prompt, sample.references) for sample in samples),
+        samples=tuple(SampleText(sample.example.origin, sample.prompt, sample.references) for sample in samples),
         outputs=Outputs(answers=answers, likelihoods=tuple(likelihoods)),
         num_unfinished=0,
         seconds=0.0,
     )
 
 
-def measure(way: Way, label: str, folder: Path, flags: list[str], task: TaskConfig) -> dict[str, Any]:
-    """Trains, writes, serves and compares one way."""
-    run = str(folder / way.name)
-    flow.finetune(load_run(CONFIG, [*way.flags, "--evaluate=null", f"--output={run}", *flags]).run)
+def measure(route: Route, label: str, folder: Path, flags: list[str], task: TaskConfig) -> dict[str, Any]:
+    """Trains, writes, serves and compares one route."""
+    run = str(folder / route.name)
+    flow.finetune(load_run(CONFIG, [*route.flags, "--evaluate=null", f"--output={run}", *flags]).run)
     target = folder / "files" / label
     target.mkdir(parents=True, exist_ok=True)
-    served = way.write(run, target, way.kind)
+    served = route.write(run, target, route.kind)
     engine = inference.open_model(run)
-    trained = evaluation.run_task(engine.model, engine.tokenizer, task)
+    trained = evaluation.run_task(evaluation.ModelSource(engine.model, engine.tokenizer), task)
     compared = evaluation.compare(trained, answer(served, engine.tokenizer, engine.model, task), task)
-    same = sum(one == other for one, other in zip(*_answers(compared), strict=True))
+    same = sum(sample.base == sample.tuned for sample in compared.samples)
     return {
-        "way": label,
-        "said": way.said,
+        "route": label,
+        "description": route.description,
         "bytes": served.model.stat().st_size + (served.adapter.stat().st_size if served.adapter else 0),
         "same_answers": same,
-        "n": compared["n"],
-        "metrics": pair(compared["metrics"]),
+        "n": compared.n,
+        "metrics": pair(compared.metrics),
     }
 
 
-def _answers(compared: dict[str, Any]) -> tuple[list[str], list[str]]:
-    return [s["base"] for s in compared["samples"]], [s["tuned"] for s in compared["samples"]]
-
-
 def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Formats one line of the table."""
     scores = describe_pair(row["metrics"])
     same = f"{row['same_answers']}/{row['n']} answers the same"
-    return f"{row['way']:13s} {row['said']:52s} {row['bytes'] / 2**20:5.1f} MiB  {same}  {scores}"
+    return f"{row['route']:13s} {row['description']:52s} {row['bytes'] / 2**20:5.1f} MiB  {same}  {scores}"
 
 
 def main() -> None:
-    """Measures every way that is named and prints it."""
+    """Measures and prints every named route."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/served-ways"), help="folder of runs and files")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=Path, default=Path("runs/served-routes"), help="folder of runs and files")
+    parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--steps", type=int, help="steps of training; the demo's own when not given")
     parser.add_argument("--samples", type=int, default=150)
     options = parser.parse_args()
@@ -210,8 +206,8 @@ def main() -> None:
         }
     )
     rows = []
-    for label in options.ways:
-        rows.append(measure(WAYS[label], label, options.out, flags, task))
+    for label in options.routes:
+        rows.append(measure(ROUTES[label], label, options.out, flags, task))
         print(describe(rows[-1]), flush=True)
     (options.out / "served.json").write_text(json.dumps(rows, indent=1))
 

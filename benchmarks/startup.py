@@ -1,9 +1,9 @@
-"""How long ``ingle generate`` takes to its first word, against importing torch and one transformers model class.
-
-Each turn starts both as a fresh process; nothing can be faster than loading what computes the answer.  With ``-X
-importtime`` it then lists what the command imports besides, the slowest first.
+"""Measures the start-up time of ``ingle generate`` against importing torch and one transformers model class.
 
     python -m benchmarks.startup
+
+Each turn starts both as new processes. The import is the floor, since the answer cannot be computed without it. With
+``-X importtime`` the script then lists what else the command imports, the slowest first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _IMPORT = re.compile(r"import time:\s+(?P<own>\d+) \|\s+\d+ \|\s+(?P<module>\S+)
 
 
 def answer(run: str) -> list[str]:
-    """The words of the command that is measured."""
+    """Returns the arguments of the measured command."""
     return ["-m", "ingle", "generate", run, "--prompt", "Hello", "--max-new-tokens", "1"]
 
 
 def train(folder: str) -> str:
-    """A short run on the demo's model and data, which is opened then; it also compiles the kernels."""
+    """Trains a short run on the demo's model and data, which also compiles the kernels, and returns its folder."""
     run = str(Path(folder) / "run")
     options = {
         "model.id": ROOT / "examples/models/ember-6m",
@@ -44,7 +44,7 @@ def train(folder: str) -> str:
 
 
 def measure(words: list[str]) -> tuple[float, float]:
-    """Seconds by the clock and of processor time of one process."""
+    """Returns wall-clock seconds and CPU seconds of one process."""
     before, start = os.times(), time.perf_counter()
     _run(words)
     seconds, after = time.perf_counter() - start, os.times()
@@ -53,7 +53,7 @@ def measure(words: list[str]) -> tuple[float, float]:
 
 
 def list_imports(words: list[str]) -> dict[str, float]:
-    """Milliseconds by imported module, what it imports itself left out."""
+    """Returns milliseconds per imported module, without its own imports."""
     found = _IMPORT.finditer(_run(["-X", "importtime", *words]))
     return {match["module"]: int(match["own"]) / 1e3 for match in found}
 
@@ -66,10 +66,10 @@ def _run(words: list[str]) -> str:
 
 
 def main() -> None:
-    """Reads the arguments, measures, prints."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=7, help="processes of each kind, after one to warm up")
-    parser.add_argument("--run", help="a run folder; a short run of the demo is made without it")
+    parser.add_argument("--turns", type=int, default=7, help="processes of each kind, after one warm-up turn")
+    parser.add_argument("--run", help="a run folder; by default a short run is trained")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         commands = {"floor": FLOOR, "generate": answer(options.run or train(folder))}
@@ -80,7 +80,7 @@ def main() -> None:
                 if turn:
                     turns[name].append(measured)
         imports = {name: list_imports(words) for name, words in commands.items()}
-    print("seconds, medians (least)          by the clock        processor time")
+    print("Seconds, median (minimum)           wall clock              CPU time")
     figures = {}
     for name, pairs in turns.items():
         wall, used = ([pair[k] for pair in pairs] for k in (0, 1))
@@ -88,13 +88,13 @@ def main() -> None:
         print(f"{name:<30} {figures[name][0]:8.2f} ({min(wall):.2f}) {figures[name][1]:12.2f} ({min(used):.2f})")
     ratios = [ours / floor for ours, floor in zip(figures["generate"], figures["floor"], strict=True)]
     print(f"{'generate / floor':<30} {ratios[0]:8.2f} ({ratios[2]:.2f}) {ratios[1]:12.2f} ({ratios[3]:.2f})")
-    besides = Counter[str]()
+    extra = Counter[str]()
     for module, spent in imports["generate"].items():
         if module not in imports["floor"]:
-            besides[module.partition(".")[0]] += spent
-    print("imported besides the floor, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in besides.most_common(10)))
+            extra[module.partition(".")[0]] += spent
+    print("Imports beyond the floor, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in extra.most_common(10)))
     slowest = sorted(imports["generate"].items(), key=lambda item: -item[1])[:12]
-    print("slowest imports of all, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in slowest))
+    print("Slowest imports, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in slowest))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several functions timed turn by turn, so that what else the machine does falls on all of them alike."""
+"""Times several functions in turns, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def take_turns(
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round, after some rounds to warm up."""
+    """Returns the seconds of each function in each round, without the warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + warm_up):
         for name, function in functions.items():
@@ -26,5 +26,5 @@ def take_turns(
 
 
 def millions_per_s(seconds: Mapping[str, list[float]], work: int) -> dict[str, float]:
-    """Millions of pieces of work a second, medians."""
+    """Returns the median rates in millions of units of work per second."""
     return {name: work / statistics.median(values) / 1e6 for name, values in seconds.items()}

@@ -1,6 +1,6 @@
-"""Checks that the documentation is true and whole: ``python -m docs.check``.
+"""Checks the documentation against the code: ``python -m docs.check``.
 
-Each check is a function that yields one line per problem, so that all of them are seen at once.
+Each check yields one line per problem, so that a run shows all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from os.path import dirname, join, normpath
 from pathlib import Path
 
 from docs import commands, generate
@@ -17,9 +18,12 @@ from docs.markdown import Page, read_pages, tracked
 ROOT = Path(__file__).resolve().parent.parent
 README_LINES = 200
 
-# Written with a class of one letter here and there, so that this file does not match itself.
+# Character classes of one letter keep this file from matching itself.
 LEAKS = (
-    (re.compile(r"(?<![\w.])/(?:wor[k]|roo[t]|hom[e]/\w+|tm[p]/(?:brie[f]|ven[v]))/"), "a path of somebody's machine"),
+    (
+        re.compile(r"(?<![\w.])/(?:wor[k]|roo[t]|hom[e]/\w+|tm[p]/(?:brie[f]|ven[v]))/"),
+        "a path of one machine",
+    ),
     (re.compile(r"\b(?:pyp[i]|pythonhoste[d]|anacond[a])\.org"), "the host of a package registry"),
     (re.compile(r"\bdownloa[d]\.pytorch\.org|\bpyp[i]-\w+\.|/simpl[e]/"), "the host of a package registry"),
 )
@@ -28,20 +32,20 @@ TEXT = (".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".cfg
 
 
 def stale_pages(root: Path) -> Iterator[str]:
-    """Generated pages that are not what the code says."""
+    """Yields generated pages that are out of date."""
     reference = root / "docs" / "reference"
     expected = generate.pages()
     for name, text in expected.items():
         path = reference / name
         if not path.is_file() or path.read_text() != text:
-            yield f"docs/reference/{name}: is not what the code says; run `make docs`"
+            yield f"docs/reference/{name}: out of date; run `make docs`"
     for path in sorted(reference.glob("*.md")):
         if path.name not in expected and path.name != "index.md":
-            yield f"docs/reference/{path.name}: nothing writes this page"
+            yield f"docs/reference/{path.name}: not a generated page"
 
 
 def undocumented() -> Iterator[str]:
-    """Options and commands that say nothing of what they do; errors and formats have linted docstrings."""
+    """Yields options and commands without a description; the linter checks the docstrings of errors and formats."""
     for option in generate.options():
         if not option.description and not _is_section(option.path):
             yield f"option {option.path}: no description under Attributes of its section"
@@ -58,7 +62,7 @@ def _is_section(path: str) -> bool:
 
 
 def dead_links(pages: list[Page], root: Path) -> Iterator[str]:
-    """Relative links to files or headings that are not there, and pages that nothing links to."""
+    """Yields relative links to missing files or headings, and pages that no page links to."""
     by_name = {page.name: page for page in pages}
     linked = set()
     for page in pages:
@@ -66,39 +70,27 @@ def dead_links(pages: list[Page], root: Path) -> Iterator[str]:
             if re.match(r"[a-z]+:", target):
                 continue
             path, _, anchor = target.partition("#")
-            name = _resolve(page.name, path) if path else page.name
+            name = normpath(join(dirname(page.name), path)) if path else page.name
             linked.add(name)
             if not (root / name).exists():
-                yield f"{page.name}:{line}: links to {target}, which is not there"
+                yield f"{page.name}:{line}: links to {target}, which does not exist"
             elif anchor and (name not in by_name or anchor not in by_name[name].anchors):
-                yield f"{page.name}:{line}: links to {target}, and {name} has no such heading"
+                yield f"{page.name}:{line}: links to {target}, but {name} has no such heading"
     for page in pages:
         if page.name.startswith("docs/") and page.name != "docs/index.md" and page.name not in linked:
             yield f"{page.name}: no page links here"
 
 
-def _resolve(page: str, path: str) -> str:
-    parts: list[str] = list(Path(page).parent.parts)
-    for part in Path(path).parts:
-        if part == "..":
-            if not parts:
-                return path
-            parts.pop()
-        elif part != ".":
-            parts.append(part)
-    return "/".join(parts)
-
-
 def placeholders(pages: list[Page]) -> Iterator[str]:
-    """Marks left for somebody to fill in."""
+    """Yields marks of text that is still to be written."""
     for page in pages:
         for number, line in enumerate(page.text.splitlines(), 1):
             if match := PLACEHOLDER.search(line):
-                yield f"{page.name}:{number}: {match[0]} is still to be written"
+                yield f"{page.name}:{number}: {match[0]} marks missing text"
 
 
 def long_readme(pages: list[Page]) -> Iterator[str]:
-    """A README that nobody will read to its end."""
+    """Yields a README of more than :data:`README_LINES` lines."""
     for page in pages:
         length = len(page.text.splitlines())
         if page.name == "README.md" and length > README_LINES:
@@ -106,7 +98,7 @@ def long_readme(pages: list[Page]) -> Iterator[str]:
 
 
 def leaks(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Paths of machines and hosts of registries, which mean nothing to a reader elsewhere."""
+    """Yields paths of machines and hosts of registries, which mean nothing to other readers."""
     for name in names:
         if not name.endswith(TEXT) and not name.startswith(".ci/"):
             continue
@@ -117,7 +109,7 @@ def leaks(root: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 def silent_raises(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Public functions that raise a user's error and do not say so; a command's docstring is its help."""
+    """Yields public functions that raise an error of Ingle without documenting it; docstrings of commands are help."""
     for name in names:
         if not (name.startswith("ingle/") and name.endswith(".py")) or name.startswith("ingle/cli/"):
             continue
@@ -149,14 +141,14 @@ def _raised(function: Function) -> Iterator[str]:
 
 
 def unpinned(root: Path) -> Iterator[str]:
-    """Lines of constraints.txt that are not a name and a version."""
+    """Yields lines of constraints.txt that are not a name and a version."""
     for number, line in enumerate((root / "constraints.txt").read_text().splitlines(), 1):
         if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.!]*", line):
             yield f"constraints.txt:{number}: {line!r} is not NAME==VERSION"
 
 
 def problems(root: Path = ROOT) -> Iterator[str]:
-    """Everything that is wrong with the documentation under ``root``."""
+    """Yields every problem of the documentation under ``root``."""
     names, pages = tracked(root), read_pages(root)
     yield from stale_pages(root)
     yield from undocumented()
@@ -170,7 +162,7 @@ def problems(root: Path = ROOT) -> Iterator[str]:
 
 
 def main() -> int:
-    """Prints every problem; 1 when there is one."""
+    """Prints every problem; returns 1 if there is any."""
     found = list(problems())
     for problem in found:
         print(problem)

@@ -1,13 +1,13 @@
 """Checks the code blocks of the Markdown pages.
 
-How a block is written decides what is done with it:
+The language of a block decides how it is checked:
 
-- ``console``: each line that begins with ``$`` is a command; the others are what it prints.  Every ``ingle``
-  command must name a command, options and dotted config paths that exist, every ``make`` a target.  The tests run the
-  commands of the README, the tutorials and the how-tos (``tests/docs/running.py``), each page in a fresh folder.
-- ``python``: must compile; ``python run`` is run too.
-- ``yaml``, ``json``, ``jsonl``: must parse; YAML that is a part of a config may name only options that exist,
-  YAML that is a whole config is validated.
+- ``console``: lines that begin with ``$`` are commands, the others are output. Commands, options and dotted config
+  paths of ``ingle`` must exist, and so must targets of ``make``. The tests also run the commands of the README, the
+  tutorials and the how-tos (``tests/docs/running.py``), each page in a new folder.
+- ``python``: must compile; the tests also run ``python run``.
+- ``yaml``, ``json``, ``jsonl``: must parse. YAML with a part of a config may only name existing options; YAML with a
+  complete config is validated.
 - ``file=NAME`` after the language: the block is the content of that file in the page's folder.
 """
 
@@ -32,24 +32,12 @@ from ingle.errors import IngleError
 
 #: Programs that a page may show besides ``ingle`` and ``make``.
 OTHER_PROGRAMS = {
-    "cat",
-    "cd",
-    "cp",
-    "git",
-    "head",
-    "kill",
-    "ls",
-    "pip",
-    "python",
-    "tail",
-    "tensorboard",
-    "llama-server",
-    "ollama",
+    *("cat", "cd", "cp", "git", "head", "kill", "llama-server", "ls", "ollama", "pip", "python", "tail", "tensorboard")
 }
 
 
 def wrong_blocks(pages: list[Page], root: Path) -> Iterator[str]:
-    """Code blocks that a reader could not use as they stand."""
+    """Yields the problems of all code blocks."""
     for page in pages:
         for block in page.blocks:
             match block.language:
@@ -67,13 +55,13 @@ def wrong_blocks(pages: list[Page], root: Path) -> Iterator[str]:
 
 
 def shown_commands(block: Block) -> list[str]:
-    """The commands of a console block, continued lines joined."""
+    """Returns the commands of a console block, with continued lines joined."""
     text = re.sub(r"\\\n(?:> ?)?", " ", block.text)
     return [line[2:].strip() for line in text.splitlines() if line.startswith("$ ")]
 
 
 def wrong_command(command: str, root: Path) -> Iterator[str]:
-    """What a reader who types ``command`` would stumble over."""
+    """Yields the problems of a command line."""
     for words in _split(command):
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
@@ -86,11 +74,11 @@ def wrong_command(command: str, root: Path) -> Iterator[str]:
         elif program == "ingle":
             yield from _wrong_ingle(arguments, root)
         elif program not in OTHER_PROGRAMS:
-            yield f"{program} is not a program that a reader has"
+            yield f"{program} is not in the list of programs that pages may show"
 
 
 def _split(command: str) -> list[list[str]]:
-    """The words of each program that a line runs; what is quoted stays one word."""
+    """Returns the words of each program that a line runs; quoted text stays one word."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;")
     lexer.whitespace_split = True
     parts: list[list[str]] = [[]]
@@ -123,11 +111,11 @@ def _wrong_ingle(arguments: list[str], root: Path) -> Iterator[str]:
             yield problem
     for word in positional[len(name.split()) - 1 :]:
         if word.startswith("examples/") and not (root / word).exists():
-            yield f"{word} is not there"
+            yield f"{word} does not exist"
 
 
 def takes_overrides(command: Any) -> bool:
-    """Whether a command passes options that it does not know to the config."""
+    """Returns whether a command passes unknown options to the config."""
     return bool((command.context_settings or {}).get("ignore_unknown_options"))
 
 

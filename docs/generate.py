@@ -1,7 +1,6 @@
-"""Writes the reference pages from the code: ``python -m docs.generate``.
+"""Generates the reference pages from the code: ``python -m docs.generate``.
 
-Nothing on these pages is written by hand, so they cannot disagree with the program; ``docs.check`` fails
-when a page in the tree is not what this module would write.
+``docs.check`` fails if a page in the tree differs from what this module writes.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, get_args
 
 import typer.main
 
+from docs import layers
 from ingle import errors, events
 from ingle.cli.app import app
 from ingle.config.base import base_sections, format_name
@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 NOTE = "<!-- Written by `make docs` from the code; change the docstrings instead. -->"
 
-#: Inputs of ``bits_per_weight`` on the formats page: a row of an ordinary 7B model.
+#: Row length for ``bits_per_weight`` on the formats page: that of a common 7B model.
 IN_FEATURES = 4096
 
 EXIT_CODES = (
     ("0", "Done, or nothing left to do."),
     ("1", "A bug in Ingle: please report the traceback."),
-    ("2", "A mistake that you can fix: the error says where, why and what to type instead."),
+    ("2", "An error that you can fix: the message says where, why and what to type instead."),
     (
         "130",
         "Interrupted by Ctrl-C or SIGTERM; no incomplete file is left, and a run resumes from its last checkpoint.",
@@ -42,7 +42,7 @@ EXIT_CODES = (
 
 
 def pages() -> dict[str, str]:
-    """The text of every generated page by file name."""
+    """Returns the text of every generated page by file name."""
     return {
         "config.md": config_page(),
         "cli.md": cli_page(),
@@ -50,11 +50,24 @@ def pages() -> dict[str, str]:
         "formats.md": formats_page(),
         "metrics.md": metrics_page(),
         "events.md": events_page(),
+        "layers.md": layers_page(),
+        "layers.svg": layers.picture(),
     }
 
 
+def layers_page() -> str:
+    """The packages and what may import what."""
+    lines = _head(
+        "Layers",
+        "Imports go down only, and packages of one layer do not import one another. Import-linter checks it in "
+        "`make check`. A package with a star loads torch; the others answer at once.",
+    )
+    lines += ["![The layers as boxes, one row for each](layers.svg)", ""]
+    return _page([*lines, *_table(("layer", "package", "what it does"), layers.table())])
+
+
 def config_page() -> str:
-    """Every option of the config tree, section by section."""
+    """Returns the page of all config options, by section."""
     found = options()
     lines = _head(
         "Config options",
@@ -83,7 +96,7 @@ def _option_row(option: Option) -> tuple[str, ...]:
 
 
 def cli_page() -> str:
-    """Every command with its arguments and options."""
+    """Returns the page of all commands with their arguments and options."""
     lines = _head("Commands", "`ingle COMMAND --help` shows the same in the terminal.")
     for path, command in commands():
         lines += ["", f"## {path}", "", _markdown(inspect.cleandoc(command.help or "")), ""]
@@ -102,7 +115,7 @@ def cli_page() -> str:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command that can be typed, as ``("ingle data inspect", command)``."""
+    """Yields every command, as ``("ingle data inspect", command)``."""
 
     def walk(path: str, command: Any) -> Iterator[tuple[str, Any]]:
         inner = getattr(command, "commands", None)
@@ -126,12 +139,12 @@ def _parameter_default(parameter: Any) -> str:
 
 
 def errors_page() -> str:
-    """Every error that a user can cause and fix."""
+    """Returns the page of all errors that a user can cause and fix."""
     lines = _head(
         "Errors",
-        "Every mistake that you can fix is one of these. The command line prints it without a traceback and "
-        "exits with 2; Python code catches `ingle.errors.IngleError` or one of its kinds. `Interrupted` is no mistake. "
-        "`str(error)` is the whole text; the parts are in `message`, `where`, `why` and `fix`.",
+        "Every error that you can fix is one of these. The command line prints it without a traceback and "
+        "exits with 2; Python code catches `ingle.errors.IngleError` or a subclass. `Interrupted` is not a mistake. "
+        "`str(error)` is the full text; the parts are in `message`, `where`, `why` and `fix`.",
     )
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, errors.Explained)]
     kinds.remove(errors.Explained)
@@ -139,16 +152,16 @@ def errors_page() -> str:
     for kind in kinds:
         parent = f"`{kind.__mro__[1].__name__}`" if issubclass(kind.__mro__[1], errors.IngleError) else ""
         rows.append((f"`{kind.__name__}`", parent, _markdown(_summary(kind))))
-    return _page(lines + _table(("error", "a kind of", "meaning"), rows))
+    return _page(lines + _table(("error", "subclass of", "meaning"), rows))
 
 
 def formats_page() -> str:
-    """Every format in which a base can be held."""
+    """Returns the page of all base formats."""
     lines = _head(
         "Base formats",
-        "`base.format` chooses how the frozen weights of the linear maps are held. Norms keep the compute dtype, and "
-        "so do the embedding and the output head, unless the model is a GGUF file that holds them packed. Bits count "
-        f"the scales, for rows of {IN_FEATURES:,} weights.",
+        "`base.format` is the format of the frozen weights of linear layers. Norms keep the compute dtype, and so do "
+        "the embedding and the output head, unless the model is a GGUF file with quantized ones. Bits include the "
+        f"scales, for rows of {IN_FEATURES:,} weights.",
     )
     rows = []
     for section in base_sections():
@@ -156,7 +169,7 @@ def formats_page() -> str:
         base = section.model_validate({"format": name})
         bits = f"{base.bits_per_weight(IN_FEATURES):.3f}".rstrip("0").rstrip(".")
         rows.append((f"`{name}`", bits, _markdown(_summary(section)), _markdown(_source(section))))
-    lines += _table(("format", "bits a weight", "what it is", "source"), rows)
+    lines += _table(("format", "bits per weight", "description", "source"), rows)
     lines += ["", "The options of each format are in [Config options](config.md#base)."]
     return _page(lines)
 
@@ -174,9 +187,21 @@ def metrics_page() -> str:
     rows = []
     for name in get_args(MetricName):
         scorer = make_scorer(name, TaskConfig(sources=(Source(path="x"),), metrics=(name,)))
-        better = "higher" if scorer.higher_is_better else "lower"
-        rows.append((f"`{name}`", better, _markdown(_summary(scorer)), _markdown(_source(scorer))))
-    return _page(lines + _table(("metric", "better", "what it is", "source"), rows))
+        metric = scorer.metric
+        better = "higher" if metric.higher_is_better else "lower"
+        bounds = f"{metric.low:g} to {metric.high:g}".replace("inf", "∞")
+        rows.append((f"`{name}`", better, bounds, metric.kind, _markdown(_summary(scorer)), _markdown(_source(scorer))))
+    lines += _table(("metric", "better", "range", "kind", "description", "source"), rows)
+    return _page([*lines, "", "The kind decides which test and interval a metric gets:", "", *_procedures()])
+
+
+def _procedures() -> list[str]:
+    """The table of tests and intervals, from a docstring."""
+    from ingle.evaluation.statistics import procedures
+
+    text = inspect.cleandoc(procedures.__doc__ or "")
+    entries = [line.strip("* ").split(": ", 1) for line in text.replace("\n  ", " ").splitlines() if line[:1] == "*"]
+    return _table(("kind", "test and interval"), ((f"`{kind}`", _markdown(meaning)) for kind, meaning in entries))
 
 
 def events_page() -> str:
@@ -184,11 +209,12 @@ def events_page() -> str:
     lines = _head(
         "Events",
         "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "
-        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys.",
+        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys. A line of `events.jsonl` "
+        "is any event, with its tag under `event`; `ingle.events.from_dict` reads it back.",
     )
     for event in get_args(events.Event):
         _, described = _attributes(event)
-        lines += ["", f"## {event.__name__}", "", _markdown(_summary(event)), ""]
+        lines += ["", f"## {event.__name__}", "", f"`{event.tag}`: {_markdown(_summary(event))}", ""]
         rows = (
             (f"`{field.name}`", f"`{field.type}`", _markdown(described.get(field.name, "")))
             for field in dataclasses.fields(event)
@@ -214,7 +240,7 @@ def _source(documented: Any) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Docstring text (reST) as Markdown."""
+    """Returns the reST of a docstring as Markdown."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", text)
     text = text.replace("``", "`")
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
@@ -236,7 +262,7 @@ def _page(lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Writes the pages."""
+    """Writes all pages."""
     REFERENCE.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         (REFERENCE / name).write_text(text)

@@ -1,10 +1,9 @@
-"""What the checks need to know of a Markdown page: its headings, links and code blocks."""
+"""Reads headings, links and code blocks of Markdown pages."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+#: Pages that a program fills in and writes elsewhere.
 TEMPLATES = {"examples/pretrain/card.md"}
 
 
@@ -20,11 +20,11 @@ class Block:
     """A fenced code block.
 
     Attributes:
-        page: Path of the page from the repository's root.
-        line: Line of the opening fence, counted from 1.
+        page: Path of the page, relative to the repository.
+        line: 1-based line of the opening fence.
         language: First word after the fence.
         marks: The words after it, e.g. ``run`` or ``file=train.jsonl``.
-        text: What is inside.
+        text: Its content.
     """
 
     page: str
@@ -39,7 +39,7 @@ class Block:
         return f"{self.page}:{self.line}"
 
     def mark(self, name: str) -> str | None:
-        """The value of the mark ``name=value``, or None."""
+        """Returns the value of the mark ``name=value``, or None."""
         return next((mark.partition("=")[2] for mark in self.marks if mark.startswith(f"{name}=")), None)
 
 
@@ -48,7 +48,7 @@ class Page:
     """A Markdown page.
 
     Attributes:
-        name: Path from the repository's root.
+        name: Path relative to the repository.
         text: Its content.
     """
 
@@ -61,7 +61,7 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        """What ``#...`` may name: headings as GitHub spells them, and explicit ids."""
+        """The anchors of the page: headings as GitHub spells them, and explicit ids."""
         seen: dict[str, int] = {}
         found = set(re.findall(r'<a (?:id|name)="([^"]+)"', self.text))
         for token, inline in zip(self._tokens, self._tokens[1:], strict=False):
@@ -75,19 +75,18 @@ class Page:
 
     @cached_property
     def links(self) -> list[tuple[int, str]]:
-        """Line and target of every link and picture."""
-        return list(self._walk_links())
-
-    def _walk_links(self) -> Iterator[tuple[int, str]]:
+        """The line and target of every link and picture."""
+        found = []
         for token in self._tokens:
             for child in token.children or []:
                 target = child.attrGet("href") if child.type == "link_open" else child.attrGet("src")
                 if target:
-                    yield (token.map[0] + 1 if token.map else 0), str(target)
+                    found.append((token.map[0] + 1 if token.map else 0, str(target)))
+        return found
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Every fenced code block."""
+        """All fenced code blocks."""
         found = []
         for token in self._tokens:
             if token.type == "fence":
@@ -97,13 +96,13 @@ class Page:
 
 
 def tracked(root: Path) -> list[str]:
-    """Every file of the project as a path from ``root``: what git tracks, and what it would if asked."""
+    """Returns the paths of all files that git tracks or does not ignore, relative to ``root``."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
     return sorted({name for name in names if name and (root / name).is_file()})
 
 
 def read_pages(root: Path) -> list[Page]:
-    """Every Markdown page of the project but those that a program fills and puts elsewhere."""
+    """Returns all Markdown pages except the templates."""
     names = [name for name in tracked(root) if name.endswith(".md") and name not in TEMPLATES]
     return [Page(name, (root / name).read_text()) for name in names]

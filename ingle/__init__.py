@@ -6,7 +6,7 @@
     report = ingle.finetune(run)
     answers = ingle.open_model(run.output).generate(["Hello"])
 
-Importing the package loads no torch; that happens when one of these is first used.
+Importing the package does not import torch; using ``finetune``, ``resume`` or ``open_model`` does.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ if TYPE_CHECKING:
     from ingle.flow import finetune as finetune
     from ingle.flow import resume as resume
     from ingle.inference import open_model as open_model
+    from ingle.scoring import evaluate as evaluate
 
 __version__ = "0.1.0"
 
-_LAZY = {"finetune": "ingle.flow", "resume": "ingle.flow", "open_model": "ingle.inference"}
+_LAZY = {"finetune": "ingle.flow", "resume": "ingle.flow", "open_model": "ingle.inference", "evaluate": "ingle.scoring"}
 
 
 def load_run(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Any:
-    """Reads a config file.
+    """Loads a config file.
 
     Args:
         path: The YAML file.
-        overrides: ``a.b=value`` entries that win over the file.
+        overrides: ``a.b=value`` entries that override the file.
 
     Returns:
         The frozen :class:`ingle.config.Run`.
 
     Raises:
-        ConfigError: When an option is unknown, of the wrong type, or at odds with another.
+        ConfigError: An option is unknown, has an invalid value, or conflicts with another option.
     """
     from pathlib import Path
 

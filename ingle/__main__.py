@@ -6,22 +6,18 @@ import sys
 
 
 def main() -> int:
-    """Runs the command line.
-
-    Returns:
-        The exit code.
-    """
+    """Runs the command line and returns the exit code."""
     from ingle import stopping
 
     stopping.install()
     try:
         from ingle import env
 
-        env.put_off_collection()
-        env.share_processors()
-        from ingle.cli.outcome import call
+        env.defer_garbage_collection()
+        env.limit_spinning()
+        from ingle.cli.exit_status import run_command
 
-        code = call(sys.argv[1:])
+        code = run_command(sys.argv[1:])
     except KeyboardInterrupt:  # before the command began
         sys.stderr.write(f"Interrupted: {stopping.explanation()}\n")
         code = stopping.EXIT_CODE

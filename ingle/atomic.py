@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent: write under another name, fsync, rename; and their digests."""
+"""Writes files and folders atomically: under a temporary name, then fsync, then rename."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 from ingle.errors import CheckpointError
-from ingle.stopping import renaming, undone
+from ingle.stopping import on_forced_exit, renaming
 
-#: What the system says when nothing more can be written.
+#: Errors of a full disk, an exhausted quota and the limit on file sizes.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Returns the SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file so that a reader or a crash sees the old content or the new, never a part.
+    """Replaces the content of a file; readers and crashes see either the old or the new content.
 
     Raises:
-        CheckpointError: When the disk is full.
+        CheckpointError: The disk is full.
     """
     with atomic_file(path) as file:
         file.write(content)
@@ -37,13 +37,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to write; on success it becomes ``path``, replacing what was there.
+    """Yields a file that replaces ``path`` when the block succeeds.
 
     Raises:
-        CheckpointError: When the disk is full; ``path`` is then as it was.
+        CheckpointError: The disk is full; ``path`` is unchanged.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with disk_full_explained(path), undone(lambda: partial.unlink(missing_ok=True)):
+    with disk_full_explained(path), on_forced_exit(lambda: partial.unlink(missing_ok=True)):
         try:
             with open(partial, "wb") as file:
                 yield file
@@ -58,16 +58,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill; on success it becomes ``path``, replacing what was there.
+    """Yields a folder that replaces ``path`` when the block succeeds.
 
     Raises:
-        CheckpointError: When the disk is full; ``path`` is then as it was.
+        CheckpointError: The disk is full; ``path`` is unchanged.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     replaced = path.with_name(f"{path.name}.partial-{os.getpid()}-replaced")
-    with disk_full_explained(path), undone(lambda: _remove(partial, replaced)):
+    with disk_full_explained(path), on_forced_exit(lambda: _remove(partial, replaced)):
         try:
-            _remove(partial, replaced)  # of a killed process that had our number
+            _remove(partial, replaced)  # left by a killed process with the same process id
             partial.mkdir(parents=True)
             yield partial
             for entry in partial.rglob("*"):
@@ -86,13 +86,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yields a new folder inside ``parent`` that is gone afterwards, however the program ends short of SIGKILL."""
-    with TemporaryDirectory(dir=parent, prefix=prefix) as name, undone(lambda: _remove(Path(name))):
+    """Yields a new folder inside ``parent`` and removes it afterwards, however the process ends except by SIGKILL."""
+    with TemporaryDirectory(dir=parent, prefix=prefix) as name, on_forced_exit(lambda: _remove(Path(name))):
         yield Path(name)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Waits until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,10 +102,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
-    """Names the file and what to do when the disk is full while the block writes ``path``.
+    """Turns a full disk in the block, which writes ``path``, into an error that says what to do.
 
     Raises:
-        CheckpointError: It is full, or the user's share of it is.
+        CheckpointError: The disk is full, or the user's quota is exhausted.
     """
     try:
         yield
@@ -114,18 +114,18 @@ def disk_full_explained(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise CheckpointError(
-            "The disk is full. Files that were complete before are untouched.",
+            "The disk is full. Files that were complete before are unchanged.",
             where=str(path),
             why=f"{os.strerror(reason)}; {shutil.disk_usage(path.parent).free:,} bytes are free",
-            fix="free some space and run the same command again; a training run continues from its last checkpoint",
+            fix="free some space and repeat the command; a training run resumes from its last checkpoint",
         ) from error
 
 
 def _why_full(error: Exception) -> int | None:
-    """The system's number for a full disk, a full quota or a file above the allowed size; None for other errors."""
+    """Returns the ``errno`` of a full disk; None for other errors."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _FULL else None
-    # Libraries written in Rust (safetensors) keep the system's error in their text alone.
+    # Libraries written in Rust (safetensors) report the errno only in the message.
     return next((number for number in _FULL if f"(os error {number})" in str(error)), None)
 
 

@@ -1,4 +1,4 @@
-"""The one place where the process environment is read or set."""
+"""Reads and sets the process environment; the only module that does."""
 
 from __future__ import annotations
 
@@ -10,39 +10,33 @@ import sys
 import time
 from pathlib import Path
 
-#: Threads of other programs that may run, on average of a few looks, before the machine counts as busy.
+#: Average number of running threads of other programs from which the machine counts as busy.
 _BUSY = 0.5
-_SAMPLES = 6
+_NUM_SAMPLES = 6
 _PAUSE_S = 0.004
-
-
-#: Containers made before the garbage collector runs while libraries load: torch and transformers make 0.8 million.
+#: Threshold of the garbage collector during imports: torch and transformers allocate 0.8 million containers.
 _WHILE_LOADING = 2_000_000
 _THRESHOLDS = gc.get_threshold()
 
 
-def put_off_collection() -> None:
-    """Keeps the garbage collector from running while libraries load; :func:`collect_as_usual` ends that.
+def defer_garbage_collection() -> None:
+    """Prevents garbage collection during imports, until :func:`restore_garbage_collection`.
 
-    Importing makes hundreds of thousands of objects that stay, and each collection visits all of them to find nothing:
-    a quarter of the time that torch and transformers take to load.
+    Imports allocate hundreds of thousands of permanent objects. Visiting them in every collection takes a quarter of
+    the import time of torch and transformers.
     """
     gc.set_threshold(_WHILE_LOADING, *_THRESHOLDS[1:])
 
 
-def collect_as_usual() -> None:
-    """Ends what :func:`put_off_collection` began, if it did: what is loaded by now stays and is visited no more."""
+def restore_garbage_collection() -> None:
+    """Ends :func:`defer_garbage_collection`, if it is active, and exempts all objects so far from collections."""
     if gc.get_threshold()[0] == _WHILE_LOADING:
         gc.freeze()
         gc.set_threshold(*_THRESHOLDS)
 
 
 def install_command(extra: str) -> str:
-    """What to type to install an extra of this package: in a source checkout, or with pip.
-
-    Args:
-        extra: A name of ``[project.optional-dependencies]``.
-    """
+    """Returns the command that installs an extra of this package, in a source checkout or with pip."""
     root = Path(__file__).resolve().parents[1]
     if not all((root / name).is_file() for name in ("Makefile", "pyproject.toml", "constraints.txt")):
         return f"pip install 'ingle[{extra}]'"
@@ -54,7 +48,7 @@ def install_command(extra: str) -> str:
 
 
 def hub_offline() -> bool:
-    """Whether the user asked for no hub access (``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE``)."""
+    """Returns whether hub access is disabled (``HF_HUB_OFFLINE`` or ``TRANSFORMERS_OFFLINE``)."""
     return any(
         os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -62,45 +56,43 @@ def hub_offline() -> bool:
 
 
 def limit_primitive_caches(count: int) -> None:
-    """Has oneDNN, and torch's layer above it, keep at most ``count`` compiled matrix products each.
+    """Limits the caches of compiled matrix products in oneDNN and torch to ``count`` entries each.
 
-    Packed rows differ in length, so nearly every micro-batch brings shapes of its own, and each costs about a
-    megabyte that would be kept for the next thousand.  What the user has set stays; so does a cache already in use.
+    Packed rows differ in length, so nearly every micro-batch adds shapes, and each entry takes about a megabyte. Keeps
+    limits that the user has set. Has no effect once the caches are in use.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(count))
 
 
-def share_processors() -> None:
-    """Has threads that wait for one another give way soon, where other programs want the same processors.
+def limit_spinning() -> None:
+    """Makes waiting OpenMP threads sleep early on a busy machine; call this before torch is imported.
 
-    A thread of OpenMP that waits for the others spins for milliseconds before it sleeps, which is the fastest way as
-    long as each has a processor of its own.  Where it has not, it keeps the very thread that it waits for from running,
-    and a run on a busy machine takes many times as long.  What counts is what runs now: a load average still holds the
-    program that has just ended.  What the user has set stays.  To be called before torch is loaded: the library reads
-    this once.  Takes 20 milliseconds.
+    A waiting OpenMP thread spins for milliseconds before it sleeps. That is fastest if every thread has a processor. On
+    a busy machine it blocks the very threads that it waits for, which multiplies the time of a run. The decision uses
+    the threads that run now, because a load average still contains programs that have ended. Keeps settings of the
+    user. Takes 20 milliseconds.
     """
     if not hasattr(os, "sched_getaffinity") or "OMP_WAIT_POLICY" in os.environ:
         return
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    threads = min(int(said) if said.isdigit() else sys.maxsize, len(os.sched_getaffinity(0)))
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(int(setting) if setting.isdigit() else sys.maxsize, len(os.sched_getaffinity(0)))
     if threads > 1 and _free_processors() < threads - _BUSY:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # the library's own choice for too many threads
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # what the library uses for too many threads
 
 
 def _free_processors() -> float:
-    """Processors that no other program uses now, and at most as many as the container may use."""
-    samples = []
-    for number in range(_SAMPLES):
-        if number:
-            time.sleep(_PAUSE_S)
-        samples.append(_count_running())
-    others = max(0.0, sum(samples) / _SAMPLES - 1)  # one of them is this process
+    """Returns the processors that no other program uses now, at most the quota of the container."""
+    total = _count_running()
+    for _ in range(_NUM_SAMPLES - 1):
+        time.sleep(_PAUSE_S)
+        total += _count_running()
+    others = max(0.0, total / _NUM_SAMPLES - 1)  # one of them is this process
     return min((os.cpu_count() or 1) - others, _processor_quota())
 
 
 def _count_running() -> int:
-    """Threads of all programs that run or could run at this moment."""
+    """Returns the number of running and runnable threads of all programs."""
     try:
         return int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0])
     except (OSError, ValueError, IndexError):
@@ -108,7 +100,7 @@ def _count_running() -> int:
 
 
 def _processor_quota() -> float:
-    """Processors whose time this process's container may use; no limit on a plain system."""
+    """Returns the processors that the container may use; infinity outside of containers."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
     except (OSError, ValueError):

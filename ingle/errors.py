@@ -1,19 +1,19 @@
-"""The one tree of errors that a user can cause and fix.
+"""Errors that users can cause and fix.
 
-Every error says what is wrong in a sentence, where (an option or ``file:line``), why (the numbers) and
-what to type instead.  A programmer's mistake is an ``assert``, never one of these.
+An error says what is wrong, where (an option or ``file:line``), why (the numbers), and what to type instead. Mistakes
+of programmers are assertions.
 """
 
 from __future__ import annotations
 
 
 class Explained(BaseException):
-    """What the user reads when something ends early.
+    """The base of :class:`IngleError` and :class:`Interrupted`: a message with details for the user.
 
     Args:
-        message: One sentence that says what is wrong.
-        where: The option (``data.max_seq_len``), ``file:line`` or path it concerns.
-        why: The numbers or the cause behind it.
+        message: A full sentence that says what is wrong.
+        where: The option (``data.max_seq_len``), ``file:line`` or path.
+        why: The cause and its numbers.
         fix: What to type or do instead.
     """
 
@@ -36,47 +36,47 @@ class Explained(BaseException):
 
 
 class IngleError(Explained, Exception):
-    """A mistake of the user; the command line prints it without a traceback and exits with 2."""
+    """An error that the user can fix; the command line prints it without a traceback and exits with 2."""
 
 
 class ConfigError(IngleError):
-    """An option is unknown, of the wrong type, or at odds with another."""
+    """An option is unknown, has an invalid value, or conflicts with another option."""
 
 
 class DataError(IngleError):
-    """A data file is missing, malformed, empty, or leaves nothing to learn from."""
+    """A data file is missing, malformed or empty, or has no supervised tokens."""
 
 
 class ModelError(IngleError):
-    """A model or tokenizer cannot be found, read, or is of a kind that is not supported."""
+    """A model or tokenizer cannot be found or read, or is not supported."""
 
 
 class HubUnavailable(ModelError):
-    """A hub id was asked for and the hub cannot be reached."""
+    """A model or dataset is needed from the hub, and the hub cannot be reached."""
 
 
 class GgufError(ModelError):
-    """A .gguf file is damaged, cut short, or holds what Ingle does not read."""
+    """A .gguf file is damaged, truncated, or has content that Ingle does not support."""
 
 
 class QuantizationError(IngleError):
-    """A weight cannot be held in the asked-for format."""
+    """A weight cannot be quantized to the requested format."""
 
 
 class AdapterError(IngleError):
-    """An adapter matches nothing, does not fit its base, or its files are damaged."""
+    """An adapter matches no module, does not fit its base, or has damaged files."""
 
 
 class CheckpointError(IngleError):
-    """A checkpoint cannot be written, read back, or belongs to another run."""
+    """A checkpoint cannot be written or read, or belongs to a different run."""
 
 
 class ExportError(IngleError):
-    """An export would lose too much of what was trained, or what was written does not answer as it should."""
+    """An export would lose too much of the training, or its answers differ from those of the trained model."""
 
 
 class DoesNotFit(IngleError):
-    """The run needs more memory or disk than there is."""
+    """The run needs more memory or disk space than is available."""
 
 
 class NonFiniteError(IngleError):
@@ -84,15 +84,15 @@ class NonFiniteError(IngleError):
 
 
 class EvaluationError(IngleError):
-    """A task, metric or comparison cannot be computed as asked."""
+    """A task, metric or comparison cannot be computed as requested."""
 
 
 class DependencyError(IngleError):
-    """An optional library is needed and not installed."""
+    """A required optional library is not installed."""
 
 
 class Interrupted(Explained):
-    """Ctrl-C or SIGTERM ended the command, which exits with 130; a run continues from its last checkpoint.
+    """Ctrl-C or SIGTERM ended the command, which exits with 130; a run resumes from its last checkpoint.
 
-    Like ``KeyboardInterrupt`` it is no ``Exception``, so that code that handles errors does not swallow it.
+    Not an ``Exception``, like ``KeyboardInterrupt``, so that error handlers do not catch it.
     """

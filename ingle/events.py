@@ -1,28 +1,33 @@
 """Typed events: everything that a run reports.
 
-The flow calls ``sink(event)`` and knows nothing of terminals, files or trackers; those are sinks.
+The flow calls ``sink(event)``; terminals, files and trackers are sinks. Each event has a tag and a JSON form.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, get_args
+
+from ingle.report import results
+from ingle.report.results import Comparison, RunReport
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The run is about to start (or resume) training.
+    """The run is about to start or resume training.
 
     Attributes:
         run: The resolved config as plain data.
         plan: The plan as plain data (bytes, steps, tokens).
-        audit: What was loaded: bytes per dtype, quantized and trainable parameters per module class.
-        step: Steps made before, 0 for a new run.
-        num_steps: Steps in the whole run.
+        audit: The loaded model as plain data: bytes per dtype, quantized and trainable parameters per module class.
+        step: Steps done before, 0 for a new run.
+        num_steps: Steps of the full run.
         resumed_from: The checkpoint folder, or None.
     """
 
+    tag: ClassVar[str] = "started"
     run: dict[str, Any]
     plan: dict[str, Any]
     audit: dict[str, Any]
@@ -33,20 +38,21 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step has been made.
+    """An optimizer step is done.
 
     Attributes:
-        step: 1-based number of the step.
+        step: Number of the step, from 1.
         loss: Mean loss per supervised token of the step, in nats.
-        num_tokens: Tokens read so far in the whole run, unsupervised ones included.
+        num_tokens: Tokens read so far in the run, including unsupervised ones.
         tokens_per_s: Tokens read per second in this step.
         lr: Learning rate of the first parameter group.
         grad_norm: L2 norm of all gradients before clipping.
         peak_memory_bytes: Highest resident (CPU) or allocated (GPU) memory so far.
         epoch: Passes over the data, fractional.
-        metrics: What the objective adds.
+        metrics: Further metrics of the objective.
     """
 
+    tag: ClassVar[str] = "step"
     step: int
     loss: float
     num_tokens: int
@@ -60,25 +66,45 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A comparison is done; ``report`` is the content of ``report.json`` under ``metrics``."""
+    """The tuned model was compared with its base.
 
+    Attributes:
+        step: Steps done.
+        comparison: The result.
+    """
+
+    tag: ClassVar[str] = "evaluated"
     step: int
-    report: dict[str, Any]
+    comparison: Comparison
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A file or folder that the user may want is complete on disk."""
+    """A file or folder is complete on disk.
 
+    Attributes:
+        step: Steps done.
+        path: The file or folder.
+        kind: ``checkpoint``, ``adapter``, ``model``, ``imatrix`` or ``report``.
+    """
+
+    tag: ClassVar[str] = "saved"
     step: int
     path: str
-    kind: str  # checkpoint | adapter | model | imatrix | report
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something was skipped, cut or changed; ``count`` says how often."""
+    """Something was skipped, cut or changed.
 
+    Attributes:
+        message: A sentence.
+        where: The option or ``file:line``, or None.
+        count: Number of occurrences.
+    """
+
+    tag: ClassVar[str] = "warned"
     message: str
     where: str | None = None
     count: int = 1
@@ -86,8 +112,15 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A long stage that is not a training step moves on (loading, tokenizing, generating)."""
+    """A long stage other than training has moved on (loading, tokenizing, generating).
 
+    Attributes:
+        stage: Name of the stage.
+        done: Units done.
+        total: Units in total, or None if unknown.
+    """
+
+    tag: ClassVar[str] = "progress"
     stage: str
     done: int
     total: int | None = None
@@ -95,18 +128,61 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The run stops with an error."""
+    """The run stops with an error.
 
+    Attributes:
+        message: The error.
+    """
+
+    tag: ClassVar[str] = "failed"
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The run is complete; ``summary`` is the content of ``report.json``."""
+    """The run is complete.
 
+    Attributes:
+        step: Steps done.
+        report: The content of ``report.json``.
+    """
+
+    tag: ClassVar[str] = "finished"
     step: int
-    summary: dict[str, Any]
+    report: RunReport
 
 
 Event = Started | Step | Evaluated | Saved | Warned | Progress | Failed | Finished
 Sink = Callable[[Event], None]
+
+
+def to_dict(event: Event) -> dict[str, Any]:
+    """Returns an event as plain data for JSON, with its tag under ``event``.
+
+    JSON has no NaN and no infinity; these are the strings ``NaN``, ``Infinity`` and ``-Infinity``.
+    """
+    content: dict[str, Any] = _replace_non_finite(results.to_dict(event))
+    return {"event": event.tag, **content}
+
+
+def from_dict(data: dict[str, Any]) -> Event:
+    """Returns the event that :func:`to_dict` dumped.
+
+    Raises:
+        ValueError: The tag is unknown, or a value is missing or has another type.
+    """
+    kinds = {kind.tag: kind for kind in get_args(Event)}
+    if data.get("event") not in kinds:
+        raise ValueError(f"There is no event {data.get('event')!r}.")
+    event: Event = results.from_dict(kinds[data["event"]], data)
+    return event
+
+
+def _replace_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _replace_non_finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_replace_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

@@ -1,16 +1,14 @@
-"""The program: fine-tune a model as one config says, from the first byte to the report.
+"""The program: fine-tunes a model as one config says, from the data to the report.
 
-Read :func:`finetune` from top to bottom; every line of it is one package.
+Read :func:`finetune` from top to bottom; nearly every line of it is one package.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ingle import adapters, evaluation, models, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
@@ -19,43 +17,47 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
-from ingle.sinks import MetricsFile, combine
-from ingle.training.checkpoint import Checkpoints, Position
+from ingle.report.results import RunReport
+from ingle.report.run_files import read_report, write_report
+from ingle.sinks import EventsFile, MetricsFile, combine
+from ingle.training.checkpoint import Checkpoints, Position, Stateful
 from ingle.training.folder import RunFolder
 from ingle.training.meter import Meter, peak_memory_bytes
 from ingle.training.schedule import learning_rate
 from ingle.training.steps import take_step
 
 
-def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
-    """Fine-tunes as ``run`` says, or resumes where an earlier call stopped.
+def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
+    """Fine-tunes a model, or resumes where an earlier call stopped.
 
     Args:
         run: The resolved config.
-        sink: Receives an event for everything that happens.
+        sink: Receives the events of the run.
 
     Returns:
         The content of ``report.json``.
 
     Raises:
-        IngleError: For every mistake of the user.
-        Interrupted: When Ctrl-C or SIGTERM ended it; the run continues from its last checkpoint.
+        IngleError: The config, the data or a file is wrong.
+        Interrupted: Ctrl-C or SIGTERM ended it; the run continues from its last checkpoint.
     """
     as_given, run = run, locate_paths(run)
     folder = RunFolder(Path(run.output))
     if folder.state(run) == "finished":
         return _already_finished(run, folder, sink)
     with stopping.listening(), stopping.explained(lambda: str(_interrupted(run, folder))), folder.locked():
-        if folder.state(run) == "finished":  # by another process meanwhile; from now on nobody else can change it
+        if folder.state(run) == "finished":  # by another process in the meantime; from here on the lock is ours
             return _already_finished(run, folder, sink)
-        sink = combine(MetricsFile(folder.metrics), sink)
+        sink = combine(MetricsFile(folder.metrics), EventsFile(folder.events), sink)
         try:
+            began = time.monotonic()
             parts = assemble(run, sink)
             folder.begin(as_given)
             base = _evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
-            position = train(run, folder, parts, sink)
+            position = train(run, folder, parts, sink, began)
+            ended = time.monotonic()
             _save_result(run, folder, parts, sink)
-            return _report(run, folder, parts, position, base, sink)
+            return _report(run, folder, parts, position, ended, base, sink)
         except KeyboardInterrupt:
             raise _interrupted(run, folder) from None
         except Exception as error:
@@ -63,58 +65,68 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> dict[str, Any]:
             raise
 
 
-def resume(path: Path, sink: Sink = lambda event: None) -> dict[str, Any]:
-    """Continues the run in a folder; see :func:`finetune`."""
+def resume(path: Path, sink: Sink = lambda event: None) -> RunReport:
+    """Resumes the run in a folder; see :func:`finetune`."""
     run = RunFolder(path).load_run()
     return finetune(run.model_copy(update={"output": str(path)}), sink)
 
 
 def plan(run: Run, sink: Sink = lambda event: None) -> planning.Plan:
-    """What a run would do and need; reads the data and the model's shape but none of its weights."""
+    """Plans a run; reads the data and the shape of the model, but no weights."""
     return prepare(locate_paths(run), sink).plan
 
 
-def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> Position:
-    """The loop: every objective, every format, every adapter goes through here.
+def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: float) -> Position:
+    """Runs the loop that all objectives, formats and adapters share.
 
-    A signal ends it after the step that is being computed, with a checkpoint; :mod:`ingle.stopping` limits the time.
+    A signal ends it after the current step, with a checkpoint; :mod:`ingle.stopping` limits the time that this takes.
+
+    Args:
+        run: The config.
+        folder: Of the run.
+        parts: Of the run.
+        sink: Receives the events.
+        began: When the run, or this part of it, began, by ``time.monotonic()``.
 
     Raises:
-        KeyboardInterrupt: It was asked to stop.
+        KeyboardInterrupt: The run was asked to stop.
     """
-    the_plan, objective, optimizer = parts.plan, parts.objective, parts.optimizer
-    checkpoints = Checkpoints(folder, run.train.keep_checkpoints, parts.imatrix)
-    position = Position(0, 0, 0, parts.data_hash)
+    plan, mesh, objective = parts.plan, parts.mesh, parts.objective
+    states: dict[str, Stateful] = {"optimizer": parts.optimizer, "objective": objective}
+    if parts.imatrix is not None:
+        states["imatrix"] = parts.imatrix
+    checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states)
+    position = Position(0, 0, parts.data_hash)
     latest = checkpoints.latest()
     if latest is not None:
-        position = checkpoints.load(latest, optimizer, parts.data_hash)
-        objective.load_state_dict({"counter": position.counter})
+        position = checkpoints.load(latest, parts.data_hash)
     else:
-        checkpoints.rehearse(optimizer, position)
+        checkpoints.rehearse(position)
     sink(
         Started(
             run=run.model_dump(mode="json"),
-            plan=the_plan.to_dict(),
+            plan=plan.to_dict(),
             audit=parts.audit(),
             step=position.step,
-            num_steps=the_plan.num_steps,
+            num_steps=plan.num_steps,
             resumed_from=str(latest) if latest else None,
         )
     )
-    meter = Meter(parts.mesh.device)
-    began = time.monotonic() - position.seconds
-    parts.model.train()
+    meter = Meter(mesh.device)
+    training_began = time.monotonic() - position.train_s
+    began -= position.wall_s
+    objective.module.train()
     with stopping.deferred():
-        while position.step < the_plan.num_steps:
+        while position.step < plan.num_steps:
             step = position.step + 1
             meter.begin()
-            lr = learning_rate(run.optim, step, the_plan.num_steps)
+            lr = learning_rate(run.optim, step, plan.num_steps)
             parts.rounding.prepare(step)
-            result = take_step(parts.model, objective, optimizer, lr=lr, seed=run.seed, step=step)
+            result = take_step(objective, parts.optimizer, mesh, lr=lr, seed=run.seed, step=step)
             tokens_per_s = meter.end(result.num_tokens)
-            counter = int(objective.state_dict()["counter"])
+            now = time.monotonic()
             num_tokens = position.num_tokens + result.num_tokens
-            position = Position(step, counter, num_tokens, parts.data_hash, time.monotonic() - began)
+            position = Position(step, num_tokens, parts.data_hash, now - training_began, now - began)
             sink(
                 Step(
                     step=step,
@@ -123,19 +135,19 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> Position
                     tokens_per_s=tokens_per_s,
                     lr=lr,
                     grad_norm=result.grad_norm,
-                    peak_memory_bytes=peak_memory_bytes(parts.mesh.device),
-                    epoch=counter / parts.num_sequences,
-                    metrics=objective.metrics(),
+                    peak_memory_bytes=peak_memory_bytes(mesh.device),
+                    epoch=objective.epoch,
+                    metrics=result.metrics,
                 )
             )
-            due = the_plan.save_every > 0 and step % the_plan.save_every == 0
-            stop = stopping.requested() is not None
-            if due or step == the_plan.num_steps or stop:
-                sink(Saved(step, str(checkpoints.save(optimizer, position)), "checkpoint"))
+            due = plan.save_every > 0 and step % plan.save_every == 0
+            stop = mesh.agree(stopping.requested() is not None)
+            if due or step == plan.num_steps or stop:
+                sink(Saved(step, str(checkpoints.save(position)), "checkpoint"))
             if stop:
                 break
-    parts.rounding.prepare(the_plan.num_steps + 1)  # what is evaluated is what will be served
-    return position
+    parts.rounding.prepare(plan.num_steps + 1)  # evaluate what will be served
+    return replace(position, wall_s=time.monotonic() - began)
 
 
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> None:
@@ -157,13 +169,15 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> N
 
 
 def _evaluate_before(run: Run, folder: RunFolder, parts: Assembled, sink: Sink) -> evaluation.TaskResult | None:
-    """The base's answers, taken before full fine-tuning overwrites it and kept for when the run is resumed."""
+    """Evaluates the base before full fine-tuning overwrites it; keeps the result for a resumed run."""
     if run.evaluate is None:
         return None
     task = run.evaluate.model_dump_json()
     result = evaluation.load_result(task, folder.base_evaluation)
     if result is None:
-        result = evaluation.run_task(parts.model, parts.tokenizer, run.evaluate, sink=sink, stage="base")
+        result = evaluation.run_task(
+            evaluation.ModelSource(parts.model, parts.tokenizer, "base"), run.evaluate, sink=sink
+        )
         evaluation.save_result(result, task, folder.base_evaluation)
     return result
 
@@ -173,38 +187,38 @@ def _report(
     folder: RunFolder,
     parts: Assembled,
     position: Position,
+    ended: float,
     base: evaluation.TaskResult | None,
     sink: Sink,
-) -> dict[str, Any]:
-    """Base against tuned on held-out samples, then ``report.json`` and ``report.html``."""
+) -> RunReport:
+    """Compares base and tuned model on held-out samples, and writes ``report.json`` and ``report.html``."""
     comparison = None
-    began = time.monotonic()
     if run.evaluate is not None:
         parts.model.eval()
-        comparison = evaluation.evaluate_pair(parts.model, parts.tokenizer, run.evaluate, sink=sink, base=base)
+        tuned = evaluation.ModelSource(parts.model, parts.tokenizer, "tuned")
+        before = tuned.base() if base is None else [base]
+        (comparison,) = evaluation.evaluate(tuned, [run.evaluate], base=before, sink=sink)
         sink(Evaluated(position.step, comparison))
     summary = {
         "num_steps": position.step,
         "num_tokens": position.num_tokens,
-        "tokens_per_s": position.num_tokens / position.seconds if position.seconds else 0.0,
-        "train_s": position.seconds,
-        "wall_s": position.seconds + time.monotonic() - began,
+        "tokens_per_s": position.num_tokens / position.train_s if position.train_s else 0.0,
+        "train_s": position.train_s,
+        "wall_s": position.wall_s + time.monotonic() - ended,
         "peak_memory_bytes": peak_memory_bytes(parts.mesh.device),
         "plan": parts.plan.to_dict(),
         "audit": parts.audit(),
         "rounding": parts.rounding.to_dict(),
         "contamination": asdict(parts.contamination) if parts.contamination is not None else None,
     }
-    report = evaluation.write_report(
-        folder.path, run=run, evaluation=comparison, summary=summary, metrics_path=folder.metrics
-    )
+    report = write_report(folder.path, run=run, comparison=comparison, summary=summary, metrics_path=folder.metrics)
     sink(Saved(position.step, str(folder.report), "report"))
     sink(Finished(position.step, report))
     return report
 
 
-def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(folder.report.read_bytes())
+def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> RunReport:
+    report = read_report(folder.report)
     sink(Warned(f"This run is finished; its report is {folder.report.with_suffix('.html')}."))
     ignored = folder.ignored(run)
     if ignored:
@@ -215,20 +229,20 @@ def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> dict[str, Any]
             f"Use `{command}` to score it on another task, or --output=DIR to start a new run.",
         ]
         sink(Warned("\n  ".join(lines)))
-    sink(Finished(report.get("num_steps", 0), report))
+    sink(Finished(report.num_steps, report))
     return report
 
 
 def _interrupted(run: Run, folder: RunFolder) -> Interrupted:
-    """What is saved of a run that was stopped, and how to continue it."""
+    """Says what is saved of a stopped run, and how to continue it."""
     stopped = f"Stopped{stopping.by_signal()}"
     if not folder.config.is_file():
-        return Interrupted(f"{stopped}: nothing is trained yet.", fix="run the same command again")
+        return Interrupted(f"{stopped}: no training step was made.", fix="run the same command again")
     step = folder.last_step()
     if folder.result(run).exists():
         saved = "the training is complete, the evaluation is not"
     elif step:
-        saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}; the run continues from there"
+        saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}"
     else:
         saved = "no step is saved yet"
     return Interrupted(

@@ -1,4 +1,4 @@
-"""Opening what was trained: a run folder, an adapter folder or a plain model, ready to answer."""
+"""Opens a run folder, an adapter folder or a plain model for generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
-from ingle.config.named import check_name, missing
+from ingle.config.model_names import check_name, missing
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run
@@ -26,13 +26,13 @@ from ingle.training.folder import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What to open.
+    """A model to open.
 
     Attributes:
         model: The base, or the fully fine-tuned model.
-        base: The format its weights are held in.
-        adapter: Folder of the adapter, None for none.
-        original: The model before full fine-tuning, None otherwise.
+        base: The format of its weights.
+        adapter: Folder of the adapter, or None.
+        original: The model before full fine-tuning, or None.
         keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
     """
 
@@ -44,13 +44,13 @@ class Source:
 
 
 class Engine:
-    """A model that answers.
+    """A model that generates answers.
 
     Args:
-        model: The model, adapter attached.
+        model: The model, with its adapter attached.
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
-        source: Where all of it came from, when it was opened from somewhere.
+        source: Where it was opened from.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
@@ -75,22 +75,22 @@ class Engine:
         base_only: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
-        """Answers each prompt.
+        """Generates one answer for each prompt.
 
         Args:
-            prompts: Conversations, or texts to be continued as they stand.
-            system: A system message put before conversations that have none.
-            max_new_tokens: Longest answer.
-            temperature: 0 is greedy.
-            top_p: Share of the probability mass that is sampled from.
-            seed: Of the sampling; each prompt has its own stream.
+            prompts: Conversations, or texts to continue without a chat template.
+            system: System message for conversations without one.
+            max_new_tokens: Maximum length of an answer, in tokens.
+            temperature: Sampling temperature; 0 decodes greedily.
+            top_p: Probability mass to sample from (nucleus sampling).
+            seed: Seed of the sampling; each prompt has its own stream.
             stop: Strings that end an answer.
-            batch_size: Answers made at once.
-            base_only: Answer without the adapter.
-            on_progress: Called with the number of finished answers and that of all.
+            batch_size: Prompts per batch.
+            base_only: Generate without the adapter.
+            on_progress: Called with the number of finished answers and the total.
 
         Returns:
-            One answer a prompt, in order.
+            The answers, in the order of the prompts.
         """
         ids = [self._prompt_ids(prompt, system) for prompt in prompts]
         with adapters.disabled(self.model) if base_only and self.adapted else nullcontext():
@@ -110,7 +110,7 @@ class Engine:
     def stream(
         self, prompt: str | Sequence[Message], *, system: str | None = None, **options: Any
     ) -> Generator[str, None, Generation]:
-        """Answers one prompt piece by piece and returns the whole answer; ``options`` as in :meth:`generate`."""
+        """Yields one answer piece by piece and returns all of it; ``options`` as in :meth:`generate`."""
         return (yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options))
 
     def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
@@ -121,12 +121,12 @@ class Engine:
 
 
 def locate(path_or_id: str) -> Source:
-    """Finds out what a path or hub id names.
+    """Finds out what a path or hub id refers to.
 
     Raises:
-        ModelError: When a run folder holds nothing trained yet, or there is nothing under that name.
-        HubUnavailable: When it may be a hub id, and the hub cannot be reached.
-        AdapterError: When an adapter folder does not name its base.
+        ModelError: A run folder contains no trained model yet, or nothing has that name.
+        HubUnavailable: It may be a hub id, and the hub cannot be reached.
+        AdapterError: An adapter folder does not name its base.
     """
     check_name(path_or_id)
     folder = Path(path_or_id).expanduser()
@@ -140,7 +140,7 @@ def locate(path_or_id: str) -> Source:
     except HubUnavailable as error:
         if "/" in path_or_id and not Path(path_or_id).parent.is_dir():
             raise
-        raise missing(path_or_id) from error  # the hub's models have two names: here a local one was meant
+        raise missing(path_or_id) from error  # hub ids have two parts: this was meant as a local path
 
 
 def open_model(
@@ -148,17 +148,17 @@ def open_model(
 ) -> Engine:
     """Opens a run folder, an adapter folder, a model folder or a hub id.
 
-    A run's model is held in the very format it was trained on.
+    The weights of a run have the format that they had in training.
 
     Args:
         path_or_id: What to open.
-        base_only: Leave the adapter out (for a full fine-tuning: open the model it started from).
-        allow_mismatch: Put the adapter on another base than it was trained on; the sink gets a warning.
-        sink: Takes the progress of loading and the warnings.
+        base_only: Open the base without the adapter; after full fine-tuning, the original model.
+        allow_mismatch: Attach the adapter to another base than it was trained on; the sink receives a warning.
+        sink: Receives progress and warnings.
 
     Raises:
-        ModelError: When it cannot be found or read.
-        AdapterError: When the adapter does not fit its base, or was trained on another.
+        ModelError: The model cannot be found or read.
+        AdapterError: The adapter does not fit its base, or was trained on another base.
     """
     return open_source(locate(path_or_id), base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
 
@@ -166,7 +166,7 @@ def open_model(
 def open_source(
     source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
 ) -> Engine:
-    """Opens what :func:`locate` found; arguments as in :func:`open_model`."""
+    """Opens what :func:`locate` returned; arguments as in :func:`open_model`."""
     config = source.original if base_only and source.original is not None else source.model
     mesh = parallel.start(ParallelConfig())
     tokenizer = models.load_tokenizer(config)
@@ -203,7 +203,7 @@ def _locate_run(folder: Path) -> Source:
 
 
 def _keeps_control_tokens(run: Run) -> bool:
-    """Prompts are cut as the training data was."""
+    """Returns whether prompts keep control tokens, as the training data did."""
     return run.data.control_tokens == "keep"
 
 
@@ -220,7 +220,7 @@ def _locate_adapter(folder: Path) -> Source:
             fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
     keeps = False
-    if (folder.parent / "run.yaml").is_file():  # the run knows where its base lay
+    if (folder.parent / "run.yaml").is_file():  # the run knows where its base is
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
         keeps = _keeps_control_tokens(run)

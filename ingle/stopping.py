@@ -1,15 +1,11 @@
-"""Ctrl-C and SIGTERM: they end every phase of every command within ten seconds, and leave no incomplete file.
+"""Handles Ctrl-C and SIGTERM: every command ends within ten seconds and leaves no incomplete file.
 
-A signal raises ``KeyboardInterrupt`` in the main thread, whose ``finally`` blocks clean up.  Two things may delay that:
-
-- The training loop defers it, to finish its step and to save.
-- Python runs a signal handler between two of its own instructions, never inside a call into compiled code.
-
-So a watchdog thread learns of the signal as well, through a pipe that the C half of the handler writes to.  If the
-process still runs after ``GRACE_S``, the watchdog removes what is incomplete and ends it.  It can damage no file:
-files get their names by renaming, under a lock that the watchdog takes first and never gives back.
-
-A second signal ends the process at once, with the same care.
+A signal raises ``KeyboardInterrupt`` in the main thread, whose ``finally`` blocks clean up. That can take long: the
+training loop defers it until its step is saved, and Python runs no signal handler during a call into compiled code. A
+watchdog thread therefore also receives the signal, through a pipe that the C part of the handler writes to. If the
+process still runs after ``GRACE_S``, the watchdog removes incomplete files and ends it. Complete files are safe: they
+get their names by renaming, under a lock that the watchdog takes first and never releases. A second signal ends the
+process at once, in the same way.
 """
 
 from __future__ import annotations
@@ -28,25 +24,25 @@ from typing import NoReturn
 
 EXIT_CODE = 130
 
-#: Seconds from a signal until the watchdog ends the process.
+#: Seconds between a signal and the forced exit.
 GRACE_S = 7.5
-#: The same for a second signal.
+#: The same after a second signal.
 _GRACE_AGAIN_S = 1.0
-#: Signals this close to the first one are the same request: ``timeout`` sends its signal twice.
+#: Signals within this time count as one: ``timeout`` sends its signal twice.
 _SAME_REQUEST_S = 0.5
-#: Seconds that the watchdog spends on each part of cleaning up; a terminal or a disk may hang.
+#: Time limit for each part of the cleanup, because a terminal or a disk may hang.
 _CLEANUP_S = 0.7
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Request:
-    """The request to stop, as the handler in the main thread sees it."""
+    """The state of a request to stop."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.at = 0.0
-        self.seen: signal.Signals | None = None  # by the watchdog, which learns of it earlier
+        self.seen: signal.Signals | None = None  # set by the watchdog, before the handler runs
         self.deferred = False
         self.explain: Callable[[], str] = _explain
         self.explained = False
@@ -55,17 +51,16 @@ class _Request:
 _request: _Request
 _installed = False
 _handled_by_program = False
-#: Undoes what must not outlive the process, oldest first.
-_undo: dict[object, Callable[[], object]] = {}
-#: Held while a complete file or folder gets its name.
+#: What the watchdog calls before it ends the process, oldest first.
+_cleanups: dict[object, Callable[[], object]] = {}
+#: Held while a complete file or folder is renamed to its final name.
 renaming = threading.RLock()
 
 
 def install() -> None:
-    """Makes signals end this process; called once, by the program itself.
+    """Installs signal handlers and the watchdog; called once, by the ``ingle`` command.
 
-    The process then belongs to Ingle.  Python code that imports Ingle as a library gets :func:`listening` instead,
-    without the watchdog.
+    Programs that import Ingle as a library use :func:`listening` instead, without a watchdog.
     """
     global _installed
     reader, writer = os.pipe()
@@ -73,7 +68,7 @@ def install() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in _SIGNALS:
         signal.signal(number, _handle)
-    # A child that has not started another program yet would write to our pipe.
+    # A forked child would write to our pipe until it executes another program.
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_watch, args=(reader,), name="ingle-stop", daemon=True).start()
     _installed = True
@@ -81,9 +76,9 @@ def install() -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Has signals raise ``KeyboardInterrupt`` while the block runs, also in programs that did not :func:`install`.
+    """Makes signals raise ``KeyboardInterrupt`` in the block, for programs that did not call :func:`install`.
 
-    Outside the main thread Python does not allow that; signals then do what they did before.
+    Does nothing outside the main thread, where Python does not allow signal handlers.
     """
     global _request
     if _installed or threading.current_thread() is not threading.main_thread():
@@ -100,13 +95,13 @@ def listening() -> Iterator[None]:
 
 
 def requested() -> signal.Signals | None:
-    """The signal that asked to stop, None so far."""
+    """Returns the signal that requested a stop; None if there was none."""
     return _request.signal
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Holds ``KeyboardInterrupt`` back until the end of the block, which looks at :func:`requested` now and then.
+    """Defers ``KeyboardInterrupt`` to the end of the block, which polls :func:`requested`.
 
     A second signal raises it at once.
     """
@@ -121,7 +116,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def handled_by_program() -> Iterator[None]:
-    """Leaves Ctrl-C to the block, which catches ``KeyboardInterrupt`` and continues; SIGTERM still ends the process."""
+    """Lets the block catch ``KeyboardInterrupt`` and continue after Ctrl-C; SIGTERM still ends the process."""
     global _handled_by_program
     _handled_by_program = True
     try:
@@ -132,7 +127,7 @@ def handled_by_program() -> Iterator[None]:
 
 @contextmanager
 def explained(explain: Callable[[], str]) -> Iterator[None]:
-    """Has the watchdog print what ``explain`` returns, if it has to end the process within the block."""
+    """Makes the watchdog print the result of ``explain`` if it ends the process within the block."""
     former, _request.explain = _request.explain, explain
     try:
         yield
@@ -141,30 +136,30 @@ def explained(explain: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def undone(undo: Callable[[], object]) -> Iterator[None]:
-    """Has the watchdog call ``undo``, if it has to end the process within the block."""
+def on_forced_exit(cleanup: Callable[[], object]) -> Iterator[None]:
+    """Makes the watchdog call ``cleanup`` if it ends the process within the block."""
     key = object()
-    _undo[key] = undo
+    _cleanups[key] = cleanup
     try:
         yield
     finally:
-        _undo.pop(key, None)
+        _cleanups.pop(key, None)
 
 
 def explanation() -> str:
-    """What to tell the user about the end of the program."""
+    """Returns the message for the user about the interruption."""
     return _request.explain()
 
 
 def silence_watchdog() -> None:
-    """The user has been told: if the watchdog has to end the process all the same, it prints nothing."""
+    """Keeps the watchdog from printing a message, because the user has seen one."""
     _request.explained = True
 
 
 def leave() -> NoReturn:
     """Ends the process after an interruption.
 
-    Python would first wait for every thread, and tear down the libraries after it has frozen the watchdog.
+    A normal exit would wait for every thread, and unload libraries while the watchdog is already frozen.
     """
     silence_watchdog()
     atexit._run_exitfuncs()
@@ -175,7 +170,7 @@ def leave() -> NoReturn:
 
 
 def by_signal() -> str:
-    """What follows "Stopped": `` by SIGTERM``, or nothing when no signal was received."""
+    """Returns what follows "Stopped" in a message: `` by SIGTERM``, or nothing if there was no signal."""
     received = _request.signal or _request.seen
     return f" by {received.name}" if received is not None else ""
 
@@ -188,7 +183,7 @@ _request = _Request()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    """Runs in the main thread, between two instructions."""
+    """Handles a signal; Python calls this in the main thread, between two bytecode instructions."""
     if _handled_by_program and number == signal.SIGINT:
         raise KeyboardInterrupt
     now = time.monotonic()
@@ -197,13 +192,13 @@ def _handle(number: int, frame: FrameType | None) -> None:
         if _request.deferred:
             return
     elif now - _request.at < _SAME_REQUEST_S or (_installed and not _request.deferred):
-        return  # cleaning up must not be interrupted; the watchdog limits its time
+        return  # do not interrupt the cleanup; the watchdog limits its time
     _request.deferred = False
     raise KeyboardInterrupt
 
 
 def _watch(reader: int) -> None:
-    """The watchdog's thread: ends the process when a signal has been there for too long."""
+    """Runs in the watchdog thread: ends the process if it still runs some time after a signal."""
     first: float | None = None
     deadline: float | None = None
     while True:
@@ -222,20 +217,18 @@ def _watch(reader: int) -> None:
 
 
 def _end() -> NoReturn:
-    """Ends the process from the watchdog's thread."""
-    if renaming.acquire(timeout=_CLEANUP_S):  # never released: nothing gets a name any more
-        _attempt(_undo_all)
+    """Ends the process from the watchdog thread."""
+    if renaming.acquire(timeout=_CLEANUP_S):  # never released, so that no file is renamed anymore
+        _attempt(_clean_up)
     if not _request.explained:
         _attempt(_print)
     os._exit(EXIT_CODE)
 
 
-def _undo_all() -> None:
-    for undo in reversed(list(_undo.values())):
-        try:
-            undo()
-        except Exception:  # one that fails must not keep the others from being undone
-            continue
+def _clean_up() -> None:
+    for cleanup in reversed(list(_cleanups.values())):
+        with suppress(Exception):  # the others must still run
+            cleanup()
 
 
 def _print() -> None:
@@ -246,7 +239,7 @@ def _print() -> None:
 
 
 def _attempt(action: Callable[[], None]) -> None:
-    """Runs ``action`` for a limited time."""
+    """Runs ``action`` with a time limit."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(_CLEANUP_S)

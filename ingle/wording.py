@@ -1,4 +1,4 @@
-"""Names, counts, sizes, times and scores as people read them: the same in errors, terminal, report and page."""
+"""Formats names, counts, sizes, times and scores for messages and reports."""
 
 from __future__ import annotations
 
@@ -6,43 +6,31 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-#: Metrics that are shares and read best in percent.
-_SHARES = ("exact_match",)
-_DIGITS = {"bleu": 1, "chrf": 1, "rouge_l": 3, "perplexity": 2, "bits_per_byte": 3}
-_TITLES = {
-    "exact_match": "exact match",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "rouge_l": "ROUGE-L",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-}
-
 
 def either(words: Sequence[str]) -> str:
-    """``a``, ``a or b``, ``a, b or c``."""
+    """Joins words with "or": ``a``, ``a or b``, ``a, b or c``."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is closest to a mistyped one; None where none is close."""
+    """Returns the known name most similar to ``name``; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def some(names: Collection[str]) -> str:
-    """The first three names in order, and how many more."""
+    """Returns the first three names in order, and the number of others."""
     shown = ", ".join(sorted(names)[:3]) or "none"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, or what caused it, in one line."""
+    """Returns the first line of an error of another library, or of its cause."""
     text = str(error.__cause__ or error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def count(number: float) -> str:
-    """``1,234`` or, from a hundred thousand on, three digits with K, M, B or T."""
+    """Formats a count as ``1,234`` or, from 100,000, as three digits with K, M, B or T."""
     if abs(number) < 1e5:
         return f"{number:,.0f}"
     exponent = min(int(math.log10(abs(number)) // 3), 4)
@@ -54,12 +42,12 @@ def count(number: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """``1 token``, ``1,234 tokens``; the noun is a regular one."""
+    """Formats a count with a regular noun: ``1 token``, ``1,234 tokens``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit that fits: ``812 MiB``, ``1.25 GiB``."""
+    """Formats bytes in a suitable unit: ``812 MiB``, ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(num_bytes) < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
@@ -68,7 +56,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``8.2s``, ``42s``, ``3m05s`` or ``2h07m``."""
+    """Formats a duration as ``8.2s``, ``42s``, ``3m05s`` or ``2h07m``."""
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -77,39 +65,3 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def title(metric: str) -> str:
-    """A metric's name as people write it."""
-    return _TITLES.get(metric, metric)
-
-
-def interval(metric: str, bounds: Sequence[float | None], *, signed: bool = False) -> str:
-    """Both ends of an interval without their unit, which the score next to it has: ``[+45.9, +51.4]``."""
-    ends = (score(metric, bound, signed=signed).removesuffix(" %").removesuffix(" points") for bound in bounds)
-    return f"[{', '.join(ends)}]"
-
-
-def score(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """A score, or with ``signed`` a difference: ``61.0``, ``+48.7``, ``41.2 %``, ``+50.0 points`` of a percentage."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    scaled = value * 100 if metric in _SHARES else value
-    digits = _DIGITS.get(metric, 1) if abs(scaled) < 10_000 else 0
-    text = f"{scaled:+,.{digits}f}" if signed else f"{scaled:,.{digits}f}"
-    if float(text.replace(",", "")) == 0:
-        text = text.lstrip("+-")
-    if metric not in _SHARES:
-        return text
-    return text + (" points" if signed else " %")
-
-
-def p_value(p: float | None) -> str:
-    """A p-value with two significant digits."""
-    if p is None:
-        return "–"
-    if p < 1e-300:
-        return "< 1e-300"
-    return f"{p:.1e}" if p < 0.001 else f"{p:.3f}"

@@ -18,8 +18,8 @@ import numpy as np
 from ingle import open_model
 from ingle.config import Source, TaskConfig
 from ingle.data import Message
-from ingle.evaluation import evaluate_single
-from ingle.evaluation.charts import smooth, smoothing_span
+from ingle.evaluation import ModelSource, evaluate
+from ingle.report.charts import smooth, smoothing_span
 
 HERE = Path(__file__).parent
 WEIGHTS = ("model.safetensors", "config.json")
@@ -35,7 +35,9 @@ def main() -> None:
     """Reads the command line and does the work."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="the finished run")
-    parser.add_argument("--model", type=Path, default=Path("examples/models/ember-6m"), help="where the model goes")
+    parser.add_argument(
+        "--model", type=Path, default=Path("examples/models/ember-6m"), help="folder of the tokenizer; gets the weights"
+    )
     parser.add_argument("--corpus", type=Path, default=HERE / "corpus", help="folder of the held-out files")
     options = parser.parse_args()
     steps = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
@@ -43,9 +45,6 @@ def main() -> None:
     options.model.mkdir(parents=True, exist_ok=True)
     for name in WEIGHTS:
         shutil.copyfile(options.run / "model" / name, options.model / name)
-    for source in (HERE / "model").glob("*"):
-        if source.name not in WEIGHTS:
-            shutil.copyfile(source, options.model / source.name)
     (options.model / "loss.svg").write_text(draw(steps))
     (options.model / "README.md").write_text(write_card(options.model, options.corpus, steps, report))
 
@@ -60,11 +59,12 @@ def write_card(model: Path, corpus: Path, steps: list[dict[str, Any]], report: d
         task = TaskConfig(
             sources=(Source(path=str(corpus / name)),), metrics=("bits_per_byte", "perplexity"), num_samples=400
         )
-        metrics = evaluate_single(engine.model, engine.tokenizer, task)["metrics"]
-        low, high = metrics["bits_per_byte"]["ci95"]
+        (summary,) = evaluate(ModelSource(engine.model, engine.tokenizer), [task])
+        metrics = summary.metrics
+        low, high = metrics["bits_per_byte"].ci95
         rows.append(
-            f"| {label} | {metrics['bits_per_byte']['n']} | {metrics['bits_per_byte']['value']:.3f} "
-            f"[{low:.3f}, {high:.3f}] | {metrics['perplexity']['value']:.2f} |"
+            f"| {label} | {metrics['bits_per_byte'].n} | {metrics['bits_per_byte'].value:.3f} "
+            f"[{low:.3f}, {high:.3f}] | {metrics['perplexity'].value:.2f} |"
         )
     return (
         (HERE / "card.md")

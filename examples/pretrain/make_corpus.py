@@ -1,4 +1,4 @@
-"""Write the pre-training corpus of the bundled base model: English text composed by a grammar, from one seed.
+"""Writes the pre-training corpus of the bundled base model: English text composed by a grammar, from one seed.
 
     python examples/pretrain/make_corpus.py --output examples/pretrain/corpus --public-domain BOOK.txt ...
 

@@ -1,8 +1,8 @@
-r"""Train the bundled base model's tokenizer: byte-level BPE that llama.cpp can hold as ``gpt2``.
+r"""Trains the tokenizer of the bundled base model: byte-level BPE that llama.cpp reads as ``gpt2``.
 
-    python examples/pretrain/train_tokenizer.py --corpus examples/pretrain/corpus --output examples/pretrain/model
+    python examples/pretrain/train_tokenizer.py --corpus examples/pretrain/corpus --output examples/models/ember-6m
 
-GPT-2's pre-tokenizer, all 256 bytes, 4,096 tokens with the four special ones. Documents and turns both end
+It has GPT-2's pre-tokenizer, all 256 bytes, and 4,096 tokens including four special ones. Documents and turns both end
 with ``<|im_end|>``, the tokenizer's eos; a turn of a conversation is ``<|im_start|>role\n...<|im_end|>\n`` (ChatML).
 """
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def texts(corpus: Path, every: int) -> Iterator[str]:
-    """Every ``every``-th row of the generated shards, and of the books' passages."""
+    """Yields every ``every``-th row of the generated shards and of the passages of books."""
     for path in sorted(corpus.glob("*.jsonl")):
         if path.name.startswith("heldout"):
             continue
@@ -39,7 +39,7 @@ def texts(corpus: Path, every: int) -> Iterator[str]:
 
 
 def train(corpus: Path, every: int) -> PreTrainedTokenizerFast:
-    """The trained tokenizer with its chat template."""
+    """Returns the trained tokenizer with its chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,18 +63,17 @@ def train(corpus: Path, every: int) -> PreTrainedTokenizerFast:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Train the bundled base model's tokenizer.")
+    """Trains and saves the tokenizer."""
+    parser = argparse.ArgumentParser(description="Trains the tokenizer of the bundled base model.")
     parser.add_argument("--corpus", type=Path, default=Path(__file__).parent / "corpus")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "models" / "ember-6m")
     parser.add_argument("--every", type=int, default=12, help="train on every n-th row")
     options = parser.parse_args(arguments)
     tokenizer = train(options.corpus, options.every)
     tokenizer.save_pretrained(options.output)
     settings_file = options.output / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text()) | {
-        "tokenizer_class": "PreTrainedTokenizerFast"
-    }  # read by transformers 4 too
+    # transformers 4 knows no other name of this class
+    settings = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings.pop("backend", None)
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{len(tokenizer)} tokens in {options.output}")

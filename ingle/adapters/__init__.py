@@ -1,15 +1,15 @@
-"""What is trained on top of the base: LoRA, modules trained whole, and their files."""
+"""LoRA adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
 from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
-from ingle.adapters.attachment import attach
-from ingle.adapters.files import adapter_config, load_adapter, save_adapter
+from ingle.adapters.attachment import attach, initialise, insert
 from ingle.adapters.fusion import FusionReport, fuse
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
+from ingle.adapters.peft_files import adapter_config, load_adapter, save_adapter
+from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.targets import Selection, select
-from ingle.adapters.weights import Record, read_record
 
 __all__ = [
     "AttachReport",
@@ -25,6 +25,8 @@ __all__ = [
     "disabled",
     "fuse",
     "identify",
+    "initialise",
+    "insert",
     "load_adapter",
     "lora_modules",
     "merged_planes",

@@ -1,4 +1,4 @@
-"""A model with an adapter on it: what it is made of, how it is listed, and how it answers as its base."""
+"""A model with an adapter: its parts, the report about them, and the base it was."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ingle.errors import AdapterError
 from ingle.quant.linear import QuantModule
 from ingle.wording import some
 
-#: Buffers that keep what a module trained whole held before; they end in this and are never saved.
+#: Suffix of the buffers that keep the initial values of trained modules; they are never saved.
 BEFORE = "_before_training"
 
 
 @dataclass(frozen=True)
 class NotAdapted:
-    """A module that holds matrices, is frozen, and got no adapter.
+    """A frozen module that holds matrices and has no adapter.
 
     Attributes:
         name: Its path.
@@ -36,26 +36,26 @@ class NotAdapted:
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What ``attach`` did.
+    """What an adapter changed in a model.
 
     Attributes:
-        adapted: Paths of the linear maps with an adapter.
-        trained_whole: Paths of the modules trained whole.
+        adapted: Paths of the linear layers with an adapter.
+        modules_to_save: Paths of the modules that are trained and saved in full.
         not_adapted: Frozen modules with matrices but without an adapter: embeddings, the output head, routers,
-            fused experts, and linear maps that no pattern named.
+            fused experts, and linear layers that no pattern matched.
         notes: What else the user should know, in sentences.
-        trainable_parameters: Numbers that are trained.
+        trainable_parameters: Number of trained values.
     """
 
     adapted: tuple[str, ...]
-    trained_whole: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     not_adapted: tuple[NotAdapted, ...]
     notes: tuple[str, ...]
     trainable_parameters: int
 
 
 def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1) -> LoraLinear:
-    """Replaces the linear map called ``name`` by one with an adapter, not yet initialised."""
+    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialised."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
     lora = LoraLinear(base, rank, scale, dropout, group_size=group_size)
@@ -64,34 +64,43 @@ def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, 
     return lora
 
 
-def train_whole(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Makes modules trainable and keeps what they held, for :func:`disabled`.
+def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Makes all parameters of modules trainable; they may be on the meta device.
+
+    Raises:
+        AdapterError: One of them is quantized.
+    """
+    for path, module in _submodules(model, names):
+        if isinstance(module, QuantModule):
+            raise AdapterError(
+                f"{path} is stored as {module.format.name} and cannot be trained in full.",
+                where="adapter.trainable_modules",
+                fix="leave it out, or set base.format to none",
+            )
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+
+
+def keep_initial_values(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Keeps a copy of what modules hold before they are trained, for :func:`disabled`.
 
     Returns:
         Sentences about weights that other modules share.
-
-    Raises:
-        AdapterError: When one of them is packed.
     """
     kept: set[int] = set()
-    for name in names:
-        for path, module in model.get_submodule(name).named_modules(prefix=name):
-            if isinstance(module, QuantModule):
-                raise AdapterError(
-                    f"{path} is held in {module.format.name} and cannot be trained whole.",
-                    where="adapter.trainable_modules",
-                    fix="leave it out, or set base.format to none",
-                )
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                parameter.requires_grad_(True)
-                if id(parameter) not in kept:
-                    kept.add(id(parameter))
-                    module.register_buffer(key + BEFORE, parameter.detach().clone(), persistent=False)
-    return _explain_ties(model, names)
+    for _, module in _submodules(model, names):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in kept:
+                kept.add(id(parameter))
+                module.register_buffer(key + BEFORE, parameter.detach().clone(), persistent=False)
+    return tuple(
+        f"{path} shares its weight with {', '.join(names)}, so it is trained and saved with it."
+        for path in tied_modules(model, names)
+    )
 
 
 def tied_modules(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Modules outside ``names`` that share a parameter with one of them."""
+    """Returns the modules outside ``names`` that share a parameter with one of them."""
     inside = {id(p) for name in names for p in model.get_submodule(name).parameters()}
     return tuple(
         path
@@ -101,15 +110,8 @@ def tied_modules(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def _explain_ties(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(
-        f"{path} shares its weight with {', '.join(names)}, so it is trained and saved with it"
-        for path in tied_modules(model, names)
-    )
-
-
 def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> AttachReport:
-    """Lists what is adapted and what holds matrices and is not."""
+    """Lists what has an adapter, and what holds matrices and has none."""
     bases = {name + ".base" for name in selection.adapted}
     not_adapted = []
     for name, module in model.named_modules():
@@ -118,49 +120,53 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
         if isinstance(module, QuantModule):
             count = module.num_weights
         else:
-            own = module.named_parameters(recurse=False)
-            count = sum(p.numel() for _, p in own if p.dim() >= 2 and not p.requires_grad)
+            own = module.parameters(recurse=False)
+            count = sum(p.numel() for p in own if p.dim() >= 2 and not p.requires_grad)
         if count:
             not_adapted.append(NotAdapted(name, type(module).__name__, count))
-    experts = [each for each in not_adapted if "expert" in each.name.lower() and not _is_plain(model, each.name)]
+    plain = (nn.Linear, nn.Embedding)
+    experts = [
+        each
+        for each in not_adapted
+        if "expert" in each.name.lower() and not isinstance(model.get_submodule(each.name), plain)
+    ]
     if experts:
         notes += (
             f"{len(experts)} fused expert weights ({sum(e.parameters for e in experts):,} parameters) "
-            "stay frozen without an adapter",
+            "stay frozen without an adapter.",
         )
     if selection.left_out:
         notes += (
-            f"{len(selection.left_out)} linear maps got no adapter ({some(selection.left_out)}): PEFT would take them "
-            "for those of the fused experts and answer otherwise; name them in adapter.target_modules to adapt them",
+            f"{len(selection.left_out)} linear layers have no adapter ({some(selection.left_out)}): PEFT would confuse "
+            "them with the fused experts and compute something else. To adapt them, name them in "
+            "adapter.target_modules.",
         )
-    mixed_up = named_like_experts(model, selection.adapted)
-    if mixed_up:
-        alike = sorted({name.rpartition(".")[2] for name in mixed_up})
+    confused = named_like_experts(model, selection.adapted)
+    if confused:
+        alike = sorted({name.rpartition(".")[2] for name in confused})
         notes += (
-            f"PEFT takes {', '.join(alike)} for those of the fused experts and answers otherwise; "
-            "leave them out of adapter.target_modules if it is to read the adapter",
+            f"PEFT confuses {', '.join(alike)} with the fused experts and computes something else. If PEFT is to read "
+            "the adapter, leave them out of adapter.target_modules.",
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AttachReport(selection.adapted, selection.whole, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable)
-
-
-def _is_plain(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name), nn.Linear | nn.Embedding)
+    return AttachReport(
+        selection.adapted, selection.modules_to_save, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable
+    )
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
-    """Path and module of every adapter."""
+    """Returns every adapted layer by its path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of all that is trained; a shared parameter once."""
+    """Returns name and parameter of all that is trained; a shared parameter once."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside it the model answers as its base: adapters are off, modules trained whole hold what they held before."""
+    """Makes the model compute what its base does: adapters are off, trained modules hold their initial values."""
     adapters = list(lora_modules(model).values())
     states = [module.enabled for module in adapters]
     swaps = list(_swaps(model))
@@ -175,6 +181,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
             _swap(parameter, before)
         for module, state in zip(adapters, states, strict=True):
             module.enabled = state
+
+
+def _submodules(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    for name in names:
+        yield from model.get_submodule(name).named_modules(prefix=name)
 
 
 def _swaps(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -1,7 +1,7 @@
-"""Puts an adapter on a model and says exactly what that did.
+"""Attaches an adapter to a model and reports exactly what that changed.
 
-What is frozen, adapted, trained whole and left alone is decided here, once, and reported: a linear map that
-silently stays as it was is the commonest way a fine-tuning learns nothing.
+A linear layer that silently stays as it was is the most common reason why a fine-tuning learns nothing.  So this module
+alone decides what is frozen, adapted, trained in full or left out, and lists all of it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ingle.adapters.adapted import AttachReport, adapt, report, train_whole
-from ingle.adapters.files import load_adapter
-from ingle.adapters.targets import select
+from ingle.adapters.adapted import (
+    AttachReport,
+    adapt,
+    keep_initial_values,
+    lora_modules,
+    report,
+    unfreeze,
+)
+from ingle.adapters.peft_files import load_adapter
+from ingle.adapters.targets import Selection, select
 from ingle.config.adapter import AdapterConfig, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
 from ingle.errors import AdapterError
@@ -20,33 +27,69 @@ from ingle.quant.linear import QuantLinear, QuantModule
 
 
 def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachReport:
-    """Freezes the base and adds what is trained; with adapter ``none``, everything is trained.
+    """Inserts and initialises an adapter; see :func:`insert` and :func:`initialise`.
 
     Args:
-        model: The model, with its weights in place.
-        adapter: What to train; where it has a ``path``, the adapter starts from that folder.
-        seed: Of the initialisation of A.
+        model: The model, with its weights loaded.
+        adapter: What to train.
+        seed: Seed of the initialisation of A.
+    """
+    return initialise(model, adapter, insert(model, adapter), seed=seed)
+
+
+def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
+    """Freezes the base and adds the modules that are trained; with adapter ``none``, everything is trained.
+
+    Args:
+        model: The model; it may be on the meta device, before its weights are loaded.
+        adapter: What to train.
 
     Raises:
-        AdapterError: When a pattern matches nothing, a packed weight would have to be trained, a format cannot take
-            a QA-LoRA change, or the adapter to start from does not fit.
+        AdapterError: A pattern matches nothing, a quantized weight would have to be trained, or a format cannot take
+            a QA-LoRA change.
     """
-    if isinstance(adapter, NoAdapter):
-        return _train_everything(model)
     selection = select(model, adapter)
+    if isinstance(adapter, NoAdapter):
+        _require_plain_weights(model)
+        model.requires_grad_(True)
+        return selection
     model.requires_grad_(False)
     sizes = _group_sizes(model, selection.adapted) if isinstance(adapter, QaLoraAdapter) else {}
     for name in selection.adapted:
-        lora = adapt(model, name, adapter.rank, adapter.scale, adapter.dropout, group_size=sizes.get(name, 1))
+        adapt(model, name, adapter.rank, adapter.scale, adapter.dropout, group_size=sizes.get(name, 1))
+    unfreeze(model, selection.modules_to_save)
+    return selection
+
+
+def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *, seed: int) -> AttachReport:
+    """Gives an inserted adapter its initial values, on the device of the base.
+
+    Args:
+        model: The model, with its weights loaded.
+        adapter: What to train; if it has a ``path``, the adapter starts from that folder.
+        selection: What :func:`insert` returned.
+        seed: Seed of the initialisation of A.
+
+    Raises:
+        AdapterError: The adapter to start from does not fit.
+    """
+    if isinstance(adapter, NoAdapter):
+        return AttachReport((), ("",), (), (), sum(p.numel() for p in model.parameters()))
+    loras = lora_modules(model)
+    for name in selection.adapted:
+        lora = loras[name]
+        device = next(lora.base.parameters()).device
+        for parameter in (lora.lora_a, lora.lora_b):
+            parameter.data = parameter.data.to(device)
         lora.initialise(seed, name)
-    notes = train_whole(model, selection.whole)
+    notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
         notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes
     return report(model, selection, notes)
 
 
 def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
-    """The groups of each layer's format, whose changes it can take exactly."""
+    """Returns the groups of each layer's format, which take a constant change exactly."""
     sizes: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name in names:
@@ -58,25 +101,22 @@ def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
         else:
             refused[name] = "none" if format is None else format.name
     if refused:
-        shown = [f"{name} is held in {format}" for name, format in list(refused.items())[:3]]
+        shown = [f"{name} is stored as {format}" for name, format in list(refused.items())[:3]]
         more = f"\nand {len(refused) - 3} more" if len(refused) > 3 else ""
         raise AdapterError(
             f"QA-LoRA cannot be folded into {', '.join(sorted(set(refused.values())))}: no free offset for each group.",
             where="adapter.kind = qa_lora",
             why="\n".join(shown) + more,
-            fix=f"hold them in {' or '.join(folding_formats())}, name other target_modules, or --adapter.kind=lora",
+            fix=f"use {' or '.join(folding_formats())}, name other target_modules, or --adapter.kind=lora",
         )
     return sizes
 
 
-def _train_everything(model: nn.Module) -> AttachReport:
+def _require_plain_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantModule):
             raise AdapterError(
-                f"{name} is held in {module.format.name} and cannot be trained.",
+                f"{name} is stored as {module.format.name} and cannot be trained.",
                 where="adapter.kind = none",
                 fix="train an adapter (--adapter.kind=lora), or set base.format to none and start from plain weights",
             )
-    model.requires_grad_(True)
-    trainable = sum(p.numel() for p in model.parameters())
-    return AttachReport((), ("",), (), (), trainable)

@@ -1,9 +1,8 @@
-"""Swaps the decoder layers of architectures we know for fused ones, on this model only.
+"""Replaces the decoder layers of known architectures by fused ones, in one model only.
 
-The swap is a module over the very same parts under the very same names: no class is touched, no path changes, no
-weight is copied. Before it stays, a fused layer answers beside the layer it stands for, with gradients; one that does
-not agree is not used. Whatever a fused layer is not made for (a key-value cache, another device) goes to the
-layer it stands for.
+A fused layer holds the same submodules under the same names: no class is patched, no path changes and no weight is
+copied.  Its answers and gradients are first compared with those of the original layer, and a layer that differs is not
+used.  Calls that the fused functions do not support (a key-value cache, another device) go to the original layer.
 """
 
 from __future__ import annotations
@@ -19,30 +18,30 @@ from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
 from ingle.kernels.attention.cpu import Scores
-from ingle.kernels.attention.tiles import Heads, Reach
+from ingle.kernels.attention.spans import AttentionSpans, Heads
 from ingle.kernels.layers.decoder_layer import Attention, Mlp, Norm, attention_half, mlp_half
 from ingle.kernels.layers.importance import SquaredInputs
 from ingle.kernels.layers.lora import Projection
-from ingle.kernels.numba.bfloat16 import supported
+from ingle.kernels.numba.scalars import supported
 from ingle.quant.linear import QuantLinear
 
-#: Layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions, by exact class.
+#: Classes of layers that compute ``h + attention(norm h)`` and then ``h + swiglu(norm h)`` with rotary positions.
 _KNOWN = {
     f"transformers.models.{family}.modeling_{family}.{name}DecoderLayer"
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-#: Largest difference from the layer itself, as a share of the norm of what is compared.
+#: Largest norm of the difference from the original layer, relative to the norm of its result.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse` did.
+    """Result of :func:`fuse`.
 
     Attributes:
-        fused: Layers swapped.
-        reasons: Why others were not, and how many each reason concerns.
+        fused: Number of fused layers.
+        reasons: Number of other layers by the reason why they were not fused.
     """
 
     fused: int
@@ -50,12 +49,12 @@ class FusionReport:
 
 
 def fuse(model: nn.Module) -> FusionReport:
-    """Swaps every decoder layer that is known, frozen but for its adapters, and gives the same answers fused.
+    """Fuses every decoder layer of a known class whose base is frozen and whose results stay the same.
 
-    Call it last: after adapters are attached and recompute is switched on.
+    Call it last, after adapters are attached and recompute is enabled.
 
     Args:
-        model: The model, its weights in place.
+        model: Model with its weights loaded.
     """
     fused, reasons = 0, Counter[str]()
     verdicts: dict[tuple[Any, ...], str | None] = {}
@@ -79,17 +78,17 @@ def fuse(model: nn.Module) -> FusionReport:
 
 
 class FusedLayer(nn.Module):
-    """Stands for a decoder layer: its parts, its call, its answer, in two fused functions.
+    """A decoder layer that runs as two fused functions.
 
     Args:
-        original: The layer; it keeps answering what the fused functions do not.
+        original: The layer to replace; it still handles calls that the fused functions do not support.
     """
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
-        # Kept for its forward; hidden from the module tree, which has its parts already.
+        # Kept for its forward; not registered, since its submodules are registered here already.
         self.__dict__["original"] = original
         self.train(original.training)
         attention: Any = original.self_attn
@@ -105,7 +104,7 @@ class FusedLayer(nn.Module):
         self._window: int | None = window
 
     def signature(self) -> tuple[Any, ...]:
-        """What decides whether two layers compute alike."""
+        """Returns a key that is equal for layers that compute in the same way."""
         modules = [
             (type(m).__name__, type(getattr(m, "base", None)).__name__, tuple(tuple(p.shape) for p in m.parameters()))
             for m in self.children()
@@ -122,7 +121,7 @@ class FusedLayer(nn.Module):
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The layer's answer, [1, N, H]."""
+        """Returns the hidden states after the layer, ``[1, N, H]``."""
         fits = (
             cu_seq_lens_q is not None
             and position_embeddings is not None
@@ -132,7 +131,7 @@ class FusedLayer(nn.Module):
             and supported(hidden_states, self.get_parameter("input_layernorm.weight"), *position_embeddings)
         )
         original = self.__dict__["original"]
-        original.training = self.training  # it is hidden from whoever sets the mode
+        original.training = self.training  # train() and eval() do not reach it
         if not fits:
             answer: Tensor = original(
                 hidden_states,
@@ -144,15 +143,15 @@ class FusedLayer(nn.Module):
             )
             return answer
         assert position_embeddings is not None and cu_seq_lens_q is not None
-        reach = Reach.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
+        spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         rotary = (position_embeddings[0][0], position_embeddings[1][0])
         if self.training and getattr(original, "gradient_checkpointing", False):
             again: Callable[..., Any] = checkpoint
-            recomputed: Tensor = again(self._run, hidden_states, rotary, reach, use_reentrant=False)
+            recomputed: Tensor = again(self._run, hidden_states, rotary, spans, use_reentrant=False)
             return recomputed
-        return self._run(hidden_states, rotary, reach)
+        return self._run(hidden_states, rotary, spans)
 
-    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], reach: Reach) -> Tensor:
+    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], spans: AttentionSpans) -> Tensor:
         attention: Any = self.self_attn
         mlp: Any = self.mlp
         first = Attention(
@@ -171,7 +170,7 @@ class FusedLayer(nn.Module):
             up=_projection(mlp.up_proj),
             down=_projection(mlp.down_proj),
         )
-        return mlp_half(attention_half(hidden_states, first, rotary, reach), second)
+        return mlp_half(attention_half(hidden_states, first, rotary, spans), second)
 
 
 def _norm(module: Any) -> Norm:
@@ -197,21 +196,21 @@ def _name(module: nn.Module) -> str:
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:
-    """Whether a layer is what transformers repeats: it can be recomputed, whatever its class is called."""
+    """Returns whether a layer is one of the repeated layers of a transformers model, which can be recomputed."""
     return hasattr(layer, "gradient_checkpointing") or type(layer).__name__.endswith("DecoderLayer")
 
 
 def _obstacle(layer: Any) -> str | None:
-    """Why a layer cannot be fused, or None."""
+    """Returns why a layer cannot be fused, or None."""
     if _name(layer) not in _KNOWN:
         return f"{type(layer).__name__} is not among the fused architectures"
     if "SiLU" not in type(layer.mlp.act_fn).__name__:
         return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
-        return "a hook watches one of its modules"
+        return "a hook is registered on one of its modules"
     frozen = [p for name, p in layer.named_parameters() if not name.endswith((".lora_a", ".lora_b"))]
     if any(p.requires_grad for p in frozen):
-        return "more than its adapters is trained"
+        return "weights other than its adapters are trained"
     dtypes = {p.dtype for p in frozen if p.is_floating_point()}
     if len(dtypes) != 1 or dtypes - {torch.float32, torch.bfloat16}:
         return f"its weights are {', '.join(sorted(str(dtype) for dtype in dtypes))}"
@@ -227,7 +226,7 @@ def _obstacle(layer: Any) -> str | None:
 
 
 def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
-    """Runs both on two short random documents and compares answers and gradients; None when they agree."""
+    """Compares answers and gradients on two short random documents; returns None if they agree."""
     dtype = layer.get_parameter("input_layernorm.weight").dtype
     generator = torch.Generator().manual_seed(0)
     width = layer.get_parameter("input_layernorm.weight").shape[0]
@@ -247,7 +246,7 @@ def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
     try:
         ours, theirs = (_answer_and_gradients(module, h, grad, call) for module in (fused, layer))
     except (RuntimeError, TypeError, AttributeError) as failure:
-        return f"the comparison with the layer it stands for failed: {type(failure).__name__}: {failure}"
+        return f"the comparison with the original layer failed: {type(failure).__name__}: {failure}"
     finally:
         layer.train(was_training)
         fused.train(was_training)
@@ -255,7 +254,7 @@ def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
         size_of = expected.float().norm().item()
         error = (ours[name].float() - expected.float()).norm().item()
         if not error <= _TOLERANCE[dtype] * max(size_of, 1e-6):
-            return f"its {name} differs from that of the layer it stands for by {error / max(size_of, 1e-6):.1e}"
+            return f"its {name} differs from that of the original layer by {error / max(size_of, 1e-6):.1e}"
     return None
 
 

@@ -1,16 +1,18 @@
-"""What an adapter was trained on: a SHA-256 over the base's bytes, and samples that tell how far another base is.
+"""Identifies the base that an adapter was trained on.
 
-An adapter belongs to the very numbers it was trained on.  A packed weight counts with its bytes; a floating one with
-its values rounded to bfloat16, so that one checkpoint held in bfloat16 here and in float32 there is the same base.
+The identity holds a SHA-256 over the base's tensors, and samples of its weights that show how far another base is from
+it.  A quantized weight counts with its bytes.  A floating-point weight counts with its values rounded to bfloat16, so
+that one checkpoint loaded in bfloat16 and in float32 is the same base.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,8 +23,11 @@ from ingle.adapters.adapted import BEFORE, lora_modules
 from ingle.adapters.lora import LoraLinear
 from ingle.quant.linear import QuantLinear, QuantModule
 
-#: Weights of each adapted layer that are kept to compare another base with.
+#: Weights of each adapted layer that are stored for comparison with another base.
 NUM_SAMPLES = 64
+
+#: Elements that :func:`tensor_digest` converts and hashes at once.
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class BaseIdentity:
     """The base of an adapter.
 
     Attributes:
-        sha256: Over the names, shapes and contents of all its tensors.
-        formats: How many packed modules it holds in each format.
+        sha256: Digest over the names, shapes and contents of all tensors.
+        formats: Number of quantized modules by format.
         tensors: The first 12 hexadecimal digits of each tensor's own SHA-256.
-        samples: Some decoded weights of each adapted layer, always at the same places.
+        samples: Some decoded weights of each adapted layer, always at the same positions.
     """
 
     sha256: str
@@ -42,64 +47,117 @@ class BaseIdentity:
     samples: dict[str, list[float]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Returns plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BaseIdentity:
-        """What :meth:`to_dict` gave.
+        """Reads the result of :meth:`to_dict`.
 
         Raises:
-            KeyError: When a field is missing.
-            ValueError: When a field is of another type.
+            KeyError: A field is missing.
+            ValueError: A field has another type.
         """
         known = {key: values[key] for key in ("sha256", "formats", "tensors", "samples")}
         return TypeAdapter(cls).validate_python(known)
 
     def explain_difference(self, other: BaseIdentity) -> str:
-        """How far ``other`` is from this base, in one sentence with figures."""
-        held, theirs = (", ".join(f"{n} x {f}" for f, n in i.formats.items()) or "none" for i in (self, other))
-        if held != theirs:
-            words = f"packed modules: {held} there, {theirs} here"
+        """Describes in one sentence fragment how ``other`` differs from this base."""
+        expected, found = (", ".join(f"{n} x {f}" for f, n in i.formats.items()) or "none" for i in (self, other))
+        if expected != found:
+            text = f"quantized modules: expected {expected}, found {found}"
         else:
             names = self.tensors.keys() | other.tensors.keys()
             differing = sum(self.tensors.get(name) != other.tensors.get(name) for name in names)
-            words = f"{differing} of {len(names)} tensors differ"
+            text = f"{differing} of {len(names)} tensors differ"
         error = self.relative_error(other)
         if error is not None:
             count = sum(len(values) for values in self.samples.values())
-            words += f"; the adapted layers' weights differ by {error:.2%} of their rms (from {count:,} samples)"
-        return words
+            text += f"; the weights of the adapted layers differ by {error:.2%} of their RMS ({count:,} samples)"
+        return text
 
     def relative_error(self, other: BaseIdentity) -> float | None:
-        """``|W' - W| / |W|`` over the sampled weights of the adapted layers; None where they cannot be compared."""
-        counts, others_counts = ({name: len(v) for name, v in i.samples.items()} for i in (self, other))
-        if counts != others_counts:
+        """Returns ``|W' - W| / |W|`` over the sampled weights, or None if the two cannot be compared."""
+        counts, other_counts = ({name: len(v) for name, v in i.samples.items()} for i in (self, other))
+        if counts != other_counts:
             return None
         own, others = (torch.tensor([i.samples[name] for name in self.samples]) for i in (self, other))
         return float((others - own).norm() / own.norm()) if own.any() else None
 
 
-def identify(model: nn.Module) -> BaseIdentity:
-    """What the base of a model is, its adapters left out and what is trained whole taken as it was before training.
+class TensorHasher:
+    """Computes the digest of one base tensor from chunks of its rows.
+
+    A caller that streams a tensor from disk, or gathers it slice by slice from other ranks, needs no more memory than
+    one chunk.
 
     Args:
-        model: A model with its weights in place and its adapters attached.
+        shape: Shape of the complete tensor.
+        dtype: Data type in which the tensor is stored.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._dtype = torch.bfloat16 if dtype.is_floating_point else dtype
+        self._missing = prod(shape)
+        self._hash = hashlib.sha256(f"{list(shape)} {self._dtype}\n".encode())
+
+    def update(self, rows: Tensor) -> None:
+        """Adds the next rows; all rows must be added in order."""
+        chunk = rows.detach().cpu().to(self._dtype).contiguous()
+        self._missing -= chunk.numel()
+        self._hash.update(chunk.flatten().view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """Returns the SHA-256 of the shape, the data type and all bytes."""
+        assert self._missing == 0, f"{self._missing} elements are missing"
+        return self._hash.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Returns the SHA-256 of a tensor; see :class:`TensorHasher`."""
+    hasher = TensorHasher(tensor.shape, tensor.dtype)
+    num_rows = max(1, _CHUNK_ELEMENTS // max(1, prod(tensor.shape[1:])))
+    for rows in tensor.split(num_rows) if tensor.dim() else (tensor,):
+        hasher.update(rows)
+    return hasher.hexdigest()
+
+
+def identify(model: nn.Module) -> BaseIdentity:
+    """Identifies the base of a model.
+
+    Adapters do not count.  A module in ``modules_to_save`` counts with its weights from before training.
+
+    Args:
+        model: A model with its weights loaded and its adapters attached.
     """
     tensors = dict(base_tensors(model))
-    with ThreadPoolExecutor() as pool:  # hashing leaves other threads free to run
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         digests = dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
     formats = Counter(module.format.name for module in model.modules() if isinstance(module, QuantModule))
+    return make_identity(digests, formats, {name: sample(layer) for name, layer in lora_modules(model).items()})
+
+
+def make_identity(
+    digests: Mapping[str, str], formats: Mapping[str, int], samples: Mapping[str, list[float]]
+) -> BaseIdentity:
+    """Builds an identity from the digests of all tensors, in any order.
+
+    Args:
+        digests: Result of :func:`tensor_digest` by tensor.
+        formats: Number of quantized modules by format.
+        samples: Result of :func:`sample` by adapted layer.
+    """
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return BaseIdentity(
-        sha256=combine(digests),
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
         formats=dict(sorted(formats.items())),
         tensors={name: digest[:12] for name, digest in sorted(digests.items())},
-        samples={name: sample(layer) for name, layer in sorted(lora_modules(model).items())},
+        samples=dict(sorted(samples.items())),
     )
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name in the bare model and tensor of every parameter of the base; a shared one once."""
+    """Yields every parameter of the base under its name in the bare model; a shared parameter once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         bare = ".".join(part for part in path.split(".") if part != "base")
@@ -111,27 +169,11 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{bare}.{key}".lstrip("."), (parameter if before is None else before).detach()
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's shape and of its bytes, or of its values in bfloat16."""
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point():
-        tensor = tensor.bfloat16()
-    digest = hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}\n".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def combine(digests: Mapping[str, str]) -> str:
-    """The SHA-256 of a base from those of its tensors, whatever order they come in."""
-    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def sample(layer: LoraLinear) -> list[float]:
-    """Some weights of a layer as its base holds them, at places that depend on its shape alone."""
+    """Returns some base weights of a layer, at positions that depend on its shape alone."""
     dtype = torch.float32 if isinstance(layer.base, QuantLinear) else layer.weight.dtype
     weight_OI = layer.dense_weight(dtype)
-    places = torch.randint(weight_OI.numel(), (NUM_SAMPLES,), generator=torch.Generator().manual_seed(0))
-    places = places.to(weight_OI.device)
-    rows, columns = places // layer.in_features, places % layer.in_features
+    positions = torch.randint(weight_OI.numel(), (NUM_SAMPLES,), generator=torch.Generator().manual_seed(0))
+    positions = positions.to(weight_OI.device)
+    rows, columns = positions // layer.in_features, positions % layer.in_features
     return [float(f"{value:.6g}") for value in weight_OI[rows, columns].tolist()]

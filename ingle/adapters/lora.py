@@ -1,4 +1,4 @@
-"""The LoRA module: a frozen linear map of any base format and its low-rank change."""
+"""LoRA for a frozen linear layer of any base format."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ingle.quant.linear import QuantLinear
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged weight, packed.
+    """A merged and quantized weight.
 
     Attributes:
-        format: What the planes mean.
-        planes: As the format lists them.
+        format: Format of the planes.
+        planes: Planes by name.
     """
 
     format: Format
     planes: Mapping[str, Tensor]
 
     def decode(self, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
-        """The weight [out_features, in_features] in the format's scratch; valid until the next is asked for."""
+        """Decodes ``[out_features, in_features]`` into the format's scratch buffer, which the next call overwrites."""
         out = self.format.scratch.take((out_features, in_features), dtype, next(iter(self.planes.values())).device)
         return self.format.decode(self.planes, out_features, in_features, dtype, out)
 
@@ -38,27 +38,27 @@ class Merged:
 class LoraLinear(nn.Module):
     """``y = x W^T + b + scale * dropout(pool(x)) A^T B^T`` with W and b frozen.
 
-    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighbours; in plain
-    LoRA a group is one input.  With larger ones (QA-LoRA) all inputs of a group share their column of A, so that the
-    change is constant in the group.
+    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighbouring inputs.
+    In plain LoRA a group is one input.  In QA-LoRA all inputs of a larger group share a column of A, so the change is
+    constant within the group.
 
     Args:
-        base: An ``nn.Linear``, transformers' ``Conv1D`` or a ``QuantLinear``; frozen by this.
-        rank: R.
+        base: An ``nn.Linear``, transformers' ``Conv1D`` or a ``QuantLinear``.  It is frozen.
+        rank: Rank R of the change.
         scale: Factor on the change.
-        dropout: Share of the adapter's inputs set to zero in training.
-        group_size: Neighbouring inputs that share a column of A; the last group of a row may be smaller.
+        dropout: Share of the adapter's inputs that are set to zero in training.
+        group_size: Number of neighbouring inputs that share a column of A; the last group of a row may be smaller.
 
     Attributes:
-        lora_a: [R, ceil(in_features / group_size)].
-        lora_b: [out_features, R].
+        lora_a: ``[R, ceil(in_features / group_size)]``.
+        lora_b: ``[out_features, R]``.
         enabled: Whether the change is applied.
-        merged: Planes of the merged weight and their format; while they are there, it is they that are multiplied
-            with, and gradients go straight through their rounding.
+        merged: The merged weight.  If it is set, the layer multiplies by it, and gradients pass straight through its
+            rounding.
 
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3; Xu et al. 2023, "QA-LoRA" (arXiv 2309.14717),
-    section 3.3, where pool is the mean. With the sum, A is the A of plain LoRA with equal columns, and so alpha and the
-    learning rate mean what they mean there.
+    section 3.3, where pool is the mean.  With the sum, A equals the A of plain LoRA with equal columns, so alpha and
+    the learning rate keep their meaning.
     """
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0, *, group_size: int = 1) -> None:
@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.merged: Merged | None = None
         device = next(base.parameters()).device
-        if device.type == "meta":  # an adapter is small: it has its bytes even where its base has none
+        if device.type == "meta":  # an adapter is small and always has its data
             device = torch.device("cpu")
         num_groups = -(-self.in_features // group_size)
         self.lora_a = nn.Parameter(torch.empty(rank, num_groups, dtype=torch.float32, device=device))
@@ -79,12 +79,12 @@ class LoraLinear(nn.Module):
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank of the change."""
         return self.lora_a.shape[0]
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, as architectures that look at their layers expect it."""
+        """The base's weight; some architectures read it from their layers."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
@@ -96,11 +96,11 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int, name: str) -> None:
-        """Sets A uniform in ``+-1/sqrt(in_features)`` and B zero, so that training starts from the base.
+        """Draws A uniformly from ``+-1/sqrt(in_features)`` and sets B to zero, so training starts from the base.
 
         Args:
-            seed: The run's.
-            name: The module's path: what is drawn depends on it and not on the order of modules.
+            seed: Seed of the run.
+            name: Path of the module.  The draw depends on it and not on the order of modules.
 
         Source: He et al. 2015 (arXiv 1502.01852) with a = sqrt(5), as in the authors' code for LoRA.
         """
@@ -111,15 +111,15 @@ class LoraLinear(nn.Module):
         self.lora_b.zero_()
 
     def delta(self) -> Tensor:
-        """``scale * B A``, float32, [out_features, groups]: what every weight of a group grows by."""
+        """Returns the change of every weight of a group, ``scale * B A``, float32 ``[out_features, groups]``."""
         return (self.lora_b.detach() @ self.lora_a.detach()).mul_(self.scale)
 
     def spread(self, values: Tensor) -> Tensor:
-        """``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
+        """Repeats ``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
         return spread(values, self.group_size, self.in_features)
 
     def projection(self) -> Projection:
-        """What the kernels need to know."""
+        """Returns the arguments of the LoRA kernels."""
         if not self.enabled:
             return Projection(self.dense_weight, self.bias, None, None)
         if self.merged is None:
@@ -135,18 +135,18 @@ class LoraLinear(nn.Module):
         )
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The base's weight as [out_features, in_features]; valid until the next layer's is asked for."""
+        """Returns the base's weight ``[out_features, in_features]``; the next layer's call may overwrite it."""
         if isinstance(self.base, QuantLinear):
             return self.base.decode(dtype, self.base.scratch(dtype))
         weight = self.weight.detach()
         return (weight.t() if is_conv1d(self.base) else weight).to(dtype)
 
     def product_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which the base multiplies ``x``."""
+        """Returns the dtype in which the base multiplies ``x``."""
         return x.dtype if isinstance(self.base, QuantLinear) else self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
+        """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         x = x.to(self.product_dtype(x))
         if not self.enabled:
             output: Tensor = self.base(x)
@@ -154,22 +154,22 @@ class LoraLinear(nn.Module):
         return lora_linears(x, [self.projection()])[0]
 
     def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+        """Returns the text that ``print(model)`` shows."""
         groups = f", group_size={self.group_size}" if self.group_size > 1 else ""
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}{groups}"
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether LoRA can sit on a module: ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
+    """Returns whether LoRA can adapt a module: an ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
 
-    A subclass with a ``forward`` of its own (Phi-3.5-MoE's router) computes something else, and is none.
+    A subclass that overrides ``forward`` (the router of Phi-3.5-MoE) computes something else and does not count.
     """
     linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return linear or isinstance(module, QuantLinear) or is_conv1d(module)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """``out_features, in_features`` of a linear-like module."""
+    """Returns ``out_features, in_features`` of a linear layer."""
     if is_conv1d(module):
         in_features, out_features = module.get_parameter("weight").shape
         return out_features, in_features

@@ -1,10 +1,10 @@
-"""What a layer becomes when its adapter is merged into it: the one place that says so, for training and for export.
+"""Merges an adapter into its layer; training and export use the same functions and get the same bytes.
 
-Merging computes ``W + scale * B A`` in float32 and packs the result.  Where nothing is to be lost, nothing is packed
-anew: a layer whose adapter changes nothing keeps its bytes, and a change that is constant inside each group (QA-LoRA)
-is folded into the field of the format that adds a float to the group.
+Merging computes ``W + scale * B A`` in float32 and quantizes the sum.  Nothing is quantized again where that can be
+avoided: a layer whose adapter changes nothing keeps its bytes, and a change that is constant within each group
+(QA-LoRA) is folded into the format's additive field.
 
-Legend: O = out_features, I = in_features, G = groups of a row.
+Legend: O = out_features, I = in_features.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ingle.quant.linear import QuantLinear
 
 @torch.no_grad()
 def merged_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
-    """``W + scale * B A``, ``[O, I]``: computed in float32 from the base as it is held, rounded once to ``dtype``."""
+    """Returns ``W + scale * B A``, ``[O, I]``, computed in float32 and rounded once to ``dtype``."""
     weight_OI = base_weight(layer)
-    if is_touched(layer):
+    if is_changed(layer):
         weight_OI += layer.spread(layer.delta())
     return weight_OI.to(dtype)
 
 
 def base_weight(layer: LoraLinear) -> Tensor:
-    """W as the base holds it, float32 ``[O, I]``; a new tensor."""
+    """Returns a new float32 copy of the base's weight, ``[O, I]``."""
     if isinstance(layer.base, QuantLinear):
         return layer.base.decode(torch.float32)
     return layer.dense_weight(torch.float32).clone(memory_format=torch.contiguous_format)
@@ -40,43 +40,48 @@ def base_weight(layer: LoraLinear) -> Tensor:
 def merged_planes(
     layer: LoraLinear, format: Format | None = None, importance: Tensor | None = None, *, name: str = "weight"
 ) -> dict[str, Tensor]:
-    """The planes of ``W + scale * B A``, the same bytes whenever and wherever they are asked for.
+    """Returns the planes of ``W + scale * B A``.
 
     Args:
-        layer: A linear map with its adapter.
-        format: What to pack in; None for the format of the base.
-        importance: ``[I]``, for formats that weigh their error by it.
-        name: Of the weight, for errors.
+        layer: A linear layer with its adapter.
+        format: Format of the result; None for the format of the base.
+        importance: ``[I]``, for formats that weight their error by it.
+        name: Name of the weight in errors.
 
     Returns:
-        The base's own planes where the adapter changes nothing and the format stays; new ones otherwise.
+        The base's own planes if the adapter changes nothing and the format stays, new planes otherwise.
 
     Raises:
-        AdapterError: No format is given and the base is not packed.
-        QuantizationError: The format cannot hold the merged weight.
+        AdapterError: No format is given and the base is not quantized.
+        QuantizationError: The format cannot represent the merged weight.
     """
     base = layer.base
     own = base.format if isinstance(base, QuantLinear) else None
     target = own if format is None else format
     if target is None:
-        raise AdapterError(
-            f"{name} is not packed, so there is no format to merge it into.",
-            where="adapter.merge_aware.format",
-            fix="name the format that will be served, q4_k for example",
-        )
+        raise no_merge_format(name)
     if isinstance(base, QuantLinear) and own == target:
-        if not is_touched(layer):
+        if not is_changed(layer):
             return base.planes()
         if can_fold(target, layer.group_size):
             return target.fold(base.planes(), layer.delta())
     return target.encode(merged_weight(layer, torch.float32), importance, name=name)
 
 
+def no_merge_format(name: str) -> AdapterError:
+    """Returns the error for a plain weight that is to be merged without a named format."""
+    return AdapterError(
+        f"{name} is not quantized, so there is no format to merge it into.",
+        where="adapter.merge_aware.format",
+        fix="name the format that will be served, for example q4_k",
+    )
+
+
 def can_fold(format: Format | None, group_size: int) -> TypeGuard[FoldingFormat]:
-    """Whether a change that is constant in groups of this size goes into the format exactly."""
+    """Returns whether a format can take a change that is constant in groups of this size exactly."""
     return isinstance(format, FoldingFormat) and format.additive_field == group_size
 
 
-def is_touched(layer: LoraLinear) -> bool:
-    """Whether the adapter changes the weight at all: one that was never trained has B = 0."""
+def is_changed(layer: LoraLinear) -> bool:
+    """Returns whether the adapter changes the weight; one that was never trained has B = 0."""
     return bool(layer.lora_b.any()) and bool(layer.lora_a.any())

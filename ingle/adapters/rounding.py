@@ -1,8 +1,7 @@
-"""Training through the rounding of a merge: layers multiply with what they will be merged into.
+"""Trains layers through the rounding of their merge: they multiply by the weight that they will be merged into.
 
-Packing costs far more than a decode, so it is done once an optimizer step and the packed result is kept; every
-micro-batch of the step decodes it.  Whether a step does so is a function of the step alone, and what is kept a
-function of A, B and the base: a run that goes on after a stop computes what it would have computed.
+Quantizing costs far more than decoding, so the merged weights are quantized once per optimizer step and decoded by
+every micro-batch.  They depend on the step number, A, B and the base alone, so a resumed run computes the same values.
 """
 
 from __future__ import annotations
@@ -16,30 +15,29 @@ from torch import nn
 
 from ingle.adapters.adapted import lora_modules
 from ingle.adapters.lora import LoraLinear, Merged, features
-from ingle.adapters.merging import can_fold, merged_planes, merged_weight
+from ingle.adapters.merging import can_fold, merged_planes, merged_weight, no_merge_format
 from ingle.config.adapter import AdapterConfig, LoraAdapter, QaLoraAdapter
 from ingle.config.base import FormatName, base_section
-from ingle.errors import AdapterError
 from ingle.quant import make_formats
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
 
 
 class Rounding:
-    """Keeps the merged weights of a run's layers up to date in those steps that train through their rounding.
+    """Updates the merged weights of a run in the steps that train through their rounding.
 
     Args:
-        model: A model with its adapter attached and its weights in place.
-        adapter: What it was attached with.
-        num_steps: Of the run.
+        model: A model with its adapter attached and its weights loaded.
+        adapter: The adapter section that was attached.
+        num_steps: Number of optimizer steps in the run.
 
     Attributes:
-        first_step: The first step (1-based) that trains through the rounding; None when none does.
-        seconds: Time spent on packing so far.
+        first_step: The first step (1-based) that trains through the rounding, or None.
+        seconds: Time spent on quantization so far.
 
     Raises:
-        AdapterError: A layer is not packed and no format is named.
-        QuantizationError: A layer does not fit the format.
+        AdapterError: A layer is not quantized and no format is named.
+        QuantizationError: The format cannot represent a layer.
     """
 
     def __init__(self, model: nn.Module, adapter: AdapterConfig, num_steps: int) -> None:
@@ -53,10 +51,10 @@ class Rounding:
         elif isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
             self.first_step = adapter.merge_aware.first_step(num_steps)
             self._formats = resolve_formats(model, adapter.merge_aware.format)
-            _rehearse(model, self._formats)
+            _check_formats(model, self._formats)
 
     def prepare(self, step: int) -> None:
-        """Readies the layers for a step; also to be called after the last one, with the next step's number."""
+        """Prepares the layers for a step; call it after the last step too, with the next step's number."""
         if self.first_step is None or step < self.first_step:
             return
         began = time.monotonic()
@@ -64,7 +62,7 @@ class Rounding:
         self.seconds += time.monotonic() - began
 
     def to_dict(self) -> dict[str, Any] | None:
-        """What was done, as plain data: ``formats``, ``first_step`` and ``packing_s``; None where nothing was."""
+        """Returns ``formats``, ``first_step`` and ``packing_s`` for the report; None if no step was rounded."""
         if self.first_step is None:
             return None
         formats = sorted({format.name for format in self._formats.values()})
@@ -72,43 +70,39 @@ class Rounding:
 
 
 def resolve_formats(model: nn.Module, name: FormatName | None) -> dict[str, Format]:
-    """The format that each adapted layer is merged into: the one named, or its own.
+    """Returns the format that each adapted layer is merged into: the named one, or that of its base.
 
     Raises:
-        AdapterError: A layer is not packed and no format is named.
+        AdapterError: A layer is not quantized and no format is named.
     """
     choose = None if name is None else make_formats(base_section(name), model)
     formats: dict[str, Format] = {}
     for path, layer in lora_modules(model).items():
         own = layer.base.format if isinstance(layer.base, QuantLinear) else None
         named = None if choose is None else choose(path, *features(layer.base))
-        # The base's own options (the block size of nf4) stay when it is named; then untouched bytes can be copied.
+        # If the base has the named format, its options (the block size of nf4) stay, so unchanged bytes can be copied.
         format = own if named is None or (own is not None and own.name == named.name) else named
         if format is None:
-            raise AdapterError(
-                f"{path} is not packed, so there is no format to merge it into.",
-                where="adapter.merge_aware.format",
-                fix="name the format that will be served, q4_k for example",
-            )
+            raise no_merge_format(path)
         formats[path] = format
     return formats
 
 
 def round_layers(model: nn.Module, formats: Mapping[str, Format]) -> None:
-    """Lets the adapted layers that ``formats`` names answer with their merged weights as they are now."""
+    """Sets the merged weights of the layers in ``formats`` from their current A and B."""
     for path, format in formats.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, LoraLinear)
         planes = merged_planes(layer, format, name=f"{path}.weight")
-        if layer.merged is None:  # a copy: the base's own planes may be among them
+        if layer.merged is None:  # copied because the base's own planes may be among them
             layer.merged = Merged(format, {key: plane.detach().clone() for key, plane in planes.items()})
         else:
             for key, plane in planes.items():
                 layer.merged.planes[key].copy_(plane)
 
 
-def _rehearse(model: nn.Module, formats: Mapping[str, Format]) -> None:
-    """Packs a row of each shape, so that what cannot be packed is known before the first step and not at the last."""
+def _check_formats(model: nn.Module, formats: Mapping[str, Format]) -> None:
+    """Quantizes one row of each width, so that an impossible format fails before the first step."""
     done: set[tuple[str, int]] = set()
     for path, layer in lora_modules(model).items():
         format, (_, in_features) = formats[path], features(layer.base)

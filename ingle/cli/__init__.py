@@ -1,4 +1,4 @@
 """The command line: one short function per command that calls the Python API and prints.
 
-Each command imports what it needs when it is called, so that ``ingle --help`` answers at once.
+Commands import what they need when they run, so that ``ingle --help`` starts fast.
 """

@@ -1,4 +1,4 @@
-"""The ``ingle`` command and its parts."""
+"""Defines the ``ingle`` command and its subcommands."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import typer
 
 from ingle import __version__
 from ingle.cli import (
-    answering,
     chat,
     configuration,
     doctor,
     evaluation,
     exporting,
     formats,
+    generation,
     inspection,
     quantizing,
     training,
 )
-from ingle.cli.numbers import checked
+from ingle.cli.arguments import with_checked_numbers
 
 app = typer.Typer(
     name="ingle",
@@ -28,12 +28,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config = typer.Typer(no_args_is_help=True, help="Look at configs.")
-data = typer.Typer(no_args_is_help=True, help="Look at data.")
+config = typer.Typer(no_args_is_help=True, help="Show configs.")
+data = typer.Typer(no_args_is_help=True, help="Inspect training data.")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"ingle {__version__}")
         raise typer.Exit
 
@@ -43,28 +43,28 @@ def ingle(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Accepted at any position.")] = False,
 ) -> None:
     """Fine-tune and evaluate large language models on the hardware you own."""
 
 
-_TAKES_OVERRIDES = {"ignore_unknown_options": True}
+_WITH_OVERRIDES = {"ignore_unknown_options": True}
 
-app.command("train", context_settings=_TAKES_OVERRIDES)(training.train)
-app.command("generate")(answering.generate)
+app.command("train", context_settings=_WITH_OVERRIDES)(training.train)
+app.command("generate")(generation.generate)
 app.command("chat")(chat.chat)
-app.command("evaluate", context_settings=_TAKES_OVERRIDES)(evaluation.evaluate)
+app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)
 app.command("export")(exporting.export)
 app.add_typer(data, name="data")
-data.command("inspect", context_settings=_TAKES_OVERRIDES)(inspection.inspect)
+data.command("inspect", context_settings=_WITH_OVERRIDES)(inspection.inspect)
 app.add_typer(config, name="config")
-config.command("show", context_settings=_TAKES_OVERRIDES)(configuration.show)
+config.command("show", context_settings=_WITH_OVERRIDES)(configuration.show)
 config.command("schema")(configuration.schema)
 app.command("doctor")(doctor.doctor)
 
 for group in (app, data, config):
     for entry in group.registered_commands:
         assert entry.callback is not None
-        entry.callback = checked(entry.callback)
+        entry.callback = with_checked_numbers(entry.callback)

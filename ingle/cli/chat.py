@@ -1,11 +1,10 @@
 """``ingle chat``: a conversation, line by line, from a terminal or a script.
 
-The history of lines is kept in memory only.  What people type to a model is private; ``/save`` writes it down.
+Conversations are private: the history of lines stays in memory, and only ``/save`` writes a file.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import sys
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ingle import stopping
-from ingle.cli.answering import (
+from ingle.cli.generation import (
     AllowMismatch,
     BaseOnly,
     MaxNewTokens,
@@ -30,9 +29,10 @@ from ingle.cli.answering import (
     TopP,
     check_sampling,
     check_template,
+    check_text,
 )
-from ingle.cli.prompts import check_text
 from ingle.errors import ConfigError, DataError, IngleError
+from ingle.wording import nearest
 
 if TYPE_CHECKING:
     from ingle.data.types import Message
@@ -42,15 +42,15 @@ _COMMANDS = {
     "/help": "Show this list.",
     "/system [TEXT]": "Show or set the system message; `/system -` removes it.",
     "/retry": "Answer the last message again.",
-    "/save FILE": "Write the conversation into a new file, as a row of training data.",
-    "/clear": "Forget the conversation; the system message stays.",
-    "/exit": "Leave, as Ctrl-D does.",
+    "/save FILE": "Write the conversation to a new file, as a row of training data.",
+    "/clear": "Start a new conversation; the system message stays.",
+    "/exit": "Leave, like Ctrl-D.",
 }
 _HELP = (
-    'A message of several lines begins with """ and ends with """.\n'
+    'A message of several lines starts and ends with """.\n'
     "Ctrl-C stops an answer or clears the line; the conversation stays."
 )
-#: What is sent to the model although it begins with a slash: a path, or anything after a space.
+#: Does not match paths and lines that start with a space, which are messages.
 _COMMAND = re.compile(r"/(?P<name>[a-z]+)(?:\s+(?P<rest>.*))?$", re.DOTALL)
 _QUOTES = '"""'
 
@@ -66,12 +66,12 @@ def chat(
     base_only: BaseOnly = False,
     allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """Talk with a model or with what a run has trained.
+    """Chat with a model or with the result of a run.
 
-    `/help` lists the commands of a conversation: `/system`, `/retry`, `/save`, `/clear`, `/exit`. Ctrl-C stops an
-    answer and keeps the conversation, Ctrl-D leaves. From a pipe or a file, each line is a message or a command.
+    `/help` lists the commands: `/system`, `/retry`, `/save`, `/clear`, `/exit`. Ctrl-C stops an answer and keeps the
+    conversation; Ctrl-D leaves. From a pipe or a file, each line is a message or a command.
     """
-    from ingle.config.named import check_name
+    from ingle.config.model_names import check_name
 
     check_sampling(temperature, top_p, stop)
     check_text(system or "", "--system")
@@ -96,22 +96,22 @@ def chat(
         _edit_lines()
         _print_banner(notes, model, engine, options, base_only)
     with stopping.handled_by_program() if interactive else nullcontext():
-        Talk(engine, system, seed, options, interactive=interactive, notes=notes).run()
+        Conversation(engine, system, seed, options, interactive=interactive, notes=notes).run()
 
 
-class Talk:
-    """A conversation and the commands that act on it.
+class Conversation:
+    """A conversation and its commands.
 
-    A mistake in it ends a script; at a terminal the message is shown, and the conversation goes on as it was.
+    An error ends a script. On a terminal it is printed, and the conversation continues unchanged.
 
     Args:
-        engine: Answers.
-        system: The system message at the beginning.
-        seed: Of the sampling; every answer has a seed of its own, so the same words need not get the same answer.
-        options: Of :meth:`ingle.inference.Engine.stream`.
-        interactive: Whether a person types at a terminal.
-        notes: Where everything but the answers is printed.
-        read: Gives a line for a prompt; raises ``EOFError`` at the end, and ``KeyboardInterrupt`` at Ctrl-C.
+        engine: Generates the answers.
+        system: The initial system message.
+        seed: Seed of the sampling; each answer adds one to it, so that a repeated question can get a new answer.
+        options: Options of :meth:`ingle.inference.Engine.stream`.
+        interactive: Whether the input is a terminal.
+        notes: Console for everything except the answers.
+        read: Reads a line; raises ``EOFError`` at the end of the input and ``KeyboardInterrupt`` at Ctrl-C.
     """
 
     def __init__(
@@ -133,22 +133,22 @@ class Talk:
         self._notes = notes
         self._read = read
         self._messages: tuple[Message, ...] = ()
-        self._asked: tuple[Message, ...] = ()
+        self._last_prompt: tuple[Message, ...] = ()
         self._num_answers = 0
         self._saved: set[Path] = set()
 
     def run(self) -> None:
-        """Takes lines until ``/exit`` or their end."""
-        going = True
-        while going:
+        """Reads and handles lines until ``/exit`` or the end of the input."""
+        running = True
+        while running:
             try:
-                going = self._take_line()
+                running = self._handle_line()
             except EOFError:
                 if self._interactive:
                     print()
                 return
             except KeyboardInterrupt:
-                if not self._interactive or stopping.requested() is not None:  # SIGTERM ends the program
+                if not self._interactive or stopping.requested() is not None:  # SIGTERM ends the process
                     raise
                 self._note("\nCtrl-D or /exit leaves.")
             except IngleError as error:
@@ -156,15 +156,15 @@ class Talk:
                     raise
                 self._note(str(error), style="yellow")
 
-    def _take_line(self) -> bool:
-        """Reads a line and does what it says; false when it says to leave."""
+    def _handle_line(self) -> bool:
+        """Reads and handles a line; returns False if it is ``/exit``."""
         line = self._read_line("> ")
         if line.lstrip().startswith(_QUOTES):
-            self._say(self._read_block(line.lstrip().removeprefix(_QUOTES)))
+            self._send(self._read_block(line.lstrip().removeprefix(_QUOTES)))
         elif command := _COMMAND.match(line):
-            return self._obey(command["name"], (command["rest"] or "").strip())
+            return self._run_command(command["name"], (command["rest"] or "").strip())
         else:
-            self._say(line.strip())
+            self._send(line.strip())
         return True
 
     def _read_block(self, text: str) -> str:
@@ -172,7 +172,7 @@ class Talk:
             try:
                 text += "\n" + self._read_line("... ")
             except EOFError:
-                raise ConfigError(f"A message that begins with {_QUOTES} does not end with it.") from None
+                raise ConfigError(f"A message that starts with {_QUOTES} must end with {_QUOTES}.") from None
         return text.rstrip().removesuffix(_QUOTES).strip()
 
     def _read_line(self, prompt: str) -> str:
@@ -181,7 +181,7 @@ class Talk:
         except UnicodeDecodeError as error:
             raise DataError("The text is not UTF-8.", where="standard input", why=str(error)) from None
 
-    def _obey(self, name: str, rest: str) -> bool:
+    def _run_command(self, name: str, rest: str) -> bool:
         match name:
             case "help":
                 width = max(map(len, _COMMANDS))
@@ -190,24 +190,23 @@ class Talk:
             case "system":
                 self._set_system(rest)
             case "retry":
-                if not self._asked:
+                if not self._last_prompt:
                     raise ConfigError("There is no message to answer again.")
-                self._answer(self._asked)
+                self._answer(self._last_prompt)
             case "save":
                 self._save(rest)
             case "clear" | "reset":
-                self._messages = self._asked = ()
+                self._messages = self._last_prompt = ()
                 if self._interactive:
-                    self._note("The conversation starts anew.")
+                    self._note("Started a new conversation.")
             case "exit" | "quit":
                 return False
             case _:
-                names = [command.split()[0] for command in _COMMANDS]
-                close = difflib.get_close_matches(f"/{name}", names, n=1)
+                close = nearest(f"/{name}", [command.split()[0] for command in _COMMANDS])
                 raise ConfigError(
                     f"There is no command /{name}.",
-                    fix=(f"did you mean {close[0]}? " if close else "/help lists the commands. ")
-                    + "A message may begin with a slash when a space is before it",
+                    fix=(f"did you mean {close}? " if close else "see /help. ")
+                    + "To send this as a message, put a space in front of the slash",
                 )
         return True
 
@@ -218,25 +217,25 @@ class Talk:
         if self._interactive:
             self._note(f"System message: {self._system}" if self._system else "There is no system message.")
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         from ingle.data.types import Message
 
         check_text(text, "standard input")
         if text:
             self._answer((*self._messages, Message("user", text)))
 
-    def _answer(self, asked: tuple[Message, ...]) -> None:
-        """Prints an answer as it comes; the conversation changes when there is one."""
+    def _answer(self, prompt: tuple[Message, ...]) -> None:
+        """Prints an answer while it is generated, and adds it to the conversation."""
         from ingle.data.types import Message
 
-        self._asked = asked
+        self._last_prompt = prompt
         self._num_answers += 1
         seed = self._seed + self._num_answers
         pieces: list[str] = []
         answer = None
         stopped = False
         try:
-            stream = self._engine.stream(asked, system=self._system, seed=seed, **self._options)
+            stream = self._engine.stream(prompt, system=self._system, seed=seed, **self._options)
             while True:
                 try:
                     piece = next(stream)
@@ -251,19 +250,19 @@ class Talk:
             stopped = True
         text = "".join(pieces)
         if text or not stopped:
-            self._messages = (*asked, Message("assistant", text))
+            self._messages = (*prompt, Message("assistant", text))
             print()
         if self._interactive:
             self._note(self._ending(text, answer, stopped))
 
     def _ending(self, text: str, answer: Any, stopped: bool) -> str:
-        """What a reader cannot see of how an answer ended, and an empty line before the next message."""
+        """Returns a note on how the answer ended, and an empty line."""
         if stopped:
-            return "[stopped]\n" if text else "\n[stopped before the first word; /retry asks again]\n"
+            return "[stopped]\n" if text else "\n[stopped before the first word; /retry tries again]\n"
         if answer is not None and answer.finish_reason == "length":
             if len(answer.token_ids) < self._options["max_new_tokens"]:
-                return "[cut off: the model's context is full; /clear starts anew]\n"
-            return f"[cut off after {len(answer.token_ids)} tokens; --max-new-tokens sets the limit]\n"
+                return "[truncated: the context of the model is full; use /clear]\n"
+            return f"[truncated after {len(answer.token_ids)} tokens; --max-new-tokens sets the limit]\n"
         return "" if text.strip() else "[empty answer]\n"
 
     def _save(self, name: str) -> None:
@@ -272,11 +271,11 @@ class Talk:
         path = Path(name).expanduser()
         if not name or not self._messages:
             raise ConfigError(
-                "There is nothing to save yet." if name else "/save needs the name of a file.",
+                "There is nothing to save yet." if name else "/save needs a file name.",
                 fix=None if name else "/save chat.jsonl",
             )
         if path.exists() and path not in self._saved:
-            raise ConfigError(f"{path} exists.", fix="/save takes the name of a new file")
+            raise ConfigError(f"{path} already exists.", fix="give /save the name of a new file")
         system = [{"role": "system", "content": self._system}] if self._system else []
         messages = system + [{"role": message.role, "content": message.content} for message in self._messages]
         try:
@@ -284,17 +283,17 @@ class Talk:
         except OSError as error:
             raise ConfigError(f"{path} cannot be written.", why=error.strerror) from error
         self._saved.add(path)
-        self._note(f"Saved {len(messages)} messages in {path}.")
+        self._note(f"Saved {len(messages)} messages to {path}.")
 
     def _note(self, text: str, style: str = "dim") -> None:
         self._notes.print(Text(text, style=style))
 
 
 def _edit_lines() -> None:
-    """Gives ``input`` editing and a history; a pasted text of several lines is one message."""
+    """Adds editing and history to ``input``; a pasted text of several lines becomes one message."""
     try:
         import readline
-    except ImportError:  # some builds of Python have none
+    except ImportError:  # missing in some builds of Python
         return
     readline.parse_and_bind("set enable-bracketed-paste on")
 
@@ -303,12 +302,12 @@ def _print_banner(notes: Console, name: str, engine: Engine, options: dict[str, 
     rows = []
     if (source := engine.source) is not None:
         model = source.original if base_only and source.original is not None else source.model
-        held = "" if source.base.format == "none" else f", held in {source.base.format}"
-        rows.append(("model", f"{model.id}{held}"))
+        quantized = "" if source.base.format == "none" else f", quantized to {source.base.format}"
+        rows.append(("model", f"{model.id}{quantized}"))
         if source.original is not None:
-            rows.append(("tuned", "no (--base-only)" if base_only else f"in full, from {source.original.id}"))
+            rows.append(("tuned", "no (--base-only)" if base_only else f"fully, from {source.original.id}"))
         elif source.adapter is not None:
-            rows.append(("adapter", "left out (--base-only)" if base_only else str(source.adapter)))
+            rows.append(("adapter", "not used (--base-only)" if base_only else str(source.adapter)))
     rows.append(("answers", f"at most {options['max_new_tokens']:,} tokens, temperature {options['temperature']:g}"))
     notes.print(Text(f"Chat with {name}", style="bold"), soft_wrap=True)
     for label, text in rows:

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from ingle.cli.configs import CONFIG, Words, load_config
+from ingle.cli.arguments import CONFIG, Words, load_config
 
 if TYPE_CHECKING:
     from ingle.config import LoadedRun
 
 
 def show(words: Annotated[Words, CONFIG] = None) -> None:
-    """Print every option of a run, its value, and where that comes from: the default, the file or a flag.
+    """Print every option of a run with its value and its origin: the default, the file or a flag.
 
-    On a terminal it is a table, elsewhere YAML that `ingle train` takes.
+    Prints a table on a terminal, and otherwise YAML that `ingle train` accepts.
     """
-    from ingle.config.origin import to_yaml
+    from ingle.config.loader import to_yaml
 
     loaded = load_config(words, "config show", ("--help",))
     for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"Note: {note}", file=sys.stderr)
     console = Console(highlight=False)
     if console.is_terminal:
         _print_table(console, loaded)
@@ -37,7 +37,7 @@ def _print_table(console: Console, loaded: LoadedRun) -> None:
     from rich.text import Text
 
     from ingle.config.document import write_value
-    from ingle.config.origin import leaves
+    from ingle.config.loader import leaves
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("option", no_wrap=True)
@@ -57,7 +57,7 @@ def _print_table(console: Console, loaded: LoadedRun) -> None:
 def schema() -> None:
     """Print the JSON Schema of a config file: every option with its type, default and description.
 
-    Editors that know JSON Schema complete and check a config with it.
+    Editors with JSON Schema support use it to complete and check configs.
     """
     from ingle.config.schema import json_schema
 

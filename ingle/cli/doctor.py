@@ -1,9 +1,10 @@
-"""``ingle doctor``: what this machine has and how fast it is, measured."""
+"""``ingle doctor``: versions, devices, memory and measured speed of this machine."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -19,28 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 _LIBRARIES = ("torch", "transformers", "numba", "triton", "datasets", "safetensors", "pydantic", "peft", "bitsandbytes")
-#: Instructions that decide how fast a CPU multiplies and decodes.
+#: CPU instructions that matter for matrix products and decoding, in torch's spelling.
 _FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "sve",
+    *("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
+    *("neon", "bf16", "i8mm", "sve", "sve2"),
 )
-#: Seconds a rate is measured for, at least three repetitions.
+#: Each rate is measured for this time and at least three times.
 _MEASURE_S = 0.2
 _HUB_TIMEOUT_S = 2.0
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices, memory and measured speed; takes a few seconds.
+    """Show versions, devices, memory and measured speed. Takes a few seconds.
 
-    A run can be no faster than these rates. What is missing (a compiler, the hub) is listed with what to install.
+    The rates are upper limits for the speed of a run.
     """
     report = examine()
     if as_json:
@@ -50,7 +43,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 def examine() -> dict[str, Any]:
-    """Everything ``ingle doctor`` shows, as plain data; rates are medians."""
+    """Returns the report as plain data; rates are medians."""
     import psutil
     import torch
     from huggingface_hub import constants
@@ -84,7 +77,7 @@ def _versions() -> dict[str, str]:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above ``path`` that is there."""
+    """Returns ``path`` or its nearest existing parent."""
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
@@ -92,32 +85,23 @@ def _cpu() -> dict[str, Any]:
     import psutil
     import torch
 
-    name, flags = _processor()
-    device = torch.device("cpu")
+    capabilities = torch.cpu.get_capabilities()
     return {
         "kind": "cpu",
-        "name": name,
+        "name": _processor_name(),
         "cores": len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else psutil.cpu_count(),
         "threads": torch.get_num_threads(),
-        "features": [feature for feature in _FEATURES if feature in flags],
-        "rates": _rates(device),
+        "features": [feature for feature in _FEATURES if capabilities.get(feature)],
+        "rates": _rates(torch.device("cpu")),
     }
 
 
-def _processor() -> tuple[str, set[str]]:
-    """Name and instruction sets of the CPU; both are known on Linux only."""
+def _processor_name() -> str:
+    """Returns the name of the CPU, which only Linux knows in full."""
     path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return platform.processor() or platform.machine(), set()
-    fields = dict(
-        line.split(":", 1)
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        if ":" in line
-    )
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    return fields.get("model name", platform.machine()), set(
-        (fields.get("flags") or fields.get("Features", "")).split()
-    )
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -137,7 +121,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _rates(device: torch.device) -> dict[str, float | None]:
-    """Operations, bytes and weights per second of a device; None where something is not there."""
+    """Returns operations, bytes and weights per second of a device."""
     import torch
 
     size = 4096 if device.type == "cuda" else 1024
@@ -145,17 +129,17 @@ def _rates(device: torch.device) -> dict[str, float | None]:
     for dtype in (torch.float32, torch.bfloat16):
         name = f"matmul_{str(dtype).removeprefix('torch.')}_flops"
         rates[name] = _matmul_rate(device, dtype, size)
-    # Larger than any cache, so that memory is measured.
+    # Larger than any cache, to measure memory.
     source = torch.ones(1 << 26 if device.type == "cpu" else 1 << 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    # A copy reads and writes each byte.
+    # A copy reads and writes every byte.
     rates["copy_bytes_per_s"] = 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
     rates["nf4_weights_per_s"] = _decode_rate(device)
     return rates
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations per second of a square product; a device that is slow at it gets a smaller one."""
+    """Returns operations per second of a square product, which is smaller on slow devices."""
     import torch
 
     small = torch.ones(256, 256, device=device, dtype=dtype)
@@ -169,7 +153,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def _decode_rate(device: torch.device) -> float | None:
-    """NF4 weights decoded per second into bfloat16, by the kernel a run would use."""
+    """Returns NF4 weights dequantized to bfloat16 per second, by the kernel that a run would use."""
     import torch
 
     from ingle.config import Nf4Base
@@ -185,16 +169,16 @@ def _decode_rate(device: torch.device) -> float | None:
     return rows * columns / seconds
 
 
-def _seconds(work: Callable[[], object], device: torch.device, *, limit_s: float | None = None) -> float:
-    """Median time of ``work``, after a first call that is not counted."""
+def _seconds(function: Callable[[], object], device: torch.device, *, limit_s: float | None = None) -> float:
+    """Returns the median time of ``function`` after a warm-up call."""
     import torch
 
     def once() -> float:
-        began = time.perf_counter()
-        work()
+        start = time.perf_counter()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     once()
     times: list[float] = []
@@ -205,7 +189,7 @@ def _seconds(work: Callable[[], object], device: torch.device, *, limit_s: float
 
 
 def _ask_hub() -> str:
-    """``reachable``, ``offline`` (by the environment) or ``unreachable``."""
+    """Returns ``reachable``, ``offline`` (set in the environment) or ``unreachable``."""
     from ingle import env
 
     if env.hub_offline():
@@ -241,7 +225,7 @@ def _print(report: dict[str, Any]) -> None:
     for device in report["devices"]:
         if device["kind"] == "cpu":
             line("cpu", f"{device['name']}, {device['cores']} cores, {device['threads']} threads")
-            line("", " ".join(device["features"]) or "no vector instructions that Ingle uses")
+            line("", " ".join(device["features"]) or "no known vector instructions")
         else:
             line("gpu", f"{device['name']}, {size(device['memory_bytes'])}, {size(device['free_bytes'])} free")
         for name, (title, scale, unit) in _RATE_WORDS.items():
@@ -252,7 +236,7 @@ def _print(report: dict[str, Any]) -> None:
 
 _HUB_WORDS = {
     "reachable": "reachable",
-    "offline": "switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE; local and cached models work",
+    "offline": "disabled by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE; local and cached models work",
     "unreachable": "not reachable; local and cached models work",
 }
 _RATE_WORDS = {

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ingle.errors import ConfigError
 from ingle.wording import plural, size
 
+if TYPE_CHECKING:
+    from ingle.export import ExportResult
+
 
 class To(StrEnum):
-    """What is exported."""
+    """Values of ``--to``."""
 
     PEFT = "peft"
     SAFETENSORS = "safetensors"
@@ -66,27 +69,28 @@ def export(
         ),
     ] = False,
     promote: Annotated[
-        bool, typer.Option("--promote", help="Give the tensors that lose most of their training a wider type.")
+        bool, typer.Option("--promote", help="Give the tensors that lose most of their change a wider type.")
     ] = False,
     size_budget: Annotated[
-        float, typer.Option(min=0.0, help="What --promote may add, as a share of the file size.")
+        float, typer.Option(min=0.0, help="Largest size that --promote may add, as a share of the file.")
     ] = 0.15,
     max_kl: Annotated[
         float,
         typer.Option(
             "--max-kl",
             min=0.0,
-            help="Refuse a model whose predictions are further from the trained one's: KL divergence in nats a token "
-            "on held-out text.",
+            help="Refuse an export whose predictions differ more from those of the trained model: KL divergence in "
+            "nats per token on held-out text.",
         ),
     ] = 0.15,
     allow_loss: Annotated[
-        bool, typer.Option("--allow-loss", help="Write it however much is lost; the fidelity report says how much.")
+        bool,
+        typer.Option("--allow-loss", help="Write the export however much is lost; see the fidelity report."),
     ] = False,
     allow_mismatch: Annotated[
         bool,
         typer.Option(
-            "--allow-mismatch", help="Accept another base than the adapter was trained on; says how different it is."
+            "--allow-mismatch", help="Accept another base than the adapter was trained on, and report the difference."
         ),
     ] = False,
     data: Annotated[
@@ -94,7 +98,7 @@ def export(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Text to measure on and to take prompts from; by default the run's held-out rows.",
+            help="Text to measure on and to take prompts from; the default is the run's held-out rows.",
         ),
     ] = None,
     imatrix: Annotated[
@@ -105,15 +109,15 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Export a trained model in the form in which it is served.
+    """Export a trained model for serving.
 
     - `ingle export runs/demo --to gguf --type q4_k_m --out served --verify`
     - `ingle export runs/demo --to safetensors --out merged`
     - `ingle export runs/demo --to gguf-adapter --out lora.gguf`
 
-    Every merge is measured: for each tensor how much of the trained change survives the rounding, and on text how far
-    the predictions of the export are from those of the trained model. The fidelity report holds both. Nothing is
-    overwritten, and a command that is stopped leaves nothing half-written.
+    Every merge is measured: for each tensor, how much of the trained change survives the rounding, and on text, how
+    far the predictions of the export are from those of the trained model. The fidelity report contains both. Nothing
+    is overwritten, and a command that is stopped leaves no incomplete files.
     """
     if not to:
         raise ConfigError("--to is missing.", fix="--to gguf")
@@ -138,31 +142,28 @@ def export(
             imatrix=imatrix,
             sink=terminal,
         )
-    print(json.dumps(result, ensure_ascii=False, indent=1) if as_json else "\n".join(summarize(result)))
+    print(json.dumps(result.to_dict(), ensure_ascii=False, indent=1) if as_json else "\n".join(describe(result)))
 
 
-def summarize(result: dict[str, Any]) -> list[str]:
-    """What a person wants to know of an export, a sentence or two a line."""
-    from ingle.export import wording
-
-    kind = f"{result['type']}, " if result["type"] else ""
-    lines: list[str | None] = [f"Wrote {result['path']} ({kind}{size(result['num_bytes'])})."]
-    report = result["fidelity"]
+def describe(result: ExportResult) -> list[str]:
+    """Returns the lines that the command prints."""
+    kind = f"{result.type}, " if result.type else ""
+    lines = [f"Wrote {result.path} ({kind}{size(result.num_bytes)})."]
+    report, certificate = result.fidelity, result.certificate
     if report is not None:
-        lines += [wording.weights(report), wording.rounding(report), wording.kept(report)]
-        if report["promotion"] is not None:
-            promotion = report["promotion"]
-            count = plural(len(promotion["types"]), "tensor")
-            lines.append(f"Promoted {count} to wider types, for {size(promotion['extra_bytes'])} more.")
+        lines += report.describe_weights()
+        if report.promotion is not None:
+            count = plural(len(report.promotion.types), "tensor")
+            lines.append(f"Promoted {count} to wider types, for {size(report.promotion.extra_bytes)} more.")
         lines.append(
-            wording.divergence(report) or "Not measured on text; --data FILE measures how far the predictions moved."
+            report.describe_divergence() or "Not measured on text; --data FILE measures how far the predictions moved."
         )
-    made = result["certificate"]
-    if made is not None:
+    if certificate is not None:
+        found = certificate.agreement
         lines.append(
-            f"Verified: {made['versions']['other']} answers as Ingle does. Tokens are equal; KL divergence "
-            f"{made['mean_kl']:.1e} nats a token on {plural(made['num_tokens'], 'token')}; {made['greedy_equal']} of "
-            f"{plural(made['num_prompts'], 'greedy answer')} equal."
+            f"Verified: {certificate.versions['other']} answers as Ingle does. Tokens are equal; KL divergence "
+            f"{found.mean_kl:.1e} nats per token on {plural(found.num_tokens, 'token')}; {found.greedy_equal} of "
+            f"{plural(found.num_prompts, 'greedy answer')} equal."
         )
-        lines += [f"Note: {note}." for note in made["notes"]]
-    return [line for line in lines if line is not None]
+        lines += [f"Note: {note}." for note in certificate.notes]
+    return lines

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ingle.cli.configs import CONFIG, Words, load_config
-from ingle.cli.words import split_words
+from ingle.cli.arguments import CONFIG, Words, load_config, split_words
 from ingle.errors import ConfigError
 from ingle.events import Warned
 
@@ -23,21 +23,21 @@ _FLAGS = ("--model", "--num-previews", "--json", "--debug", "--help")
 def inspect(
     words: Annotated[Words, CONFIG] = None,
     model: Annotated[
-        str | None, typer.Option(show_default=False, help="Model whose tokenizer reads a data file.")
+        str | None, typer.Option(show_default=False, help="Model whose tokenizer is used for a data file.")
     ] = None,
-    num_previews: Annotated[int, typer.Option(min=0, help="Documents shown token by token.")] = 3,
+    num_previews: Annotated[int, typer.Option(min=0, help="Number of documents to show token by token.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model would learn from: tokens coloured by supervision, lengths, packing, duplicates, overlap.
+    """Show the training data as the model sees it: supervised tokens, lengths, packing, duplicates and overlap.
 
-    Takes a config or a data file; without `--model`, a data file is read row by row only.
+    Accepts a config or a data file. A data file without `--model` is only checked row by row.
 
-    Nothing is trained, and of the model only the tokenizer is read.
+    Loads the tokenizer of the model, but not its weights, and trains nothing.
     """
     from ingle.config import Run
 
     files, overrides = split_words(words, known=Run.model_fields, flags=_FLAGS)
-    file = files[0] if len(files) == 1 and _is_data(files[0]) else None
+    file = files[0] if len(files) == 1 and _is_data_file(files[0]) else None
     if model is not None:
         overrides = [*overrides, f"--model.id={model}"]
     if file is None:
@@ -48,7 +48,8 @@ def inspect(
         _inspect_rows(file, overrides, num_previews, as_json)
         return
     from ingle import models
-    from ingle.data import doctor
+    from ingle.data.inspection import inspect as inspect_data
+    from ingle.report.data_tables import render_report
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
@@ -57,7 +58,7 @@ def inspect(
         for note in loaded.notes:
             terminal(Warned(note))
         tokenizer = models.load_tokenizer(run.model)
-        report = doctor.inspect(
+        report = inspect_data(
             run.data,
             tokenizer,
             run.objective.kind,
@@ -67,13 +68,13 @@ def inspect(
             sink=terminal,
         )
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(asdict(report), ensure_ascii=False))
     else:
-        doctor.render_report(report, make_console())
+        render_report(report, make_console())
 
 
-def _is_data(word: str) -> bool:
-    """Whether a word names a data file, by its suffix."""
+def _is_data_file(word: str) -> bool:
+    """Returns whether a word has the suffix of a data file."""
     from ingle.config.data import SUFFIXES
 
     return Path(word.lower().removesuffix(".gz")).suffix in SUFFIXES
@@ -87,17 +88,18 @@ def _load_for(file: str, overrides: Sequence[str]) -> LoadedRun:
 
 
 def _inspect_rows(file: str, overrides: Sequence[str], num_previews: int, as_json: bool) -> None:
-    from ingle.data.rows import inspect_rows, render_rows
+    from ingle.data.inspection import inspect_rows
+    from ingle.report.data_tables import render_rows
     from ingle.sinks.terminal import make_console
 
     if overrides:
         raise ConfigError(
-            "Options of a run need a model to show what they do.",
+            "Overrides need a tokenizer; without a model, the data file is only checked row by row.",
             where=overrides[0],
             fix=f"ingle data inspect {file} --model PATH_OR_ID {' '.join(overrides)}",
         )
     report = inspect_rows(file, num_previews=num_previews)
     if as_json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(json.dumps(asdict(report), ensure_ascii=False))
     else:
         render_rows(report, make_console())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from ingle.export import QuantizationResult
 
 
 def quantize(
@@ -26,21 +27,22 @@ def quantize(
     ],
     out: Annotated[
         Path,
-        typer.Option(metavar="PATH", show_default=False, help="A .gguf file, or a folder; nothing is overwritten."),
+        typer.Option(metavar="PATH", show_default=False, help="A .gguf file or a new folder; nothing is overwritten."),
     ],
     imatrix: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Importance matrix, for GGUF types with blocks and hqq: read, or with --data gathered and written.",
+            help="Importance matrix, for GGUF types with blocks and hqq. It is read, or with --data gathered and "
+            "written.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default=False, help="Text to gather an importance matrix from."),
+        typer.Option(metavar="FILE", show_default=False, help="Text from which to gather an importance matrix."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of --data to read, from its start.")] = 65_536,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of --data to read, from its start.")] = 65_536,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Quantize a model to any format, and report what each class of weights lost.
@@ -54,17 +56,16 @@ def quantize(
     from ingle.sinks.terminal import make_console, show
 
     with Terminal(make_console(stderr=True)) as terminal:
-        from ingle.export.quantizing import Order
-        from ingle.export.quantizing import quantize as run_quantize
+        from ingle.export import quantize as run_quantize
 
-        result = run_quantize(Order(model, to, out, imatrix, data, tokens), terminal)
+        result = run_quantize(model, to, out, imatrix=imatrix, data=data, num_tokens=tokens, sink=terminal)
     if as_json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result.to_dict(), indent=1))
         return
     show(make_console(), *_render(result))
 
 
-def _render(result: Mapping[str, Any]) -> list[RenderableType]:
+def _render(result: QuantizationResult) -> list[RenderableType]:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -76,16 +77,16 @@ def _render(result: Mapping[str, Any]) -> list[RenderableType]:
     table.add_column("types")
     for head in ("number", "bits", "relative error"):
         table.add_column(head, justify="right", no_wrap=True)
-    for name, row in result["classes"].items():
-        types = ", ".join(kind for kind, _ in sorted(row["types"].items(), key=lambda item: -item[1]))
-        error = f"{row['relative_error']:.4f}" if row["relative_error"] else "0"
-        table.add_row(name, types, count(row["num_weights"]), f"{row['bits_per_weight']:.2f}", error)
-    before, after = result["num_bytes_before"], result["num_bytes"]
+    for name, loss in result.classes.items():
+        types = ", ".join(sorted(loss.types, key=lambda kind: -loss.types[kind]))
+        error = f"{loss.relative_error:.4f}" if loss.relative_error else "0"
+        table.add_row(name, types, count(loss.num_weights), f"{loss.bits_per_weight:.2f}", error)
+    before, after = result.num_bytes_before, result.num_bytes
     lines = [
-        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result['bits_per_weight']:.2f} bits a weight.",
-        "  Relative error: rms of the change over rms of the weights, read back from the file.",
+        f"  {size(before)} -> {size(after)} ({after / before:.0%}), {result.bits_per_weight:.2f} bits per weight.",
+        "  Relative error: RMS of the error over RMS of the weights, read back from the written files.",
     ]
-    if result["imatrix"] is not None:
-        lines.append(f"  Used the importance matrix of {result['imatrix']}.")
-    lines.append(f"  Wrote {result['path']}.")
+    if result.imatrix is not None:
+        lines.append(f"  Used the importance matrix of {result.imatrix}.")
+    lines.append(f"  Wrote {result.path}.")
     return [table, *(Text(line) for line in lines)]

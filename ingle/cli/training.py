@@ -1,14 +1,17 @@
-"""``ingle train``."""
+"""``ingle train``, and the next steps that it prints after a run."""
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ingle.cli.configs import CONFIG, Words, load_config
-from ingle.cli.next_steps import print_next_steps
+from ingle.cli.arguments import CONFIG, Words, load_config
 from ingle.errors import ConfigError
 from ingle.events import Sink, Warned
 
@@ -21,67 +24,65 @@ _FLAGS = ("--resume", "--dry-run", "--tensorboard", "--wandb", "--debug", "--hel
 def train(
     words: Annotated[Words, CONFIG] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN_DIR", help="Continue the run in this folder; takes no config.")
+        Path | None, typer.Option(metavar="RUN_DIR", help="Resume the run in this folder, without a config.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of the run without training.")] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write TensorBoard files into the run folder.")
+        bool, typer.Option("--tensorboard", help="Write TensorBoard files to the run folder.")
     ] = False,
     wandb: Annotated[
-        str | None, typer.Option(metavar="PROJECT", help="Send the run to this Weights & Biases project.")
+        str | None, typer.Option(metavar="PROJECT", help="Log the run to this Weights & Biases project.")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Fine-tune a model as a config file says, and compare it with its base.
+    """Fine-tune a model as described in a config file, and compare it with its base.
 
-    Every option of the config can be set on the command line: `--a.b=c` or `--a.b c`, the value written as in YAML.
+    Every option of the config can be set on the command line: `--a.b=c` or `--a.b c`, with the value in YAML.
 
     - `ingle train run.yaml --optim.lr=1e-4 --train.num_steps=100`
-    - `ingle train run.yaml --base.format=none` (another format; options of the old one in the file are left out)
+    - `ingle train run.yaml --base.format=none` (a different format; the file's options of the old one are ignored)
     - `ingle train run.yaml --data.sources=[a.jsonl,b.jsonl] --data.sources.0.limit=1000`
-    - `ingle train --model.id=Qwen/Qwen3-0.6B --data.sources=my.jsonl --output=runs/mine` (no file at all)
+    - `ingle train --model.id=Qwen/Qwen3-0.6B --data.sources=my.jsonl --output=runs/mine` (without a file)
 
-    `ingle config show run.yaml` lists all options with their values; `ingle config schema` describes each of them.
-    The same command again resumes a run that was stopped, and says so when it is finished. Ctrl-C saves a checkpoint
-    first; a second Ctrl-C stops at once.
+    `ingle config show run.yaml` lists all options with their values; `ingle config schema` describes them.
+    To resume a run that was stopped, repeat the command. Ctrl-C saves a checkpoint and stops; a second Ctrl-C stops at
+    once.
     """
     if resume is not None:
-        _resume(resume, words, dry_run, tensorboard, wandb)
-        return
-    loaded = load_config(words, "train", _FLAGS)
-    if dry_run:
-        _print_plan(loaded)
-        return
-    trackers = _trackers(Path(loaded.run.output), tensorboard, wandb)
-    from ingle import flow
-    from ingle.sinks import Terminal, combine
-
-    with Terminal() as terminal:
-        for note in loaded.notes:
-            terminal(Warned(note))
-        flow.finetune(loaded.run, combine(terminal, *trackers))
-    print_next_steps(Path(loaded.run.output))
-
-
-def _resume(folder: Path, words: Words, dry_run: bool, tensorboard: bool, wandb: str | None) -> None:
-    if words or dry_run:
-        raise ConfigError(
-            "--resume takes no config, no overrides and no --dry-run: a run continues with its own options.",
-            where=f"--resume {folder}",
-            why=f"{(words or ['--dry-run'])[0]} is given too",
-            fix=f"ingle train --resume {folder}",
-        )
+        _check_resume(resume, words, dry_run)
+        loaded, folder = None, resume
+    else:
+        loaded = load_config(words, "train", _FLAGS)
+        folder = Path(loaded.run.output)
+        if dry_run:
+            _print_plan(loaded)
+            return
     trackers = _trackers(folder, tensorboard, wandb)
     from ingle import flow
     from ingle.sinks import Terminal, combine
 
     with Terminal() as terminal:
-        flow.resume(folder, combine(terminal, *trackers))
+        sink = combine(terminal, *trackers)
+        if loaded is None:
+            flow.resume(folder, sink)
+        else:
+            _print_notes(loaded, terminal)
+            flow.finetune(loaded.run, sink)
     print_next_steps(folder)
 
 
+def _check_resume(folder: Path, words: Words, dry_run: bool) -> None:
+    if words or dry_run:
+        raise ConfigError(
+            "--resume cannot be combined with a config, overrides or --dry-run: a run resumes with its own options.",
+            where=f"--resume {folder}",
+            why=f"{(words or ['--dry-run'])[0]} is also given",
+            fix=f"ingle train --resume {folder}",
+        )
+
+
 def _trackers(folder: Path, tensorboard: bool, wandb: str | None) -> list[Sink]:
-    """The trackers asked for; made before anything else, so that a missing library is reported at once."""
+    """Makes the trackers; called before anything else, so that a missing library is reported at once."""
     from ingle.sinks import TensorBoard, Wandb
 
     trackers: list[Sink] = []
@@ -92,23 +93,92 @@ def _trackers(folder: Path, tensorboard: bool, wandb: str | None) -> list[Sink]:
     return trackers
 
 
+def _print_notes(loaded: LoadedRun, sink: Sink) -> None:
+    for note in loaded.notes:
+        sink(Warned(note))
+
+
 def _print_plan(loaded: LoadedRun) -> None:
     from ingle.config.paths import locate_paths
     from ingle.training.folder import RunFolder
 
     folder, run = RunFolder(Path(loaded.run.output)), locate_paths(loaded.run)
-    outlook = folder.outlook(run)  # a folder that would be refused is refused here as well
+    outlook = folder.outlook(run)  # raises if training in this folder would
     if folder.state(run) == "finished":
         print(outlook)
         return
     from ingle import flow
+    from ingle.report.terminal_tables import plan_table
     from ingle.sinks import Terminal
-    from ingle.sinks.tables import plan_table
     from ingle.sinks.terminal import show
 
     with Terminal() as terminal:
-        for note in loaded.notes:
-            terminal(Warned(note))
+        _print_notes(loaded, terminal)
         plan = flow.plan(loaded.run, terminal)
     show(terminal.console, plan_table(loaded.run.model_dump(mode="json"), plan.to_dict()))
     print(outlook)
+
+
+def print_next_steps(folder: Path) -> None:
+    """Prints commands that open the report of a run, chat with its model, and export it."""
+    steps = next_steps(folder)
+    if steps:
+        print("Next:")
+        width = max(len(purpose) for purpose, _ in steps)
+        for purpose, line in steps:
+            print(f"  {purpose:<{width}}  {line}")
+
+
+def next_steps(folder: Path) -> list[tuple[str, str]]:
+    """Returns purposes and commands that work for the trained model."""
+    run, ingle = shlex.quote(str(folder)), command_name()
+    steps = []
+    if (folder / "report.html").is_file():
+        page = shlex.quote(str(folder / "report.html"))
+        opener = next((name for name in ("xdg-open", "open") if shutil.which(name)), None)
+        steps.append(("report", f"{opener} {page}" if opener else f"{page} (open it in a browser)"))
+    trained = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
+    if trained is None:
+        return steps
+    if _has_template(trained):
+        steps.append(("chat", f"{ingle} chat {run}"))
+        steps.append(("answer", f"{ingle} generate {run} --prompt 'Hello'"))
+    else:
+        steps.append(("continue a text", f"{ingle} generate {run} --raw --prompt 'Hello'"))
+    out = shlex.quote(str(_unused(folder / "export")))
+    steps.append(("export", f"{ingle} export {run} --to gguf --out {out}"))
+    return steps
+
+
+def command_name() -> str:
+    """Returns how the user called ``ingle``: by name, by the path of its script, or as ``python -m ingle``."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return f"{shlex.quote(_relative(Path(sys.executable)))} -m ingle"
+    found = shutil.which("ingle")
+    if found is not None and Path(found).resolve() == script.resolve():
+        return "ingle"
+    return shlex.quote(_relative(script)) if script.name == "ingle" else "ingle"
+
+
+def _relative(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else str(path)
+
+
+def _has_template(trained: Path) -> bool:
+    """Returns whether the saved tokenizer has a chat template."""
+    if (trained / "chat_template.jinja").is_file():
+        return True
+    try:
+        return bool(json.loads((trained / "tokenizer_config.json").read_bytes()).get("chat_template"))
+    except (OSError, ValueError):
+        return False
+
+
+def _unused(path: Path) -> Path:
+    """Returns ``path`` with a number if it exists already, because an export overwrites nothing."""
+    number, unused = 2, path
+    while unused.exists():
+        unused, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return unused

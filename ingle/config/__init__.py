@@ -1,4 +1,4 @@
-"""The config tree: YAML, command-line overrides and Python objects give the same frozen :class:`Run`."""
+"""The config tree: YAML files, command-line overrides and Python objects all build a frozen :class:`Run`."""
 
 from ingle.config.adapter import AdapterConfig, LoraAdapter, LowRankAdapter, MergeAware, NoAdapter, QaLoraAdapter
 from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase

@@ -1,4 +1,4 @@
-"""``data:`` what to learn from and how rows become tokens."""
+"""``data:`` the training data and how rows become tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Source(Section):
     """One file, folder glob or hub dataset.
 
     Attributes:
-        path: ``train.jsonl`` (also .json, .csv, .parquet, .txt, each also .gz), a glob, or a hub dataset id.
-            Relative to the current folder; if nothing is there, to the folder of the config file.
-        layout: How a row is to be read; ``auto`` looks at its keys.
-        columns: Renames columns before the layout is read: ``{prompt: mr, completion: ref}``.
+        path: A file (.jsonl, .json, .csv, .tsv, .parquet or .txt, optionally .gz), a glob pattern, or a hub dataset id.
+            Relative paths start from the current folder, or else from the folder of the config file.
+        layout: The layout of a row. ``auto`` detects it from the column names.
+        columns: Columns to rename before the layout applies, new name first: ``{prompt: mr, completion: ref}``.
         split: Split of a hub dataset.
         name: Configuration name of a hub dataset.
-        limit: Read only the first rows.
+        limit: Read only this many rows, from the start.
     """
 
     path: Text
@@ -45,21 +45,22 @@ Sources = Annotated[
 
 
 class DataConfig(Section):
-    """What to learn from.
+    """The training data.
 
     Attributes:
-        sources: Files or hub datasets; a bare string is its path.
-        max_seq_len: Longest document in tokens; also the size of a packed sequence.
-        packing: Put several documents into one sequence; attention never crosses them.
-        train_on: Which assistant turns carry loss (``all`` also trains on the user's words).
-        too_long: What happens to a document longer than ``max_seq_len``: ``truncate`` its end, ``drop`` it
-            (counted and shown), ``split`` it into several (plain text only; the default for ``clm``), or
-            ``auto``: split for ``clm``, truncate for ``sft``.
-        shuffle: Shuffle the sequences anew each epoch.
-        system: A system message put before conversations that have none.
-        control_tokens: What happens to control tokens (``<|im_end|>``, ``</s>``) inside messages, prompts and
-            completions: ``escape`` reads them as text, ``keep`` as the tokens that they spell, ``refuse`` makes the
-            row an error. Plain text is read as it stands.
+        sources: Files or hub datasets. A string is short for ``{path: ...}``.
+        max_seq_len: Longest document in tokens; also the length of a packed sequence.
+        packing: Lay several documents end to end in one sequence. Attention never crosses document boundaries.
+        train_on: Tokens that contribute to the loss: those of every ``assistant`` turn, of the ``last`` assistant turn,
+            or ``all`` tokens, the user's included.
+        too_long: How to handle a document longer than ``max_seq_len``: ``truncate`` its end, ``drop`` it, or ``split``
+            it into several (plain text only). Affected documents are counted. ``auto`` splits for ``clm`` and truncates
+            for ``sft``.
+        shuffle: Shuffle the sequences before each epoch.
+        system: System message for conversations that have none.
+        control_tokens: How to read control tokens (``<|im_end|>``, ``</s>``) inside messages, prompts and completions:
+            ``escape`` reads them as plain text, ``keep`` as control tokens, ``refuse`` raises an error. Plain-text
+            documents are always read as they are.
     """
 
     sources: Sources

@@ -1,31 +1,38 @@
-"""A YAML document in which every value knows its line.
+"""Reads YAML documents and config files; every value knows its line.
 
-The dialect is YAML 1.1 as PyYAML reads it, without its traps: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30``
-and ``2024-01-01`` are text, a key is always text, and a duplicate key is an error.
+The dialect is PyYAML's YAML 1.1 without its traps: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30`` and
+``2024-01-01`` are text, keys are always text, and duplicate keys are errors. The reader works on PyYAML's nodes:
+ruamel.yaml's round-trip tree drops the text of scalars and its node interface is the same, so it would shorten nothing.
 
-A document is small by definition.  The limits below are far above every real config; they end a hostile one (nested
-thousands of levels deep, or a few aliases that expand to billions of values) before it takes time or memory.
+Limits far above every real config stop hostile documents (deep nesting, aliases that expand to billions of values)
+before they take time or memory.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from yaml.reader import ReaderError
 
 from ingle.errors import ConfigError
+from ingle.wording import nearest
 
 Origin = Literal["file", "flag"]
 
+#: Real configs have a few hundred bytes; parsing this many takes a few seconds.
+_MAX_BYTES = 256 << 10
 #: Levels of nesting.
 _MAX_DEPTH = 40
-#: Values, each alias counted with all that it expands to.
+#: Values after the expansion of aliases.
 _MAX_VALUES = 100_000
-#: Digits of a whole number; 64 bits take 19.
+#: Digits of an integer; 64 bits take 19.
 _MAX_DIGITS = 100
 
 
@@ -35,9 +42,9 @@ class Node:
 
     Attributes:
         value: A scalar, a list of nodes or a dict of nodes.
-        origin: Whether it comes from a file or a flag.
-        where: ``run.yaml:12`` or the flag as typed.
-        raw: A scalar as it was written; None for containers and for quoted text.
+        origin: Whether it comes from a file or from a flag.
+        where: ``run.yaml:12``, or the flag as typed.
+        raw: The unparsed text of an unquoted scalar; None for containers and quoted text.
     """
 
     value: Any
@@ -46,21 +53,35 @@ class Node:
     raw: str | None = None
 
     def plain(self) -> Any:
-        """The value without lines: dicts, lists and scalars."""
+        """Returns the value as plain dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
         return self.value
 
+    def find(self, path: Sequence[str | int]) -> Node | None:
+        """Returns the node at ``path`` below this one, or None."""
+        node: Node | None = self
+        for key in path:
+            if node is None:
+                return None
+            if isinstance(node.value, dict):
+                node = node.value.get(str(key))
+            elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
+                node = node.value[key]
+            else:
+                return None
+        return node
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with its own table of what a plain scalar means, and a limit on nesting."""
+    """PyYAML's safe loader with different types of plain scalars and a limit on nesting."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Composes one node; PyYAML does so recursively."""
+        """Composes one node; PyYAML calls this recursively."""
         self.depth += 1
         if self.depth > _MAX_DEPTH:
             event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -71,7 +92,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever :class:`_Loader` would read as something else."""
+    """Quotes all text that :class:`_Loader` would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -115,20 +136,82 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 _Dumper.add_representer(str, _text)
 
 
-def read_document(text: str, name: str) -> Node:
-    """Reads one YAML document from a file.
+def read_config(path: Path) -> str:
+    """Returns the text of a config file.
 
     Raises:
-        ConfigError: It is not YAML, has a duplicate key, is nested too deep, or expands to too much.
+        ConfigError: It does not exist, is not a regular file, is too large, or is not UTF-8.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError("The config is a pipe or a device.", where=str(path), fix="save it as a regular file")
+            content = file.read(_MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise _is_folder(path) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _is_missing(path) from None
+    except (OSError, ValueError) as error:  # a ValueError means a NUL in the path
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("The config file cannot be read.", where=str(path), why=why) from None
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(
+            "The config file is too large.",
+            where=str(path),
+            why=f"it has {status.st_size:,} bytes; the limit is {_MAX_BYTES:,}",
+            fix="name a YAML file with options; name data files in data.sources",
+        )
+    return _decode(content, path)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would block forever
+
+
+def _decode(content: bytes, path: Path) -> str:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        why = "it is UTF-16"
+    else:
+        try:
+            return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            why = f"line {line} contains the byte 0x{content[error.start]:02x}"
+    raise ConfigError("The config file is not UTF-8 text.", where=str(path), why=why, fix="save it as UTF-8")
+
+
+def _is_folder(path: Path) -> ConfigError:
+    fix = None
+    if (path / "run.yaml").exists():
+        fix = f"ingle train --resume {path} resumes the run in it; its config is {path / 'run.yaml'}"
+    elif found := sorted(str(entry) for entry in path.glob("*.y*ml")):
+        fix = f"name a file in it: {', '.join(found[:5])}"
+    return ConfigError("The config is a folder, not a YAML file.", where=str(path), fix=fix)
+
+
+def _is_missing(path: Path) -> ConfigError:
+    found = [str(entry) for entry in sorted(path.parent.glob("*.y*ml"))] if path.parent.is_dir() else []
+    found += [str(entry) for entry in sorted(Path().glob(f"*/{path.name}")) + sorted(Path().glob(f"*/*/{path.name}"))]
+    near = nearest(str(path), found, 0.7) or next((name for name in found if Path(name).name == path.name), None)
+    fix = f"did you mean {near}?" if near else f"there are {', '.join(found[:5])}" if found else None
+    return ConfigError("The config file does not exist.", where=str(path), fix=fix)
+
+
+def read_document(text: str, name: str) -> Node:
+    """Parses a YAML document; ``name`` is the file name in positions and errors.
+
+    Raises:
+        ConfigError: It is not valid YAML, has duplicate keys, or exceeds a limit.
     """
     return _Reader("file", name, lambda mark: f"{name}:{mark.line + 1}").read(text)
 
 
 def read_value(text: str, where: str) -> Node:
-    """Reads the value of a flag, as YAML.
+    """Parses the value of a flag as YAML.
 
     Raises:
-        ConfigError: It is not YAML.
+        ConfigError: It is not valid YAML.
     """
     if not text.strip():
         return Node("", "flag", where, raw=text)
@@ -136,13 +219,7 @@ def read_value(text: str, where: str) -> Node:
 
 
 class _Reader:
-    """Turns one document into nodes.
-
-    Args:
-        origin: Of every node.
-        name: Of the document.
-        place: From PyYAML's mark to what errors show.
-    """
+    """Converts one document into nodes; ``place`` turns PyYAML's mark into a position for errors."""
 
     def __init__(self, origin: Origin, name: str, place: Callable[[yaml.Mark], str]) -> None:
         self._origin, self._name, self._place = origin, name, place
@@ -169,7 +246,7 @@ class _Reader:
             "This is not valid YAML.",
             where=self._place(mark) if mark is not None else self._name,
             why=why,
-            fix="check indentation, quotes and brackets there; put text with ': ' or '#' in quotes",
+            fix="check indentation, quotes and brackets; put text with ': ' or '#' in quotes",
         )
 
     def _convert(self, loader: yaml.SafeLoader, node: yaml.Node, outer: tuple[yaml.Node, ...]) -> Node:
@@ -179,8 +256,8 @@ class _Reader:
             raise ConfigError(
                 f"The document has more than {_MAX_VALUES:,} values.",
                 where=where,
-                why="every alias counts with all that it expands to",
-                fix="write fewer values; name many files with a pattern such as `data/*.jsonl`",
+                why="aliases count with all values that they expand to",
+                fix="write fewer values; select many files by a pattern such as `data/*.jsonl`",
             )
         if any(node is above for above in outer):
             raise ConfigError("A YAML alias contains itself.", where=where, fix="write the value out")
@@ -195,7 +272,7 @@ class _Reader:
         return Node(self._scalar(loader, node, where), self._origin, where, raw=node.value if is_plain else None)
 
     def _scalar(self, loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
-        if node.tag in _KEYS_ONLY:  # a lone ``<<`` or ``=`` means something as a key only
+        if node.tag in _KEYS_ONLY:  # ``<<`` and ``=`` are special only as keys
             return node.value
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
             raise ConfigError(
@@ -203,7 +280,7 @@ class _Reader:
             )
         try:
             value = loader.construct_object(node, deep=True)
-        except (ValueError, KeyError, IndexError) as error:  # only an explicit tag gets here: ``!!int abc``
+        except (ValueError, KeyError, IndexError) as error:  # from explicit tags only: ``!!int abc``
             kind = node.tag.rpartition(":")[2]
             raise ConfigError(
                 f"{clip(repr(node.value))} does not fit the tag !!{kind}.", where=where, fix="write a plain value"
@@ -239,23 +316,23 @@ class _Reader:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuses NUL and half surrogate pairs: no path, prompt or pattern holds them, and no file can store the latter."""
-    odd = next((character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"), None)
-    if odd is not None:
+    """Raises for NUL, which no option needs, and for lone surrogates, which UTF-8 cannot encode."""
+    invalid = next((char for char in text if char == "\0" or "\ud800" <= char <= "\udfff"), None)
+    if invalid is not None:
         raise ConfigError(
-            f"A text holds the character U+{ord(odd):04X}, which no option takes.",
+            f"A text contains the character U+{ord(invalid):04X}, which no option accepts.",
             where=where,
-            fix="leave it out" if odd == "\0" else "write the character itself, without \\u escapes",
+            fix="remove it" if invalid == "\0" else "write the character itself, without \\u escapes",
         )
 
 
 def clip(text: str) -> str:
-    """The text as errors show it: at most 60 characters."""
+    """Shortens a text to at most 60 characters, for messages."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_value(value: Any) -> str:
-    """A plain value on one line, as YAML that :func:`read_value` reads back."""
+    """Writes a plain value as one line of YAML, which :func:`read_value` reads back."""
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
     )

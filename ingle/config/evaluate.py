@@ -1,4 +1,4 @@
-"""``evaluate:`` a task: prompts, references and the metrics that compare answers with them."""
+"""``evaluate:`` a task: prompts, reference answers and metrics."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ class TaskConfig(Section):
     """A task: held-out prompts with one or more reference answers each.
 
     Attributes:
-        sources: Held-out rows, read as ``data.sources`` is. A row may give several answers: a ``references``
-            list, or several rows with the same prompt when ``group_by_prompt`` is set.
-        metrics: What to compute; the first is the headline.
-        group_by_prompt: Rows with an equal prompt become one sample with several references.
-        num_samples: Score only this many samples, drawn with ``seed``; all when null.
-        max_new_tokens: Longest answer.
-        temperature: 0 is greedy.
-        top_p: Nucleus sampling when ``temperature`` is above 0.
+        sources: Held-out rows, in the same layouts as ``data.sources``. To give several reference answers per prompt,
+            use a ``references`` column, or several rows with the same prompt and ``group_by_prompt``.
+        metrics: Metrics to compute. The first one is the headline.
+        group_by_prompt: Combine rows with the same prompt into one sample with several references.
+        num_samples: Score a random subset of this many samples, drawn with ``seed``. If null, score all.
+        max_new_tokens: Longest answer in tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Nucleus sampling: sample from the most likely tokens that together have this probability. Needs a
+            ``temperature`` above 0.
         stop: Strings that end an answer, in addition to the end-of-turn token.
-        answer_pattern: A regular expression whose first group (last match) is compared by ``exact_match``.
-        system: A system message put before prompts that have none.
-        control_tokens: As ``data.control_tokens``, for prompts and references; ``keep`` goes with ``keep``.
-        batch_size: Answers generated at once.
-        num_shown: Side-by-side answers printed and put into the report.
-        seed: Of sampling and of the statistics.
+        answer_pattern: Regular expression that extracts the answer for ``exact_match``: the first group of its last
+            match.
+        system: System message for prompts that have none.
+        control_tokens: How to read control tokens in prompts and references, as ``data.control_tokens``. If one of the
+            two is ``keep``, both must be.
+        batch_size: Number of answers generated together.
+        num_shown: Number of side-by-side answers on the terminal and in the report.
+        seed: Seed of sampling and of the statistics.
     """
 
     sources: Sources

@@ -1,25 +1,19 @@
-"""From a YAML file and flags to a frozen, checked :class:`~ingle.config.run.Run`.
-
-Paths in a file are found as :mod:`ingle.config.paths` says.
-"""
+"""Loads a YAML file and flags into a frozen, checked :class:`~ingle.config.run.Run`, and writes it as YAML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from ingle.config.document import Node, read_document
+from ingle.config.document import Node, read_config, read_document, write_value
 from ingle.config.evaluate import TaskConfig
-from ingle.config.files import read_config
-from ingle.config.ignored import find_ignored
-from ingle.config.origin import Origin, to_yaml, trace
-from ingle.config.overrides import lay_over, read_overrides, tidy
+from ingle.config.overrides import apply_overrides, drop_ignored, expand_short_forms, read_overrides
 from ingle.config.paths import expand, find_path, is_path
-from ingle.config.problems import Problem, locate, option_path, raise_problems, translate
+from ingle.config.problems import Problem, option_path, raise_problems, translate
 from ingle.config.rules import find_violations
 from ingle.config.run import Run
 from ingle.config.schema import Choice, Rows, Table, shapes
@@ -27,16 +21,17 @@ from ingle.config.section import Section
 from ingle.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
+Origin = Literal["default", "file", "flag"]
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run and how it came about.
+    """A run and where its values come from.
 
     Attributes:
         run: The resolved run.
         origins: ``default``, ``file`` or ``flag`` for each dotted path.
-        notes: What was dropped or changed on the way, in words.
+        notes: Options that were ignored, one sentence each.
     """
 
     run: Run
@@ -45,72 +40,125 @@ class LoadedRun:
 
 
 def load_run(path: Path | None, overrides: Sequence[str] = ()) -> LoadedRun:
-    """Reads a config file and lays flags over it.
+    """Loads a config file and applies overrides.
 
     Args:
-        path: A YAML file; None when the flags say everything.
+        path: A YAML file; None if the overrides give every required option.
         overrides: ``--a.b=c``, or ``--a.b`` and ``c`` as two words.
 
     Raises:
-        ConfigError: With everything that is wrong, at once.
+        ConfigError: With every problem that was found.
     """
     run, root, notes = _load(Run, path, overrides)
-    return LoadedRun(run, trace(run, root), notes)
+    return LoadedRun(run, _origins(run, root), notes)
 
 
 def load_task(source: Path | TaskConfig | None, overrides: Sequence[str] = ()) -> TaskConfig:
-    """Reads a task and lays flags over it.
+    """Loads a task and applies overrides.
 
     Args:
-        source: A file with the options of ``evaluate:``, or a run's config, of which that section is taken; or a task;
-            or None when the flags say everything.
-        overrides: As of :func:`load_run`.
+        source: A task file, a run's config with an ``evaluate:`` section, a task, or None if the overrides give every
+            required option.
+        overrides: As in :func:`load_run`.
 
     Raises:
-        ConfigError: With everything that is wrong, at once.
+        ConfigError: With every problem that was found.
     """
     task, _, _ = _load(TaskConfig, source, overrides)
     return task
 
 
 def run_from_yaml(text: str, name: str = "run.yaml") -> Run:
-    """Reads what :func:`run_to_yaml` wrote.
-
-    Args:
-        text: A YAML document.
-        name: What errors call it.
+    """Parses the output of :func:`run_to_yaml`; ``name`` is the file name in errors.
 
     Raises:
-        ConfigError: With everything that is wrong, at once.
+        ConfigError: With every problem that was found.
     """
-    return _build(Run, _section_node(read_document(text, name), name))
+    return _build(Run, _mapping(read_document(text, name), name))
 
 
 def run_to_yaml(run: Run) -> str:
-    """The whole run as YAML, every option written out; reading it gives an equal run."""
+    """Writes a run as YAML with every option; :func:`run_from_yaml` returns an equal run."""
     return to_yaml(run)
+
+
+def to_yaml(section: Section, comments: Mapping[str, str] | None = None) -> str:
+    """Writes a section as YAML, one option per line, which loads as an equal section.
+
+    Args:
+        section: The section.
+        comments: Comments behind options, by dotted path.
+    """
+    return "\n".join(_lines(section.model_dump(mode="json"), "", "", comments or {})) + "\n"
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields path and value of every option in a section's plain data; a list of plain values is one option."""
+    if isinstance(value, dict) and (value or not path):
+        for key, item in value.items():
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from leaves(item, (*path, str(index)))
+    else:
+        yield path, value
+
+
+def _lines(table: Mapping[str, Any], indent: str, prefix: str, comments: Mapping[str, str]) -> Iterator[str]:
+    for key, value in table.items():
+        path = f"{prefix}{key}"
+        name = write_value(key)
+        if isinstance(value, dict) and value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ", f"{path}.", comments)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield f"{indent}{name}:"
+            for index, item in enumerate(value):
+                inner = list(_lines(item, indent + "    ", f"{path}.{index}.", comments))
+                yield f"{indent}  - {inner[0].lstrip()}"
+                yield from inner[1:]
+        else:
+            comment = f"  # {comments[path]}" if path in comments else ""
+            yield f"{indent}{name}: {write_value(value)}{comment}"
+
+
+def _origins(section: Section, root: Node) -> dict[str, Origin]:
+    """Returns the origin of each option of ``section``, which was built from the document ``root``."""
+    return {".".join(path): _origin(root, path) for path, _ in leaves(section.model_dump(mode="json"))}
+
+
+def _origin(node: Node, path: tuple[str, ...]) -> Origin:
+    for key in path:
+        below = node.value.get(key) if isinstance(node.value, dict) else node.value[int(key)]
+        if below is None:
+            return "default"
+        node = below
+    items = node.value if isinstance(node.value, list) else []
+    return "flag" if any(item.origin == "flag" for item in items) else node.origin
 
 
 def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -> tuple[S, Node, list[str]]:
     flags = read_overrides(overrides)
     root = Node({}, "flag", "the flags")
     path = source if isinstance(source, Path) else None
-    begun_in = None
+    started_in = None
     if path is not None:
-        root = _section_node(read_document(read_config(path), str(path)), str(path))
-        begun_in = _text_at(root, "paths_from")
+        root = _mapping(read_document(read_config(path), str(path)), str(path))
+        started_in = _text_at(root, "paths_from")
         if section is TaskConfig:
             root = _task_node(root, str(path))
     elif isinstance(source, Section):
-        root = _section_node(read_document(to_yaml(source), "the task"), "the task")
-    notes = lay_over(root, flags, section)
-    tidy(root, Table(section))
+        root = _mapping(read_document(to_yaml(source), "the task"), "the task")
+    notes = apply_overrides(root, flags, section)
+    expand_short_forms(root, Table(section))
     if section is Run:
-        notes += find_ignored(root)
+        notes += drop_ignored(root)
     for node in _path_nodes(root, section):
-        _settle(node, path.parent if path is not None else None, begun_in)
-    if begun_in is not None and section is not TaskConfig:
-        del root.value["paths_from"]  # it has done its work: from here on all paths are those of the current folder
+        if isinstance(node.value, str) and node.value:
+            folders = (path.parent if path is not None else None, started_in) if node.origin == "file" else ()
+            node.value = find_path(node.value, *folders)
+    if started_in is not None and section is not TaskConfig:
+        del root.value["paths_from"]  # all paths are now relative to the current folder
     if (output := _text_at(root, "output")) is not None:
         root.value["output"].value = expand(output)
     return _build(section, root), root, notes
@@ -121,75 +169,73 @@ def _text_at(root: Node, name: str) -> str | None:
     return node.value if node is not None and isinstance(node.value, str) and node.value else None
 
 
-def _section_node(root: Node, name: str) -> Node:
+def _mapping(root: Node, name: str) -> Node:
     if root.value is None:
         root.value = {}
     if not isinstance(root.value, dict):
-        raise ConfigError("A config file holds options such as `seed: 0`, one per line.", where=name)
+        raise ConfigError("A config file must contain options such as `seed: 0`, one per line.", where=name)
     return root
 
 
 def _task_node(root: Node, name: str) -> Node:
-    """The options of a task: the file's own, or those of the ``evaluate:`` section of a run's config."""
+    """Returns the options of a task: those of the document, or those of its ``evaluate:`` section."""
     task = root.value.get("evaluate")
     if task is not None and task.value is not None:
-        return _section_node(task, name)
+        return _mapping(task, name)
     if task is not None or root.value.keys() & {"model", "data", "output"}:
         raise ConfigError(
-            "This config holds no task: it has no `evaluate:` section.",
+            "This config has no task: the section `evaluate:` is missing.",
             where=name,
-            fix="add `evaluate: {sources: [held-out.jsonl]}` to it, or name a task file",
+            fix="add `evaluate: {sources: [heldout.jsonl]}`, or name a task file",
         )
     return root
 
 
 def _build(section: type[S], root: Node) -> S:
-    tidy(root, Table(section))
+    expand_short_forms(root, Table(section))
     try:
         built = section.model_validate(root.plain())
     except ValidationError as error:
-        if not _repair(error, root, section):
+        if not _convert_scalars(error, root, section):
             raise_problems(translate(error, root, section))
         try:
             built = section.model_validate(root.plain())
-        except ValidationError as error_left:
-            raise_problems(translate(error_left, root, section))
-            raise AssertionError("a validation error has at least one problem") from error_left
+        except ValidationError as remaining:
+            raise_problems(translate(remaining, root, section))
+            raise AssertionError("a validation error has at least one problem") from remaining
     raise_problems([_with_lines(problem, root) for problem in find_violations(built)])
     return built
 
 
-def _repair(error: ValidationError, root: Node, section: type[Section]) -> bool:
-    """Takes text as it was written (``revision: 123``) and whole numbers in any spelling (``num_steps: 1e3``)."""
-    repaired = False
+def _convert_scalars(error: ValidationError, root: Node, section: type[Section]) -> bool:
+    """Uses the unparsed text where text is needed (``revision: 123``), and integers in any notation (``1e3``)."""
+    converted = False
     for detail in error.errors(include_url=False):
         path, _ = option_path(detail["loc"], section)
         tail = detail["loc"][-1]
-        node = locate(root, path)
+        node = root.find(path)
         if node is not None and isinstance(node.value, list) and isinstance(tail, int) and tail < len(node.value):
             node = node.value[tail]
         if node is None:
             continue
         if detail["type"] == "string_type" and node.raw is not None and node.value is not None:
-            node.value, repaired = node.raw, True
+            node.value, converted = node.raw, True
         elif detail["type"] == "int_type" and isinstance(node.value, float) and node.value.is_integer():
-            node.value, repaired = int(node.value), True
-    return repaired
+            node.value, converted = int(node.value), True
+    return converted
 
 
 def _with_lines(problem: Problem, root: Node) -> Problem:
-    """Adds to the options a rule names the lines or flags that gave them."""
-    if problem.where is None:
-        return problem
+    """Adds to the options in ``where`` the lines that set them."""
     parts = []
-    for name in problem.where.split(", "):
-        node = locate(root, tuple(int(key) if key.isdigit() else key for key in name.split(" ")[0].split(".")))
+    for name in (problem.where or "").split(", "):
+        node = root.find([int(key) if key.isdigit() else key for key in name.split(".")])
         parts.append(name if node is None or node.origin == "flag" else f"{name} ({node.where})")
     return Problem(problem.message, ", ".join(parts), problem.fix)
 
 
 def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
-    """The nodes of options that name files."""
+    """Yields the nodes of all options that are paths."""
     if not isinstance(node.value, dict):
         return
     for name, shape in shapes(section).items():
@@ -209,9 +255,3 @@ def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
                     yield from _path_nodes(below, inner)
             case _:
                 pass
-
-
-def _settle(node: Node, *folders: str | Path | None) -> None:
-    """Finds what a path names; one that was typed as a flag is read from the current folder only."""
-    if isinstance(node.value, str) and node.value:
-        node.value = find_path(node.value, *(folders if node.origin == "file" else ()))

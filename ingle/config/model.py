@@ -1,4 +1,4 @@
-"""``model:`` which model and tokenizer to start from."""
+"""``model:`` the model and tokenizer to start from."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ DType = Literal["auto", "bfloat16", "float32"]
 
 
 class ModelConfig(Section):
-    """Which model to start from.
+    """The model to start from.
 
     Attributes:
-        id: A hub id (``Qwen/Qwen3-0.6B``), a local folder, or a ``.gguf`` file (a path, or ``owner/name/file.gguf`` on
-            the hub).
+        id: A hub id (``Qwen/Qwen3-0.6B``), a local folder, or a ``.gguf`` file (a local path, or
+            ``owner/name/file.gguf`` on the hub).
         revision: Branch, tag or commit on the hub.
-        tokenizer: Hub id or folder of another tokenizer; the model's own when null.
-        dtype: Compute type. ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.
-        init: ``pretrained`` reads the weights; ``random`` starts from the architecture's own initialisation
-            (``id`` then needs only a ``config.json``), for pre-training.
-        chat_template: A file whose Jinja template replaces the tokenizer's own.
-        trust_remote_code: Run Python that comes with the model.
+        tokenizer: Hub id or folder of a different tokenizer. If null, the model's own.
+        dtype: Compute dtype. ``auto`` is bfloat16 on hardware with fast bfloat16 arithmetic, and float32 elsewhere.
+        init: ``pretrained`` loads the weights. ``random`` initializes them as the architecture does, for pre-training;
+            ``id`` then needs only a ``config.json``.
+        chat_template: File with a Jinja chat template that replaces the tokenizer's own.
+        trust_remote_code: Allow the model's repository to run its own Python code.
     """
 
     id: Text

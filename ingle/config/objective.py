@@ -1,4 +1,4 @@
-"""``objective:`` what the loss rewards."""
+"""``objective:`` the training objective."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ingle.config.section import Section, tagged
 
 
 class Clm(Section):
-    """Causal language modelling: every token of the text is predicted from those before it."""
+    """Causal language modelling: the loss covers every token."""
 
     kind: Literal["clm"]
 
 
 class Sft(Section):
-    """Supervised fine-tuning: only the answers carry loss."""
+    """Supervised fine-tuning: the loss covers only the answers."""
 
     kind: Literal["sft"] = "sft"
 

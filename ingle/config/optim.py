@@ -1,4 +1,4 @@
-"""``optim:`` optimizer and learning-rate schedule."""
+"""``optim:`` the optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with a warmed-up schedule.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with warm-up and a learning-rate schedule.
 
     Attributes:
-        lr: Peak learning rate. 2e-4 suits LoRA; full fine-tuning wants about a tenth.
-        betas: Decay of the first and second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled; never on biases, norms and embeddings.
-        schedule: Shape after the warm-up.
-        warmup_steps: Steps of linear warm-up; when null, ``warmup_ratio`` of the run.
-        warmup_ratio: Share of the run spent warming up when ``warmup_steps`` is null.
-        min_lr_ratio: Where linear and cosine end, as a share of ``lr``.
-        max_grad_norm: Gradients longer than this are scaled down to it; null turns clipping off.
+        lr: Peak learning rate. 2e-4 suits LoRA; use about a tenth of it for full fine-tuning.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the square root of the second moment.
+        weight_decay: Decoupled weight decay; not applied to biases, norms and embeddings.
+        schedule: Shape of the learning rate after the warm-up.
+        warmup_steps: Steps of linear warm-up. If null, ``warmup_ratio`` of the run.
+        warmup_ratio: Fraction of the run used for warm-up if ``warmup_steps`` is null.
+        min_lr_ratio: Final learning rate of ``linear`` and ``cosine``, as a fraction of ``lr``.
+        max_grad_norm: Scale down gradients whose norm is larger than this. If null, do not clip.
     """
 
     lr: Annotated[float, Field(gt=0, le=1_000)] = 2e-4

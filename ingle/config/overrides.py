@@ -1,4 +1,4 @@
-"""Flags such as ``--optim.lr=1e-4`` laid over what the file says."""
+"""Applies flags such as ``--optim.lr=1e-4`` to a config document, and drops options that have no effect."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from ingle.errors import ConfigError
 
 #: Parts of a dotted path; the deepest option has four.
 _MAX_KEYS = 16
+#: Options that have no effect where another one is set.
+_DISABLED_BY = (("train.num_epochs", "train.num_steps"), ("optim.warmup_ratio", "optim.warmup_steps"))
 
 
 @dataclass(frozen=True)
 class Override:
-    """One flag: where it points and its value; ``text`` is None for a flag without a value."""
+    """A flag: its dotted path and its value; ``text`` is None without a value."""
 
     keys: tuple[str, ...]
     text: str | None
 
     @property
     def typed(self) -> str:
-        """The flag as it could be typed."""
+        """The flag as typed on a command line."""
         return "--" + ".".join(map(clip, self.keys)) + ("" if self.text is None else f"={clip(self.text)}")
 
 
 def read_overrides(words: Sequence[str]) -> list[Override]:
-    """Pairs the words of a command line: ``--a.b=c``, ``--a.b c`` or ``--a.b`` alone.
+    """Parses command-line words: ``--a.b=c``, ``--a.b c`` or ``--a.b`` alone.
 
     Raises:
-        ConfigError: A word is neither a flag nor the value of one.
+        ConfigError: A word is neither a flag nor the value of a flag.
     """
     found: list[Override] = []
     rest = list(words)
@@ -42,9 +44,9 @@ def read_overrides(words: Sequence[str]) -> list[Override]:
         keys = tuple(name.removeprefix("--").split("."))
         if not word.startswith("--") or not all(keys):
             fix = f"--{word}" if equals and all(keys) and not word.startswith("-") else "--section.option=value"
-            raise ConfigError(f"{clip(word)!r} is not an override.", fix=f"type overrides as {fix}")
+            raise ConfigError(f"{clip(word)!r} is not an override.", fix=f"write overrides as {fix}")
         if len(keys) > _MAX_KEYS:
-            raise ConfigError(f"{clip(name)} is not an option.", why=f"no option is {len(keys):,} levels deep")
+            raise ConfigError(f"{clip(name)} is not an option.", why=f"no option is nested {len(keys):,} levels deep")
         if equals:
             found.append(Override(keys, text))
         elif rest and not rest[0].startswith("--"):
@@ -54,19 +56,19 @@ def read_overrides(words: Sequence[str]) -> list[Override]:
     return found
 
 
-def lay_over(root: Node, overrides: Sequence[Override], section: type[Section]) -> list[str]:
-    """Puts the overrides into the document, in place.
+def apply_overrides(root: Node, overrides: Sequence[Override], section: type[Section]) -> list[str]:
+    """Applies overrides to a document in place.
 
     Returns:
-        What was dropped because a flag chose another member of a tagged section, in words.
+        A sentence for each option of the file that was dropped because a flag selects another kind of section.
 
     Raises:
-        ConfigError: A flag points into something that has no parts, or beyond the end of a list.
+        ConfigError: A flag names a part of a scalar, or a position beyond the end of a list.
     """
     shape: Shape = Table(section)
     for override in overrides:
         _put(root, shape, override)
-    return _drop_strangers(root, section)
+    return _drop_replaced(root, section)
 
 
 def _put(root: Node, shape: Shape | None, override: Override) -> None:
@@ -77,7 +79,7 @@ def _put(root: Node, shape: Shape | None, override: Override) -> None:
     target = _part_shape(_open(node, shape, override, len(override.keys) - 1), shape, last)
     value = _value(override, target)
     if isinstance(target, Choice) and not isinstance(value.value, dict):
-        # ``--adapter=none``: the word is the tag; options of another tag in the file are dropped afterwards.
+        # ``--adapter=none``: the word is the tag; options of the old tag are dropped afterwards.
         below, _ = _step(node, shape, last, override, len(override.keys) - 1)
         below.value[target.tag] = value
     elif isinstance(node.value, list):
@@ -94,16 +96,16 @@ def _value(override: Override, target: Shape | None) -> Node:
         return Node(True, "flag", override.typed)
     raise ConfigError(
         f"{override.typed} needs a value.",
-        why=f"it takes {target.words}" if isinstance(target, Leaf) else None,
+        why=f"it accepts {target.words}" if isinstance(target, Leaf) else None,
         fix=f"{override.typed}=VALUE",
     )
 
 
 def _step(node: Node, shape: Shape | None, key: str, override: Override, position: int) -> tuple[Node, Shape | None]:
-    """Goes down by one key, making what is not there yet."""
+    """Returns the node below ``key`` and its shape; creates the node if it is missing."""
     container = _open(node, shape, override, position)
     below = _part_shape(container, shape, key)
-    empty = _start(below, override.typed)
+    empty = _empty(below, override.typed)
     if isinstance(container.value, list):
         index = _index(container.value, key, override)
         if index == len(container.value):
@@ -115,7 +117,7 @@ def _step(node: Node, shape: Shape | None, key: str, override: Override, positio
     return found, below
 
 
-def _start(shape: Shape | None, typed: str) -> Node:
+def _empty(shape: Shape | None, typed: str) -> Node:
     match shape:
         case Rows(_):
             return Node([], "flag", typed)
@@ -126,13 +128,12 @@ def _start(shape: Shape | None, typed: str) -> Node:
 
 
 def _open(node: Node, shape: Shape | None, override: Override, position: int) -> Node:
-    """Makes a container of a short form (``sources: a.jsonl``) so that its parts can be reached."""
-    tidy(node, shape)
+    """Expands a short form (``sources: a.jsonl``), so that its parts can be set."""
+    expand_short_forms(node, shape)
     if not isinstance(node.value, dict | list):
         path = ".".join(override.keys[:position])
-        raise ConfigError(
-            f"{path} has no parts.", where=override.typed, why=f"it is {write_value(node.plain())} ({node.where})"
-        )
+        why = f"it is {write_value(node.plain())} ({node.where})"
+        raise ConfigError(f"{path} has no parts.", where=override.typed, why=why)
     return node
 
 
@@ -142,11 +143,8 @@ def _part_shape(node: Node, shape: Shape | None, key: str) -> Shape | None:
             return shapes(section).get(key)
         case Rows(section):
             return Table(section)
-        case Choice(tag, members, default):
-            chosen = node.value.get(tag)
-            name = chosen.value if chosen is not None else default
-            candidates = [members[name]] if name in members else list(members.values())
-            return next((found for member in candidates if (found := shapes(member).get(key))), None)
+        case Choice():
+            return next((found for member in shape.candidates(node) if (found := shapes(member).get(key))), None)
         case _:
             return None
 
@@ -156,41 +154,39 @@ def _index(items: list[Node], key: str, override: Override) -> int:
         raise ConfigError(
             f"{clip(key)!r} is not a position in a list of {len(items)}.",
             where=override.typed,
-            fix=f"count from 0; {len(items)} adds an item",
+            fix=f"positions start at 0; {len(items)} appends an item",
         )
     return int(key)
 
 
-def tidy(node: Node, shape: Shape | None) -> None:
-    """Writes short forms out, in place: a word for a tagged section, an item for a list of one, a text for a row."""
+def expand_short_forms(node: Node, shape: Shape | None) -> None:
+    """Expands short forms in place: a word for a tagged section, an item for a list of one, a text for a row."""
     match shape:
-        case Choice(tag, members, default):
+        case Choice(tag):
             if isinstance(node.value, str):
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
-            chosen = node.value.get(tag) if isinstance(node.value, dict) else None
-            name = chosen.value if chosen is not None else default
-            if isinstance(name, str) and name in members:
-                tidy(node, Table(members[name]))
+            if len(selected := shape.candidates(node)) == 1:
+                expand_short_forms(node, Table(selected[0]))
         case Rows(section, key):
             if isinstance(node.value, str | dict):
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
             for item in node.value if isinstance(node.value, list) else ():
                 if isinstance(item.value, str):
                     item.value, item.raw = {key: Node(item.value, item.origin, item.where, item.raw)}, None
-                tidy(item, Table(section))
+                expand_short_forms(item, Table(section))
         case Leaf(is_open=True, alone=alone) if node.value is not None and not isinstance(node.value, list | dict):
             if node.value not in alone:
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
         case Table(section) if isinstance(node.value, dict):
             for name, below in shapes(section).items():
                 if name in node.value:
-                    tidy(node.value[name], below)
+                    expand_short_forms(node.value[name], below)
         case _:
             pass
 
 
-def _drop_strangers(root: Node, section: type[Section]) -> list[str]:
-    """Drops what the file says of a member that a flag has replaced by another."""
+def _drop_replaced(root: Node, section: type[Section]) -> list[str]:
+    """Drops options of the file that belong to a kind of section which a flag has replaced."""
     notes: list[str] = []
     for name, shape in shapes(section).items():
         node = root.value.get(name)
@@ -203,8 +199,41 @@ def _drop_strangers(root: Node, section: type[Section]) -> list[str]:
             continue
         known = shape.members[chosen.value].model_fields
         for key in [key for key, value in node.value.items() if key not in known and value.origin == "file"]:
-            dropped = node.value.pop(key)
-            notes.append(
-                f"{name}.{key} from {dropped.where} is left out: {name}.{shape.tag}={chosen.value} has no such option."
-            )
+            where = node.value.pop(key).where
+            notes.append(f"Ignoring {name}.{key} ({where}): {name}.{shape.tag}={chosen.value} has no such option.")
     return notes
+
+
+def drop_ignored(root: Node) -> list[str]:
+    """Drops a base format that a GGUF file overrides, and returns a sentence for each option without effect."""
+    notes = _drop_format(root)
+    for name, cause in _DISABLED_BY:
+        given, decisive = root.find(name.split(".")), root.find(cause.split("."))
+        if given is not None and decisive is not None and decisive.value is not None:
+            notes.append(f"Ignoring {name}{_line(given)}: {cause} is set.")
+    objective, train_on = root.find(("objective", "kind")), root.find(("data", "train_on"))
+    if objective is not None and objective.value == "clm" and train_on is not None and train_on.value == "assistant":
+        notes.append(f"Ignoring data.train_on{_line(train_on)}: language modelling (clm) trains on every token.")
+    return notes
+
+
+def _drop_format(root: Node) -> list[str]:
+    """Drops the file's base format if a flag names a GGUF file as the model.
+
+    If both come from the same place, the format stays: it applies to tensors that the GGUF file stores unquantized, and
+    contradictions are reported when the file is read.
+    """
+    model, format = root.find(("model", "id")), root.find(("base", "format"))
+    if model is None or model.origin == "file" or not str(model.value).lower().endswith(".gguf"):
+        return []
+    if format is None or format.origin == "flag" or format.value in (None, "none"):
+        return []
+    del root.value["base"]
+    return [
+        f"Ignoring base.format={format.value}{_line(format)}: the weights of a GGUF file are already quantized. "
+        f"(--base.format={format.value} quantizes those that are not.)"
+    ]
+
+
+def _line(node: Node) -> str:
+    return f" ({node.where})" if node.origin == "file" else ""

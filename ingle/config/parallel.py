@@ -1,4 +1,4 @@
-"""``parallel:`` which devices take part."""
+"""``parallel:`` devices and threads."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ingle.config.section import Section
 
 
 class ParallelConfig(Section):
-    """Which devices take part.
+    """Devices and threads.
 
     Attributes:
         kind: ``auto`` and ``none`` use one device.
-        device: ``auto`` takes the GPU when there is one.
-        num_threads: CPU threads for arithmetic; all cores given to the process when null.
+        device: ``auto`` is the GPU if there is one, and the CPU otherwise.
+        num_threads: CPU threads for computation. If null, one per core available to the process.
     """
 
     kind: Literal["auto", "none"] = "auto"

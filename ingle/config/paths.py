@@ -1,8 +1,8 @@
-"""How the files that a config names are found.
+"""Finds the files that a config names.
 
-A relative path is relative to the current folder.  If nothing is there, it is relative to the folder of the config file
-and, for a run that is opened again, to the folder in which the run was started
-(:attr:`~ingle.config.run.Run.paths_from`).  A name that is found nowhere stays as it is: it may be a hub id.
+A relative path is looked up in the current folder, then in the folder of the config file and, for a stored run, in the
+folder in which the run was started (:attr:`~ingle.config.run.Run.paths_from`). A path that does not exist stays
+unchanged: it may be a hub id.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ingle.config.section import Section
 
 S = TypeVar("S", bound=Section)
 
-#: Options that name a file or folder that must exist, by the section they are in and their name.
+#: Options that name an existing file or folder, by section and name.
 _PATHS = {
     ("ModelConfig", "id"),
     ("ModelConfig", "tokenizer"),
@@ -29,12 +29,12 @@ _PATHS = {
 
 
 def is_path(section: type[Section], name: str) -> bool:
-    """Whether an option names a file or folder that must exist."""
+    """Returns whether an option names an existing file or folder."""
     return any((kind.__name__, name) in _PATHS for kind in section.__mro__)
 
 
 def find_path(path: str, *folders: str | Path | None) -> str:
-    """A path as it is found: from the current folder as typed, else from the first of ``folders`` that has it."""
+    """Returns a path as typed if it exists, or else below the first of ``folders`` in which it exists."""
     path = expand(path)
     if Path(path).is_absolute() or _exists(Path(path)):
         return path
@@ -43,36 +43,36 @@ def find_path(path: str, *folders: str | Path | None) -> str:
 
 
 def locate_paths(run: Run) -> Run:
-    """The same run with every path as it is found from the current folder."""
+    """Returns the run with every path as found from the current folder."""
     return _map_paths(run, lambda path: find_path(path, run.paths_from))
 
 
 def resolved_paths(run: Run) -> Run:
-    """The same run with every local path absolute: two runs name the same files if these are equal."""
+    """Returns the run with absolute local paths, so that equal runs name the same files."""
 
     def resolve(path: str) -> str:
-        begun_in = Path(run.paths_from or "", expand(path))  # what it meant then, even if a namesake lies here
-        found = begun_in if _exists(begun_in) else Path(expand(path))
+        original = Path(run.paths_from or "", expand(path))  # wins over a file of that name in the current folder
+        found = original if _exists(original) else Path(expand(path))
         return os.path.realpath(found) if _exists(found) else path
 
     return _map_paths(run, resolve)
 
 
 def move_paths(run: Run, folder: Path) -> Run:
-    """A run read from a run folder, whose files have perhaps moved together with it.
+    """Returns a run read from ``folder`` with ``paths_from`` updated if the run was moved with its files.
 
     If the folder in which the run was started is gone, it was probably moved together with the run folder: ``output``
-    is the path from the one to the other.
+    is the path from the former to the latter.
     """
     tail = Path(run.output).parts
-    here = Path(os.path.realpath(folder))  # resolve() raises on a loop of links
+    here = Path(os.path.realpath(folder))  # unlike resolve(), accepts loops of links
     if run.paths_from is None or Path(run.paths_from).is_dir() or here.parts[-len(tail) :] != tail:
         return run
     return run.model_copy(update={"paths_from": str(Path(*here.parts[: -len(tail)]))})
 
 
 def expand(path: str) -> str:
-    """A path whose ``~`` is the home folder; anything else, and the ``~`` of a user who does not exist, as it is."""
+    """Expands ``~`` in a path, unless it refers to an unknown user."""
     return os.path.expanduser(path)
 
 
@@ -92,5 +92,5 @@ def _changed_paths(section: Section, change: Callable[[str], str]) -> Iterator[t
 
 
 def _exists(path: Path) -> bool:
-    # os.path.exists() is False for a name that is too long, where Path.exists() raises.
+    # os.path.exists() returns False for names that are too long; Path.exists() raises.
     return os.path.exists(path) or (glob.has_magic(str(path)) and any(glob.iglob(str(path), recursive=True)))

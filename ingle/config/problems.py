@@ -1,8 +1,7 @@
-"""What is wrong with a config, in plain words, all of it at once."""
+"""Reports everything that is wrong with a config in one error."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ from ingle.config.document import Node, clip, write_value
 from ingle.config.schema import Choice, Leaf, Names, Rows, Shape, Table, options, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
-from ingle.wording import either
+from ingle.wording import either, nearest
 
-#: A longer list of options helps nobody, nor does a longer list of problems.
+#: Longest list of problems or options in a message.
 _LISTED = 12
 
 Path = tuple[str | int, ...]
@@ -23,11 +22,11 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem.
 
     Attributes:
         message: A sentence.
-        where: The option, with the line or flag that gave it.
+        where: The option, with the line or flag that set it.
         fix: What to type instead.
     """
 
@@ -37,50 +36,35 @@ class Problem:
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
-    """Does nothing when there are no problems.
+    """Raises one error for all problems; does nothing if there are none.
 
     Raises:
-        ConfigError: One for all of ``problems``.
+        ConfigError: With all of ``problems``.
     """
     if not problems:
         return
     if len(problems) == 1:
         raise ConfigError(problems[0].message, where=problems[0].where, fix=problems[0].fix)
-    lines = [f"{len(problems)} things are wrong with the options."]
+    lines = [f"The config has {len(problems):,} problems."]
     for number, problem in enumerate(problems[:_LISTED], 1):
         lines.append(f"  {number}. {problem.message}")
         lines.extend(
             f"     {label:<6} {text}" for label, text in (("where", problem.where), ("fix", problem.fix)) if text
         )
     if len(problems) > _LISTED:
-        lines.append(f"  ... and {len(problems) - _LISTED} more.")
+        lines.append(f"  ... and {len(problems) - _LISTED:,} more.")
     raise ConfigError("\n".join(lines))
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """A path as a flag spells it; a name that no option could have is cut."""
+    """Returns a path as in flags, with long names clipped."""
     return ".".join(clip(str(key)) for key in path)
 
 
-def locate(root: Node, path: Path) -> Node | None:
-    """The node at ``path``, or None."""
-    node: Node | None = root
-    for key in path:
-        if node is None:
-            return None
-        if isinstance(node.value, dict):
-            node = node.value.get(str(key))
-        elif isinstance(node.value, list) and isinstance(key, int) and key < len(node.value):
-            node = node.value[key]
-        else:
-            return None
-    return node
-
-
 def option_path(loc: Path, section: type[Section]) -> tuple[Path, Shape | None]:
-    """The option a pydantic location points to, without the names of union members, and its shape.
+    """Returns the path and shape of the option at a pydantic location.
 
-    The path of a wrong item in a plain list stops at the list.
+    The path has no names of union members, and ends at a list for an invalid item in it.
     """
     shape: Shape | None = Table(section)
     path: list[str | int] = []
@@ -104,36 +88,36 @@ def option_path(loc: Path, section: type[Section]) -> tuple[Path, Shape | None]:
 
 
 def translate(error: ValidationError, root: Node, section: type[Section]) -> list[Problem]:
-    """Pydantic's errors in our words, one for each option."""
+    """Translates pydantic's errors, one per option."""
     found: dict[Path, Problem] = {}
     for detail in error.errors(include_url=False):
         path, shape = option_path(detail["loc"], section)
-        node = locate(root, path)
-        # Rows that are wrong themselves are not counted by pydantic, which then finds the list too short.
+        node = root.find(path)
+        # Pydantic does not count invalid rows, and then reports that the list is too short.
         counted = isinstance(shape, Rows) and detail["type"] == "too_short" and node is not None and bool(node.value)
         if path in found or counted:
             continue
-        # Searching for similar names takes a while; nobody reads the thousandth suggestion.
+        # Suggestions take time; compute them only for the problems that are shown.
         listed = len(found) < _LISTED
         found[path] = _translate(detail, path, shape, root, section) if listed else Problem(dotted(path))
     return list(found.values())
 
 
 def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node, section: type[Section]) -> Problem:
-    node = locate(root, path)
+    node = root.find(path)
     name = dotted(path)
     where = _where(name, node)
     if detail["type"] == "extra_forbidden":
         return Problem(f"{name} is not an option.", where, _suggestion(path, root, section))
     if detail["type"] == "missing" and node is None:
         needed = " and ".join(dotted((*path, *rest)) for rest in _required(shape))
-        return Problem(f"{needed} must be given.", None, f"--{needed.split(' ')[0]}=VALUE, or in the file")
+        return Problem(f"{needed} must be given.", None, f"add it to the file, or use --{needed.split(' ')[0]}=VALUE")
     if isinstance(shape, Choice) and detail["type"].startswith("union_tag"):
-        tag = locate(root, (*path, shape.tag))
+        tag = root.find((*path, shape.tag))
         choices = either(list(shape.members))
         if tag is None and node is not None and isinstance(node.value, dict):
-            typo = next(iter(difflib.get_close_matches(shape.tag, node.value, n=1)), None)
-            remedy = f"--{name}.{shape.tag}=..." if typo is None else f"write {shape.tag} for {typo}"
+            typo = nearest(shape.tag, node.value)
+            remedy = f"--{name}.{shape.tag}=..." if typo is None else f"write {shape.tag} instead of {typo}"
             return Problem(f"{name}.{shape.tag} must be given: {choices}.", where, remedy)
         shown = tag or node
         return Problem(
@@ -154,7 +138,7 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
 
 
 def _required(shape: Shape | None) -> list[Path]:
-    """What has to be given below ``shape``, as paths relative to it."""
+    """Returns the required options below ``shape``, as relative paths."""
     match shape:
         case Table(section):
             below = shapes(section)
@@ -185,14 +169,14 @@ def _shown(node: Node | None) -> str:
         return ""
     if isinstance(node.value, dict | list) and _is_long(node):
         return f", not {'a section' if isinstance(node.value, dict) else 'a list'} of {len(node.value):,}"
-    # A number is shown as it was typed: 1e400, not the infinity that it is read as.
+    # Show a number as typed: 1e400, not infinity.
     is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
     text = node.raw if node.raw is not None and is_number else write_value(node.plain())
     return f", not {clip(text)}"
 
 
 def _is_long(node: Node) -> bool:
-    """Whether writing a container out would take more than a few lines."""
+    """Returns whether a container has too many values to show."""
     waiting, seen = [node], 0
     while waiting and seen <= _LISTED:
         value = waiting.pop().value
@@ -205,14 +189,14 @@ def _closest(node: Node | None, choices: list[str]) -> str | None:
     given = node.plain() if node is not None else None
     for word in given if isinstance(given, list) else [given]:
         if isinstance(word, str) and word not in choices:
-            close = difflib.get_close_matches(clip(word).lower().replace("-", "_"), choices, n=1)
+            close = nearest(clip(word).lower().replace("-", "_"), choices)
             if close:
-                return f"did you mean {close[0]}?"
+                return f"did you mean {close}?"
     return None
 
 
 def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
-    """What an unknown option may have been meant to be: a neighbour first, then its name elsewhere in the tree."""
+    """Suggests an option for an unknown one: first from the same section, then from the entire tree."""
     parent, key = dotted(path[:-1]), clip(str(path[-1])).replace("-", "_")
     prefix = f"{parent}." if parent else ""
     _, shape = option_path(path[:-1], section)
@@ -221,28 +205,20 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
             owners = [name for name, member in members.items() if key in member.model_fields]
             if owners:
                 return f"it belongs to {parent}.{tag}={either(owners)}"
-            siblings = _siblings(shape, locate(root, path[:-1]))
+            sections = shape.candidates(root.find(path[:-1]))
+            siblings = list(dict.fromkeys(field for section in sections for field in section.model_fields))
         case Table(inner) | Rows(inner):
             siblings = list(inner.model_fields)
         case _:
             siblings = []
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
+    if close := nearest(key, siblings):
+        return f"did you mean {prefix}{close}?"
     everywhere = [option.path for option in options(section)]
     named = [found for found in everywhere if found.rpartition(".")[2] == key]
     if not named:
-        names = {found.rpartition(".")[2] for found in everywhere}
-        near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.75)
-        named = [found for found in everywhere if near and found.rpartition(".")[2] == near[0]]
+        near = nearest(key, sorted({found.rpartition(".")[2] for found in everywhere}), 0.75)
+        named = [found for found in everywhere if found.rpartition(".")[2] == near]
     if named:
         return f"did you mean {either(named[:3])}?"
     known = f"the options {f'of {parent} ' if parent else ''}are {', '.join(siblings)}"
     return known if 0 < len(siblings) <= _LISTED else None
-
-
-def _siblings(shape: Choice, node: Node | None) -> list[str]:
-    chosen = node.value.get(shape.tag) if node is not None and isinstance(node.value, dict) else None
-    name = chosen.value if chosen is not None else shape.default
-    members = [shape.members[name]] if name in shape.members else list(shape.members.values())
-    return list(dict.fromkeys(field for member in members for field in member.model_fields))

@@ -1,38 +1,350 @@
-"""What no single option can know: the tables of combinations that make no sense.
+"""Combinations of options that make no sense: one table for runs, one for tasks.
 
-A row says when it applies, what is wrong, which options it concerns and what to type instead.  All rows are looked
-at, and everything that is wrong is reported at once.
+A rule says when it applies, what is wrong, which options it concerns and what to type instead. All rules are checked,
+so that every violation is reported at once.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.evaluate import TaskConfig
+from ingle.config.paths import expand, find_path
 from ingle.config.problems import Problem, raise_problems
-from ingle.config.rule import Rule, S
 from ingle.config.run import Run
-from ingle.config.run_rules import RUN_RULES
 from ingle.config.section import Section
-from ingle.config.task_rules import TASK_RULES, task_rules
+
+S = TypeVar("S", bound=Section)
+Fix = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule(Generic[S]):
+    """One forbidden combination.
+
+    Attributes:
+        name: Name in tests.
+        applies: Whether the rule forbids a config.
+        message: What is wrong, with the numbers.
+        where: The options it concerns, separated by commas.
+        fix: What to type instead: options without dashes, of which one is enough, or a text.
+    """
+
+    name: str
+    applies: Callable[[S], bool]
+    message: str | Callable[[S], str]
+    where: str
+    fix: Fix | Callable[[S], Fix]
+
+    def check(self, section: S, prefix: str = "") -> Problem | None:
+        """Returns the violation by ``section``, whose options begin with ``prefix``; None if there is none."""
+        if not self.applies(section):
+            return None
+        where = ", ".join(prefix + option for option in self.where.split(", "))
+        fix = self.fix(section) if callable(self.fix) else self.fix
+        if isinstance(fix, tuple):
+            fix = " or ".join(f"--{prefix}{option}" for option in fix)
+        return Problem(self.message(section) if callable(self.message) else self.message, where, fix)
 
 
 def find_violations(section: Section) -> list[Problem]:
-    """Every rule that ``section``, a run or a task, breaks."""
+    """Returns every violation of a rule by ``section``, a run or a task."""
     if isinstance(section, TaskConfig):
-        return _check(section, TASK_RULES)
-    assert isinstance(section, Run)
-    found = _check(section, RUN_RULES)
-    if section.evaluate is not None:
-        found += _check(section.evaluate, task_rules("evaluate."))
-    return found
+        found = [rule.check(section) for rule in TASK_RULES]
+    else:
+        assert isinstance(section, Run)
+        found = [rule.check(section) for rule in RUN_RULES]
+        if section.evaluate is not None:
+            found += [rule.check(section.evaluate, "evaluate.") for rule in TASK_RULES]
+    return [problem for problem in found if problem is not None]
 
 
 def check(section: Run | TaskConfig) -> None:
-    """Raises a :class:`~ingle.errors.ConfigError` with every rule that ``section`` breaks.
+    """Checks a run or task that was built in Python; the loader does this for files.
 
-    The loader does this for files; whoever builds a run in Python calls it.
+    Raises:
+        ConfigError: With every rule that ``section`` violates.
     """
     raise_problems(find_violations(section))
 
 
-def _check(section: S, rules: tuple[Rule[S], ...]) -> list[Problem]:
-    return [Problem(rule.message(section), rule.where, rule.fix(section)) for rule in rules if rule.applies(section)]
+def _model_path(run: Run) -> str:
+    return find_path(run.model.id, run.paths_from)
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(expand(one)) == os.path.realpath(expand(other))
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return Path(os.path.realpath(expand(path))).is_relative_to(os.path.realpath(expand(folder)))
+
+
+def _blocking_file(path: str) -> Path | None:
+    """Returns the file at ``path`` or at one of its parent folders."""
+    folder = Path(expand(path))
+    return next((part for part in (folder, *folder.parents) if os.path.exists(part) and not os.path.isdir(part)), None)
+
+
+def _largest_divisor(run: Run) -> int:
+    """Returns the largest valid micro-batch size that is at most the given one."""
+    batch_size, micro = run.train.global_batch_size, run.train.micro_batch_size or 1
+    return next(size for size in range(min(micro, batch_size), 0, -1) if batch_size % size == 0)
+
+
+def _trained_twice(run: Run) -> str:
+    """Returns the modules that are both fully trained and adapted."""
+    adapter = run.adapter
+    if not isinstance(adapter, LowRankAdapter) or isinstance(adapter.target_modules, str):
+        return ""
+    return ", ".join(sorted(set(adapter.target_modules) & set(adapter.trainable_modules)))
+
+
+def _is_gguf(run: Run) -> bool:
+    return run.model.id.lower().endswith(".gguf")
+
+
+def _merge_format(run: Run) -> str | None:
+    """Returns the format that merge-aware training rounds to; None without it, or where a GGUF file decides."""
+    aware = run.adapter.merge_aware if isinstance(run.adapter, LoraAdapter) else None
+    if aware is None or (aware.format is None and _is_gguf(run)):
+        return None
+    return aware.format or run.base.format
+
+
+def _read_only(run: Run) -> str:
+    """Returns what is wrong with the formats that weights cannot be quantized to."""
+    names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merge_format(run)) if name is not None}
+    reasons = {name: why_not_quantized(name) for name in sorted(names)}
+    return " ".join(f"Weights cannot be quantized to {name}: {why}." for name, why in reasons.items() if why)
+
+
+def _trains_base(run: Run) -> bool:
+    return isinstance(run.base, TernaryBase) and run.base.train
+
+
+RUN_RULES: tuple[Rule[Run], ...] = (
+    Rule(
+        "control-tokens-alike",
+        lambda run: (
+            run.evaluate is not None and (run.evaluate.control_tokens == "keep") != (run.data.control_tokens == "keep")
+        ),
+        "Training and evaluation would read control tokens inside messages differently.",
+        "data.control_tokens, evaluate.control_tokens",
+        lambda run: f"--evaluate.control_tokens={run.data.control_tokens}",
+    ),
+    Rule(
+        "micro-batch-divides",
+        lambda run: run.train.global_batch_size % (run.train.micro_batch_size or 1) != 0,
+        lambda run: (
+            f"A global batch of {run.train.global_batch_size} sequences is not divisible into micro-batches of "
+            f"{run.train.micro_batch_size}."
+        ),
+        "train.micro_batch_size, train.global_batch_size",
+        lambda run: f"--train.micro_batch_size={_largest_divisor(run)}",
+    ),
+    Rule(
+        "imatrix-needs-eager-layers",
+        lambda run: run.train.imatrix and run.train.compile is True,
+        "An importance matrix cannot be collected from compiled layers, because they hide their inputs.",
+        "train.imatrix, train.compile",
+        ("train.compile=auto", "train.imatrix=false"),
+    ),
+    Rule(
+        "warmup-shorter-than-run",
+        lambda run: run.train.num_steps is not None and (run.optim.warmup_steps or 0) >= run.train.num_steps,
+        lambda run: (
+            f"The warm-up of {run.optim.warmup_steps} steps is not shorter than the run of {run.train.num_steps} "
+            "steps, so the learning rate would never reach its peak."
+        ),
+        "optim.warmup_steps, train.num_steps",
+        lambda run: f"--optim.warmup_steps={(run.train.num_steps or 0) // 10}",
+    ),
+    Rule(
+        "constant-has-no-end",
+        lambda run: run.optim.schedule == "constant" and run.optim.min_lr_ratio > 0,
+        "optim.min_lr_ratio has no effect: a constant learning rate does not fall.",
+        "optim.min_lr_ratio, optim.schedule",
+        ("optim.min_lr_ratio=0", "optim.schedule=cosine"),
+    ),
+    Rule(
+        "full-needs-plain-base",
+        lambda run: run.adapter.kind == "none" and run.base.format != "none" and not _trains_base(run),
+        lambda run: f"Full fine-tuning needs unquantized weights; {run.base.format} weights cannot be trained.",
+        "adapter.kind, base.format",
+        ("base.format=none", "adapter.kind=lora"),
+    ),
+    Rule(
+        "some-formats-are-only-read",
+        lambda run: bool(_read_only(run)),
+        _read_only,
+        "base.format, adapter.merge_aware.format, model.id",
+        "--base.format=q2_k, or --model.id=FILE.gguf with a file that is already in this format",
+    ),
+    Rule(
+        "trained-base-needs-no-adapter",
+        lambda run: _trains_base(run) and run.adapter.kind != "none",
+        lambda run: f"base.train trains the weights of the base, which leaves nothing frozen for {run.adapter.kind}.",
+        "base.train, adapter.kind",
+        ("adapter.kind=none", "base.train=false"),
+    ),
+    Rule(
+        "random-needs-plain-base",
+        lambda run: run.model.init == "random" and run.base.format != "none" and not _trains_base(run),
+        lambda run: f"Random weights must be trained, but {run.base.format} weights are frozen.",
+        "model.init, base.format",
+        ("base.format=none", "model.init=pretrained"),
+    ),
+    Rule(
+        "random-needs-full",
+        lambda run: run.model.init == "random" and run.adapter.kind != "none",
+        "Random weights must be trained, but an adapter leaves the base frozen.",
+        "model.init, adapter.kind",
+        ("adapter.kind=none", "model.init=pretrained"),
+    ),
+    Rule(
+        "qa-lora-needs-offsets",
+        lambda run: isinstance(run.adapter, QaLoraAdapter) and not _is_gguf(run) and not folds(run.base),
+        lambda run: f"QA-LoRA needs a format with a free offset per group of weights; {run.base.format} has none.",
+        "adapter.kind, base.format",
+        (*(f"base.format={name}" for name in folding_formats()), "adapter.kind=lora"),
+    ),
+    Rule(
+        "merges-into-a-format",
+        lambda run: _merge_format(run) == "none",
+        "Merge-aware training needs the format of the merged weights.",
+        "adapter.merge_aware.format, base.format",
+        "--adapter.merge_aware.format=q4_k, or the format that you will serve",
+    ),
+    Rule(
+        "clm-trains-on-all",
+        lambda run: run.objective.kind == "clm" and run.data.train_on == "last",
+        "Language modelling (clm) trains on every token and knows no turns.",
+        "data.train_on, objective.kind",
+        "--objective.kind=sft, or remove data.train_on",
+    ),
+    Rule(
+        "only-clm-splits",
+        lambda run: run.objective.kind == "sft" and run.data.too_long == "split",
+        "A conversation cannot be split: its second part would hold answers without their questions.",
+        "data.too_long, objective.kind",
+        ("data.too_long=truncate", "data.too_long=drop", "objective.kind=clm"),
+    ),
+    Rule(
+        "output-is-not-the-model",
+        lambda run: _same_folder(run.output, _model_path(run)),
+        lambda run: f"The run would overwrite the model that it starts from ({run.model.id}).",
+        "output, model.id",
+        ("output=runs/NAME",),
+    ),
+    Rule(
+        "output-is-a-folder",
+        lambda run: _blocking_file(run.output) is not None,
+        lambda run: f"The run folder cannot be created: {_blocking_file(run.output)} is a file.",
+        "output",
+        ("output=runs/NAME",),
+    ),
+    Rule(
+        "output-holds-no-start",
+        lambda run: (
+            isinstance(run.adapter, LowRankAdapter)
+            and run.adapter.path is not None
+            and _is_inside(find_path(run.adapter.path, run.paths_from), run.output)
+        ),
+        "The run would overwrite the adapter that it starts from.",
+        "output, adapter.path",
+        ("output=runs/NAME",),
+    ),
+    Rule(
+        "one-way-of-training",
+        lambda run: bool(_trained_twice(run)),
+        lambda run: f"Modules cannot be both fully trained and adapted: {_trained_twice(run)}.",
+        "adapter.target_modules, adapter.trainable_modules",
+        "name each module in only one of the two lists",
+    ),
+    Rule(
+        "local-models-have-no-revision",
+        lambda run: run.model.revision is not None and Path(_model_path(run)).is_dir(),
+        lambda run: f"{run.model.id} is a local folder, which has no revisions.",
+        "model.revision, model.id",
+        ("model.revision=null",),
+    ),
+    Rule(
+        "foreign-code-is-pinned",
+        lambda run: run.model.trust_remote_code and run.model.revision is None and not Path(_model_path(run)).exists(),
+        lambda run: f"Python code from {run.model.id} would run in its latest version, which can change at any time.",
+        "model.trust_remote_code, model.revision",
+        "--model.revision=COMMIT, a commit whose code you have read",
+    ),
+)
+
+
+def _compile(pattern: str | None) -> re.Pattern[str] | str | None:
+    """Compiles a regular expression, or returns what is wrong with it."""
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # the last two: huge repetitions, deep nesting
+        return str(error)
+
+
+def _has_no_group(pattern: str | None) -> bool:
+    compiled = _compile(pattern)
+    return isinstance(compiled, re.Pattern) and compiled.groups == 0
+
+
+def _duplicates(names: tuple[str, ...]) -> str:
+    return ", ".join(name for name, count in Counter(names).items() if count > 1)
+
+
+TASK_RULES: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        "metrics-once",
+        lambda task: bool(_duplicates(task.metrics)),
+        lambda task: f"The list of metrics contains duplicates: {_duplicates(task.metrics)}.",
+        "metrics",
+        lambda task: (f"metrics=[{','.join(dict.fromkeys(task.metrics))}]",),
+    ),
+    Rule(
+        "pattern-is-a-regex",
+        lambda task: isinstance(_compile(task.answer_pattern), str),
+        lambda task: f"The answer pattern is not a regular expression: {_compile(task.answer_pattern)}.",
+        "answer_pattern",
+        (r"answer_pattern='#### (\S+)'",),
+    ),
+    Rule(
+        "pattern-has-a-group",
+        lambda task: _has_no_group(task.answer_pattern),
+        "The answer pattern needs a group that captures the answer.",
+        "answer_pattern",
+        lambda task: (f"answer_pattern='({task.answer_pattern})'",),
+    ),
+    Rule(
+        "pattern-needs-exact-match",
+        lambda task: task.answer_pattern is not None and "exact_match" not in task.metrics,
+        "The answer pattern has no effect: only the metric exact_match uses it.",
+        "answer_pattern, metrics",
+        lambda task: (f"metrics=[{','.join(('exact_match', *task.metrics))}]", "answer_pattern=null"),
+    ),
+    Rule(
+        "top-p-needs-temperature",
+        lambda task: task.top_p < 1 and task.temperature == 0,
+        lambda task: f"top_p = {task.top_p} has no effect: decoding at temperature 0 is greedy.",
+        "top_p, temperature",
+        ("temperature=0.7", "top_p=1"),
+    ),
+    Rule(
+        "stop-says-something",
+        lambda task: "" in task.stop,
+        "An empty stop string would end every answer before its first token.",
+        "stop",
+        lambda task: (f"stop={[text for text in task.stop if text]}",),
+    ),
+)

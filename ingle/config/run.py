@@ -1,4 +1,4 @@
-"""The whole tree: one run."""
+"""The root of the config tree: one run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Run(Section):
 
     Attributes:
         output: The run folder.
-        seed: Of data order, adapter initialisation and dropout.
-        paths_from: Folder that relative paths refer to if the current folder does not have them; ``run.yaml`` in a run
-            folder holds the one in which the run was started.
+        seed: Seed of data order, adapter initialization and dropout.
+        paths_from: Folder for relative paths that do not exist in the current folder. Ingle stores here the folder in
+            which the run was started.
     """
 
     model: ModelConfig

@@ -1,7 +1,7 @@
-"""What the config tree looks like from outside: shapes, words and descriptions of every option.
+"""Describes the config tree: the shape, type and description of every option.
 
-The descriptions are written once, in the sections' ``Attributes:``; the errors, the JSON Schema and the reference
-pages all read them from here.
+Descriptions are written once, in the sections' ``Attributes:``. Errors, the JSON Schema and the reference pages read
+them from here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from ingle.config.document import write_value
+from ingle.config.document import Node, write_value
 from ingle.config.run import Run
 from ingle.config.section import Section
 from ingle.wording import either
@@ -25,15 +25,15 @@ from ingle.wording import either
 
 @dataclass(frozen=True)
 class Leaf:
-    """An option with a value of its own.
+    """An option with a value.
 
     Attributes:
-        words: What a value may be, in plain words.
-        is_flag: True and false are among the values, so that ``--train.recompute`` alone means true.
-        alone: The fixed words among the values.
-        listed: The fixed words that may stand in a list.
-        items: The default when that is a list; None when no list is among the values.
-        is_open: A list of any length is among the values, so that a single item means a list of one.
+        words: The accepted values, in plain words.
+        is_flag: Whether true and false are accepted, so that ``--train.recompute`` alone means true.
+        alone: The fixed words that are accepted.
+        listed: The fixed words that are accepted in a list.
+        items: The default if it is a list; None if no list is accepted.
+        is_open: Whether a list of any length is accepted, so that a single item means a list of one.
     """
 
     words: str
@@ -53,16 +53,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several sections, told apart by ``tag``; ``default`` is the member meant when it is missing."""
+    """One of several sections, distinguished by ``tag``; ``default`` is the tag of a section without one."""
 
     tag: str
     members: dict[str, type[Section]]
     default: str | None
 
+    def candidates(self, node: Node | None) -> list[type[Section]]:
+        """Returns the section that a node selects, or all members if it selects none."""
+        chosen = node.find((self.tag,)) if node is not None else None
+        name = self.default if chosen is None else chosen.value
+        return [self.members[name]] if isinstance(name, str) and name in self.members else list(self.members.values())
+
 
 @dataclass(frozen=True)
 class Rows:
-    """A list of sections; a bare text means a row with only ``key``."""
+    """A list of sections; a text means a section with only ``key``."""
 
     section: type[Section]
     key: str = "path"
@@ -70,7 +76,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Names:
-    """Free names with a text each."""
+    """A table of text by free names."""
 
 
 Shape = Leaf | Table | Choice | Rows | Names
@@ -78,14 +84,14 @@ Shape = Leaf | Table | Choice | Rows | Names
 
 @dataclass(frozen=True)
 class Option:
-    """One option as the reference shows it.
+    """One option in the reference.
 
     Attributes:
         path: Dotted path; ``N`` is a position in a list.
-        type: What a value may be, in plain words.
-        default: The default as YAML would have it; None when it must be given.
-        description: From the section's docstring.
-        when: The choice it belongs to (``adapter.kind = lora``), or None when it always exists.
+        type: The accepted values, in plain words.
+        default: The default as YAML; None if the option is required.
+        description: The description in the section's docstring.
+        when: The choice that it belongs to (``adapter.kind = lora``); None if it always exists.
     """
 
     path: str
@@ -97,7 +103,7 @@ class Option:
 
 @cache
 def shapes(section: type[Section]) -> Mapping[str, Shape]:
-    """The shape of each field of ``section``; reading its type hints takes longer than reading a config."""
+    """Returns the shape of each field of ``section``; cached, because resolving type hints is slow."""
     hints = get_type_hints(section, include_extras=True)
     return {name: _shape(hints[name], section.model_fields[name]) for name in section.model_fields}
 
@@ -139,7 +145,7 @@ def _literals(kinds: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _filled_in(metadata: list[Any], tag: str) -> str | None:
-    """The tag that :func:`ingle.config.section.tagged` gives a section that has none."""
+    """Returns the tag that :func:`ingle.config.section.tagged` adds to a section without one."""
     for info in metadata:
         if isinstance(info, BeforeValidator):
             fill: Callable[[dict[str, str]], dict[str, str]] = info.func  # type: ignore[assignment]
@@ -156,7 +162,7 @@ def _tag_of(section: type[Section], tag: str) -> str:
 
 
 def _unwrap(hint: Any) -> tuple[Any, list[Any]]:
-    """The bare type and all that ``Annotated`` says about it."""
+    """Returns the type inside ``Annotated`` and its metadata."""
     metadata: list[Any] = []
     while get_origin(hint) is Annotated:
         metadata.extend(hint.__metadata__)
@@ -177,7 +183,7 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
 
 
 def describe_type(hint: Any) -> str:
-    """What a value of ``hint`` may be, in plain words: ``a whole number of at least 1 or null``."""
+    """Describes the values of a type in plain words: ``an integer of at least 1 or null``."""
     return either(_words(hint))
 
 
@@ -197,12 +203,12 @@ def _words(hint: Any) -> list[str]:
     if bare in (int, float):
         signs = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
         limits = [f"{signs[name]} {limit:,}" for name, limit in _bounds(metadata).items()]
-        return [" ".join(["a whole number" if bare is int else "a number", " and ".join(limits)]).strip()]
+        return [" ".join(["an integer" if bare is int else "a number", " and ".join(limits)]).strip()]
     return {str: ["text"], bool: ["true", "false"], NoneType: ["null"]}[bare]
 
 
 def docstring(section: type[Section]) -> tuple[str, dict[str, str]]:
-    """The summary of a section, and the description of each of its ``Attributes``, inherited ones included."""
+    """Returns the summary of a section and the description of each attribute, inherited ones included."""
     described: dict[str, str] = {}
     for parent in reversed([cls for cls in section.__mro__ if _is_section(cls) and cls is not Section]):
         described |= _attributes(inspect.cleandoc(parent.__doc__ or ""))
@@ -211,7 +217,7 @@ def docstring(section: type[Section]) -> tuple[str, dict[str, str]]:
 
 
 def _attributes(text: str) -> dict[str, str]:
-    """The entries of a docstring's ``Attributes:``, each on one line."""
+    """Returns the entries of a docstring's ``Attributes:``, each on one line."""
     match = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
     if match is None:
         return {}
@@ -224,11 +230,7 @@ def _join(text: str) -> str:
 
 
 def options(section: type[Section] = Run) -> list[Option]:
-    """Every option of the tree, in the order of the sections.
-
-    Args:
-        section: Where to start; the whole run by default.
-    """
+    """Returns every option below ``section``, in the order of the sections."""
     return list(_walk(section, "", None))
 
 
@@ -268,7 +270,7 @@ def _default(field: FieldInfo) -> str | None:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a config file, with the description of every option."""
+    """Returns the JSON Schema (2020-12) of a config file, with the description of every option."""
     schema = Run.model_json_schema()
     found = {cls.__name__: cls for cls in _sections(Run)}
     for name, part in [(Run.__name__, schema), *schema.get("$defs", {}).items()]:

@@ -1,4 +1,4 @@
-"""The base of every section: frozen, strict, no unknown keys."""
+"""The base class of config sections and the types of their fields."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
-#: A tuple that also takes YAML's lists; its elements stay strict.
+#: A tuple that also accepts YAML lists; its elements stay strict.
 Strings = Annotated[tuple[str, ...], Strict(False)]
 
-#: A text that says something.
+#: A non-empty text.
 Text = Annotated[str, Field(min_length=1)]
 
-# Every number has an upper bound, so that a slip of the keyboard (or an attack) is refused when the config is read and
-# not after hours of allocating.  The bounds are far above anything a machine of today can do.
+# Every number has an upper bound, far above what any machine can do, so that a typo or an attack fails when the config
+# is read and not after hours of allocating.
 
-#: Of random numbers; what a signed 64-bit integer holds.
+#: Seed of a random generator: a non-negative signed 64-bit integer.
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
-#: Steps, samples, sequences in a run.
+#: A number of steps, samples or sequences.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
-#: Sequences or answers that are computed together.
+#: Sequences or answers computed together.
 BatchSize = Annotated[int, Field(ge=1, le=1_048_576)]
 
 #: A number above 0 that stays finite in float32.
@@ -30,7 +30,7 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Section(BaseModel):
-    """A frozen, strict part of the config tree; an unknown key is an error, and so are NaN and infinity."""
+    """A part of the config tree: frozen and strict; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=False
@@ -38,12 +38,12 @@ class Section(BaseModel):
 
 
 def tagged(tag: str, default: str | None = None, *, input_type: Any = None) -> BeforeValidator:
-    """Lets a bare word stand for a tagged section (``adapter: none``) and fills in a missing tag.
+    """Returns a validator that accepts a word for a tagged section (``adapter: none``) and fills in a missing tag.
 
     Args:
-        tag: The key that tells the members apart (``kind``).
-        default: The member that a section without the key means; None when it has to be said.
-        input_type: What the JSON Schema shows as accepted.
+        tag: The key that distinguishes the members (``kind``).
+        default: The tag of a section without one; None if the tag is required.
+        input_type: The accepted types in the JSON Schema.
     """
 
     def fill(value: Any) -> Any:
@@ -57,7 +57,7 @@ def tagged(tag: str, default: str | None = None, *, input_type: Any = None) -> B
 
 
 def one_or_more(key: str) -> Callable[[Any], Any]:
-    """A validator that takes one item for a list of one, and a bare string for an item with only ``key``."""
+    """Returns a validator that accepts one item for a list of one, and a string for an item with only ``key``."""
 
     def fill(value: Any) -> Any:
         items = [value] if isinstance(value, str | Mapping | Section) else value

@@ -1,4 +1,4 @@
-"""``train:`` how long, in what batches, and how often to save."""
+"""``train:`` length of the run, batch sizes and checkpoints."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ingle.config.section import BatchSize, Count, Section
 
 
 class TrainConfig(Section):
-    """How long to train and in what batches.
+    """Length of the run, batch sizes and checkpoints.
 
     A *sequence* is one packed row (``data.packing``) or one document.
 
     Attributes:
-        num_epochs: Passes over the data; ignored when ``num_steps`` is set.
-        num_steps: Optimizer steps.
+        num_epochs: Passes over the data. Ignored if ``num_steps`` is set.
+        num_steps: Number of optimizer steps. If null, ``num_epochs`` decides.
         global_batch_size: Sequences per optimizer step, over all devices and accumulation steps.
-        micro_batch_size: Sequences per forward pass on one device; must divide ``global_batch_size``.
-            When null, as large as fits into 8 sequences and 4,096 tokens.
-        recompute: Drop each layer's activations and compute them again in backward: less memory, a third more work.
-        compile: torch.compile per decoder layer; ``auto`` only when it pays for itself within the run.
-        save_every: Steps between checkpoints; about ten in a run when null, 0 for none but the last.
-        keep_checkpoints: How many of the newest checkpoints stay on disk.
-        imatrix: Gather an importance matrix of the run's own inputs on the way, in ``imatrix.gguf`` of the run folder;
-            ``ingle quantize --imatrix`` and llama.cpp read it.
-        log_every: Steps between lines on the terminal; ``metrics.jsonl`` has every step.
+        micro_batch_size: Sequences per forward pass on one device; must divide ``global_batch_size``. If null, as many
+            as fit into 8 sequences and 4,096 tokens.
+        recompute: Recompute each layer's activations in the backward pass: less memory for a third more computation.
+        compile: Compile each decoder layer with torch.compile. ``auto`` compiles only if it saves time within the run.
+        save_every: Steps between checkpoints. If null, about ten checkpoints per run; 0 saves only the last one.
+        keep_checkpoints: Number of most recent checkpoints to keep on disk.
+        imatrix: Collect an importance matrix of the training inputs in ``imatrix.gguf`` in the run folder, for
+            ``ingle quantize --imatrix`` and llama.cpp.
+        log_every: Steps between lines on the terminal. ``metrics.jsonl`` always has every step.
     """
 
     num_epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0

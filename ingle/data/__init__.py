@@ -1,20 +1,23 @@
-"""Data: rows from files and the hub, rendered, tokenized, masked, packed and dealt."""
+"""Data: reads rows from files and the hub, and renders, tokenizes, masks and packs them."""
 
-from ingle.data.batch import collate, round_up
+from ingle.data.batch import Batch, collate, round_up
 from ingle.data.control import ControlTokens
-from ingle.data.dataset import TokenDataset, build_dataset
-from ingle.data.duplicates import Contamination, find_contamination
+from ingle.data.dataset import TokenDataset
+from ingle.data.dataset_builder import build_dataset
+from ingle.data.duplicates import ContaminationSearch, find_contamination
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
 from ingle.data.sources import read_examples
 from ingle.data.template import render
-from ingle.data.types import IGNORE_INDEX, Batch, Example, Message, Sample, Tokenizer
+from ingle.data.types import IGNORE_INDEX, Example, Message, Sample, Tokenizer
+from ingle.report.data_results import Contamination
 
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
     "Contamination",
+    "ContaminationSearch",
     "ControlTokens",
     "Example",
     "Message",

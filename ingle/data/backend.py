@@ -1,4 +1,4 @@
-"""Private copies of a tokenizer's backend: exact positions, and control tokens under other names."""
+"""Copies of a tokenizer's backend with exact offsets, and with control tokens under other names."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from ingle.errors import DataError
 
 
 def copy_backend(tokenizer: Tokenizer, renamed: Mapping[str, str] | None = None) -> Any:
-    """A copy of the tokenizer that reports the exact characters of each token, and neither pads nor truncates.
+    """Copies the backend of a tokenizer; the copy reports exact offsets and neither pads nor truncates.
 
-    ``trim_offsets`` leaves white space out of a token's span, which would hide where a token begins.
+    ``trim_offsets`` excludes white space from the offsets of a token, which would hide where a token begins.
 
     Args:
-        tokenizer: Of the fast kind.
-        renamed: New contents of added tokens.  In the copy only the new content makes the token; the former one is
-            text like any other.
+        tokenizer: A fast tokenizer.
+        renamed: New contents of added tokens by old content.  The copy reads the old contents as plain text.
 
     Raises:
-        DataError: The tokenizer is of the slow kind, which cannot tell positions.
+        DataError: The tokenizer is a slow one, which reports no offsets, or its tokens cannot be renamed.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
-            "The tokenizer cannot tell which characters a token stands for.",
+            "The tokenizer does not report the characters of a token.",
             why=f"{type(tokenizer).__name__} has no fast backend (tokenizer.json)",
             fix="name another tokenizer with model.tokenizer=",
         )
-    # Quotes inside a JSON string are escaped, so this text is the option itself wherever it stands.
+    # Quotes inside a JSON string are escaped, so this text can only be the option itself.
     exact = backend.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
     if renamed:
         exact = json.dumps(_rename(json.loads(exact), renamed))
@@ -42,19 +41,24 @@ def copy_backend(tokenizer: Tokenizer, renamed: Mapping[str, str] | None = None)
     if renamed:
         before, after = backend.get_added_tokens_decoder(), copy.get_added_tokens_decoder()
         expected = {index: renamed.get(token.content, token.content) for index, token in before.items()}
-        assert {index: token.content for index, token in after.items()} == expected, "renaming has changed ids"
+        if {index: token.content for index, token in after.items()} != expected:
+            raise DataError(
+                "The control tokens of this tokenizer cannot be renamed to read those in messages as text.",
+                why="tokenizers gives the renamed tokens other ids",
+                fix="data.control_tokens=keep, or name another tokenizer with model.tokenizer=",
+            )
     return copy
 
 
 def _rename(spec: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """``tokenizer.json`` with other contents of added tokens, also where the model's vocabulary holds them."""
+    """``tokenizer.json`` with other contents of added tokens, also in the vocabulary of the model."""
     for token in spec["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
     model = spec["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {renamed.get(piece, piece): index for piece, index in vocabulary.items()}
-    else:  # Unigram: pieces and their scores, in order of their ids
+    else:  # Unigram: pieces and scores, ordered by id
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocabulary]
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]

@@ -1,55 +1,153 @@
-"""Samples to a padding-free micro-batch, and its length to a round one."""
+"""Micro-batches: documents laid end to end in one row, with the columns that an objective needs.
+
+Tensor legend: N tokens of a micro-batch, D documents in it, T tokens of one document.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from ingle.data.types import IGNORE_INDEX, Batch, Sample
+from ingle.data.types import IGNORE_INDEX, Sample
+
+
+class Column(NamedTuple):
+    """How a column of a batch is laid out.
+
+    Attributes:
+        per: ``token``: ``[1, N]``; ``document``: ``[D]``; ``bounds``: offsets ``[D + 1]``.
+        dtype: Of its tensor.
+        fill: Value for the tokens, or the document, that :func:`round_up` adds.
+    """
+
+    per: Literal["token", "document", "bounds"]
+    dtype: torch.dtype
+    fill: float = 0
+
+
+#: Every column of a batch by name.  Columns of an encoder-decoder's second row begin with ``decoder_``.
+COLUMNS: Mapping[str, Column] = {
+    "input_ids": Column("token", torch.int64),
+    "labels": Column("token", torch.int64, IGNORE_INDEX),
+    "position_ids": Column("token", torch.int64),
+    "cu_seqlens": Column("bounds", torch.int32),
+    "token_labels": Column("token", torch.int64, IGNORE_INDEX),
+    "weights": Column("token", torch.float32),
+    "document_labels": Column("document", torch.float32),
+    "group_ids": Column("document", torch.int64, -1),
+    "decoder_input_ids": Column("token", torch.int64),
+    "decoder_labels": Column("token", torch.int64, IGNORE_INDEX),
+    "decoder_position_ids": Column("token", torch.int64),
+    "decoder_cu_seqlens": Column("bounds", torch.int32),
+}
+_ROWS = ("", "decoder_")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch without padding: all documents laid end to end in a single row.
+
+    Attributes:
+        columns: Tensors by name as in :data:`COLUMNS`; always ``input_ids, labels, position_ids, cu_seqlens``.
+        num_tokens: Real tokens: N without those that :func:`round_up` adds.
+        num_documents: Real documents: D without the one that :func:`round_up` adds.
+        num_supervised: Labels other than ``IGNORE_INDEX``.
+    """
+
+    columns: Mapping[str, Tensor]
+    num_tokens: int
+    num_documents: int
+    num_supervised: int
+
+    @property
+    def input_ids(self) -> Tensor:
+        """int64 [1, N]."""
+        return self.columns["input_ids"]
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [1, N], aligned with ``input_ids``: what the objective compares each position with."""
+        return self.columns["labels"]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [1, N], from 0 in every document."""
+        return self.columns["position_ids"]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [D + 1], offsets at which documents begin; the last is N."""
+        return self.columns["cu_seqlens"]
+
+    def next_labels(self) -> Tensor:
+        """The label of the next position of the same document, int64 [N]; ``IGNORE_INDEX`` where there is none."""
+        labels_N = self.labels[0].roll(-1)
+        labels_N[self.cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        return labels_N
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch on another device."""
+        return replace(self, columns={name: column.to(device) for name, column in self.columns.items()})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put documents one after the other into one row.
+    """Lays documents end to end in one row.
 
-    Positions restart in every document, and ``cu_seqlens`` says where each begins, so that attention can stay
-    inside it.  The first label of a document is ``IGNORE_INDEX``: with labels shifted by one, the last token of
-    a document predicts nothing.
+    Args:
+        samples: Documents with the same columns.
+
+    Returns:
+        A batch on the CPU; positions restart in every document.
     """
     assert samples, "an empty batch"
-    lengths = [len(sample.input_ids) for sample in samples]
-    labels = np.concatenate([sample.labels for sample in samples]).astype(np.int64)
-    ends = np.cumsum([0, *lengths])
-    assert np.all(labels[ends[:-1]] == IGNORE_INDEX), "the first token of a document is predicted by nothing"
-    ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
-    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    return Batch(
-        input_ids=torch.from_numpy(ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        position_ids=torch.from_numpy(positions)[None],
-        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
-        num_tokens=len(ids),
-        num_supervised=int(np.count_nonzero(labels != IGNORE_INDEX)),
-    )
+    documents = [{"input_ids": sample.input_ids, "labels": sample.labels, **sample.columns} for sample in samples]
+    columns = {name: _join(name, [document[name] for document in documents]) for name in documents[0]}
+    for row in _ROWS:
+        if f"{row}input_ids" in columns:
+            lengths = [len(document[f"{row}input_ids"]) for document in documents]
+            columns[f"{row}position_ids"] = _join(f"{row}position_ids", [np.arange(length) for length in lengths])
+            columns[f"{row}cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    supervised = columns.get("decoder_labels", columns["labels"]) != IGNORE_INDEX
+    return Batch(columns, columns["input_ids"].shape[1], len(samples), int(supervised.sum()))
 
 
 def round_up(batch: Batch) -> Batch:
-    """Adds a document that nobody learns from, so that the row's length is a multiple of 64 (of 16 below 512).
+    """Adds a document without loss, so that the length of a row is a multiple of 64 (of 16 below 512 tokens).
 
-    A CPU's matrix library makes code for every length it meets and keeps much of it: thousands of lengths cost
-    hundreds of megabytes, and time to make them.  No other document sees the added one; its labels carry no loss.
+    A CPU's matrix library compiles code for every length that it meets and keeps much of it: thousands of lengths cost
+    hundreds of megabytes, and the time to compile them.  No other document attends to the added one, and the counts of
+    the batch leave it out.
     """
-    multiple = 64 if batch.num_tokens >= 512 else 16
-    missing = -batch.num_tokens % multiple
-    if not missing:
+    lengths = {row: batch.columns[f"{row}input_ids"].shape[1] for row in _ROWS if f"{row}input_ids" in batch.columns}
+    steps = {row: 64 if length >= 512 else 16 for row, length in lengths.items()}
+    missing = {row: -length % steps[row] for row, length in lengths.items()}
+    if not any(missing.values()):
         return batch
-    zeros = torch.zeros(1, missing, dtype=torch.int64)
-    return Batch(
-        input_ids=torch.cat([batch.input_ids, zeros], 1),
-        labels=torch.cat([batch.labels, torch.full_like(zeros, IGNORE_INDEX)], 1),
-        position_ids=torch.cat([batch.position_ids, torch.arange(missing)[None]], 1),
-        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing]),
-        num_tokens=batch.num_tokens,
-        num_supervised=batch.num_supervised,
+    missing = {row: count or steps[row] for row, count in missing.items()}  # every row gets the added document
+    return replace(
+        batch,
+        columns={
+            name: _pad(name, column, missing["decoder_" if name.startswith("decoder_") else ""])
+            for name, column in batch.columns.items()
+        },
     )
+
+
+def _join(name: str, parts: Sequence[npt.NDArray[Any]]) -> Tensor:
+    joined = torch.from_numpy(np.concatenate([np.atleast_1d(part) for part in parts])).to(COLUMNS[name].dtype)
+    return joined[None] if COLUMNS[name].per == "token" else joined
+
+
+def _pad(name: str, column: Tensor, missing: int) -> Tensor:
+    if COLUMNS[name].per == "bounds":
+        return torch.cat([column, column[-1:] + missing])
+    if name.endswith("position_ids"):
+        return torch.cat([column, torch.arange(missing)[None]], 1)
+    shape = (1, missing) if COLUMNS[name].per == "token" else (1,)
+    return torch.cat([column, column.new_full(shape, COLUMNS[name].fill)], -1)

@@ -1,11 +1,11 @@
-"""Control tokens in what people said: text stays text.
+"""Keeps control tokens in messages plain text.
 
-A chat template writes control tokens around messages (``<|im_start|>``, ``</s>``).  Where a message holds the same
-characters, a tokenizer makes the same tokens of them: a turn begins that nobody took.  So before a conversation is
-rendered, such characters are replaced by private ones, one for one; whatever control tokens the rendering then holds
-are the template's own.  For the tokenizer it is the other way round: it is a copy in which control tokens have private
-names, the template's are written with these, and the message's characters are text to it.  Nothing is tokenized in
-pieces, so everything around is cut as ever, and every character keeps its position.
+A chat template writes control tokens around messages (``<|im_start|>``, ``</s>``).  If a message contains the same
+characters, a tokenizer reads them as the same tokens, and a turn begins that nobody took.  So before a conversation is
+rendered, such characters are replaced with private ones, one for one; all control tokens in the rendering then come
+from the template.  For the tokenizer it is the other way round: in a copy of it control tokens have private names,
+those of the template are written with these names, and the characters of the message are plain text.  The text is still
+tokenized as one piece, and every character keeps its position.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ingle.errors import DataError
 
 Policy = Literal["keep", "escape", "refuse"]
 
-#: Where private characters for messages begin, and where private names of control tokens do; 65,534 each.
+#: First private character for messages and for names of control tokens; there are 65,534 of each.
 _FOR_MESSAGES, _FOR_TOKENS, _SIZE = 0xF0000, 0x100000, 0xFFFE
 
-#: Characters that a control token has one of; templates write other added tokens as the words they are.
+#: A control token contains one of these; templates write other added tokens as ordinary words.
 _BRACKETS = frozenset("<>[]{}|")
 
 _PROBE = (Message("system", "Sys9"), Message("user", "Ask9"), Message("assistant", "Say9"), Message("user", "End9"))
@@ -35,12 +35,12 @@ _PROBE = (Message("system", "Sys9"), Message("user", "Ask9"), Message("assistant
 
 @dataclass(frozen=True, slots=True)
 class Shielded:
-    """Messages whose control tokens are hidden from the template.
+    """Messages with their control tokens hidden from the template.
 
     Attributes:
-        messages: With private characters for those of control tokens.
-        tokens: The control tokens in them, each once.
-        hidden: Private characters and what each stands for; None where nothing is hidden.
+        messages: The messages, with private characters in place of control tokens.
+        tokens: The control tokens that they contained, each once.
+        hidden: The original of each private character; None where nothing is hidden.
         ends_left_out: Answers that lost an end of turn of their own.
     """
 
@@ -50,13 +50,13 @@ class Shielded:
     ends_left_out: int = 0
 
     def reveal(self, text: str) -> str:
-        """The text with the characters that were hidden; of the same length."""
+        """Returns a text with the original characters; the length stays the same."""
         return text.translate(self.hidden) if self.hidden else text
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Added tokens in a rendered conversation: all around messages, and in some places there."""
+    """Added tokens in a rendered conversation: anywhere around messages, and in three places."""
 
     around: set[str]
     before_asking: set[str]
@@ -66,15 +66,15 @@ class _Seen:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What there is to find.
+    """The control tokens of a tokenizer, and patterns that find them.
 
     Attributes:
         tokens: The control tokens.
         ends: Those that end an answer.
         every: Finds all added tokens.
         any: Finds control tokens.
-        folded: The tokenizer's normalizer, and what finds control tokens in a normalized text; None where all of them
-            are matched as they are written.
+        folded: The tokenizer's normalizer, and a pattern for control tokens in normalized text; None where all of them
+            are matched without normalization.
     """
 
     tokens: frozenset[str]
@@ -85,11 +85,11 @@ class _Known:
 
 
 class ControlTokens:
-    """What is a control token to a tokenizer and its template, and what to do with those in messages.
+    """The control tokens of a tokenizer and its template, and what happens to them in messages.
 
-    Control tokens are the special tokens, and the added tokens that the chat template writes around messages.
-    Tags in pairs (``<think>`` and ``</think>``) are not: templates and data put them into messages to be tokens.
-    White space never is.
+    Control tokens are the special tokens, and the added tokens that the chat template writes around messages.  Paired
+    tags (``<think>`` and ``</think>``) are not control tokens: templates and data use them inside messages.  Neither is
+    white space.
 
     Args:
         tokenizer: With or without a chat template.
@@ -112,7 +112,7 @@ class ControlTokens:
     def _known(self) -> _Known:
         tokenizer = self._tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:  # a slow tokenizer, which is refused elsewhere
+        if backend is None:  # a slow tokenizer, which copy_backend refuses
             return _Known(frozenset(), (), _compile(()), _compile(()), None)
         added = backend.get_added_tokens_decoder()
         contents = {token.content for token in added.values()}
@@ -124,7 +124,7 @@ class ControlTokens:
         declared = getattr(tokenizer, "chat_control_tokens", None)
         written = seen.around if declared is None else set(declared)
         pairs = [pair for pair in map(_pair, contents) if pair and pair <= contents]
-        # [INST] and [/INST] are a pair as well; what stands before a question, and not before an answer, is no thought.
+        # [INST] and [/INST] are a pair, too; but a tag before questions and not before answers marks a role.
         roles = named | (seen.before_asking - seen.before_answer)
         tags = {half for pair in pairs if not pair & roles for half in pair}
         tokens = frozenset(
@@ -142,7 +142,7 @@ class ControlTokens:
         )
 
     def find(self, text: str) -> list[str]:
-        """What a tokenizer would make control tokens of, in order."""
+        """Returns the parts of a text that a tokenizer would read as control tokens, in order."""
         found: list[str] = self._known.any.findall(text)
         if not found and self._known.folded is not None:
             normalize, pattern = self._known.folded
@@ -150,14 +150,14 @@ class ControlTokens:
         return found
 
     def shield(self, messages: Sequence[Message], origin: str) -> Shielded:
-        """The messages as the template may see them.
+        """Hides the control tokens in messages from the template, as the policy says.
 
         Args:
             messages: A conversation.
             origin: ``file:line``, for the error.
 
         Raises:
-            DataError: There is a control token and ``data.control_tokens`` is ``refuse``.
+            DataError: There is a control token, and ``data.control_tokens`` is ``refuse``.
         """
         found = [self.find(message.content) for message in messages]
         if not any(found):
@@ -167,9 +167,9 @@ class ControlTokens:
         if self.policy == "refuse":
             number = next(i for i, each in enumerate(found) if each)
             raise DataError(
-                "A message holds a control token.",
+                "A message contains a control token.",
                 where=origin,
-                why=f"message {number + 1} ({messages[number].role}) holds {found[number][0]!r}",
+                why=f"message {number + 1} ({messages[number].role}) contains {found[number][0]!r}",
                 fix="remove it from the row, or data.control_tokens=escape, which reads it as text",
             )
         kept = tuple(self._without_end(message) for message in messages)
@@ -186,7 +186,7 @@ class ControlTokens:
         )
 
     def _without_end(self, message: Message) -> Message:
-        """An answer without the end of turn that the template writes anyway."""
+        """An answer without an end of turn, which the template writes."""
         if message.role != "assistant":
             return message
         content = message.content
@@ -195,30 +195,33 @@ class ControlTokens:
         return message if content == message.content else Message(message.role, content)
 
     def encode(self, text: str, shielded: str, origin: str, *, add_special_tokens: bool) -> Any:
-        """The encoding of a text in which only the template's control tokens are tokens; offsets are those of ``text``.
+        """Encodes a text in which only the template's control tokens are tokens.
 
         Args:
-            text: As it is to be read.
-            shielded: The same with the control tokens of messages hidden.
+            text: The text.
+            shielded: The text with the control tokens of messages hidden.
             origin: ``file:line``, for the error.
-            add_special_tokens: Whether the tokenizer adds its own.
+            add_special_tokens: Whether the tokenizer adds its own special tokens.
+
+        Returns:
+            An encoding of the ``tokenizers`` library with offsets in ``text``.
 
         Raises:
-            DataError: The tokenizer cannot tell the two kinds apart.
+            DataError: The tokenizer cannot distinguish the control tokens.
         """
         hidden = self._renamed.encode(self._put_names(shielded, shielded), add_special_tokens=add_special_tokens)
         usual = self._exact.encode(shielded, add_special_tokens=add_special_tokens)
         if (hidden.ids, hidden.offsets) != (usual.ids, usual.offsets):
             raise DataError(
-                "The control tokens in a message cannot be told from those of the chat template.",
+                "The control tokens in a message cannot be distinguished from those of the chat template.",
                 where=origin,
-                why="this tokenizer reads them in a way of its own, or the text holds characters from U+100000 on",
+                why="the tokenizer normalizes them in an unknown way, or the text contains characters from U+100000 on",
                 fix="remove them from the row, or data.control_tokens=keep",
             )
         return self._renamed.encode(self._put_names(text, shielded), add_special_tokens=add_special_tokens)
 
     def _put_names(self, text: str, shielded: str) -> str:
-        """The text with private names where the template has written control tokens."""
+        """The text with private names in place of the template's control tokens."""
         parts, done = [], 0
         for match in self._known.every.finditer(shielded):
             if match[0] in self.tokens:
@@ -228,7 +231,7 @@ class ControlTokens:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Private names of the control tokens, as long as these, so that positions stay."""
+        """Private names of the control tokens, of the same length, so that positions stay."""
         return {token: chr(_FOR_TOKENS + i) * len(token) for i, token in enumerate(sorted(self.tokens))}
 
     @cached_property
@@ -241,7 +244,7 @@ class ControlTokens:
 
 
 def _probe(tokenizer: Tokenizer, added: re.Pattern[str]) -> _Seen:
-    """Where in a rendered conversation there are added tokens."""
+    """Finds the added tokens in a rendered conversation."""
     seen = _Seen(set(), set(), set(), set())
     if not has_template(tokenizer):
         return seen
@@ -264,7 +267,7 @@ def _probe(tokenizer: Tokenizer, added: re.Pattern[str]) -> _Seen:
 
 
 def _gaps(text: str, messages: Sequence[Message]) -> list[str] | None:
-    """What a template has written before, between and after messages; None when it has moved one."""
+    """The template's text before, between and after messages; None if it has moved a message."""
     gaps = []
     for message in messages:
         gap, found, text = text.partition(message.content)
@@ -279,17 +282,17 @@ def _distinct(found: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 
 def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: str) -> dict[str, str]:
-    """For each control token a private text of the same length whose characters no message holds."""
+    """For each control token a private text of the same length, with characters that no message contains."""
     taken = {char for message in messages for char in message.content}
     free = (char for char in map(chr, range(_FOR_MESSAGES, _FOR_MESSAGES + _SIZE)) if char not in taken)
     private = {token: "".join(islice(free, len(token))) for token in tokens}
     if any(len(token) != len(name) for token, name in private.items()):
-        raise DataError("A message holds too many characters from U+F0000 on.", where=origin, fix="remove the row")
+        raise DataError("A message contains too many characters from U+F0000 on.", where=origin, fix="remove the row")
     return private
 
 
 def _compile(contents: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of several texts."""
+    """A pattern that finds the longest of several texts."""
     tree: dict[str, Any] = {}
     for content in filter(None, contents):
         node = tree
@@ -300,13 +303,13 @@ def _compile(contents: Iterable[str]) -> re.Pattern[str]:
 
 
 def _branches(node: Mapping[str, Any]) -> str:
-    """A pattern for the texts in a tree of characters, the longest first; an alternation of thousands is slow."""
+    """A pattern for a tree of characters, the longest text first; a plain alternation of thousands is slow."""
     parts = [re.escape(char) + _branches(below) for char, below in sorted(node.items()) if char]
     pattern = f"(?:{'|'.join(parts)})" if parts else ""
     return f"{pattern}?" if parts and "" in node else pattern
 
 
 def _pair(content: str) -> set[str]:
-    """Both halves of the pair of tags that ``<x>``, ``</x>``, ``[X]`` or ``[/X]`` belongs to; else nothing."""
+    """Both tags of the pair that ``<x>``, ``</x>``, ``[X]`` or ``[/X]`` belongs to; empty for other contents."""
     match = re.fullmatch(r"([<\[])/?(\w[\w ]*)([>\]])", content)
     return {f"{match[1]}{match[2]}{match[3]}", f"{match[1]}/{match[2]}{match[3]}"} if match else set()

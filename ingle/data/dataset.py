@@ -1,72 +1,108 @@
-"""The tokenized dataset: flat arrays, built in one pass over the sources.
+"""The tokenized dataset in flat arrays.
 
-All documents lie one after the other in one int32 array, with one bool a token for the loss mask and one
-int64 offset a document: 5 bytes a token and about 20 a document, whatever the sources look like.
+All documents lie end to end in one int32 array, with one bool per token for the loss mask and one int64 offset per
+document: 5 bytes per token and about 20 per document.  Rows with several texts and rows with labels add arrays; other
+datasets do not pay for them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ingle.config.data import DataConfig, Source
-from ingle.data.control import ControlTokens
-from ingle.data.encoding import Document, Encoded, TextEncoder, draw_document
-from ingle.data.sources import read_examples
-from ingle.data.statistics import DataStats, SourceShare, Tally
-from ingle.data.template import TrainOn
-from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample, Tokenizer
-from ingle.errors import ConfigError, DataError
-from ingle.events import Progress, Sink, Warned
-from ingle.wording import plural
+from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample
+from ingle.report.data_results import DataStats
 
-#: Documents tokenized at once: at most so many, and at most about so many characters.
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARS = 1 << 21
+Offsets = npt.NDArray[np.int64]
 
-_NO_LOSS = "no supervised token"
-_STRADDLED = "a token lies across the border of prompt and answer and carries no loss (end the prompt with white space)"
-_RECUT = (
-    "the white space at the prompt's end becomes other tokens when nothing follows it, as in other servers "
-    "(a single line end is safer)"
-)
-_PLAIN_TEXT = "plain text has no answers: every token carries loss (objective clm says the same)"
-_AS_TEXT = "control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)"
-_AS_TOKENS = "control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)"
-_END_LEFT_OUT = "the answer ends in an end-of-turn token of its own, which is left out: there is one already"
+
+@dataclass(frozen=True, slots=True)
+class TextGroups:
+    """Documents that are the texts of one row.  The documents of a row are adjacent.
+
+    Attributes:
+        offsets: int64 [R + 1], index of the first document of each row; the last is the number of documents.
+        names: The names of texts.
+        name_of: int16 [D], index into ``names`` of each document's text.
+    """
+
+    offsets: Offsets
+    names: tuple[str, ...]
+    name_of: npt.NDArray[np.int16]
 
 
 class TokenDataset:
     """Tokenized documents.
 
+    Args:
+        ids: int32 [N], tokens of all documents.
+        supervised: bool [N], tokens that carry loss.
+        offsets: int64 [D + 1], where documents begin; the last is N.
+        origins: Of the documents.
+        stats: Figures of the dataset.
+        groups: The rows of the documents; None where every document is a row.
+        token_columns: Labels of tokens by name, [N].
+        document_columns: Labels of documents by name, [D].
+
     Attributes:
         lengths: int64 [D], tokens of each document.
-        stats: What became of the rows.
+        stats: Figures of the dataset.
+        groups: The rows of the documents; None where every document is a row.
     """
 
-    def __init__(self, ids: Ids, supervised: Mask, offsets: npt.NDArray[np.int64], origins: Origins, stats: DataStats):
+    def __init__(
+        self,
+        ids: Ids,
+        supervised: Mask,
+        offsets: Offsets,
+        origins: Origins,
+        stats: DataStats,
+        groups: TextGroups | None = None,
+        token_columns: Mapping[str, npt.NDArray[Any]] | None = None,
+        document_columns: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> None:
         assert len(ids) == len(supervised) == offsets[-1], "arrays do not fit together"
         self._ids, self._supervised, self._offsets, self._origins = ids, supervised, offsets, origins
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         self.stats = stats
+        self.groups = groups
+        self._token_columns = dict(token_columns or {})
+        self._document_columns = dict(document_columns or {})
+        assert all(len(column) == len(ids) for column in self._token_columns.values()), "a document lacks a label"
+        assert all(len(column) == len(self) for column in self._document_columns.values()), "a document lacks a label"
+        if groups is not None:
+            assert len(groups.name_of) == len(self) == groups.offsets[-1], "some rows have several texts and some one"
+            rows = np.arange(len(groups.offsets) - 1, dtype=np.int64)
+            self._document_columns["group_ids"] = np.repeat(rows, np.diff(groups.offsets))
 
     def __len__(self) -> int:
         """Number of documents."""
         return len(self.lengths)
 
     def sample(self, i: int) -> Sample:
-        """Document ``i``."""
+        """Returns document ``i``.
+
+        Its columns are its labels and, where rows have several texts, ``group_ids``: the number of its row.
+        """
         part = slice(self._offsets[i], self._offsets[i + 1])
         ids = self._ids[part]
-        return Sample(ids, np.where(self._supervised[part], ids, np.int32(IGNORE_INDEX)))
+        labels = np.where(self._supervised[part], ids, np.int32(IGNORE_INDEX))
+        columns = {name: column[part] for name, column in self._token_columns.items()}
+        columns |= {name: column[i : i + 1] for name, column in self._document_columns.items()}
+        return Sample(ids, labels, columns)
 
     def origin(self, i: int) -> str:
-        """``file:line`` of document ``i``."""
+        """Returns ``file:line`` of document ``i``."""
         return self._origins.at(i)
+
+    def text_name(self, i: int) -> str:
+        """Returns the name of document ``i`` among the texts of its row; empty where every document is a row."""
+        return self.groups.names[self.groups.name_of[i]] if self.groups is not None else ""
 
     @property
     def num_tokens(self) -> int:
@@ -75,26 +111,60 @@ class TokenDataset:
 
     @property
     def largest_id(self) -> int:
-        """The largest token of all documents."""
+        """The largest token id of all documents."""
         return int(self._ids.max())
 
     @property
     def nbytes(self) -> int:
-        """Memory the arrays take, in bytes."""
-        return sum(a.nbytes for a in (self._ids, self._supervised, self._offsets, self.lengths)) + self._origins.nbytes
+        """Memory of the arrays in bytes."""
+        return sum(array.nbytes for array in (*self._arrays(), self.lengths)) + self._origins.nbytes
 
     def closing_ids(self) -> Ids:
-        """int32 [D], the last token of each document that carries loss: what the model learns to stop with."""
+        """Returns the last supervised token of each document, int32 [D]."""
         places = np.where(self._supervised, np.arange(len(self._ids)), 0)
         last: Ids = self._ids[np.maximum.reduceat(places, self._offsets[:-1])]
         return last
 
     def fingerprint(self) -> str:
-        """SHA-256 over ids, mask and borders: equal exactly when training sees the same documents."""
+        """Returns a SHA-256 of documents, masks, rows and labels: equal if training sees the same."""
         digest = hashlib.sha256()
-        for array in (self._offsets, self._ids, self._supervised):
+        for array in self._arrays():
             digest.update(np.ascontiguousarray(array).data)
+        names = (*self._token_columns, *self._document_columns, *(self.groups.names if self.groups else ()))
+        digest.update("\0".join(names).encode())
         return digest.hexdigest()
+
+    def _arrays(self) -> list[npt.NDArray[Any]]:
+        arrays = [self._offsets, self._ids, self._supervised]
+        arrays += [*self._token_columns.values(), *self._document_columns.values()]
+        return arrays + ([self.groups.name_of] if self.groups is not None else [])
+
+
+class GrowingArray:
+    """A one-dimensional array that grows in place, so that the peak is not twice its size."""
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self._data: npt.NDArray[Any] = np.empty(1024, dtype=dtype)
+        self._size = 0
+
+    def extend(self, values: npt.ArrayLike) -> None:
+        """Appends values."""
+        added = np.atleast_1d(np.asarray(values))
+        needed = self._size + len(added)
+        if needed > len(self._data):
+            # realloc moves pages instead of copying them; no view of the array exists here
+            self._data.resize(max(needed, len(self._data) * 3 // 2), refcheck=False)
+        self._data[self._size : needed] = added
+        self._size = needed
+
+    def view(self) -> npt.NDArray[Any]:
+        """Returns the values; no view may exist when the array grows."""
+        return self._data[: self._size]
+
+    def close(self) -> npt.NDArray[Any]:
+        """Returns the values and frees the rest."""
+        self._data.resize(self._size, refcheck=False)
+        return self._data
 
 
 class Origins:
@@ -102,217 +172,20 @@ class Origins:
 
     def __init__(self) -> None:
         self._names: dict[str, int] = {}
-        self._name_of = _Column(np.int32)
-        self._line_of = _Column(np.int32)
+        self._name_of = GrowingArray(np.int32)
+        self._line_of = GrowingArray(np.int32)
 
-    def append(self, origin: str, count: int = 1) -> None:
-        """Note where the next ``count`` documents come from."""
+    def append(self, origin: str) -> None:
+        """Appends the origin of a document."""
         name = origin.rstrip("0123456789")  # ends in ":" or ":row "
-        number = self._names.setdefault(name, len(self._names))
-        self._name_of.extend(np.full(count, number, dtype=np.int32))
-        self._line_of.extend(np.full(count, int(origin[len(name) :]), dtype=np.int32))
+        self._name_of.extend(self._names.setdefault(name, len(self._names)))
+        self._line_of.extend(int(origin[len(name) :]))
 
     def at(self, i: int) -> str:
-        """``file:line`` of document ``i``."""
+        """Returns ``file:line`` of document ``i``."""
         return f"{list(self._names)[self._name_of.view()[i]]}{self._line_of.view()[i]}"
 
     @property
     def nbytes(self) -> int:
-        """Memory it takes, in bytes."""
+        """Memory in bytes."""
         return self._name_of.view().nbytes + self._line_of.view().nbytes
-
-
-class _Column:
-    """An array that grows in place, so that the peak is not twice the size."""
-
-    def __init__(self, dtype: npt.DTypeLike) -> None:
-        self._data: npt.NDArray[Any] = np.empty(1024, dtype=dtype)
-        self._size = 0
-
-    def extend(self, values: npt.NDArray[Any]) -> None:
-        needed = self._size + len(values)
-        if needed > len(self._data):
-            # realloc moves pages instead of copying them; no view of the array is alive here
-            self._data.resize(max(needed, len(self._data) * 3 // 2), refcheck=False)
-        self._data[self._size : needed] = values
-        self._size = needed
-
-    def view(self) -> npt.NDArray[Any]:
-        return self._data[: self._size]
-
-    def close(self) -> npt.NDArray[Any]:
-        self._data.resize(self._size, refcheck=False)
-        return self._data
-
-
-def build_dataset(
-    data: DataConfig, tokenizer: Tokenizer, *, objective: Literal["clm", "sft"], sink: Sink | None = None
-) -> TokenDataset:
-    """Read, render, tokenize and mask all sources.
-
-    Args:
-        data: What to read and how.
-        tokenizer: Of the model.
-        objective: ``clm`` lets every token carry loss; ``sft`` those ``data.train_on`` names.
-        sink: Gets ``Progress`` while it works and ``Warned`` for all that was skipped, cut or odd.
-
-    Raises:
-        DataError: A row is malformed, a template cannot be masked, or nothing is left to learn from.
-        ConfigError: ``too_long: split`` with conversations.
-        HubUnavailable: A hub dataset cannot be reached.
-    """
-    return _Build(data, tokenizer, objective, sink or (lambda _: None)).run()
-
-
-class _Build:
-    """One pass over the sources and the counts it makes."""
-
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, objective: Literal["clm", "sft"], sink: Sink) -> None:
-        self.data, self.tokenizer, self.objective, self.sink = data, tokenizer, objective, sink
-        self.train_on: TrainOn = "all" if objective == "clm" else data.train_on
-        self.too_long = data.too_long
-        if self.too_long == "auto":
-            self.too_long = "split" if objective == "clm" else "truncate"
-        self.control = ControlTokens(tokenizer, data.control_tokens)
-        self.encoder = TextEncoder(tokenizer, self.control)
-        self.ids, self.supervised = _Column(np.int32), _Column(np.bool_)
-        self.ends, self.origins = _Column(np.int64), Origins()
-        self.dropped, self.remarks, self.control_tokens = Tally(), Tally(), Tally()
-        self.rows = self.documents = self.tokens = self.supervised_tokens = 0
-        self.truncated = self.truncated_tokens = self.split = self.cut_ends = self.open_turns = 0
-
-    def run(self) -> TokenDataset:
-        shares = []
-        for source in self.data.sources:
-            before = (self.rows, self.documents, self.tokens, self.supervised_tokens)
-            for batch in self._draw(source):
-                for document, encoded in zip(batch, self.encoder.encode(batch), strict=True):
-                    self._add(document, encoded)
-                self.sink(Progress("tokenize", self.rows))
-            now = (self.rows, self.documents, self.tokens, self.supervised_tokens)
-            shares.append(SourceShare(source.path, *(b - a for a, b in zip(before, now, strict=True))))
-        stats = self._close(tuple(shares))
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), self.ends.close()])
-        return TokenDataset(self.ids.close(), self.supervised.close(), offsets, self.origins, stats)
-
-    def _draw(self, source: Source) -> Iterator[list[Document]]:
-        batch: list[Document] = []
-        chars = 0
-        for example in read_examples([source], on_warning=lambda message: self.sink(Warned(message))):
-            self.rows += 1
-            drawn = draw_document(
-                example, self.tokenizer, train_on=self.train_on, system=self.data.system, control=self.control
-            )
-            if isinstance(drawn, str):
-                self.dropped.add(drawn, example.origin)
-                continue
-            if example.text is not None and self.objective == "sft":
-                self.remarks.add(_PLAIN_TEXT, example.origin)
-            batch.append(drawn)
-            chars += len(drawn.text)
-            if len(batch) == _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-        if batch:
-            yield batch
-
-    def _add(self, document: Document, encoded: Encoded) -> None:
-        limit, length = self.data.max_seq_len, len(encoded.ids)
-        for remark in document.remarks:
-            self.remarks.add(remark, document.origin)
-        if document.control:
-            self.remarks.add(_AS_TEXT if document.shielded is not None else _AS_TOKENS, document.origin)
-            for token in document.control:
-                self.control_tokens.add(token, document.origin)
-        if document.ends_left_out:
-            self.remarks.add(_END_LEFT_OUT, document.origin)
-        if encoded.straddled:
-            self.remarks.add(_STRADDLED, document.origin)
-        if encoded.recut:
-            self.remarks.add(_RECUT, document.origin)
-        self.open_turns += encoded.open_turns
-        if length <= limit:
-            self._append(document, encoded.ids, encoded.supervised)
-        elif self.too_long == "drop":
-            self.dropped.add(f"longer than data.max_seq_len = {limit}", document.origin)
-        elif self.too_long == "split":
-            self._append_pieces(document, encoded)
-        elif self._append(document, encoded.ids[:limit], encoded.supervised[:limit], truncated=True):
-            self.truncated += 1
-            self.truncated_tokens += length - limit
-            self.cut_ends += bool(encoded.supervised[limit:].any())
-
-    def _append_pieces(self, document: Document, encoded: Encoded) -> None:
-        """Pieces overlap by one token, so that every token but the first is predicted exactly once."""
-        if not document.everything:
-            raise ConfigError(
-                "A conversation cannot be split into several documents.",
-                where=f"data.too_long = split, {document.origin}",
-                why=f"{len(encoded.ids)} tokens, data.max_seq_len = {self.data.max_seq_len}",
-                fix="data.too_long=truncate or data.too_long=drop",
-            )
-        self.split += 1
-        limit = self.data.max_seq_len
-        for start in range(0, len(encoded.ids) - 1, limit - 1):
-            supervised = encoded.supervised[start : start + limit].copy()
-            supervised[0] = False
-            self._append(document, encoded.ids[start : start + limit], supervised)
-
-    def _append(self, document: Document, ids: Ids, supervised: Mask, *, truncated: bool = False) -> bool:
-        count = int(np.count_nonzero(supervised))
-        if count == 0:
-            reason = f"{_NO_LOSS} within data.max_seq_len = {self.data.max_seq_len}" if truncated else _NO_LOSS
-            self.dropped.add(reason, document.origin)
-            return False
-        self.ids.extend(ids)
-        self.supervised.extend(supervised)
-        self.documents += 1
-        self.tokens += len(ids)
-        self.supervised_tokens += count
-        self.ends.extend(np.array([self.tokens], dtype=np.int64))
-        self.origins.append(document.origin)
-        return True
-
-    def _close(self, sources: tuple[SourceShare, ...]) -> DataStats:
-        dropped, remarks = self.dropped.close(), self.remarks.close()
-        stats = DataStats(
-            rows=self.rows,
-            documents=self.documents,
-            tokens=self.tokens,
-            supervised_tokens=self.supervised_tokens,
-            truncated_documents=self.truncated,
-            truncated_tokens=self.truncated_tokens,
-            split_documents=self.split,
-            cut_ends=self.cut_ends,
-            open_turns=self.open_turns,
-            dropped=dropped,
-            remarks=remarks,
-            control_tokens=self.control_tokens.close(),
-            sources=sources,
-        )
-        if not self.documents:
-            raise DataError(
-                "Nothing is left to learn from.",
-                where="data.sources: " + ", ".join(source.path for source in self.data.sources),
-                why="; ".join(f"{plural(r.count, 'row')}: {r.reason} (first {r.first})" for r in dropped) or "no rows",
-                fix="`ingle data inspect CONFIG` shows what became of the rows",
-            )
-        self._warn(stats)
-        return stats
-
-    def _warn(self, stats: DataStats) -> None:
-        for remark in stats.dropped:
-            self.sink(Warned(f"Rows skipped: {remark.reason}", remark.first, remark.count))
-        for remark in stats.remarks:
-            self.sink(Warned(remark.reason, remark.first, remark.count))
-        if stats.truncated_documents:
-            lost = f"documents cut to data.max_seq_len = {self.data.max_seq_len}: "
-            lost += f"{plural(stats.truncated_tokens, 'token')} lost"
-            self.sink(Warned(lost, "data.max_seq_len", stats.truncated_documents))
-        if stats.cut_ends:
-            self.sink(
-                Warned("Answers that were cut have lost their end-of-turn token", "data.max_seq_len", stats.cut_ends)
-            )
-        if stats.open_turns:
-            why = "" if self.encoder.has_eos else "; the tokenizer has no end-of-text token"
-            self.sink(Warned(f"Trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))

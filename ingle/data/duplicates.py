@@ -1,7 +1,7 @@
-"""Rows that occur twice, exactly or nearly, and held-out rows that training has seen.
+"""Finds rows that repeat earlier ones, exactly or nearly, and held-out rows that are in the training data.
 
-Texts are compared after folding case, Unicode variants and white space.  All hashes are fixed functions, so a
-report is the same on every machine.
+Texts are compared after folding case, Unicode variants and white space.  All hashes are fixed functions, so results are
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -18,96 +17,36 @@ import numpy.typing as npt
 
 from ingle.data.dataset import Origins
 from ingle.data.types import Example, last_answer
+from ingle.report.data_results import Contamination, Duplicates, Overlap, Pair
 
 Hashes = npt.NDArray[np.uint64]
 
-#: Words of a shingle: near duplicates are told by the share of word triples two texts have in common.
+#: Words of a shingle; near duplicates share most of their shingles.
 SHINGLE_WORDS = 3
-#: Texts with at least this Jaccard similarity of their shingles are near duplicates.
+#: Texts whose shingles have at least this Jaccard similarity are near duplicates.
 NEAR = 0.8
-#: Near duplicates are looked for among at most so many rows, evenly spaced.
+#: At most this many rows, evenly spaced, are compared for near duplicates.
 MAX_COMPARED = 50_000
-#: Words of the n-grams that held-out answers and training answers are compared by.
+#: Words of the n-grams in which held-out answers and training answers are compared.
 NGRAM_WORDS = 8
+#: Pairs that a result shows.
+_NUM_SHOWN = 5
 
 # 16 bands of 4 rows find a pair of similarity 0.8 with probability 1 - (1 - 0.8^4)^16 > 0.9997.
 _BANDS, _BAND_ROWS = 16, 4
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two rows, by ``file:line``, and their similarity from 0 to 1."""
-
-    first: str
-    second: str
-    similarity: float
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicates:
-    """What is said more than once.
-
-    Attributes:
-        rows: Looked at.
-        exact: Rows equal to an earlier one.
-        exact_pairs: The first of them.
-        same_prompt: Rows whose prompt occurred earlier with another answer.
-        compared: Distinct rows among which near duplicates were looked for.
-        near: Of these, rows much like an earlier one.
-        near_pairs: The most similar of them.
-    """
-
-    rows: int
-    exact: int
-    exact_pairs: tuple[Pair, ...]
-    same_prompt: int
-    compared: int
-    near: int
-    near_pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Contamination:
-    """Held-out rows that training contains as well.
-
-    Attributes:
-        rows: Held-out rows.
-        same_prompt: Whose prompt occurs in training.
-        same_row: Whose prompt and answer do.
-        pairs: The first of them, held-out row and training row.
-    """
-
-    rows: int
-    same_prompt: int
-    same_row: int
-    pairs: tuple[Pair, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap(Contamination):
-    """Contamination, and how many of the words of held-out answers occur in training.
-
-    Attributes:
-        ngram_words: Words of the n-grams compared.
-        answers: Held-out answers long enough for one n-gram.
-        ngram_share: Mean share of their n-grams that occur in training answers.
-        half_seen: Answers with at least half of their n-grams in training answers.
-    """
-
-    ngram_words: int
-    answers: int
-    ngram_share: float
-    half_seen: int
-
-
 def fold(text: str) -> str:
-    """Text without differences of case, Unicode form and white space."""
+    """Returns a text without differences of case, Unicode form and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def read_parts(example: Example) -> tuple[str, str]:
-    """Folded prompt and answer; of plain text, nothing and all of it."""
+    """Returns the folded prompt and answer of a row; the prompt of plain text is empty."""
+    if example.texts:  # a prompt that all texts share, and everything that follows it
+        parts = [read_parts(text) for text in example.texts.values()]
+        return parts[0][0], "\n".join(answer for _, answer in parts)
     if example.text is not None:
         return "", fold(example.text)
     if example.prompt is not None:
@@ -116,96 +55,135 @@ def read_parts(example: Example) -> tuple[str, str]:
     return fold("\n".join(turn.content for turn in turns)), fold(last_answer(example) or "")
 
 
-def find_duplicates(examples: Iterable[Example], *, num_shown: int = 5) -> Duplicates:
-    """Exact and near duplicates among rows, looked at in order."""
-    seen: dict[bytes, int] = {}
-    prompts: dict[bytes, int] = {}
-    origins = Origins()
-    distinct: list[int] = []
-    texts: list[str] = []
-    exact_pairs: list[Pair] = []
-    exact = same_prompt = rows = 0
-    for i, example in enumerate(examples):
-        rows += 1
-        origins.append(example.origin)
+class DuplicateSearch:
+    """Finds exact and near duplicates among the rows that are added, in order."""
+
+    def __init__(self, num_shown: int = _NUM_SHOWN) -> None:
+        self._num_shown = num_shown
+        self._first: dict[bytes, int] = {}
+        self._prompts: set[bytes] = set()
+        self._origins = Origins()
+        self._distinct: list[int] = []
+        self._texts: list[str] = []
+        self._exact_pairs: list[Pair] = []
+        self._rows = self._same_prompt = 0
+
+    def add(self, example: Example) -> None:
+        """Adds a row."""
+        i = self._rows
+        self._rows += 1
+        self._origins.append(example.origin)
         prompt, answer = read_parts(example)
-        first = seen.setdefault(_digest(prompt, answer), i)
+        first = self._first.setdefault(_digest(prompt, answer), i)
         if first != i:
-            exact += 1
-            if len(exact_pairs) < num_shown:
-                exact_pairs.append(Pair(origins.at(first), example.origin, 1.0))
-            continue
-        same_prompt += bool(prompt) and prompts.setdefault(_digest(prompt), i) != i
-        distinct.append(i)
-        texts.append(f"{prompt} {answer}")
-    step = max(1, -(-len(texts) // MAX_COMPARED))
-    near = sorted(_find_near(texts[::step]), key=lambda pair: (-pair[2], pair[0], pair[1]))
-    places = distinct[::step]
-    return Duplicates(
-        rows=rows,
-        exact=exact,
-        exact_pairs=tuple(exact_pairs),
-        same_prompt=same_prompt,
-        compared=len(places),
-        near=len({second for _, second, _ in near}),
-        near_pairs=tuple(Pair(origins.at(places[a]), origins.at(places[b]), s) for a, b, s in near[:num_shown]),
-    )
+            if len(self._exact_pairs) < self._num_shown:
+                self._exact_pairs.append(Pair(self._origins.at(first), example.origin, 1.0))
+            return
+        if prompt:
+            key = _digest(prompt)
+            self._same_prompt += key in self._prompts
+            self._prompts.add(key)
+        self._distinct.append(i)
+        self._texts.append(f"{prompt} {answer}")
+
+    def result(self) -> Duplicates:
+        """Compares the distinct rows and returns what was found."""
+        step = max(1, -(-len(self._texts) // MAX_COMPARED))
+        near = sorted(_find_near(self._texts[::step]), key=lambda pair: (-pair[2], pair[0], pair[1]))
+        rows = self._distinct[::step]
+        return Duplicates(
+            rows=self._rows,
+            exact=self._rows - len(self._distinct),
+            exact_pairs=tuple(self._exact_pairs),
+            same_prompt=self._same_prompt,
+            compared=len(rows),
+            near=len({second for _, second, _ in near}),
+            near_pairs=tuple(
+                Pair(self._origins.at(rows[a]), self._origins.at(rows[b]), similarity)
+                for a, b, similarity in near[: self._num_shown]
+            ),
+        )
 
 
-def find_contamination(
-    training: Iterable[Example], held_out: Sequence[Example], *, num_shown: int = 5
-) -> Contamination:
-    """Which held-out rows training contains; remembers the held-out rows only."""
-    parts = [read_parts(example) for example in held_out]
-    wanted = {_digest(prompt or answer) for prompt, answer in parts}
-    prompts: dict[bytes, str] = {}
-    rows: set[bytes] = set()
+class ContaminationSearch:
+    """Finds held-out rows among the training rows that are added; keeps the held-out rows only.
+
+    Args:
+        held_out: Rows that training should not contain.
+        num_shown: Pairs that the result shows.
+    """
+
+    def __init__(self, held_out: Sequence[Example], num_shown: int = _NUM_SHOWN) -> None:
+        self._num_shown = num_shown
+        self._held_out = [(example.origin, *read_parts(example)) for example in held_out]
+        self._wanted = {_digest(prompt or answer) for _, prompt, answer in self._held_out}
+        self._prompts: dict[bytes, str] = {}
+        self._rows: set[bytes] = set()
+
+    def add(self, example: Example) -> None:
+        """Adds a training row."""
+        self._add(example.origin, *read_parts(example))
+
+    def _add(self, origin: str, prompt: str, answer: str) -> None:
+        key = _digest(prompt or answer)
+        if key in self._wanted:
+            self._prompts.setdefault(key, origin)
+            self._rows.add(_digest(prompt, answer))
+
+    def result(self) -> Contamination:
+        """Returns the held-out rows that were found."""
+        found = [
+            (Pair(origin, self._prompts[key], 1.0), _digest(prompt, answer) in self._rows)
+            for origin, prompt, answer in self._held_out
+            if (key := _digest(prompt or answer)) in self._prompts
+        ]
+        return Contamination(
+            rows=len(self._held_out),
+            same_prompt=len(found),
+            same_row=sum(same for _, same in found),
+            pairs=tuple(pair for pair, _ in found[: self._num_shown]),
+        )
+
+
+class OverlapSearch(ContaminationSearch):
+    """Also finds how many n-grams of held-out answers are in training answers."""
+
+    def __init__(self, held_out: Sequence[Example], num_shown: int = _NUM_SHOWN) -> None:
+        super().__init__(held_out, num_shown)
+        self._grams: list[Hashes] = []
+
+    def _add(self, origin: str, prompt: str, answer: str) -> None:
+        super()._add(origin, prompt, answer)
+        self._grams.append(_hash_grams(answer, NGRAM_WORDS))
+
+    def result(self) -> Overlap:
+        """Returns the held-out rows that were found, and the share of n-grams."""
+        found = super().result()
+        known = np.unique(np.concatenate(self._grams)) if self._grams else np.zeros(0, dtype=np.uint64)
+        answers = (_hash_grams(answer, NGRAM_WORDS) for _, _, answer in self._held_out)
+        shares = [_share_known(own, known) for own in answers if len(own)]
+        return Overlap(
+            rows=found.rows,
+            same_prompt=found.same_prompt,
+            same_row=found.same_row,
+            pairs=found.pairs,
+            ngram_words=NGRAM_WORDS,
+            answers=len(shares),
+            ngram_share=float(np.mean(shares)) if shares else 0.0,
+            half_seen=sum(share >= 0.5 for share in shares),
+        )
+
+
+def find_contamination(training: Iterable[Example], held_out: Sequence[Example]) -> Contamination:
+    """Returns the held-out rows that training contains."""
+    search = ContaminationSearch(held_out)
     for example in training:
-        prompt, answer = read_parts(example)
-        asked = _digest(prompt or answer)
-        if asked in wanted:
-            prompts.setdefault(asked, example.origin)
-            rows.add(_digest(prompt, answer))
-    seen = [
-        (example, prompts[_digest(prompt or answer)], _digest(prompt, answer) in rows)
-        for example, (prompt, answer) in zip(held_out, parts, strict=True)
-        if _digest(prompt or answer) in prompts
-    ]
-    return Contamination(
-        rows=len(held_out),
-        same_prompt=len(seen),
-        same_row=sum(same for _, _, same in seen),
-        pairs=tuple(Pair(example.origin, origin, 1.0) for example, origin, _ in seen[:num_shown]),
-    )
-
-
-def find_overlap(training: Iterable[Example], held_out: Sequence[Example], *, num_shown: int = 5) -> Overlap:
-    """What of the held-out rows training contains, and how much of their answers."""
-    grams: list[Hashes] = []
-
-    def noted() -> Iterator[Example]:
-        for example in training:
-            grams.append(_hash_grams(read_parts(example)[1], NGRAM_WORDS))
-            yield example
-
-    found = find_contamination(noted(), held_out, num_shown=num_shown)
-    known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, dtype=np.uint64)
-    answers = (_hash_grams(read_parts(example)[1], NGRAM_WORDS) for example in held_out)
-    shares = [_share_known(own, known) for own in answers if len(own)]
-    return Overlap(
-        rows=found.rows,
-        same_prompt=found.same_prompt,
-        same_row=found.same_row,
-        pairs=found.pairs,
-        ngram_words=NGRAM_WORDS,
-        answers=len(shares),
-        ngram_share=float(np.mean(shares)) if shares else 0.0,
-        half_seen=sum(share >= 0.5 for share in shares),
-    )
+        search.add(example)
+    return search.result()
 
 
 def _share_known(hashes: Hashes, known: Hashes) -> float:
-    """Share of hashes that occur in an ascending array."""
+    """Share of hashes that are in an ascending array."""
     if not len(known):
         return 0.0
     places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
@@ -217,7 +195,7 @@ def _digest(*parts: str) -> bytes:
 
 
 def _hash_grams(text: str, size: int) -> Hashes:
-    """Hashes of all runs of ``size`` words."""
+    """Hashes of all n-grams of ``size`` words."""
     words = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text)], np.uint64)
     count = len(words) - size + 1
     if count <= 0:
@@ -239,10 +217,10 @@ def _hash_shingles(text: str) -> Hashes:
 
 
 def _find_near(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
-    """Pairs (earlier, later, similarity) of near duplicates; each later text at most once.
+    """Yields near duplicates (earlier, later, similarity); each later text at most once.
 
-    MinHash signatures fall into bands; texts that agree in a band are compared by their true similarity with
-    the first and the latest text of that band, which keeps the work linear.
+    MinHash signatures are cut into bands.  A text is compared, by its true similarity, with the first and the latest
+    text of the same band.  That keeps the work linear, even where thousands of texts come from one template.
 
     Source: Broder 1997, "On the resemblance and containment of documents"; Leskovec, Rajaraman and Ullman,
     "Mining of Massive Datasets", section 3.4.
@@ -270,6 +248,6 @@ def _find_near(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
 
 
 def _compare(a: Hashes, b: Hashes) -> float:
-    """Jaccard similarity of two ascending sets."""
+    """Jaccard similarity of two sets, given in ascending order."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)

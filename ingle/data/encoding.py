@@ -1,15 +1,15 @@
-"""Documents to ids: text, the spans that carry loss, and their way through the tokenizer.
+"""Tokenizes documents and masks the tokens that carry loss.
 
-A document is tokenized once as a whole.  A token carries loss when its first character lies in a supervised
-span; so a token that straddles the border of a prompt belongs to the prompt.  Masks come from character
-positions and lengths, never from ids: pad and end-of-text may share an id without harm.
+A document is tokenized as one text.  A token carries loss if its first character is in a supervised span, so a token
+across the end of a prompt belongs to the prompt.  Masks come from character positions and lengths, never from ids: pad
+and end-of-text may share an id.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -17,24 +17,36 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.data.backend import copy_backend
-from ingle.data.control import ControlTokens
+from ingle.data.control import ControlTokens, Shielded
+from ingle.data.sandbox import Sandbox
 from ingle.data.template import (
     ANSWER,
     Answer,
+    Rendering,
     TrainOn,
     has_template,
     locate_answers,
     read_conversation,
     split_prompt,
 )
-from ingle.data.types import Example, Ids, Mask, Message, Tokenizer
+from ingle.data.types import IGNORE_INDEX, Example, Ids, Mask, Message, Span, Tokenizer
 
-#: Longer texts are tokenized in pieces cut at line ends, which bounds memory; see :func:`cut_text`.
+#: Longer texts are tokenized in pieces, which bounds memory; see :func:`cut_text`.
 PIECE_CHARS = 1 << 18
 _PIECES_AT_ONCE = 8
 
-#: A line end at which every common pre-tokenizer cuts too: a single newline between two words.
+#: A single newline between two words: every common pre-tokenizer cuts there too.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+#: Remarks on documents; shown once with a count.
+STRADDLED = "A token lies across the border of prompt and answer and carries no loss (end the prompt with white space)."
+RECUT = (
+    "The white space at the end of a prompt is tokenized differently when nothing follows it, as in other servers "
+    "(a single newline is safer)."
+)
+_AS_TEXT = "Control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)."
+_AS_TOKENS = "Control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)."
+_END_LEFT_OUT = "An answer ends in an end-of-turn token, which is removed: the template adds one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +55,15 @@ class Document:
 
     Attributes:
         origin: ``file:line``.
-        text: All of it.
-        answers: Where the assistant speaks; None for plain text, where nobody does.
+        text: The text.
+        answers: The assistant's parts; None for plain text, which has none.
         everything: Every token carries loss, not only the answers.
-        chat: Rendered by a chat template, which brings its own special tokens.  Otherwise the tokenizer puts
-            its own (BOS) before the text, and the end-of-text token is put after it.
-        shielded: The text with the control tokens of messages hidden; None where it holds none that must stay text.
-        control: The control tokens that messages hold.
-        ends_left_out: Answers that lost an end of turn of their own.
-        remarks: Of the template.
+        chat: Rendered by a chat template, which writes the special tokens.  Otherwise the tokenizer puts its own (BOS)
+            before the text, and the end-of-text token follows it.
+        shielded: The text with the control tokens of messages hidden; None if it has none that must stay text.
+        control: The control tokens in messages.
+        remarks: Remarks on the template and on control tokens.
+        spans: Labels of plain text, by name.
     """
 
     origin: str
@@ -61,8 +73,8 @@ class Document:
     chat: bool = False
     shielded: str | None = None
     control: tuple[str, ...] = ()
-    ends_left_out: int = 0
     remarks: tuple[str, ...] = ()
+    spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +85,35 @@ class Encoded:
         ids: int32 [T].
         supervised: bool [T]; the first is always False, since nothing predicts it.
         open_turns: Trained turns after which no end-of-turn token is supervised.
-        straddled: Whether a token lies across the border of prompt and answer.
-        recut: Whether the white space at a prompt's end becomes other tokens when nothing follows it.
+        remarks: Remarks on the borders of prompts and answers.
+        token_labels: Labels by name, int32 [T], ``IGNORE_INDEX`` outside of all spans.
     """
 
     ids: Ids
     supervised: Mask
     open_turns: int = 0
-    straddled: bool = False
-    recut: bool = False
+    remarks: tuple[str, ...] = ()
+    token_labels: Mapping[str, Ids] = field(default_factory=dict)
 
 
-def draw_document(
+def make_document(
     example: Example,
     tokenizer: Tokenizer,
     *,
     train_on: TrainOn,
     system: str | None,
     control: ControlTokens | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Document | str:
-    """The document of an example, or the reason to skip it.
+    """Returns the document of an example with one text, or the reason to skip it.
 
     Args:
         example: A row.
         tokenizer: With or without a chat template.
         train_on: As ``data.train_on``.
         system: As ``data.system``.
-        control: What to do with control tokens in messages; by default they are read as text.
+        control: What happens to control tokens in messages; by default they are read as text.
+        sandbox: Limits of the chat template; entering one for many examples is faster than the default, a new one.
 
     Raises:
         DataError: The chat template is missing, refuses the conversation or cannot be masked; or a message holds a
@@ -107,59 +121,63 @@ def draw_document(
         ModelError: The chat template takes too much time or memory.
     """
     if example.text is not None:
-        return Document(example.origin, example.text, everything=True) if example.text.strip() else "empty text"
+        spans = {name: label for name, label in example.labels.items() if isinstance(label, tuple)}
+        text = Document(example.origin, example.text, everything=True, spans=spans)
+        return text if example.text.strip() else "Empty text."
     control = control or ControlTokens(tokenizer)
     if not example.messages and not has_template(tokenizer):
-        return _draw_pair(example, control, everything=train_on == "all")
+        return _make_pair(example, control, everything=train_on == "all")
     messages = list(read_conversation(example, system))
     if train_on != "all":
         while messages and messages[-1].role != "assistant":
-            messages.pop()  # nothing after the last answer carries loss or is seen by a token that does
+            messages.pop()  # what follows the last answer neither carries loss nor is context of what does
     hidden = control.shield(messages, example.origin)
     if train_on != "all":
         trained = [message for message in hidden.messages if message.role == "assistant"]
         if not trained:
-            return "no assistant turn"
+            return "No assistant turn."
         if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
-            return "empty answer"
-    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin)
-    return Document(
-        example.origin,
-        hidden.reveal(found.text),
-        found.answers,
-        everything=train_on == "all",
-        chat=True,
-        shielded=found.text if hidden.hidden is not None else None,
-        control=hidden.tokens,
-        ends_left_out=hidden.ends_left_out,
-        remarks=found.remarks,
-    )
+            return "Empty answer."
+    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin, sandbox=sandbox)
+    return _reveal(example, hidden, found, everything=train_on == "all", chat=True)
 
 
-def _draw_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
+def _make_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
     """Prompt and completion as one text, without a chat template."""
     prompt, completion = split_prompt(example)
     hidden = control.shield((Message("user", prompt), Message("assistant", completion)), example.origin)
     shown = "".join(message.content for message in hidden.messages)
     if not hidden.messages[1].content.strip():
-        return "empty answer"
-    answer = Answer(len(prompt), len(shown), len(shown))
+        return "Empty answer."
+    found = Rendering(shown, (Answer(len(prompt), len(shown), len(shown)),))
+    return _reveal(example, hidden, found, everything=everything, chat=False)
+
+
+def _reveal(example: Example, hidden: Shielded, found: Rendering, *, everything: bool, chat: bool) -> Document:
+    """The document of a text that was rendered with its control tokens hidden."""
+    as_text = hidden.hidden is not None
+    remarks = found.remarks
+    if hidden.tokens:
+        remarks += (_AS_TEXT if as_text else _AS_TOKENS,)
+    if hidden.ends_left_out:
+        remarks += (_END_LEFT_OUT,)
     return Document(
         example.origin,
-        hidden.reveal(shown),
-        (answer,),
+        hidden.reveal(found.text),
+        found.answers,
         everything=everything,
-        shielded=shown if hidden.hidden is not None else None,
+        chat=chat,
+        shielded=found.text if as_text else None,
         control=hidden.tokens,
-        ends_left_out=hidden.ends_left_out,
+        remarks=remarks,
     )
 
 
 def cut_text(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """Cut a long text into pieces of about ``size`` characters whose tokens joined are those of the whole.
+    """Cuts a long text into pieces of about ``size`` characters whose joined tokens are those of the full text.
 
-    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers part words
-    anyway; only where ``size`` characters hold none is a cut made elsewhere.
+    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers separate words anyway.
+    Only if ``size`` characters contain none, the cut is made elsewhere.
     """
     start = 0
     while len(text) - start > size:
@@ -181,27 +199,29 @@ class TextEncoder:
         self._backend = copy_backend(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
-        added = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
-        self._control = np.array(sorted(added), dtype=np.int32)
+        self._ends = set(self._backend.get_added_tokens_decoder()) | set(tokenizer.all_special_ids)
         self._recut: dict[str, bool] = {}
 
     @property
     def has_eos(self) -> bool:
-        """Whether there is a token to end a text with."""
+        """Whether the tokenizer has an end-of-text token."""
         return self._eos is not None
 
     @property
     def control_ids(self) -> Ids:
-        """Ids of special and added tokens, ascending: those that can end a turn."""
-        return self._control
+        """Ids of special and added tokens, ascending; they can end a turn."""
+        return np.array(sorted(self._ends), dtype=np.int32)
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        """Ids and masks, in order."""
+        """Yields ids and masks, in order."""
         plain = iter(self._encode_plain([d.text for d in documents if _is_plain(d)]))
         spanned = {chat: iter(self._encode_spanned(documents, chat)) for chat in (False, True)}
         for document in documents:
             if _is_plain(document):
                 yield self._close_text(next(plain))
+                continue
+            if document.spans:
+                yield self._encode_labelled(document)
                 continue
             if document.shielded is None:
                 encoding = next(spanned[document.chat])
@@ -212,13 +232,14 @@ class TextEncoder:
             yield self._mask_chat(encoding, document) if document.chat else self._mask_pair(encoding, document)
 
     def _encode_spanned(self, documents: Sequence[Document], chat: bool) -> Sequence[Any]:
-        """Encodings with positions, of those documents that are read as they stand."""
-        texts = [d.text for d in documents if d.chat == chat and d.shielded is None and not _is_plain(d)]
+        """Encodings with positions of documents that need a mask and hide no control tokens."""
+        masked = (d for d in documents if d.shielded is None and not _is_plain(d) and not d.spans)
+        texts = [d.text for d in masked if d.chat == chat]
         encodings: Sequence[Any] = self._backend.encode_batch(texts, add_special_tokens=not chat)
         return encodings
 
     def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
-        """Ids of plain texts; what the tokenizer says about a long one is held for some pieces at a time only."""
+        """Ids of plain texts; a long text is tokenized a few pieces at a time."""
         short = [text for text in texts if len(text) <= PIECE_CHARS]
         encodings = iter(self._backend.encode_batch_fast(short))
         for text in texts:
@@ -237,7 +258,7 @@ class TextEncoder:
         return ids[self._find_text(ids)]
 
     def _find_text(self, ids: Ids) -> slice:
-        """All but a second BOS, and the EOS that some tokenizers add themselves (it is put there anyway)."""
+        """Everything but a second BOS and the EOS that some tokenizers append; :meth:`_close` appends it anyway."""
         start, stop = 0, len(ids)
         if stop > 1 and self._bos is not None and ids[0] == self._bos == ids[1]:
             start = 1
@@ -250,8 +271,20 @@ class TextEncoder:
         ids, supervised, is_open = self._close(ids, supervised)
         return Encoded(ids, supervised, int(is_open))
 
+    def _encode_labelled(self, document: Document) -> Encoded:
+        """Plain text with labels: a token gets the label of the span that it overlaps."""
+        ids, offsets = _as_arrays(self._backend.encode(document.text))
+        part = self._find_text(ids)
+        encoded, offsets = self._close_text(ids[part]), offsets[part]
+        token_labels = {}
+        for name, spans in document.spans.items():
+            token_labels[name] = labels = np.full(len(encoded.ids), IGNORE_INDEX, dtype=np.int32)
+            for span in spans:
+                labels[: len(offsets)][(offsets[:, 0] < span.end) & (offsets[:, 1] > span.start)] = span.label
+        return replace(encoded, token_labels=token_labels)
+
     def _close(self, ids: Ids, supervised: Mask) -> tuple[Ids, Mask, bool]:
-        """With the end-of-text token, which carries loss, after the text; True when there is no such token."""
+        """Appends the end-of-text token, which carries loss; the last result is True if there is no such token."""
         if self._eos is not None:
             ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, True)
         supervised[:1] = False
@@ -261,33 +294,36 @@ class TextEncoder:
         ids, offsets = _as_arrays(encoding)
         text = self._find_text(ids)
         ids, offsets = ids[text], offsets[text]
-        assert document.answers is not None, "plain text has no border"
+        assert document.answers is not None, "plain text has no prompt"
         (answer,) = document.answers
         supervised = (offsets[:, 0] >= answer.start) | document.everything
         ids, supervised, is_open = self._close(ids, supervised)
-        return Encoded(
-            ids, supervised, int(is_open), _straddles(offsets, answer.start), self._is_recut(document.text, answer)
-        )
+        return Encoded(ids, supervised, int(is_open), self._check_borders(document, offsets))
 
     def _mask_chat(self, encoding: Any, document: Document) -> Encoded:
         ids, offsets = _as_arrays(encoding)
         starts = offsets[:, 0]
         supervised = np.full(len(ids), document.everything, dtype=np.bool_)
-        open_turns, straddled, recut, is_open = 0, False, False, False
+        open_turns, is_open = 0, False
         for answer in document.answers or ():
             after = np.flatnonzero((starts >= answer.content_end) & (starts < answer.end))
-            ends = after[np.isin(ids[after], self._control)]
-            is_open = len(ends) == 0
+            end = next((i for i in after if int(ids[i]) in self._ends), None)
+            is_open = end is None
             open_turns += is_open
-            stop = answer.end if is_open else offsets[ends[0], 1]
+            stop = answer.end if end is None else offsets[end, 1]
             supervised |= (starts >= answer.start) & (starts < stop)
-            straddled = straddled or _straddles(offsets, answer.start)
-            recut = recut or self._is_recut(document.text, answer)
-        if is_open:  # the template does not end the last turn, so the model would never learn to stop
+        if is_open:  # the template does not end the last turn: without an end the model would never learn to stop
             ids, supervised, is_open = self._close(ids, supervised)
             open_turns -= not is_open
         supervised[:1] = False
-        return Encoded(ids, supervised, open_turns, straddled, recut)
+        return Encoded(ids, supervised, open_turns, self._check_borders(document, offsets))
+
+    def _check_borders(self, document: Document, offsets: npt.NDArray[np.int64]) -> tuple[str, ...]:
+        starts, ends = offsets.T
+        answers = document.answers or ()
+        straddled = any(np.any((starts < answer.start) & (ends > answer.start)) for answer in answers)
+        recut = any(self._is_recut(document.text, answer) for answer in answers)
+        return (STRADDLED,) * straddled + (RECUT,) * recut
 
     def _is_recut(self, text: str, answer: Answer) -> bool:
         prompt = text[: answer.start]
@@ -303,12 +339,8 @@ class TextEncoder:
 
 
 def _is_plain(document: Document) -> bool:
-    return document.everything and not document.chat and document.shielded is None
+    return document.everything and not (document.chat or document.shielded is not None or document.spans)
 
 
 def _as_arrays(encoding: Any) -> tuple[Ids, npt.NDArray[np.int64]]:
     return np.array(encoding.ids, dtype=np.int32), np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-
-
-def _straddles(offsets: npt.NDArray[np.int64], border: int) -> bool:
-    return bool(np.any((offsets[:, 0] < border) & (offsets[:, 1] > border)))

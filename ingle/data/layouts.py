@@ -1,18 +1,19 @@
-"""Rows to examples: what the columns of a row mean.
+"""Reads rows as examples: what the columns of a row mean.
 
-Five layouts are known; ``columns`` renames a file's own names into theirs first.
+Five layouts are known; ``columns`` of a source first renames the columns of a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ingle.config.data import Layout
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
-#: Pairs of column names read as prompt and completion, best first.
+#: Pairs of column names read as prompt and completion, in order of preference.
 PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -21,7 +22,7 @@ PAIRS = (
     ("input", "output"),
 )
 
-#: Roles as they are written in the wild, to the ones chat templates know.
+#: Names of roles in data sets, and those of chat templates.
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -37,12 +38,12 @@ ROLES = {
 }
 
 
-#: Columns that a message names at most.
-_MAX_NAMED = 12
+#: Columns that a message lists at most.
+_MAX_LISTED = 12
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """The row with ``{name a layout knows: name in the file}`` applied.
+    """Returns the row with its columns renamed by ``{name in a layout: name in the file}``.
 
     Raises:
         DataError: The file has no such column.
@@ -53,7 +54,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: s
             raise DataError(
                 f"There is no column {own!r}.",
                 where=origin,
-                why=f"the columns are {_columns(row)}",
+                why=f"the columns are {_list_columns(row)}",
                 fix="correct data.sources: columns: {name for Ingle: name in the file}",
             )
         renamed[name] = row[own]
@@ -63,44 +64,48 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: s
 
 
 def detect_layout(row: Mapping[str, Any], origin: str) -> tuple[Layout, tuple[Layout, ...]]:
-    """The layout a row's columns fit best, and the others they fit too.
+    """Returns the layout that fits the columns of a row best, and the others that fit.
 
     Raises:
-        DataError: They fit none.
+        DataError: No layout fits.
     """
     row = {key: value for key, value in row.items() if value is not None}
     fits: list[Layout] = []
-    if _is_turns(row.get("messages"), "role") or _is_turns(row.get("conversations"), "role"):
+    if is_conversation(row.get("messages")) or is_conversation(row.get("conversations")):
         fits.append("messages")
-    if _is_turns(row.get("conversations"), "from") or _is_turns(row.get("messages"), "from"):
+    if is_conversation(row.get("conversations"), "from") or is_conversation(row.get("messages"), "from"):
         fits.append("sharegpt")
-    if "instruction" in row and _has_answer(row, "output", "response"):
+    if "instruction" in row and any(name in row for name in ("output", "response", "references")):
         fits.append("instruction")
     elif _find_pair(row) is not None:
         fits.append("prompt-completion")
     if "text" in row:
         fits.append("text")
     if "chosen" in row and "rejected" in row and fits in ([], ["messages"]):
-        raise _preferences(row, origin)
+        raise _refuse_preferences(row, origin)
     if not fits:
         raise DataError(
             "The columns fit no known layout.",
             where=origin,
-            why=_why_none(row),
+            why=_explain_columns(row),
             fix="rename them with data.sources: columns: {prompt: ..., completion: ...} or {text: ...}",
         )
     return fits[0], tuple(fits[1:])
 
 
-def _columns(row: Mapping[str, Any]) -> str:
+def is_conversation(value: object, role_key: str = "role") -> bool:
+    """Returns whether a value is a list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and role_key in value[0]
+
+
+def _list_columns(row: Mapping[str, Any]) -> str:
     names = [str(name)[:80] for name in row]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return (", ".join(names[:_MAX_NAMED]) or "none") + more
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return (", ".join(names[:_MAX_LISTED]) or "none") + more
 
 
-def _preferences(row: Mapping[str, Any], origin: str) -> DataError:
-    """Pairs of a better and a worse answer, which no objective can learn from yet."""
-    if _is_turns(row["chosen"], "role") and not _is_turns(row.get("prompt"), "role"):
+def _refuse_preferences(row: Mapping[str, Any], origin: str) -> DataError:
+    if is_conversation(row["chosen"]) and not is_conversation(row.get("prompt")):
         fix = "columns: {messages: chosen}"
     else:
         prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in row), None)
@@ -108,27 +113,19 @@ def _preferences(row: Mapping[str, Any], origin: str) -> DataError:
     return DataError(
         "This looks like preference data: every row has a chosen and a rejected answer.",
         where=origin,
-        why="there is no objective for preferences yet; sft learns from one answer a row",
-        fix=f"to train on the chosen answers alone: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
+        why="there is no objective for preferences yet; sft learns from one answer per row",
+        fix=f"to train on the chosen answers only: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
     )
 
 
-def _why_none(row: Mapping[str, Any]) -> str:
-    why = f"the columns are {_columns(row)}"
+def _explain_columns(row: Mapping[str, Any]) -> str:
+    why = f"the columns are {_list_columns(row)}"
     for name in ("messages", "conversations"):
         if name in row:
             why += f'; {name} must be a list such as [{{"role": "user", "content": "..."}}, ...], with a message in it'
     if len(row) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in str(next(iter(row)))]):
-        why += f"; fields stand between commas, in .tsv between tabs, and here perhaps between {separators[0]!r}"
+        why += f"; fields are separated by commas, in .tsv by tabs, and in this file perhaps by {separators[0]!r}"
     return why
-
-
-def _is_turns(value: object, key: str) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and key in value[0]
-
-
-def _has_answer(row: Mapping[str, Any], *names: str) -> bool:
-    return any(name in row for name in (*names, "references"))
 
 
 def _find_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -140,7 +137,7 @@ def _find_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = "") -> Example:
-    """Read a row in a layout.
+    """Reads a row in a layout.
 
     Args:
         row: Column names and values.
@@ -151,11 +148,11 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     Raises:
         DataError: The row does not fit the layout.
     """
-    example = _parse(row, layout, origin, first)
+    example = _Row(row, layout, origin, first).parse()
     texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
     for text in (*texts, *example.references):
         if text is not None and not _is_unicode(text):
-            why = "a text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            why = "a text contains half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
             raise DataError("The row is malformed.", where=origin, why=why, fix="correct or remove the row")
     return example
 
@@ -168,128 +165,118 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _parse(row: Mapping[str, Any], layout: Layout, origin: str, first: str) -> Example:
-    match layout:
-        case "messages":
-            return _parse_turns(row, origin, first, layout, "role", "content")
-        case "sharegpt":
-            return _parse_turns(row, origin, first, layout, "from", "value")
-        case "instruction":
-            return _parse_instruction(row, origin, first)
-        case "prompt-completion":
-            return _parse_pair(row, origin, first)
-        case "text":
-            return Example(origin, text=_text(row, "text", origin, first, layout))
-        case "auto":
-            raise AssertionError("detect_layout decides first")
+@dataclass(frozen=True, slots=True)
+class _Row:
+    row: Mapping[str, Any]
+    layout: Layout
+    origin: str
+    first: str
 
+    def parse(self) -> Example:
+        match self.layout:
+            case "messages":
+                return self._parse_turns("role", "content")
+            case "sharegpt":
+                return self._parse_turns("from", "value")
+            case "instruction":
+                return self._parse_instruction()
+            case "prompt-completion":
+                return self._parse_pair()
+            case "text":
+                return Example(self.origin, text=self._text("text"))
+            case "auto":
+                raise AssertionError("detect_layout decides first")
 
-def _misfit(row: Mapping[str, Any], origin: str, first: str, layout: str, why: str) -> DataError:
-    since = f"; the file is read as {layout} since {first}" if first and first != origin else ""
-    return DataError(
-        f"The row does not fit the layout {layout}.",
-        where=origin,
-        why=f"{why}{since}",
-        fix="correct the row, or set data.sources: layout: or columns:",
-    )
+    def _misfit(self, why: str) -> DataError:
+        known = self.first and self.first != self.origin
+        since = f"; the file is read as {self.layout} since {self.first}" if known else ""
+        return DataError(
+            f"The row does not fit the layout {self.layout}.",
+            where=self.origin,
+            why=f"{why}{since}",
+            fix="correct the row, or set data.sources: layout: or columns:",
+        )
 
+    def _text(self, name: str) -> str:
+        value = self.row.get(name)
+        if isinstance(value, str):
+            return value
+        found = f"is {type(value).__name__}, not text" if value is not None else "is missing"
+        raise self._misfit(f"{name!r} {found}; the columns are {_list_columns(self.row)}")
 
-def _text(row: Mapping[str, Any], name: str, origin: str, first: str, layout: str) -> str:
-    value = row.get(name)
-    if isinstance(value, str):
-        return value
-    found = f"is {type(value).__name__}, not text" if value is not None else "is missing"
-    raise _misfit(row, origin, first, layout, f"{name!r} {found}; the columns are {_columns(row)}")
+    def _references(self) -> tuple[str, ...]:
+        value = self.row.get("references")
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._misfit("'references' must be a list of texts")
+        return tuple(dict.fromkeys(value))
 
+    def _answers(self, *names: str) -> tuple[str, ...]:
+        """All accepted answers: the first of the named columns that has a value, then ``references``."""
+        references = self._references()
+        name = next((name for name in names if self.row.get(name) is not None), None)
+        if name is None and references:
+            return references
+        answer = self._text(name or names[0])
+        return (answer, *(reference for reference in references if reference != answer))
 
-def _references(row: Mapping[str, Any], origin: str, first: str, layout: str) -> tuple[str, ...]:
-    value = row.get("references")
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _misfit(row, origin, first, layout, "'references' must be a list of texts")
-    return tuple(dict.fromkeys(value))
-
-
-def _answered(row: Mapping[str, Any], names: tuple[str, ...], origin: str, first: str, layout: str) -> tuple[str, ...]:
-    """All accepted answers: the first of the named columns that is there, then ``references``."""
-    references = _references(row, origin, first, layout)
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None and references:
-        return references
-    answer = _text(row, name or names[0], origin, first, layout)
-    return (answer, *(reference for reference in references if reference != answer))
-
-
-def _pair_example(row: Mapping[str, Any], origin: str, prompt: str, answers: tuple[str, ...]) -> Example:
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
+    def _make_pair(self, prompt: str, answers: tuple[str, ...]) -> Example:
+        system = self.row.get("system")
+        if not isinstance(system, str) or not system.strip():
+            return Example(self.origin, prompt=prompt, completion=answers[0], references=answers[1:])
         turns = (Message("system", system), Message("user", prompt.strip()), Message("assistant", answers[0].strip()))
-        return Example(origin, messages=turns, references=answers[1:])
-    return Example(origin, prompt=prompt, completion=answers[0], references=answers[1:])
+        return Example(self.origin, messages=turns, references=answers[1:])
 
+    def _parse_pair(self) -> Example:
+        row = self.row
+        prompt, answer = _find_pair(row) or ("prompt", "completion")
+        if is_conversation(row.get(prompt)):  # a conversational pair: both columns are lists of messages
+            turns = list(row[prompt]) + (list(row[answer]) if isinstance(row.get(answer), list) else [])
+            joined = {"messages": turns, "references": row.get("references"), "tools": row.get("tools")}
+            return _Row(joined, "messages", self.origin, self.first).parse()
+        return self._make_pair(self._text(prompt), self._answers(answer))
 
-def _parse_pair(row: Mapping[str, Any], origin: str, first: str) -> Example:
-    layout = "prompt-completion"
-    prompt, answer = _find_pair(row) or ("prompt", "completion")
-    if _is_turns(row.get(prompt), "role"):  # a conversational pair: both columns hold messages
-        turns = list(row[prompt]) + (list(row[answer]) if isinstance(row.get(answer), list) else [])
-        joined = {"messages": turns, "references": row.get("references"), "tools": row.get("tools")}
-        return _parse_turns(joined, origin, first, "messages", "role", "content")
-    return _pair_example(
-        row, origin, _text(row, prompt, origin, first, layout), _answered(row, (answer,), origin, first, layout)
-    )
+    def _parse_instruction(self) -> Example:
+        parts = [self._text("instruction").strip()]
+        if self.row.get("input") is not None:
+            parts.append(self._text("input").strip())
+        answers = self._answers("output", "response")
+        # The blank line separates question and answer where there is no chat template to do so.
+        return self._make_pair("\n\n".join(part for part in parts if part) + "\n\n", answers)
 
+    def _parse_turns(self, role_key: str, content_key: str) -> Example:
+        turns = self.row.get("messages")
+        if turns is None:
+            turns = self.row.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            raise self._misfit("there is no list of messages, or it is empty")
+        if self.row.get("tools") not in (None, [], "", "[]"):
+            raise self._misfit("the row has 'tools', which chat templates show the model and which are not supported")
+        messages = [self._parse_turn(number, turn, role_key, content_key) for number, turn in enumerate(turns, 1)]
+        references = self._references()
+        if references and messages[-1].role != "assistant":
+            messages.append(Message("assistant", references[0]))
+        answer = messages[-1].content if messages[-1].role == "assistant" else None
+        return Example(self.origin, tuple(messages), references=tuple(r for r in references if r != answer))
 
-def _parse_instruction(row: Mapping[str, Any], origin: str, first: str) -> Example:
-    layout = "instruction"
-    parts = [_text(row, "instruction", origin, first, layout).strip()]
-    if row.get("input") is not None:
-        parts.append(_text(row, "input", origin, first, layout).strip())
-    answers = _answered(row, ("output", "response"), origin, first, layout)
-    # The blank line at the end parts question from answer where there is no chat template to do so.
-    return _pair_example(row, origin, "\n\n".join(part for part in parts if part) + "\n\n", answers)
-
-
-def _parse_turns(
-    row: Mapping[str, Any], origin: str, first: str, layout: str, role_key: str, content_key: str
-) -> Example:
-    turns = row.get("messages") if row.get("messages") is not None else row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise _misfit(row, origin, first, layout, "there is no list of messages, or it is empty")
-    if row.get("tools") not in (None, [], "", "[]"):
-        why = "the row has 'tools', which the chat template would show the model, and which are not supported yet"
-        raise _misfit(row, origin, first, layout, why)
-    messages = []
-    for number, turn in enumerate(turns, 1):
+    def _parse_turn(self, number: int, turn: object, role_key: str, content_key: str) -> Message:
         if not isinstance(turn, Mapping) or role_key not in turn:
-            raise _misfit(row, origin, first, layout, f"message {number} has no {role_key!r}")
+            raise self._misfit(f"message {number} has no {role_key!r}")
         role = ROLES.get(str(turn[role_key]).lower())
         if role is None:
-            why = f"message {number} has the role {turn[role_key]!r}; known are {', '.join(ROLES)}"
-            raise _misfit(row, origin, first, layout, why)
+            known = ", ".join(ROLES)
+            raise self._misfit(f"message {number} has the role {turn[role_key]!r}; known roles are {known}")
         for name in ("tool_calls", "reasoning_content", "thinking"):
             if turn.get(name):
-                raise _misfit(row, origin, first, layout, f"message {number} has {name!r}, which is not supported yet")
+                raise self._misfit(f"message {number} has {name!r}, which is not supported")
         if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
-            why = f"message {number} is marked as not to be trained on (weight, train), which is not supported yet"
-            raise _misfit(row, origin, first, layout, why)
-        messages.append(Message(role, _content(turn.get(content_key), number, row, origin, first, layout)))
-    references = _references(row, origin, first, layout)
-    if references and messages[-1].role != "assistant":
-        messages.append(Message("assistant", references[0]))
-    return Example(
-        origin,
-        messages=tuple(messages),
-        references=tuple(r for r in references if messages[-1].role != "assistant" or r != messages[-1].content),
-    )
-
-
-def _content(value: object, number: int, row: Mapping[str, Any], origin: str, first: str, layout: str) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:  # parts, as multimodal data has them; texts alone can be read
-        texts = [part.get("text") for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
-        if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
-            return "".join(text for text in texts if isinstance(text, str))
-    raise _misfit(row, origin, first, layout, f"the content of message {number} is not text")
+            raise self._misfit(f"message {number} is excluded from training (weight, train), which is not supported")
+        content = turn.get(content_key)
+        if isinstance(content, list) and content:  # parts, as in multimodal data; only texts can be read
+            texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+            if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+                content = "".join(text for text in texts if isinstance(text, str))
+        if not isinstance(content, str):
+            raise self._misfit(f"the content of message {number} is not text")
+        return Message(role, content)

@@ -1,10 +1,10 @@
-"""Best-fit-decreasing packing: documents into sequences of at most ``max_seq_len`` tokens.
+"""Packs documents into sequences of at most ``max_seq_len`` tokens by best-fit decreasing.
 
-The longest document goes first, each into the fullest sequence that still has room, else into a new one.
-Lengths are small integers, so sequences with equal room are interchangeable and whole groups are placed at
-once: a group of equal documents empties the class of sequences with the least sufficient room, then the next.
-Every visit to a class empties it or ends the group, so the work is O(n + L log L) for n documents and
-``max_seq_len`` L, with the result of the one-by-one procedure.
+The longest document goes first, each into the fullest sequence that still has room, or into a new one.  Lengths are
+small integers, so sequences with equal room are interchangeable and a group of equal documents is placed at once: it
+fills the sequences with the least sufficient room, then the next.  Every step empties such a class of sequences or ends
+the group, so the work is O(n + L log L) for n documents and ``max_seq_len`` L, with the result of the textbook
+procedure, one document at a time.
 
 Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830), section 3.
 """
@@ -24,7 +24,7 @@ from ingle.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 
-#: The stream of the packing's permutation; epochs count up from 0.
+#: Stream of the permutation for packing; those of epochs count up from 0.
 _PACKING = -1
 
 
@@ -32,7 +32,7 @@ class Sequences:
     """Sequences of document indices.
 
     Attributes:
-        efficiency: Tokens over the room of all sequences, ``num_tokens / (len * max_seq_len)``.
+        efficiency: Tokens of all documents over the tokens that all sequences could hold.
     """
 
     def __init__(self, documents: Indices, offsets: Indices, num_tokens: int, max_seq_len: int) -> None:
@@ -44,32 +44,41 @@ class Sequences:
         return len(self._offsets) - 1
 
     def __getitem__(self, i: int) -> Indices:
-        """Documents of sequence ``i``."""
+        """Returns the documents of sequence ``i``."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         return self._documents[self._offsets[i] : self._offsets[i + 1]]
 
     def __iter__(self) -> Iterator[Indices]:
-        """All sequences."""
+        """Yields all sequences."""
         return (self[i] for i in range(len(self)))
 
 
 def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int) -> Sequences:
-    """Pack a dataset, or put each document into its own sequence when ``data.packing`` is off.
+    """Packs a dataset, or puts each row into a sequence of its own if ``data.packing`` is off.
+
+    The documents of a row stay together, so a row may make a sequence longer than ``max_seq_len``.
 
     Args:
-        dataset: What to pack.
+        dataset: The documents.
         data: ``packing`` and ``max_seq_len``.
-        seed: Decides which of equally long documents come together.
+        seed: Decides which of equally long documents share a sequence.
 
     Raises:
         DataError: A document is longer than ``max_seq_len``.
     """
-    return pack(dataset.lengths, data.max_seq_len, packing=data.packing, seed=seed)
+    if dataset.groups is None:
+        return pack(dataset.lengths, data.max_seq_len, packing=data.packing, seed=seed)
+    offsets = dataset.groups.offsets
+    lengths = np.add.reduceat(dataset.lengths, offsets[:-1])
+    rows = pack(lengths, max(data.max_seq_len, int(lengths.max())), packing=data.packing, seed=seed)
+    documents = [np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows_of]) for rows_of in rows]
+    ends = np.cumsum([0, *map(len, documents)])
+    return Sequences(np.concatenate(documents), ends, dataset.num_tokens, data.max_seq_len)
 
 
 def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = True, seed: int = 0) -> Sequences:
-    """Pack documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split.
+    """Packs documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split.
 
     Raises:
         DataError: A document is longer than ``max_seq_len``.
@@ -89,7 +98,7 @@ def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = Tr
 
 
 def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
-    """Sequence of each document; numbered in the order of their first documents."""
+    """The sequence of each document, numbered in the order of their first documents."""
     shuffled = permutation(len(lengths), seed, _PACKING)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     ranked = lengths[order]
@@ -107,16 +116,16 @@ def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
 
 
 class _Bins:
-    """Open sequences, grouped by the room they have left."""
+    """Sequences by the room that they have left."""
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._rooms: list[int] = []  # rooms that occur, ascending
+        self._rooms: list[int] = []  # ascending
         self._with_room: dict[int, list[Indices]] = {}
         self.count = 0
 
     def place(self, length: int, count: int) -> Indices:
-        """Put ``count`` documents of one length into the best-fitting sequences; returns the sequence of each."""
+        """Puts ``count`` documents of one length into the best-fitting sequences; returns the sequence of each."""
         placed: list[Indices] = []
         while count:
             at = bisect_left(self._rooms, length)
@@ -135,7 +144,7 @@ class _Bins:
             self._keep(room - fits * length, bins[:full])
             count -= full * fits
             rest = bins[full:]
-            if count and len(rest):  # the last sequence of the group is not filled up
+            if count and len(rest):  # the last sequence of the group keeps some room
                 placed.append(np.repeat(rest[:1], count))
                 self._keep(room - count * length, rest[:1])
                 rest, count = rest[1:], 0

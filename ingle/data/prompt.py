@@ -1,4 +1,4 @@
-"""The ids of a prompt: those that training on the same row begins with."""
+"""Tokenizes a prompt for generation, exactly as training tokenizes the beginning of the same row."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ingle.data.template import ANSWER, has_template, read_conversation, render,
 from ingle.data.types import Example, Message, Tokenizer
 from ingle.errors import DataError
 
-#: Ids and offsets of a text.
+#: Returns ids and offsets of the prompt with something appended.
 _Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 
 def prompt_ids(
     tokenizer: Tokenizer, example: Example, system: str | None = None, *, control: ControlTokens | None = None
 ) -> list[int]:
-    """The ids to generate from.
+    """Returns the ids to generate from.
 
     Args:
         tokenizer: With or without a chat template.
         example: A conversation (its last answer is left out) or a prompt.
         system: As ``data.system``.
-        control: What to do with control tokens in messages; by default they are read as text.
+        control: What happens to control tokens in messages; by default they are read as text.
 
     Raises:
         DataError: Plain text has no prompt; a conversation needs a chat template.
@@ -52,15 +52,15 @@ def prompt_ids(
         return found.ids, found.offsets
 
     ids = _cut_before_answer(encode, len(text))
-    while not chat and ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+    while not chat and ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
         ids.pop()
     return ids
 
 
 def _cut_before_answer(encode: _Encode, length: int) -> list[int]:
-    """The ids of a prompt with an answer behind it: what follows decides how white space at its end is cut."""
+    """The ids of a prompt before an answer: what follows decides how white space at its end is tokenized."""
     ids, offsets = encode(ANSWER)
     border = next(i for i, (_, end) in enumerate(offsets) if end > length)
-    if offsets[border][0] < length:  # the tokenizer joins the two, as it will not with every answer
+    if offsets[border][0] < length:  # a token joins prompt and answer, which not every answer does
         return encode("")[0]
     return ids[:border]

@@ -1,8 +1,8 @@
-"""Files to rows, one generator per file format.
+"""Reads files as rows, with one generator per file format.
 
-Every reader yields ``(place, row)`` and streams, so that a file larger than memory can be read.  Each error
-names ``file:place``.  A place is a line; where lines do not tell rows apart (Parquet, a JSON object that wraps its
-rows, JSON in one line) it is the number of the row.
+Every reader yields ``(place, row)`` and streams, so that a file may be larger than memory.  Every error names
+``file:place``.  A place is a line, or the number of the row where lines do not separate rows (Parquet, a JSON object
+around its rows, JSON in one line).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Rows = Iterator[tuple[Place, Row]]
 
 _CHUNK_BYTES = 1 << 20
 
-#: Keys under which a .json file that is one object holds its rows.
+#: Keys of a .json file that is one object around its rows.
 _WRAPPERS = ("data", "rows", "examples", "instances", "train")
 
 
 def read_rows(path: Path) -> Rows:
-    """Rows of a file with their places; the format follows the suffix.
+    """Yields the rows of a file with their places; the suffix decides the format.
 
     Raises:
         DataError: The suffix is unknown, or the file is missing, empty, malformed or not UTF-8.
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> Rows:
     reader = _READERS.get(data_suffix(path))
     if reader is None:
         raise DataError(
-            f"The file {path.name} is of no known kind.",
+            f"The format of {path.name} is unknown.",
             where=str(path),
             fix=f"use one of {', '.join(_READERS)}, each also with .gz",
         )
@@ -50,22 +50,22 @@ def read_rows(path: Path) -> Rows:
             yield place, row
     except FileNotFoundError:
         raise DataError("There is no such file.", where=str(path)) from None
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on damaged files
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three for damaged files
         raise DataError(
             "The file cannot be read.", where=str(path), why=first_line(error), fix="write or copy the file again"
         ) from error
     if empty:
-        raise DataError("The file has no rows.", where=str(path), fix="remove it from data.sources or fill it")
+        raise DataError("The file has no rows.", where=str(path), fix="remove it from data.sources, or add rows")
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that tells the format, without ``.gz``: ``.jsonl`` for ``a.jsonl.gz``."""
+    """Returns the suffix of the format: ``.jsonl`` for ``a.jsonl.gz``."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
 def known_suffixes() -> tuple[str, ...]:
-    """Suffixes that :func:`read_rows` can read."""
+    """Returns the suffixes that :func:`read_rows` can read."""
     return tuple(_READERS)
 
 
@@ -104,7 +104,7 @@ def _malformed(path: Path, place: Place, why: str) -> DataError:
 
 def _as_row(path: Path, place: Place, value: object) -> Row:
     if not isinstance(value, dict):
-        raise _malformed(path, place, f"a row must be a JSON object, this is {type(value).__name__}")
+        raise _malformed(path, place, f"a row must be a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -144,7 +144,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """An array of objects, one object (that may wrap such an array), or, as many files named so are, JSON lines."""
+    """An array of objects, one object (perhaps around such an array), or JSON lines, as in many files of that name."""
     lines = (text for _, text in _read_lines(path) if text.strip())
     first, is_single = next(lines, "").strip(), next(lines, None) is None
     if first.startswith("["):
@@ -161,7 +161,7 @@ def _is_json(text: str) -> bool:
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError):
-        pass  # it is a whole line, and the reader of lines says what is wrong with it
+        pass  # a complete line; the reader of lines raises the error
     return True
 
 
@@ -180,7 +180,7 @@ def _read_json_object(path: Path) -> Rows:
 
 
 class _Text:
-    """A file as decoded text, in a window that moves forward and counts lines."""
+    """A window of decoded text that moves through a file and counts lines."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path, self._file = path, file
@@ -188,7 +188,7 @@ class _Text:
         self.text, self.pos, self.line, self.ended = "", 0, 1, False
 
     def grow(self) -> None:
-        data = self._file.read(max(_CHUNK_BYTES, len(self.text)))  # doubling keeps one long row linear
+        data = self._file.read(max(_CHUNK_BYTES, len(self.text)))  # doubling keeps the time for one long row linear
         try:
             more = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
@@ -201,7 +201,7 @@ class _Text:
         self.pos = pos
 
     def peek(self) -> str:
-        """The next character that is not white space, or "" at the end."""
+        """Moves to the next character that is not white space, and returns it; "" at the end."""
         while True:
             pos = self.pos
             while pos < len(self.text) and self.text[pos].isspace():
@@ -212,7 +212,7 @@ class _Text:
             self.grow()
 
     def value(self, number: int) -> object:
-        """The next value, which is row ``number``."""
+        """Reads the next value, which is row ``number``."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.pos)
@@ -227,37 +227,37 @@ class _Text:
 
 
 def _read_json_array(path: Path) -> Rows:
-    """Rows of an array.  Places are lines, unless the second row begins where the first does."""
+    """Rows of an array.  Places are lines, unless the second row begins in the line of the first."""
     with _open(path) as file:
         window = _Text(path, file)
         window.peek()
         window.advance(window.pos + 1)
         number, in_lines = 0, True
-        held: tuple[Place, Row] | None = None  # the first row, until the second one tells what places are
+        pending: tuple[Place, Row] | None = None  # the first row, until the second decides what places are
         while (char := window.peek()) != "]":
             line, number = window.line, number + 1
             if number == 2:
-                assert held is not None, "there was a first row"
-                in_lines = held[0] != line
-                yield (held[0] if in_lines else "row 1"), held[1]
+                assert pending is not None, "there was a first row"
+                in_lines = pending[0] != line
+                yield (pending[0] if in_lines else "row 1"), pending[1]
             place: Place = line if in_lines else f"row {number}"
             if char != "{":
                 raise _malformed(path, place, f"row {number}: expected an object, found {char or 'the end of file'!r}")
             row = _as_row(path, place, window.value(number))
             if number == 1:
-                held = (line, row)
+                pending = (line, row)
             else:
                 yield place, row
             if window.peek() == ",":
                 window.advance(window.pos + 1)
             elif window.peek() != "]":
                 raise _malformed(path, window.line, f"expected ',' or ']' after row {number}")
-        if number == 1 and held is not None:
-            yield held
+        if number == 1 and pending is not None:
+            yield pending
 
 
 def _read_delimited(path: Path, delimiter: str) -> Rows:
-    # A field of a text dataset is often longer than csv's default limit of 128 KiB.
+    # Fields of text datasets are often longer than csv's default limit of 128 KiB.
     csv.field_size_limit(1 << 30)
     reader = csv.reader((text for _, text in _read_lines(path)), delimiter=delimiter, strict=True)
     line = 1
@@ -287,14 +287,14 @@ def _read_tsv(path: Path) -> Rows:
 
 
 def _read_text(path: Path) -> Rows:
-    """The whole file is one document: where one ends is not for the reader to guess."""
+    """The file is one document; the reader does not guess where a document might end."""
     with _open(path) as file:
         data = file.read()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _wrong_encoding(path, 1 + error.object.count(b"\n", 0, error.start), error) from None
-    del data  # as large as the text
+    del data  # it is as large as the text
     if not text.isspace() and text:
         yield 1, {"text": text}
 
@@ -314,9 +314,13 @@ def _read_parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the latter of values Python cannot hold
+    except (
+        pyarrow.ArrowException,
+        ValueError,
+        OverflowError,
+    ) as error:  # the last: values beyond Python's
         raise DataError(
-            "The file is not Parquet, or damaged.",
+            "The file is not Parquet, or it is damaged.",
             where=str(path),
             why=first_line(error),
             fix="write or copy the file again",

@@ -1,7 +1,7 @@
 """The order of training, as a pure function of one counter.
 
-Nothing but the counter is stored in a checkpoint: the order of an epoch follows from the seed and the number of
-the epoch, by a hash of our own that does not change with a library's version.
+A checkpoint stores the counter only.  The order of an epoch follows from the seed and the number of the epoch, by a
+hash that no library can change.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from ingle.data.shuffle import permutation
 
 
 class SequenceSampler:
-    """Deals sequences epoch after epoch.
+    """Yields sequences epoch after epoch.
 
     Args:
-        sequences: What to deal.
+        sequences: The sequences of an epoch.
         seed: Of the order.
-        shuffle: A new order each epoch; else the order of the sequences.
+        shuffle: Whether each epoch has a new order; otherwise it is that of ``sequences``.
     """
 
     def __init__(self, sequences: Sequences, seed: int, shuffle: bool) -> None:
-        assert len(sequences), "there is nothing to deal"
+        assert len(sequences), "there are no sequences"
         self._sequences, self._seed, self._shuffle = sequences, seed, shuffle
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
@@ -31,12 +31,12 @@ class SequenceSampler:
         return len(self._sequences)
 
     def take(self, counter: int, n: int) -> list[Indices]:
-        """Sequences number ``counter`` to ``counter + n - 1`` of the endless stream; each an array of documents."""
+        """Returns sequences ``counter`` to ``counter + n - 1`` of the endless stream, each an array of documents."""
         return [self._sequences[int(self.order(i // len(self))[i % len(self)])] for i in range(counter, counter + n)]
 
     def order(self, epoch: int) -> Indices:
-        """The order of an epoch: a permutation of all sequences."""
-        if epoch != self._epoch:  # remembering the last one changes no answer
+        """Returns the order of an epoch: a permutation of all sequences."""
+        if epoch != self._epoch:  # the last order is cached
             self._epoch, self._order = epoch, self._make_order(epoch)
         return self._order
 

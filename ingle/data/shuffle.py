@@ -1,4 +1,4 @@
-"""Permutations that are a pure function of their seed, for good: no library may change them under a running run."""
+"""Permutations that depend on their seed alone: an update of a library must not change the order of a resumed run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _MASK = (1 << 64) - 1
 
 
 def permutation(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
-    """A permutation of ``count`` things that depends on ``(seed, stream)`` alone.
+    """Returns a permutation that depends on ``(seed, stream)`` alone.
 
     Args:
-        count: How many things.
+        count: Number of elements.
         seed: Of the run.
-        stream: Which of the run's permutations, e.g. the epoch.
+        stream: Number of the permutation within the run, such as the epoch.
 
     Returns:
         int64 [count].
@@ -27,7 +27,7 @@ def permutation(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's output function, a bijection of 64-bit integers.
+    """The output function of SplitMix64, a bijection of 64-bit integers.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """

@@ -1,6 +1,6 @@
-"""Sources to examples: which files or hub dataset a source means, and its rows in order.
+"""Reads the examples of sources: which files or hub dataset a source names, and their rows in order.
 
-The first row of a file decides its layout; a later row that does not fit it is an error with its line.
+The first row of a file decides its layout; a later row that does not fit is an error with its line.
 """
 
 from __future__ import annotations
@@ -16,59 +16,63 @@ from ingle import env
 from ingle.config.data import Source
 from ingle.data.layouts import detect_layout, parse_row, rename_columns
 from ingle.data.readers import Rows, data_suffix, known_suffixes, read_rows
-from ingle.data.types import Example
+from ingle.data.types import Example, RowParser
 from ingle.errors import DataError, DependencyError, HubUnavailable
 from ingle.wording import first_line, some
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-#: Seconds to wait for the hub's answer before it counts as out of reach.
+#: The hub counts as unreachable if it does not answer within this time.
 _HUB_TIMEOUT_S = 10
 
 _LOCAL = "download it elsewhere and name the file: data.sources=[{path: train.jsonl}] (or .csv, .parquet, .txt)"
 
 
-def read_examples(sources: Sequence[Source], *, on_warning: Callable[[str], None] | None = None) -> Iterator[Example]:
-    """Examples of all sources, in order.
+def read_examples(
+    sources: Sequence[Source], *, parse: RowParser | None = None, on_warning: Callable[[str], None] | None = None
+) -> Iterator[Example]:
+    """Yields the examples of all sources, in order.
 
     Args:
         sources: Files, globs, folders or hub datasets.
-        on_warning: Called with a sentence when a choice was made that the user may not expect.
+        parse: Reads a row instead of the layout of its source.
+        on_warning: Called with a sentence when a layout was chosen among several.
 
     Raises:
         DataError: A source is missing or empty, or a row is malformed; names ``file:line``.
-        HubUnavailable: A hub dataset was asked for and the hub cannot be reached.
+        HubUnavailable: The hub cannot be reached for a hub dataset.
     """
     for source in sources:
-        yield from islice(_read_source(source, on_warning), source.limit)
+        paths = find_files(source.path)
+        if paths is None:
+            tables = iter([(f"{source.path}[{source.split}]", _read_hub(source))])
+        else:
+            tables = ((str(path), read_rows(path)) for path in paths)
+        examples = (example for name, rows in tables for example in _read_table(rows, name, source, parse, on_warning))
+        yield from islice(examples, source.limit)
 
 
-def _read_source(source: Source, on_warning: Callable[[str], None] | None) -> Iterator[Example]:
-    paths = find_files(source.path)
-    if paths is None:
-        name = f"{source.path}[{source.split}]"
-        yield from _read_table(_read_hub(source), name, source, on_warning)
-    else:
-        for path in paths:
-            yield from _read_table(read_rows(path), str(path), source, on_warning)
-
-
-def _read_table(rows: Rows, name: str, source: Source, on_warning: Callable[[str], None] | None) -> Iterator[Example]:
+def _read_table(
+    rows: Rows, name: str, source: Source, parse: RowParser | None, on_warning: Callable[[str], None] | None
+) -> Iterator[Example]:
     layout = source.layout
     first = ""
     for place, raw in rows:
         origin = f"{name}:{place}"
         row = rename_columns(raw, source.columns, origin)
+        if parse is not None:
+            yield parse(row, origin)
+            continue
         if layout == "auto":
             layout, others = detect_layout(row, origin)
             if others and on_warning is not None:
-                on_warning(f"{name} could also be read as {', '.join(others)}; it is read as {layout} (set layout:)")
+                on_warning(f"{name} is read as {layout}; it could also be read as {', '.join(others)} (set layout:).")
         first = first or origin
         yield parse_row(row, layout, origin, first)
 
 
 def find_files(path: str) -> list[Path] | None:
-    """The files a path means, sorted; None when it can only be a hub dataset.
+    """Returns the files that a path names, sorted; None if it can only be a hub dataset.
 
     Raises:
         DataError: Nothing matches.
@@ -77,12 +81,14 @@ def find_files(path: str) -> list[Path] | None:
     if local.is_dir():
         found = sorted(p for p in local.iterdir() if p.is_file() and data_suffix(p) in known_suffixes())
         if not found:
-            raise DataError("The folder holds no data file.", where=path, fix=f"one of {', '.join(known_suffixes())}")
+            raise DataError(
+                "The folder contains no data file.", where=path, fix=f"use one of {', '.join(known_suffixes())}"
+            )
         return found
     if local.is_file():
         return [local]
     if local.exists():
-        raise DataError("This is no regular file.", where=path, fix="save what it gives in a file, and name that")
+        raise DataError("This is not a regular file.", where=path, fix="save its contents in a file, and name that")
     if glob.has_magic(path):
         found = sorted(p for p in map(Path, glob.glob(str(local), recursive=True)) if p.is_file())
         if not found:
@@ -94,7 +100,7 @@ def find_files(path: str) -> list[Path] | None:
 
 
 def _suggest(missing: Path) -> str:
-    """The nearest name that exists, or what there is to choose from."""
+    """The nearest name that exists, or the data files of the folder."""
     folder = next(folder for folder in missing.parents if folder.is_dir() or folder == folder.parent)
     part = missing.relative_to(folder).parts[0] if folder != missing.parent else missing.name
     names = _names_in(folder)
@@ -102,7 +108,7 @@ def _suggest(missing: Path) -> str:
     if near:
         return f"did you mean {folder / near[0]}?"
     data = [name for name in names if data_suffix(Path(name)) in known_suffixes()]
-    return f"{folder}/ holds {some(data)}" if data else f"check the path; {folder.resolve()} holds no data file"
+    return f"{folder}/ contains {some(data)}" if data else f"check the path; {folder.resolve()} contains no data file"
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -123,7 +129,7 @@ def _read_hub(source: Source) -> Rows:
         _ask_hub(source)
     try:
         table = datasets.load_dataset(source.path, source.name, split=source.split)
-    except Exception as error:  # the library raises errors of many kinds, and of its own dependencies
+    except Exception as error:  # the library raises errors of many kinds, also those of its dependencies
         raise _hub_error(source, error) from error
     if len(table) == 0:
         raise DataError("The dataset has no rows.", where=f"{source.path}[{source.split}]")
@@ -132,26 +138,22 @@ def _read_hub(source: Source) -> Rows:
 
 
 def _ask_hub(source: Source) -> None:
-    """Tells at once that the hub is out of reach; loading would try again and again, and say so each time.
-
-    Raises:
-        HubUnavailable: It is.
-    """
+    """Raises ``HubUnavailable`` without the many retries of loading if the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         HfApi().dataset_info(source.path, timeout=_HUB_TIMEOUT_S)
     except (HfHubHTTPError, HFValidationError):
-        pass  # it answered; loading tells what is wrong
-    except Exception as error:  # of the HTTP library that the hub's library has
+        pass  # it answered; loading raises the error
+    except Exception as error:  # of the HTTP library that the hub's library uses
         raise _unreachable(source, f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _hub_error(source: Source, error: Exception) -> DataError | HubUnavailable:
-    """Tell "the hub cannot be reached" from "the hub has no such thing"."""
+    """The error for an unreachable hub, or for a dataset that it does not have."""
     why = f"{type(error).__name__}: {first_line(error)}"
-    missing = isinstance(error, FileNotFoundError)  # what the library's "not found" errors derive from
+    missing = isinstance(error, FileNotFoundError)  # the base of the library's "not found" errors
     if env.hub_offline() or "Connect" in type(error).__name__ or (isinstance(error, OSError) and not missing):
         return _unreachable(source, why)
     where = f"data.sources: {source.path}"

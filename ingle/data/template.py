@@ -1,20 +1,19 @@
-"""The chat template: rendered once for the whole conversation, and where in the text the answers are.
+"""Renders conversations with the tokenizer's chat template, and finds the answers in the rendered text.
 
-The loss mask is derived from the rendered text.  Tokenizing pieces apart would shift it, because tokens merge
-across borders; reading markers of known families would fail on the next family.  So positions are found by
-experiment and proved:
+The loss mask is derived from the text, which is rendered once for the whole conversation.  Tokenizing messages one by
+one would shift the mask, because tokens merge across borders; looking for the markers of known model families would
+fail for the next family.  So positions are measured and verified:
 
-* **Where an answer ends.** The conversation is rendered again with a marker after each answer.  Taking the
-  markers out must give the first rendering back, character for character; then they stand where the answers end.
-* **Where an answer begins.** At the end of the generation prompt, since that is where the model takes over when
-  it is served: the rendering of the messages before it with ``add_generation_prompt``.  Where a template renders
-  history differently (it moves the system prompt, drops reasoning), only the part from the end of the message
-  before to the end of the generation prompt is compared.
-  Spaces at its end count to the answer: tokens carry the space before a word, so a border after the space would cut
-  the first token of the answer in two.
-* **Where a turn ends.** The tokenizer decides: the first control token after the answer is the end of turn.
+* **End of an answer.** The conversation is rendered again with a marker after each answer.  Without the markers the
+  result must equal the first rendering, character for character; then the markers were at the ends of the answers.
+* **Beginning of an answer.** It is the end of the generation prompt, where the model takes over when it is served: the
+  messages before the answer, rendered with ``add_generation_prompt``.  Some templates render history differently (they
+  move the system prompt or drop reasoning); then only the part from the end of the previous message to the end of the
+  generation prompt is compared.  Spaces at the end of the prompt belong to the answer: tokens include the space before
+  a word, so a border after the space would cut the first token of the answer in two.
+* **End of a turn.** The tokenizer decides: it is the first control token after the answer.
 
-A template for which the proof fails is refused, never guessed.
+A template that fails the verification is refused.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from typing import Any, Literal
 
 import jinja2
 
-from ingle.data.sandbox import check_size, refusal, sandboxed
+from ingle.data.sandbox import Sandbox
 from ingle.data.types import Example, Message, Tokenizer
 from ingle.errors import DataError
 
 TrainOn = Literal["assistant", "last", "all"]
 
-#: Stands for an answer where its beginning has a say in how the prompt is cut into tokens.
+#: A placeholder for an answer, where the first character of one decides how the prompt before it is tokenized.
 ANSWER = "a"
 
-#: What :func:`locate_answers` may remark on; shown once with a count.
-PROMPT_DIFFERS = "the chat template's generation prompt is not what its rendered answers begin with"
+#: Remarks of :func:`locate_answers`; shown once with a count.
+PROMPT_DIFFERS = "The chat template's generation prompt differs from the beginning of its rendered answers."
 HISTORY_DIFFERS = (
-    "the chat template renders the messages before the last answer differently once the answer is there, so what is "
-    "served is not what is trained (is a system message missing? put it into the first user message)"
+    "The chat template renders the messages before the last answer differently once the answer is there, so the model "
+    "is trained on another prompt than it is served with (put a missing system message into the first user message)."
 )
 TRAILING_SPACE = (
-    "the chat template's generation prompt ends in a space; tokens carry the space before a word, so it is left to the "
-    "answer (other servers may not do so: a template without that space is safer)"
+    "The chat template's generation prompt ends in a space. Tokens include the space before a word, so the space "
+    "belongs to the answer here; other servers may differ (a template without that space is safer)."
 )
-ANSWER_CHANGED = "the chat template leaves out or changes part of an answer (reasoning?)"
+ANSWER_CHANGED = "The chat template leaves out or changes part of an answer, perhaps its reasoning."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Answer:
     Attributes:
         start: End of the generation prompt.
         content_end: End of the content; what follows up to ``end`` is the template's end of turn.
-        end: Where the end of turn ends at the latest.
+        end: Latest end of the end of turn.
     """
 
     start: int
@@ -64,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A rendered conversation and its answers, with remarks (constants of this module) on what was found."""
+    """A rendered conversation, its answers, and remarks (constants of this module) on the template."""
 
     text: str
     answers: tuple[Answer, ...]
@@ -72,53 +71,54 @@ class Rendering:
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
-    """Whether conversations can be rendered."""
+    """Returns whether the tokenizer can render conversations."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
 ) -> str:
-    """The text of a conversation by the tokenizer's own chat template.
+    """Renders a conversation with the tokenizer's chat template.
 
     Raises:
         DataError: The tokenizer has no template, or the template refuses the conversation.
         ModelError: The template takes too much time or memory.
     """
     _require_template(tokenizer, origin)
-    with sandboxed(tokenizer, origin, len(messages)):
-        return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt, origin=origin)
+    sandbox = Sandbox(tokenizer)
+    with sandbox.limited(origin, len(messages)):
+        return _render(sandbox, messages, add_generation_prompt=add_generation_prompt, origin=origin)
 
 
 def _require_template(tokenizer: Tokenizer, origin: str | None) -> None:
     if not has_template(tokenizer):
         raise DataError(
-            "The data are conversations, but the tokenizer has no chat template.",
+            "The rows are conversations, but the tokenizer has no chat template.",
             where=origin,
             fix="name a Jinja file with model.chat_template=, or use prompt and completion columns",
         )
 
 
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
+    sandbox: Sandbox, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
 ) -> str:
     """As :func:`render`, within limits that the caller has set."""
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        text: Any = tokenizer.apply_chat_template(
+        text: Any = sandbox.tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (MemoryError, jinja2.TemplateSyntaxError):
-        raise  # no row can help
+        raise  # the template is at fault, not the row
     except Exception as error:  # a template raises whatever Python can raise
-        raise refusal(error, tokenizer, messages, origin) from error
-    return check_size(str(text), tokenizer, messages)
+        raise sandbox.refusal(error, messages, origin) from error
+    return sandbox.check_output(str(text), messages)
 
 
 def read_conversation(example: Example, system: str | None = None) -> tuple[Message, ...]:
-    """The conversation an example stands for; a system message is put before one that has none.
+    """Returns the messages of an example, with ``system`` put before a conversation that has no system message.
 
-    White space around a prompt and its completion is left out: the template brings its own separators.
+    A prompt and its completion become two messages without white space around them: the template adds its separators.
     """
     if example.messages:
         messages = example.messages
@@ -131,9 +131,9 @@ def read_conversation(example: Example, system: str | None = None) -> tuple[Mess
 
 
 def split_prompt(example: Example) -> tuple[str, str]:
-    """Prompt and completion as plain text whose sum is what is trained on without a chat template.
+    """Returns prompt and completion as two parts of one plain text, for training without a chat template.
 
-    Spaces at the end of the prompt go to the completion, as with a template.
+    Spaces at the end of the prompt move to the completion, as with a template.
     """
     assert example.prompt is not None and example.completion is not None, example.origin
     prompt = example.prompt.rstrip(" ")
@@ -141,32 +141,45 @@ def split_prompt(example: Example) -> tuple[str, str]:
 
 
 def locate_answers(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, train_on: TrainOn, origin: str | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    train_on: TrainOn,
+    origin: str | None = None,
+    sandbox: Sandbox | None = None,
 ) -> Rendering:
-    """Render a conversation that ends with an answer, and find the answers that are trained on.
+    """Renders a conversation that ends with an answer, and finds the answers that are trained on.
 
     With ``train_on="all"`` only the last answer is located, for its end of turn.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: The conversation.
+        train_on: As ``data.train_on``.
+        origin: ``file:line``, for errors.
+        sandbox: Limits of the template; entering one for many conversations is faster than the default, a new one.
 
     Raises:
         DataError: There is no template, or it refuses the conversation or cannot be masked.
         ModelError: The template takes too much time or memory.
     """
     _require_template(tokenizer, origin)
-    with sandboxed(tokenizer, origin, len(messages)):
-        return _locate(tokenizer, messages, train_on, origin)
+    sandbox = sandbox or Sandbox(tokenizer)
+    with sandbox.limited(origin, len(messages)):
+        return _locate(sandbox, messages, train_on, origin)
 
 
-def _locate(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn, origin: str | None) -> Rendering:
-    text = _render(tokenizer, messages, origin=origin)
+def _locate(sandbox: Sandbox, messages: Sequence[Message], train_on: TrainOn, origin: str | None) -> Rendering:
+    text = _render(sandbox, messages, origin=origin)
     indices = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "all" and messages[-1].role != "assistant":
         return Rendering(text, ())
-    ends = _find_ends(tokenizer, messages, indices, text, origin)
+    ends = _find_ends(sandbox, messages, indices, text, origin)
     tail = text[ends[indices[-1]] :]
     answers, remarks = [], []
     for i in indices if train_on == "assistant" else indices[-1:]:
-        start, remark = _find_start(tokenizer, messages, i, text, ends, origin)
-        # Earlier turns as history look different in many templates; what the last answer sees must not.
+        start, remark = _find_start(sandbox, messages, i, text, ends, origin)
+        # Many templates render earlier turns differently as history; the context of the last answer must not change.
         if remark == PROMPT_DIFFERS or (remark == HISTORY_DIFFERS and i == indices[-1]):
             remarks.append(remark)
         if _find_content(messages[i].content, text, ends[i]) is None:
@@ -174,29 +187,29 @@ def _locate(tokenizer: Tokenizer, messages: Sequence[Message], train_on: TrainOn
         if text[start - 1 : start] == " ":
             remarks.append(TRAILING_SPACE)
             start = len(text[:start].rstrip(" "))
-        # The end of an inner turn is what it has in common with that of the last; the rest is the next header.
+        # An inner turn ends where its tail stops to agree with that of the last turn; the next header follows.
         end = ends[i] + _measure_common(tail, text[ends[i] :])
         answers.append(Answer(start, ends[i], end))
     return Rendering(text, tuple(answers), tuple(dict.fromkeys(remarks)))
 
 
 def _find_ends(
-    tokenizer: Tokenizer, messages: Sequence[Message], indices: Sequence[int], text: str, origin: str | None
+    sandbox: Sandbox, messages: Sequence[Message], indices: Sequence[int], text: str, origin: str | None
 ) -> dict[int, int]:
-    for strip in (False, True):  # templates either keep white space at the end of an answer or strip it
-        ends = _mark(tokenizer, messages, indices, text, strip=strip)
+    for strip in (False, True):  # templates keep or strip white space at the end of an answer
+        ends = _mark(sandbox, messages, indices, text, strip=strip)
         if ends is not None:
             return ends
     raise DataError(
         "The chat template cannot be masked.",
         where=origin,
-        why="a marker put after each answer does not come out once, in order, and without changing anything else",
+        why="markers put after the answers are not rendered once, in order, and without any other change",
         fix="data.train_on=all, or another template with model.chat_template=",
     )
 
 
 def _mark(
-    tokenizer: Tokenizer,
+    sandbox: Sandbox,
     messages: Sequence[Message],
     indices: Sequence[int],
     text: str,
@@ -204,7 +217,7 @@ def _mark(
     strip: bool = False,
     add_generation_prompt: bool = False,
 ) -> dict[int, int] | None:
-    """Where in ``text`` the contents of some messages end, or None when that cannot be proved."""
+    """Where in ``text`` the contents of some messages end, or None if that cannot be verified."""
     stem = "EndMark"
     while stem in text:
         stem += "k"
@@ -214,7 +227,7 @@ def _mark(
         content = marked[i].content
         marked[i] = Message(marked[i].role, (content.rstrip() if strip else content) + mark)
     try:
-        rest = _render(tokenizer, marked, add_generation_prompt=add_generation_prompt)
+        rest = _render(sandbox, marked, add_generation_prompt=add_generation_prompt)
     except DataError:
         return None
     plain, ends = "", {}
@@ -228,11 +241,11 @@ def _mark(
 
 
 def _find_start(
-    tokenizer: Tokenizer, messages: Sequence[Message], i: int, text: str, ends: dict[int, int], origin: str | None
+    sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, ends: dict[int, int], origin: str | None
 ) -> tuple[int, str | None]:
-    """Where answer ``i`` begins in ``text``, and how what is served differs from what stands before it."""
+    """Where answer ``i`` begins in ``text``, and how its prompt differs from that of a served model."""
     try:
-        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        prompt = _render(sandbox, messages[:i], add_generation_prompt=True)
     except DataError:
         prompt = None  # templates may refuse an empty history
     if prompt is not None and text.startswith(prompt) and len(prompt) <= ends[i]:
@@ -240,8 +253,8 @@ def _find_start(
     content_start = _find_content(messages[i].content, text, ends[i])
     bound = content_start if content_start is not None else ends[i]
     if prompt is not None and i > 0:
-        here = _end_of(tokenizer, messages, i - 1, text, add_generation_prompt=False)
-        there = _end_of(tokenizer, messages[:i], i - 1, prompt, add_generation_prompt=True)
+        here = _end_of(sandbox, messages, i - 1, text, add_generation_prompt=False)
+        there = _end_of(sandbox, messages[:i], i - 1, prompt, add_generation_prompt=True)
         if here is not None and there is not None:
             opening = prompt[there:]
             common = _measure_common(opening, text[here:])
@@ -251,17 +264,17 @@ def _find_start(
     raise DataError(
         "The chat template cannot be masked.",
         where=origin,
-        why=f"the beginning of message {i + 1} is not found: neither its generation prompt nor its content is there",
+        why=f"the text contains neither the generation prompt nor the content of message {i + 1}",
         fix="data.train_on=all, or another template with model.chat_template=",
     )
 
 
 def _end_of(
-    tokenizer: Tokenizer, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool
+    sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool
 ) -> int | None:
     """Where message ``i`` ends in a rendering, whether the template strips it or not."""
     for strip in (False, True):
-        ends = _mark(tokenizer, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
+        ends = _mark(sandbox, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
         if ends is not None:
             return ends[i]
     return None
@@ -275,5 +288,5 @@ def _find_content(content: str, text: str, end: int) -> int | None:
 
 
 def _measure_common(a: str, b: str) -> int:
-    """Length of the common beginning of two texts."""
+    """Length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,17 +1,16 @@
-"""What the data layer passes on: examples, samples and padding-free batches.
+"""Examples and samples: what the data layer passes on.
 
-Tensor legend: N flattened tokens of a micro-batch, D documents in it, T tokens of one document.
+Tensor legend: T tokens of one document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ingle.kernels import IGNORE_INDEX as IGNORE_INDEX
 
@@ -43,13 +42,13 @@ class Tokenizer(Protocol):
         """Ids of the special tokens."""
 
     def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
-        """Turn text into ids."""
+        """Tokenizes a text."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Render a conversation."""
+        """Renders a conversation."""
 
     def decode(self, token_ids: Any, **options: Any) -> Any:
-        """Turn ids into text."""
+        """Turns ids into text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +57,38 @@ class Message:
 
     Attributes:
         role: ``system``, ``user``, ``assistant``, ``tool`` or ``developer``.
-        content: What was said.
+        content: Its text.
     """
 
     role: str
     content: str
 
 
+class Span(NamedTuple):
+    """Characters ``start`` to ``end`` (exclusive) of a text, and the label of the tokens that overlap them."""
+
+    start: int
+    end: int
+    label: int
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a source, read but not yet tokenized.
 
-    Exactly one of ``messages``, ``prompt`` with ``completion``, and ``text`` is set.
+    Exactly one of ``messages``, ``prompt`` with ``completion``, ``text`` and ``texts`` is set.
 
     Attributes:
         origin: ``file:line`` (``file:row`` where a file has no lines).
         messages: A conversation.
-        prompt: What is given.
-        completion: What is to be answered.
+        prompt: The beginning of a text, which carries no loss.
+        completion: Its continuation.
         text: Plain text.
         references: Further accepted answers; the last assistant message or the completion is the first.
+        texts: The texts of a row with several (such as ``chosen`` and ``rejected``), by name and in order.  Each is an
+            example with a single text.
+        labels: Labels by name, see :data:`ingle.data.batch.COLUMNS`: a number for every document of the row, or spans
+            of ``text`` for a label per token.  Every row of a dataset has the same names.
     """
 
     origin: str
@@ -86,10 +97,17 @@ class Example:
     completion: str | None = None
     text: str | None = None
     references: tuple[str, ...] = ()
+    texts: Mapping[str, Example] = field(default_factory=dict, hash=False)
+    labels: Mapping[str, float | tuple[Span, ...]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), self.origin
-        assert sum((bool(self.messages), self.prompt is not None, self.text is not None)) == 1, self.origin
+        given = (bool(self.messages), self.prompt is not None, self.text is not None, bool(self.texts))
+        assert sum(given) == 1, self.origin
+
+
+#: Reads a row, given its ``file:line``.
+RowParser = Callable[[Mapping[str, Any], str], Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,54 +116,18 @@ class Sample:
 
     Attributes:
         input_ids: int32 [T].
-        labels: int32 [T], unshifted: the label of a token is the token itself, or ``IGNORE_INDEX``;
-            the first is always ``IGNORE_INDEX``, since nothing predicts it.
+        labels: int32 [T], aligned with ``input_ids``, ``IGNORE_INDEX`` where a position carries no loss.  In language
+            modelling a label is the token itself, and the first is ``IGNORE_INDEX``, since nothing predicts it.
+        columns: Further columns by name, see :data:`ingle.data.batch.COLUMNS`: [T], or a single value.
     """
 
     input_ids: Ids
     labels: Ids
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One micro-batch without padding: all documents one after the other in a single row.
-
-    Attributes:
-        input_ids: int64 [1, N].
-        labels: int64 [1, N], unshifted.
-        position_ids: int64 [1, N], from 0 in every document.
-        cu_seqlens: int32 [D + 1], where documents begin; the last is N.
-        num_tokens: N, less what :func:`ingle.data.round_up` has added.
-        num_supervised: Labels other than ``IGNORE_INDEX``.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    cu_seqlens: torch.Tensor
-    num_tokens: int
-    num_supervised: int
-
-    def targets(self) -> torch.Tensor:
-        """What each position predicts: the label of the next one, int64 [N]; the last predicts nothing."""
-        targets_N = torch.full_like(self.labels[0], IGNORE_INDEX)
-        targets_N[:-1] = self.labels[0, 1:]
-        return targets_N
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            num_tokens=self.num_tokens,
-            num_supervised=self.num_supervised,
-        )
+    columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 def last_answer(example: Example) -> str | None:
-    """The first reference of an example: its completion, or what the assistant says last."""
+    """Returns the completion, or the last assistant message; None where there is neither."""
     if example.completion is not None:
         return example.completion
     answers: Sequence[str] = [m.content for m in example.messages if m.role == "assistant"]

@@ -1,22 +1,45 @@
-"""Evaluation: is the tuned model better than its base, by how much, and could it be chance?"""
+"""Evaluation: is the tuned model better than its base, by how much, and could it be chance?
 
-from ingle.evaluation.compare import compare, summarize
-from ingle.evaluation.report import write_report
-from ingle.evaluation.result import Question, TaskResult, load_result, save_result
-from ingle.evaluation.runner import evaluate_pair, evaluate_single, run_task
-from ingle.evaluation.task import TaskSample, read_task
+Reading tasks and running models needs torch, and is loaded when it is first used; scoring and comparing does not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ingle.evaluation.comparison import compare, summarize
+from ingle.evaluation.tasks.task_result import SampleText, TaskResult, load_result, save_result
+
+if TYPE_CHECKING:
+    from ingle.evaluation.run.answer_sources import Answer, ModelSource, Source
+    from ingle.evaluation.run.runner import evaluate, run_task
+    from ingle.evaluation.tasks.samples import TaskSample, read_task
 
 __all__ = [
-    "Question",
+    "Answer",
+    "ModelSource",
+    "SampleText",
+    "Source",
     "TaskResult",
     "TaskSample",
     "compare",
-    "evaluate_pair",
-    "evaluate_single",
+    "evaluate",
     "load_result",
     "read_task",
     "run_task",
     "save_result",
     "summarize",
-    "write_report",
 ]
+
+_LAZY = {
+    **dict.fromkeys(("evaluate", "run_task"), "ingle.evaluation.run.runner"),
+    **dict.fromkeys(("Answer", "ModelSource", "Source"), "ingle.evaluation.run.answer_sources"),
+    **dict.fromkeys(("TaskSample", "read_task"), "ingle.evaluation.tasks.samples"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

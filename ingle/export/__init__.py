@@ -1,6 +1,7 @@
-"""Taking what was trained to where it is served: adapters, safetensors and GGUF, with proof of what they answer."""
+"""Exports trained models and quantizes models: adapters, safetensors and GGUF, with proof of what they answer."""
 
-from ingle.export.entry import export
+from ingle.export.entry import ExportResult, export
+from ingle.export.quantization import QuantizationResult, quantize
 from ingle.export.request import Target
 
-__all__ = ["Target", "export"]
+__all__ = ["ExportResult", "QuantizationResult", "Target", "export", "quantize"]

@@ -1,20 +1,60 @@
-"""An export from beginning to end: check the request, write the files, verify them."""
+"""The export function: checks the request, writes the files and verifies them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ingle import inference, models
 from ingle.errors import Interrupted
 from ingle.events import Saved, Sink
-from ingle.export import certificate, hf, llama
-from ingle.export.merged import export_gguf, export_safetensors
-from ingle.export.request import MAX_KL, SIZE_BUDGET, Request, Subject, Target
-from ingle.export.unmerged import export_adapter_gguf, export_peft
-from ingle.export.work import Outcome, Work
+from ingle.export.adapter_export import export_adapter_gguf, export_peft
+from ingle.export.fidelity.fidelity_report import MAX_KL, FidelityReport
+from ingle.export.job import ExportJob, WrittenExport
+from ingle.export.model_export import export_gguf, export_safetensors
+from ingle.export.request import SIZE_BUDGET, ExportRequest, Target
+from ingle.export.verify.certificate import Certificate
+from ingle.export.verify.llama_cpp import import_binding
+from ingle.export.writers.safetensors_folder import READERS
 from ingle.models.interop.transformers_peft import require_readers
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A finished export.
+
+    Attributes:
+        path: The GGUF file, or the folder.
+        to: Target.
+        type: Type of the weights; None for an adapter in PEFT's layout.
+        num_bytes: Size of the weights.
+        fidelity: Fidelity report; None if nothing was merged or quantized.
+        certificate: Certificate; None without ``verify``.
+        files: Path of each file by its kind: ``model``, ``card``, ``modelfile``, ``fidelity``, ``fidelity_page``,
+            ``certificate``.
+    """
+
+    path: Path
+    to: Target
+    type: str | None
+    num_bytes: int
+    fidelity: FidelityReport | None
+    certificate: Certificate | None
+    files: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, as ``ingle export --json`` prints it."""
+        return {
+            "path": str(self.path),
+            "to": self.to,
+            "type": self.type,
+            "num_bytes": self.num_bytes,
+            "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
+            "certificate": None if self.certificate is None else self.certificate.to_dict(),
+            "files": self.files,
+        }
 
 
 def export(
@@ -32,36 +72,30 @@ def export(
     data: Path | None = None,
     imatrix: Path | None = None,
     sink: Sink = lambda event: None,
-) -> dict[str, Any]:
-    """Writes what was trained in the form in which it is served.
+) -> ExportResult:
+    """Writes a trained model for serving.
 
     Args:
         run_or_model: A run folder, an adapter folder, a model folder, a ``.gguf`` file or a hub id.
         to: ``peft``, ``safetensors``, ``gguf`` or ``gguf-adapter``.
-        out: A new folder; for GGUF any folder, or a file ending in ``.gguf``.  What belongs to a GGUF file is named
-            after it.
-        type: Of the weights; when None the type of the base, or one that loses little.
-        verify: Let another program read it, compare its answers, and write a certificate.
-        promote: Give weights that lose too much of their change a wider type.
-        size_budget: What that may cost, as a share of the file.
-        max_kl: Largest KL divergence of what is written from what was trained, nats a token.
-        allow_loss: Write it however much is lost.
-        allow_mismatch: Put the adapter on another base than it was trained on.
-        data: Text to measure on; the run's held-out rows, or its training rows, when None.
+        out: A new folder.  For GGUF any folder, or a file ending in ``.gguf``; companion files are named after it.
+        type: Type of the weights.  None selects the type of the base, or one that loses little.
+        verify: Let another program read the export, compare its answers, and write a certificate.
+        promote: Give tensors that lose much of their change a wider type.
+        size_budget: Largest additional size for ``promote``, as a share of the file.
+        max_kl: Largest accepted KL divergence of the exported model from the trained one, nats per token.
+        allow_loss: Write the export however much is lost.
+        allow_mismatch: Accept another base than the adapter was trained on.
+        data: Text to measure on.  None selects the run's held-out rows, or else its training rows.
         imatrix: Importance matrix for the quantizer.
-        sink: Gets the progress and warnings.
-
-    Returns:
-        ``path``, ``to``, ``type``, ``num_bytes``, ``fidelity`` (the content of the fidelity report; None where nothing
-        was merged or packed), ``certificate`` (None without ``verify``) and ``files``: the path of each file by what
-        it is (``model``, ``card``, ``modelfile``, ``fidelity``, ``fidelity_page``, ``certificate``).
+        sink: Receives progress and warnings.
 
     Raises:
         ExportError: Too much would be lost, or the export does not answer as the trained model.
-        IngleError: For every other mistake of the user.
+        IngleError: Any other mistake of the user.
         Interrupted: Stopped during the verification; the export itself is complete.
     """
-    request = Request(
+    request = ExportRequest(
         to=to,
         out=Path(out),
         type=type,
@@ -75,48 +109,52 @@ def export(
         imatrix=imatrix,
     )
     request.check()
-    if verify:  # say that a program is missing before anything is written, not after
+    if verify:  # report a missing program before anything is written
         _require_reader(request)
     source = inference.locate(run_or_model)
-    work = Work(request, Subject.find(run_or_model, source), models.load_tokenizer(source.model), sink)
-    outcome = _WAYS[to](work)
-    place = outcome.place
-    sink(Saved(0, str(place.result), "export"))
-    result: dict[str, Any] = {
-        "path": str(place.result),
-        "to": to,
-        "type": outcome.type,
-        "num_bytes": outcome.num_bytes,
-        "fidelity": outcome.fidelity,
-        "certificate": None,
-    }
-    if verify:
-        path = place.path("certificate")
-        try:
-            made = outcome.certify()
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "Stopped before the verification was finished.", why=f"{place.result} is complete, but not verified"
-            ) from None
-        certificate.write_certificate(path, made, outcome.files)
-        sink(Saved(0, str(path), "certificate"))
-        certificate.require_passed(made, path)
-        result["certificate"] = made
-    return result | {"files": place.files()}
+    job = ExportJob(request, source, models.load_tokenizer(source.model), sink)
+    job.find_run(run_or_model)
+    written = _EXPORTERS[to](job)
+    sink(Saved(0, str(written.paths.result), "export"))
+    certificate = _verify(written, sink) if verify else None
+    return ExportResult(
+        path=written.paths.result,
+        to=to,
+        type=written.type,
+        num_bytes=written.num_bytes,
+        fidelity=written.fidelity,
+        certificate=certificate,
+        files=written.paths.files(),
+    )
 
 
-def _require_reader(request: Request) -> None:
-    """Raises unless the program that reads the export is installed."""
+def _verify(written: WrittenExport, sink: Sink) -> Certificate:
+    path = written.paths.path("certificate")
+    try:
+        certificate = written.certify()
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped before the verification was finished.",
+            why=f"{written.paths.result} is complete, but not verified",
+        ) from None
+    certificate.write(path, written.files)
+    sink(Saved(0, str(path), "certificate"))
+    certificate.require_passed(path)
+    return certificate
+
+
+def _require_reader(request: ExportRequest) -> None:
+    """Checks that the program that reads the export is installed."""
     match request.to:
         case "gguf" | "gguf-adapter":
-            llama.require()
+            import_binding()
         case "peft":
             require_readers("peft")
         case "safetensors":
-            require_readers(*hf.READERS.get((request.type or "bf16").lower().partition("-")[0], ()))
+            require_readers(*READERS.get((request.type or "bf16").lower().partition("-")[0], ()))
 
 
-_WAYS: dict[Target, Callable[[Work], Outcome]] = {
+_EXPORTERS: dict[Target, Callable[[ExportJob], WrittenExport]] = {
     "peft": export_peft,
     "safetensors": export_safetensors,
     "gguf": export_gguf,

@@ -1,7 +1,7 @@
-"""An Ollama ``Modelfile``: where the weights are, how a conversation is rendered, what ends an answer.
+"""Writes Ollama's ``Modelfile``: the weights, the chat template and the strings that end an answer.
 
-Ollama renders conversations with a Go template.  It is written only where it is certain: the model's own template is
-rendered on probes, and must give, character for character, what a family's Go template would.
+Ollama renders conversations with a Go template.  It is written only if it is certain: on probes, the model's own
+template must give the text of a known family's Go template, character for character.
 
 Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and ``docs/template.md``.
 """
@@ -17,14 +17,14 @@ from ingle.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class TemplateFamily:
     """A kind of chat template.
 
     Attributes:
-        name: What it is called.
+        name: Name of the family.
         turn: One message, with ``{role}`` and ``{content}``.
-        opening: What asks for an answer.
-        begin: What stands before the first message; llama.cpp puts it there by itself.
+        opening: Text that precedes the answer.
+        begin: Text that precedes the first message; llama.cpp adds it itself.
     """
 
     name: str
@@ -33,19 +33,19 @@ class Family:
     begin: str = ""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation whose answer is about to begin."""
+        """Returns the text of a conversation, up to where the answer begins."""
         turns = "".join(self.turn.format(role=m.role, content=m.content) for m in messages)
         return self.begin + turns + self.opening
 
     def go_template(self) -> str:
-        """The same as a Go template."""
+        """Returns the equivalent Go template."""
         turn = self.turn.format(role="{{ .Role }}", content="{{ .Content }}")
         return f"{{{{- range .Messages }}}}{turn}{{{{ end }}}}{self.opening}"
 
 
 FAMILIES = (
-    Family("ChatML", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
-    Family(
+    TemplateFamily("ChatML", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
+    TemplateFamily(
         "Llama 3",
         "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -53,27 +53,35 @@ FAMILIES = (
     ),
 )
 
-_ASKED = (Message("user", "First question?"),)
-_LONG = (*_ASKED, Message("assistant", "An answer."), Message("user", "Second question?"))
+_SHORT = (Message("user", "First question?"),)
+_LONG = (*_SHORT, Message("assistant", "An answer."), Message("user", "Second question?"))
 _SYSTEM = Message("system", "Be brief.")
 
 
-def recognise(tokenizer: Any) -> tuple[Family, str | None] | None:
-    """The family of a model's template and the system message that it adds by itself; None where it is no known one."""
+def recognise(tokenizer: Any) -> tuple[TemplateFamily, str | None] | None:
+    """Returns the family of a model's template and the system message that the template adds, or None."""
     if not tokenizer.chat_template:
         return None
+
+    def rendered(system: Message | None) -> list[str]:
+        prefix = () if system is None else (system,)
+        return [render(tokenizer, (*prefix, *m), add_generation_prompt=True) for m in (_SHORT, _LONG)]
+
+    def expected(family: TemplateFamily, system: Message | None) -> list[str]:
+        prefix = () if system is None else (system,)
+        return [family.render((*prefix, *m)) for m in (_SHORT, _LONG)]
+
+    try:
+        with_system, without = rendered(_SYSTEM), rendered(None)
+    except DataError:
+        return None
     for family in FAMILIES:
-        try:
-            with_system = [render(tokenizer, (_SYSTEM, *m), add_generation_prompt=True) for m in (_ASKED, _LONG)]
-            without = [render(tokenizer, m, add_generation_prompt=True) for m in (_ASKED, _LONG)]
-        except DataError:
-            return None
-        if with_system != [family.render((_SYSTEM, *m)) for m in (_ASKED, _LONG)]:
+        if with_system != expected(family, _SYSTEM):
             continue
-        if without == [family.render(m) for m in (_ASKED, _LONG)]:
+        if without == expected(family, None):
             return family, None
         added = _added_system(family, without[0])
-        if added is not None and without == [family.render((Message("system", added), *m)) for m in (_ASKED, _LONG)]:
+        if added is not None and without == expected(family, Message("system", added)):
             return family, added
     return None
 
@@ -81,13 +89,13 @@ def recognise(tokenizer: Any) -> tuple[Family, str | None] | None:
 def make_modelfile(
     tokenizer: Any, end_token_ids: Sequence[int], *, weights: str, adapter: str | None = None, notes: Sequence[str] = ()
 ) -> str:
-    """The content of a ``Modelfile``.
+    """Returns the content of a ``Modelfile``.
 
     Args:
-        tokenizer: Of the model.
-        end_token_ids: What ends an answer.
-        weights: Behind ``FROM``: a path from the folder of the Modelfile, or a model's name.
-        adapter: A LoRA GGUF, as a path from the same folder.
+        tokenizer: Tokenizer of the model.
+        end_token_ids: Tokens that end an answer.
+        weights: Argument of ``FROM``: a path relative to the Modelfile, or a model's name.
+        adapter: Path of a LoRA GGUF file, relative to the Modelfile.
         notes: Comments at the top.
     """
     lines = [f"# {note}" for note in notes]
@@ -98,8 +106,9 @@ def make_modelfile(
     if found is None:
         reason = "this model has no chat template."
         if tokenizer.chat_template:
-            reason = f"this chat template is none of {', '.join(family.name for family in FAMILIES)}.  Ollama looks at "
-            reason += "the one inside the file; check what `ollama show --template` says."
+            names = ", ".join(family.name for family in FAMILIES)
+            reason = f"this chat template is not one of {names}. Ollama uses the template in the file; check it with "
+            reason += "`ollama show --template`."
         lines.append(f"# No TEMPLATE is written: {reason}")
     else:
         family, system = found
@@ -111,8 +120,8 @@ def make_modelfile(
     return "\n".join(lines) + "\n"
 
 
-def _added_system(family: Family, text: str) -> str | None:
-    """The system message that a template puts before a conversation which has none."""
+def _added_system(family: TemplateFamily, text: str) -> str | None:
+    """Returns the system message that a template adds to a conversation without one."""
     before, _, after = family.turn.format(role="system", content="\0").partition("\0")
     rest = text.removeprefix(family.begin)
     if not rest.startswith(before) or after not in rest:

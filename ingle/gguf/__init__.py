@@ -1,6 +1,6 @@
-"""GGUF: llama.cpp's file format, its names, architectures, vocabularies and rules of quantization.
+"""GGUF, llama.cpp's file format: container, tensor names, architectures, vocabularies and quantization mixes.
 
-The ``gguf`` package is loaded when a file is first read or written: most runs do neither.
+The ``gguf`` package is imported when a file is first read or written, since most runs do neither.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ingle.gguf.container import GgufFile, GgufTensor
 
 if TYPE_CHECKING:
-    from ingle.gguf.reading import read_gguf
-    from ingle.gguf.writing import TensorToWrite, write_gguf
+    from ingle.gguf.reader import read_gguf
+    from ingle.gguf.writer import TensorToWrite, write_gguf
 
 __all__ = ["GgufFile", "GgufTensor", "TensorToWrite", "read_gguf", "write_gguf"]
 
-_LAZY = {"read_gguf": "reading", "TensorToWrite": "writing", "write_gguf": "writing"}
+_LAZY = {"read_gguf": "reader", "TensorToWrite": "writer", "write_gguf": "writer"}
 
 
 def __getattr__(name: str) -> Any:

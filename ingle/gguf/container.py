@@ -1,13 +1,14 @@
-"""GGUF files: metadata and the places of tensors; nothing stays mapped.
+"""Defines what a GGUF file contains: metadata, and where its tensors are. Files are never memory-mapped.
 
-A file is: magic ``GGUF``, version, counts; typed key-value metadata; for every tensor its name, sizes (innermost
-first), type and offset; padding; the tensors, each padded.  All numbers are little-endian.
+A file consists of the magic ``GGUF``, version and counts; typed key-value metadata; name, sizes (innermost first), type
+and offset of every tensor; padding; and the padded tensors. All numbers are little-endian.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,23 +19,10 @@ from numpy.typing import NDArray
 
 from ingle.errors import GgufError
 
-#: How ``struct`` and numpy spell a metadata type.
-SCALARS = {
-    0: "B",  # uint8
-    1: "b",  # int8
-    2: "H",  # uint16
-    3: "h",  # int16
-    4: "I",  # uint32
-    5: "i",  # int32
-    6: "f",  # float32
-    7: "?",  # bool
-    10: "Q",  # uint64
-    11: "q",  # int64
-    12: "d",  # float64
-}
-
-#: What to do about a file that is not whole.
-DAMAGED = "fetch or copy the file again; it is damaged or incomplete"
+#: The ``fix`` of errors about incomplete files.
+DAMAGED = "download or copy the file again; it is damaged or incomplete"
+#: llama.cpp stores sizes of models in 32 bits.
+_LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +31,9 @@ class GgufTensor:
 
     Attributes:
         name: As in the file, ``blk.0.attn_q.weight``.
-        type_name: ggml's name of its type in lower case, ``q4_k`` or ``f32``.
-        shape: Outermost size first, as torch has it.
-        offset: First byte in the file.
+        type_name: ggml's name of the type in lower case, ``q4_k`` or ``f32``.
+        shape: Outermost size first, as in torch.
+        offset: Position of the first byte in the file.
         path: The file.
     """
 
@@ -57,24 +45,24 @@ class GgufTensor:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all matrices together."""
+        """Number of rows of all matrices together."""
         return prod(self.shape[:-1])
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of a row in bytes."""
         return row_bytes(self.type_name, self.shape[-1] if self.shape else 1)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file, without padding."""
+        """Size in the file in bytes, without padding."""
         return self.num_rows * self.row_bytes
 
     def read(self) -> NDArray[np.uint8]:
-        """Its bytes as they are in the file, ``[rows, bytes of a row]``.
+        """Reads the bytes of the tensor, ``[rows, row bytes]``.
 
         Raises:
-            GgufError: When the file ends early.
+            GgufError: The file ends early.
         """
         data = np.empty((self.num_rows, self.row_bytes), np.uint8)
         with open(self.path, "rb", buffering=0) as file:
@@ -91,46 +79,84 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What a file, or all files of a split model, hold.
+    """The content of a file, or of all files of a split model.
 
     Attributes:
         path: The (first) file.
-        version: Of the container.
-        metadata: Values as plain Python; float32 ones are the shortest decimals that mean the same.
-        types: ggml's name of the type of each scalar, or of the items of an array, in lower case: with them
-            :func:`ingle.gguf.write_gguf` writes the very same bytes.
+        metadata: Values as plain Python objects; float32 values are the shortest decimals that round to them.
         tensors: By name, in the order of the file.
     """
 
     path: Path
-    version: int
     metadata: dict[str, Any]
-    types: dict[str, str]
     tensors: dict[str, GgufTensor]
 
 
+class ArchitectureValues:
+    """Checked access to the metadata of an architecture.
+
+    Args:
+        file: The file.
+        architecture: llama.cpp's name of the architecture, the prefix of the keys.
+    """
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self._file = file
+        self._architecture = architecture
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the value without a check."""
+        return self._file.metadata.get(f"{self._architecture}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        """Returns an integer of at least ``low``.
+
+        Raises:
+            GgufError: The value is another one, or the key is missing and there is no default.
+        """
+        value = self.get(key, default)
+        if type(value) is not int or not low <= value <= _LARGEST:
+            raise self._bad(key, value)
+        return value
+
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """Returns a finite number above 0, or of at least 0 with ``zero``.
+
+        Raises:
+            GgufError: The value is another one, or the key is missing and there is no default.
+        """
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not 0 <= value < math.inf or (value == 0 and not zero):
+            raise self._bad(key, value)
+        return float(value)
+
+    def _bad(self, key: str, value: Any) -> GgufError:
+        problem = "is missing" if value is None else f"is {str(value)[:60]}, which is not supported"
+        return GgufError(f"{self._architecture}.{key} {problem}.", where=str(self._file.path))
+
+
 def block_of(type_name: str) -> tuple[int, int]:
-    """Weights and bytes of one block of a type; a plain number is a block of one.
+    """Returns the number of weights and bytes of one block of a type; a plain number is a block of one.
 
     Raises:
-        GgufError: When there is no such type.
+        GgufError: There is no such type.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
         size, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
     except KeyError:
-        raise GgufError(f"GGUF has no tensors of type {type_name!r}.") from None
+        raise GgufError(f"GGUF has no tensor type {type_name!r}.") from None
     return size, num_bytes
 
 
 def row_bytes(type_name: str, num_columns: int) -> int:
-    """Bytes of a row of a type.
+    """Returns the size of a row of a type in bytes.
 
     Raises:
-        GgufError: When there is no such type, or the row is not a whole number of blocks.
+        GgufError: There is no such type, or the row is not a multiple of its block size.
     """
     size, num_bytes = block_of(type_name)
     if num_columns % size:
-        raise GgufError(f"Rows of {num_columns} weights are not whole blocks of {size} of {type_name}.")
+        raise GgufError(f"Rows of {num_columns} weights are not a multiple of the block size {size} of {type_name}.")
     return num_columns // size * num_bytes

@@ -1,7 +1,7 @@
-"""llama.cpp's file types: which tensor of a model gets which type.
+"""Implements llama.cpp's file types, the rules for which tensor of a model gets which type.
 
-A file type has a type for most matrices, and wider ones for those that lose most by it.  A matrix whose rows are not
-whole blocks gets another type, and norms and biases stay as they are.
+A file type has one type for most matrices and wider ones for sensitive matrices. A matrix whose rows are not a multiple
+of the block size gets another type. Norms and biases stay float32.
 
 Source: llama.cpp's ``src/llama-quant.cpp`` (``llama_tensor_get_type_impl``, ``tensor_type_fallback``,
 ``tensor_allows_quantization``), for models without experts.
@@ -13,50 +13,27 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ingle.config.base import base_sections, format_name
+from ingle.config.ggml import GgmlBase
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
 from ingle.gguf.names import names_of
 
-#: File types by name, with the type that most of their matrices have.
+#: The type of most matrices by file type.
 FILE_TYPES = {
-    "f32": "f32",
-    "f16": "f16",
-    "bf16": "bf16",
-    "q4_0": "q4_0",
-    "q4_1": "q4_1",
-    "q5_0": "q5_0",
-    "q5_1": "q5_1",
-    "q8_0": "q8_0",
-    "q2_k": "q2_k",
-    "q3_k_s": "q3_k",
-    "q3_k_m": "q3_k",
-    "q3_k_l": "q3_k",
-    "q4_k_s": "q4_k",
-    "q4_k_m": "q4_k",
-    "q5_k_s": "q5_k",
-    "q5_k_m": "q5_k",
-    "q6_k": "q6_k",
-    "iq4_nl": "iq4_nl",
-    "iq4_xs": "iq4_xs",
-    "tq1_0": "tq1_0",
-    "tq2_0": "tq2_0",
+    **{name: name for name in ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k")},
+    **{f"{name}_{size}": name for name, sizes in (("q3_k", "sml"), ("q4_k", "sm"), ("q5_k", "sm")) for size in sizes},
+    **{name: name for name in ("q6_k", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0")},
 }
-
-#: What llama.cpp's own quantizer takes these names for.
+#: Short names that llama.cpp's quantizer accepts.
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
-#: What stands in where rows are not whole blocks of 256.
+#: Types for matrices whose rows are not a multiple of the block size.
 _FALLBACKS = {
-    "iq4_xs": "iq4_nl",
-    "q2_k": "q4_0",
-    "q3_k": "q4_0",
-    "tq1_0": "q4_0",
-    "tq2_0": "q4_0",
-    "q4_k": "q5_0",
-    "q5_k": "q5_1",
-    "q6_k": "q8_0",
+    format_name(section): section.fallback
+    for section in base_sections()
+    if issubclass(section, GgmlBase) and section.fallback is not None
 }
-
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -65,13 +42,16 @@ class Mix:
     """The rules of one file type for one model.
 
     Attributes:
-        file_type: A name of ``FILE_TYPES``.
-        architecture: llama.cpp's name of it.
-        num_layers: Decoder layers.
-        num_heads: Of queries.
-        num_kv_heads: Of keys and values.
-        tied: Whether the embedding is the head too.
-        has_imatrix: Whether weights are packed with an importance matrix.
+        file_type: A key of ``FILE_TYPES``.
+        architecture: llama.cpp's name of the architecture.
+        num_layers: Number of decoder layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
+        tied: Whether the embedding is also the output head.
+        has_imatrix: Whether weights are quantized with an importance matrix.
+
+    Raises:
+        GgufError: The file type is unknown.
     """
 
     file_type: str
@@ -85,14 +65,14 @@ class Mix:
     def __post_init__(self) -> None:
         if self.file_type not in FILE_TYPES:
             raise GgufError(
-                f"There is no file type {self.file_type!r} that Ingle can write.", why=f"known: {', '.join(FILE_TYPES)}"
+                f"Ingle cannot write the file type {self.file_type!r}.", why=f"supported are {', '.join(FILE_TYPES)}"
             )
 
     def tensor_type(self, name: str, shape: tuple[int, ...]) -> str:
-        """The type of a tensor; norms, biases and routers are float32.
+        """Returns the type of a tensor; norms, biases and routers are float32.
 
         Args:
-            name: GGUF's.
+            name: The name in the GGUF file.
             shape: Outermost size first.
         """
         if not is_quantized(name, shape):
@@ -105,9 +85,9 @@ class Mix:
         elif name == "token_embd.weight":
             chosen = "q4_k" if self.file_type in ("tq1_0", "tq2_0") else chosen
         elif ".attn_v.weight" in name:
-            chosen = self._values(chosen, self._layer(name))
+            chosen = self._attn_v(chosen, self._layer(name))
         elif ".ffn_down" in name:
-            chosen = self._down(chosen, self._layer(name))
+            chosen = self._ffn_down(chosen, self._layer(name))
         elif ".attn_output.weight" in name:
             chosen = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(self.file_type, chosen)
         return _fit(chosen, shape[-1])
@@ -117,7 +97,7 @@ class Mix:
             return "q8_0"
         return chosen if chosen == "q8_0" else "q6_k"
 
-    def _values(self, chosen: str, layer: int) -> str:
+    def _attn_v(self, chosen: str, layer: int) -> str:
         shared = self.num_heads // self.num_kv_heads >= 4
         match self.file_type:
             case "q2_k":
@@ -132,13 +112,13 @@ class Mix:
                 chosen = "q5_k"
             case "iq4_nl" | "iq4_xs" if shared:
                 chosen = "q5_k"
-        # What llama.cpp takes for Llama-2-70B: its values are an eighth of its queries.
+        # llama.cpp's test for Llama-2-70B, whose value projection is an eighth of the query projection.
         is_70b = self.num_layers == 80 and (
             self.architecture == "qwen2" or (self.architecture == "llama" and self.num_heads != self.num_kv_heads)
         )
         return "q5_k" if is_70b and chosen in ("q3_k", "q4_k") else chosen
 
-    def _down(self, chosen: str, layer: int) -> str:
+    def _ffn_down(self, chosen: str, layer: int) -> str:
         early = layer < self.num_layers // 8
         match self.file_type:
             case "q2_k":
@@ -158,7 +138,7 @@ class Mix:
         return chosen
 
     def _gets_more(self, layer: int) -> bool:
-        """The first eighth, the last eighth, and every third layer between."""
+        """Whether a layer is in the first eighth, in the last eighth, or every third in between."""
         eighth = self.num_layers // 8
         return layer < eighth or layer >= 7 * self.num_layers // 8 or (layer - eighth) % 3 == 2
 
@@ -169,10 +149,10 @@ class Mix:
 
 
 def mix_of(file_type: str, metadata: dict[str, Any], *, tied: bool, has_imatrix: bool = False) -> Mix:
-    """The rules of a file type for the model that GGUF metadata describe.
+    """Returns the rules of a file type for the model that GGUF metadata describe.
 
     Raises:
-        GgufError: When the file type or the architecture is not known.
+        GgufError: The file type or the architecture is unknown.
     """
     names = names_of(metadata)
     return Mix(
@@ -187,14 +167,14 @@ def mix_of(file_type: str, metadata: dict[str, Any], *, tied: bool, has_imatrix:
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp's quantizer touches a tensor: matrices that are no norms and no routers."""
-    # ggml counts dimensions without the outer ones that are 1.
+    """Returns whether llama.cpp quantizes a tensor: all matrices except norms and routers."""
+    # ggml does not count outer dimensions of size 1.
     matrix = any(size > 1 for size in shape[:-1])
     return matrix and name.endswith("weight") and "_norm.weight" not in name and "ffn_gate_inp.weight" not in name
 
 
 def file_type_number(file_type: str) -> int:
-    """What ``general.file_type`` is for a file type."""
+    """Returns the value of ``general.file_type`` for a file type."""
     from gguf.constants import LlamaFileType
 
     prefix = "ALL" if file_type == "f32" else "MOSTLY"
@@ -204,5 +184,5 @@ def file_type_number(file_type: str) -> int:
 def _fit(chosen: str, num_columns: int) -> str:
     if num_columns % block_of(chosen)[0] == 0:
         return chosen
-    narrow = _FALLBACKS.get(chosen, chosen)
-    return narrow if num_columns % block_of(narrow)[0] == 0 else "f16"
+    fallback = _FALLBACKS.get(chosen, chosen)
+    return fallback if num_columns % block_of(fallback)[0] == 0 else "f16"

@@ -1,8 +1,9 @@
-"""Where a weight of transformers is in a GGUF file, and what llama.cpp's converter does to it on the way.
+"""Maps the weights of transformers to the tensors of GGUF files.
 
-Two things change besides names.  For Llama (and Mistral, which is the same architecture there) the rows of the query
-and key projections are interleaved: llama.cpp rotates neighbouring pairs, transformers rotates halves.  A block never
-crosses a row, so permuting the rows of packed bytes is exact.  For Gemma the norms are stored with one added.
+llama.cpp's converter also changes two things besides names. For Llama (and Mistral, which has the same architecture in
+llama.cpp) it interleaves the rows of the query and key projections, because llama.cpp rotates neighboring pairs and
+transformers rotates halves. A block never crosses a row, so permuting quantized rows is exact. For Gemma it adds one to
+the weights of norms.
 
 Source: llama.cpp's ``convert_hf_to_gguf.py`` and the ``gguf`` package's ``tensor_mapping.py``.
 """
@@ -41,7 +42,7 @@ _FOUR_NORMS = {
 }
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
-#: What the layers of each of llama.cpp's architectures are made of.
+#: The modules in a layer of each of llama.cpp's architectures.
 LAYERS = {
     "llama": _LAYER | _TWO_NORMS,
     "qwen2": _LAYER | _TWO_NORMS,
@@ -51,10 +52,10 @@ LAYERS = {
     "gemma3": _LAYER | _FOUR_NORMS | _HEAD_NORMS,
 }
 
-#: These use the embedding as the head, whatever the model has.
+#: Architectures for which llama.cpp always uses the embedding as the output head.
 ALWAYS_TIED = ("gemma", "gemma2")
 
-#: Divisors of the rotary frequencies; not a weight, but part of the config.
+#: Divisors of the rotary frequencies, a part of the config that is stored as a tensor.
 ROPE_FREQS = "rope_freqs.weight"
 
 _HF = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
@@ -63,12 +64,15 @@ _GGUF = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class TensorNames:
-    """The names of one model on both sides.
+    """The tensor names of a model in transformers and in GGUF.
 
     Attributes:
-        architecture: llama.cpp's name of it.
-        num_heads: Of queries.
-        num_kv_heads: Of keys and values.
+        architecture: llama.cpp's name of the architecture.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
+
+    Raises:
+        GgufError: The architecture is not supported.
     """
 
     architecture: str
@@ -80,7 +84,7 @@ class TensorNames:
             raise unsupported(self.architecture)
 
     def to_gguf(self, name: str) -> str | None:
-        """GGUF's name of a transformers weight; None if it has none."""
+        """Returns the GGUF name of a weight of transformers, or None if there is none."""
         if match := _HF.match(name):
             layer, module, kind = match.groups()
             part = LAYERS[self.architecture].get(module)
@@ -91,7 +95,7 @@ class TensorNames:
         return f"{_TOP[module]}.{kind}" if module in _TOP else None
 
     def to_hf(self, name: str) -> str | None:
-        """The transformers name of a GGUF tensor; None if it has none (``rope_freqs.weight``, for one)."""
+        """Returns the transformers name of a GGUF tensor, or None if there is none (``rope_freqs.weight``)."""
         if match := _GGUF.match(name):
             layer, part, kind = match.groups()
             module = _inverse(LAYERS[self.architecture]).get(part)
@@ -101,9 +105,9 @@ class TensorNames:
         return None if module is None or kind != "weight" else f"{module}.{kind}"
 
     def permutation(self, name: str, num_rows: int) -> NDArray[np.int64] | None:
-        """Which row of transformers each row of a GGUF tensor is; None where rows stay in place.
+        """Returns the row of transformers for each row of a GGUF tensor, or None if rows keep their order.
 
-        ``rows_gguf = rows_hf[permutation]`` and back ``rows_hf = rows_gguf[argsort(permutation)]``, packed or not.
+        ``rows_gguf = rows_hf[permutation]`` and ``rows_hf = rows_gguf[argsort(permutation)]``.
         """
         match = _GGUF.match(name)
         if self.architecture != "llama" or match is None or match[2] not in ("attn_q", "attn_k"):
@@ -113,15 +117,15 @@ class TensorNames:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
 
     def offset(self, name: str) -> float:
-        """What GGUF has added to a tensor's values."""
+        """Returns the number that GGUF files add to the values of a tensor."""
         return 1.0 if self.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
 
 
 def names_of(metadata: dict[str, Any]) -> TensorNames:
-    """The names of a GGUF file's tensors.
+    """Returns the tensor names for the metadata of a GGUF file.
 
     Raises:
-        GgufError: When its architecture is not supported, or the metadata lacks the number of heads.
+        GgufError: The architecture is not supported, or the numbers of heads are missing or invalid.
     """
     architecture = metadata.get("general.architecture", "")
     if not isinstance(architecture, str) or architecture not in LAYERS:
@@ -130,18 +134,19 @@ def names_of(metadata: dict[str, Any]) -> TensorNames:
     num_kv_heads: Any = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
     if not (_is_count(num_heads) and _is_count(num_kv_heads)) or num_heads % num_kv_heads:
         raise GgufError(
-            "The file does not give one number of heads, a multiple of that of keys and values.",
+            "The numbers of attention heads in the file are invalid.",
             where=f"{architecture}.attention.head_count",
-            why=f"head_count is {str(num_heads)[:60]}, head_count_kv is {str(num_kv_heads)[:60]}",
+            why=f"head_count is {str(num_heads)[:60]}, head_count_kv is {str(num_kv_heads)[:60]}; the first must be a "
+            "positive integer and a multiple of the second",
         )
     return TensorNames(architecture, num_heads, num_kv_heads)
 
 
 def unsupported(architecture: str) -> GgufError:
-    """The error for an architecture that is not in the tables."""
+    """Returns the error for an unsupported architecture."""
     return GgufError(
-        f"GGUF models of architecture {architecture!r} are not supported.",
-        why=f"Ingle knows {', '.join(LAYERS)}",
+        f"GGUF models of the architecture {architecture!r} are not supported.",
+        why=f"supported are {', '.join(LAYERS)}",
         fix="use the model's safetensors release",
     )
 

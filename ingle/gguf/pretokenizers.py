@@ -1,4 +1,4 @@
-"""How text is cut before its pieces are merged: llama.cpp has names for it, a ``tokenizer.json`` spells it out.
+"""Converts pre-tokenizers, which llama.cpp refers to by name and a ``tokenizer.json`` spells out.
 
 Source: llama.cpp's ``src/llama-vocab.cpp``, which quotes the expressions of the models' own ``tokenizer.json``.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from ingle.errors import GgufError
 
-#: What sentencepiece writes for a space.
+#: Sentencepiece's symbol for a space.
 SPACE = "\u2581"
 
 _WORD_ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -25,7 +25,7 @@ QWEN2 = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LATE}"
 TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_LATE_SLASH}"
 GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORD_ENDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORD_ENDS}?|\p{{N}}{{1,3}}|{_LATE_SLASH}"
 
-#: llama.cpp's names by expression; the first name of each is written.
+#: llama.cpp's names by expression; the first one is used for writing.
 _SPLITS = {
     LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"),
     QWEN2: ("qwen2", "deepseek-r1-qwen", "megrez"),
@@ -36,17 +36,17 @@ _BY_NAME = {name: split for split, names in _SPLITS.items() for name in names}
 _GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0")
 _DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone")
 
-#: A piece of text that is a token is taken whole, and the first token comes before every text unless the file says no.
+#: Pre-tokenizers for which a piece of text that is a token is not split, and a BOS token is added by default.
 IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 
 
 def byte_level(pre: str) -> dict[str, Any]:
-    """The pre-tokenizer that llama.cpp calls ``pre``.
+    """Returns the pre-tokenizer that llama.cpp calls ``pre``.
 
     Raises:
-        GgufError: When it is not known.
+        GgufError: The name is unknown.
     """
     if pre in _GPT2:
         return _bytes(use_regex=True)
@@ -54,20 +54,20 @@ def byte_level(pre: str) -> dict[str, Any]:
         return _sequence({"type": "Digits", "individual_digits": True}, _bytes(use_regex=True))
     if pre not in _BY_NAME:
         raise GgufError(
-            f"The pre-tokenizer {pre!r} is not known.",
+            f"The pre-tokenizer {pre!r} is not supported.",
             where="tokenizer.ggml.pre",
-            why=f"known are {', '.join((*_GPT2, *_DIGITS, *_BY_NAME))}",
-            fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
+            why=f"supported are {', '.join((*_GPT2, *_DIGITS, *_BY_NAME))}",
+            fix="set model.tokenizer to a folder or hub id with the tokenizer.json of this model",
         )
     split = {"type": "Split", "pattern": {"Regex": _BY_NAME[pre]}, "behavior": "Isolated", "invert": False}
     return _sequence(split, _bytes(use_regex=False))
 
 
 def find_pre(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level ``tokenizer.json`` cuts text.
+    """Returns llama.cpp's name of the pre-tokenizer of a byte-level ``tokenizer.json``.
 
     Raises:
-        GgufError: When it has none that is known here.
+        GgufError: No supported name corresponds to it.
     """
     steps = _steps(tokenizer.get("pre_tokenizer"))
     kinds = [step["type"] for step in steps]
@@ -89,7 +89,11 @@ def find_pre(tokenizer: Mapping[str, Any]) -> str:
 
 
 def sentencepiece(*, prefix: bool) -> dict[str, Any]:
-    """Normalizer, pre-tokenizer and decoder of a sentencepiece vocabulary; ``prefix``: a space before every text."""
+    """Returns normalizer, pre-tokenizer and decoder of a sentencepiece vocabulary.
+
+    Args:
+        prefix: Whether a space is added before every text.
+    """
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -107,10 +111,10 @@ def sentencepiece(*, prefix: bool) -> dict[str, Any]:
 
 
 def add_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a sentencepiece-like ``tokenizer.json`` puts a space before every text.
+    """Returns whether a sentencepiece-like ``tokenizer.json`` adds a space before every text.
 
     Raises:
-        GgufError: When it cuts text in a way that llama.cpp's sentencepiece does not.
+        GgufError: It splits text in another way than llama.cpp's sentencepiece.
     """
     normalizers, cuts = _steps(tokenizer.get("normalizer")), _steps(tokenizer.get("pre_tokenizer"))
     kinds = [step["type"] for step in normalizers]
@@ -118,7 +122,7 @@ def add_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
     odd = [step["type"] for step in cuts if step["type"] not in ("Metaspace", "Split")]
     if odd or set(kinds) - {"Prepend", "Replace"} or not (metaspace or "Replace" in kinds):
         raise GgufError(
-            "llama.cpp's sentencepiece does not split text as this tokenizer does.",
+            "This tokenizer splits text in another way than llama.cpp's sentencepiece.",
             where="tokenizer.json",
             why=json.dumps({key: tokenizer.get(key) for key in ("normalizer", "pre_tokenizer")})[:300],
         )
@@ -134,7 +138,7 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a part of a ``tokenizer.json``, which may be one or a sequence."""
+    """The steps of a part of a ``tokenizer.json``, which can be a single step or a sequence."""
     if part is None:
         return []
     if part["type"] != "Sequence":

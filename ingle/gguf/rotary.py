@@ -1,4 +1,4 @@
-"""Rotary position embeddings: transformers' parameters to GGUF metadata and back.
+"""Converts the parameters of rotary position embeddings between transformers and GGUF metadata.
 
 Source: llama.cpp's ``convert_hf_to_gguf.py``.
 """
@@ -13,21 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ingle.errors import GgufError
-from ingle.gguf.container import GgufFile
+from ingle.gguf.container import ArchitectureValues, GgufFile
 from ingle.gguf.names import ROPE_FREQS, names_of
-from ingle.gguf.values import ArchitectureValues
 
-#: Llama 3's; only the divisors of the frequencies show its scaling.
+#: Parameters of Llama 3, whose scaling is stored in files only as divisors of the frequencies.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """Features of a query's head."""
+    """Returns the number of features of a query head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def rotary_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters as transformers 5 writes them, from old configs too."""
+    """Returns the rotary parameters in the layout of transformers 5, also for older configs."""
     if config.get("rope_parameters") is not None:
         return dict(config["rope_parameters"])
     scaling = dict(config.get("rope_scaling") or {})
@@ -37,7 +36,7 @@ def rotary_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    """What ``rope_freqs.weight`` holds for a model whose frequencies are scaled as in Llama 3; None for others."""
+    """Returns ``rope_freqs.weight`` for a model with the scaling of Llama 3, or None."""
     rope = rotary_parameters(config)
     rope = rope.get("full_attention", rope)
     if rope.get("rope_type", "default") != "llama3":
@@ -47,10 +46,10 @@ def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
 
 
 def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys, without the architecture, that say how positions are scaled; Llama 3's has none.
+    """Returns the metadata of the scaling without the architecture's prefix; empty for Llama 3.
 
     Raises:
-        GgufError: llama.cpp has no such scaling.
+        GgufError: llama.cpp does not support the scaling.
     """
     kind = rope.get("rope_type", "default")
     if kind in ("default", "llama3"):
@@ -63,39 +62,39 @@ def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
         }
-    raise GgufError(f"Rotary scaling of kind {kind!r} cannot be written to GGUF.", why=f"rope_parameters = {rope}")
+    raise GgufError(f"Rotary scaling of type {kind!r} cannot be written to GGUF.", why=f"rope_parameters is {rope}")
 
 
 def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> dict[str, Any]:
-    """``rope_parameters`` of a config; with local layers one each for ``full_attention`` and ``sliding_attention``.
+    """Returns ``rope_parameters`` of a config, by type of layer if there are local layers.
 
     Raises:
-        GgufError: The file scales positions in another way than linearly, as YaRN or as Llama 3.
+        GgufError: The scaling is not linear, YaRN or that of Llama 3.
     """
-    theta = values.positive("rope.freq_base", 10000.0)
+    theta = values.number("rope.freq_base", 10000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = values.get("rope.scaling.type", "none")
-    factor = values.positive("rope.scaling.factor", values.positive("rope.scale_linear", 1.0))
+    factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 1.0))
     if kind == "yarn":
         rope |= {
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": values.whole("rope.scaling.original_context_length"),
+            "original_max_position_embeddings": values.integer("rope.scaling.original_context_length"),
         }
     elif kind not in ("none", "linear"):
-        raise GgufError(f"Rotary scaling of kind {kind!r} is not supported.", where=str(file.path))
+        raise GgufError(f"Rotary scaling of type {kind!r} is not supported.", where=str(file.path))
     elif factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQS in file.tensors:
         rope |= _read_llama3(file, head_dim, theta)
     if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
         return rope
-    local = {"rope_type": "default", "rope_theta": values.positive("rope.freq_base_swa", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
     return {"full_attention": rope, "sliding_attention": local}
 
 
 def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
-    """Recovers Llama 3's scaling from its divisors: the file has nothing else of it."""
+    """Recovers the scaling of Llama 3 from its divisors, the only part of it in the file."""
     tensor = file.tensors[ROPE_FREQS]
     if tensor.type_name == "f32" and tensor.shape == (head_dim // 2,):
         stored = tensor.read().view(np.float32).reshape(-1)
@@ -105,7 +104,7 @@ def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
             if np.allclose(stored, expected, rtol=1e-3):
                 return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     raise GgufError(
-        "The rotary frequencies are scaled in a way other than Llama 3's.",
+        "The scaling of the rotary frequencies is not that of Llama 3.",
         where=f"{file.path}, {ROPE_FREQS}",
         fix="use the model's safetensors release",
     )
@@ -114,7 +113,7 @@ def _read_llama3(file: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
 def _llama3_divisors(
     head_dim: int, theta: float, factor: float, low: float, high: float, trained: float
 ) -> NDArray[np.float32]:
-    """1 for short waves, ``factor`` for long ones, and a smooth passage between."""
+    """1 for short waves, ``factor`` for long ones, and a smooth transition in between."""
     frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     waves = 2 * math.pi / frequencies
     smooth = (trained / waves - low) / (high - low)

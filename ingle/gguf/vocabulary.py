@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file: to the content of a ``tokenizer.json``, and from it.
+"""Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
-Two kinds are known.  ``gpt2`` is byte-level BPE: the merges are in the file, and a name tells how text is cut before.
-``llama`` is sentencepiece: the file has a score for every token and no merges; the pair whose token has the best score
-is joined first, so merges in the order of the scores do the same.
+Two kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
+``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp first joins the pair whose
+token has the best score, so merges in the order of scores are equivalent.
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
 """
@@ -26,36 +26,30 @@ from ingle.gguf.pretokenizers import (
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-#: Tokens that end an answer for llama.cpp whatever the metadata say.
+#: Tokens that end an answer in llama.cpp regardless of the metadata.
 END_TEXTS = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<EOT>",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "<eos>",
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
+    *("<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
 )
 
 _MISSING = "[PAD{}]"
+_FIX = "set model.tokenizer to a folder or hub id with the tokenizer.json of this model"
+#: GGUF's names of special tokens and those of transformers.
+_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
-#: Sentencepiece tokens are cut in two at every place, so the work grows with the square of a token.
+#: Sentencepiece tokens are split at every position, so the work grows with the square of their length.
 _MAX_TOKEN_CHARS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tokenizer as transformers wants it.
+    """A tokenizer as transformers needs it.
 
     Attributes:
         tokenizer: The content of a ``tokenizer.json``.
-        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``, those that the file names.
-        chat_template: Jinja, or None.
-        end_token_ids: What ends an answer; the end-of-text token first.
+        special: Those of ``bos_token``, ``eos_token``, ``unk_token`` and ``pad_token`` that the file defines.
+        chat_template: Jinja template, or None.
+        end_token_ids: Tokens that end an answer, the end-of-text token first.
     """
 
     tokenizer: dict[str, Any]
@@ -65,38 +59,38 @@ class Vocabulary:
 
 
 def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    """The tokenizer that a file describes.
+    """Returns the tokenizer that GGUF metadata describe.
 
     Raises:
-        GgufError: When there is none, or one of a kind that is not supported.
+        GgufError: There is no tokenizer, its kind is not supported, or its parts contradict each other.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = _texts(metadata, "tokenizer.ggml.tokens")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise GgufError(
             "The file holds no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
-            why="Ingle reads gpt2 (byte-level BPE) and llama (sentencepiece)",
-            fix="name a folder or hub id that has this model's tokenizer.json in model.tokenizer",
+            why="supported are gpt2 (byte-level BPE) and llama (sentencepiece)",
+            fix=_FIX,
         )
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARS:
-        raise bad_value("tokenizer.ggml.tokens", f"holds a token of {longest:,} characters")
+        raise bad_value("tokenizer.ggml.tokens", f"contains a token of {longest:,} characters")
     types: Any = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise bad_value("tokenizer.ggml.token_type", f"does not give a type to each of the {len(tokens):,} tokens")
+        raise bad_value("tokenizer.ggml.token_type", f"does not have a type for each of the {len(tokens):,} tokens")
     pre = metadata.get("tokenizer.ggml.pre", "default")
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in IGNORES_MERGES)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(pre, str) or not isinstance(template, str | None):
-        raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not text")
+        raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not a string")
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     special: dict[str, str] = {}
-    for key in ("bos", "eos", "unknown", "padding"):
+    for key, token in _SPECIAL.items():
         number = special_token_id(metadata, key)
         number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):
-            special[{"unknown": "unk", "padding": "pad"}.get(key, key) + "_token"] = tokens[number]
+            special[token] = tokens[number]
     real = {
         token: number
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
@@ -107,21 +101,14 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
     added = [
-        {
-            "id": number,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": types[number] in (CONTROL, UNKNOWN),
-        }
+        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        | {"special": types[number] in (CONTROL, UNKNOWN)}
         for token, number in real.items()
         if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
     ]
     bos = special.get("bos_token") if add_bos else None
     if bos is not None and bos not in real:
-        raise bad_value("tokenizer.ggml.bos_token_id", "names a token that is not used")
+        raise bad_value("tokenizer.ggml.bos_token_id", "refers to an unused token")
     return Vocabulary(
         {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
         | {"post_processor": _post_processor(bos, real)},
@@ -132,10 +119,10 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
-    """The token that a file names for ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``; None for none.
+    """Returns the token that a file defines as ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``, or None.
 
     Raises:
-        GgufError: When it is none of the file's tokens.
+        GgufError: The file has no such token.
     """
     name = f"tokenizer.ggml.{key}_token_id"
     number = metadata.get(name)
@@ -144,20 +131,15 @@ def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
     tokens = metadata.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, list) else 2**31
     if type(number) is int and key in ("padding", "unknown") and number >= count:
-        return None  # llama.cpp takes such a number for none, and some of its converters write 2^32 - 1
+        return None  # llama.cpp ignores such a number, and some of its converters write 2^32 - 1
     if type(number) is not int or not 0 <= number < count:
         raise bad_value(name, f"is {str(number)[:60]}; the file has {count:,} tokens")
     return number
 
 
 def bad_value(key: str, problem: str) -> GgufError:
-    """The error for a part of a tokenizer that contradicts the others."""
-    return GgufError(
-        f"{key} {problem}.",
-        where=key,
-        fix="fetch or copy the file again, or name a folder or hub id with this model's tokenizer.json in "
-        "model.tokenizer",
-    )
+    """Returns the error for an invalid part of a tokenizer."""
+    return GgufError(f"{key} {problem}.", where=key, fix=f"download or copy the file again, or {_FIX}")
 
 
 def to_metadata(
@@ -168,21 +150,22 @@ def to_metadata(
     end_token_ids: Sequence[int],
     chat_template: str | None,
 ) -> dict[str, Any]:
-    """GGUF metadata that describe a tokenizer.
+    """Returns the GGUF metadata of a tokenizer.
 
     Args:
         tokenizer: The content of a ``tokenizer.json``.
-        vocab_size: Rows of the embedding; what the tokenizer lacks is filled up with unused tokens.
+        vocab_size: Number of rows of the embedding; rows without a token get unused tokens.
         special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
-        end_token_ids: What ends an answer; the first becomes the end-of-text token.
-        chat_template: Jinja, or None.
+        end_token_ids: Tokens that end an answer; the first becomes the end-of-text token.
+        chat_template: Jinja template, or None.
 
     Raises:
-        GgufError: When llama.cpp has no such tokenizer, or has no place for all tokens that end an answer.
+        GgufError: llama.cpp has no such tokenizer, or the file format has too few keys for the tokens that end an
+            answer.
     """
     model = tokenizer["model"]
     if model.get("type") != "BPE":
-        raise GgufError(f"llama.cpp has no tokenizer of kind {model.get('type')}.", why="only BPE is converted")
+        raise GgufError(f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.", why="supported is BPE")
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
     tokens = [_MISSING.format(number) for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -191,7 +174,7 @@ def to_metadata(
     is_sentencepiece = bool(model.get("byte_fallback"))
     for number, entry in added.items():
         if number >= vocab_size:
-            continue  # a token without a row in the embedding cannot be used either way
+            continue  # a token without a row in the embedding cannot be used anyway
         types[number] = CONTROL if entry["special"] else USER_DEFINED
         tokens[number] = entry["content"] if entry["special"] else entry["content"].replace(SPACE, " ")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -210,27 +193,27 @@ def to_metadata(
         values["ggml.pre"] = find_pre(tokenizer)
         values["ggml.merges"] = merges
     values |= {"ggml.tokens": tokens, "ggml.token_type": types}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        text = special.get(f"{key}_token")
+    for key, token in _SPECIAL.items():
+        text = special.get(token)
         if text is not None and text in ids:
-            values[f"ggml.{name}_token_id"] = ids[text]
-    values |= _ends(tokens, end_token_ids)
+            values[f"ggml.{key}_token_id"] = ids[text]
+    values |= _end_metadata(tokens, end_token_ids)
     values["ggml.add_bos_token"] = _adds_bos(tokenizer, special.get("bos_token"))
     if chat_template is not None:
         values["chat_template"] = chat_template
     return {f"tokenizer.{key}": value for key, value in values.items()}
 
 
-def _texts(metadata: Mapping[str, Any], key: str) -> list[str]:
-    """A list of texts; empty when there is none."""
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    """A list of strings; empty if the key is missing."""
     values = metadata.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise bad_value(key, "is not a list of texts")
+        raise bad_value(key, "is not a list of strings")
     return values
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) -> dict[str, Any]:
-    merges = _texts(metadata, "tokenizer.ggml.merges")  # "a b": no token of bytes has a space in it
+    merges = _strings(metadata, "tokenizer.ggml.merges")  # "a b": byte-level tokens contain no spaces
     return {
         "normalizer": None,
         "pre_tokenizer": byte_level(pre),
@@ -245,12 +228,12 @@ def _sentencepiece(
     scores: Any = metadata.get("tokenizer.ggml.scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
     if not numbers or len(scores) != len(types):
-        raise bad_value("tokenizer.ggml.scores", f"does not give a number to each of the {len(types):,} tokens")
-    joined = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
-    joined.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
+        raise bad_value("tokenizer.ggml.scores", f"does not have a number for each of the {len(types):,} tokens")
+    mergeable = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
+    mergeable.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
     merges = [
         [token[:cut], token[cut:]]
-        for token in joined
+        for token in mergeable
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
@@ -291,30 +274,30 @@ def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
 def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int]) -> list[int]:
     named = [special_token_id(metadata, key) for key in ("eos", "eot", "eom")]
     found = [number for number in named if number is not None]
-    # Qwen has a plain "</s>" too: only what the model's maker set apart counts.
+    # Qwen also has a normal token "</s>", so only tokens that are marked as special count.
     found += sorted(ids[text] for text in END_TEXTS if text in ids and types[ids[text]] != NORMAL)
     return list(dict.fromkeys(found))
 
 
-def _ends(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[str, Any]:
-    """The keys that tell llama.cpp what ends an answer, beyond what it knows by its text."""
+def _end_metadata(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Metadata of the tokens that end an answer, except those that llama.cpp knows by their text."""
     if not end_token_ids:
         return {}
     first, *others = end_token_ids
     others = [number for number in others if tokens[number] not in END_TEXTS]
     if len(others) > 2:
         raise GgufError(
-            f"{len(others) + 1} tokens end an answer, and a GGUF file has places for three.",
+            f"{len(others) + 1} tokens end an answer, but a GGUF file can define only three.",
             where="eos_token_id",
             why=", ".join(tokens[number] for number in (first, *others)),
-            fix="keep the ones that the chat template uses in generation_config.json",
+            fix="keep only those that the chat template uses in generation_config.json",
         )
     keys = ("ggml.eot_token_id", "ggml.eom_token_id")
     return {"ggml.eos_token_id": first} | dict(zip(keys, others, strict=False))
 
 
 def _adds_bos(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
-    """Whether the post-processor puts the first token before every text."""
+    """Whether the post-processor adds the BOS token before every text."""
     processor = tokenizer.get("post_processor") or {}
     parts = processor.get("processors", [processor])
     singles = [part["single"] for part in parts if part.get("type") == "TemplateProcessing"]
@@ -322,11 +305,11 @@ def _adds_bos(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
 
 
 def _scores(model: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Scores whose order is the order of merges: minus the place of the first merge that makes a token."""
-    place: dict[str, int] = {}
-    for number, pair in enumerate(model["merges"]):
-        place.setdefault("".join(pair.split(" ")) if isinstance(pair, str) else "".join(pair), number)
-    return [-float(place[token]) if token in place else 0.0 for token in tokens]
+    """Scores in the order of merges: the negative index of the first merge that results in a token."""
+    first: dict[str, int] = {}
+    for index, pair in enumerate(model["merges"]):
+        first.setdefault("".join(pair.split(" ")) if isinstance(pair, str) else "".join(pair), index)
+    return [-float(first[token]) if token in first else 0.0 for token in tokens]
 
 
 def _is_byte(token: str) -> bool:

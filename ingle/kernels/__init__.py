@@ -1,4 +1,4 @@
-"""The arithmetic that decides speed: each fast kernel is tested against a readable reference and falls back to it."""
+"""Fast kernels. Each is tested against a readable reference, which runs where the kernel cannot."""
 
-#: The target of a position that carries no loss.
+#: Target of a position without a loss.
 IGNORE_INDEX = -100

@@ -1,7 +1,7 @@
-"""One number of threads for torch and numba.
+"""Keeps the number of threads of torch and numba equal.
 
-On Linux both run on libgomp, and numba's start sets *its* number of threads for everyone in the process: left alone,
-the first numba kernel makes a torch that was told to use one thread use all processors.
+On Linux both use libgomp, and when numba starts it sets the number of threads of the process: without this module, the
+first numba kernel would make torch use all processors, even if torch was set to one thread.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import numba
 import torch
 
-#: Numbers to work on from which it pays to wake the other threads.
+#: Number of elements from which waking the other threads pays off.
 PARALLEL_FROM = 1 << 17
 
 
 def set_threads(count: int) -> None:
-    """Sets torch's threads, which every kernel follows: it asks torch at each call."""
+    """Sets the number of threads of torch; each kernel uses as many."""
     torch.set_num_threads(count)
 
 
 def match_threads(work: int) -> int:
-    """Gives numba all of torch's threads, or one, for the next kernel; torch keeps its own number.
+    """Sets numba's threads for the next kernel: all of torch's threads, or one; torch keeps its own number.
 
-    Nothing in between: libgomp ends threads that a smaller team leaves idle, and would start them anew every time.
+    No number in between: libgomp ends threads that a smaller team leaves idle, and would start new ones each time.
 
     Args:
-        work: Numbers the kernel works on.
+        work: Number of elements that the kernel processes.
 
     Returns:
-        How many threads it gets.
+        The number of threads.
     """
     wanted = torch.get_num_threads()
     count = min(wanted, numba.config.NUMBA_NUM_THREADS) if work >= PARALLEL_FROM else 1

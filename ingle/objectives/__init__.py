@@ -1,7 +1,50 @@
-"""What the loss rewards: one file per family of objectives."""
+"""Objectives: what a run optimizes.  One file per family, one loop for all."""
 
-from ingle.objectives.base import Objective
-from ingle.objectives.lm import LanguageModelling
-from ingle.objectives.watched import Watched
+from __future__ import annotations
 
-__all__ = ["LanguageModelling", "Objective", "Watched"]
+from dataclasses import dataclass
+
+import torch
+
+from ingle.config.run import Run
+from ingle.data import Sequences, SequenceSampler, TokenDataset
+from ingle.models import Model
+from ingle.objectives.base import Objective, StepModule, Sums, Term
+from ingle.objectives.lm import LanguageModelling, NextTokenLoss
+
+__all__ = ["Context", "LanguageModelling", "NextTokenLoss", "Objective", "StepModule", "Sums", "Term", "build"]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What objectives are built from.
+
+    Attributes:
+        model: The model; it may still be on the meta device.
+        dataset: The tokenized documents.
+        sequences: The documents of each packed row.
+        global_batch_size: Sequences per step.
+        micro_batch_size: Sequences per forward pass.
+        device: Where batches go.
+    """
+
+    model: Model
+    dataset: TokenDataset
+    sequences: Sequences
+    global_batch_size: int
+    micro_batch_size: int
+    device: torch.device
+
+
+def build(run: Run, context: Context) -> Objective:
+    """Builds the objective that ``run.objective`` names."""
+    match run.objective.kind:
+        case "sft" | "clm":
+            return LanguageModelling(
+                NextTokenLoss(context.model),
+                context.dataset,
+                SequenceSampler(context.sequences, run.seed, run.data.shuffle),
+                global_batch_size=context.global_batch_size,
+                micro_batch_size=context.micro_batch_size,
+                device=context.device,
+            )

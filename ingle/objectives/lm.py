@@ -1,38 +1,60 @@
 """Language modelling: ``clm`` on every token, ``sft`` on the answers.
 
-Both are the same sum of token losses; they differ in the mask that the data pipeline made.
+Both are the same sum of token losses; they differ in the mask that the data pipeline makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ingle.data.batch import collate, round_up
+from ingle.data.batch import Batch, collate, round_up
 from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
-from ingle.data.types import Batch
+from ingle.data.types import IGNORE_INDEX
 from ingle.kernels.layers.cross_entropy import linear_cross_entropy
-from ingle.models import Model, forward_hidden, head
+from ingle.models import forward_hidden, head
+from ingle.objectives.base import StepModule, Sums, Term
+
+
+class NextTokenLoss(StepModule):
+    """Sum of ``-log p(token | tokens before it in its document)`` over the supervised tokens, in nats."""
+
+    def compute(self, batch: Batch) -> Sums:
+        """Position t predicts the label of t + 1; no prediction reaches across documents."""
+        hidden_1NH = forward_hidden(self.model, batch)
+        output = head(self.model)
+        loss = linear_cross_entropy(
+            hidden_1NH[0],
+            output.weight,
+            batch.next_labels(),
+            bias=output.bias,
+            logit_scale=output.logit_scale,
+            softcap=output.softcap,
+        )
+        return Sums({"loss": loss})
 
 
 class LanguageModelling:
     """Next-token prediction over packed documents.
 
     Args:
+        module: Computes the loss.
         dataset: The tokenized documents.
-        sampler: Gives the sequences; its state is one counter.
+        sampler: Yields the sequences; its state is one counter.
         global_batch_size: Sequences per step.
         micro_batch_size: Sequences per forward pass.
         device: Where the batches go.
     """
 
+    terms = (Term("loss", "supervised_tokens"),)
+
     def __init__(
         self,
+        module: StepModule,
         dataset: TokenDataset,
         sampler: SequenceSampler,
         *,
@@ -40,6 +62,7 @@ class LanguageModelling:
         micro_batch_size: int,
         device: torch.device,
     ) -> None:
+        self.module = module
         self._dataset = dataset
         self._sampler = sampler
         self._global_batch_size = global_batch_size
@@ -47,46 +70,36 @@ class LanguageModelling:
         self._device = device
         self._counter = 0
 
-    def next_batch(self) -> Sequence[Batch]:
-        """The micro-batches of the next step; each is one padding-free row."""
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._counter / len(self._sampler)
+
+    def next_batches(self) -> Sequence[Batch]:
+        """Returns the micro-batches of the next step; each is one row without padding."""
         sequences = self._sampler.take(self._counter, self._global_batch_size)
         self._counter += self._global_batch_size
         size = self._micro_batch_size
         return [self._collate(sequences[start : start + size]) for start in range(0, len(sequences), size)]
 
     def _collate(self, sequences: Sequence[Indices]) -> Batch:
-        documents = [self._dataset.sample(int(index)) for sequence in sequences for index in sequence]
-        return round_up(collate(documents)).to(self._device)
+        batch = collate([self._dataset.sample(int(index)) for sequence in sequences for index in sequence])
+        starts = batch.cu_seqlens[:-1].long()
+        assert bool((batch.labels[0, starts] == IGNORE_INDEX).all()), "nothing predicts the first token of a document"
+        return round_up(batch).to(self._device)
 
-    def weight(self, batch: Batch) -> float:
-        """Supervised tokens."""
-        return float(batch.num_supervised)
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Returns the supervised tokens."""
+        return {"supervised_tokens": float(batch.num_supervised)}
 
-    def loss(self, model: Model, batch: Batch) -> Tensor:
-        """Sum of ``-log p(token | tokens before it in its document)`` over the supervised tokens, in nats.
-
-        Position t predicts token t + 1; the first token of a document is never a target, so no prediction
-        reaches across documents.
-        """
-        hidden_1NH = forward_hidden(model, batch)
-        output = head(model)
-        return linear_cross_entropy(
-            hidden_1NH[0],
-            output.weight,
-            batch.targets(),
-            bias=output.bias,
-            logit_scale=output.logit_scale,
-            softcap=output.softcap,
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing beyond the loss."""
+    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        """Returns nothing: the loss says it all."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler's counter."""
+        """Returns the counter of the sampler."""
         return {"counter": self._counter}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on at a counter."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues at a counter."""
         self._counter = int(state["counter"])

@@ -1,5 +1,5 @@
-"""Which devices take part in a run; the one door to ``torch.distributed``."""
+"""Devices and ranks of a run; the one door to ``torch.distributed``."""
 
-from ingle.parallel.mesh import Mesh, start
+from ingle.parallel.mesh import Mesh, pick_device, start
 
-__all__ = ["Mesh", "start"]
+__all__ = ["Mesh", "pick_device", "start"]

@@ -1,8 +1,7 @@
-"""The memory of a run, counted from its config and the shape of its model.
+"""Predicts the memory of a run from its config and the shape of its model.
 
-Weights, adapters, gradients and optimizer state are counted exactly from the skeleton.  Activations are an
-estimate: the inputs and outputs of every linear map on the path of a token, which is what the fused layers
-and the nonlinearities between them keep for backward.
+Weights, adapters, gradients and optimizer state are exact counts.  Activations are an estimate: the inputs and outputs
+of every linear layer on the path of a token, which fused layers and the nonlinearities between them save for backward.
 """
 
 from __future__ import annotations
@@ -14,36 +13,36 @@ from ingle.config.base import HqqBase, base_section
 from ingle.config.run import Run
 from ingle.planning.shape import ModelShape
 
-#: Logits held at once by the chunked loss, and bytes a logit takes there (bf16 product and float32 softmax).
+#: Logits of one chunk of the loss, and bytes per logit (bfloat16 product and float32 softmax).
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
-#: What a CPU run loads after it is planned: the kernels, and with bfloat16 the matrix products that oneDNN compiles for
-#: each shape and keeps.  Measured, and much the same for every model.
+#: What a CPU run loads after the plan: the kernels, and with bfloat16 the matrix products that oneDNN compiles for each
+#: shape and caches.  Measured; nearly the same for every model.
 _CPU_KERNEL_BYTES = 40 << 20
 _CPU_PRIMITIVE_BYTES = 200 << 20
-#: What compiling the kernels takes besides, in the first run of all: the compiler itself, and what it keeps of each.
+#: Additional memory of the first run on a machine, which compiles the kernels: the compiler, and what it keeps of each.
 _COMPILER_BYTES = 20 << 20
 _COMPILED_BYTES = 7 << 20
-#: How many kernels there are: of attention and loss, of packed weights, of the layers that are fused around adapters.
-_KERNELS, _PACKED_KERNELS, _FUSED_KERNELS = 6, 3, 5
+#: Number of kernels: for attention and loss, for quantized weights, for layers fused with adapters.
+_KERNELS, _QUANT_KERNELS, _FUSED_KERNELS = 6, 3, 5
 
 
 def trainable_parameters(run: Run, model: ModelShape) -> int:
-    """Parameters that are trained."""
+    """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
     rank, size = run.adapter.rank, _group_size(run)
     columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in model.linears)
-    return model.trained_whole + rank * columns
+    return model.saved_parameters + rank * columns
 
 
 def _group_size(run: Run) -> int:
-    """Inputs that share a column of A."""
+    """Returns how many inputs share a column of A."""
     if not isinstance(run.adapter, QaLoraAdapter):
         return 1
     base = run.base
-    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF's formats with an offset
+    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF formats with an offset
 
 
 def memory_bytes(
@@ -55,7 +54,7 @@ def memory_bytes(
     on_gpu: bool = False,
     compiles_kernels: bool = False,
 ) -> dict[str, int]:
-    """Predicted bytes by purpose, for rows of ``row_tokens`` tokens."""
+    """Predicts bytes by purpose, for rows of ``row_tokens`` tokens."""
     weights = sum(
         lin.num_weights
         * lin.count
@@ -65,14 +64,14 @@ def memory_bytes(
     )
     trained = trainable_parameters(run, model)
     full = run.adapter.kind == "none"
-    whole = trained if full else model.trained_whole
-    copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; what the base answers with
+    whole = trained if full else model.saved_parameters
+    copies = (4 if dtype_bytes < 4 else 0) + (0 if full else dtype_bytes)  # float32 masters; initial values
     widths = sum((lin.in_features + lin.out_features) * lin.active for lin in model.linears)
     kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
     largest = max((lin.num_weights for lin in model.linears), default=0)
     is_quantized = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
     decoded = largest * dtype_bytes if is_quantized else 0
-    count = _KERNELS + is_quantized * _PACKED_KERNELS + (not full) * _FUSED_KERNELS
+    count = _KERNELS + is_quantized * _QUANT_KERNELS + (not full) * _FUSED_KERNELS
     compiled = _COMPILER_BYTES + count * _COMPILED_BYTES if compiles_kernels else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
     return {
@@ -89,7 +88,7 @@ def memory_bytes(
 
 
 def _merged_bytes(run: Run, model: ModelShape) -> int:
-    """Quantized merged weights, kept in addition to the base by runs that train through the rounding of a merge."""
+    """Bytes of merged weights, which runs that train through the rounding of a merge keep in addition to the base."""
     adapter = run.adapter
     if isinstance(adapter, LoraAdapter) and adapter.merge_aware is not None:
         named = adapter.merge_aware.format
@@ -103,5 +102,5 @@ def _merged_bytes(run: Run, model: ModelShape) -> int:
 
 
 def _kernel_bytes(dtype_bytes: int) -> int:
-    """What compiled kernels take in the memory of a CPU run."""
+    """Bytes of compiled kernels in a CPU run."""
     return _CPU_KERNEL_BYTES + (_CPU_PRIMITIVE_BYTES if dtype_bytes == 2 else 0)

@@ -1,4 +1,4 @@
-"""The plan: steps, bytes and floating-point operations of a run, before any are spent."""
+"""Plans a run: its steps, bytes and floating-point operations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ingle.planning.remedies import default_batch, find_remedy
 from ingle.planning.shape import DataShape, ModelShape
 from ingle.wording import size
 
-#: Steps of a run; what ``train.num_steps`` takes.
+#: Upper limit of ``train.num_steps``.
 _MOST_STEPS = 1_000_000_000
-#: Bytes that a tokenized token of a batch takes: ids, targets, positions, document numbers.
+#: Bytes per token of a batch: ids, labels, positions, offsets.
 _BATCH_BYTES_PER_TOKEN = 32
-#: Operations per second that ``compile: auto`` assumes.
+#: Operations per second that ``compile: auto`` assumes for an average device.
 _ORDINARY_SPEED = {"cpu": 1e12, "gpu": 1e14}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do and need.
+    """Predicted work and memory of a run.
 
     Attributes:
         num_steps: Optimizer steps.
@@ -31,13 +31,13 @@ class Plan:
         micro_batch_size: Sequences per forward pass.
         grad_accum_steps: Forward passes per step.
         tokens_per_step: Tokens read per step, on average.
-        num_tokens: Tokens the whole run reads.
+        num_tokens: Tokens that the run reads in total.
         num_epochs: Passes over the data.
         save_every: Steps between checkpoints, 0 for only the last.
-        compile: Whether decoder layers are compiled.
-        trainable_parameters: Parameters that are trained.
-        num_parameters: Parameters of the model, adapters left out.
-        flops_per_token: Floating-point operations of forward and backward per token, attention left out.
+        compile: Whether decoder layers are compiled with ``torch.compile``.
+        trainable_parameters: Number of trained parameters.
+        num_parameters: Parameters of the model without adapters.
+        flops_per_token: Floating-point operations of forward and backward per token, without attention.
         memory: Predicted bytes by purpose; ``total`` is their sum.
     """
 
@@ -56,7 +56,7 @@ class Plan:
     memory: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """Returns the plan as plain data."""
         return asdict(self)
 
 
@@ -72,29 +72,29 @@ def make_plan(
     on_gpu: bool = False,
     compiles_kernels: bool = False,
 ) -> Plan:
-    """Counts what ``run`` needs.
+    """Counts what a run needs.
 
     Args:
         run: The run.
         model: Its model.
         data: Its data.
         dtype_bytes: Bytes of the compute dtype.
-        process_bytes: What the process holds already (libraries, tokenized data).
-        free_bytes: Memory that is free on the device.
-        can_compile: Whether compiled layers would run here.
+        process_bytes: Memory that the process uses already (libraries, tokenized data).
+        free_bytes: Free memory of the device.
+        can_compile: Whether ``torch.compile`` works on the device.
         on_gpu: Whether the device is a GPU.
-        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
+        compiles_kernels: Whether this machine has yet to compile the CPU kernels.
 
     Raises:
-        ConfigError: When the epochs make more steps than any run can.
-        DoesNotFit: When the prediction exceeds what is free, with the cheapest way out.
+        ConfigError: The epochs amount to more steps than a run can make.
+        DoesNotFit: The prediction exceeds the free memory; the error names a change that makes the run fit.
     """
     global_batch = run.train.global_batch_size
     micro_batch = run.train.micro_batch_size or default_micro_batch(global_batch, data.longest)
     num_steps = run.train.num_steps or math.ceil(run.train.num_epochs * data.num_sequences / global_batch)
     if num_steps > _MOST_STEPS:
         raise ConfigError(
-            f"The run would make {num_steps:.3g} steps.",
+            f"The run would make {num_steps:.3g} steps, which is too many.",
             where=f"train.num_epochs = {run.train.num_epochs}",
             why=f"{data.num_sequences:,} sequences in steps of {global_batch:,}",
             fix="use a smaller --train.num_epochs, or --train.num_steps",
@@ -105,7 +105,7 @@ def make_plan(
     memory = memory_bytes(
         run, model, micro_batch * data.longest, dtype_bytes, on_gpu=on_gpu, compiles_kernels=compiles_kernels
     )
-    memory["batch"] = round(tokens_per_step * _BATCH_BYTES_PER_TOKEN)  # all micro-batches of a step are made at once
+    memory["batch"] = round(tokens_per_step * _BATCH_BYTES_PER_TOKEN)  # all micro-batches of a step exist at once
     memory["process"] = process_bytes
     memory["total"] = sum(memory.values())
     plan = Plan(
@@ -127,7 +127,7 @@ def make_plan(
     if needed > free_bytes:
         parts = sorted(memory.items(), key=lambda part: -part[1])
         raise DoesNotFit(
-            f"This run needs {size(needed)} more than is in use; {size(free_bytes)} are free.",
+            f"This run needs {size(needed)} in addition to what is in use; {size(free_bytes)} are free.",
             where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}, "
             f"train.global_batch_size = {global_batch}",
             why=" · ".join(f"{name} {size(part)}" for name, part in parts if part and name not in ("total", "process")),
@@ -148,13 +148,13 @@ def make_plan(
 
 
 def default_micro_batch(global_batch: int, longest: int) -> int:
-    """The largest divisor of the global batch, at most 8, whose rows stay within 4,096 tokens (at least one)."""
+    """Returns the largest divisor of the global batch, at most 8, whose rows hold at most 4,096 tokens, or 1."""
     fitting = [size for size in range(1, min(8, global_batch) + 1) if global_batch % size == 0]
     return max((size for size in fitting if size * longest <= 4096), default=1)
 
 
 def flops_per_token(run: Run, model: ModelShape) -> float:
-    """Operations per token: 2 a weight forward, 2 for the input's gradient, 2 more for that of a trained weight."""
+    """Counts operations per weight: 2 in forward, 2 for the gradient of the input, 2 for that of a trained weight."""
     per_weight = 6 if run.adapter.kind == "none" else 4
     per_weight += 2 if run.train.recompute else 0
     linear = sum(lin.num_weights * lin.active for lin in model.linears) + model.hidden_size * model.vocab_size
@@ -162,11 +162,11 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
 
 
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
-    """Whether compiling decoder layers pays for itself within the run.
+    """Decides whether compiling decoder layers saves time.
 
-    A pure function of the config and the model, never of a measured speed: a run that is resumed after a crash must
-    compute with the same kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than
-    half an hour on a device of ordinary speed, so that the minutes that compiling may take are a small part of them.
+    The answer depends on config and model only, never on a measured speed: a resumed run must compute with the same
+    kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than half an hour on an
+    average device, so that the minutes of compilation are a small part of them.
     """
     if run.train.compile != "auto":
         return bool(run.train.compile)

@@ -1,4 +1,4 @@
-"""What to type instead when a run does not fit, or would learn little."""
+"""Proposes changes for a run that does not fit or would learn little."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ingle.planning.memory import memory_bytes
 from ingle.planning.shape import ModelShape
 from ingle.wording import size
 
-#: The smallest rank that is proposed.
+#: The smallest rank to propose.
 _LEAST_RANK = 8
-#: What does not make a run fit must save this share of it to be proposed all the same.
+#: A change that does not make a run fit must save this share of its memory to be proposed.
 _WORTHWHILE = 0.05
-#: A run of fewer steps hardly leaves the warm-up.
+#: A run of fewer steps hardly gets beyond the warm-up.
 _FEW_STEPS = 10
-#: Steps that are proposed then.
+#: Steps to propose instead.
 _ENOUGH_STEPS = 20
 
 
 def default_batch(num_sequences: float) -> int:
-    """The largest power of two, at most 16, that gives ``num_sequences`` in about 20 steps or more."""
+    """Returns the largest power of two, at most 16, that splits ``num_sequences`` into about 20 steps or more."""
     return int(min(16, 2 ** math.floor(math.log2(max(1.0, num_sequences / _ENOUGH_STEPS)))))
 
 
 def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | None:
-    """What is odd about the batch of a run on little data, and flags that make it a better run; None when it is fine.
+    """Returns what is wrong with the batch of a run on little data and which flags help, or None if it is fine.
 
     Args:
         run: The run.
         num_sequences: Sequences in its data.
-        num_steps: Steps it would make.
+        num_steps: Its steps.
     """
     train = run.train
     batch = train.global_batch_size
@@ -76,17 +76,17 @@ def find_remedy(
     on_gpu: bool,
     compiles_kernels: bool = False,
 ) -> str:
-    """The changes of one option each that make a run fit; where there is none, those that save most.
+    """Returns changes of one option each that make a run fit; if there is none, those that save most.
 
     Args:
         run: The run.
         model: Its model.
         longest: Tokens of the longest sequence.
-        micro_batch: Sequences at once.
-        free_bytes: Memory that is free.
+        micro_batch: Sequences per forward pass.
+        free_bytes: Free memory.
         dtype_bytes: Bytes of the compute dtype.
         on_gpu: Whether the device is a GPU.
-        compiles_kernels: Whether the CPU's kernels are yet to be compiled on this machine.
+        compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
 
     def total(changed: Run, sequences: int) -> int:
@@ -110,7 +110,7 @@ def find_remedy(
 
 
 def _changes(run: Run, micro_batch: int) -> Iterator[tuple[str, Run, int]]:
-    """Flags, what the run is with each, and its sequences at once."""
+    """Yields flags, the run with each of them, and its micro-batch size."""
     adapter, train = run.adapter, run.train
     if micro_batch > 1:
         yield "--train.micro_batch_size=1", run, 1

@@ -1,4 +1,4 @@
-"""The shapes a plan is made from: plain numbers, so that planning needs no torch."""
+"""Shapes of model and data, as plain numbers: planning needs no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """Linear maps of one shape.
+    """The linear layers of one shape.
 
     Attributes:
         in_features: Width of the input.
         out_features: Width of the output.
-        count: How many of them the model holds.
-        active: How many of them one token passes through (fewer than ``count`` for experts).
-        adapted: How many of them get an adapter.
-        bits_per_weight: What one of their weights takes, where formats differ from module to module.
+        count: How many the model has.
+        active: How many one token passes through (fewer than ``count`` for experts).
+        adapted: How many have an adapter.
+        bits_per_weight: Bits of one weight, if formats differ from module to module.
     """
 
     in_features: int
@@ -27,22 +27,22 @@ class LinearShape:
 
     @property
     def num_weights(self) -> int:
-        """Weights of one of them."""
+        """Weights of one layer."""
         return self.in_features * self.out_features
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A model as the planner sees it.
+    """Shape of a model.
 
     Attributes:
         num_parameters: All parameters, tied ones once.
-        linears: The linear maps inside the decoder layers.
+        linears: Linear layers inside the decoder layers.
         other_parameters: Embeddings, head, norms and biases.
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
         vocab_size: Rows of the output head.
-        trained_whole: Parameters of modules trained whole in addition to an adapter (embeddings, the head).
+        saved_parameters: Parameters trained in full in addition to an adapter (embeddings, the head).
     """
 
     num_parameters: int
@@ -51,12 +51,12 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     vocab_size: int
-    trained_whole: int
+    saved_parameters: int
 
 
 @dataclass(frozen=True, slots=True)
 class DataShape:
-    """Tokenized data as the planner sees it.
+    """Shape of tokenized data.
 
     Attributes:
         num_sequences: Rows after packing.

@@ -1,21 +1,18 @@
-"""Quantized base weights: formats, the modules that hold them, conversion and its audit.
+"""Quantized base weights: formats, the modules that hold quantized weights, conversion of models, and their audit.
 
-A weight is held as **planes**: frozen byte tensors that FSDP shards by rows, safetensors holds and export
-copies.  A format says what the bytes mean; nothing else in Ingle does.
+A quantized weight consists of **planes**: frozen byte tensors that FSDP shards by rows, safetensors stores and export
+copies. The format alone defines what the bytes mean.
 """
 
 from __future__ import annotations
 
-from ingle.quant.conversion import convert
-from ingle.quant.embedding import QuantEmbedding, quantize_ends
+from ingle.quant.catalog import Formats, GgufFormats, make_format, make_formats
+from ingle.quant.conversion import convert, quantize_ends
 from ingle.quant.experts import QuantExperts, QuantStack
-from ingle.quant.format import Format, make_format
-from ingle.quant.interchange import from_bitsandbytes, to_bitsandbytes
-from ingle.quant.interchange_bitnet import from_bitnet
-from ingle.quant.interchange_hqq import from_hqq, to_hqq
+from ingle.quant.format import Format
+from ingle.quant.interchange import from_bitnet, from_bitsandbytes, from_hqq, to_bitsandbytes, to_hqq
 from ingle.quant.inventory import Audit, ClassAudit, Unquantized, audit
-from ingle.quant.linear import QuantLinear
-from ingle.quant.mixing import Formats, GgufFormats, make_formats
+from ingle.quant.linear import QuantEmbedding, QuantLinear
 from ingle.quant.plane import PlaneSpec
 from ingle.quant.straight_through import TernaryLinear, settle
 

@@ -1,8 +1,8 @@
-"""Turns a model's linear maps into packed ones, before or after there are any weights.
+"""Replaces the linear maps of a model by quantized ones, before or after weights are loaded.
 
-What stays in the compute dtype, and is counted in the audit: embeddings, the output head, norms, convolutions,
-routers, and biases.  What is packed: every ``nn.Linear`` and ``Conv1D`` elsewhere, and fused experts.  Anything else
-that looks like a large weight is refused by name, never passed over.
+Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head, and fused experts. Embedding and head are
+converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases stay in the compute dtype. Any
+other module that seems to hold large weights is an error.
 """
 
 from __future__ import annotations
@@ -14,116 +14,156 @@ from torch import nn
 
 from ingle.config.base import BaseConfig, TernaryBase
 from ingle.errors import QuantizationError
+from ingle.quant.catalog import Formats, make_formats
 from ingle.quant.experts import QuantExperts, is_fused_experts
-from ingle.quant.linear import QuantLinear, QuantModule
-from ingle.quant.mixing import Formats, make_formats
+from ingle.quant.format import Format
+from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
 from ingle.quant.ternary import Ternary
 
 
 def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = None) -> None:
-    """Replaces the model's linear maps by packed ones, or by ones that train through their rounding, in place.
+    """Replaces the linear maps of a model in place by quantized ones, or by ones that train with ternary weights.
 
-    On the meta device the planes are empty and wait for their bytes; on a materialised model every weight is encoded
-    and freed, one after the other.
+    On the meta device planes stay empty until weights are loaded. Otherwise each weight is encoded and freed before
+    the next one.
 
     Args:
-        model: Any module; if it has ``get_output_embeddings``, what that returns is left alone.
+        model: Any module. The result of its ``get_output_embeddings``, if any, is left unchanged.
         base: The format; ``none`` changes nothing.
-        formats: Decides the format of each module in place of ``base``.
+        formats: Chooses the format of each module instead of ``base``.
 
     Raises:
-        QuantizationError: The model holds weights in a module that Ingle cannot pack, or NaN or infinity in one.
+        QuantizationError: The model holds weights in an unsupported module, or a weight cannot be encoded.
     """
-    trained = isinstance(base, TernaryBase) and base.train
+    is_trained = isinstance(base, TernaryBase) and base.train
     formats = formats or make_formats(base, model)
     if formats is None:
         return
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    packed: dict[int, nn.Module] = {}
+    replacements: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
         if isinstance(parent, QuantModule | QuantExperts):
             continue
-        for key, child in list(parent._modules.items()):  # a module used twice is listed twice
+        for key, child in list(parent._modules.items()):  # lists a module that is used twice twice
             name = f"{parent_name}.{key}" if parent_name else key
             if child is None or child is head:
                 continue
-            if id(child) not in packed:
-                replacement = _pack(child, formats, name, uses, trained=trained)
+            if id(child) not in replacements:
+                replacement = _replace(child, formats, name, uses, is_trained=is_trained)
                 if replacement is None:
                     continue
-                packed[id(child)] = replacement
-            setattr(parent, key, packed[id(child)])
+                replacements[id(child)] = replacement
+            setattr(parent, key, replacements[id(child)])
 
 
-def _pack(module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, trained: bool) -> nn.Module | None:
-    """The stand-in for a module, or None if it is to stay."""
-    if trained and (is_fused_experts(module) or is_conv1d(module)):
+def quantize_ends(model: Any, formats: Formats) -> None:
+    """Replaces the embedding and the output head of a language model in place by quantized ones.
+
+    A module without a format stays, and so does an embedding of an unknown class together with a head that is tied to
+    it. Tied modules share their planes.
+
+    Args:
+        model: On the meta device, with ``get_input_embeddings`` and ``get_output_embeddings``.
+        formats: Chooses the format of each module.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    format = formats(names[id(embedding)], *embedding.weight.shape) if _is_supported_embedding(embedding) else None
+    quantized = None
+    if format is not None:
+        quantized = QuantEmbedding(embedding, format)
+        model.set_input_embeddings(quantized)
+    if type(head) is not nn.Linear or (tied and quantized is None):
+        return
+    format = format if tied else formats(names[id(head)], *head.weight.shape)
+    if format is None:
+        return
+    linear = make_quant_linear(head, format)
+    if tied and quantized is not None:
+        for name in linear.specs:
+            linear.register_parameter(name, quantized.get_parameter(name))
+    model.set_output_embeddings(linear)
+
+
+def make_quant_linear(linear: nn.Module, format: Format) -> QuantLinear:
+    """Returns a layer of the shape, bias, dtype and device of an ``nn.Linear`` or ``Conv1D``, with empty planes."""
+    weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
+    transposed = is_conv1d(linear)
+    in_features, out_features = weight.shape if transposed else weight.shape[::-1]
+    layer = QuantLinear(
+        format, in_features, out_features, transposed=transposed, weight_dtype=weight.dtype, device=weight.device
+    )
+    layer.bias = bias
+    return layer.train(linear.training)
+
+
+def _replace(
+    module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, is_trained: bool
+) -> nn.Module | None:
+    """The replacement of a module, or None if it stays."""
+    if is_trained and (is_fused_experts(module) or is_conv1d(module)):
         raise QuantizationError(
             f"{name} ({type(module).__name__}) cannot be trained with ternary weights.",
             where=name,
-            why="only plain linear maps are trained through their rounding",
+            why="only plain linear maps can be trained through their rounding",
             fix="--adapter.kind=lora --base.train=false, or another model",
         )
     if is_fused_experts(module):
         format = formats(name, *module.get_parameter("down_proj").shape[1:])
         return None if format is None else QuantExperts(module, format, name=name)
     refuse_unknown(module, name)
-    transposed = is_conv1d(module)
-    # An exact class: a subclass (in nn.MultiheadAttention, for one) may be read by its owner in other ways.
-    if not (transposed or type(module) is nn.Linear):
+    # Subclasses of nn.Linear, such as the one in nn.MultiheadAttention, may be read by their owner in other ways.
+    if not (is_conv1d(module) or type(module) is nn.Linear):
         return None
     linear: Any = module
     if uses[id(linear.weight)] > 1:
-        return None  # shared with an embedding or another map: packing one end would untie it
-    in_features, out_features = linear.weight.shape if transposed else linear.weight.shape[::-1]
+        return None  # shared with an embedding or another map: quantizing one of them would untie them
+    out_features, in_features = linear.weight.shape[::-1] if is_conv1d(module) else linear.weight.shape
     format = formats(name, out_features, in_features)
     if format is None:
         return None
-    if trained:
+    if is_trained:
         assert isinstance(format, Ternary)
         return TernaryLinear(format, linear)
-    replacement = QuantLinear(
-        format,
-        in_features,
-        out_features,
-        bias=linear.bias is not None,
-        transposed=transposed,
-        weight_dtype=linear.weight.dtype,
-        device=linear.weight.device,
-    )
-    replacement.bias = linear.bias
+    replacement = make_quant_linear(linear, format)
     if not linear.weight.is_meta:
         replacement.quantize(linear.weight, name=f"{name}.weight")
-        linear.weight = None  # freed now, not when the whole model is done
-    replacement.train(module.training)
+        linear.weight = None  # free it now instead of after the whole model
     return replacement
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (GPT-2): a linear map whose weight is stored ``[I, O]``."""
+    """Returns whether a module is transformers' Conv1D (GPT-2), a linear map that stores its weight as ``[I, O]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _is_supported_embedding(module: nn.Module) -> bool:
+    """Whether this is a plain embedding, or Gemma's, which multiplies its rows by a buffer ``embed_scale``."""
+    scaled = type(module).__name__.endswith("ScaledWordEmbedding") and set(module._buffers) == {"embed_scale"}
+    return type(module) is nn.Embedding or scaled
+
+
 def refuse_unknown(module: nn.Module, name: str) -> None:
-    """Raises for a module that holds weights of experts in a layout Ingle does not know.
+    """Rejects a module that holds weights of experts in an unknown layout.
 
     Raises:
-        QuantizationError: It has floating parameters of three or more dimensions and is no convolution, or is called
-            experts and has floating matrices.
+        QuantizationError: The module is not a convolution and has floating-point parameters of three or more
+            dimensions, or its class name contains "expert" and it has floating-point matrices.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return
     kind = type(module).__name__
     for key, parameter in module.named_parameters(recurse=False):
-        stacked = sum(size > 1 for size in parameter.shape) >= 3
-        matrix = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
-        if parameter.is_floating_point() and (stacked or matrix):
+        is_stacked = sum(size > 1 for size in parameter.shape) >= 3
+        is_expert = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
+        if parameter.is_floating_point() and (is_stacked or is_expert):
             raise QuantizationError(
-                f"{name} ({kind}) holds weights in a layout that cannot be packed yet.",
+                f"{name} ({kind}) holds weights in a layout that cannot be quantized yet.",
                 where=f"{name}.{key}",
-                why=f"shape {list(parameter.shape)}, {parameter.numel():,} weights would stay in {parameter.dtype}",
-                fix="train with --base.format=none, or ask for this architecture",
+                why=f"shape {list(parameter.shape)}; {parameter.numel():,} weights would stay in {parameter.dtype}",
+                fix="train with --base.format=none, or request support for this architecture",
             )

@@ -1,10 +1,10 @@
-"""Mixture-of-experts layers whose weights transformers v5 fuses into 3-D parameters, held as planes.
+"""Quantized mixture-of-experts layers, for the modules whose weights transformers v5 fuses into 3-D parameters.
 
-Legend: E = experts, K = experts a token goes to, S = tokens, H = hidden, I = expert's inner size, O x I a projection.
+Legend: E = experts, K = experts per token, S = tokens, H = hidden, I = inner size of an expert, O x I a projection.
 
 A fused module (``MixtralExperts``, ``Qwen3MoeExperts``, ...) has ``gate_up_proj`` [E, 2I, H] (or ``up_proj`` [E, I, H])
-and ``down_proj`` [E, H, I].  Here each becomes a stack of packed weights, every expert encoded on its own, and a
-forward decodes only the experts that were chosen, one at a time.
+and ``down_proj`` [E, H, I]. Here each of them is a stack of separately quantized weights, and a forward pass decodes
+only the experts that tokens were routed to, one at a time.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ingle.errors import QuantizationError
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantModule, quant_linear
 
-#: The projections a fused module may have; all that are there are packed.
+#: The projections that a fused module can have.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class QuantStack(QuantModule):
-    """One projection of all experts: planes ``[E, ...]``, each expert packed on its own."""
+    """One projection of all experts: planes ``[E, ...]``, with each expert quantized separately."""
 
     def decode(self, expert: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight ``[O, I]`` of one expert; a new tensor, or ``out``."""
+        """Returns the weight ``[O, I]`` of one expert in a new tensor or in ``out``."""
         return self.format.decode(self.expert_planes(expert), self.out_features, self.in_features, dtype, out)
 
     def expert_planes(self, expert: int) -> dict[str, Tensor]:
-        """The planes of one expert, without a copy."""
+        """Returns views of the planes of one expert."""
         return {name: plane[expert] for name, plane in self.planes().items()}
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
@@ -39,33 +39,35 @@ class QuantStack(QuantModule):
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module follows transformers' fused-experts interface, so that ``QuantExperts`` can stand in for it."""
-    marks = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+    """Returns whether a module has transformers' interface of fused experts, as ``QuantExperts`` requires."""
+    attributes = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
     up = "gate_up_proj" if getattr(module, "has_gate", False) else "up_proj"
     projections = [module._parameters.get(name) for name in (up, "down_proj")]
     return (
-        all(hasattr(module, mark) for mark in marks)
+        all(hasattr(module, attribute) for attribute in attributes)
         and (hasattr(module, "_apply_gate") or not module.has_gate)
         and all(weight is not None and weight.dim() == 3 for weight in projections)
     )
 
 
 class QuantExperts(nn.Module):
-    """Stands in for a fused experts module: the same call, the same sum, packed weights.
+    """Replaces a module of fused experts; it computes the same with quantized weights.
 
-    Biases and sub-modules of the original keep their names; its gate (plain SwiGLU, clamped, ...) is the original's
-    own function.
+    Biases and submodules keep their names, and the gate (plain SwiGLU, clamped, ...) is the function of the original.
 
     Args:
-        original: The fused module; its parameters are taken over and it is emptied.
-        format: What the planes mean.
-        name: The module's name, for errors.
+        original: The fused module. Its parameters and submodules move to this module.
+        format: Format of the planes.
+        name: The module's name for errors.
+
+    Raises:
+        QuantizationError: The module has another interface, or a weight cannot be encoded.
     """
 
     def __init__(self, original: nn.Module, format: Format, *, name: str = "experts") -> None:
         super().__init__()
         if not is_fused_experts(original):
-            raise QuantizationError(f"{name} ({type(original).__name__}) is not a fused experts module.", where=name)
+            raise QuantizationError(f"{name} ({type(original).__name__}) is not a module of fused experts.", where=name)
         fused: Any = original
         self.num_experts: int = fused.num_experts
         self.has_gate: bool = fused.has_gate
@@ -89,23 +91,23 @@ class QuantExperts(nn.Module):
             self.add_module(key, stack)
         for key, child in original.named_children():
             self.add_module(key, child)
-        # Kept for its gate only: it owns no tensor any more, and out of the module tree it changes no names.
+        # Kept for its gate. It owns no tensors now, and outside the module tree it does not change parameter names.
         self.__dict__["original"] = original
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sends every token through its experts.
+        """Routes every token through its experts.
 
         Args:
             hidden_states: ``[S, H]``.
-            top_k_index: ``[S, K]``, experts; numbers from ``num_experts`` on mean none.
-            top_k_weights: ``[S, K]``, the router's.
+            top_k_index: ``[S, K]``, expert numbers; a number of ``num_experts`` or more means no expert.
+            top_k_weights: ``[S, K]``, the router's weights.
 
         Returns:
-            ``[S, H]``, the weighted sum over each token's experts, summed in float32.
+            ``[S, H]``, the weighted sum over the experts of each token, accumulated in float32.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         total = torch.zeros(hidden_states.shape, dtype=dtype, device=hidden_states.device)
-        # Sorted by expert, so that each is decoded once; a stable sort keeps the order of sums the same in every run.
+        # Sort by expert so that each is decoded once. The sort is stable so that sums are reproducible.
         experts, order = top_k_index.flatten().sort(stable=True)
         start = 0
         for expert, count in zip(
@@ -115,9 +117,9 @@ class QuantExperts(nn.Module):
             if expert >= self.num_experts:
                 continue
             tokens = chosen // top_k_index.shape[-1]
-            answers = self._run_expert(hidden_states[tokens], expert)
+            outputs = self._run_expert(hidden_states[tokens], expert)
             weights = top_k_weights.flatten()[chosen].unsqueeze(-1)
-            total = total.index_add(0, tokens, (answers * weights).to(dtype))
+            total = total.index_add(0, tokens, (outputs * weights).to(dtype))
         return total.to(hidden_states.dtype)
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:
@@ -125,8 +127,8 @@ class QuantExperts(nn.Module):
         inner = self._project("gate_up_proj" if self.has_gate else "up_proj", x, expert)
         original: Any = self.__dict__["original"]
         inner = original._apply_gate(inner) if self.has_gate else original.act_fn(inner)
-        answers = self._project("down_proj", inner, expert)
-        return original.post_expert_norm(answers) if original.has_post_expert_norm else answers
+        outputs = self._project("down_proj", inner, expert)
+        return original.post_expert_norm(outputs) if original.has_post_expert_norm else outputs
 
     def _project(self, key: str, x: Tensor, expert: int) -> Tensor:
         projected: Tensor = self.get_submodule(key)(x, expert)
@@ -134,5 +136,5 @@ class QuantExperts(nn.Module):
         return projected if bias is None else projected + bias[expert].to(projected.dtype)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Returns what ``print(model)`` shows."""
         return f"num_experts={self.num_experts}"

@@ -1,98 +1,89 @@
-"""The base-format axis: what a packed weight means, one file per member, one ``match`` to choose.
+"""Defines the interface of a quantization format and what all formats share.
 
-A further member is a frozen dataclass with these methods; nothing outside it changes.
+Legend: O = out_features (rows), I = in_features (columns).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ingle.config.base import (
-    BaseConfig,
-    Fp4Base,
-    HqqBase,
-    Int8Base,
-    Nf4Base,
-    NoBase,
-    TernaryBase,
-    base_sections,
-    format_name,
-)
-from ingle.config.ggml import GgmlBase
-from ingle.config.mixes import MixBase
-from ingle.quant.ggml import GgmlBlocks
-from ingle.quant.ggml_float import MXFP4, NVFP4
-from ingle.quant.ggml_grid import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
-from ingle.quant.ggml_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
-from ingle.quant.ggml_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
-from ingle.quant.ggml_levels import IQ4_NL, IQ4_XS
-from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
-from ingle.quant.hqq import Hqq
-from ingle.quant.int8 import Int8
-from ingle.quant.levels import Fp4, Nf4
+from ingle.errors import QuantizationError
+from ingle.kernels.levels.dispatch import has_kernel
 from ingle.quant.plane import PlaneSpec, Scratch
-from ingle.quant.ternary import Ternary
+
+#: Unquantized types by their names in GGUF files and on the command line.
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Format(Protocol):
-    """How a weight ``[out_features, in_features]`` is packed into planes and back.
+@dataclass(frozen=True)
+class Format(ABC):
+    """How a weight ``[O, I]`` is stored as planes.
 
-    Legend: O = out_features (rows), I = in_features.
+    A format is a frozen dataclass of its options; formats with equal options are equal. A new format subclasses this
+    and is added to :mod:`ingle.quant.catalog`.
 
     Attributes:
-        name: What ``base.format`` calls it.
-        additive_field: The number of neighbours in a row that share a free additive float, into which a QA-LoRA
-            delta folds exactly; None where the format has no such field.
-        scratch: Where layers of this format decode, one after the other.
+        scratch: The buffer that layers of this format decode into.
     """
+
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False, kw_only=True)
 
     @property
     def name(self) -> str:
-        """What ``base.format`` calls it."""
-        ...
+        """The value of ``base.format``."""
+        return type(self).__name__.lower()
 
     @property
     def additive_field(self) -> int | None:
-        """Group size of a free additive float, or None."""
-        ...
+        """Number of neighboring weights of a row that share a free additive float, or None if there is no such float.
 
-    @property
-    def scratch(self) -> Scratch:
-        """Where layers of this format decode, one after the other."""
-        ...
+        A QA-LoRA delta of this group size folds into it exactly, see :class:`FoldingFormat`.
+        """
+        return None
 
+    @abstractmethod
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
-        """Name, shape and dtype of every plane."""
-        ...
+        """Returns shape and dtype of every plane by name."""
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Bits one weight takes, scales included."""
-        ...
+        """Returns the bits that one weight takes, including scales and padding."""
+        num_bytes = sum(spec.num_bytes for spec in self.plane_specs(out_features, in_features).values())
+        return 8 * num_bytes / (out_features * in_features)
 
-    def granule(self, out_features: int, in_features: int) -> int:
-        """Rows that can be cut out of all planes together; ``out_features`` where only the whole can."""
-        ...
+    def row_group(self, out_features: int, in_features: int) -> int:
+        """Returns the smallest number of rows that can be sliced out of all planes together.
 
+        It is 1 where dimension 0 of every plane is O. Double quantization stores values that cover several rows;
+        slices must then start at multiples of the row group. A plane with one row in dimension 0 covers the whole
+        tensor and belongs to every slice.
+        """
+        return 1
+
+    @abstractmethod
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Packs a weight.
+        """Quantizes a weight.
 
         Args:
-            weight_OI: ``[O, I]``, floating, on any device.
-            importance: ``[I]``, mean square of the inputs, for formats that weigh their error by it.
-            name: The tensor's name, for errors.
+            weight_OI: ``[O, I]``, floating point, on any device and with any strides.
+            importance: ``[I]``, mean square of each input column. Formats without a weighted search ignore it.
+            name: The tensor's name for errors.
+
+        Returns:
+            The planes, on the device of the weight.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity, or has a shape the format cannot hold.
+            QuantizationError: The weight holds NaN or infinity, is too large, or has an unsupported shape; or the
+                importance has the wrong length, negative values or values that are not finite.
         """
-        ...
 
     def recode(self, codes: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The codes of one packing under the scales of another, which tells what changed in the codes alone."""
-        ...
+        """Returns planes with the codes of one weight and the scales of another, to compare codes alone."""
+        return dict(scales) | {"codes": codes["codes"]}
 
     def decode(
         self,
@@ -102,74 +93,90 @@ class Format(Protocol):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Unpacks to ``[O, I]`` with the fastest kernel there is, bit for bit as ``decode_reference``.
+        """Dequantizes planes with the fastest kernel; the result equals :meth:`decode_reference` bit for bit.
 
         Args:
-            planes: As ``plane_specs`` lists them.
+            planes: As :meth:`plane_specs` lists them.
             out_features: O.
             in_features: I.
-            dtype: Of the result; products are float32, rounded once to nearest even.
-            out: A contiguous ``[O, I]`` tensor of ``dtype`` to write into; a new one if None.
-        """
-        ...
+            dtype: Of the result. Products are computed in float32 and rounded once, to nearest even.
+            out: A contiguous ``[O, I]`` tensor of ``dtype`` to write to; None allocates one.
 
+        Returns:
+            ``[O, I]``.
+        """
+        plane = next(iter(planes.values()))
+        if not self.has_kernel(plane, dtype):
+            decode = self.decode if self.has_kernel(plane, torch.float32) else self.decode_reference
+            decoded = decode(planes, out_features, in_features, torch.float32).to(dtype)
+            return decoded if out is None else out.copy_(decoded)
+        if out is None:
+            out = torch.empty(out_features, in_features, dtype=dtype, device=plane.device)
+        return self.decode_into(planes, out)
+
+    @abstractmethod
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Unpacks to ``[O, I]`` in plain torch: the definition every kernel is tested against."""
-        ...
+        """Dequantizes planes to ``[O, I]`` in plain torch. This is the definition that kernels are tested against."""
+
+    @abstractmethod
+    def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
+        """Dequantizes planes into a contiguous tensor with a kernel and returns it; requires :meth:`has_kernel`."""
+
+    def has_kernel(self, plane: Tensor, dtype: torch.dtype) -> bool:
+        """Returns whether a kernel can decode planes on the device of ``plane`` to ``dtype``."""
+        return has_kernel(plane, dtype)
+
+    def not_finite(self, weight_OI: Tensor, name: str) -> QuantizationError:
+        """Returns the error for a weight with NaN or infinity."""
+        return QuantizationError(
+            f"{name} holds NaN or infinity and cannot be quantized to {self.name}.",
+            where=name,
+            why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
+            fix="check the checkpoint, or train with --base.format=none",
+        )
+
+    def too_large(self, name: str, why: str) -> QuantizationError:
+        """Returns the error for a weight whose scales exceed the range of the format."""
+        return QuantizationError(
+            f"{name} is too large for {self.name}.",
+            where=name,
+            why=why,
+            fix="check the checkpoint, or train with --base.format=none",
+        )
 
 
-@runtime_checkable
-class FoldingFormat(Format, Protocol):
-    """A format with an additive field: a change that is constant inside each group goes into it exactly."""
+class FoldingFormat(Format):
+    """A format with an additive field, which absorbs a delta that is constant within each group."""
 
+    @abstractmethod
     def fold(self, planes: Mapping[str, Tensor], delta_OG: Tensor) -> dict[str, Tensor]:
-        """Planes of the same codes whose weights are larger by ``delta_OG``, one float32 for each group of a row.
+        """Adds a delta to every weight of each group without changing codes or scales.
 
-        Only the field is rounded, once, from the float32 sum. The planes given stay as they are.
+        Args:
+            planes: As :meth:`plane_specs` lists them; not modified.
+            delta_OG: ``[O, G]``, floating point, one value for each group of a row.
+
+        Returns:
+            New planes. Only the additive field differs, rounded once.
 
         Raises:
-            QuantizationError: The field cannot hold a sum.
+            QuantizationError: The delta has the wrong shape, or the field cannot hold a sum.
         """
-        ...
 
 
-#: Types of plain numbers, by the names they have in GGUF files and on the command line.
-PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+def require_importance(importance: Tensor, num_columns: int, name: str) -> None:
+    """Checks the importance of the columns of a weight.
 
-#: The formats of GGUF files; each names its section of the config.
-GGUF_FORMATS: tuple[type[GgmlBlocks], ...] = (
-    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0),
-    *(IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, MXFP4, NVFP4),
-)
-
-
-def make_format(base: BaseConfig) -> Format | None:
-    """The format a config section asks for; None where weights stay as they are."""
-    match base:
-        case MixBase():
-            raise AssertionError(f"{base.format} is a format for each module: make_formats")
-        case NoBase():
-            return None
-        case Nf4Base():
-            return Nf4(block_size=base.block_size, double_quant=base.double_quant)
-        case Int8Base():
-            return Int8()
-        case GgmlBase():
-            return next(member for member in GGUF_FORMATS if member.base is type(base))()
-        case Fp4Base():
-            return Fp4(block_size=base.block_size, double_quant=base.double_quant)
-        case HqqBase():
-            return Hqq(bits=base.bits, group_size=base.group_size, solver=base.solver)
-        case TernaryBase():
-            return Ternary(group_size=base.group_size)
-
-
-def option_words(format: Format) -> str:
-    """The words of a command line that choose a format: its name, and what else its section of the config has."""
-    section = next(section for section in base_sections() if format_name(section) == format.name)
-    # A format has no use for options of training alone.
-    values = {key: getattr(format, key) for key in section.model_fields if key != "format" and hasattr(format, key)}
-    words = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
-    return " ".join(words)
+    Raises:
+        QuantizationError: It has the wrong length, or values that are negative or not finite.
+    """
+    if tuple(importance.shape) != (num_columns,):
+        raise QuantizationError(
+            f"The importance of {name} does not match the length of its rows.",
+            where=name,
+            why=f"expected {[num_columns]}, got {list(importance.shape)}",
+        )
+    if not bool((importance.isfinite() & (importance >= 0)).all()):
+        raise QuantizationError(f"The importance of {name} has values that are negative or not finite.", where=name)

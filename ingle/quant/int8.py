@@ -1,4 +1,4 @@
-"""int8: one signed byte a weight and one scale a row, as LLM.int8() holds its weights.
+"""The int8 format: a signed byte per weight and a scale per row, as in LLM.int8().
 
 Legend: O = rows, I = columns.
 
@@ -9,8 +9,8 @@ codes  [O, I]   int8    round(weight * 127 / scale), half to even
 scale  [O, 4]   uint8   float32 absmax of the row, as bytes
 ====== ======== ======= ===========================================
 
-A weight is ``code * scale * (1 / 127)`` with bitsandbytes' order of products.  bitsandbytes casts weights to float16
-before it encodes; we encode what is there, so codes are equal wherever float16 holds the weight exactly.
+A weight is ``code * scale * (1 / 127)``, with the order of products of bitsandbytes. bitsandbytes casts weights to
+float16 before it encodes them and Ingle does not, so codes are equal wherever float16 represents the weight exactly.
 
 Source: Dettmers et al. 2022, "LLM.int8()" (arXiv 2208.07339), section 2; bitsandbytes ``int8_vectorwise_quant``.
 """
@@ -24,31 +24,28 @@ import torch
 from torch import Tensor
 
 from ingle.kernels.levels.dispatch import decode_int8, encode_int8
-from ingle.quant.packed_format import QuantFormat
+from ingle.quant.format import Format
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float32
 
-#: 1 / 127 as bitsandbytes spells it.
+#: 1 / 127 as written in bitsandbytes.
 RECIPROCAL = 7.874015718698502e-3
-#: The least power of two whose 127-fold inverse is finite: zero and tiny rows are divided by it.
+#: The smallest power of two ``x`` with finite ``127 / x``; lower bound of absmax in divisions.
 SMALLEST = 2.0**-121
 
 
 @dataclass(frozen=True)
-class Int8(QuantFormat):
+class Int8(Format):
     """Row-wise absmax int8."""
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
-        """Name, shape and dtype of every plane."""
-        return {
-            "codes": PlaneSpec((out_features, in_features), torch.int8),
-            "scale": PlaneSpec((out_features, 4)),
-        }
+        """Returns shape and dtype of every plane by name."""
+        return {"codes": PlaneSpec((out_features, in_features), torch.int8), "scale": PlaneSpec((out_features, 4))}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Packs a weight; ``importance`` is not used.
+        """Quantizes a weight; ``importance`` is ignored.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity, or is too large to be decoded.
+            QuantizationError: The weight holds NaN or infinity, or is too large to decode.
         """
         weight_OI = weight_OI.detach()
         codes, scale_O = encode_int8(weight_OI) or self.encode_reference(weight_OI)
@@ -59,18 +56,18 @@ class Int8(QuantFormat):
         return {"codes": codes, "scale": as_bytes(scale_O.unsqueeze(1))}
 
     def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes ``[O, I]`` and float32 absmax ``[O]`` in plain torch."""
+        """Returns codes ``[O, I]`` and float32 absmax ``[O]`` in plain torch."""
         weight_OI = weight_OI.float()
         scale_O = weight_OI.abs().amax(dim=1)
-        factor_O = scale_O.clamp(min=SMALLEST).reciprocal() * 127.0  # as torch divides
+        factor_O = scale_O.clamp(min=SMALLEST).reciprocal() * 127.0  # the order of torch's division
         return (weight_OI * factor_O.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale_O
 
     def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
-        """Unpacks with a kernel."""
+        """Dequantizes planes with a kernel."""
         return decode_int8(planes["codes"], as_float32(planes["scale"]).flatten(), out_OI)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Unpacks to ``[O, I]`` in plain torch."""
+        """Dequantizes planes to ``[O, I]`` in plain torch."""
         return (planes["codes"].detach() * as_float32(planes["scale"]) * RECIPROCAL).to(dtype)

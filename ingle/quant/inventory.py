@@ -1,6 +1,6 @@
-"""What a model is made of: bytes per dtype, and packed and trainable parameters per class of module.
+"""Counts what a model consists of: bytes by dtype, and quantized and trainable parameters by class of module.
 
-Every run prints it, so that a layer that stayed wide, or one that trains unexpectedly, is seen and not guessed.
+Every run prints it, to show layers that stayed unquantized or that train unexpectedly.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ingle.quant.linear import QuantModule
 
 @dataclass(frozen=True)
 class ClassAudit:
-    """All modules of one class (and format) together; only what they hold themselves, not what is inside them.
+    """All modules of one class and format; counts only tensors that they own directly.
 
     Attributes:
         class_name: For instance ``QuantLinear``.
-        format: Of their packed weights, or None.
-        modules: How many.
-        parameters: Logical weights: a packed 4-bit weight counts as one.
-        quantized: Those of them that are packed.
-        trainable: Those of them that get gradients.
-        bytes: What they take, scales and buffers included.
+        format: Format of their quantized weights, or None.
+        modules: Number of modules.
+        parameters: Number of logical weights; a quantized weight counts as one.
+        quantized: Number of quantized ones among them.
+        trainable: Number of those that get gradients.
+        bytes: Size in bytes, including scales and buffers.
     """
 
     class_name: str
@@ -39,12 +39,12 @@ class ClassAudit:
 
 @dataclass(frozen=True)
 class Unquantized:
-    """A matrix that stays in a floating dtype although the model's base is packed.
+    """A module with floating-point matrices in a model whose base is quantized.
 
     Attributes:
-        name: Of the module.
+        name: Name of the module.
         class_name: Its class.
-        parameters: Weights in its floating matrices.
+        parameters: Number of weights in its floating-point matrices.
         frozen: Whether none of them gets gradients.
     """
 
@@ -56,16 +56,16 @@ class Unquantized:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a model is made of; a tensor shared by two modules counts once, where it comes first.
+    """What a model consists of. A tensor that modules share counts once, in the first of them.
 
     Attributes:
-        bytes_by_dtype: Bytes of parameters and buffers, by torch's name of the dtype.
-        classes: Per class of module and format, the largest first.
-        unquantized: Floating matrices in a model that also has packed ones; empty if nothing is packed.
-        parameters: Logical weights of the whole model.
-        quantized: Those of them that are packed.
-        trainable: Those of them that get gradients.
-        bytes: What parameters and buffers take.
+        bytes_by_dtype: Bytes of parameters and buffers by torch's name of the dtype.
+        classes: One entry for each class of module and format, the largest first.
+        unquantized: Modules with floating-point matrices; empty if nothing is quantized.
+        parameters: Number of logical weights of the model.
+        quantized: Number of quantized ones among them.
+        trainable: Number of those that get gradients.
+        bytes: Size of parameters and buffers in bytes.
     """
 
     bytes_by_dtype: dict[str, int]
@@ -77,48 +77,40 @@ class Audit:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, strings and numbers, for JSON."""
+        """Returns plain lists, dictionaries, strings and numbers for JSON."""
         return asdict(self)
 
 
 def audit(model: nn.Module) -> Audit:
-    """Counts what a model holds; works on the meta device too."""
+    """Counts what a model consists of; also works on the meta device."""
     seen: set[int] = set()
     by_dtype: Counter[str] = Counter()
     rows: dict[tuple[str, str | None], Counter[str]] = {}
     floating: list[Unquantized] = []
     for name, module in model.named_modules():
-        format = module.format.name if isinstance(module, QuantModule) else None
         own = _own_tensors(module, seen)
         if not own:
             continue
-        row = rows.setdefault((type(module).__name__, format), Counter())
-        row.update(modules=1, **_count(module, own))
+        format = module.format.name if isinstance(module, QuantModule) else None
+        rows.setdefault((type(module).__name__, format), Counter()).update(modules=1, **_count(module, own))
         for tensor in own.values():
-            by_dtype[str(tensor.dtype).removeprefix("torch.")] += _num_bytes(tensor)
+            by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
         matrices = [t for t in own.values() if isinstance(t, nn.Parameter) and t.is_floating_point() and t.dim() >= 2]
         if matrices:
             frozen = not any(matrix.requires_grad for matrix in matrices)
             floating.append(Unquantized(name, type(module).__name__, sum(m.numel() for m in matrices), frozen))
+    sums = ("parameters", "quantized", "trainable", "bytes")
     classes = [
-        ClassAudit(kind, format, **{k: row[k] for k in ("modules", "parameters", "quantized", "trainable", "bytes")})
-        for (kind, format), row in rows.items()
+        ClassAudit(kind, format, **{key: row[key] for key in ("modules", *sums)})
+        for (kind, format), row in sorted(rows.items(), key=lambda item: -item[1]["bytes"])
     ]
-    classes.sort(key=lambda row: -row.bytes)
-    quantized = sum(row.quantized for row in classes)
-    return Audit(
-        bytes_by_dtype=dict(by_dtype.most_common()),
-        classes=tuple(classes),
-        unquantized=tuple(floating) if quantized else (),
-        parameters=sum(row.parameters for row in classes),
-        quantized=quantized,
-        trainable=sum(row.trainable for row in classes),
-        bytes=sum(row.bytes for row in classes),
-    )
+    totals = {key: sum(row[key] for row in rows.values()) for key in sums}
+    unquantized = tuple(floating) if totals["quantized"] else ()
+    return Audit(dict(by_dtype.most_common()), tuple(classes), unquantized, **totals)
 
 
 def _own_tensors(module: nn.Module, seen: set[int]) -> dict[str, Tensor]:
-    """The module's direct parameters and buffers that no module before it held."""
+    """The module's direct parameters and buffers that no earlier module owns."""
     own = {}
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if id(tensor) not in seen:
@@ -135,9 +127,5 @@ def _count(module: nn.Module, own: dict[str, Tensor]) -> dict[str, int]:
         "parameters": quantized + sum(parameter.numel() for parameter in plain),
         "quantized": quantized,
         "trainable": sum(parameter.numel() for parameter in plain if parameter.requires_grad),
-        "bytes": sum(_num_bytes(tensor) for tensor in own.values()),
+        "bytes": sum(tensor.nbytes for tensor in own.values()),
     }
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,6 +1,6 @@
-"""Modules that hold a packed weight: the linear map and what it shares with stacks of experts.
+"""Modules with quantized weights: linear maps, embeddings, and the base class that stacks of experts share.
 
-Legend: O = out_features, I = in_features.
+Legend: O = out_features, I = in_features, V = vocabulary, H = hidden.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ingle.quant.plane import align
 
 
 class QuantModule(nn.Module):
-    """A weight ``[O, I]``, or a stack of them, held as planes.
+    """A weight ``[O, I]``, or a stack of weights, stored as planes.
 
-    Every plane is a frozen ``nn.Parameter`` of an integer dtype under its own name, so that FSDP shards it,
-    safetensors holds it and no cast touches it.
+    Every plane is a frozen ``nn.Parameter`` of an integer dtype, so that FSDP shards it, safetensors stores it and no
+    cast changes it.
 
     Args:
-        format: What the planes mean.
+        format: Format of the planes.
         out_features: O.
         in_features: I.
-        num_stacked: Weights stacked along a new first dimension of every plane; None for a single one.
-        transposed: The checkpoint holds the weight as ``[I, O]`` (GPT-2's Conv1D); ``quantize`` turns it.
-        weight_dtype: What the checkpoint's weight is held in before packing; documentation, never a cast.
-        device: Where the planes live; ``meta`` until they are filled.
+        num_stacked: Number of weights stacked along a new first dimension of every plane; None for a single weight.
+        transposed: Whether the checkpoint stores the weight as ``[I, O]`` (GPT-2's Conv1D).
+        weight_dtype: Dtype of the weight in the checkpoint. Embeddings return it, and biases are created in it.
+        device: Device of the planes; ``meta`` until they are filled.
     """
 
     def __init__(
@@ -60,57 +60,61 @@ class QuantModule(nn.Module):
 
     @property
     def num_weights(self) -> int:
-        """Logical weights, however many bytes they take."""
+        """Number of logical weights, independent of the bytes they take."""
         return (self.num_stacked or 1) * self.out_features * self.in_features
 
     def planes(self) -> dict[str, Tensor]:
-        """The planes under their names; with a stack, all of it."""
+        """Returns the planes by name, with all stacked weights."""
         return {name: self.get_parameter(name) for name in self.specs}
 
     def assign(self, planes: Mapping[str, Tensor]) -> None:
-        """Takes packed planes as they are; copied only where a mapped file holds them at an odd address.
+        """Takes over planes without encoding; copies a plane only if its address is not aligned.
 
         Raises:
-            QuantizationError: A plane is missing, unknown, or of another shape or dtype.
+            QuantizationError: A plane is missing or unknown, or has the wrong shape or dtype.
         """
         own = self.planes()
         if set(planes) != set(own):
             raise QuantizationError(
-                f"These planes do not fit {self.format.name}.", why=f"need {sorted(own)}, got {sorted(planes)}"
+                f"The planes do not match the format {self.format.name}.",
+                why=f"expected {sorted(own)}, got {sorted(planes)}",
             )
         for name, plane in planes.items():
             if plane.shape != own[name].shape or plane.dtype != own[name].dtype:
                 raise QuantizationError(
-                    f"Plane {name!r} does not fit {self.format.name}.",
-                    why=f"need {tuple(own[name].shape)} {own[name].dtype}, got {tuple(plane.shape)} {plane.dtype}",
+                    f"Plane {name!r} does not match the format {self.format.name}.",
+                    why=f"expected {tuple(own[name].shape)} {own[name].dtype}, got {tuple(plane.shape)} {plane.dtype}",
                 )
             self.register_parameter(name, nn.Parameter(align(plane.detach()), requires_grad=False))
 
     def quantize(self, weight: Tensor, *, name: str = "weight", importance: Tensor | None = None) -> None:
-        """Packs the checkpoint's weight (``[O, I]``; ``[I, O]`` if ``transposed``; a leading dimension if stacked).
+        """Quantizes a weight and stores its planes, on the device of the weight.
 
-        The planes end up on the weight's device.
+        Args:
+            weight: ``[O, I]``; ``[I, O]`` if ``transposed``; with a leading dimension if stacked.
+            name: The weight's name for errors.
+            importance: ``[I]``, see :meth:`Format.encode`.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity or is of another shape.
+            QuantizationError: The weight has the wrong shape, or cannot be encoded.
         """
         stack = () if self.num_stacked is None else (self.num_stacked,)
         if self.transposed:
             weight = weight.transpose(-1, -2)
         if tuple(weight.shape) != (*stack, self.out_features, self.in_features):
             raise QuantizationError(
-                f"{name} has another shape than its layer.",
+                f"The shape of {name} does not match its layer.",
                 where=name,
-                why=f"need {[*stack, self.out_features, self.in_features]}, got {list(weight.shape)}",
+                why=f"expected {[*stack, self.out_features, self.in_features]}, got {list(weight.shape)}",
             )
         if self.num_stacked is None:
             self.assign(self.format.encode(weight, importance, name=name))
             return
-        packed = [self.format.encode(part, importance, name=f"{name}[{i}]") for i, part in enumerate(weight)]
-        self.assign({plane: torch.stack([part[plane] for part in packed]) for plane in self.specs})
+        parts = [self.format.encode(part, importance, name=f"{name}[{i}]") for i, part in enumerate(weight)]
+        self.assign({plane: torch.stack([part[plane] for part in parts]) for plane in self.specs})
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Returns what ``print(model)`` shows."""
         stacked = "" if self.num_stacked is None else f"num_stacked={self.num_stacked}, "
         bits = self.format.bits_per_weight(self.out_features, self.in_features)
         return (
@@ -120,16 +124,16 @@ class QuantModule(nn.Module):
 
 
 class QuantLinear(QuantModule):
-    """``x W^T + bias`` over a packed W: decoded into a scratch for the product, and again for the gradient.
+    """``x W^T + bias`` with a quantized W, which is decoded for the product and again for the gradient.
 
     Args:
-        format: What the planes mean.
+        format: Format of the planes.
         in_features: I.
         out_features: O.
-        bias: Whether there is a bias; it is an ordinary parameter.
-        transposed: The checkpoint holds the weight as ``[I, O]`` (GPT-2's Conv1D).
-        weight_dtype: What the checkpoint's weight is held in; the bias too.
-        device: Where the planes live; ``meta`` until they are filled.
+        bias: Whether there is a bias, an ordinary parameter.
+        transposed: See :class:`QuantModule`.
+        weight_dtype: See :class:`QuantModule`.
+        device: See :class:`QuantModule`.
     """
 
     def __init__(
@@ -149,20 +153,43 @@ class QuantLinear(QuantModule):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=weight_dtype, device=device)) if bias else None
 
     def decode(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight ``[O, I]``; a new tensor, or ``out``.
+        """Returns the weight ``[O, I]`` in a new tensor or in ``out``.
 
-        Pass ``out=layer.scratch(dtype)`` where the result is consumed before the next decode.
+        Pass ``out=layer.scratch(dtype)`` if the result is used before another layer decodes.
         """
         return self.format.decode(self.planes(), self.out_features, self.in_features, dtype, out)
 
     def scratch(self, dtype: torch.dtype) -> Tensor:
-        """The format's shared buffer in this layer's shape, valid until the next layer takes it."""
+        """Returns the format's shared buffer in the shape of this layer; valid until another layer takes it."""
         device = self.get_parameter(next(iter(self.specs))).device
         return self.format.scratch.take((self.out_features, self.in_features), dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         return quant_linear(x, self.format, self.out_features, self.in_features, self.planes(), self.bias)
+
+
+class QuantEmbedding(QuantModule):
+    """An embedding ``[V, H]`` that decodes rows when they are looked up.
+
+    Args:
+        original: The embedding to replace. Its ``embed_scale``, if any, is taken over.
+        format: Format of the planes.
+    """
+
+    def __init__(self, original: nn.Embedding, format: Format) -> None:
+        weight = original.weight
+        super().__init__(format, *weight.shape, weight_dtype=weight.dtype, device=weight.device)
+        self.register_buffer("embed_scale", getattr(original, "embed_scale", None), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...]`` to ``[..., H]`` in ``weight_dtype``."""
+        rows = ids.reshape(-1)
+        planes = {name: plane[rows] for name, plane in self.planes().items()}
+        decoded = self.format.decode(planes, len(rows), self.in_features, self.weight_dtype)
+        scale: Tensor | None = self._buffers["embed_scale"]
+        scaled = decoded if scale is None else decoded * scale.to(self.weight_dtype)
+        return scaled.view(*ids.shape, self.in_features)
 
 
 def quant_linear(
@@ -173,11 +200,11 @@ def quant_linear(
     planes: Mapping[str, Tensor],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``x W^T + bias`` over planes; autograd keeps the planes only, never the decoded weight.
+    """Computes ``x W^T + bias``; autograd saves the planes only, never the decoded weight.
 
     Args:
         x: ``[..., I]``.
-        format: What the planes mean.
+        format: Format of the planes.
         out_features: O.
         in_features: I.
         planes: As ``format.plane_specs`` lists them.
@@ -191,8 +218,14 @@ def quant_linear(
     return result
 
 
+def decode_to_scratch(format: Format, planes: Mapping[str, Tensor], shape: tuple[int, int], like: Tensor) -> Tensor:
+    """Decodes a weight into the format's scratch buffer, in the dtype and on the device of ``like``."""
+    out = format.scratch.take(shape, like.dtype, like.device)
+    return format.decode(planes, *shape, like.dtype, out)
+
+
 class _QuantLinear(torch.autograd.Function):
-    """Saves planes, decodes in forward and again in backward; planes get no gradient."""
+    """Saves planes, and decodes in forward and again in backward; planes get no gradient."""
 
     @staticmethod
     def forward(
@@ -207,24 +240,18 @@ class _QuantLinear(torch.autograd.Function):
         ctx.save_for_backward(*planes)
         ctx.format, ctx.shape, ctx.names = format, shape, names
         ctx.bias_dtype = None if bias is None else bias.dtype
-        weight_OI = _decode(ctx, planes, x)
+        weight_OI = decode_to_scratch(format, dict(zip(names, planes, strict=True)), shape, x)
         return functional.linear(x, weight_OI, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        planes = ctx.saved_tensors  # asked for once: recompute hands them out a single time
+        planes = ctx.saved_tensors  # read once: activation checkpointing recomputes them for a single access
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(_decode(ctx, planes, grad))
+            named = dict(zip(ctx.names, planes, strict=True))
+            grad_x = grad.matmul(decode_to_scratch(ctx.format, named, ctx.shape, grad))
         if ctx.needs_input_grad[1]:
             sum_dtype = torch.promote_types(grad.dtype, torch.float32)
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=sum_dtype).to(ctx.bias_dtype)
         return (grad_x, grad_bias, None, None, None, *(None for _ in planes))
-
-
-def _decode(ctx: Any, planes: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """The weight in the dtype of ``like``, in the format's scratch."""
-    out = ctx.format.scratch.take(ctx.shape, like.dtype, like.device)
-    decoded: Tensor = ctx.format.decode(dict(zip(ctx.names, planes, strict=True)), *ctx.shape, like.dtype, out)
-    return decoded

@@ -1,8 +1,8 @@
-"""Training every weight of a linear map that answers with ternary weights: the gradient goes straight through.
+"""Trains the weights of linear maps that compute with ternary weights, with a straight-through estimator.
 
-The module keeps an ordinary floating weight, which the optimizer moves a little at every step.  Forward packs it as
-the ``ternary`` format does and multiplies with what that decodes to; backward takes the gradient of the decoded weight
-for that of the floating one.  So a weight changes its answer only once it has moved across half the scale.
+The module keeps an ordinary floating-point weight, which the optimizer updates. The forward pass quantizes it to the
+``ternary`` format and multiplies by the decoded weight; the backward pass uses the gradient of the decoded weight as
+that of the floating-point one. A weight changes its output only after it has moved across half the scale.
 
 Source: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv 1308.3432),
 section 4; Wang et al. 2023, "BitNet" (arXiv 2310.11453), section 2.2.
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ingle.quant.linear import decode_to_scratch
 from ingle.quant.ternary import Ternary
 
 
 class TernaryLinear(nn.Linear):
-    """A linear map with a floating weight that answers with ternary ones.
+    """A linear map with a trainable floating-point weight that computes with its ternary value.
 
     Args:
-        format: How the weight is rounded; layers of a model share one, and with it the memory they decode into.
-        linear: The map whose weight and bias it takes over.
+        format: How the weight is rounded. Layers of a model share one format and thereby its scratch buffer.
+        linear: The map whose weight and bias are taken over.
     """
 
     def __init__(self, format: Ternary, linear: nn.Linear) -> None:
@@ -34,28 +35,28 @@ class TernaryLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # packing is no operator of a graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # encoding is not an operator of a graph
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
-        answer: Tensor = _StraightThrough.apply(x, self.weight, self.bias, self.format)  # type: ignore[no-untyped-call]
-        return answer
+        output: Tensor = _StraightThrough.apply(x, self.weight, self.bias, self.format)  # type: ignore[no-untyped-call]
+        return output
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Puts the ternary weight in the place of the floating one; the answers stay as they are."""
+        """Replaces the floating-point weight by its ternary value; outputs stay the same."""
         planes = self.format.encode(self.weight)
         self.weight.copy_(self.format.decode(planes, self.out_features, self.in_features, self.weight.dtype))
 
 
 def settle(model: nn.Module) -> None:
-    """Makes the weights of a model that was trained in ternary what its layers answer with, to be saved."""
+    """Replaces every trained weight by the ternary value that its layer computes with, before the model is saved."""
     for module in model.modules():
         if isinstance(module, TernaryLinear):
             module.settle()
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Saves ``x`` and two bits a weight; decodes them again in backward."""
+    """Saves ``x`` and two bits per weight, and decodes them again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, format: Ternary) -> Tensor:
@@ -63,7 +64,8 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(x, *planes.values())
         ctx.format, ctx.names, ctx.shape = format, tuple(planes), tuple(weight_OI.shape)
         ctx.dtypes = weight_OI.dtype, None if bias is None else bias.dtype
-        return functional.linear(x, _decode(ctx, planes, x), None if bias is None else bias.to(x.dtype))
+        decoded = decode_to_scratch(format, planes, ctx.shape, x)
+        return functional.linear(x, decoded, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -73,18 +75,11 @@ class _StraightThrough(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(_decode(ctx, dict(zip(ctx.names, planes, strict=True)), grad))
+            named = dict(zip(ctx.names, planes, strict=True))
+            grad_x = grad.matmul(decode_to_scratch(ctx.format, named, ctx.shape, grad))
         if ctx.needs_input_grad[1]:
             grad_weight = rows.t().matmul(x.reshape(-1, x.shape[-1])).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             sum_dtype = torch.promote_types(grad.dtype, torch.float32)
             grad_bias = rows.sum(0, dtype=sum_dtype).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None
-
-
-def _decode(ctx: Any, planes: dict[str, Tensor], like: Tensor) -> Tensor:
-    """The ternary weight in the dtype of ``like``, in the format's scratch."""
-    format: Ternary = ctx.format
-    out = format.scratch.take(ctx.shape, like.dtype, like.device)
-    out_features, in_features = ctx.shape
-    return format.decode(planes, out_features, in_features, like.dtype, out)

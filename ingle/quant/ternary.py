@@ -1,18 +1,18 @@
-"""ternary: -1, 0 and 1 times the mean size of the weights, as BitNet b1.58 holds them.
+"""The ternary format: -1, 0 and 1 times the mean absolute weight, as in BitNet b1.58.
 
 Legend: O = rows, I = columns, N = groups in a row, S = rows of scales.
 
 ====== =================== ==========================================================================
 plane  shape               content
 ====== =================== ==========================================================================
-codes  [O, ceil(I / 4)]    weight / scale + 1, four codes a byte, the first column in the lowest bits
-scale  [S, 2 N]            float16; for the whole tensor S = N = 1, for every row N = 1 and S = O
+codes  [O, ceil(I / 4)]    weight / scale + 1, four codes per byte, the first column in the lowest bits
+scale  [S, 2 N]            float16; S = N = 1 for the whole tensor, N = 1 and S = O for every row
 ====== =================== ==========================================================================
 
-The scale is the mean size, rounded to what bfloat16 and float16 both hold: a decoded weight is then the same number
-in every dtype, and GGUF's ternary formats, whose scales are float16, hold the very same weights.  A weight beyond half
-the scale becomes 1 or -1.  Groups that are ternary already (all weights that are not zero are of one size) keep that
-size for a scale, so that packing them changes nothing.
+The scale is the mean absolute weight, rounded to a number that both bfloat16 and float16 represent. So a decoded weight
+is the same number in every dtype, and GGUF's ternary formats, whose scales are float16, hold exactly the same weights.
+A weight above half the scale becomes 1 or -1. Groups that are already ternary (all nonzero weights have the same
+absolute value) keep that value as their scale, so encoding does not change them.
 
 Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv 2402.17764), equations 1 to 3.
 """
@@ -24,39 +24,40 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ingle.config.base import TernaryGroups
 from ingle.kernels.hqq.dispatch import decode_groups
-from ingle.kernels.hqq.ternary import encode_ternary, measure_groups
-from ingle.quant.packed_format import QuantFormat
+from ingle.kernels.levels.dispatch import encode_ternary, measure_groups
+from ingle.quant.format import Format
 from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 
-#: Weights measured and encoded at once by the torch implementation; bounds its float32 copies.
+#: Weights that the torch implementation processes at a time; bounds its float32 copies.
 CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Ternary(QuantFormat):
+class Ternary(Format):
     """Ternary weights with one scale for the tensor, for every row, or for groups of a row.
 
     Attributes:
-        group_size: ``tensor``, ``row``, or consecutive weights of a row that share a scale.
+        group_size: ``tensor``, ``row``, or the number of consecutive weights of a row that share a scale.
     """
 
     group_size: TernaryGroups = "tensor"
 
     def width(self, in_features: int) -> int:
-        """Weights of a row that share a scale, as a multiple of eight."""
+        """Returns the number of weights of a row that share a scale, rounded up to a multiple of eight."""
         return self.group_size if isinstance(self.group_size, int) else -(-in_features // 8) * 8
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
-        """Name, shape and dtype of every plane."""
+        """Returns shape and dtype of every plane by name."""
         rows = 1 if self.group_size == "tensor" else out_features
         num_groups = -(-in_features // self.width(in_features))
         return {"codes": PlaneSpec((out_features, -(-in_features // 4))), "scale": PlaneSpec((rows, 2 * num_groups))}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Packs a weight; ``importance`` is not used.
+        """Quantizes a weight; ``importance`` is ignored.
 
         Raises:
             QuantizationError: The weight holds NaN or infinity, or is too large for a float16 scale.
@@ -70,27 +71,27 @@ class Ternary(QuantFormat):
         return {"codes": codes, "scale": as_bytes(scale_SN)}
 
     def encode_reference(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes ``[O, ceil(I / 4)]`` and float16 scales ``[S, N]`` in plain torch."""
+        """Returns codes ``[O, ceil(I / 4)]`` and float16 scales ``[S, N]`` in plain torch."""
         return self._encode(weight_OI, fast=False)
 
     def _encode(self, weight_OI: Tensor, *, fast: bool) -> tuple[Tensor, Tensor]:
         num_columns = weight_OI.shape[1]
         width = self.width(num_columns)
         chunks = weight_OI.split(max(1, CHUNK // max(1, num_columns)))
-        sizes = measure_groups(weight_OI, width) if fast else None
-        if sizes is None:
-            total, least, most = (torch.cat(part) for part in zip(*(measure(c, width) for c in chunks), strict=True))
-            sizes = total, least, most
-        scale_SN = self._scale(*sizes, num_columns)
-        scale_ON = scale_SN.float().expand(weight_OI.shape[0], -1)
-        codes = encode_ternary(weight_OI, scale_ON / 2, width) if fast else None
+        statistics = measure_groups(weight_OI, width) if fast else None
+        if statistics is None:
+            sums, least, most = (torch.cat(part) for part in zip(*(_measure(c, width) for c in chunks), strict=True))
+            statistics = sums, least, most
+        scale_SN = self._scale(*statistics, num_columns)
+        threshold_ON = scale_SN.float().expand(weight_OI.shape[0], -1) / 2
+        codes = encode_ternary(weight_OI, threshold_ON, width) if fast else None
         if codes is None:
-            limits = (scale_ON / 2).split(chunks[0].shape[0]) if chunks else ()
-            codes = torch.cat([pack(*each, width) for each in zip(chunks, limits, strict=True)])
+            thresholds = threshold_ON.split(chunks[0].shape[0]) if chunks else ()
+            codes = torch.cat([_encode_rows(*each, width) for each in zip(chunks, thresholds, strict=True)])
         return codes, scale_SN
 
     def _scale(self, sum_ON: Tensor, least_ON: Tensor, most_ON: Tensor, num_columns: int) -> Tensor:
-        """float16 scales ``[S, N]`` from the sum of sizes, the least that is not zero and the largest."""
+        """Float16 scales ``[S, N]`` from the sum, the least nonzero and the largest absolute weight of each group."""
         width = self.width(num_columns)
         starts = torch.arange(0, num_columns, width, device=sum_ON.device)
         count = (num_columns - starts).clamp(max=width)
@@ -101,48 +102,43 @@ class Ternary(QuantFormat):
         return torch.where(least_ON >= most_ON, most_ON.half(), mean_SN.half())
 
     def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
-        """Unpacks with a kernel."""
+        """Dequantizes planes with a kernel."""
         scale_ON = as_float16(planes["scale"]).expand(len(out_OI), -1).contiguous()
-        return decode_groups(
-            planes["codes"], scale_ON, torch.ones_like(scale_ON), 2, self.width(out_OI.shape[1]), out_OI
-        )
+        zero_ON = torch.ones_like(scale_ON)
+        return decode_groups(planes["codes"], scale_ON, zero_ON, 2, self.width(out_OI.shape[1]), out_OI)
 
     def decode_reference(
         self, planes: Mapping[str, Tensor], out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Unpacks to ``[O, I]`` in plain torch."""
+        """Dequantizes planes to ``[O, I]`` in plain torch."""
         codes = planes["codes"].detach()
         shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
         codes_OI = (codes.unsqueeze(-1) >> shifts & 3).flatten(1)[:, :in_features]
         scale_ON = as_float16(planes["scale"]).float().expand(out_features, -1)
-        scale_OI = spread(scale_ON, self.width(in_features), in_features)
-        return ((codes_OI.float() - 1) * scale_OI).to(dtype)
+        return ((codes_OI.float() - 1) * _expand_groups(scale_ON, self.width(in_features), in_features)).to(dtype)
 
 
-def spread(values_ON: Tensor, width: int, num_columns: int) -> Tensor:
-    """One value for every column, from one for every group."""
+def codes_to_bytes(codes_OI: Tensor) -> Tensor:
+    """Stores four 2-bit codes per byte, the first in the lowest bits; pads rows with zero bits."""
+    fields = functional.pad(codes_OI, (0, -codes_OI.shape[1] % 4)).unflatten(1, (-1, 4))
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes_OI.device)
+    return torch.sum(fields << shifts, dim=-1, dtype=torch.uint8)
+
+
+def _expand_groups(values_ON: Tensor, width: int, num_columns: int) -> Tensor:
     return values_ON.repeat_interleave(width, dim=1)[:, :num_columns]
 
 
-def measure(weight_OI: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every group the sum of sizes in float64, the least size that is not zero (else infinity) and the largest."""
-    size_OI = torch.nn.functional.pad(weight_OI.float().abs(), (0, -weight_OI.shape[1] % width))
-    size_ONW = size_OI.unflatten(1, (-1, width))
-    least_ON = torch.where(size_ONW > 0, size_ONW, torch.inf).amin(-1)
-    return size_ONW.double().sum(-1), least_ON, size_ONW.amax(-1)
+def _measure(weight_OI: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each group's absolute weights: the float64 sum, the least nonzero one (or infinity) and the largest."""
+    absolute_ONW = functional.pad(weight_OI.float().abs(), (0, -weight_OI.shape[1] % width)).unflatten(1, (-1, width))
+    least_ON = torch.where(absolute_ONW > 0, absolute_ONW, torch.inf).amin(-1)
+    return absolute_ONW.double().sum(-1), least_ON, absolute_ONW.amax(-1)
 
 
-def pack(weight_OI: Tensor, limit_ON: Tensor, width: int) -> Tensor:
-    """Codes of weights below, within and above plus or minus a limit, packed."""
-    limit_OI = spread(limit_ON, width, weight_OI.shape[1])
+def _encode_rows(weight_OI: Tensor, threshold_ON: Tensor, width: int) -> Tensor:
+    """Codes of weights below, within and above plus or minus a threshold, as bytes."""
+    threshold_OI = _expand_groups(threshold_ON, width, weight_OI.shape[1])
     weight_OI = weight_OI.float()
-    return pack_codes(((weight_OI > limit_OI).to(torch.uint8) + 1) - (weight_OI < -limit_OI).to(torch.uint8))
-
-
-def pack_codes(codes_OI: Tensor) -> Tensor:
-    """Four codes of two bits a byte, the first in the lowest bits; missing columns count as zero bits."""
-    fields = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % 4)).unflatten(1, (-1, 4))
-    packed: Tensor = (fields << torch.arange(0, 8, 2, dtype=torch.uint8, device=codes_OI.device)).sum(
-        -1, dtype=torch.uint8
-    )
-    return packed
+    above, below = (weight_OI > threshold_OI).to(torch.uint8), (weight_OI < -threshold_OI).to(torch.uint8)
+    return codes_to_bytes(above + 1 - below)

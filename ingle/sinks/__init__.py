@@ -1,9 +1,20 @@
-"""Sinks: where a run's events go.  A sink is any callable that takes an event; none of these loads torch."""
+"""Sinks: receivers of a run's events. A sink is any callable that takes an event; none of these loads torch."""
 
-from ingle.sinks.combination import combine
-from ingle.sinks.metrics import MetricsFile
-from ingle.sinks.tensorboard import TensorBoard
+from __future__ import annotations
+
+from ingle.events import Event, Sink
+from ingle.sinks.jsonl import EventsFile, MetricsFile
 from ingle.sinks.terminal import Terminal
-from ingle.sinks.wandb import Wandb
+from ingle.sinks.trackers import TensorBoard, Wandb
 
-__all__ = ["MetricsFile", "TensorBoard", "Terminal", "Wandb", "combine"]
+__all__ = ["EventsFile", "MetricsFile", "TensorBoard", "Terminal", "Wandb", "combine"]
+
+
+def combine(*sinks: Sink) -> Sink:
+    """Returns a sink that passes each event to all ``sinks``, in order."""
+
+    def receive(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return receive

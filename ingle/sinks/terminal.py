@@ -1,4 +1,4 @@
-"""The terminal: a live progress bar for people, plain lines for logs."""
+"""Terminal output: a live progress bar on a terminal, plain lines in logs."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from rich.text import Text
 
 from ingle import events
 from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Warned
-from ingle.sinks.tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
+from ingle.report.terminal_tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
 from ingle.wording import count, duration, size
 
-#: Columns where there is no terminal to ask.
+#: Columns of output that is no terminal.
 _PLAIN_WIDTH = 120
-#: Share of a long stage between two lines, where there is no live bar.
+#: Share of a long stage between two lines, without a live bar.
 _PLAIN_SHARE = 0.25
-#: A stage shorter than this is not worth a line.
+#: Shorter stages print no line.
 _PLAIN_SILENCE_S = 2.0
 
 
 class Terminal:
-    """Shows a run.  As a context manager it takes its progress bar away however the block ends.
+    """Shows a run. As a context manager, it removes its progress bar however the block ends.
 
-    On a terminal: one live bar.  Elsewhere: one line a logged step, and a line at each quarter of a long stage.
+    On a terminal, it shows one live bar; elsewhere, a line per logged step and at each quarter of a long stage.
 
     Args:
-        console: Where to print; standard output when None.
-        clock: Seconds that only grow.
+        console: Console to print on; standard output by default.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,7 +61,7 @@ class Terminal:
         self.close()
 
     def __call__(self, event: Event) -> None:
-        """Takes an event."""
+        """Receives an event."""
         match event:
             case Started():
                 self._start(event)
@@ -74,15 +74,15 @@ class Terminal:
             case Evaluated():
                 self._stop()
                 self._compared = True
-                show(self.console, comparison_table(event.report), *side_by_side(event.report, self._num_shown))
+                show(self.console, comparison_table(event.comparison), *side_by_side(event.comparison, self._num_shown))
             case Saved():
                 if event.kind != "checkpoint" or not self.console.is_terminal:
                     self._print(f"Saved {event.kind}: {event.path}")
             case Finished():
                 self.close()
-                if event.summary.get("metrics") and not self._compared:  # a run that was finished before
-                    show(self.console, comparison_table(event.summary))
-                for line in finish_lines(event.summary):
+                if event.report.metrics and not self._compared:  # a run that was finished before
+                    show(self.console, comparison_table(event.report))
+                for line in finish_lines(event.report):
                     self._print(line)
             case Failed():
                 self.close()
@@ -92,7 +92,7 @@ class Terminal:
         self._stop()
         for message, total in self._warnings.items():
             if total > self._printed[message]:
-                self._print(f"Warning: {message} ({total:,} times in all)", style="yellow")
+                self._print(f"Warning: {message} ({total:,} times in total)", style="yellow")
         self._warnings.clear()
         self._printed.clear()
 
@@ -114,14 +114,14 @@ class Terminal:
         if self.console.is_terminal:
             live = self._progress()
             if self._training is None:
-                self._training = live.add_task("training", total=self._num_steps, completed=self._first_step, facts="")
+                self._training = live.add_task("Training", total=self._num_steps, completed=self._first_step, facts="")
             live.update(self._training, completed=event.step, facts=f"{facts}  ETA {duration(left)}")
             if is_last:
                 self._stop()
         if is_last or (not self.console.is_terminal and event.step % self._log_every == 0):
             end = f"took {duration(self._clock() - self._began)}" if is_last else f"ETA {duration(left)}"
             self._print(
-                f"step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
+                f"Step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
                 f"{size(event.peak_memory_bytes)}  {end}"
             )
 
@@ -129,7 +129,7 @@ class Terminal:
         if self.console.is_terminal:
             live = self._progress()
             if event.stage not in self._stages:
-                # One stage follows another, and of an unknown length it is over when the next begins.
+                # A stage of unknown length is over when the next one begins.
                 for task in [task for task in live.tasks if task.total is None]:
                     live.remove_task(self._stages.pop(task.description))
                 self._stages[event.stage] = live.add_task(event.stage, total=event.total, facts="")
@@ -140,15 +140,15 @@ class Terminal:
         self._plain_stage(event)
 
     def _plain_stage(self, event: events.Progress) -> None:
-        """A line at each quarter, once the stage has proved to be a long one."""
+        """Prints a line at each quarter of a stage that is not short."""
         now = self._clock()
         is_over = event.total is not None and event.done >= event.total
         share = event.done / event.total if event.total else 0.0
         if now - self._since.setdefault(event.stage, now) >= _PLAIN_SILENCE_S:
             reported = self._reported.get(event.stage)
             if reported is None or share >= reported + _PLAIN_SHARE or is_over:
-                whole = f" of {event.total:,}" if event.total is not None else ""
-                self._print(f"{event.stage}: {event.done:,}{whole}")
+                total = f" of {event.total:,}" if event.total is not None else ""
+                self._print(f"{event.stage}: {event.done:,}{total}")
                 self._reported[event.stage] = share
         if is_over:
             self._reported.pop(event.stage, None)
@@ -184,12 +184,12 @@ class Terminal:
         self._training = None
 
     def _print(self, line: str, style: str = "") -> None:
-        # Text, not markup: a path or a message may hold brackets.
+        # Text, not markup: a path or a message may contain brackets.
         self.console.print(Text(line, style=style), soft_wrap=True)
 
 
 def show(console: Console, *renderables: RenderableType) -> None:
-    """Prints tables; where nobody looks at a terminal, without the spaces that fill up their lines."""
+    """Prints tables; without trailing spaces if the output is no terminal."""
     for renderable in renderables:
         if console.is_terminal:
             console.print(renderable)
@@ -201,6 +201,6 @@ def show(console: Console, *renderables: RenderableType) -> None:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that is as wide as the terminal, or wide enough for the tables where there is none."""
+    """Returns a console as wide as the terminal, or wide enough for the tables if there is none."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_PLAIN_WIDTH)

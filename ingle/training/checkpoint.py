@@ -1,8 +1,8 @@
-"""Checkpoints from which a run goes on bit for bit.
+"""Checkpoints: what a run needs to continue bit for bit.
 
-A checkpoint holds the optimizer's state (float32 masters and moments) and a few integers.  Everything else
-is a pure function of them: the learning rate of the step, the data order of the sampler's counter, dropout
-of ``(seed, step, micro-batch)``.
+A checkpoint holds the state of the optimizer (float32 masters and moments), the opaque state of the objective, and a
+few integers.  Everything else is a pure function of them: the learning rate of a step, the order of the data, the
+dropout of ``(seed, step, micro-batch)``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -22,40 +23,64 @@ from torch import Tensor
 
 from ingle.atomic import atomic_folder, sha256
 from ingle.errors import CheckpointError, DoesNotFit, QuantizationError
-from ingle.quant.imatrix import ImatrixCollector
 from ingle.training.folder import RunFolder, remove_partial
-from ingle.training.optim import Optimizer
 from ingle.wording import size
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
-#: Position and digests, in the folder of a checkpoint.
+#: File of a checkpoint with its position, the plain part of all states, and digests.
 STATE = "state.json"
 
-#: Masters and moments, in the folder of a checkpoint.
-OPTIMIZER = "optimizer.safetensors"
+#: Name of the optimizer among the states.
+OPTIMIZER = "optimizer"
 
-#: The importance matrix so far, in the folder of a checkpoint.
-IMATRIX = "imatrix.safetensors"
+
+class Stateful(Protocol):
+    """A part of a run whose state a checkpoint keeps: plain values for JSON, and tensors, by name."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands.
+    """How far a run is.
 
     Attributes:
         step: Optimizer steps made.
-        counter: Sequences taken from the sampler; its whole state.
         num_tokens: Tokens read.
-        data_hash: Of the tokenized data; going on with other data is refused.
-        seconds: Time spent training.
+        data_hash: Digest of the tokenized data; a run does not continue with other data.
+        train_s: Time spent in the training loop.
+        wall_s: Time since the run began, without the time between an interruption and the next start.
     """
 
     step: int
-    counter: int
     num_tokens: int
     data_hash: str
-    seconds: float = 0.0
+    train_s: float = 0.0
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The content of a checkpoint.
+
+    Attributes:
+        position: How far the run was.
+        values: Plain values of each state, by the state's name.
+        tensors: Tensors of each state, by the state's name.
+    """
+
+    position: Position
+    values: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Tensor]] = field(repr=False)
+
+    def state(self, name: str) -> dict[str, Any]:
+        """Returns one state as it was given."""
+        return {**self.values.get(name, {}), **self.tensors.get(name, {})}
 
 
 class Checkpoints:
@@ -64,31 +89,32 @@ class Checkpoints:
     Args:
         folder: The run folder.
         keep: How many of the newest stay on disk.
-        imatrix: Importance matrix that the run gathers, if it does; saved and restored too.
+        states: Parts of the run to save and restore, by name; ``optimizer`` is one of them.
     """
 
-    def __init__(self, folder: RunFolder, keep: int, imatrix: ImatrixCollector | None = None) -> None:
+    def __init__(self, folder: RunFolder, keep: int, states: Mapping[str, Stateful]) -> None:
         self._root = folder.checkpoints
         self._folder = folder
         self._keep = keep
-        self._imatrix = imatrix
+        self._states = states
 
-    def save(self, optimizer: Optimizer, position: Position) -> Path:
-        """Writes a checkpoint, then removes those that are too many.
+    def save(self, position: Position) -> Path:
+        """Writes a checkpoint, then removes the oldest beyond those to keep.
 
         Raises:
-            CheckpointError: When the disk is full.
+            CheckpointError: The disk is full.
         """
         self._root.mkdir(parents=True, exist_ok=True)
         remove_partial(self._root)
         target = self._root / f"step-{position.step}"
         with atomic_folder(target) as partial:
-            tensors = {name: tensor.contiguous() for name, tensor in optimizer.state_dict().items()}
-            save_file(tensors, partial / OPTIMIZER)
-            if self._imatrix is not None:
-                save_file(self._imatrix.state_dict(), partial / IMATRIX)
+            values: dict[str, dict[str, Any]] = {}
+            for name, part in self._states.items():
+                values[name], tensors = _split(part.state_dict())
+                if tensors:
+                    save_file(tensors, partial / f"{name}.safetensors")
             digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-            state = {"format": FORMAT_VERSION, "sha256": digests, **asdict(position)}
+            state = {"format": FORMAT_VERSION, "sha256": digests, "states": values, **asdict(position)}
             state["state_sha256"] = _digest(state)
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for old in self.steps()[: -self._keep]:
@@ -96,62 +122,58 @@ class Checkpoints:
         return target
 
     def steps(self) -> list[int]:
-        """Steps of which there is a checkpoint, ascending."""
+        """Returns the steps of all checkpoints, ascending."""
         if not self._root.is_dir():
             return []
         matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self._root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, None when there is none."""
+        """Returns the newest checkpoint, or None."""
         steps = self.steps()
         return self._root / f"step-{steps[-1]}" if steps else None
 
-    def load(self, path: Path, optimizer: Optimizer, data_hash: str) -> Position:
-        """Puts the optimizer and the trained parameters where the checkpoint left them.
+    def load(self, path: Path, data_hash: str) -> Position:
+        """Restores every part of the run.
 
         Raises:
-            CheckpointError: When the files are damaged, of another version, or belong to other data.
+            CheckpointError: The files are damaged, of another version, or belong to other data or parameters.
         """
-        tensors, position = read(path)
-        if position.data_hash != data_hash:
+        checkpoint = read(path)
+        if checkpoint.position.data_hash != data_hash:
             raise CheckpointError(
-                "The training data changed since this run began; going on would mix two data sets.",
+                "The training data changed since this run began; continuing would mix two data sets.",
                 where=str(path),
-                fix="put the former files back, or choose another folder with --output=",
+                fix="restore the former files, or choose another folder with --output=",
             )
-        expected = {f"master.{name}" for name, _ in optimizer.named_masters()}
-        found = {name for name in tensors if name.startswith("master.")}
-        if expected != found:
+        found, expected = checkpoint.tensors.get(OPTIMIZER, {}).keys(), self._states[OPTIMIZER].state_dict().keys()
+        unknown, missing = ({name for name in names if name.startswith("master.")} for names in (found, expected))
+        if unknown != missing:
             raise CheckpointError(
                 "The checkpoint holds other parameters than this run trains.",
                 where=str(path),
-                why=f"{len(found - expected)} unknown, {len(expected - found)} missing",
+                why=f"{len(unknown - missing)} unknown, {len(missing - unknown)} missing",
             )
-        if self._imatrix is not None:
-            self._restore(self._imatrix, path / IMATRIX)
-        optimizer.load_state_dict(tensors)
-        return position
+        for name, part in self._states.items():
+            try:
+                part.load_state_dict(checkpoint.state(name))
+            except (KeyError, QuantizationError) as error:
+                raise _damaged(path, error) from error
+        return checkpoint.position
 
-    def _restore(self, imatrix: ImatrixCollector, file: Path) -> None:
-        try:
-            imatrix.load_state_dict(load_file(file))
-        except (OSError, SafetensorError, QuantizationError) as error:
-            raise _damaged(file.parent, error) from error
+    def rehearse(self, position: Position) -> Path:
+        """Saves, reloads and compares before the first step, so that a failure to save cannot lose the run.
 
-    def rehearse(self, optimizer: Optimizer, position: Position) -> Path:
-        """Saves, reloads and compares at the first step, so that saving cannot be what loses the run.
-
-        Also checks that the disk holds all the checkpoints and the result of the whole run.
+        Also checks that the disk has room for all checkpoints and the result of the run.
 
         Raises:
-            DoesNotFit: When the disk is too small.
-            CheckpointError: When what is read back is not what was written.
+            DoesNotFit: The disk is too small.
+            CheckpointError: What is read back differs from what was written.
         """
-        state = optimizer.state_dict()
-        num_bytes = sum(tensor.nbytes for tensor in state.values())
-        masters = sum(tensor.nbytes for name, tensor in state.items() if name.startswith("master."))
-        full = max(num_bytes, 3 * masters)  # the moments are there only after the first step
+        masters = sum(
+            value.nbytes for name, value in self._states[OPTIMIZER].state_dict().items() if name.startswith("master.")
+        )
+        full = 3 * masters  # the moments exist only after the first step
         needed = full * (self._keep + 1) + masters + (16 << 20)
         free = self._folder.free_bytes()
         if needed > free:
@@ -161,21 +183,26 @@ class Checkpoints:
                 why=f"{self._keep + 1} checkpoints of {size(full)} and the result",
                 fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",
             )
-        path = self.save(optimizer, position)
-        tensors, reread = read(path)
-        same = reread == position and tensors.keys() == state.keys()
-        if not same or any(not torch.equal(tensors[name], state[name].cpu()) for name in state):
+        path = self.save(position)
+        checkpoint = read(path)
+        same = checkpoint.position == position
+        for name, part in self._states.items():
+            values, tensors = _split(part.state_dict())
+            reread = checkpoint.tensors.get(name, {})
+            same = same and values == checkpoint.values.get(name, {}) and tensors.keys() == reread.keys()
+            same = same and all(torch.equal(reread[key], tensor.cpu()) for key, tensor in tensors.items())
+        if not same:
             raise CheckpointError(
                 "What was read back from the first checkpoint is not what was written.", where=str(path)
             )
         return path
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Position]:
-    """Tensors and position of a checkpoint.
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint.
 
     Raises:
-        CheckpointError: When a file is missing, damaged, or of another version.
+        CheckpointError: A file is missing, damaged, or of another version.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -188,22 +215,29 @@ def read(path: Path) -> tuple[dict[str, Tensor], Position]:
             )
         if state.pop("state_sha256") != _digest(state):
             raise _damaged(path, f"{STATE} holds other values than were written")
-        digests = state.pop("sha256")
-        for name in (OPTIMIZER, *digests):
-            if sha256(path / name) != digests[name]:
+        for name, digest in state.pop("sha256").items():
+            if sha256(path / name) != digest:
                 raise _damaged(path, f"{name} holds other bytes than were written")
-        tensors = load_file(path / OPTIMIZER)
         del state["format"]
+        values = state.pop("states")
+        files = {name: path / f"{name}.safetensors" for name in values}
+        tensors = {name: load_file(file) for name, file in files.items() if file.is_file()}
         position = Position(**state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise _damaged(path, f"{STATE}: {type(error).__name__}: {error}") from error
     if path.name != f"step-{position.step}":
         raise _damaged(path, f"it is the checkpoint of step {position.step}, in a folder of another name")
-    return tensors, position
+    return Checkpoint(position, values, tensors)
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Separates plain values from tensors."""
+    values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    return values, {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """SHA-256 of what ``state.json`` says, however it is laid out."""
+    """Returns the SHA-256 of the values of ``state.json``, however the file is laid out."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -212,5 +246,5 @@ def _damaged(path: Path, error: Exception | str) -> CheckpointError:
         "The checkpoint is damaged.",
         where=str(path),
         why=str(error),
-        fix=f"delete {path} and run again: the run goes on from the checkpoint before it",
+        fix=f"delete {path} and run again: the run continues from the checkpoint before it",
     )

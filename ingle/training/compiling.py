@@ -1,4 +1,4 @@
-"""What is compiled: decoder layers, and the kernels of the CPU."""
+"""Compilation of decoder layers, and whether the CPU kernels are compiled."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import shutil
 
 import torch
 
-from ingle.kernels.layers.cross_entropy import score_rows
+from ingle.kernels.layers.logits import score_rows
 from ingle.kernels.numba.cache import is_compiled
 from ingle.models import Model, decoder_layers
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works for a device: on a CPU it needs a C++ compiler."""
+    """Returns whether torch.compile works for a device; on a CPU it needs a C++ compiler."""
     if device.type == "cuda":
         return True
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
 def compile_layers(model: Model) -> None:
-    """Compiles each decoder layer in place; layers of one shape share the compiled code."""
+    """Compiles each decoder layer in place; layers of the same shape share the code."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
 
 def has_kernels() -> bool:
-    """Whether this machine has compiled the CPU's kernels before; the one of the loss tells, which every run needs."""
+    """Returns whether an earlier run has compiled the CPU kernels: the kernel of the loss, which every run needs."""
     return is_compiled(score_rows)

@@ -1,4 +1,4 @@
-"""The run folder: its files, the lock of the process that writes in it, and how far its run is."""
+"""The run folder: its files, its lock, and the state of its run."""
 
 from __future__ import annotations
 
@@ -10,104 +10,82 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
-from ingle.config.document import clip, write_value
-from ingle.config.files import read_config
+from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
-from ingle.stopping import undone
+from ingle.stopping import on_forced_exit
 from ingle.wording import either
 
-#: Options that may differ between a run and its continuation: they change no weight.
+#: Options that may change when a run resumes, because they affect no weight.
 CONTINUABLE = ("evaluate", "output", "paths_from", "train.save_every", "train.keep_checkpoints", "train.log_every")
 
-#: Options that a message lists.
+#: Maximum number of options in a message.
 _LISTED = 12
 
 State = Literal["new", "started", "finished"]
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths inside a run folder.
+    """Files of a run folder.
+
+    Args:
+        path: The folder, ``output:`` of the config.
 
     Attributes:
-        path: The folder, ``output:`` of the config.
+        config: The resolved config.
+        metrics: One JSON object per step.
+        events: One JSON object per event.
+        checkpoints: Folder of ``step-N`` checkpoints.
+        adapter: The trained adapter, in the layout of PEFT.
+        model: The trained model, after full fine-tuning.
+        report: The report as JSON.
+        imatrix: The importance matrix that was gathered during training.
+        base_evaluation: The evaluation of the base, kept because full fine-tuning overwrites the base.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "run.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of ``step-N`` checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter in PEFT's layout."""
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        """The trained model of a full fine-tuning."""
-        return self.path / "model"
-
-    @property
-    def report(self) -> Path:
-        """The machine-readable comparison."""
-        return self.path / "report.json"
-
-    @property
-    def imatrix(self) -> Path:
-        """The importance matrix that was gathered on the way."""
-        return self.path / "imatrix.gguf"
-
-    @property
-    def base_evaluation(self) -> Path:
-        """What the base answered, kept because full fine-tuning overwrites it."""
-        return self.path / "base_evaluation.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "run.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.model = path / "model"
+        self.report = path / "report.json"
+        self.imatrix = path / "imatrix.gguf"
+        self.base_evaluation = path / "base_evaluation.json"
 
     def result(self, run: Run) -> Path:
-        """Where the trained weights of ``run`` end up."""
+        """Returns where the trained weights of ``run`` are saved."""
         return self.model if run.adapter.kind == "none" else self.adapter
 
     def load_run(self) -> Run:
-        """The run this folder holds.
+        """Returns the run of this folder.
 
         Raises:
-            CheckpointError: When there is no ``run.yaml``.
+            CheckpointError: There is no ``run.yaml``.
         """
         if not self.config.is_file():
             raise CheckpointError(
-                f"{self.path} is not a run folder: it {self._what_is_there()}.",
+                f"{self.path} is not a run folder: it {self._what_it_is()}.",
                 where=str(self.path),
                 fix=self.nearby() or "name the folder that `output:` of the config names",
             )
         return move_paths(run_from_yaml(read_config(self.config), str(self.config)), self.path)
 
-    def _what_is_there(self) -> str:
+    def _what_it_is(self) -> str:
         if not self.path.exists():
             return "does not exist"
         return "holds no run.yaml" if self.path.is_dir() else "is a file"
 
     def nearby(self) -> str | None:
-        """Run folders that may have been meant: above this path, below it, or with a similar name."""
+        """Suggests run folders above this path, below it, or with a similar name."""
         above = [folder for folder in self.path.parents if RunFolder(folder).config.is_file()]
         below = sorted(file.parent for file in self.path.glob("*/run.yaml")) if self.path.is_dir() else []
         others = {str(file.parent): file.parent for file in self.path.parent.glob("*/run.yaml")}
@@ -116,20 +94,20 @@ class RunFolder:
         return f"did you mean {either([str(folder) for folder in found])}?" if found else None
 
     def last_step(self) -> int | None:
-        """The step of the newest checkpoint, None when there is none."""
+        """Returns the step of the newest checkpoint, or None."""
         matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in self.checkpoints.glob("step-*"))
         return max((int(match[1]) for match in matches if match), default=None)
 
     def state(self, run: Run) -> State:
-        """How far the run in this folder is; ``new`` when there is none.
+        """Returns the state of the run in this folder; ``new`` if there is none.
 
         Raises:
-            ConfigError: When the folder holds another run, or files that no run made.
+            ConfigError: The folder contains another run, or files that no run wrote.
         """
         if not self.config.is_file():
             if self.path.is_dir() and any(not self._is_of_a_beginning(entry.name) for entry in self.path.iterdir()):
                 raise ConfigError(
-                    f"{self.path} is not empty and holds no run.",
+                    f"{self.path} is not empty and contains no run.",
                     where=f"output = {run.output}",
                     fix="use --output=DIR with a new or an empty folder",
                 )
@@ -140,9 +118,9 @@ class RunFolder:
         is_finished = self._is_reported()
         if changed:
             raise ConfigError(
-                f"{self.path} holds a finished run with other options."
+                f"{self.path} contains a finished run with other options."
                 if is_finished
-                else f"{self.path} holds a run with other options; resuming it would mix the two.",
+                else f"{self.path} contains a run with other options; resuming it would mix the two.",
                 where=f"output = {run.output}",
                 why="\n".join(_listed(changed)),
                 fix=f"use --output=DIR to start a new run, or delete {self.path}",
@@ -150,14 +128,14 @@ class RunFolder:
         return "finished" if is_finished else "started"
 
     def ignored(self, run: Run) -> list[str]:
-        """Options of ``run`` that differ from the finished run in this folder and have no effect on it any more."""
+        """Lists options of ``run`` that differ from the finished run in this folder and have no effect."""
         return _listed(differences(self.load_run(), run, only=("evaluate", "train")))
 
     def outlook(self, run: Run) -> str:
-        """What starting ``run`` here would do, in a sentence.
+        """Returns a sentence about what starting ``run`` here would do.
 
         Raises:
-            ConfigError: When it would be refused.
+            ConfigError: It would be refused.
         """
         state = self.state(run)
         match state:
@@ -172,18 +150,18 @@ class RunFolder:
                 return f"A new run would start in {self.path}."
 
     def _holds_anything(self, run: Run) -> bool:
-        """Whether anything was trained that other options could spoil."""
+        """Returns whether there is a result or a checkpoint."""
         return self._is_reported() or self.result(run).exists() or any(self.checkpoints.glob("step-*"))
 
     def _is_reported(self) -> bool:
-        """Whether a whole report is there; a damaged one is written again."""
+        """Returns whether there is a complete report; a damaged one is written again."""
         try:
             return bool(json.loads(self.report.read_bytes())["status"] == "finished")
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def begin(self, run: Run) -> None:
-        """Creates the folder, clears away what a killed process left half-written, and writes ``run.yaml``."""
+        """Creates the folder, removes partial files of a killed process, and writes ``run.yaml``."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._holds_anything(run):
             self.base_evaluation.unlink(missing_ok=True)  # it may be of another model
@@ -193,18 +171,18 @@ class RunFolder:
         write_atomically(self.config, run_to_yaml(stored).encode())
 
     def _is_of_a_beginning(self, name: str) -> bool:
-        """Whether a file may lie in the folder of a run that was killed before its ``run.yaml`` was there."""
+        """Returns whether a run that was killed before it wrote ``run.yaml`` may have left a file."""
         return name == "run.lock" or name.startswith(f"{self.config.name}.partial-")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process out while the block runs.
+        """Locks the folder against other processes.
 
-        A block that ends before the run began leaves nothing: neither the lock nor folders that were made for it.
+        If the block ends before the run began, it removes the lock and the folders that it created.
 
         Raises:
-            CheckpointError: When another process is working in this folder.
-            ConfigError: When the folder cannot be written.
+            CheckpointError: Another process uses this folder.
+            ConfigError: The folder cannot be written.
         """
         lock = self.path / "run.lock"
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -222,40 +200,40 @@ class RunFolder:
             file = open(lock, "w", encoding="utf-8")  # noqa: SIM115 - closed by the block below
         except OSError as error:
             raise ConfigError(
-                "The run folder cannot be written.",
+                "Cannot write to the run folder.",
                 where=f"output = {self.path}",
                 why=error.strerror,
-                fix="use --output=DIR with a folder of yours",
+                fix="use --output=DIR with a folder that you can write to",
             ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(
-                    f"Another process is working in {self.path}.",
+                    f"Another process is using {self.path}.",
                     where=f"output = {self.path}",
                     fix="wait for it, stop it, or use --output=DIR to start a new run",
                 ) from error
-            with undone(clear):
+            with on_forced_exit(clear):
                 try:
                     yield
                 finally:
                     clear()
 
     def free_bytes(self) -> int:
-        """Free space of the disk the folder is on."""
+        """Returns the free space of the folder's disk."""
         return shutil.disk_usage(self.path).free
 
 
 def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> list[str]:
-    """Options that differ and change the weights, as ``dotted.path: old -> new``.
+    """Lists options that differ and affect the weights, as ``dotted.path: old -> new``.
 
-    Two ways to name one file are no difference.
+    Two paths to the same file are equal.
 
     Args:
         old: The run before.
         new: The run now.
-        only: Sections to compare instead, options included that change no weight.
+        only: Sections to compare instead, including options that affect no weight.
     """
     before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
     meant, wanted = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
@@ -276,7 +254,7 @@ def _shown(options: Mapping[str, Any], key: str) -> str:
 
 
 def _listed(lines: Sequence[str]) -> list[str]:
-    """The first lines, and how many more there are."""
+    """Returns the first lines and the number of the others."""
     return [*lines[:_LISTED], *([f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]
 
 
@@ -294,7 +272,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what an interrupted write left behind."""
+    """Removes what interrupted writes left behind."""
     for entry in folder.glob("*.partial-*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which learning rate and weight decay each trained parameter gets."""
+"""Groups trained parameters by learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ingle.training.optim import ParameterGroup
 
 
 def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfig) -> list[ParameterGroup]:
-    """Groups all that is trained.
+    """Groups all trained parameters.
 
     Biases, norms and embeddings never decay.  LoRA's B learns ``lora_plus_ratio`` times as fast as A
     (Hayou et al. 2024, "LoRA+", arXiv 2402.12354, equation 4).

@@ -1,4 +1,4 @@
-"""Speed and memory of a run, measured."""
+"""Measures the speed and memory of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Highest memory so far: allocated on a GPU, resident in this process on a CPU."""
+    """Returns the peak memory so far: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -20,24 +20,24 @@ def peak_memory_bytes(device: torch.device) -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    # On Linux a process inherits the figure of getrusage from the one that started it.
+    # On Linux a process inherits the value of getrusage from its parent.
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now."""
+    """Returns the resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
+    """Returns the memory of a device that can still be allocated."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(int(psutil.virtual_memory().available), _container_limit() - resident_bytes())
 
 
 def _container_limit() -> int:
-    """Memory this process's container may take; none on a plain system."""
+    """Returns the memory limit of the container; no limit outside of one."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             limit = Path(path).read_text(encoding="utf-8").strip()
@@ -52,7 +52,7 @@ class Meter:
     """Measures the speed of each step.
 
     Args:
-        device: Where the work happens; a GPU is waited for before the clock is read.
+        device: Where the step runs; a GPU is synchronized before the clock is read.
     """
 
     def __init__(self, device: torch.device) -> None:

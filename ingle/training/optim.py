@@ -1,10 +1,10 @@
 """AdamW over float32 master weights.
 
-Trainable parameters may be held in bfloat16 (full fine-tuning, trained embeddings).  An update is often
-smaller than bfloat16's spacing and would be lost, and summing the gradients of several micro-batches in
-bfloat16 would make the result depend on how a batch is split.  So every such parameter has a float32
-master: gradients are added into the master's as soon as autograd has made them, the optimizer moves the
-master, and the parameter is the master rounded.  A float32 parameter is its own master.
+Trainable parameters may be bfloat16 (full fine-tuning, trained embeddings).  An update is often smaller than the
+spacing of bfloat16 and would be lost, and adding gradients of several micro-batches in bfloat16 would make the result
+depend on how a batch is split.  So every such parameter has a float32 master: gradients are added to the gradient of
+the master as soon as autograd has computed them, the optimizer updates the master, and the parameter is the rounded
+master.  A float32 parameter is its own master.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2;
 Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
@@ -26,7 +26,7 @@ class ParameterGroup:
     """Parameters that share a learning rate and a weight decay.
 
     Attributes:
-        parameters: Name in the model and parameter, in the model's order.
+        parameters: Name in the model and parameter, in the order of the model.
         lr_ratio: Their learning rate over ``optim.lr``.
         weight_decay: Their decoupled weight decay.
     """
@@ -37,10 +37,10 @@ class ParameterGroup:
 
 
 class Optimizer:
-    """AdamW, clipping and master weights behind one small surface.
+    """AdamW with gradient clipping and master weights.
 
     Args:
-        groups: What is trained.
+        groups: The trained parameters.
         config: The ``optim`` section.
     """
 
@@ -68,21 +68,21 @@ class Optimizer:
 
     @property
     def num_parameters(self) -> int:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self._parameters.values())
 
     def named_masters(self) -> Iterable[tuple[str, Tensor]]:
-        """Name and float32 master of every trained parameter."""
+        """Returns name and float32 master of every trained parameter."""
         return self._masters.items()
 
     def gradients(self) -> Iterable[tuple[str, Tensor]]:
-        """Name and float32 gradient of every parameter that has one."""
+        """Yields name and float32 gradient of every parameter that has one."""
         for name, master in self._masters.items():
             if master.grad is not None:
                 yield name, master.grad
 
     def clip(self) -> float:
-        """Scales all gradients down to ``optim.max_grad_norm`` if they are longer.
+        """Scales all gradients down if their norm exceeds ``optim.max_grad_norm``.
 
         Returns:
             Their L2 norm before clipping.
@@ -97,7 +97,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Moves the parameters once and forgets the gradients.
+        """Updates the parameters and clears the gradients.
 
         Args:
             lr: Learning rate of a group whose ``lr_ratio`` is 1.
@@ -111,7 +111,7 @@ class Optimizer:
                 parameter.copy_(self._masters[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters and moments under flat names, as safetensors can hold them."""
+        """Returns masters and moments under flat names, as safetensors stores them."""
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             state[f"master.{name}"] = master.detach()
@@ -121,7 +121,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave, bit for bit."""
+        """Restores what :meth:`state_dict` returned, bit for bit."""
         for name, master in self._masters.items():
             master.copy_(state[f"master.{name}"])
             if master is not self._parameters[name]:

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that resuming needs no state."""
+"""Learning rate as a pure function of the step: resuming needs no state."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ingle.config.optim import OptimConfig
 
 
 def warmup_steps(config: OptimConfig, num_steps: int) -> int:
-    """Steps of linear warm-up in a run of ``num_steps``."""
+    """Returns the steps of linear warm-up in a run of ``num_steps``."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return math.ceil(config.warmup_ratio * num_steps)
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate of a step.
+    """Returns the learning rate of a step.
 
     The warm-up rises linearly and reaches ``lr`` at its last step; linear and cosine then fall to
     ``lr * min_lr_ratio`` at the last step of the run.

@@ -4,78 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ingle.data.types import Batch
+from ingle.data.batch import Batch
 from ingle.errors import NonFiniteError
-from ingle.models import Model
-from ingle.objectives import Objective
+from ingle.objectives import Objective, Term
+from ingle.parallel import Mesh
 from ingle.training.optim import Optimizer
+
+_Number = TypeVar("_Number", float, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step was.
+    """The figures of a step, over all ranks.
 
     Attributes:
-        loss: Mean loss over the step's weight.
+        loss: Weighted sum of the means of all terms.
         grad_norm: L2 norm of the gradients before clipping.
         num_tokens: Tokens read.
+        metrics: What the objective adds.
     """
 
     loss: float
     grad_norm: float
     num_tokens: int
+    metrics: dict[str, float]
 
 
-def compute_gradients(model: Model, objective: Objective, batches: Sequence[Batch], *, seed: int, step: int) -> float:
-    """Adds up the gradients of a step.
-
-    The loss of each micro-batch is a sum; it is divided by the weight of the whole step before its backward
-    pass, so that the way a step is cut into micro-batches does not change the gradient.
-
-    Returns:
-        The mean loss of the step.
-
-    Raises:
-        NonFiniteError: When a loss is NaN or infinite.
-    """
-    weight = sum(objective.weight(batch) for batch in batches)
-    total = 0.0
-    for index, batch in enumerate(batches):
-        torch.manual_seed(random_seed(seed, step, index))  # dropout: a pure function of the position in the run
-        loss = objective.loss(model, batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"The loss became {value} at step {step}.",
-                where=f"micro-batch {index + 1} of {len(batches)}, {batch.num_tokens} tokens",
-                why=_non_finite_weight(model)
-                or "all weights are finite: the values overflowed inside the forward pass",
-                fix="a smaller --optim.lr, a longer --optim.warmup_steps, or --model.dtype=float32; "
-                "the last checkpoint is intact",
-            )
-        (loss / weight).backward()
-        total += value
-    return total / weight
-
-
-def take_step(
-    model: Model, objective: Objective, optimizer: Optimizer, *, lr: float, seed: int, step: int
-) -> StepResult:
+def take_step(objective: Objective, optimizer: Optimizer, mesh: Mesh, *, lr: float, seed: int, step: int) -> StepResult:
     """Makes one optimizer step.
 
     Raises:
-        NonFiniteError: When a loss or gradient is NaN or infinite; the weights are then as before the step.
+        NonFiniteError: A loss or gradient is NaN or infinite on any rank; the weights are then as before the step.
     """
-    batches = objective.next_batch()
-    loss = compute_gradients(model, objective, batches, seed=seed, step=step)
+    batches = objective.next_batches()
+    sums, counts = compute_gradients(objective, batches, mesh, seed=seed, step=step)
+    loss = weighted_mean(objective.terms, sums, counts)
     grad_norm = optimizer.clip()
-    if not math.isfinite(grad_norm):
+    if mesh.agree(not math.isfinite(grad_norm)):
         culprits = [name for name, gradient in optimizer.gradients() if not torch.isfinite(gradient).all()]
         raise NonFiniteError(
             f"A gradient became NaN or infinite at step {step}; the loss of that step was {loss:.4f}.",
@@ -84,17 +57,68 @@ def take_step(
             fix="a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
         )
     optimizer.step(lr)
-    return StepResult(loss, grad_norm, sum(batch.num_tokens for batch in batches))
+    return StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts))
+
+
+def compute_gradients(
+    objective: Objective, batches: Sequence[Batch], mesh: Mesh, *, seed: int, step: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Adds up the gradients of a step.
+
+    The sum of each term is divided by the count of its denominator over the whole step, all micro-batches and ranks,
+    before its backward pass.  So the way a step is cut into micro-batches does not change the gradient.
+
+    Returns:
+        The sums and the counts of the step.
+
+    Raises:
+        NonFiniteError: A loss is NaN or infinite on any rank.
+    """
+    local: Counter[str] = Counter()
+    for batch in batches:
+        local.update({"tokens": batch.num_tokens, **objective.count(batch)})
+    counts = mesh.reduce(local)
+    sums: Counter[str] = Counter()
+    failed: NonFiniteError | None = None
+    for index, batch in enumerate(batches):
+        torch.manual_seed(random_seed(seed, step, index))  # dropout: a pure function of the position in the run
+        result = objective.module(batch)
+        values = {name: float(value.detach()) for name, value in {**result.losses, **result.metrics}.items()}
+        sums.update(values)
+        if failed is None and not all(map(math.isfinite, values.values())):
+            bad = next(value for value in values.values() if not math.isfinite(value))
+            failed = _non_finite_loss(objective.module, bad, step, f"micro-batch {index + 1} of {len(batches)}", batch)
+        total = weighted_mean(objective.terms, result.losses, counts)
+        total.backward()
+    if mesh.agree(failed is not None):
+        raise failed or NonFiniteError(f"The loss became NaN or infinite at step {step} on another rank.")
+    return mesh.reduce(sums), counts
+
+
+def weighted_mean(terms: Sequence[Term], sums: Mapping[str, _Number], counts: Mapping[str, float]) -> _Number:
+    """Adds the means of all terms; a term whose denominator counted nothing has a sum, and a mean, of zero."""
+    means = [sums[term.name] / (counts[term.denominator] or 1.0) * term.weight for term in terms]
+    total = means[0]
+    for mean in means[1:]:
+        total = total + mean
+    return total
 
 
 def random_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on every part."""
+    """Returns a 63-bit seed that depends on every part."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _non_finite_weight(model: nn.Module) -> str | None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            return f"{name} holds values that are not finite"
-    return None
+def _non_finite_loss(module: nn.Module, value: float, step: int, where: str, batch: Batch) -> NonFiniteError:
+    damaged = (name for name, p in module.named_parameters() if p.is_floating_point() and not p.isfinite().all())
+    name = next(damaged, None)
+    return NonFiniteError(
+        f"The loss became {value} at step {step}.",
+        where=f"{where}, {batch.num_tokens} tokens",
+        why=f"{name.removeprefix('model.')} contains values that are not finite"
+        if name
+        else "all weights are finite: the values overflowed inside the forward pass",
+        fix="a smaller --optim.lr, a longer --optim.warmup_steps, or --model.dtype=float32; "
+        "the last checkpoint is intact",
+    )

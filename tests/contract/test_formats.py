@@ -21,30 +21,8 @@ from torch.nn import functional
 
 from ingle.adapters import attach
 from ingle.config.adapter import LoraAdapter
-from ingle.config.base import (
-    BaseConfig,
-    Fp4Base,
-    HqqBase,
-    Int8Base,
-    IQ4_NLBase,
-    IQ4_XSBase,
-    Nf4Base,
-    NoBase,
-    Q2_KBase,
-    Q3_KBase,
-    Q4_0Base,
-    Q4_1Base,
-    Q4_KBase,
-    Q5_0Base,
-    Q5_1Base,
-    Q5_KBase,
-    Q6_KBase,
-    Q8_0Base,
-    TernaryBase,
-    TQ1_0Base,
-    TQ2_0Base,
-)
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase, format_name
+from ingle.config.ggml import ENCODED, GgmlBase
 from ingle.errors import QuantizationError
 from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
@@ -59,20 +37,7 @@ FORMATS: dict[str, BaseConfig] = {
     "nf4-256": Nf4Base(format="nf4", block_size=256, double_quant=False),
     "nf4-4096": Nf4Base(format="nf4", block_size=4096),
     "int8": Int8Base(format="int8"),
-    "q4_0": Q4_0Base(format="q4_0"),
-    "q4_1": Q4_1Base(format="q4_1"),
-    "q5_0": Q5_0Base(format="q5_0"),
-    "q5_1": Q5_1Base(format="q5_1"),
-    "q8_0": Q8_0Base(format="q8_0"),
-    "q4_k": Q4_KBase(format="q4_k"),
-    "q6_k": Q6_KBase(format="q6_k"),
-    "q5_k": Q5_KBase(format="q5_k"),
-    "q3_k": Q3_KBase(format="q3_k"),
-    "q2_k": Q2_KBase(format="q2_k"),
-    "iq4_nl": IQ4_NLBase(format="iq4_nl"),
-    "iq4_xs": IQ4_XSBase(format="iq4_xs"),
-    "tq1_0": TQ1_0Base(format="tq1_0"),
-    "tq2_0": TQ2_0Base(format="tq2_0"),
+    **{format_name(section): section(format=format_name(section)) for section in ENCODED},
     "hqq": HqqBase(format="hqq"),
     "hqq-8": HqqBase(format="hqq", bits=8, group_size=128),
     "hqq-3": HqqBase(format="hqq", bits=3, group_size=32),
@@ -249,7 +214,7 @@ def test_results_do_not_depend_on_threads(format: Format) -> None:
 def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
     shape = fit(format, 1024, 64)
     planes = format.encode(draw(*shape))
-    rows = format.granule(*shape)
+    rows = format.row_group(*shape)
     assert shape[0] % rows == 0
     whole = decode_plainly(format, planes, shape, torch.float32)
     for start in range(0, shape[0], rows):
@@ -513,11 +478,11 @@ def test_wrong_planes_are_refused(format: Format) -> None:
     layer = make_layer(format)
     planes = layer.planes()
     name = next(iter(planes))
-    with pytest.raises(QuantizationError, match="do not fit"):
+    with pytest.raises(QuantizationError, match="planes do not match"):
         layer.assign({other: plane for other, plane in planes.items() if other != name})
-    with pytest.raises(QuantizationError, match="does not fit"):
+    with pytest.raises(QuantizationError, match="does not match the format"):
         layer.assign(planes | {name: planes[name][1:]})
-    with pytest.raises(QuantizationError, match="another shape"):
+    with pytest.raises(QuantizationError, match="does not match its layer"):
         layer.quantize(draw(width(format), 48), name="w")
 
 
@@ -573,7 +538,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(key: str, format: Format) ->
     fallback = base.fallback or "float16"
     for columns, stands_in in ((base.block_size + 32, fallback), (base.block_size + 20, "float16")):
         if columns % base.block_size:
-            with pytest.raises(QuantizationError, match=f"packs such a matrix as (?i:{stands_in})") as caught:
+            with pytest.raises(QuantizationError, match=f"stores such a matrix as (?i:{stands_in})") as caught:
                 format.encode(draw(2, columns), name="model.layers.3.mlp.up_proj.weight")
             assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
 

@@ -14,11 +14,10 @@ from ingle.config.base import base_section, format_name
 from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.quant import QuantLinear, convert, make_format
-from ingle.quant.format import GGUF_FORMATS
-from ingle.quant.ggml import GgmlBlocks
+from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 from tests.tiny import take_steps
 
-NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.not_packed]
+NAMES = [format_name(member.base) for member in GGUF_FORMATS if member.base.read_only]
 ROWS, COLUMNS = 48, 512
 
 
@@ -35,7 +34,7 @@ def draw(format: GgmlBlocks, seed: int = 0) -> dict[str, Tensor]:
     count = ROWS * COLUMNS // format.block_size
     rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(rng.integers(0, 256, (100 * count, size), dtype=np.uint8))
-    largest = format.unpack(blocks.unsqueeze(0)).squeeze(0).abs().amax(-1)
+    largest = format.dequantize_blocks(blocks.unsqueeze(0)).squeeze(0).abs().amax(-1)
     chosen = blocks[(largest > 1e-3) & (largest < 3)][:count]
     assert len(chosen) == count
     return {"data": chosen.reshape(ROWS, -1)}
@@ -48,12 +47,12 @@ def make_layer(format: GgmlBlocks) -> QuantLinear:
 
 
 def test_packing_is_refused_with_the_reason(format: GgmlBlocks) -> None:
-    with pytest.raises(QuantizationError, match="only read") as caught:
+    with pytest.raises(QuantizationError, match="read only") as caught:
         format.encode(torch.randn(ROWS, COLUMNS), name="model.layers.3.mlp.up_proj.weight")
     assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
-    assert caught.value.why == format.base.not_packed
+    assert caught.value.why == format.base.read_only
     assert ".gguf" in str(caught.value.fix)
-    with pytest.raises(QuantizationError, match="only read"):
+    with pytest.raises(QuantizationError, match="read only"):
         convert(nn.Sequential(nn.Linear(256, 256)), format.base(format=format.name))
 
 
@@ -108,7 +107,7 @@ def test_config_and_format_count_the_same_bits(format: GgmlBlocks) -> None:
     assert isinstance(base, GgmlBase)
     assert base.bits_per_weight(COLUMNS) == format.bits_per_weight(ROWS, COLUMNS)
     assert format.additive_field is None
-    assert format.granule(ROWS, COLUMNS) == 1
+    assert format.row_group(ROWS, COLUMNS) == 1
 
 
 def test_adapters_train_on_them(format: GgmlBlocks) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on the loopback: what ``huggingface_hub`` and ``datasets`` ask it for."""
+"""Serves a local copy of the Hugging Face hub, with the requests that ``huggingface_hub`` and ``datasets`` make."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> It
     """Serves folders as repositories while the block runs.
 
     Args:
-        repositories: Folders of models by ``owner/name``; read anew for every request.
-        datasets: The same of data sets.
+        repositories: Folders of models by ``owner/name``; read for every request.
+        datasets: Folders of datasets by ``owner/name``.
 
     Yields:
-        The address, for ``HF_ENDPOINT``, and what takes the hub away.
+        The address, for ``HF_ENDPOINT``, and a function that stops the hub.
     """
     folders = {("models", name): folder for name, folder in repositories.items()}
     folders |= {("datasets", name): folder for name, folder in datasets.items()}
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.0"  # no connection outlives its request, nor the hub
+        protocol_version = "HTTP/1.0"  # no connection outlives its request
 
         def do_GET(self) -> None:
             address = urlsplit(self.path)
@@ -89,7 +89,7 @@ def serve_hub(repositories: dict[str, Path], *, datasets: dict[str, Path]) -> It
                 self.wfile.write(content)
 
         def log_message(self, *words: Any) -> None:
-            """Says nothing."""
+            """Prints nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = Thread(target=server.serve_forever, daemon=True)
@@ -115,7 +115,7 @@ def _digest(content: bytes) -> str:
 
 
 def _entries(folder: Path, below: str, query: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """Files, and folders where only one level is asked for, as the hub lists them."""
+    """Returns files, and folders if the listing is not recursive, as the hub lists them."""
     prefix = f"{below}/" if below else ""
     found: dict[str, dict[str, Any]] = {}
     for name in _names(folder):

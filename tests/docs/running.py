@@ -1,4 +1,4 @@
-"""Runs the commands of a page: those of ``ingle`` shortened and in one process, others as far as they are here."""
+"""Runs the commands of a page: ``ingle`` with fewer steps and in one process, other programs where possible."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from docs.commands import shown_commands
 from docs.markdown import Block, Page
 
-#: Programs that read files which the page has made.
+#: Programs that read files of the page.
 _READERS = ("cat", "cp", "head", "ls", "tail")
 
 
 @dataclass(frozen=True)
-class Done:
-    """A command that has ended.
+class Result:
+    """The result of a command.
 
     Attributes:
         code: The exit code.
@@ -38,7 +38,7 @@ class Worker:
 
     Args:
         root: The repository.
-        environment: Added to ours.
+        environment: Variables added to those of this process.
     """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
@@ -52,23 +52,23 @@ class Worker:
             env=os.environ | {"PYTHONPATH": str(root), "TERM": "dumb"} | environment,
         )
 
-    def run(self, words: Sequence[str], folder: Path) -> Done:
-        """Runs ``ingle`` with words in a folder."""
+    def run(self, words: Sequence[str], folder: Path) -> Result:
+        """Runs ``ingle`` with the arguments ``words`` in a folder."""
         return self._ask({"words": list(words), "folder": str(folder)})
 
-    def run_python(self, text: str, folder: Path) -> Done:
-        """Runs a program in a folder."""
+    def run_python(self, text: str, folder: Path) -> Result:
+        """Runs a Python program in a folder."""
         return self._ask({"python": text, "folder": str(folder)})
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends the process."""
+        """Stops the process."""
         self._process.communicate(timeout=60)
         self._printed.close()
 
-    def _ask(self, request: dict[str, Any]) -> Done:
+    def _ask(self, request: dict[str, Any]) -> Result:
         assert self._process.stdin is not None and self._process.stdout is not None
         begin = self._printed.seek(0, os.SEEK_END)
         print(json.dumps(request), file=self._process.stdin, flush=True)
@@ -76,11 +76,11 @@ class Worker:
         self._printed.seek(begin)
         output = self._printed.read()
         assert answer, f"the process ended with {self._process.wait()} in {request}\n{output}"
-        return Done(int(answer), output)
+        return Result(int(answer), output)
 
 
 def shorten(words: Sequence[str], folder: Path) -> list[str]:
-    """The words of an ``ingle`` command with fewer steps, samples and tokens; all else is as the page has it."""
+    """Returns the words of an ``ingle`` command with fewer steps, samples and tokens."""
     command, short = words[0], list(words)
     config = "".join((folder / word).read_text() for word in words if word.endswith(".yaml"))
     if command == "train" and "--resume" not in words:
@@ -105,7 +105,7 @@ class Runner:
     Attributes:
         worker: Runs ``ingle``.
         root: The repository.
-        verifies: Whether llama.cpp's binding is here, so that ``--verify`` works for GGUF.
+        verifies: Whether llama-cpp-python is installed, so that ``--verify`` works for GGUF.
     """
 
     worker: Worker
@@ -113,10 +113,10 @@ class Runner:
     verifies: bool
 
     def run_page(self, page: Page, folder: Path) -> Iterator[str]:
-        """Runs the commands and programs of a page in ``folder``, in order, and writes its files on the way.
+        """Writes the files of a page and runs its commands and programs in ``folder``, in order.
 
         Yields:
-            What does not exit with 0: where it is, and what it printed.
+            The place and output of everything that does not exit with 0.
         """
         for block in page.blocks:
             if name := block.mark("file"):
@@ -128,8 +128,8 @@ class Runner:
                 for command in shown_commands(block):
                     yield from _failure(self.run_command(command, folder), block, command)
 
-    def run_command(self, command: str, folder: Path) -> Done:
-        """Runs a line as the shell would read it."""
+    def run_command(self, command: str, folder: Path) -> Result:
+        """Runs a command line."""
         words = _split(command, folder)
         match Path(words[0]).name:
             case "ingle":
@@ -140,45 +140,45 @@ class Runner:
                 return _check_extra(words, self.root)
             case name if name in _READERS:
                 if not self.verifies and "certificate" in command:
-                    return Done(0, "llama.cpp's binding is not here, and so no certificate")
+                    return Result(0, "no certificate without llama-cpp-python")
                 done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
-                return Done(done.returncode, done.stdout + done.stderr)
-            case _:  # what is served by other programs must be there to be served
+                return Result(done.returncode, done.stdout + done.stderr)
+            case _:  # the files that another program would serve must exist
                 missing = [word for word in words[1:] if _is_path(word) and not (folder / word).exists()]
-                return Done(len(missing), f"not there: {missing}")
+                return Result(len(missing), f"missing: {missing}")
 
-    def _run_ingle(self, words: Sequence[str], folder: Path) -> Done:
+    def _run_ingle(self, words: Sequence[str], folder: Path) -> Result:
         if not self.verifies and words[0] == "export":
             words = [word for word in words if word != "--verify"]
         return self.worker.run(shorten(words, folder), folder)
 
-    def _run_make(self, targets: Sequence[str], folder: Path) -> Done:
-        """What make would do; the commands of ``ingle`` in it are run."""
-        venv = folder / "venv"  # none of ours: make sets up and removes what is in there
+    def _run_make(self, targets: Sequence[str], folder: Path) -> Result:
+        """Runs the first ``ingle`` command of a target, or checks that the target exists."""
+        venv = folder / "venv"  # not our own: make creates and removes it
         asked = ["make", "--dry-run", f"VENV={venv}", f"PYTHON={sys.executable}", *targets]
         done = subprocess.run(asked, cwd=self.root, capture_output=True, text=True, check=False)
         for line in done.stdout.splitlines() if done.returncode == 0 else ():
             if line.startswith(f"{venv}/bin/ingle "):
                 return self._run_ingle(_split(line, folder)[1:], folder)
-        return Done(done.returncode, done.stdout + done.stderr)
+        return Result(done.returncode, done.stdout + done.stderr)
 
 
-def _failure(done: Done, block: Block, command: str) -> Iterator[str]:
+def _failure(done: Result, block: Block, command: str) -> Iterator[str]:
     if done.code != 0:
         yield f"{block.where}: {command}\nexit {done.code}\n{done.output}"
 
 
 def _split(command: str, folder: Path) -> list[str]:
-    """The words of a simple command, as bash makes them."""
+    """Returns the words of a simple command as bash splits them."""
     asked = ["bash", "-euc", f"printf '%s\\0' {command}"]
     return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
 
 
-def _check_extra(words: Sequence[str], root: Path) -> Done:
+def _check_extra(words: Sequence[str], root: Path) -> Result:
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = [word.partition("[")[2].rstrip("]") for word in words if "[" in word]
     unknown = [name for name in named if name not in extras]
-    return Done(len(unknown), f"no such extra: {unknown}")
+    return Result(len(unknown), f"unknown extras: {unknown}")
 
 
 def _is_path(word: str) -> bool:

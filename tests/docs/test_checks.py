@@ -1,4 +1,4 @@
-"""Each check of the documentation finds the fault it is for, and the project has none."""
+"""Each check of the documentation finds its kind of problem, and the project has none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def block(language: str, text: str) -> Block:
     return Block("page.md", 1, language, (), text)
 
 
-def faults(page: Page) -> list[str]:
+def problems_of(page: Page) -> list[str]:
     return list(commands.wrong_blocks([page], ROOT))
 
 
-def test_the_documentation_of_this_project_has_no_fault() -> None:
+def test_the_documentation_of_this_project_has_no_problem() -> None:
     assert list(check.problems()) == []
 
 
-def test_a_page_that_lags_behind_the_code_is_found(tmp_path: Path) -> None:
+def test_an_outdated_reference_page_is_found(tmp_path: Path) -> None:
     reference = tmp_path / "docs" / "reference"
     reference.mkdir(parents=True)
     for name, text in generate.pages().items():
@@ -75,7 +75,7 @@ def test_equal_headings_get_numbered_anchors() -> None:
 def test_placeholders_and_a_long_readme_are_found() -> None:
     mark = "FI" + "LL"
     assert list(check.placeholders([Page("README.md", f"fine\n{mark}: tokens/s\nFULFILLED\n")])) == [
-        f"README.md:2: {mark} is still to be written"
+        f"README.md:2: {mark} marks missing text"
     ]
     assert list(check.long_readme([Page("README.md", "x\n" * 200)])) == []
     assert len(list(check.long_readme([Page("README.md", "x\n" * 201)]))) == 1
@@ -90,15 +90,15 @@ def test_leaks_are_found(tmp_path: Path, text: str) -> None:
     assert len(list(check.leaks(tmp_path, ["a.md"]))) == 1
 
 
-def test_ordinary_paths_are_no_leaks(tmp_path: Path) -> None:
+def test_ordinary_paths_are_not_leaks(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("docs/wor" + "k/x, runs/demo, ../wor" + "k/y, https://pytorch.org/get-started\n")
     assert list(check.leaks(tmp_path, ["a.md"])) == []
 
 
-def test_a_silent_raise_is_found(tmp_path: Path) -> None:
+def test_an_undocumented_raise_is_found(tmp_path: Path) -> None:
     (tmp_path / "ingle").mkdir()
     body = '    """Does it.{}"""\n    raise DataError("no")\n'
-    text = "def told():\n" + body.format("\n\n    Raises:\n        DataError: Always.\n    ")
+    text = "def documented():\n" + body.format("\n\n    Raises:\n        DataError: Always.\n    ")
     text += "def silent():\n" + body.format("") + "def _private():\n" + body.format("")
     (tmp_path / "ingle" / "a.py").write_text(text)
     problems = list(check.silent_raises(tmp_path, ["ingle/a.py"]))
@@ -118,16 +118,16 @@ def test_a_loose_constraint_is_found(tmp_path: Path) -> None:
         (".venv/bin/ingle config show examples/demo/demo.yaml --base.format=nf4", None),
         ("make demo && ingle --help", None),
         ("ingle generate runs/demo --prompt 'a | b && c; d'", None),
-        ("ingle generate runs/demo --prompt $'a\\nb' | frobnicate", "frobnicate is not a program"),
+        ("ingle generate runs/demo --prompt $'a\\nb' | frobnicate", "frobnicate is not in the list"),
         ("ingle train examples/demo/demo.yaml --optim.rl=1e-4", "there is no option optim.rl"),
-        ("ingle train examples/demo/none.yaml", "examples/demo/none.yaml is not there"),
+        ("ingle train examples/demo/none.yaml", "examples/demo/none.yaml does not exist"),
         ("ingle trian x.yaml", "there is no command"),
         ("ingle generate runs/demo --prompt Hi --max-tokens 3", "has no option --max-tokens"),
         ("make everything", "make has no target everything"),
-        ("apt install x", "apt is not a program"),
+        ("apt install x", "apt is not in the list"),
     ],
 )
-def test_commands_that_a_reader_cannot_type_are_found(command: str, problem: str | None) -> None:
+def test_commands_that_do_not_exist_are_found(command: str, problem: str | None) -> None:
     problems = list(commands.wrong_command(command, ROOT))
     assert len(problems) == (problem is not None), problems
     assert problem is None or problem in problems[0]
@@ -158,14 +158,14 @@ def test_commands_are_read_from_console_blocks() -> None:
     ],
 )
 def test_blocks_that_cannot_be_used_are_found(language: str, text: str, wrong: int) -> None:
-    assert len(faults(Page("page.md", f"```{language}\n{text}```\n"))) == wrong
+    assert len(problems_of(Page("page.md", f"```{language}\n{text}```\n"))) == wrong
 
 
 def test_commands_that_fail_are_found(tmp_path: Path) -> None:
     text = (
         "```text file=a/b.txt\nhello\n```\n```console\n$ cat a/b.txt\n$ ls nowhere\n$ ollama create m -f a/none\n```\n"
     )
-    runner = Runner(None, ROOT, verifies=False)  # type: ignore[arg-type]  # no command of ingle's
+    runner = Runner(None, ROOT, verifies=False)  # type: ignore[arg-type]  # the page has no command of ingle
     failures = list(runner.run_page(Page("page.md", text), tmp_path))
     assert [failure.split("\n")[0] for failure in failures] == [
         "page.md:4: ls nowhere",

@@ -1,4 +1,4 @@
-"""What the package declares is what it uses, and what set-up pins."""
+"""The declared dependencies are those that are imported, and all are pinned."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from docs.check import ROOT
 
 PROJECT = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]
-#: Names under which a distribution is imported, where they differ.
+#: Import names of distributions, where they differ.
 IMPORTED_AS = {
     "llama_cpp_python": "llama_cpp",
     "pyyaml": "yaml",
     "scikit_learn": "sklearn",
     "markdown_it_py": "markdown_it",
 }
-#: Parts that come with another distribution in exactly the version it needs.
+#: Modules that another distribution installs in the version it needs.
 PART_OF = {"pydantic_core": "pydantic", "llvmlite": "numba", "markupsafe": "jinja2"}
-#: The first comes with torch where there is a GPU; the second reads an export where the user has it.
+#: Triton comes with torch on machines with a GPU; hqq reads an export if the user has it.
 OPTIONAL = {"triton", "hqq"}
 
 
@@ -33,7 +33,7 @@ def imports(folder: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 found.add(node.module.split(".")[0])
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
-                found.add(ast.literal_eval(node.args[0]).split(".")[0])  # an oracle that make test must not lack
+                found.add(ast.literal_eval(node.args[0]).split(".")[0])  # an oracle of the tests
     found = {PART_OF.get(name, name) for name in found}
     return found - set(sys.stdlib_module_names) - {"ingle", "docs", "benchmarks"}
 
@@ -43,17 +43,17 @@ def names(requirements: list[str]) -> set[str]:
     return {IMPORTED_AS.get(name, name) for name in plain}
 
 
-def test_every_library_that_is_imported_is_declared_and_used() -> None:
+def test_every_imported_library_is_declared_and_used() -> None:
     extras = PROJECT["optional-dependencies"]
     declared = names(PROJECT["dependencies"])
     used = imports("ingle")
-    of_users = [line for name, lines in extras.items() if name not in ("test", "dev") for line in lines]
-    optional = names(of_users) | OPTIONAL
+    of_extras = [line for name, lines in extras.items() if name not in ("test", "dev") for line in lines]
+    optional = names(of_extras) | OPTIONAL
     assert used - declared - optional == set()
     assert declared - used == set()
 
 
-def test_tests_and_docs_import_only_what_their_extras_bring() -> None:
+def test_tests_and_docs_import_only_declared_libraries() -> None:
     allowed = (
         names(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]) | OPTIONAL | {"tests", "conftest"}
     )

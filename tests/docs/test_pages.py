@@ -1,4 +1,4 @@
-"""The commands and programs that the pages tell a reader to run do run."""
+"""The commands and programs on the pages run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from docs import check
 from docs.markdown import Page, read_pages
 from tests.docs.hub import serve_hub
-from tests.docs.running import Done, Runner, Worker
+from tests.docs.running import Result, Runner, Worker
 
 ROOT = Path(check.ROOT)
 
-#: Rows of the demo's data that are kept.
+#: Rows of the demo's data that are used.
 _ROWS = 64
 
-#: Stand-ins of the models that the pages name: as large as a packed format needs, with the bundled tokenizer.
+#: Small models in place of those that the pages name, wide enough for every format, with the bundled tokenizer.
 _MAKE_MODELS = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -37,13 +37,13 @@ for name, model in models.items():
 """
 
 
-def of_readers(page: Page) -> bool:
-    """Whether a page is one whose commands a reader types one after the other."""
+def is_run(page: Page) -> bool:
+    """Returns whether the commands of a page are run one after the other."""
     return page.name == "README.md" or page.name.startswith(("docs/tutorials/", "docs/how-to/"))
 
 
 def prepare(runner: Runner, folder: Path) -> None:
-    """Makes what the pages take for granted: small models, a GGUF file, the finished demo."""
+    """Creates what the pages assume: small models, a GGUF file, the finished demo."""
     tokenizer = ROOT / "examples" / "models" / "ember-6m"
     assert runner.worker.run_python(_MAKE_MODELS.format(tokenizer=tokenizer), folder).code == 0
     examples = folder / "examples"
@@ -52,7 +52,7 @@ def prepare(runner: Runner, folder: Path) -> None:
         if entry.name not in ("models", "demo"):
             (examples / entry.name).symlink_to(entry)
     (examples / "demo").mkdir()
-    for entry in (ROOT / "examples" / "demo").iterdir():  # the first rows of the data are enough
+    for entry in (ROOT / "examples" / "demo").iterdir():
         lines = entry.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = lines[:_ROWS] if entry.suffix == ".jsonl" else lines
         (examples / "demo" / entry.name).write_text("".join(kept), encoding="utf-8")
@@ -68,7 +68,7 @@ def prepare(runner: Runner, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
-    """One test with one process, since loading the libraries takes longer than most commands."""
+    """Uses one process, because loading the libraries takes longer than most commands."""
     folder = tmp_path / "stage"
     (folder / "data").mkdir(parents=True)
     shutil.copy(ROOT / "examples" / "own-data" / "train.jsonl", folder / "data" / "train.jsonl")
@@ -91,8 +91,8 @@ def test_every_command_of_the_pages_runs(tmp_path: Path) -> None:
 
 
 def run_pages(runner: Runner, stage: Path, tmp_path: Path) -> Iterator[str]:
-    """Runs each page in a folder of its own that holds what is staged; yields what went wrong."""
-    pages = [page for page in read_pages(ROOT) if of_readers(page)]
+    """Runs each page in a folder of its own with a copy of the stage; yields the failures."""
+    pages = [page for page in read_pages(ROOT) if is_run(page)]
     blocks = [block for page in pages for block in page.blocks]
     files = {name: block.text for block in blocks if (name := block.mark("file"))}
     whole = next(block.text for block in blocks if block.language == "yaml" and "output: runs/mine" in block.text)
@@ -108,7 +108,7 @@ def run_pages(runner: Runner, stage: Path, tmp_path: Path) -> Iterator[str]:
         yield from runner.run_page(page, folder)
 
 
-def ask_hub(worker: Worker, folder: Path, model: str) -> Done:
-    """Trains a model of the hub, which a run asks for before all else."""
+def ask_hub(worker: Worker, folder: Path, model: str) -> Result:
+    """Trains a model of the hub, which is the first thing that a run requests."""
     data = "--data.sources=examples/own-data/train.jsonl"
     return worker.run(["train", f"--model.id={model}", data, "--output=runs/asked", "--train.num_steps=1"], folder)

@@ -1,7 +1,7 @@
-"""A process that has loaded everything once and runs one ``ingle`` command or program of a page after the other.
+"""Runs ``ingle`` commands and programs of pages in one process, which loads the libraries once.
 
 Each line of standard input is a request as JSON: ``words`` of a command line or ``python`` source, and a ``folder``.
-Each answer is a line with the exit code.  What the commands print goes to standard error.
+Each answer is a line with the exit code. Output of the commands goes to standard error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answers requests until there are no more."""
+    """Answers requests until the end of input."""
     answers = os.fdopen(os.dup(1), "w")
     requests = os.fdopen(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -30,9 +30,9 @@ def main() -> None:
 
 def _run(request: dict[str, Any]) -> int:
     if "words" in request:
-        from ingle.cli.outcome import call
+        from ingle.cli.exit_status import run_command
 
-        return call(request["words"])
+        return run_command(request["words"])
     try:
         exec(compile(request["python"], "<page>", "exec"), {"__name__": "__main__"})
     except BaseException:

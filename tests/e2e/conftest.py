@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from tests.tiny import write_llama
 
 CHATML = (
@@ -113,7 +113,7 @@ def ingle(monkeypatch: pytest.MonkeyPatch) -> Ingle:
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         words = list(map(str, arguments))
         with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
-            code = call(words)
+            code = run_command(words)
         return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
 
     return run

@@ -1,4 +1,4 @@
-"""A run begun with relative paths, opened, resumed and moved from other folders."""
+"""A run that started with relative paths is opened, resumed and moved from other folders."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_a_run_is_found_again_from_anywhere(home: Path, monkeypatch: pytest.Monk
     again = RunFolder(home / "runs/x").load_run()
     assert (again.model.id, again.paths_from) == ("base", str(home))
     # The same command from here names the same files, so it is the same run.
-    told = _rerun("../home/config.yaml", f"--output={home}/runs/x")
-    assert any(isinstance(event, Warned) and "finished" in event.message for event in told)
+    events = _rerun("../home/config.yaml", f"--output={home}/runs/x")
+    assert any(isinstance(event, Warned) and "finished" in event.message for event in events)
 
-    # The whole project moves.
+    # The project moves.
     moved = home.rename(home.parent / "moved")
     monkeypatch.chdir(moved)
     (moved / "runs/x/report.json").unlink()
@@ -77,7 +77,7 @@ def test_another_file_of_the_same_name_is_another_run(home: Path, monkeypatch: p
         _rerun("../home/config.yaml", f"--output={home}/runs/x")
 
 
-def test_what_loading_an_adapter_has_to_say_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_from_loading_an_adapter_are_warnings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ingle import adapters
 
     flow.finetune(load_run(Path("config.yaml")).run)

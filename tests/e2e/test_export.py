@@ -1,4 +1,4 @@
-"""``ingle export`` as typed: what a run has trained, served by others; refusals, exit codes, nothing left behind."""
+"""The command ``ingle export``: files that other programs serve, refusals, exit codes, no leftovers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs l
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run on a base held in q8_0, which no test changes."""
+    """A short run on a base in q8_0, which no test changes."""
     config = write_config(tmp_path_factory.mktemp("exported"), tiny_model, tiny_data)
     flags = ["--base.format=q8_0", "--train.num_steps=4", "--evaluate.num_samples=2"]
     flow.finetune(load_run(config, flags).run)

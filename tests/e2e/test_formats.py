@@ -1,4 +1,4 @@
-"""``ingle formats`` and ``ingle quantize`` as they are typed."""
+"""The commands ``ingle formats`` and ``ingle quantize``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import re
 from pathlib import Path
 
-from ingle.cli import formats as command
-from ingle.evaluation.formats import LIMIT, NUM_TOKENS
 from ingle.gguf import read_gguf
 from tests.e2e.conftest import Ingle
 
@@ -21,8 +19,8 @@ def test_a_format_is_chosen_and_written(
     assert re.search(r"● q8_0 +[\d.]+ KiB +\d+\.\d+ +\d", shown.stdout) and "Recommended: " in shown.stdout
     assert "<svg" in (out / "formats.html").read_text()
 
-    told = ingle_process("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
-    report = json.loads(told.stdout)
+    shown = ingle_process("formats", tiny_model, "--data", text, "--formats", "q8_0,q4_0,nf4", "--out", out, "--json")
+    report = json.loads(shown.stdout)
     assert report == json.loads((out / "formats.json").read_text())
     assert {row["name"] for row in report["formats"]} == {"q8_0", "q4_0", "nf4"}
     assert report["subject"]["data"] == str(text) and report["num_tokens"] > 50
@@ -38,7 +36,7 @@ def test_a_format_is_chosen_and_written(
     assert plain["container"] == "safetensors" and plain["classes"]["q_proj"]["relative_error"] > 0.05
 
 
-def test_mistakes_are_told(tiny_model: Path, tmp_path: Path, ingle: Ingle) -> None:
+def test_mistakes_end_with_a_message(tiny_model: Path, tmp_path: Path, ingle: Ingle) -> None:
     for arguments, words in (
         (("formats", tiny_model), "--data"),
         (("formats", tiny_model, "--data", tmp_path / "none.jsonl"), "no such file"),
@@ -46,10 +44,6 @@ def test_mistakes_are_told(tiny_model: Path, tmp_path: Path, ingle: Ingle) -> No
         (("quantize", tiny_model, "--to", "q4_km", "--out", tmp_path / "m"), "did you mean q4_k_m"),
         (("quantize", tiny_model, "--to", "q4_0"), "--out"),
     ):
-        told = ingle(*arguments)
-        assert told.returncode == 2 and words in told.stderr, told.stderr
-        assert "Traceback" not in told.stderr
-
-
-def test_the_command_knows_the_defaults_without_loading_anything() -> None:
-    assert command._TOKENS == NUM_TOKENS and command._LIMIT == LIMIT
+        shown = ingle(*arguments)
+        assert shown.returncode == 2 and words in shown.stderr, shown.stderr
+        assert "Traceback" not in shown.stderr

@@ -30,9 +30,9 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     before = file.read_bytes()
     report = flow.finetune(load_run(config, [f"--model.id={file}"]).run)  # nf4 in the config file gives way
     assert file.read_bytes() == before
-    packed = {row["format"]: row["modules"] for row in report["audit"]["classes"] if row["quantized"]}
+    packed = {row["format"]: row["modules"] for row in report.audit["classes"] if row["quantized"]}
     assert set(packed) == {"q5_0", "q8_0"}
-    assert {row["class_name"] for row in report["audit"]["unquantized"]} == {"LoraLinear"}  # the adapter's own
+    assert {row["class_name"] for row in report.audit["unquantized"]} == {"LoraLinear"}  # the adapter's own
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert len(losses) == 12 and losses[-1] < losses[0] - 0.2
@@ -54,7 +54,7 @@ def test_a_file_whose_every_matrix_is_packed_answers_in_bfloat16(config: Path, f
     """The first floating weight of such a model is the adapter's, in float32."""
     overrides = [f"--model.id={file}", "--base.format=none", "--model.dtype=bfloat16", "--train.num_steps=2"]
     report = flow.finetune(load_run(config, overrides).run)
-    assert "chrf" in report["metrics"]
+    assert "chrf" in report.metrics
     engine = inference.open_model(str(tmp_path / "run"))
     assert head(engine.model).weight.dtype == torch.bfloat16
     assert engine.generate([[Message("user", "3 plus 4?")]], max_new_tokens=4)
@@ -68,7 +68,7 @@ def test_a_run_on_a_mix_is_the_run_on_a_file_of_that_type(config: Path, file: Pa
     def layers(audit: dict[str, list[dict[str, object]]]) -> dict[object, object]:
         return {row["format"]: row["modules"] for row in audit["classes"] if row["class_name"] == "QuantLinear"}
 
-    assert layers(report["audit"]) == layers(on_file["audit"])
+    assert layers(report.audit) == layers(on_file.audit)
     assert inference.open_model(str(tmp_path / "mix")).generate(["1 plus"], max_new_tokens=2)
 
 

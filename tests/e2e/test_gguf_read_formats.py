@@ -18,9 +18,8 @@ from ingle.config import load_run
 from ingle.errors import ConfigError
 from ingle.export import export
 from ingle.gguf import read_gguf, write_gguf
-from ingle.gguf.writing import TensorToWrite
-from ingle.quant.format import GGUF_FORMATS
-from ingle.quant.ggml import GgmlBlocks
+from ingle.gguf.writer import TensorToWrite
+from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 
 MAPS = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
 TYPES = dict(zip(MAPS, ["iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m"], strict=True))
@@ -33,7 +32,7 @@ def draw(format: GgmlBlocks, shape: tuple[int, int]) -> NDArray[np.uint8]:
     blocks = torch.from_numpy(
         np.random.default_rng(0).integers(0, 256, (50_000, format.base.block_bytes), dtype=np.uint8)
     )
-    largest = format.unpack(blocks.unsqueeze(0)).squeeze(0).abs().amax(-1)
+    largest = format.dequantize_blocks(blocks.unsqueeze(0)).squeeze(0).abs().amax(-1)
     chosen = blocks[(largest > 1e-3) & (largest < 0.2)]
     return chosen[torch.arange(count) % len(chosen)].reshape(shape[0], -1).numpy()
 
@@ -68,7 +67,7 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     overrides = [f"--model.id={file}", "--base.format=none", "--evaluate=null"]
     report = flow.finetune(load_run(config, overrides).run)
     assert file.read_bytes() == before
-    packed = {row["format"] for row in report["audit"]["classes"] if row["quantized"]}
+    packed = {row["format"] for row in report.audit["classes"] if row["quantized"]}
     assert packed == {*TYPES.values(), *SECOND.values()}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.2
@@ -79,4 +78,4 @@ def test_a_run_trains_on_the_bytes_of_the_file(config: Path, file: Path, tmp_pat
     with pytest.raises(ConfigError, match="only read") as caught:
         export(str(tmp_path / "run"), "gguf", tmp_path / "served")
     assert "--to gguf-adapter" in str(caught.value) and not (tmp_path / "served").exists()
-    assert export(str(file), "gguf", tmp_path / "copy.gguf")["fidelity"]["num_merged"] == 0
+    assert export(str(file), "gguf", tmp_path / "copy.gguf").fidelity.tensors == ()

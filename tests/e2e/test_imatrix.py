@@ -12,7 +12,7 @@ from ingle.config import load_run
 from ingle.errors import CheckpointError
 from ingle.events import Event, Saved, Step
 from ingle.gguf.imatrix import read_imatrix
-from ingle.quant.imatrix import ImatrixCollector
+from ingle.quant.imatrix_collector import ImatrixCollector
 
 STEPS = 6
 

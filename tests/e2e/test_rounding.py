@@ -1,4 +1,4 @@
-"""Runs that train through the rounding of their merge: the same bytes wherever they stop, and what they serve."""
+"""Runs that train through the rounding of their merge: equal bytes after a resume, and the merged weights they use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from ingle import adapters, assembly, flow, inference
 from ingle.adapters import merged_planes
 from ingle.config import load_run
 from ingle.events import Event, Saved, Step
+from ingle.report.results import RunReport
 
 MERGE_AWARE = ("--base.format=q4_0", "--adapter.merge_aware.fraction=0.5")
 QA_LORA = ("--base.format=q5_1", "--adapter.kind=qa_lora", "--adapter.train_rounding=true")
 
 
 class Crash(Exception):
-    """What a test stops a run with."""
+    """Stops a run."""
 
 
-def train(config: Path, output: Path, *flags: str, crash: Any = None) -> dict[str, Any]:
+def train(config: Path, output: Path, *flags: str, crash: Any = None) -> RunReport:
     def sink(event: Event) -> None:
         if crash is not None and crash(event):
             raise Crash
@@ -36,11 +37,11 @@ def weights(output: Path) -> bytes:
 
 
 @pytest.mark.parametrize("flags", [MERGE_AWARE, QA_LORA], ids=["merge-aware", "qa_lora"])
-def test_a_run_that_is_stopped_on_either_side_of_the_switch_ends_in_the_same_bytes(
+def test_a_resumed_run_ends_in_the_same_bytes_wherever_it_stopped(
     flags: tuple[str, ...], config: Path, tmp_path: Path
 ) -> None:
     """The switch is before step 7 and checkpoints are made at 3, 6, 9 and 12."""
-    whole = train(config, tmp_path / "whole", *flags)
+    complete = train(config, tmp_path / "complete", *flags)
     stops = {
         "before": lambda event: isinstance(event, Step) and event.step == 5,
         "across": lambda event: isinstance(event, Step) and event.step == 8,
@@ -52,16 +53,16 @@ def test_a_run_that_is_stopped_on_either_side_of_the_switch_ends_in_the_same_byt
         with pytest.raises(Crash):
             train(config, output, *flags, crash=stop)
         again = train(config, output, *flags)
-        assert weights(output) == weights(tmp_path / "whole"), name
-        assert again["metrics"] == whole["metrics"], name
+        assert weights(output) == weights(tmp_path / "complete"), name
+        assert again.metrics == complete.metrics, name
 
 
 @pytest.mark.parametrize("flags", [MERGE_AWARE, QA_LORA], ids=["merge-aware", "qa_lora"])
-def test_what_is_evaluated_and_opened_is_what_will_be_served(
+def test_evaluation_and_opening_use_the_weights_that_will_be_served(
     flags: tuple[str, ...], config: Path, tmp_path: Path
 ) -> None:
     report = train(config, tmp_path / "run", *flags)
-    rounding = report["rounding"]
+    rounding = report.rounding
     assert rounding["formats"] == [flags[0].rpartition("=")[2]]
     assert rounding["first_step"] == (7 if flags is MERGE_AWARE else 1)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["rounding"] == rounding
@@ -74,7 +75,7 @@ def test_what_is_evaluated_and_opened_is_what_will_be_served(
     with torch.no_grad():
         ours, theirs = engine.model(ids).logits, served.model(ids).logits
     assert torch.equal(ours, theirs)
-    # The same from the adapter's folder alone, which says what its base is held in.
+    # The same from the adapter's folder alone, which records the format of its base.
     alone = inference.open_model(str(tmp_path / "run" / "adapter"))
     with torch.no_grad():
         torch.testing.assert_close(alone.model(ids).logits.float(), ours, rtol=5e-2, atol=5e-2)

@@ -36,7 +36,7 @@ output: {folder}/run
 """)
     events: list[Event] = []
     report = finetune(load_run(folder / "config.yaml", FLAGS).run, events.append)
-    assert report["metrics"]["bits_per_byte"]["delta"] < 0
+    assert report.metrics["bits_per_byte"].delta < 0
     (started,) = (event for event in events if isinstance(event, Started))
     (row,) = (row for row in started.audit["classes"] if row["class_name"] == "TernaryLinear")
     assert row["modules"] == 2 * 7

@@ -1,4 +1,4 @@
-"""``ingle train`` from a config to an adapter, interrupted in every way."""
+"""``ingle train``: complete, interrupted and refused runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ingle.config import load_run
 from ingle.errors import Interrupted
 from tests.e2e.conftest import Ingle, command, environment, write_config
 
-#: What the config of these tests asks for.
+#: Steps in the config of these tests.
 NUM_STEPS = 12
 
 
@@ -32,14 +32,14 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run that came to its end in a process of its own; no test changes its folder ``run``."""
+    """The config of a finished run; no test changes its folder ``run``."""
     config = write_config(tmp_path_factory.mktemp("finished"), tiny_model, tiny_data)
     done = subprocess.run(command("train", config), capture_output=True, text=True, timeout=300, env=environment())
     assert done.returncode == 0, done.stderr
     return config
 
 
-def test_a_run_leaves_everything_the_contract_names(finished: Path) -> None:
+def test_a_finished_run_has_all_files_and_metrics(finished: Path) -> None:
     run = finished.parent / "run"
     for name in ("run.yaml", "metrics.jsonl", "report.json", "report.html", "adapter/adapter_config.json"):
         assert (run / name).is_file(), name
@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_the_contract_names(finished: Path) -> None:
     assert report["wall_s"] > 0
 
 
-def test_a_finished_run_is_left_alone(ingle: Ingle, finished: Path) -> None:
+def test_a_finished_run_is_not_changed(ingle: Ingle, finished: Path) -> None:
     files = (finished.parent / "run").rglob("*")
     before = {path: path.stat().st_mtime_ns for path in files if path.name != "run.lock"}
     again = ingle("train", finished)
@@ -84,9 +84,9 @@ def _num_rows(metrics: Path) -> int:
 
 @contextmanager
 def _running(tmp_path: Path, step: int, *arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A training process, handed over when it has written ``step`` rows of ``metrics.jsonl``; killed at the end.
+    """Yields a training process that has written ``step`` rows of ``metrics.jsonl``, and kills it at the end.
 
-    Where a run goes on, it has to add a row to those that were there: a signal should not come before it is at work.
+    A resumed run must add a row first, so that a signal arrives while it trains.
     """
     metrics, log = tmp_path / "run" / "metrics.jsonl", tmp_path / "log"
     step = max(step, min(_num_rows(metrics) + 1, NUM_STEPS))
@@ -104,7 +104,7 @@ def _running(tmp_path: Path, step: int, *arguments: str | Path) -> Iterator[subp
             process.kill()
 
 
-def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bytes(
     ingle_process: Ingle, config: Path, finished: Path, tmp_path: Path
 ) -> None:
     """Before the first checkpoint, between two of them, and after a resumed run has written one."""
@@ -117,7 +117,7 @@ def test_killed_again_and_again_a_run_ends_in_the_same_bytes(
     assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, NUM_STEPS + 1))
 
 
-def test_a_signal_saves_and_exits_130_and_resume_goes_on(
+def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
     ingle_process: Ingle, config: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -125,26 +125,26 @@ def test_a_signal_saves_and_exits_130_and_resume_goes_on(
         with _running(tmp_path, step, *words) as process:
             process.send_signal(number)
             process.wait(timeout=60)
-        told = (tmp_path / "log").read_text()
-        assert process.returncode == 130, told
-        assert "--resume" in told
+        seen = (tmp_path / "log").read_text()
+        assert process.returncode == 130, seen
+        assert "--resume" in seen
     again = ingle_process("train", "--resume", run)
     assert again.returncode == 0, again.stderr
     assert _digest(run) == _digest(finished.parent / "run")
 
 
-def test_a_signal_while_the_model_is_loaded_stops_at_once_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
-    told: list[events.Event] = []
+def test_a_signal_during_loading_stops_at_once_and_leaves_no_file(config: Path, tmp_path: Path) -> None:
+    seen: list[events.Event] = []
 
     def sink(event: events.Event) -> None:
-        told.append(event)
+        seen.append(event)
         if isinstance(event, events.Progress) and event.stage == "Reading weights":
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="SIGINT: nothing is trained yet") as caught:
+    with pytest.raises(Interrupted, match="SIGINT: no training step was made") as caught:
         flow.finetune(load_run(config).run, sink)
     assert "--resume" not in str(caught.value.fix), "there is no run to resume"
-    assert sum(isinstance(event, events.Progress) and event.stage == "Reading weights" for event in told) == 1
+    assert sum(isinstance(event, events.Progress) and event.stage == "Reading weights" for event in seen) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -162,12 +162,12 @@ def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data
 
 
 @pytest.mark.parametrize(("batch", "warned"), [(4, False), (512, True)])
-def test_a_step_larger_than_the_data_is_told(config: Path, batch: int, warned: bool) -> None:
-    told: list[events.Event] = []
+def test_a_step_larger_than_the_data_has_a_warning(config: Path, batch: int, warned: bool) -> None:
+    seen: list[events.Event] = []
     epochs = ["--train.num_steps=null", "--train.num_epochs=1", f"--train.global_batch_size={batch}"]
-    plan = flow.plan(load_run(config, epochs).run, told.append)
+    plan = flow.plan(load_run(config, epochs).run, seen.append)
     assert (plan.num_epochs >= 1.5) == warned
-    warnings = [event for event in told if isinstance(event, events.Warned) and "the data is read" in event.message]
+    warnings = [event for event in seen if isinstance(event, events.Warned) and "the data is read" in event.message]
     assert len(warnings) == warned
 
 
@@ -182,7 +182,7 @@ def test_full_fine_tuning_ends_in_a_model_that_transformers_reads(config: Path, 
 
 def test_a_second_process_on_the_same_folder_is_refused(ingle: Ingle, config: Path, tmp_path: Path) -> None:
     with _running(tmp_path, 1, config) as process:
-        process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has started
+        process.send_signal(signal.SIGSTOP)  # so that it does not finish before the second one starts
         second = ingle("train", config)
     assert second.returncode == 2
-    assert "Another process is working" in second.stderr
+    assert "Another process is using" in second.stderr

@@ -59,7 +59,7 @@ def _load_everything() -> None:
     from transformers import LlamaForCausalLM
 
     import ingle.export.entry
-    import ingle.export.quantizing
+    import ingle.export.quantization
     import ingle.flow
     import ingle.inference
     import ingle.sinks.terminal

@@ -86,9 +86,9 @@ def write_sharded(folder: Path, model: Path) -> None:
 
 def write_packed(folder: Path, model: Path, to: str) -> None:
     """The model packed as bitsandbytes or hqq pack it."""
-    from ingle.export.quantizing import Order, quantize
+    from ingle.export import quantize
 
-    quantize(Order(str(model), to, folder, None, None, 1), lambda event: None)
+    quantize(str(model), to, folder)
 
 
 def write_adapter(folder: Path, model: Path) -> None:

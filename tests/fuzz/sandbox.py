@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ingle.cli import outcome
+from ingle.cli import exit_status
 
 MAX_CPU_S = 20
 MAX_BYTES = 2 << 30
@@ -79,10 +79,10 @@ def command(*words: str | Path) -> str:
     """Runs ``ingle`` with these words in this process; its standard output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = outcome.call([*map(str, words)])
-    if code == outcome.DONE:
+        code = exit_status.run_command([*map(str, words)])
+    if code == exit_status.SUCCESS:
         return out.getvalue()
-    if code == outcome.MISTAKE:
+    if code == exit_status.USER_ERROR:
         raise Refused(err.getvalue())
     raise Broke(f"exit code {code}\n{err.getvalue()}")
 
@@ -193,7 +193,7 @@ def _attempt(act: Callable[[], Any]) -> dict[str, Any]:
     except Refused as refused:
         return _refusal(str(refused))
     except BaseException as error:
-        mistake = None if isinstance(error, Broke) else outcome.as_mistake(error)
+        mistake = None if isinstance(error, Broke) else exit_status.as_user_error(error)
         if mistake is not None:
             return _refusal(f"{type(mistake).__name__}: {mistake}")
         text = traceback.format_exc()

@@ -180,7 +180,7 @@ def _data(name: str, file: str, kind: str, expect: Callable[[Path], Mapping[str,
 
 
 def _prompts(folder: Path, out: Path) -> Any:
-    from ingle.cli.prompts import read_prompts
+    from ingle.cli.generation import read_prompts
 
     return {"prompts": read_prompts([], folder / "rows.jsonl")}
 
@@ -327,16 +327,16 @@ def _resume(folder: Path, out: Path) -> Any:
 
 def _use_run(folder: Path, out: Path) -> Any:
     """What is done with a finished run: it is opened, started again, shown, and its adapter exported."""
-    from ingle.evaluation.report import read_steps
+    from ingle.report.run_files import read_steps
 
     refused = []
     answer: dict[str, Any] = {"steps": [row["loss"] for row in read_steps(folder / "run" / "metrics.jsonl")]}
     try:
         answer["answer"] = _answer(folder / "run")
     except Exception as error:
-        from ingle.cli.outcome import as_mistake
+        from ingle.cli.exit_status import as_user_error
 
-        if as_mistake(error) is None:
+        if as_user_error(error) is None:
             raise
         refused.append(str(error))
     shutil.copytree(folder / "run", out / "run")

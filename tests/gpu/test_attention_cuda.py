@@ -1,4 +1,4 @@
-"""Packed attention on a GPU against the same on the CPU in float32."""
+"""Packed attention on a CUDA device against the CPU in float32."""
 
 from __future__ import annotations
 

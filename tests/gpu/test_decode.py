@@ -1,4 +1,4 @@
-"""Decode kernels on a CUDA device: the bytes packed on the CPU give the CPU's weights, bit for bit."""
+"""Decode kernels on a CUDA device: bytes encoded on the CPU decode to the CPU's weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_gpu_decodes_as_the_cpu(format: Member, shape: tuple[int, int], dtype: t
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_gpu_packs_as_the_cpu(format: Member) -> None:
+def test_gpu_encodes_as_the_cpu(format: Member) -> None:
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
     there = format.encode(weight.cuda())
     assert all(torch.equal(there[name].cpu(), plane) for name, plane in format.encode(weight).items())

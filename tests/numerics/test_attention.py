@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ingle.kernels.attention import tiles as attention_tiles
+from ingle.kernels.attention import spans as attention_spans
 from ingle.kernels.attention.packed import packed_attention
 
 LENGTHS = {
@@ -61,7 +61,7 @@ def compare(
     expected = reference(*exact, lengths, scale, causal, window, softcap)
     theirs = torch.autograd.grad(expected, exact, grad.double())
     for actual, wanted in zip((out, *ours), (expected, *theirs), strict=True):
-        # A query with one key has no gradient at all: rounding is then measured against the output.
+        # A query with one key has no gradient: errors are then measured against the output.
         assert (actual.double() - wanted).norm() <= DTYPES[dtype] * max(wanted.norm(), expected.norm() / 4)
         assert (actual.double() - wanted).abs().max() <= 6 * DTYPES[dtype] * max(wanted.abs().max(), 0.5)
 
@@ -84,8 +84,8 @@ def test_windows_caps_and_both_directions(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal, window", [(True, None), (True, 90), (False, None), (False, 50)])
 def test_documents_longer_than_a_tile(dtype: torch.dtype, causal: bool, window: int | None, monkeypatch: Any) -> None:
-    """Blocks of keys are merged, also where a row sees nothing of one."""
-    monkeypatch.setattr(attention_tiles, "TILE_KEYS", 64)
+    """Blocks of keys are merged, even if a row sees no key of one."""
+    monkeypatch.setattr(attention_spans, "TILE_KEYS", 64)
     compare(dtype, [333, 20, 200], causal=causal, window=window)
 
 
@@ -96,12 +96,12 @@ def test_head_layouts(hq: int, hkv: int, dh: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dh, dv", [(24, 16), (16, 32)])
-def test_values_of_another_size_than_keys(dtype: torch.dtype, dh: int, dv: int) -> None:
+def test_values_of_a_different_size_than_keys(dtype: torch.dtype, dh: int, dv: int) -> None:
     compare(dtype, LENGTHS["mixed"], dh=dh, dv=dv, window=7)
 
 
-def test_documents_do_not_feel_each_other() -> None:
-    """Bit for bit: what another document holds changes nothing, forward or backward."""
+def test_documents_do_not_affect_each_other() -> None:
+    """Bit for bit: the content of another document changes nothing, forward or backward."""
     lengths = torch.tensor([5, 40, 200, 7])
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(torch.int32)
     q, k, v, grad = (torch.randn(1, 2, 252, 8).bfloat16() for _ in range(4))

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from ingle.data.encoding import TextEncoder, draw_document
+from ingle.data.encoding import TextEncoder, make_document
 from ingle.data.types import Example, Message
 
 CHATML = (
@@ -41,7 +41,7 @@ def test_masks_equal_those_of_generation_tags(template, tokenizer_factory):
     rng = random.Random(0)
     conversations = [make_conversation(rng) for _ in range(200)]
     examples = [Example(f"f:{i}", messages=messages) for i, messages in enumerate(conversations)]
-    documents = [draw_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
+    documents = [make_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
     for messages, encoded in zip(conversations, TextEncoder(tokenizer).encode(documents), strict=True):
         oracle = tokenizer.apply_chat_template(
             [{"role": m.role, "content": m.content} for m in messages],

@@ -1,4 +1,4 @@
-"""Fused decoder layers against the layers they stand for: answers, every gradient, and when they step aside."""
+"""Fused decoder layers against the layers that they replace: outputs, every gradient, and when they are not used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ingle.adapters import fusion
 from ingle.adapters.fusion import FusedLayer
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import Nf4Base
-from ingle.data.types import Batch
+from ingle.data.batch import Batch
 from ingle.kernels.layers import decoder_layer
 from ingle.models import forward_hidden
 from ingle.quant import convert
@@ -39,9 +39,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
-def make(config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter, *, packed: bool = False) -> Any:
+def make(config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter, *, quantized: bool = False) -> Any:
     model = make_random(config, dtype)
-    if packed:
+    if quantized:
         convert(model, Nf4Base(format="nf4", double_quant=False))
     adapters.attach(model, adapter, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -55,7 +55,8 @@ def batch(lengths: tuple[int, ...] = (9, 1, 20, 3)) -> Batch:
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
     ids = torch.arange(sum(lengths)) * 7 % 64
-    return Batch(ids[None], ids[None], positions[None], bounds, sum(lengths), sum(lengths))
+    columns = {"input_ids": ids[None], "labels": ids[None], "position_ids": positions[None], "cu_seqlens": bounds}
+    return Batch(columns, sum(lengths), len(lengths), sum(lengths))
 
 
 def run(model: Any) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fused_layers_answer_and_learn_as_the_layers_they_stand_for(name: str, dtype: torch.dtype) -> None:
+def test_fused_layers_give_the_outputs_and_gradients_of_the_layers_they_replace(name: str, dtype: torch.dtype) -> None:
     model = make(CONFIGS[name], dtype, LoraAdapter(rank=3))
     theirs = run(model)
     paths = [path for path, _ in model.named_parameters()]
@@ -87,7 +88,7 @@ def test_fused_layers_answer_and_learn_as_the_layers_they_stand_for(name: str, d
     if dtype == torch.float32:
         compare(ours, theirs, TOLERANCE[dtype])
         return
-    # In bfloat16 both err; ours must not be further from float32 than the layers themselves, by more than chance.
+    # In bfloat16 both have errors; ours may exceed those of the original layers only by chance.
     exact = run(make(CONFIGS[name], torch.float32, LoraAdapter(rank=3)))
     compare(ours, exact, TOLERANCE[dtype])
     errors = [sum((side[n].float() - w).norm() / w.norm() for n, w in exact.items()) for side in (ours, theirs)]
@@ -103,10 +104,10 @@ def test_fused_layers_answer_and_learn_as_the_layers_they_stand_for(name: str, d
     ],
     ids=["dropout", "some-linears", "one-layer"],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_with_dropout_bare_linears_and_packed_bases(adapter: LoraAdapter, packed: bool) -> None:
-    model = make(CONFIGS["llama"], torch.float32, adapter, packed=packed)
-    if adapter.dropout:  # eager layers draw masks in another order, so only the linears are compared, each with its own
+@pytest.mark.parametrize("quantized", [False, True])
+def test_dropout_plain_linears_and_quantized_bases(adapter: LoraAdapter, quantized: bool) -> None:
+    model = make(CONFIGS["llama"], torch.float32, adapter, quantized=quantized)
+    if adapter.dropout:  # eager layers draw masks in another order: fused layers are compared with themselves
         adapters.fuse(model)
         first, again = run(model), run(model)
         compare(first, again, 0.0)
@@ -139,7 +140,7 @@ def test_recompute_changes_nothing(dropout: float) -> None:
     compare(run(again), run(plain), 0.0)
 
 
-def test_disabled_adapters_are_off_in_fused_layers_too() -> None:
+def test_disabled_adapters_are_off_in_fused_layers() -> None:
     model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
     with torch.no_grad(), adapters.disabled(model):
         base = forward_hidden(model, batch())
@@ -150,7 +151,7 @@ def test_disabled_adapters_are_off_in_fused_layers_too() -> None:
         assert (forward_hidden(model, batch()) - base).norm() > 0.01 * base.norm()
 
 
-def test_generation_goes_through_the_layers_they_stand_for() -> None:
+def test_generation_uses_the_original_layers() -> None:
     model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3)).eval()
     ids = torch.arange(6)[None]
     with torch.no_grad():
@@ -161,27 +162,27 @@ def test_generation_goes_through_the_layers_they_stand_for() -> None:
     assert torch.equal(ours.logits, wanted.logits) and more.logits.shape == (1, 1, 64)
 
 
-def test_backward_uses_its_buffers_up_and_says_so() -> None:
+def test_a_second_backward_raises() -> None:
     model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
     adapters.fuse(model)
     loss = forward_hidden(model, batch()).sum()
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="runs once"):
+    with pytest.raises(RuntimeError, match="can run only once"):
         loss.backward()
 
 
-def test_layers_that_are_not_made_for_it_stay_and_the_reason_is_told() -> None:
+def test_other_layers_are_not_fused_and_the_report_has_the_reason() -> None:
     other = make(OlmoConfig(**SIZES), torch.float32, LoraAdapter(rank=3))
     assert adapters.fuse(other).reasons == {"OlmoDecoderLayer is not among the fused architectures": 2}
     whole = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3, trainable_modules=("layers.1.mlp",)))
     report = adapters.fuse(whole)
-    assert (report.fused, report.reasons) == (1, {"more than its adapters is trained": 1})
+    assert (report.fused, report.reasons) == (1, {"weights other than its adapters are trained": 1})
     gelu = LlamaConfig(**SIZES, hidden_act="gelu")
     assert "not SiLU" in next(iter(adapters.fuse(make(gelu, torch.float32, LoraAdapter(rank=3))).reasons))
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: Any) -> None:
-    """The self-check at the start finds it, forward or backward."""
+def test_a_wrong_kernel_is_not_used(monkeypatch: Any) -> None:
+    """The self-check at the start finds errors in forward and in backward."""
     model = make(CONFIGS["llama"], torch.float32, LoraAdapter(rank=3))
     right = decoder_layer.swiglu
     monkeypatch.setattr(decoder_layer, "swiglu", lambda gate, up: right(gate, up) * 1.01)
@@ -197,7 +198,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: Any) -> 
     assert report.fused == 0 and "gradient differs" in next(iter(report.reasons))
 
 
-def test_the_self_check_is_done_once_for_layers_that_are_alike(monkeypatch: Any) -> None:
+def test_the_self_check_runs_once_for_equal_layers(monkeypatch: Any) -> None:
     calls = []
     right = fusion.disagreement
     monkeypatch.setattr(fusion, "disagreement", lambda *layers: calls.append(1) or right(*layers))

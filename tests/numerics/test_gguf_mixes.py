@@ -120,5 +120,5 @@ def test_norms_biases_and_routers_stay() -> None:
 
 
 def test_an_unknown_file_type_is_told() -> None:
-    with pytest.raises(GgufError, match="no file type 'q9_k'"):
+    with pytest.raises(GgufError, match="cannot write the file type 'q9_k'"):
         Mix("q9_k", "llama", 8, 8, 8, tied=False)

@@ -171,7 +171,7 @@ def rewritten(path: Path, target: Path, change: Callable[[dict[str, Any], dict[s
     metadata = dict(file.metadata)
     tensors = {t.name: TensorToWrite(t.name, t.type_name, t.shape, t.read) for t in file.tensors.values()}
     change(metadata, tensors)
-    write_gguf(target, metadata, tensors.values(), types=file.types)
+    write_gguf(target, metadata, tensors.values())
     return target
 
 
@@ -203,7 +203,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         lambda metadata, tensors: metadata.update({"general.architecture": "mamba"})
     )
     small.with_name("cut.gguf").write_bytes(small.read_bytes()[:-4096])
-    with pytest.raises(GgufError, match="not a whole GGUF file"):
+    with pytest.raises(GgufError, match="damaged or incomplete"):
         load(small.with_name("cut.gguf"))
     with pytest.raises(ModelError, match="There is no file"):
         load(tmp_path / "nowhere.gguf")

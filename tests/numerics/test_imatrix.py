@@ -12,11 +12,11 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 from ingle import adapters
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import Nf4Base
-from ingle.data.types import Batch
+from ingle.data.batch import Batch
 from ingle.errors import QuantizationError
 from ingle.models import forward_hidden, recompute_layers
 from ingle.quant import convert
-from ingle.quant.imatrix import ImatrixCollector, linear_maps
+from ingle.quant.imatrix_collector import ImatrixCollector, linear_maps
 from tests.tiny import SIZES, make_random
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
@@ -40,7 +40,8 @@ def batch(seed: int, lengths: tuple[int, ...] = (9, 1, 20, 3), padding: int = 0)
     bounds = torch.tensor([0, *torch.tensor(spans).cumsum(0).tolist()], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in spans])
     ids = torch.randint(64, (1, sum(spans)), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids, ids, positions[None], bounds, sum(lengths), sum(lengths))
+    columns = {"input_ids": ids, "labels": ids, "position_ids": positions[None], "cu_seqlens": bounds}
+    return Batch(columns, sum(lengths), len(lengths), sum(lengths))
 
 
 def catch(model: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:

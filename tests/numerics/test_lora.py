@@ -26,7 +26,7 @@ def close(actual: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Equation 3 of the paper as it stands."""
+    """Equation 3 of the paper."""
     y = x @ weight.t() + scale * (x @ a.t() @ b.t())
     return y if bias is None else y + bias
 
@@ -56,7 +56,7 @@ def test_one_projection(dtype: torch.dtype, with_bias: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_projections_that_share_an_input(dtype: torch.dtype) -> None:
-    """Different sizes, ranks and scales go through together as they do alone."""
+    """Projections of different sizes, ranks and scales give together what each gives alone."""
     x = draw(N, I, seed=1, dtype=dtype).requires_grad_()
     sizes = [(O, 4, 0.5), (16, 2, 2.0), (16, 8, 1.0)]
     weights = [draw(o, I, seed=10 + i, dtype=dtype) for i, (o, _, _) in enumerate(sizes)]
@@ -82,8 +82,8 @@ def test_projections_that_share_an_input(dtype: torch.dtype) -> None:
         close(actual, reference, TOLERANCE[dtype])
 
 
-def test_an_output_may_be_added_to_in_place() -> None:
-    """As Falcon's layers do; autograd would refuse it for a view."""
+def test_an_output_can_be_modified_in_place() -> None:
+    """Falcon's layers do this; autograd refuses it for a view."""
     x = draw(2, 3, I, seed=1).requires_grad_()
     a, b = (draw(*shape, seed=2).requires_grad_() for shape in ((4, I), (O, 4)))
     weight = draw(O, I, seed=3)
@@ -110,17 +110,17 @@ def bases() -> dict[str, nn.Module]:
     nn.init.normal_(conv.bias)
     format = make_format(Nf4Base(format="nf4", block_size=32))
     assert format is not None
-    packed = QuantLinear(format, I, O, bias=True)
-    packed.quantize(linear.weight.detach().bfloat16())
-    assert packed.bias is not None
-    packed.bias.data = draw(O, seed=9)
-    return {"linear": linear, "biased": biased, "conv1d": conv, "nf4": packed}
+    quantized = QuantLinear(format, I, O, bias=True)
+    quantized.quantize(linear.weight.detach().bfloat16())
+    assert quantized.bias is not None
+    quantized.bias.data = draw(O, seed=9)
+    return {"linear": linear, "biased": biased, "conv1d": conv, "nf4": quantized}
 
 
 @pytest.mark.parametrize("kind", ["linear", "biased", "conv1d", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_base(kind: str, dtype: torch.dtype) -> None:
-    """The module over each base gives the base's own answer plus the eager change, and eager gradients."""
+    """The module over each base gives the output of the base plus the eager update, and eager gradients."""
     torch.manual_seed(0)
     base = bases()[kind].to(dtype)
     lora = LoraLinear(base, R, 0.5)
@@ -148,7 +148,7 @@ def test_every_base(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_dropout(count: int) -> None:
-    """With the mask read off the function itself, outputs and gradients are those of that mask."""
+    """Outputs and gradients match the mask that the function itself shows."""
     p = 0.4
     x = draw(N, I, seed=1).requires_grad_()
     eyes = [torch.eye(I).requires_grad_() for _ in range(count)]  # A and B as identities show dropout(x)
@@ -173,7 +173,7 @@ def test_dropout(count: int) -> None:
         close(actual, reference, 1e-5)
 
 
-def test_dropout_is_drawn_again_under_recompute_and_off_in_eval() -> None:
+def test_recompute_repeats_dropout_and_evaluation_has_none() -> None:
     lora = LoraLinear(nn.Linear(I, O), R, 1.0, dropout=0.5)
     lora.initialise(0, "x")
     with torch.no_grad():
@@ -192,8 +192,8 @@ def test_dropout_is_drawn_again_under_recompute_and_off_in_eval() -> None:
     assert torch.equal(lora(x), lora(x))
 
 
-def test_nothing_wide_is_kept_for_backward() -> None:
-    """Autograd keeps x and x A^T, not the weight, the output or a mask."""
+def test_nothing_wide_is_saved_for_backward() -> None:
+    """Autograd saves x and x A^T, not the weight, the output or a mask."""
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         lora = LoraLinear(bases()["nf4"], R, 1.0, dropout=0.1)

@@ -14,11 +14,10 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from ingle.evaluation.scorers import Likelihood, Outputs
-from ingle.evaluation.scorers.bleu import Bleu, choose_tokenizer
-from ingle.evaluation.scorers.chrf import Chrf
-from ingle.evaluation.scorers.likelihood import BitsPerByte, Perplexity
-from ingle.evaluation.scorers.rouge_l import RougeL, f_measure, tokenize
-from ingle.evaluation.stats import randomization
+from ingle.evaluation.scorers.ngrams import Bleu, Chrf, choose_tokenizer
+from ingle.evaluation.scorers.perplexity import BitsPerByte, Perplexity
+from ingle.evaluation.scorers.rouge import RougeL, f_measure, tokenize
+from ingle.evaluation.statistics.significance import randomization
 
 ANSWERS = ("The cat sat on the mat.", "It is raining cats and dogs today.", "He go to school by bus")
 TARGETS = (("The cat is on the mat.",), ("It rains heavily today.",), ("He goes to school by bus.",))
@@ -85,7 +84,7 @@ def test_aggregate_of_any_subset_equals_sacrebleu(scorer, size):
     answers, references = corpus(200, seed=21)
     statistics = scorer.score(Outputs(answers=answers), references).statistics
     rng = np.random.default_rng(0)
-    metric = sacrebleu.BLEU(force=True) if scorer.name == "bleu" else sacrebleu.CHRF()
+    metric = sacrebleu.BLEU(force=True) if scorer.metric.name == "bleu" else sacrebleu.CHRF()
     subsets = [rng.choice(200, size=size, replace=size < 200) for _ in range(60 if size < 200 else 12)]
     found = scorer.aggregate(np.stack([statistics[subset].sum(0) for subset in subsets]))
     expected = [
@@ -104,8 +103,8 @@ def test_randomization_agrees_with_sacrebleus_paired_test(scorer):
         " ".join(word for word in answer.split() if rng.random() > (0.15 if index % 2 else 0.0))
         for index, answer in enumerate(tuned)
     )
-    name = "BLEU" if scorer.name == "bleu" else "chrF2"
-    metric = sacrebleu.BLEU(force=True) if scorer.name == "bleu" else sacrebleu.CHRF()
+    name = "BLEU" if scorer.metric.name == "bleu" else "chrF2"
+    metric = sacrebleu.BLEU(force=True) if scorer.metric.name == "bleu" else sacrebleu.CHRF()
     named = [("base", list(base)), ("tuned", list(tuned))]
     _, scores = PairedTest(named, {name: metric}, padded(references), "ar", n_samples=4000)()
     expected = scores[name][1].p_value

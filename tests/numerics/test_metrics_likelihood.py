@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ingle import adapters, models
 from ingle.config import LoraAdapter, ModelConfig, Source, TaskConfig
 from ingle.errors import EvaluationError
-from ingle.evaluation import evaluate_pair, evaluate_single, read_task, run_task
-from ingle.evaluation.likelihood import score_references
+from ingle.evaluation import ModelSource, evaluate, read_task, run_task
+from ingle.evaluation.run.likelihood import score_references
 from ingle.events import Progress, Warned
 
 CPU = torch.device("cpu")
@@ -122,13 +122,12 @@ def test_every_token_of_plain_text_is_scored_once(tmp_path, model, oracle, check
 def test_bits_per_byte_of_the_corpus(tmp_path, model, oracle, checkpoint):
     tokenizer = checkpoint[1]
     texts = ["hello world", "how are you today"]
-    report = evaluate_single(model, tokenizer, task_of(tmp_path, [{"text": text} for text in texts]))
+    task = task_of(tmp_path, [{"text": text} for text in texts])
+    (summary,) = evaluate(ModelSource(model, tokenizer), [task])
     ids = [[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]] for text in texts]
     nll = sum(expected_nll(oracle, one, 1) for one in ids)
-    assert report["metrics"]["bits_per_byte"]["value"] == pytest.approx(
-        nll / sum(map(len, texts)) / math.log(2), rel=2e-5
-    )
-    assert report["metrics"]["perplexity"]["value"] == pytest.approx(
+    assert summary.metrics["bits_per_byte"].value == pytest.approx(nll / sum(map(len, texts)) / math.log(2), rel=2e-5)
+    assert summary.metrics["perplexity"].value == pytest.approx(
         math.exp(nll / sum(len(one) - 1 for one in ids)), rel=1e-4
     )
 
@@ -139,7 +138,7 @@ def test_a_prompt_too_long_loses_its_beginning_and_it_is_told(tmp_path, model, o
     tokenizer.chat_template, template = None, tokenizer.chat_template
     try:
         task = task_of(tmp_path, [row], "perplexity")
-        result = run_task(model, tokenizer, task, sink=events.append)
+        result = run_task(ModelSource(model, tokenizer), task, sink=events.append)
     finally:
         tokenizer.chat_template = template
     ids = [*tokenizer(row["prompt"].rstrip(" ") + " it is four.")["input_ids"], tokenizer.eos_token_id]
@@ -152,36 +151,39 @@ def test_a_prompt_too_long_loses_its_beginning_and_it_is_told(tmp_path, model, o
 def test_base_and_tuned_are_compared_and_the_base_is_the_model_without_its_adapter(tmp_path, model, checkpoint):
     tokenizer, events = checkpoint[1], []
     task = task_of(tmp_path, CHATS, "chrf", "exact_match", "perplexity", max_new_tokens=6)
-    alone = run_task(model, tokenizer, task)
+    alone = run_task(ModelSource(model, tokenizer), task)
     adapters.attach(model, LoraAdapter(rank=4), seed=0)
     for name, parameter in adapters.trainable_parameters(model):
         if "lora_b" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    report = evaluate_pair(model, tokenizer, task, sink=events.append)
-    assert [sample["base"] for sample in report["samples"]] == list(alone.outputs.answers)
-    assert any(sample["base"] != sample["tuned"] for sample in report["samples"])
-    assert report["metrics"]["perplexity"]["base"] == pytest.approx(
+    tuned = ModelSource(model, tokenizer, "tuned")
+    (comparison,) = evaluate(tuned, [task], base=tuned.base(), sink=events.append)
+    assert [sample.base for sample in comparison.samples] == list(alone.outputs.answers)
+    assert any(sample.base != sample.tuned for sample in comparison.samples)
+    assert comparison.metrics["perplexity"].base == pytest.approx(
         math.exp(sum(x.nll for x in alone.outputs.likelihoods) / sum(x.num_tokens for x in alone.outputs.likelihoods)),
         rel=1e-6,
     )
     stages = {event.stage for event in events if isinstance(event, Progress)}
-    assert stages == {f"{side}: {what}" for side in ("base", "tuned") for what in ("answering", "scoring references")}
+    assert stages == {f"{what} ({side})" for side in ("base", "tuned") for what in ("Answering", "Scoring references")}
     ends = [event for event in events if isinstance(event, Progress) and event.done == event.total]
     assert {event.stage for event in ends} == stages
 
 
 def test_a_result_given_for_the_base_is_used(tmp_path, model, checkpoint):
     task = task_of(tmp_path, CHATS[:3], "perplexity")
-    kept = run_task(model, checkpoint[1], task)
+    kept = run_task(ModelSource(model, checkpoint[1]), task)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.5)
-    report = evaluate_pair(model, checkpoint[1], task, base=kept)
-    assert report["metrics"]["perplexity"]["delta"] != 0
+    (comparison,) = evaluate(ModelSource(model, checkpoint[1]), [task], base=[kept])
+    assert comparison.metrics["perplexity"].delta != 0
 
 
 def test_cut_answers_are_told(tmp_path, model, checkpoint):
     events = []
-    result = run_task(model, checkpoint[1], task_of(tmp_path, CHATS, "chrf", max_new_tokens=2), sink=events.append)
+    result = run_task(
+        ModelSource(model, checkpoint[1]), task_of(tmp_path, CHATS, "chrf", max_new_tokens=2), sink=events.append
+    )
     assert result.num_unfinished > 0
     assert any(isinstance(event, Warned) and "cut off at 2 tokens" in event.message for event in events)
 
@@ -190,11 +192,11 @@ def test_a_prompt_the_model_cannot_hold_is_named(tmp_path, model, checkpoint):
     long = [{"role": "user", "content": "question hello " * 60}, {"role": "assistant", "content": "x"}]
     rows = [CHATS[0], {"messages": long}]
     with pytest.raises(EvaluationError) as error:
-        run_task(model, checkpoint[1], task_of(tmp_path, rows, "chrf"))
+        run_task(ModelSource(model, checkpoint[1]), task_of(tmp_path, rows, "chrf"))
     assert error.value.where.endswith("task.jsonl:2")
 
 
 def test_the_mode_of_the_model_is_left_as_it_was(tmp_path, model, checkpoint):
     model.train()
-    run_task(model, checkpoint[1], task_of(tmp_path, CHATS[:2], "perplexity"))
+    run_task(ModelSource(model, checkpoint[1]), task_of(tmp_path, CHATS[:2], "perplexity"))
     assert model.training

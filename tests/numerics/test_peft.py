@@ -1,4 +1,4 @@
-"""Adapters against PEFT's own: logits both ways through the files, and gradients of a whole model."""
+"""Adapters against PEFT: logits in both directions through the files, and gradients of a complete model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ingle.quant import QuantLinear, convert
 
 IDS = torch.arange(20).view(2, 10) * 7 % 50
 
-# PEFT calls transformers by a name that is deprecated, and warns of tied weights; neither is ours to mend.
+# PEFT uses a deprecated name of transformers and warns of tied weights.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -82,9 +82,9 @@ def through_peft(base: PreTrainedModel, folder: Path) -> torch.Tensor:
         LoraAdapter(rank=2, trainable_modules=("embed_tokens", "model.norm")),
         LoraAdapter(rank=2, target_modules=("o_proj", "lm_head")),
     ],
-    ids=["all", "rslora", "patterns", "head-whole", "embeddings-whole", "head-adapted"],
+    ids=["all", "rslora", "patterns", "head-saved", "embeddings-saved", "head-adapted"],
 )
-def test_what_is_saved_answers_the_same_in_peft_and_when_loaded(adapter: LoraAdapter, tmp_path: Path) -> None:
+def test_a_saved_adapter_answers_the_same_in_peft_and_when_loaded(adapter: LoraAdapter, tmp_path: Path) -> None:
     model = llama()
     base = logits(model)
     adapters.attach(model, adapter, seed=0)
@@ -201,7 +201,7 @@ def test_tied_embeddings_are_trained_and_saved_together(named: str, tmp_path: Pa
     ],
     ids=["plain", "rslora", "patterns", "modules_to_save", "ends-so", "some-layers"],
 )
-def test_what_peft_saved_loads_here(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_saved_by_peft_loads(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **settings}
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     move(theirs)
@@ -213,7 +213,7 @@ def test_what_peft_saved_loads_here(settings: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
 @pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
-def test_what_peft_trained_whole_on_tied_weights_loads_here(named: str, together: bool, tmp_path: Path) -> None:
+def test_tied_modules_saved_by_peft_load(named: str, together: bool, tmp_path: Path) -> None:
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=[named], ensure_weight_tying=together, task_type="CAUSAL_LM"
     )
@@ -232,11 +232,11 @@ def test_what_peft_trained_whole_on_tied_weights_loads_here(named: str, together
     if together:
         adapters.attach(llama(tied=True), again, seed=0)
     else:
-        with pytest.raises(AdapterError, match="this model ties them"):
+        with pytest.raises(AdapterError, match="this model ties their weights"):
             adapters.attach(llama(tied=True), again, seed=0)
 
 
-def test_what_peft_trained_whole_on_both_ends_of_a_tie_loads_here(tmp_path: Path) -> None:
+def test_both_ends_of_a_tie_saved_by_peft_load(tmp_path: Path) -> None:
     config = peft.LoraConfig(
         r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
     )
@@ -248,18 +248,18 @@ def test_what_peft_trained_whole_on_both_ends_of_a_tie_loads_here(tmp_path: Path
     torch.testing.assert_close(logits(ours), through_peft(llama(tied=True), tmp_path), rtol=1e-5, atol=1e-5)
 
 
-def peft_twin(ours: torch.nn.Module, base: PreTrainedModel) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+def peft_model(ours: torch.nn.Module, base: PreTrainedModel) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """PEFT's model with the A and B of ours, and those by the names ours gives them."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    twin = peft.get_peft_model(base, config)
+    reference = peft.get_peft_model(base, config)
     halves = {}
-    for key, parameter in twin.named_parameters():
+    for key, parameter in reference.named_parameters():
         if ".lora_" in key:
             name = key.removeprefix("base_model.model.").removesuffix(".default.weight")
             halves[name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = parameter
             with torch.no_grad():
                 parameter.copy_(ours.get_parameter(name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")))
-    return twin, halves
+    return reference, halves
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -269,15 +269,15 @@ def loss_of(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)], ids=str)
 def test_loss_and_every_gradient_equal_peft_in_float32(dtype: torch.dtype, tolerance: float) -> None:
-    """The whole model: ours in ``dtype`` against PEFT's in float32 over the same weights.
+    """The complete model: ours in ``dtype`` against PEFT's in float32 over the same weights.
 
-    In bfloat16 the yardstick is PEFT over a bfloat16 base, which multiplies A and B in float32; ours rounds them.
+    In bfloat16 the bound is the error of PEFT with a bfloat16 base, whose products with A and B are in float32.
     """
     ours = llama().to(dtype)
     adapters.attach(ours, LoraAdapter(rank=4), seed=0)
     move(ours)
-    exact, exact_halves = peft_twin(ours, llama().to(dtype).float())
-    peer, peer_halves = peft_twin(ours, llama().to(dtype))
+    exact, exact_halves = peft_model(ours, llama().to(dtype).float())
+    peer, peer_halves = peft_model(ours, llama().to(dtype))
     losses = [loss_of(model) for model in (ours, exact, peer)]
     for loss in losses:
         loss.backward()
@@ -294,12 +294,12 @@ def test_loss_and_every_gradient_equal_peft_in_float32(dtype: torch.dtype, toler
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_qa_lora_answers_the_same_in_peft(dropout: float, tmp_path: Path) -> None:
-    """PEFT reads it as plain LoRA over the base's decoded weights, and passes over what else the file says."""
-    model, twin = llama(), llama()
+    """PEFT reads it as plain LoRA on the base's decoded weights and ignores Ingle's record."""
+    model, reference = llama(), llama()
     convert(model, base_section("q5_1"))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            twin.get_submodule(name).weight.data = module.decode(torch.float32)
+            reference.get_submodule(name).weight.data = module.decode(torch.float32)
     adapter = QaLoraAdapter(kind="qa_lora", rank=4, dropout=dropout, rslora=True)
     adapters.attach(model, adapter, seed=0)
     identity = adapters.identify(model)
@@ -308,6 +308,6 @@ def test_qa_lora_answers_the_same_in_peft(dropout: float, tmp_path: Path) -> Non
     base = base_section("q5_1")
     adapters.save_adapter(model, tmp_path, adapter, "some/base", base=base, identity=identity)
     ours = logits(model)
-    torch.testing.assert_close(through_peft(twin, tmp_path), ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(through_peft(reference, tmp_path), ours, rtol=1e-5, atol=1e-5)
     with adapters.disabled(model):
         assert (logits(model) - ours).abs().max() > 0.1

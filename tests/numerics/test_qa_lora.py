@@ -30,7 +30,7 @@ def expand(a: Tensor, group_size: int, in_features: int = I) -> Tensor:
     return a.repeat_interleave(group_size, 1)[:, :in_features]
 
 
-def packed_layer(name: str, *, seed: int = 0, scale: float = 0.5) -> tuple[QuantLinear, LoraLinear]:
+def quantized_layer(name: str, *, seed: int = 0, scale: float = 0.5) -> tuple[QuantLinear, LoraLinear]:
     format = make_format(FOLDING[name])
     assert format is not None
     base = QuantLinear(format, I, O)
@@ -47,7 +47,7 @@ def packed_layer(name: str, *, seed: int = 0, scale: float = 0.5) -> tuple[Quant
 def test_pool_and_spread_are_transposes_of_each_other(size: int) -> None:
     x, y = draw(5, I, seed=1, dtype=torch.double), draw(5, -(-I // size), seed=2, dtype=torch.double)
     torch.testing.assert_close((pool(x, size) * y).sum(), (x * spread(y, size, I)).sum())
-    for group in range(y.shape[1]):  # a last group that is not whole is summed as far as it goes
+    for group in range(y.shape[1]):  # an incomplete last group is summed as far as it goes
         torch.testing.assert_close(pool(x, size)[:, group], x[:, group * size : (group + 1) * size].sum(1))
 
 
@@ -87,7 +87,7 @@ def test_outputs_and_gradients(dtype: torch.dtype, sizes: tuple[int, int], holds
         close(actual, reference, TOLERANCE[dtype])
 
 
-def test_dropout_falls_on_the_sums() -> None:
+def test_dropout_applies_to_the_sums() -> None:
     """As in the authors' code: pooled first, dropped then; gradients are those of that mask."""
     x, zero = draw(N, I, seed=1).requires_grad_(), torch.zeros(I // 32, I)
     eye = torch.eye(I // 32)
@@ -110,7 +110,7 @@ def test_dropout_falls_on_the_sums() -> None:
 
 def test_the_sums_are_kept_and_not_the_input() -> None:
     sizes: list[int] = []
-    _, lora = packed_layer("q5_1")
+    _, lora = quantized_layer("q5_1")
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         lora(draw(N, I, seed=3).requires_grad_())
     assert sum(sizes) <= N * I // 32 + N * R + R * I // 32 + O * R
@@ -119,7 +119,7 @@ def test_the_sums_are_kept_and_not_the_input() -> None:
 @pytest.mark.parametrize("name", FOLDING)
 def test_merged_equals_unmerged_up_to_the_rounding_of_the_field(name: str) -> None:
     """Codes and scales stay, and what a weight is off by is half a step of the float16 field."""
-    base, lora = packed_layer(name)
+    base, lora = quantized_layer(name)
     planes = merged_planes(lora)
     exact = merged_weight(lora, torch.float32).double()
     assert (exact - base.decode(torch.float32)).abs().max() > 0.01
@@ -144,7 +144,7 @@ def test_merged_equals_unmerged_up_to_the_rounding_of_the_field(name: str) -> No
 @pytest.mark.parametrize("name", FOLDING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_through_the_rounding_the_merged_weight_is_the_one_that_was_used(name: str, dtype: torch.dtype) -> None:
-    base, lora = packed_layer(name)
+    base, lora = quantized_layer(name)
     planes = merged_planes(lora)
     lora.merged = Merged(base.format, planes)
     served = base.format.decode(planes, O, I, dtype)

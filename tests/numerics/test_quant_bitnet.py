@@ -54,7 +54,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     one = torch.ones(1)
     with pytest.raises(QuantizationError, match="not ternary"):
         from_bitnet({"weight": packed | 3, "weight_scale": one}, divides=True)
-    with pytest.raises(QuantizationError, match="not a packed BitNet layer"):
+    with pytest.raises(QuantizationError, match="not a BitNet layer"):
         from_bitnet({"weight": packed.float(), "weight_scale": one}, divides=True)
     for bad in (torch.zeros(1), one * torch.nan, one * 1e-30):
         with pytest.raises(QuantizationError, match="scale"):

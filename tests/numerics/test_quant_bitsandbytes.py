@@ -160,7 +160,7 @@ def test_int8_is_theirs(shape: tuple[int, int]) -> None:
 def test_what_cannot_be_exchanged_is_refused() -> None:
     format = Nf4()
     planes = format.encode(draw((4, 64), torch.float32)[:, :40])
-    with pytest.raises(QuantizationError, match="run across rows"):
+    with pytest.raises(QuantizationError, match="not a multiple of block_size"):
         to_bitsandbytes(planes, format, 4, 40)
     packed, state = oracle.quantize_4bit(draw((4, 64), torch.float32), quant_type="nf4")
     tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
@@ -179,7 +179,7 @@ def test_inconsistent_checkpoints_are_refused() -> None:
     good = to_bitsandbytes(format.encode(draw((48, 256), torch.float32)), format, 48, 256)
     with pytest.raises(QuantizationError, match="another table"):
         from_bitsandbytes(good | {"weight.quant_map": good["weight.quant_map"] + 0.01})
-    with pytest.raises(QuantizationError, match="nested_absmax of another size"):
+    with pytest.raises(QuantizationError, match="size of nested_absmax"):
         from_bitsandbytes(good | {"weight.nested_absmax": good["weight.nested_absmax"].repeat(2)})
     for key in ("weight.nested_absmax", "weight.absmax"):
         single = Nf4(double_quant=False)

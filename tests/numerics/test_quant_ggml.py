@@ -27,7 +27,7 @@ from ingle.quant.ggml import GgmlBlocks
 SECTIONS: dict[str, type[GgmlBase]] = {
     format_name(section): section
     for section in base_sections()
-    if issubclass(section, GgmlBase) and section.not_packed is None
+    if issubclass(section, GgmlBase) and section.read_only is None
 }
 #: Numbers of the types in ggml.h.
 KINDS = {

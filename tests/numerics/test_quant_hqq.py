@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ingle.errors import QuantizationError
-from ingle.quant.hqq import Hqq, pack_codes, unpack_codes
+from ingle.quant.hqq import Hqq, bytes_to_codes, codes_to_bytes
 from ingle.quant.plane import as_float16
 
 BITS = (8, 4, 3, 2, 1)
@@ -65,7 +65,7 @@ def follow_paper(row: np.ndarray, bits: int, size: int) -> tuple[np.ndarray, np.
 def test_published_solver_is_its_formula(bits: int, size: int) -> None:
     weight = draw("heavy", 24)
     planes = Hqq(bits, size, "hqq").encode(weight)
-    codes = unpack_codes(planes["codes"], bits, weight.shape[1])
+    codes = bytes_to_codes(planes["codes"], bits, weight.shape[1])
     expected = [follow_paper(row, bits, size) for row in weight.numpy()]
     theirs = torch.from_numpy(np.stack([codes for codes, _, _ in expected]))
     assert (codes == theirs).double().mean() > 0.9995  # sums in another order move a code now and then
@@ -124,7 +124,7 @@ def test_joint_solver_is_near_the_optimum(bits: int, size: int, slack: float, we
 @pytest.mark.parametrize("bits", [4, 3, 2, 1])
 def test_joint_solver_ends_where_regression_finds_nothing_more(bits: int) -> None:
     weight, format = draw("gaussian"), Hqq(bits, 64)
-    codes = unpack_codes(format.encode(weight)["codes"], bits, weight.shape[1]).double().view(-1, 64)
+    codes = bytes_to_codes(format.encode(weight)["codes"], bits, weight.shape[1]).double().view(-1, 64)
     groups = weight.double().view(-1, 64)
     centred = codes - codes.mean(1, keepdim=True)
     scale = (centred * groups).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True)
@@ -153,7 +153,7 @@ def test_columns_without_importance_do_not_count() -> None:
     before, after = (Hqq(3, 32).encode(values, importance) for values in (weight, changed))
     assert all(torch.equal(before[plane], after[plane]) for plane in ("scale", "zero"))
     kept = torch.arange(128) % 5 > 0
-    codes = [unpack_codes(planes["codes"], 3, 128)[:, kept] for planes in (before, after)]
+    codes = [bytes_to_codes(planes["codes"], 3, 128)[:, kept] for planes in (before, after)]
     assert torch.equal(*codes)
 
 
@@ -210,7 +210,10 @@ def test_a_short_last_group_is_a_group_of_its_size(bits: int, columns: int, solv
     planes = format.encode(weight)
     rest = columns // 128 * 128
     alone = format.encode(weight[:, rest:])
-    codes = [unpack_codes(planes["codes"], bits, columns)[:, rest:], unpack_codes(alone["codes"], bits, columns - rest)]
+    codes = [
+        bytes_to_codes(planes["codes"], bits, columns)[:, rest:],
+        bytes_to_codes(alone["codes"], bits, columns - rest),
+    ]
     assert torch.equal(*codes)
     assert all(torch.equal(planes[name][:, -2:], alone[name]) for name in ("scale", "zero"))
 
@@ -231,18 +234,18 @@ def test_any_bytes_decode_as_the_reference(bits: int, size: int) -> None:
             decoded = format.decode(planes, 5, columns, dtype)
             assert torch.equal(decoded, format.decode_reference(planes, 5, columns, dtype))
         wide = [as_float16(planes[name]).double().repeat_interleave(size, 1)[:, :columns] for name in ("scale", "zero")]
-        exact = (unpack_codes(planes["codes"], bits, columns).double() - wide[1]) * wide[0]
+        exact = (bytes_to_codes(planes["codes"], bits, columns).double() - wide[1]) * wide[0]
         assert torch.allclose(format.decode(planes, 5, columns, torch.float32).double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_is_one_little_endian_number(bits: int) -> None:
     codes = torch.randint(2**bits, (3, 29), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    packed = pack_codes(codes, bits)
+    packed = codes_to_bytes(codes, bits)
     for row, packed_row in zip(codes.tolist(), packed.tolist(), strict=True):
         number = sum(code << (bits * k) for k, code in enumerate(row))
         assert int.from_bytes(bytes(packed_row), "little") == number
-    assert torch.equal(unpack_codes(packed, bits, 29), codes)
+    assert torch.equal(bytes_to_codes(packed, bits, 29), codes)
 
 
 @pytest.mark.parametrize("columns", [128, 100])
@@ -268,7 +271,7 @@ def test_folding_adds_to_every_weight_of_a_group(bits: int, columns: int) -> Non
 
 def test_what_cannot_be_folded_is_refused() -> None:
     planes = Hqq(4, 32).encode(draw("gaussian", 4, 64))
-    with pytest.raises(QuantizationError, match="another shape"):
+    with pytest.raises(QuantizationError, match="shape of the delta"):
         Hqq(4, 32).fold(planes, torch.zeros(4, 3))
-    with pytest.raises(QuantizationError, match="too large to be folded"):
+    with pytest.raises(QuantizationError, match="too large to fold"):
         Hqq(4, 32).fold(planes, torch.full((4, 2), 1e4))

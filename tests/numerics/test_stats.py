@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import binomtest, norm, permutation_test, wilcoxon
 from scipy.stats import bootstrap as scipy_bootstrap
 
-from ingle.evaluation.intervals import bootstrap, newcombe_paired, paired_bootstrap, wilson
-from ingle.evaluation.stats import holm, mcnemar_exact, randomization, sign_flip_exact
+from ingle.evaluation.statistics.intervals import bootstrap, newcombe_paired, paired_bootstrap, wilson
+from ingle.evaluation.statistics.significance import holm, mcnemar_exact, randomization, sign_flip_exact
 
 
 def mean(totals):

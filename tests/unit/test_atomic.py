@@ -1,5 +1,3 @@
-"""Files and folders that are whole or not there."""
-
 from __future__ import annotations
 
 import errno
@@ -15,7 +13,7 @@ from safetensors.numpy import save_file as save
 from ingle.atomic import atomic_folder, write_atomically
 from ingle.errors import CheckpointError
 from ingle.events import Step
-from ingle.sinks.metrics import MetricsFile
+from ingle.sinks.jsonl import MetricsFile
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,15 +41,15 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
-@pytest.mark.parametrize("told", [CheckpointError, SafetensorError], ids=["full", "other"])
-def test_a_full_disk_is_known_by_what_safetensors_says(tmp_path: Path, told: type[Exception]) -> None:
-    number = errno.ENOSPC if told is CheckpointError else errno.EIO
-    with pytest.raises(told), atomic_folder(tmp_path / "folder"):
+@pytest.mark.parametrize("expected", [CheckpointError, SafetensorError], ids=["full", "other"])
+def test_a_full_disk_is_recognized_in_errors_of_safetensors(tmp_path: Path, expected: type[Exception]) -> None:
+    number = errno.ENOSPC if expected is CheckpointError else errno.EIO
+    with pytest.raises(expected), atomic_folder(tmp_path / "folder"):
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_folder_replaces_the_old_one_entirely(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     with atomic_folder(target) as partial:
         (partial / "x").write_text("old")
@@ -60,16 +58,16 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in target.iterdir()] == ["y"]
 
 
-def test_what_a_killed_process_of_our_number_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_with_the_same_id_are_removed(tmp_path: Path) -> None:
     left = tmp_path / f"folder.partial-{os.getpid()}"
     left.mkdir()
     (left / "half").write_text("a part")
     with atomic_folder(tmp_path / "folder") as partial:
-        (partial / "x").write_text("whole")
+        (partial / "x").write_text("complete")
     assert [entry.name for entry in (tmp_path / "folder").iterdir()] == ["x"]
 
 
-def test_a_file_beyond_the_system_s_limit_is_a_full_disk(tmp_path: Path) -> None:
+def test_exceeding_the_file_size_limit_is_reported_as_a_full_disk(tmp_path: Path) -> None:
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics = tmp_path / "metrics.jsonl"
     sink = MetricsFile(metrics)
@@ -87,7 +85,7 @@ def test_a_file_beyond_the_system_s_limit_is_a_full_disk(tmp_path: Path) -> None
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_replacement_that_is_interrupted_between_its_renames_keeps_the_old_folder(
+def test_an_interruption_between_the_two_renames_keeps_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "adapter"

@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, replace
 
-import pytest
-
-from ingle.assembly import _find_contamination
+from ingle.assembly import warn_of_contamination
 from ingle.config import Run
+from ingle.data import Contamination, ContaminationSearch
 from ingle.data.types import Example
-from ingle.evaluation.facts import list_facts
-from ingle.events import Warned
+from ingle.report.run_details import list_facts
+from tests.stored_results import REPORT
+
+TRAINING = [(f"what is {i}?", str(i)) for i in range(4)]
 
 
-@pytest.fixture()
-def run(tmp_path: Path) -> Run:
-    rows = [{"prompt": f"what is {i}?", "completion": str(i)} for i in range(4)]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Run(model={"id": "m"}, data={"sources": str(tmp_path / "t.jsonl")}, output="x")  # type: ignore[arg-type]
+def search(*held_out: tuple[str, str]) -> Contamination:
+    """Held-out rows ``h:1``, ``h:2``, ... searched for in ``t:1`` to ``t:4``."""
+    found = ContaminationSearch([pair(f"h:{number}", *row) for number, row in enumerate(held_out, 1)])
+    for number, row in enumerate(TRAINING, 1):
+        found.add(pair(f"t:{number}", *row))
+    return found.result()
 
 
 def pair(origin: str, prompt: str, completion: str) -> Example:
     return Example(origin, prompt=prompt, completion=completion)
 
 
-def test_a_run_warns_and_its_report_says_so(run: Run) -> None:
-    told: list[Any] = []
-    held_out = [pair("h:1", "What is 2?", "two"), pair("h:2", "what is 3?", "3"), pair("h:3", "new", "3")]
-    found = _find_contamination(run, held_out, told.append)
-    (warning,) = (event for event in told if isinstance(event, Warned))
-    assert warning.message.startswith(
-        "2 of 3 held-out prompts are in the training data, 1 of them with the same answer"
-    )
-    assert f"(first h:1 = {run.data.sources[0].path}:3)" in warning.message
-    facts = {label: (value, note) for label, value, note in list_facts(run, {"contamination": vars_of(found)})}
+def test_a_run_warns_and_its_report_says_so() -> None:
+    found = search(("What is 2?", "two"), ("what is 3?", "3"), ("new", "3"))
+    message = warn_of_contamination(found).message
+    assert message.startswith("2 of 3 held-out prompts are in the training data, 1 of them with the same answer")
+    assert "(first h:1 = t:3)" in message
+    run = Run(model={"id": "m"}, data={"sources": "t.jsonl"}, output="x")  # type: ignore[arg-type]
+    facts = {
+        label: (value, note) for label, value, note in list_facts(run, replace(REPORT, contamination=asdict(found)))
+    }
     assert facts["Held-out rows in the training data"] == ("2 of 3", "1 with the same answer")
 
 
-def test_nothing_in_common_is_no_warning(run: Run) -> None:
-    told: list[Any] = []
-    assert _find_contamination(run, [pair("h:1", "new", "3")], told.append).same_prompt == 0
-    assert not any(isinstance(event, Warned) for event in told)
-
-
-def vars_of(found: Any) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("rows", "same_prompt", "same_row")}
+def test_nothing_in_common_is_not_found() -> None:
+    assert search(("new", "3")).same_prompt == 0

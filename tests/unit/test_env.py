@@ -1,5 +1,3 @@
-"""What is read from and set in the environment."""
-
 from __future__ import annotations
 
 import gc
@@ -16,7 +14,7 @@ _BUSY_LOOP = "print(flush=True)\nwhile True: pass"
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def test_caches_are_bounded_where_the_user_has_said_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_limited_unless_the_user_has_set_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHES[0], "7")
     monkeypatch.setenv(CACHES[1], "restored afterwards")
     monkeypatch.delenv(CACHES[1])
@@ -29,25 +27,25 @@ def test_caches_are_bounded_where_the_user_has_said_nothing(monkeypatch: pytest.
     [
         pytest.param([1, 1, 2, 1, 1, 1], 4, {}, None, id="quiet"),
         pytest.param([3, 3, 2, 3, 3, 2], 4, {}, "1000", id="busy"),
-        pytest.param([3, 3, 3, 3, 3, 3], 2, {}, None, id="busy, and room for ours"),
-        pytest.param([7, 7, 7, 7, 7, 7], 2, {}, "1000", id="no room"),
-        pytest.param([7, 7, 7, 7, 7, 7], 2, {"GOMP_SPINCOUNT": "7"}, "7", id="the user has said how long to wait"),
-        pytest.param([7, 7, 7, 7, 7, 7], 2, {"OMP_WAIT_POLICY": "active"}, None, id="the user has said how to wait"),
-        pytest.param([7, 7, 7, 7, 7, 7], 2, {"OMP_NUM_THREADS": "1"}, None, id="one thread waits for nobody"),
+        pytest.param([3, 3, 3, 3, 3, 3], 2, {}, None, id="busy, with enough processors"),
+        pytest.param([7, 7, 7, 7, 7, 7], 2, {}, "1000", id="too few processors"),
+        pytest.param([7, 7, 7, 7, 7, 7], 2, {"GOMP_SPINCOUNT": "7"}, "7", id="user has set the spin count"),
+        pytest.param([7, 7, 7, 7, 7, 7], 2, {"OMP_WAIT_POLICY": "active"}, None, id="user has set the policy"),
+        pytest.param([7, 7, 7, 7, 7, 7], 2, {"OMP_NUM_THREADS": "1"}, None, id="one thread"),
     ],
 )
-def test_threads_give_way_on_a_busy_machine(
+def test_spinning_is_limited_on_a_busy_machine(
     monkeypatch: pytest.MonkeyPatch, running: list[int], ours: int, said: dict[str, str], expected: str | None
 ) -> None:
     clear(monkeypatch, said)
     looks = iter(running)
     monkeypatch.setattr(env.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(env.os, "getloadavg", lambda: (9.0, 9.0, 9.0))  # of what has ended: does not count
+    monkeypatch.setattr(env.os, "getloadavg", lambda: (9.0, 9.0, 9.0))  # includes ended programs: must not count
     monkeypatch.setattr(env, "_count_running", lambda: next(looks))
     monkeypatch.setattr(env, "_processor_quota", lambda: math.inf)
     monkeypatch.setattr(env.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(env.os, "sched_getaffinity", lambda process: set(range(ours)))
-    env.share_processors()
+    env.limit_spinning()
     assert env.os.environ.get("GOMP_SPINCOUNT") == expected
 
 
@@ -61,7 +59,7 @@ def test_threads_give_way_on_a_busy_machine(
         ({}, math.inf),
     ],
 )
-def test_a_container_may_use_less_than_the_machine_has(
+def test_the_quota_of_a_container_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], processors: float
 ) -> None:
     for name, text in files.items():
@@ -71,7 +69,7 @@ def test_a_container_may_use_less_than_the_machine_has(
     assert env._processor_quota() == processors
 
 
-def test_a_program_that_runs_now_counts() -> None:
+def test_a_running_program_counts() -> None:
     with subprocess.Popen([sys.executable, "-c", _BUSY_LOOP], stdout=subprocess.PIPE) as busy:
         assert busy.stdout is not None
         busy.stdout.readline()
@@ -80,14 +78,14 @@ def test_a_program_that_runs_now_counts() -> None:
     assert free <= (env.os.cpu_count() or 1) - 0.5
 
 
-def test_collection_is_put_off_until_the_libraries_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_collection_is_deferred_during_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     usual, frozen = gc.get_threshold(), gc.get_freeze_count()
     try:
-        env.collect_as_usual()  # nothing was put off: a library's user keeps what they have set
+        env.restore_garbage_collection()  # not deferred: keeps the settings of the program
         assert (gc.get_threshold(), gc.get_freeze_count()) == (usual, frozen)
-        env.put_off_collection()
+        env.defer_garbage_collection()
         assert gc.get_threshold()[0] > 1_000_000
-        env.collect_as_usual()
+        env.restore_garbage_collection()
         assert gc.get_threshold() == usual
         assert gc.get_freeze_count() > frozen
     finally:
@@ -96,7 +94,7 @@ def test_collection_is_put_off_until_the_libraries_are_loaded(monkeypatch: pytes
 
 
 def clear(monkeypatch: pytest.MonkeyPatch, said: dict[str, str]) -> None:
-    """The environment of a user who has said this and nothing else."""
+    """Sets these variables and no others."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "restored afterwards")
         monkeypatch.delenv(name)
@@ -104,7 +102,7 @@ def clear(monkeypatch: pytest.MonkeyPatch, said: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_an_extra_is_installed_where_the_program_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_install_command_depends_on_the_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = Path(env.__file__).parents[1]
     monkeypatch.chdir(root)
     assert env.install_command("llama") == "make judge"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-#: A program that writes a folder and is stopped in between.  Its watchdog is quick, so that nobody waits.
+#: A program that is stopped while it writes a folder. Its watchdog is quick, to keep the test short.
 PROGRAM = """
 import ctypes, signal, sys, threading, time
 from pathlib import Path
@@ -28,7 +28,7 @@ def python():
     ready()
     time.sleep(60)
 
-def compiled():  # as a long kernel: Python's handler cannot run
+def compiled():  # like a long kernel: Python's handler cannot run
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     ready()
     ctypes.CDLL(None).sleep(60)
@@ -44,14 +44,14 @@ def twice():
         ready()
         while stopping.requested() is None:
             time.sleep(0.01)
-        time.sleep(0.6)  # a second signal within half a second counts as the first one
+        time.sleep(0.6)  # signals within half a second count as one
         ready()
         time.sleep(60)
 
-def late():  # done while the watchdog cleans up
+def late():  # finishes while the watchdog cleans up
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     cleaning = threading.Event()
-    with stopping.undone(lambda: (cleaning.set(), time.sleep(0.3))), atomic_file(Path("late")) as file:
+    with stopping.on_forced_exit(lambda: (cleaning.set(), time.sleep(0.3))), atomic_file(Path("late")) as file:
         file.write(b"complete, but too late")
         ready()
         cleaning.wait()
@@ -75,7 +75,7 @@ except KeyboardInterrupt:
 
 
 def stop(phase: str, folder: Path, *numbers: signal.Signals) -> tuple[int, str]:
-    """Exit code and standard error of the program, sent each signal when it is ready for it."""
+    """Runs the program, sends each signal when it is ready; returns its exit code and standard error."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", PROGRAM, phase]
     with subprocess.Popen(
@@ -87,10 +87,10 @@ def stop(phase: str, folder: Path, *numbers: signal.Signals) -> tuple[int, str]:
                 assert process.stdout.readline() == "ready\n"
                 time.sleep(0.05)  # into the call that follows
                 process.send_signal(number)
-            _, told = process.communicate(timeout=25)
+            _, stderr = process.communicate(timeout=25)
         finally:
             process.kill()
-    return process.returncode, told
+    return process.returncode, stderr
 
 
 @pytest.mark.parametrize("phase", ["python", "compiled", "swallowed", "late"])
@@ -102,9 +102,9 @@ def test_every_phase_ends_and_leaves_nothing(tmp_path: Path, phase: str) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_signal_does_not_wait_for_the_step(tmp_path: Path) -> None:
-    code, told = stop("twice", tmp_path, signal.SIGINT, signal.SIGINT)
-    assert code == 130 and "Stopped by SIGINT" in told
+def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    code, stderr = stop("twice", tmp_path, signal.SIGINT, signal.SIGINT)
+    assert code == 130 and "Stopped by SIGINT" in stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.wording import count, duration, either, first_line, interval, p_value, score, size, some
+from ingle.wording import count, duration, either, first_line, size, some
 
 
 @pytest.mark.parametrize(
@@ -48,18 +48,6 @@ def test_size() -> None:
         "3.00 GiB",
         "5.0 TiB",
     ]
-
-
-def test_score_and_p_value() -> None:
-    assert score("exact_match", 0.4125) == "41.2 %"
-    assert score("exact_match", -0.05, signed=True) == "-5.0 points"
-    assert interval("exact_match", [-0.05, None], signed=True) == "[-5.0, –]"
-    assert score("chrf", 0.04, signed=True) == "0.0"
-    assert score("rouge_l", 0.5, signed=True) == "+0.500"
-    assert score("bleu", None) == score("bleu", float("nan")) == "–"
-    assert score("perplexity", 123456.7) == "123,457"
-    assert score("perplexity", float("inf")) == "∞"
-    assert [p_value(p) for p in (0.0312, 4e-18, 0.0, 1.0)] == ["0.031", "4.0e-18", "< 1e-300", "1.000"]
 
 
 def test_lists_of_names() -> None:

@@ -1,39 +1,33 @@
-"""Scorers: one file for each family of metrics, one ``match`` that makes them."""
+"""Scorers, one file per family of metrics."""
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable
 
-from ingle.config.evaluate import MetricName, TaskConfig
-from ingle.evaluation.scorers.base import Kind, Likelihood, Outputs, Scorer, Scores
-from ingle.evaluation.scorers.bleu import Bleu
-from ingle.evaluation.scorers.chrf import Chrf
+from ingle.config.evaluate import TaskConfig
 from ingle.evaluation.scorers.exact_match import ExactMatch
-from ingle.evaluation.scorers.likelihood import BitsPerByte, Perplexity
-from ingle.evaluation.scorers.rouge_l import RougeL
+from ingle.evaluation.scorers.ngrams import Bleu, Chrf
+from ingle.evaluation.scorers.perplexity import BitsPerByte, Perplexity
+from ingle.evaluation.scorers.rouge import RougeL
+from ingle.evaluation.scorers.scorer import Likelihood, Outputs, Scorer, Scores
 
-__all__ = ["Kind", "Likelihood", "Outputs", "Scorer", "Scores", "make_scorer", "make_scorers"]
+__all__ = ["Likelihood", "Outputs", "Scorer", "Scores", "make_scorer", "make_scorers"]
+
+_SCORERS: dict[str, Callable[[TaskConfig], Scorer]] = {
+    "exact_match": lambda task: ExactMatch(task.answer_pattern),
+    "bleu": lambda task: Bleu(),
+    "chrf": lambda task: Chrf(),
+    "rouge_l": lambda task: RougeL(),
+    "perplexity": lambda task: Perplexity(),
+    "bits_per_byte": lambda task: BitsPerByte(),
+}
 
 
-def make_scorer(name: MetricName, task: TaskConfig) -> Scorer:
-    """The scorer of one metric."""
-    match name:
-        case "exact_match":
-            return ExactMatch(task.answer_pattern)
-        case "bleu":
-            return Bleu()
-        case "chrf":
-            return Chrf()
-        case "rouge_l":
-            return RougeL()
-        case "perplexity":
-            return Perplexity()
-        case "bits_per_byte":
-            return BitsPerByte()
-        case _:
-            assert_never(name)
+def make_scorer(name: str, task: TaskConfig) -> Scorer:
+    """Returns the scorer of one metric."""
+    return _SCORERS[name](task)
 
 
 def make_scorers(task: TaskConfig) -> list[Scorer]:
-    """The scorers of a task, each metric once, in the order given."""
+    """Returns the scorers of a task in the order given, each metric once."""
     return [make_scorer(name, task) for name in dict.fromkeys(task.metrics)]

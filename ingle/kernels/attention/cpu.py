@@ -1,12 +1,12 @@
 """Packed attention on a CPU: oneDNN multiplies tiles of scores, numba does everything between the products.
 
-torch's own CPU attention reaches a tenth of the rate its matrix products reach. Here documents become tiles,
+torch's own CPU attention reaches a tenth of the rate its matrix products spans. Here documents become tiles,
 [tokens x heads of a group] by [keys], that stay in cache: one batched product for the scores of all key/value
 heads, one pass that masks and exponentiates in place, one product with the values.
 
 Queries of a group read the same keys, so they are laid one under another and keys are never repeated.
 
-Legend: as in :mod:`ingle.kernels.attention.tiles`.
+Legend: as in :mod:`ingle.kernels.attention.spans`.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit, prange
 from torch import Tensor
 
-from ingle.kernels.attention.softmax import differentiate, exponentiate, merge
-from ingle.kernels.attention.tiles import Reach
-from ingle.kernels.numba.bfloat16 import bits
+from ingle.kernels.attention.spans import AttentionSpans
+from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import FAST, bits, exp, largest, load, store
 from ingle.kernels.threads import match_threads
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What is done to ``q k^T`` before the softmax.
+    """What happens to ``q k^T`` before the softmax.
 
     Attributes:
         scale: Factor.
-        softcap: ``softcap * tanh(score / softcap)`` after it; 0 for none.
+        softcap: ``softcap * tanh(score / softcap)`` follows; 0 for none.
     """
 
     scale: float
     softcap: float = 0.0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attention over grouped, flat tensors.
 
     Args:
         q: [N * Hq * Dh], grouped by tiles.
         k: [N * Hkv * Dh], grouped by segments.
         v: [N * Hkv * Dh], likewise.
-        reach: Who sees what.
+        spans: Which keys each token sees.
         scores: What happens to the scores.
 
     Returns:
         The outputs, grouped like ``q``, and the log-sum-exp of each row's scores, float32 [N * Hq] in that layout.
     """
-    heads = reach.heads
+    heads = spans.heads
     out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
     scratch = torch.empty(0, dtype=q.dtype)
-    for tile in reach.tiles:
+    for tile in spans.tiles:
         queries, tile_out, tile_lse = tile.queries(q, heads), tile.queries(out, heads), tile.numbers(lse, heads)
         merged = _Merged(tile_out, tile_lse) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
@@ -63,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> tup
             exponentiate(
                 bits(weights),
                 bits(rest),
-                *tile.visible(block, reach),
+                *tile.visible(block, spans),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
                 tile_lse.numpy(),
@@ -77,11 +78,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> tup
 
 
 class _Merged:
-    """Outputs over several blocks of keys: each block's softmax has its own sum, which is made up for here.
+    """Outputs over several blocks of keys, each with a softmax and a sum of its own.
 
     Args:
-        out: [Hkv, P, Dh] of the block last computed; :meth:`finish` puts the merged outputs there.
-        lse: [Hkv, P] likewise.
+        out: [Hkv, P, Dh] of the latest block; :meth:`finish` stores the merged outputs there.
+        lse: [Hkv, P], likewise.
     """
 
     def __init__(self, out: Tensor, lse: Tensor) -> None:
@@ -90,39 +91,39 @@ class _Merged:
         self._total_lse = torch.full(lse.shape, -torch.inf)
 
     def add(self) -> None:
-        """Takes the block in."""
+        """Adds the latest block."""
         match_threads(self._out.numel())
         arrays = (self._total, self._total_lse, self._out, self._lse)
         merge(*(bits(tensor.flatten(0, 1)) for tensor in arrays))
 
     def finish(self) -> None:
-        """Writes the outputs over all blocks and their log-sum-exp."""
+        """Stores the outputs over all blocks and their log-sum-exp."""
         self._out.copy_(self._total)
         self._lse.copy_(self._total_lse)
 
 
 def attend_backward(
-    grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores
+    grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, grouped; the softmax is computed again from its log-sum-exp.
+    """Gradients of q, k and v, grouped; recomputes the softmax from its log-sum-exp.
 
     Args:
         grad_out: Gradient of the outputs, grouped by tiles.
         delta: Sum of gradient times output of each row, float32 [N * Hq].
-        lse: As :func:`attend` returned it.
-        q: As given to :func:`attend`.
-        k: Likewise.
-        v: Likewise.
-        reach: Likewise.
-        scores: Likewise.
+        lse: The result of :func:`attend`.
+        q: As for :func:`attend`, like the arguments that follow.
+        k: Keys.
+        v: Values.
+        spans: Which keys each token sees.
+        scores: What happens to the scores.
 
     Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithm 4.
     """
-    heads = reach.heads
+    heads = spans.heads
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     scratch = torch.empty(0, dtype=q.dtype)
-    for tile in reach.tiles:
+    for tile in spans.tiles:
         queries, grads, tile_grad_q = (tile.queries(grouped, heads) for grouped in (q, grad_out, grad_q))
         total = torch.zeros(queries.shape, dtype=torch.float32) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
@@ -135,7 +136,7 @@ def attend_backward(
                 bits(weights),
                 bits(rest),
                 bits(slopes),
-                *tile.visible(block, reach),
+                *tile.visible(block, spans),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
                 tile.numbers(lse, heads).numpy(),
@@ -152,11 +153,11 @@ def attend_backward(
 
 
 def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, rest: Tensor) -> Tensor:
-    """``q k^T`` into ``scores``, and what rounding to bfloat16 took from it into ``rest``.
+    """Stores ``q k^T`` in ``scores`` and the error of rounding it to bfloat16 in ``rest``.
 
-    A score of 20 in bfloat16 is off by up to 1/16, its softmax by 6 %. The product adds up in float32 before it
-    rounds, so a second one that starts from minus the first leaves just the error. In float32 there is none to
-    speak of and ``rest`` comes back empty.
+    A score of 20 in bfloat16 is off by up to 1/16, its softmax by 6 %. The product sums in float32 before it rounds, so
+    a second product that starts from minus the first leaves exactly the error. In float32 the error is negligible and
+    the result is empty.
     """
     torch.bmm(queries, keys.transpose(1, 2), out=scores)
     if scores.dtype == torch.float32:
@@ -169,3 +170,105 @@ def _take(scratch: Tensor, shape: tuple[int, int, int], count: int) -> tuple[Ten
     if len(scratch) < count * size:
         scratch = torch.empty(count * size, dtype=scratch.dtype)
     return scratch, tuple(scratch[i * size : (i + 1) * size].view(shape) for i in range(count))
+
+
+@compile_float_kernel
+def exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: ignore[no-untyped-def]
+    """Replaces raw scores in ``weights`` by their softmax; zero where a row does not see a key."""
+    num_heads, num_rows, num_keys = weights.shape
+    group = num_rows // first.shape[0]
+    for index in prange(num_heads * first.shape[0]):
+        head, token = index // first.shape[0], index % first.shape[0]
+        buffer = np.empty(num_keys, np.float32)
+        for r in range(token * group, (token + 1) * group):
+            more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
+            lse[head, r] = _softmax(weights[head, r], more, first[token], last[token], scale, softcap, buffer)
+
+
+@compile_float_kernel
+def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta):  # type: ignore[no-untyped-def]
+    """Replaces raw scores by their softmax, and gradients of the softmax by gradients of the raw scores."""
+    num_heads, num_rows, num_keys = weights.shape
+    group = num_rows // first.shape[0]
+    for index in prange(num_heads * first.shape[0]):
+        head, token = index // first.shape[0], index % first.shape[0]
+        buffer = np.empty(num_keys, np.float32)
+        for r in range(token * group, (token + 1) * group):
+            more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
+            row, slope = weights[head, r], slopes[head, r]
+            begin, end = first[token], last[token]
+            _softmax_backward(row, more, slope, begin, end, scale, softcap, lse[head, r], delta[head, r], buffer)
+
+
+# One row each, as separate functions: inside a parallel function the compiler rewrites these loops. They run over
+# slices from 0, because only such loops become vector code.
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-untyped-def]
+    seen, values = row[begin:end], buffer[: end - begin]
+    if begin >= end:
+        row[:] = 0
+        return np.float32(-np.inf)
+    _transform(seen, rest, begin, end, scale, softcap, values)
+    top = largest(values)
+    total = np.float32(0.0)
+    for j in range(len(values)):
+        weight = exp(values[j] - top)
+        values[j] = weight
+        total += weight
+    inverse = np.float32(1.0) / total
+    for j in range(len(values)):
+        store(seen, j, values[j] * inverse)
+    row[:begin] = 0
+    row[end:] = 0
+    return top + np.log(total)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, buffer):  # type: ignore[no-untyped-def]
+    seen, steep, values = row[begin:end], slope[begin:end], buffer[: end - begin]
+    _transform(seen, rest, begin, end, scale, softcap, values)
+    for j in range(len(values)):
+        weight = exp(values[j] - lse)
+        store(seen, j, weight)
+        capped = values[j] / softcap if softcap > np.float32(0.0) else np.float32(0.0)
+        store(steep, j, weight * (load(steep, j) - delta) * scale * (np.float32(1.0) - capped * capped))
+    row[:begin] = 0
+    row[end:] = 0
+    slope[:begin] = 0
+    slope[end:] = 0
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _transform(seen, rest, begin, end, scale, softcap, values):  # type: ignore[no-untyped-def]
+    """Scaled and capped scores, in float32."""
+    if len(rest) > 0:
+        more = rest[begin:end]
+        for j in range(len(values)):
+            values[j] = (load(seen, j) + load(more, j)) * scale
+    else:
+        for j in range(len(values)):
+            values[j] = load(seen, j) * scale
+    if softcap > np.float32(0.0):
+        for j in range(len(values)):
+            tanh = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * values[j] / softcap) + np.float32(1.0))
+            values[j] = softcap * tanh
+
+
+@compile_float_kernel
+def merge(total, total_lse, out, lse):  # type: ignore[no-untyped-def]
+    """Merges a block's outputs with those of earlier blocks, in proportion to their sums of exponentials."""
+    for r in prange(len(lse)):
+        before, more = total_lse[r], lse[r]
+        if more != np.float32(-np.inf):
+            top = max(before, more)
+            both = top + np.log(exp(before - top) + exp(more - top))
+            _mix(total[r], exp(before - both), out[r], exp(more - both))
+            total_lse[r] = both
+
+
+@njit(fastmath=FAST)
+def _mix(total, keep, out, share):  # type: ignore[no-untyped-def]
+    for j in range(len(total)):
+        total[j] = total[j] * keep + load(out, j) * share

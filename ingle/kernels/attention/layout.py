@@ -1,6 +1,6 @@
-"""Rows by token put into the layout that attention multiplies, and back; rotated on the way.
+"""Moves rows between the layout by token and the grouped layout of attention, and rotates them on the way.
 
-Legend: as in :mod:`ingle.kernels.attention.tiles`.
+Legend: as in :mod:`ingle.kernels.attention.spans`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
-from ingle.kernels.attention.tiles import Heads, Indices, Reach
-from ingle.kernels.numba.bfloat16 import bits, load, prange, store
+from ingle.kernels.attention.spans import AttentionSpans, Heads, Indices
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import bits, load, store
 from ingle.kernels.threads import match_threads
 
 
 def group_rows(source_NHD: Tensor, by: Indices, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """[N, H, Dh] -> grouped and flat, rotated on the way.
+    """Converts [N, H, Dh] to the grouped layout, flat.
 
     Args:
-        source_NHD: Queries, or keys or values; any strides over N and H.
-        by: ``reach.by_tile`` for what has query heads, ``reach.by_segment`` for the rest.
+        source_NHD: Queries, keys or values; any strides over N and H.
+        by: ``spans.by_tile`` for tensors with query heads, ``spans.by_segment`` for others.
         heads: Sizes.
-        rotary: cos and sin, [N, Dh], of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
+        rotary: cos and sin, [N, Dh], of rotary position embeddings to apply (Su et al. 2021, arXiv 2104.09864).
     """
     out = torch.empty(source_NHD.shape.numel(), dtype=source_NHD.dtype)
     match_threads(len(out))
@@ -35,11 +36,11 @@ def group_rows(source_NHD: Tensor, by: Indices, heads: Heads, rotary: tuple[Tens
 def ungroup_rows(
     grouped: Tensor, out_NHD: Tensor, by: Indices, heads: Heads, rotary: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Grouped and flat -> [N, H, Dh]; with ``rotary``, turned back by the angles (the gradient of the turn).
+    """Converts the grouped layout to [N, H, Dh]; with ``rotary``, rotates back, which is the gradient of a rotation.
 
     Args:
         grouped: float32 or the dtype of ``out``.
-        out_NHD: Where to, any strides over N and H.
+        out_NHD: Written; any strides over N and H.
         by: As for :func:`group_rows`.
         heads: Sizes.
         rotary: As for :func:`group_rows`.
@@ -49,12 +50,12 @@ def ungroup_rows(
     return out_NHD
 
 
-def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, reach: Reach) -> tuple[Tensor, Tensor]:
+def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, spans: AttentionSpans) -> tuple[Tensor, Tensor]:
     """The gradient of the outputs, grouped, and each row's sum of gradient times output, float32 [N * Hq]."""
     grouped = torch.empty(grad_NHD.shape.numel(), dtype=grad_NHD.dtype)
-    delta = torch.empty(grad_NHD.shape[0] * reach.heads.q, dtype=torch.float32)
+    delta = torch.empty(grad_NHD.shape[0] * spans.heads.q, dtype=torch.float32)
     match_threads(len(grouped))
-    _group_gradient(bits(grad_NHD), bits(out_NHD), reach.by_tile, reach.heads.group, bits(grouped), delta.numpy())
+    _group_gradient(bits(grad_NHD), bits(out_NHD), spans.by_tile, spans.heads.group, bits(grouped), delta.numpy())
     return grouped, delta
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
-from ingle.kernels.attention.tiles import Heads, Reach
-from ingle.kernels.numba.bfloat16 import supported
+from ingle.kernels.attention.spans import AttentionSpans, Heads
+from ingle.kernels.numba.scalars import supported
 
 
 def packed_attention(
@@ -40,22 +40,22 @@ def packed_attention(
         v: [1, Hkv, N, Dv]; Dv is another size than Dh in multi-head latent attention.
         cu_seqlens: First token of each document and the end, int, [D + 1].
         scale: Factor on the scores.
-        causal: A token sees itself and what is before it.
-        window: How many tokens a token sees, itself included (to either side when not causal).
+        causal: Whether a token sees only itself and earlier tokens.
+        window: How many tokens a token sees, including itself (on either side if not causal).
         softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
         [1, N, Hq, Dv].
     """
-    if v.shape[3] != q.shape[3]:  # zeros change neither a score nor the other columns of the result
+    if v.shape[3] != q.shape[3]:  # zeros change neither scores nor the other columns of the result
         sizes = (q.shape[3], v.shape[3])
         q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         return packed_attention(q, k, v, cu_seqlens, **options)[..., : sizes[1]]
     if supported(q, k, v):
         heads = Heads(q.shape[1], k.shape[1], q.shape[3])
-        reach = Reach.of(cu_seqlens, heads, causal=causal, window=window)
-        out: Tensor = _PackedAttention.apply(q, k, v, reach, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+        spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window)
+        out: Tensor = _PackedAttention.apply(q, k, v, spans, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
         return out
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and softcap is None and _has_varlen():
         return _attend_varlen(q, k, v, cu_seqlens, scale, causal, window)
@@ -74,7 +74,7 @@ def _has_varlen() -> bool:
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Torch's FlashAttention over packed documents. Not measured: written from its documentation."""
+    """Torch's FlashAttention over packed documents. Its speed has not been measured."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = cu_seqlens.to(torch.int32)
@@ -98,16 +98,16 @@ def _attend_varlen(
 
 
 class _PackedAttention(torch.autograd.Function):
-    """The tiles of :mod:`ingle.kernels.attention.cpu` behind the shapes that transformers uses."""
+    """Attention of :mod:`ingle.kernels.attention.cpu` for the shapes that transformers uses."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, reach: Reach, scores: Scores) -> Tensor:
-        heads = reach.heads
-        q_grouped = group_rows(_dense(q[0]).transpose(0, 1), reach.by_tile, heads)
-        k_grouped, v_grouped = (group_rows(_dense(t[0]).transpose(0, 1), reach.by_segment, heads) for t in (k, v))
-        out, lse = attend(q_grouped, k_grouped, v_grouped, reach, scores)
-        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), reach.by_tile, heads)
-        ctx.reach, ctx.scores = reach, scores
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores) -> Tensor:
+        heads = spans.heads
+        q_grouped = group_rows(_dense(q[0]).transpose(0, 1), spans.by_tile, heads)
+        k_grouped, v_grouped = (group_rows(_dense(t[0]).transpose(0, 1), spans.by_segment, heads) for t in (k, v))
+        out, lse = attend(q_grouped, k_grouped, v_grouped, spans, scores)
+        out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), spans.by_tile, heads)
+        ctx.spans, ctx.scores = spans, scores
         ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD)
         return out_NHD[None]
 
@@ -115,11 +115,11 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_1NHD: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, out_NHD = ctx.saved_tensors
-        reach: Reach = ctx.reach
-        heads = reach.heads
-        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, reach)
-        grads = attend_backward(grad, delta, lse, q, k, v, reach, ctx.scores)
-        layouts = ((heads.q, reach.by_tile), (heads.kv, reach.by_segment), (heads.kv, reach.by_segment))
+        spans: AttentionSpans = ctx.spans
+        heads = spans.heads
+        grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, spans)
+        grads = attend_backward(grad, delta, lse, q, k, v, spans, ctx.scores)
+        layouts = ((heads.q, spans.by_tile), (heads.kv, spans.by_segment), (heads.kv, spans.by_segment))
         grads_NHD = (
             ungroup_rows(grouped, out_NHD.new_empty(len(out_NHD), count, heads.size), by, heads)
             for grouped, (count, by) in zip(grads, layouts, strict=True)
@@ -128,7 +128,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """With its last dimension dense, as the kernels read it."""
+    """A tensor whose last dimension is contiguous, as the kernels require."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -143,7 +143,7 @@ def attend_by_document(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The definition of :func:`packed_attention`, on any device; documents of one length go through together."""
+    """Reference of :func:`packed_attention` on any device; batches documents of equal length."""
     bounds = cu_seqlens.tolist()
     by_length: dict[int, list[int]] = {}
     for start, stop in itertools.pairwise(bounds):
@@ -153,7 +153,7 @@ def attend_by_document(
     for length, starts in by_length.items():
         span = torch.arange(length, device=q.device)
         index = (torch.tensor(starts, device=q.device)[:, None] + span).flatten()
-        whole = len(by_length) == 1  # one length only: a view will do
+        whole = len(by_length) == 1  # one length: no copy is needed
         q_DHTD, k_DHTD, v_DHTD = (
             (t[0] if whole else t[0, :, index]).unflatten(1, (len(starts), length)).transpose(0, 1) for t in (q, k, v)
         )
@@ -169,7 +169,7 @@ def attend_by_document(
 
 
 def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """Which keys a query sees, bool [T, T]; None where causality alone, or nothing, decides."""
+    """Which keys a query sees, bool [T, T]; None if there is no effective window."""
     if window is None or window >= len(span_T):
         return None
     distance_TT = span_T[:, None] - span_T[None, :]

@@ -1,73 +1,65 @@
-"""GGUF's block formats to float tensors and back, by the CPU's kernels; elsewhere plain torch has to decode.
-
-Under ``torch.compile`` decoding is one opaque operator, so a graph holds packed weights and nothing decoded.
-"""
+"""Encodes and decodes GGUF's block formats with the CPU's kernels; elsewhere the torch reference has to decode."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ingle.kernels.numba.scalars import BIT_TYPES, exact_bits
+from ingle.kernels.operators import opaque
 from ingle.kernels.threads import match_threads
 
-#: Integer types that hold the bits of a float type, which numba lacks or does not need.
-BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
-#: Weights encoded at once: bounds the float32 copy of a weight that is held in another type.
+#: Weights encoded at once: bounds the float32 copy of a weight that has another type.
 COPIED = 1 << 22
 
 
 def has_kernel(data: Tensor, dtype: torch.dtype) -> bool:
-    """Whether blocks beside this tensor can be decoded to ``dtype`` by a kernel; else the reference must do."""
+    """Whether a kernel decodes blocks on the device of this tensor to ``dtype``; else the reference must."""
     if isinstance(data, FakeTensor) and not torch.compiler.is_compiling():
         return False
-    return data.device.type == "cpu" and dtype in BITS
+    return data.device.type == "cpu" and dtype in BIT_TYPES
 
 
 def decode_blocks(name: str, data: Tensor, out: Tensor) -> Tensor:
     """Decodes the blocks of the format ``name``.
 
     Args:
-        name: As ``base.format`` calls it.
+        name: As in ``base.format``.
         data: uint8 ``[O, row bytes]``.
         out: Contiguous ``[O, I]``, bfloat16 or float32, written.
 
     Returns:
         ``out``.
     """
-    if torch.compiler.is_compiling():
-        torch.ops.ingle.decode_blocks(name, data, out)
-    else:
-        _decode_blocks(name, data, out)
-    return out
+    return _run(name, data, out)
 
 
 def _decode_blocks(name: str, data: Tensor, out: Tensor) -> None:
-    from ingle.kernels.ggml import decoders as ggml_decode  # two dozen kernels, which most runs do without
+    from ingle.kernels.ggml import decoders  # two dozen kernels, which most runs do not need
 
-    packed, bits = data.detach().contiguous().view(-1).numpy(), out.detach().view(BITS[out.dtype]).view(-1).numpy()
-    ggml_decode.KERNELS[name](packed, bits, match_threads(out.numel()))
+    flat = data.detach().contiguous().view(-1).numpy()
+    decoders.decode(name, flat, exact_bits(out).reshape(-1), match_threads(out.numel()))
 
 
-# A fake decode has nothing to return.
-library.custom_op("ingle::decode_blocks", _decode_blocks, mutates_args=("out",)).register_fake(lambda *_: None)
+_run = opaque("decode_blocks", _decode_blocks)
 
 
 def encode_blocks(name: str, weight_OI: Tensor, importance_I: Tensor | None, data: Tensor) -> tuple[float, float]:
-    """Packs a weight into the blocks of the format ``name``, part by part.
+    """Encodes a weight in the blocks of the format ``name``, some rows at a time.
 
-    Nothing is packed from the first part on that holds NaN or infinity.
+    Stops at the first rows that hold NaN or infinity.
 
     Args:
-        name: As ``base.format`` calls it.
-        weight_OI: Floating, of any strides, on any device; rows of whole blocks.
-        importance_I: How much the error of every column counts, or None.
+        name: As in ``base.format``.
+        weight_OI: Floating, of any strides, on any device; rows of complete blocks.
+        importance_I: How much the error of each column counts, or None.
         data: uint8 ``[O, row bytes]`` on the CPU, written.
 
     Returns:
-        The lowest and the highest weight; not finite where one of them is not.
+        The lowest and the highest weight; not finite if one of the weights is not.
     """
-    from ingle.kernels.ggml import encoders as ggml_encode
+    from ingle.kernels.ggml import encoders
 
     importance = torch.empty(0) if importance_I is None else importance_I.detach().cpu().float().contiguous()
     num_rows, num_columns = weight_OI.shape
@@ -80,5 +72,5 @@ def encode_blocks(name: str, weight_OI: Tensor, importance_I: Tensor | None, dat
             return low, high
         lowest, highest = min(lowest, low), max(highest, high)
         arrays = part.view(-1).numpy(), importance.numpy(), data[start : start + count].view(-1).numpy()
-        ggml_encode.KERNELS[name](*arrays, match_threads(part.numel()))
+        encoders.KERNELS[name](*arrays, match_threads(part.numel()))
     return lowest, highest

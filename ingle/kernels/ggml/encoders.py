@@ -1,29 +1,182 @@
-"""Packing weights into GGUF's block formats on the CPU: which kernel packs which format."""
+"""Encoders of GGUF's block formats on the CPU, byte for byte as ggml's reference: one numba kernel for each format.
+
+This module has the kernels, and the encoders of IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0.
+
+Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
-from ingle.kernels.ggml.encode_k import encode_q2_k, encode_q4_k, encode_q5_k
-from ingle.kernels.ggml.encode_k_symmetric import encode_q3_k, encode_q6_k
-from ingle.kernels.ggml.encode_legacy import encode_q4_0, encode_q4_1, encode_q5_0, encode_q5_1, encode_q8_0
-from ingle.kernels.ggml.encode_levels import encode_iq4_nl, encode_iq4_xs
-from ingle.kernels.ggml.encode_ternary import encode_tq1_0, encode_tq2_0
+import numpy as np
+from numba import prange
 
-#: The kernels under the names of their formats.
-KERNELS: dict[str, Callable[..., None]] = {
-    "q4_0": encode_q4_0,
-    "q4_1": encode_q4_1,
-    "q5_0": encode_q5_0,
-    "q5_1": encode_q5_1,
-    "q8_0": encode_q8_0,
-    "q4_k": encode_q4_k,
-    "q6_k": encode_q6_k,
-    "q5_k": encode_q5_k,
-    "q3_k": encode_q3_k,
-    "q2_k": encode_q2_k,
-    "iq4_nl": encode_iq4_nl,
-    "iq4_xs": encode_iq4_xs,
-    "tq1_0": encode_tq1_0,
-    "tq2_0": encode_tq2_0,
+from ingle.kernels.ggml import search
+from ingle.kernels.ggml.k_encoders import K_FORMATS
+from ingle.kernels.ggml.legacy_encoders import LEGACY_FORMATS
+from ingle.kernels.ggml.sub_blocks import (
+    LANES,
+    emit_trits,
+    emit_weights,
+    find_largest_scale,
+    lay_out,
+    lay_out_importance,
+    make_lanes,
+    nearest,
+    put_half,
+    put_nibbles,
+    sum_squares,
+    weigh_32,
+)
+from ingle.kernels.numba.cache import Kernel, compile_kernel
+from ingle.kernels.numba.scalars import chunk_bounds, inlined
+
+find_levels = make_lanes(search.emit_levels, count=32, tries=7)
+find_nearest = make_lanes(search.emit_nearest, count=32)
+weigh_square = make_lanes(emit_weights, count=32, kind="square")
+
+
+@inlined
+def weigh_levels(
+    values: Any, importance: Any, at: int, size: int, num_lanes: int, x: Any, w: Any, fields: Any, codes: Any
+) -> None:
+    """Weights of the errors of 16 sub-blocks of 32, in blocks of ``size``."""
+    if importance.size:
+        lay_out_importance(importance, at, 32, num_lanes, w)
+        for block in range(num_lanes * 32 // size):
+            energy = sum_squares(values, at + size * block, size) * (np.float32(2) / np.float32(size))
+            for lane in range(size // 32):
+                fields[block * (size // 32) + lane] = energy
+        weigh_32(x, w, fields, codes)
+    else:
+        weigh_square(x, w, fields, codes)
+
+
+@inlined
+def encode_iq4_nl(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_iq4_nl``: groups of 16 blocks."""
+    x, w, codes = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 32 * LANES
+        num_lanes = min(LANES, (values.size - at) // 32)
+        lay_out(values, at, 32, num_lanes, x)
+        weigh_levels(values, importance, at, 32, num_lanes, x, w, fields, codes)
+        find_levels(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_half(fields[lane], data, (group * LANES + lane) * 18)
+            fields[lane] = np.float32(1) / fields[lane] if fields[lane] != 0 else np.float32(0)
+        find_nearest(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_nibbles(codes, lane, data, (group * LANES + lane) * 18 + 2)
+
+
+@inlined
+def encode_iq4_xs(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+    """``quantize_iq4_xs``: groups of two blocks."""
+    x, w, codes = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.uint8)
+    fields = np.zeros(3 * LANES, np.float32)
+    for group in range(first, stop):
+        at = group * 512
+        num_lanes = min(LANES, (values.size - at) // 32)
+        lay_out(values, at, 32, num_lanes, x)
+        weigh_levels(values, importance, at, 256, num_lanes, x, w, fields, codes)
+        find_levels(x, w, fields, codes)
+        for block in range(num_lanes // 8):
+            to = (2 * group + block) * 136
+            largest = find_largest_scale(fields[8 * block : 8 * block + 8])
+            scale = -largest / np.float32(32)
+            put_half(scale, data, to)
+            inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+            high = np.int64(0)
+            for k in range(8):
+                level = max(-32, min(31, nearest(inverse * fields[8 * block + k])))
+                product = scale * np.float32(level)
+                fields[8 * block + k] = np.float32(1) / product if product != 0 else np.float32(0)
+                level += 32
+                high |= level >> 4 << 2 * k
+                kept = data[to + 4 + k // 2] if k % 2 else np.uint8(0)
+                data[to + 4 + k // 2] = kept | (level & 15) << 4 * (k % 2)
+            data[to + 2], data[to + 3] = high & 255, high >> 8
+        find_nearest(x, w, fields, codes)
+        for lane in range(num_lanes):
+            put_nibbles(codes, lane, data, (2 * group + lane // 8) * 136 + 8 + 16 * (lane % 8))
+
+
+@inlined
+def put_tq1_0(codes: Any, lane: int, data: Any, to: int) -> None:
+    """Stores 256 trits in 52 bytes: 160 weights five to a byte, 80 likewise, the last 16 four to a byte."""
+    for byte in range(52):
+        start, width = (byte, 32) if byte < 32 else ((128 + byte, 16) if byte < 48 else (192 + byte, 4))
+        value = np.int64(0)
+        for number in range(5):
+            trit = np.int64(codes[(start + number * width) * LANES + lane]) if byte < 48 or number < 4 else np.int64(0)
+            value = 3 * value + trit
+        data[to + byte] = (value * 256 + 242) // 243
+
+
+@inlined
+def put_tq2_0(codes: Any, lane: int, data: Any, to: int) -> None:
+    """Stores 256 trits in 64 bytes."""
+    for byte in range(64):
+        start, value = 128 * (byte // 32) + byte % 32, np.uint8(0)
+        for quarter in range(4):
+            value |= codes[(start + 32 * quarter) * LANES + lane] << np.uint8(2 * quarter)
+        data[to + byte] = value
+
+
+def make_ternary(put_codes: Any, num_bytes: int) -> Any:
+    """``quantize_row_tq1_0_ref`` and ``tq2_0``, in groups of 16 blocks; importance is not used.
+
+    Args:
+        put_codes: Stores the codes of a block.
+        num_bytes: Bytes of these codes; the scale follows.
+    """
+    find_trits = make_lanes(emit_trits, count=256)
+
+    @inlined
+    def encode_groups(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
+        x, codes = np.empty(256 * LANES, np.float32), np.empty(256 * LANES, np.uint8)
+        fields = np.zeros(LANES, np.float32)
+        for group in range(first, stop):
+            at = group * 256 * LANES
+            num_lanes = min(LANES, (values.size - at) // 256)
+            lay_out(values, at, 256, num_lanes, x)
+            find_trits(x, x, fields, codes)
+            for lane in range(num_lanes):
+                to = (group * LANES + lane) * (num_bytes + 2)
+                put_codes(codes, lane, data, to)
+                put_half(fields[lane], data, to + num_bytes)
+
+    return encode_groups
+
+
+#: By ``base.format``: what encodes some groups of weights, and the weights of a group.
+FORMATS = {
+    **LEGACY_FORMATS,
+    **K_FORMATS,
+    "iq4_nl": (encode_iq4_nl, 512),
+    "iq4_xs": (encode_iq4_xs, 512),
+    "tq1_0": (make_ternary(put_tq1_0, 52), 4096),
+    "tq2_0": (make_ternary(put_tq2_0, 64), 4096),
 }
+
+
+def make_encoder(name: str, encode_groups: Any, group_size: int) -> Kernel:
+    """The kernel of one format.
+
+    Its arrays: ``values`` float32, flat, complete rows; ``importance`` float32, of one row, or empty; ``data`` uint8,
+    flat, written. Threads work on ``num_chunks`` parts.
+    """
+
+    def encode(values: Any, importance: Any, data: Any, num_chunks: int) -> None:
+        for chunk in prange(num_chunks):
+            first, stop = chunk_bounds(chunk, -(-values.size // group_size), num_chunks)
+            encode_groups(values, importance, data, first, stop)
+
+    return compile_kernel(encode, name=f"encode_{name}")
+
+
+#: The kernels by ``base.format``.
+KERNELS = {name: make_encoder(name, *encoder) for name, encoder in FORMATS.items()}

@@ -1,6 +1,6 @@
-"""What the codes of GGUF's formats name: levels, and for IQ1 to IQ3 the rows of a grid.
+"""The tables of GGUF's formats: levels that codes select, and the grids of IQ1 to IQ3, of which codes select rows.
 
-The tables belong to the formats' definition; the grids are those of the ``gguf`` package.
+The grids come from the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FLOATS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 @cache
 def read_grid(name: str) -> NDArray[np.int8]:
-    """The rows of a format's grid, ``[codes, weights of a row]``.
+    """The grid of a format, ``[codes, weights of a row]``.
 
     Args:
-        name: As ``base.format`` calls the format: ``iq1_s``, ``iq1_m``, ``iq2_xxs``, ``iq2_xs``, ``iq2_s``,
+        name: As in ``base.format``: ``iq1_s``, ``iq1_m``, ``iq2_xxs``, ``iq2_xs``, ``iq2_s``,
             ``iq3_xxs`` or ``iq3_s``.
     """
     from gguf import quants

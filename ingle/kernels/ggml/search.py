@@ -1,8 +1,8 @@
 """ggml's searches for the scales of sub-blocks, sixteen side by side in vector registers.
 
-A search that ggml ends early for one sub-block goes on here and changes nothing.
+Where ggml ends a search early for one sub-block, the search continues here without effect.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence), whose functions are named where they are followed.
+Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 from ingle.kernels.ggml.grids import LEVELS
-from ingle.kernels.ggml.lanes import LANES, TINIEST, each, make_lanes, store_codes
+from ingle.kernels.ggml.sub_blocks import LANES, TINIEST, each, find_largest, store_codes
 from ingle.kernels.numba.vector import FLOAT, Array, Variable, Vector, fill, repeat, splat
 
 
-def write_affine(
+def emit_affine(
     x: Array,
     w: Array,
     fields: Array,
@@ -23,12 +23,12 @@ def write_affine(
     *,
     count: int,
     top: int,
-    start: float,
-    step: float,
-    steps: int,
+    start: float = -0.9,
+    step: float = 0.05,
+    steps: int = 36,
     absolute: bool = False,
 ) -> None:
-    """``make_qkx2_quants`` and ``make_qkx3_quants``: fields 0 scale and 1 minus the minimum, and codes."""
+    """``make_qkx2_quants`` and ``make_qkx3_quants``: field 0 the scale, 1 minus the minimum, and codes."""
     builder = x.builder
     v, weight = x.load(0, LANES), w.load(0, LANES)
     low, high, sum_w, sum_x = (Variable(a) for a in (v, v, weight, weight * v))
@@ -105,21 +105,13 @@ def write_affine(
     each(x, count, lambda place: store_codes(codes, place, flat.choose(0.0, code(x.load(place, LANES)))))
 
 
-def write_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
+def emit_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
     """``make_qx_quants``: field 0 the scale, and codes from 0 to ``2 * top - 1``."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
-    size, value = Variable(zero), Variable(zero)
-
-    def look(place: Any) -> None:
-        v = x.load(place, LANES)
-        larger = v.size() > size.get()
-        size.set(larger.choose(v.size(), size.get()))
-        value.set(larger.choose(v, value.get()))
-
-    each(x, count, look)
-    empty = size.get() < TINIEST
-    inverse = Variable(float(-top) / value.get())
+    size, value = find_largest(x, count)
+    empty = size < TINIEST
+    inverse = Variable(float(-top) / value)
     sum_lx, sum_l2 = Variable(zero), Variable(zero)
 
     def code(v: Vector) -> Vector:
@@ -143,10 +135,10 @@ def write_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: i
     best, best_inverse = Variable(scale.get() * sum_lx.get()), Variable(inverse.get())
 
     def attempt(index: Any) -> None:
-        after = builder.zext(builder.icmp_signed(">=", index, index.type(9)), index.type)  # there is no number 0
+        after = builder.zext(builder.icmp_signed(">=", index, index.type(9)), index.type)  # number 0 is left out
         number = builder.add(builder.sub(index, index.type(9)), after)
         factor = fill(builder, 0.1, LANES) * splat(builder, builder.sitofp(number, FLOAT), LANES) + float(top)
-        inverse.set((factor * -1.0) / value.get())
+        inverse.set((factor * -1.0) / value)
         sum_up()
         product = sum_lx.get() * sum_lx.get()
         better = (sum_l2.get() > 0.0) & (product > best.get() * sum_l2.get())
@@ -164,21 +156,13 @@ def write_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: i
     )
 
 
-def write_descent(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
-    """``make_q3_quants``: field 0 the scale, and codes; ``w`` is used for the codes as floats."""
+def emit_descent(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
+    """``make_q3_quants``: field 0 the scale, and codes; ``w`` holds the codes as floats."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
-    size, value = Variable(zero), Variable(zero)
-
-    def look(place: Any) -> None:
-        v = x.load(place, LANES)
-        larger = v.size() > size.get()
-        size.set(larger.choose(v.size(), size.get()))
-        value.set(larger.choose(v, value.get()))
-
-    each(x, count, look)
-    empty = size.get() < TINIEST
-    inverse = float(-top) / value.get()
+    size, value = find_largest(x, count)
+    empty = size < TINIEST
+    inverse = float(-top) / value
     sum_lx, sum_l2 = Variable(zero), Variable(zero)
 
     def clamp(v: Vector) -> Vector:
@@ -214,9 +198,9 @@ def write_descent(x: Array, w: Array, fields: Array, codes: Array, *, count: int
 
 
 def find_level(v: Vector) -> tuple[Vector, Vector]:
-    """``best_index_int8`` of the non-linear levels: index and level of the nearest, the upper one of two as near.
+    """``best_index_int8`` of the non-linear levels: index and level of the nearest, the upper one of a tie.
 
-    Around the middle of two levels both differences are exact, so that comparing with the middle is the same.
+    Comparing with the middle of two levels is the same, because both differences are exact there.
     """
     index, level = v.of(0.0), v.of(float(LEVELS[0]))
     for low, high in pairwise(LEVELS):
@@ -226,19 +210,11 @@ def find_level(v: Vector) -> tuple[Vector, Vector]:
     return index, level
 
 
-def write_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int, tries: int) -> None:
-    """The search of ``quantize_row_iq4_nl_impl``: field 0 the scale."""
+def emit_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int, tries: int) -> None:
+    """The search in ``quantize_row_iq4_nl_impl``: field 0 the scale."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
-    size, value = Variable(zero), Variable(zero)
-
-    def look(place: Any) -> None:
-        v = x.load(place, LANES)
-        larger = v.size() > size.get()
-        size.set(larger.choose(v.size(), size.get()))
-        value.set(larger.choose(v, value.get()))
-
-    each(x, count, look)
+    size, value = find_largest(x, count)
     sum_lx, sum_l2, inverse = Variable(zero), Variable(zero), Variable(zero)
 
     def sum_up() -> None:
@@ -254,29 +230,24 @@ def write_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int,
 
         each(x, count, add)
 
-    inverse.set(1.0 / ((value.get() * -1.0) / float(LEVELS[0])))
+    inverse.set(1.0 / ((value * -1.0) / float(LEVELS[0])))
     sum_up()
     scale = Variable((sum_l2.get() > 0.0).choose(sum_lx.get() / sum_l2.get(), zero))
     best = Variable(scale.get() * sum_lx.get())
 
     def attempt(index: Any) -> None:
         number = builder.add(index, index.type(LEVELS[0] - tries))
-        inverse.set(splat(builder, builder.sitofp(number, FLOAT), LANES) / value.get())
+        inverse.set(splat(builder, builder.sitofp(number, FLOAT), LANES) / value)
         sum_up()
         better = (sum_l2.get() > 0.0) & (sum_lx.get() * sum_lx.get() > best.get() * sum_l2.get())
         scale.set(better.choose(sum_lx.get() / sum_l2.get(), scale.get()))
         best.set(better.choose(scale.get() * sum_lx.get(), best.get()))
 
     repeat(builder, 2 * tries + 1, attempt)
-    fields.store(0, (size.get() < TINIEST).choose(0.0, scale.get()))
+    fields.store(0, (size < TINIEST).choose(0.0, scale.get()))
 
 
-def write_nearest(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -> None:
-    """Codes of the levels nearest to ``x * fields[0]``."""
+def emit_nearest(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -> None:
+    """Codes of the levels nearest to ``x * field 0``."""
     inverse = fields.load(0, LANES)
     each(x, count, lambda place: store_codes(codes, place, find_level(inverse * x.load(place, LANES))[0]))
-
-
-#: The searches that several families make.
-affine_q4 = make_lanes(write_affine, count=32, top=15, start=-0.9, step=0.05, steps=36)
-affine_q5 = make_lanes(write_affine, count=32, top=31, start=-0.9, step=0.05, steps=36)

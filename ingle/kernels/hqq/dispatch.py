@@ -1,21 +1,21 @@
-"""Groups of few bits with a float16 scale and zero to float tensors and back, by the fastest kernel there is.
+"""Encodes and decodes groups of codes of few bits with a float16 scale and zero, by the fastest kernel of the device.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
-
-Under ``torch.compile`` decoding is one opaque operator, so a graph holds packed weights and nothing decoded.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from ingle.kernels.levels.dispatch import BITS, COPIED
+from ingle.kernels.levels.dispatch import COPIED
+from ingle.kernels.numba.scalars import exact_bits
+from ingle.kernels.operators import opaque
 from ingle.kernels.threads import match_threads
 
-#: For codes of so many bits, the shares of a group's range that starts of the search leave out at either end: the
-#: first, the last and how many.  Below zero the grid reaches beyond, which small groups need, whose weights may all
-#: lie on a few points of it.  Chosen by error against time on Gaussian and heavy-tailed weights.
+#: For the bits of a code, the shares of a group's range that starts of the search leave out at either end: the first,
+#: the last and their number. A negative share reaches beyond the range, which small groups need, whose weights may all
+#: lie on a few points of the grid. Chosen by error against time on Gaussian and heavy-tailed weights.
 STARTS = {8: (-0.006, 0.004, 6), 4: (-0.06, 0.12, 7), 3: (-0.1, 0.26, 7), 2: (-0.2, 0.4, 7), 1: (0.0, 0.42, 4)}
 
 
@@ -23,7 +23,7 @@ def decode_groups(codes_OC: Tensor, scale_ON: Tensor, zero_ON: Tensor, bits: int
     """Decodes ``(code - zero) * scale``, rounded once to the dtype of ``out_OI``.
 
     Args:
-        codes_OC: uint8, every row a little-endian number with ``bits`` for a code.
+        codes_OC: uint8, each row a little-endian number with ``bits`` for a code.
         scale_ON: float16, one for ``size`` neighbours in a row.
         zero_ON: float16.
         bits: 8, 4, 3, 2 or 1.
@@ -33,11 +33,7 @@ def decode_groups(codes_OC: Tensor, scale_ON: Tensor, zero_ON: Tensor, bits: int
     Returns:
         ``out_OI``.
     """
-    if torch.compiler.is_compiling():
-        torch.ops.ingle.decode_groups(codes_OC, scale_ON, zero_ON, bits, size, out_OI)
-    else:
-        _decode_groups(codes_OC, scale_ON, zero_ON, bits, size, out_OI)
-    return out_OI
+    return _run(codes_OC, scale_ON, zero_ON, bits, size, out_OI)
 
 
 def _decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, size: int, out: Tensor) -> None:
@@ -46,32 +42,30 @@ def _decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, size: 
 
         decode_on_gpu(codes, scale, zero, bits, size, out)
         return
-    from ingle.kernels.hqq import decode as hqq_decode
+    from ingle.kernels.hqq import decode
 
     arrays = codes.detach().contiguous().numpy(), _halves(scale), _halves(zero)
-    target = out.detach().view(BITS[out.dtype]).numpy()
-    hqq_decode.decode_groups(*arrays, bits, size, target, match_threads(out.numel()))
+    decode.KERNELS[bits](*arrays, size, exact_bits(out), match_threads(out.numel()))
 
 
-# A fake decode has nothing to return.
-library.custom_op("ingle::decode_groups", _decode_groups, mutates_args=("out",)).register_fake(lambda *_: None)
+_run = opaque("decode_groups", _decode_groups)
 
 
 def encode_groups(
     weight_OI: Tensor, importance_I: Tensor | None, bits: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Packs a weight on the CPU, part by part, with the scales and zeros of least weighted square error.
+    """Encodes a weight on the CPU, some rows at a time, with the scales and zeros of least weighted square error.
 
     Args:
         weight_OI: Finite, of any strides, on any device.
-        importance_I: How much the square error of every column counts, or None.
+        importance_I: How much the square error of each column counts, or None.
         bits: 8, 4, 3, 2 or 1.
         size: Weights of a group.
 
     Returns:
         Codes uint8 ``[O, C]``, scale and zero float16 ``[O, N]``, on the CPU.
     """
-    from ingle.kernels.hqq import encode as hqq_encode
+    from ingle.kernels.hqq import encode
 
     num_rows, num_columns = weight_OI.shape
     codes = torch.empty(num_rows, -(-num_columns * bits // 8), dtype=torch.uint8)
@@ -84,8 +78,7 @@ def encode_groups(
         part = weight_OI[rows].detach().to("cpu", torch.float32).contiguous()
         search = bits, size, first, (last - first) / (starts - 1), starts
         arrays = codes[rows].numpy(), _halves(scale[rows]), _halves(zero[rows])
-        threads = match_threads(part.numel())
-        hqq_encode.encode_groups(part.numpy(), importance.numpy(), *search, *arrays, threads)
+        encode.encode_groups(part.numpy(), importance.numpy(), *search, *arrays, match_threads(part.numel()))
     return codes, scale, zero
 
 

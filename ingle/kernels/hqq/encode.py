@@ -1,8 +1,8 @@
-"""Packing weights into groups of few bits with a float16 scale and zero each, by numba; the search in its module.
+"""Encoder of groups of codes of few bits with a float16 scale and zero each, in numba.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
 
-A group never crosses a row; the last of a row may be short.  Sixteen consecutive groups are searched side by side.
+A group never crosses a row; the last of a row may be short. Sixteen consecutive groups are searched side by side.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from ingle.kernels.ggml.block import from_half, share, to_half
-from ingle.kernels.ggml.lanes import LANES
+from ingle.kernels.ggml.sub_blocks import LANES
 from ingle.kernels.hqq.search import assign, fit, measure
 from ingle.kernels.numba.cache import compile_kernel
+from ingle.kernels.numba.scalars import chunk_bounds, from_half, inlined, to_half
 
-#: A scale is at least this part of the largest weight, so that its zero stays within float16.
+#: A scale is at least this share of the largest weight, so that the zero fits in float16.
 FLOOR = np.float32(2.0**-14)
-#: Scales of a constant group that are tried, one for every fraction of a float16.
+#: Trials for the scale of a constant group, one for each mantissa of a float16.
 FRACTIONS = 1024
-#: Constants below this are held as their 1024-fold times 1/1024, so that float16's small numbers keep their digits.
+#: Constants below this are stored as 1024 times their value times 1/1024, because small float16 numbers lose digits.
 SMALL = np.float32(2.0**-4)
 #: The bits of float16's largest finite number.
 LARGEST = 0x7BFF
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def lay_out(
     values: Any, importance: Any, num_columns: int, size: int, first: int, num_lanes: int, x: Any, w: Any
 ) -> None:
-    """Puts 16 groups from number ``first`` on side by side; what a short one lacks has no weight.
+    """Lays 16 groups from number ``first`` on side by side; the missing part of a short one has weight zero.
 
-    A group whose importance is zero throughout counts as if all its weights were equally important.
+    If the importance of a full group is zero, all its weights count equally.
     """
     per_row = -(-num_columns // size)
     for lane in range(LANES):
@@ -52,11 +52,11 @@ def lay_out(
                     w[k * LANES + lane] = importance[column + k] / total
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def hold_constant(value: Any) -> tuple[Any, Any]:
-    """Bits of a scale and a zero, ``(0 - zero) * scale`` being the value: exact if float16 holds it, else near.
+@inlined
+def encode_constant(value: Any) -> tuple[Any, Any]:
+    """Bits of a scale and a zero with ``(0 - zero) * scale`` equal to the value, or near if float16 cannot hold it.
 
-    Zero gets the scale 1, so that a later offset finds one.
+    Zero gets the scale 1, so that an offset can be added later.
     """
     small = abs(value) < SMALL
     size = abs(value) * np.float32(1024) if small else abs(value)
@@ -73,14 +73,14 @@ def hold_constant(value: Any) -> tuple[Any, Any]:
     return scale, zero ^ np.uint16(0x8000) if value > 0 else zero
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def settle(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales: Any, zeros: Any) -> None:
-    """Rounds 16 grids to float16: of three neighbouring scales with their best zeros the one of least error.
+@inlined
+def round_grids(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales: Any, zeros: Any) -> None:
+    """Rounds 16 grids to float16: takes the best of three neighbouring scales, each with its best zero.
 
     Args:
         x: The weights, centred.
         w: Their weights.
-        fields: As ``fit`` leaves them.
+        fields: The results of ``fit``.
         size: Elements of a group.
         top: The highest code.
         trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centred weights.
@@ -111,22 +111,22 @@ def settle(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales:
     for lane in range(LANES):
         trial[lane], trial[LANES + lane] = kept[0, lane], kept[1, lane]
         if fields[3 * LANES + lane] == fields[4 * LANES + lane]:
-            scales[lane], zeros[lane] = hold_constant(fields[3 * LANES + lane])
+            scales[lane], zeros[lane] = encode_constant(fields[3 * LANES + lane])
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def put_codes(codes: Any, lane: int, length: int, bits: int, data: Any, at: int) -> None:
-    """Packs the codes of a group, the first in the lowest bits of the first byte."""
-    word, held = np.uint32(0), 0
+    """Stores the codes of a group, the first in the lowest bits of the first byte."""
+    word, num_bits = np.uint32(0), 0
     for k in range(length):
-        word |= np.uint32(codes[k * LANES + lane]) << np.uint32(held)
-        held += bits
-        while held >= 8:
+        word |= np.uint32(codes[k * LANES + lane]) << np.uint32(num_bits)
+        num_bits += bits
+        while num_bits >= 8:
             data[at] = np.uint8(word & np.uint32(255))
             word >>= np.uint32(8)
-            held -= 8
+            num_bits -= 8
             at += 1
-    if held:
+    if num_bits:
         data[at] = np.uint8(word)
 
 
@@ -135,27 +135,27 @@ def encode_groups(
     values: Any, importance: Any, bits: int, size: int, first_trim: Any, step: Any, starts: int,
     codes: Any, scales: Any, zeros: Any, num_chunks: int,
 ) -> None:  # fmt: skip
-    """Packs weights.
+    """Encodes weights.
 
     Args:
         values: float32 ``[O, I]``.
         importance: float32 ``[I]`` or empty.
         bits: Of a code.
         size: Weights of a group.
-        first_trim: Share of the range that the first start leaves out at an end; below zero it reaches beyond.
-        step: What every further start leaves out more.
-        starts: How many at either end.
+        first_trim: Share of the range that the first start leaves out at an end; a negative one reaches beyond.
+        step: How much more each further start leaves out.
+        starts: Number of starts at either end.
         codes: uint8 ``[O, C]``, written.
         scales: uint16 ``[O, N]``, written: bits of float16.
         zeros: uint16 ``[O, N]``, written.
-        num_chunks: Parts the groups are split into.
+        num_chunks: Parts of the groups that threads work on.
     """
     num_columns, per_row, row_bytes = values.shape[1], scales.shape[1], codes.shape[1]
     num_groups, top = scales.size, np.float32((1 << bits) - 1)
     flat, data = values.reshape(-1), codes.reshape(-1)
     flat_scales, flat_zeros = scales.reshape(-1), zeros.reshape(-1)
     for chunk in prange(num_chunks):
-        first, stop = share(chunk, -(-num_groups // LANES), num_chunks)
+        first, stop = chunk_bounds(chunk, -(-num_groups // LANES), num_chunks)
         x, w = np.empty(size * LANES, np.float32), np.empty(size * LANES, np.float32)
         found, fields = np.empty(size * LANES, np.uint8), np.empty(5 * LANES, np.float32)
         trial = np.empty(3 * LANES, np.float32)
@@ -165,7 +165,7 @@ def encode_groups(
             num_lanes = min(LANES, num_groups - number)
             lay_out(flat, importance, num_columns, size, number, num_lanes, x, w)
             fit(x, w, fields, size, top, first_trim, step, starts)
-            settle(x, w, fields, size, top, trial, found_scales, found_zeros)
+            round_grids(x, w, fields, size, top, trial, found_scales, found_zeros)
             assign(x, found, trial, size, top)
             for lane in range(num_lanes):
                 group = number + lane

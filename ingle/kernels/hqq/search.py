@@ -1,9 +1,9 @@
-"""The search for HQQ's scale and zero: sixteen groups of weights side by side in vector registers.
+"""Search for HQQ's scale and zero, for sixteen groups of weights side by side in vector registers.
 
-HQQ moves the zero only.  Here both are free: for fixed codes ``q`` the best grid ``s * q + m`` is a weighted linear
-regression of the weights on their codes, and what it explains has a closed form, so one pass over a group tries one
-assignment of codes.  The passes start from grids that leave out a share of the range at either end, or reach beyond it
-by one, in every combination, and then go on from the best.
+HQQ optimises the zero only. Here both are free: for fixed codes ``q`` the best grid ``s * q + m`` is a weighted linear
+regression of the weights on their codes, and the variance it explains has a closed form, so one pass over a group tries
+one assignment of codes. The passes start from grids that leave out a share of the range at either end, or reach beyond
+it by one, in all combinations, and then refine the best.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 from numba import types
-from numba.extending import intrinsic
 
-from ingle.kernels.ggml.lanes import LANES, store_codes
-from ingle.kernels.numba.vector import FLOAT, Array, Variable, Vector, fill, repeat, splat
+from ingle.kernels.ggml.sub_blocks import LANES, store_codes
+from ingle.kernels.numba.vector import ARRAY, FLOAT, Array, Variable, Vector, fill, make_intrinsic, repeat, splat
 
-#: Passes that go on from the best start.
+#: Passes that refine the best start.
 REFINEMENTS = 3
 
 
 def each(x: Array, count: Any, body: Callable[[Any], None]) -> None:
-    """A loop over the elements of groups, as many as an IR value says; ``body`` gets the place of the sixteen."""
+    """Emits a loop over ``count`` elements of groups; ``body`` gets the index in ``x`` of an element of all sixteen."""
     repeat(x.builder, count, lambda index: body(x.builder.mul(index, index.type(LANES))))
 
 
-def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any, step: Any, starts: Any) -> None:
+def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any, step: Any, starts: Any) -> None:
     """Finds the grid of least weighted square error, before anything is rounded.
 
-    Afterwards ``x`` is centred on its weighted mean, and the rows of ``fields`` hold: 0 scale, 1 the mean of the
-    codes, 2 the mean of the weights, 3 the lowest and 4 the highest weight that counts.
+    Centres ``x`` on its weighted mean. The rows of ``fields`` become: 0 the scale, 1 the mean of the codes, 2 the mean
+    of the weights, 3 the lowest and 4 the highest weight that counts.
     """
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
@@ -55,7 +54,7 @@ def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: An
     sum_q, sum_qq, sum_qx = (Variable(zero) for _ in range(3))
 
     def attempt(size: Vector, base: Vector) -> None:
-        """Codes by the grid that begins at ``base``; the regression on them is kept if it explains more."""
+        """Assigns codes by the grid that begins at ``base``; keeps the regression on them if it explains more."""
         inverse = 1.0 / size
         for variable in (sum_q, sum_qq, sum_qx):
             variable.set(zero)
@@ -93,7 +92,7 @@ def write_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: An
         fields.store(LANES * row, vector)
 
 
-def write_measure(x: Array, w: Array, fields: Array, count: Any, top: Any) -> None:
+def emit_measure(x: Array, w: Array, fields: Array, count: Any, top: Any) -> None:
     """Row 2 of ``fields`` becomes the weighted square error on the grid ``(q - row 1) * row 0``."""
     builder = x.builder
     scale, offset = fields.load(0, LANES), fields.load(LANES, LANES)
@@ -108,8 +107,8 @@ def write_measure(x: Array, w: Array, fields: Array, count: Any, top: Any) -> No
     fields.store(2 * LANES, error.get())
 
 
-def write_codes(x: Array, codes: Array, fields: Array, count: Any, top: Any) -> None:
-    """The codes of the nearest points on the grid ``(q - row 1) * row 0`` of ``fields``."""
+def emit_codes(x: Array, codes: Array, fields: Array, count: Any, top: Any) -> None:
+    """Stores the codes of the nearest points on the grid ``(q - row 1) * row 0`` of ``fields``."""
     scale, offset = fields.load(0, LANES), fields.load(LANES, LANES)
     each(x, count, lambda place: store_codes(codes, place, nearest(x.load(place, LANES), 1.0 / scale, offset, top)))
 
@@ -119,40 +118,9 @@ def nearest(v: Vector, inverse: Vector, offset: Vector, top: Any) -> Vector:
     return (v * inverse + offset).at_least(0.0).at_most(splat(v.builder, top, LANES)).round()
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fit(
-    _: Any, x: Any, w: Any, fields: Any, count: Any, top: Any, first: Any, step: Any, starts: Any
-) -> tuple[Any, Any]:
-    """``write_fit`` for kernels: ``count`` and ``starts`` int64, ``top``, ``first`` and ``step`` float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = (Array(context, builder, signature.args[k], arguments[k]) for k in range(3))
-        write_fit(*arrays, *arguments[3:])
-        return context.get_dummy_value()
-
-    numbers = types.int64, types.float32, types.float32, types.float32, types.int64
-    return types.void(x, w, fields, *numbers), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def measure(_: Any, x: Any, w: Any, fields: Any, count: Any, top: Any) -> tuple[Any, Any]:
-    """``write_measure`` for kernels: ``count`` int64, ``top`` float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = (Array(context, builder, signature.args[k], arguments[k]) for k in range(3))
-        write_measure(*arrays, *arguments[3:])
-        return context.get_dummy_value()
-
-    return types.void(x, w, fields, types.int64, types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def assign(_: Any, x: Any, codes: Any, fields: Any, count: Any, top: Any) -> tuple[Any, Any]:
-    """``write_codes`` for kernels: ``count`` int64, ``top`` float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        arrays = (Array(context, builder, signature.args[k], arguments[k]) for k in range(3))
-        write_codes(*arrays, *arguments[3:])
-        return context.get_dummy_value()
-
-    return types.void(x, codes, fields, types.int64, types.float32), generate
+_FIT = (ARRAY, ARRAY, ARRAY, types.int64, types.float32, types.float32, types.float32, types.int64)
+_GRID = (ARRAY, ARRAY, ARRAY, types.int64, types.float32)
+#: The functions for kernels.
+fit = make_intrinsic(emit_fit, _FIT)
+measure = make_intrinsic(emit_measure, _GRID)
+assign = make_intrinsic(emit_codes, _GRID)

@@ -1,10 +1,10 @@
-"""The two halves of a Llama-like decoder layer, each as one step of autograd with a hand-written backward.
+"""The two halves of a Llama-like decoder layer, each one autograd function with a hand-written backward.
 
 ``h + o(attention(rotate(q(norm h)), rotate(k(norm h)), v(norm h)))`` and ``h + down(silu(gate(norm h)) * up(norm h))``.
 
-What it saves over separate operators: normalised rows, rotated copies, the activation and its input's gradients are
-never kept or made twice; the projections of one input share one product for their A matrices; the residual is added
-in place; and what is kept is used up by backward, whose buffers become its results.
+Compared with separate operators, normalised rows, rotated copies, the activation and the gradients of its inputs are
+neither saved nor copied; the projections of one input share one product for their A matrices; the residual is added in
+place; and backward overwrites saved buffers with its results.
 
 Legend: N tokens, H hidden, I intermediate, Hq query heads, Hkv key/value heads, Dh head size.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
-from ingle.kernels.attention.tiles import Heads, Reach
-from ingle.kernels.layers.elementwise import rms_norm, rms_norm_again, rms_norm_backward_, swiglu, swiglu_backward_
+from ingle.kernels.attention.spans import AttentionSpans, Heads
+from ingle.kernels.layers.elementwise import recompute_rms_norm, rms_norm, rms_norm_backward_, swiglu, swiglu_backward_
 from ingle.kernels.layers.lora import (
     Projection,
     interleave,
@@ -52,10 +52,10 @@ class Attention:
 
     Attributes:
         norm: Before the projections.
-        q: And k, v, o: the projections.
-        scores: What happens to the scores.
-        q_norm: Of each query head before it is rotated (Qwen 3).
-        k_norm: Of each key head.
+        q: The projections, with k, v and o.
+        scores: What happens to the scores before the softmax.
+        q_norm: Norm of each query head before its rotation (Qwen 3).
+        k_norm: Norm of each key head.
     """
 
     norm: Norm
@@ -78,19 +78,19 @@ class Mlp:
     down: Projection
 
 
-def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], reach: Reach) -> Tensor:
+def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], spans: AttentionSpans) -> Tensor:
     """``h + o(attention(norm h))``, [1, N, H] -> [1, N, H].
 
     Args:
         h: The residual stream.
-        attention: What to compute.
+        attention: Weights and options.
         rotary: cos and sin of each token's position, [N, Dh].
-        reach: Which tokens see which, and the sizes of the heads.
+        spans: Which keys each token sees, and the sizes of the heads.
     """
     qkv = seeded((attention.q, attention.k, attention.v))
     out = seeded((attention.o,))
     factors = [factor for p in (*qkv, *out) for factor in p.factors()]
-    result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, reach, *factors)  # type: ignore[no-untyped-call]
+    result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, spans, *factors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -111,10 +111,10 @@ class _AttentionHalf(torch.autograd.Function):
         qkv: Sequence[Projection],
         out: Sequence[Projection],
         rotary: tuple[Tensor, Tensor],
-        reach: Reach,
+        spans: AttentionSpans,
         *factors: Tensor | None,
     ) -> Tensor:
-        heads, norm = reach.heads, attention.norm
+        heads, norm = spans.heads, attention.norm
         h_NH = h.reshape(-1, h.shape[-1])
         x_NH, rstd_N = rms_norm(h_NH, norm.weight, norm.eps)
         projected, xa_NS = project(x_NH, qkv)
@@ -122,14 +122,14 @@ class _AttentionHalf(torch.autograd.Function):
         q_ND, k_ND, v_ND = projected
         heads_normed, q_kept = _norm_heads(q_ND, attention.q_norm, heads.size)
         keys_normed, k_kept = _norm_heads(k_ND, attention.k_norm, heads.size)
-        q = group_rows(_heads(heads_normed, heads), reach.by_tile, heads, rotary)
-        k = group_rows(_heads(keys_normed, heads), reach.by_segment, heads, rotary)
-        v = group_rows(_heads(v_ND, heads), reach.by_segment, heads)
+        q = group_rows(_heads(heads_normed, heads), spans.by_tile, heads, rotary)
+        k = group_rows(_heads(keys_normed, heads), spans.by_segment, heads, rotary)
+        v = group_rows(_heads(v_ND, heads), spans.by_segment, heads)
         del projected, q_ND, k_ND, v_ND, heads_normed, keys_normed
-        out_grouped, lse = attend(q, k, v, reach, attention.scores)
-        o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), reach.by_tile, heads)
+        out_grouped, lse = attend(q, k, v, spans, attention.scores)
+        o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), spans.by_tile, heads)
         (y_NH,), oa_NR = project(o_NHD.flatten(1), out)
-        ctx.attention, ctx.qkv, ctx.out, ctx.rotary, ctx.reach = attention, qkv, out, rotary, reach
+        ctx.attention, ctx.qkv, ctx.out, ctx.rotary, ctx.spans = attention, qkv, out, rotary, spans
         ctx.save_for_backward(h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, *q_kept, *k_kept)
         return y_NH.add_(h_NH).view(h.shape)
 
@@ -137,21 +137,21 @@ class _AttentionHalf(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, q_raw, q_rstd, k_raw, k_rstd = ctx.saved_tensors
-        attention, reach, heads = ctx.attention, ctx.reach, ctx.reach.heads
+        attention, spans, heads = ctx.attention, ctx.spans, ctx.spans.heads
         grad_NH = grad.reshape(h_NH.shape)
         gb_NR, grads_b = through_b([grad_NH], oa_NR, ctx.out)
         grads_a = through_a(gb_NR, o_NHD.flatten(1), ctx.out)
         grad_o_NHD = through_weights([grad_NH], gb_NR, ctx.out).view(o_NHD.shape)
-        grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, reach)
-        grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, reach, attention.scores)
+        grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, spans)
+        grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, spans, attention.scores)
         q_NHD, k_NHD, v_NHD = (h_NH.new_empty(len(h_NH), n, heads.size) for n in (heads.q, heads.kv, heads.kv))
-        ungroup_rows(grad_q, q_NHD, reach.by_tile, heads, ctx.rotary)
-        ungroup_rows(grad_k, k_NHD, reach.by_segment, heads, ctx.rotary)
-        ungroup_rows(grad_v, v_NHD, reach.by_segment, heads)
+        ungroup_rows(grad_q, q_NHD, spans.by_tile, heads, ctx.rotary)
+        ungroup_rows(grad_k, k_NHD, spans.by_segment, heads, ctx.rotary)
+        ungroup_rows(grad_v, v_NHD, spans.by_segment, heads)
         _norm_heads_backward_(q_NHD, q_raw, q_rstd, attention.q_norm)
         _norm_heads_backward_(k_NHD, k_raw, k_rstd, attention.k_norm)
         grads_ND = [q_NHD.flatten(1), k_NHD.flatten(1), v_NHD.flatten(1)]
-        x_NH = rms_norm_again(h_NH, attention.norm.weight, rstd_N)
+        x_NH = recompute_rms_norm(h_NH, attention.norm.weight, rstd_N)
         gb_NS, grads_b_qkv = through_b(grads_ND, xa_NS, ctx.qkv)
         grads_a_qkv = through_a(gb_NS, x_NH, ctx.qkv)
         grad_h = None
@@ -180,17 +180,17 @@ class _MlpHalf(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.spent:
-            raise RuntimeError("backward of a fused layer uses its buffers up and runs once")
+            raise RuntimeError("The backward pass of a fused layer overwrites its buffers and can run only once.")
         ctx.spent = True
         h_NH, rstd_N, xa_NS, gate_NI, up_NI, ia_NR = ctx.saved_tensors
         grad_NH = grad.reshape(h_NH.shape)
         gb_NR, grads_b = through_b([grad_NH], ia_NR, ctx.down)
         inner_NI = through_weights([grad_NH], gb_NR, ctx.down)
-        swiglu_backward_(inner_NI, gate_NI, up_NI)  # now: the activation, and the gradients of gate and up
+        swiglu_backward_(inner_NI, gate_NI, up_NI)  # now they hold the activation and the gradients of gate and up
         grads_a = through_a(gb_NR, inner_NI, ctx.down)
         del inner_NI
         gb_NS, grads_b_wide = through_b([gate_NI, up_NI], xa_NS, ctx.wide)
-        x_NH = rms_norm_again(h_NH, ctx.mlp.norm.weight, rstd_N)
+        x_NH = recompute_rms_norm(h_NH, ctx.mlp.norm.weight, rstd_N)
         grads_a_wide = through_a(gb_NS, x_NH, ctx.wide)
         del x_NH
         grad_h = None
@@ -208,7 +208,7 @@ def _heads(values_ND: Tensor, heads: Heads) -> Tensor:
 def _norm_heads(
     values_ND: Tensor, norm: Norm | None, size: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
-    """The values with each head normalised, and what backward needs for it."""
+    """The values with each head normalised, and the tensors that backward needs."""
     if norm is None:
         return values_ND, (None, None)
     rows = values_ND.view(-1, size)

@@ -1,8 +1,8 @@
-"""The steps between a decoder layer's products, each in one pass over memory: RMSNorm and SwiGLU, both directions.
+"""RMSNorm and SwiGLU, forward and backward, each in one pass over memory.
 
-As separate operators they read and write every activation several times, which on a CPU costs as much as a third
-of the products. Every function takes float32 or bfloat16, computes in float32 and rounds once; numba does the
-work on a CPU, torch elsewhere.
+As separate operators they read and write each activation several times, which on a CPU costs up to a third as much as
+the products. Each function takes float32 or bfloat16, computes in float32 and rounds once, by numba on a CPU and by
+torch elsewhere.
 
 Legend: N tokens, H hidden, I intermediate.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import prange
 from torch import Tensor
 
-from ingle.kernels.numba.bfloat16 import bits, exp, load, prange, store, supported
 from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import bits, exp, load, store, supported
 from ingle.kernels.threads import match_threads
 
 
@@ -37,12 +38,12 @@ def rms_norm(h_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor
     return (wide_NH * rstd_N[:, None] * weight_H.float()).to(h_NH.dtype), rstd_N
 
 
-def rms_norm_again(h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor) -> Tensor:
-    """The normalised rows once more, from what :func:`rms_norm` returned beside them; bit for bit the same."""
+def recompute_rms_norm(h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor) -> Tensor:
+    """The normalised rows of :func:`rms_norm` again, bit for bit, from the second tensor that it returned."""
     if supported(h_NH, weight_H):
         match_threads(h_NH.numel())
         x_NH = torch.empty_like(h_NH, memory_format=torch.contiguous_format)
-        _rms_norm_again(bits(h_NH), bits(weight_H), rstd_N.numpy(), bits(x_NH))
+        _recompute_rms_norm(bits(h_NH), bits(weight_H), rstd_N.numpy(), bits(x_NH))
         return x_NH
     return (h_NH.float() * rstd_N[:, None] * weight_H.float()).to(h_NH.dtype)
 
@@ -56,8 +57,8 @@ def rms_norm_backward_(
         grad_x_NH: Gradient of the normalised rows; overwritten by the result.
         h_NH: The norm's input.
         weight_H: The norm's weight.
-        rstd_N: As :func:`rms_norm` returned it.
-        residual_NH: Gradient that reaches ``h`` past the norm, added to the result.
+        rstd_N: Second result of :func:`rms_norm`.
+        residual_NH: Gradient of ``h`` along the residual connection, added to the result.
 
     Returns:
         ``grad_x``, now the gradient of ``h``.
@@ -87,9 +88,9 @@ def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 
 
 def swiglu_backward_(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
-    """Overwrites its arguments: the gradient of the output by the output itself, gate and up by their gradients.
+    """Overwrites the gradient of the output by the output, and gate and up by their gradients.
 
-    Three buffers go in and three come out, so that no fourth is needed at the widest place of the layer.
+    This needs no further buffer where the layer is widest.
     """
     if supported(grad_NI, gate_NI, up_NI):
         match_threads(gate_NI.numel())
@@ -118,7 +119,7 @@ def _rms_norm(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
 
 
 @compile_float_kernel
-def _rms_norm_again(h, weight, rstd, x):  # type: ignore[no-untyped-def]
+def _recompute_rms_norm(h, weight, rstd, x):  # type: ignore[no-untyped-def]
     num_rows, width = h.shape
     for i in prange(num_rows):
         row, out, scale = h[i], x[i], rstd[i]

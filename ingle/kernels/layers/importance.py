@@ -1,6 +1,6 @@
-"""Sums of squared inputs of linear maps: what an importance matrix is made of, gathered in passing.
+"""Collects sums of squared inputs of linear layers, from which importance matrices are computed.
 
-A forward pass hands every input to :func:`observe`; nothing is kept of it but one number a column.
+A forward pass gives each input to :func:`observe`, which adds one number per column.
 
 Legend: N rows, I columns.
 """
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-#: Rows widened at once: their float32 copy stays in cache.
+#: Rows converted at once: their float32 copy stays in cache.
 _CHUNK_ROWS = 256
 
 
 class Gate:
-    """Decides which inputs count: none until it is opened, and then the first rows of each.
+    """Decides which inputs count: none until it is opened, then the first rows of each.
 
-    A pass that computes a layer again (recompute in backward) or answers for an evaluation finds it closed.
+    It is closed while backward recomputes a layer and during evaluations.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class Gate:
 
     @contextmanager
     def opened(self, num_rows: int) -> Iterator[None]:
-        """Lets inputs count inside the block.
+        """Inputs count inside this context.
 
         Args:
-            num_rows: Rows of each input that count; what follows is padding.
+            num_rows: Rows of each input that count; the rest is padding.
         """
         self._num_rows = num_rows
         try:
@@ -42,9 +42,9 @@ class Gate:
             self._num_rows = self._last = None
 
     def measure(self, x: Tensor) -> tuple[Tensor, int] | None:
-        """Sums of squares of the columns of ``[..., I]``, float64 ``[I]``, and rows that counted; None when closed.
+        """Sums of squares of the columns of ``[..., I]``, float64 ``[I]``, and the number of rows; None when closed.
 
-        Maps that share an input (q, k, v) come with the same tensor, which is summed once.
+        Layers that share an input (q, k, v) pass the same tensor, which is summed once.
         """
         if self._num_rows is None:
             return None
@@ -55,15 +55,15 @@ class Gate:
 
 
 class SquaredInputs:
-    """What one linear map has seen.
+    """Statistics of the inputs of one linear layer.
 
     Args:
         in_features: I.
-        gate: Of the whole model.
+        gate: Shared by all layers of the model.
 
     Attributes:
         sums: Sum of squares of each column, float64 ``[I]``, on the CPU.
-        count: Rows seen.
+        count: Number of rows.
     """
 
     def __init__(self, in_features: int, gate: Gate) -> None:
@@ -74,7 +74,7 @@ class SquaredInputs:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def observe(x: Tensor, maps: Sequence[SquaredInputs]) -> None:
-    """Counts ``[..., I]`` as an input of the maps, all of one model, if their gate is open."""
+    """Adds ``[..., I]`` as an input of some layers of one model, if their gate is open."""
     measured = maps[0].gate.measure(x) if maps else None
     if measured is None:
         return

@@ -1,12 +1,12 @@
 """LoRA over a frozen weight as one step of autograd: ``y = x W^T + b + scale * dropout(x) A^T B^T``.
 
-Left to autograd, LoRA costs a copy of every output, keeps dropped-out inputs, and adds a full-size gradient for
-each of its two products. Here the thin products are added in place, only x and x A^T are kept, W is asked for
-again in backward (so that a packed base is decoded then and never stored), and W + scale * B A never exists.
+With plain autograd, LoRA copies every output, keeps dropped-out inputs, and adds a full-size gradient for each of its
+two products. Here the thin products are added in place, only x and x A^T are saved, backward requests W again (so a
+quantized base is decoded then and never stored), and W + scale * B A never exists.
 
-Several projections of one input (q, k, v; gate, up) go through together: their A matrices become one product.
+Several projections of one input (q, k, v; gate, up) are computed together: their A matrices become one product.
 
-Inputs may be summed in groups of neighbours on the way into A (QA-LoRA); then the sums are kept instead of x.
+Inputs may be summed in groups of neighbours before A (QA-LoRA); then the sums are saved instead of x.
 
 Legend: N tokens, I in_features, O out_features, G groups of inputs, R rank, S sum of the ranks.
 """
@@ -23,26 +23,26 @@ from torch.nn.functional import linear
 
 from ingle.kernels.layers.importance import SquaredInputs, observe
 
-#: Gives the frozen weight [O, I] in a dtype; what it returns is valid until any weight is asked for again.
+#: Returns the frozen weight [O, I] in a dtype; the result is valid until the next request for any weight.
 Weight = Callable[[torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One frozen linear map and its low-rank change.
+    """One frozen linear layer and its low-rank update.
 
     Attributes:
-        weight: Gives W [O, I].
+        weight: Returns W [O, I].
         bias: Frozen, [O].
-        lora_a: Trained, float32, [R, G]; None where the map stays as it is.
-        lora_b: Trained, float32, [O, R]; None likewise.
-        scale: Factor on the change.
-        dropout: Share of what goes into A that is set to zero; the rest grows by ``1 / (1 - dropout)``.
-        group_size: Inputs that are summed on the way into A.
-        holds_change: Whether the weight has the change in it already. It is then not added again, and A and B get
-            the gradient of ``W + scale * B A`` as if packing had not rounded it (straight through).
+        lora_a: Trained, float32, [R, G]; None without an update.
+        lora_b: Trained, float32, [O, R]; None without an update.
+        scale: Factor on the update.
+        dropout: Share of the inputs of A that is set to zero; the rest is scaled by ``1 / (1 - dropout)``.
+        group_size: Inputs that are summed before A.
+        holds_change: Whether the weight already contains the update. It is then not added again, and A and B get the
+            gradient of ``W + scale * B A`` as if quantization had not rounded it (straight-through estimator).
         seed: Of the dropout; :func:`seeded` draws it.
-        inputs: Gathers what x was, for an importance matrix.
+        inputs: Collects statistics of x for an importance matrix.
     """
 
     weight: Weight
@@ -58,7 +58,7 @@ class Projection:
 
     @property
     def rank(self) -> int:
-        """R; 0 without a change."""
+        """R; 0 without an update."""
         return 0 if self.lora_a is None else len(self.lora_a)
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -77,15 +77,15 @@ Projections = Sequence[Projection]
 def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
     """``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
 
-    Dropout is drawn from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, gives
-    the same mask again. Gradients go to x, A and B.
+    Dropout draws from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, repeats
+    the mask. Differentiable in x, A and B.
 
     Args:
         x: [..., I], in the dtype of the products.
-        projections: What to project with; their O and R may differ.
+        projections: The layers; their O and R may differ.
 
     Returns:
-        One [..., O] each.
+        [..., O] for each projection.
 
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
     """
@@ -95,7 +95,7 @@ def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
 
 
 def seeded(projections: Projections) -> tuple[Projection, ...]:
-    """The projections with fresh seeds for their dropout. Seeds are kept, not masks: a mask is as large as x."""
+    """The projections with new dropout seeds. Seeds are saved instead of masks, which are as large as x."""
     return tuple(replace(p, seed=int(torch.randint(1, 2**63 - 1, ()))) if p.dropout else p for p in projections)
 
 
@@ -123,18 +123,18 @@ class _LoraLinears(torch.autograd.Function):
         return (grad_x, None, *interleave(grads_a, grads_b))
 
 
-# The pieces, for functions that fuse more than one layer. None of them is differentiable.
+# The parts, for functions that fuse more than one layer. None of them is differentiable.
 
 
 def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., O] of all projections of [..., I], and what B is multiplied with, [N, S], side by side.
+    """Outputs [..., O] of all projections of [..., I], and their inputs of B side by side, [N, S].
 
-    No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for a function's views.
+    No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for views.
 
     Args:
         x: The input.
-        projections: What to project with.
-        pooled: The input's sums over groups, [N, G], where the caller has them.
+        projections: The layers.
+        pooled: The input's sums over groups, [N, G], if the caller has them.
     """
     observe(x, [p.inputs for p in projections if p.inputs is not None])
     xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
@@ -161,19 +161,19 @@ def through_b(
             continue
         assert p.lora_b is not None
         torch.mm(g_NO, p.scaled_b(xa_NS.dtype), out=gb_NR)
-        # (x A^T)^T g is the layout in which the thin product is fast; the small result is turned instead.
+        # (x A^T)^T g is the fast layout of the thin product; transposing the small result is cheap.
         grads_b.append((xa_NR.t() @ g_NO).t().to(p.lora_b.dtype).mul_(p.scale))
     return gb_NS, grads_b
 
 
 def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Tensor | None]:
-    """Gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may be pooled already."""
+    """Gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may already be pooled."""
     parts: Sequence[Tensor]
-    if _go_together(projections):
-        parts = _split(gb_NS.t() @ _as_a_takes(x_NI, projections), projections, dim=0)
+    if _share_product(projections):
+        parts = _split(gb_NS.t() @ _input_of_a(x_NI, projections), projections, dim=0)
     else:
         parts = [
-            gb_NR.t() @ _dropped(_as_a_takes(x_NI, [p]), p)
+            gb_NR.t() @ _dropped(_input_of_a(x_NI, [p]), p)
             for p, gb_NR in zip(projections, _split(gb_NS, projections), strict=True)
         ]
     return [None if p.lora_a is None else part.to(p.lora_a.dtype) for p, part in zip(projections, parts, strict=True)]
@@ -185,7 +185,7 @@ def through_weights(grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: Proj
     grad_x_NI = grads_NO[0] @ projections[0].weight(dtype)
     for p, g_NO in zip(projections[1:], grads_NO[1:], strict=True):
         grad_x_NI.addmm_(g_NO, p.weight(dtype))
-    if _go_together(projections) and not any(p.holds_change for p in projections):
+    if _share_product(projections) and not any(p.holds_change for p in projections):
         if gb_NS.shape[1]:
             _add_through_a_(grad_x_NI, gb_NS, _all_a(projections, dtype), _group_size(projections))
         return grad_x_NI
@@ -210,7 +210,7 @@ def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None
 
 
 def pool(x_NI: Tensor, group_size: int) -> Tensor:
-    """Sums over groups of neighbours, [N, G]; a last group that is not whole is summed as far as it goes."""
+    """Sums over groups of neighbours, [N, G]; the last group may be short."""
     if group_size == 1:
         return x_NI
     missing = -x_NI.shape[1] % group_size
@@ -220,7 +220,7 @@ def pool(x_NI: Tensor, group_size: int) -> Tensor:
 
 
 def spread(values: Tensor, group_size: int, in_features: int) -> Tensor:
-    """``[..., G]`` to ``[..., I]``: each value for all inputs of its group, the transpose of :func:`pool`."""
+    """Repeats each of ``[..., G]`` for all inputs of its group, ``[..., I]``: the transpose of :func:`pool`."""
     return values if group_size == 1 else values.repeat_interleave(group_size, dim=-1)[..., :in_features]
 
 
@@ -228,42 +228,42 @@ def _project_down(x_NI: Tensor, projections: Projections) -> Tensor:
     if not any(p.rank for p in projections):
         return x_NI.new_empty(len(x_NI), 0)
     dtype = x_NI.dtype
-    if _go_together(projections):
-        return _as_a_takes(x_NI, projections) @ _all_a(projections, dtype).t()
-    parts = [_dropped(_as_a_takes(x_NI, [p]), p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None]
+    if _share_product(projections):
+        return _input_of_a(x_NI, projections) @ _all_a(projections, dtype).t()
+    parts = [_dropped(_input_of_a(x_NI, [p]), p) @ p.lora_a.to(dtype).t() for p in projections if p.lora_a is not None]
     return torch.cat(parts, dim=1)
 
 
-def _go_together(projections: Projections) -> bool:
+def _share_product(projections: Projections) -> bool:
     """Whether one product serves all A matrices."""
     return not any(p.dropout for p in projections) and len({p.group_size for p in projections if p.rank}) <= 1
 
 
 def _group_size(projections: Projections) -> int:
-    """The group size that all projections share, so that x itself need not be kept; 1 where they do not."""
+    """The group size that all projections share, so that x itself need not be saved; 1 if they differ."""
     sizes = {p.group_size for p in projections if p.rank}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _as_a_takes(x: Tensor, projections: Projections) -> Tensor:
-    """The input of the A matrices: x, or its sums over groups, whichever of them is given."""
+def _input_of_a(x: Tensor, projections: Projections) -> Tensor:
+    """The input of the A matrices: x or its sums over groups."""
     widths = {p.lora_a.shape[1] for p in projections if p.lora_a is not None}
     return x if not widths or x.shape[1] in widths else pool(x, _group_size(projections))
 
 
 def _all_a(projections: Projections, dtype: torch.dtype) -> Tensor:
-    """The A matrices one below the other, [S, I]."""
+    """The A matrices concatenated, [S, I]."""
     factors = [p.lora_a.detach().to(dtype) for p in projections if p.lora_a is not None]
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
 
 def _split(values: Tensor, projections: Projections, dim: int = 1) -> tuple[Tensor, ...]:
-    """Cuts S into the R of each projection."""
+    """Splits S into the R of each projection."""
     return torch.split(values, [p.rank for p in projections], dim)
 
 
 def _dropped(values_NI: Tensor, p: Projection) -> Tensor:
-    """Inverted dropout that the seed decides: the same seed and shape drop the same elements again."""
+    """Inverted dropout: the same seed and shape drop the same elements."""
     if not p.dropout:
         return values_NI
     generator = torch.Generator(values_NI.device).manual_seed(p.seed)

@@ -1,11 +1,13 @@
-"""Quantized weights on the CPU, decoded by numba: no compiler is needed on the user's machine.
+"""Decoders of 16-level formats and int8 on the CPU, in numba, so that users need no compiler.
 
-Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.  ``out`` holds bits: ``uint16`` is
-bfloat16, ``uint32`` is float32.
+:mod:`ingle.kernels.levels.dispatch` describes the arguments of the kernels, in the same order. Here ``out`` holds bits:
+``uint16`` is bfloat16, ``uint32`` is float32. Threads work on ``num_chunks`` parts of the rows.
 
-Threads: on Linux numba's OpenMP layer and torch share libgomp, and with it the very threads.  A second pool would
-fight with torch's, whose threads spin for a while after every product.  Every row is computed by one thread in one
-order, so results do not depend on how many there are.
+Legend: C = bytes of codes in a row, N = blocks in a row.
+
+On Linux numba's OpenMP layer and torch share libgomp, and with it the threads. A second pool would compete
+with torch's, whose threads spin for a while after every product. One thread computes a row, in one order, so results
+do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,27 +15,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from ingle.kernels.numba.cache import compile_kernel
-from ingle.kernels.numba.lookup import UNIT, WIDE, look_up, look_up_wide, put
+from ingle.kernels.numba.lookup import UNIT, WIDE, look_up, look_up_wide, store_weight
+from ingle.kernels.numba.scalars import chunk_bounds, inlined
 
-#: 1 / 127 as bitsandbytes spells it.
+#: 1 / 127 as bitsandbytes writes it.
 RECIPROCAL = np.float32(7.874015718698502e-3)
 #: log2 of the number of absmax values that share one nested absmax.
 NESTED_SHIFT = 8
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def split(chunk: Any, num_rows: Any, num_chunks: Any) -> Any:
-    """First row of a chunk and of the next."""
-    signed = np.int64(chunk)  # numba counts chunks unsigned, which times a signed number is a float
-    return signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks
-
-
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def decode_row(codes_C: Any, at: int, levels: Any, scales_N: Any, block_size: int, out: Any, to: int, num: int) -> None:
-    """Decodes one row of 16-level codes: whole units by look-up, then what is left one by one.
+    """Decodes one row of 16-level codes: complete units by look-up, then the rest one by one.
 
     Args:
         codes_C: uint8, flat; the row starts at ``at``.
@@ -57,25 +53,16 @@ def decode_row(codes_C: Any, at: int, levels: Any, scales_N: Any, block_size: in
             look_up(codes_C, at + (k >> 1), levels, scale, out, to + k)
         for k in range(start + length // UNIT * UNIT, start + length):
             code = np.int64(codes_C[at + (k >> 1)]) >> (4 - (k & 1) * 4)
-            put(levels[code & 15] * scale, out, to + k)
+            store_weight(levels[code & 15] * scale, out, to + k)
 
 
 @compile_kernel
 def decode_levels(codes: Any, levels: Any, scales: Any, block_size: int, out: Any, num_chunks: int) -> None:
-    """Decodes 16-level codes with float32 scales.
-
-    Args:
-        codes: uint8 ``[O, C]``.
-        levels: 16 float32.
-        scales: float32 ``[O, N]``.
-        block_size: Weights that share a scale.
-        out: ``[O, I]``.
-        num_chunks: Parts the rows are split into.
-    """
+    """Decodes 16-level codes with float32 scales."""
     num_rows, num_columns = out.shape
     flat_codes, flat_out = codes.reshape(-1), out.reshape(-1)
     for chunk in prange(num_chunks):
-        first, stop = split(chunk, num_rows, num_chunks)
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
         for row in range(first, stop):
             at, to = row * codes.shape[1], row * num_columns
             decode_row(flat_codes, at, levels, scales[row], block_size, flat_out, to, num_columns)
@@ -83,35 +70,16 @@ def decode_levels(codes: Any, levels: Any, scales: Any, block_size: int, out: An
 
 @compile_kernel
 def decode_nested_levels(
-    codes: Any,
-    levels: Any,
-    scale_codes: Any,
-    scale_levels: Any,
-    nested: Any,
-    offset: Any,
-    block_size: int,
-    out: Any,
-    num_chunks: int,
-) -> None:
-    """Decodes 16-level codes whose scales are packed too: ``scale_levels[code] * nested + offset``.
-
-    Args:
-        codes: uint8 ``[O, C]``.
-        levels: 16 float32.
-        scale_codes: uint8 ``[O, N]``.
-        scale_levels: 256 float32.
-        nested: float32, one for 256 consecutive scales of the flattened matrix.
-        offset: One float32.
-        block_size: Weights that share a scale.
-        out: ``[O, I]``.
-        num_chunks: Parts the rows are split into.
-    """
+    codes: Any, levels: Any, scale_codes: Any, scale_levels: Any, nested: Any, offset: Any,
+    block_size: int, out: Any, num_chunks: int,
+) -> None:  # fmt: skip
+    """Decodes 16-level codes whose scales are quantized too: ``scale_levels[code] * nested + offset``."""
     num_rows, num_columns = out.shape
     num_blocks = scale_codes.shape[1]
     flat_codes, flat_out = codes.reshape(-1), out.reshape(-1)
     for chunk in prange(num_chunks):
         scales = np.empty(num_blocks, np.float32)
-        first, stop = split(chunk, num_rows, num_chunks)
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
         for row in range(first, stop):
             for block in range(num_blocks):
                 scaled = scale_levels[scale_codes[row, block]] * nested[(row * num_blocks + block) >> NESTED_SHIFT]
@@ -122,18 +90,11 @@ def decode_nested_levels(
 
 @compile_kernel
 def decode_int8(codes: Any, scales: Any, out: Any, num_chunks: int) -> None:
-    """Decodes rows of signed bytes: ``code * scale * (1 / 127)``.
-
-    Args:
-        codes: int8 ``[O, I]``.
-        scales: float32 ``[O]``.
-        out: ``[O, I]``.
-        num_chunks: Parts the rows are split into.
-    """
+    """Decodes rows of signed bytes: ``code * scale * (1 / 127)``."""
     num_rows = out.shape[0]
     for chunk in prange(num_chunks):
-        first, stop = split(chunk, num_rows, num_chunks)
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
         for row in range(first, stop):
             from_row, to_row, scale = codes[row], out[row], scales[row]
             for k in range(from_row.size):
-                put(np.float32(from_row[k]) * scale * RECIPROCAL, to_row, k)
+                store_weight(np.float32(from_row[k]) * scale * RECIPROCAL, to_row, k)

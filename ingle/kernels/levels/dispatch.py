@@ -1,10 +1,10 @@
-"""Quantized weights to float tensors and back, by the fastest kernel that the device has.
+"""Encodes and decodes 16-level, int8 and ternary weights by the fastest kernel of the device.
 
-Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row, M = nested blocks.
+Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks or groups in a row, M = nested blocks.
 
-Every function writes into ``out`` and must agree bit for bit with the torch reference of its format in
-``ingle.quant``; where ``has_kernel`` says no, that reference is what runs.  Under ``torch.compile`` the same kernels
-are opaque operators, so a graph holds packed weights and nothing decoded.
+Each decoder writes into ``out`` and agrees bit for bit with the torch reference of its format in ``ingle.quant``; where
+``has_kernel`` is false, the reference runs. Ternary codes are decoded by :mod:`ingle.kernels.hqq.dispatch`, as codes of
+two bits with zero point 1.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import importlib.util
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ingle.kernels.levels import decode as cpu
 from ingle.kernels.levels import encode as cpu_encode
+from ingle.kernels.numba.scalars import BIT_TYPES, exact_bits, without_grad
+from ingle.kernels.operators import opaque
 from ingle.kernels.threads import match_threads
 
-#: Integer types that hold the bits of a float type, which numba lacks or does not need.
-BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
-
-#: Weights that are copied at once where an encoder cannot read them as they lie.
+#: Weights copied at once if an encoder cannot read them in place.
 COPIED = 1 << 22
 
 
 def has_kernel(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether weights beside this tensor can be decoded to ``dtype`` by a kernel; else the reference must do."""
+    """Whether a kernel decodes weights on the device of this tensor to ``dtype``; else the reference must."""
     if isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling():
         return False
     match tensor.device.type:
         case "cpu":
-            return dtype in BITS
+            return dtype in BIT_TYPES
         case "cuda":
-            return dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_triton()
+            supported = dtype in (torch.bfloat16, torch.float16, torch.float32)
+            return supported and importlib.util.find_spec("triton") is not None
     return False
 
 
@@ -52,11 +52,7 @@ def decode_levels(codes_OC: Tensor, levels: Tensor, scales_ON: Tensor, block_siz
     Returns:
         ``out_OI``.
     """
-    if torch.compiler.is_compiling():
-        torch.ops.ingle.decode_levels(codes_OC, levels, scales_ON, block_size, out_OI)
-    else:
-        _decode_levels(codes_OC, levels, scales_ON, block_size, out_OI)
-    return out_OI
+    return _run_levels(codes_OC, levels, scales_ON, block_size, out_OI)
 
 
 def decode_nested_levels(
@@ -69,7 +65,7 @@ def decode_nested_levels(
     block_size: int,
     out_OI: Tensor,
 ) -> Tensor:
-    """Decodes 4-bit codes whose scales are packed in 8 bits: ``scale = scale_levels[code] * nested + offset``.
+    """Decodes 4-bit codes whose scales have 8-bit codes: ``scale = scale_levels[code] * nested + offset``.
 
     Args:
         codes_OC: uint8, two codes a byte, the even column in the high nibble.
@@ -84,12 +80,7 @@ def decode_nested_levels(
     Returns:
         ``out_OI``.
     """
-    arguments = (codes_OC, levels, scale_codes_ON, scale_levels, nested_M, offset, block_size, out_OI)
-    if torch.compiler.is_compiling():
-        torch.ops.ingle.decode_nested_levels(*arguments)
-    else:
-        _decode_nested_levels(*arguments)
-    return out_OI
+    return _run_nested_levels(codes_OC, levels, scale_codes_ON, scale_levels, nested_M, offset, block_size, out_OI)
 
 
 def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
@@ -103,20 +94,16 @@ def decode_int8(codes_OI: Tensor, scales_O: Tensor, out_OI: Tensor) -> Tensor:
     Returns:
         ``out_OI``.
     """
-    if torch.compiler.is_compiling():
-        torch.ops.ingle.decode_int8(codes_OI, scales_O, out_OI)
-    else:
-        _decode_int8(codes_OI, scales_O, out_OI)
-    return out_OI
+    return _run_int8(codes_OI, scales_O, out_OI)
 
 
 def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_size: int) -> tuple[Tensor, Tensor] | None:
-    """Packs a weight on the CPU into 16-level codes and the absmax of every block; None on other devices.
+    """Encodes a weight on the CPU as 16-level codes and the absmax of each block; None on other devices.
 
     Args:
         weight_OI: Floating, with any strides.
         midpoints: float32 ``[15]``, between neighbouring levels, ascending.
-        order: uint8 ``[16]``, the code of every level, ascending.
+        order: uint8 ``[16]``, the code of each level, ascending.
         block_size: Weights that share an absmax.
 
     Returns:
@@ -128,13 +115,13 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_siz
     codes = torch.empty(num_rows, -(-num_columns // 2), dtype=torch.uint8)
     scales = torch.empty(num_rows, -(-num_columns // block_size), dtype=torch.float32)
     for rows, bits in read_rows(weight_OI):
-        arrays = (midpoints.numpy(), order.numpy(), block_size, codes[rows].numpy(), bits_of(scales[rows]))
+        arrays = (midpoints.numpy(), order.numpy(), block_size, codes[rows].numpy(), exact_bits(scales[rows]))
         cpu_encode.encode_levels(bits, *arrays, match_threads(weight_OI.numel()))
     return codes, scales
 
 
 def search_bounds(values: Tensor, bounds: Tensor) -> Tensor | None:
-    """How many of 255 ascending bounds lie strictly below every float32 value, as uint8; None off the CPU."""
+    """For each float32 value, the number of 255 ascending bounds strictly below it, as uint8; None off the CPU."""
     if not can_encode(values):
         return None
     flat = values.contiguous().flatten()
@@ -144,7 +131,7 @@ def search_bounds(values: Tensor, bounds: Tensor) -> Tensor | None:
 
 
 def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Packs a weight on the CPU into signed bytes and the absmax of every row; None on other devices.
+    """Encodes a weight on the CPU as signed bytes and the absmax of each row; None on other devices.
 
     Args:
         weight_OI: Floating, with any strides.
@@ -157,8 +144,53 @@ def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
     codes = torch.empty(weight_OI.shape, dtype=torch.int8)
     scales = torch.empty(len(weight_OI), dtype=torch.float32)
     for rows, bits in read_rows(weight_OI):
-        cpu_encode.encode_int8(bits, codes[rows].numpy(), bits_of(scales[rows]), match_threads(weight_OI.numel()))
+        arrays = codes[rows].numpy(), exact_bits(scales[rows])
+        cpu_encode.encode_int8(bits, *arrays, match_threads(weight_OI.numel()))
     return codes, scales
+
+
+def measure_groups(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Measures what a ternary scale is computed from; None on other devices than the CPU.
+
+    Args:
+        weight_OI: Floating, with any strides.
+        size: Weights of a group; the last of a row may be short.
+
+    Returns:
+        For each group ``[O, N]`` the sum of magnitudes in float64, the least magnitude that is not zero (infinity if
+        all are) and the largest, both float32; not finite where a weight is not.
+    """
+    if not can_encode(weight_OI):
+        return None
+    num_rows, num_columns = weight_OI.shape
+    shape = num_rows, -(-num_columns // size)
+    total = torch.empty(shape, dtype=torch.float64)
+    least, most = torch.empty(shape), torch.empty(shape)
+    for rows, bits in read_rows(weight_OI):
+        arrays = total[rows].numpy(), exact_bits(least[rows]), exact_bits(most[rows])
+        cpu_encode.measure_groups(bits, size, *arrays, match_threads(weight_OI.numel()))
+    return total, least, most
+
+
+def encode_ternary(weight_OI: Tensor, limit_ON: Tensor, size: int) -> Tensor | None:
+    """Ternary codes uint8 ``[O, C]``: 2 above the limit of the group, 0 below minus the limit, else 1.
+
+    Args:
+        weight_OI: Floating, with any strides.
+        limit_ON: float32.
+        size: Weights of a group, a multiple of four; the last of a row may be short.
+
+    Returns:
+        None on other devices than the CPU.
+    """
+    if not can_encode(weight_OI):
+        return None
+    codes = torch.empty(len(weight_OI), -(-weight_OI.shape[1] // 4), dtype=torch.uint8)
+    limit_ON = limit_ON.contiguous()
+    for rows, bits in read_rows(weight_OI):
+        arrays = limit_ON[rows].numpy(), size, codes[rows].numpy()
+        cpu_encode.encode_ternary(bits, *arrays, match_threads(weight_OI.numel()))
+    return codes
 
 
 def can_encode(weight: Tensor) -> bool:
@@ -167,12 +199,12 @@ def can_encode(weight: Tensor) -> bool:
 
 
 def read_rows(weight: Tensor) -> Iterator[tuple[slice, object]]:
-    """The bits of a weight, rows by rows: all at once where they lie ready, else copies of bounded size."""
-    ready = weight.is_contiguous() and weight.dtype in BITS
+    """Rows of a weight and their bits: all rows if kernels can read them in place, else copies of bounded size."""
+    ready = weight.is_contiguous() and weight.dtype in BIT_TYPES
     count = len(weight) if ready else max(1, COPIED // max(1, weight.shape[1]))
     for start in range(0, len(weight), count):
         part = weight[start : start + count].contiguous()
-        yield slice(start, start + count), bits_of(part if part.dtype in BITS else part.float())
+        yield slice(start, start + count), exact_bits(part if part.dtype in BIT_TYPES else part.float())
 
 
 def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
@@ -181,8 +213,8 @@ def _decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: in
 
         decode_on_gpu(codes, levels, scales, block_size, out)
         return
-    threads = match_threads(out.numel())
-    cpu.decode_levels(_array(codes), _array(levels), _array(scales), block_size, bits_of(out), threads)
+    arrays = (_array(tensor) for tensor in (codes, levels, scales))
+    cpu.decode_levels(*arrays, block_size, exact_bits(out), match_threads(out.numel()))
 
 
 def _decode_nested_levels(
@@ -201,8 +233,8 @@ def _decode_nested_levels(
 
         decode_on_gpu(*tensors, block_size, out)
         return
-    arrays = [_array(tensor) for tensor in tensors]
-    cpu.decode_nested_levels(*arrays, block_size, bits_of(out), match_threads(out.numel()))
+    arrays = (_array(tensor) for tensor in tensors)
+    cpu.decode_nested_levels(*arrays, block_size, exact_bits(out), match_threads(out.numel()))
 
 
 def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
@@ -211,31 +243,13 @@ def _decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
         decode_on_gpu(codes, scales, out)
         return
-    cpu.decode_int8(_array(codes), _array(scales), bits_of(out), match_threads(out.numel()))
-
-
-# The operators that stand for the kernels in a compiled graph; a fake one has nothing to return.
-for _name, _kernel in (
-    ("decode_levels", _decode_levels),
-    ("decode_nested_levels", _decode_nested_levels),
-    ("decode_int8", _decode_int8),
-):
-    library.custom_op(f"ingle::{_name}", _kernel, mutates_args=("out",)).register_fake(lambda *_: None)
+    cpu.decode_int8(_array(codes), _array(scales), exact_bits(out), match_threads(out.numel()))
 
 
 def _array(tensor: Tensor) -> object:
-    return _off_graph(tensor).contiguous().numpy()
+    return without_grad(tensor).contiguous().numpy()
 
 
-def bits_of(tensor: Tensor) -> object:
-    """The bits of a bfloat16 or float32 tensor, as numba takes them."""
-    return _off_graph(tensor).view(BITS[tensor.dtype]).numpy()
-
-
-def _off_graph(tensor: Tensor) -> Tensor:
-    """The tensor without its history; ``detach`` alone takes longer than all else around a small kernel."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_run_levels = opaque("decode_levels", _decode_levels)
+_run_nested_levels = opaque("decode_nested_levels", _decode_nested_levels)
+_run_int8 = opaque("decode_int8", _decode_int8)

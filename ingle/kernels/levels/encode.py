@@ -1,6 +1,10 @@
-"""Packing weights on the CPU, by numba: every load of a model passes through here.
+"""Encoders of 16-level formats, int8 and ternary on the CPU, in numba.
 
-Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
+:mod:`ingle.kernels.levels.dispatch` describes results and arguments. ``weights`` are the bits of float32 (uint32) or
+bfloat16 (uint16) ``[O, I]``; ``codes`` and everything after them is written, float32 as bits (uint32); threads work on
+``num_chunks`` parts. The last block or group of a row may be short. NaN or infinity gives a scale that is not finite.
+
+Legend: O = rows, I = columns.
 """
 
 from __future__ import annotations
@@ -8,55 +12,33 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import prange
 
 from ingle.kernels.numba.cache import compile_kernel
+from ingle.kernels.numba.scalars import chunk_bounds, from_bits, inlined
 
-#: Below this an absmax is taken as this for scaling, as bitsandbytes does: the codes of a zero block are zeros.
+#: Lower bound on an absmax when scaling, as in bitsandbytes: the codes of a zero block are zeros.
 TINIEST = np.float32(1e-38)
 
-#: The least power of two whose 127-fold inverse is finite.  A zero times infinity would be a NaN, and what a cast makes
-#: of a NaN depends on the processor.
+#: The least power of two whose 127-fold inverse is finite. Zero times infinity would be NaN, and the result of casting
+#: NaN depends on the processor.
 SMALLEST = np.float32(2.0**-121)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def from_bits(_: Any, bits: Any) -> tuple[Any, Any]:
-    """The float32 of these uint32 bits."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
 
 
 @compile_kernel
 def encode_levels(
     weights: Any, midpoints: Any, order: Any, block_size: int, codes: Any, scales: Any, num_chunks: int
 ) -> None:
-    """Packs weights into 16-level codes, by the number of midpoints strictly below ``weight / absmax``.
-
-    A NaN or infinity leaves a scale that is not finite.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        midpoints: 15 float32, ascending.
-        order: 16 uint8, the code for every number of midpoints.
-        block_size: Weights that share a scale; the last block of a row may be short.
-        codes: uint8 ``[O, C]``, written; the even weight in the high nibble.
-        scales: uint32 ``[O, N]``, written: the bits of every block's float32 absmax.
-        num_chunks: Parts the rows are split into.
-    """
+    """16-level codes: ``order`` of the number of ``midpoints`` strictly below ``weight / absmax``; and absmax."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     in_order = True
     for k in range(16):
         in_order &= order[k] == k
     for chunk in prange(num_chunks):
-        signed = np.int64(chunk)  # numba counts chunks unsigned, which times a signed number is a float
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
         values, counts = np.empty(block_size, np.uint32), np.empty(block_size, np.uint8)
-        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+        for row in range(first, stop):
             for block in range(scales.shape[1]):
                 start = block * block_size
                 length = min(block_size, num_columns - start)
@@ -69,7 +51,7 @@ def encode_levels(
                 count_midpoints(values, midpoints, np.float32(1) / max(from_bits(largest), TINIEST), counts, length)
                 for k in range(length // 2):
                     codes[row, start // 2 + k] = counts[2 * k] << 4 | counts[2 * k + 1]
-                if length % 2:  # the end of an odd row; the missing weight counts as zero
+                if length % 2:  # the end of an odd row; the missing weight is zero
                     codes[row, (start + length) // 2] = counts[length - 1] << 4 | count_zero(midpoints)
             if not in_order:
                 for k in range(codes.shape[1]):
@@ -78,17 +60,10 @@ def encode_levels(
 
 @compile_kernel
 def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None:
-    """How many of 255 bounds lie strictly below every value.
-
-    Args:
-        values: float32, flat.
-        bounds: 255 float32, ascending.
-        codes: uint8, flat, written.
-        num_chunks: Parts the values are split into.
-    """
+    """Counts, for each float32 value, how many of 255 bounds are strictly below it."""
     for chunk in prange(num_chunks):
-        signed = np.int64(chunk)
-        for k in range(signed * values.size // num_chunks, (signed + 1) * values.size // num_chunks):
+        first, stop = chunk_bounds(chunk, values.size, num_chunks)
+        for k in range(first, stop):
             below = 0
             step = 128
             while step > 0:
@@ -99,27 +74,18 @@ def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None
 
 @compile_kernel
 def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
-    """Packs rows into signed bytes: ``weight * (1 / absmax * 127)`` as torch divides, rounded half to even.
-
-    A NaN or infinity leaves a scale that is not finite.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        codes: int8 ``[O, I]``, written.
-        scales: uint32 ``[O]``, written: the bits of every row's float32 absmax.
-        num_chunks: Parts the rows are split into.
-    """
+    """Signed bytes: ``weight * (1 / absmax * 127)``, rounded to nearest, ties to even."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
-        signed = np.int64(chunk)
-        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
+        for row in range(first, stop):
             from_row, to_row = weights[row], codes[row]
             largest = np.uint32(0)
             for k in range(num_columns):
                 largest = max(largest, (np.uint32(from_row[k]) << shift) & np.uint32(0x7FFFFFFF))
             scales[row] = largest
-            # A zero row has nothing to divide by, and a tiny one would divide into infinity.
+            # The inverse of zero, or of a tiny absmax, would be infinite.
             factor = np.float32(127) * (np.float32(1) / max(from_bits(largest), SMALLEST))
             for k in range(num_columns):
                 scaled = np.rint(from_bits(np.uint32(from_row[k]) << shift) * factor)
@@ -128,60 +94,43 @@ def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
 
 @compile_kernel
 def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, num_chunks: int) -> None:
-    """Sums up sizes in groups of a row, and finds the least that is not zero and the largest.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        size: Weights of a group; the last of a row may be short.
-        totals: float64 ``[O, N]``, written.
-        least: uint32 ``[O, N]``, written: float32 bits, infinity where all are zero.
-        most: uint32 ``[O, N]``, written: float32 bits.
-        num_chunks: Parts the rows are split into.
-    """
+    """Sums magnitudes in groups of a row, and finds the least that is not zero and the largest."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
-        signed = np.int64(chunk)
-        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
+        for row in range(first, stop):
             for group in range(totals.shape[1]):
                 start = group * size
-                stop = min(start + size, num_columns)
-                first, second, third, fourth = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
+                end = min(start + size, num_columns)
+                sum_0, sum_1, sum_2, sum_3 = np.float64(0), np.float64(0), np.float64(0), np.float64(0)
                 low, high = np.uint32(0x7F800000), np.uint32(0)
-                for k in range(start, stop):
+                for k in range(start, end):
                     bits = (np.uint32(weights[row, k]) << shift) & np.uint32(0x7FFFFFFF)
                     high = max(high, bits)
                     low = min(low, bits if bits != 0 else np.uint32(0x7F800000))
-                for k in range(start, stop - 3, 4):  # four sums, because one would wait for itself at every weight
-                    first += abs(from_bits(np.uint32(weights[row, k]) << shift))
-                    second += abs(from_bits(np.uint32(weights[row, k + 1]) << shift))
-                    third += abs(from_bits(np.uint32(weights[row, k + 2]) << shift))
-                    fourth += abs(from_bits(np.uint32(weights[row, k + 3]) << shift))
-                for k in range(start + (stop - start) // 4 * 4, stop):
-                    first += abs(from_bits(np.uint32(weights[row, k]) << shift))
-                totals[row, group] = (first + second) + (third + fourth)
+                for k in range(start, end - 3, 4):  # four sums: each addition would wait for the one before
+                    sum_0 += abs(from_bits(np.uint32(weights[row, k]) << shift))
+                    sum_1 += abs(from_bits(np.uint32(weights[row, k + 1]) << shift))
+                    sum_2 += abs(from_bits(np.uint32(weights[row, k + 2]) << shift))
+                    sum_3 += abs(from_bits(np.uint32(weights[row, k + 3]) << shift))
+                for k in range(start + (end - start) // 4 * 4, end):
+                    sum_0 += abs(from_bits(np.uint32(weights[row, k]) << shift))
+                totals[row, group] = (sum_0 + sum_1) + (sum_2 + sum_3)
                 least[row, group] = low
                 most[row, group] = high
 
 
 @compile_kernel
 def encode_ternary(weights: Any, limits: Any, size: int, codes: Any, num_chunks: int) -> None:
-    """Packs weights into codes of two bits: 2 above a limit, 0 below minus the limit, else 1.
-
-    Args:
-        weights: The bits of float32 (uint32) or bfloat16 (uint16) ``[O, I]``.
-        limits: float32 ``[O, N]``.
-        size: Weights of a group, a multiple of four; the last of a row may be short.
-        codes: uint8 ``[O, C]``, written; the first weight of a byte in its lowest bits.
-        num_chunks: Parts the rows are split into.
-    """
+    """Codes of two bits: 2 above a limit, 0 below minus the limit, else 1; the first weight in the lowest bits."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
-        signed = np.int64(chunk)
+        first, stop = chunk_bounds(chunk, num_rows, num_chunks)
         counts = np.empty(codes.shape[1] * 4, np.uint8)
         counts[num_columns:] = 0
-        for row in range(signed * num_rows // num_chunks, (signed + 1) * num_rows // num_chunks):
+        for row in range(first, stop):
             for group in range(limits.shape[1]):
                 limit = limits[row, group]
                 for k in range(group * size, min((group + 1) * size, num_columns)):
@@ -192,9 +141,9 @@ def encode_ternary(weights: Any, limits: Any, size: int, codes: Any, num_chunks:
                 codes[row, k] = low | high << 4
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def count_midpoints(values: Any, midpoints: Any, inverse: Any, counts: Any, length: int) -> None:
-    """How many midpoints lie strictly below every value times ``inverse``."""
+    """Counts, for each value times ``inverse``, the midpoints strictly below it."""
     for k in range(length):
         scaled = from_bits(values[k]) * inverse
         count = np.uint8(0)
@@ -203,7 +152,7 @@ def count_midpoints(values: Any, midpoints: Any, inverse: Any, counts: Any, leng
         counts[k] = count
 
 
-@njit(nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@inlined
 def count_zero(midpoints: Any) -> int:
     """The code of zero."""
     count = 0

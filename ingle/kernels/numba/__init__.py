@@ -1,1 +1,1 @@
-"""Building blocks of the numba kernels: vectors, bfloat16 and the cache of compiled code."""
+"""Building blocks of the numba kernels: scalars, vectors, look-up tables and the cache of compiled code."""

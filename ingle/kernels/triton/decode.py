@@ -1,9 +1,9 @@
-"""Quantized weights on a CUDA device, decoded by Triton, which ships with torch for GPUs.
+"""Decoders of quantized weights on a CUDA device, in Triton, which torch for GPUs includes.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
 
-A program decodes some blocks of one row.  Fused multiply-adds are off: a scale is a product and then a sum, each
-rounded, as in the reference and in bitsandbytes.  Speed on a GPU has not been measured yet.
+A program decodes some blocks of one row. Fused multiply-adds are disabled: a scale is a product and then a sum, each
+rounded, as in the reference and in bitsandbytes. The speed on a GPU has not been measured.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Bytes of codes that one program decodes, or one block where that is more.
+#: Bytes of codes that one program decodes; one block if that is more.
 TILE = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _round(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 to ``dtype``, to nearest even; bfloat16 by hand, because Triton's interpreter truncates."""
+def round_to(value, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rounds float32 to nearest, ties to even; bfloat16 by its bits, because Triton's interpreter truncates."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -37,12 +37,12 @@ def _store_levels(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Decodes blocks ``[BLOCKS]`` of a row, ``HALF`` bytes each, with scales ``[BLOCKS]``."""
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    packed = tl.load(codes + row * num_bytes + byte, mask=byte < num_bytes, other=0).to(tl.int32)
-    even = tl.load(levels + (packed >> 4)) * scale[:, None]
-    odd = tl.load(levels + (packed & 15)) * scale[:, None]
+    raw = tl.load(codes + row * num_bytes + byte, mask=byte < num_bytes, other=0).to(tl.int32)
+    even = tl.load(levels + (raw >> 4)) * scale[:, None]
+    odd = tl.load(levels + (raw & 15)) * scale[:, None]
     value = tl.interleave(even, odd)
     column = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=column < num_columns)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -78,7 +78,7 @@ def _decode_int8(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     code = tl.load(codes + row * num_columns + column, mask=column < num_columns, other=0).to(tl.float32)
     value = code * tl.load(scales + row) * reciprocal
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=column < num_columns)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -91,7 +91,7 @@ def _decode_groups(  # type: ignore[no-untyped-def]
     inside = column < num_columns
     byte = column * BITS // 8
     word = tl.load(codes + row * num_bytes + byte, mask=inside, other=0).to(tl.int32)
-    if BITS == 3:  # the only codes that reach into the next byte
+    if BITS == 3:  # only these codes cross into the next byte
         rest = tl.load(codes + row * num_bytes + byte + 1, mask=byte + 1 < num_bytes, other=0).to(tl.int32)
         word = word | (rest << 8)
     code = (word >> (column * BITS % 8)) & ((1 << BITS) - 1)
@@ -99,11 +99,11 @@ def _decode_groups(  # type: ignore[no-untyped-def]
     scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
     zero = tl.load(zeros + place, mask=inside, other=0.0).to(tl.float32)
     value = (code.to(tl.float32) - zero) * scale
-    tl.store(out + row * num_columns + column, _round(value, out.dtype.element_ty), mask=inside)
+    tl.store(out + row * num_columns + column, round_to(value, out.dtype.element_ty), mask=inside)
 
 
 def decode_levels(codes: Tensor, levels: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
-    """As ``ingle.kernels.levels.dispatch.decode_levels``."""
+    """Like ``ingle.kernels.levels.dispatch.decode_levels``."""
     grid, sizes, tile = _plan(codes, scales, block_size, out)
     with torch.cuda.device_of(out):
         _decode_levels[grid](codes, levels, scales, out, *sizes, **tile)
@@ -119,14 +119,14 @@ def decode_nested_levels(
     block_size: int,
     out: Tensor,
 ) -> None:
-    """As ``ingle.kernels.levels.dispatch.decode_nested_levels``."""
+    """Like ``ingle.kernels.levels.dispatch.decode_nested_levels``."""
     grid, sizes, tile = _plan(codes, scale_codes, block_size, out)
     with torch.cuda.device_of(out):
         _decode_nested_levels[grid](codes, levels, scale_codes, scale_levels, nested, offset, out, *sizes, **tile)
 
 
 def decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """As ``ingle.kernels.levels.dispatch.decode_int8``."""
+    """Like ``ingle.kernels.levels.dispatch.decode_int8``."""
     num_rows, num_columns = out.shape
     grid = (num_rows, triton.cdiv(num_columns, TILE))
     with torch.cuda.device_of(out):
@@ -134,7 +134,7 @@ def decode_int8(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 
 def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int, out: Tensor) -> None:
-    """As ``ingle.kernels.hqq.dispatch.decode_groups``."""
+    """Like ``ingle.kernels.hqq.dispatch.decode_groups``."""
     num_rows, num_columns = out.shape
     grid = (num_rows, triton.cdiv(num_columns, TILE))
     sizes = scales.shape[1], codes.shape[1], num_columns

@@ -20,7 +20,7 @@ from ingle.models.forward.padded_rows import arrange
 from ingle.quant import QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
-    from ingle.data.types import Batch
+    from ingle.data.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

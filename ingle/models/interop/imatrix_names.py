@@ -14,7 +14,7 @@ from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.names import TensorNames, names_of
-from ingle.quant.imatrix import Importance, linear_maps
+from ingle.quant.imatrix_collector import Importance, linear_maps
 
 
 def gguf_names(model: PreTrainedModel) -> TensorNames:

@@ -18,9 +18,8 @@ from ingle.config.base import BaseConfig
 from ingle.config.model import ModelConfig
 from ingle.errors import GgufError, ModelError
 from ingle.gguf import GgufFile
-from ingle.gguf.architecture import to_config
+from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import ROPE_FREQS, names_of
-from ingle.gguf.sizes import require_sizes
 from ingle.gguf.vocabulary import special_token_id, to_vocabulary
 from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from ingle import env
-from ingle.config.named import nearest_path
+from ingle.config.model_names import nearest_path
 from ingle.errors import HubUnavailable, ModelError
 from ingle.wording import first_line
 

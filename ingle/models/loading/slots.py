@@ -65,7 +65,7 @@ class Slot:
         """Returns the rows to load."""
         num_rows, group = self.wanted.shape[0], 1
         if (matrix := self.matrix) is not None:
-            num_rows, group = matrix.out_features, matrix.format.granule(matrix.out_features, matrix.in_features)
+            num_rows, group = matrix.out_features, matrix.format.row_group(matrix.out_features, matrix.in_features)
         rows = selector(self.name, num_rows, group)
         aligned = rows.start % group == 0 and (rows.stop % group == 0 or rows.stop == num_rows)
         assert rows.step == 1 and 0 <= rows.start <= rows.stop <= num_rows and aligned, (self.name, rows)

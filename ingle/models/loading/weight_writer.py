@@ -20,7 +20,8 @@ from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.models.loading.slots import RowSelector, Slot, find_slots
 from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
-from ingle.quant.format import PLAIN, option_words
+from ingle.quant.catalog import format_options
+from ingle.quant.format import PLAIN
 
 
 class WeightWriter:
@@ -167,7 +168,7 @@ class WeightWriter:
                 where=f"base.format, at {name}",
                 why=f"it is quantized as {format}; "
                 + ("this weight would not be quantized" if quantized is None else f"the run needs {quantized.format}"),
-                fix=option_words(format),
+                fix=format_options(format),
             )
         self._write(slot, {key: slot.cut(plane) for key, plane in planes.items()})
         self._finish(slot)

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle import adapters, models, quant
 from ingle.config import BaseConfig, Int8Base, LoraAdapter, Nf4Base, NoBase
-from ingle.data.batch import collate
-from ingle.data.types import Batch, Sample
+from ingle.data.batch import Batch, collate
+from ingle.data.types import Sample
 from ingle.events import Event, Warned
 from ingle.kernels.layers.cross_entropy import linear_cross_entropy
 from ingle.models.loading.safetensors_files import read_index

@@ -18,8 +18,8 @@ from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base
 from ingle.config.base import Fp4Base, HqqBase, LevelsBase, TernaryBase
 from ingle.errors import ModelError
 from ingle.quant import QuantLinear, to_hqq
-from ingle.quant.hqq import Hqq, unpack_codes
-from ingle.quant.interchange_hqq import unpack_stripes
+from ingle.quant.hqq import Hqq, bytes_to_codes
+from ingle.quant.interchange.hqq import stripes_to_codes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside torch's compiler
@@ -136,8 +136,8 @@ def test_hqq_codes_and_scales_are_loaded_unchanged(hqq, solver: str) -> None:
     folder, tensors = hqq
     model = load(folder, HqqBase(format="hqq", bits=3, group_size=32, solver=solver))
     layer, name = model.model.layers[1].self_attn.q_proj, "model.layers.1.self_attn.q_proj"
-    codes = unpack_stripes(tensors[f"{name}.W_q"], 3)[: tensors[f"{name}.scale"].numel()]
-    assert torch.equal(unpack_codes(layer.codes, 3, 64).flatten(), codes.flatten())
+    codes = stripes_to_codes(tensors[f"{name}.W_q"], 3)[: tensors[f"{name}.scale"].numel()]
+    assert torch.equal(bytes_to_codes(layer.codes, 3, 64).flatten(), codes.flatten())
     weight = (codes - tensors[f"{name}.zero"].float()) * tensors[f"{name}.scale"].float()
     assert torch.equal(layer.decode(torch.float32), weight.view(64, 64))
     assert torch.equal(layer.bias, tensors[f"{name}.bias"])

@@ -88,11 +88,11 @@ def test_patterns_match_the_end_of_a_path(patterns: tuple[str, ...], expected: l
 @pytest.mark.parametrize(
     "patterns, fragments",
     [
-        (("q_porj",), ["'q_porj' matches no linear map", "did you mean q_proj"]),
-        (("_proj",), ["'_proj' matches no linear map"]),  # only whole parts of a path match
-        (("mlp",), ["kind LlamaMLP, but no linear map", "mlp.*"]),
-        (("input_layernorm",), ["kind LlamaRMSNorm, but no linear map"]),
-        (("q_proj", "nothing.*"), ["'nothing.*' matches no linear map"]),
+        (("q_porj",), ["'q_porj' matches no linear layer", "did you mean q_proj"]),
+        (("_proj",), ["'_proj' matches no linear layer"]),  # only whole parts of a path match
+        (("mlp",), ["type LlamaMLP, but no linear layer", "mlp.*"]),
+        (("input_layernorm",), ["type LlamaRMSNorm, but no linear layer"]),
+        (("q_proj", "nothing.*"), ["'nothing.*' matches no linear layer"]),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_told(patterns: tuple[str, ...], fragments: list[str]) -> None:
@@ -122,10 +122,10 @@ def test_initialisation_depends_on_seed_and_path_and_not_on_order() -> None:
     assert not full.get_parameter("model.layers.1.mlp.down_proj.lora_b").any()
 
 
-def test_trainable_modules_are_trained_whole_and_get_no_adapter() -> None:
+def test_trainable_modules_are_saved_parameters_and_get_no_adapter() -> None:
     model = llama()
     report = adapters.attach(model, LoraAdapter(rank=2, trainable_modules=("layers.1.mlp", "norm")), seed=0)
-    assert report.trained_whole == ("model.layers.1.mlp", "model.norm")
+    assert report.modules_to_save == ("model.layers.1.mlp", "model.norm")
     assert not any(name.startswith("model.layers.1.mlp") for name in report.adapted)
     assert model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad
     assert not model.get_parameter("model.layers.0.input_layernorm.weight").requires_grad
@@ -162,9 +162,9 @@ def test_a_packed_base_stays_packed_and_the_audit_sees_the_adapter() -> None:
     assert all(isinstance(m.base, QuantLinear) for m in adapters.lora_modules(model).values())
     counted = audit(model)
     assert counted.trainable == report.trainable_parameters
-    with pytest.raises(AdapterError, match="held in nf4"):
+    with pytest.raises(AdapterError, match="stored as nf4"):
         adapters.attach(copy.deepcopy(model), LoraAdapter(trainable_modules=("layers.0.mlp",)), seed=0)
-    with pytest.raises(AdapterError, match="held in nf4"):
+    with pytest.raises(AdapterError, match="stored as nf4"):
         adapters.attach(model, NoAdapter(kind="none"), seed=0)
 
 
@@ -198,16 +198,18 @@ def test_maps_that_peft_takes_for_experts_get_an_adapter_only_when_they_are_name
     report = adapters.attach(Qwen3MoeForCausalLM(config), LoraAdapter(rank=2), seed=0)
     attention = LINEARS[:4]
     assert {name.rpartition(".")[2] for name in report.adapted} == set(attention)
-    assert any(note.startswith("3 linear maps got no adapter (model.layers.0.mlp.down_proj") for note in report.notes)
+    assert any(
+        note.startswith("3 linear layers have no adapter (model.layers.0.mlp.down_proj") for note in report.notes
+    )
 
     named = LoraAdapter(rank=2, target_modules=LINEARS)
     model = Qwen3MoeForCausalLM(config)
     report = adapters.attach(model, named, seed=0)
     assert {name.rpartition(".")[2] for name in report.adapted} == set(LINEARS)
-    assert any("PEFT takes down_proj, gate_proj, up_proj" in note for note in report.notes)
+    assert any("PEFT confuses down_proj, gate_proj, up_proj" in note for note in report.notes)
     adapters.save_adapter(model, tmp_path, named, "base")
     again = adapters.attach(Qwen3MoeForCausalLM(config), named.model_copy(update={"path": str(tmp_path)}), seed=0)
-    assert again.notes == report.notes, "told once, also when the adapter comes from a folder"
+    assert again.notes == report.notes, "each note once, also when the adapter comes from a folder"
 
 
 def test_architectures_that_look_at_their_layers_still_can() -> None:

@@ -1,4 +1,4 @@
-"""An adapter knows the base it was trained on: another is refused, or its distance is told."""
+"""An adapter records the base it was trained on: another base is refused, or its distance is reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ingle import adapters
 from ingle.adapters import identify
-from ingle.adapters.identity import combine, tensor_digest
+from ingle.adapters import identity as identity_module
+from ingle.adapters.identity import TensorHasher, make_identity, tensor_digest
 from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import base_section
 from ingle.errors import AdapterError
@@ -58,28 +59,45 @@ def saved(folder: Path, base: str = "nf4", adapter: Any = ADAPTER) -> Any:
     return model
 
 
-def test_the_digest_is_what_it_says() -> None:
-    packed = torch.arange(6, dtype=torch.uint8).view(2, 3)
-    assert tensor_digest(packed) == hashlib.sha256(b"[2, 3] torch.uint8\n" + bytes(range(6))).hexdigest()
+def test_the_digest_covers_shape_type_and_values() -> None:
+    codes = torch.arange(6, dtype=torch.uint8).view(2, 3)
+    assert tensor_digest(codes) == hashlib.sha256(b"[2, 3] torch.uint8\n" + bytes(range(6))).hexdigest()
     values = torch.tensor([1.0, -2.5])
     assert tensor_digest(values) == hashlib.sha256(b"[2] torch.bfloat16\n\x80\x3f\x20\xc0").hexdigest()
-    assert tensor_digest(packed) != tensor_digest(packed.view(3, 2))
-    assert combine({"a": "1", "b": "2"}) == combine({"b": "2", "a": "1"}) != combine({"a": "2", "b": "1"})
+    assert tensor_digest(codes) != tensor_digest(codes.view(3, 2))
+    identities = [make_identity(d, {}, {}).sha256 for d in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"a": "2"})]
+    assert identities[0] == identities[1] != identities[2]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 2), (9,), (), (0, 4)], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 100])
+def test_the_digest_of_row_chunks_is_that_of_the_tensor(
+    shape: tuple[int, ...], num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = torch.randn(shape)
+    content = tensor.bfloat16().flatten().view(torch.uint8).numpy().tobytes()
+    wanted = hashlib.sha256(f"{list(shape)} torch.bfloat16\n".encode() + content).hexdigest()
+    hasher = TensorHasher(shape, torch.float32)
+    for rows in tensor.split(num_rows) if shape else [tensor]:
+        hasher.update(rows)
+    assert hasher.hexdigest() == wanted
+    monkeypatch.setattr(identity_module, "_CHUNK_ELEMENTS", num_rows)
+    assert tensor_digest(tensor) == wanted
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_base_is_the_same_however_it_is_held_and_trained(tied: bool) -> None:
-    whole = LoraAdapter(rank=3, trainable_modules=("embed_tokens",))
+    saved_module = LoraAdapter(rank=3, trainable_modules=("embed_tokens",))
     model = prepared(tied=tied)
     identity = identify(model)
     move(model)
     adapters.fuse(model)
     assert identify(model) == identity  # trained, fused
     assert identify(prepared(dtype=torch.float32, tied=tied)).sha256 == identity.sha256
-    other = prepared(adapter=whole, tied=tied)
+    other = prepared(adapter=saved_module, tied=tied)
     assert identify(other).sha256 == identity.sha256
     move(other)
-    assert identify(other).sha256 == identity.sha256  # what is trained whole counts as it was
+    assert identify(other).sha256 == identity.sha256  # modules_to_save count with their weights from before training
 
 
 @pytest.mark.parametrize("base", ["none", "nf4", "q4_0"])
@@ -115,7 +133,7 @@ def test_an_adapter_is_refused_on_another_base(tmp_path: Path) -> None:
             adapters.load_adapter(other, tmp_path)
 
 
-def test_how_far_the_other_base_is_comes_with_it(tmp_path: Path) -> None:
+def test_the_distance_of_another_base_is_reported(tmp_path: Path) -> None:
     saved(tmp_path)
     other = llama("q4_0")
     (note,) = adapters.load_adapter(other, tmp_path, allow_mismatch=True).notes
@@ -127,17 +145,17 @@ def test_how_far_the_other_base_is_comes_with_it(tmp_path: Path) -> None:
     assert identity is not None
     estimate = identity.relative_error(identify(other))
     assert estimate is not None and abs(estimate - error) <= 0.15 * error  # of 256 samples
-    assert f"differ by {estimate:.2%} of their rms (from 256 samples)" in note
-    assert "14 x nf4 there, 14 x q4_0 here" in note
+    assert f"differ by {estimate:.2%} of their RMS (256 samples)" in note
+    assert "expected 14 x nf4, found 14 x q4_0" in note
     near = llama("nf4")
     with torch.no_grad():
         near.model.norm.weight[0] += 1
     (note,) = adapters.load_adapter(near, tmp_path, allow_mismatch=True).notes
     tensors = sum(1 for name, _ in near.named_parameters() if ".lora_" not in name)
-    assert f": 1 of {tensors} tensors differ; the adapted layers' weights differ by 0.00%" in note
+    assert f": 1 of {tensors} tensors differ; the weights of the adapted layers differ by 0.00%" in note
 
 
-def test_a_run_may_start_from_an_adapter_of_another_base_when_told_to(tmp_path: Path) -> None:
+def test_a_run_may_start_from_an_adapter_of_another_base_if_allowed(tmp_path: Path) -> None:
     saved(tmp_path)
     start = LoraAdapter(rank=2, target_modules=("q_proj", "up_proj"), path=str(tmp_path))
     adapters.attach(llama("nf4"), start, seed=0)
@@ -189,7 +207,7 @@ def test_qa_lora_is_written_as_plain_lora_and_known_again(tmp_path: Path) -> Non
 def test_qa_lora_cannot_start_from_a_change_of_single_inputs(tmp_path: Path) -> None:
     saved(tmp_path, "q5_1")
     adapter = QaLoraAdapter(kind="qa_lora", rank=2, target_modules=("q_proj", "up_proj"), path=str(tmp_path))
-    with pytest.raises(AdapterError, match="not in groups of 32"):
+    with pytest.raises(AdapterError, match="not constant within groups of 32"):
         prepared("q5_1", adapter)
 
 
@@ -202,7 +220,7 @@ def test_qa_lora_cannot_start_from_a_change_of_single_inputs(tmp_path: Path) -> 
     ],
     ids=["qa_lora", "merge-aware", "other-format"],
 )
-def test_what_was_trained_through_its_rounding_answers_merged(base: str, adapter: Any, tmp_path: Path) -> None:
+def test_an_adapter_trained_through_its_rounding_answers_merged(base: str, adapter: Any, tmp_path: Path) -> None:
     model = saved(tmp_path, base, adapter)
     unmerged = model(IDS).logits
     adapters.Rounding(model, adapter, 4).prepare(5)

@@ -1,4 +1,4 @@
-"""What a layer becomes when its adapter is merged, and which steps train through that."""
+"""Merged weights, and the steps that train through their rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ingle import adapters
 from ingle.adapters import LoraLinear, Rounding, merged_planes, merged_weight, rounding
-from ingle.adapters.merging import is_touched
+from ingle.adapters.merging import is_changed
 from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import BaseConfig, base_section
 from ingle.errors import AdapterError, QuantizationError
@@ -20,7 +20,7 @@ from ingle.quant import QuantLinear, convert, make_format
 FORMATS = ("nf4", "int8", "q4_0", "q4_1", "q8_0", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")
 
 
-def layer(base: BaseConfig, *, touched: bool = True, group_size: int = 1) -> LoraLinear:
+def layer(base: BaseConfig, *, changed: bool = True, group_size: int = 1) -> LoraLinear:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(512, 24, bias=False).bfloat16()
     with torch.no_grad():
@@ -28,7 +28,7 @@ def layer(base: BaseConfig, *, touched: bool = True, group_size: int = 1) -> Lor
     convert(box := nn.ModuleDict({"x": linear}), base)
     lora = LoraLinear(box["x"], 4, 2.0, group_size=group_size)
     lora.initialise(0, "x")
-    if touched:
+    if changed:
         with torch.no_grad():
             lora.lora_b.copy_(torch.randn(24, 4, generator=generator) * 0.02)
     return lora
@@ -50,17 +50,17 @@ def test_the_merged_weight_is_the_sum_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_untouched_bytes_are_copied_and_others_are_packed_from_the_sum(name: str) -> None:
+def test_unchanged_bytes_are_copied_and_others_are_quantized_from_the_sum(name: str) -> None:
     base = base_section(name)
-    lora = layer(base, touched=False)
-    assert not is_touched(lora)
+    lora = layer(base, changed=False)
+    assert not is_changed(lora)
     assert all(merged_planes(lora)[key] is plane for key, plane in lora.base.planes().items())
     lora = layer(base)
     format = make_format(base)
     assert format is not None
     assert equal(merged_planes(lora), format.encode(merged_weight(lora, torch.float32)))
     other = make_format(base_section("q8_0"))
-    assert equal(merged_planes(layer(base, touched=False), other), other.encode(lora.base.decode(torch.float32)))
+    assert equal(merged_planes(layer(base, changed=False), other), other.encode(lora.base.decode(torch.float32)))
 
 
 @pytest.mark.parametrize("name", ["nf4", "q4_k", "q6_k"])
@@ -77,12 +77,12 @@ def test_the_same_bytes_with_any_number_of_threads(name: str) -> None:
 
 
 def test_a_plain_weight_has_no_format_to_merge_into() -> None:
-    with pytest.raises(AdapterError, match="not packed"):
+    with pytest.raises(AdapterError, match="not quantized"):
         merged_planes(layer(base_section("none")))
 
 
 def test_only_a_change_in_groups_of_the_field_is_folded() -> None:
-    """Plain LoRA over q5_1 is packed anew; its codes change."""
+    """Plain LoRA on q5_1 is quantized again, and its codes change."""
     codes = slice(4, None)
     for size, folds in ((32, True), (1, False)):
         lora = layer(base_section("q5_1"), group_size=size)
@@ -134,7 +134,7 @@ def test_the_last_part_of_the_steps(fraction: float, num_steps: int, first: int)
     assert all(layer.merged for layer in layers)
 
 
-def test_a_step_packs_each_layer_once_and_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_quantizes_each_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = LoraAdapter(rank=2, merge_aware=MergeAware(fraction=1.0))
     model = attached("q4_0", adapter)
     steps = Rounding(model, adapter, 2)
@@ -148,7 +148,7 @@ def test_a_step_packs_each_layer_once_and_anew(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad():
         for _, parameter in adapters.trainable_parameters(model):
             parameter += 0.02
-    assert torch.equal(model(ids).logits, before[0])  # what is packed stays until the next step
+    assert torch.equal(model(ids).logits, before[0])  # the merged weights stay until the next step
     steps.prepare(2)
     assert len(calls) == 14 and not torch.equal(model(ids).logits, before[0])
     found = steps.to_dict()
@@ -156,7 +156,7 @@ def test_a_step_packs_each_layer_once_and_anew(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_base_stays_what_it_is() -> None:
-    """The first packing of an untouched layer hands out the base's own planes; later ones must not write into them."""
+    """The first planes of an unchanged layer are the base's own; later steps must not write into them."""
     adapter = LoraAdapter(rank=2, merge_aware=MergeAware(fraction=1.0))
     model = llama("q4_0")
     adapters.attach(model, adapter, seed=0)
@@ -180,11 +180,11 @@ def test_plain_adapters_are_left_alone() -> None:
         assert all(layer.merged is None for layer in adapters.lora_modules(model).values())
 
 
-@pytest.mark.parametrize(("base", "target", "said"), [("nf4", "q4_k", "whole blocks"), ("none", None, "not packed")])
-def test_what_cannot_be_packed_is_known_before_the_first_step(base: str, target: Any, said: str) -> None:
+@pytest.mark.parametrize(("base", "target", "text"), [("nf4", "q4_k", "whole blocks"), ("none", None, "not quantized")])
+def test_an_impossible_format_is_refused_before_the_first_step(base: str, target: Any, text: str) -> None:
     adapter = LoraAdapter(rank=2, merge_aware=MergeAware(format=target))
     model = attached(base, adapter)
-    with pytest.raises((AdapterError, QuantizationError), match=said):
+    with pytest.raises((AdapterError, QuantizationError), match=text):
         Rounding(model, adapter, 100)
 
 
@@ -193,6 +193,6 @@ def test_formats_without_an_offset_refuse_qa_lora(base: str) -> None:
     model = llama(base)
     with pytest.raises(AdapterError) as error:
         adapters.attach(model, QaLoraAdapter(kind="qa_lora"), seed=0)
-    told = str(error.value)
-    assert "model.layers.0.self_attn.q_proj is held in " + base in told and "and 4 more" in told
-    assert "q4_1 or q5_1" in told
+    text = str(error.value)
+    assert "model.layers.0.self_attn.q_proj is stored as " + base in text and "and 4 more" in text
+    assert "q4_1 or q5_1" in text

@@ -1,4 +1,4 @@
-"""A conversation: its commands, what interrupts it, and that nothing loses it."""
+"""Conversations: their commands and interruptions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ingle.cli.chat import Talk
+from ingle.cli.chat import Conversation
 from ingle.errors import ConfigError, DataError, ModelError
 
 Line = str | type[BaseException]
 
 
 class Engine:
-    """Repeats the last message, and does at some words what models and people do at times."""
+    """Repeats the last message; some messages trigger errors and interruptions."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[tuple[str, str]], str | None, int]] = []
@@ -46,7 +46,7 @@ class Engine:
 
 
 def talk(*lines: Line, interactive: bool = True, **options: Any) -> tuple[Engine, str]:
-    """The engine, and what was noted besides the answers, after a conversation of these lines."""
+    """Runs a conversation; returns the engine and the printed notes."""
     left = list(lines)
     notes = Console(file=io.StringIO(), width=200, color_system=None)
     engine = Engine()
@@ -58,7 +58,7 @@ def talk(*lines: Line, interactive: bool = True, **options: Any) -> tuple[Engine
         raise line
 
     settings = {"max_new_tokens": 7, "temperature": 0.7} | options
-    Talk(engine, None, 0, settings, interactive=interactive, notes=notes, read=read).run()  # type: ignore[arg-type]
+    Conversation(engine, None, 0, settings, interactive=interactive, notes=notes, read=read).run()  # type: ignore[arg-type]
     assert not left, "it ended before its last line"
     return engine, notes.file.getvalue()  # type: ignore[attr-defined]
 
@@ -82,7 +82,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(capsys: pytest.CaptureFi
 def test_a_message_stopped_before_the_first_word_is_not_kept_and_can_be_asked_again() -> None:
     engine, notes = talk("hi", "wait", "/retry", "and?")
     assert contents(engine) == [["hi"]] + [["hi", "re hi", "wait"]] * 2 + [["hi", "re hi", "and?"]]
-    assert "/retry asks again" in notes
+    assert "/retry tries again" in notes
 
 
 @pytest.mark.parametrize("lines", [(KeyboardInterrupt,), ("wait",)], ids=["reading", "answering"])
@@ -92,7 +92,7 @@ def test_sigterm_ends_a_conversation_at_a_terminal(monkeypatch: pytest.MonkeyPat
         talk(*lines)
 
 
-def test_a_script_is_ended_by_ctrl_c_and_by_mistakes() -> None:
+def test_ctrl_c_and_errors_end_a_script() -> None:
     for line, error in (
         ("wait", KeyboardInterrupt),
         ("too long", ModelError),
@@ -104,7 +104,7 @@ def test_a_script_is_ended_by_ctrl_c_and_by_mistakes() -> None:
             talk(line, interactive=False)
 
 
-def test_a_mistake_at_a_terminal_is_told_and_changes_nothing() -> None:
+def test_an_error_on_a_terminal_is_printed_and_changes_nothing() -> None:
     engine, notes = talk("hi", "too long", "/retyr", "/retry now", "\ud800", "and?")
     assert contents(engine)[-1] == ["hi", "re hi", "and?"]
     assert "longer than the model's context" in notes and "did you mean /retry?" in notes
@@ -139,12 +139,12 @@ def test_a_saved_conversation_is_a_row_of_training_data(tmp_path: Path) -> None:
     assert "There is nothing to save yet." in notes and "Saved 3 messages" in notes and "Saved 5 messages" in notes
 
 
-def test_saving_overwrites_no_file_of_others(tmp_path: Path) -> None:
+def test_saving_overwrites_no_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("mine")
     _, notes = talk("hi", f"/save {path}", f"/save {path}/below", "/save")
     assert path.read_text() == "mine" and os.listdir(tmp_path) == ["mine.txt"]
-    assert "exists" in notes and "cannot be written" in notes and "needs the name of a file" in notes
+    assert "exists" in notes and "cannot be written" in notes and "needs a file name" in notes
 
 
 def test_a_message_may_have_several_lines_or_begin_with_a_slash() -> None:
@@ -154,10 +154,10 @@ def test_a_message_may_have_several_lines_or_begin_with_a_slash() -> None:
     assert [asked[-1] for asked in contents(engine)] == ["one\n\n  two", "/exit", "/tmp/x is a path", "/exit", "short"]
 
 
-def test_an_answer_that_was_cut_off_says_so() -> None:
-    assert "[cut off after 7 tokens; --max-new-tokens sets the limit]" in talk("on and on")[1]
-    assert "the model's context is full" in talk("on and on", max_new_tokens=8)[1]
-    assert "cut off" not in talk("hi")[1]
+def test_a_truncated_answer_has_a_note() -> None:
+    assert "[truncated after 7 tokens; --max-new-tokens sets the limit]" in talk("on and on")[1]
+    assert "the context of the model is full" in talk("on and on", max_new_tokens=8)[1]
+    assert "truncated" not in talk("hi")[1]
 
 
 def test_help_names_every_command() -> None:
@@ -184,13 +184,13 @@ sys.modules["ingle.data"] = SimpleNamespace()
 sys.modules["ingle.data.types"] = message
 inference = SimpleNamespace(open_model=lambda *args, **options: Engine())
 sys.modules["ingle.inference"] = ingle.inference = inference
-from ingle.cli.outcome import call
-sys.exit(call(["chat", "m"]))
+from ingle.cli.exit_status import run_command
+sys.exit(run_command(["chat", "m"]))
 """
 
 
 def test_a_terminal_edits_lines_and_ctrl_c_stops_an_answer_there(tmp_path: Path) -> None:
-    """The real thing: readline, signals of the keyboard, the banner."""
+    """A real terminal: readline, keyboard signals, the banner."""
     master, slave = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TERM": "dumb", "COLUMNS": "80"}
     process = subprocess.Popen(
@@ -207,7 +207,7 @@ def test_a_terminal_edits_lines_and_ctrl_c_stops_an_answer_there(tmp_path: Path)
     screen, seen = "", 0
 
     def until(text: str) -> None:
-        """Waits until the text is on the screen, after what was waited for before."""
+        """Waits until the text appears on the screen."""
         nonlocal screen, seen
         while text not in screen[seen:]:
             assert select.select([master], [], [], 120)[0], screen

@@ -1,4 +1,4 @@
-"""Each command with the API below it replaced: what it passes on, and what it prints."""
+"""Each command with a fake API: what it passes on and prints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from ingle.config import Run, run_from_yaml
 from ingle.events import Started, Step
+from tests.stored_results import COMPARISON, STORED, SUMMARY
 
 CONFIG = "model: {id: m}\nbase: {format: nf4, block_size: 32}\ndata: {sources: a.jsonl}\noutput: runs/x\n"
 
@@ -34,7 +35,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 
 class Flow:
-    """Remembers what it was asked to do."""
+    """Records its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[Run] = []
@@ -84,33 +85,33 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Flow:
     ],
 )
 def test_train_takes_overrides_in_any_order(flow: Flow, words: list[str]) -> None:
-    assert call(["train", *words]) == 0
+    assert run_command(["train", *words]) == 0
     assert [(run.optim.lr, run.seed, run.model.id) for run in flow.runs] == [(1e-4, 3, "m")]
 
 
-def test_train_tells_what_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["train", "run.yaml", "--base=int8"]) == 0
+def test_train_warns_of_options_that_an_override_drops(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["train", "run.yaml", "--base=int8"]) == 0
     out = capsys.readouterr().out
-    assert "Warning: base.block_size from run.yaml:2 is left out" in out
+    assert "Warning: Ignoring base.block_size (run.yaml:2)" in out
 
 
 def test_train_resumes_a_folder(flow: Flow) -> None:
-    assert call(["train", "--resume", "runs/x"]) == 0
+    assert run_command(["train", "--resume", "runs/x"]) == 0
     assert flow.resumed == [Path("runs/x")] and flow.runs == []
 
 
 def test_dry_run_only_plans(flow: Flow, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["train", "run.yaml", "--dry-run"]) == 0
+    assert run_command(["train", "run.yaml", "--dry-run"]) == 0
     assert len(flow.planned) == 1 and flow.runs == []
     out = capsys.readouterr().out
     assert "6 (1.5 epochs)" in out and "at the end only" in out
 
 
-def test_a_missing_tracker_is_told_before_anything_starts(
+def test_a_missing_tracker_is_reported_before_the_run_starts(
     flow: Flow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert call(["train", "run.yaml", "--wandb", "project"]) == 2
+    assert run_command(["train", "run.yaml", "--wandb", "project"]) == 2
     assert flow.runs == [] and "[wandb]" in capsys.readouterr().err
 
 
@@ -125,12 +126,12 @@ def test_trackers_get_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
         sink(Step(1, 2.0, 1, 1.0, 1.0, 1.0, 1, 1.0))
 
     replace(monkeypatch, "flow", finetune=finetune)
-    assert call(["train", "run.yaml", "--tensorboard"]) == 0
+    assert run_command(["train", "run.yaml", "--tensorboard"]) == 0
     assert ("train/loss", 2.0, 1) in written
 
 
 def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["config", "show", "run.yaml", "--base.format=int8", "--optim.lr", "3e-4"]) == 0
+    assert run_command(["config", "show", "run.yaml", "--base.format=int8", "--optim.lr", "3e-4"]) == 0
     out, err = capsys.readouterr()
     assert "lr: 0.0003  # flag" in out and "id: m  # file" in out and "seed: 0  # default" in out
     assert "base.block_size" in err
@@ -139,7 +140,7 @@ def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.Capture
 
 
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["config", "schema"]) == 0
+    assert run_command(["config", "schema"]) == 0
     assert "optim" in json.loads(capsys.readouterr().out)["properties"]
 
 
@@ -183,7 +184,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def test_generate_prints_the_answer_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--max-new-tokens", "7", "--stop", "#", "--stop", "x", "--system", "be brief", "--base-only"]
-    assert call(["generate", "runs/x", "--prompt", "hello", *words]) == 0
+    assert run_command(["generate", "runs/x", "--prompt", "hello", *words]) == 0
     assert capsys.readouterr().out == "re hello\n"
     prompts, options = engine.asked[0]
     assert [(message.role, message.content) for message in prompts[0]] == [("user", "hello")]
@@ -193,7 +194,7 @@ def test_generate_prints_the_answer_alone(engine: Engine, capsys: pytest.Capture
 
 
 def test_generate_json_is_one_object_a_line(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["generate", "m", "--prompt", "a", "--prompt", "é", "--json"]) == 0
+    assert run_command(["generate", "m", "--prompt", "a", "--prompt", "é", "--json"]) == 0
     out = capsys.readouterr().out
     assert [json.loads(line) for line in out.splitlines()] == [
         {"prompt": "a", "text": "re a", "finish_reason": "stop", "num_tokens": 2},
@@ -210,12 +211,12 @@ def test_generate_reads_prompts_from_files(engine: Engine, folder: Path, capsys:
     ]
     (folder / "p.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     (folder / "p.txt").write_text("five\n\nsix\n")
-    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 0
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl"]) == 0
     assert capsys.readouterr().out == "--- 1\nre one\n--- 2\nre two\n--- 3\nre three\n--- 4\nre four\n"
     assert [message.role for message in engine.asked[0][0][2]] == ["system", "user"]
-    assert call(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
+    assert run_command(["generate", "m", "--prompt-file", "p.txt", "--raw", "--prompt", "zero"]) == 0
     assert engine.asked[1][0] == ["zero", "five", "six"]
-    assert call(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl", "--raw"]) == 2
 
 
 def test_a_model_without_chat_template_only_continues_text(
@@ -223,9 +224,9 @@ def test_a_model_without_chat_template_only_continues_text(
 ) -> None:
     monkeypatch.setattr(engine, "tokenizer", SimpleNamespace(chat_template=None))
     for words in (["generate", "m", "--prompt", "x"], ["chat", "m"]):
-        assert call(words) == 2
+        assert run_command(words) == 2
         assert "--raw" in capsys.readouterr().err
-    assert call(["generate", "m", "--prompt", "x", "--raw"]) == 0
+    assert run_command(["generate", "m", "--prompt", "x", "--raw"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -238,11 +239,11 @@ def test_a_model_without_chat_template_only_continues_text(
         ("", "There is no prompt."),
     ],
 )
-def test_rows_that_are_no_prompts_name_their_line(
+def test_invalid_rows_name_their_line(
     engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     (folder / "p.jsonl").write_text(text)
-    assert call(["generate", "m", "--prompt-file", "p.jsonl"]) == 2
+    assert run_command(["generate", "m", "--prompt-file", "p.jsonl"]) == 2
     assert said in capsys.readouterr().err
     assert engine.asked == []
 
@@ -251,10 +252,10 @@ def test_generate_takes_standard_input_as_one_prompt(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
-    assert call(["generate", "m"]) == 0
+    assert run_command(["generate", "m"]) == 0
     assert engine.asked[0][0][0][0].content == "two\nlines"
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert call(["generate", "m"]) == 2
+    assert run_command(["generate", "m"]) == 2
     assert "There is no prompt." in capsys.readouterr().err
 
 
@@ -273,18 +274,18 @@ def test_generate_takes_standard_input_as_one_prompt(
         (["--prompt", "a", "--seed", "-1"], "--seed"),
     ],
 )
-def test_prompts_and_options_that_mean_nothing_are_refused(
+def test_invalid_prompts_and_options_are_refused(
     engine: Engine, folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     (folder / "prompts.txt").write_text("x\n")
-    assert call(["generate", "m", *words]) == 2
+    assert run_command(["generate", "m", *words]) == 2
     assert said in capsys.readouterr().err and engine.asked == []
 
 
 def test_white_space_can_be_continued_and_lines_end_where_json_says(engine: Engine, folder: Path) -> None:
-    assert call(["generate", "m", "--raw", "--prompt", "\n"]) == 0
+    assert run_command(["generate", "m", "--raw", "--prompt", "\n"]) == 0
     (folder / "p.jsonl").write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
-    assert call(["generate", "m", "--raw", "--prompt-file", "p.jsonl"]) == 0
+    assert run_command(["generate", "m", "--raw", "--prompt-file", "p.jsonl"]) == 0
     assert [prompts for prompts, _ in engine.asked] == [["\n"], ["one\u2028line"]]
 
 
@@ -292,24 +293,11 @@ def test_chat_remembers_until_it_is_reset(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\nand?\n/reset\nanew\n/exit\nnever\n"))
-    assert call(["chat", "runs/x", "--system", "s"]) == 0
+    assert run_command(["chat", "runs/x", "--system", "s"]) == 0
     assert capsys.readouterr().out == "so hi\nso and?\nso anew\n"
     contents = [[message.content for message in prompt] for prompt, _ in engine.streamed]
     assert contents == [["hi"], ["hi", "so hi", "and?"], ["anew"]]
     assert engine.streamed[0][1]["system"] == "s" and engine.streamed[0][1]["temperature"] == 0.7
-
-
-PAIR = {
-    "headline": "bleu",
-    "verdict": "BLEU rose.",
-    "n": 5,
-    "metrics": {
-        "bleu": {"base": 1.0, "tuned": 2.0, "delta": 1.0, "ci95": [0.5, 1.5], "p": 0.01, "n": 5, "outcome": "better"}
-    },
-    "samples": [],
-    "shown": {},
-}
-SINGLE = {"headline": "bleu", "n": 5, "metrics": {"bleu": {"value": 1.0, "ci95": [0.5, 1.5], "n": 5}}, "samples": []}
 
 
 @pytest.fixture
@@ -317,33 +305,22 @@ def evaluated(engine: Engine, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     (folder / "task.yaml").write_text("sources: held.jsonl\nmetrics: [bleu]\n")
     asked: list[Any] = []
 
-    def pair(model: Any, tokenizer: Any, task: Any, *, sink: Any, base: Any) -> dict[str, Any]:
-        asked.append(("pair", task, base))
-        return PAIR
+    def evaluate(path_or_id: str, tasks: list[Any], sink: Any, *, allow_mismatch: bool) -> list[Any]:
+        asked.extend(tasks)
+        return [SUMMARY if path_or_id == "m" else COMPARISON]
 
-    def single(model: Any, tokenizer: Any, task: Any, *, sink: Any) -> dict[str, Any]:
-        asked.append(("single", task))
-        return SINGLE
-
-    replace(
-        monkeypatch,
-        "evaluation",
-        evaluate_pair=pair,
-        evaluate_single=single,
-        run_task=lambda *args, **options: "base result",
-    )
+    replace(monkeypatch, "scoring", evaluate=evaluate)
     return asked
 
 
 def test_evaluate_compares_what_was_trained_with_its_base(
     evaluated: list[Any], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
-    kind, task, base = evaluated[0]
-    assert (kind, base, task.num_samples) == ("pair", None, 3)
+    assert run_command(["evaluate", "runs/x", "--task", "task.yaml", "--num_samples=3", "--out", "report.json"]) == 0
+    assert [task.num_samples for task in evaluated] == [3]
     out = capsys.readouterr().out
-    assert "BLEU" in out and "[+0.5, +1.5]" in out and "BLEU rose." in out
-    assert json.loads((folder / "report.json").read_text()) == PAIR
+    assert "BLEU" in out and COMPARISON.verdict[:40] in out
+    assert json.loads((folder / "report.json").read_text()) == STORED["comparison"]
 
 
 def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any], folder: Path) -> None:
@@ -358,8 +335,8 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
         ["runs/x", "--task", "other.yaml"],
         ["Qwen/Qwen3-0.6B", "--sources=[held.jsonl]"],
     ):
-        assert call(["evaluate", *words]) == 0
-    tasks = [(asked[1].sources[0].path, asked[1].metrics[0], asked[1].num_samples) for asked in evaluated]
+        assert run_command(["evaluate", *words]) == 0
+    tasks = [(task.sources[0].path, task.metrics[0], task.num_samples) for task in evaluated]
     assert tasks == [
         ("own.jsonl", "bleu", 9),
         ("own.jsonl", "chrf", 3),
@@ -373,9 +350,9 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
     [
         ([], "ingle evaluate RUN_OR_MODEL"),
         (["run.yaml"], "ingle evaluate RUN_OR_MODEL --task run.yaml"),
-        (["a", "b"], "One model at a time, not 2: a, b."),
+        (["a", "b"], "Expected one model, got 2: a, b."),
         (["plain"], "plain is not a run, so it has no task of its own."),
-        (["trained"], "trained was trained without a task"),
+        (["trained"], "trained has no task"),
         (["trained", "--task", "run.yaml"], "This config holds no task"),
         (["trianed"], "did you mean trained?"),
     ],
@@ -386,44 +363,30 @@ def test_evaluate_says_what_is_missing(
     for name, file in (("trained", "run.yaml"), ("plain", "config.json")):
         (folder / name).mkdir()
         (folder / name / file).write_text(CONFIG)
-    assert call(["evaluate", *words]) == 2
+    assert run_command(["evaluate", *words]) == 2
     assert said in capsys.readouterr().err and evaluated == []
 
 
-def test_evaluate_makes_sure_of_the_place_of_its_result_before_the_work(
+def test_evaluate_checks_its_output_path_first(
     evaluated: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", "runs/x", "--task", "task.yaml", "--out"]
-    assert call([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
+    assert run_command([*words, "new/scores.json"]) == 0 and (folder / "new" / "scores.json").is_file()
     evaluated.clear()
-    assert call([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
-    assert call([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be made" in capsys.readouterr().err
+    assert run_command([*words, "new"]) == 2 and "--out new/scores.json" in capsys.readouterr().err
+    assert (
+        run_command([*words, "task.yaml/scores.json"]) == 2 and "task.yaml cannot be created" in capsys.readouterr().err
+    )
     monkeypatch.setattr("os.access", lambda path, *_, **__: Path(path).name != "new")
-    assert call([*words, "new/more.json"]) == 2 and "Nothing can be written in new." in capsys.readouterr().err
+    assert run_command([*words, "new/more.json"]) == 2 and "The folder new is not writable." in capsys.readouterr().err
     assert evaluated == []
 
 
-def test_evaluate_scores_a_plain_model_alone(
-    evaluated: list[Any], engine: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine.adapted = False
-    assert call(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
-    assert evaluated[0][0] == "single"
-    assert json.loads(capsys.readouterr().out) == SINGLE
-    assert call(["evaluate", "m", "--task", "task.yaml"]) == 0
-    assert "[0.5, 1.5]" in capsys.readouterr().out
-
-
-def test_evaluate_opens_the_base_of_a_full_fine_tuning_first(
-    evaluated: list[Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ingle.inference
-
-    engine.adapted = False
-    monkeypatch.setattr(ingle.inference, "locate", lambda path: SimpleNamespace(original="m"))
-    assert call(["evaluate", "runs/x", "--task", "task.yaml", "--json"]) == 0
-    assert evaluated[0][0] == "pair" and evaluated[0][2] == "base result"
-    assert engine.opened == [("runs/x", True), ("runs/x", False)]  # type: ignore[attr-defined]
+def test_evaluate_scores_another_model_alone(evaluated: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["evaluate", "m", "--task", "task.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == STORED["summary"]
+    assert run_command(["evaluate", "m", "--task", "task.yaml"]) == 0
+    assert "71.4 %" in capsys.readouterr().out
 
 
 def test_data_inspect_looks_at_the_data_of_the_run(
@@ -437,10 +400,10 @@ def test_data_inspect_looks_at_the_data_of_the_run(
 
     replace(monkeypatch, "models", load_tokenizer=lambda model: f"tokenizer of {model.id}")
     replace(monkeypatch, "data", doctor=SimpleNamespace(inspect=look, render_report=lambda report, console: None))
-    assert call(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
+    assert run_command(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     data, tokenizer, objective, held_out, options = asked[0]
     assert [source.path for source in data.sources] == ["a.jsonl"]
     assert (tokenizer, objective, held_out) == ("tokenizer of m", "sft", None)
     assert (options["num_previews"], options["seed"]) == (1, 4)
-    assert call(["data", "inspect", "run.yaml"]) == 0
+    assert run_command(["data", "inspect", "run.yaml"]) == 0

@@ -56,7 +56,7 @@ besides = set(sys.modules) - floor
 others = {"accelerate", "bitsandbytes", "datasets", "gguf", "llama_cpp", "pandas", "peft", "pyarrow", "sacrebleu"}
 others |= {"scipy", "sklearn", "sympy", "ingle.evaluation", "ingle.training.optim", "ingle.objectives"}
 others |= {"ingle.kernels.ggml.decoders", "ingle.kernels.ggml.encoders"}
-others |= {"ingle.kernels.hqq.decode", "ingle.gguf.reading"}
+others |= {"ingle.kernels.hqq.decode", "ingle.gguf.reader"}
 sys.stderr.write(f"{sorted(others & besides)} {gc.get_freeze_count() > 0}")
 """
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ingle.cli.next_steps import command_name, next_steps
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
+from ingle.cli.training import command_name, next_steps
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_paths_survive_the_shell_and_only_what_works_is_shown(run: Path, monkeyp
 def test_every_command_exists_with_its_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _, line in next_steps(run)[1:]:
         words = shlex.split(line)
-        call([*words[words.index(str(run)) - 1 :], "--help"])
+        run_command([*words[words.index(str(run)) - 1 :], "--help"])
         assert "Usage" in capsys.readouterr().out
 
 

@@ -35,7 +35,7 @@ from ingle.errors import ConfigError
         ("  ", ""),
     ],
 )
-def test_scalars_mean_what_a_reader_expects(text: str, value: object) -> None:
+def test_scalars_have_the_expected_types(text: str, value: object) -> None:
     found = read_value(text, "--x").plain()
     assert found == value and type(found) is type(value)
 
@@ -65,7 +65,7 @@ def test_scalars_mean_what_a_reader_expects(text: str, value: object) -> None:
         *([], {}, ["a", 1.5], {"a b": "c: d", "1": "x"}),
     ],
 )
-def test_what_is_written_is_read_back_exactly(value: object) -> None:
+def test_written_values_are_read_back_exactly(value: object) -> None:
     text = write_value(value)
     assert "\n" not in text
     found = read_value(text, "--x").plain()
@@ -83,7 +83,7 @@ def test_lines_and_raw_text_are_kept() -> None:
 def test_merge_keys_and_aliases() -> None:
     root = read_document("a: &x {b: 1, c: 2}\nd:\n  <<: *x\n  c: 3\n", "f")
     assert root.plain() == {"a": {"b": 1, "c": 2}, "d": {"b": 1, "c": 3}}
-    assert root.value["a"].value["b"] is not root.value["d"].value["b"]  # changing one leaves the other alone
+    assert root.value["a"].value["b"] is not root.value["d"].value["b"]  # changing one does not change the other
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""Paths of a run that is opened from another folder, or that has moved."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +13,7 @@ NAMES = ("models/base", "models/tokenizer", "template.jinja", "start", "train.js
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with everything a run names."""
+    """A folder with every file that the run names."""
     for name in NAMES:
         (tmp_path / "home" / name).mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -41,29 +39,29 @@ def _paths(run: Run) -> list[str | None]:
     return [*model, run.adapter.path, *(source.path for source in (*run.data.sources, *run.evaluate.sources))]
 
 
-def test_every_path_is_found_from_where_the_run_was_begun(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_found_from_the_folder_of_the_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = _run(paths_from=str(home))
     monkeypatch.chdir(home)
     assert locate_paths(typed) == typed
     monkeypatch.chdir(home.parent / "elsewhere")
     expected = [*NAMES[:5], "*.jsonl", "held-out.jsonl"]
     found = _paths(locate_paths(typed))
-    assert found.pop(-2) == "owner/hub-data"  # found nowhere: the hub's
+    assert found.pop(-2) == "owner/hub-data"  # exists nowhere: a hub id
     assert found == [str(home / name) for name in expected]
 
 
-def test_what_lies_here_wins(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_wins(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.parent / "elsewhere")
     Path("train.jsonl").touch()
     assert find_path("train.jsonl", home) == "train.jsonl"
     assert find_path("held-out.jsonl", None, home) == str(home / "held-out.jsonl")
 
 
-def test_two_ways_to_name_a_file_are_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_paths_are_equal_for_the_same_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.parent / "elsewhere")
     typed, other = _run(paths_from=str(home)), _run(model={"id": "../home/models/base"}, paths_from=str(home))
     assert resolved_paths(typed).model.id == resolved_paths(other).model.id == str(home / "models/base")
-    Path("train.jsonl").touch()  # a namesake is not what was meant
+    Path("train.jsonl").touch()  # a different file of the same name
     assert resolved_paths(typed).data.sources[0].path == str(home / "train.jsonl")
     assert resolved_paths(_run()).data.sources[0].path == str(Path("train.jsonl").resolve())
 
@@ -87,11 +85,11 @@ def test_a_stored_config_runs_and_scores_again_from_elsewhere(home: Path, monkey
     monkeypatch.chdir(home.parent / "elsewhere")
     run = load_run(stored).run
     assert (run.model.id, run.data.sources[0].path) == (str(home / "models/base"), str(home / "train.jsonl"))
-    assert run.paths_from is None  # what it writes is to be read from here
+    assert run.paths_from is None  # new paths are relative to the current folder
     assert load_task(stored).sources[0].path == str(home / "held-out.jsonl")
 
 
-def test_foreign_code_in_a_folder_that_is_found_needs_no_revision(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_in_a_local_folder_needs_no_revision(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ingle.config.rules import find_violations
 
     monkeypatch.chdir(home.parent / "elsewhere")

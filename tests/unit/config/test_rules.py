@@ -6,16 +6,14 @@ import pytest
 
 from ingle.config import Run, TaskConfig
 from ingle.config.loader import load_run
-from ingle.config.rules import check
-from ingle.config.run_rules import RUN_RULES
-from ingle.config.task_rules import TASK_RULES
+from ingle.config.rules import RUN_RULES, TASK_RULES, check
 from ingle.errors import ConfigError
 
 START = ["--model.id=m", "--data.sources=a.jsonl", "--output=o"]
 TASK = "--evaluate.sources=e.jsonl"
 
-#: One breach of each rule, and the same with the remedy applied.
-BREACHES: dict[str, tuple[list[str], list[str]]] = {
+#: Flags that violate each rule, and flags that do not.
+VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "micro-batch-divides": (["--train.micro_batch_size=5"], ["--train.micro_batch_size=4"]),
     "imatrix-needs-eager-layers": (["--train.imatrix=true", "--train.compile=true"], ["--train.imatrix=true"]),
     "warmup-shorter-than-run": (
@@ -88,22 +86,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
 
 
-def test_every_rule_has_a_breach_here() -> None:
-    assert BREACHES.keys() == {rule.name for rule in (*RUN_RULES, *TASK_RULES)}
+def test_every_rule_is_tested() -> None:
+    assert VIOLATIONS.keys() == {rule.name for rule in (*RUN_RULES, *TASK_RULES)}
 
 
-@pytest.mark.parametrize("name", BREACHES)
-def test_a_breach_is_told_with_its_remedy_and_the_remedy_works(name: str) -> None:
-    flags, mended = BREACHES[name]
+@pytest.mark.parametrize("name", VIOLATIONS)
+def test_a_violation_is_reported_with_its_fix(name: str) -> None:
+    flags, valid = VIOLATIONS[name]
     with pytest.raises(ConfigError) as caught:
         load_run(None, [*START, *flags])
     rule = next(rule for rule in (*RUN_RULES, *TASK_RULES) if rule.name == name)
     first = rule.where.split(", ")[0]
     assert first in str(caught.value) and "fix" in str(caught.value)
-    load_run(None, [*START, *mended])
+    load_run(None, [*START, *valid])
 
 
-def test_a_remedy_names_options_where_they_stand_and_leaves_values_alone() -> None:
+def test_a_fix_has_the_path_of_the_task_and_keeps_values_unchanged() -> None:
     with pytest.raises(ConfigError) as caught:
         load_run(None, [*START, TASK, "--evaluate.stop=['', '--stop=x']", "--evaluate.top_p=.5"])
     text = str(caught.value)
@@ -113,19 +111,19 @@ def test_a_remedy_names_options_where_they_stand_and_leaves_values_alone() -> No
         check(TaskConfig.model_validate({"sources": "a", "top_p": 0.5}))
 
 
-def test_all_breaches_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         load_run(
             None, [*START, "--train.micro_batch_size=5", "--adapter=none", "--base=nf4", TASK, "--evaluate.top_p=.5"]
         )
     text = str(caught.value)
-    assert text.startswith("3 things are wrong")
+    assert text.startswith("The config has 3 problems.")
     assert "--train.micro_batch_size=4" in text and "--evaluate.temperature=0.7" in text
 
 
-def test_runs_made_in_python_are_checked_too() -> None:
+def test_runs_built_in_python_are_checked() -> None:
     run = Run.model_validate(
         {"model": {"id": "m"}, "base": "nf4", "adapter": "none", "data": {"sources": "a"}, "output": "o"}
     )
-    with pytest.raises(ConfigError, match="Full fine-tuning changes every weight"):
+    with pytest.raises(ConfigError, match="Full fine-tuning needs unquantized weights"):
         check(run)

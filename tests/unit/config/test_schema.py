@@ -7,8 +7,7 @@ from pydantic import Field
 
 from ingle.config import DataConfig, LoraAdapter, Nf4Base, Run
 from ingle.config.document import read_value
-from ingle.config.loader import load_run
-from ingle.config.origin import leaves
+from ingle.config.loader import leaves, load_run
 from ingle.config.schema import describe_type, docstring, json_schema, options
 
 
@@ -42,9 +41,9 @@ def test_defaults_read_back_as_the_defaults() -> None:
 
 def test_docstrings_are_joined_over_lines() -> None:
     summary, described = docstring(DataConfig)
-    assert summary == "What to learn from."
-    assert described["too_long"].startswith("What happens to a document longer than ``max_seq_len``: ``truncate``")
-    assert described["too_long"].endswith("truncate for ``sft``.")
+    assert summary == "The training data."
+    assert described["too_long"].startswith("How to handle a document longer than ``max_seq_len``: ``truncate``")
+    assert described["too_long"].endswith("truncates for ``sft``.")
     assert described.keys() == DataConfig.model_fields.keys()
     assert docstring(LoraAdapter)[1].keys() == LoraAdapter.model_fields.keys() - {"kind"}
 
@@ -56,7 +55,7 @@ def test_docstrings_are_joined_over_lines() -> None:
         (str | None, "text or null"),
         (Literal["a"], "a"),
         (Literal["a", "b"] | bool, "a, b, true or false"),
-        (Annotated[int, Field(ge=1)] | None, "a whole number of at least 1 or null"),
+        (Annotated[int, Field(ge=1)] | None, "an integer of at least 1 or null"),
         (Annotated[float, Field(gt=0, le=1)], "a number above 0 and at most 1"),
         (tuple[str, ...], "a list of text"),
         (tuple[float, float], "a list of 2, each a number"),
@@ -68,7 +67,7 @@ def test_types_in_plain_words(hint: Any, words: str) -> None:
 
 def test_json_schema_describes_and_accepts_what_the_loader_accepts() -> None:
     schema = json_schema()
-    assert schema["properties"]["seed"]["description"] == "Of data order, adapter initialisation and dropout."
+    assert schema["properties"]["seed"]["description"] == "Seed of data order, adapter initialization and dropout."
     nf4 = schema["$defs"]["Nf4Base"]
     assert nf4["description"] == docstring(Nf4Base)[0]
     assert nf4["properties"]["block_size"]["description"].startswith("Consecutive weights")

@@ -1,58 +1,85 @@
-"""Padding-free batches: documents one after the other, positions and borders exact."""
+"""Batches: documents laid end to end, columns by name, positions and bounds exact."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-import torch
 
-from ingle.data.batch import collate, round_up
+from ingle.data.batch import COLUMNS, collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 
-
-def make_sample(ids, supervised):
-    ids = np.array(ids, dtype=np.int32)
-    return Sample(ids, np.where(supervised, ids, IGNORE_INDEX).astype(np.int32))
+PAIR = {"group_ids": np.int64(7), "document_labels": np.float32(0.5)}
 
 
-def test_documents_are_concatenated():
+def make_sample(ids: list[int], supervised: list[int], **columns: object) -> Sample:
+    array = np.array(ids, dtype=np.int32)
+    return Sample(array, np.where(supervised, array, IGNORE_INDEX).astype(np.int32), columns)  # type: ignore[arg-type]
+
+
+def make_pair(length: int, decoder_length: int) -> Sample:
+    """A sample with every kind of column, of an encoder and a decoder."""
+    ids, decoder = np.arange(length), np.arange(decoder_length)
+    tokens = {"token_labels": ids % 3, "weights": ids / 2, "decoder_input_ids": decoder, "decoder_labels": decoder}
+    return make_sample(list(range(length)), [0] * length, **tokens, **PAIR)
+
+
+def test_documents_are_laid_end_to_end() -> None:
     batch = collate([make_sample([5, 6, 7], [0, 1, 1]), make_sample([8], [0]), make_sample([9, 1], [0, 1])])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 1]]
     assert batch.labels.tolist() == [[-100, 6, 7, -100, -100, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
-    assert (batch.num_tokens, batch.num_supervised) == (6, 3)
-    assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert (batch.num_tokens, batch.num_documents, batch.num_supervised) == (6, 3, 3)
 
 
-def test_targets_are_the_next_labels_and_never_those_of_another_document():
-    batch = collate([make_sample([5, 6, 7], [0, 1, 1]), make_sample([9, 1], [0, 1])])
-    assert batch.targets().tolist() == [6, 7, -100, 1, -100]
+def test_a_label_need_not_be_the_token_and_the_first_may_count() -> None:
+    sample = Sample(np.array([5, 6], np.int32), np.array([3, IGNORE_INDEX], np.int32))
+    batch = collate([sample, sample])
+    assert batch.labels.tolist() == [[3, -100, 3, -100]]
+    assert batch.num_supervised == 2
+    assert batch.next_labels().tolist() == [-100, -100, -100, -100], "no label comes from another document"
 
 
-def test_a_document_whose_first_token_carries_loss_is_a_bug():
-    with pytest.raises(AssertionError):
-        collate([make_sample([5, 6], [1, 1])])
+def test_next_labels_are_those_of_the_same_document() -> None:
+    batch = collate([make_sample([5, 6, 7], [1, 1, 1]), make_sample([9, 1], [0, 1])])
+    assert batch.next_labels().tolist() == [6, 7, -100, 1, -100]
 
 
-def test_to_moves_every_tensor():
-    batch = collate([make_sample([5, 6], [0, 1])]).to("meta")
-    assert {t.device.type for t in (batch.input_ids, batch.labels, batch.position_ids, batch.cu_seqlens)} == {"meta"}
-    assert (batch.num_tokens, batch.num_supervised) == (2, 1)
+def test_columns_of_every_kind_are_joined_and_rounded_up() -> None:
+    batch = collate([make_pair(3, 2), make_pair(5, 14)])
+    assert batch.columns["group_ids"].tolist() == [7, 7]
+    assert batch.columns["weights"].tolist() == [[0, 0.5, 1, 0, 0.5, 1, 1.5, 2]]
+    assert batch.columns["decoder_cu_seqlens"].tolist() == [0, 2, 16]
+    assert batch.columns["decoder_position_ids"].tolist() == [[0, 1, *range(14)]]
+    assert batch.num_supervised == 16, "the labels of an encoder-decoder are the decoder's"
+    more = round_up(batch)
+    assert batch.columns.keys() == more.columns.keys() == COLUMNS.keys()
+    for name, column in more.columns.items():
+        before = batch.columns[name]
+        added = column[..., before.shape[-1] :]
+        assert column[..., : before.shape[-1]].equal(before), name
+        assert column.dtype == COLUMNS[name].dtype, name
+        if COLUMNS[name].per != "bounds" and not name.endswith("position_ids"):
+            assert (added == COLUMNS[name].fill).all(), name
+    assert more.columns["cu_seqlens"].tolist() == [0, 3, 8, 16]
+    assert more.columns["decoder_cu_seqlens"].tolist() == [0, 2, 16, 32], "both rows get the added document"
+    assert more.columns["group_ids"].tolist() == [7, 7, -1]
 
 
 @pytest.mark.parametrize(("lengths", "rounded"), [((3, 5), 16), ((16,), 16), ((500, 13), 576), ((512,), 512)])
-def test_rounding_up_adds_a_document_without_loss(lengths, rounded):
-    batch = collate([Sample(np.arange(n, dtype=np.int32), _labels(n)) for n in lengths])
+def test_rounding_up_adds_a_document_without_loss(lengths: tuple[int, ...], rounded: int) -> None:
+    batch = collate([make_sample(list(range(n)), [0, *[1] * (n - 1)]) for n in lengths])
     more = round_up(batch)
     assert more.input_ids.shape == more.labels.shape == more.position_ids.shape == (1, rounded)
     assert more.cu_seqlens[: len(lengths) + 1].tolist() == batch.cu_seqlens.tolist()
     assert more.cu_seqlens[-1] == rounded
-    assert (more.num_tokens, more.num_supervised) == (batch.num_tokens, batch.num_supervised)
+    assert replace(more, columns={}) == replace(batch, columns={}), "the counts leave the added document out"
     assert (more.labels[0, batch.num_tokens :] == IGNORE_INDEX).all()
     assert more.position_ids[0, batch.num_tokens :].tolist() == list(range(rounded - batch.num_tokens))
 
 
-def _labels(n):
-    return np.concatenate([[IGNORE_INDEX], np.arange(1, n)]).astype(np.int32)
+def test_to_moves_every_column() -> None:
+    batch = collate([make_pair(2, 2)]).to("meta")
+    assert {column.device.type for column in batch.columns.values()} == {"meta"}

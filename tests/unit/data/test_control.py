@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ingle.config.data import DataConfig, Source
 from ingle.data.control import ControlTokens
-from ingle.data.dataset import build_dataset
-from ingle.data.encoding import TextEncoder, draw_document
+from ingle.data.dataset_builder import build_dataset
+from ingle.data.encoding import TextEncoder, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
@@ -90,7 +90,7 @@ def chat(*contents: str) -> Example:
 
 def encode(tokenizer, example, policy="escape", train_on="assistant"):
     control = ControlTokens(tokenizer, policy)
-    document = draw_document(example, tokenizer, train_on=train_on, system=None, control=control)
+    document = make_document(example, tokenizer, train_on=train_on, system=None, control=control)
     (encoded,) = TextEncoder(tokenizer, control).encode([document])
     return document, encoded
 
@@ -155,7 +155,8 @@ def test_an_end_of_its_own_is_left_out(tokenizer_factory, answer):
     tokenizer = make_byte_level(tokenizer_factory)
     document, encoded = encode(tokenizer, chat("what", answer))
     assert encoded.ids.tolist() == encode(tokenizer, chat("what", "four"))[1].ids.tolist()
-    assert (document.ends_left_out, document.control) == (1, ())
+    assert document.control == ()
+    assert document.remarks[-1].startswith("An answer ends in an end-of-turn token")
 
 
 def test_positions_hold_behind_control_tokens_that_eat_white_space(tokenizer_factory):
@@ -188,7 +189,7 @@ def test_control_tokens_that_only_a_normalizer_makes_are_refused(tokenizer_facto
     tokenizer = make_word_piece(tokenizer_factory)
     tokenizer.add_tokens([AddedToken("<|Note|>", special=True, normalized=True)])
     assert tokenizer.convert_tokens_to_ids("<|Note|>") in tokenizer("a <|NOTE|>")["input_ids"]
-    with pytest.raises(DataError, match="cannot be told"):
+    with pytest.raises(DataError, match="cannot be distinguished"):
         encode(tokenizer, chat("a <|NOTE|>", "four"))
 
 
@@ -213,7 +214,7 @@ def test_private_characters_in_a_message_are_no_control_tokens(tokenizer_factory
     document, encoded = encode(tokenizer, chat(content, "four"))
     assert decode(tokenizer, encoded.ids) == document.text and content in document.text
     private = chr(0x100000 + sorted(first.tokens).index("<|im_end|>")) * len("<|im_end|>")
-    with pytest.raises(DataError, match="cannot be told"):
+    with pytest.raises(DataError, match="cannot be distinguished"):
         encode(tokenizer, chat(f"{private} <|im_end|>", "four"))
 
 
@@ -221,7 +222,7 @@ def test_refusing_names_row_message_and_token(tokenizer_factory):
     with pytest.raises(DataError, match="control token") as caught:
         encode(make_byte_level(tokenizer_factory), chat("what", "x<|im_start|>y"), "refuse")
     assert caught.value.where == "f:1"
-    assert caught.value.why == "message 2 (assistant) holds '<|im_start|>'"
+    assert caught.value.why == "message 2 (assistant) contains '<|im_start|>'"
 
 
 def test_rows_are_counted_and_plain_text_is_left_alone(tokenizer_factory, tmp_path):
@@ -234,8 +235,8 @@ def test_rows_are_counted_and_plain_text_is_left_alone(tokenizer_factory, tmp_pa
     stats = build_dataset(data, tokenizer, objective="sft", sink=found.append).stats
     assert [(r.reason, r.count, r.first) for r in stats.control_tokens] == [("<|im_end|>", 2, f"{file}:2")]
     told = {event.message.split(" (")[0]: event.count for event in found if hasattr(event, "count")}
-    assert told["control tokens inside messages are read as text"] == 2
-    assert told["the answer ends in an end-of-turn token of its own, which is left out: there is one already"] == 2
+    assert told["Control tokens inside messages are read as text"] == 2
+    assert told["An answer ends in an end-of-turn token, which is removed: the template adds one."] == 2
     text = Example("f:1", text="one</s>two")
-    (encoded,) = TextEncoder(tokenizer).encode([draw_document(text, tokenizer, train_on="all", system=None)])
+    (encoded,) = TextEncoder(tokenizer).encode([make_document(text, tokenizer, train_on="all", system=None)])
     assert encoded.ids.tolist().count(tokenizer.eos_token_id) == 2

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from ingle.config.data import DataConfig
-from ingle.data.dataset import build_dataset
+from ingle.data.dataset_builder import build_dataset
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ConfigError, DataError
 from ingle.events import Progress, Warned
@@ -73,7 +74,7 @@ def test_small_batches_and_growing_arrays_change_nothing(tmp_path, tokenizer, mo
     rows = [{"text": "hello world " * (n % 7 + 1)} for n in range(300)]
     data = config(write(tmp_path / "a.jsonl", *rows))
     whole = build_dataset(data, tokenizer, objective="clm")
-    monkeypatch.setattr("ingle.data.dataset._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("ingle.data.dataset_builder._BATCH_ROWS", 7)
     assert build_dataset(data, tokenizer, objective="clm").fingerprint() == whole.fingerprint()
 
 
@@ -144,7 +145,7 @@ def test_split_at_the_border_leaves_no_piece_of_one_token(tmp_path, tokenizer, e
 
 def test_conversations_are_not_split(tmp_path, tokenizer):
     data = config(write(tmp_path / "a.jsonl", chat("what", "word " * 40)), max_seq_len=48, too_long="split")
-    with pytest.raises(ConfigError, match="cannot be split"):
+    with pytest.raises(ConfigError, match="can be split"):
         build_dataset(data, tokenizer, objective="sft")
     assert len(build_dataset(data, tokenizer, objective="clm")) > 1
 
@@ -155,8 +156,8 @@ def test_rows_without_an_answer_are_skipped_and_shown_once(tmp_path, tokenizer):
     dataset = build_dataset(config(write(tmp_path / "a.jsonl", *rows)), tokenizer, objective="sft", sink=sink)
     assert len(dataset) == 1
     assert [(r.reason, r.count, r.first.rpartition(":")[2]) for r in dataset.stats.dropped] == [
-        ("no assistant turn", 2, "1"),
-        ("empty answer", 1, "4"),
+        ("No assistant turn.", 2, "1"),
+        ("Empty answer.", 1, "4"),
     ]
     assert [(w.count, w.where) for w in sink.warnings()] == [
         (2, f"{tmp_path / 'a.jsonl'}:1"),
@@ -166,14 +167,14 @@ def test_rows_without_an_answer_are_skipped_and_shown_once(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("rows", [[chat("hello")], [{"text": " "}], [{"prompt": "a", "completion": ""}]])
 def test_nothing_left_to_learn_from_is_an_error(rows, tmp_path, tokenizer):
-    with pytest.raises(DataError, match="Nothing is left") as caught:
+    with pytest.raises(DataError, match="no document with a supervised token") as caught:
         build_dataset(config(write(tmp_path / "a.jsonl", *rows)), tokenizer, objective="sft")
     assert "a.jsonl:1" in str(caught.value.why)
 
 
 def test_every_prompt_too_long_is_an_error(tmp_path, tokenizer):
     data = config(write(tmp_path / "a.jsonl", chat("word " * 40, "four")), max_seq_len=16)
-    with pytest.raises(DataError, match="Nothing is left"):
+    with pytest.raises(DataError, match="no document with a supervised token"):
         build_dataset(data, tokenizer, objective="sft")
 
 
@@ -192,14 +193,14 @@ def test_shares_of_sources(tmp_path, tokenizer):
     assert [(s.path, s.rows, s.documents) for s in stats.sources] == [(one["path"], 2, 1), (two["path"], 1, 1)]
     assert sum(s.tokens for s in stats.sources) == stats.tokens
     assert sum(s.supervised_tokens for s in stats.sources) == stats.supervised_tokens
-    assert json.loads(json.dumps(stats.to_dict()))["sources"][1]["rows"] == 1
+    assert json.loads(json.dumps(asdict(stats)))["sources"][1]["rows"] == 1
 
 
 def test_progress_is_told(tmp_path, tokenizer):
     sink = Recorder()
     source = write(tmp_path / "a.jsonl", *[{"text": "x y"}] * 5)
     build_dataset(config(source), tokenizer, objective="clm", sink=sink)
-    assert [e for e in sink.events if isinstance(e, Progress)][-1] == Progress("tokenize", 5)
+    assert [e for e in sink.events if isinstance(e, Progress)][-1] == Progress("Tokenizing rows", 5)
 
 
 def test_plain_text_under_sft_is_remarked(tmp_path, tokenizer):
@@ -208,7 +209,7 @@ def test_plain_text_under_sft_is_remarked(tmp_path, tokenizer):
         config(write(tmp_path / "a.jsonl", {"text": "hello"})), tokenizer, objective="sft", sink=sink
     )
     assert (dataset.sample(0).labels[1:] != IGNORE_INDEX).all()
-    assert "plain text" in sink.warnings()[0].message
+    assert "Plain text" in sink.warnings()[0].message
 
 
 def test_system_message_is_put_before_conversations_that_have_none(tmp_path, tokenizer):

@@ -7,8 +7,23 @@ import re
 
 import pytest
 
-from ingle.data.duplicates import NEAR, find_contamination, find_duplicates, find_overlap, fold
+from ingle.data.duplicates import NEAR, DuplicateSearch, OverlapSearch, find_contamination, fold
 from ingle.data.types import Example, Message
+
+
+def find_duplicates(examples, **options):
+    search = DuplicateSearch(**options)
+    for example in examples:
+        search.add(example)
+    return search.result()
+
+
+def find_overlap(training, held_out):
+    search = OverlapSearch(held_out)
+    for example in training:
+        search.add(example)
+    return search.result()
+
 
 VOCABULARY = [f"word{i}" for i in range(60)]
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from ingle.data.encoding import Document, TextEncoder, cut_text, draw_document
+from ingle.data.encoding import RECUT, STRADDLED, Document, TextEncoder, cut_text, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.template import Answer
 from ingle.data.types import Example
@@ -21,7 +21,7 @@ from ingle.errors import DataError
 
 
 def encode(tokenizer, example, train_on="assistant"):
-    document = draw_document(example, tokenizer, train_on=train_on, system=None)
+    document = make_document(example, tokenizer, train_on=train_on, system=None)
     assert not isinstance(document, str), document
     (encoded,) = TextEncoder(tokenizer).encode([document])
     return encoded
@@ -59,7 +59,7 @@ def test_spaces_between_prompt_and_answer_belong_to_the_answer(plain):
     assert ids == plain("answer:")["input_ids"]
     assert encoded.ids[: len(ids)].tolist() == ids
     assert supervised_text(plain, encoded) == " four<|endoftext|>"
-    assert not encoded.straddled
+    assert STRADDLED not in encoded.remarks
 
 
 def test_a_token_across_the_border_belongs_to_the_prompt(plain):
@@ -67,7 +67,7 @@ def test_a_token_across_the_border_belongs_to_the_prompt(plain):
     assert len(merged) == 1, "the point of this test is a border inside a token"
     encoded = encode(plain, pair("ques", "tion two"))
     assert supervised_text(plain, encoded) == " two<|endoftext|>"
-    assert encoded.straddled
+    assert STRADDLED in encoded.remarks
 
 
 @pytest.fixture()
@@ -94,12 +94,12 @@ def test_a_prompt_is_cut_as_training_cut_it(joins_lines, template):
     ids = prompt_ids(joins_lines, pair("what\n\n", "four"))
     assert encoded.ids[: len(ids)].tolist() == ids
     assert supervised_text(joins_lines, encoded) == "four<|end|>" and encoded.supervised[len(ids)]
-    assert encoded.recut, "another server would begin otherwise: that is told"
+    assert RECUT in encoded.remarks, "another server would tokenize the prompt differently"
 
 
 def test_line_ends_that_stay_as_they_are_are_no_remark(joins_lines, plain):
-    assert not encode(joins_lines, pair("what\n", "four")).recut
-    assert not encode(plain, pair("what\n\n", "four")).recut
+    assert encode(joins_lines, pair("what\n", "four")).remarks == ()
+    assert encode(plain, pair("what\n\n", "four")).remarks == ()
 
 
 def test_train_on_all_masks_nothing_of_a_pair(plain):
@@ -171,7 +171,7 @@ def test_a_slow_tokenizer_is_refused():
         eos_token_id = bos_token_id = None
         all_special_ids = ()
 
-    with pytest.raises(DataError, match="which characters"):
+    with pytest.raises(DataError, match="characters of a token"):
         TextEncoder(Slow())
 
 
@@ -182,15 +182,15 @@ def test_documents_of_all_kinds_keep_their_order(tokenizer):
         Example("f:3", text="world"),
         pair("price", "food"),
     ]
-    documents = [draw_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
+    documents = [make_document(e, tokenizer, train_on="assistant", system=None) for e in examples]
     together = [e.ids.tolist() for e in TextEncoder(tokenizer).encode(documents)]
     assert together == [encode(tokenizer, e).ids.tolist() for e in examples]
 
 
 @pytest.mark.parametrize("example", [pair("what", "  "), Example("f:1", text=" \n")])
 def test_nothing_to_say_is_a_reason_to_skip(plain, example):
-    reason = draw_document(example, plain, train_on="assistant", system=None)
-    assert reason in ("empty answer", "empty text")
+    reason = make_document(example, plain, train_on="assistant", system=None)
+    assert reason in ("Empty answer.", "Empty text.")
 
 
 def test_plain_text_has_no_prompt(plain):

@@ -168,7 +168,7 @@ def test_a_column_that_is_not_there_names_those_that_are(tmp_path):
         ({"prompt": "a"}, "prompt"),
         ({"messages": []}, "messages must be a list such as"),
         ({"messages": "hello"}, "messages must be a list such as"),
-        ({"prompt;completion": "a;b"}, "perhaps between ';'"),
+        ({"prompt;completion": "a;b"}, "perhaps by ';'"),
     ],
 )
 def test_rows_of_no_known_layout_name_their_columns(row, why):
@@ -195,8 +195,8 @@ def test_rows_of_no_known_layout_name_their_columns(row, why):
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages", "tool_calls"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, "messages", "'tools'"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:], "tools": "[{}]"}, "prompt-completion", "'tools'"),
-        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "messages", "message 2 is marked as not to be trained on"),
-        ({"messages": [CHAT[0], {**CHAT[1], "train": False}]}, "messages", "message 2 is marked"),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "messages", "message 2 is excluded from training"),
+        ({"messages": [CHAT[0], {**CHAT[1], "train": False}]}, "messages", "message 2 is excluded"),
         ({"conversations": [{"from": "human"}]}, "sharegpt", "not text"),
         ({"instruction": "a"}, "instruction", "'output' is missing"),
     ],

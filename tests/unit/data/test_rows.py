@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from ingle.config.data import SUFFIXES
+from ingle.data.inspection import inspect_rows
 from ingle.data.readers import known_suffixes
-from ingle.data.rows import inspect_rows, render_rows
 from ingle.errors import DataError
+from ingle.report.data_tables import render_rows
 
 
 def draw(report) -> str:
@@ -33,19 +35,19 @@ def test_a_file_is_told_from_its_rows_alone(tmp_path):
     assert (report.rows, report.layouts, report.columns) == (5, {"prompt-completion": 5}, ("prompt", "completion"))
     assert (report.characters.min, report.characters.max, report.characters.median) == (2, 11, 7)
     assert report.problems == (
-        f"1 row with an empty answer or text (first {path}:5)",
-        "1 of 5 rows is an exact duplicate",
+        f"1 row with an empty answer or text (first {path}:5).",
+        "1 of 5 rows is an exact duplicate.",
     )
     text = draw(report)
-    assert "--model" in text and "Nothing odd" not in text
-    assert json.loads(json.dumps(report.to_dict()))["rows"] == 5
+    assert "--model" in text and "No problems" not in text
+    assert json.loads(json.dumps(asdict(report)))["rows"] == 5
 
 
 def test_the_command_takes_a_bare_file(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])
-    assert call(["data", "inspect", str(path), "--json"]) == 0
+    assert run_command(["data", "inspect", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layouts"] == {"text": 1}
-    assert call(["data", "inspect", str(path), "--data.max_seq_len=8"]) == 2
+    assert run_command(["data", "inspect", str(path), "--data.max_seq_len=8"]) == 2
     assert f"ingle data inspect {path} --model PATH_OR_ID" in capsys.readouterr().err
 
 
@@ -60,7 +62,7 @@ def test_several_files_may_have_several_layouts(tmp_path):
     )
     report = inspect_rows(str(tmp_path))
     assert report.layouts == {"text": 1, "messages": 2}
-    assert report.problems == (f"2 rows without an assistant turn (first {tmp_path / 'b.jsonl'}:1)",)
+    assert report.problems == (f"2 rows without an assistant turn (first {tmp_path / 'b.jsonl'}:1).",)
     assert [role for role, _ in report.previews[1].parts] == ["user"]
 
 

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from ingle.data import limits, sandbox
-from ingle.data.limits import OutOfTime, limited
+from ingle.data import quota, sandbox
+from ingle.data.quota import OutOfTime, Quota
 from ingle.data.template import locate_answers, render
 from ingle.data.types import Message
 from ingle.errors import DataError, ModelError
@@ -82,7 +82,7 @@ def test_unpacked_arguments_are_no_power(tokenizer):
 
 def test_limits_leave_no_trace():
     former = (resource.getrlimit(resource.RLIMIT_AS), *map(signal.getsignal, (signal.SIGPROF, signal.SIGINT)))
-    with pytest.raises(ZeroDivisionError), limited(1, 1 << 30):
+    with pytest.raises(ZeroDivisionError), Quota(1 << 30) as limits, limits.limited(1):
         raise ZeroDivisionError
     assert former == (
         resource.getrlimit(resource.RLIMIT_AS),
@@ -92,7 +92,7 @@ def test_limits_leave_no_trace():
 
 
 def test_ctrl_c_ends_a_block_although_its_handler_only_takes_a_note(monkeypatch):
-    monkeypatch.setattr(limits, "_TICK_S", 0.02)
+    monkeypatch.setattr(quota, "_TICK_S", 0.02)
     noted: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_a_block_although_its_handler_only_takes_a_note(monkeypatch)
 
     former = signal.signal(signal.SIGINT, note)
     try:
-        with pytest.raises(KeyboardInterrupt), limited(60, 1 << 30):
+        with pytest.raises(KeyboardInterrupt), Quota(1 << 30) as limits, limits.limited(60):
             while signal.getsignal(signal.SIGINT) is note:  # until the block has run for a while
                 pass
             signal.raise_signal(signal.SIGINT)
@@ -116,7 +116,7 @@ def test_elsewhere_than_in_the_main_thread_memory_is_limited():
 
     def work() -> None:
         try:
-            with limited(1, 1 << 26):
+            with Quota(1 << 26) as limits, limits.limited(1):
                 bytes(1 << 30)
         except (MemoryError, OutOfTime) as error:
             found.append(error)

@@ -210,7 +210,7 @@ def test_parquet_with_a_damaged_footer_is_an_error(tmp_path):
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         read(tmp_path / "a.jsonl")
 
 
@@ -220,7 +220,7 @@ def test_a_missing_file_names_what_is_there(tmp_path):
     for missing, hint in (
         ("data/trian.jsonl", f"did you mean {tmp_path}/data/train.jsonl?"),
         ("dat/train.jsonl", f"did you mean {tmp_path}/data?"),
-        ("data/x.csv", f"{tmp_path}/data/ holds train.jsonl"),
+        ("data/x.csv", f"{tmp_path}/data/ contains train.jsonl"),
     ):
         with pytest.raises(DataError, match="no such file") as caught:
             read(tmp_path / missing)
@@ -245,7 +245,7 @@ def test_truncated_gzip_is_an_error(tmp_path):
 def test_unknown_kind_is_an_error(tmp_path):
     path = tmp_path / "a.xlsx"
     path.write_bytes(b"x")
-    with pytest.raises(DataError, match="no known kind") as caught:
+    with pytest.raises(DataError, match="is unknown") as caught:
         read(path)
     assert ".jsonl" in str(caught.value.fix)
 
@@ -301,7 +301,7 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
     assert str(tmp_path / "train.jsonl") in str(caught.value.fix)
     with pytest.raises(DataError, match="no such file") as caught:
         read(tmp_path / "reviews.jsonl")
-    assert caught.value.fix == f"{tmp_path}/ holds train.jsonl", "an ending alone is no likeness"
+    assert caught.value.fix == f"{tmp_path}/ contains train.jsonl", "an ending alone is no likeness"
 
 
 def test_what_can_only_be_a_hub_dataset():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ingle.data.encoding import TextEncoder, draw_document
+from ingle.data.encoding import TextEncoder, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.template import (
     ANSWER_CHANGED,
@@ -217,7 +217,7 @@ def converse(*contents: str, system: str | None = None) -> tuple[Message, ...]:
 
 
 def encode(tokenizer, messages, train_on="assistant"):
-    document = draw_document(Example("f:1", messages=tuple(messages)), tokenizer, train_on=train_on, system=None)
+    document = make_document(Example("f:1", messages=tuple(messages)), tokenizer, train_on=train_on, system=None)
     (encoded,) = TextEncoder(tokenizer).encode([document])
     return encoded
 

@@ -30,9 +30,8 @@ def test_config_decodes_and_its_files_exist(examples: Path, name: str) -> None:
         assert (examples.parent / run.model.id / "config.json").is_file()
 
 
-@pytest.mark.parametrize("folder", ["pretrain/model", "models/ember-6m"])
-def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path, folder: str) -> None:
-    config = AutoConfig.from_pretrained(examples / folder)
+def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path) -> None:
+    config = AutoConfig.from_pretrained(examples / "models/ember-6m")
     assert config.model_type == "llama" and config.tie_word_embeddings
     assert config.hidden_size % 256 == config.intermediate_size % 256 == 0  # every block format fits
     attention = config.hidden_size * config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
@@ -43,9 +42,8 @@ def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path, f
     assert config.vocab_size == 4096
 
 
-@pytest.mark.parametrize("folder", ["pretrain/model", "models/ember-6m"])
-def test_tokenizer_holds_every_byte_and_the_chat_template(examples: Path, folder: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(examples / folder)
+def test_tokenizer_holds_every_byte_and_the_chat_template(examples: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(examples / "models/ember-6m")
     assert len(tokenizer) == 4096
     text = "".join(map(chr, range(1, 0x250))) + "日本 🙂 half past three,  two   spaces\n\n\ttab"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -1,4 +1,4 @@
-"""Exports of adapters on every kind of base, read by others: what should be exact is, and the rest is refused."""
+"""Exports of adapters on every kind of base, read by other programs: exact where they should be, or refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ingle.config.base import base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ConfigError, ExportError
 from ingle.export import export
-from ingle.export.hf import choose_layout, write_safetensors
-from ingle.export.merging import Merger
+from ingle.export.writers.merged_model import MergedModel
+from ingle.export.writers.safetensors_folder import choose_layout, write_safetensors
 
 MakeAdapter = Callable[..., Path]
 IDS = [5, 17, 250, 33, 8, 299, 41]
@@ -88,10 +88,10 @@ def test_qa_lora_goes_into_the_offsets_and_nowhere_else(
 
 def unpack(tensors: dict[str, torch.Tensor], bits: int) -> NDArray[np.float64]:
     """The hqq package's tensors of the weight as float64: codes in stripes, ``(code - zero) * scale``."""
-    packed, scale, zero = (tensors[f"{DOWN}.{key}"].double().numpy() for key in ("W_q", "scale", "zero"))
-    per_number, whole = {4: (2, np.int64), 3: (10, np.int64)}[bits]
-    shifts = [bits * place for place in range(per_number - 1, -1, -1)]
-    codes = np.concatenate([(packed.astype(whole) >> shift) & (2**bits - 1) for shift in shifts])[: len(scale)]
+    numbers, scale, zero = (tensors[f"{DOWN}.{key}"].double().numpy() for key in ("W_q", "scale", "zero"))
+    per_number, integer = {4: (2, np.int64), 3: (10, np.int64)}[bits]
+    shifts = [bits * index for index in range(per_number - 1, -1, -1)]
+    codes = np.concatenate([(numbers.astype(integer) >> shift) & (2**bits - 1) for shift in shifts])[: len(scale)]
     shape = tensors[f"{DOWN}.shape"].tolist()
     values: NDArray[np.float64] = ((codes - zero) * scale).reshape(shape)
     return values
@@ -115,7 +115,7 @@ def test_qa_lora_goes_into_hqqs_zeros(
     assert (error.reshape(-1, size) <= step * np.abs(merged[f"{DOWN}.zero"].double().numpy()) / 2048 + 1e-9).all()
     trained, written = logits_of(inference.locate(str(adapter))), logits_of(inference.locate(str(out)))
     assert float((written - trained).abs().max()) < (0.02 if train_rounding else 0.1)  # the ends are bfloat16 there
-    with pytest.raises(ConfigError, match="cannot hold hqq"):
+    with pytest.raises(ConfigError, match="does not support hqq"):
         export(str(adapter), "gguf", tmp_path / "m.gguf", type="as-trained")
 
 
@@ -123,7 +123,7 @@ def test_qa_lora_goes_into_hqqs_zeros(
 def test_the_hqq_package_answers_as_ingle_does(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(base={"format": "hqq", "bits": 3}, kind="qa_lora", train_rounding=True)
     result = export(str(adapter), "safetensors", tmp_path / "out", type="hqq", verify=True)
-    assert result["certificate"]["passed"] and result["certificate"]["mean_kl"] < 1e-6
+    assert result.certificate.passed and result.certificate.agreement.mean_kl < 1e-6
 
 
 @pytest.mark.parametrize("group_size", ["tensor", "row", 256])
@@ -136,16 +136,16 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
     weight, change = weight_of(llama_folder), delta_of(adapter)
     groups = weight.reshape({"tensor": (1, -1), "row": (len(weight), -1)}.get(group_size, (-1, 256)))
     scale = np.abs(groups).mean(axis=1, keepdims=True)
-    scale = torch.from_numpy(scale).bfloat16().double().numpy()  # what a ternary base holds
+    scale = torch.from_numpy(scale).bfloat16().double().numpy()  # as stored by a ternary base
     ternary = (np.clip(np.round(groups / scale), -1, 1) * scale).reshape(weight.shape)
     kind, values = read_blocks(path)
     assert kind == GGMLQuantizationType.F32
     error = np.abs(values.view(np.float32) - ternary - change)
     assert np.quantile(error, 0.999) < 1e-6 and (error > 1e-6).mean() < 1e-3  # where weight / scale is nearly 0.5
-    for type_name in ("tq2_0", "tq1_0"):  # a third of the levels has no place for a small change
+    for type_name in ("tq2_0", "tq1_0"):  # three levels cannot represent a small change
         with pytest.raises(ExportError, match="too much"):
             export(str(adapter), "gguf", tmp_path / type_name, type=type_name)
-    with pytest.raises(ConfigError, match="cannot hold ternary"):
+    with pytest.raises(ConfigError, match="does not support ternary"):
         export(str(adapter), "gguf", tmp_path / "x", type="as-trained")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
         "m.Modelfile", "m.fidelity.json", "m.fidelity.md", "m.gguf", "m.md"
@@ -156,7 +156,7 @@ def test_lora_on_a_ternary_base_merges_into_wider_types(
 @pytest.mark.parametrize("base", ["ternary", "tq2_0", "hqq"])
 def test_the_adapter_alone_is_served_on_such_bases(make_adapter: MakeAdapter, tmp_path: Path, base: str) -> None:
     result = export(str(make_adapter(base=base)), "gguf-adapter", tmp_path / "lora", verify=True)
-    assert result["certificate"]["passed"]
+    assert result.certificate.passed
 
 
 @needs_llama
@@ -169,11 +169,11 @@ def test_the_adapter_alone_is_served_on_such_bases(make_adapter: MakeAdapter, tm
         ("q4_k", {"merge_aware": {}}),
     ],
 )
-def test_llama_cpp_serves_what_was_trained(
+def test_llama_cpp_serves_the_trained_model(
     make_adapter: MakeAdapter, tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
-    made = export(str(make_adapter(base=base, **options)), "gguf", tmp_path / "out", verify=True)["certificate"]
-    assert made["passed"] and made["trained"]["mean_kl"] < 1e-2
+    made = export(str(make_adapter(base=base, **options)), "gguf", tmp_path / "out", verify=True).certificate
+    assert made.passed and made.trained.mean_kl < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -188,14 +188,14 @@ def test_llama_cpp_serves_what_was_trained(
 def test_only_another_rounding_than_in_training_loses(
     make_adapter: MakeAdapter, tmp_path: Path, base: str, format: str | None, type_name: str | None, lost: bool
 ) -> None:
-    """Most of so small a change does not survive, but what was trained is what survived."""
+    """Most of such a small change does not survive, but training used what survived."""
     adapter = make_adapter(0.01, base=base, merge_aware={"format": format})
     if lost:
         with pytest.raises(ExportError, match="too much"):
             export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name)
         return
-    report = export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name)["fidelity"]
-    assert report["mean_correlation"] < 0.5
+    report = export(str(adapter), "gguf", tmp_path / "m.gguf", type=type_name).fidelity
+    assert report.mean_correlation < 0.5
     merged = adapters.lora_modules(inference.open_model(str(adapter)).model)[DOWN].merged
     assert merged is not None
     kind, blocks = read_blocks(tmp_path / "m.gguf")
@@ -204,7 +204,7 @@ def test_only_another_rounding_than_in_training_loses(
 
 
 @pytest.mark.parametrize("type_name", ["nf4", "fp4", "int8", "hqq-3-g32"])
-def test_a_packed_folder_opens_as_what_it_is(make_adapter: MakeAdapter, tmp_path: Path, type_name: str) -> None:
+def test_a_quantized_folder_opens_in_its_format(make_adapter: MakeAdapter, tmp_path: Path, type_name: str) -> None:
     out = tmp_path / "merged"
     export(str(make_adapter()), "safetensors", out, type=type_name, allow_loss=True)
     source = inference.locate(str(out))
@@ -213,15 +213,15 @@ def test_a_packed_folder_opens_as_what_it_is(make_adapter: MakeAdapter, tmp_path
     assert all(getattr(source.base, key) == value for key, value in wanted.items())
     assert logits_of(source).isfinite().all()
     again = export(str(out), "gguf", tmp_path / "m.gguf", type="q8_0")
-    assert again["type"] == "q8_0"
+    assert again.type == "q8_0"
 
 
 def test_blocks_of_another_size_open_too(llama_folder: Path, tmp_path: Path) -> None:
-    """Of which bitsandbytes' config says nothing."""
+    """The config of bitsandbytes does not store the block size."""
     source = inference.Source(ModelConfig(id=str(llama_folder)), base_section({"format": "nf4", "block_size": 128}))
-    merger = Merger(source)
+    model = MergedModel(source)
     layout = choose_layout("nf4", source.base)
     tokenizer = models.load_tokenizer(source.model)
-    write_safetensors(merger, tokenizer, source.model, tmp_path, layout)
+    write_safetensors(model, tokenizer, source.model, tmp_path, layout)
     assert inference.locate(str(tmp_path)).base == source.base
     assert torch.equal(logits_of(inference.locate(str(tmp_path))), logits_of(source))

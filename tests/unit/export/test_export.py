@@ -1,4 +1,4 @@
-"""``ingle.export``: whole exports of a tiny model, read by PEFT, transformers and llama.cpp."""
+"""``ingle.export``: complete exports of a tiny model, read by PEFT, transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from ingle.config.adapter import MergeAware
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
 from ingle.events import Event, Warned
-from ingle.export import certificate, export
-from ingle.export.certificate import certify
+from ingle.export import export
+from ingle.export.verify import certificate
+from ingle.export.verify.certificate import certify
 from ingle.inference import Engine
 
 MakeAdapter = Callable[..., Path]
@@ -60,7 +61,7 @@ def test_peft_reads_the_adapter(llama_folder: Path, make_adapter: MakeAdapter, t
         theirs = model(input_ids=torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(_ours(adapter), theirs, rtol=1e-4, atol=1e-4)
     made = json.loads((out / "certificate.json").read_text())
-    assert made["passed"] and result["certificate"]["passed"] and made["mean_kl"] < 1e-6
+    assert made["passed"] and result.certificate.passed and made["mean_kl"] < 1e-6
     assert made["files"]["adapter_model.safetensors"] == sha256(out / "adapter_model.safetensors")
     assert "library_name: peft" in (out / "README.md").read_text()
 
@@ -70,7 +71,7 @@ def test_merged_safetensors_are_certified_by_transformers(
 ) -> None:
     out = tmp_path / "out"
     result = export(str(make_adapter()), "safetensors", out, type="f32", verify=True, data=text)
-    assert result["certificate"]["passed"] and result["certificate"]["greedy_equal"] == 2
+    assert result.certificate.passed and result.certificate.agreement.greedy_equal == 2
     fidelity = json.loads((out / "fidelity.json").read_text())
     assert fidelity["divergence"]["kl"] < 1e-3 and fidelity["adapter_effect"] > 1e-3
     assert fidelity["mean_correlation"] > 0.9999 and len(fidelity["tensors"]) == 14
@@ -84,10 +85,10 @@ def test_hqq_is_measured_as_every_other_layout(
     out = tmp_path / "out"
     result = export(str(make_adapter(0.2)), "safetensors", out, type=type_name, data=text, allow_loss=True)
     bits, group_size = {"hqq": (4, 64), "hqq-8": (8, 64), "hqq-3-g32": (3, 32)}[type_name]
-    assert result["type"] == {"hqq": "hqq-4"}.get(type_name, type_name)
-    told = json.loads((out / "config.json").read_text())["quantization_config"]["quant_config"]
-    assert told["weight_quant_params"] == {"nbits": bits, "group_size": group_size, "axis": 1}
-    kl = result["fidelity"]["divergence"]["kl"]
+    assert result.type == {"hqq": "hqq-4"}.get(type_name, type_name)
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["quant_config"]
+    assert stored["weight_quant_params"] == {"nbits": bits, "group_size": group_size, "axis": 1}
+    kl = result.fidelity.divergence.kl
     assert kl < 1e-3 if bits == 8 else 1e-3 < kl < 1
 
 
@@ -99,7 +100,7 @@ def test_llama_cpp_answers_with_gguf_as_ingle_does(
     out = tmp_path / "served" / "m.gguf"
     result = export(str(make_adapter()), "gguf", out, type=type_name, verify=True, data=text, allow_loss=True)
     made = json.loads((out.parent / "m.certificate.json").read_text())
-    assert made["passed"] is True and result["certificate"]["passed"]
+    assert made["passed"] is True and result.certificate.passed
     assert all(prompt["tokens_equal"] for prompt in made["prompts"])
     assert made["files"] == {"m.gguf": sha256(out)}
     assert "TEMPLATE" in (out.parent / "m.Modelfile").read_text()
@@ -109,27 +110,27 @@ def test_llama_cpp_answers_with_gguf_as_ingle_does(
 @pytest.mark.parametrize("base", ["none", "q8_0"])
 def test_llama_cpp_puts_the_adapter_on_its_base(make_adapter: MakeAdapter, tmp_path: Path, base: str) -> None:
     result = export(str(make_adapter(base=base)), "gguf-adapter", tmp_path / "lora" / "lora.gguf", verify=True)
-    made = result["certificate"]
-    assert made["passed"] and made["mean_kl"] < (1e-5 if base == "none" else 1e-2)
+    made = result.certificate
+    assert made.passed and made.agreement.mean_kl < (1e-5 if base == "none" else 1e-2)
     assert sorted(os.listdir(tmp_path / "lora")) == [
         "lora.Modelfile", "lora.certificate.json", "lora.gguf", "lora.md"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("aware", "number"), [(None, 0), (MergeAware(), 1)])
-def test_an_adapter_trained_to_be_merged_is_told_when_it_is_not(
+def test_an_unmerged_export_of_an_adapter_trained_to_be_merged_warns(
     make_adapter: MakeAdapter, tmp_path: Path, aware: MergeAware | None, number: int
 ) -> None:
-    told: list[Event] = []
-    export(str(make_adapter(base="q4_0", merge_aware=aware)), "peft", tmp_path / "out", sink=told.append)
-    warnings = [event.message for event in told if isinstance(event, Warned)]
+    events: list[Event] = []
+    export(str(make_adapter(base="q4_0", merge_aware=aware)), "peft", tmp_path / "out", sink=events.append)
+    warnings = [event.message for event in events if isinstance(event, Warned)]
     assert len(warnings) == number and all("unmerged" in warning for warning in warnings)
 
 
 @needs_llama
 def test_another_model_gets_no_certificate(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     from ingle.data.types import Example
-    from ingle.export.llama import LlamaCpp
+    from ingle.export.verify.llama_cpp import LlamaCpp
 
     export(str(make_adapter(0.1)), "gguf", tmp_path / "m.gguf", type="f32", allow_loss=True)
     config = ModelConfig(id=str(llama_folder), dtype="float32")
@@ -137,13 +138,13 @@ def test_another_model_gets_no_certificate(llama_folder: Path, make_adapter: Mak
     prompt = Example("here", prompt="the quick brown fox?", completion="")
     with LlamaCpp(tmp_path / "m.gguf", context=256) as server:
         made = certify(server, engine, [prompt], system=None, tolerance=certificate.PLAIN)
-    assert made["passed"] is False and any("KL" in reason for reason in made["reasons"])
+    assert not made.passed and any("KL" in reason for reason in made.reasons)
     with pytest.raises(ExportError, match="does not answer"):
-        certificate.require_passed(made, tmp_path)
+        made.require_passed(tmp_path)
 
 
 class _Echo:
-    """Another program that is Ingle itself, with one fault."""
+    """Ingle in the role of the other program, with one fault."""
 
     version = "echo"
     declared_end = None
@@ -197,8 +198,8 @@ def test_every_fault_is_found(llama_folder: Path, fault: str | None, reason: str
     prompt = Example("here", prompt="the quick brown fox?", completion="")
     server = _Echo(engine, **({} if fault is None else {fault: True}))
     made = certify(server, engine, [prompt], system=None, tolerance=certificate.PLAIN, max_new_tokens=4)
-    assert made["passed"] == (fault is None)
-    assert (reason is None and not made["reasons"]) or any(str(reason) in each for each in made["reasons"])
+    assert made.passed == (fault is None)
+    assert fault is None or any(str(reason) in each for each in made.reasons)
 
 
 def test_a_merge_that_loses_too_much_is_refused_and_leaves_nothing(
@@ -212,20 +213,20 @@ def test_a_merge_that_loses_too_much_is_refused_and_leaves_nothing(
     with pytest.raises(ExportError, match="has a correlation"):
         export(adapter, "gguf", out, type="q2_k")
     assert not list(tmp_path.glob("out*"))
-    assert export(adapter, "gguf", out, type="q2_k", allow_loss=True)["fidelity"]["mean_correlation"] < 0.5
+    assert export(adapter, "gguf", out, type="q2_k", allow_loss=True).fidelity.mean_correlation < 0.5
 
 
 def test_promotion_widens_within_its_budget(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = str(make_adapter(0.01))
     plain = export(adapter, "gguf", tmp_path / "a", type="q3_k_m", allow_loss=True)
     wider = export(adapter, "gguf", tmp_path / "b", type="q3_k_m", allow_loss=True, promote=True, size_budget=0.3)
-    assert wider["fidelity"]["mean_correlation"] > plain["fidelity"]["mean_correlation"] + 0.02
-    assert plain["num_bytes"] < wider["num_bytes"] <= 1.3 * plain["num_bytes"]
-    promotion = wider["fidelity"]["promotion"]
-    assert promotion["types"] and wider["num_bytes"] - plain["num_bytes"] == promotion["extra_bytes"]
+    assert wider.fidelity.mean_correlation > plain.fidelity.mean_correlation + 0.02
+    assert plain.num_bytes < wider.num_bytes <= 1.3 * plain.num_bytes
+    promotion = wider.fidelity.promotion
+    assert promotion.types and wider.num_bytes - plain.num_bytes == promotion.extra_bytes
 
 
-def test_another_base_is_refused_or_told(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+def test_another_base_is_refused_or_reported(llama_folder: Path, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     adapter = make_adapter(base="nf4")
     other = AutoModelForCausalLM.from_pretrained(llama_folder)
     with torch.no_grad():
@@ -237,19 +238,19 @@ def test_another_base_is_refused_or_told(llama_folder: Path, make_adapter: MakeA
     with pytest.raises(AdapterError, match="another base"):
         export(str(adapter), "gguf", tmp_path / "a", type="f16")
     assert not list(tmp_path.glob("a*"))
-    told: list[str] = []
+    messages: list[str] = []
     export(
         str(adapter),
         "gguf",
         tmp_path / "a",
         type="f16",
         allow_mismatch=True,
-        sink=lambda event: told.append(getattr(event, "message", "")),
+        sink=lambda event: messages.append(getattr(event, "message", "")),
     )
-    assert any("another base" in message and "%" in message for message in told)
+    assert any("another base" in message and "%" in message for message in messages)
 
 
-def test_options_that_make_no_sense_are_refused(make_adapter: MakeAdapter, llama_folder: Path, tmp_path: Path) -> None:
+def test_contradicting_options_are_refused(make_adapter: MakeAdapter, llama_folder: Path, tmp_path: Path) -> None:
     adapter = str(make_adapter())
     for options in ({"type": "bf16"}, {"promote": True}):
         with pytest.raises(ConfigError):
@@ -260,7 +261,7 @@ def test_options_that_make_no_sense_are_refused(make_adapter: MakeAdapter, llama
         export(adapter, "gguf", tmp_path / "x", data=tmp_path / "missing.jsonl")
 
 
-def test_a_missing_binding_is_told_before_anything_is_written(
+def test_a_missing_binding_is_reported_before_anything_is_written(
     make_adapter: MakeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -299,6 +300,6 @@ def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, 
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    made = export(str(folder), "gguf", tmp_path / "out", type="f32", verify=True)["certificate"]
-    assert made["passed"] and made["mean_kl"] < 1e-5
-    assert bool(made["notes"]) == (family == "qwen2")  # whose tokenizer composes accents, as llama.cpp does not
+    made = export(str(folder), "gguf", tmp_path / "out", type="f32", verify=True).certificate
+    assert made.passed and made.agreement.mean_kl < 1e-5
+    assert bool(made.notes) == (family == "qwen2")  # its tokenizer composes accents, llama.cpp does not

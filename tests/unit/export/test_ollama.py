@@ -31,10 +31,10 @@ def test_chatml_is_recognised(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_llama_3_is_recognised(tokenizer_factory: Make) -> None:
     found = recognise(tokenizer_factory(chat_template=LLAMA3))
     assert found is not None and found[0].name == "Llama 3"
-    assert "<|begin_of_text|>" not in found[0].go_template()  # llama.cpp puts it there
+    assert "<|begin_of_text|>" not in found[0].go_template()  # llama.cpp adds it
 
 
-def test_a_system_message_that_the_template_adds_is_told_to_ollama(tokenizer_factory: Make) -> None:
+def test_a_system_message_that_the_template_adds_is_written(tokenizer_factory: Make) -> None:
     tokenizer = tokenizer_factory(chat_template=QWEN)
     text = make_modelfile(tokenizer, [tokenizer.eos_token_id], weights="./m.gguf")
     assert 'SYSTEM """You are a helpful assistant."""' in text

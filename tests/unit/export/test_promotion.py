@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ingle.export.fidelity import TensorFidelity, mean_correlation
-from ingle.export.promotion import promote, steps_above
+from ingle.export.fidelity.measurement import TensorFidelity, mean_correlation
+from ingle.export.fidelity.promotion import promote, wider_types
 
 _BYTES = {"q4_k": 450, "q5_k": 550, "q6_k": 656, "q8_0": 850}
 _SURVIVES = {"q4_k": 0.4, "q5_k": 0.7, "q6_k": 0.95, "q8_0": 0.999}
@@ -58,9 +58,9 @@ def test_no_merged_weights_need_no_promotion() -> None:
 
 
 def test_a_row_that_is_no_whole_block_climbs_among_blocks_of_32() -> None:
-    assert steps_above("q5_0", 64) == ("q5_1", "q8_0")
-    assert steps_above("q4_k", 512) == ("q5_k", "q6_k", "q8_0")
-    assert steps_above("q8_0", 512) == ()
+    assert wider_types("q5_0", 64) == ("q5_1", "q8_0")
+    assert wider_types("q4_k", 512) == ("q5_k", "q6_k", "q8_0")
+    assert wider_types("q8_0", 512) == ()
 
 
 def test_correlations_are_weighed_by_the_energy_of_the_change() -> None:

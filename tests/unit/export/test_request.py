@@ -1,4 +1,4 @@
-"""What is asked of an export is checked before anything is loaded."""
+"""Options of an export are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from ingle.config.base import NoBase
 from ingle.errors import ConfigError
-from ingle.export.gguf_types import choose_type
-from ingle.export.hf import choose_layout
 from ingle.export.request import require_file
+from ingle.export.writers.gguf_types import choose_type
+from ingle.export.writers.safetensors_folder import choose_layout
 
 
-def test_a_missing_file_is_told_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_nearest_name_is_suggested_for_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "held-out.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--data heldout\.jsonl") as caught:
@@ -24,7 +24,7 @@ def test_a_missing_file_is_told_with_the_nearest_name(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("typed", "fix"), [("q4km", "q4_k_m?"), ("astrained", "as-trained?"), ("nf4", "--to safetensors --type nf4")]
 )
-def test_a_wrong_type_of_gguf_is_told_what_was_meant(typed: str, fix: str) -> None:
+def test_a_type_is_suggested_for_an_unknown_gguf_type(typed: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         choose_type(typed, NoBase())
     assert str(caught.value.fix).endswith(fix)
@@ -38,7 +38,7 @@ def test_a_wrong_type_of_gguf_is_told_what_was_meant(typed: str, fix: str) -> No
         ("q4_k_m", "--to gguf --type q4_k_m"),
     ],
 )
-def test_a_wrong_type_of_safetensors_is_told_what_was_meant(typed: str, fix: str) -> None:
+def test_a_type_is_suggested_for_an_unknown_safetensors_type(typed: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         choose_layout(typed, NoBase())
     assert caught.value.fix == fix

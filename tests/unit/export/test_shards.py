@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ingle.export.shards import ShardWriter
+from ingle.export.writers.shards import ShardWriter
 
 
 def _tensors() -> dict[str, torch.Tensor]:

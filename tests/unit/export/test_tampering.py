@@ -1,4 +1,4 @@
-"""A certificate is held against what was trained: what is wrong with a file is found even if Ingle reads it so too."""
+"""A certificate compares with the trained model, so a damaged file is found even if Ingle reads the same damage."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs l
 
 
 def reverse_rows(file: GGUFReader) -> None:
-    """The rows of a weight in the opposite order."""
+    """Reverses the rows of a weight."""
     rows = next(tensor.data for tensor in file.tensors if tensor.name == "blk.0.ffn_up.weight")
     rows[:] = rows[::-1].copy()
 
 
 def leave_order(file: GGUFReader) -> None:
-    """Queries and keys in the order of the hub's files, as if nobody had permuted them."""
+    """Puts queries and keys into the order of the hub's files, as if they had not been permuted."""
     for tensor in file.tensors:
         heads = {"attn_q": 8, "attn_k": 4}.get(tensor.name.removesuffix(".weight").rpartition(".")[2])
         if heads is not None:
@@ -40,13 +40,13 @@ def leave_order(file: GGUFReader) -> None:
 
 
 def end_elsewhere(file: GGUFReader) -> None:
-    """Another end of an answer."""
+    """Changes the token that ends an answer."""
     entry: Any = file.get_field("tokenizer.ggml.eos_token_id")
     entry.parts[entry.data[0]][:] = 9
 
 
 def misspell_template(file: GGUFReader) -> None:
-    """A role of the chat template by another name of the same length."""
+    """Misspells a role of the chat template, keeping its length."""
     entry: Any = file.get_field("tokenizer.chat_template")
     text = entry.parts[entry.data[0]]
     at = bytes(text).index(b"assistant")
@@ -54,7 +54,7 @@ def misspell_template(file: GGUFReader) -> None:
 
 
 def export_tampered(adapter: Path, to: Target, out: Path, tamper: Callable[[], None], **options: Any) -> dict[str, Any]:
-    """Exports, and changes what is written before it is certified; returns the certificate."""
+    """Changes an export before it is verified; returns the certificate."""
 
     def sink(event: Event) -> None:
         if isinstance(event, Saved) and event.kind == "export":
@@ -72,8 +72,8 @@ def export_tampered(adapter: Path, to: Target, out: Path, tamper: Callable[[], N
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (reverse_rows, "from what was trained"),
-        (leave_order, "from what was trained"),
+        (reverse_rows, "from the trained model"),
+        (leave_order, "from the trained model"),
         (end_elsewhere, "answers end at token 9"),
         (misspell_template, "prompts become other tokens"),
     ],

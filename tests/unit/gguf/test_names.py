@@ -66,5 +66,5 @@ def test_only_norms_of_gemma_are_offset() -> None:
 def test_other_architectures_are_refused_by_name() -> None:
     with pytest.raises(GgufError, match="'mamba' are not supported"):
         names_of({"general.architecture": "mamba"})
-    with pytest.raises(GgufError, match="one number of heads"):
+    with pytest.raises(GgufError, match="numbers of attention heads"):
         names_of({"general.architecture": "llama", "llama.attention.head_count": [4, 8]})

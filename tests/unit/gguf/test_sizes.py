@@ -10,8 +10,7 @@ import pytest
 
 from ingle.errors import GgufError
 from ingle.gguf import GgufFile, TensorToWrite, read_gguf, write_gguf
-from ingle.gguf.architecture import to_config
-from ingle.gguf.sizes import require_sizes
+from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.vocabulary import to_vocabulary
 
 #: A model of two layers, H 8, two heads of 4, one of keys and values, F 12, five tokens.

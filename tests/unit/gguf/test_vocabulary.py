@@ -112,7 +112,7 @@ def test_ways_of_cutting_have_names(pattern: str, name: str) -> None:
 def test_a_way_of_cutting_without_a_name_is_refused() -> None:
     tokenizer = ember()
     tokenizer["pre_tokenizer"]["add_prefix_space"] = True
-    with pytest.raises(GgufError, match="no name for the pre-tokenizer"):
+    with pytest.raises(GgufError, match="pre-tokenizer of this model"):
         metadata(tokenizer)
     with pytest.raises(GgufError, match="'jais-2'"):
         to_vocabulary(metadata(ember()) | {"tokenizer.ggml.pre": "jais-2"})

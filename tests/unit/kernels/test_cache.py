@@ -1,4 +1,4 @@
-"""What a compiled kernel is kept by."""
+"""Machine code of kernels on disk: its key, who may share it, and that it computes what it did when it was compiled."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from numba import prange
+from numba.core.caching import IndexDataCacheFile
 
+from ingle.kernels.ggml import decoders
 from ingle.kernels.layers import elementwise
 from ingle.kernels.numba import cache
 
@@ -35,18 +41,20 @@ def test_the_key_follows_every_import(tmp_path: Path, statement: str) -> None:
     for file, content in text.items():
         file.write_text(content)
     before = key(tmp_path / "kernel.py", tmp_path)
-    for file, matters in (("unrelated.py", False), ("kernel.py", False), (changed, True), ("far.py", True)):
-        (tmp_path / file).write_text((tmp_path / file).read_text() + "# changed\n")
+    for file, matters in (("unrelated.py", False), ("kernel.py", True), (changed, True), ("far.py", True)):
+        original = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(original + "# changed\n")
         assert (key(tmp_path / "kernel.py", tmp_path) != before) == matters, file
+        (tmp_path / file).write_text(original)
 
 
 def key(path: Path, package: Path) -> str:
     cache._imported_files.cache_clear()
-    return cache.imports_digest(path, package)
+    return cache.source_digest(path, package)
 
 
-def test_the_keys_of_real_kernels_name_every_file_they_inline(tmp_path: Path) -> None:
-    """What importing a kernel's module alone brings into a process is what its key has to follow."""
+def test_the_keys_of_real_kernels_follow_every_file_they_inline(tmp_path: Path) -> None:
+    """The key has to follow all files that importing a kernel's module loads."""
     script = "import sys, ingle.kernels.ggml.encoders as _; print(*(module.__file__ for module in sys.modules.values()"
     script += " if module.__name__.startswith('ingle.')))"
     loaded = {Path(file) for file in subprocess.check_output([sys.executable, "-c", script], text=True).split()}
@@ -54,7 +62,7 @@ def test_the_keys_of_real_kernels_name_every_file_they_inline(tmp_path: Path) ->
     copy = shutil.copytree(package, tmp_path / "ingle", ignore=shutil.ignore_patterns("__pycache__"))
     kernel = copy / "kernels/ggml/encoders.py"
     before = key(kernel, copy)
-    inlined = [file.relative_to(package) for file in loaded if "kernels" in file.parts and file.name != "encoders.py"]
+    inlined = [file.relative_to(package) for file in loaded if "kernels" in file.parts]
     assert len(inlined) > 8
     for file in inlined:
         text = (copy / file).read_text()
@@ -65,7 +73,9 @@ def test_the_keys_of_real_kernels_name_every_file_they_inline(tmp_path: Path) ->
 
 def test_the_name_of_a_kernel_in_the_cache_holds_its_key() -> None:
     name = elementwise._rms_norm.py_func.__qualname__
-    assert name == f"_rms_norm-{cache.imports_digest(Path(elementwise.__file__))}"
+    assert name == f"_rms_norm-{cache.source_digest(Path(elementwise.__file__))}"
+    names = {kernel.py_func.__qualname__ for kernel in decoders.KERNELS.values()}
+    assert names == {f"decode_{name}-{cache.source_digest(Path(decoders.__file__))}" for name in decoders.KERNELS}
 
 
 @cache.compile_float_kernel
@@ -88,10 +98,81 @@ def test_a_kernel_computes_and_is_kept() -> None:
     assert not cache.is_compiled(_never_called)
 
 
+def test_a_kernel_computes_where_no_folder_is_writable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Any) -> Any:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(cache, "_KernelCache", refuse)
+
+    def triple(values: Any) -> None:
+        for i in prange(len(values)):
+            values[i] *= 3
+
+    kernel = cache.compile_kernel(triple)
+    values = np.arange(3.0)
+    kernel(values)
+    assert values.tolist() == [0.0, 3.0, 6.0]
+    assert not cache.is_compiled(kernel)
+
+
+def test_two_processes_that_save_at_once_take_different_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads take turns at the lock as processes do: each save opens the lock file."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    kernel: Any = cache.compile_kernel(_scale)
+    for dtype in (np.float32, np.float64):
+        kernel(np.ones(3, dtype))
+    for file in tmp_path.rglob("*.nb?"):
+        file.unlink()
+    load_index = IndexDataCacheFile._load_index
+
+    def load_slowly(self: Any) -> Any:
+        index = load_index(self)
+        time.sleep(0.2)  # the other thread reads the same index, unless it waits
+        return index
+
+    monkeypatch.setattr(IndexDataCacheFile, "_load_index", load_slowly)
+    saves = [(cache._KernelCache(kernel.py_func), result) for result in kernel.overloads.values()]
+    threads = [Thread(target=store.save_overload, args=(result.signature, result)) for store, result in saves]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    assert len(list(tmp_path.rglob("*.nbc"))) == len(saves) == 2
+    for store, result in saves:
+        assert store.load_overload(result.signature, kernel.targetctx).signature == result.signature
+
+
+def _scale(values):  # type: ignore[no-untyped-def]
+    for i in prange(len(values)):
+        values[i] *= 5
+
+
+_MADE = """
+import torch
+from ingle.kernels.ggml import decoders, encoders
+from ingle.kernels.ggml.dispatch import decode_blocks, encode_blocks
+
+weight, data, out = torch.linspace(-1, 1, 64).view(1, 64), torch.empty(1, 36, dtype=torch.uint8), torch.empty(1, 64)
+encode_blocks("q4_0", weight, None, data)
+decode_blocks("q4_0", data, out)
+kernels = encoders.KERNELS["q4_0"], decoders.KERNELS["q4_0"]
+print(*(sum(kernel.stats.cache_hits.values()) for kernel in kernels), float((out - weight).abs().max()))
+"""
+
+
+def test_a_kernel_that_a_function_makes_is_loaded_by_another_process(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _MADE]
+    first, second = (subprocess.check_output(command, env=environment, text=True).split() for _ in range(2))
+    assert (first[:2], second[:2]) == (["0", "0"], ["1", "1"])
+    assert first[2] == second[2] and float(first[2]) < 0.1
+
+
 _COMPUTE = """
 import hashlib
 import numpy as np
-from ingle.kernels.attention.softmax import differentiate, exponentiate
+from ingle.kernels.attention.cpu import differentiate, exponentiate
 
 random = np.random.default_rng(0)
 scores, slopes = random.normal(size=(2, 2, 30, 203)).astype(np.float32)

@@ -19,7 +19,7 @@ MODEL = ModelShape(
     num_layers=2,
     hidden_size=64,
     vocab_size=1000,
-    trained_whole=0,
+    saved_parameters=0,
 )
 DATA = DataShape(num_sequences=100, num_tokens=40_000, longest=512)
 
@@ -92,7 +92,7 @@ def test_recompute_trades_memory_for_work() -> None:
 
 
 def test_modules_trained_whole_are_counted_with_their_master_and_what_they_held_before() -> None:
-    whole = replace(MODEL, trained_whole=1000 * 64)
+    whole = replace(MODEL, saved_parameters=1000 * 64)
     run = _run(adapter={"kind": "lora", "rank": 4, "trainable_modules": ["embed_tokens"]})
     plan = make_plan(run, whole, DATA, dtype_bytes=2, process_bytes=0, free_bytes=1 << 40, can_compile=True)
     lora = 12 * 4 * (64 + 64)

@@ -13,7 +13,7 @@ from ingle.config.adapter import LoraAdapter
 from ingle.config.base import NoBase, base_section
 from ingle.errors import QuantizationError
 from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_formats, quantize_ends
-from ingle.training.census import model_shape
+from ingle.training.model_shape import model_shape
 
 
 def build(model_type: str = "llama", **changes: Any) -> Any:

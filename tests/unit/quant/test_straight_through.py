@@ -14,7 +14,7 @@ from ingle.config.adapter import NoAdapter
 from ingle.config.base import TernaryBase, TernaryGroups
 from ingle.errors import QuantizationError
 from ingle.quant import TernaryLinear, convert, settle
-from ingle.quant.ggml_ternary import TQ1_0, TQ2_0
+from ingle.quant.ggml.superblocks import TQ1_0, TQ2_0
 from ingle.quant.ternary import Ternary
 from tests.tiny import take_steps
 

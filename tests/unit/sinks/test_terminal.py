@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from rich.console import Console
 from ingle import events
 from ingle.config import Run
 from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
+from ingle.report.results import ShownSamples
+from ingle.report.terminal_tables import comparison_table, plan_table, summary_table
 from ingle.sinks import Terminal, combine
-from ingle.sinks.tables import comparison_table, plan_table
+from tests.stored_results import COMPARISON as STORED_COMPARISON
+from tests.stored_results import REPORT, SUMMARY
 
 PLAN = {
     "num_steps": 6,
@@ -47,35 +51,27 @@ AUDIT = {
     "trainable": 1000,
     "bytes": 1 << 20,
 }
-COMPARISON = {
-    "metrics": {
-        "exact_match": {
-            "base": 0.0,
-            "tuned": 0.4125,
-            "delta": 0.4125,
-            "ci95": [0.35, 0.47],
-            "p": 1e-20,
-            "p_exact": 2e-20,
-            "n": 200,
-            "outcome": "better",
-        },
-        "perplexity": {
-            "base": 30.0,
-            "tuned": 12.5,
-            "delta": -17.5,
-            "ci95": [-20.0, None],
-            "p": 0.012,
-            "n": 200,
-            "higher_is_better": False,
-        },
+_ROWS = STORED_COMPARISON.metrics
+_SAMPLE = STORED_COMPARISON.samples[0]
+COMPARISON = replace(
+    STORED_COMPARISON,
+    verdict="exact match rose.",
+    metrics={
+        "exact_match": replace(
+            _ROWS["exact_match"], base=0.0, tuned=0.4125, delta=0.4125, ci95=(0.35, 0.47), p=1e-20, p_exact=2e-20,
+            n=200, outcome="better",
+        ),
+        "perplexity": replace(
+            _ROWS["perplexity"], base=30.0, tuned=12.5, delta=-17.5, ci95=(-20.0, None), p=0.012, p_exact=0.012, n=200,
+            outcome="unclear",
+        ),
     },
-    "verdict": "exact match rose.",
-    "samples": [
-        {"prompt": f"ask {i} [bold]", "references": ["truth"], "base": f"base {i}", "tuned": f"tuned {i}"}
+    samples=tuple(
+        replace(_SAMPLE, prompt=f"ask {i} [bold]", references=("truth",), base=f"base {i}", tuned=f"tuned {i}")
         for i in range(5)
-    ],
-    "shown": {"gains": [4, 3], "losses": [2], "random": [0, 1]},
-}
+    ),
+    shown=ShownSamples((4, 3), (2,), (0, 1)),
+)  # fmt: skip
 
 
 def run_data(log_every: int = 1, num_shown: int = 3) -> dict[str, Any]:
@@ -118,8 +114,8 @@ def test_the_plan_and_what_was_loaded_come_first() -> None:
         "3.0 MiB predicted: weights 1.0 MiB, optimizer 1.0 KiB",
         "every 2 steps",
         "QuantLinear (nf4)",
-        "not quantized: lm_head (10,000 parameters)",
-        "held in: uint8 1.0 MiB",
+        "Not quantized: lm_head (10,000 parameters)",
+        "Stored as: uint8 1.0 MiB",
     ):
         assert part in text
     assert "gradients" not in text
@@ -130,7 +126,7 @@ def test_the_plan_and_what_was_loaded_come_first() -> None:
 
 def test_plain_lines_one_a_logged_step_and_the_last() -> None:
     text = show(started(log_every=4), *(step(number) for number in range(1, 7)))
-    found = [line for line in text.splitlines() if line.startswith("step ")]
+    found = [line for line in text.splitlines() if line.startswith("Step ")]
     assert [line.split()[1] for line in found] == ["4/6", "6/6"]
     assert "loss 2.5000  1,234 tokens/s  lr 2.00e-04  grad 0.75  5.0 MiB  ETA " in found[0]
     assert "took " in found[1] and "ETA" not in found[1]
@@ -139,8 +135,8 @@ def test_plain_lines_one_a_logged_step_and_the_last() -> None:
 
 def test_a_live_bar_on_a_terminal_is_taken_away_at_the_end() -> None:
     text = show(started(), step(1), Saved(1, "c", "checkpoint"), step(6), terminal=True)
-    assert "\x1b[" in text and "training" in text and "Saved checkpoint" not in text
-    assert "step 6/6" in text.rstrip().splitlines()[-1] and "step 1/6" not in text
+    assert "\x1b[" in text and "Training" in text and "Saved checkpoint" not in text
+    assert "Step 6/6" in text.rstrip().splitlines()[-1] and "Step 1/6" not in text
 
 
 def test_the_bar_fits_an_ordinary_terminal() -> None:
@@ -148,7 +144,7 @@ def test_the_bar_fits_an_ordinary_terminal() -> None:
     with Terminal(Console(file=out, force_terminal=True, width=80, color_system=None)) as sink:
         sink(started())
         sink(step(1))
-    line = next(line for line in reversed(out.getvalue().split("\r")) if "training" in line)
+    line = next(line for line in reversed(out.getvalue().split("\r")) if "Training" in line)
     assert "1/6" in line and "loss 2.5000  1,234 tokens/s  lr 2.00e-04  ETA " in line and "…" not in line
 
 
@@ -211,30 +207,30 @@ def test_warnings_are_merged_and_counted() -> None:
         "Warning: row skipped [no answer] [a.jsonl:3]",
         "Warning: 7 of 9 were cut",
         "Warning: odd",
-        "Warning: row skipped [no answer] (5 times in all)",
+        "Warning: row skipped [no answer] (5 times in total)",
     ]
 
 
 def test_the_comparison_and_answers_side_by_side() -> None:
     text = show(started(), Evaluated(6, COMPARISON))
     row = next(line for line in text.splitlines() if "exact match" in line and "%" in line)
-    silent = COMPARISON | {"samples": [{"prompt": "p", "references": [], "base": " ", "tuned": "t"}] * 5}
+    silent = replace(COMPARISON, samples=(replace(_SAMPLE, references=(), base=" ", tuned="t"),) * 5)
     for part in ("0.0 %", "41.2 %", "+41.2 points   ✓", "[+35.0, +47.0]", "1.0e-20", "2.0e-20", "200"):
         assert part in row
     assert (
         "perplexity ↓" in text
         and "↓ Lower is better." in text
         and "✓ better: p < 0.05" in text
-        and "[-20.00, –]" in text
+        and "[−20.00, –]" in text
     )
     assert "exact match rose." in text
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("Sample")] == [
         "Sample 5, largest gain",
         "Sample 3, largest loss",
-        "Sample 1, drawn at random",
+        "Sample 1, random",
     ]
     assert "(empty)" in show(started(), Evaluated(6, silent))
-    few = show(started(), Evaluated(6, COMPARISON | {"shown": {"gains": [4], "losses": [], "random": [1, 4]}}))
+    few = show(started(), Evaluated(6, replace(COMPARISON, shown=ShownSamples((4,), (), (1, 4)))))
     assert few.count("Sample 5") == 1 and few.count("Sample 2") == 1, "each is shown once"
     assert "ask 4 [bold]" in text and "truth" in text and "base 4" in text and "tuned 4" in text
 
@@ -265,7 +261,7 @@ def test_every_figure_is_there_at_any_width(width: int) -> None:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(comparison_table(COMPARISON))
     words = " ".join(out.getvalue().split())
-    for figure in ("0.0 %", "41.2 %", "+41.2 points", "30.00", "12.50", "-17.50", "200", "exact match rose."):
+    for figure in ("0.0 %", "41.2 %", "+41.2 points", "30.00", "12.50", "−17.50", "200", "exact match rose."):
         assert figure in words
     assert "…" not in words
 
@@ -274,31 +270,27 @@ def test_no_samples_when_none_are_asked_for() -> None:
     assert "Sample" not in show(started(num_shown=0), Evaluated(6, COMPARISON))
 
 
-def test_the_end_tells_predicted_beside_measured() -> None:
-    text = show(
-        started(),
-        Saved(6, "runs/x/adapter", "adapter"),
-        Finished(
-            6,
-            {
-                "num_steps": 6,
-                "num_tokens": 24576,
-                "wall_s": 61.0,
-                "tokens_per_s": 402.9,
-                "peak_memory_bytes": 4 << 20,
-                "plan": PLAN,
-            },
-        ),
+def test_the_end_shows_predicted_and_measured_memory() -> None:
+    report = replace(
+        REPORT, num_steps=6, num_tokens=24576, wall_s=61.0, tokens_per_s=402.9, peak_memory_bytes=4 << 20, plan=PLAN
     )
+    text = show(started(), Saved(6, "runs/x/adapter", "adapter"), Finished(6, report))
     assert "Saved adapter: runs/x/adapter" in text
     assert "Finished: 6 steps, 24,576 tokens in 1m01s at 403 tokens/s." in text
     assert "Peak memory: 4.0 MiB measured, 3.0 MiB predicted." in text
 
 
 def test_a_run_that_was_finished_before_shows_its_comparison_again() -> None:
-    summary = COMPARISON | {"num_steps": 6}
-    assert "41.2 %" in show(Warned("this run is finished"), Finished(6, summary))
-    assert show(started(), Evaluated(6, COMPARISON), Finished(6, summary)).count("Evaluation") == 1
+    report = replace(REPORT, metrics=COMPARISON.metrics)
+    assert "41.2 %" in show(Warned("this run is finished"), Finished(6, report))
+    assert show(started(), Evaluated(6, COMPARISON), Finished(6, report)).count("Evaluation") == 1
+
+
+def test_a_summary_has_a_row_per_metric() -> None:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(summary_table(SUMMARY))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "71.4 %" in text and "bits per byte ↓" in text and "↓ Lower is better." in text
 
 
 def test_failed_prints_nothing_more() -> None:

@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 
 from ingle.errors import DependencyError
-from ingle.events import Evaluated, Finished, Saved, Started, Step
+from ingle.events import Evaluated, Event, Finished, Saved, Started, Step
 from ingle.sinks import TensorBoard, Wandb
+from tests.stored_results import COMPARISON, REPORT
 
-ROW = {"base": 0.25, "tuned": 0.5, "delta": 0.25, "p": 0.01}
 
-
-def story(output: Path) -> list[Any]:
+def make_events(output: Path) -> list[Event]:
     return [
         Started({"output": str(output)}, {}, {}, 0, 2),
         Step(1, 2.0, 10, 5.0, 1e-3, 1.0, 100, 0.5, {"accuracy": 0.5}),
         Saved(1, "x", "checkpoint"),
         Step(2, float("nan"), 20, 5.0, 1e-3, 1.0, 100, 1.0),
-        Evaluated(2, {"metrics": {"bleu": ROW}}),
-        Finished(2, {}),
+        Evaluated(2, COMPARISON),
+        Finished(2, REPORT),
     ]
 
 
@@ -39,34 +38,29 @@ def test_a_missing_library_names_the_extra(
     with pytest.raises(DependencyError) as caught:
         make(tmp_path)
     assert extra in (caught.value.fix or "")
+    assert extra.strip("[]") in (caught.value.where or "")
 
 
-def test_tensorboard_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written: list[tuple[str, float, int]] = []
     closed: list[bool] = []
 
-    class Writer:
-        def __init__(self, folder: str) -> None:
-            assert folder == str(tmp_path / "tb")
+    def make_writer(folder: str) -> SimpleNamespace:
+        assert folder == str(tmp_path / "tb")
+        return SimpleNamespace(add_scalar=lambda *entry: written.append(entry), close=lambda: closed.append(True))
 
-        def add_scalar(self, tag: str, value: float, step: int) -> None:
-            written.append((tag, value, step))
-
-        def close(self) -> None:
-            closed.append(True)
-
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", SimpleNamespace(Writer=Writer))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", SimpleNamespace(Writer=make_writer))
     sink = TensorBoard(tmp_path / "tb")
-    for event in story(tmp_path):
+    for event in make_events(tmp_path):
         sink(event)
     assert ("train/loss", 2.0, 1) in written and ("train/accuracy", 0.5, 1) in written
     assert not [entry for entry in written if entry[0] == "train/loss" and entry[2] == 2]  # NaN is no scalar
-    assert ("evaluate/bleu/tuned", 0.5, 2) in written
+    assert ("evaluate/bleu/tuned", COMPARISON.metrics["bleu"].tuned, 2) in written
     assert not [entry for entry in written if entry[0] == "train/step"]
     assert closed == [True]
 
 
-def test_wandb_goes_on_with_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_wandb_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened: list[dict[str, Any]] = []
     logged: list[tuple[dict[str, Any], int]] = []
     finished: list[int] = []
@@ -83,11 +77,11 @@ def test_wandb_goes_on_with_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for _ in range(2):
         sink = Wandb("project")
-        for event in story(tmp_path):
+        for event in make_events(tmp_path):
             sink(event)
     assert opened[0]["id"] == opened[1]["id"] == (tmp_path / "wandb.id").read_text()
     assert opened[0]["project"] == "project" and opened[0]["resume"] == "allow"
     assert [number for _, number in logged] == [1, 2, 1, 2]
     assert logged[0][0]["train/loss"] == 2.0
-    assert run.summary["evaluate/bleu/delta"] == 0.25
+    assert run.summary["evaluate/bleu/delta"] == COMPARISON.metrics["bleu"].delta
     assert finished == [0, 0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,48 +28,66 @@ def _optimizer(name: str = "w") -> Optimizer:
 
 
 def _position(step: int) -> Position:
-    return Position(step=step, counter=16 * step, num_tokens=1000 * step, data_hash="abc", seconds=1.5)
+    return Position(step=step, num_tokens=1000 * step, data_hash="abc", train_s=1.5, wall_s=2.5)
 
 
-def _checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
-    return Checkpoints(RunFolder(folder), keep)
+class Part:
+    """A part of a run with plain values and a tensor in its state."""
+
+    def __init__(self, counter: int = 16) -> None:
+        self.state = {"counter": counter, "nested": {"seen": [1, 2]}, "pool": torch.arange(counter)}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = dict(state)
+
+
+def _checkpoints(
+    folder: Path, keep: int = 2, optimizer: Optimizer | None = None, part: Part | None = None
+) -> Checkpoints:
+    states = {"optimizer": optimizer or _optimizer(), "objective": part or Part()}
+    return Checkpoints(RunFolder(folder), keep, states)
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
-    checkpoints = _checkpoints(tmp_path)
     optimizer = _optimizer()
-    checkpoints.save(optimizer, _position(3))
+    _checkpoints(tmp_path, optimizer=optimizer).save(_position(3))
     expected = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
-    other = _optimizer()
+    other, part = _optimizer(), Part(3)
     other.step(0.5)
+    checkpoints = _checkpoints(tmp_path, optimizer=other, part=part)
     latest = checkpoints.latest()
     assert latest is not None
-    assert checkpoints.load(latest, other, "abc") == _position(3)
+    assert checkpoints.load(latest, "abc") == _position(3)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+    assert part.state.pop("pool").equal(torch.arange(16))
+    assert part.state == {"counter": 16, "nested": {"seen": [1, 2]}}
 
 
 def test_only_the_newest_are_kept_and_order_is_numeric(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path, keep=2)
     for step in (8, 9, 10, 100):
-        checkpoints.save(_optimizer(), _position(step))
+        checkpoints.save(_position(step))
     assert checkpoints.steps() == [10, 100]
 
 
 def test_a_torn_write_is_no_checkpoint_and_is_cleared_away(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
-    checkpoints.save(_optimizer(), _position(1))
+    checkpoints.save(_position(1))
     torn = tmp_path / "checkpoints" / "step-2.partial-99999"
     torn.mkdir()
     (torn / "optimizer.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == [1]
-    checkpoints.save(_optimizer(), _position(3))
+    checkpoints.save(_position(3))
     assert not torn.exists()
 
 
-@pytest.mark.parametrize("victim", ["optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("victim", ["optimizer.safetensors", "objective.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, victim: str) -> None:
-    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    path = _checkpoints(tmp_path).save(_position(1))
     content = (path / victim).read_bytes()
     (path / victim).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="damaged") as caught:
@@ -76,7 +96,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, victim: str) -> None:
 
 
 def test_a_single_changed_bit_is_damage(tmp_path: Path) -> None:
-    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    path = _checkpoints(tmp_path).save(_position(1))
     file = path / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 0x40
@@ -88,40 +108,40 @@ def test_a_single_changed_bit_is_damage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"step": 2}, {"counter": 17}, {"num_tokens": 1}, {"data_hash": "abd"}, {"seconds": 0.0}, {"sha256": {}}, {"x": 1}],
+    [{"step": 2}, {"states": {}}, {"num_tokens": 1}, {"data_hash": "abd"}, {"wall_s": 0.0}, {"sha256": {}}, {"x": 1}],
 )
 def test_a_changed_position_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
-    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    path = _checkpoints(tmp_path).save(_position(1))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state))
-    assert read(path)[1] == _position(1), "the digest is of the values, not of their layout"
+    assert read(path).position == _position(1), "the digest is of the values, not of their layout"
     (path / "state.json").write_text(json.dumps(state | change))
     with pytest.raises(CheckpointError, match="damaged"):
         read(path)
 
 
 def test_a_checkpoint_in_a_folder_of_another_step_is_damage(tmp_path: Path) -> None:
-    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    path = _checkpoints(tmp_path).save(_position(1))
     with pytest.raises(CheckpointError, match="the checkpoint of step 1"):
         read(path.rename(path.with_name("step-9")))
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
-    path = checkpoints.save(_optimizer(), _position(1))
+    path = checkpoints.save(_position(1))
     with pytest.raises(CheckpointError, match="training data changed"):
-        checkpoints.load(path, _optimizer(), "another")
+        checkpoints.load(path, "another")
 
 
 def test_other_parameters_are_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
-    path = checkpoints.save(_optimizer("w"), _position(1))
+    path = checkpoints.save(_position(1))
     with pytest.raises(CheckpointError, match="other parameters"):
-        checkpoints.load(path, _optimizer("v"), "abc")
+        _checkpoints(tmp_path, optimizer=_optimizer("v")).load(path, "abc")
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
-    path = _checkpoints(tmp_path).save(_optimizer(), _position(1))
+    path = _checkpoints(tmp_path).save(_position(1))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
@@ -131,7 +151,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
 def test_rehearsal_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 1000)
     with pytest.raises(DoesNotFit, match=r"of disk; .* are free"):
-        _checkpoints(tmp_path).rehearse(_optimizer(), _position(0))
+        _checkpoints(tmp_path).rehearse(_position(0))
 
 
 def test_rehearsal_notices_a_disk_that_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,10 +159,10 @@ def test_rehearsal_notices_a_disk_that_lies(tmp_path: Path, monkeypatch: pytest.
     honest = read
 
     def lie(path: Path):  # type: ignore[no-untyped-def]
-        tensors, position = honest(path)
-        tensors["master.w"][0] += 1
-        return tensors, position
+        checkpoint = honest(path)
+        checkpoint.tensors["optimizer"]["master.w"][0] += 1
+        return checkpoint
 
     monkeypatch.setattr("ingle.training.checkpoint.read", lie)
     with pytest.raises(CheckpointError, match="not what was written"):
-        checkpoints.rehearse(_optimizer(), _position(0))
+        checkpoints.rehearse(_position(0))

@@ -38,7 +38,7 @@ def test_half_written_results_are_cleared_away(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["notes.txt", "thesis.partial-1"])
 def test_a_folder_of_somebody_elses_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with pytest.raises(ConfigError, match="is not empty and contains no run"):
         RunFolder(tmp_path).state(_run(tmp_path))
 
 
@@ -87,7 +87,7 @@ def test_the_outlook_says_what_starting_would_do(tmp_path: Path) -> None:
     assert "resume from checkpoints/step-12; 12 steps are done" in folder.outlook(run)
     folder.report.write_text('{"status": "finished"}')
     assert "is finished" in folder.outlook(run)
-    with pytest.raises(ConfigError, match="holds a finished run with other options"):
+    with pytest.raises(ConfigError, match="contains a finished run with other options"):
         folder.outlook(run.model_copy(update={"seed": 1}))
 
 

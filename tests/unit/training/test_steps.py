@@ -1,8 +1,8 @@
-"""A step's gradient does not depend on how it is cut; what is not finite stops the run."""
+"""A step's gradient does not depend on how it is cut; values that are not finite stop the run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,38 +12,61 @@ import torch
 from torch import Tensor, nn
 
 from ingle.config import OptimConfig
-from ingle.data.batch import collate
-from ingle.data.types import Batch, Sample
+from ingle.data.batch import Batch, collate
+from ingle.data.types import Sample
 from ingle.errors import NonFiniteError
+from ingle.objectives import StepModule, Sums, Term
+from ingle.parallel import Mesh
 from ingle.training.optim import Optimizer, ParameterGroup
-from ingle.training.steps import compute_gradients, random_seed, take_step
+from ingle.training.steps import compute_gradients, random_seed, take_step, weighted_mean
+
+MESH = Mesh(torch.device("cpu"))
+
+
+class ToyModule(StepModule):
+    """A loss over supervised tokens, one over documents, and a metric."""
+
+    def __init__(self, model: nn.Module, dropout: float = 0.0, poison: float = 1.0) -> None:
+        super().__init__(model)  # type: ignore[arg-type]
+        self.dropout, self.poison = dropout, poison
+
+    def compute(self, batch: Batch) -> Sums:
+        output = nn.functional.dropout(self.model(batch.input_ids[0]), self.dropout).sum(-1)
+        loss = (output * (batch.labels[0] >= 0)).square().sum() * self.poison
+        firsts = output[batch.cu_seqlens[:-1].long()].pow(4).sum()
+        return Sums({"tokens": loss, "firsts": firsts}, {"squares": output.detach().square().sum()})
 
 
 class Toy:
-    """Sum over supervised tokens of a loss whose dropout depends on the random seed of the position."""
+    terms = (Term("tokens", "supervised_tokens"), Term("firsts", "documents", weight=0.25))
+    epoch = 0.0
 
-    def __init__(self, batches: Sequence[Batch], dropout: float = 0.0, poison: float | None = None) -> None:
-        self.batches, self.dropout, self.poison = batches, dropout, poison
+    def __init__(self, batches: Sequence[Batch], module: ToyModule) -> None:
+        self.batches, self.module = batches, module
 
-    def next_batch(self) -> Sequence[Batch]:
+    def next_batches(self) -> Sequence[Batch]:
         return self.batches
 
-    def weight(self, batch: Batch) -> float:
-        return float(batch.num_supervised)
+    def count(self, batch: Batch) -> dict[str, float]:
+        return {"supervised_tokens": batch.num_supervised, "documents": batch.num_documents}
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        output = nn.functional.dropout(model(batch.input_ids[0]), self.dropout).sum(-1)
-        loss = (output * (batch.labels[0] >= 0)).square().sum()
-        return loss if self.poison is None else loss * self.poison
-
-    def metrics(self) -> dict[str, float]:
-        return {}
+    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        return {"square": sums["squares"] / counts["tokens"]}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class OneOfTwo(Mesh):
+    """A rank whose peer counts and sums what it is given."""
+
+    peer: Mapping[str, float]
+
+    def reduce(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value + self.peer[name] for name, value in values.items()}
 
 
 def _documents() -> list[Sample]:
@@ -62,10 +85,15 @@ def _model() -> nn.Module:
     return nn.Embedding(11, 4)
 
 
-def _gradient(batches: Sequence[Batch]) -> tuple[float, Tensor]:
+def _gradient(batches: Sequence[Batch], mesh: Mesh = MESH) -> tuple[float, Tensor]:
     model = _model()
-    loss = compute_gradients(model, Toy(batches), batches, seed=0, step=1)
-    return loss, model.weight.grad
+    objective = Toy(batches, ToyModule(model))
+    sums, counts = compute_gradients(objective, batches, mesh, seed=0, step=1)
+    return weighted_mean(Toy.terms, sums, counts), model.weight.grad
+
+
+def _optimizer(weight: nn.Parameter, name: str = "weight") -> Optimizer:
+    return Optimizer([ParameterGroup(((name, weight),), 1.0, 0.0)], OptimConfig())
 
 
 @pytest.mark.parametrize("cuts", [[4], [2, 2], [1, 1, 1, 1], [3, 1]])
@@ -79,12 +107,55 @@ def test_gradient_is_the_same_for_every_cut_into_micro_batches(cuts: list[int]) 
     torch.testing.assert_close(gradient, whole)
 
 
+def test_each_term_is_a_mean_over_its_own_denominator() -> None:
+    documents = _documents()
+    model = _model()
+    means = []
+    for document in documents:
+        output = model(torch.from_numpy(document.input_ids).long()).sum(-1)
+        means.append((output[torch.from_numpy(document.labels) >= 0].square(), output[0].pow(4)))
+    expected = torch.cat([tokens for tokens, _ in means]).mean() + torch.stack([first for _, first in means]).mean() / 4
+    loss, gradient = _gradient([collate(documents[:1]), collate(documents[1:])])
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, model.weight)[0])
+
+
+def test_gradients_of_two_ranks_add_up_to_that_of_one() -> None:
+    documents = _documents()
+    _, whole = _gradient([collate(documents)])
+    halves = [collate(documents[:3]), collate(documents[3:])]
+    total = torch.zeros_like(whole)
+    for own, peer in (halves, halves[::-1]):
+        mesh = OneOfTwo(torch.device("cpu"), world_size=2)
+        counts = {"tokens": peer.num_tokens, "supervised_tokens": peer.num_supervised, "documents": peer.num_documents}
+        object.__setattr__(mesh, "peer", counts | {"firsts": 0.0, "squares": 0.0})
+        total += _gradient([own], mesh)[1]
+    torch.testing.assert_close(total, whole)
+
+
+def test_a_step_without_a_supervised_token_has_no_gradient_and_no_nan() -> None:
+    documents = [Sample(sample.input_ids, np.full_like(sample.labels, -100)) for sample in _documents()]
+    term = [Term("tokens", "supervised_tokens")]
+    objective = Toy([collate(documents)], ToyModule(_model()))
+    sums, counts = compute_gradients(objective, objective.batches, MESH, seed=0, step=1)
+    assert weighted_mean(term, sums, counts) == 0
+
+
+def test_the_result_of_a_step_has_the_loss_the_tokens_and_the_metrics() -> None:
+    model = _model()
+    batches = [collate(_documents()[:2]), collate(_documents()[2:])]
+    result = take_step(Toy(batches, ToyModule(model)), _optimizer(model.weight), MESH, lr=0.1, seed=0, step=1)
+    output = _model()(torch.cat([batch.input_ids[0] for batch in batches])).sum(-1)
+    assert result.num_tokens == 24
+    assert result.metrics == {"square": pytest.approx(output.square().mean().item(), rel=1e-6)}
+
+
 def test_dropout_is_a_function_of_the_position_in_the_run() -> None:
     batches = [collate(_documents())]
-    objective = Toy(batches, dropout=0.5)
 
     def loss(step: int) -> float:
-        return compute_gradients(_model(), objective, batches, seed=3, step=step)
+        objective = Toy(batches, ToyModule(_model(), dropout=0.5))
+        return compute_gradients(objective, batches, MESH, seed=3, step=step)[0]["tokens"]
 
     torch.rand(17)  # whatever the generator did before must not matter
     assert loss(5) == loss(5)
@@ -96,30 +167,38 @@ def test_dropout_is_a_function_of_the_position_in_the_run() -> None:
 def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_weights(poison: float) -> None:
     model = _model()
     before = model.weight.detach().clone()
-    batches = [collate(_documents())]
-    optimizer = Optimizer([ParameterGroup((("weight", model.weight),), 1.0, 0.0)], OptimConfig())
+    objective = Toy([collate(_documents())], ToyModule(model, poison=poison))
     with pytest.raises(NonFiniteError, match="step 7") as caught:
-        take_step(model, Toy(batches, poison=poison), optimizer, lr=0.1, seed=0, step=7)
+        take_step(objective, _optimizer(model.weight), MESH, lr=0.1, seed=0, step=7)
     assert "micro-batch 1 of 1" in str(caught.value)
     assert torch.equal(model.weight, before)
+
+
+def test_a_loss_that_is_not_finite_on_another_rank_stops_this_one() -> None:
+    class Peer(Mesh):
+        def agree(self, flag: bool) -> bool:
+            return True
+
+    model = _model()
+    objective = Toy([collate(_documents())], ToyModule(model))
+    with pytest.raises(NonFiniteError, match="another rank"):
+        take_step(objective, _optimizer(model.weight), Peer(MESH.device), lr=0.1, seed=0, step=1)
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = _model()
     with torch.no_grad():
         model.weight.fill_(float("nan"))
-    batches = [collate(_documents())]
-    optimizer = Optimizer([ParameterGroup((("weight", model.weight),), 1.0, 0.0)], OptimConfig())
-    with pytest.raises(NonFiniteError, match="weight holds values that are not finite"):
-        take_step(model, Toy(batches), optimizer, lr=0.1, seed=0, step=1)
+    objective = Toy([collate(_documents())], ToyModule(model))
+    with pytest.raises(NonFiniteError, match="weight contains values that are not finite"):
+        take_step(objective, _optimizer(model.weight), MESH, lr=0.1, seed=0, step=1)
 
 
 def test_a_gradient_that_is_not_finite_names_the_parameter() -> None:
     model = _model()
     model.weight.register_hook(lambda gradient: gradient * float("inf"))
-    batches = [collate(_documents())]
-    optimizer = Optimizer([ParameterGroup((("embedding.weight", model.weight),), 1.0, 0.0)], OptimConfig())
+    objective = Toy([collate(_documents())], ToyModule(model))
     before = model.weight.detach().clone()
     with pytest.raises(NonFiniteError, match=r"embedding\.weight"):
-        take_step(model, Toy(batches), optimizer, lr=0.1, seed=0, step=2)
+        take_step(objective, _optimizer(model.weight, "embedding.weight"), MESH, lr=0.1, seed=0, step=2)
     assert torch.equal(model.weight, before)

@@ -1,0 +1,317 @@
+"""Saves and loads adapters in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+PEFT, vLLM and llama.cpp's converter read these files, and adapters trained with PEFT load here.  An adapter trained
+with Ingle records the identity of its base and is refused on any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ingle.adapters.adapted import (
+    AttachReport,
+    adapt,
+    keep_initial_values,
+    lora_modules,
+    report,
+    tied_modules,
+    unfreeze,
+)
+from ingle.adapters.identity import BaseIdentity, identify
+from ingle.adapters.lora import LoraLinear
+from ingle.adapters.merging import can_fold
+from ingle.adapters.peft_config import CONFIG_FILE, alpha_of, describe_adapter, read_peft_config
+from ingle.adapters.peft_tensors import (
+    PREFIX,
+    WEIGHTS_FILE,
+    Record,
+    check_factors,
+    check_targets,
+    load_module,
+    read_record,
+    read_tensors,
+    sort_tensors,
+    write_tensors,
+)
+from ingle.adapters.rounding import resolve_formats, round_layers
+from ingle.adapters.targets import Selection
+from ingle.atomic import write_atomically
+from ingle.config.adapter import LoraAdapter, LowRankAdapter, MergeAware, QaLoraAdapter
+from ingle.config.base import BaseConfig
+from ingle.errors import AdapterError
+from ingle.kernels.layers.lora import spread
+from ingle.quant.linear import QuantLinear
+from ingle.wording import some
+
+
+def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
+    """Returns the adapter section that describes an adapter folder, without reading its weights.
+
+    Raises:
+        AdapterError: The folder holds no adapter, or one that cannot be computed exactly.
+    """
+    config = read_peft_config(Path(folder))
+    if config.lora_alpha <= 0 or config.lora_dropout == 1:
+        raise AdapterError(
+            "Training cannot start from this adapter.",
+            where=str(Path(folder) / CONFIG_FILE),
+            why=f"lora_alpha is {config.lora_alpha:g} and lora_dropout is {config.lora_dropout or 0:g}",
+            fix="use an adapter with lora_alpha above 0 and lora_dropout below 1",
+        )
+    targets = config.target_modules
+    patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
+    shared: dict[str, Any] = {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout or 0.0,
+        "rslora": bool(config.use_rslora),
+        "target_modules": patterns,
+        "trainable_modules": tuple(config.modules_to_save or ()),
+    }
+    options = read_record(folder).adapter
+    if options.get("kind") == "qa_lora":
+        return QaLoraAdapter(kind="qa_lora", train_rounding=bool(options.get("train_rounding")), **shared)
+    aware = options.get("merge_aware")
+    return LoraAdapter(merge_aware=None if aware is None else MergeAware(**aware), **shared)
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: LowRankAdapter,
+    base_model_id: str,
+    *,
+    base: BaseConfig | None = None,
+    identity: BaseIdentity | None = None,
+) -> None:
+    """Saves all adapters of a model, and the modules whose own weights were trained.  Each file is written atomically.
+
+    An A that is shared within groups is written out for every input, so that any reader of plain LoRA can use it.
+
+    Args:
+        model: Model that ``attach`` has prepared.
+        folder: Output folder; created if it does not exist.
+        adapter: Adapter section that was attached.
+        base_model_id: Hub id or folder of the base, for readers of the adapter.
+        base: Format of the base.
+        identity: Identity of the base; the adapter will be refused on any other.
+
+    Raises:
+        AdapterError: The model has no adapter.
+    """
+    modules = lora_modules(model)
+    if not modules:
+        raise AdapterError("This model has no adapter to save.", where=str(folder))
+    to_save = _modules_to_save(model)
+    tensors = {
+        f"{PREFIX}{name}.{key}": parameter.detach()
+        for name in to_save
+        for key, parameter in model.get_submodule(name).named_parameters(remove_duplicate=False)
+    }
+    for name, module in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.spread(module.lora_a.detach())
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
+    record = Record(
+        adapter=adapter.model_dump(mode="json", include={"kind", "train_rounding", "merge_aware"}),
+        group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
+        base=base,
+        identity=identity,
+    )
+    config = describe_adapter(model, adapter, base_model_id, to_save)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, tensors, record)
+    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool = False) -> AttachReport:
+    """Loads an adapter folder, attaching its adapters unless the model has them already.
+
+    Everything else is frozen.  An adapter that was trained through the rounding of its merge answers merged.
+
+    Args:
+        model: The base, or a model that ``attach`` has prepared for this adapter.
+        folder: Adapter folder.
+        allow_mismatch: Accept another base than the adapter was trained on; a note of the report describes it.
+
+    Raises:
+        AdapterError: Files are missing or damaged, do not fit the model, belong to another base, or describe another
+            kind of adapter.
+    """
+    folder = Path(folder)
+    config, record = read_peft_config(folder), read_record(folder)
+    factors, saved = sort_tensors(read_tensors(folder / WEIGHTS_FILE), model, config, folder)
+    unknown = check_targets(model, factors, config, folder)
+    existing = lora_modules(model)
+    scales = {name: config.scale_of(name, len(lora_a)) for name, (lora_a, _) in factors.items()}
+    _check_existing(model, existing, factors, scales, tuple(saved), folder)
+    if not existing:
+        model.requires_grad_(False)
+    for name, (lora_a, lora_b) in factors.items():
+        module = existing.get(name) or adapt(
+            model,
+            name,
+            len(lora_a),
+            scales[name],
+            config.lora_dropout or 0.0,
+            group_size=record.group_sizes.get(name, 1),
+        )
+        with torch.no_grad():
+            module.lora_a.copy_(_gather(lora_a, module, name, folder))
+            module.lora_b.copy_(lora_b)
+    names = tuple(saved)
+    notes: tuple[str, ...] = ()
+    if not existing:
+        notes = _untie(model, saved)
+        unfreeze(model, names)
+        notes += keep_initial_values(model, names)
+    notes += (*unknown, *_check_base(model, record, folder, allow_mismatch))
+    for name, state in saved.items():
+        load_module(model, name, state, folder)
+    if not existing:
+        _round_as_trained(model, record)
+    return report(model, Selection(tuple(factors), names), notes)
+
+
+def _check_existing(
+    model: nn.Module,
+    existing: Mapping[str, LoraLinear],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    scales: Mapping[str, float],
+    saved: tuple[str, ...],
+    folder: Path,
+) -> None:
+    """Refuses an adapter other than the one that the model was prepared for."""
+    where = str(folder)
+    if existing and set(existing) != set(factors):
+        raise AdapterError(
+            "This adapter changes other modules than adapter.target_modules names.",
+            where=where,
+            why=f"only in the files: {some(set(factors) - set(existing))}; "
+            f"only in the config: {some(set(existing) - set(factors))}",
+            fix="set adapter.target_modules to the value that the adapter was trained with",
+        )
+    frozen = sorted(
+        name for name in saved if existing and not all(p.requires_grad for p in model.get_submodule(name).parameters())
+    )
+    if frozen:
+        raise AdapterError(
+            f"This adapter holds trained weights of {', '.join(frozen)}, which would stay frozen here.",
+            where=where,
+            fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
+        )
+    apart = tied_modules(model, saved)
+    if existing and apart:
+        raise AdapterError(
+            f"This adapter trained {', '.join(saved)} apart from {', '.join(apart)}, but this model ties their "
+            "weights.",
+            where=where,
+            fix="train it with ensure_weight_tying in PEFT, or start without adapter.path",
+        )
+    for name, pair in factors.items():
+        check_factors(model, name, pair, folder)
+        rank, scale, module = len(pair[0]), scales[name], existing.get(name)
+        if module is not None and (module.rank != rank or abs(module.scale - scale) > 1e-9 * abs(scale)):
+            raise AdapterError(
+                f"This adapter has rank {rank} and scale {scale:g}, but the config asks for rank {module.rank} and "
+                f"scale {module.scale:g}.",
+                where=where,
+                fix=f"set adapter.rank to {rank} and adapter.alpha to {alpha_of(scale, rank, False):g}",
+            )
+
+
+def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tensor:
+    """Returns A with one column for each group, given A with one column for each input."""
+    gathered = lora_a[:, :: module.group_size]
+    if not torch.equal(spread(gathered, module.group_size, module.in_features), lora_a):
+        raise AdapterError(
+            f"The adapter of {name} is not constant within groups of {module.group_size} inputs.",
+            where=str(folder / WEIGHTS_FILE),
+            why="QA-LoRA shares a column of A within each group, and this adapter was trained without that",
+            fix="use --adapter.kind=lora, or start from an adapter of kind qa_lora",
+        )
+    return gathered
+
+
+def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: bool) -> tuple[str, ...]:
+    """Refuses a base that the adapter was not trained on, or returns a note about it."""
+    if record.identity is None or _is_empty(model):
+        return ()
+    found = identify(model)
+    if found.sha256 == record.identity.sha256:
+        return ()
+    difference = record.identity.explain_difference(found)
+    if not allow_mismatch:
+        raise AdapterError(
+            "This adapter was trained on another base.",
+            where=str(folder),
+            why=f"{difference}\nexpected SHA-256 {record.identity.sha256[:12]}..., found {found.sha256[:12]}...",
+            fix="use the base that the adapter was trained on, or accept the difference with --allow-mismatch\n"
+            "(in a run: --adapter.allow_mismatch)",
+        )
+    return (f"The adapter was trained on another base: {difference}.",)
+
+
+def _is_empty(model: nn.Module) -> bool:
+    """Returns whether the model holds no data; whoever reads its weights elsewhere checks them there."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _round_as_trained(model: nn.Module, record: Record) -> None:
+    """Sets merged weights if the adapter was trained through the rounding of its merge."""
+    if _is_empty(model):
+        return
+    aware = record.adapter.get("merge_aware")
+    if aware is not None:
+        round_layers(model, resolve_formats(model, aware["format"]))
+    elif record.adapter.get("train_rounding"):
+        folding = {
+            name: layer.base.format
+            for name, layer in lora_modules(model).items()
+            if isinstance(layer.base, QuantLinear) and can_fold(layer.base.format, layer.group_size)
+        }
+        round_layers(model, folding)
+
+
+def _untie(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """Gives saved modules weights of their own, as PEFT does.
+
+    A weight is no longer shared with a module that was not trained, nor with one for which the file has another value.
+
+    Returns:
+        Notes about weights that are no longer shared.
+    """
+    names = tuple(saved)
+    apart = tied_modules(model, names)
+    shared = {id(p) for path in apart for p in model.get_submodule(path).parameters(recurse=False)}
+    for name in names:
+        for module in model.get_submodule(name).modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in shared:
+                    setattr(module, key, nn.Parameter(parameter.detach().clone()))
+    values: dict[int, Tensor] = {}
+    for name, state in saved.items():
+        for key, value in state.items():
+            path, _, leaf = f"{name}.{key}".rpartition(".")
+            module = model.get_submodule(path)
+            current = module._parameters.get(leaf)
+            if current is not None and not torch.equal(values.setdefault(id(current), value), value):
+                setattr(module, leaf, nn.Parameter(current.detach().clone()))
+    return tuple(f"{path} keeps its own weight: the adapter trained {', '.join(names)} without it." for path in apart)
+
+
+def _modules_to_save(model: nn.Module) -> tuple[str, ...]:
+    """Returns the outermost modules whose own weights are all trained, and those that share a weight with them."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        own = [p for key, p in module.named_parameters() if ".lora_" not in f".{key}"]
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        if name and own and not inside and all(p.requires_grad for p in own) and not lora_modules(module):
+            names.append(name)
+    return (*names, *(n for n in tied_modules(model, tuple(names)) if n not in names))

@@ -1,0 +1,1 @@
+"""Runs models on tasks and texts."""

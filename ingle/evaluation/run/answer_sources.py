@@ -1,0 +1,144 @@
+"""Sources of answers and likelihoods: what the runner scores.
+
+A source may be a live model, a server or a file of answers. The runner only iterates over what it yields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+from ingle.adapters import disabled
+from ingle.config.evaluate import TaskConfig
+from ingle.data import ControlTokens, prompt_ids
+from ingle.errors import EvaluationError
+from ingle.evaluation.run.likelihood import score_references
+from ingle.evaluation.run.windows import window_size
+from ingle.evaluation.scorers import Likelihood
+from ingle.evaluation.tasks.samples import TaskSample
+from ingle.events import Progress, Sink, Warned
+from ingle.models import generate, text_limit
+from ingle.wording import plural
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        text: The text.
+        finish_reason: ``length`` if it was cut off, else ``stop``.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"] = "stop"
+
+
+class Source(Protocol):
+    """Answers the samples of a task; their references are for scoring only."""
+
+    @property
+    def name(self) -> str:
+        """Name in progress and warnings."""
+        ...
+
+    def answers(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterable[Answer]:
+        """Yields one answer per sample, in order; progress goes to ``sink``."""
+        ...
+
+    def likelihoods(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterable[Likelihood]:
+        """Yields the likelihood of the first reference of each sample, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A loaded model.
+
+    Attributes:
+        model: The model, adapters attached.
+        tokenizer: Its tokenizer.
+        name: Name in progress and warnings.
+        with_adapters: Whether the adapters are active.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str = "model"
+    with_adapters: bool = True
+
+    def base(self) -> ModelSource:
+        """Returns the same model without its adapters."""
+        return replace(self, name="base", with_adapters=False)
+
+    def answers(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Answer]:
+        """Generates an answer per sample.
+
+        Raises:
+            EvaluationError: A prompt does not fit into the context of the model.
+        """
+        control = ControlTokens(self.tokenizer, task.control_tokens)
+        prompts = [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
+        self._check_lengths(prompts, samples)
+        stage, total = f"Answering ({self.name})", len(prompts)
+        sink(Progress(stage, 0, total))
+        with self._adapters():
+            generations = generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=task.max_new_tokens,
+                temperature=task.temperature,
+                top_p=task.top_p,
+                seed=task.seed,
+                stop=task.stop,
+                batch_size=task.batch_size,
+                on_progress=lambda done, _: sink(Progress(stage, done, total)),
+            )
+        for generation in generations:
+            yield Answer(generation.text, generation.finish_reason)
+
+    def likelihoods(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Likelihood]:
+        """Scores the first reference of each sample.
+
+        Raises:
+            EvaluationError: A reference has no token to score.
+        """
+
+        def warn_cut(count: int) -> None:
+            cut = f"{count} of {plural(len(samples), 'task prompt')} {'was' if count == 1 else 'were'} cut at the start"
+            room = f"to leave room for the answer within {window_size(self.model):,} tokens"
+            sink(Warned(f"{cut} {room}.", where="evaluate.sources", count=count))
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self._adapters():
+                found = score_references(
+                    self.model,
+                    self.tokenizer,
+                    samples,
+                    system=task.system,
+                    control=ControlTokens(self.tokenizer, task.control_tokens),
+                    on_progress=lambda done, total: sink(Progress(f"Scoring references ({self.name})", done, total)),
+                    on_cut=warn_cut,
+                )
+        finally:
+            self.model.train(was_training)
+        yield from found
+
+    def _adapters(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.with_adapters else disabled(self.model)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], samples: Sequence[TaskSample]) -> None:
+        limit = text_limit(self.model)
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        if limit is not None and limit <= len(prompts[longest]):
+            raise EvaluationError(
+                "A task prompt is longer than the model's context.",
+                where=samples[longest].example.origin,
+                why=f"it has {len(prompts[longest]):,} tokens; the context holds {limit:,}, including the answer",
+                fix="shorten or remove the row",
+            )

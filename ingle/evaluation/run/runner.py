@@ -1,0 +1,145 @@
+"""Runs tasks on one source, or on a tuned model and its base."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import overload
+
+from ingle.config.evaluate import TaskConfig
+from ingle.errors import EvaluationError
+from ingle.evaluation.comparison import compare, summarize
+from ingle.evaluation.run.answer_sources import Source
+from ingle.evaluation.scorers import Outputs, make_scorers
+from ingle.evaluation.tasks.samples import TaskSample, read_task
+from ingle.evaluation.tasks.task_result import SampleText, TaskResult
+from ingle.events import Event, Sink, Warned
+from ingle.report.results import Comparison, Summary
+from ingle.report.verdicts import few_samples
+from ingle.wording import plural
+
+#: End of the thoughts of reasoning models; the answer follows.
+_THOUGHTS_END = "</think>"
+
+
+@overload
+def evaluate(source: Source, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...) -> list[Summary]: ...
+
+
+@overload
+def evaluate(
+    source: Source, tasks: Sequence[TaskConfig], *, base: Source | Sequence[TaskResult], sink: Sink = ...
+) -> list[Comparison]: ...
+
+
+def evaluate(
+    source: Source,
+    tasks: Sequence[TaskConfig],
+    *,
+    base: Source | Sequence[TaskResult] | None = None,
+    sink: Sink = lambda event: None,
+) -> list[Comparison] | list[Summary]:
+    """Scores a model on tasks, and compares it with its base if there is one.
+
+    Args:
+        source: The (tuned) model.
+        tasks: The tasks.
+        base: The base, or its results for the same tasks.
+        sink: Receives progress and warnings.
+
+    Returns:
+        One result per task: comparisons with the base, or summaries of one model.
+
+    Raises:
+        DataError: The rows of a task cannot be read.
+        EvaluationError: They do not suit the metrics or the model.
+    """
+    sink = _warn_once(sink)
+    if base is not None and not isinstance(base, Sequence):
+        base = [run_task(base, task, sink=sink) for task in tasks]
+    results = []
+    for task in tasks:
+        result = run_task(source, task, sink=sink)
+        if warning := few_samples(len(result.samples)):
+            sink(Warned(warning, where="evaluate"))
+        results.append(result)
+    if base is None:
+        return [summarize(result, task) for result, task in zip(results, tasks, strict=True)]
+    return [compare(before, after, task) for before, after, task in zip(base, results, tasks, strict=True)]
+
+
+def run_task(source: Source, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
+    """Collects the answers and likelihoods that the metrics of a task need.
+
+    Args:
+        source: Gives the answers.
+        task: The task.
+        sink: Receives progress and warnings.
+
+    Raises:
+        DataError: The rows of the task cannot be read.
+        EvaluationError: They do not suit the metrics or the source.
+    """
+    began = time.monotonic()
+    samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
+    needed = {scorer.metric.reads for scorer in make_scorers(task)}
+    answers, num_unfinished = _collect_answers(source, samples, task, sink) if "answers" in needed else ((), 0)
+    likelihoods = tuple(source.likelihoods(samples, task, sink)) if "likelihoods" in needed else ()
+    _check_count(source, "likelihoods", len(likelihoods), len(samples) if "likelihoods" in needed else 0)
+    return TaskResult(
+        samples=tuple(SampleText(sample.example.origin, sample.prompt, sample.references) for sample in samples),
+        outputs=Outputs(answers, likelihoods),
+        num_unfinished=num_unfinished,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _collect_answers(
+    source: Source, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink
+) -> tuple[tuple[str, ...], int]:
+    """Returns the answers as they are scored, and the number of those that were cut off."""
+    answers = tuple(source.answers(samples, task, sink))
+    _check_count(source, "answers", len(answers), len(samples))
+    num_unfinished = sum(answer.finish_reason == "length" for answer in answers)
+    if num_unfinished:
+        sink(
+            Warned(
+                f"{num_unfinished} of {plural(len(answers), 'answer')} ({source.name}) "
+                f"{'was' if num_unfinished == 1 else 'were'} cut off at {plural(task.max_new_tokens, 'token')}.",
+                where="evaluate.max_new_tokens",
+                count=num_unfinished,
+            )
+        )
+    pairs = zip(answers, samples, strict=True)
+    return tuple(strip_thoughts(answer.text, sample.references) for answer, sample in pairs), num_unfinished
+
+
+def _check_count(source: Source, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise EvaluationError(f"The source {source.name} gave {found:,} {what} for {plural(expected, 'sample')}.")
+
+
+def strip_thoughts(text: str, references: Sequence[str]) -> str:
+    """Returns an answer without the thoughts before it.
+
+    Qwen3's template, for example, starts the last answer with thoughts, empty ones if there are none. If a reference
+    contains thoughts itself, the full text is scored.
+    """
+    _, end, answer = text.partition(_THOUGHTS_END)
+    if not end or any(_THOUGHTS_END in reference for reference in references):
+        return text
+    return answer.lstrip()
+
+
+def _warn_once(sink: Sink) -> Sink:
+    """Returns a sink that passes each warning once: base and tuned model get the same samples."""
+    warned: set[Event] = set()
+
+    def receive(event: Event) -> None:
+        if isinstance(event, Warned):
+            if event in warned:
+                return
+            warned.add(event)
+        sink(event)
+
+    return receive

@@ -1,0 +1,13 @@
+"""Tests and intervals for scores: significance, intervals, and which of them a metric gets."""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+#: Turns summed sufficient statistics [..., K] into scores [...].
+Aggregate = Callable[[Floats], Floats]
+
+__all__ = ["Aggregate", "Floats"]

@@ -1,0 +1,1 @@
+"""Tasks: their samples, and what a model did with them."""

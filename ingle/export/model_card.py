@@ -1,0 +1,121 @@
+"""Writes the model card: base, usage, scores, data, config, and what the export changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ingle import __version__
+from ingle.atomic import sha256
+from ingle.config.loader import run_to_yaml
+from ingle.config.run import Run
+from ingle.export.fidelity.fidelity_report import FidelityReport
+
+_TITLES = {
+    "peft": "LoRA adapter in PEFT's layout",
+    "safetensors": "merged model, safetensors",
+    "gguf": "merged model, GGUF",
+    "gguf-adapter": "LoRA adapter, GGUF",
+}
+_LIBRARIES = {"peft": "peft", "safetensors": "transformers"}
+
+
+def make_card(
+    *,
+    to: str,
+    type_name: str | None,
+    base_model: str,
+    licence: str | None,
+    run: Run | None,
+    run_folder: Path | None,
+    usage: str,
+    report: FidelityReport | None,
+    report_name: str,
+) -> str:
+    """Returns the model card as Markdown.
+
+    Args:
+        to: Export target.
+        type_name: Type of the weights.
+        base_model: Id of the base.
+        licence: Licence of the base; None if unknown.
+        run: Config of the run that trained the model; None if there is none.
+        run_folder: Folder of that run.
+        usage: How to use the export, as Markdown.
+        report: Fidelity report; None if nothing was merged or quantized.
+        report_name: Name of the file with that report.
+    """
+    head: dict[str, Any] = {
+        "base_model": base_model,
+        "license": licence or "other",
+        "tags": ["ingle", *(["lora"] if to in ("peft", "gguf-adapter") else []), *(["gguf"] if "gguf" in to else [])],
+    }
+    if to in _LIBRARIES:
+        head["library_name"] = _LIBRARIES[to]
+    title = f"{Path(base_model).name}, {_TITLES[to]}" + (f" ({type_name})" if type_name else "")
+    made = f"Made with Ingle {__version__} from `{base_model}`."
+    if licence is None:
+        made += " Its licence could not be read; the licence of the base model applies."
+    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---", f"# {title}", made, "## Use", usage]
+    scores = _read_scores(run_folder)
+    if scores.get("metrics"):
+        parts += ["## Scores", _describe_scores(scores)]
+    if report is not None:
+        sentences = [*report.describe_weights(), report.describe_divergence() or ""]
+        text = " ".join(sentence for sentence in sentences if sentence)
+        parts += ["## What the export changed", f"{text} `{report_name}` contains every figure."]
+        parts += [f"**Warning.** {warning}" for warning in report.warnings]
+    if run is not None:
+        parts += ["## Data", _describe_data(run, run_folder)]
+        parts += ["## Config", f"```yaml\n{run_to_yaml(run).strip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def read_licence(folder: Path) -> str | None:
+    """Returns the licence in the model card of a folder, if there is one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        head = None if match is None else yaml.safe_load(match[1])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    licence = head.get("license") if isinstance(head, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def _read_scores(run_folder: Path | None) -> dict[str, Any]:
+    try:
+        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _describe_scores(report: dict[str, Any]) -> str:
+    lines = ["| metric | base | tuned | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
+    for name, row in report["metrics"].items():
+        base, tuned, delta = (_number(row[key]) for key in ("base", "tuned", "delta"))
+        low, high = (_number(end) for end in row["ci95"])
+        lines.append(f"| {name} | {base} | {tuned} | {delta} | {low} to {high} | {row['n']} |")
+    return "\n".join([*lines, "", f"{report['verdict']} Measured on the trained model, before the export."])
+
+
+def _describe_data(run: Run, run_folder: Path | None) -> str:
+    lines = ["| source | SHA-256 |", "|---|---|"]
+    for source in run.data.sources:
+        path = Path(source.path)
+        digest = sha256(path) if path.is_file() else "not a single local file"
+        lines.append(f"| {path.name} | `{digest}` |")
+    states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
+    if states:
+        state = json.loads(states[-1].read_text(encoding="utf-8"))
+        lines += ["", f"SHA-256 of the tokenized data: `{state['data_hash']}`."]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

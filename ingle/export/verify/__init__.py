@@ -1,0 +1,1 @@
+"""Verifies exports by comparing another program that reads them with Ingle."""

@@ -1,0 +1,1 @@
+"""Writers of merged models: GGUF files and folders of safetensors."""

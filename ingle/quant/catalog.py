@@ -1,0 +1,114 @@
+"""Chooses formats: by config section, by ggml's type name, or for each module of a model by llama.cpp's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ingle.config.base import (
+    BaseConfig,
+    Fp4Base,
+    HqqBase,
+    Int8Base,
+    Nf4Base,
+    NoBase,
+    TernaryBase,
+    base_sections,
+    format_name,
+)
+from ingle.config.ggml import GgmlBase, MixBase
+from ingle.errors import QuantizationError
+from ingle.gguf.architecture import ARCHITECTURES
+from ingle.gguf.mixes import Mix
+from ingle.gguf.names import TensorNames
+from ingle.quant.format import Format
+from ingle.quant.ggml import GGUF_FORMATS
+from ingle.quant.hqq import Hqq
+from ingle.quant.int8 import Int8
+from ingle.quant.levels import Fp4, Nf4
+from ingle.quant.plane import Scratch
+from ingle.quant.ternary import Ternary
+
+#: Maps a module's name, out_features and in_features to its format; None leaves the module unquantized.
+Formats = Callable[[str, int, int], Format | None]
+
+
+def make_format(base: BaseConfig) -> Format | None:
+    """Returns the format of a config section; None if weights stay unquantized. For mixes use :func:`make_formats`."""
+    match base:
+        case MixBase():
+            raise AssertionError(f"{base.format} has a format for each module: use make_formats")
+        case NoBase():
+            return None
+        case Nf4Base():
+            return Nf4(block_size=base.block_size, double_quant=base.double_quant)
+        case Int8Base():
+            return Int8()
+        case GgmlBase():
+            return next(member for member in GGUF_FORMATS if member.base is type(base))()
+        case Fp4Base():
+            return Fp4(block_size=base.block_size, double_quant=base.double_quant)
+        case HqqBase():
+            return Hqq(bits=base.bits, group_size=base.group_size, solver=base.solver)
+        case TernaryBase():
+            return Ternary(group_size=base.group_size)
+
+
+def format_options(format: Format) -> str:
+    """Returns the command-line options that select a format, without options that only concern training."""
+    section = next(section for section in base_sections() if format_name(section) == format.name)
+    values = {key: getattr(format, key) for key in section.model_fields if key != "format" and hasattr(format, key)}
+    options = [f"--base.format={format.name}", *(f"--base.{key}={str(value).lower()}" for key, value in values.items())]
+    return " ".join(options)
+
+
+def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
+    """Returns a function that chooses the format of each linear map of a model; None if all stay unquantized.
+
+    Args:
+        base: The config section.
+        model: Its ``config`` gives the architecture, which a mix depends on.
+
+    Raises:
+        QuantizationError: The section is a mix, and llama.cpp's rules for the architecture are not known.
+    """
+    if isinstance(base, NoBase):
+        return None
+    if not isinstance(base, MixBase):
+        format = make_format(base)
+        return lambda name, out_features, in_features: format
+    config: Any = model.config
+    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
+    if architecture is None:
+        raise QuantizationError(
+            f"llama.cpp's rules of {base.format} for this architecture are not known.",
+            where="base.format",
+            why=f"model_type is {getattr(config, 'model_type', None)!r}; known are {', '.join(ARCHITECTURES)}",
+            fix=f"--base.format={base.format[:4]}, the format of most matrices in the mix",
+        )
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    names = TensorNames(architecture, num_heads, num_kv_heads)
+    tied = bool(config.tie_word_embeddings)
+    mix = Mix(base.format, architecture, config.num_hidden_layers, num_heads, num_kv_heads, tied=tied)
+    make = GgufFormats()
+
+    def choose(name: str, out_features: int, in_features: int) -> Format | None:
+        weight = names.to_gguf(f"{name}.weight") or f"{name}.weight"
+        return make(mix.tensor_type(weight, (out_features, in_features)))
+
+    return choose
+
+
+class GgufFormats:
+    """Formats by ggml's type name; all of them share one scratch buffer."""
+
+    def __init__(self) -> None:
+        scratch = Scratch()
+        self._formats = {member.__name__.lower(): member(scratch=scratch) for member in GGUF_FORMATS}
+
+    def __call__(self, type_name: str) -> Format | None:
+        """Returns the format of a type; None for plain numbers and unsupported types."""
+        return self._formats.get(type_name)

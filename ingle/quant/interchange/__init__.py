@@ -1,0 +1,9 @@
+"""Converts quantized layers from and to the tensors of other programs, copying codes without encoding again."""
+
+from __future__ import annotations
+
+from ingle.quant.interchange.bitnet import from_bitnet
+from ingle.quant.interchange.bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from ingle.quant.interchange.hqq import from_hqq, to_hqq
+
+__all__ = ["from_bitnet", "from_bitsandbytes", "from_hqq", "to_bitsandbytes", "to_hqq"]

@@ -1,0 +1,1 @@
+"""Typed results, charts and pages; needs no torch."""

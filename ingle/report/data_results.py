@@ -1,0 +1,247 @@
+"""Results of reading and inspecting a dataset.
+
+``dataclasses.asdict`` of a :class:`DataReport` or :class:`RowsReport` is the JSON of ``ingle data inspect --json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A remark on ``count`` rows; ``first`` is the ``file:line`` of the first of them."""
+
+    reason: str
+    count: int
+    first: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceShare:
+    """Figures of one source; ``rows`` includes dropped ones, the others do not."""
+
+    path: str
+    rows: int
+    documents: int
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataStats:
+    """Figures of a dataset, counted while it is built.
+
+    Attributes:
+        rows: Rows read from the sources.
+        documents: Documents kept; every piece of a split row counts.
+        supervised_tokens: Tokens that carry loss.
+        truncated_documents: Documents cut to ``max_seq_len``.
+        truncated_tokens: Tokens lost by cutting.
+        split_documents: Rows that became several documents.
+        cut_ends: Truncated documents that lost their last end-of-turn token, so they do not teach the model to stop.
+        open_turns: Trained turns that the template does not end with an end-of-turn token.
+        dropped: Rows left out, by reason.
+        remarks: Remarks on rows that were kept.
+        control_tokens: Rows with control tokens inside messages, by token.
+    """
+
+    rows: int
+    documents: int
+    tokens: int
+    supervised_tokens: int
+    truncated_documents: int
+    truncated_tokens: int
+    split_documents: int
+    cut_ends: int
+    open_turns: int
+    dropped: tuple[Remark, ...]
+    remarks: tuple[Remark, ...]
+    control_tokens: tuple[Remark, ...]
+    sources: tuple[SourceShare, ...]
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens over all tokens."""
+        return self.supervised_tokens / max(self.tokens, 1)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out."""
+        return sum(remark.count for remark in self.dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two rows, by ``file:line``, and their similarity from 0 to 1."""
+
+    first: str
+    second: str
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicates:
+    """Rows that repeat earlier ones.
+
+    Attributes:
+        exact: Rows equal to an earlier one, the first of them in ``exact_pairs``.
+        same_prompt: Rows with the prompt of an earlier row and another answer.
+        compared: Distinct rows that were compared for near duplicates.
+        near: Rows similar to an earlier one among these, the most similar in ``near_pairs``.
+    """
+
+    rows: int
+    exact: int
+    exact_pairs: tuple[Pair, ...]
+    same_prompt: int
+    compared: int
+    near: int
+    near_pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """Held-out rows that are also in the training data.
+
+    Attributes:
+        rows: Held-out rows.
+        same_prompt: Rows whose prompt is in the training data.
+        same_row: Rows whose prompt and answer are.
+        pairs: The first of them, each with its training row.
+    """
+
+    rows: int
+    same_prompt: int
+    same_row: int
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap(Contamination):
+    """Contamination, and the words of held-out answers that are in training answers.
+
+    Attributes:
+        ngram_words: Words of an n-gram.
+        answers: Held-out answers with at least one n-gram.
+        ngram_share: Mean share of their n-grams that are in training answers.
+        half_seen: Answers with at least half of their n-grams in training answers.
+    """
+
+    ngram_words: int
+    answers: int
+    ngram_share: float
+    half_seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Number of documents or rows with ``low <= length <= high``."""
+
+    low: int
+    high: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lengths of documents in tokens (after truncation), or of rows in characters."""
+
+    min: int
+    median: float
+    mean: float
+    p95: float
+    max: int
+    histogram: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive tokens of one kind, decoded."""
+
+    text: str
+    supervised: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One document as the model sees it."""
+
+    origin: str
+    num_tokens: int
+    num_supervised: int
+    stretches: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Number of documents whose last supervised token is ``token``."""
+
+    token: str
+    count: int
+    ends_turn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Sequences of an epoch; ``efficiency`` is their tokens over the tokens that they could hold."""
+
+    enabled: bool
+    sequences: int
+    max_seq_len: int
+    efficiency: float
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """Result of ``ingle data inspect`` with a model.
+
+    Attributes:
+        endings: Last supervised tokens of documents, most frequent first.
+        overlap: Between training data and held-out rows; None without held-out rows.
+        previews: A few documents.
+        problems: Problems to look at, in sentences.
+    """
+
+    objective: Literal["clm", "sft"]
+    stats: DataStats
+    lengths: Lengths
+    packing: Packing
+    endings: tuple[Ending, ...]
+    duplicates: Duplicates
+    overlap: Overlap | None
+    previews: tuple[Preview, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowPreview:
+    """One row: its ``file:line``, and its texts, each with a role (``text`` for plain text)."""
+
+    origin: str
+    parts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowsReport:
+    """Result of ``ingle data inspect FILE`` without a model.
+
+    Attributes:
+        path: As typed.
+        layouts: Number of rows by layout.
+        columns: Columns of the first row.
+        characters: Lengths of rows in characters.
+        previews: A few rows.
+        problems: Problems to look at, in sentences.
+    """
+
+    path: str
+    rows: int
+    layouts: dict[str, int]
+    columns: tuple[str, ...]
+    characters: Lengths
+    duplicates: Duplicates
+    previews: tuple[RowPreview, ...]
+    problems: tuple[str, ...]

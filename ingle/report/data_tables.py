@@ -1,0 +1,229 @@
+"""Prints the results of ``ingle data inspect`` and words the problems that they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ingle.report.data_results import (
+    DataReport,
+    DataStats,
+    Duplicates,
+    Ending,
+    Lengths,
+    Overlap,
+    Pair,
+    Preview,
+    Remark,
+    RowsReport,
+)
+from ingle.wording import plural
+
+_BAR_WIDTH = 32
+_MAX_DOCUMENT_CHARS, _MAX_MESSAGE_CHARS = 2400, 1200
+
+_NO_MODEL = (
+    "Tokens cannot be counted without a model: --model PATH_OR_ID shows which tokens carry loss, what is cut and how "
+    "rows are packed."
+)
+
+
+def render_report(report: DataReport, console: Console) -> None:
+    """Prints a report; without colour, marks show which tokens carry loss."""
+    for preview in report.previews:
+        console.print(_draw_preview(preview, console))
+    console.print(_draw_sources(report.stats))
+    console.print(_draw_lengths("Tokens of a document", report.lengths, console))
+    console.print(_draw_table(_figures(report)))
+    pairs = _duplicate_pairs(report.duplicates)
+    if report.overlap is not None:
+        pairs.append(("Held-out rows whose prompt is in the training data", report.overlap.pairs))
+    _print_findings(pairs, report.problems, console)
+
+
+def render_rows(report: RowsReport, console: Console) -> None:
+    """Prints a report that was made without a model."""
+    for preview in report.previews:
+        body = Text()
+        for role, text in preview.parts:
+            body.append(f"{role}\n", style="bold")
+            body.append((text[:_MAX_MESSAGE_CHARS] + " ..." if len(text) > _MAX_MESSAGE_CHARS else text) + "\n")
+        console.print(Panel(body, title=Text(preview.origin), title_align="left"))
+    console.print(_draw_lengths("Characters of a row", report.characters, console))
+    layouts = ", ".join(f"{name} ({plural(n, 'row')})" for name, n in report.layouts.items())
+    figures = [
+        ("file", report.path),
+        ("rows", f"{report.rows:,}"),
+        ("layout", layouts),
+        ("columns", ", ".join(report.columns)),
+        *_duplicate_figures(report.duplicates),
+    ]
+    console.print(_draw_table(figures))
+    _print_findings(_duplicate_pairs(report.duplicates), report.problems, console)
+    console.print(Text(_NO_MODEL))
+
+
+def find_problems(
+    objective: str, stats: DataStats, endings: Sequence[Ending], duplicates: Duplicates, overlap: Overlap | None
+) -> tuple[str, ...]:
+    """Returns what a user should look at before training, in sentences."""
+    problems = [_with_rows(remark, "Rows skipped: ") for remark in stats.dropped] + list(map(_with_rows, stats.remarks))
+    if stats.truncated_documents:
+        share = stats.truncated_documents / stats.documents
+        problems.append(f"{_count(stats.truncated_documents, 'document', 'is', 'are')} cut ({share:.1%}).")
+    unended = sum(ending.count for ending in endings if not ending.ends_turn)
+    if objective == "sft" and unended:
+        problems.append(f"{_count(unended, 'document', 'does', 'do')} not end in a token that stops generation.")
+    if stats.open_turns:
+        turns = _count(stats.open_turns, "trained turn", "has", "have")
+        problems.append(f"{turns} no end-of-turn token in the chat template.")
+    if stats.supervised_share < 0.05:
+        problems.append(f"Only {stats.supervised_share:.1%} of the tokens carry loss.")
+    problems += duplicate_problems(duplicates)
+    if overlap is not None and overlap.same_prompt:
+        verb = "is" if overlap.same_prompt == 1 else "are"
+        prompts = plural(overlap.rows, "held-out prompt")
+        problems.append(f"{overlap.same_prompt:,} of {prompts} {verb} in the training data.")
+    return tuple(problems)
+
+
+def duplicate_problems(duplicates: Duplicates) -> list[str]:
+    """Returns what a user should know about duplicates, in sentences."""
+    problems = []
+    if duplicates.exact:
+        verb = "is an exact duplicate" if duplicates.exact == 1 else "are exact duplicates"
+        problems.append(f"{duplicates.exact:,} of {plural(duplicates.rows, 'row')} {verb}.")
+    if duplicates.near > 0.05 * duplicates.compared:
+        verb = "has" if duplicates.near == 1 else "have"
+        rows = plural(duplicates.compared, "distinct row")
+        problems.append(f"{duplicates.near:,} of {rows} {verb} a near duplicate.")
+    return problems
+
+
+def _count(number: int, noun: str, one: str, many: str) -> str:
+    return f"{plural(number, noun)} {one if number == 1 else many}"
+
+
+def _with_rows(remark: Remark, prefix: str = "") -> str:
+    return f"{prefix}{remark.reason.removesuffix('.')} ({plural(remark.count, 'row')}, first {remark.first})."
+
+
+def _draw_preview(preview: Preview, console: Console) -> Panel:
+    plain = console.no_color or not console.is_terminal
+    ascii_only = console.options.ascii_only
+    newline = "\\n\n" if ascii_only else "⏎\n"
+    opening, closing = ("[[", "]]") if ascii_only else ("«", "»")
+    body, shown, inside = Text(), 0, False
+    for stretch in preview.stretches:
+        if plain and stretch.supervised != inside:
+            body.append(opening if stretch.supervised else closing)
+            inside = stretch.supervised
+        style = "bold green" if stretch.supervised else "dim"
+        body.append(stretch.text.replace("\n", newline), style=f"{style} reverse" if stretch.special else style)
+        shown += len(stretch.text)
+        if shown > _MAX_DOCUMENT_CHARS:
+            body.append(" ...", style="dim")
+            break
+    if plain and inside:
+        body.append(closing)
+    legend = f"{opening}{closing} carries loss" if plain else "green carries loss"
+    title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, {preview.num_supervised} with loss"
+    return Panel(body, title=Text(title), subtitle=Text(legend), title_align="left", subtitle_align="right")
+
+
+def _draw_sources(stats: DataStats) -> Table:
+    table = Table(title="Sources", title_justify="left")
+    table.add_column("source", overflow="fold")
+    for name in ("rows", "documents", "tokens", "share", "with loss"):
+        table.add_column(name, justify="right")
+    for source in stats.sources:
+        table.add_row(
+            Text(source.path),
+            f"{source.rows:,}",
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            f"{source.tokens / stats.tokens:.1%}",
+            f"{source.supervised_tokens / max(source.tokens, 1):.1%}",
+        )
+    return table
+
+
+def _draw_lengths(title: str, lengths: Lengths, console: Console) -> Group:
+    block = "#" if console.options.ascii_only else "█"
+    most = max(bar.count for bar in lengths.histogram)
+    head = (
+        f"{title}: {lengths.min:,} to {lengths.max:,}, median {lengths.median:,.0f}, "
+        f"mean {lengths.mean:,.1f}, 95 % below {lengths.p95:,.0f}"
+    )
+    width = len(f"{lengths.histogram[-1].high:,}")
+    lines = [Text(head, style="bold")]
+    for bar in lengths.histogram:
+        size = -(-bar.count * _BAR_WIDTH // most)
+        lines.append(Text(f"  {bar.low:>{width},} - {bar.high:>{width},}  {block * size:<{_BAR_WIDTH}}  {bar.count:,}"))
+    return Group(*lines)
+
+
+def _figures(report: DataReport) -> list[tuple[str, str]]:
+    stats, packing = report.stats, report.packing
+    rows = f"{stats.rows:,} read, {stats.num_dropped:,} skipped, {plural(stats.documents, 'document')}"
+    split = f" ({plural(stats.split_documents, 'row')} split)" if stats.split_documents else ""
+    lost = stats.truncated_tokens / max(stats.tokens + stats.truncated_tokens, 1)
+    cut = f"{plural(stats.truncated_documents, 'document')}, {plural(stats.truncated_tokens, 'token')} ({lost:.1%})"
+    sequences = f"{plural(packing.sequences, 'sequence')} of {packing.max_seq_len:,}, {packing.efficiency:.1%} full"
+    endings = ", ".join(f"{ending.token!r} {ending.count / stats.documents:.1%}" for ending in report.endings)
+    figures = [
+        ("rows", rows + split),
+        ("tokens", f"{stats.tokens:,}, {stats.supervised_tokens:,} with loss ({stats.supervised_share:.1%})"),
+        ("truncation", cut),
+        ("packing" if packing.enabled else "no packing", sequences),
+        ("documents end in", endings),
+    ]
+    if stats.control_tokens:
+        found = (f"{r.reason} ({plural(r.count, 'row')}, first {r.first})" for r in stats.control_tokens)
+        figures.append(("control tokens in messages", ", ".join(found)))
+    figures += _duplicate_figures(report.duplicates)
+    figures.append(("same prompt, other answer", plural(report.duplicates.same_prompt, "row")))
+    if (overlap := report.overlap) is not None:
+        same = f"{overlap.same_prompt:,} of {overlap.rows:,} by prompt, {overlap.same_row:,} by prompt and answer"
+        grams = f"{overlap.ngram_share:.1%} of {overlap.ngram_words}-grams; "
+        half = f"{overlap.half_seen:,} of {plural(overlap.answers, 'answer')} at least by half"
+        figures += [("held-out rows in training", same), ("held-out answers in training", grams + half)]
+    return figures
+
+
+def _duplicate_figures(duplicates: Duplicates) -> list[tuple[str, str]]:
+    near = f"{duplicates.near:,} of {plural(duplicates.compared, 'distinct row')} compared"
+    return [("exact duplicates", plural(duplicates.exact, "row")), ("near duplicates", near)]
+
+
+def _draw_table(figures: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in figures:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _duplicate_pairs(duplicates: Duplicates) -> list[tuple[str, tuple[Pair, ...]]]:
+    return [("Exact duplicates", duplicates.exact_pairs), ("Near duplicates", duplicates.near_pairs)]
+
+
+def _print_findings(pairs: Sequence[tuple[str, tuple[Pair, ...]]], problems: Sequence[str], console: Console) -> None:
+    for title, examples in pairs:
+        if examples:
+            console.print(Text(f"{title}, for example", style="bold"))
+            for pair in examples:
+                console.print(Text(f"  {pair.second} = {pair.first}  ({pair.similarity:.0%})"))
+    if problems:
+        console.print(Text("Problems", style="bold"))
+        for problem in problems:
+            console.print(Text(f"  ! {problem}", style="yellow"))
+    elif any(examples for _, examples in pairs):
+        console.print(Text("No problems were found apart from the few rows listed above.", style="green"))
+    else:
+        console.print(Text("No problems were found.", style="green"))

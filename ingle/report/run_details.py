@@ -1,0 +1,98 @@
+"""The last section of a run's page: what the run took, and what was predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ingle.config.run import Run
+from ingle.report.results import RunReport
+from ingle.wording import duration, size
+
+Fact = tuple[str, str, str]
+
+
+def list_facts(run: Run, report: RunReport) -> list[Fact]:
+    """Returns label, value and small print of each figure of the run."""
+    plan, audit, predicted = report.plan, report.audit, report.plan.get("memory", {}).get("total")
+    base = "" if run.base.format == "none" else f"{run.base.format.upper()} base · "
+    facts = [
+        (
+            "Training time",
+            duration(report.train_s),
+            f"{duration(report.wall_s)} with loading and evaluation" if report.wall_s - report.train_s > 1 else "",
+        ),
+        ("Speed", f"{report.tokens_per_s:,.0f} tokens/s", "averaged over the training time"),
+        (
+            "Steps",
+            f"{report.num_steps:,}",
+            f"{plan['num_epochs']:.3g} epochs · {plan['global_batch_size']:,} sequences per step" if plan else "",
+        ),
+        ("Tokens read", f"{report.num_tokens:,}", f"predicted {plan['num_tokens']:,}" if plan else ""),
+    ]
+    if report.peak_memory_bytes:
+        note = f"predicted {size(predicted)}" if predicted else ""
+        facts.append(("Peak memory", size(report.peak_memory_bytes), note))
+    if audit.get("trainable"):
+        share = audit["trainable"] / audit["parameters"]
+        facts.append(("Trained parameters", f"{audit['trainable']:,}", f"{share:.2%} of {audit['parameters']:,}"))
+    sequences = "packed" if run.data.packing else "unpacked"
+    return [
+        *facts,
+        ("Objective", run.objective.kind.upper(), f"{base}{sequences} sequences"),
+        *_rounding_facts(report.rounding),
+        *_contamination_facts(report.contamination),
+        ("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}"),
+        ("Seed", str(run.seed), ""),
+    ]
+
+
+def _rounding_facts(rounding: dict[str, Any] | None) -> list[Fact]:
+    if not rounding:
+        return []
+    note = (
+        f"trained through its rounding from step {rounding['first_step']:,} on; "
+        f"quantization took {duration(rounding['packing_s'])}"
+    )
+    return [("Tuned answers", f"merged into {', '.join(rounding['formats']).upper()}", note)]
+
+
+def _contamination_facts(contamination: dict[str, Any] | None) -> list[Fact]:
+    if not contamination:
+        return []
+    same = contamination["same_prompt"]
+    note = f"{contamination['same_row']:,} with the same answer" if same else "by prompt"
+    return [("Held-out rows in the training data", f"{same:,} of {contamination['rows']:,}", note)]
+
+
+def compare_memory(report: RunReport) -> dict[str, Any] | None:
+    """Returns predicted bytes by purpose and measured peak, as shares of the longer bar; None without both."""
+    parts = {name: num for name, num in report.plan.get("memory", {}).items() if name != "total" and num > 0}
+    measured = report.peak_memory_bytes
+    predicted = sum(parts.values())
+    if not parts or not measured:
+        return None
+    longest = max(predicted, measured)
+    return {
+        "parts": [
+            {"name": name, "size": size(value), "share": 100 * value / longest, "tone": index % 8}
+            for index, (name, value) in enumerate(sorted(parts.items(), key=lambda item: -item[1]))
+        ],
+        "predicted": size(predicted),
+        "measured": size(measured),
+        "measured_share": 100 * measured / longest,
+        "ratio": f"{measured / predicted:.0%}",
+    }
+
+
+def list_modules(report: RunReport) -> list[dict[str, str]]:
+    """Returns a row of text per class of module."""
+    return [
+        {
+            "name": row["class_name"],
+            "format": row["format"] or "–",
+            "modules": f"{row['modules']:,}",
+            "size": size(row["bytes"]),
+            **{key: f"{row[key]:,}" if row[key] else "–" for key in ("parameters", "quantized", "trainable")},
+        }
+        for row in report.audit.get("classes", ())
+    ]

@@ -1,0 +1,90 @@
+"""Files of a finished run: ``report.json`` for programs, ``report.html`` for people, ``answers.jsonl`` for both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ingle.atomic import write_atomically
+from ingle.config.run import Run
+from ingle.errors import CheckpointError
+from ingle.report.results import Comparison, RunReport, from_dict, to_dict
+from ingle.report.run_page import render_page
+
+
+def write_report(
+    folder: Path, *, run: Run, comparison: Comparison | None, summary: Mapping[str, Any], metrics_path: Path
+) -> RunReport:
+    """Writes the report of a finished run. ``report.json`` comes last, so if it exists, all files are complete.
+
+    Args:
+        folder: The run folder.
+        run: The resolved config.
+        comparison: Base against tuned model; None if nothing was evaluated.
+        summary: Fields of :class:`RunReport` from ``num_steps`` to ``contamination``.
+        metrics_path: ``metrics.jsonl`` of the run.
+
+    Returns:
+        The content of ``report.json``.
+    """
+    evaluated: dict[str, Any] = {}
+    if comparison is not None:
+        shown = comparison.shown
+        picked = sorted({*shown.gains, *shown.losses, *shown.random})
+        evaluated = {
+            **{name: getattr(comparison, name) for name in ("metrics", "headline", "verdict", "outcome", "n", "shown")},
+            "samples": tuple(replace(comparison.samples[index], index=index) for index in picked),
+        }
+        lines = (json.dumps(to_dict(sample), ensure_ascii=False, allow_nan=False) for sample in comparison.samples)
+        write_atomically(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    report = RunReport(**summary, run=run.output, model=run.model.id, **evaluated)
+    write_atomically(folder / "report.html", render_page(run, report, read_steps(metrics_path)).encode())
+    text = json.dumps(to_dict(report), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "report.json", (text + "\n").encode())
+    return report
+
+
+def read_report(path: Path) -> RunReport:
+    """Reads ``report.json``.
+
+    Raises:
+        CheckpointError: The file is not a report.
+    """
+    try:
+        return from_dict(RunReport, json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "The report of this run cannot be read.",
+            where=str(path),
+            why=str(error).splitlines()[0][:200],
+            fix="delete the file and run the same command again; it repeats the evaluation, not the training",
+        ) from error
+
+
+def read_steps(metrics_path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of ``metrics.jsonl`` by step; if a step is repeated (after a crash), the last one counts.
+
+    Lines that are no step, as a crash or an editor may leave them, are ignored.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    if not metrics_path.is_file():
+        return []
+    for line in metrics_path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int and _is_number(row["step"]) and _can_be_drawn(row):
+            steps[row["step"]] = row
+    return [steps[step] for step in sorted(steps)]
+
+
+def _can_be_drawn(row: Mapping[str, Any]) -> bool:
+    return _is_number(row.get("loss")) and ("lr" not in row or _is_number(row["lr"]))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # not NaN, and no integer beyond the range of floats

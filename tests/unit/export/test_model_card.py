@@ -1,0 +1,143 @@
+"""The model card and the fidelity report of an export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ingle.config import load_run
+from ingle.config.run import Run
+from ingle.evaluation.run.divergence import Divergence
+from ingle.export.fidelity.fidelity_report import FidelityReport
+from ingle.export.fidelity.measurement import TensorFidelity
+from ingle.export.model_card import make_card, read_licence
+
+TENSOR = TensorFidelity(
+    name="w",
+    type="q4_k",
+    num_weights=100,
+    delta_rms=0.1,
+    weight_rms=1.0,
+    step=0.2,
+    codes_changed=0.1,
+    correlation=0.9704,
+    gain=1.0,
+    num_bytes=56,
+)
+REPORT = FidelityReport(
+    type="q4_k_m",
+    num_tensors=56,
+    num_copied=14,
+    tensors=(TENSOR,) * 42,
+    divergence=Divergence(
+        kl=0.0125, top1_agreement=0.987, perplexity_first=3.5, perplexity_second=3.6, num_tokens=4096
+    ),
+    adapter_effect=0.5,
+    warnings=("Mind the gap.",),
+)
+
+
+def _correlated(correlation: float, **changes: Any) -> FidelityReport:
+    return replace(REPORT, tensors=(replace(TENSOR, correlation=correlation),) * 42, **changes)
+
+
+def _card(run: Run | None = None, folder: Path | None = None, licence: str | None = None) -> str:
+    return make_card(
+        to="gguf",
+        type_name="q4_k_m",
+        base_model="some/base",
+        licence=licence,
+        run=run,
+        run_folder=folder,
+        usage="Serve it.",
+        report=REPORT,
+        report_name="m.fidelity.json",
+    )
+
+
+def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"text": "a"}\n')
+    run = load_run(None, ["--model.id=some/base", f"--data.sources={data}", f"--output={tmp_path / 'run'}"]).run
+    row = {"base": 10.0, "tuned": 60.5, "delta": 50.5, "ci95": [48.0, 53.0], "n": 150}
+    report = {"metrics": {"chrf": row}, "verdict": "Better."}
+    state = tmp_path / "run" / "checkpoints" / "step-4"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text(json.dumps({"data_hash": "abc123"}))
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    card = _card(run, tmp_path / "run", "apache-2.0")
+    assert f"| train.jsonl | `{hashlib.sha256(data.read_bytes()).hexdigest()}` |" in card
+    assert "`abc123`" in card and "| chrf | 10" in card and "| 48 to 53 | 150 |" in card and "Better." in card
+    assert "on 4,096 tokens: KL divergence 0.0125 nats" in card and "98.7 %" in card
+    assert "56 tensors: 42 merged with the adapter, 14 copied byte for byte." in card
+    assert "correlation 0.970" in card and "**Warning.** Mind the gap." in card and "`m.fidelity.json`" in card
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]["id"] == "some/base"
+
+
+def test_an_unknown_licence_is_said_to_be_the_bases(tmp_path: Path) -> None:
+    card = _card()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "other"
+    assert "the licence of the base model applies" in card and "## Data" not in card
+    (tmp_path / "README.md").write_text(_card(licence="mit"))
+    assert read_licence(tmp_path) == "mit"
+
+
+def _doubts(report: FidelityReport, *, rounded_in_training: bool = False) -> str:
+    return " ".join(report.find_doubts("--to gguf-adapter", rounded_in_training=rounded_in_training))
+
+
+def test_a_doubtful_export_is_explained() -> None:
+    assert _doubts(REPORT) == ""
+    assert REPORT.divergence is not None
+    small = replace(REPORT.divergence, kl=0.002, num_tokens=17)
+    doubts = _doubts(_correlated(0.498, divergence=small, adapter_effect=0.003))
+    assert "on only 17 tokens" in doubts and "--data" in doubts
+    assert "0.498 over 42 merged tensors" in doubts and "0.0020 nats per token (the limit is 0.15)" in doubts
+    assert "training moved the base by only 0.0030, so most" in doubts
+    # Nothing is wrong with the weights, but the loss is most of what was trained.
+    assert "training had moved the base by 0.0150" in _doubts(replace(REPORT, adapter_effect=0.015))
+    assert "--allow-loss" in _doubts(_correlated(0.1, divergence=None))
+    assert "above 0.5; --data" in _doubts(_correlated(0.6, divergence=None))
+    # Training used the rounding: a low correlation is what it was evaluated with.
+    assert _doubts(_correlated(0.1), rounded_in_training=True) == ""
+
+
+def test_as_trained_is_said_to_round_again() -> None:
+    def rounds(**changes: Any) -> bool:
+        return "rounded to that type again" in " ".join(replace(REPORT, **changes).describe_weights())
+
+    assert not rounds()
+    assert rounds(type="as-trained")
+    assert not rounds(type="as-trained", tensors=())
+
+
+def test_singulars() -> None:
+    one = replace(REPORT, num_tensors=1, num_copied=0, tensors=(TENSOR,)).describe_weights()
+    assert one[0] == "1 tensor: 1 merged with the adapter."
+    assert "over 1 merged tensor (" in one[1]
+
+
+def test_the_dump_has_the_keys_that_scripts_read() -> None:
+    assert REPORT.to_dict() | {"tensors": []} == {
+        "type": "q4_k_m",
+        "num_tensors": 56,
+        "num_copied": 14,
+        "num_merged": 42,
+        "mean_correlation": pytest.approx(0.9704),
+        "divergence": {
+            "kl": 0.0125, "top1_agreement": 0.987, "perplexity_first": 3.5, "perplexity_second": 3.6, "num_tokens": 4096
+        },
+        "adapter_effect": 0.5,
+        "limits": {"max_kl": 0.15, "min_correlation_without_text": 0.5},
+        "promotion": None,
+        "tensors": [],
+        "warnings": ["Mind the gap."],
+    }  # fmt: skip
+    assert REPORT.to_dict()["tensors"][0]["delta_per_step"] == pytest.approx(0.5)

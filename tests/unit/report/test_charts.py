@@ -1,0 +1,130 @@
+"""Charts: scales, ticks, what is drawn where, and markup that is well formed."""
+
+from __future__ import annotations
+
+import math
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ingle.report.charts import (
+    MAX_POINTS,
+    Estimate,
+    both_widths,
+    interval_plot,
+    loss_curve,
+    nice_ticks,
+    size_chart,
+    smooth,
+    tick_label,
+)
+
+AXES = {"titles": ("size", "loss"), "mark": (0.02, "limit"), "width": 880}
+
+
+def dot(label: str, size: float, value: float, kind: str = "other", spread: float = math.nan) -> Estimate:
+    return Estimate(label, value, value - spread, value + spread, kind, f"{label}: {value}", size)
+
+
+def find(drawn: str, tag: str, style: str | None = None) -> list[dict[str, str]]:
+    """The attributes of all elements of a tag and class, in a drawing that must be well-formed XML."""
+    found = (element.attrib for element in ElementTree.fromstring(drawn).iter(tag))
+    return [element for element in found if style is None or element.get("class") == style]
+
+
+def test_ticks_are_round_and_inside():
+    assert nice_ticks(0.0, 4.2, 5) == [0, 1, 2, 3, 4]
+    assert nice_ticks(-0.013, 0.027, 4) == pytest.approx([-0.01, 0.0, 0.01, 0.02])
+    for low, high in ((0.0, 1e-9), (3.1, 3.2), (-1e6, 1e6)):
+        ticks = nice_ticks(low, high, 5)
+        assert 3 <= len(ticks) <= 12 and all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+def test_tick_labels():
+    assert [tick_label(value, 0.25) for value in (0, 0.25, -0.5)] == ["0", "0.25", "−0.50"]
+    assert tick_label(2000, 1000) == "2,000"
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
+    assert smooth(np.array([3.0, 3.0, 3.0]), 5).tolist() == pytest.approx([3.0, 3.0, 3.0])
+    assert smooth(np.array([4.0, 0.0]), 3).tolist() == pytest.approx([4.0, 4.0 / 3])
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_spike():
+    losses = np.full(5000, 2.0)
+    losses[3210] = 9.0
+    drawn = loss_curve(np.arange(1.0, 5001.0), losses, None, width=880)
+    (raw,) = find(drawn, "path", "raw")
+    places = [float(place.split(",")[1]) for place in raw["d"][1:].split("L")]
+    assert len(places) <= MAX_POINTS + 2 and min(places) < min(place for place in places if place != min(places)) - 100
+    assert len(drawn) < 60_000
+
+
+@pytest.mark.parametrize("losses", [[2.5], [2.0, 2.0], [0.0, 0.0, 0.0]])
+def test_a_flat_or_single_loss_is_drawn(losses):
+    drawn = loss_curve(np.arange(1.0, len(losses) + 1), np.array(losses), np.zeros(len(losses)), width=340)
+    assert "nan" not in drawn and "inf" not in drawn
+    assert len(find(drawn, "circle", "dot")) == (len(losses) == 1)
+
+
+def test_every_step_of_a_short_run_is_read_under_the_pointer():
+    losses = np.array([3.0, 2.0, 1.0])
+    drawn = loss_curve(np.array([1.0, 2.0, 3.0]), losses, losses, width=880)
+    assert re.findall(r"step (\d): ([\d.]+)", drawn) == [("1", "3.000"), ("2", "2.000"), ("3", "1.000")]
+
+
+def test_better_is_to_the_right_of_zero_and_labels_have_the_true_sign():
+    rows = [Estimate("up & down", 2.0, 1.0, 3.0, "better", "<note>"), Estimate("none", -1.0, math.nan, 0, "worse", "")]
+    for flipped, signs in ((False, {"+", "−"}), (True, {"−", "+"})):
+        drawn = interval_plot(rows, width=880, unit="points", flipped=flipped)
+        (zero,) = find(drawn, "line", "zero")
+        right, left = find(drawn, "circle", "point")
+        assert float(left["cx"]) < float(zero["x1"]) < float(right["cx"])
+        assert len(find(drawn, "line", "whisker")) == 3
+        ticks = [text for text in re.findall(r'middle">([+−][\d.]+)<', drawn)]
+        assert {tick[0] for tick in ticks} == signs and ticks[-1][0] == ("−" if flipped else "+")
+
+
+def test_labels_cover_neither_dots_nor_one_another():
+    dots = [dot(f"format-{i}", 3 + 0.02 * i, 0.01 * 1.05**i) for i in range(12)]
+    boxes = []
+    for x, y, anchor, label in re.findall(
+        r'class="name other" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)', size_chart(dots, **AXES)
+    ):
+        width = 7.2 * len(label)
+        start = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+        boxes.append((start, float(y) - 11, start + width, float(y) + 2))
+    assert len(boxes) >= 4
+    circles = [
+        (float(dot["cx"]) - 5, float(dot["cy"]) - 5, float(dot["cx"]) + 5, float(dot["cy"]) + 5)
+        for dot in find(size_chart(dots, **AXES), "circle")
+    ]
+    for i, one in enumerate(boxes):
+        for other in boxes[i + 1 :] + circles:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_a_dot_above_the_largest_value_is_an_arrow_at_the_edge():
+    drawn = size_chart([dot("near", 1, 0.01, "front", 0.001), dot("far", 2, 50.0, spread=5.0)], y_max=1.0, **AXES)
+    assert len(find(drawn, "circle")) == len(find(drawn, "line", "bar")) == len(find(drawn, "path", "dot")) == 1
+
+
+def test_the_front_descends_in_steps_and_leaves_out_what_loses_more():
+    dots = [dot("a", 1, 0.5, "front"), dot("b", 2, 0.6, "front"), dot("c", 3, 0.1, "chosen"), dot("d", 4, 0.01)]
+    (steps,) = find(size_chart(dots, **AXES), "path", "steps")
+    assert steps["d"].count("M") == 1 and steps["d"].count("H") == steps["d"].count("V") == 1
+    assert find(size_chart(dots, has_front=False, **AXES), "path", "steps") == []
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_limit_of_zero_and_a_single_dot_are_drawn(log):
+    drawn = size_chart([dot("only", 1, 0.5)], titles=("size", "loss"), mark=(0.0, "limit 0"), width=340, log=log)
+    assert "nan" not in drawn and len(find(drawn, "circle")) == 1
+
+
+def test_text_is_escaped_and_both_widths_are_drawn():
+    drawn = both_widths(lambda width: interval_plot([dot("<x>", 1, 1.0, "better")], width=width, unit="a & b"))
+    assert [find(drawn[name], "svg")[0]["width"] for name in ("wide", "narrow")] == ["880", "340"]
+    assert all("&lt;x&gt;" in svg and "a &amp; b" in svg for svg in drawn.values())

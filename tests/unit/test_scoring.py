@@ -1,0 +1,42 @@
+"""Which models are compared when a path is scored."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ingle import evaluation, inference, scoring
+from ingle.evaluation import ModelSource
+
+
+@pytest.mark.parametrize(
+    ("adapted", "original", "opened", "compared"),
+    [
+        (True, None, ["tuned"], ("tuned", "base")),
+        (False, "before", ["base", "tuned"], ("tuned", ["result of base"])),
+        (False, None, ["tuned"], ("model", None)),
+    ],
+    ids=["adapter", "full fine-tuning", "other model"],
+)
+def test_a_trained_model_is_compared_with_its_base(
+    monkeypatch: pytest.MonkeyPatch, adapted: bool, original: str | None, opened: list[str], compared: Any
+) -> None:
+    seen: list[str] = []
+    results: list[Any] = []
+
+    def open_model(path: str, *, base_only: bool = False, allow_mismatch: bool = False, sink: Any) -> Any:
+        seen.append("base" if base_only else "tuned")
+        return SimpleNamespace(model=None, tokenizer=None, adapted=adapted)
+
+    def evaluate(source: ModelSource, tasks: Any, *, base: Any = None, sink: Any) -> list[Any]:
+        results.append((source.name, base.name if isinstance(base, ModelSource) else base))
+        return results
+
+    monkeypatch.setattr(inference, "locate", lambda path: SimpleNamespace(original=original))
+    monkeypatch.setattr(inference, "open_model", open_model)
+    monkeypatch.setattr(evaluation, "run_task", lambda source, task, sink: f"result of {source.name}", raising=False)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate, raising=False)
+    assert scoring.evaluate("runs/x", ["task"]) == [compared]  # type: ignore[list-item]
+    assert seen == opened
