@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle import models
+from ingle import models, quant
 from ingle.errors import ModelError
 from ingle.models.forward import attention
+from ingle.quant.int8 import Int8
 
 
 def test_the_head_scales_and_caps() -> None:
@@ -154,3 +155,9 @@ def test_a_head_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
 
 def test_layers_are_found(model: PreTrainedModel) -> None:
     assert models.decoder_layers(model) is model.model.layers
+
+
+def test_the_device_is_known_without_decoding_the_head(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant.quantize_ends(model, lambda name, rows, columns: Int8())
+    monkeypatch.setattr(quant.QuantLinear, "decode", None)
+    assert models.device_of(model) == torch.device("cpu")
