@@ -5,7 +5,7 @@ from ingle.models.versions import OLDEST_TRANSFORMERS  # first: it refuses a tra
 # isort: split
 from transformers import PreTrainedModel as Model
 
-from ingle.models.forward.hidden_states import Head, forward_hidden, head
+from ingle.models.forward.hidden_states import Head, device_of, forward_hidden, head
 from ingle.models.forward.layers import decoder_layers, recompute_layers
 from ingle.models.forward.verification import verify
 from ingle.models.generation.decoding import generate, stream
@@ -28,6 +28,7 @@ __all__ = [
     "compute_dtype",
     "convert_base",
     "decoder_layers",
+    "device_of",
     "end_token_ids",
     "forward_hidden",
     "generate",

@@ -20,7 +20,7 @@ from torch import Tensor
 from ingle.data import IGNORE_INDEX, collate
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.evaluation.statistics import Floats
-from ingle.models import forward_hidden, head
+from ingle.models import device_of, forward_hidden, head
 from ingle.models.forward.hidden_states import Head
 
 #: Logits of a chunk, for each of the two models.
@@ -150,7 +150,7 @@ def compare(
 
 def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the hidden states that predict scored tokens, these tokens, and their windows' numbers in the row."""
-    batch = collate([window.sample for window in row]).to(head(model).weight.device)
+    batch = collate([window.sample for window in row]).to(device_of(model))
     targets_N = batch.next_labels()
     kept = targets_N != IGNORE_INDEX
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()

@@ -9,7 +9,7 @@ import torch
 
 from ingle.data import collate
 from ingle.evaluation.run.windows import Window, pack_windows
-from ingle.models import forward_hidden, head
+from ingle.models import device_of, forward_hidden
 from ingle.quant.imatrix_collector import ImatrixCollector, Importance
 
 
@@ -28,7 +28,7 @@ def gather_importance(
     done = 0
     try:
         for row in pack_windows(windows):
-            batch = collate([window.sample for window in row]).to(head(model).weight.device)
+            batch = collate([window.sample for window in row]).to(device_of(model))
             with collector.opened(batch.num_tokens):
                 forward_hidden(model, batch)
             done += len(row)

@@ -178,6 +178,6 @@ def _compare(
 
 @torch.no_grad()
 def _logps(model: Any, ids: Sequence[int]) -> Tensor:
-    device = models.head(model).weight.device
+    device = models.device_of(model)
     logits: Tensor = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
     return logits.float().log_softmax(-1).cpu()

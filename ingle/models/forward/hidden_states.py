@@ -67,6 +67,11 @@ def head(model: PreTrainedModel) -> Head:
     return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Returns the device of the output head, where batches go; unlike :func:`head` it decodes nothing."""
+    return next(model.get_output_embeddings().parameters()).device
+
+
 def computed_in(model: PreTrainedModel) -> torch.dtype:
     """Returns the dtype of the hidden states.
 

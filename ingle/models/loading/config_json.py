@@ -23,7 +23,7 @@ from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd, refuse_impossible
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_config
-from ingle.models.loading.hub import locate
+from ingle.models.loading.hub import locate, locate_file
 from ingle.models.loading.safetensors_files import read_index
 
 #: Kinds of layers whose attention spans :mod:`ingle.models.forward.attention` computes.
@@ -75,7 +75,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
 def config_path(model: ModelConfig) -> Path:
     """Returns the file that describes a model: its config.json or its GGUF file."""
     if is_gguf(model.id):
-        return open_gguf(model.id, revision=model.revision).path
+        return locate_file(model.id, revision=model.revision)
     return locate(model.id, revision=model.revision, code=model.trust_remote_code) / "config.json"
 
 

@@ -36,7 +36,8 @@ from ingle.models.loading.reading_plan import (
     refuse_other_shapes,
 )
 from ingle.models.loading.safetensors_files import read_index
-from ingle.models.loading.weight_writer import RowSelector, WeightWriter
+from ingle.models.loading.slots import RowSelector
+from ingle.models.loading.weight_writer import WeightWriter
 from ingle.wording import some
 
 

@@ -22,8 +22,9 @@ from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.meta_device import build, meta_model
 from ingle.models.loading.reading_plan import Converted, Experts, Group, Plain, QuantizedWeight
 from ingle.models.loading.safetensors_files import StoredTensor
+from ingle.models.loading.slots import leaf_of
 from ingle.models.loading.weight_loading import plan_weights, read_group
-from ingle.models.loading.weight_writer import WeightWriter, leaf_of
+from ingle.models.loading.weight_writer import WeightWriter
 
 
 @dataclass(frozen=True, slots=True)

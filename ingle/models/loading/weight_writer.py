@@ -1,7 +1,4 @@
-"""Writes weights into a model: finds the place of each parameter, quantizes the value if needed and copies it there.
-
-The model may hold a quantized module where the architecture has a linear layer, an embedding or a stack of experts, and
-an adapter may wrap any of them.  Only this file knows how names of the architecture map to places in the model.
+"""Writes weights into a model: converts or quantizes each value and copies it to its place.
 
 All memory of the model is allocated before the first weight is read.  Temporary buffers (a tensor as it is stored, the
 encoder's intermediate results) then reuse the same free blocks.  Allocated in turn, the two would fragment memory and
@@ -21,15 +18,10 @@ from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.safetensors_files import StoredTensor
+from ingle.models.loading.slots import RowSelector, Slot, find_slots
 from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
 from ingle.quant.catalog import format_options
 from ingle.quant.format import PLAIN
-from ingle.quant.linear import QuantModule
-
-#: Selects the rows of a parameter to load, from its name, its number of rows and its row group.  Rows are the output
-#: rows of a quantized weight, the experts of a stack, and otherwise the first dimension.  Both bounds must be multiples
-#: of the row group, or the end.
-RowSelector = Callable[[str, int, int], range]
 
 
 class WeightWriter:
@@ -54,37 +46,34 @@ class WeightWriter:
         rows: RowSelector | None = None,
         allocate: bool = True,
     ) -> None:
-        self._device = device
         self._model = model
-        self._architecture = architecture
+        self._device = device
         self._sink = sink
-        self._wanted: dict[str, Tensor] = {**architecture.state_dict(), **dict(architecture.named_buffers())}
-        self._rows = {} if rows is None else self._select_rows(rows)
+        self._slots = find_slots(model, architecture, rows)
         self._pending: dict[int, nn.Parameter] = {}  # allocated, without a value
         if allocate:
             self._allocate()
 
     def holder(self, name: str) -> nn.Module:
         """Returns the module that holds a parameter: the quantized one, or the one that owns it."""
-        return self._quantized(name) or self._find(name)[0]
+        slot = self._slots[name]
+        return slot.quantized or slot.owner
 
     def missing(self) -> list[str]:
-        """Returns the names of parameters and buffers without a value; names of tied weights share theirs."""
-        found = []
-        for name in self._wanted:
-            places = self._places(name).values()
-            module, leaf = self._find(name)
-            buffer = module._buffers.get(leaf)
-            if any(id(place) in self._pending for place in places) or (buffer is not None and buffer.is_meta):
-                found.append(name)
-        return found
+        """Returns the names of parameters and buffers without a value; tied weights share theirs."""
+        return [
+            name
+            for name, slot in self._slots.items()
+            if any(id(parameter) in self._pending for parameter in slot.parameters().values())
+            or (slot.is_buffer and slot.owner.get_buffer(slot.leaf).is_meta)
+        ]
 
     @contextmanager
     def allocated(self, name: str) -> Iterator[nn.Module]:
         """Allocates one parameter of a model without memory while the block runs; yields its holder."""
         holder = self.holder(name)
         parameters, buffers = dict(holder._parameters), dict(holder._buffers)
-        for key, old in self._places(name).items():
+        for key, old in self._slots[name].parameters().items():
             holder._parameters[key] = new = nn.Parameter(torch.empty_like(old, device=self._device), False)
             self._pending[id(new)] = new
         try:
@@ -100,17 +89,22 @@ class WeightWriter:
 
         Only the selected rows are read, unless the format encodes the matrix as one.
         """
-        self._require_shape(name, stored.shape, self._wanted[name].shape)
-        selected = name in self._rows and self._encodes_by_row(name)
-        if selected:
-            stored = stored.select_rows(self._rows[name])
-        place = self._places(name).get(leaf_of(name))
-        fits = place is not None and place.dtype == stored.dtype and tuple(place.shape) == stored.shape
-        if place is not None and fits and place.device.type == "cpu" and id(place) in self._pending:
+        slot = self._slots[name]
+        slot.require_shape(stored.shape)
+        selected = slot.rows is not None and slot.encodes_by_row()
+        if selected and slot.rows is not None:
+            stored = stored.select_rows(slot.rows)
+        place = None if slot.quantized is not None else slot.owner._parameters.get(slot.leaf)
+        if (
+            place is not None
+            and place.device.type == "cpu"
+            and (place.dtype, tuple(place.shape)) == (stored.dtype, stored.shape)
+            and id(place) in self._pending
+        ):
             stored.read_into(place.detach())
-            self._finish(name)
+            self._finish(slot)
         else:
-            self._store(name, stored.read(), selected=selected)
+            self._store(slot, stored.read(), selected=selected)
 
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
@@ -120,8 +114,8 @@ class WeightWriter:
             ModelError: The value has another shape.
             QuantizationError: The value cannot be quantized.
         """
-        self._require_shape(name, value.shape, self._wanted[name].shape)
-        self._store(name, value)
+        self._slots[name].require_shape(value.shape)
+        self._store(self._slots[name], value)
 
     @torch.no_grad()
     def put_experts(self, name: str, num_experts: int, read: Callable[[int], Tensor]) -> None:
@@ -136,17 +130,16 @@ class WeightWriter:
             ModelError: The number of experts or the shape of a matrix is another.
             QuantizationError: A matrix cannot be quantized.
         """
-        wanted = self._wanted[name].shape
-        self._require_shape(name, (num_experts, *wanted[1:]), wanted)
-        quantized = self._quantized(name)
-        for place, expert in enumerate(self._rows.get(name, range(num_experts))):
+        slot = self._slots[name]
+        slot.require_shape((num_experts, *slot.wanted.shape[1:]))
+        for place, expert in enumerate(range(num_experts) if slot.rows is None else slot.rows):
             value = read(expert)
-            self._require_shape(name, (num_experts, *value.shape), wanted)
-            if quantized is not None:
-                self._encode(quantized, value, f"{name}[{expert}]", place)
+            slot.require_shape((num_experts, *value.shape))
+            if slot.quantized is not None:
+                self._encode(slot, value, place)
             else:
-                self._places(name)[leaf_of(name)][place].copy_(value)
-        self._finish(name)
+                slot.owner.get_parameter(slot.leaf)[place].copy_(value)
+        self._finish(slot)
 
     @torch.no_grad()
     def put_quantized(self, name: str, tensors: Mapping[str, Tensor], *, divides: bool = False) -> None:
@@ -167,7 +160,8 @@ class WeightWriter:
             format, planes = from_hqq(tensors, name=name)
         else:
             format, planes = from_bitsandbytes(tensors, name=name)
-        quantized = self._quantized(name)
+        slot = self._slots[name]
+        quantized = slot.quantized
         if quantized is None or quantized.format != format or quantized.transposed:
             raise ModelError(
                 f"The checkpoint is already quantized as {format.name} and cannot be loaded in another format.",
@@ -176,8 +170,8 @@ class WeightWriter:
                 + ("this weight would not be quantized" if quantized is None else f"the run needs {quantized.format}"),
                 fix=format_options(format),
             )
-        self._write(quantized, self._cut(name, planes), name)
-        self._finish(name)
+        self._write(slot, {key: slot.cut(plane) for key, plane in planes.items()})
+        self._finish(slot)
 
     @torch.no_grad()
     def put_gguf(self, weight: GgufWeight) -> None:
@@ -187,186 +181,90 @@ class WeightWriter:
             ModelError: The tensor has another shape, or a type that is not supported.
             QuantizationError: The value cannot be quantized.
         """
-        name, tensor = weight.target, weight.tensor
-        wanted = self._wanted[name]
-        self._require_shape(name, tensor.shape, wanted.shape)
-        quantized = self._quantized(name)
-        copies = quantized is not None and quantized.format.name == tensor.type_name
-        if not copies and tensor.type_name not in PLAIN and self._sink is not None:
-            dtype = str(wanted.dtype).removeprefix("torch.")
-            self._sink(Warned(f"{name} is {tensor.type_name} in the file and is loaded as {dtype}.", str(tensor.path)))
-        selected = name in self._rows and self._encodes_by_row(name)
-        rows = self._rows[name] if selected else None
-        if quantized is not None and copies:
-            self._write(quantized, {"data": weight.row_bytes(rows)}, name)
-            self._finish(name)
-        else:
-            self._store(name, weight.value(wanted.dtype, rows), selected=selected)
-
-    def _store(self, name: str, value: Tensor, *, selected: bool = False) -> None:
-        """Sets a parameter or buffer from its value, or with ``selected`` from its selected rows alone."""
-        quantized = self._quantized(name)
-        if quantized is None:
-            self._copy(name, value if selected or name not in self._rows else value[self._slice(name, len(value))])
-        elif quantized.num_stacked is None:
-            self._encode(quantized, value, name, selected=selected)
-        else:
-            first = self._rows[name].start if name in self._rows else 0
-            for place, part in enumerate(value if selected else value[self._slice(name, len(value))]):
-                self._encode(quantized, part, f"{name}[{first + place}]", place)
-        self._finish(name)
-
-    def _copy(self, name: str, value: Tensor) -> None:
-        module, leaf = self._find(name)
-        if leaf in module._buffers:
-            module._buffers[leaf] = value.to(device=self._device, dtype=self._wanted[name].dtype)
+        slot, tensor = self._slots[weight.target], weight.tensor
+        slot.require_shape(tensor.shape)
+        rows = slot.rows if slot.encodes_by_row() else None
+        if slot.quantized is not None and slot.quantized.format.name == tensor.type_name:
+            self._write(slot, {"data": weight.row_bytes(rows)})
+            self._finish(slot)
             return
-        place = module.get_parameter(leaf)
-        if id(place) not in self._pending:
-            place = self._untie(name, value, place)
-        place.copy_(value)
+        if tensor.type_name not in PLAIN and self._sink is not None:
+            dtype = str(slot.wanted.dtype).removeprefix("torch.")
+            message = f"{slot.name} is {tensor.type_name} in the file and is loaded as {dtype}."
+            self._sink(Warned(message, str(tensor.path)))
+        self._store(slot, weight.value(slot.wanted.dtype, rows), selected=rows is not None)
 
-    def _encode(
-        self, quantized: QuantModule, value: Tensor, name: str, expert: int | None = None, *, selected: bool = False
-    ) -> None:
-        value = value.to(self._device)
-        planes = quantized.format.encode(value.transpose(-1, -2) if quantized.transposed else value, name=name)
-        self._write(quantized, planes if selected or expert is not None else self._cut(name, planes), name, expert)
+    def _store(self, slot: Slot, value: Tensor, *, selected: bool = False) -> None:
+        """Sets a parameter or buffer from its value, or with ``selected`` from its selected rows alone."""
+        if slot.matrix is not None:
+            self._encode(slot, value, selected=selected)
+        elif slot.quantized is not None:
+            for place, part in enumerate(value if selected else slot.cut(value)):
+                self._encode(slot, part, place)
+        elif slot.is_buffer:
+            slot.owner._buffers[slot.leaf] = value.to(device=self._device, dtype=slot.wanted.dtype)
+        else:
+            value = value if selected else slot.cut(value)
+            place = slot.owner.get_parameter(slot.leaf)
+            if id(place) not in self._pending:
+                place = self._untie(slot, value, place)
+            place.copy_(value)
+        self._finish(slot)
 
-    def _write(
-        self, quantized: QuantModule, planes: Mapping[str, Tensor], name: str, expert: int | None = None
-    ) -> None:
+    def _encode(self, slot: Slot, value: Tensor, place: int | None = None, *, selected: bool = False) -> None:
+        """Quantizes a matrix, or with ``place`` one of a stack."""
+        assert slot.quantized is not None
+        format, value = slot.quantized.format, value.to(self._device)
+        first = slot.rows.start if slot.rows is not None else 0
+        name = slot.name if place is None else f"{slot.name}[{first + place}]"
+        planes = format.encode(value.transpose(-1, -2) if slot.quantized.transposed else value, name=name)
+        if place is None and not selected:
+            planes = {key: slot.cut(plane) for key, plane in planes.items()}
+        self._write(slot, planes, place)
+
+    def _write(self, slot: Slot, planes: Mapping[str, Tensor], place: int | None = None) -> None:
+        parameters = slot.parameters()
         for key, plane in planes.items():
-            place = quantized.get_parameter(key)
-            target = place if expert is None else place[expert]
-            self._require_shape(f"{name} ({key})", plane.shape, target.shape)
-            assert plane.dtype == target.dtype, f"{name} ({key}) is {plane.dtype}, not {target.dtype}"
+            target = parameters[key] if place is None else parameters[key][place]
+            slot.require_shape(plane.shape, target.shape, f" ({key})")
+            assert plane.dtype == target.dtype, f"{slot.name} ({key}) is {plane.dtype}, not {target.dtype}"
             target.copy_(plane)
 
-    def _untie(self, name: str, value: Tensor, shared: nn.Parameter) -> nn.Parameter:
+    def _untie(self, slot: Slot, value: Tensor, shared: nn.Parameter) -> nn.Parameter:
         """Returns the place of a value whose tied partner is already set: the same one if both values agree."""
         if torch.equal(shared, value.to(shared)):
             return shared
         if self._sink is not None:
-            self._sink(Warned(f"{name} should be tied to another weight, but the files hold two different values."))
+            message = f"{slot.name} should be tied to another weight, but the files hold two different values."
+            self._sink(Warned(message))
         self._model.all_tied_weights_keys.clear()
         self._model.config.tie_word_embeddings = False
-        module, leaf = self._find(name)
-        module._parameters[leaf] = own = nn.Parameter(torch.empty_like(shared), shared.requires_grad)
+        slot.owner._parameters[slot.leaf] = own = nn.Parameter(torch.empty_like(shared), shared.requires_grad)
         return own
 
-    def _finish(self, name: str) -> None:
-        for place in self._places(name).values():
-            self._pending.pop(id(place), None)
-
-    def _select_rows(self, select: RowSelector) -> dict[str, range]:
-        """Returns the rows of each parameter to load; names that share a parameter share the rows."""
-        chosen: dict[int, range] = {}
-        found: dict[str, range] = {}
-        for name in self._wanted:
-            place = next(iter(self._places(name).values()), None)
-            if place is None or place.dim() == 0:
-                continue  # a buffer or a single number
-            if id(place) not in chosen:
-                num_rows, group = len(place), 1
-                if (quantized := self._quantized(name)) is not None and quantized.num_stacked is None:
-                    num_rows = quantized.out_features
-                    group = quantized.format.row_group(num_rows, quantized.in_features)
-                chosen[id(place)] = rows = select(name, num_rows, group)
-                aligned = rows.start % group == 0 and (rows.stop % group == 0 or rows.stop == num_rows)
-                assert rows.step == 1 and 0 <= rows.start <= rows.stop <= num_rows and aligned, (name, rows)
-            found[name] = chosen[id(place)]
-        return found
-
-    def _encodes_by_row(self, name: str) -> bool:
-        """Whether the planes of some rows depend on these rows of the stored tensor alone."""
-        quantized = self._quantized(name)
-        if quantized is None or quantized.num_stacked is not None:
-            return True
-        by_row = all(spec.shape[0] == quantized.out_features for spec in quantized.specs.values())
-        return by_row and not quantized.transposed
-
-    def _slice(self, name: str, size: int) -> slice:
-        """Returns the part of a first dimension of some size that belongs to the selected rows of a parameter."""
-        quantized = self._quantized(name)
-        num_rows = size if quantized is None or quantized.num_stacked is not None else quantized.out_features
-        rows = self._rows.get(name, range(num_rows))
-        if size == 1 < num_rows:
-            return slice(1)  # one value for the matrix, which every part needs
-        return slice(rows.start * size // num_rows, rows.stop * size // num_rows)
-
-    def _cut(self, name: str, planes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if name not in self._rows:
-            return planes
-        return {key: plane[self._slice(name, len(plane))] for key, plane in planes.items()}
+    def _finish(self, slot: Slot) -> None:
+        for parameter in slot.parameters().values():
+            self._pending.pop(id(parameter), None)
 
     def _allocate(self) -> None:
         """Allocates everything on the meta device, shared parameters once.
 
         What the architecture does not have, such as an adapter's parameters, stays uninitialised.
         """
-        sizes: dict[int, slice] = {}
-        own: set[int] = set()
-        for name in self._wanted:
-            module, leaf = self._find(name)
-            own.add(id(module._buffers.get(leaf)))
-            for place in self._places(name).values():
-                own.add(id(place))
-                if name in self._rows:
-                    sizes[id(place)] = self._slice(name, len(place))
+        slots = {id(parameter): slot for slot in self._slots.values() for parameter in slot.parameters().values()}
+        buffers = {id(slot.owner._buffers[slot.leaf]) for slot in self._slots.values() if slot.is_buffer}
         made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old ones, so that their ids stay unique
         for module in self._model.modules():
             for key, old in module._parameters.items():
                 if old is None or not old.is_meta:
                     continue
                 if id(old) not in made:
-                    like = old[sizes[id(old)]] if id(old) in sizes else old
+                    like = slots[id(old)].cut(old) if id(old) in slots else old
                     new = nn.Parameter(torch.empty_like(like, device=self._device), requires_grad=old.requires_grad)
                     made[id(old)] = (old, new)
-                    if id(old) in own:
+                    if id(old) in slots:
                         self._pending[id(new)] = new
                 module._parameters[key] = made[id(old)][1]
             for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and id(buffer) not in own:
+                if buffer is not None and buffer.is_meta and id(buffer) not in buffers:
                     module._buffers[key] = torch.empty_like(buffer, device=self._device)
-
-    def _places(self, name: str) -> dict[str, nn.Parameter]:
-        """Returns the parameters that hold a weight, by their key in its holder; none for a buffer."""
-        if (quantized := self._quantized(name)) is not None:
-            return {key: quantized.get_parameter(key) for key in quantized.specs}
-        module, leaf = self._find(name)
-        parameter = module._parameters.get(leaf)
-        return {} if parameter is None else {leaf: parameter}
-
-    def _quantized(self, name: str) -> QuantModule | None:
-        """Returns the quantized module that holds a parameter: the layer itself, or a child for a stack of experts."""
-        module, leaf = self._find(name)
-        if isinstance(module, QuantModule) and leaf == "weight":
-            return module
-        child = module._modules.get(leaf)
-        return child if isinstance(child, QuantModule) else None
-
-    def _find(self, name: str) -> tuple[nn.Module, str]:
-        """Returns the module that owns a name, inside any adapter that wraps it, and the last part of the name."""
-        path, _, leaf = name.rpartition(".")
-        module: nn.Module = self._model
-        original: nn.Module = self._architecture
-        for part in path.split(".") if path else ():
-            module, original = getattr(module, part), getattr(original, part)
-            while type(module) is not type(original) and isinstance(inner := getattr(module, "base", None), nn.Module):
-                module = inner
-        return module, leaf
-
-    def _require_shape(self, name: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
-        if tuple(have) != tuple(want):
-            raise ModelError(
-                f"The weight {name} has another shape than the model.",
-                where=name,
-                why=f"{tuple(have)} in the file, {tuple(want)} in the architecture",
-                fix="check that the files belong to this config.json",
-            )
-
-
-def leaf_of(name: str) -> str:
-    """Returns the last part of a parameter's path."""
-    return name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of many architectures, written by transformers as the hub's are."""
+"""Tiny random checkpoints of many architectures, written by transformers in the layout of the hub."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ class Checkpoint:
         return ModelConfig(id=str(self.folder), dtype="float32")
 
     def reference(self) -> PreTrainedModel:
-        """What plain transformers makes of the folder."""
+        """The model as transformers loads it."""
         model = hf.AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, attn_implementation="eager")
         return model.eval()
 
 
 def randomized(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A model whose every weight matters: norms and biases are random too."""
+    """A model with random weights, including norms and biases."""
     model = hf.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def documents() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """One token a letter or sign; token 2 ends a text."""
+    """One token for each word ``t3``, ``t4``, ...; token 2 ends a text."""
     names = ["<pad>", "<s>", "</s>", *(f"t{index} " for index in range(3, VOCAB_SIZE))]
     backend = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
     backend.decoder = Fuse()

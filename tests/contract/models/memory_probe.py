@@ -1,4 +1,4 @@
-"""Run as a script: loads a model and prints what it took.  Arguments: folder, base as JSON."""
+"""Loads a model and prints the memory it needed.  Arguments: a tiny model's folder, the folder, the base as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(tiny: str, folder: str, base: str) -> None:
     config: BaseConfig = TypeAdapter(BaseConfig).validate_json(base)
     models.load_model(ModelConfig(id=tiny, dtype="bfloat16"), config)  # imports, kernels and thread pools
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     model = models.load_model(ModelConfig(id=folder, dtype="bfloat16"), config)
     peak = status("VmHWM") - before

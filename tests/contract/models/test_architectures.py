@@ -1,4 +1,4 @@
-"""Every architecture is loaded, packed, quantized, adapted, trained, answered with and saved, or refused."""
+"""Every architecture is loaded, verified, quantized, adapted, trained, saved and generates answers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ingle.kernels.layers.cross_entropy import linear_cross_entropy
 from ingle.models.loading.safetensors_files import read_index
 
 NF4, INT8 = Nf4Base(format="nf4"), Int8Base(format="int8")
-#: How a module is packed does not depend on the format, and formats have a contract of their own.
-PACKED_BASES = [
+#: How a module is quantized does not depend on the format, and formats have their own contract tests.
+QUANTIZED_BASES = [
     NF4,
     pytest.param(Nf4Base(format="nf4", double_quant=False), marks=pytest.mark.sweep),
     pytest.param(INT8, marks=pytest.mark.sweep),
@@ -70,7 +70,7 @@ def test_packed_documents_give_the_logits_of_transformers_one_by_one(checkpoint,
 
 
 def test_bfloat16_is_as_close_as_transformers_own(checkpoint, documents) -> None:
-    """Against float32, where every weight is first rounded to bfloat16: only the arithmetic differs."""
+    """Relative to float32 arithmetic on weights rounded to bfloat16."""
     ours = models.load_model(checkpoint.config.model_copy(update={"dtype": "bfloat16"}))
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16).eval()
     exact = separate_logits(copy.deepcopy(reference).float(), documents)
@@ -81,8 +81,8 @@ def test_bfloat16_is_as_close_as_transformers_own(checkpoint, documents) -> None
     assert error(packed_logits(ours, documents)) < 1.5 * error(separate_logits(reference, documents)) + 1e-3
 
 
-@pytest.mark.parametrize("base", PACKED_BASES, ids=lambda base: f"{base.format}-{getattr(base, 'double_quant', '')}")
-def test_packed_base_gives_the_logits_of_its_decoded_weights(checkpoint, documents, base) -> None:
+@pytest.mark.parametrize("base", QUANTIZED_BASES, ids=lambda base: f"{base.format}-{getattr(base, 'double_quant', '')}")
+def test_a_quantized_base_gives_the_logits_of_its_decoded_weights(checkpoint, documents, base) -> None:
     ours, reference = load(checkpoint, base), checkpoint.reference()
     replaced = replace_by_decoded(reference, ours)
     head = reference.get_output_embeddings()
@@ -92,15 +92,15 @@ def test_packed_base_gives_the_logits_of_its_decoded_weights(checkpoint, documen
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     experts = {name for name, parameter in reference.named_parameters() if parameter.dim() == 3}
-    assert replaced == linears | experts, "a linear map was passed over"
-    assert all(is_expected_wide(entry.name, ours) for entry in quant.audit(ours).unquantized)
+    assert replaced == linears | experts, "a linear layer was not quantized"
+    assert all(is_expected_plain(entry.name, ours) for entry in quant.audit(ours).unquantized)
     torch.testing.assert_close(
         packed_logits(ours, documents), separate_logits(reference, documents), rtol=1e-3, atol=1e-3
     )
 
 
 def replace_by_decoded(reference: PreTrainedModel, ours: PreTrainedModel) -> set[str]:
-    """Puts what each packed module decodes to into the reference, after checking that it is that weight."""
+    """Copies the decoded weight of each quantized module into the reference, after comparing it."""
     replaced = set()
     for name, module in ours.named_modules():
         if isinstance(module, quant.QuantStack):
@@ -119,7 +119,7 @@ def replace_by_decoded(reference: PreTrainedModel, ours: PreTrainedModel) -> set
     return replaced
 
 
-def is_expected_wide(name: str, model: PreTrainedModel) -> bool:
+def is_expected_plain(name: str, model: PreTrainedModel) -> bool:
     module = model.get_submodule(name)
     kept = (model.get_input_embeddings(), model.get_output_embeddings())
     return module in kept or isinstance(module, nn.Embedding) or "Router" in type(module).__name__
@@ -179,7 +179,9 @@ def test_saved_model_is_read_back_by_transformers(checkpoint, documents, tokeniz
             parameter.mul_(1.01)
     folder = tmp_path / "model"
     models.save_pretrained(model, tokenizer, folder)
-    assert read_index(folder).keys() == read_index(checkpoint.folder).keys(), "other names than the checkpoint's"
+    assert read_index(folder).keys() == read_index(checkpoint.folder).keys(), (
+        "the names differ from those of the checkpoint"
+    )
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.testing.assert_close(
         separate_logits(again, documents), separate_logits(model, documents), rtol=1e-5, atol=1e-5
@@ -210,7 +212,7 @@ def test_recomputed_layers_give_the_same_gradient(checkpoint, documents, base) -
         assert gradient is None or torch.equal(gradient, gradients[1][name]), name
 
 
-#: The maps that make queries and values, where they are not called so.
+#: The layers that compute queries and values, where they have other names.
 QUERIES_AND_VALUES = {
     "phi3": ("qkv_proj",),
     "gpt2": ("c_attn",),
@@ -221,7 +223,7 @@ QUERIES_AND_VALUES = {
 
 
 @pytest.mark.parametrize("base", [NoBase(), NF4], ids=lambda base: base.format)
-def test_adapters_on_few_maps_learn_the_same_packed_recomputed_and_fused(checkpoint, documents, base) -> None:
+def test_adapters_on_few_layers_get_the_same_gradient_packed_recomputed_and_fused(checkpoint, documents, base) -> None:
     names = QUERIES_AND_VALUES.get(checkpoint.name, ("q_proj", "v_proj"))
 
     def adapted() -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What depends on the length of a text depends on that text alone: packed, batched, and while it is generated."""
+"""Positions and windows depend on the length of each text alone: packed, batched and during generation."""
 
 from __future__ import annotations
 
@@ -113,11 +113,11 @@ def made(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTraine
     return ours, hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def test_every_kind_of_positions_is_tried() -> None:
+def test_every_rope_type_is_tested() -> None:
     assert set(_SCALED) == set(ROPE_INIT_FUNCTIONS)
 
 
-def test_packed_documents_learn_as_each_does_alone_in_transformers(made, mixed) -> None:
+def test_packed_documents_get_the_gradient_of_single_ones_in_transformers(made, mixed) -> None:
     ours, reference = made
     batch = pack(mixed)
     loss = supervised_loss(ours.requires_grad_(True), batch)
@@ -125,7 +125,7 @@ def test_packed_documents_learn_as_each_does_alone_in_transformers(made, mixed) 
     gradients = {name: torch.zeros_like(parameter) for name, parameter in reference.named_parameters()}
     total = 0.0
     for document in mixed:
-        alone = copy.deepcopy(reference)  # dynamic positions remember the longest text so far
+        alone = copy.deepcopy(reference)  # dynamic positions keep state
         ids = torch.tensor([document])
         if len(document) > 1:
             share = (len(document) - 1) / batch.num_supervised
@@ -159,7 +159,7 @@ def test_answers_that_grow_past_the_switch_are_those_of_transformers(made, mixed
 
 
 @pytest.mark.parametrize("name", ["phi3", "llama-dynamic", "gemma3-by-layer"], indirect=True)
-def test_positions_chosen_by_the_longest_document_are_found_at_load(made, monkeypatch) -> None:
+def test_positions_chosen_by_the_longest_document_are_detected(made, monkeypatch) -> None:
     ours, _ = made
     monkeypatch.setattr(meta_device, "rotate_by_document", lambda model: None)
     with pytest.raises(ModelError, match="other results for packed documents") as error:
@@ -168,8 +168,8 @@ def test_positions_chosen_by_the_longest_document_are_found_at_load(made, monkey
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma3-by-layer"], indirect=True)
-def test_a_window_that_is_lost_is_found_at_load(made, monkeypatch) -> None:
-    """Both windows are wider than the documents that went through the whole model."""
+def test_a_lost_window_is_detected(made, monkeypatch) -> None:
+    """Both windows are wider than the documents that went through the full model."""
     ours, _ = made
     monkeypatch.setattr(attention, "_window", lambda module, passed: None)
     with pytest.raises(ModelError, match="other results for packed documents") as error:

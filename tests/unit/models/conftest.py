@@ -1,4 +1,4 @@
-"""A tiny model and tokenizer; nothing here reads the hub."""
+"""A tiny model and tokenizer; no test here needs the hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """Token i from 4 on is a letter or sign of its own; the first four are special."""
+    """Every token from 4 on is one character; the first four are special."""
     names = ["<pad>", "<s>", "</s>", "<end>", *(chr(ord("a") + index) for index in range(VOCAB_SIZE - 4))]
     backend = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
     backend.decoder = Fuse()
@@ -54,7 +54,7 @@ def config() -> hf.LlamaConfig:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory, config: hf.LlamaConfig) -> Path:
-    """A checkpoint with a tokenizer; its weights are large enough for answers that vary."""
+    """A checkpoint with a tokenizer; its weights are large enough that answers vary."""
     folder = tmp_path_factory.mktemp("model")
     model = hf.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(3)

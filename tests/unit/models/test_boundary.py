@@ -1,4 +1,4 @@
-"""Whatever lies in a model's files, the answer is a model that works or a sentence that names the file."""
+"""Damaged and contradictory files of a model give an error that names the file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense_is_refused_by_name(copied: Path, changes: dict[str, Any], named: str) -> None:
+def test_an_invalid_config_is_refused_with_its_key(copied: Path, changes: dict[str, Any], named: str) -> None:
     change(copied / "config.json", **changes)
     with pytest.raises(ModelError, match=named) as error:
         load(copied)
@@ -84,8 +84,6 @@ def test_a_config_that_makes_no_sense_is_refused_by_name(copied: Path, changes: 
         ("model.safetensors.index.json", b'{"weight_map": {"a": 5, "b": "x"}}'),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "../config.json"}}'),
         ("model.safetensors.index.json", b'{"weight_map": {"a": "none.safetensors"}}'),
-        ("model.safetensors", b"\x10" + bytes(7) + b'{"a": {"dtype": '),
-        ("model.safetensors", (24).to_bytes(8, "little") + b'{"a":["F32",[1],[0,4]]}  '),
     ],
     ids=lambda value: value[:40].decode("latin1") if isinstance(value, bytes) else value,
 )
@@ -93,20 +91,13 @@ def test_a_damaged_file_is_named(copied: Path, name: str, content: bytes) -> Non
     (copied / name).write_bytes(content)
     with pytest.raises(ModelError) as error:
         load(copied)
-    folder_said = name.startswith("tokenizer") and str(copied) in str(error.value)
-    assert name in str(error.value) or folder_said or "none.safetensors" in error.value.message, str(error.value)
+    folder_named = name.startswith("tokenizer") and str(copied) in str(error.value)
+    assert name in str(error.value) or folder_named or "none.safetensors" in error.value.message, str(error.value)
 
 
-def test_sizes_of_a_header_are_whole_numbers(copied: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}).encode()
-    (copied / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(ModelError, match="not a complete safetensors file"):
-        load(copied)
-
-
-def test_ctrl_c_passes_and_a_panic_in_rust_does_not() -> None:
+def test_ctrl_c_passes_but_a_panic_in_rust_becomes_an_error() -> None:
     class PanicException(BaseException):
-        """As pyo3 has it."""
+        """The same name as pyo3's."""
 
     with pytest.raises(KeyboardInterrupt), reading("a", "It cannot be read.", fix="read it again"):
         raise KeyboardInterrupt
@@ -114,7 +105,7 @@ def test_ctrl_c_passes_and_a_panic_in_rust_does_not() -> None:
         raise PanicException("index out of range")
 
 
-def test_sizes_that_models_have_are_taken(tmp_path: Path) -> None:
+def test_sizes_of_real_models_are_accepted(tmp_path: Path) -> None:
     large = {"num_hidden_layers": 126, "n_routed_experts": 384, "vocab_size": 262_144, "num_params": 10**12}
     refuse_absurd({**large, "rope_theta": 10**11, "rope_parameters": {"rope_theta": 5e8}}, tmp_path)
 
@@ -140,7 +131,7 @@ def test_a_token_without_an_embedding_is_refused(model: hf.PreTrainedModel, toke
     ],
     ids=lambda value: value.model_type if isinstance(value, hf.PretrainedConfig) else "",
 )  # fmt: skip
-def test_texts_longer_than_a_table_of_positions_are_refused(config, longest: int | None) -> None:
+def test_texts_longer_than_the_position_table_are_refused(config, longest: int | None) -> None:
     model = build(config, torch.float32)
     models.refuse_longer(model, 20, where="data.max_seq_len")
     if longest is None:
@@ -151,7 +142,7 @@ def test_texts_longer_than_a_table_of_positions_are_refused(config, longest: int
     assert error.value.fix == "--data.max_seq_len=20"
 
 
-def test_rows_are_as_wide_as_allowed_and_lose_no_token() -> None:
+def test_padded_rows_respect_the_width_and_keep_every_token() -> None:
     cu_seqlens = torch.tensor([0, 3, 5, 9, 10, 17], dtype=torch.int32)  # documents of 3, 2, 4, 1, 7
     layout = arrange(cu_seqlens, width=6)
     values = torch.arange(1, 18)[None]
@@ -161,5 +152,5 @@ def test_rows_are_as_wide_as_allowed_and_lose_no_token() -> None:
     visible = layout.mask(torch.float32) == 0
     assert visible.shape == (3, 1, 7, 7)
     assert visible[0, 0, 4].tolist() == [False, False, False, True, True, False, False]
-    assert visible[0, 0, 5].any(), "a place without a token must see something"
+    assert visible[0, 0, 5].any(), "padding must attend to something"
     assert arrange(cu_seqlens, width=None).document_RW.tolist() == [[0] * 3 + [1] * 2 + [2] * 4 + [3] + [4] * 7]

@@ -1,4 +1,4 @@
-"""Answers: what ends them, how they are sampled, and that neighbours do not matter."""
+"""Generation: what ends an answer, sampling, and independence of the other prompts of a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = [[5, 6, 7], [9], [4, 8, 15, 16, 23], [10, 11, 12]]
 
 @pytest.fixture
 def endless(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without any end token, so that answers run to their length."""
+    """The model without end tokens, so that answers reach their maximum length."""
     model.generation_config = GenerationConfig()
     model.config.eos_token_id = None
     return model
@@ -29,7 +29,7 @@ def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_answers_do_not_depend_on_their_neighbours(endless, plain) -> None:
+def test_answers_do_not_depend_on_the_batch(endless, plain) -> None:
     together = models.generate(endless, plain, PROMPTS, max_new_tokens=12)
     for size in (1, 3):
         assert models.generate(endless, plain, PROMPTS, max_new_tokens=12, batch_size=size) == together
@@ -37,7 +37,7 @@ def test_answers_do_not_depend_on_their_neighbours(endless, plain) -> None:
     assert {answer.finish_reason for answer in together} == {"length"}
 
 
-def test_each_token_is_the_likeliest_after_those_before_it(endless, plain) -> None:
+def test_greedy_answers_take_the_most_likely_tokens(endless, plain) -> None:
     for prompt, answer in zip(PROMPTS, models.generate(endless, plain, PROMPTS, max_new_tokens=6), strict=True):
         ids = torch.tensor([[*prompt, *answer.token_ids]])
         with torch.no_grad():
@@ -45,7 +45,7 @@ def test_each_token_is_the_likeliest_after_those_before_it(endless, plain) -> No
         assert likeliest[len(prompt) - 1 : -1] == list(answer.token_ids)
 
 
-def test_sampling_depends_on_seed_and_place_alone(endless, plain) -> None:
+def test_sampling_depends_on_seed_and_index_alone(endless, plain) -> None:
     def sample(**options: object):
         return models.generate(endless, plain, PROMPTS, max_new_tokens=10, temperature=1.5, **options)
 
@@ -57,7 +57,7 @@ def test_sampling_depends_on_seed_and_place_alone(endless, plain) -> None:
     assert same[0] == first[0] and same[1] != first[0]
 
 
-def test_draws_follow_the_probabilities_and_stay_inside_top_p() -> None:
+def test_samples_follow_the_probabilities_and_top_p() -> None:
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().repeat(20_000, 1)[:, [2, 0, 3, 1]]
     rows = list(range(len(logits)))
 
@@ -78,14 +78,14 @@ def test_temperature_flattens() -> None:
     assert share == pytest.approx(1 / (1 + np.e), abs=0.015)
 
 
-def test_every_end_token_ends_and_is_left_out(endless, plain) -> None:
+def test_every_end_token_ends_an_answer_and_is_not_part_of_it(endless, plain) -> None:
     free = models.generate(endless, plain, PROMPTS[:1], max_new_tokens=12)[0].token_ids
     end = free[4]
     expected = free[: free.index(end)]
     endless.generation_config.eos_token_id = [31, end]
     together = models.generate(endless, plain, PROMPTS, max_new_tokens=12)
     assert together[0].token_ids == expected and together[0].finish_reason == "stop"
-    assert len({len(answer.token_ids) for answer in together}) > 1, "rows must leave the batch at different times"
+    assert len({len(answer.token_ids) for answer in together}) > 1, "answers must end at different steps"
     for prompt, answer in zip(PROMPTS, together, strict=True):
         assert models.generate(endless, plain, [prompt], max_new_tokens=12) == [answer]
 
@@ -97,9 +97,12 @@ def test_end_tokens_come_from_model_tokenizer_and_template(model, tokenizer) -> 
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}"
     assert models.end_token_ids(model, tokenizer) == {2, 3, 5, 6, 7}
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}a{% endfor %}"
-    assert models.end_token_ids(model, tokenizer) == {2, 5, 6, 7}, "an ordinary token ends nothing"
+    assert models.end_token_ids(model, tokenizer) == {2, 5, 6, 7}, "an ordinary token does not end an answer"
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert models.end_token_ids(model, tokenizer) == {2, 5, 6, 7}
+    tokenizer.chat_template = "{{ 10 ** 10 ** 10 }}"  # runs under the limits of data preparation
+    with pytest.raises(ModelError, match="chat template"):
+        models.end_token_ids(model, tokenizer)
 
 
 def test_a_stop_string_ends_and_is_cut_off(endless, plain) -> None:
@@ -109,10 +112,12 @@ def test_a_stop_string_ends_and_is_cut_off(endless, plain) -> None:
     answer = models.generate(endless, plain, PROMPTS[2:3], max_new_tokens=20, stop=["0", stop])[0]
     assert answer.text == expected and answer.finish_reason == "stop"
     assert stop in plain.decode(answer.token_ids, skip_special_tokens=True)
-    assert stop not in plain.decode(answer.token_ids[:-1], skip_special_tokens=True), "it went on after the stop"
+    assert stop not in plain.decode(answer.token_ids[:-1], skip_special_tokens=True), (
+        "the answer continued after the stop string"
+    )
 
 
-def test_a_stream_joins_to_the_answer(endless, plain) -> None:
+def test_the_pieces_of_a_stream_are_the_answer(endless, plain) -> None:
     for stop in ((), ("zzz",)):
         for prompt in PROMPTS:
             options = {"max_new_tokens": 15, "temperature": 1.0, "seed": 4, "stop": stop}
@@ -127,14 +132,14 @@ def test_a_stream_joins_to_the_answer(endless, plain) -> None:
             assert returned == [whole]
 
 
-def test_a_stream_gives_nothing_out_that_is_taken_back(endless, plain) -> None:
+def test_a_stream_yields_no_part_of_a_stop_string(endless, plain) -> None:
     text = models.generate(endless, plain, PROMPTS[2:3], max_new_tokens=20)[0].text
     stop = text[6:10]
     pieces = list(models.stream(endless, plain, PROMPTS[2], max_new_tokens=20, stop=[stop]))
     assert "".join(pieces) == text[: text.index(stop)]
 
 
-def test_half_a_character_is_held_back() -> None:
+def test_an_incomplete_character_is_not_yielded() -> None:
     class Bytes:
         """Token i is the byte i."""
 
@@ -150,7 +155,7 @@ def test_half_a_character_is_held_back() -> None:
     assert answer.finish().text == "aé?"
 
 
-def test_an_answer_ends_where_the_model_does(model, plain) -> None:
+def test_an_answer_ends_with_the_context(model, plain) -> None:
     model.generation_config, model.config.eos_token_id = GenerationConfig(), None
     prompts = [[5] * 60, [5] * 10]
     answers = models.generate(model, plain, prompts, max_new_tokens=30)
@@ -163,7 +168,7 @@ def test_an_answer_ends_where_the_model_does(model, plain) -> None:
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_any_is_answered(model, plain) -> None:
-    told: list[tuple[int, int]] = []
+    counted: list[tuple[int, int]] = []
     with pytest.raises(ModelError, match="longer than the model's context") as caught:
         models.generate(
             model,
@@ -171,25 +176,25 @@ def test_a_prompt_that_is_too_long_is_refused_before_any_is_answered(model, plai
             [[5], [5] * 64],
             max_new_tokens=1,
             batch_size=1,
-            on_progress=lambda *counts: told.append(counts),
+            on_progress=lambda *counts: counted.append(counts),
         )
-    assert told == [] and caught.value.where == "prompt 2 of 2" and "64" in str(caught.value.why)
+    assert counted == [] and caught.value.where == "prompt 2 of 2" and "64" in str(caught.value.why)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
-def test_a_length_without_end_costs_no_memory(temperature: float) -> None:
-    draws = TokenSampler(temperature, 1.0, 0, [0, 1])
+def test_extreme_temperatures_are_stable(temperature: float) -> None:
+    sampler = TokenSampler(temperature, 1.0, 0, [0, 1])
     logits = torch.tensor([[0.0, 100.0, 0.0], [100.0, 0.0, 0.0]])
-    assert [draws.choose(logits, [0, 1]).tolist() for _ in range(3)] == [[1, 0]] * 3
+    assert [sampler.choose(logits, [0, 1]).tolist() for _ in range(3)] == [[1, 0]] * 3
 
 
 def test_progress_and_mode(endless, plain) -> None:
-    told: list[tuple[int, int]] = []
+    counted: list[tuple[int, int]] = []
     endless.train()
     endless.model.layers[0].eval()
     models.generate(
-        endless, plain, PROMPTS, max_new_tokens=2, batch_size=3, on_progress=lambda *counts: told.append(counts)
+        endless, plain, PROMPTS, max_new_tokens=2, batch_size=3, on_progress=lambda *counts: counted.append(counts)
     )
-    assert told == [(3, 4), (4, 4)]
+    assert counted == [(3, 4), (4, 4)]
     assert endless.training and not endless.model.layers[0].training
     assert models.generate(endless, plain, [], max_new_tokens=2) == []

@@ -1,4 +1,4 @@
-"""The two halves of a model, and the check that finds what they cannot express."""
+"""The two halves of a model, and the verification that detects what they cannot express."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle import models
+from ingle import models, quant
 from ingle.errors import ModelError
 from ingle.models.forward import attention
+from ingle.quant.int8 import Int8
 
 
 def test_the_head_scales_and_caps() -> None:
@@ -21,13 +22,13 @@ def test_the_head_scales_and_caps() -> None:
     torch.testing.assert_close(head.logits(torch.tensor([1.0, 0.0])), expected)
 
 
-def test_verification_passes_and_leaves_the_mode_alone(model: PreTrainedModel) -> None:
+def test_verification_keeps_the_training_mode(model: PreTrainedModel) -> None:
     model.train()
     models.verify(model)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_unknown_head_is_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_head_is_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = model.forward
 
     def shifted(**arguments: Tensor) -> object:
@@ -40,30 +41,32 @@ def test_an_unknown_head_is_found(model: PreTrainedModel, monkeypatch: pytest.Mo
         models.verify(model)
 
 
-def test_documents_that_see_one_another_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_between_documents_is_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     honest: Callable[..., Tensor] = attention.packed_attention
 
-    def leaking(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: object) -> Tensor:
+    def leak(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: object) -> Tensor:
         return honest(q, k, v, cu_seqlens[[0, -1]], **options)
 
-    monkeypatch.setattr(attention, "packed_attention", leaking)
+    monkeypatch.setattr(attention, "packed_attention", leak)
     with pytest.raises(ModelError, match="other results for packed documents"):
         models.verify(model)
 
 
-def test_lost_boundaries_are_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_boundaries_are_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = model.model.layers[0].self_attn
     forward = layer.forward
 
-    def forgetful(*positional: object, cu_seq_lens_q: Tensor | None = None, **named: object) -> object:
+    def drop(*positional: object, cu_seq_lens_q: Tensor | None = None, **named: object) -> object:
         return forward(*positional, **named)
 
-    monkeypatch.setattr(layer, "forward", forgetful)
+    monkeypatch.setattr(layer, "forward", drop)
     with pytest.raises(ModelError, match="document boundaries"):
         models.verify(model)
 
 
-def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_architecture_that_needs_another_mask_is_refused(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = model.base_model.forward
 
     def forward(attention_mask: Tensor, **named: object) -> object:
@@ -76,7 +79,7 @@ def test_an_architecture_that_wants_another_mask(model: PreTrainedModel, monkeyp
     assert "too many values" in str(error.value.why)
 
 
-def test_a_model_that_fails_by_itself_is_told_from_our_own_attention_failing(
+def test_only_failures_of_the_model_itself_become_errors_about_its_settings(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = model.base_model.forward
@@ -101,7 +104,9 @@ def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
         models.verify(model)
 
 
-def test_answers_that_overflow_are_told_from_damage(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_is_distinguished_from_damaged_weights(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = model.forward
 
     def overflowing(**arguments: Tensor) -> object:
@@ -114,7 +119,7 @@ def test_answers_that_overflow_are_told_from_damage(model: PreTrainedModel, monk
         models.verify(model)
 
 
-def test_a_window_is_the_layers_own_or_the_configs_and_never_guessed() -> None:
+def test_the_window_comes_from_the_layer_or_the_config() -> None:
     states = torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0))
     bounds = torch.tensor([0, 9], dtype=torch.int32)
     layer = nn.Module()
@@ -150,3 +155,9 @@ def test_a_head_that_is_not_linear_is_refused(model: PreTrainedModel) -> None:
 
 def test_layers_are_found(model: PreTrainedModel) -> None:
     assert models.decoder_layers(model) is model.model.layers
+
+
+def test_the_device_is_known_without_decoding_the_head(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant.quantize_ends(model, lambda name, rows, columns: Int8())
+    monkeypatch.setattr(quant.QuantLinear, "decode", None)
+    assert models.device_of(model) == torch.device("cpu")

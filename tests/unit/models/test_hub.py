@@ -1,4 +1,4 @@
-"""Finding a model that is a single file."""
+"""Locating the files of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ingle.errors import ModelError
 from ingle.models.loading import hub
 
 
-def test_a_local_file_is_itself(tmp_path: Path) -> None:
+def test_a_local_file_is_used_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"x")
     assert hub.locate_file(str(path)) == path
@@ -21,7 +21,7 @@ def test_a_local_file_is_itself(tmp_path: Path) -> None:
         hub.locate_file("model.gguf")
 
 
-def test_a_run_folder_is_told_from_a_model(tmp_path: Path) -> None:
+def test_a_run_folder_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(ModelError, match="is a run folder, not a model") as caught:
         hub.locate(str(tmp_path))

@@ -1,4 +1,4 @@
-"""A transformers that is too old is told, not met as a missing name."""
+"""A transformers that is too old is refused."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def test_versions() -> None:
             check_transformers(version)
 
 
-def test_the_package_asks_for_the_same() -> None:
+def test_the_package_requires_the_same_version() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     assert f"transformers>={'.'.join(map(str, OLDEST_TRANSFORMERS))},<6" in project["dependencies"]

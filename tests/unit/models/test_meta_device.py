@@ -1,4 +1,4 @@
-"""What is taken, what is refused and why; number types; random initialisation."""
+"""Models on the meta device: which are refused and why, dtypes, random initialisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_config(folder: Path, config: hf.PretrainedConfig) -> ModelConfig:
     return ModelConfig(id=str(folder), dtype="float32")
 
 
-def test_the_skeleton_holds_no_bytes(folder: Path) -> None:
+def test_a_meta_model_needs_no_memory(folder: Path) -> None:
     model = models.meta_model(ModelConfig(id=str(folder)), "cpu", torch.bfloat16)
     tensors = [*model.parameters(), *model.buffers()]
     assert all(tensor.is_meta for tensor in tensors)
@@ -73,7 +73,7 @@ def test_unknown_and_missing_configs_are_refused(tmp_path: Path) -> None:
         models.meta_model(config, "cpu", torch.float32)
 
 
-def test_an_adapter_folder_is_told_from_a_model(tmp_path: Path) -> None:
+def test_an_adapter_folder_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError) as error:
         models.meta_model(ModelConfig(id=str(tmp_path)), "cpu", torch.float32)
@@ -89,7 +89,7 @@ def test_the_base_has_no_dropout_and_keeps_its_config() -> None:
     assert model.config.resid_pdrop == 0.3 and config.resid_pdrop == 0.3
 
 
-def test_compute_types() -> None:
+def test_compute_dtypes() -> None:
     assert models.compute_dtype("bfloat16", "cpu") is torch.bfloat16
     assert models.compute_dtype("float32", torch.device("cpu")) is torch.float32
     assert models.compute_dtype("auto", "cpu") in (torch.bfloat16, torch.float32)
@@ -114,7 +114,7 @@ def test_random_initialisation_depends_on_the_seed_alone(folder: Path) -> None:
     source = ModelConfig(id=str(folder), dtype="float32", init="random")
     state = torch.random.get_rng_state()
     first = models.load_model(source, seed=5).state_dict()
-    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was moved"
+    assert torch.equal(torch.random.get_rng_state(), state), "the state of the global generator changed"
     torch.manual_seed(99)
     again = models.load_model(source, seed=5).state_dict()
     other = models.load_model(source, seed=6).state_dict()
@@ -125,9 +125,9 @@ def test_random_initialisation_depends_on_the_seed_alone(folder: Path) -> None:
     assert torch.equal(first[name].bfloat16(), half[name])
 
 
-def test_random_weights_can_be_packed(folder: Path) -> None:
+def test_random_weights_can_be_quantized(folder: Path) -> None:
     source = ModelConfig(id=str(folder), dtype="float32", init="random")
-    wide = models.load_model(source, seed=5).model.layers[0].mlp.up_proj.weight
-    packed = models.load_model(source, Nf4Base(format="nf4"), seed=5).model.layers[0].mlp.up_proj
-    error = (packed.decode(torch.float32) - wide).norm() / wide.norm()
+    plain = models.load_model(source, seed=5).model.layers[0].mlp.up_proj.weight
+    quantized = models.load_model(source, Nf4Base(format="nf4"), seed=5).model.layers[0].mlp.up_proj
+    error = (quantized.decode(torch.float32) - plain).norm() / plain.norm()
     assert 0 < error < 0.12
