@@ -20,7 +20,6 @@ SUBTITLES = {
     "scoring": "scores on tasks",
     "training": "loop, optimizer, checkpoints",
     "evaluation": "scores and statistics",
-    "scoring": "scores of saved models",
     "sinks": "terminal, files, trackers",
     "objectives": "batches and losses",
     "adapters": "LoRA and its files",
