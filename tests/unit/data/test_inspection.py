@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from ingle.cli.outcome import call
+from ingle.cli.exit_status import run_command
 from ingle.config.data import SUFFIXES, DataConfig
 from ingle.config.evaluate import TaskConfig
 from ingle.data.dataset_builder import build_dataset
@@ -187,9 +187,9 @@ def test_a_file_is_inspected_without_a_model(tmp_path):
 
 def test_the_command_takes_a_bare_file(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "one"}])[0]["path"]
-    assert call(["data", "inspect", path, "--json"]) == 0
+    assert run_command(["data", "inspect", path, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layouts"] == {"text": 1}
-    assert call(["data", "inspect", path, "--data.max_seq_len=8"]) == 2
+    assert run_command(["data", "inspect", path, "--data.max_seq_len=8"]) == 2
     assert f"ingle data inspect {path} --model PATH_OR_ID" in capsys.readouterr().err
 
 

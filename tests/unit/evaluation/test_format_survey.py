@@ -15,7 +15,7 @@ from ingle.errors import ConfigError, DataError, EvaluationError, QuantizationEr
 from ingle.evaluation.format_survey import Survey, find_target, survey, trial
 from ingle.evaluation.format_survey.targets import list_candidates
 from ingle.events import Event, Progress, Warned
-from ingle.models.loading.architecture import build
+from ingle.models.loading.meta_device import build
 from ingle.quant.imatrix_collector import linear_maps
 from ingle.report.format_page import render_format_page
 from ingle.report.format_results import Skipped
