@@ -177,7 +177,9 @@ def test_plain_adapters_are_left_alone() -> None:
         assert all(layer.merged is None for layer in adapters.lora_modules(model).values())
 
 
-@pytest.mark.parametrize(("base", "target", "text"), [("nf4", "q4_k", "whole blocks"), ("none", None, "not quantized")])
+@pytest.mark.parametrize(
+    ("base", "target", "text"), [("nf4", "q4_k", "block size 256"), ("none", None, "not quantized")]
+)
 def test_an_impossible_format_is_refused_before_the_first_step(base: str, target: Any, text: str) -> None:
     adapter = LoraAdapter(rank=2, merge_aware=MergeAware(format=target))
     model = attached(base, adapter)
