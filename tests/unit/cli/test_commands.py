@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -433,10 +434,11 @@ def test_data_inspect_looks_at_the_data_of_the_run(
 
     def look(data: Any, tokenizer: Any, objective: str, held_out: Any, **options: Any) -> Any:
         asked.append((data, tokenizer, objective, held_out, options))
-        return SimpleNamespace(to_dict=lambda: {"problems": []})
+        return make_dataclass("Report", ["problems"])([])
 
     replace(monkeypatch, "models", load_tokenizer=lambda model: f"tokenizer of {model.id}")
-    replace(monkeypatch, "data", doctor=SimpleNamespace(inspect=look, render_report=lambda report, console: None))
+    replace(monkeypatch, "data.inspection", inspect=look)
+    replace(monkeypatch, "report.data_tables", render_report=lambda report, console: None)
     assert call(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     data, tokenizer, objective, held_out, options = asked[0]
