@@ -63,7 +63,7 @@ def rows(seed: str, num_rows: int) -> Iterator[dict[str, object]]:
 
 
 def write_shard(output: Path, shard: str, seed: str, num_rows: int) -> None:
-    """Write the two files of a shard; ``shard`` is its number or ``heldout``."""
+    """Writes the two files of a shard; ``shard`` is its number or ``heldout``."""
     with (
         shard_path(output, "documents", shard).open("w", encoding="utf-8") as documents,
         shard_path(output, "conversations", shard).open("w", encoding="utf-8") as conversations,
@@ -79,7 +79,7 @@ def shard_path(output: Path, kind: str, shard: str) -> Path:
 
 
 def drop_duplicates(paths: Sequence[Path]) -> tuple[int, int, int]:
-    """Rewrite files without rows that an earlier one holds; rows kept, rows dropped, bytes kept."""
+    """Rewrites files without rows that an earlier one holds; rows kept, rows dropped, bytes kept."""
     seen: set[bytes] = set()
     num_dropped = num_bytes = 0
     for path in paths:
@@ -98,7 +98,7 @@ def drop_duplicates(paths: Sequence[Path]) -> tuple[int, int, int]:
 
 
 def write_public_domain(output: Path, books: Sequence[Path], repeats: int, seed: int) -> tuple[int, int]:
-    """Write the books' passages ``repeats`` times in shuffled order; every fiftieth passage is held out."""
+    """Writes the books' passages ``repeats`` times in shuffled order; every fiftieth passage is held out."""
     texts = [text for book in books for text in passages(book)]
     train = [text for i, text in enumerate(texts) if i % 50]
     order = [text for turn in range(repeats) for text in Random(f"{seed} books {turn}").sample(train, len(train))]
@@ -109,7 +109,7 @@ def write_public_domain(output: Path, books: Sequence[Path], repeats: int, seed:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Writes the corpus."""
     parser = argparse.ArgumentParser(description="Write the pre-training corpus of the bundled base model.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "corpus")
     parser.add_argument("--num-shards", type=int, default=22)

@@ -65,7 +65,7 @@ class GrammarError(ValueError):
 
 
 def read_lexicon(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """Read grammar files: ``== key`` starts a section of lines, ``:: key`` one of comma-separated words."""
+    """Reads grammar files: ``== key`` starts a section of lines, ``:: key`` one of comma-separated words."""
     sections: dict[str, list[str]] = {}
     for path in paths:
         key, by_comma = "", False
@@ -84,7 +84,7 @@ def read_lexicon(paths: Iterable[Path]) -> dict[str, tuple[str, ...]]:
 
 @cache
 def compile_template(template: str) -> Parts:
-    """Parse a template once."""
+    """Parses a template once."""
     parts, end = _parse(template, 0, nested=False)
     assert end == len(template)
     return parts
@@ -132,7 +132,7 @@ class Scene:
     """One document in the making: its random numbers, and what its slots already mean."""
 
     def __init__(self, rng: Random, lexicon: Lexicon, domain: str = "") -> None:
-        """Start a document; ``domain`` is where ``{act}`` and the ``here.*`` sections come from."""
+        """Starts a document; ``domain`` is where ``{act}`` and the ``here.*`` sections come from."""
         self.rng = rng
         self.random = rng.random
         self.lexicon = lexicon
@@ -145,7 +145,7 @@ class Scene:
         return self.values[key]
 
     def __setitem__(self, key: str, value: str) -> None:
-        """Fix what a slot means for the rest of the document."""
+        """Fixes what a slot means for the rest of the document."""
         self.values[key] = value
 
     def choose(self, key: str) -> str:
@@ -177,11 +177,11 @@ class Scene:
         return text
 
     def write(self, template: str) -> str:
-        """Fill a template and give it the final touch: articles, spaces, capitals."""
+        """Fills a template and gives it the final touch: articles, spaces, capitals."""
         return polish(self._fill(template))
 
     def section(self, key: str) -> str:
-        """Pick from a section and give it the final touch."""
+        """Picks from a section and gives it the final touch."""
         return polish(self.pick(key))
 
     def _fill(self, template: str) -> str:
@@ -230,7 +230,7 @@ def _verb(verb: str, form: str) -> str:
 
 
 def conjugate(action: str, form: str) -> str:
-    """Put the marked verbs of an action into a form."""
+    """Puts the marked verbs of an action into a form."""
     return _VERB.sub(lambda match: _verb(match[1], form), action)
 
 

@@ -102,7 +102,7 @@ def plural(noun: str) -> str:
 
 
 def with_articles(text: str) -> str:
-    """Turn ``a`` into ``an`` before a vowel sound."""
+    """Turns ``a`` into ``an`` before a vowel sound."""
     return _AN.sub(lambda m: m[0] if _SOUNDS_LIKE_CONSONANT.match(m[2]) else m[1] + "n ", text)
 
 

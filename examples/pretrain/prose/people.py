@@ -11,7 +11,7 @@ PRONOUNS = {
 
 
 def add_person(scene: Scene, slot: str, *, with_surname: bool = False) -> str:
-    """Put a new character into ``slot``: ``p``, ``p.he``, ``p.him``, ``p.his``, ``p.self``, ``p.man``, ``p.rel``."""
+    """Puts a new character into ``slot``: ``p``, ``p.he``, ``p.him``, ``p.his``, ``p.self``, ``p.man``, ``p.rel``."""
     sex = "female" if scene.random() < 0.5 else "male"
     name = scene.choose(sex)
     if with_surname:
@@ -26,7 +26,7 @@ def add_person(scene: Scene, slot: str, *, with_surname: bool = False) -> str:
 
 
 def set_scene(scene: Scene, places: tuple[str, ...]) -> Scene:
-    """Fill what every genre may use: two or three people, two places, a domain, a date."""
+    """Fills what every genre may use: two or three people, two places, a domain, a date."""
     scene.domain = scene.choose("domain")
     for slot in ("p", "q", "q2"):
         add_person(scene, slot)

@@ -10,7 +10,7 @@ PASSAGE_CHARACTERS = 1_600
 
 
 def passages(path: Path) -> Iterator[str]:
-    """Cut a text at paragraph ends into passages of about :data:`PASSAGE_CHARACTERS`."""
+    """Cuts a text at paragraph ends into passages of about :data:`PASSAGE_CHARACTERS`."""
     text = re.sub(r"[ \t]+", " ", path.read_text(encoding="utf-8", errors="replace")).replace("\r\n", "\n")
     text = re.sub(r" ?\n ?", "\n", text)
     blank = "\n\n" if text.count("\n\n") > len(text) / 2_000 else "\n"

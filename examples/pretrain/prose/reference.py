@@ -10,7 +10,7 @@ _SECTIONS = "capital opposite young sound home eats legs colour from tool works 
 
 
 def place_text(scene: Scene, template: str, place: Place) -> str:
-    """Fill ``{field}`` of a place."""
+    """Fills ``{field}`` of a place."""
     fields = {name: str(getattr(place, name)) for name in place.__slots__}
     fields["people"] = f"{place.people:,}" if place.people > 999 else str(place.people)
     fields["miles"] = in_words(place.miles)

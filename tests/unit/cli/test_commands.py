@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -353,7 +354,7 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
         (["a", "b"], "Expected one model, got 2: a, b."),
         (["plain"], "plain is not a run, so it has no task of its own."),
         (["trained"], "trained has no task"),
-        (["trained", "--task", "run.yaml"], "This config holds no task"),
+        (["trained", "--task", "run.yaml"], "This config has no task"),
         (["trianed"], "did you mean trained?"),
     ],
 )
@@ -396,10 +397,11 @@ def test_data_inspect_looks_at_the_data_of_the_run(
 
     def look(data: Any, tokenizer: Any, objective: str, held_out: Any, **options: Any) -> Any:
         asked.append((data, tokenizer, objective, held_out, options))
-        return SimpleNamespace(to_dict=lambda: {"problems": []})
+        return make_dataclass("Report", ["problems"])([])
 
     replace(monkeypatch, "models", load_tokenizer=lambda model: f"tokenizer of {model.id}")
-    replace(monkeypatch, "data", doctor=SimpleNamespace(inspect=look, render_report=lambda report, console: None))
+    replace(monkeypatch, "data.inspection", inspect=look)
+    replace(monkeypatch, "report.data_tables", render_report=lambda report, console: None)
     assert run_command(["data", "inspect", "run.yaml", "--seed=4", "--num-previews", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     data, tokenizer, objective, held_out, options = asked[0]

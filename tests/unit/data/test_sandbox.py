@@ -87,11 +87,10 @@ def test_a_dataset_sets_limits_once_per_batch_and_reads_the_template_file_once(t
 
     monkeypatch.setattr(sandbox, "Quota", CountingQuota)
     monkeypatch.setattr(sandbox, "_read_text", lambda file: read.append(file))
-    # The template refuses the empty history before a first answer, in every row.
-    refusal = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}"
+    # The template refuses the prompt of every row.
+    refusal = "{% if messages|length == 1 %}{{ raise_exception('a single message') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    turns = [{"role": "assistant", "content": "hello"}, *({"role": m.role, "content": m.content} for m in TURN)]
-    rows = [{"messages": turns}] * 40
+    rows = [{"messages": [{"role": m.role, "content": m.content} for m in TURN]}] * 40
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataConfig.model_validate({"sources": [str(tmp_path / "a.jsonl")]})
     assert len(build_dataset(data, tokenizer, objective="sft")) == 40
