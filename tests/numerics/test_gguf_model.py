@@ -256,7 +256,7 @@ def test_what_is_not_wanted_packed_is_decoded_and_told(small: Path) -> None:
     models.load_weights(model, config, "cpu", torch.float32, sink=told.append)
     warned = [event.message for event in told if isinstance(event, Warned)]
     assert len(warned) == 2 + 3 * 7
-    assert "model.embed_tokens.weight is q8_0 in the file and is held in float32" in warned
+    assert "model.embed_tokens.weight is q8_0 in the file and is loaded as float32." in warned
     torch.testing.assert_close(logits(model.eval()), logits(load(small)), rtol=1e-4, atol=1e-4)
 
 
