@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, finetune
+from benchmarks import decode, lora_steps
 from benchmarks.dtypes import run_dtype, word
 from ingle.kernels.threads import set_threads
 
@@ -35,13 +35,13 @@ def measure_decodes(formats: list[str], where: str, rounds: int) -> dict[str, di
 
 def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Returns a row per base: tokens per second of QLoRA, and memory."""
-    shape = finetune.TINY if options.tiny else finetune.Shape()
+    shape = lora_steps.TINY if options.tiny else lora_steps.Shape()
     with tempfile.TemporaryDirectory() as folder:
-        finetune.make_model(shape, Path(folder))
+        lora_steps.make_model(shape, Path(folder))
         common = ["--threads", str(options.threads), "--folder", folder, *["--tiny"] * options.tiny]
-        sides = {base: finetune.Side("ingle", ["--base", base, *common]) for base in bases}
-        finetune.take_turns(sides, options.turns)
-        rows = {base: finetune.summarize(side, shape) for base, side in sides.items()}
+        sides = {base: lora_steps.Side("ingle", ["--base", base, *common]) for base in bases}
+        lora_steps.take_turns(sides, options.turns)
+        rows = {base: lora_steps.summarize(side, shape) for base, side in sides.items()}
         for side in sides.values():
             side.close()
     for row in rows.values():

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from benchmarks import finetune
+from benchmarks import lora_steps
 from benchmarks.dtypes import NAMES, run_dtype, word
 
 #: Environment variables of each way to wait; the rule of ``ingle.env`` chooses one of the first two.
@@ -55,11 +55,11 @@ def busy_programs(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(sides: dict[str, finetune.Side], turns: int) -> dict[str, float]:
+def measure(sides: dict[str, lora_steps.Side], turns: int) -> dict[str, float]:
     """Returns the median seconds of a step of each side."""
     for side in sides.values():
         side.steps.clear()
-    finetune.take_turns(sides, turns)
+    lora_steps.take_turns(sides, turns)
     return {name: statistics.median(step["seconds"] for step in side.steps) for name, side in sides.items()}
 
 
@@ -83,16 +83,16 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="also measure transformers + PEFT")
     parser.add_argument("--tiny", action="store_true", help="use a small model, to test the script")
     options = parser.parse_args()
-    shape = finetune.TINY if options.tiny else finetune.Shape()
+    shape = lora_steps.TINY if options.tiny else lora_steps.Shape()
     print(f"{options.threads} threads, base {options.base}, {word(run_dtype(options.dtype))}")
     print(f"running programs, with this script: {_running()}, load average {os.getloadavg()[0]:.2f}")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as closing:
-        finetune.make_model(shape, Path(folder))
+        lora_steps.make_model(shape, Path(folder))
         words = ["--base", options.base, "--dtype", options.dtype, "--threads", str(options.threads)]
         words += ["--folder", folder, *["--tiny"] * options.tiny]
-        sides = {way: finetune.Side(f"ingle:{way}", words, WAYS[way]) for way in WAYS}
+        sides = {way: lora_steps.Side(f"ingle:{way}", words, WAYS[way]) for way in WAYS}
         if options.peer:
-            sides[PEER] = finetune.Side("peer", words)
+            sides[PEER] = lora_steps.Side("peer", words)
         for side in sides.values():
             closing.callback(side.close)
         chosen = choose(options.threads)

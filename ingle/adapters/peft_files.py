@@ -30,6 +30,7 @@ from ingle.adapters.peft_config import CONFIG_FILE, alpha_of, describe_adapter, 
 from ingle.adapters.peft_tensors import (
     PREFIX,
     WEIGHTS_FILE,
+    AdapterOptions,
     Record,
     check_factors,
     check_targets,
@@ -42,7 +43,7 @@ from ingle.adapters.peft_tensors import (
 from ingle.adapters.rounding import resolve_formats, round_layers
 from ingle.adapters.targets import Selection
 from ingle.atomic import write_atomically
-from ingle.config.adapter import LoraAdapter, LowRankAdapter, MergeAware, QaLoraAdapter
+from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
 from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
 from ingle.kernels.layers.lora import spread
@@ -75,10 +76,9 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
         "trainable_modules": tuple(config.modules_to_save or ()),
     }
     options = read_record(folder).adapter
-    if options.get("kind") == "qa_lora":
-        return QaLoraAdapter(kind="qa_lora", train_rounding=bool(options.get("train_rounding")), **shared)
-    aware = options.get("merge_aware")
-    return LoraAdapter(merge_aware=None if aware is None else MergeAware(**aware), **shared)
+    if options.kind == "qa_lora":
+        return QaLoraAdapter(kind="qa_lora", train_rounding=options.train_rounding, **shared)
+    return LoraAdapter(merge_aware=options.merge_aware, **shared)
 
 
 def save_adapter(
@@ -118,7 +118,7 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = module.spread(module.lora_a.detach())
         tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_b.detach()
     record = Record(
-        adapter=adapter.model_dump(mode="json", include={"kind", "train_rounding", "merge_aware"}),
+        adapter=AdapterOptions.model_validate(adapter.model_dump(include=set(AdapterOptions.model_fields))),
         group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
         base=base,
         identity=identity,
@@ -267,10 +267,9 @@ def _round_as_trained(model: nn.Module, record: Record) -> None:
     """Sets merged weights if the adapter was trained through the rounding of its merge."""
     if _is_empty(model):
         return
-    aware = record.adapter.get("merge_aware")
-    if aware is not None:
-        round_layers(model, resolve_formats(model, aware["format"]))
-    elif record.adapter.get("train_rounding"):
+    if record.adapter.merge_aware is not None:
+        round_layers(model, resolve_formats(model, record.adapter.merge_aware.format))
+    elif record.adapter.train_rounding:
         folding = {
             name: layer.base.format
             for name, layer in lora_modules(model).items()

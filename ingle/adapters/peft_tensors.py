@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -38,8 +38,8 @@ _COPY_FOLDER = "copy the complete adapter folder again"
 _USE_OWN_BASE = f"use the base that the adapter was trained on (base_model_name_or_path in {CONFIG_FILE})"
 
 
-class _IngleOptions(Section):
-    """Fields of the adapter section that PEFT does not know."""
+class AdapterOptions(Section):
+    """Fields of the adapter section that PEFT does not know; see :class:`~ingle.config.adapter.LoraAdapter`."""
 
     kind: Literal["lora", "qa_lora"] = "lora"
     train_rounding: bool = False
@@ -51,13 +51,13 @@ class Record:
     """What the file stores beyond PEFT's layout.
 
     Attributes:
-        adapter: Fields of the adapter section that PEFT does not know: ``kind``, ``train_rounding``, ``merge_aware``.
+        adapter: Fields of the adapter section that PEFT does not know.
         group_sizes: Number of inputs that share a column of A, by path, where it is above 1.
         base: Format of the base that the adapter was trained on; None if unknown.
         identity: Identity of that base; None for an adapter that is bound to none.
     """
 
-    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     group_sizes: dict[str, int] = field(default_factory=dict)
     base: BaseConfig | None = None
     identity: BaseIdentity | None = None
@@ -72,7 +72,7 @@ class Record:
         values = json.loads(text)
         base, identity = values["base"], values["identity"]
         return cls(
-            _IngleOptions.model_validate(values["adapter"]).model_dump(exclude_unset=True),
+            AdapterOptions.model_validate(values["adapter"]),
             _GROUP_SIZES.validate_python(values["group_sizes"], strict=True),
             None if base is None else base_section(base),
             None if identity is None else BaseIdentity.from_dict(identity),
@@ -81,7 +81,7 @@ class Record:
     def to_json(self) -> str:
         """Returns the record as JSON."""
         values = {
-            "adapter": self.adapter,
+            "adapter": self.adapter.model_dump(mode="json", exclude_unset=True),
             "group_sizes": self.group_sizes,
             "base": None if self.base is None else self.base.model_dump(mode="json"),
             "identity": None if self.identity is None else self.identity.to_dict(),

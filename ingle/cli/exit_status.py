@@ -35,6 +35,8 @@ _USERS_ERRNOS = (
 )
 #: Frames of a traceback that are shown without ``--debug``.
 _SHOWN_FRAMES = 4
+_REPORT = """  fix    please report this with the command, the traceback that --debug prints,
+         and the output of `ingle doctor`"""
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -73,7 +75,7 @@ def _report(error: BaseException) -> int:
             return SUCCESS  # the group has printed its help
     user_error = as_user_error(error)
     if user_error is not None:
-        _print(user_error)
+        _print_error(user_error)
         return USER_ERROR
     if stopping.requested() is not None:
         # Ctrl-C also ends the processes that we started, which raises errors where we wait for them.
@@ -83,7 +85,7 @@ def _report(error: BaseException) -> int:
 
 
 def _report_interrupted(error: Interrupted) -> int:
-    _print(error)
+    _print_error(error)
     stopping.silence_watchdog()
     return INTERRUPTED
 
@@ -120,30 +122,24 @@ def _usage_error(error: Any) -> IngleError:
     return IngleError(message, fix=f"see `{command} --help`")
 
 
-def _print(error: Explained) -> None:
+def _print(name: str, text: str) -> None:
+    """Prints a text on standard error, with a bold name before its first line."""
     console = Console(stderr=True, highlight=False)
-    head, *rest = str(error).split("\n")
-    name = "Error" if type(error) is IngleError else type(error).__name__
+    head, *rest = text.split("\n")
     console.print(Text.assemble((f"{name}: ", "bold red"), head), soft_wrap=True)
     for line in rest:
         console.print(Text(line), soft_wrap=True)
 
 
+def _print_error(error: Explained) -> None:
+    _print("Error" if type(error) is IngleError else type(error).__name__, str(error))
+
+
 def _print_bug(error: BaseException) -> None:
-    console = Console(stderr=True, highlight=False)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parents[1])]
     shown = (own or list(frames))[-_SHOWN_FRAMES:]
     if frames and frames[-1] not in shown:
         shown.append(frames[-1])
     lines = [f"  {frame.filename}:{frame.lineno} in {frame.name}" for frame in shown]
-    console.print(Text.assemble(("Bug: ", "bold red"), f"{type(error).__name__}: {error}"), soft_wrap=True)
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
-    console.print(
-        Text(
-            "  fix    please report this with the command, the traceback that --debug prints,\n"
-            "         and the output of `ingle doctor`"
-        ),
-        soft_wrap=True,
-    )
+    _print("Bug", "\n".join([f"{type(error).__name__}: {error}", *lines, _REPORT]))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ingle.errors import ConfigError
 from ingle.wording import plural, size
 
 if TYPE_CHECKING:
@@ -119,8 +118,6 @@ def export(
     far the predictions of the export are from those of the trained model. The fidelity report contains both. Nothing
     is overwritten, and a command that is stopped leaves no incomplete files.
     """
-    if not to:
-        raise ConfigError("--to is missing.", fix="--to gguf")
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 

@@ -135,9 +135,9 @@ class TokenDataset:
         return digest.hexdigest()
 
     def _arrays(self) -> list[npt.NDArray[Any]]:
-        arrays = [self._offsets, self._ids, self._supervised]
+        arrays: list[npt.NDArray[Any]] = [self._offsets, self._ids, self._supervised]
         arrays += [*self._token_columns.values(), *self._document_columns.values()]
-        return arrays + ([self.groups.name_of] if self.groups is not None else [])
+        return [*arrays, self.groups.name_of] if self.groups is not None else arrays
 
 
 class GrowingArray:

@@ -13,9 +13,9 @@ from ingle.data.control import ControlTokens
 from ingle.data.dataset import GrowingArray, Offsets, Origins, TextGroups, TokenDataset
 from ingle.data.encoding import Document, Encoded, TextEncoder, make_document
 from ingle.data.sandbox import Sandbox
-from ingle.data.sources import RowParser, read_examples
+from ingle.data.sources import read_examples
 from ingle.data.template import TrainOn
-from ingle.data.types import Example, Tokenizer
+from ingle.data.types import Example, RowParser, Tokenizer
 from ingle.errors import ConfigError, DataError
 from ingle.events import Progress, Sink, Warned
 from ingle.report.data_results import DataStats, Remark, SourceShare

@@ -23,21 +23,14 @@ PAIRS = (
 )
 
 #: Names of roles in data sets, and those of chat templates.
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
-    "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "tool": "tool",
     "observation": "tool",
 }
-
-
 #: Columns that a message lists at most.
 _MAX_LISTED = 12
 

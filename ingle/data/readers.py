@@ -14,6 +14,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -278,14 +279,6 @@ def _read_delimited(path: Path, delimiter: str) -> Rows:
         raise _malformed(path, line, str(error)) from None
 
 
-def _read_csv(path: Path) -> Rows:
-    return _read_delimited(path, ",")
-
-
-def _read_tsv(path: Path) -> Rows:
-    return _read_delimited(path, "\t")
-
-
 def _read_text(path: Path) -> Rows:
     """The file is one document; the reader does not guess where a document might end."""
     with _open(path) as file:
@@ -331,8 +324,8 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": partial(_read_delimited, delimiter=","),
+    ".tsv": partial(_read_delimited, delimiter="\t"),
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

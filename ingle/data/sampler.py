@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ingle.data.packing import Indices, Sequences
-from ingle.data.shuffle import permutation
+from ingle.data.packing import Indices, Sequences, permutation
 
 
 class SequenceSampler:

@@ -12,15 +12,15 @@ from ingle.evaluation.comparison import compare, summarize
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult, load_result, save_result
 
 if TYPE_CHECKING:
-    from ingle.evaluation.run.answer_sources import Answer, ModelSource, Source
+    from ingle.evaluation.run.answer_sources import Answer, AnswerSource, ModelSource
     from ingle.evaluation.run.runner import evaluate, run_task
     from ingle.evaluation.tasks.samples import TaskSample, read_task
 
 __all__ = [
     "Answer",
+    "AnswerSource",
     "ModelSource",
     "SampleText",
-    "Source",
     "TaskResult",
     "TaskSample",
     "compare",
@@ -34,7 +34,7 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(("evaluate", "run_task"), "ingle.evaluation.run.runner"),
-    **dict.fromkeys(("Answer", "ModelSource", "Source"), "ingle.evaluation.run.answer_sources"),
+    **dict.fromkeys(("Answer", "AnswerSource", "ModelSource"), "ingle.evaluation.run.answer_sources"),
     **dict.fromkeys(("TaskSample", "read_task"), "ingle.evaluation.tasks.samples"),
 }
 

@@ -16,6 +16,7 @@ from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
 from ingle.events import Warned
 from ingle.export.job import ExportJob, WrittenExport
+from ingle.export.model_card import write_companions
 from ingle.export.model_export import describe_model, serve_llama, write_modelfile
 from ingle.export.output_paths import OutputPaths
 from ingle.export.verify import certificate
@@ -45,7 +46,7 @@ def export_peft(job: ExportJob) -> WrittenExport:
         for name in _FILES:
             shutil.copyfile(adapter / name, folder / name)
         job.tokenizer.save_pretrained(folder)
-        job.write_companions(folder, paths, type_name=None, usage=_peft_usage(job, paths.folder))
+        write_companions(job, folder, paths, type_name=None, usage=_peft_usage(job, paths.folder))
 
     def certify() -> Certificate:
         model, base = job.source.model, job.source.base
@@ -84,7 +85,7 @@ def export_adapter_gguf(job: ExportJob) -> WrittenExport:
         modelfile = folder / paths.name("modelfile")
         write_modelfile(job, merged.stream.model, modelfile, weights=base_path, adapter=f"./{paths.main}")
         usage = _gguf_usage(job, base_path, paths.main)
-        job.write_companions(folder, paths, type_name=type_name, usage=usage)
+        write_companions(job, folder, paths, type_name=type_name, usage=usage)
 
     def certify_on(base: Path, *, quantized: bool) -> Certificate:
         engine = job.open_trained(dtype="float32")
@@ -156,7 +157,7 @@ def _require_adapter(job: ExportJob) -> Path:
             where=job.base_model,
             fix="--to safetensors or --to gguf exports the model",
         )
-    if adapters.read_record(adapter).adapter.get("merge_aware") is not None:
+    if adapters.read_record(adapter).adapter.merge_aware is not None:
         job.sink(
             Warned(
                 "This adapter was trained to be merged. On the unmerged base it answers somewhat differently than in "

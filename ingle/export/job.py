@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -24,7 +23,6 @@ from ingle.evaluation.run.divergence import Divergence, Reference, compare, reco
 from ingle.evaluation.run.windows import Window, window_size
 from ingle.events import Progress, Sink, Warned
 from ingle.export.fidelity.fidelity_report import FidelityReport
-from ingle.export.model_card import make_card, read_licence
 from ingle.export.output_paths import OutputPaths
 from ingle.export.request import ExportRequest
 from ingle.export.verify import certificate
@@ -213,33 +211,6 @@ class ExportJob:
             self.sink(Warned(warning))
         return replace(report, warnings=tuple(warnings))
 
-    def write_companions(
-        self,
-        folder: Path,
-        paths: OutputPaths,
-        *,
-        type_name: str | None,
-        usage: str,
-        report: FidelityReport | None = None,
-    ) -> None:
-        """Writes the model card and the fidelity report into ``folder`` under the names of ``paths``."""
-        if report is not None:
-            text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-            (folder / paths.name("fidelity")).write_text(text + "\n", encoding="utf-8")
-            (folder / paths.name("fidelity_page")).write_text(report.to_markdown(), encoding="utf-8")
-        card = make_card(
-            to=self.request.to,
-            type_name=type_name,
-            base_model=self.base_model,
-            licence=read_licence(Path(self.base_model)),
-            run=self.run,
-            run_folder=self.run_folder,
-            usage=usage,
-            report=report,
-            report_name=paths.name("fidelity"),
-        )
-        (folder / paths.name("card")).write_text(card, encoding="utf-8")
-
     def certify(self, server: Server, engine: Engine, tolerance: Tolerance) -> Certificate:
         """Compares another program with Ingle on the prompts."""
         return certificate.certify(
@@ -277,12 +248,12 @@ class ExportJob:
     def _rounded_in_training(self, report: FidelityReport) -> bool:
         """Returns whether training used the rounding that writes the weights, so that nothing more is lost."""
         adapter, base = self.source.adapter, self.source.base
-        aware = None if adapter is None else adapters.read_record(adapter).adapter.get("merge_aware")
+        aware = None if adapter is None else adapters.read_record(adapter).adapter.merge_aware
         if aware is None:
             return False
-        if aware["format"] is None and report.type in (AS_TRAINED, base.format):
+        if aware.format is None and report.type in (AS_TRAINED, base.format):
             return True
-        target = aware["format"] or base.format
+        target = aware.format or base.format
         return report.type == target or all(tensor.type == target for tensor in report.tensors)
 
     def _remedies(self) -> str:

@@ -1,4 +1,4 @@
-"""Writes the model card: base, usage, scores, data, config, and what the export changed."""
+"""Writes the model card and the fidelity report that accompany an export."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ingle.atomic import sha256
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
 from ingle.export.fidelity.fidelity_report import FidelityReport
+from ingle.export.job import ExportJob
+from ingle.export.output_paths import OutputPaths
 
 _TITLES = {
     "peft": "LoRA adapter in PEFT's layout",
@@ -24,31 +26,39 @@ _TITLES = {
 _LIBRARIES = {"peft": "peft", "safetensors": "transformers"}
 
 
-def make_card(
+def write_companions(
+    job: ExportJob,
+    folder: Path,
+    paths: OutputPaths,
     *,
-    to: str,
     type_name: str | None,
-    base_model: str,
-    licence: str | None,
-    run: Run | None,
-    run_folder: Path | None,
     usage: str,
-    report: FidelityReport | None,
-    report_name: str,
-) -> str:
-    """Returns the model card as Markdown.
+    report: FidelityReport | None = None,
+) -> None:
+    """Writes the model card and the fidelity report into ``folder`` under the names of ``paths``.
 
     Args:
-        to: Export target.
+        job: The export.
+        folder: Temporary folder of the export.
+        paths: Paths of the export.
         type_name: Type of the weights.
-        base_model: Id of the base.
-        licence: Licence of the base; None if unknown.
-        run: Config of the run that trained the model; None if there is none.
-        run_folder: Folder of that run.
         usage: How to use the export, as Markdown.
         report: Fidelity report; None if nothing was merged or quantized.
-        report_name: Name of the file with that report.
     """
+    if report is not None:
+        text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / paths.name("fidelity")).write_text(text + "\n", encoding="utf-8")
+        (folder / paths.name("fidelity_page")).write_text(report.to_markdown(), encoding="utf-8")
+    card = make_card(job, type_name, usage, report, paths.name("fidelity"))
+    (folder / paths.name("card")).write_text(card, encoding="utf-8")
+
+
+def make_card(
+    job: ExportJob, type_name: str | None, usage: str, report: FidelityReport | None, report_name: str
+) -> str:
+    """Returns the model card as Markdown; see :func:`write_companions`."""
+    to, base_model, run = job.request.to, job.base_model, job.run
+    licence = read_licence(Path(base_model))
     head: dict[str, Any] = {
         "base_model": base_model,
         "license": licence or "other",
@@ -61,7 +71,7 @@ def make_card(
     if licence is None:
         made += " Its licence could not be read; the licence of the base model applies."
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---", f"# {title}", made, "## Use", usage]
-    scores = _read_scores(run_folder)
+    scores = _read_scores(job.run_folder)
     if scores.get("metrics"):
         parts += ["## Scores", _describe_scores(scores)]
     if report is not None:
@@ -70,7 +80,7 @@ def make_card(
         parts += ["## What the export changed", f"{text} `{report_name}` contains every figure."]
         parts += [f"**Warning.** {warning}" for warning in report.warnings]
     if run is not None:
-        parts += ["## Data", _describe_data(run, run_folder)]
+        parts += ["## Data", _describe_data(run, job.run_folder)]
         parts += ["## Config", f"```yaml\n{run_to_yaml(run).strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 

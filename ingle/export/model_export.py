@@ -13,6 +13,7 @@ from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
 from ingle.export.fidelity.promotion import Promotion, promote
 from ingle.export.job import ExportJob, WrittenExport, plain_source
+from ingle.export.model_card import write_companions
 from ingle.export.ollama import make_modelfile
 from ingle.export.output_paths import OutputPaths
 from ingle.export.verify.certificate import Certificate
@@ -48,18 +49,19 @@ def export_safetensors(job: ExportJob) -> WrittenExport:
         job.check_base(merged)
         num_weights = sum(entry.num_weights for entry in entries)
         divergence = job.measure_written(trained, written(partial, source.model.dtype), num_weights)
-        report = FidelityReport(
-            type=layout.name,
-            num_tensors=len(entries),
-            num_copied=0,  # every tensor is converted to the type of the layout
-            tensors=tuple(found),
-            divergence=divergence,
-            adapter_effect=trained.adapter_effect,
-            max_kl=job.request.max_kl,
+        report = job.accept(
+            FidelityReport(
+                type=layout.name,
+                num_tensors=len(entries),
+                num_copied=0,  # every tensor is converted to the type of the layout
+                tensors=tuple(found),
+                divergence=divergence,
+                adapter_effect=trained.adapter_effect,
+                max_kl=job.request.max_kl,
+            )
         )
-        report = job.accept(report)
         usage = _safetensors_usage(paths.folder, layout)
-        job.write_companions(partial, paths, type_name=layout.name, usage=usage, report=report)
+        write_companions(job, partial, paths, type_name=layout.name, usage=usage, report=report)
 
     def certify() -> Certificate:
         return job.certify_merged(
@@ -91,19 +93,20 @@ def export_gguf(job: ExportJob) -> WrittenExport:
         found = export.write(path, describe_model(job), sink=job.sink)
         job.check_base(merged)
         divergence = job.measure_written(trained, plain_source(path, source.model.dtype), 0)
-        report = FidelityReport(
-            type=type_name,
-            num_tensors=len(export.planned),
-            num_copied=export.num_copied,
-            tensors=tuple(found),
-            divergence=divergence,
-            adapter_effect=trained.adapter_effect,
-            max_kl=job.request.max_kl,
-            promotion=promotion,
+        report = job.accept(
+            FidelityReport(
+                type=type_name,
+                num_tensors=len(export.planned),
+                num_copied=export.num_copied,
+                tensors=tuple(found),
+                divergence=divergence,
+                adapter_effect=trained.adapter_effect,
+                max_kl=job.request.max_kl,
+                promotion=promotion,
+            )
         )
-        report = job.accept(report)
         write_modelfile(job, merged.stream.model, partial / paths.name("modelfile"), weights=f"./{paths.main}")
-        job.write_companions(partial, paths, type_name=type_name, usage=_gguf_usage(paths), report=report)
+        write_companions(job, partial, paths, type_name=type_name, usage=_gguf_usage(paths), report=report)
 
     def open_written() -> Engine:
         model = open_source(plain_source(paths.result, "float32")).model

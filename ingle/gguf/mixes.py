@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ingle.config.base import base_sections, format_name
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import format_name
+from ingle.config.ggml import ENCODED
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
 from ingle.gguf.names import names_of
@@ -29,11 +29,7 @@ FILE_TYPES = {
 ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 #: Types for matrices whose rows are not a multiple of the block size.
-_FALLBACKS = {
-    format_name(section): section.fallback
-    for section in base_sections()
-    if issubclass(section, GgmlBase) and section.fallback is not None
-}
+_FALLBACKS = {format_name(section): section.fallback for section in ENCODED if section.fallback is not None}
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 

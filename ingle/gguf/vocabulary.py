@@ -84,13 +84,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(pre, str) or not isinstance(template, str | None):
         raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not a string")
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    special: dict[str, str] = {}
-    for key, token in _SPECIAL.items():
-        number = special_token_id(metadata, key)
-        number = defaults.get(key) if number is None else number
-        if number is not None and number < len(tokens):
-            special[token] = tokens[number]
+    special = _special_tokens(metadata, kind, tokens)
     real = {
         token: number
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
@@ -100,17 +94,11 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         parts = _byte_level(metadata, real, pre)
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
-    added = [
-        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        | {"special": types[number] in (CONTROL, UNKNOWN)}
-        for token, number in real.items()
-        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
-    ]
     bos = special.get("bos_token") if add_bos else None
     if bos is not None and bos not in real:
         raise bad_value("tokenizer.ggml.bos_token_id", "refers to an unused token")
     return Vocabulary(
-        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(real, types), **parts}
         | {"post_processor": _post_processor(bos, real)},
         special,
         template,
@@ -202,6 +190,26 @@ def to_metadata(
     if chat_template is not None:
         values["chat_template"] = chat_template
     return {f"tokenizer.{key}": value for key, value in values.items()}
+
+
+def _special_tokens(metadata: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> dict[str, str]:
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    special: dict[str, str] = {}
+    for key, token in _SPECIAL.items():
+        number = special_token_id(metadata, key)
+        number = defaults.get(key) if number is None else number
+        if number is not None and number < len(tokens):
+            special[token] = tokens[number]
+    return special
+
+
+def _added_tokens(vocab: Mapping[str, int], types: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        | {"special": types[number] in (CONTROL, UNKNOWN)}
+        for token, number in vocab.items()
+        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
+    ]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:

@@ -21,6 +21,9 @@ from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
 from ingle.quant.ternary import Ternary
 
+#: Modules whose parameters of three or more dimensions are no experts.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = None) -> None:
     """Replaces the linear maps of a model in place by quantized ones, or by ones that train with ternary weights.
@@ -132,7 +135,7 @@ def _replace(
     replacement = make_quant_linear(linear, format)
     if not linear.weight.is_meta:
         replacement.quantize(linear.weight, name=f"{name}.weight")
-        linear.weight = None  # free it now instead of after the whole model
+        linear.weight = None  # free it now instead of when the model is done
     return replacement
 
 
@@ -154,7 +157,7 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
         QuantizationError: The module is not a convolution and has floating-point parameters of three or more
             dimensions, or its class name contains "expert" and it has floating-point matrices.
     """
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, CONVOLUTIONS):
         return
     kind = type(module).__name__
     for key, parameter in module.named_parameters(recurse=False):

@@ -71,13 +71,9 @@ class Hqq(FoldingFormat):
         return {"codes": PlaneSpec((out_features, -(-in_features * self.bits // 8))), "scale": groups, "zero": groups}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Quantizes a weight; ``importance`` ``[I]`` weights the squared errors of columns (solver ``ingle`` only).
+        """Quantizes a weight, see :meth:`Format.encode`; only the solver ``ingle`` uses the importance.
 
         A constant group is exact if float16 represents its value.
-
-        Raises:
-            QuantizationError: The weight holds NaN or infinity or is too large for float16; or the importance is
-                invalid.
         """
         weight_OI = weight_OI.detach()
         if importance is not None:
@@ -115,16 +111,7 @@ class Hqq(FoldingFormat):
         ``zero - delta / scale``, rounded to float16, which changes the delta by at most ``scale * |zero| / 2048``.
         Scales are never zero (an all-zero group has scale 1).
 
-        Args:
-            planes: As :meth:`plane_specs` lists them.
-            delta_OG: ``[O, N]``, floating point. For QA-LoRA it is ``s * B A / group_size`` if inputs are averaged and
-                ``s * B A`` if they are summed.
-
-        Returns:
-            The planes with a new ``zero``.
-
-        Raises:
-            QuantizationError: The delta has the wrong shape, or a zero exceeds the range of float16.
+        For QA-LoRA the delta is ``s * B A / group_size`` if inputs are averaged and ``s * B A`` if they are summed.
         """
         scale_ON, zero_ON = as_float16(planes["scale"]), as_float16(planes["zero"])
         if delta_OG.shape != zero_ON.shape:

@@ -42,11 +42,7 @@ class Int8(Format):
         return {"codes": PlaneSpec((out_features, in_features), torch.int8), "scale": PlaneSpec((out_features, 4))}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Quantizes a weight; ``importance`` is ignored.
-
-        Raises:
-            QuantizationError: The weight holds NaN or infinity, or is too large to decode.
-        """
+        """Quantizes a weight, see :meth:`Format.encode`; ``importance`` is ignored."""
         weight_OI = weight_OI.detach()
         codes, scale_O = encode_int8(weight_OI) or self.encode_reference(weight_OI)
         if not bool(scale_O.isfinite().all()):

@@ -108,11 +108,7 @@ class Levels(Format):
         return min(NESTED_BLOCK // math.gcd(NESTED_BLOCK, num_blocks), out_features)
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Quantizes a weight; ``importance`` is ignored.
-
-        Raises:
-            QuantizationError: The weight holds NaN or infinity.
-        """
+        """Quantizes a weight, see :meth:`Format.encode`; ``importance`` is ignored."""
         weight_OI = weight_OI.detach()
         middles, order = (self.scratch.table(make, weight_OI.device) for make in (self.midpoints, self.codes))
         encoded = encode_levels(weight_OI, middles, order, self.block_size)

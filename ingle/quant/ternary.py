@@ -57,11 +57,7 @@ class Ternary(Format):
         return {"codes": PlaneSpec((out_features, -(-in_features // 4))), "scale": PlaneSpec((rows, 2 * num_groups))}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Quantizes a weight; ``importance`` is ignored.
-
-        Raises:
-            QuantizationError: The weight holds NaN or infinity, or is too large for a float16 scale.
-        """
+        """Quantizes a weight, see :meth:`Format.encode`; ``importance`` is ignored."""
         weight_OI = weight_OI.detach()
         codes, scale_SN = self._encode(weight_OI, fast=True)
         if not bool(scale_SN.isfinite().all()):

@@ -356,8 +356,8 @@ def _group(style: str, note: str, shapes: Sequence[str]) -> str:
 
 
 def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    view = {"viewBox": f"0 0 {width:.0f} {height:.0f}", "width": width, "height": height}
-    return _tag("svg", "".join(parts), class_="chart", **view, role="img", aria_label=label)
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    return f'<svg class="chart" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def _tag(name: str, content: str | None = None, /, **attributes: str | float | None) -> str:

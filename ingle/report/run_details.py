@@ -82,17 +82,3 @@ def compare_memory(report: RunReport) -> dict[str, Any] | None:
         "measured_share": 100 * measured / longest,
         "ratio": f"{measured / predicted:.0%}",
     }
-
-
-def list_modules(report: RunReport) -> list[dict[str, str]]:
-    """Returns a row of text per class of module."""
-    return [
-        {
-            "name": row["class_name"],
-            "format": row["format"] or "–",
-            "modules": f"{row['modules']:,}",
-            "size": size(row["bytes"]),
-            **{key: f"{row[key]:,}" if row[key] else "–" for key in ("parameters", "quantized", "trainable")},
-        }
-        for row in report.audit.get("classes", ())
-    ]

@@ -18,9 +18,9 @@ from ingle.report import charts, verdicts
 from ingle.report.charts import Estimate, both_widths
 from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison
-from ingle.report.run_details import compare_memory, list_facts, list_modules
+from ingle.report.run_details import compare_memory, list_facts
 from ingle.report.templates import render
-from ingle.wording import plural
+from ingle.wording import plural, size
 
 #: Longer answers are shown without marks.
 MAX_MARKED_WORDS = 600
@@ -47,7 +47,8 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         groups=_groups(report),
         facts=list_facts(run, report),
         memory=compare_memory(report),
-        audit=list_modules(report),
+        modules=report.audit.get("classes", ()),
+        size=size,
         config=run_to_yaml(run),
     )
 

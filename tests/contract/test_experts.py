@@ -1,4 +1,4 @@
-"""Fused mixture-of-experts modules of transformers: packed ones answer, and differentiate, as plain ones."""
+"""Compares quantized fused experts with the modules of transformers, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def route(tokens: int = 11) -> tuple[Tensor, Tensor, Tensor]:
     return x, index, weights
 
 
-def decode_into(plain: nn.Module, packed: QuantExperts) -> None:
-    """Gives a plain module the weights that a packed one decodes to."""
+def decode_into(plain: nn.Module, quantized: QuantExperts) -> None:
+    """Gives a plain module the weights that a quantized one decodes to."""
     with torch.no_grad():
-        for key, stack in packed.named_children():
+        for key, stack in quantized.named_children():
             if isinstance(stack, QuantStack):
                 weights = torch.stack([stack.decode(e, torch.float64) for e in range(EXPERTS)])
                 plain.get_parameter(key).copy_(weights.transpose(1, 2) if stack.transposed else weights)
@@ -74,18 +74,18 @@ def decode_into(plain: nn.Module, packed: QuantExperts) -> None:
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: f"{base.format}-{getattr(base, 'double_quant', '')}")
 @pytest.mark.parametrize(("family", "name"), CLASSES)
-def test_packed_experts_answer_and_differentiate_as_plain_ones(family: str, name: str, base: Any) -> None:
+def test_quantized_experts_answer_and_differentiate_as_plain_ones(family: str, name: str, base: Any) -> None:
     plain = make_experts(family, name)
     format = make_format(base)
     assert format is not None
-    packed = QuantExperts(copy.deepcopy(plain), format)
-    assert {key for key, child in packed.named_children() if isinstance(child, QuantStack)} == {
+    quantized = QuantExperts(copy.deepcopy(plain), format)
+    assert {key for key, child in quantized.named_children() if isinstance(child, QuantStack)} == {
         key for key, parameter in plain.named_parameters() if parameter.dim() == 3
     }
-    decode_into(plain, packed)
+    decode_into(plain, quantized)
     x, index, weights = route()
     ours, theirs = ([x.clone().requires_grad_(), weights.clone().requires_grad_()] for _ in range(2))
-    y, expected = packed(ours[0], index, ours[1]), plain(theirs[0], index, theirs[1])
+    y, expected = quantized(ours[0], index, ours[1]), plain(theirs[0], index, theirs[1])
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(y)
     y.backward(grad)
@@ -94,15 +94,15 @@ def test_packed_experts_answer_and_differentiate_as_plain_ones(family: str, name
         torch.testing.assert_close(mine.grad, yours.grad, rtol=1e-12, atol=1e-12)
     for key, parameter in plain.named_parameters():
         if parameter.dim() == 2:  # biases go on as they are
-            torch.testing.assert_close(packed.get_parameter(key).grad, parameter.grad, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(quantized.get_parameter(key).grad, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_every_expert_is_packed_on_its_own() -> None:
+def test_every_expert_is_quantized_on_its_own() -> None:
     plain = make_experts("mixtral", "MixtralExperts")
     format = make_format(BASES[0])
     assert format is not None
-    packed = QuantExperts(copy.deepcopy(plain), format)
-    stack = packed.get_submodule("down_proj")
+    quantized = QuantExperts(copy.deepcopy(plain), format)
+    stack = quantized.get_submodule("down_proj")
     assert isinstance(stack, QuantStack)
     for expert in range(EXPERTS):
         alone = format.encode(plain.get_parameter("down_proj")[expert])
@@ -113,23 +113,23 @@ def test_every_expert_is_packed_on_its_own() -> None:
 def test_indices_beyond_the_experts_mean_none() -> None:
     format = make_format(BASES[2])
     assert format is not None
-    packed = QuantExperts(make_experts("mixtral", "MixtralExperts"), format)
+    quantized = QuantExperts(make_experts("mixtral", "MixtralExperts"), format)
     x, index, weights = route()
     some = index.clone()
     some[:, 1] = EXPERTS
-    alone = packed(x, index[:, :1], weights[:, :1])
-    assert torch.equal(packed(x, some, weights), alone)
+    alone = quantized(x, index[:, :1], weights[:, :1])
+    assert torch.equal(quantized(x, some, weights), alone)
 
 
 def test_backward_keeps_no_decoded_weight() -> None:
     format = make_format(BASES[0])
     assert format is not None
-    packed = QuantExperts(make_experts("mixtral", "MixtralExperts", torch.float32), format)
+    quantized = QuantExperts(make_experts("mixtral", "MixtralExperts", torch.float32), format)
     shapes: list[tuple[int, ...]] = []
     x, index, weights = (t.float() if t.is_floating_point() else t for t in route())
     x.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
-        packed(x, index, weights)
+        quantized(x, index, weights)
     assert shapes
     assert not {(2 * INNER, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)} & set(shapes)
 
@@ -171,7 +171,7 @@ def test_a_whole_model_answers_as_one_with_the_decoded_weights(family: str) -> N
     logits.square().sum().backward()
     expected.square().sum().backward()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:  # routers, norms, embeddings, head: all behind packed layers
+        if parameter.requires_grad:  # routers, norms, embeddings, head: all behind quantized layers
             torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
     report = audit(model)
     kinds = {row.class_name: row for row in report.classes}

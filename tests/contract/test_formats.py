@@ -1,8 +1,7 @@
-"""What every member of the base-format axis promises; a new format is one more line in ``FORMATS``.
+"""Tests the interface that every quantization format implements; a new format is one more line in ``FORMATS``.
 
-Kernels are compared with the format's plain torch (``decode_reference``, ``encode_reference``).  The packers of GGUF
-and HQQ have no second implementation here: ``tests/numerics`` compares them with ggml's bytes and with the optimum.
-One test takes all shapes and number types of a format, because packing a weight costs more than looking at it.
+Decoders are compared with the format's plain torch (``decode_reference``), encoders in ``test_encoders``. One test
+takes all shapes and dtypes of a format, because encoding a weight is slower than the checks.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,37 +20,41 @@ from torch.nn import functional
 
 from ingle.adapters import attach
 from ingle.config.adapter import LoraAdapter
-from ingle.config.base import BaseConfig, Fp4Base, HqqBase, Int8Base, Nf4Base, NoBase, TernaryBase, format_name
-from ingle.config.ggml import ENCODED, GgmlBase
+from ingle.config.base import BaseConfig, NoBase, base_section
+from ingle.config.ggml import GgmlBase
 from ingle.errors import QuantizationError
 from ingle.quant import Format, QuantLinear, convert, make_format
 from ingle.quant.ggml import GgmlBlocks
 from ingle.quant.hqq import Hqq
+from ingle.quant.int8 import Int8
 from ingle.quant.ternary import Ternary
 from tests.tiny import take_steps
 
-FORMATS: dict[str, BaseConfig] = {
-    "nf4": Nf4Base(format="nf4"),
-    "nf4-single": Nf4Base(format="nf4", double_quant=False),
-    "nf4-32": Nf4Base(format="nf4", block_size=32),
-    "nf4-256": Nf4Base(format="nf4", block_size=256, double_quant=False),
-    "nf4-4096": Nf4Base(format="nf4", block_size=4096),
-    "int8": Int8Base(format="int8"),
-    **{format_name(section): section(format=format_name(section)) for section in ENCODED},
-    "hqq": HqqBase(format="hqq"),
-    "hqq-8": HqqBase(format="hqq", bits=8, group_size=128),
-    "hqq-3": HqqBase(format="hqq", bits=3, group_size=32),
-    "hqq-2": HqqBase(format="hqq", bits=2, group_size=16),
-    "hqq-1": HqqBase(format="hqq", bits=1, group_size=8),
-    "hqq-published": HqqBase(format="hqq", solver="hqq"),
-    "hqq-published-3": HqqBase(format="hqq", bits=3, group_size=8, solver="hqq"),
-    "fp4": Fp4Base(format="fp4"),
-    "fp4-single": Fp4Base(format="fp4", double_quant=False),
-    "ternary": TernaryBase(format="ternary"),
-    "ternary-row": TernaryBase(format="ternary", group_size="row"),
-    "ternary-256": TernaryBase(format="ternary", group_size=256),
+#: Options of ``base`` by a key that starts with the name of the format.
+OPTIONS: dict[str, dict[str, object]] = {
+    "nf4": {},
+    "nf4-single": {"double_quant": False},
+    "nf4-32": {"block_size": 32},
+    "nf4-256": {"block_size": 256, "double_quant": False},
+    "nf4-4096": {"block_size": 4096},
+    **{name: {} for name in ("int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k", "q5_k", "q3_k", "q2_k")},
+    **{name: {} for name in ("iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "hqq")},
+    "hqq-8": {"bits": 8, "group_size": 128},
+    "hqq-3": {"bits": 3, "group_size": 32},
+    "hqq-2": {"bits": 2, "group_size": 16},
+    "hqq-1": {"bits": 1, "group_size": 8},
+    "hqq-published": {"solver": "hqq"},
+    "hqq-published-3": {"bits": 3, "group_size": 8, "solver": "hqq"},
+    "fp4": {},
+    "fp4-single": {"double_quant": False},
+    "ternary": {},
+    "ternary-row": {"group_size": "row"},
+    "ternary-256": {"group_size": 256},
 }
-#: The relative error in rms that a Gaussian weight may suffer.
+FORMATS: dict[str, BaseConfig] = {
+    key: base_section({"format": key.split("-")[0], **options}) for key, options in OPTIONS.items()
+}
+#: Upper bounds of the relative root mean square error of a Gaussian weight.
 ERROR = {
     **{"nf4": 0.1, "nf4-single": 0.1, "nf4-32": 0.09, "nf4-256": 0.12, "nf4-4096": 0.15, "int8": 0.01},
     **{"q4_0": 0.087, "q4_1": 0.079, "q5_0": 0.043, "q5_1": 0.038, "q8_0": 0.0055},
@@ -61,12 +64,12 @@ ERROR = {
     **{"hqq-published": 0.088, "hqq-published-3": 0.097},
     **{"fp4": 0.125, "fp4-single": 0.125, "ternary": 0.52, "ternary-row": 0.52, "ternary-256": 0.52},
 }
-#: The last is large enough that kernels wake their threads, with rows that two threads cannot share equally.
+#: The last is large enough for several threads, with rows that two threads cannot share equally.
 SHAPES = [(1, 64), (5, 256), (7, 37), (3, 1), (33, 96), (9, 200), (16, 1024), (67, 2816)]
-#: Kernels exist for the first two; the others are converted, which two shapes are enough for.
+#: Kernels exist for the first two; the others are converted, for which two shapes are enough.
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CONVERTED = [(7, 37), (9, 200)]
-#: One format for each operator that stands for a kernel in a compiled graph, with and without padding.
+#: One format for each kernel that is an operator in a compiled graph, with and without padding.
 COMPILED = ["nf4", "nf4-single", "int8", "q4_k", "hqq-3", "ternary"]
 
 
@@ -88,7 +91,7 @@ def draw(out_features: int, in_features: int, dtype: torch.dtype = torch.float32
 
 
 def fit(format: Format, *shape: int) -> tuple[int, int]:
-    """A shape that the format can hold: rows of GGUF formats are whole blocks."""
+    """A shape that the format supports: rows of GGUF formats are multiples of the block size."""
     rows, columns = shape
     size = format.block_size if isinstance(format, GgmlBlocks) else 1
     return rows, -(-columns // size) * size
@@ -102,16 +105,11 @@ def test_none_has_no_format() -> None:
     assert make_format(NoBase()) is None
 
 
-def decode_plainly(format: Format, planes: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """What plain torch makes of the planes, whatever kernels there are."""
-    return format.decode_reference(planes, *shape, dtype)
-
-
 def dtypes_for(shape: tuple[int, int]) -> list[torch.dtype]:
     return DTYPES if shape in CONVERTED else DTYPES[:2]
 
 
-def test_planes_are_as_announced_and_fast_decode_is_the_reference_bit_for_bit(format: Format) -> None:
+def test_planes_match_their_specs_and_fast_decode_is_the_reference_bit_for_bit(format: Format) -> None:
     for drawn in SHAPES:
         shape = fit(format, *drawn)
         weight = draw(*shape)
@@ -125,7 +123,7 @@ def test_planes_are_as_announced_and_fast_decode_is_the_reference_bit_for_bit(fo
         num_bytes = sum(plane.numel() * plane.element_size() for plane in planes.values())
         assert format.bits_per_weight(*shape) == pytest.approx(8 * num_bytes / (shape[0] * shape[1]))
         for dtype in dtypes_for(drawn):
-            expected = decode_plainly(format, planes, shape, dtype)
+            expected = format.decode_reference(planes, *shape, dtype)
             out = torch.full(shape, torch.nan, dtype=dtype)
             decoded = format.decode(planes, *shape, dtype, out)
             assert decoded.data_ptr() == out.data_ptr()
@@ -143,7 +141,7 @@ def test_there_is_a_fast_kernel_here(format: Format) -> None:
 
 def test_error_is_small(format: Format, key: str) -> None:
     weight = draw(16, 4096)
-    decoded = decode_plainly(format, format.encode(weight), (16, 4096), torch.float32)
+    decoded = format.decode_reference(format.encode(weight), 16, 4096, torch.float32)
     relative = (decoded - weight).norm() / weight.norm()
     assert relative < ERROR[key]
 
@@ -154,32 +152,8 @@ def test_encoding_depends_on_values_not_on_dtype_or_strides(format: Format) -> N
     expected = format.encode(weight)
     for same in (weight.float(), weight.bfloat16(), weight.double(), weight.t().contiguous().t(), weight.float()[::1]):
         assert torch.equal(same.double(), weight.double())
-        packed = format.encode(same)
-        assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
-
-
-def test_fast_encode_is_the_reference_bit_for_bit(format: Format) -> None:
-    """Of what has no reference here: a row is packed as if alone."""
-    for drawn in SHAPES:
-        weight = draw(*fit(format, *drawn))
-        weight[0] *= 1e-6
-        weight[-1] *= 1e4
-        weight[2:3] = 0
-        weight[4:5] *= torch.tensor([1e-37, 0]).repeat(weight.shape[1])[: weight.shape[1]]
-        if isinstance(format, GgmlBlocks | Hqq):
-            planes = format.encode(weight)
-            for row in range(0, len(weight), 16):
-                alone = format.encode(weight[row : row + 1])
-                assert all(torch.equal(plane[row : row + 1], alone[name]) for name, plane in planes.items()), drawn
-            continue
-        for dtype in dtypes_for(drawn):
-            rounded = weight.to(dtype)
-            planes = format.encode(rounded)
-            codes, scales = format.encode_reference(rounded)  # type: ignore[attr-defined]
-            assert torch.equal(planes["codes"], codes), (drawn, dtype)
-            name = "scale" if "scale" in planes else "absmax"
-            if planes[name].shape[1] != scales.unsqueeze(-1).flatten(1).shape[1]:  # kept as they are, not packed again
-                assert torch.equal(planes[name].view(scales.dtype).flatten(), scales.flatten()), (drawn, dtype)
+        again = format.encode(same)
+        assert all(torch.equal(again[name], plane) for name, plane in expected.items())
 
 
 def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,34 +163,34 @@ def test_an_encoder_copies_little(format: Format, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ingle.kernels.levels.dispatch.COPIED", 1000)  # eight times five rows
     monkeypatch.setattr("ingle.kernels.hqq.dispatch.COPIED", 1000)
     monkeypatch.setattr("ingle.quant.hqq.CHUNK", 1000)
-    packed = format.encode(weight)
-    assert all(torch.equal(packed[name], plane) for name, plane in expected.items())
+    again = format.encode(weight)
+    assert all(torch.equal(again[name], plane) for name, plane in expected.items())
 
 
 def test_results_do_not_depend_on_threads(format: Format) -> None:
     shape = (131, 1024)  # large enough that threads are woken
     weight = draw(*shape)
     before = torch.get_num_threads()
-    packed, decoded = [], []
+    encoded, decoded = [], []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            packed.append(format.encode(weight))
-            decoded.append(format.decode(packed[0], *shape, torch.bfloat16))
+            encoded.append(format.encode(weight))
+            decoded.append(format.decode(encoded[0], *shape, torch.bfloat16))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(packed[0][name], packed[1][name]) for name in packed[0])
-    expected = decode_plainly(format, packed[0], shape, torch.bfloat16)
+    assert all(torch.equal(encoded[0][name], encoded[1][name]) for name in encoded[0])
+    expected = format.decode_reference(encoded[0], *shape, torch.bfloat16)
     assert torch.equal(decoded[0], expected)
     assert torch.equal(decoded[1], expected)
 
 
-def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
+def test_row_groups_can_be_sliced_out_of_all_planes(format: Format) -> None:
     shape = fit(format, 1024, 64)
     planes = format.encode(draw(*shape))
     rows = format.row_group(*shape)
     assert shape[0] % rows == 0
-    whole = decode_plainly(format, planes, shape, torch.float32)
+    whole = format.decode_reference(planes, *shape, torch.float32)
     for start in range(0, shape[0], rows):
         cut = {}
         for name, plane in planes.items():
@@ -234,12 +208,12 @@ def test_a_granule_of_rows_can_be_cut_out(format: Format) -> None:
 
 
 def test_codes_go_under_other_scales(format: Format) -> None:
-    """Twice a weight has its codes and twice its scales."""
+    """A doubled weight has the same codes and doubled scales."""
     weight = torch.randn(fit(format, 48, 64), generator=torch.Generator().manual_seed(0))
     once, twice = format.encode(weight), format.encode(2 * weight)
     mixed = format.recode(once, twice)
     if isinstance(format, Hqq) and format.solver == "hqq":
-        return  # its shrinkage knows one size of weights only
+        return  # its shrinkage is not invariant to the scale of weights
     assert all(torch.equal(mixed[name], twice[name]) for name in twice)
     assert not all(torch.equal(mixed[name], once[name]) for name in twice)
     if isinstance(format, GgmlBlocks):
@@ -304,7 +278,7 @@ def test_huge_weights_give_finite_results_or_are_refused(format: Format) -> None
 
 
 def test_nan_and_infinity_are_refused_by_name(format: Format) -> None:
-    """Each value at each place and in each number type at least once: a Latin square."""
+    """Each value at each position and in each dtype at least once: a Latin square."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
         for j, where in enumerate(((0, 0), (2, 199), (1, 100))):
@@ -329,7 +303,7 @@ def test_layer_equals_a_linear_with_the_decoded_weight(format: Format) -> None:
         layer = make_layer(format).to(dtype)
         plain = nn.Linear(width(format), 48, dtype=dtype)
         with torch.no_grad():
-            plain.weight.copy_(decode_plainly(format, layer.planes(), (48, width(format)), dtype))
+            plain.weight.copy_(format.decode_reference(layer.planes(), 48, width(format), dtype))
             plain.bias.copy_(layer.bias)
         x = torch.randn(*lead, width(format), dtype=dtype)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -368,6 +342,16 @@ def test_backward_keeps_planes_and_nothing_decoded(format: Format) -> None:
     assert {tensor.data_ptr() for tensor in saved} == planes
     y.sum().backward()
     assert x.grad is not None
+
+
+def test_each_thread_has_its_own_scratch() -> None:
+    """What one thread decoded stays while another one decodes with the same format."""
+    first, second = make_layer(Int8()), make_layer(Int8())
+    second.format, (mine, theirs) = first.format, (first.decode(torch.float32), second.decode(torch.float32) + 1)
+    held = first.decode(torch.float32, first.scratch(torch.float32))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: second.decode(torch.float32, second.scratch(torch.float32)).add_(1)).result()
+    assert torch.equal(held, mine) and torch.equal(other, theirs) and held.data_ptr() != other.data_ptr()
 
 
 def test_two_layers_share_one_scratch_safely(format: Format) -> None:
@@ -441,10 +425,10 @@ def test_copies_and_pickles_are_independent(format: Format) -> None:
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
-        assert torch.equal(twin(x), expected)
-        assert twin.format == layer.format
-        assert twin.format.scratch is not layer.format.scratch
+    for duplicate in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(duplicate(x), expected)
+        assert duplicate.format == layer.format
+        assert duplicate.format.scratch is not layer.format.scratch
 
 
 def test_meta_layers_have_shapes_and_no_bytes(format: Format) -> None:
@@ -501,7 +485,7 @@ def test_compiled_layer_equals_eager_one(format: Format) -> None:
     assert torch.equal(grad, expected_grad)
 
 
-def test_convert_before_and_after_filling_gives_the_same_bytes(key: str, format: Format) -> None:
+def test_convert_before_and_after_loading_gives_the_same_bytes(key: str, format: Format) -> None:
     torch.manual_seed(0)
     wide, inner = fit(format, 1, 96)[1], fit(format, 1, 64)[1]
     model = nn.Sequential(nn.Linear(wide, inner), nn.ReLU(), nn.Linear(inner, 32, bias=False))
@@ -532,13 +516,13 @@ def test_additive_fields_are_those_of_offsets(key: str, format: Format) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, base in FORMATS.items() if isinstance(base, GgmlBase)])
-def test_rows_that_are_not_whole_blocks_are_refused(key: str, format: Format) -> None:
+def test_rows_that_are_not_multiples_of_the_block_size_are_refused(key: str, format: Format) -> None:
     base = FORMATS[key]
     assert isinstance(base, GgmlBase)
     fallback = base.fallback or "float16"
-    for columns, stands_in in ((base.block_size + 32, fallback), (base.block_size + 20, "float16")):
+    for columns, substitute in ((base.block_size + 32, fallback), (base.block_size + 20, "float16")):
         if columns % base.block_size:
-            with pytest.raises(QuantizationError, match=f"stores such a matrix as (?i:{stands_in})") as caught:
+            with pytest.raises(QuantizationError, match=f"stores such a matrix as (?i:{substitute})") as caught:
                 format.encode(draw(2, columns), name="model.layers.3.mlp.up_proj.weight")
             assert "model.layers.3.mlp.up_proj.weight" in str(caught.value)
 

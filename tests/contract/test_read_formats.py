@@ -1,4 +1,4 @@
-"""Formats that are read from files and never packed: what they promise beside their decoders' exactness."""
+"""Tests formats that are read only; ``tests/numerics/test_quant_gguf`` compares their decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz``: random inputs for a while, or one that failed before.
+"""``python -m tests.fuzz``: runs random inputs, or repeats a failed one.
 
 Source of the method: B. Miller, L. Fredriksen, B. So, "An empirical study of the reliability of UNIX utilities", 1990.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Runs cases, prints the table, and returns 1 when one failed."""
+    """Runs cases, prints a table, and returns 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="how long to go on")
-    parser.add_argument("--cases", type=int, help="this many cases of each target instead")
-    parser.add_argument("--seed", type=int, default=0, help="the first one; each case has the next")
-    parser.add_argument("--target", action="append", help="only this one; may be repeated")
-    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="folder for cases that fail")
-    parser.add_argument("--replay", type=Path, help="a file from that folder, to be run again")
+    parser.add_argument("--seconds", type=float, default=60, help="time to run")
+    parser.add_argument("--cases", type=int, help="number of cases per target, instead of a time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case; each case increments it")
+    parser.add_argument("--target", action="append", help="run only this target; can be repeated")
+    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="folder for failed cases")
+    parser.add_argument("--replay", type=Path, help="repeat the case in this file of that folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ingle-fuzz-") as scratch:
         root = Path(scratch).resolve()
@@ -31,19 +31,19 @@ def main() -> int:
 
 
 def _prepare_environment(root: Path) -> None:
-    """One thread, no hub, and folders of our own; to be called before anything is loaded."""
+    """Sets one thread, no hub and empty folders; call this before any import."""
     home = root / "home"
     home.mkdir()
     threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "RAYON_NUM_THREADS", "ARROW_NUM_THREADS"), "1")
     os.environ |= threads | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HOME": str(home)}
-    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # the one that may be forked without another library
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # the only one that can be forked without another library
     for name in ("XDG_CACHE_HOME", "HF_HOME", "TRANSFORMERS_CACHE"):
         os.environ.pop(name, None)
     _load_everything()
 
 
 def _load_everything() -> None:
-    """Loads what the cases need, once."""
+    """Imports everything that cases need."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -77,7 +77,7 @@ def _fuzz(root: Path, given: argparse.Namespace) -> int:
     end = time.monotonic() + given.seconds
     for seed in count(given.seed) if given.cases is None else range(given.seed, given.seed + given.cases):
         for name in names:
-            # A target whose cases take longer gets fewer of them: all get about the same time.
+            # Slow targets get fewer cases, so that all targets get about the same time.
             late = given.cases is None and fuzzer.tallies[name].seconds > 2 * _median(fuzzer, names) + 5
             if not late:
                 outcome = fuzzer.run(fuzzer.case(name, seed))
@@ -98,7 +98,7 @@ def _report(fuzzer: object, failures: Path) -> int:
     from tests.fuzz.sandbox import REFUSED, SUCCESS
 
     assert isinstance(fuzzer, Fuzzer)
-    head = ("target", "cases", "success", "same", "refused", "no place", "failures", "slowest")
+    head = ("target", "cases", "success", "same", "refused", "unplaced", "failures", "slowest")
     print("".join(f"{word:>10}" if at else f"{word:<14}" for at, word in enumerate(head)))
     failed = 0
     for name, tally in fuzzer.tallies.items():
@@ -110,7 +110,7 @@ def _report(fuzzer: object, failures: Path) -> int:
         for cause, number in tally.causes.most_common():
             print(f"  {name}: {number} x {cause}")
     if failed:
-        print(f"{failed} cases failed; each is in {failures} with the command that runs it again")
+        print(f"{failed} cases failed; {failures} contains each of them and the command that repeats it")
     return 1 if failed else 0
 
 

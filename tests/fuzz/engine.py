@@ -1,4 +1,4 @@
-"""Makes the inputs, mutates them, runs the cases, judges what came of them, and counts."""
+"""Makes inputs, mutates them, runs the cases, judges the results, and counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.fuzz.mutations import mutate
 from tests.fuzz.sandbox import LITTER, REFUSED, SUCCESS, WRONG, Outcome, Place
 from tests.fuzz.targets import TARGETS, Target
 
-#: Cases of one cause that are kept.
+#: Failed cases to keep per cause.
 _KEPT = 3
 
 
@@ -32,8 +32,8 @@ class Case:
 
     Attributes:
         target: Name of the target.
-        seed: Of the mutation.
-        done: What was done to which file.
+        seed: Seed of the mutation.
+        done: The mutations of each file.
         files: The changed files.
     """
 
@@ -45,15 +45,15 @@ class Case:
 
 @dataclass
 class Tally:
-    """What came of the cases of one target.
+    """The results of one target.
 
     Attributes:
-        kinds: How many cases ended how.
-        same: Successes whose answer is that of the unchanged input.
-        unplaced: Refusals that name none of the changed files.
-        slowest: Most seconds of processor time that a case took.
-        causes: Failures by their cause.
-        seconds: Time of all cases together.
+        kinds: Number of cases by kind of result.
+        same: Successes with the same answer as the unchanged input.
+        unplaced: Refusals whose message names none of the changed files.
+        slowest: Longest processor time of a case in seconds.
+        causes: Number of failures by cause.
+        seconds: Total time.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -65,17 +65,17 @@ class Tally:
 
     @property
     def failures(self) -> int:
-        """Cases that break the promise."""
+        """Returns the number of failed cases."""
         return sum(count for kind, count in self.kinds.items() if kind not in (SUCCESS, REFUSED))
 
 
 class Fuzzer:
-    """Everything that was made for the cases.
+    """Makes and runs cases.
 
     Args:
         root: An empty folder.
-        names: Of the targets.
-        failures: Where failing cases are written; None to keep none.
+        names: Names of the targets.
+        failures: Folder for failed cases; None to keep none.
     """
 
     def __init__(self, root: Path, names: list[str], failures: Path | None = None) -> None:
@@ -100,10 +100,10 @@ class Fuzzer:
             self._begin(TARGETS[name])
 
     def case(self, name: str, seed: int) -> Case:
-        """The case of a seed; always the same one for the same input."""
+        """Returns the case of a seed, which depends only on the seed and the input."""
         rng = Random(f"{name} {seed}")
         kinds = TARGETS[name].kinds
-        # Mostly one file is changed: what one file hides another cannot show.
+        # Mostly one file is changed, because an error in one file hides those in others.
         chosen = [rng.choice(sorted(kinds))] if rng.random() < 0.9 else sorted(kinds)
         files, done = {}, []
         for file in chosen:
@@ -113,7 +113,7 @@ class Fuzzer:
         return Case(name, seed, tuple(done), files)
 
     def run(self, case: Case) -> Outcome:
-        """Runs a case, counts it, and keeps it when it failed."""
+        """Runs and counts a case, and keeps it if it failed."""
         began = time.monotonic()
         target, tally = TARGETS[case.target], self.tallies[case.target]
         self._enter(case.target)
@@ -139,7 +139,7 @@ class Fuzzer:
         return outcome
 
     def replay(self, path: Path) -> tuple[Case, Outcome]:
-        """Runs a case that was kept."""
+        """Repeats a case that was kept."""
         kept = json.loads(path.read_text())
         old, new = kept["root"].encode(), str(self._root).encode()
         files = {file: base64.b64decode(text).replace(old, new) for file, text in kept["files"].items()}
@@ -151,7 +151,7 @@ class Fuzzer:
         return sandbox.run(lambda: target.act(self._place.input, self._place.out), self._place)
 
     def _judge(self, target: Target, case: Case, outcome: Outcome, before: str) -> Outcome:
-        """What a case that did not break by itself has broken."""
+        """Checks a case that succeeded or was refused."""
         if litter := self._place.litter():
             for path in litter:
                 Path(path).unlink()
@@ -164,7 +164,7 @@ class Fuzzer:
             return outcome
         if target.fixed or self._means_the_same(target, case):
             if outcome.answer != self._answers[target.name]:
-                return _wrong(outcome, self._answers[target.name], "another answer than from the unchanged input")
+                return _wrong(outcome, self._answers[target.name], "the answer changed, but not the input")
             return outcome
         if target.expect is None:
             return outcome
@@ -172,11 +172,11 @@ class Fuzzer:
         read = sandbox.run(lambda: dict(expect(self._place.input)), self._place)
         if read.kind != SUCCESS:
             if target.strict:
-                return _wrong(outcome, read.message[-1000:], "accepts what the reference refuses")
+                return _wrong(outcome, read.message[-1000:], "accepts an input that the reference refuses")
             return outcome
         for key, value in read.answer.items():
             if outcome.answer[key] != value:
-                return _wrong(outcome, read.answer, f"{key} is not what the reference reads")
+                return _wrong(outcome, read.answer, f"{key} differs from the reference")
         return outcome
 
     def _means_the_same(self, target: Target, case: Case) -> bool:
@@ -190,7 +190,7 @@ class Fuzzer:
         return made
 
     def _begin(self, target: Target) -> None:
-        """Makes the input of a target and takes the answer to it."""
+        """Makes the input of a target and records the answer to it."""
         folder = self._pristine[target.name]
         folder.mkdir(parents=True)
         self._make(f"input of {target.name}", lambda: target.make(folder, self._shared))
@@ -212,7 +212,7 @@ class Fuzzer:
             assert agreed, f"{target.name}: the reference reads {read.message or read.answer}, Ingle {outcome.answer}"
 
     def _enter(self, name: str) -> None:
-        """Puts the unchanged input of a target in place."""
+        """Copies the unchanged input of a target."""
         if self._current != name:
             shutil.rmtree(self._place.input, ignore_errors=True)
             shutil.copytree(self._pristine[name], self._place.input)

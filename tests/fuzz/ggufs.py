@@ -1,6 +1,4 @@
-"""GGUF files taken apart and put together again, with every count, size and place free to be wrong.
-
-Written from the specification, not with Ingle's reader or writer.
+"""Parses and writes GGUF files with arbitrary counts, sizes and offsets, independently of Ingle's reader and writer.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -18,7 +16,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass
 class Value:
-    """One entry of the metadata: ``count`` overrides the number of items that is written."""
+    """A metadata entry; ``count`` overrides the number of items in the file."""
 
     key: bytes
     kind: int
@@ -29,7 +27,7 @@ class Value:
 
 @dataclass
 class Entry:
-    """One tensor of the list: sizes innermost first."""
+    """A tensor entry; sizes start with the innermost dimension."""
 
     name: bytes
     sizes: list[int]
@@ -40,7 +38,7 @@ class Entry:
 
 @dataclass
 class Gguf:
-    """A file in parts."""
+    """A parsed file; ``num_values`` and ``num_entries`` override the counts in the file."""
 
     values: list[Value] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -52,7 +50,7 @@ class Gguf:
 
 
 def parse(content: bytes) -> Gguf:
-    """Takes a whole file apart."""
+    """Parses a file."""
     at = 4
 
     def take(layout: str) -> Any:
@@ -98,7 +96,7 @@ def parse(content: bytes) -> Gguf:
 
 
 def dump(file: Gguf) -> bytes:
-    """Puts a file together."""
+    """Writes a file."""
 
     def text(raw: bytes) -> bytes:
         return struct.pack("<Q", len(raw)) + raw
@@ -125,7 +123,7 @@ def dump(file: Gguf) -> bytes:
 
 
 def mutate_gguf(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change in the metadata or in the list of tensors; everything else still fits."""
+    """Changes the metadata or the tensor entries; the rest of the file stays consistent."""
     try:
         file = parse(content)
     except (ValueError, KeyError, IndexError, struct.error):
@@ -206,7 +204,7 @@ def _change_entries(file: Gguf, rng: Random) -> str:
             return f"{name} twice"
         case 2:
             entry.offset = other.offset
-            return f"{name} at the place of {other.name.decode('utf-8', 'replace')}"
+            return f"{name} at the offset of {other.name.decode('utf-8', 'replace')}"
         case 3:
             entry.offset = rng.choice((entry.offset + 32, 1, 2**40, 2**63, 2**64 - 32, max(0, entry.offset - 32)))
             return f"{name} at {entry.offset}"

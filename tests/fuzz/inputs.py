@@ -1,4 +1,4 @@
-"""The inputs that are mutated: a model of two small layers in every form it can have on disk, its data, and a run."""
+"""Makes the inputs that are mutated: a tiny model in every file format, its data, and a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ train: {{num_steps: 2, global_batch_size: 2, micro_batch_size: 1, save_every: 1}
 seed: 7
 output: {output}
 """
-#: A run of two steps, checkpointed after each.
+#: A run of two steps with a checkpoint after each.
 RUN = """\
 model: {{id: {model}, dtype: float32}}
 base: {{format: none}}
@@ -43,7 +43,7 @@ output: {output}
 
 
 def _row(*contents: str) -> dict[str, list[dict[str, str]]]:
-    """A conversation; with three texts the first is the system's."""
+    """Returns a conversation; the first of three texts is the system message."""
     roles = ("system", "user", "assistant")[-len(contents) :]
     return {
         "messages": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)],
@@ -54,7 +54,7 @@ ROWS = [*(_row(f"what is {n} plus two?", f"{n + 2}.") for n in range(5)), _row("
 
 
 def write_folder(folder: Path) -> Path:
-    """The model in the hub's layout."""
+    """Writes the model in the hub's layout."""
     tokenizer = make_tokenizer(eos="<|im_end|>", special=("<|im_start|>",))
     return write_llama(
         folder, tokenizer, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
@@ -63,12 +63,12 @@ def write_folder(folder: Path) -> Path:
 
 
 def write_gguf_file(path: Path, model: Path) -> None:
-    """The model as one GGUF file."""
+    """Writes the model as a GGUF file."""
     write_model(model, path, "q8_0")
 
 
 def write_sharded(folder: Path, model: Path) -> None:
-    """The model in two safetensors files with an index."""
+    """Writes the model as two safetensors files with an index."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, folder, dirs_exist_ok=True)
@@ -84,15 +84,15 @@ def write_sharded(folder: Path, model: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_packed(folder: Path, model: Path, to: str) -> None:
-    """The model packed as bitsandbytes or hqq pack it."""
+def write_quantized(folder: Path, model: Path, to: str) -> None:
+    """Writes the model quantized in the layout of bitsandbytes or hqq."""
     from ingle.export import quantize
 
     quantize(str(model), to, folder)
 
 
 def write_adapter(folder: Path, model: Path) -> None:
-    """An adapter whose B is not zero."""
+    """Writes an adapter with nonzero B."""
     from ingle import adapters, models
     from ingle.config.adapter import LoraAdapter
     from ingle.config.model import ModelConfig
@@ -108,7 +108,7 @@ def write_adapter(folder: Path, model: Path) -> None:
 
 
 def write_run(folder: Path, model: Path, data: Path) -> None:
-    """A finished run."""
+    """Makes a finished run."""
     from ingle import flow
     from ingle.config import load_run
 
@@ -120,7 +120,7 @@ def write_run(folder: Path, model: Path, data: Path) -> None:
 
 
 def unfinish(folder: Path) -> None:
-    """Takes a run back to its first checkpoint."""
+    """Resets a run to its first checkpoint."""
     shutil.rmtree(folder / "adapter")
     shutil.rmtree(folder / "checkpoints" / "step-2")
     for name in ("report.json", "report.html"):
@@ -128,7 +128,7 @@ def unfinish(folder: Path) -> None:
 
 
 def write_imatrix_files(folder: Path, model: Path) -> None:
-    """An importance matrix in both formats of llama.cpp's."""
+    """Writes an importance matrix in both formats of llama.cpp."""
     from safetensors import safe_open
 
     from ingle.gguf.imatrix import Imatrix, ImatrixEntry, write_imatrix
@@ -153,7 +153,7 @@ def write_imatrix_files(folder: Path, model: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """The same rows in every kind of file."""
+    """Writes the same rows in every file format."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,6 +1,6 @@
-"""What is done to a file: its bytes, its text, or what its format is made of.
+"""Mutations of files: of bytes, of text, and of the structure of a format.
 
-Every function takes the content and a ``Random`` and returns another content with a sentence about it.
+Every function takes the content and a ``Random``, and returns the changed content and a description of the change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.fuzz.ggufs import mutate_gguf
 
 Mutation = Callable[[bytes, Random], tuple[bytes, str]]
 
-#: Numbers at which lengths, counts and offsets go wrong.
+#: Values that break lengths, counts and offsets.
 _EXTREMES = (
     0,
     1,
@@ -40,7 +40,7 @@ _EXTREMES = (
 
 
 def flip_bits(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """One to eight bits, half of the time in the first kilobyte, where headers are."""
+    """Flips one to eight bits, half of the time in the first kilobyte, which contains headers."""
     if not content:
         return b"\x01", "a byte in an empty file"
     changed = bytearray(content)
@@ -52,14 +52,14 @@ def flip_bits(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def truncate(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """Cut short, mostly somewhere, at times of everything or of one byte."""
+    """Truncates the content at a random position, to nothing, or by one byte."""
     size = len(content)
     length = rng.choice((0, max(0, size - 1), rng.randrange(size + 1), rng.randrange(min(size, 64) + 1)))
     return content[:length], f"cut to {length} of {len(content)} bytes"
 
 
 def splice(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A piece is copied to another place, over what is there or between it, or taken out."""
+    """Copies a piece to another position, or removes it."""
     if len(content) < 2:
         return content * 2, "doubled"
     first = rng.randrange(len(content))
@@ -77,7 +77,7 @@ def splice(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def set_number(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A little-endian number of one to eight bytes becomes an extreme one."""
+    """Replaces a little-endian integer of one to eight bytes by an extreme value."""
     width = rng.choice((1, 2, 4, 8))
     if len(content) < width:
         return bytes(8), "eight zeros"
@@ -88,13 +88,13 @@ def set_number(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def insert_text(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """Odd text somewhere."""
+    """Inserts unusual text at a random position."""
     piece, at = rng.choice(snippets.TEXTS), rng.randrange(len(content) + 1)
     return content[:at] + piece + content[at:], f"{piece[:12]!r} at {at}"
 
 
-def encode_otherwise(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """The whole text in another encoding, with other line ends, or compressed."""
+def change_encoding(content: bytes, rng: Random) -> tuple[bytes, str]:
+    """Changes the encoding or the line ends of the text, or compresses it."""
     text = content.decode("utf-8", "replace")
     name = rng.choice(("utf-16", "utf-16-le", "utf-8-sig", "cp1252", "crlf", "cr", "gzip", "empty", "spaces"))
     match name:
@@ -112,7 +112,7 @@ def encode_otherwise(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def json_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """The same JSON document as another text."""
+    """Formats the same JSON document differently."""
     try:
         return trees.respell(trees.parse(content.decode()), rng).encode("utf-8", "surrogatepass"), "spelled otherwise"
     except (ValueError, RecursionError):
@@ -120,7 +120,7 @@ def json_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def jsonl_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """The same rows as other lines."""
+    """Formats the same rows differently."""
     lines = [line for line in content.split(b"\n") if line.strip()]
     try:
         rows = [json.dumps(json.loads(line), ensure_ascii=rng.random() < 0.5) for line in lines]
@@ -130,7 +130,7 @@ def jsonl_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def yaml_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """The same YAML document as another text."""
+    """Formats the same YAML document differently."""
     try:
         tree = yaml.safe_load(content)
         flow = rng.choice((None, True, False))
@@ -141,7 +141,7 @@ def yaml_respelled(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def json_tree(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change in a JSON document."""
+    """Changes a JSON document."""
     try:
         tree = trees.parse(content.decode())
     except (ValueError, RecursionError):
@@ -151,7 +151,7 @@ def json_tree(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def json_lines(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change in one row of JSON lines, or of the order of rows."""
+    """Changes a row of JSON lines or the order of rows."""
     lines = content.split(b"\n")
     at = rng.randrange(len(lines))
     match rng.randrange(6):
@@ -166,7 +166,7 @@ def json_lines(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def safetensors_header(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change in the header, whose length then fits again; or in what lies between header and data."""
+    """Changes the header, with a correct length, or the data after the last tensor."""
     try:
         (length,) = struct.unpack_from("<Q", content)
         tree = trees.parse(content[8 : 8 + length].decode())
@@ -206,7 +206,7 @@ def _shifted(entry: trees.Object, shift: int) -> trees.Object:
 
 
 def yaml_lines(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A line that readers have died of, between others or in place of one; or a change in the tree, written as JSON."""
+    """Inserts or replaces a line, or changes the tree and writes it as JSON."""
     lines = content.decode("utf-8", "replace").split("\n")
     at = rng.randrange(len(lines))
     match rng.randrange(4):
@@ -226,7 +226,7 @@ def yaml_lines(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def words(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A change in a list of words of a command line."""
+    """Changes a list of command-line words."""
     try:
         tree = trees.parse(content.decode())
         assert isinstance(tree, list)
@@ -240,12 +240,12 @@ def words(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 def dump_short(tree: object) -> str:
-    """The first of a tree's text."""
+    """Returns the start of a tree's text."""
     return trees.dump(tree)[:80]
 
 
 def jinja(content: bytes, rng: Random) -> tuple[bytes, str]:
-    """A snippet somewhere in a template, or in place of it."""
+    """Inserts a snippet into a template, or replaces the template."""
     piece, text = rng.choice(snippets.JINJA), content.decode("utf-8", "replace")
     ends = [0, len(text), *(at + 2 for at in range(len(text)) if text[at : at + 2] in ("%}", "}}"))]
     at = rng.choice(ends)
@@ -254,9 +254,9 @@ def jinja(content: bytes, rng: Random) -> tuple[bytes, str]:
 
 
 _BYTES: tuple[Mutation, ...] = (flip_bits, truncate, splice, set_number)
-_TEXT: tuple[Mutation, ...] = (flip_bits, truncate, splice, insert_text, encode_otherwise)
+_TEXT: tuple[Mutation, ...] = (flip_bits, truncate, splice, insert_text, change_encoding)
 
-#: The changes for each kind of file; the ones that know the format come up most often.
+#: The mutations of each kind of file; those of its format are the most frequent.
 KINDS: dict[str, tuple[Mutation, ...]] = {
     "bytes": _BYTES,
     "text": _TEXT,
@@ -271,12 +271,12 @@ KINDS: dict[str, tuple[Mutation, ...]] = {
 
 
 def mutate(content: bytes, kind: str, rng: Random) -> tuple[bytes, str]:
-    """One to three changes to a file of a kind."""
+    """Applies one to three mutations to a file."""
     done = []
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         try:
             content, what = rng.choice(KINDS[kind])(content, rng)
-        except RecursionError:  # an earlier change has nested it too deeply for us
+        except RecursionError:  # an earlier mutation has nested it too deeply
             content, what = flip_bits(content, rng)
         done.append(what)
     return content, "; ".join(done)

@@ -1,7 +1,4 @@
-"""One case in a process of its own, forked from one that has loaded everything: limits, exit codes, and what it left.
-
-The limits are those of the promise: 20 s of processor time and 2 GiB more than the process had when it was forked.
-"""
+"""Runs a case in a forked process with limits: 20 s of processor time and 2 GiB of additional memory."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from ingle.cli import exit_status
 
 MAX_CPU_S = 20
 MAX_BYTES = 2 << 30
-#: A case that sleeps is ended too; on a busy machine processor time comes slowly.
+#: Ends cases that sleep; long, because a busy machine gives little processor time.
 _MAX_WALL_S = 240
 _MAX_FILE_BYTES = 1 << 30
 
@@ -37,7 +34,7 @@ _OUT_OF_MEMORY = re.compile(
     r"not enough memory|MemoryError|can't allocate memory|malloc of size|Cannot allocate memory|not be allocated", re.I
 )
 
-#: What may happen to a case; the first two are fine.
+#: Kinds of results; only the first two are correct.
 SUCCESS, REFUSED, BUG, CRASH, HANG, MEMORY, LITTER, WRONG = (
     *("success", "refused", "bug", "crash", "hang", "memory", "litter", "wrong"),
 )
@@ -45,14 +42,14 @@ SUCCESS, REFUSED, BUG, CRASH, HANG, MEMORY, LITTER, WRONG = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The result of a case.
 
     Attributes:
         kind: One of the constants above.
-        answer: What the target answered, as JSON.
-        message: What the user would read, or the traceback.
-        cause: For failures the same text for cases that are likely to have one cause.
-        cpu_s: Processor time.
+        answer: The answer of the target, as JSON.
+        message: The message to the user, or the traceback.
+        cause: A text that is equal for failures with the same likely cause.
+        cpu_s: Processor time in seconds.
     """
 
     kind: str
@@ -63,7 +60,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the promise is broken."""
+        """Returns whether the case failed."""
         return self.kind not in (SUCCESS, REFUSED)
 
 
@@ -72,11 +69,11 @@ class Refused(Exception):
 
 
 class Broke(Exception):
-    """A command ended with another exit code than 0 and 2."""
+    """A command ended with an exit code other than 0 and 2."""
 
 
 def command(*words: str | Path) -> str:
-    """Runs ``ingle`` with these words in this process; its standard output."""
+    """Runs ``ingle`` with these words in this process; returns its standard output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = exit_status.run_command([*map(str, words)])
@@ -88,27 +85,23 @@ def command(*words: str | Path) -> str:
 
 
 class Place:
-    """Folders for one case at a time: the input, the folder it runs in, and those it must leave alone.
-
-    Args:
-        root: Made if need be.
-    """
+    """The folders of a case: its input, its working folder, and folders that it must not change."""
 
     def __init__(self, root: Path) -> None:
         self.input, self.work, self.home, self.temporary = (root / name for name in ("input", "work", "home", "tmp"))
-        self.out = self.work / "out"  # the one place where a case may leave files
+        self.out = self.work / "out"  # the only folder in which a case may leave files
         self.log = root / "log"
         for folder in (self.input, self.work, self.home, self.temporary):
             folder.mkdir(parents=True, exist_ok=True)
 
     def litter(self) -> list[str]:
-        """Files outside the output folder."""
+        """Returns the files outside the output folder."""
         found = (path for folder in (self.work, self.home, self.temporary) for path in folder.rglob("*"))
         return sorted(str(path) for path in found if path.is_file() and not path.is_relative_to(self.out))
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of everything in a folder."""
+    """Returns the SHA-256 of all files in a folder."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         total.update(f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0".encode())
@@ -118,13 +111,7 @@ def digest(folder: Path) -> str:
 
 
 def run(act: Callable[[], Any], place: Place, *, limited: bool = True) -> Outcome:
-    """Runs a function in a forked process; the same promises as for a command hold for it.
-
-    Args:
-        act: The function; its answer must be JSON.
-        place: Where it runs.
-        limited: Whether the limits hold; inputs are made without.
-    """
+    """Runs a function, whose answer must be JSON, in a forked process; ``limited`` applies the limits."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -144,7 +131,7 @@ def run(act: Callable[[], Any], place: Place, *, limited: bool = True) -> Outcom
         os.killpg(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what it started
+        os.killpg(child, signal.SIGKILL)  # its child processes
     cpu_s = usage.ru_utime + usage.ru_stime
     if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)):
         return Outcome(HANG, message=f"{cpu_s:.0f} s of processor time", cause=f"hang {_where(place)}", cpu_s=cpu_s)
@@ -158,11 +145,11 @@ def run(act: Callable[[], Any], place: Place, *, limited: bool = True) -> Outcom
 
 
 def warm_up(act: Callable[[], Any]) -> None:
-    """Calls a function here, so that no case has to load modules and compiled kernels anew."""
+    """Calls a function in this process, so that cases need not import modules and load kernels again."""
     with quiet():
         act()
     gc.collect()
-    gc.freeze()  # a collection in a child then touches no page that it shares with us
+    gc.freeze()  # so that collections in a child do not copy shared pages
 
 
 def _become_a_case(place: Place, *, limited: bool) -> None:
@@ -174,12 +161,12 @@ def _become_a_case(place: Place, *, limited: bool) -> None:
     tempfile.tempdir = None
     os.chdir(place.work)
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)  # makes its pool anew, which two threads of a child must not do at once
+        torch.set_num_threads(1)  # recreates the thread pool, which two threads of a child must not do at once
     if not limited:
         return
 
     faulthandler.enable()
-    faulthandler.dump_traceback_later(MAX_CPU_S * 0.9, exit=False)  # says where it hangs
+    faulthandler.dump_traceback_later(MAX_CPU_S * 0.9, exit=False)  # prints where it hangs
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_BYTES, _MAX_FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -205,13 +192,13 @@ def _refusal(text: str) -> dict[str, Any]:
     if _OUT_OF_MEMORY.search(text):
         return {"kind": MEMORY, "message": text[-4000:], "cause": "out of memory"}
     if "Traceback (most recent" in text or len(text) > 8000:
-        return {"kind": BUG, "message": text[:4000], "cause": "a refusal nobody can read"}
+        return {"kind": BUG, "message": text[:4000], "cause": "an unreadable refusal"}
     return {"kind": REFUSED, "message": text}
 
 
 def _cause(trace: str) -> str:
-    """The last of Ingle's lines in a traceback, and the error."""
-    if bug := re.search(r"^Bug: (\w+)", trace, re.MULTILINE):  # what a command prints
+    """Returns the error and the last frame of Ingle in a traceback."""
+    if bug := re.search(r"^Bug: (\w+)", trace, re.MULTILINE):  # as printed by a command
         frames, kind = re.findall(r"/(ingle/\S+?):\d+ in (\w+)", trace), bug[1]
     else:
         frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line \d+, in (\w+)', trace)
@@ -221,7 +208,7 @@ def _cause(trace: str) -> str:
 
 
 def _where(place: Place) -> str:
-    """The last of Ingle's lines that the log names."""
+    """Returns the last frame of Ingle in the log."""
     frames = re.findall(r'File "[^"]*?/(ingle/[^"]+)", line \d+ in (\w+)', place.log.read_text(errors="replace"))
     return " ".join(frames[0]) if frames else "at an unknown place"
 
@@ -232,7 +219,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def _read(descriptor: int, seconds: float) -> tuple[str, bool]:
-    """Everything that comes through a pipe, and whether it took too long."""
+    """Reads a pipe to its end; also returns whether that took too long."""
     parts, end = [], time.monotonic() + seconds
     try:
         while True:
@@ -249,7 +236,7 @@ def _read(descriptor: int, seconds: float) -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps libraries that print from printing."""
+    """Suppresses the output of libraries."""
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         yield
     sys.stdout.flush()

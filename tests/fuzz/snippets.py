@@ -1,10 +1,10 @@
-"""Lines that readers of YAML, of command lines and of templates have died of."""
+"""Inputs that break parsers of YAML, command lines and templates."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-#: Text anywhere in any text.
+#: Pieces for any text.
 TEXTS = (
     *(b"\x00", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\x1a", b"\t", b"'", b'"', b"\\", b"\n\n"),
     *(text.encode() for text in ("\u2028", "\u202e", "\uff11", "e\u0301\u0301\u0301", "\U0001f926\u200d\u2642")),

@@ -1,4 +1,4 @@
-"""What is fuzzed: the files, what reads them, and what the answer has to be equal to."""
+"""The fuzz targets: files, functions that read them, and references for their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from tests.fuzz import inputs
 from tests.fuzz.sandbox import Refused, command
 
-#: Texts that every tokenizer is asked about.
+#: Texts that are encoded with every tokenizer.
 _TEXTS = ("the quick brown fox", " héllo\n\tworld 12", "<|im_start|>user\nhi<|im_end|>")
 
 
@@ -23,14 +23,14 @@ class Target:
     """One kind of input.
 
     Attributes:
-        name: For the command line.
-        make: Writes the input, given a folder with the model ``model/`` and the data ``data/``.
-        act: Reads the input and may write into the output folder; its answer is JSON.
-        kinds: The files that are mutated, and how.
-        fixed: Whatever is mutated, the answer stays as it was, or the input is refused.
-        expect: What the answer must hold, read from the mutated input in another way; an exception is no opinion.
-        strict: An exception of ``expect`` means that the input must be refused.
-        option: What refusals may name in place of the file.
+        name: Name on the command line.
+        make: Writes the input; its second argument is a folder with ``model/`` and ``data/``.
+        act: Reads the input and returns an answer as JSON; may write to the output folder.
+        kinds: The files to mutate, and their kinds of mutations.
+        fixed: Whether every mutated input must give the same answer or be refused.
+        expect: Reads parts of the answer from the mutated input independently; an exception means unknown.
+        strict: Whether the input must be refused if ``expect`` raises.
+        option: An option that refusals may name instead of the file.
     """
 
     name: str
@@ -48,12 +48,12 @@ def _sha(data: bytes) -> str:
 
 
 def _weights(model: Any) -> dict[str, str]:
-    """A digest of every parameter's bytes."""
+    """Returns a digest of the bytes of every parameter."""
     return {name: _bytes(tensor) for name, tensor in model.state_dict().items()}
 
 
 def _bytes(*tensors: Any) -> str:
-    """A digest of the bytes of tensors."""
+    """Returns a digest of the bytes of tensors."""
     import torch
 
     flat = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors)
@@ -71,7 +71,7 @@ def _open(path: Path) -> Any:
 
 
 def _answer(path: Path) -> dict[str, Any]:
-    """What a model is and says: weights, ends of answers, tokens of texts, logits, and two tokens of an answer."""
+    """Returns digests of a model's weights, adapter and logits, token ids of texts, and two tokens of an answer."""
     import torch
 
     from ingle.data.types import Message
@@ -101,7 +101,7 @@ def _factors(model: Any) -> dict[str, Any]:
 
 
 def _copy(*names: str) -> Callable[[Path, Path], None]:
-    """Copies files or folders of what is there for all."""
+    """Copies shared files or folders."""
 
     def make(folder: Path, shared: Path) -> None:
         for name in names:
@@ -139,10 +139,10 @@ def _show_config(folder: Path, out: Path) -> Any:
 
 
 def _report(folder: Path, *words: str) -> Any:
-    """What ``ingle data inspect`` says."""
+    """Returns the report of ``ingle data inspect``."""
     model = f"--model.id={folder / 'model'}"
     text = command("data", "inspect", model, *words, "--data.max_seq_len=64", "--output=x", "--json")
-    # Where a row stands in its file may change when nothing else does.
+    # The position of a row may change when nothing else does.
     return json.loads(re.sub(r'"origin": "[^"]*"', '"origin": ""', text.replace(str(folder), "")))
 
 
@@ -207,7 +207,7 @@ def _load_gguf(folder: Path, out: Path) -> Any:
 
 
 def _gguf_weights(folder: Path) -> Mapping[str, Any]:
-    """The bytes of every tensor as the gguf package reads them, rows of queries and keys in transformers' order."""
+    """Returns digests of all tensors as read by the gguf package, with queries and keys in transformers' order."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     reader = GGUFReader(folder / "model.gguf")
@@ -220,8 +220,8 @@ def _gguf_weights(folder: Path) -> Mapping[str, Any]:
             count = reader.fields[f"llama.{heads[part]}"].contents()
             rows = rows.reshape(count, -1, 2, rows.shape[-1]).swapaxes(1, 2)
         module = _GGUF_MODULES[part] if not layer else f"model.layers.{layer[1]}.{_GGUF_MODULES[part]}"
-        packed = tensor.tensor_type == GGMLQuantizationType.Q8_0
-        found[f"{module}.{'data' if packed else 'weight'}"] = _sha(rows.tobytes())
+        quantized = tensor.tensor_type == GGMLQuantizationType.Q8_0
+        found[f"{module}.{'data' if quantized else 'weight'}"] = _sha(rows.tobytes())
     return {"weights": found}
 
 
@@ -234,7 +234,7 @@ _GGUF_MODULES = {
 
 
 def _safetensors_weights(folder: Path) -> Mapping[str, Any]:
-    """The values that the safetensors library reads, in float32."""
+    """Returns digests of the tensors as read by the safetensors library, in float32."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Any] = {}
@@ -252,8 +252,8 @@ def _plain_names(model: Path) -> list[str]:
     return ["model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight"]
 
 
-def _make_packed(to: str) -> Callable[[Path, Path], None]:
-    return lambda folder, shared: inputs.write_packed(folder / "model", shared / "model", to)
+def _make_quantized(to: str) -> Callable[[Path, Path], None]:
+    return lambda folder, shared: inputs.write_quantized(folder / "model", shared / "model", to)
 
 
 # Adapters, importance matrices.
@@ -268,7 +268,7 @@ def _load_adapter(folder: Path, out: Path) -> Any:
 
 
 def _adapter_factors(folder: Path) -> Mapping[str, Any]:
-    """Rank, scale and bytes of every adapter as PEFT reads them."""
+    """Returns rank, scale and digest of every adapter, as PEFT reads them."""
     from safetensors.torch import load_file
 
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_bytes())
@@ -293,8 +293,8 @@ def _load_imatrix(name: str) -> Callable[[Path, Path], Any]:
         from ingle.config.model import ModelConfig
         from ingle.models.interop.imatrix_names import load_importance
 
-        skeleton = models.meta_model(ModelConfig(id=str(folder / "model"), dtype="float32"), "cpu", torch.float32)
-        found = load_importance(skeleton, folder / name)
+        model = models.meta_model(ModelConfig(id=str(folder / "model"), dtype="float32"), "cpu", torch.float32)
+        found = load_importance(model, folder / name)
         return {"importance": {key: _bytes(value) for key, value in sorted(found.items())}}
 
     return act
@@ -318,7 +318,7 @@ def _make_checkpoint(folder: Path, shared: Path) -> None:
 
 
 def _resume(folder: Path, out: Path) -> Any:
-    """Goes on with a copy of the run, and what came of it."""
+    """Resumes a copy of the run; returns digests of its files."""
     shutil.copytree(folder / "run", out)
     command("train", "--resume", out)
     weights = out / "adapter" / "adapter_model.safetensors"
@@ -326,7 +326,7 @@ def _resume(folder: Path, out: Path) -> Any:
 
 
 def _use_run(folder: Path, out: Path) -> Any:
-    """What is done with a finished run: it is opened, started again, shown, and its adapter exported."""
+    """Opens a finished run, exports its adapter and resumes it."""
     from ingle.report.run_files import read_steps
 
     refused = []
@@ -403,8 +403,8 @@ TARGETS = {
         ),
         *(
             Target(
-                f"packed-{to}",
-                _make_packed(to),
+                f"quantized-{to}",
+                _make_quantized(to),
                 _load_folder,
                 {f"{_MODEL}model.safetensors": "safetensors", f"{_MODEL}config.json": "json"},
             )

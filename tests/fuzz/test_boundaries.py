@@ -1,7 +1,4 @@
-"""Readers of single files, against references and rules of their formats; failing inputs are made small by hypothesis.
-
-The same inputs come up in every run.
-"""
+"""Readers of single files against references and the rules of their formats, with fixed inputs from hypothesis."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ _json = st.recursive(
 
 
 def accepted(raw: bytes, name: str, read: Any, refused: type[Exception]) -> Any:
-    """What a reader makes of a file of these bytes; None when it refuses it."""
+    """Returns what a reader returns for a file with these bytes; None if it refuses the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(raw)
@@ -54,7 +51,7 @@ def accepted(raw: bytes, name: str, read: Any, refused: type[Exception]) -> Any:
 
 @st.composite
 def safetensors_files(draw: st.DrawFn) -> bytes:
-    """Headers that are right, or wrong in one place, with as many bytes as they need, or some more or fewer."""
+    """Files with valid headers or one error, and with the right number of data bytes, more or fewer."""
     header: dict[str, Any] = {}
     end = 0
     for number in range(draw(st.integers(0, 3))):

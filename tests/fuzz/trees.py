@@ -1,4 +1,4 @@
-"""JSON as a tree in which keys may occur twice and numbers may have ten thousand digits, and odd values for it."""
+"""JSON as a tree that allows duplicate keys and numbers of any length, and mutations of it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Raw:
-    """Text that is written as it is."""
+    """Text that is written unchanged."""
 
     text: str
 
 
 class Object(list[tuple[str, Any]]):
-    """A JSON object as pairs, so that a key may stand twice."""
+    """A JSON object as pairs, which allows duplicate keys."""
 
 
 def parse(text: str) -> Any:
-    """The tree of a JSON text."""
+    """Parses JSON."""
     return json.loads(text, object_pairs_hook=Object)
 
 
 def dump(tree: Any) -> str:
-    """The text of a tree."""
+    """Writes a tree as JSON."""
     if isinstance(tree, Raw):
         return tree.text
     if isinstance(tree, Object):
@@ -36,7 +36,7 @@ def dump(tree: Any) -> str:
     return json.dumps(tree)
 
 
-#: What stands where something else should: wrong types, absurd sizes, odd text.
+#: Unexpected values: wrong types, absurd sizes, unusual text.
 ODD: tuple[Any, ...] = (
     *(None, True, False, [], Object(), "", " ", 0, 1, -1, 2, 3, 7, 0.5, -0.0, 1e-320, 1e308, 2**31 - 1, 2**31, 2**32),
     *(2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63) - 1, 10**12, 10**40, 65, 1000, 4096, 100_000),
@@ -49,7 +49,7 @@ ODD: tuple[Any, ...] = (
 
 
 def places(tree: Any) -> Iterator[tuple[Any, int]]:
-    """Every value below the root, as its container and its index there."""
+    """Yields the container and index of every value below the root."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -61,27 +61,26 @@ def places(tree: Any) -> Iterator[tuple[Any, int]]:
 
 
 def value_at(container: Any, index: int) -> Any:
-    """The value in a place."""
+    """Returns the value at an index."""
     return container[index][1] if isinstance(container, Object) else container[index]
 
 
 def put(container: Any, index: int, value: Any) -> None:
-    """Puts a value into a place."""
+    """Sets the value at an index."""
     container[index] = (container[index][0], value) if isinstance(container, Object) else value
 
 
 def copy(tree: Any) -> Any:
-    """A tree that may be changed."""
+    """Returns a deep copy."""
     if isinstance(tree, Object):
         return Object((key, copy(value)) for key, value in tree)
     return [copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def mutate(tree: Any, rng: Random) -> tuple[Any, str]:
-    """A changed copy of a tree, and what was done.
+    """Returns a changed copy of a tree and a description of the change.
 
-    A tree may hold a vocabulary of thousands of words, so a place is chosen by depth first: half of the changes are
-    made in the two uppermost levels.
+    Half of the changes affect the two top levels, because a tree can contain a vocabulary of thousands of words.
     """
     tree = copy(tree)
     found = list(places(tree))
@@ -134,7 +133,7 @@ def mutate(tree: Any, rng: Random) -> tuple[Any, str]:
 
 
 def respell(tree: Any, rng: Random) -> str:
-    """Another text of the same tree: keys in another order, other space, characters escaped or not."""
+    """Writes the same tree with a different order of keys, white space and escapes."""
     plain = _plain(tree, rng)
     spaces = rng.choice(({"indent": 3}, {"separators": (",", ":")}, {"separators": (" ,\t", " : ")}, {}))
     return json.dumps(plain, ensure_ascii=rng.random() < 0.5, **spaces) + rng.choice(("", "\n", " \n\n"))
@@ -147,7 +146,7 @@ def _plain(tree: Any, rng: Random) -> Any:
 
 
 def _near(value: Any, rng: Random) -> Any:
-    """A value of the same type."""
+    """Returns a different value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""File types: the type of every tensor, against llama.cpp's own quantizer where it is installed."""
+"""Compares the type of every tensor with llama.cpp's quantizer, if it is installed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def metadata(architecture: str, num_layers: int, num_heads: int, num_kv_heads: i
 
 
 def tensors(num_layers: int, tied: bool, columns: int) -> list[TensorToWrite]:
-    """A few rows of every kind: types depend on names, layers and rows' lengths only."""
+    """A few rows of every kind: types depend on names, layers and row lengths only."""
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, columns), "output_norm.weight": (columns,)}
     if not tied:
         shapes["output.weight"] = (4, columns)

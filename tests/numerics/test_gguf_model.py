@@ -1,4 +1,4 @@
-"""A GGUF file as a model: the same logits as its decoded tensors give, as transformers' reader and llama.cpp give."""
+"""Compares the logits of a GGUF model with its decoded tensors, transformers' reader and llama.cpp."""
 
 from __future__ import annotations
 
@@ -101,24 +101,24 @@ def test_the_config_is_that_of_the_folder(ember: Path) -> None:
 
 def test_layers_hold_the_bytes_of_the_file(ember: Path) -> None:
     model, file = load(ember), read_gguf(ember)
-    packed = {
+    quantized = {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLinear | QuantEmbedding)
     }
     if "f32" in ember.name:
-        assert not packed
+        assert not quantized
         return
-    assert len(packed) == 7 * 6 + 2
-    value, query = packed["model.layers.0.self_attn.v_proj"], packed["model.layers.0.self_attn.q_proj"]
+    assert len(quantized) == 7 * 6 + 2
+    value, query = quantized["model.layers.0.self_attn.v_proj"], quantized["model.layers.0.self_attn.q_proj"]
     assert torch.equal(value.get_parameter("data"), torch.from_numpy(file.tensors["blk.0.attn_v.weight"].read()))
     stored = torch.from_numpy(file.tensors["blk.0.attn_q.weight"].read())
     assert torch.equal(query.get_parameter("data"), stored.view(8, 16, 2, -1).transpose(1, 2).reshape(stored.shape))
-    assert packed["lm_head"].get_parameter("data") is packed["model.embed_tokens"].get_parameter("data")
+    assert quantized["lm_head"].get_parameter("data") is quantized["model.embed_tokens"].get_parameter("data")
     audit = quant.audit(model)
     assert not audit.unquantized and set(audit.bytes_by_dtype) == {"uint8", "float32"}
 
 
 def random_model(model_type: str, folder: Path, **changes: Any) -> Path:
-    """A small model whose logits differ enough to be told apart, with the bundled tokenizer."""
+    """A small model whose logits differ clearly, with the bundled tokenizer."""
     settings = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -224,7 +224,7 @@ def test_a_base_format_must_be_that_of_the_file(small: Path) -> None:
         load(small, base=base_section("nf4"))
 
 
-def test_plain_numbers_are_packed_as_the_base_asks(gguf_of: Write, tmp_path: Path) -> None:
+def test_plain_numbers_are_quantized_as_the_base_asks(gguf_of: Write, tmp_path: Path) -> None:
     path = gguf_of(EMBER, tmp_path / "x.gguf", "f32")  # exact; float16 has not the smallest of its bfloat16 numbers
     model = load(path, base=base_section("q4_k_m"))
     folder = load_model(ModelConfig(id=str(EMBER), dtype="float32"), base_section("q4_k_m"))
@@ -236,13 +236,13 @@ def test_plain_numbers_are_packed_as_the_base_asks(gguf_of: Write, tmp_path: Pat
 def test_a_mix_as_base_holds_the_bytes_of_a_file_of_that_type(gguf_of: Write, tmp_path: Path) -> None:
     file = load(gguf_of(EMBER, tmp_path / "x.gguf", "q3_k_m"))
     folder = load_model(ModelConfig(id=str(EMBER), dtype="float32"), base_section("q3_k_m"))
-    packed = {name: module for name, module in folder.named_modules() if isinstance(module, QuantLinear)}
-    assert {module.format.name for module in packed.values()} == {"q3_k", "q4_k", "q5_k"}
-    for name, module in packed.items():
+    quantized = {name: module for name, module in folder.named_modules() if isinstance(module, QuantLinear)}
+    assert {module.format.name for module in quantized.values()} == {"q3_k", "q4_k", "q5_k"}
+    for name, module in quantized.items():
         assert torch.equal(module.get_parameter("data"), file.get_submodule(name).get_parameter("data")), name
 
 
-def test_gemma_is_packed_whole(gguf_of: Write, tmp_path: Path) -> None:
+def test_all_of_gemma_is_quantized(gguf_of: Write, tmp_path: Path) -> None:
     folder = random_model("gemma3_text", tmp_path)
     model = load(gguf_of(folder, tmp_path / "gemma.gguf", "q8_0"))
     assert not quant.audit(model).unquantized
@@ -250,7 +250,7 @@ def test_gemma_is_packed_whole(gguf_of: Write, tmp_path: Path) -> None:
     assert (logits(model) - logits(reference)).norm() / logits(reference).norm() < 0.05
 
 
-def test_what_is_not_wanted_packed_is_decoded_and_told(small: Path) -> None:
+def test_types_that_base_does_not_support_are_decoded_with_a_warning(small: Path) -> None:
     config, told = ModelConfig(id=str(small), dtype="float32"), list[Any]()
     model = models.meta_model(config, "cpu", torch.float32)
     models.load_weights(model, config, "cpu", torch.float32, sink=told.append)

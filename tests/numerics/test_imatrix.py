@@ -1,4 +1,4 @@
-"""Importance matrices against inputs caught in float64: plain, packed, adapted and fused models."""
+"""Compares importance matrices with inputs recorded in float64, for plain, quantized, adapted and fused models."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.tiny import SIZES, make_random
 GPT2 = GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64)
 
 
-def make(config: PretrainedConfig, dtype: torch.dtype, *, adapted: bool, packed: bool) -> Any:
+def make(config: PretrainedConfig, dtype: torch.dtype, *, adapted: bool, quantized: bool) -> Any:
     model = make_random(config, dtype)
-    if packed:
+    if quantized:
         convert(model, Nf4Base(format="nf4"))
     if adapted:
         adapters.attach(model, LoraAdapter(rank=4), seed=0)
@@ -71,10 +71,10 @@ def assert_close(collector: ImatrixCollector, expected: dict[str, Tensor], count
 @pytest.mark.parametrize(
     "config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES, head_dim=16), GPT2], ids=lambda c: c.model_type
 )
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nf4"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "lora"])
-def test_means_are_those_of_the_inputs(config: PretrainedConfig, packed: bool, adapted: bool) -> None:
-    model = make(config, torch.float32, adapted=adapted, packed=packed)
+def test_means_are_those_of_the_inputs(config: PretrainedConfig, quantized: bool, adapted: bool) -> None:
+    model = make(config, torch.float32, adapted=adapted, quantized=quantized)
     batches = [batch(1), batch(2, (5, 40))]
     expected = catch(model, batches)
     collector = ImatrixCollector(model)
@@ -86,7 +86,7 @@ def test_means_are_those_of_the_inputs(config: PretrainedConfig, packed: bool, a
 
 
 def test_a_fused_model_is_seen_as_well() -> None:
-    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, packed=True)
+    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, quantized=True)
     expected = catch(model, [batch(1)])
     assert adapters.fuse(model).fused == 2
     collector = ImatrixCollector(model)
@@ -98,7 +98,7 @@ def test_a_fused_model_is_seen_as_well() -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
 def test_what_recompute_runs_again_counts_once(fused: bool) -> None:
-    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, packed=False).train()
+    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, quantized=False).train()
     expected = catch(model, [batch(1)])
     recompute_layers(model)
     if fused:
@@ -111,7 +111,7 @@ def test_what_recompute_runs_again_counts_once(fused: bool) -> None:
 
 
 def test_padding_does_not_count() -> None:
-    model = make(LlamaConfig(**SIZES), torch.float32, adapted=False, packed=False)
+    model = make(LlamaConfig(**SIZES), torch.float32, adapted=False, quantized=False)
     expected = catch(model, [batch(1)])
     padded = batch(1, padding=15)
     padded.input_ids[0, :33] = batch(1).input_ids[0]
@@ -122,7 +122,7 @@ def test_padding_does_not_count() -> None:
 
 
 def test_nothing_counts_outside() -> None:
-    model = make(LlamaConfig(**SIZES), torch.float32, adapted=False, packed=False)
+    model = make(LlamaConfig(**SIZES), torch.float32, adapted=False, quantized=False)
     collector = ImatrixCollector(model)
     forward_hidden(model, batch(1))
     assert all(entry.count == 0 and not entry.sums.any() for entry in collector.entries().values())
@@ -130,7 +130,7 @@ def test_nothing_counts_outside() -> None:
 
 
 def test_a_bystander_changes_nothing_and_leaves_nothing_behind() -> None:
-    model = make(LlamaConfig(**SIZES), torch.bfloat16, adapted=True, packed=True)
+    model = make(LlamaConfig(**SIZES), torch.bfloat16, adapted=True, quantized=True)
     before = forward_hidden(model, batch(1))
     collector = ImatrixCollector(model)
     with collector.opened(33):
@@ -143,7 +143,7 @@ def test_a_bystander_changes_nothing_and_leaves_nothing_behind() -> None:
 
 
 def test_a_collector_goes_on_to_the_bit() -> None:
-    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, packed=False)
+    model = make(LlamaConfig(**SIZES), torch.float32, adapted=True, quantized=False)
     collector = ImatrixCollector(model)
     states = []
     for seed in (1, 2):
@@ -159,8 +159,8 @@ def test_a_collector_goes_on_to_the_bit() -> None:
 
 
 def test_another_models_state_is_refused() -> None:
-    collector = ImatrixCollector(make(LlamaConfig(**SIZES), torch.float32, adapted=False, packed=False))
-    other = ImatrixCollector(make(GPT2, torch.float32, adapted=False, packed=False))
+    collector = ImatrixCollector(make(LlamaConfig(**SIZES), torch.float32, adapted=False, quantized=False))
+    other = ImatrixCollector(make(GPT2, torch.float32, adapted=False, quantized=False))
     with pytest.raises(QuantizationError, match="another model"):
         collector.load_state_dict(other.state_dict())
 

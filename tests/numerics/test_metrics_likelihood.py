@@ -132,7 +132,7 @@ def test_bits_per_byte_of_the_corpus(tmp_path, model, oracle, checkpoint):
     )
 
 
-def test_a_prompt_too_long_loses_its_beginning_and_it_is_told(tmp_path, model, oracle, checkpoint):
+def test_a_prompt_too_long_loses_its_start_with_a_warning(tmp_path, model, oracle, checkpoint):
     tokenizer, events = checkpoint[1], []
     row = {"prompt": "question hello " * 30, "completion": "it is four."}
     tokenizer.chat_template, template = None, tokenizer.chat_template
@@ -179,7 +179,7 @@ def test_a_result_given_for_the_base_is_used(tmp_path, model, checkpoint):
     assert comparison.metrics["perplexity"].delta != 0
 
 
-def test_cut_answers_are_told(tmp_path, model, checkpoint):
+def test_cut_answers_give_a_warning(tmp_path, model, checkpoint):
     events = []
     result = run_task(
         ModelSource(model, checkpoint[1]), task_of(tmp_path, CHATS, "chrf", max_new_tokens=2), sink=events.append

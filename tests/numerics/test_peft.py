@@ -27,6 +27,7 @@ from ingle.config.adapter import LoraAdapter, QaLoraAdapter
 from ingle.config.base import base_section
 from ingle.errors import AdapterError
 from ingle.quant import QuantLinear, convert
+from tests.tiny import SIZES
 
 IDS = torch.arange(20).view(2, 10) * 7 % 50
 
@@ -36,17 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 def llama(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )
-    ).eval()
+    sizes = SIZES | {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -115,39 +107,17 @@ def test_conv1d(tmp_path: Path) -> None:
 
 
 #: Dense layers or shared experts next to fused ones, under one name.
-EXPERTS: dict[str, PretrainedConfig] = {
-    name: make(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts_per_tok=2,
-        **more,
-    )
-    for name, make, more in (
-        (
-            "deepseek_v3",
-            DeepseekV3Config,
-            {
-                "q_lora_rank": 16,
-                "kv_lora_rank": 16,
-                "qk_rope_head_dim": 4,
-                "qk_nope_head_dim": 4,
-                "v_head_dim": 8,
-                "n_routed_experts": 4,
-                "n_shared_experts": 1,
-                "first_k_dense_replace": 1,
-                "n_group": 1,
-                "topk_group": 1,
-            },
-        ),
-        ("qwen3_moe", Qwen3MoeConfig, {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 8}),
-        ("qwen2_moe", Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 16}),
-    )
-}
+EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+            "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        },
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 4, "mlp_only_layers": [0], "head_dim": 8}),
+    "qwen2_moe": (Qwen2MoeConfig, {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")  # PEFT's own translation of names
@@ -155,7 +125,10 @@ EXPERTS: dict[str, PretrainedConfig] = {
 def test_an_adapter_on_all_linear_maps_is_read_alike_with_fused_experts(name: str, tmp_path: Path) -> None:
     def fresh() -> PreTrainedModel:
         torch.manual_seed(0)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(EXPERTS[name]).eval()
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+        config, options = EXPERTS[name]
+        numbers = SIZES | sizes | {"vocab_size": 50, "num_key_value_heads": 4}
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config(**numbers, **options)).eval()
         return made
 
     def error(adapter: LoraAdapter, folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""transformers as the independent oracle of packed BitNet layers: its bytes in, its weights out."""
+"""Compares BitNet layers with transformers: from the same bytes to the same weights."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def draw(shape: tuple[int, int]) -> Tensor:
 def test_their_bytes_decode_to_their_weights(shape: tuple[int, int], divides: bool) -> None:
     codes = draw(shape)
     scale = torch.tensor([32.0 if divides else 1.21875], dtype=torch.bfloat16)
-    packed = bitnet.pack_weights(codes.clone())
-    format, planes = from_bitnet({"weight": packed, "weight_scale": scale}, divides=divides)
+    quantized = bitnet.pack_weights(codes.clone())
+    format, planes = from_bitnet({"weight": quantized, "weight_scale": scale}, divides=divides)
     assert format == Ternary()
     assert {name: (tuple(p.shape), p.dtype) for name, p in planes.items()} == {
         name: (spec.shape, spec.dtype) for name, spec in format.plane_specs(*shape).items()
@@ -39,7 +39,7 @@ def test_their_bytes_decode_to_their_weights(shape: tuple[int, int], divides: bo
 
 
 def test_the_layers_answer_as_theirs_do_before_rounding_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The identity in place of their rounding of inputs shows which way the scale goes."""
+    """With the identity instead of its rounding of inputs, transformers shows whether the scale divides."""
     codes, x = draw((48, 64)), torch.randn(3, 64)
     theirs = bitnet.AutoBitLinear(64, 48, bias=False)
     theirs.weight.data, theirs.weight_scale.data = codes.clone(), torch.tensor([0.75])
@@ -50,12 +50,12 @@ def test_the_layers_answer_as_theirs_do_before_rounding_inputs(monkeypatch: pyte
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    packed = bitnet.pack_weights(draw((8, 16)))
+    quantized = bitnet.pack_weights(draw((8, 16)))
     one = torch.ones(1)
     with pytest.raises(QuantizationError, match="not ternary"):
-        from_bitnet({"weight": packed | 3, "weight_scale": one}, divides=True)
+        from_bitnet({"weight": quantized | 3, "weight_scale": one}, divides=True)
     with pytest.raises(QuantizationError, match="not a BitNet layer"):
-        from_bitnet({"weight": packed.float(), "weight_scale": one}, divides=True)
+        from_bitnet({"weight": quantized.float(), "weight_scale": one}, divides=True)
     for bad in (torch.zeros(1), one * torch.nan, one * 1e-30):
         with pytest.raises(QuantizationError, match="scale"):
-            from_bitnet({"weight": packed, "weight_scale": bad}, divides=True)
+            from_bitnet({"weight": quantized, "weight_scale": bad}, divides=True)

@@ -1,4 +1,4 @@
-"""bitsandbytes as the independent oracle of NF4, FP4 and int8: same bytes in, same bytes and weights out."""
+"""Compares NF4, FP4 and int8 with bitsandbytes, bytes and decoded weights."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_tables_are_theirs(kind: str) -> None:
 @pytest.mark.parametrize(("shape", "block_size"), BLOCKS)
 def test_codes_and_absmax_are_theirs(shape: tuple[int, int], dtype: torch.dtype, block_size: int, kind: str) -> None:
     weight = draw(shape, dtype)
-    packed, state = oracle.quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=False)
+    quantized, state = oracle.quantize_4bit(weight, blocksize=block_size, quant_type=kind, compress_statistics=False)
     ours = KINDS[kind](block_size, double_quant=False).encode(weight)
-    assert torch.equal(ours["codes"].flatten(), packed.flatten())
+    assert torch.equal(ours["codes"].flatten(), quantized.flatten())
     assert torch.equal(as_float32(ours["absmax"]).flatten(), state.absmax)
 
 
@@ -64,11 +64,11 @@ def test_their_bytes_decode_to_their_weights(
     shape: tuple[int, int], dtype: torch.dtype, double_quant: bool, block_size: int, kind: str
 ) -> None:
     weight = draw(shape, dtype)
-    packed, state = oracle.quantize_4bit(
+    quantized, state = oracle.quantize_4bit(
         weight, blocksize=block_size, quant_type=kind, compress_statistics=double_quant
     )
-    expected = oracle.dequantize_4bit(packed, state)
-    tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    expected = oracle.dequantize_4bit(quantized, state)
+    tensors = {"weight": quantized} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     format, planes = from_bitsandbytes(tensors)
     assert format == KINDS[kind](block_size, double_quant)
     assert torch.equal(format.decode(planes, *shape, dtype), expected)
@@ -107,8 +107,8 @@ def test_our_bytes_are_read_by_them(double_quant: bool, kind: str) -> None:
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_interchange_has_their_keys_and_types(double_quant: bool, kind: str) -> None:
     weight = draw((48, 256), torch.bfloat16)
-    packed, state = oracle.quantize_4bit(weight, quant_type=kind, compress_statistics=double_quant)
-    theirs = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    quantized, state = oracle.quantize_4bit(weight, quant_type=kind, compress_statistics=double_quant)
+    theirs = {"weight": quantized} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     format = KINDS[kind](double_quant=double_quant)
     ours = to_bitsandbytes(format.encode(weight), format, 48, 256, dtype=torch.bfloat16)
     assert {key: (t.dtype, t.shape) for key, t in ours.items() if "state" not in key} == {
@@ -132,12 +132,12 @@ def test_interchange_is_lossless(double_quant: bool, kind: str) -> None:
     assert all(torch.equal(back[name], plane) for name, plane in planes.items())
 
 
-def test_packed_storage_of_another_dtype_is_read() -> None:
+def test_quantized_storage_of_another_dtype_is_read() -> None:
     weight = draw((48, 256), torch.bfloat16)
-    packed, state = oracle.quantize_4bit(weight, quant_type="nf4", quant_storage=torch.bfloat16)
-    tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    quantized, state = oracle.quantize_4bit(weight, quant_type="nf4", quant_storage=torch.bfloat16)
+    tensors = {"weight": quantized} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     format, planes = from_bitsandbytes(tensors)
-    assert torch.equal(format.decode(planes, 48, 256, torch.bfloat16), oracle.dequantize_4bit(packed, state))
+    assert torch.equal(format.decode(planes, 48, 256, torch.bfloat16), oracle.dequantize_4bit(quantized, state))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -162,16 +162,16 @@ def test_what_cannot_be_exchanged_is_refused() -> None:
     planes = format.encode(draw((4, 64), torch.float32)[:, :40])
     with pytest.raises(QuantizationError, match="not a multiple of block_size"):
         to_bitsandbytes(planes, format, 4, 40)
-    packed, state = oracle.quantize_4bit(draw((4, 64), torch.float32), quant_type="nf4")
-    tensors = {"weight": packed} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+    quantized, state = oracle.quantize_4bit(draw((4, 64), torch.float32), quant_type="nf4")
+    tensors = {"weight": quantized} | {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
     (key,) = (key for key in tensors if "quant_state" in key)
     other = tensors[key].numpy().tobytes().replace(b'"nf4"', b'"af4"')
     with pytest.raises(QuantizationError, match="af4"):
         from_bitsandbytes(tensors | {key: torch.tensor(list(other), dtype=torch.uint8)}, name="layer")
     with pytest.raises(QuantizationError, match="not a bitsandbytes layer"):
-        from_bitsandbytes({"weight": packed})
+        from_bitsandbytes({"weight": quantized})
     with pytest.raises(QuantizationError, match="tiled"):
-        from_bitsandbytes({"weight": packed, "SCB": packed, "weight_format": torch.tensor(2)})
+        from_bitsandbytes({"weight": quantized, "SCB": quantized, "weight_format": torch.tensor(2)})
 
 
 def test_inconsistent_checkpoints_are_refused() -> None:

@@ -90,7 +90,7 @@ def test_no_difference_is_p_one():
 
 
 def test_rounding_noise_is_a_tie():
-    # 0.1 + 0.2 != 0.3 in floats; as a "difference" beside real ones it must not add a sign pattern.
+    # 0.1 + 0.2 != 0.3 in floats; as a "difference" among real ones it must not add a sign pattern.
     noise = 0.1 + 0.2 - 0.3
     assert noise != 0
     assert sign_flip_exact([1.0, 1.0, 1.0, noise]) == sign_flip_exact([1.0, 1.0, 1.0])

@@ -106,7 +106,8 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
                 count=len(left_out),
             )
         )
-    imatrix, dtype = asked.imatrix and str(asked.imatrix), str(model.dtype).removeprefix("torch.")
+    imatrix = None if asked.imatrix is None else str(asked.imatrix)
+    dtype = str(model.dtype).removeprefix("torch.")
     subject = Subject(asked.model.id, asked.data, imatrix, dtype, _fingerprint(model, windows, importance))
     results = {} if asked.out is None else _read_results(asked.out, subject)
 

@@ -36,7 +36,7 @@ class Answer:
     finish_reason: Literal["stop", "length"] = "stop"
 
 
-class Source(Protocol):
+class AnswerSource(Protocol):
     """Answers the samples of a task; their references are for scoring only."""
 
     @property

@@ -9,7 +9,7 @@ from typing import overload
 from ingle.config.evaluate import TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
-from ingle.evaluation.run.answer_sources import Source
+from ingle.evaluation.run.answer_sources import AnswerSource
 from ingle.evaluation.scorers import Outputs, make_scorers
 from ingle.evaluation.tasks.samples import TaskSample, read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
@@ -23,20 +23,22 @@ _THOUGHTS_END = "</think>"
 
 
 @overload
-def evaluate(source: Source, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...) -> list[Summary]: ...
+def evaluate(
+    source: AnswerSource, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...
+) -> list[Summary]: ...
 
 
 @overload
 def evaluate(
-    source: Source, tasks: Sequence[TaskConfig], *, base: Source | Sequence[TaskResult], sink: Sink = ...
+    source: AnswerSource, tasks: Sequence[TaskConfig], *, base: AnswerSource | Sequence[TaskResult], sink: Sink = ...
 ) -> list[Comparison]: ...
 
 
 def evaluate(
-    source: Source,
+    source: AnswerSource,
     tasks: Sequence[TaskConfig],
     *,
-    base: Source | Sequence[TaskResult] | None = None,
+    base: AnswerSource | Sequence[TaskResult] | None = None,
     sink: Sink = lambda event: None,
 ) -> list[Comparison] | list[Summary]:
     """Scores a model on tasks, and compares it with its base if there is one.
@@ -68,7 +70,7 @@ def evaluate(
     return [compare(before, after, task) for before, after, task in zip(base, results, tasks, strict=True)]
 
 
-def run_task(source: Source, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
+def run_task(source: AnswerSource, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
     """Collects the answers and likelihoods that the metrics of a task need.
 
     Args:
@@ -95,7 +97,7 @@ def run_task(source: Source, task: TaskConfig, *, sink: Sink = lambda event: Non
 
 
 def _collect_answers(
-    source: Source, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink
+    source: AnswerSource, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink
 ) -> tuple[tuple[str, ...], int]:
     """Returns the answers as they are scored, and the number of those that were cut off."""
     answers = tuple(source.answers(samples, task, sink))
@@ -114,7 +116,7 @@ def _collect_answers(
     return tuple(strip_thoughts(answer.text, sample.references) for answer, sample in pairs), num_unfinished
 
 
-def _check_count(source: Source, what: str, found: int, expected: int) -> None:
+def _check_count(source: AnswerSource, what: str, found: int, expected: int) -> None:
     if found != expected:
         raise EvaluationError(f"The source {source.name} gave {found:,} {what} for {plural(expected, 'sample')}.")
 

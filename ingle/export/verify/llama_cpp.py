@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ingle.env import install_command
 from ingle.errors import DependencyError, ExportError
 
 
-class LlamaCpp:
+class LlamaCpp(AbstractContextManager["LlamaCpp"]):
     """A GGUF file as llama.cpp serves it.
 
     Args:
@@ -54,12 +54,7 @@ class LlamaCpp:
                 fix="this is a bug in Ingle: please report it with the model's config.json",
             ) from error
 
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._llama.close()
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -25,19 +25,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import GgmlBase
+from ingle.config.base import format_name
+from ingle.config.ggml import ENCODED, READ_ONLY, GgmlBase
 from ingle.errors import QuantizationError
 from ingle.kernels.ggml.dispatch import decode_blocks, encode_blocks, has_kernel
 from ingle.quant.format import Format, require_importance
 from ingle.quant.plane import PlaneSpec
 
+#: Config sections by name.
+SECTIONS = {format_name(section): section for section in (*ENCODED, *READ_ONLY)}
 #: Weights above this may need a scale beyond float16, so the encoded result is checked.
 LARGE = 60000.0
 
 
 @dataclass(frozen=True)
 class GgmlBlocks(Format):
-    """A format of blocks; a subclass names its config section and dequantizes blocks.
+    """A format of blocks; a subclass dequantizes them. Its class name selects the config section.
 
     Attributes:
         base: The config section, which holds block size, block bytes and bits per weight.
@@ -49,6 +52,11 @@ class GgmlBlocks(Format):
     base: ClassVar[type[GgmlBase]]
     scale_bytes: ClassVar[tuple[tuple[int, int], ...]] = ()
     uses_importance: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if section := SECTIONS.get(cls.__name__.lower()):
+            cls.base = section
 
     @property
     def block_size(self) -> int:
@@ -72,11 +80,10 @@ class GgmlBlocks(Format):
         return {"data": mixed_ONB.flatten(1)}
 
     def encode(self, weight_OI: Tensor, importance: Tensor | None = None, *, name: str = "weight") -> dict[str, Tensor]:
-        """Quantizes a weight as ggml does; ``importance`` ``[I]`` has the meaning of ggml's importance matrix.
+        """Quantizes a weight as ggml does, with or without an importance matrix, see :meth:`Format.encode`.
 
         Raises:
-            QuantizationError: The format is read only; rows are not a multiple of the block size; the weight holds NaN
-                or infinity or is too large; or the importance is invalid.
+            QuantizationError: Also if the format is read only, or rows are not a multiple of the block size.
         """
         num_rows, num_columns = weight_OI.shape
         if self.base.read_only is not None:
@@ -117,7 +124,8 @@ class GgmlBlocks(Format):
         return self.dequantize_blocks(self._blocks(planes).detach()).flatten(1).to(dtype)
 
     def _blocks(self, planes: Mapping[str, Tensor]) -> Tensor:
-        return planes["data"].unflatten(1, (-1, self.base.block_bytes))
+        blocks_ONB: Tensor = planes["data"].unflatten(1, (-1, self.base.block_bytes))
+        return blocks_ONB
 
     def _require_full_blocks(self, num_columns: int, name: str) -> None:
         size = self.base.block_size

@@ -22,15 +22,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import (
-    IQ1_MBase,
-    IQ1_SBase,
-    IQ2_SBase,
-    IQ2_XSBase,
-    IQ2_XXSBase,
-    IQ3_SBase,
-    IQ3_XXSBase,
-)
 from ingle.kernels.ggml.grids import read_grid
 from ingle.quant.ggml.blocks import GgmlBlocks, half
 
@@ -50,8 +41,6 @@ class Codebook(GgmlBlocks):
 class IQ2_XXS(Codebook):
     """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
 
-    base = IQ2_XXSBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
         parts = blocks_ONB[..., 2:].unflatten(-1, (8, 8))
@@ -62,8 +51,6 @@ class IQ2_XXS(Codebook):
 
 class IQ2_XS(Codebook):
     """Codes of 9 bits with seven signs in one word; a scale for 16."""
-
-    base = IQ2_XSBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
@@ -76,8 +63,6 @@ class IQ2_XS(Codebook):
 class IQ2_S(Codebook):
     """Codes of 10 bits, eight signs, a scale for 16."""
 
-    base = IQ2_SBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
         codes = blocks_ONB[..., 2:34].int() | _fields(blocks_ONB[..., 66:74].int(), (0, 2, 4, 6), 3) << 8
@@ -88,8 +73,6 @@ class IQ2_S(Codebook):
 
 class IQ3_XXS(Codebook):
     """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
-
-    base = IQ3_XXSBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 2 * row``."""
@@ -102,8 +85,6 @@ class IQ3_XXS(Codebook):
 class IQ3_S(Codebook):
     """Codes of 9 bits, eight signs, a scale for 32."""
 
-    base = IQ3_SBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * row``."""
         codes = blocks_ONB[..., 2:66].int() | _fields(blocks_ONB[..., 66:74].int(), tuple(range(8)), 1) << 8
@@ -115,22 +96,18 @@ class IQ3_S(Codebook):
 class IQ1_S(Codebook):
     """Codes of 11 bits, a scale and a shift for 32."""
 
-    base = IQ1_SBase
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
         words = _words(blocks_ONB[..., 34:], torch.int16).int() & 0xFFFF
         codes = blocks_ONB[..., 2:34].int() | _fields(words, (0, 3, 6, 9), 7) << 8
         scale = half(blocks_ONB, 0) * (2 * (words >> 12 & 7) + 1).float()
         shift = 0.125 - 0.25 * (words >> 15).float()
-        rows = self.rows(codes).unflatten(-2, (8, 4)) + shift[..., None, None]
+        rows: Tensor = self.rows(codes).unflatten(-2, (8, 4)) + shift[..., None, None]
         return (scale[..., None, None] * rows).flatten(-3)
 
 
 class IQ1_M(Codebook):
     """Codes of 11 bits, a scale for 16, a shift for 8; the bits of ``d`` are spread over four words."""
-
-    base = IQ1_MBase
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
@@ -141,7 +118,7 @@ class IQ1_M(Codebook):
         high = _nibble_pairs(blocks_ONB[..., 32:48])
         codes = blocks_ONB[..., :32].int() | (high & 7) << 8
         shift = 0.125 - 0.25 * (high >> 3).float()
-        rows = (self.rows(codes) + shift.unsqueeze(-1)).unflatten(-2, (16, 2))
+        rows: Tensor = (self.rows(codes) + shift.unsqueeze(-1)).unflatten(-2, (16, 2))
         return (scale[..., None, None] * rows).flatten(-3)
 
 

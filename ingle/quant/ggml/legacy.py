@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import Q4_0Base, Q4_1Base, Q5_0Base, Q5_1Base, Q8_0Base
 from ingle.errors import QuantizationError
 from ingle.quant.format import FoldingFormat
 from ingle.quant.ggml.blocks import GgmlBlocks, half, nibbles
@@ -68,9 +67,6 @@ class Offset(GgmlBlocks, FoldingFormat):
         """Adds ``delta_ON[o, n]`` to every weight of block ``n`` of row ``o``.
 
         The sum ``m + delta`` is computed in float32 and rounded once to float16; nothing else changes.
-
-        Raises:
-            QuantizationError: A sum is NaN or exceeds the range of float16.
         """
         blocks_ONB = self._blocks(planes).detach().clone()
         offset_ON = (half(blocks_ONB, 2).squeeze(-1) + delta_ON.to(blocks_ONB.device)).half()
@@ -87,35 +83,30 @@ class Offset(GgmlBlocks, FoldingFormat):
 class Q4_0(Symmetric):
     """4-bit integers around zero."""
 
-    base = Q4_0Base
     zero_point = 8
 
 
 class Q4_1(Offset):
     """4-bit integers with an offset."""
 
-    base = Q4_1Base
     has_fifth_bit = False
 
 
 class Q5_0(Symmetric):
     """5-bit integers around zero."""
 
-    base = Q5_0Base
     zero_point = 16
 
 
 class Q5_1(Offset):
     """5-bit integers with an offset."""
 
-    base = Q5_1Base
     has_fifth_bit = True
 
 
 class Q8_0(GgmlBlocks):
     """8-bit integers."""
 
-    base = Q8_0Base
     scale_bytes = ((0, 2),)
     uses_importance = False
 

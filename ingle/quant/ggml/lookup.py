@@ -21,7 +21,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import IQ4_NLBase, IQ4_XSBase, MXFP4Base, NVFP4Base
 from ingle.kernels.ggml.grids import FLOATS, LEVELS
 from ingle.quant.ggml.blocks import GgmlBlocks, half, nibbles
 
@@ -29,7 +28,6 @@ from ingle.quant.ggml.blocks import GgmlBlocks, half, nibbles
 class IQ4_NL(GgmlBlocks):
     """Non-linear levels in blocks of 32."""
 
-    base = IQ4_NLBase
     scale_bytes = ((0, 2),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -40,7 +38,6 @@ class IQ4_NL(GgmlBlocks):
 class IQ4_XS(GgmlBlocks):
     """Non-linear levels in blocks of 256."""
 
-    base = IQ4_XSBase
     scale_bytes = ((0, 8),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -56,8 +53,6 @@ class IQ4_XS(GgmlBlocks):
 class MXFP4(GgmlBlocks):
     """4-bit floats with a power of two as the scale of 32."""
 
-    base = MXFP4Base
-
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``2^(e - 128) * (2 value[q])``."""
         exponent = blocks_ONB[..., :1].int()
@@ -67,8 +62,6 @@ class MXFP4(GgmlBlocks):
 
 class NVFP4(GgmlBlocks):
     """4-bit floats with an 8-bit float (4 exponent and 3 mantissa bits, no sign) as the scale of 16."""
-
-    base = NVFP4Base
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(scale / 2) * (2 value[q])``."""

@@ -25,14 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ingle.config.ggml import Q2_KBase, Q3_KBase, Q4_KBase, Q5_KBase, Q6_KBase, TQ1_0Base, TQ2_0Base
 from ingle.quant.ggml.blocks import GgmlBlocks, bit_fields, half
 
 
 class Q2_K(GgmlBlocks):
     """2-bit integers with offsets."""
 
-    base = Q2_KBase
     scale_bytes = ((0, 16), (80, 84))
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -46,7 +44,6 @@ class Q2_K(GgmlBlocks):
 class Q3_K(GgmlBlocks):
     """3-bit integers around zero; the high bits of the codes are stored separately."""
 
-    base = Q3_KBase
     scale_bytes = ((96, 110),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -60,7 +57,6 @@ class Q3_K(GgmlBlocks):
 class Q4_K(GgmlBlocks):
     """4-bit integers with offsets."""
 
-    base = Q4_KBase
     scale_bytes = ((0, 16),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -71,7 +67,6 @@ class Q4_K(GgmlBlocks):
 class Q5_K(GgmlBlocks):
     """5-bit integers with offsets."""
 
-    base = Q5_KBase
     scale_bytes = ((0, 16),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -83,7 +78,6 @@ class Q5_K(GgmlBlocks):
 class Q6_K(GgmlBlocks):
     """6-bit integers around zero."""
 
-    base = Q6_KBase
     scale_bytes = ((192, 210),)
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -96,7 +90,6 @@ class Q6_K(GgmlBlocks):
 class TQ1_0(GgmlBlocks):
     """Ternary weights, five to a byte."""
 
-    base = TQ1_0Base
     scale_bytes = ((52, 54),)
     uses_importance = False
 
@@ -110,7 +103,6 @@ class TQ1_0(GgmlBlocks):
 class TQ2_0(GgmlBlocks):
     """Ternary weights, four to a byte."""
 
-    base = TQ2_0Base
     scale_bytes = ((64, 66),)
     uses_importance = False
 
@@ -121,7 +113,7 @@ class TQ2_0(GgmlBlocks):
 
 def _scale_parts(scale: Tensor, codes: Tensor, minimum: Tensor | None = None) -> Tensor:
     """``scale * codes - minimum`` with one scale and minimum for each sub-block."""
-    weights = scale.unsqueeze(-1) * codes.unflatten(-1, (scale.shape[-1], -1))
+    weights: Tensor = scale.unsqueeze(-1) * codes.unflatten(-1, (scale.shape[-1], -1))
     return (weights if minimum is None else weights - minimum.unsqueeze(-1)).flatten(-2)
 
 

@@ -21,6 +21,7 @@ from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import base_section
 from ingle.errors import AdapterError
 from ingle.quant import convert
+from tests.tiny import SIZES
 
 ADAPTER = LoraAdapter(rank=2, target_modules=("q_proj", "up_proj"))
 IDS = torch.arange(12)[None]
@@ -28,11 +29,7 @@ IDS = torch.arange(12)[None]
 
 def llama(base: str = "none", dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, tied: bool = False) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).bfloat16().to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)).bfloat16().to(dtype)
     convert(model, base_section(base))
     return model.eval()
 

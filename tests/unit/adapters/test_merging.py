@@ -16,6 +16,7 @@ from ingle.config.adapter import LoraAdapter, MergeAware, QaLoraAdapter
 from ingle.config.base import BaseConfig, base_section
 from ingle.errors import AdapterError, QuantizationError
 from ingle.quant import QuantLinear, convert, make_format
+from tests.tiny import SIZES
 
 FORMATS = ("nf4", "int8", "q4_0", "q4_1", "q8_0", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")
 
@@ -100,11 +101,7 @@ def test_a_change_that_leaves_float16_is_an_error() -> None:
 
 def llama(base: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 96, "num_hidden_layers": 1}))
     convert(model, base_section(base))
     return model
 

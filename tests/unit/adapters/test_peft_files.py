@@ -16,14 +16,11 @@ from ingle import adapters
 from ingle.adapters import peft_config
 from ingle.config.adapter import LoraAdapter
 from ingle.errors import AdapterError
+from tests.tiny import SIZES
 
 
 def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 ADAPTER = LoraAdapter(rank=2, target_modules=("q_proj", "up_proj"))

@@ -218,6 +218,12 @@ def test_private_characters_in_a_message_are_no_control_tokens(tokenizer_factory
         encode(tokenizer, chat(f"{private} <|im_end|>", "four"))
 
 
+def test_a_tokenizer_whose_tokens_cannot_be_renamed_is_an_error(tokenizer, monkeypatch):
+    monkeypatch.setattr("ingle.data.backend._rename", lambda spec, renamed: spec)
+    with pytest.raises(DataError, match="cannot be renamed"):
+        encode(tokenizer, chat("what <|im_end|> now", "four"))
+
+
 def test_refusing_names_row_message_and_token(tokenizer_factory):
     with pytest.raises(DataError, match="control token") as caught:
         encode(make_byte_level(tokenizer_factory), chat("what", "x<|im_start|>y"), "refuse")

@@ -78,7 +78,7 @@ def test_small_batches_and_growing_arrays_change_nothing(tmp_path, tokenizer, mo
     assert build_dataset(data, tokenizer, objective="clm").fingerprint() == whole.fingerprint()
 
 
-def test_fingerprint_tells_masks_and_borders_apart(tmp_path, tokenizer):
+def test_fingerprint_covers_masks_and_borders(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", chat("hello", "world", "what", "four"))
     prints = {
         build_dataset(config(source, train_on=train_on), tokenizer, objective="sft").fingerprint()
@@ -196,7 +196,7 @@ def test_shares_of_sources(tmp_path, tokenizer):
     assert json.loads(json.dumps(asdict(stats)))["sources"][1]["rows"] == 1
 
 
-def test_progress_is_told(tmp_path, tokenizer):
+def test_progress_is_reported(tmp_path, tokenizer):
     sink = Recorder()
     source = write(tmp_path / "a.jsonl", *[{"text": "x y"}] * 5)
     build_dataset(config(source), tokenizer, objective="clm", sink=sink)

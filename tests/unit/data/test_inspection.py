@@ -1,4 +1,4 @@
-"""The report tells what training would do with the data, and shows it with and without colour."""
+"""Reports on a dataset with a model, on a terminal with and without colour, and on rows without a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from ingle.config.data import DataConfig
+from ingle.cli.outcome import call
+from ingle.config.data import SUFFIXES, DataConfig
 from ingle.config.evaluate import TaskConfig
 from ingle.data.dataset_builder import build_dataset
-from ingle.data.inspection import inspect
+from ingle.data.inspection import inspect, inspect_rows
 from ingle.data.packing import make_sequences
-from ingle.report.data_tables import render_report
+from ingle.data.readers import known_suffixes
+from ingle.errors import DataError
+from ingle.report.data_tables import render_report, render_rows
 
 
 def chat(question, answer):
@@ -35,9 +38,9 @@ def report(tmp_path, tokenizer):
     return inspect(data, tokenizer, "sft", held), data
 
 
-def draw(report, **options):
+def draw(report, render=render_report, **options):
     buffer = io.StringIO()
-    render_report(report, Console(file=buffer, width=140, **options))
+    render(report, Console(file=buffer, width=140, **options))
     return buffer.getvalue()
 
 
@@ -65,13 +68,13 @@ def test_previews_show_what_carries_loss(report, tokenizer):
     assert first.origin.endswith("train.jsonl:1")
 
 
-def test_endings_tell_what_the_model_learns_to_stop_with(report):
+def test_endings_are_the_last_supervised_tokens(report):
     report, _ = report
     assert (report.endings[0].token, report.endings[0].count, report.endings[0].ends_turn) == ("<|im_end|>", 31, True)
     assert sum(ending.count for ending in report.endings) == 32
 
 
-def test_every_oddity_is_a_sentence(report):
+def test_every_problem_is_a_sentence(report):
     report, _ = report
     problems = "\n".join(report.problems)
     for part in ("Empty answer", "cut (3.1%)", "not end in a token", "exact duplicate", "held-out prompts"):
@@ -165,3 +168,62 @@ def test_real_data(shared_data, tokenizer):
     assert report.duplicates.same_prompt > 300
     assert report.overlap.rows == 4693
     assert "held-out answers in training" in draw(report)
+
+
+def test_a_file_is_inspected_without_a_model(tmp_path):
+    rows = [{"prompt": "ab", "completion": "c" * n} for n in (1, 5, 9, 9)] + [{"prompt": "x", "completion": " "}]
+    path = write(tmp_path / "a.jsonl", rows)[0]["path"]
+    report = inspect_rows(path)
+    assert (report.rows, report.layouts, report.columns) == (5, {"prompt-completion": 5}, ("prompt", "completion"))
+    assert (report.characters.min, report.characters.max, report.characters.median) == (2, 11, 7)
+    assert report.problems == (
+        f"1 row with an empty answer or text (first {path}:5).",
+        "1 of 5 rows is an exact duplicate.",
+    )
+    text = draw(report, render_rows)
+    assert "--model" in text and "No problems" not in text
+    assert json.loads(json.dumps(asdict(report)))["rows"] == 5
+
+
+def test_the_command_takes_a_bare_file(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "one"}])[0]["path"]
+    assert call(["data", "inspect", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layouts"] == {"text": 1}
+    assert call(["data", "inspect", path, "--data.max_seq_len=8"]) == 2
+    assert f"ingle data inspect {path} --model PATH_OR_ID" in capsys.readouterr().err
+
+
+def test_several_files_may_have_several_layouts(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "one"}])
+    write(
+        tmp_path / "b.jsonl",
+        [
+            {"messages": [{"role": "user", "content": "hi"}]},
+            {"text": "x", "messages": [{"role": "user", "content": "ho"}]},
+        ],
+    )
+    report = inspect_rows(str(tmp_path))
+    assert report.layouts == {"text": 1, "messages": 2}
+    assert report.problems == (f"2 rows without an assistant turn (first {tmp_path / 'b.jsonl'}:1).",)
+    assert [role for role, _ in report.previews[1].parts] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "columns: {prompt: prompt, completion: chosen}"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "columns: {prompt: question, completion: chosen}"),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": []}, "columns: {messages: chosen}"),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, "columns: {text: chosen}"),
+    ],
+)
+def test_preferences_are_refused_with_a_way_out(tmp_path, row, columns):
+    path = write(tmp_path / "a.jsonl", [row])[0]["path"]
+    with pytest.raises(DataError, match="looks like preference data") as caught:
+        inspect_rows(path)
+    assert columns in str(caught.value.fix)
+    assert caught.value.where == f"{path}:1"
+
+
+def test_the_suffixes_of_configs_are_those_that_can_be_read():
+    assert known_suffixes() == SUFFIXES

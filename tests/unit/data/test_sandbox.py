@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 import threading
 
 import pytest
 
-from ingle.data import quota, sandbox
+from ingle.config.data import DataConfig
+from ingle.data import build_dataset, quota, sandbox
 from ingle.data.quota import OutOfTime, Quota
 from ingle.data.template import locate_answers, render
 from ingle.data.types import Message
@@ -35,7 +37,7 @@ DOUBLING = "{% set n = namespace(t='x') %}{% for i in range(64) %}\n{% set n.t =
     ],
     ids=["loop", "doubling", "repeat", "wide", "power", "round", "map", "syntax", "open", "nested"],
 )
-def test_what_is_wrong_with_a_template_is_told_with_its_line(tokenizer, monkeypatch, template, message, line):
+def test_errors_in_a_template_name_its_line(tokenizer, monkeypatch, template, message, line):
     monkeypatch.setattr(sandbox, "TIME_S", 0.3 if message == "too much time" else 60)
     monkeypatch.setattr(sandbox, "MEMORY_BYTES", 1 << 26)
     tokenizer.chat_template = template
@@ -73,6 +75,27 @@ def test_the_file_of_the_template_is_named(tokenizer, tmp_path):
     with pytest.raises(DataError) as caught:
         render(tokenizer, TURN)
     assert f"{tmp_path / 'chat_template.jinja'}:2" in str(caught.value.why)
+
+
+def test_a_dataset_sets_limits_once_per_batch_and_reads_the_template_file_once(tokenizer, tmp_path, monkeypatch):
+    entered, read = [], []
+
+    class CountingQuota(Quota):
+        def __enter__(self):
+            entered.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(sandbox, "Quota", CountingQuota)
+    monkeypatch.setattr(sandbox, "_read_text", lambda file: read.append(file))
+    # The template refuses the empty history before a first answer, in every row.
+    refusal = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    turns = [{"role": "assistant", "content": "hello"}, *({"role": m.role, "content": m.content} for m in TURN)]
+    rows = [{"messages": turns}] * 40
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig.model_validate({"sources": [str(tmp_path / "a.jsonl")]})
+    assert len(build_dataset(data, tokenizer, objective="sft")) == 40
+    assert 0 < len(entered) < 5 and 0 < len(read) < 5
 
 
 def test_unpacked_arguments_are_no_power(tokenizer):

@@ -112,7 +112,7 @@ def test_a_json_file_of_one_object_is_one_row_or_wraps_its_rows(indent, tmp_path
     assert [e.origin for e in read(path)] == [f"{path}:row 1", f"{path}:row 2"]
 
 
-def test_rows_of_json_in_one_line_are_told_by_number(tmp_path):
+def test_rows_of_json_in_one_line_have_numbers(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x"}] * 3))
     assert [e.origin for e in read(path)] == [f"{path}:row {n}" for n in (1, 2, 3)]
@@ -346,7 +346,7 @@ class NotFoundError(FileNotFoundError):
         (ValueError("unknown split"), False, DataError),
     ],
 )
-def test_hub_faults_tell_offline_from_missing(error, offline, kind, monkeypatch):
+def test_hub_errors_distinguish_offline_and_missing(error, offline, kind, monkeypatch):
     def load(path, name, split):
         raise error
 
@@ -359,7 +359,7 @@ def test_hub_faults_tell_offline_from_missing(error, offline, kind, monkeypatch)
     assert "nobody/some-data" in str(caught.value)
 
 
-def test_a_hub_out_of_reach_is_told_before_the_library_tries_again_and_again(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_an_error_before_the_library_retries(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise ConnectionError("Name or service not known")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -206,3 +208,8 @@ def test_a_summary_has_the_interval_of_one_model() -> None:
 
 def test_the_same_seed_gives_the_same_result() -> None:
     assert compare(*make_pair(4, 12, 6, 10), make_task()) == compare(*make_pair(4, 12, 6, 10), make_task())
+
+
+def test_comparing_loads_no_torch() -> None:
+    check = "import sys, ingle.evaluation; ingle.evaluation.compare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)

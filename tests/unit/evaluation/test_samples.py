@@ -54,7 +54,7 @@ def test_rows_with_one_prompt_become_references_of_one_sample(tmp_path):
     ]
 
 
-def test_repeated_prompts_are_told(tmp_path):
+def test_repeated_prompts_give_a_warning(tmp_path):
     warnings = []
     samples = read_task(task_of(tmp_path, [chat("q", "a"), chat("q", "b")]), on_warning=warnings.append)
     assert len(samples) == 2
@@ -72,7 +72,7 @@ def test_a_draw_is_the_seeds_and_keeps_the_order(tmp_path):
     assert numbers == sorted(set(numbers)) and len(numbers) == 12
 
 
-def test_too_few_samples_for_the_draw_are_told(tmp_path):
+def test_too_few_samples_for_the_draw_give_a_warning(tmp_path):
     warnings = []
     samples = read_task(task_of(tmp_path, [chat("q", "a")], num_samples=5), on_warning=warnings.append)
     assert len(samples) == 1 and any("only 1" in warning for warning in warnings)

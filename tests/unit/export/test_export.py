@@ -26,6 +26,7 @@ from ingle.export import export
 from ingle.export.verify import certificate
 from ingle.export.verify.certificate import certify
 from ingle.inference import Engine
+from tests.tiny import SIZES
 
 MakeAdapter = Callable[..., Path]
 needs_llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs llama.cpp's Python binding: make judge")
@@ -63,6 +64,13 @@ def test_peft_reads_the_adapter(llama_folder: Path, make_adapter: MakeAdapter, t
     made = json.loads((out / "certificate.json").read_text())
     assert made["passed"] and result.certificate.passed and made["mean_kl"] < 1e-6
     assert made["files"]["adapter_model.safetensors"] == sha256(out / "adapter_model.safetensors")
+    printed = result.to_dict()
+    assert list(printed) == ["path", "to", "type", "num_bytes", "fidelity", "certificate", "files"]
+    assert made == printed["certificate"] | {"files": made["files"]}
+    assert list(made) == [
+        "passed", "reasons", "mean_kl", "top1_agreement", "greedy_equal", "num_prompts", "num_tokens", "tolerance",
+        "tokenizer_probes", "notes", "end_tokens", "prompts", "versions", "files",
+    ]  # fmt: skip
     assert "library_name: peft" in (out / "README.md").read_text()
 
 
@@ -277,12 +285,7 @@ def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, 
     from transformers import AutoConfig
 
     tokenizer = models.load_tokenizer(ModelConfig(id=str(llama_folder)))
-    options = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    options = SIZES | {
         "head_dim": 16,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 256,

@@ -12,11 +12,16 @@ import pytest
 import yaml
 
 from ingle.config import load_run
+from ingle.config.base import NoBase
+from ingle.config.model import ModelConfig
 from ingle.config.run import Run
 from ingle.evaluation.run.divergence import Divergence
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
+from ingle.export.job import ExportJob
 from ingle.export.model_card import make_card, read_licence
+from ingle.export.request import ExportRequest
+from ingle.inference import Source
 
 TENSOR = TensorFidelity(
     name="w",
@@ -47,31 +52,24 @@ def _correlated(correlation: float, **changes: Any) -> FidelityReport:
     return replace(REPORT, tensors=(replace(TENSOR, correlation=correlation),) * 42, **changes)
 
 
-def _card(run: Run | None = None, folder: Path | None = None, licence: str | None = None) -> str:
-    return make_card(
-        to="gguf",
-        type_name="q4_k_m",
-        base_model="some/base",
-        licence=licence,
-        run=run,
-        run_folder=folder,
-        usage="Serve it.",
-        report=REPORT,
-        report_name="m.fidelity.json",
-    )
+def _card(base: str, run: Run | None = None, folder: Path | None = None) -> str:
+    source = Source(ModelConfig(id=base), NoBase())
+    job = ExportJob(ExportRequest(to="gguf", out=Path("m.gguf")), source, None, lambda event: None, run, folder)
+    return make_card(job, "q4_k_m", "Serve it.", REPORT, "m.fidelity.json")
 
 
 def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"text": "a"}\n')
     run = load_run(None, ["--model.id=some/base", f"--data.sources={data}", f"--output={tmp_path / 'run'}"]).run
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     row = {"base": 10.0, "tuned": 60.5, "delta": 50.5, "ci95": [48.0, 53.0], "n": 150}
     report = {"metrics": {"chrf": row}, "verdict": "Better."}
     state = tmp_path / "run" / "checkpoints" / "step-4"
     state.mkdir(parents=True)
     (state / "state.json").write_text(json.dumps({"data_hash": "abc123"}))
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
-    card = _card(run, tmp_path / "run", "apache-2.0")
+    card = _card(str(tmp_path), run, tmp_path / "run")
     assert f"| train.jsonl | `{hashlib.sha256(data.read_bytes()).hexdigest()}` |" in card
     assert "`abc123`" in card and "| chrf | 10" in card and "| 48 to 53 | 150 |" in card and "Better." in card
     assert "on 4,096 tokens: KL divergence 0.0125 nats" in card and "98.7 %" in card
@@ -81,12 +79,13 @@ def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]["id"] == "some/base"
 
 
-def test_an_unknown_licence_is_said_to_be_the_bases(tmp_path: Path) -> None:
-    card = _card()
+def test_without_a_licence_that_of_the_base_applies(tmp_path: Path) -> None:
+    card = _card("some/base")
     assert yaml.safe_load(card.split("---")[1])["license"] == "other"
     assert "the licence of the base model applies" in card and "## Data" not in card
-    (tmp_path / "README.md").write_text(_card(licence="mit"))
-    assert read_licence(tmp_path) == "mit"
+    for text in (card.replace("license: other", "license: [mit]"), "---\n{\n---\n", "No head."):
+        (tmp_path / "README.md").write_text(text)
+        assert read_licence(tmp_path) is None
 
 
 def _doubts(report: FidelityReport, *, rounded_in_training: bool = False) -> str:

@@ -61,6 +61,13 @@ def test_a_gguf_file_holds_what_the_encoders_make(folder: Path, tmp_path: Path) 
     assert result.num_weights == sum(parameter.numel() for parameter in model.parameters())
     assert result.num_bytes == sum(tensor.num_bytes for tensor in tensors.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+    printed = result.to_dict()
+    assert list(printed) == [
+        "path", "to", "container", "num_weights", "num_bytes_before", "num_bytes", "bits_per_weight", "imatrix",
+        "classes",
+    ]  # fmt: skip
+    keys = ["types", "num_weights", "num_bytes", "bits_per_weight", "relative_error"]
+    assert all(list(loss) == keys for loss in printed["classes"].values())
 
 
 def test_the_error_of_a_class_is_that_of_its_weights(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Configs to GGUF metadata and back."""
+"""Tests the conversion of configs to GGUF metadata and back."""
 
 from __future__ import annotations
 

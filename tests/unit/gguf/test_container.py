@@ -1,4 +1,4 @@
-"""GGUF files, against the ``gguf`` package's reader and writer."""
+"""Compares reading and writing of GGUF files with the ``gguf`` package."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def to_write() -> list[TensorToWrite]:
     for name, array in arrays().items():
         kind = {np.dtype(np.float16): "f16", np.dtype(np.float32): "f32"}[array.dtype]
         if "exps" in name:
-            packed = quants.quantize(array, GGMLQuantizationType.Q8_0)
-            tensors.append(TensorToWrite(name, "q8_0", array.shape, lambda packed=packed: packed))
+            data = quants.quantize(array, GGMLQuantizationType.Q8_0)
+            tensors.append(TensorToWrite(name, "q8_0", array.shape, lambda data=data: data))
         else:
             tensors.append(TensorToWrite(name, kind, array.shape, lambda array=array: array))
     return tensors
@@ -153,7 +153,7 @@ def test_a_file_that_ends_anywhere_is_damaged(tmp_path: Path) -> None:
             read_gguf(tmp_path / "cut.gguf")
 
 
-def test_what_is_no_gguf_file_is_told(tmp_path: Path) -> None:
+def test_invalid_files_are_refused_with_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
 
     def message() -> str:

@@ -1,4 +1,4 @@
-"""Importance matrices on disk: llama.cpp's layout, read back, and read from its older format."""
+"""Tests files of importance matrices: llama.cpp's layout, round trips, and the older format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of weights and the order of their rows, against the ``gguf`` package and llama.cpp's formula."""
+"""Compares tensor names with the ``gguf`` package and the order of rows with llama.cpp's formula."""
 
 from __future__ import annotations
 

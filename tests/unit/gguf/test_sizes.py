@@ -1,4 +1,4 @@
-"""GGUF files whose metadata and tensors, or whose parts of a tokenizer, contradict one another."""
+"""Tests GGUF files whose metadata and tensors, or parts of the tokenizer, contradict each other."""
 
 from __future__ import annotations
 

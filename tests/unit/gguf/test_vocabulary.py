@@ -1,4 +1,4 @@
-"""Tokenizers to GGUF metadata and back."""
+"""Tests the conversion of tokenizers to GGUF metadata and back."""
 
 from __future__ import annotations
 

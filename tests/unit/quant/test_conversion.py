@@ -1,4 +1,4 @@
-"""What convert touches, and what it leaves alone and counts."""
+"""Tests which modules ``convert`` replaces."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def make_llama(*, tied: bool = False, device: str = "cpu") -> Any:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_linear_but_the_head_is_packed(tied: bool, device: str) -> None:
+def test_every_linear_but_the_head_is_quantized(tied: bool, device: str) -> None:
     model = make_llama(tied=tied, device=device)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     convert(model, NF4)
-    packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    assert packed == linears - {"lm_head"}
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert quantized == linears - {"lm_head"}
     assert type(model.lm_head) is nn.Linear
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.model.layers[0].self_attn.q_proj.bias is not None
@@ -62,14 +62,14 @@ def test_conv1d_is_turned() -> None:
     expected = layer(x)
     model = nn.ModuleDict({"c_fc": layer})
     convert(model, Int8Base(format="int8"))
-    packed = model["c_fc"]
-    assert isinstance(packed, QuantLinear)
-    assert packed.transposed
-    assert (packed.out_features, packed.in_features) == (48, 32)
-    torch.testing.assert_close(packed(x), expected, rtol=0.05, atol=0.1)
+    quantized = model["c_fc"]
+    assert isinstance(quantized, QuantLinear)
+    assert quantized.transposed
+    assert (quantized.out_features, quantized.in_features) == (48, 32)
+    torch.testing.assert_close(quantized(x), expected, rtol=0.05, atol=0.1)
 
 
-def test_gpt2_is_packed_whole() -> None:
+def test_all_of_gpt2_is_quantized() -> None:
     model = AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
     )
@@ -106,7 +106,7 @@ def test_tied_linears_and_subclasses_stay_and_are_counted() -> None:
     model["attention"](x, x, x)  # reads its projection's weight itself
 
 
-def test_a_module_used_twice_is_packed_once() -> None:
+def test_a_module_used_twice_is_quantized_once() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": shared})
     convert(model, NF4)

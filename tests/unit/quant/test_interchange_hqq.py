@@ -1,4 +1,4 @@
-"""The ``hqq`` package's layout: its stripes by their definition, there and back, and what is refused."""
+"""Tests the layout of the ``hqq`` package: stripes by their definition, round trips, and errors."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def make_layer(bits: int, size: int = 64) -> tuple[Hqq, dict[str, Tensor]]:
 def test_stripes_are_those_of_the_package(bits: int, num_groups: int) -> None:
     count, first = LAYOUT[bits]
     codes = torch.randint(2**bits, (num_groups, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    packed = codes_to_stripes(codes, bits)
+    stripes = codes_to_stripes(codes, bits)
     rows = -(-num_groups // count)
-    assert packed.shape == (rows, 8)
-    assert packed.dtype == (torch.int32 if bits == 3 else torch.uint8)
+    assert stripes.shape == (rows, 8)
+    assert stripes.dtype == (torch.int32 if bits == 3 else torch.uint8)
     for group in range(num_groups):
         stripe, row = divmod(group, rows)
-        assert torch.equal(packed[row] >> (first - stripe * bits) & (2**bits - 1), codes[group])
-    assert torch.equal(stripes_to_codes(packed, bits)[:num_groups], codes)
+        assert torch.equal(stripes[row] >> (first - stripe * bits) & (2**bits - 1), codes[group])
+    assert torch.equal(stripes_to_codes(stripes, bits)[:num_groups], codes)
 
 
 @pytest.mark.parametrize("size", [8, 64])

@@ -1,4 +1,4 @@
-"""The audit counts what is there."""
+"""Tests the audit of a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_plain_model() -> None:
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_packed_weights_count_as_weights(base: BaseConfig, bits: float, device: str) -> None:
+def test_quantized_weights_count_as_weights(base: BaseConfig, bits: float, device: str) -> None:
     model = make_model().to(device)
     plain = audit(model)
     convert(model, base)
@@ -55,12 +55,12 @@ def test_packed_weights_count_as_weights(base: BaseConfig, bits: float, device: 
     assert report.parameters == plain.parameters
     assert report.quantized == 2 * 64 * 128
     rows = {row.class_name: row for row in report.classes}
-    packed = rows["QuantLinear"]
-    assert (packed.modules, packed.format) == (2, base.format)
-    assert (packed.parameters, packed.quantized, packed.trainable) == (2 * 64 * 128 + 128, 2 * 64 * 128, 0)
+    quantized = rows["QuantLinear"]
+    assert (quantized.modules, quantized.format) == (2, base.format)
+    assert (quantized.parameters, quantized.quantized, quantized.trainable) == (2 * 64 * 128 + 128, 2 * 64 * 128, 0)
     scales = 4 * 128 - 4 * 64 if base.format == "int8" else 0  # one scale a row: the two layers differ
     expected = 64 * 128 * (8 + 32 / 64) / 8 + 64 * 128 + 4 * 64 if scales else 2 * 64 * 128 * bits / 8
-    assert packed.bytes == expected + 4 * 128
+    assert quantized.bytes == expected + 4 * 128
     assert [left.name for left in report.unquantized] == ["embed"]
     assert report.unquantized[0].frozen
     assert sum(report.bytes_by_dtype.values()) == report.bytes == sum(row.bytes for row in report.classes)

@@ -1,4 +1,4 @@
-"""Linear maps that train through their rounding: what they answer with, their gradients, and what is kept of them."""
+"""Tests linear maps that train through their rounding: outputs, gradients and what is saved."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from ingle.evaluation import SampleText, TaskResult, compare
 from ingle.evaluation.scorers import Likelihood, Outputs
 from ingle.report.results import RunReport, to_dict
 from ingle.report.run_files import read_report, read_steps, write_report
-from ingle.report.run_page import mark_shared
 from tests.stored_results import STORED
 
 EVIL = "<script>alert('x')</script>&<img src=http://example.org/a.png onerror=alert(1)>"
@@ -228,13 +227,3 @@ def test_steps_made_twice_count_once_and_cut_lines_not_at_all(tmp_path):
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 2, "loss": 2.5}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "saved"}\n{"step": 4, "lo')
     assert [(row["step"], row["loss"]) for row in read_steps(path)] == [(1, 3.0), (2, 2.5), (3, 1.0)]
-
-
-@pytest.mark.parametrize("answer", ["  the cat\n\nsat, on  it ", "cat", "", "   ", "x x x the", "a\u00a0b c"])
-def test_marked_runs_are_the_answer(answer):
-    assert "".join(text for text, _ in mark_shared(answer, ["The cat sat on it.", "no"])) == answer
-
-
-def test_marks_are_what_is_shared_with_the_closest_reference():
-    runs = mark_shared("a small cat sat there", ["dogs bark", "The cat sat."])
-    assert runs == [("a small ", False), ("cat sat", True), (" ", False), ("there", False)]

@@ -95,12 +95,12 @@ def step(number: int) -> Step:
     return Step(number, 2.5, 4096 * number, 1234.0, 2e-4, 0.75, 5 << 20, number / 4)
 
 
-def show(*told: events.Event, terminal: bool = False, seconds: float = 1.0) -> str:
+def show(*received: events.Event, terminal: bool = False, seconds: float = 1.0) -> str:
     """What is printed when ``seconds`` pass between one look at the clock and the next."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, highlight=False, color_system=None)
     with Terminal(console, itertools.count(0.0, seconds).__next__) as sink:
-        for event in told:
+        for event in received:
             sink(event)
     return out.getvalue()
 
@@ -174,7 +174,7 @@ def test_a_stage_of_unknown_length_is_over_when_the_next_begins() -> None:
     assert shown == [["tokenize"], ["tokenize"], ["reading weights"], []]
 
 
-def test_long_stages_are_told_in_quarters() -> None:
+def test_long_stages_print_quarters() -> None:
     text = show(*(events.Progress("reading", done, 100) for done in range(101)), *[events.Progress("drawing", 3)] * 4)
     assert text.splitlines() == [
         "reading: 2 of 100",
@@ -186,11 +186,11 @@ def test_long_stages_are_told_in_quarters() -> None:
     ]
 
 
-def test_short_stages_are_not_told() -> None:
+def test_short_stages_print_nothing() -> None:
     assert show(*(events.Progress("reading", done, 100) for done in range(101)), seconds=0.001) == ""
 
 
-def test_stages_that_run_twice_are_told_twice() -> None:
+def test_stages_that_run_twice_print_twice() -> None:
     once = [events.Progress("reading", done, 2) for done in (0, 1, 2)]
     assert show(*once, *once).splitlines() == ["reading: 2 of 2"] * 2
     assert "reading" in show(*once, *once, terminal=True)
@@ -244,7 +244,7 @@ def test_the_comparison_and_answers_side_by_side() -> None:
         (60, "base tuned difference n", "95 % interval"),
     ],
 )
-def test_a_narrow_terminal_does_without_p_values_first(width: int, shown: str, missing: str) -> None:
+def test_a_narrow_terminal_leaves_out_p_values_first(width: int, shown: str, missing: str) -> None:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(comparison_table(COMPARISON))
     lines = out.getvalue().splitlines()
@@ -257,7 +257,7 @@ def test_a_narrow_terminal_does_without_p_values_first(width: int, shown: str, m
 
 
 @pytest.mark.parametrize("width", [60, 40])
-def test_every_figure_is_there_at_any_width(width: int) -> None:
+def test_every_figure_is_shown_at_any_width(width: int) -> None:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(comparison_table(COMPARISON))
     words = " ".join(out.getvalue().split())
@@ -266,7 +266,7 @@ def test_every_figure_is_there_at_any_width(width: int) -> None:
     assert "…" not in words
 
 
-def test_no_samples_when_none_are_asked_for() -> None:
+def test_no_samples_are_shown_for_num_shown_0() -> None:
     assert "Sample" not in show(started(num_shown=0), Evaluated(6, COMPARISON))
 
 
@@ -297,10 +297,10 @@ def test_failed_prints_nothing_more() -> None:
     assert show(Failed("bad")) == ""
 
 
-def test_combine_tells_all_in_order() -> None:
-    told: list[tuple[int, events.Event]] = []
-    combine(lambda event: told.append((1, event)), lambda event: told.append((2, event)))(step(1))
-    assert [number for number, _ in told] == [1, 2]
+def test_combine_passes_events_in_order() -> None:
+    received: list[tuple[int, events.Event]] = []
+    combine(lambda event: received.append((1, event)), lambda event: received.append((2, event)))(step(1))
+    assert [number for number, _ in received] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Formats that differ from module to module."""
+"""Tests the choice of formats: options, mixes, and the two ends of a model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ingle import adapters, quant
 from ingle.config.adapter import LoraAdapter
-from ingle.config.base import NoBase, base_section
+from ingle.config.base import BaseConfig, Nf4Base, NoBase, base_section, base_sections, format_name
+from ingle.config.ggml import MixBase
 from ingle.errors import QuantizationError
-from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_formats, quantize_ends
+from ingle.quant import GgufFormats, QuantEmbedding, QuantLinear, make_format, make_formats, quantize_ends
+from ingle.quant.catalog import format_options
 from ingle.training.model_shape import model_shape
 
 
@@ -82,35 +85,35 @@ def test_rules_of_an_unknown_architecture_are_refused() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_both_ends_are_packed_and_answer_as_decoded(tied: bool) -> None:
+def test_both_ends_are_quantized_and_answer_as_decoded(tied: bool) -> None:
     model = build(num_hidden_layers=1, tie_word_embeddings=tied).eval()
     ids = torch.randint(64, (2, 5))
     embedding, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     make = GgufFormats()
     chosen = {"model.embed_tokens": make("q6_k"), "lm_head": make("q8_0")}
     quantize_ends(model, lambda name, out_features, in_features: chosen.get(name))
-    packed, linear = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(packed, QuantEmbedding) and isinstance(linear, QuantLinear)
-    assert (linear.get_parameter("data") is packed.get_parameter("data")) == tied
+    quantized, linear = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(quantized, QuantEmbedding) and isinstance(linear, QuantLinear)
+    assert (linear.get_parameter("data") is quantized.get_parameter("data")) == tied
     assert linear.format.name == ("q6_k" if tied else "q8_0")
-    packed.get_parameter("data").copy_(packed.format.encode(embedding)["data"])
+    quantized.get_parameter("data").copy_(quantized.format.encode(embedding)["data"])
     if not tied:
         linear.get_parameter("data").copy_(linear.format.encode(head)["data"])
-    assert torch.equal(packed(ids), packed.format.decode(packed.planes(), 64, 256, torch.float32)[ids])
+    assert torch.equal(quantized(ids), quantized.format.decode(quantized.planes(), 64, 256, torch.float32)[ids])
     hidden = torch.randn(3, 256)
     assert torch.equal(linear(hidden), hidden @ linear.decode(torch.float32).T)
     assert quant.audit(model).quantized == (64 * 256 if tied else 2 * 64 * 256)
 
 
-def test_an_embedding_that_scales_is_packed_too() -> None:
+def test_an_embedding_that_scales_is_quantized_too() -> None:
     model = build("gemma3_text", num_hidden_layers=1, head_dim=64).eval()
     embedding, ids = model.get_input_embeddings(), torch.randint(64, (2, 5))
     make = GgufFormats()
     quantize_ends(model, lambda name, out_features, in_features: make("q8_0"))
-    packed = model.get_input_embeddings()
-    assert isinstance(packed, QuantEmbedding) and isinstance(model.get_output_embeddings(), QuantLinear)
-    packed.get_parameter("data").copy_(packed.format.encode(embedding.weight.detach())["data"])
-    error = (packed(ids) - embedding(ids)).norm() / embedding(ids).norm()
+    quantized = model.get_input_embeddings()
+    assert isinstance(quantized, QuantEmbedding) and isinstance(model.get_output_embeddings(), QuantLinear)
+    quantized.get_parameter("data").copy_(quantized.format.encode(embedding.weight.detach())["data"])
+    error = (quantized(ids) - embedding(ids)).norm() / embedding(ids).norm()
     assert 0 < error < 0.01
 
 
@@ -125,3 +128,17 @@ def test_an_embedding_of_an_unknown_class_stays() -> None:
     make = GgufFormats()
     quantize_ends(model, lambda name, out_features, in_features: make("q8_0"))
     assert (model.get_input_embeddings(), model.get_output_embeddings()) == before
+
+
+QUANTIZED = [
+    *(base_section({"format": format_name(s)}) for s in base_sections() if not issubclass(s, MixBase | NoBase)),
+    Nf4Base(format="nf4", block_size=128, double_quant=False),
+]
+
+
+@pytest.mark.parametrize("base", QUANTIZED, ids=str)
+def test_options_of_a_format_choose_it_again(base: BaseConfig) -> None:
+    format = make_format(base)
+    assert format is not None
+    words = [word.removeprefix("--base.").split("=") for word in format_options(format).split()]
+    assert make_format(base_section({key: yaml.safe_load(value) for key, value in words})) == format

@@ -1,4 +1,4 @@
-"""QuantModule layers of other programs, each tensor removed, emptied, reshaped or of another type."""
+"""Tests damaged layers of other programs: each tensor removed, emptied, reshaped or of another type."""
 
 from __future__ import annotations
 

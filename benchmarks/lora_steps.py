@@ -1,0 +1,323 @@
+"""Takes LoRA training steps with Ingle and with transformers + PEFT, each in a child process.
+
+:class:`Side` starts such a process, which runs :func:`answer_steps`. All sides start from the same weights and
+take the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+#: Steps that a side takes in a row; the first of them is not counted.
+STEPS_PER_TURN = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model and of a step."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    vocab_size: int = 32000
+    rank: int = 16
+    num_documents: int = 4
+    document_len: int = 512
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per step."""
+        return self.num_documents * self.document_len
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Output and input features of the linear layers of a decoder layer."""
+        h, i = self.hidden_size, self.intermediate_size
+        kv = h // self.num_attention_heads * self.num_key_value_heads
+        return {"q": (h, h), "k": (kv, h), "v": (kv, h), "o": (h, h), "gate": (i, h), "up": (i, h), "down": (h, i)}
+
+
+#: For tests of the scripts; too small for figures.
+TINY = Shape(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    num_documents=2,
+    document_len=64,
+)
+
+
+def make_model(shape: Shape, folder: Path) -> None:
+    """Writes a random model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    fields = asdict(shape)
+    config = LlamaConfig(
+        **{key: fields[key] for key in fields if key not in ("rank", "num_documents", "document_len")},
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def _ids(shape: Shape, step: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(shape.vocab_size, (shape.num_documents, shape.document_len), generator=generator)
+
+
+def prepare_ingle(shape: Shape, folder: Path, base: str, dtype: Any, layers: str = "fused") -> Callable[[int], float]:
+    """Assembles what ``ingle train`` does, on random tokens, and returns the step.
+
+    ``layers`` is ``fused`` as in a run, ``eager`` without fused layers, or ``compiled`` by torch.compile instead.
+    """
+    import torch
+    from pydantic import TypeAdapter
+
+    from benchmarks.dtypes import word
+    from ingle import adapters, models, parallel, quant
+    from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig, ParallelConfig
+    from ingle.data.types import Sample
+    from ingle.objectives import LanguageModelling, NextTokenLoss
+    from ingle.training.compiling import compile_layers
+    from ingle.training.groups import parameter_groups
+    from ingle.training.optim import Optimizer
+    from ingle.training.steps import take_step
+
+    config, adapter = ModelConfig(id=str(folder), dtype=word(dtype)), LoraAdapter(rank=shape.rank)
+    optim = OptimConfig()
+    mesh = parallel.start(ParallelConfig(device="cpu", num_threads=torch.get_num_threads()))
+    device = mesh.device
+    model: Any = models.meta_model(config, device, dtype)
+    quant.convert(model, TypeAdapter(BaseConfig).validate_python({"format": base}))
+    models.load_weights(model, config, device, dtype)
+    adapters.attach(model, adapter, seed=0)
+    if layers == "fused":
+        report = adapters.fuse(model)
+        print(f"  {report}", file=sys.stderr)
+    elif layers == "compiled":
+        compile_layers(model)
+    model.train()
+
+    class Documents:
+        def sample(self, index: int) -> Sample:
+            ids = _ids(shape, index // shape.num_documents)[index % shape.num_documents].numpy().astype("int32")
+            labels = ids.copy()
+            labels[0] = -100
+            return Sample(ids, labels)
+
+    class InOrder:
+        def __len__(self) -> int:
+            return 1
+
+        def take(self, counter: int, n: int) -> list[list[int]]:
+            return [[counter + k] for k in range(n)]
+
+    documents: Any = Documents()
+    order: Any = InOrder()
+    objective = LanguageModelling(
+        NextTokenLoss(model),
+        documents,
+        order,
+        global_batch_size=shape.num_documents,
+        micro_batch_size=shape.num_documents,
+        device=device,
+    )
+    optimizer = Optimizer(parameter_groups(model, adapter, optim), optim)
+
+    def step(number: int) -> float:
+        return take_step(objective, optimizer, mesh, lr=optim.lr, seed=0, step=number + 1).loss
+
+    return step
+
+
+def prepare_peer(shape: Shape, folder: Path, base: str, dtype: Any, lora_dtype: str) -> Callable[[int], float]:
+    """Assembles the same with transformers + PEFT (+ bitsandbytes) and their defaults, and returns the step."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if base == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    config = peft.LoraConfig(
+        r=shape.rank, lora_alpha=2 * shape.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=lora_dtype == "float32")
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
+
+    def step(number: int) -> float:
+        ids = _ids(shape, number)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+class Side:
+    """A child process; a colon and a label after its name distinguish processes of the same kind."""
+
+    def __init__(self, name: str, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self.steps: list[dict[str, float]] = []
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"from {__name__} import answer_steps as run; run()",
+                name.split(":")[0],
+                *arguments,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | dict(environment or {}),
+        )
+        self._read("ready")
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """Sends a line and returns the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(request + "\n")
+        self._process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._read("{"))
+        return answer
+
+    def _read(self, start: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(start):
+                return line
+        raise SystemExit(f"{self.name} ended early")
+
+    def close(self) -> None:
+        """Stops the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def take_turns(sides: Mapping[str, Side], turns: int) -> None:
+    """Lets all sides take their steps in turns; the first turn is a warm-up."""
+    for turn in range(1 + turns):
+        for name, side in sides.items():
+            answers = [side.ask("step") for _ in range(STEPS_PER_TURN)]
+            if turn == 0:
+                print(f"  {name:<16} loss of the first step {answers[0]['loss']:.4f}")
+            else:
+                side.steps += answers[1:]
+
+
+def summarize(side: Side, shape: Shape) -> dict[str, Any]:
+    """Returns the medians over the steps of a side."""
+    seconds = statistics.median(step["seconds"] for step in side.steps)
+    spread = statistics.quantiles((step["seconds"] for step in side.steps), n=4)
+    return {
+        "tokens_per_s": shape.num_tokens / seconds,
+        "seconds": seconds,
+        "quartiles": [spread[0], spread[2]],
+        "peak_mib": max(step["peak"] for step in side.steps) / MIB,
+        "weights_mib": side.steps[0]["weights"] / MIB,
+        "page_faults": statistics.median(step["faults"] for step in side.steps),
+    }
+
+
+def _memory(key: str) -> int:
+    """Returns ``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _page_faults() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _profile(step: Callable[[], float]) -> list[tuple[str, float, int]]:
+    """Returns the operators of one step with their own seconds and number of calls, the slowest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step()
+    rows = [(row.key, row.self_cpu_time_total / 1e6, row.count) for row in profiler.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:24]
+
+
+def answer_steps() -> None:
+    """Runs the child process: takes a step for every line of input, and answers with a line of JSON."""
+    import torch
+
+    from benchmarks.dtypes import run_dtype
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side")  # ingle, ingle-eager, ingle-compiled, peer or peer-bf16
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    shape = TINY if options.tiny else Shape()
+    torch.set_num_threads(options.threads)
+    name, _, variant = options.side.partition("-")
+    if name == "ingle":
+        import ingle.flow  # noqa: F401  imports do not count as memory of a side
+    else:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    imported, dtype = _memory("VmRSS"), run_dtype(options.dtype)
+    if name == "ingle":
+        step = prepare_ingle(shape, options.folder, options.base, dtype, variant or "fused")
+    else:
+        step = prepare_peer(shape, options.folder, options.base, dtype, "bfloat16" if variant == "bf16" else "float32")
+    # Resets the peak: compared is the memory of training, not of loading.
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded = _memory("VmRSS")
+    print("ready", flush=True)
+    number = 0
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            print(json.dumps({"profile": _profile(lambda at=number: step(at))}), flush=True)
+            continue
+        before, start = _page_faults(), time.perf_counter()
+        loss = step(number)
+        answer = {"seconds": time.perf_counter() - start, "loss": loss, "faults": _page_faults() - before}
+        memory = {"peak": _memory("VmHWM") - imported, "weights": loaded - imported}
+        print(json.dumps(answer | memory), flush=True)
+        number += 1
