@@ -69,7 +69,8 @@ def head(model: PreTrainedModel) -> Head:
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Returns the device of the output head, where batches go; unlike :func:`head` it decodes nothing."""
-    return next(model.get_output_embeddings().parameters()).device
+    layer: nn.Module = model.get_output_embeddings()
+    return next(layer.parameters()).device
 
 
 def computed_in(model: PreTrainedModel) -> torch.dtype:

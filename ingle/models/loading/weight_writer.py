@@ -205,10 +205,10 @@ class WeightWriter:
             slot.owner._buffers[slot.leaf] = value.to(device=self._device, dtype=slot.wanted.dtype)
         else:
             value = value if selected else slot.cut(value)
-            place = slot.owner.get_parameter(slot.leaf)
-            if id(place) not in self._pending:
-                place = self._untie(slot, value, place)
-            place.copy_(value)
+            target = slot.owner.get_parameter(slot.leaf)
+            if id(target) not in self._pending:
+                target = self._untie(slot, value, target)
+            target.copy_(value)
         self._finish(slot)
 
     def _encode(self, slot: Slot, value: Tensor, place: int | None = None, *, selected: bool = False) -> None:
