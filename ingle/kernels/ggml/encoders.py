@@ -7,6 +7,7 @@ Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from ingle.kernels.ggml.sub_blocks import (
 )
 from ingle.kernels.numba.cache import Kernel, compile_kernel
 from ingle.kernels.numba.scalars import chunk_bounds, inlined
+from ingle.kernels.numba.vector import BYTE, DWORD, Array, fill, repeat
 
 find_levels = make_lanes(search.emit_levels, count=32, tries=7)
 find_nearest = make_lanes(search.emit_nearest, count=32)
@@ -104,16 +106,33 @@ def encode_iq4_xs(values: Any, importance: Any, data: Any, first: int, stop: int
             put_nibbles(codes, lane, data, (2 * group + lane // 8) * 136 + 8 + 16 * (lane % 8))
 
 
+def emit_trit_bytes(x: Array, w: Array, fields: Array, codes: Array) -> None:
+    """Replaces the first 52 of 256 codes by the bytes of TQ1_0: 160 weights five to a byte, 80 likewise, 16 by four."""
+
+    def combine(first: int, width: int, to: int, count: int, index: Any) -> None:
+        lanes = index.type(LANES)
+        value = fill(codes.builder, 0.0, LANES).to_int()
+        for number in range(5):
+            value = value * 3
+            if number < count:
+                row = codes.builder.add(index, index.type(first + width * number))
+                value = value + codes.load(codes.builder.mul(row, lanes), LANES).widen(DWORD)
+        quotient = ((value * 256 + 242) * 69043) >> 24  # divided by 243, exact below 2^16
+        row = codes.builder.add(index, index.type(to))
+        codes.store(codes.builder.mul(row, lanes), quotient.narrow(BYTE))
+
+    for segment in ((0, 32, 0, 5), (160, 16, 32, 5), (240, 4, 48, 4)):
+        repeat(codes.builder, segment[1], partial(combine, *segment))
+
+
+make_trit_bytes = make_lanes(emit_trit_bytes)
+
+
 @inlined
 def put_tq1_0(codes: Any, lane: int, data: Any, to: int) -> None:
-    """Stores 256 trits in 52 bytes: 160 weights five to a byte, 80 likewise, the last 16 four to a byte."""
+    """Stores the bytes that ``make_trit_bytes`` computed."""
     for byte in range(52):
-        start, width = (byte, 32) if byte < 32 else ((128 + byte, 16) if byte < 48 else (192 + byte, 4))
-        value = np.int64(0)
-        for number in range(5):
-            trit = np.int64(codes[(start + number * width) * LANES + lane]) if byte < 48 or number < 4 else np.int64(0)
-            value = 3 * value + trit
-        data[to + byte] = (value * 256 + 242) // 243
+        data[to + byte] = codes[byte * LANES + lane]
 
 
 @inlined
@@ -134,6 +153,7 @@ def make_ternary(put_codes: Any, num_bytes: int) -> Any:
         num_bytes: Bytes of these codes; the scale follows.
     """
     find_trits = make_lanes(emit_trits, count=256)
+    five_to_a_byte = num_bytes == 52
 
     @inlined
     def encode_groups(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
@@ -144,6 +164,8 @@ def make_ternary(put_codes: Any, num_bytes: int) -> Any:
             num_lanes = min(LANES, (values.size - at) // 256)
             lay_out(values, at, 256, num_lanes, x)
             find_trits(x, x, fields, codes)
+            if five_to_a_byte:
+                make_trit_bytes(x, x, fields, codes)
             for lane in range(num_lanes):
                 to = (group * LANES + lane) * (num_bytes + 2)
                 put_codes(codes, lane, data, to)
