@@ -48,6 +48,9 @@ def parse_labelled(column: str = "label", classes: Sequence[str] = ()) -> RowPar
     Args:
         column: The column.
         classes: Names of classes; a label that is text is one of them and becomes its index.
+
+    Raises:
+        DataError: The parser raises it for a label that is neither a number nor one of the classes.
     """
 
     def parse(row: Mapping[str, Any], origin: str) -> Example:

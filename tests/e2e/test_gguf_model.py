@@ -100,7 +100,7 @@ def test_full_fine_tuning_needs_plain_numbers(
     config: Path, tiny_model: Path, file: Path, tmp_path: Path, gguf_of: Write
 ) -> None:
     overrides = ["--base.format=none", "--adapter.kind=none", "--evaluate=null", "--train.num_steps=2"]
-    with pytest.raises(IngleError, match="embed_tokens is held in q8_0 and cannot be trained"):
+    with pytest.raises(IngleError, match="embed_tokens is stored as q8_0 and cannot be trained"):
         flow.finetune(load_run(config, [f"--model.id={file}", *overrides]).run)
     plain = gguf_of(tiny_model, tmp_path / "tiny-f16.gguf", "f16")
     flow.finetune(load_run(config, [f"--model.id={plain}", *overrides]).run)

@@ -12,8 +12,8 @@ import pytest
 from ingle import errors
 
 ROOT = Path(errors.__file__).parent
-#: What is checked: folders and files of the package.
-CHECKED = ("cli", "config", "atomic.py", "env.py", "stopping.py")
+#: What is checked: the folders and files of the package.
+CHECKED = sorted(path.name for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file())
 ERRORS = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, errors.Explained)}
 FRAGMENTS = ("where", "why", "fix")
 

@@ -91,7 +91,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
     def _lock(self, kind: int) -> Iterator[None]:
         with ExitStack() as stack:
             with suppress(OSError):  # the folder is gone, or its file system has no locks
-                file = stack.enter_context((Path(self.cache_path) / "ingle-kernels.lock").open("a"))
+                file = stack.enter_context((Path(self.cache_path) / "ingle-kernels.lock").open("ab"))
                 fcntl.flock(file, kind)
             yield
 

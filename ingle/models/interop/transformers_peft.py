@@ -55,7 +55,7 @@ class TransformersServer:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except ImportError as error:
             raise DependencyError(
-                "transformers needs a library for these weights that is not installed.", why=str(error)
+                "A library that transformers needs for these weights is not installed.", why=str(error)
             ) from error
         if adapter is None:
             return model

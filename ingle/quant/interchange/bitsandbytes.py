@@ -60,7 +60,7 @@ def to_bitsandbytes(
         zero = torch.zeros((), dtype=torch.uint8)
         return {"weight": planes["codes"], "SCB": as_float32(planes["scale"]).flatten(), "weight_format": zero}
     if not isinstance(format, Levels):
-        raise QuantizationError(f"bitsandbytes does not support {format.name}.")
+        raise QuantizationError(f"The format {format.name} is not supported by bitsandbytes.")
     _require_full_blocks(format, out_features, in_features)
     codes = planes["codes"]
     state: dict[str, Any] = {
