@@ -24,6 +24,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
+#: One folder for all checkouts: some files name the model that they were made from.
+SCRATCH = Path(tempfile.gettempdir()) / "ingle-same-bytes"
 
 #: Files whose bytes depend on the weights, the data and the tokenizer alone.
 COMPARED = (
@@ -105,6 +107,7 @@ LAYOUTS = ("nf4", "fp4", "int8", "hqq-4", "hqq-1")
 def digests(checkout: Path, name: str, commands: list[str], folder: Path) -> dict[str, str]:
     """SHA-256 of the files that the commands of a case write, by path; the output of a failed command instead."""
     out = folder / name
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     env = os.environ | {"PYTHONPATH": str(checkout)}
     for command in commands:
@@ -142,8 +145,7 @@ def main() -> int:
     for name, commands in cases(arguments.full).items():
         if arguments.only not in name:
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            found = digests(arguments.checkout.resolve(), name, commands, Path(scratch))
+        found = digests(arguments.checkout.resolve(), name, commands, SCRATCH)
         if arguments.action == "record":
             before[name] = found
             arguments.record.write_text(json.dumps(before, indent=1))
