@@ -140,6 +140,29 @@ def _raised(function: Function) -> Iterator[str]:
             yield called.id
 
 
+def missing_files(pages: Iterable[Page], root: Path) -> Iterator[str]:
+    """Yields Python files that a page names and that do not exist, from the root or from ``ingle/``."""
+    for page in pages:
+        for file in re.findall(r"`((?:[\w-]+/)+\w+\.py)`", page.text) if page.name != "CHANGELOG.md" else ():
+            if not (root / file).is_file() and not (root / "ingle" / file).is_file():
+                yield f"{page.name}: names {file}, which is not there"
+
+
+def dead_references(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yields references of docstrings (``:func:`ingle.a.b```) to modules or names that do not exist."""
+    for name in names:
+        if not (name.startswith("ingle/") and name.endswith(".py")):
+            continue
+        for target in re.findall(r":\w+:`~?(ingle(?:\.\w+)+)`", (root / name).read_text()):
+            parts = target.split(".")
+            places = [root.joinpath(*parts[:end]) for end in range(len(parts), 0, -1)]
+            files = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
+            file = next(file for file in files if file.is_file())
+            rest = parts[len((file.parent if file.name == "__init__.py" else file).relative_to(root).parts) :]
+            if rest and not re.search(rf"\b{rest[0]}\b", file.read_text()):
+                yield f"{name}: refers to {target}, which is not there"
+
+
 def unpinned(root: Path) -> Iterator[str]:
     """Yields lines of constraints.txt that are not a name and a version."""
     for number, line in enumerate((root / "constraints.txt").read_text().splitlines(), 1):
@@ -158,6 +181,8 @@ def problems(root: Path = ROOT) -> Iterator[str]:
     yield from commands.wrong_blocks(pages, root)
     yield from leaks(root, names)
     yield from silent_raises(root, names)
+    yield from missing_files(pages, root)
+    yield from dead_references(root, names)
     yield from unpinned(root)
 
 

@@ -106,6 +106,18 @@ def test_an_undocumented_raise_is_found(tmp_path: Path) -> None:
     assert "silent raises DataError" in problems[0]
 
 
+def test_names_that_lead_nowhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "ingle" / "b").mkdir(parents=True)
+    (tmp_path / "ingle" / "__init__.py").write_text("")
+    (tmp_path / "ingle" / "b" / "__init__.py").write_text("def here(): ...\n")
+    roles = ("func:`ingle.b.here`", "mod:`ingle.b`", "func:`ingle.b.gone`", "mod:`ingle.gone`")
+    (tmp_path / "ingle" / "a.py").write_text("".join(f'""":{role}"""\n' for role in roles))
+    problems = list(check.dead_references(tmp_path, ["ingle/a.py"]))
+    assert [problem.split()[3] for problem in problems] == ["ingle.b.gone,", "ingle.gone,"]
+    page = Page("a.md", "`ingle/a.py`, `b/__init__.py`, `b/gone.py`")
+    assert list(check.missing_files([page], tmp_path)) == ["a.md: names b/gone.py, which is not there"]
+
+
 def test_a_loose_constraint_is_found(tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text("torch==2.13.0\nnumpy>=2\nx @ file:///a\n")
     assert len(list(check.unpinned(tmp_path))) == 2
