@@ -70,7 +70,8 @@ def memory_bytes(
     kept = model.num_layers * model.hidden_size + widths / model.num_layers if run.train.recompute else widths
     largest = max((lin.num_weights for lin in model.linears), default=0)
     is_quantized = run.base.format != "none" or any(lin.bits_per_weight is not None for lin in model.linears)
-    decoded = largest * dtype_bytes if is_quantized else 0
+    buffers = 2 if on_gpu else 1  # buffers are per thread, and a GPU's backward pass has a thread of its own
+    decoded = largest * dtype_bytes * buffers if is_quantized else 0
     count = _KERNELS + is_quantized * _QUANT_KERNELS + (not full) * _FUSED_KERNELS
     compiled = _COMPILER_BYTES + count * _COMPILED_BYTES if compiles_kernels else 0
     logits = min(row_tokens * model.vocab_size, _LOSS_CHUNK_LOGITS) * _LOSS_BYTES_PER_LOGIT
