@@ -59,7 +59,7 @@ docs: $(VENV)/.installed ## Write docs/reference/ anew from the code
 	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/.installed-test ## Measure speed and memory beside the peers
-	@for script in benchmarks/[a-z]*.py; do \
+	@for script in $$(grep -l __main__ benchmarks/*.py); do \
 	    name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name; \
 	done
 
