@@ -82,10 +82,20 @@ def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *
         for parameter in (lora.lora_a, lora.lora_b):
             parameter.data = parameter.data.to(device)
         lora.initialise(seed, name)
+    _freeze_untied(model, selection)
     notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
         notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes
     return report(model, selection, notes)
+
+
+def _freeze_untied(model: nn.Module, selection: Selection) -> None:
+    """Freezes weights that shared a trained one until loading found that the files hold two different values."""
+    names = (*selection.adapted, *selection.modules_to_save)
+    selected = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in selected:
+            parameter.requires_grad_(False)
 
 
 def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:

@@ -68,8 +68,10 @@ class Quota:
             self._deadline = self._start + seconds
             yield
         finally:
-            self._start = self._deadline = math.inf
-            resource.setrlimit(resource.RLIMIT_AS, self._former)
+            try:
+                self._start = self._deadline = math.inf
+            finally:  # the last tick may come at this very moment
+                resource.setrlimit(resource.RLIMIT_AS, self._former)
 
     @contextmanager
     def _timer(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers = _Buffers()
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._tables: dict[tuple[type, str, torch.device], Tensor] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a tensor inside this thread's buffer; its content is undefined.
@@ -94,10 +94,13 @@ class Scratch:
         return buffer[:num_bytes].view(dtype).view(shape)
 
     def table(self, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
-        """Returns ``make(device)``, computed once per device; the result must not be modified."""
+        """Returns ``make(device)``, computed once per device; the result must not be modified.
+
+        A method computes a table for each class, because formats of several classes share one scratch.
+        """
         if torch.compiler.is_compiling() or device.type == "meta":
             return make(device)
-        key = (make.__name__, device)
+        key = (type(getattr(make, "__self__", None)), make.__name__, device)
         if key not in self._tables:
             self._tables[key] = make(device)
         return self._tables[key]

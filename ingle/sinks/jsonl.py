@@ -97,4 +97,4 @@ def _is_kept(line: bytes, step: int) -> bool:
 
 def _append(path: Path, *records: dict[str, Any]) -> None:
     with disk_full_explained(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)

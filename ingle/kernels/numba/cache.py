@@ -153,6 +153,7 @@ def _imported_files(path: Path, package: Path) -> tuple[Path, ...]:
         else:  # only statements contain imports
             waiting += (child for child in ast.iter_child_nodes(node) if isinstance(child, _HOLD_STATEMENTS))
     own = (module.split(".")[1:] for module in modules if module.split(".")[0] == "ingle")
-    candidates = (package.joinpath(*parts[:end]) for parts in own for end in range(len(parts) + 1))
+    # Every import runs the package's own __init__.py, but it leads to all of Ingle and no kernel inlines from it.
+    candidates = (package.joinpath(*parts[:end]) for parts in own for end in range(1, len(parts) + 1))
     files = (file for name in candidates for file in (name.with_suffix(".py"), name / "__init__.py"))
     return tuple({file for file in files if file.is_file()})

@@ -17,9 +17,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from ingle import adapters
+from ingle import adapters, models
 from ingle.config.adapter import LoraAdapter, NoAdapter
 from ingle.config.base import Nf4Base
+from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError
 from ingle.quant import QuantLinear, audit, convert
 
@@ -143,6 +144,20 @@ def test_tied_weights_are_explained_and_restored(named: str) -> None:
     with adapters.disabled(model):
         assert torch.equal(model.lm_head.weight, before) and torch.equal(model.model.embed_tokens.weight, before)
     assert torch.equal(model.model.embed_tokens.weight, before + 1)
+
+
+def test_a_weight_that_the_files_do_not_tie_stays_frozen(tmp_path: Path) -> None:
+    """The config ties embedding and head, so they are one parameter until the weights are read."""
+    llama(tied=False).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    section, adapter = ModelConfig(id=str(tmp_path)), LoraAdapter(rank=2, trainable_modules=("lm_head",))
+    model = models.meta_model(section, "cpu", torch.float32)
+    selection = adapters.insert(model, adapter)
+    models.load_weights(model, section, "cpu", torch.float32)
+    adapters.initialise(model, adapter, selection, seed=0)
+    trained = {name for name, _ in adapters.trainable_parameters(model) if ".lora_" not in name}
+    assert trained == {"lm_head.weight"}
 
 
 def test_disabled_is_undone_after_an_error() -> None:

@@ -71,6 +71,17 @@ def test_the_keys_of_real_kernels_follow_every_file_they_inline(tmp_path: Path) 
         (copy / file).write_text(text)
 
 
+def test_the_keys_of_real_kernels_do_not_change_with_the_rest_of_the_package(tmp_path: Path) -> None:
+    """A change outside of the kernels must not make every machine compile them again."""
+    package = Path(cache.__file__).parents[2]
+    copy = shutil.copytree(package, tmp_path / "ingle", ignore=shutil.ignore_patterns("__pycache__"))
+    kernels = [copy / "kernels/ggml/encoders.py", copy / "kernels/layers/logits.py", copy / "kernels/attention/cpu.py"]
+    before = [key(kernel, copy) for kernel in kernels]
+    for file in ("__init__.py", "flow.py", "data/__init__.py", "quant/format.py"):
+        (copy / file).write_text((copy / file).read_text() + "# changed\n")
+    assert [key(kernel, copy) for kernel in kernels] == before
+
+
 def test_the_name_of_a_kernel_in_the_cache_holds_its_key() -> None:
     name = elementwise._rms_norm.py_func.__qualname__
     assert name == f"_rms_norm-{cache.source_digest(Path(elementwise.__file__))}"

@@ -142,3 +142,15 @@ def test_options_of_a_format_choose_it_again(base: BaseConfig) -> None:
     assert format is not None
     words = [word.removeprefix("--base.").split("=") for word in format_options(format).split()]
     assert make_format(base_section({key: yaml.safe_load(value) for key, value in words})) == format
+
+
+def test_formats_that_share_a_scratch_keep_their_own_codebooks() -> None:
+    """The reference decodes with a table, which other devices than the CPU use for GGUF files of several types."""
+    shared = GgufFormats()
+    generator = torch.Generator().manual_seed(0)
+    for name in ("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_m"):
+        own: Any = make_format(base_section({"format": name}))
+        among_others: Any = shared(name)
+        num_bytes = own.plane_specs(4, 256)["data"].shape[1]
+        blocks = torch.randint(0, 32, (4, 1, num_bytes), dtype=torch.uint8, generator=generator)
+        assert torch.equal(among_others.dequantize_blocks(blocks), own.dequantize_blocks(blocks)), name

@@ -88,7 +88,7 @@ def test_a_new_run_empties_the_file_of_one_that_saved_nothing(tmp_path: Path) ->
 def test_the_events_file_has_all_events_and_can_be_read_back(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     sink = EventsFile(path)
-    before: list[Event] = [Progress("Reading weights", 1, 2), Warned("Odd.", "a.jsonl:3", 2)]
+    before: list[Event] = [Progress("Reading weights", 1, 2), Warned("Odd.", "caf\udce9.jsonl:3", 2)]
     for event in before:
         sink(event)
     assert not path.exists()  # a run that cannot start leaves its folder as it was
