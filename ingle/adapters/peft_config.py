@@ -186,7 +186,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(
-            f"{folder} holds no adapter.",
+            f"{folder} contains no adapter.",
             where=str(path),
             fix="name a folder that contains adapter_config.json and adapter_model.safetensors",
         )

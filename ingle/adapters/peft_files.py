@@ -55,7 +55,7 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
     """Returns the adapter section that describes an adapter folder, without reading its weights.
 
     Raises:
-        AdapterError: The folder holds no adapter, or one that cannot be computed exactly.
+        AdapterError: The folder contains no adapter, or one that cannot be computed exactly.
     """
     config = read_peft_config(Path(folder))
     if config.lora_alpha <= 0 or config.lora_dropout == 1:
@@ -202,7 +202,7 @@ def _check_existing(
     )
     if frozen:
         raise AdapterError(
-            f"This adapter holds trained weights of {', '.join(frozen)}, which would stay frozen here.",
+            f"This adapter contains trained weights of {', '.join(frozen)}, which would stay frozen here.",
             where=where,
             fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
         )

@@ -163,7 +163,7 @@ def sort_tensors(
         if match:
             pair = factors.setdefault(match[1], {})
             if match[2] in pair:
-                raise AdapterError(f"The file holds {match[2]} of {match[1]} twice.", where=where)
+                raise AdapterError(f"The file contains {match[2]} of {match[1]} twice.", where=where)
             if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
                 raise AdapterError(
                     f"{key} is not a matrix of floating-point numbers.",
@@ -193,7 +193,7 @@ def sort_tensors(
     broken = [name for name, pair in factors.items() if len(pair) != 2]
     if broken or not factors:
         raise AdapterError(
-            f"Half of the adapter of {broken[0]} is missing." if broken else "The file holds no adapter.",
+            f"Half of the adapter of {broken[0]} is missing." if broken else "The file contains no adapter.",
             where=where,
             fix="copy the file again",
         )

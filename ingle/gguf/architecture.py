@@ -144,7 +144,7 @@ def require_sizes(file: GgufFile, config: Mapping[str, Any]) -> None:
     """
     if "token_embd.weight" not in file.tensors:
         raise GgufError(
-            f"{file.path.name} holds no model.",
+            f"{file.path.name} contains no model.",
             where=str(file.path),
             why=f"token_embd.weight is not among its {len(file.tensors)} tensors",
             fix="choose a file with all weights, not with the vocabulary or a part of the model",

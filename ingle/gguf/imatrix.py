@@ -135,7 +135,7 @@ def _make_entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: N
     entry = ImatrixEntry(sums_EI, counts_E)
     for values in (sums_EI, counts_E):
         if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise _invalid(path, f"{name} holds values that are negative or not finite")
+            raise _invalid(path, f"{name} contains values that are negative or not finite")
     with np.errstate(over="ignore"):
         if not np.isfinite(entry.mean).all():
             raise _invalid(path, f"{name} has sums that are too large for its counts")

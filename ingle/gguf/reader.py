@@ -60,7 +60,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         raise GgufError(
             "The files of this model do not belong together.",
             where=str(path.parent),
-            why=f"they hold {len(tensors)} tensors instead of {expected}",
+            why=f"they contain {len(tensors)} tensors instead of {expected}",
             fix=DAMAGED,
         )
     first = files[0]

@@ -68,7 +68,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise GgufError(
-            "The file holds no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
+            "The file contains no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
             why="supported are gpt2 (byte-level BPE) and llama (sentencepiece)",
             fix=_FIX,

@@ -165,7 +165,7 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
         is_expert = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
         if parameter.is_floating_point() and (is_stacked or is_expert):
             raise QuantizationError(
-                f"{name} ({kind}) holds weights in a layout that cannot be quantized yet.",
+                f"{name} ({kind}) contains weights in a layout that cannot be quantized yet.",
                 where=f"{name}.{key}",
                 why=f"shape {list(parameter.shape)}; {parameter.numel():,} weights would stay in {parameter.dtype}",
                 fix="train with --base.format=none, or request support for this architecture",

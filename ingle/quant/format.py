@@ -77,7 +77,7 @@ class Format(ABC):
             The planes, on the device of the weight.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity, is too large, or has an unsupported shape; or the
+            QuantizationError: The weight contains NaN or infinity, is too large, or has an unsupported shape; or the
                 importance has the wrong length, negative values or values that are not finite.
         """
 
@@ -131,7 +131,7 @@ class Format(ABC):
     def not_finite(self, weight_OI: Tensor, name: str) -> QuantizationError:
         """Returns the error for a weight with NaN or infinity."""
         return QuantizationError(
-            f"{name} holds NaN or infinity and cannot be quantized to {self.name}.",
+            f"{name} contains NaN or infinity and cannot be quantized to {self.name}.",
             where=name,
             why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
             fix="check the checkpoint, or train with --base.format=none",

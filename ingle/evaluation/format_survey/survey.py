@@ -140,7 +140,7 @@ def _check(asked: Survey) -> None:
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "formats.json").is_file()):
         raise ConfigError(
-            f"{out} holds other files." if out.is_dir() else f"{out} is a file.",
+            f"{out} contains other files." if out.is_dir() else f"{out} is a file.",
             where=f"--out {out}",
             fix="name a new folder",
         )
@@ -156,11 +156,11 @@ def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
         saved = TypeAdapter(_Unfinished).validate_json(path.read_bytes())
     except ValueError:
         raise EvaluationError(
-            f"{path.name} does not hold a comparison of formats.", where=str(path), fix="name another folder with --out"
+            f"{path.name} does not contain a comparison of formats.", where=str(path), fix="name another folder with --out"
         ) from None
     if saved.subject.fingerprint != subject.fingerprint:
         raise EvaluationError(
-            "The folder holds a comparison of another model, text or version.",
+            "The folder contains a comparison of another model, text or version.",
             where=str(folder),
             fix="name another folder with --out, or delete this one",
         )

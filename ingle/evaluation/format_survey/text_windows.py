@@ -46,7 +46,7 @@ def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -
             num_scored += count_scored(window)
         num_documents += len(batch)
     if not windows:
-        raise DataError("There is no text to compare formats on.", where=path, why="the file holds no rows")
+        raise DataError("There is no text to compare formats on.", where=path, why="the file contains no rows")
     return windows
 
 

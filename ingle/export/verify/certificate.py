@@ -220,10 +220,10 @@ def _find_faults(certificate: Certificate) -> list[str]:
     reasons, tolerance, prompts = [], certificate.tolerance, certificate.prompts
     different = sum(not each.tokens_equal for each in prompts)
     if different:
-        reasons.append(f"{different} of {len(prompts)} prompts become other tokens")
+        reasons.append(f"{different} of {len(prompts)} prompts are tokenized differently")
     failed = [text for text, equal in certificate.probes.items() if not equal]
     if failed:
-        reasons.append(f"{len(failed)} of {len(PROBES)} texts become other tokens, for example {failed[0][:40]!r}")
+        reasons.append(f"{len(failed)} of {len(PROBES)} texts are tokenized differently, for example {failed[0][:40]!r}")
     if certificate.unknown_ends:
         reasons.append(f"answers do not end at {', '.join(certificate.unknown_ends)}")
     mean_kl = certificate.agreement.mean_kl

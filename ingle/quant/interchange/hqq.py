@@ -173,7 +173,7 @@ def _to_float16(values: Tensor, num_groups: int, name: str) -> Tensor:
         raise QuantizationError(f"{name} does not match the shape of its layer.", where=name, why=why)
     if not bool(halves.isfinite().all()) or not torch.equal(halves.double(), values.double()):
         raise QuantizationError(
-            f"{name} holds numbers that float16 cannot represent.",
+            f"{name} contains numbers that float16 cannot represent.",
             where=name,
             why=f"its dtype is {values.dtype}; HQQ stores scales and zeros in its compute dtype",
             fix="save the model from hqq with compute_dtype=torch.float16",

@@ -200,7 +200,7 @@ def test_a_folder_with_other_files_is_refused(folder: Path, text: Path, tmp_path
     (tmp_path / "bad").mkdir()
     for content in ("{}", "{", '{"subject": {}, "formats": []}'):
         (tmp_path / "bad" / "formats.json").write_text(content)
-        with pytest.raises(EvaluationError, match="does not hold a comparison"):
+        with pytest.raises(EvaluationError, match="does not contain a comparison"):
             survey(ask(folder, text, names=("q8_0",), out=tmp_path / "bad"))
 
 

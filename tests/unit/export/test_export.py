@@ -191,8 +191,8 @@ class _Echo:
     ("fault", "reason"),
     [
         (None, None),
-        ("tokens", "prompts become other tokens"),
-        ("texts", "texts become other tokens"),
+        ("tokens", "prompts are tokenized differently"),
+        ("texts", "texts are tokenized differently"),
         ("ends", "do not end at"),
         ("logits", "KL divergence"),
         ("answers", "no tie"),
