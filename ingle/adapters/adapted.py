@@ -55,7 +55,7 @@ class AttachReport:
 
 
 def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1) -> LoraLinear:
-    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialised."""
+    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialized."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
     lora = LoraLinear(base, rank, scale, dropout, group_size=group_size)

@@ -27,14 +27,14 @@ from ingle.quant.linear import QuantLinear, QuantModule
 
 
 def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachReport:
-    """Inserts and initialises an adapter; see :func:`insert` and :func:`initialise`.
+    """Inserts and initializes an adapter; see :func:`insert` and :func:`initialize`.
 
     Args:
         model: The model, with its weights loaded.
         adapter: What to train.
-        seed: Seed of the initialisation of A.
+        seed: Seed of the initialization of A.
     """
-    return initialise(model, adapter, insert(model, adapter), seed=seed)
+    return initialize(model, adapter, insert(model, adapter), seed=seed)
 
 
 def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
@@ -61,14 +61,14 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
     return selection
 
 
-def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *, seed: int) -> AttachReport:
+def initialize(model: nn.Module, adapter: AdapterConfig, selection: Selection, *, seed: int) -> AttachReport:
     """Gives an inserted adapter its initial values, on the device of the base.
 
     Args:
         model: The model, with its weights loaded.
         adapter: What to train; if it has a ``path``, the adapter starts from that folder.
         selection: What :func:`insert` returned.
-        seed: Seed of the initialisation of A.
+        seed: Seed of the initialization of A.
 
     Raises:
         AdapterError: The adapter to start from does not fit.
@@ -81,7 +81,7 @@ def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *
         device = next(lora.base.parameters()).device
         for parameter in (lora.lora_a, lora.lora_b):
             parameter.data = parameter.data.to(device)
-        lora.initialise(seed, name)
+        lora.initialize(seed, name)
     notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
         notes += load_adapter(model, Path(adapter.path), allow_mismatch=adapter.allow_mismatch).notes

@@ -38,7 +38,7 @@ class Merged:
 class LoraLinear(nn.Module):
     """``y = x W^T + b + scale * dropout(pool(x)) A^T B^T`` with W and b frozen.
 
-    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighbouring inputs.
+    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighboring inputs.
     In plain LoRA a group is one input.  In QA-LoRA all inputs of a larger group share a column of A, so the change is
     constant within the group.
 
@@ -47,7 +47,7 @@ class LoraLinear(nn.Module):
         rank: Rank R of the change.
         scale: Factor on the change.
         dropout: Share of the adapter's inputs that are set to zero in training.
-        group_size: Number of neighbouring inputs that share a column of A; the last group of a row may be smaller.
+        group_size: Number of neighboring inputs that share a column of A; the last group of a row may be smaller.
 
     Attributes:
         lora_a: ``[R, ceil(in_features / group_size)]``.
@@ -95,7 +95,7 @@ class LoraLinear(nn.Module):
         return bias
 
     @torch.no_grad()
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         """Draws A uniformly from ``+-1/sqrt(in_features)`` and sets B to zero, so training starts from the base.
 
         Args:

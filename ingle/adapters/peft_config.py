@@ -1,6 +1,6 @@
 """Reads and writes PEFT's ``adapter_config.json``.
 
-Settings that Ingle cannot compute exactly (DoRA, trained biases, initialisations that change the base, ...) are refused
+Settings that Ingle cannot compute exactly (DoRA, trained biases, initializations that change the base, ...) are refused
 by name.
 """
 

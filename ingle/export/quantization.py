@@ -40,7 +40,7 @@ NUM_TOKENS = 65_536
 #: Number of rows compared at once.
 _ROWS = 1024
 
-#: The last part of a weight's name before ``.weight``: its role in any layer.
+#: Matches the last part of a weight's name before ``.weight``, which is its role in a layer.
 _CLASS = re.compile(r"([^.]+)\.weight$")
 
 
@@ -215,7 +215,7 @@ def _check_importance(target: Target, imatrix: Path | None, data: Path | None) -
             )
     if data is not None and imatrix is not None and imatrix.exists():
         raise ConfigError(
-            f"{imatrix} exists; nothing is overwritten.",
+            f"{imatrix} already exists; nothing is overwritten.",
             where=f"--imatrix {imatrix}",
             why="with --data, the importance matrix is gathered and written there",
             fix="remove --data to use the file, or name another file",

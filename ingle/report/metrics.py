@@ -1,7 +1,7 @@
-"""Describes every metric: direction, range, statistics and how its scores are written.
+"""Describes every metric: direction, range, statistics and the format of its scores.
 
-This table is all that reports, tables and charts know of a metric. A scorer in :mod:`ingle.evaluation.scorers` names
-its entry; results name metrics by their key.
+Reports, tables and charts take everything that they need about a metric from this table. A scorer in
+:mod:`ingle.evaluation.scorers` refers to its entry; results refer to metrics by their key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Reads = Literal["answers", "likelihoods"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What reports need to know of a metric.
+    """Description of a metric.
 
     Attributes:
         name: Key in the config and in results.
@@ -55,7 +55,7 @@ class Metric:
 
     @property
     def chart(self) -> Literal["points", "relative"]:
-        """The chart for differences: bounded scores share an axis of 100 points, others one of percent of the base."""
+        """The chart for differences: bounded scores share an axis of 100 points; others are in percent of the base."""
         return "points" if math.isfinite(self.high) else "relative"
 
     def is_better(self, change: float) -> bool:

@@ -1,4 +1,4 @@
-"""``report.html``: a self-contained page that shows doubts as clearly as gains."""
+"""``report.html``: a self-contained page that shows uncertainty as clearly as gains."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from ingle.wording import count, duration, size
 
 #: Characters shown of a prompt or an answer; the report shows all of them.
 _SHOWN_CHARACTERS = 600
-#: Number of purposes of memory that the plan names.
+#: Number of uses of memory that the plan lists.
 _SHOWN_PARTS = 4
-#: Signs and colours of differences that are significant after correction.
+#: Signs and colors of differences that are significant after correction.
 _SIGNS = {"better": ("✓", "green"), "worse": ("✗", "red"), "unclear": ("", "")}
 #: Marks metrics for which lower is better.
 _DOWN = "↓"
@@ -246,7 +246,7 @@ def _clip(text: str) -> Text:
 
 
 def finish_lines(report: RunReport) -> Iterator[str]:
-    """Yields what the run took, and what was predicted."""
+    """Yields lines with the steps, time and memory of the run, and the predicted memory."""
     yield (
         f"Finished: {report.num_steps:,} steps, {count(report.num_tokens)} tokens in {duration(report.wall_s)} "
         f"at {count(report.tokens_per_s)} tokens/s."

@@ -9,7 +9,7 @@ from ingle.wording import plural
 #: Level of significance, after Holm's correction.
 LEVEL = 0.05
 
-#: Fewer samples cannot reach the level: if all of ``n`` agree, p is ``2 / 2^n``.
+#: With fewer samples, no difference is significant: if all ``n`` samples improve, p is ``2 / 2^n``.
 MIN_SAMPLES = 6
 
 #: Below this number of samples, intervals by resampling are too narrow.
@@ -52,7 +52,7 @@ def correction(num_metrics: int) -> str | None:
 
 
 def find_outcome(metric: Metric, delta: float, p_holm: float) -> Outcome:
-    """Returns what a difference shows."""
+    """Returns the outcome of a difference at the level of significance."""
     if p_holm >= LEVEL or delta == 0:
         return "unclear"
     return "better" if metric.is_better(delta) else "worse"
@@ -64,7 +64,7 @@ def lost_by_correction(row: MetricComparison) -> bool:
 
 
 def judge(row: MetricComparison, num_metrics: int) -> str:
-    """Returns what a metric shows, and by which p-value: ``better (p = 0.004 after correction for 3 metrics)``.
+    """Returns the outcome of a metric and its p-value: ``better (p = 0.004 after correction for 3 metrics)``.
 
     Args:
         row: The compared metric.

@@ -80,13 +80,13 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
         sink: Receives the progress, and a warning for each format that cannot store this model.
 
     Returns:
-        The report. With ``out``, ``formats.json`` holds it and ``formats.html`` shows it.
+        The report. With ``out``, it is also written as ``formats.json`` and ``formats.html``.
 
     Raises:
-        ConfigError: A format is unknown, or the folder holds other files.
+        ConfigError: A format is unknown, or the folder contains other files.
         ModelError: The model cannot be read.
         DataError: The text cannot be read.
-        EvaluationError: The model is quantized already or has fused experts, or the folder holds another comparison.
+        EvaluationError: The model is already quantized or has fused experts, or the folder contains another comparison.
     """
     _check(asked)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,8 +101,8 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
     if left_out:
         sink(
             Warned(
-                f"The file types of llama.cpp are left out, because Ingle does not know llama.cpp's names for the "
-                f"weights of a {model.config.model_type} model.",
+                f"Skipping the GGUF file types: llama.cpp's names for the weights of a "
+                f"{model.config.model_type} model are unknown.",
                 count=len(left_out),
             )
         )
@@ -147,7 +147,7 @@ def _check(asked: Survey) -> None:
 
 
 def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
-    """Returns the results that the folder holds of this subject; creates the folder if needed."""
+    """Returns the results of this subject that are in the folder; creates the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "formats.json"
     if not path.exists():
@@ -156,7 +156,9 @@ def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
         saved = TypeAdapter(_Unfinished).validate_json(path.read_bytes())
     except ValueError:
         raise EvaluationError(
-            f"{path.name} does not contain a comparison of formats.", where=str(path), fix="name another folder with --out"
+            f"{path.name} does not contain a comparison of formats.",
+            where=str(path),
+            fix="name another folder with --out",
         ) from None
     if saved.subject.fingerprint != subject.fingerprint:
         raise EvaluationError(

@@ -20,7 +20,7 @@ class TaskSample:
     """One sample of a task.
 
     Attributes:
-        example: The row it came from (the first of grouped rows), answered by the first reference.
+        example: The row of the sample (the first of grouped rows), with the first reference as its answer.
         prompt: The prompt as text; empty for plain text.
         references: Accepted answers, at least one; for plain text, the text itself.
     """

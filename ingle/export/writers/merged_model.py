@@ -100,10 +100,10 @@ class MergedModel:
         adapted: Adapted layers by parameter.
         changed: Those of them whose adapter changes the parameter.
         replaced: Trained values of the modules in ``modules_to_save``, by parameter.
-        untied: Names in ``replaced`` that no file of the base holds (an output head that was tied).
+        untied: Names in ``replaced`` that no file of the base contains (an output head that was tied).
 
     Raises:
-        ModelError: The model cannot be read or taken apart.
+        ModelError: The model cannot be read, or cannot be read weight by weight.
         AdapterError: The adapter does not fit.
     """
 

@@ -2,7 +2,7 @@
 
 This module has the kernels, and the encoders of IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Encoders of GGUF's k-quants, Q2_K to Q6_K, byte for byte as ggml's.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations

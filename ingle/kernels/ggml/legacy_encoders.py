@@ -3,7 +3,7 @@
 Without importance the scale follows from the extreme weights, and one block is read once, in the order of operations
 of ggml's reference. With importance, scales are searched for 16 blocks side by side.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCK = (ARRAY, OFFSET, ARRAY, ARRAY, OFFSET)
 
 
 def fold(values: Vector, choose: Callable[[Vector, Vector], Vector]) -> Vector:
-    """One element chosen from all by choices between neighbours, in pairs."""
+    """One element chosen from all by choices between neighbors, in pairs."""
     while values.count > 1:
         values = choose(values[::2], values[1::2])
     return values

@@ -2,7 +2,7 @@
 
 Where ggml ends a search early for one sub-block, the search continues here without effect.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ comes from sixteen sub-blocks side by side in vector registers: element ``k`` of
 Arrays of kernels: ``x`` and ``w`` hold values and weights of 16 sub-blocks side by side, ``fields`` rows of 16 float32
 about them, ``codes`` their codes as uint8.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the functions of it that are followed.
 """
 
 from __future__ import annotations

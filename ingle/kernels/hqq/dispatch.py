@@ -24,7 +24,7 @@ def decode_groups(codes_OC: Tensor, scale_ON: Tensor, zero_ON: Tensor, bits: int
 
     Args:
         codes_OC: uint8, each row a little-endian number with ``bits`` for a code.
-        scale_ON: float16, one for ``size`` neighbours in a row.
+        scale_ON: float16, one for ``size`` neighbors in a row.
         zero_ON: float16.
         bits: 8, 4, 3, 2 or 1.
         size: A multiple of 8; the last group of a row may be short.

@@ -75,15 +75,15 @@ def encode_constant(value: Any) -> tuple[Any, Any]:
 
 @inlined
 def round_grids(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales: Any, zeros: Any) -> None:
-    """Rounds 16 grids to float16: takes the best of three neighbouring scales, each with its best zero.
+    """Rounds 16 grids to float16: takes the best of three neighboring scales, each with its best zero.
 
     Args:
-        x: The weights, centred.
+        x: The weights, centered.
         w: Their weights.
         fields: The results of ``fit``.
         size: Elements of a group.
         top: The highest code.
-        trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centred weights.
+        trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centered weights.
         scales: 16 uint16, written: bits of float16.
         zeros: 16 uint16, written.
     """
@@ -92,14 +92,14 @@ def round_grids(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, sc
     bits = np.empty((2, LANES), np.uint16)
     for shift in range(-1, 2):
         for lane in range(LANES):
-            scale, centre, mean = fields[lane], fields[LANES + lane], fields[2 * LANES + lane]
+            scale, center, mean = fields[lane], fields[LANES + lane], fields[2 * LANES + lane]
             floor = FLOOR * max(abs(fields[3 * LANES + lane]), abs(fields[4 * LANES + lane]))
             if not scale > floor:
-                scale, centre = floor, top / np.float32(2)
+                scale, center = floor, top / np.float32(2)
             near: Any = np.int64(to_half(scale)) + shift
             bits[0, lane] = min(max(near, 1), LARGEST)
             scale = from_half(bits[0, lane])
-            bits[1, lane] = to_half(centre - mean / scale)
+            bits[1, lane] = to_half(center - mean / scale)
             trial[lane] = scale
             trial[LANES + lane] = from_half(bits[1, lane]) + mean / scale
         measure(x, w, trial, size, top)

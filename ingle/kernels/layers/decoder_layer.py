@@ -2,7 +2,7 @@
 
 ``h + o(attention(rotate(q(norm h)), rotate(k(norm h)), v(norm h)))`` and ``h + down(silu(gate(norm h)) * up(norm h))``.
 
-Compared with separate operators, normalised rows, rotated copies, the activation and the gradients of its inputs are
+Compared with separate operators, normalized rows, rotated copies, the activation and the gradients of its inputs are
 neither saved nor copied; the projections of one input share one product for their A matrices; the residual is added in
 place; and backward overwrites saved buffers with its results.
 
@@ -208,7 +208,7 @@ def _heads(values_ND: Tensor, heads: Heads) -> Tensor:
 def _norm_heads(
     values_ND: Tensor, norm: Norm | None, size: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
-    """The values with each head normalised, and the tensors that backward needs."""
+    """The values with each head normalized, and the tensors that backward needs."""
     if norm is None:
         return values_ND, (None, None)
     rows = values_ND.view(-1, size)

@@ -6,7 +6,7 @@ quantized base is decoded then and never stored), and W + scale * B A never exis
 
 Several projections of one input (q, k, v; gate, up) are computed together: their A matrices become one product.
 
-Inputs may be summed in groups of neighbours before A (QA-LoRA); then the sums are saved instead of x.
+Inputs may be summed in groups of neighbors before A (QA-LoRA); then the sums are saved instead of x.
 
 Legend: N tokens, I in_features, O out_features, G groups of inputs, R rank, S sum of the ranks.
 """
@@ -210,7 +210,7 @@ def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None
 
 
 def pool(x_NI: Tensor, group_size: int) -> Tensor:
-    """Sums over groups of neighbours, [N, G]; the last group may be short."""
+    """Sums over groups of neighbors, [N, G]; the last group may be short."""
     if group_size == 1:
         return x_NI
     missing = -x_NI.shape[1] % group_size

@@ -45,7 +45,7 @@ def decode_levels(codes_OC: Tensor, levels: Tensor, scales_ON: Tensor, block_siz
     Args:
         codes_OC: uint8, two codes a byte, the even column in the high nibble.
         levels: float32 ``[16]``.
-        scales_ON: float32, one for ``block_size`` neighbours in a row.
+        scales_ON: float32, one for ``block_size`` neighbors in a row.
         block_size: A multiple of 16; the last block of a row may be short.
         out_OI: Contiguous, written.
 
@@ -70,7 +70,7 @@ def decode_nested_levels(
     Args:
         codes_OC: uint8, two codes a byte, the even column in the high nibble.
         levels: float32 ``[16]``.
-        scale_codes_ON: uint8, one for ``block_size`` neighbours in a row.
+        scale_codes_ON: uint8, one for ``block_size`` neighbors in a row.
         scale_levels: float32 ``[256]``.
         nested_M: float32, one for 256 consecutive scales of the flattened matrix.
         offset: float32, one element.
@@ -102,7 +102,7 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_siz
 
     Args:
         weight_OI: Floating, with any strides.
-        midpoints: float32 ``[15]``, between neighbouring levels, ascending.
+        midpoints: float32 ``[15]``, between neighboring levels, ascending.
         order: uint8 ``[16]``, the code of each level, ascending.
         block_size: Weights that share an absmax.
 

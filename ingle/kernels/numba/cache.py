@@ -110,7 +110,7 @@ class _SelfContainedCode(JITCodeLibrary):  # type: ignore[misc]
     """Machine code of a kernel that calls no function that numba compiled outside of it.
 
     A function that a kernel calls, above all the body of its loop, exists twice in the process that compiles it:
-    optimised by itself, and copied into the kernel and optimised again, where sums may come out in another order. The
+    optimized by itself, and copied into the kernel and optimized again, where sums may come out in another order. The
     copy goes to disk, but calls by name would reach the first one, and a resumed run would end with other bits than
     one that was not stopped. Internal linkage binds calls to the copy.
     """

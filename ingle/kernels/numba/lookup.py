@@ -6,7 +6,7 @@ The 16 products ``level * scale`` of a block are rounded once to the output type
 - others with a 16-byte shuffle (SSSE3's ``pshufb``, NEON's ``tbl``) shuffle the bytes of products, 16 at a time;
 - the rest use ``look_up_portable``.
 
-All give the same results. LLVM's own vectoriser finds none of these: it compiles a look-up into single loads, ten times
+All give the same results. LLVM's own vectorizer finds none of these: it compiles a look-up into single loads, ten times
 slower.
 """
 

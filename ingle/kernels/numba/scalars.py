@@ -1,7 +1,7 @@
-"""Scalar functions for numba kernels: bit patterns of floats, an exponential that vectorises, and shares of a loop.
+"""Scalar functions for numba kernels: bit patterns of floats, an exponential that vectorizes, and shares of a loop.
 
 Numba knows neither bfloat16 nor float16. Kernels see such tensors as uint16, widen them, compute in float32 and round.
-All functions are inlined into the kernels that call them; LLVM vectorises the loops around them.
+All functions are inlined into the kernels that call them; LLVM vectorizes the loops around them.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _store(values, index, value):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=FAST)
 def largest(values):  # type: ignore[no-untyped-def]
-    """The maximum of an array; compares integers, because compilers do not vectorise the maximum of floats."""
+    """The maximum of an array; compares integers, because compilers do not vectorize the maximum of floats."""
     top = np.int32(-(2**31))
     for j in range(len(values)):
         top = max(top, _to_order(load(values, j)))

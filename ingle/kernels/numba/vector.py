@@ -1,6 +1,6 @@
 """Vectors inside numba kernels: arithmetic on them emits LLVM code, so a kernel reads like the formula it computes.
 
-LLVM vectorises neither bit fields that lie across a block nor searches whose sums must keep their order. Written with
+LLVM vectorizes neither bit fields that lie across a block nor searches whose sums must keep their order. Written with
 these vectors, the former process a full block at once and the latter sixteen blocks side by side. Nothing depends on
 the processor: LLVM splits vectors into what it has. Nothing is reordered or fused, so results are equal everywhere.
 """
