@@ -1,7 +1,7 @@
 """Attaches an adapter to a model and reports exactly what that changed.
 
-A linear layer that silently stays as it was is the most common reason why a fine-tuning learns nothing.  So this module
-alone decides what is frozen, adapted, trained in full or left out, and lists all of it.
+A linear layer that silently gets no adapter is the most common reason why fine-tuning learns nothing.  So this module
+alone decides what is frozen, adapted, trained in full or left out, and reports all of it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
         adapter: What to train.
 
     Raises:
-        AdapterError: A pattern matches nothing, a quantized weight would have to be trained, or a format cannot take
-            a QA-LoRA change.
+        AdapterError: A pattern matches nothing, a quantized weight would have to be trained, or a QA-LoRA change
+            cannot be folded into a format.
     """
     selection = select(model, adapter)
     if isinstance(adapter, NoAdapter):
@@ -89,7 +89,7 @@ def initialize(model: nn.Module, adapter: AdapterConfig, selection: Selection, *
 
 
 def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
-    """Returns the groups of each layer's format, which take a constant change exactly."""
+    """Returns the group size of each layer's format; a change that is constant within a group folds into it."""
     sizes: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name in names:
@@ -104,7 +104,7 @@ def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
         shown = [f"{name} is stored as {format}" for name, format in list(refused.items())[:3]]
         more = f"\nand {len(refused) - 3} more" if len(refused) > 3 else ""
         raise AdapterError(
-            f"QA-LoRA cannot be folded into {', '.join(sorted(set(refused.values())))}: no free offset for each group.",
+            f"QA-LoRA needs a format with an offset per group, unlike {', '.join(sorted(set(refused.values())))}.",
             where="adapter.kind = qa_lora",
             why="\n".join(shown) + more,
             fix=f"use {' or '.join(folding_formats())}, name other target_modules, or --adapter.kind=lora",

@@ -1,7 +1,7 @@
 """Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
 Two kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
-``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp first joins the pair whose
+``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp always joins the pair whose
 token has the best score, so merges in the order of scores are equivalent.
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
@@ -47,7 +47,7 @@ class Vocabulary:
 
     Attributes:
         tokenizer: The content of a ``tokenizer.json``.
-        special: Those of ``bos_token``, ``eos_token``, ``unk_token`` and ``pad_token`` that the file defines.
+        special: The special tokens that the file defines: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
         chat_template: Jinja template, or None.
         end_token_ids: Tokens that end an answer, the end-of-text token first.
     """
@@ -148,8 +148,7 @@ def to_metadata(
         chat_template: Jinja template, or None.
 
     Raises:
-        GgufError: llama.cpp has no such tokenizer, or the file format has too few keys for the tokens that end an
-            answer.
+        GgufError: llama.cpp does not support the tokenizer, or more tokens end an answer than GGUF can define.
     """
     model = tokenizer["model"]
     if model.get("type") != "BPE":

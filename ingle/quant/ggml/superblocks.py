@@ -14,8 +14,8 @@ TQ2_0  qs[64], d                                                                
 
 Weights that share a byte are 32 apart: byte ``l`` of 32 holds weights ``l``, ``l + 32``, ... starting at its low bits.
 A byte of TQ1_0 is a fraction of 256 whose base-3 digits are five trits (four in ``qh``). The scale of a ternary format
-is the absmax of the block; encoding takes the nearest of the three values, which is exact for ternary weights and loses
-most of any others.
+is the absmax of the block; encoding takes the nearest of the three values. This is exact for ternary weights, but loses
+most of the information in other weights.
 
 Source: ggml's ``ggml-common.h``.
 """

@@ -195,7 +195,7 @@ class _Echo:
         ("texts", "texts are tokenized differently"),
         ("ends", "do not end at"),
         ("logits", "KL divergence"),
-        ("answers", "no tie"),
+        ("answers", "not tied"),
     ],
 )
 def test_every_fault_is_found(llama_folder: Path, fault: str | None, reason: str | None) -> None:
