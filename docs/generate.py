@@ -56,7 +56,7 @@ def pages() -> dict[str, str]:
 
 
 def layers_page() -> str:
-    """The packages and what may import what."""
+    """Returns the packages and what may import what."""
     lines = _head(
         "Layers",
         "Imports go down only, and packages of one layer do not import one another. Import-linter checks it in "
@@ -175,7 +175,7 @@ def formats_page() -> str:
 
 
 def metrics_page() -> str:
-    """Every metric of a task."""
+    """Returns every metric of a task."""
     from ingle.evaluation.scorers import make_scorer
 
     lines = _head(
@@ -196,7 +196,7 @@ def metrics_page() -> str:
 
 
 def _procedures() -> list[str]:
-    """The table of tests and intervals, from a docstring."""
+    """Returns the table of tests and intervals, from a docstring."""
     from ingle.evaluation.statistics import procedures
 
     text = inspect.cleandoc(procedures.__doc__ or "")
@@ -205,7 +205,7 @@ def _procedures() -> list[str]:
 
 
 def events_page() -> str:
-    """Every event that a run sends to its sinks."""
+    """Returns every event that a run sends to its sinks."""
     lines = _head(
         "Events",
         "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "

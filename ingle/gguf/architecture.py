@@ -178,13 +178,13 @@ def _mismatch(file: GgufFile, expected: str, found: str) -> GgufError:
 
 
 def _context(config: Mapping[str, Any]) -> int:
-    """The longest text that llama.cpp computes as transformers does; it does not support Mistral's sliding window."""
+    """Returns the longest text that llama.cpp computes as transformers does: it ignores Mistral's sliding window."""
     longest = int(config["max_position_embeddings"])
     return min(longest, config.get("sliding_window") or longest) if config["model_type"] == "mistral" else longest
 
 
 def _gemma_metadata(architecture: str, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The sliding windows and soft caps of Gemma 2 and 3."""
+    """Returns the sliding windows and soft caps of Gemma 2 and 3."""
     if architecture not in _FULL_EVERY:
         if config.get("use_sliding_window"):
             raise GgufError("llama.cpp does not support sliding windows for this architecture.", where="sliding_window")
@@ -216,7 +216,7 @@ def _layer_types(architecture: str, num_layers: int) -> list[str]:
 
 
 def _query_scalar(architecture: str, num_layers: int, hidden_per_head: int, head_dim: int) -> int:
-    """The square of the divisor of attention scores, which llama.cpp derives from the number of layers."""
+    """Returns the square of the divisor of attention scores, which llama.cpp derives from the number of layers."""
     return hidden_per_head if num_layers == _LARGEST[architecture] else head_dim
 
 

@@ -134,7 +134,7 @@ class Mix:
         return chosen
 
     def _gets_more(self, layer: int) -> bool:
-        """Whether a layer is in the first eighth, in the last eighth, or every third in between."""
+        """Returns whether a layer is in the first eighth, in the last eighth, or every third in between."""
         eighth = self.num_layers // 8
         return layer < eighth or layer >= 7 * self.num_layers // 8 or (layer - eighth) % 3 == 2
 

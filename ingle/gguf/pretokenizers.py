@@ -138,7 +138,7 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a part of a ``tokenizer.json``, which can be a single step or a sequence."""
+    """Returns the steps of a part of a ``tokenizer.json``, which can be a single step or a sequence."""
     if part is None:
         return []
     if part["type"] != "Sequence":

@@ -212,7 +212,7 @@ def _added_tokens(vocab: Mapping[str, int], types: Sequence[int]) -> list[dict[s
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    """A list of strings; empty if the key is missing."""
+    """Returns a list of strings; empty if the key is missing."""
     values = metadata.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise bad_value(key, "is not a list of strings")
@@ -287,7 +287,7 @@ def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: S
 
 
 def _end_metadata(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Metadata of the tokens that end an answer, except those that llama.cpp knows by their text."""
+    """Returns metadata of the tokens that end an answer, except those that llama.cpp knows by their text."""
     if not end_token_ids:
         return {}
     first, *others = end_token_ids
@@ -304,7 +304,7 @@ def _end_metadata(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[s
 
 
 def _adds_bos(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
-    """Whether the post-processor adds the BOS token before every text."""
+    """Returns whether the post-processor adds the BOS token before every text."""
     processor = tokenizer.get("post_processor") or {}
     parts = processor.get("processors", [processor])
     singles = [part["single"] for part in parts if part.get("type") == "TemplateProcessing"]

@@ -107,7 +107,7 @@ def make_quant_linear(linear: nn.Module, format: Format) -> QuantLinear:
 def _replace(
     module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, is_trained: bool
 ) -> nn.Module | None:
-    """The replacement of a module, or None if it stays."""
+    """Returns the replacement of a module, or None if it stays."""
     if is_trained and (is_fused_experts(module) or is_conv1d(module)):
         raise QuantizationError(
             f"{name} ({type(module).__name__}) cannot be trained with ternary weights.",
@@ -145,7 +145,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def _is_supported_embedding(module: nn.Module) -> bool:
-    """Whether this is a plain embedding, or Gemma's, which multiplies its rows by a buffer ``embed_scale``."""
+    """Returns whether this is a plain embedding, or Gemma's, which multiplies its rows by a buffer ``embed_scale``."""
     scaled = type(module).__name__.endswith("ScaledWordEmbedding") and set(module._buffers) == {"embed_scale"}
     return type(module) is nn.Embedding or scaled
 

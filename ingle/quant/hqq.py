@@ -128,7 +128,7 @@ class Hqq(FoldingFormat):
         return {**planes, "zero": as_bytes(new_zero_ON)}
 
     def _encode_proximal(self, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and zero of the published solver, computed in chunks of rows."""
+        """Returns codes, scale and zero of the published solver, computed in chunks of rows."""
         rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
         parts = [self._encode_proximal_rows(chunk.float()) for chunk in weight_OI.split(rows)]
         codes, scale_ON, zero_ON = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -224,6 +224,6 @@ def bytes_to_codes(data_OC: Tensor, bits: int, num_columns: int) -> Tensor:
 
 
 def _join_bits(flags: Tensor) -> Tensor:
-    """Numbers whose bits are the last dimension, at most eight, the lowest first."""
+    """Returns numbers whose bits are the last dimension, at most eight, the lowest first."""
     places = torch.arange(flags.shape[-1], dtype=torch.uint8, device=flags.device)
     return torch.sum(flags << places, dim=-1, dtype=torch.uint8)

@@ -110,7 +110,7 @@ def audit(model: nn.Module) -> Audit:
 
 
 def _own_tensors(module: nn.Module, seen: set[int]) -> dict[str, Tensor]:
-    """The module's direct parameters and buffers that no earlier module owns."""
+    """Returns the module's direct parameters and buffers that no earlier module owns."""
     own = {}
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if id(tensor) not in seen:

@@ -87,7 +87,7 @@ class Ternary(Format):
         return codes, scale_SN
 
     def _scale(self, sum_ON: Tensor, least_ON: Tensor, most_ON: Tensor, num_columns: int) -> Tensor:
-        """Float16 scales ``[S, N]`` from the statistics of each group (see :func:`_measure`)."""
+        """Returns float16 scales ``[S, N]`` from the statistics of each group (see :func:`_measure`)."""
         width = self.width(num_columns)
         starts = torch.arange(0, num_columns, width, device=sum_ON.device)
         count = (num_columns - starts).clamp(max=width)
@@ -126,14 +126,14 @@ def _expand_groups(values_ON: Tensor, width: int, num_columns: int) -> Tensor:
 
 
 def _measure(weight_OI: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum (float64), smallest nonzero value (or infinity) and maximum of the absolute weights of each group."""
+    """Returns sum (float64), smallest nonzero value (or infinity) and maximum of the absolute weights of each group."""
     absolute_ONW = functional.pad(weight_OI.float().abs(), (0, -weight_OI.shape[1] % width)).unflatten(1, (-1, width))
     least_ON = torch.where(absolute_ONW > 0, absolute_ONW, torch.inf).amin(-1)
     return absolute_ONW.double().sum(-1), least_ON, absolute_ONW.amax(-1)
 
 
 def _encode_rows(weight_OI: Tensor, threshold_ON: Tensor, width: int) -> Tensor:
-    """Codes of weights below, within and above plus or minus a threshold, as bytes."""
+    """Returns codes of weights below, within and above plus or minus a threshold, as bytes."""
     threshold_OI = _expand_groups(threshold_ON, width, weight_OI.shape[1])
     weight_OI = weight_OI.float()
     above, below = (weight_OI > threshold_OI).to(torch.uint8), (weight_OI < -threshold_OI).to(torch.uint8)

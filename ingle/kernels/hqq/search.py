@@ -1,9 +1,9 @@
 """Search for HQQ's scale and zero, for sixteen groups of weights side by side in vector registers.
 
-HQQ optimizes the zero only. Here both are free: for fixed codes ``q`` the best grid ``s * q + m`` is a weighted linear
-regression of the weights on their codes, and the variance it explains has a closed form, so one pass over a group tries
-one assignment of codes. The passes start from grids that leave out a share of the range at either end, or reach beyond
-it by one, in all combinations, and then refine the best.
+The published solver optimizes only the zero. Here both are free: for fixed codes ``q``, the best grid ``s * q + m`` is
+a weighted linear regression of the weights on their codes. The variance that it explains has a closed form, so one pass
+over a group evaluates one assignment of codes. The first passes start from grids that exclude a share of the range at
+either end or extend it, in all combinations; further passes refine the best.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def each(x: Array, count: Any, body: Callable[[Any], None]) -> None:
 
 
 def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any, step: Any, starts: Any) -> None:
-    """Finds the grid of least weighted square error, before anything is rounded.
+    """Finds the grid with the smallest weighted square error, before anything is rounded.
 
     Centers ``x`` on its weighted mean. The rows of ``fields`` become: 0 the scale, 1 the mean of the codes, 2 the mean
-    of the weights, 3 the lowest and 4 the highest weight that counts.
+    of the weights, 3 the lowest and 4 the highest weight whose error has a weight above zero.
     """
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
@@ -114,7 +114,7 @@ def emit_codes(x: Array, codes: Array, fields: Array, count: Any, top: Any) -> N
 
 
 def nearest(v: Vector, inverse: Vector, offset: Vector, top: Any) -> Vector:
-    """Codes of weights on a grid, as floats."""
+    """Returns codes of weights on a grid, as floats."""
     return (v * inverse + offset).at_least(0.0).at_most(splat(v.builder, top, LANES)).round()
 
 

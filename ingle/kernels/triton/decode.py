@@ -146,7 +146,7 @@ def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size:
 def _plan(
     codes: Tensor, scales: Tensor, block_size: int, out: Tensor
 ) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
-    """Grid, sizes and tile of a launch."""
+    """Returns grid, sizes and tile of a launch."""
     num_blocks = scales.shape[1]
     half = block_size // 2
     blocks = max(1, min(TILE // half, triton.next_power_of_2(num_blocks)))

@@ -123,7 +123,7 @@ class IQ1_M(Codebook):
 
 
 def _multiply(scale: Tensor, rows: Tensor, signs: Tensor) -> Tensor:
-    """Flat ``(scale * row) * sign``: scale ``[..., part, 1]``, rows and signs ``[..., part, number, row]``."""
+    """Returns flat ``(scale * row) * sign``: scale ``[..., part, 1]``, rows and signs ``[..., part, number, row]``."""
     return (scale.unsqueeze(-1) * rows * signs).flatten(-3)
 
 
@@ -133,12 +133,12 @@ def _words(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _nibble_pairs(data: Tensor) -> Tensor:
-    """The low nibble and the high nibble of every byte in turn."""
+    """Returns the low nibble and the high nibble of every byte in turn."""
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).int()
 
 
 def _fields(words: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
-    """The fields of every word in turn."""
+    """Returns the fields of every word in turn."""
     return (words.unsqueeze(-1) >> torch.tensor(shifts, device=words.device) & mask).flatten(-2)
 
 
@@ -150,10 +150,10 @@ def _add_parity(signs: Tensor) -> Tensor:
 
 
 def _signs(bits: Tensor) -> Tensor:
-    """The eight factors 1 or -1 of every byte, ``[..., 8]``."""
+    """Returns the eight factors 1 or -1 of every byte, ``[..., 8]``."""
     return 1 - 2 * (bits.unsqueeze(-1) >> torch.arange(8, device=bits.device) & 1).float()
 
 
 def _seven_signs(words: Tensor) -> Tensor:
-    """The factors of four times seven sign bits in a word ``[..., 1]``, as ``[..., 4, 8]``."""
+    """Returns the factors of four times seven sign bits in a word ``[..., 1]``, as ``[..., 4, 8]``."""
     return _signs(_add_parity(_fields(words, (0, 7, 14, 21), 127)))
