@@ -2,10 +2,10 @@
 
     taskset -c 0,1 python -m benchmarks.decode --threads 2
 
-All measured functions alternate in rounds, so that a busy machine slows them alike; the output has medians over the
-rounds, with the best in brackets. The lower bound of a decode's time is a plain copy to the same memory, measured in
-the same rounds. The last table alternates a decode with the product that needs it, as a layer does, to show the cost of
-sharing processors with torch's own threads.
+All measured functions alternate in rounds, so that a busy machine slows all of them. The output has medians over the
+rounds, with the best in brackets. The lower bound for decoding is the time of a plain copy to the same memory, measured
+in the same rounds. In the last table, a decode alternates with the product that uses its result, as in a layer; this
+shows the cost of sharing processors with torch's own threads.
 """
 
 from __future__ import annotations

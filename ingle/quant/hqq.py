@@ -113,6 +113,9 @@ class Hqq(FoldingFormat):
         Scales are never zero (an all-zero group has scale 1).
 
         For QA-LoRA the delta is ``s * B A / group_size`` if inputs are averaged and ``s * B A`` if they are summed.
+
+        Raises:
+            QuantizationError: The delta has the wrong shape, or a new zero exceeds the range of float16.
         """
         scale_ON, zero_ON = as_float16(planes["scale"]), as_float16(planes["zero"])
         if delta_OG.shape != zero_ON.shape:

@@ -62,7 +62,7 @@ class Metric:
         """Returns whether a change that is not 0 is an improvement."""
         return (change > 0) == self.higher_is_better
 
-    def write(self, value: float | None, *, signed: bool = False) -> str:
+    def format(self, value: float | None, *, signed: bool = False) -> str:
         """Returns a score, or with ``signed`` a difference: ``61.0``, ``41.2 %``, ``−50.0 points``, ``–`` for None."""
         if value is None or math.isnan(value):
             return "–"
@@ -75,14 +75,14 @@ class Metric:
             text = text.lstrip("+-")
         return text.replace("-", "−") + self._unit(signed)
 
-    def write_interval(self, bounds: Sequence[float | None], *, signed: bool = False) -> str:
+    def format_interval(self, bounds: Sequence[float | None], *, signed: bool = False) -> str:
         """Returns an interval without the unit: ``[+45.9, +51.4]``."""
         unit = self._unit(signed)
-        return f"[{', '.join(self.write(bound, signed=signed).removesuffix(unit) for bound in bounds)}]"
+        return f"[{', '.join(self.format(bound, signed=signed).removesuffix(unit) for bound in bounds)}]"
 
-    def write_sample(self, value: float | None) -> str:
+    def format_sample(self, value: float | None) -> str:
         """Returns the score of one sample; ``right`` or ``wrong`` for a rate."""
-        return ("right" if value else "wrong") if self.kind == "rate" else self.write(value)
+        return ("right" if value else "wrong") if self.kind == "rate" else self.format(value)
 
     def _unit(self, signed: bool) -> str:
         return (" points" if signed else " %") if self.percent else ""

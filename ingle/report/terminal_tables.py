@@ -142,15 +142,15 @@ def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[s
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
         metric, (sign, style) = find_metric(name), _SIGNS[row.outcome]
-        interval = metric.write_interval(row.ci95, signed=True)
-        difference = metric.write(row.delta, signed=True)
+        interval = metric.format_interval(row.ci95, signed=True)
+        difference = metric.format(row.delta, signed=True)
         if "interval below" in columns:
             difference += f"\n{interval}"
         optional = zip(_OPTIONAL, (interval, *map(p_value, (row.p, row.p_holm, row.p_exact))), strict=True)
         table.add_row(
             _metric_name(metric),
-            metric.write(row.base),
-            metric.write(row.tuned),
+            metric.format(row.base),
+            metric.format(row.tuned),
             Text(difference, style=style),
             Text(sign, style=style),
             *(Text(text) for column, text in optional if column in columns),
@@ -160,8 +160,10 @@ def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[s
 
 
 def _comparison_line(metric: Metric, row: MetricComparison) -> str:
-    difference = f"{metric.write(row.delta, signed=True)} {_SIGNS[row.outcome][0]}".rstrip()
-    return f"{_metric_name(metric)}: {metric.write(row.base)} → {metric.write(row.tuned)}, {difference}, n = {row.n:,}"
+    difference = f"{metric.format(row.delta, signed=True)} {_SIGNS[row.outcome][0]}".rstrip()
+    return (
+        f"{_metric_name(metric)}: {metric.format(row.base)} → {metric.format(row.tuned)}, {difference}, n = {row.n:,}"
+    )
 
 
 def _legend(rows: Mapping[str, MetricComparison | MetricSummary]) -> str:
@@ -207,7 +209,7 @@ def summary_table(summary: Summary) -> RenderableType:
     lines = []
     for name, row in summary.metrics.items():
         metric = find_metric(name)
-        cells = [_metric_name(metric), metric.write(row.value), metric.write_interval(row.ci95)]
+        cells = [_metric_name(metric), metric.format(row.value), metric.format_interval(row.ci95)]
         table.add_row(*map(Text, cells), f"{row.n:,}")
         lines.append("{}: {} {}, n = {:,}".format(*cells, row.n))
     shown, legend = _Fitting([table], "\n".join(lines)), _legend(summary.metrics)

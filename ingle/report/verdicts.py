@@ -86,8 +86,8 @@ def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
         num_metrics: Metrics of the task, for which p-values are corrected.
     """
     metric = find_metric(name)
-    difference = f"{metric.write(row.delta, signed=True)} {metric.write_interval(row.ci95, signed=True)}"
-    scores = f"{metric.title} {metric.write(row.base)} → {metric.write(row.tuned)}, {difference}"
+    difference = f"{metric.format(row.delta, signed=True)} {metric.format_interval(row.ci95, signed=True)}"
+    scores = f"{metric.title} {metric.format(row.base)} → {metric.format(row.tuned)}, {difference}"
     sentence = f"{scores}, {p_relation(row.p, floor=row.p_floor)}, n = {row.n:,}: {judge(row, num_metrics)}."
     if row.outcome != "unclear":
         return sentence
@@ -96,7 +96,7 @@ def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
     if not row.mde80:
         return sentence
     return (
-        f"{sentence} With this number of samples, a difference smaller than {metric.write(row.mde80)} would likely be "
+        f"{sentence} With this number of samples, a difference smaller than {metric.format(row.mde80)} would likely be "
         "missed."
     )
 

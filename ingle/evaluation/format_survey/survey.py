@@ -41,14 +41,14 @@ _NUM_END_VALUES = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What to compare.
+class SurveyRequest:
+    """The model, text and formats to compare.
 
     Attributes:
-        model: A folder or hub id.
-        data: The text.
+        model: Config of the model; ``id`` is a folder or hub id.
+        data: Text to measure on: a file, glob or hub dataset.
         names: Names of formats; all if empty.
-        num_tokens: How many tokens of the text are scored.
+        num_tokens: Number of tokens of the text that are scored.
         limit: Largest divergence of the recommended format, in nats per token.
         imatrix: An importance matrix to quantize with.
         out: Folder for ``formats.json`` and ``formats.html``; None writes nothing.
@@ -72,11 +72,11 @@ class _Unfinished:
     status: str = "unfinished"
 
 
-def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
+def survey(request: SurveyRequest, sink: Sink = lambda event: None) -> FormatReport:
     """Compares formats on a model and a text.
 
     Args:
-        asked: What to compare.
+        request: Model, text and formats.
         sink: Receives the progress, and a warning for each format that cannot store this model.
 
     Returns:
@@ -88,15 +88,15 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
         DataError: The text cannot be read.
         EvaluationError: The model is already quantized or has fused experts, or the folder contains another comparison.
     """
-    _check(asked)
+    _check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = models.load_tokenizer(asked.model)
-    model = models.load_model(asked.model, device=device, sink=sink)
-    _require_unquantized(model, asked.model.id)
-    windows = read_windows(asked.data, model, tokenizer, asked.num_tokens)
-    importance = None if asked.imatrix is None else models.load_importance(model, asked.imatrix, sink)
+    tokenizer = models.load_tokenizer(request.model)
+    model = models.load_model(request.model, device=device, sink=sink)
+    _require_unquantized(model, request.model.id)
+    windows = read_windows(request.data, model, tokenizer, request.num_tokens)
+    importance = None if request.imatrix is None else models.load_importance(model, request.imatrix, sink)
     maps = [f"{name}.weight" for name in linear_maps(model)]
-    names = asked.names or target_names()
+    names = request.names or target_names()
     candidates, left_out = list_candidates(model, maps, names, has_imatrix=importance is not None)
     if left_out:
         sink(
@@ -106,36 +106,36 @@ def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
                 count=len(left_out),
             )
         )
-    imatrix = None if asked.imatrix is None else str(asked.imatrix)
+    imatrix = None if request.imatrix is None else str(request.imatrix)
     dtype = str(model.dtype).removeprefix("torch.")
-    subject = Subject(asked.model.id, asked.data, imatrix, dtype, _fingerprint(model, windows, importance))
-    results = {} if asked.out is None else _read_results(asked.out, subject)
+    subject = Subject(request.model.id, request.data, imatrix, dtype, _fingerprint(model, windows, importance))
+    results = {} if request.out is None else _read_results(request.out, subject)
 
     def keep(result: FormatResult) -> None:
         results[result.name] = result
-        if asked.out is not None:
+        if request.out is not None:
             content = asdict(_Unfinished(subject, list(results.values())))
-            write_atomically(asked.out / "formats.json", json.dumps(content).encode())
+            write_atomically(request.out / "formats.json", json.dumps(content).encode())
 
     missing = [each for each in (unquantized(model), *candidates) if each.name not in results]
     skipped = _measure(model, windows, missing, importance, keep, sink)
     found = [results[candidate.name] for candidate in candidates if candidate.name in results]
-    report = _make_report(subject, windows, results["none"], found, skipped, asked.limit)
+    report = _make_report(subject, windows, results["none"], found, skipped, request.limit)
     for message in report.warnings:
         sink(Warned(message))
-    if asked.out is not None:
-        write_atomically(asked.out / "formats.html", render_format_page(report).encode())
+    if request.out is not None:
+        write_atomically(request.out / "formats.html", render_format_page(report).encode())
         content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_atomically(asked.out / "formats.json", content.encode())
+        write_atomically(request.out / "formats.json", content.encode())
     return report
 
 
-def _check(asked: Survey) -> None:
+def _check(request: SurveyRequest) -> None:
     """Checks what can be checked before anything is loaded."""
-    for name in asked.names:
+    for name in request.names:
         find_target(name, "--formats")
-    check_name(asked.model.id)
-    out = asked.out
+    check_name(request.model.id)
+    out = request.out
     if out is None or not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "formats.json").is_file()):

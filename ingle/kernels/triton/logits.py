@@ -1,6 +1,6 @@
 """Log-probabilities of targets from logits on a CUDA device, and their gradient in place of the logits.
 
-One program reads one row, block by block; sums are float32. The speed on a GPU has not been measured.
+Each program processes one row, block by block; sums are float32. The speed on a GPU has not been measured.
 """
 
 from __future__ import annotations

@@ -67,6 +67,9 @@ class Offset(GgmlBlocks, FoldingFormat):
         """Adds ``delta_ON[o, n]`` to every weight of block ``n`` of row ``o``.
 
         The sum ``m + delta`` is computed in float32 and rounded once to float16; nothing else changes.
+
+        Raises:
+            QuantizationError: A sum exceeds the range of float16.
         """
         blocks_ONB = self._blocks(planes).detach().clone()
         offset_ON = (half(blocks_ONB, 2).squeeze(-1) + delta_ON.to(blocks_ONB.device)).half()
