@@ -262,7 +262,7 @@ _Loss = tuple[str, Tensor, Tensor, str, int]
 
 
 def _compare_gguf(export: GgufExport, path: Path) -> Iterable[_Loss]:
-    """Reads every tensor of a GGUF file back."""
+    """Reads every tensor of the written GGUF file and yields it with its original."""
     tensors, names = read_gguf(path).tensors, export.names
     for planned in export.planned:
         assert planned.entry is not None
@@ -274,7 +274,7 @@ def _compare_gguf(export: GgufExport, path: Path) -> Iterable[_Loss]:
 
 
 def _compare_folder(original: MergedModel, folder: Path, target: Target) -> Iterable[_Loss]:
-    """Reads every parameter of a folder back."""
+    """Reads every parameter of the written folder and yields it with its original."""
     assert target.base is not None
     written = MergedModel(Source(ModelConfig(id=str(folder), dtype="bfloat16"), target.base))
     entries = {entry.name: entry for entry in written.stream.entries}

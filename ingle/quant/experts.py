@@ -123,7 +123,7 @@ class QuantExperts(nn.Module):
         return total.to(hidden_states.dtype)
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:
-        """``[S, H]`` through one expert, without the router's weight."""
+        """Returns the output of one expert for ``[S, H]``, without the router's weight."""
         inner = self._project("gate_up_proj" if self.has_gate else "up_proj", x, expert)
         original: Any = self.__dict__["original"]
         inner = original._apply_gate(inner) if self.has_gate else original.act_fn(inner)

@@ -131,7 +131,7 @@ def survey(request: SurveyRequest, sink: Sink = lambda event: None) -> FormatRep
 
 
 def _check(request: SurveyRequest) -> None:
-    """Checks what can be checked before anything is loaded."""
+    """Checks the names and the output folder before anything is loaded."""
     for name in request.names:
         find_target(name, "--formats")
     check_name(request.model.id)

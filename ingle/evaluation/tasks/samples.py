@@ -134,7 +134,7 @@ def _group(samples: list[TaskSample]) -> list[TaskSample]:
 
 
 def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list[TaskSample]:
-    """Draws ``num_samples`` of them by the seed and keeps their order."""
+    """Draws ``num_samples`` samples by the seed and keeps their order."""
     if task.num_samples is None or task.num_samples == len(samples):
         return samples
     if task.num_samples > len(samples):

@@ -166,7 +166,7 @@ def _view_stripes(stripes: Tensor, format: Hqq, num_groups: int, name: str) -> T
 
 
 def _to_float16(values: Tensor, num_groups: int, name: str) -> Tensor:
-    """Returns scales or zeros as float16, which must not change them."""
+    """Returns scales or zeros as float16; an error if that would change them."""
     halves = values.half()
     if values.numel() != num_groups or not values.is_floating_point():
         why = f"expected {num_groups} floats, got {list(values.shape)} {values.dtype}"
