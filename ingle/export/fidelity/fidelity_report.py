@@ -23,8 +23,8 @@ DOUBTFUL_SHARE = 0.5
 
 _LEGEND = (
     "`delta / step` is the size of the trained change in quantization steps, `codes` is the share of integer codes "
-    "that changed, `correlation` is how much of the direction of the change survived, and `gain` is how much of its length. "
-    "The weights that lost most come first."
+    "that changed, `correlation` is how much of the direction of the change survived, and `gain` is how much of its "
+    "length. The weights that lost most come first."
 )
 
 
