@@ -104,7 +104,7 @@ def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
         shown = [f"{name} is stored as {format}" for name, format in list(refused.items())[:3]]
         more = f"\nand {len(refused) - 3} more" if len(refused) > 3 else ""
         raise AdapterError(
-            f"QA-LoRA needs a format with an offset per group, unlike {', '.join(sorted(set(refused.values())))}.",
+            f"QA-LoRA needs formats with a free offset per group, unlike {', '.join(sorted(set(refused.values())))}.",
             where="adapter.kind = qa_lora",
             why="\n".join(shown) + more,
             fix=f"use {' or '.join(folding_formats())}, name other target_modules, or --adapter.kind=lora",
