@@ -197,7 +197,7 @@ def _to_tensor(value: bool | int | str) -> Tensor:
 def _require_full_groups(format: Hqq, out_features: int, in_features: int, name: str) -> None:
     if in_features % format.group_size:
         raise QuantizationError(
-            f"The rows of {name} are not a multiple of group_size, so it cannot be converted from or to the hqq package.",
+            f"Rows of {name} are not a multiple of group_size, so it cannot be converted from or to the hqq package.",
             where=name,
             why=f"in hqq groups cross rows, in Ingle they do not; in_features = {in_features}, "
             f"group_size = {format.group_size}, weight [{out_features}, {in_features}]",
