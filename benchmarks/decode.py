@@ -2,10 +2,10 @@
 
     taskset -c 0,1 python -m benchmarks.decode --threads 2
 
-All measured functions alternate in rounds, so that a busy machine slows them alike; the output has medians over the
-rounds, with the best in brackets. The lower bound of a decode's time is a plain copy to the same memory, measured in
-the same rounds. The last table alternates a decode with the product that needs it, as a layer does, to show the cost of
-sharing processors with torch's own threads.
+All measured functions alternate in rounds, so that a busy machine slows all of them. The output has medians over the
+rounds, with the best in brackets. The lower bound for decoding is the time of a plain copy to the same memory, measured
+in the same rounds. In the last table, a decode alternates with the product that uses its result, as in a layer; this
+shows the cost of sharing processors with torch's own threads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_peer() -> Any:
-    """The functions of bitsandbytes, or None if it is not installed."""
+    """Returns the functions of bitsandbytes, or None if it is not installed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,23 +54,23 @@ def load_peer() -> Any:
 
 
 def rate(work: float, seconds: list[float]) -> dict[str, float]:
-    """Work per second in billions: median and best."""
+    """Returns work per second in billions: median and best."""
     return {"median": work / statistics.median(seconds) / 1e9, "best": work / min(seconds) / 1e9}
 
 
 def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """How many times faster Ingle is than the peer: median and best."""
+    """Returns how many times faster Ingle is than the peer: median and best."""
     ours, theirs = seconds["ours"], seconds["peer"]
     return {"median": statistics.median(theirs) / statistics.median(ours), "best": min(theirs) / min(ours)}
 
 
 def is_read_only(format: Format) -> bool:
-    """Whether a format has no encoder."""
+    """Returns whether a format has no encoder."""
     return isinstance(format, GgmlBlocks) and format.base.read_only is not None
 
 
 def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:
-    """An encoded weight; random bytes if the format has no encoder."""
+    """Returns an encoded weight; random bytes if the format has no encoder."""
     if not is_read_only(format):
         return format.encode(weight)
     out_features, in_features = weight.shape
@@ -79,7 +79,7 @@ def make_planes(format: Format, weight: Tensor) -> dict[str, Tensor]:
 
 
 def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Any] | None:
-    """The peer's decoder and encoder for the same weight and dtype."""
+    """Returns the peer's decoder and encoder for the same weight and dtype."""
     if peer is None:
         return None
     if isinstance(format, Int8):
@@ -99,7 +99,7 @@ def make_peer(peer: Any, format: Format, weight: Tensor, dtype: torch.dtype) -> 
 
 
 def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the first table."""
+    """Returns one row of the first table."""
     format = FORMATS[name]
     weight = torch.randn(shape)
     planes = make_planes(format, weight)
@@ -126,7 +126,7 @@ def measure_decode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
 
 
 def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the second table."""
+    """Returns one row of the second table."""
     format = FORMATS[name]
     weight = torch.randn(shape).to(dtype)
     functions: dict[str, Callable[[], object]] = {"ours": lambda: format.encode(weight)}
@@ -142,7 +142,7 @@ def measure_encode(peer: Any, name: str, shape: tuple[int, int], dtype: torch.dt
 
 
 def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: int) -> dict[str, Any]:
-    """One row of the third table: decode and product, each alone and alternating, in milliseconds."""
+    """Returns one row of the third table: decode and product, each alone and alternating, in milliseconds."""
     format, dtype = FORMATS[name], run_dtype()
     planes = make_planes(format, torch.randn(shape))
     weight, x = torch.empty(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
@@ -163,7 +163,7 @@ def measure_layer(name: str, shape: tuple[int, int], num_tokens: int, rounds: in
 
 
 def render(title: str, rows: dict[str, dict[str, Any]]) -> str:
-    """A table of rows: rates as ``median (best)``."""
+    """Returns a table of rows: rates as ``median (best)``."""
     lines = [title]
     for label, row in rows.items():
         cells = []

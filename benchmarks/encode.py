@@ -39,7 +39,7 @@ KINDS = {
 
 
 def load_peer(path: Path | None) -> Any:
-    """The library of ggml, or None if it is not installed."""
+    """Returns the library of ggml, or None if it is not installed."""
     if path is None:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None or spec.origin is None:
@@ -54,7 +54,7 @@ def load_peer(path: Path | None) -> Any:
 
 
 def measure_format(peer: Any, name: str, shape: tuple[int, int], weighted: bool, rounds: int) -> dict[str, float]:
-    """One row of the table."""
+    """Returns one row of the table."""
     section = FORMATS[name]
     format = make_format(section.model_validate({"format": name}))
     assert format is not None

@@ -2,11 +2,11 @@
 
     taskset -c 0,1 python -m benchmarks.finetune --base none nf4 --threads 2
 
-Both start from the same weights and take full optimizer steps on the same tokens, each in its own process, in turns, so
-that a busy machine slows both. A turn is three consecutive steps. The first of them is not counted, because it finds
-caches and clocks as the other side left them. Both compute in the dtype of a run on this machine. The script prints the
-medians over the steps after warm-up, the ratio of the two, the peak memory and the floor: the time of the step's matrix
-products alone, at the rate at which this machine multiplies such matrices.
+Both start from the same weights and take full optimizer steps on the same tokens. Each runs in its own process, and
+they take turns, so that a busy machine slows both. A turn is three consecutive steps; the first is not counted, because
+the other side has changed the state of caches and clocks. Both compute in the dtype of a run on this machine. The
+script prints the medians over the steps after warm-up, their ratio, the peak memory and the floor: the time of the
+step's matrix products alone, at the rate at which this machine multiplies such matrices.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from benchmarks.lora_steps import TINY, Shape, Side, make_model, summarize, take
 def count_flops(shape: Shape) -> dict[str, float]:
     """Returns the FLOP that a step needs at least, by part.
 
-    Forward and the gradient of the input take 2 each per weight and token. Frozen weights need no gradient, and neither
-    does the input of the first layer's q, k and v. Causal attention has half of its T^2 pairs, with 2 products forward
-    and 4 backward (the recomputed scores are not counted, though both sides compute them).
+    Forward and the gradient of the input each take 2 FLOP per weight and token. Frozen weights need no gradient, and
+    neither does the input of the first layer's q, k and v. Causal attention uses half of its T^2 pairs, with 2 products
+    in forward and 4 in backward (recomputed scores are not counted, although both sides recompute them).
     """
     n, layers = shape.num_tokens, shape.num_hidden_layers
     weights = sum(o * i for o, i in shape.linears.values())

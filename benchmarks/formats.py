@@ -22,7 +22,7 @@ from benchmarks.dtypes import run_dtype, word
 from ingle.kernels.threads import set_threads
 
 FORMATS = ("nf4", "q8_0", "q4_0", "q4_k", "q6_k")
-#: Billion weights per second, ratio to bitsandbytes, ratio to nf4's tokens per second.
+#: Aims: billion weights per second, ratio to bitsandbytes, ratio to nf4's tokens per second.
 AIMS = {"decode": 4.0, "peer": 2.0, "train": 0.85}
 
 
@@ -50,7 +50,7 @@ def measure_training(bases: list[str], options: argparse.Namespace) -> dict[str,
 
 
 def mark(value: float, aim: float) -> str:
-    """Returns ``ok`` or the aim that was missed."""
+    """Returns ``ok``, or the aim if it was missed."""
     return "ok" if value >= aim else f"below {aim:g}"
 
 

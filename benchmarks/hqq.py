@@ -4,7 +4,7 @@
 
 The weights are Gaussian, heavy-tailed (Student's t with 3 degrees of freedom), or those of a model (``--model``, by
 default the bundled one). Errors are relative to the weights: the ratio of the rms, and the ratio of the means of
-``|w|^0.7``, which the published solver minimises; storing zeros has an error of 1. The published solver is Ingle's
+``|w|^0.7``, which the published solver minimizes; storing zeros has an error of 1. The published solver is Ingle's
 implementation (``solver: hqq``). If the ``hqq`` package is installed, its own quantizer runs too. Encoding is timed in
 turns, in CPU time; decoding is to the compute dtype of a run.
 """
@@ -48,7 +48,7 @@ def draw(kind: str, rows: int, columns: int, model: Path) -> Tensor:
 
 
 def measure_error(weight: Tensor, decoded: Tensor) -> dict[str, float]:
-    """Returns the relative errors in rms and in the p-norm that the published solver minimises."""
+    """Returns the relative errors in rms and in the p-norm that the published solver minimizes."""
     weight, difference = weight.double(), (decoded - weight).double()
     p_norm = difference.abs().pow(NORM).mean() / weight.abs().pow(NORM).mean()
     return {"rms": float(difference.norm() / weight.norm()), "p_norm": float(p_norm)}

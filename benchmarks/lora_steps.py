@@ -1,7 +1,7 @@
 """Takes LoRA training steps with Ingle and with transformers + PEFT, each in a child process.
 
 :class:`Side` starts such a process, which runs :func:`answer_steps`. All sides start from the same weights and
-take the same tokens.
+use the same tokens.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def answer_steps() -> None:
         step = prepare_ingle(shape, options.folder, options.base, dtype, variant or "fused")
     else:
         step = prepare_peer(shape, options.folder, options.base, dtype, "bfloat16" if variant == "bf16" else "float32")
-    # Resets the peak: compared is the memory of training, not of loading.
+    # Resets the peak, because the memory of training is compared, not that of loading.
     Path("/proc/self/clear_refs").write_text("5")
     loaded = _memory("VmRSS")
     print("ready", flush=True)

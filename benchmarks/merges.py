@@ -1,8 +1,8 @@
-"""Measures what survives a merge: adapters as trained and as served, on the bundled base and task.
+"""Measures how much of an adapter survives a merge: scores as trained and as served, on the bundled base and task.
 
     taskset -c 0,1 python -m benchmarks.merges --out runs/merges
 
-Compares the usual route (train on NF4, merge into 16 bit, quantize to Q4_K) with routes that train what they serve.
+Compares the usual route (train on NF4, merge into 16 bits, quantize to Q4_K) with routes that train what they serve.
 Each adapter is trained once, with the same data, steps and seed, and scored twice on the same held-out samples: as
 trained, and as served.  The output shows the size of the change relative to the weights, how much of it survives
 quantization (correlation of the change of the quantized weights with that of the adapter; 1 is all of it), and bits per

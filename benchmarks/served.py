@@ -3,9 +3,9 @@
     taskset -c 0,1 python -m benchmarks.served --out runs/served
 
 Trains the demo's task on the bundled base in several formats, writes each run as GGUF, lets llama.cpp answer the same
-held-out samples greedily, and compares its answers with those of the trained model, paired.  The last row is the usual
-route: an adapter trained on NF4, merged into the 16-bit originals and quantized to Q4_K_M by llama.cpp's own quantizer.
-Needs ``ingle[llama]``.
+held-out samples greedily, and compares its answers with those of the trained model in paired tests.  The last row is
+the usual route: an adapter trained on NF4, merged into the 16-bit originals and quantized to Q4_K_M by llama.cpp's own
+quantizer. Needs ``ingle[llama]``.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/served-routes"), help="folder of runs and files")
     parser.add_argument("--routes", nargs="+", choices=ROUTES, default=list(ROUTES))
-    parser.add_argument("--steps", type=int, help="steps of training; the demo's own when not given")
+    parser.add_argument("--steps", type=int, help="steps of training; by default those of the demo")
     parser.add_argument("--samples", type=int, default=150)
     options = parser.parse_args()
     flags = [] if options.steps is None else [f"--train.num_steps={options.steps}"]

@@ -1,12 +1,12 @@
-"""Measures how threads should wait for each other, and what Ingle's rule gains or costs.
+"""Measures ways in which threads wait for each other, and what Ingle's rule gains or costs.
 
     taskset -c 0,1 python -m benchmarks.threads --threads 2
 
 Processes with different settings take the step of ``benchmarks.finetune`` in turns: ``spins`` waits actively for
-milliseconds, which is OpenMP's default; ``yields`` does so for ``GOMP_SPINCOUNT=1000`` iterations; ``passive`` sleeps
-immediately. They run alone first, and then next to one busy program per thread. The script prints the medians, what the
-rule chooses at that moment, and how that compares with the best of the three. Finally it prints what the rule chooses
-when the busy programs have just ended and the load average still includes them.
+milliseconds, which is OpenMP's default; ``yields`` waits actively for ``GOMP_SPINCOUNT=1000`` iterations; ``passive``
+sleeps immediately. They run alone first, and then next to one busy program per thread. The script prints the medians,
+what the rule chooses at that moment, and how that compares with the best of the three. Finally it prints what the rule
+chooses when the busy programs have just ended and the load average still includes them.
 """
 
 from __future__ import annotations

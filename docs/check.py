@@ -82,7 +82,7 @@ def dead_links(pages: list[Page], root: Path) -> Iterator[str]:
 
 
 def placeholders(pages: list[Page]) -> Iterator[str]:
-    """Yields marks of text that is still to be written."""
+    """Yields placeholders for missing text."""
     for page in pages:
         for number, line in enumerate(page.text.splitlines(), 1):
             if match := PLACEHOLDER.search(line):
@@ -98,7 +98,7 @@ def long_readme(pages: list[Page]) -> Iterator[str]:
 
 
 def leaks(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Yields paths of machines and hosts of registries, which mean nothing to other readers."""
+    """Yields paths and registry hosts that exist only on one machine."""
     for name in names:
         if not name.endswith(TEXT) and not name.startswith(".ci/"):
             continue

@@ -56,11 +56,11 @@ def pages() -> dict[str, str]:
 
 
 def layers_page() -> str:
-    """The packages and what may import what."""
+    """Returns the page of all packages and the layers that restrict their imports."""
     lines = _head(
         "Layers",
-        "Imports go down only, and packages of one layer do not import one another. Import-linter checks it in "
-        "`make check`. A package with a star loads torch; the others answer at once.",
+        "A package only imports from layers below its own, which have higher numbers. Import-linter checks this in "
+        "`make check`. A package with a star loads torch; the others load quickly.",
     )
     lines += ["![The layers as boxes, one row for each](layers.svg)", ""]
     return _page([*lines, *_table(("layer", "package", "what it does"), layers.table())])
@@ -161,7 +161,7 @@ def formats_page() -> str:
         "Base formats",
         "`base.format` is the format of the frozen weights of linear layers. Norms keep the compute dtype, and so do "
         "the embedding and the output head, unless the model is a GGUF file with quantized ones. Bits include the "
-        f"scales, for rows of {IN_FEATURES:,} weights.",
+        f"scales and are for rows of {IN_FEATURES:,} weights.",
     )
     rows = []
     for section in base_sections():
@@ -175,7 +175,7 @@ def formats_page() -> str:
 
 
 def metrics_page() -> str:
-    """Every metric of a task."""
+    """Returns the page of all metrics."""
     from ingle.evaluation.scorers import make_scorer
 
     lines = _head(
@@ -196,7 +196,7 @@ def metrics_page() -> str:
 
 
 def _procedures() -> list[str]:
-    """The table of tests and intervals, from a docstring."""
+    """Returns the table of tests and intervals, from a docstring."""
     from ingle.evaluation.statistics import procedures
 
     text = inspect.cleandoc(procedures.__doc__ or "")
@@ -205,12 +205,12 @@ def _procedures() -> list[str]:
 
 
 def events_page() -> str:
-    """Every event that a run sends to its sinks."""
+    """Returns the page of all events that a run sends to its sinks."""
     lines = _head(
         "Events",
-        "A run calls `sink(event)` with these; the terminal, `metrics.jsonl`, the report and the trackers are "
-        "sinks. A line of `metrics.jsonl` is one `Step`, its `metrics` among the other keys. A line of `events.jsonl` "
-        "is any event, with its tag under `event`; `ingle.events.from_dict` reads it back.",
+        "A run calls `sink(event)` with these events; the terminal, `metrics.jsonl`, the report and the trackers are "
+        "sinks. A line of `metrics.jsonl` is one `Step`; its `metrics` are on the same level as its other keys. A line "
+        "of `events.jsonl` is any event, with its tag under `event`; `ingle.events.from_dict` reads it back.",
     )
     for event in get_args(events.Event):
         _, described = _attributes(event)

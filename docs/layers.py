@@ -23,7 +23,7 @@ SUBTITLES = {
     "sinks": "terminal, files, trackers",
     "objectives": "batches and losses",
     "adapters": "LoRA and its files",
-    "models": "door to transformers",
+    "models": "all of transformers",
     "quant": "base formats",
     "data": "rows to batches",
     "parallel": "devices and ranks",

@@ -124,7 +124,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     objective = objectives.build(run, context)
     models.load_weights(model, run.model, device, ready.dtype, seed=run.seed, sink=sink)
-    for note in adapters.initialise(model, run.adapter, selection, seed=run.seed).notes:
+    for note in adapters.initialize(model, run.adapter, selection, seed=run.seed).notes:
         sink(Warned(note))
     models.verify(model)
     fusion, compiled = _speed_up(model, run, plan)

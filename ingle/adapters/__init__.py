@@ -1,7 +1,7 @@
 """LoRA adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
 from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
-from ingle.adapters.attachment import attach, initialise, insert
+from ingle.adapters.attachment import attach, initialize, insert
 from ingle.adapters.fusion import FusionReport, fuse
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
@@ -25,7 +25,7 @@ __all__ = [
     "disabled",
     "fuse",
     "identify",
-    "initialise",
+    "initialize",
     "insert",
     "load_adapter",
     "lora_modules",

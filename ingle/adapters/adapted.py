@@ -1,4 +1,4 @@
-"""A model with an adapter: its parts, the report about them, and the base it was."""
+"""Changes and describes a model with an adapter: its adapted layers, its trained modules, and the original base."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BEFORE = "_before_training"
 
 @dataclass(frozen=True)
 class NotAdapted:
-    """A frozen module that holds matrices and has no adapter.
+    """A frozen module that contains matrices and has no adapter.
 
     Attributes:
-        name: Its path.
-        class_name: Its class.
-        parameters: Logical weights in its matrices.
+        name: Path of the module.
+        class_name: Class of the module.
+        parameters: Number of logical weights in its matrices.
     """
 
     name: str
@@ -43,7 +43,7 @@ class AttachReport:
         modules_to_save: Paths of the modules that are trained and saved in full.
         not_adapted: Frozen modules with matrices but without an adapter: embeddings, the output head, routers,
             fused experts, and linear layers that no pattern matched.
-        notes: What else the user should know, in sentences.
+        notes: Sentences for the user about anything unexpected.
         trainable_parameters: Number of trained values.
     """
 
@@ -55,7 +55,7 @@ class AttachReport:
 
 
 def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1) -> LoraLinear:
-    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialised."""
+    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialized."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
     lora = LoraLinear(base, rank, scale, dropout, group_size=group_size)
@@ -68,7 +68,7 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
     """Makes all parameters of modules trainable; they may be on the meta device.
 
     Raises:
-        AdapterError: One of them is quantized.
+        AdapterError: A module is quantized.
     """
     for path, module in _submodules(model, names):
         if isinstance(module, QuantModule):
@@ -82,7 +82,7 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def keep_initial_values(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Keeps a copy of what modules hold before they are trained, for :func:`disabled`.
+    """Keeps a copy of the initial weights of trained modules, for :func:`disabled`.
 
     Returns:
         Sentences about weights that other modules share.
@@ -111,7 +111,7 @@ def tied_modules(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> AttachReport:
-    """Lists what has an adapter, and what holds matrices and has none."""
+    """Lists the modules with an adapter, and those with matrices but without one."""
     bases = {name + ".base" for name in selection.adapted}
     not_adapted = []
     for name, module in model.named_modules():
@@ -160,13 +160,13 @@ def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns name and parameter of all that is trained; a shared parameter once."""
+    """Returns name and parameter of everything that is trained; a shared parameter once."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Makes the model compute what its base does: adapters are off, trained modules hold their initial values."""
+    """Makes the model compute the same as its base: adapters are off, and trained modules have their initial values."""
     adapters = list(lora_modules(model).values())
     states = [module.enabled for module in adapters]
     swaps = list(_swaps(model))

@@ -1,7 +1,7 @@
 """Attaches an adapter to a model and reports exactly what that changed.
 
-A linear layer that silently stays as it was is the most common reason why a fine-tuning learns nothing.  So this module
-alone decides what is frozen, adapted, trained in full or left out, and lists all of it.
+A linear layer that silently gets no adapter is the most common reason why fine-tuning learns nothing.  So this module
+alone decides what is frozen, adapted, trained in full or left out, and reports all of it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ingle.quant.linear import QuantLinear, QuantModule
 
 
 def attach(model: nn.Module, adapter: AdapterConfig, *, seed: int) -> AttachReport:
-    """Inserts and initialises an adapter; see :func:`insert` and :func:`initialise`.
+    """Inserts and initializes an adapter; see :func:`insert` and :func:`initialize`.
 
     Args:
         model: The model, with its weights loaded.
         adapter: What to train.
-        seed: Seed of the initialisation of A.
+        seed: Seed of the initialization of A.
     """
-    return initialise(model, adapter, insert(model, adapter), seed=seed)
+    return initialize(model, adapter, insert(model, adapter), seed=seed)
 
 
 def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
@@ -45,8 +45,8 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
         adapter: What to train.
 
     Raises:
-        AdapterError: A pattern matches nothing, a quantized weight would have to be trained, or a format cannot take
-            a QA-LoRA change.
+        AdapterError: A pattern matches nothing, a quantized weight would have to be trained, or a QA-LoRA change
+            cannot be folded into a format.
     """
     selection = select(model, adapter)
     if isinstance(adapter, NoAdapter):
@@ -61,14 +61,14 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
     return selection
 
 
-def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *, seed: int) -> AttachReport:
+def initialize(model: nn.Module, adapter: AdapterConfig, selection: Selection, *, seed: int) -> AttachReport:
     """Gives an inserted adapter its initial values, on the device of the base.
 
     Args:
         model: The model, with its weights loaded.
         adapter: What to train; if it has a ``path``, the adapter starts from that folder.
         selection: What :func:`insert` returned.
-        seed: Seed of the initialisation of A.
+        seed: Seed of the initialization of A.
 
     Raises:
         AdapterError: The adapter to start from does not fit.
@@ -81,7 +81,7 @@ def initialise(model: nn.Module, adapter: AdapterConfig, selection: Selection, *
         device = next(lora.base.parameters()).device
         for parameter in (lora.lora_a, lora.lora_b):
             parameter.data = parameter.data.to(device)
-        lora.initialise(seed, name)
+        lora.initialize(seed, name)
     _freeze_untied(model, selection)
     notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
@@ -99,7 +99,7 @@ def _freeze_untied(model: nn.Module, selection: Selection) -> None:
 
 
 def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
-    """Returns the groups of each layer's format, which take a constant change exactly."""
+    """Returns the group size of each layer's format; a change that is constant within a group folds into it."""
     sizes: dict[str, int] = {}
     refused: dict[str, str] = {}
     for name in names:
@@ -114,7 +114,7 @@ def _group_sizes(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
         shown = [f"{name} is stored as {format}" for name, format in list(refused.items())[:3]]
         more = f"\nand {len(refused) - 3} more" if len(refused) > 3 else ""
         raise AdapterError(
-            f"QA-LoRA cannot be folded into {', '.join(sorted(set(refused.values())))}: no free offset for each group.",
+            f"QA-LoRA needs formats with a free offset per group, unlike {', '.join(sorted(set(refused.values())))}.",
             where="adapter.kind = qa_lora",
             why="\n".join(shown) + more,
             fix=f"use {' or '.join(folding_formats())}, name other target_modules, or --adapter.kind=lora",

@@ -1,7 +1,7 @@
 """Replaces the decoder layers of known architectures by fused ones, in one model only.
 
-A fused layer holds the same submodules under the same names: no class is patched, no path changes and no weight is
-copied.  Its answers and gradients are first compared with those of the original layer, and a layer that differs is not
+A fused layer has the same submodules under the same names: no class is patched, no path changes and no weight is
+copied.  Its outputs and gradients are first compared with those of the original layer, and a layer that differs is not
 used.  Calls that the fused functions do not support (a key-value cache, another device) go to the original layer.
 """
 
@@ -31,7 +31,7 @@ _KNOWN = {
     for family, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
 }
 _LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-#: Largest norm of the difference from the original layer, relative to the norm of its result.
+#: Largest accepted norm of the difference from the original layer, relative to the norm of its result.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -226,7 +226,11 @@ def _obstacle(layer: Any) -> str | None:
 
 
 def disagreement(layer: nn.Module, fused: FusedLayer) -> str | None:
-    """Compares answers and gradients on two short random documents; returns None if they agree."""
+    """Compares outputs and gradients on two short random documents.
+
+    Returns:
+        What differs, or None if the layers agree.
+    """
     dtype = layer.get_parameter("input_layernorm.weight").dtype
     generator = torch.Generator().manual_seed(0)
     width = layer.get_parameter("input_layernorm.weight").shape[0]

@@ -1,8 +1,8 @@
 """Identifies the base that an adapter was trained on.
 
-The identity holds a SHA-256 over the base's tensors, and samples of its weights that show how far another base is from
-it.  A quantized weight counts with its bytes.  A floating-point weight counts with its values rounded to bfloat16, so
-that one checkpoint loaded in bfloat16 and in float32 is the same base.
+The identity contains a SHA-256 over the base's tensors, and samples of its weights that show how far another base is
+from it.  For a quantized weight, the bytes are hashed; for a floating-point weight, the values rounded to bfloat16, so
+that a checkpoint loaded in bfloat16 and in float32 is the same base.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BaseIdentity:
         sha256: Digest over the names, shapes and contents of all tensors.
         formats: Number of quantized modules by format.
         tensors: The first 12 hexadecimal digits of each tensor's own SHA-256.
-        samples: Some decoded weights of each adapted layer, always at the same positions.
+        samples: Some decoded weights of each adapted layer, at fixed positions.
     """
 
     sha256: str
@@ -125,7 +125,7 @@ def tensor_digest(tensor: Tensor) -> str:
 def identify(model: nn.Module) -> BaseIdentity:
     """Identifies the base of a model.
 
-    Adapters do not count.  A module in ``modules_to_save`` counts with its weights from before training.
+    Adapters are ignored.  For a module in ``modules_to_save``, the weights from before training are hashed.
 
     Args:
         model: A model with its weights loaded and its adapters attached.

@@ -38,7 +38,7 @@ class Merged:
 class LoraLinear(nn.Module):
     """``y = x W^T + b + scale * dropout(pool(x)) A^T B^T`` with W and b frozen.
 
-    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighbouring inputs.
+    A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighboring inputs.
     In plain LoRA a group is one input.  In QA-LoRA all inputs of a larger group share a column of A, so the change is
     constant within the group.
 
@@ -47,14 +47,14 @@ class LoraLinear(nn.Module):
         rank: Rank R of the change.
         scale: Factor on the change.
         dropout: Share of the adapter's inputs that are set to zero in training.
-        group_size: Number of neighbouring inputs that share a column of A; the last group of a row may be smaller.
+        group_size: Number of neighboring inputs that share a column of A; the last group of a row may be smaller.
 
     Attributes:
         lora_a: ``[R, ceil(in_features / group_size)]``.
         lora_b: ``[out_features, R]``.
         enabled: Whether the change is applied.
-        merged: The merged weight.  If it is set, the layer multiplies by it, and gradients pass straight through its
-            rounding.
+        merged: The merged weight, or None.  If it is set, the layer multiplies by it, and gradients pass straight
+            through its rounding.
 
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3; Xu et al. 2023, "QA-LoRA" (arXiv 2309.14717),
     section 3.3, where pool is the mean.  With the sum, A equals the A of plain LoRA with equal columns, so alpha and
@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
         self.enabled = True
         self.merged: Merged | None = None
         device = next(base.parameters()).device
-        if device.type == "meta":  # an adapter is small and always has its data
+        if device.type == "meta":  # an adapter is small, so it is never on the meta device
             device = torch.device("cpu")
         num_groups = -(-self.in_features // group_size)
         self.lora_a = nn.Parameter(torch.empty(rank, num_groups, dtype=torch.float32, device=device))
@@ -95,7 +95,7 @@ class LoraLinear(nn.Module):
         return bias
 
     @torch.no_grad()
-    def initialise(self, seed: int, name: str) -> None:
+    def initialize(self, seed: int, name: str) -> None:
         """Draws A uniformly from ``+-1/sqrt(in_features)`` and sets B to zero, so training starts from the base.
 
         Args:
@@ -135,7 +135,7 @@ class LoraLinear(nn.Module):
         )
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the base's weight ``[out_features, in_features]``; the next layer's call may overwrite it."""
+        """Returns the base's weight ``[out_features, in_features]``; the next call, of any layer, may overwrite it."""
         if isinstance(self.base, QuantLinear):
             return self.base.decode(dtype, self.base.scratch(dtype))
         weight = self.weight.detach()

@@ -1,4 +1,4 @@
-"""Merges an adapter into its layer; training and export use the same functions and get the same bytes.
+"""Merges an adapter into its layer; training and export use the same functions, so the bytes are equal.
 
 Merging computes ``W + scale * B A`` in float32 and quantizes the sum.  Nothing is quantized again where that can be
 avoided: a layer whose adapter changes nothing keeps its bytes, and a change that is constant within each group
@@ -78,10 +78,10 @@ def no_merge_format(name: str) -> AdapterError:
 
 
 def can_fold(format: Format | None, group_size: int) -> TypeGuard[FoldingFormat]:
-    """Returns whether a format can take a change that is constant in groups of this size exactly."""
+    """Returns whether a change that is constant within groups of this size folds into a format exactly."""
     return isinstance(format, FoldingFormat) and format.additive_field == group_size
 
 
 def is_changed(layer: LoraLinear) -> bool:
-    """Returns whether the adapter changes the weight; one that was never trained has B = 0."""
+    """Returns whether the adapter changes the weight; an untrained adapter has B = 0 and does not."""
     return bool(layer.lora_b.any()) and bool(layer.lora_a.any())

@@ -1,6 +1,6 @@
 """Reads and writes PEFT's ``adapter_config.json``.
 
-Settings that Ingle cannot compute exactly (DoRA, trained biases, initialisations that change the base, ...) are refused
+Settings that Ingle cannot compute exactly (DoRA, trained biases, initializations that change the base, ...) are refused
 by name.
 """
 
@@ -28,7 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 
 #: Time that all regular expressions of one config may take.
 MATCHING_TIME_S = 2.0
-#: Limit on the characters of a pattern, and on the product of its counted repetitions, which ``regex`` expands.
+#: Largest number of characters in a pattern, and largest product of its counted repetitions, which ``regex`` expands.
 MAX_PATTERN_SIZE = 10_000
 
 
@@ -50,7 +50,7 @@ _Pattern = Annotated[_LayerPattern, Field(min_length=1)]
 
 
 class PeftConfig(BaseModel):
-    """The part of ``adapter_config.json`` that decides what an adapter computes, under PEFT's names.
+    """The part of ``adapter_config.json`` that determines what an adapter computes, under PEFT's names.
 
     Source: ``LoraConfig`` and ``check_target_module_exists`` of the PEFT library.
     """
@@ -134,7 +134,7 @@ class PeftConfig(BaseModel):
             self._matching_s += time.monotonic() - began
 
 
-#: PEFT settings that change the arithmetic, with the values that leave it plain.
+#: PEFT settings that change the arithmetic, with the values that do not.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False, None)),
     **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora"), (None,)),
@@ -186,7 +186,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise AdapterError(
-            f"{folder} holds no adapter.",
+            f"{folder} contains no adapter.",
             where=str(path),
             fix="name a folder that contains adapter_config.json and adapter_model.safetensors",
         )
@@ -214,7 +214,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     try:
         return PeftConfig.model_validate_json(text)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[-1]  # the last member of a union explains most
+        problem = error.errors(include_url=False)[-1]  # the error about the last type of a union is the clearest
         raise AdapterError(
             "The adapter's config contains an invalid value.",
             where=f"{path}: {'.'.join(map(str, problem['loc'][:2]))}",

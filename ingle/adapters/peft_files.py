@@ -55,7 +55,7 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
     """Returns the adapter section that describes an adapter folder, without reading its weights.
 
     Raises:
-        AdapterError: The folder holds no adapter, or one that cannot be computed exactly.
+        AdapterError: The folder contains no adapter, or one that cannot be computed exactly.
     """
     config = read_peft_config(Path(folder))
     if config.lora_alpha <= 0 or config.lora_dropout == 1:
@@ -100,7 +100,7 @@ def save_adapter(
         adapter: Adapter section that was attached.
         base_model_id: Hub id or folder of the base, for readers of the adapter.
         base: Format of the base.
-        identity: Identity of the base; the adapter will be refused on any other.
+        identity: Identity of the base; the adapter will be refused on any other base.
 
     Raises:
         AdapterError: The model has no adapter.
@@ -133,12 +133,12 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | Path, *, allow_mismatch: bool = False) -> AttachReport:
     """Loads an adapter folder, attaching its adapters unless the model has them already.
 
-    Everything else is frozen.  An adapter that was trained through the rounding of its merge answers merged.
+    Everything else is frozen.  An adapter that was trained through the rounding of its merge runs merged.
 
     Args:
         model: The base, or a model that ``attach`` has prepared for this adapter.
         folder: Adapter folder.
-        allow_mismatch: Accept another base than the adapter was trained on; a note of the report describes it.
+        allow_mismatch: Whether to accept a base that the adapter was not trained on; the report then has a note.
 
     Raises:
         AdapterError: Files are missing or damaged, do not fit the model, belong to another base, or describe another
@@ -202,14 +202,14 @@ def _check_existing(
     )
     if frozen:
         raise AdapterError(
-            f"This adapter holds trained weights of {', '.join(frozen)}, which would stay frozen here.",
+            f"This adapter contains trained weights of {', '.join(frozen)}, which would stay frozen here.",
             where=where,
             fix=f"set adapter.trainable_modules to [{', '.join(frozen)}]",
         )
     apart = tied_modules(model, saved)
     if existing and apart:
         raise AdapterError(
-            f"This adapter trained {', '.join(saved)} apart from {', '.join(apart)}, but this model ties their "
+            f"This adapter trained {', '.join(saved)} separately from {', '.join(apart)}, but this model ties their "
             "weights.",
             where=where,
             fix="train it with ensure_weight_tying in PEFT, or start without adapter.path",
@@ -259,7 +259,7 @@ def _check_base(model: nn.Module, record: Record, folder: Path, allow_mismatch: 
 
 
 def _is_empty(model: nn.Module) -> bool:
-    """Returns whether the model holds no data; whoever reads its weights elsewhere checks them there."""
+    """Returns whether the model is on the meta device; then the code that reads its weights checks them."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 

@@ -54,7 +54,7 @@ class Record:
         adapter: Fields of the adapter section that PEFT does not know.
         group_sizes: Number of inputs that share a column of A, by path, where it is above 1.
         base: Format of the base that the adapter was trained on; None if unknown.
-        identity: Identity of that base; None for an adapter that is bound to none.
+        identity: Identity of that base; None if the adapter works with any base.
     """
 
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
@@ -150,7 +150,8 @@ def sort_tensors(
     """Splits the tensors into A and B by path, and the tensors of each module in ``modules_to_save``.
 
     Raises:
-        AdapterError: A tensor is neither, or is stored twice; A, B or a module of ``modules_to_save`` is missing.
+        AdapterError: A tensor is none of these or is stored twice; or A, B or a module of ``modules_to_save`` is
+            missing.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, dict[str, Tensor]] = {}
@@ -163,7 +164,7 @@ def sort_tensors(
         if match:
             pair = factors.setdefault(match[1], {})
             if match[2] in pair:
-                raise AdapterError(f"The file holds {match[2]} of {match[1]} twice.", where=where)
+                raise AdapterError(f"The file contains {match[2]} of {match[1]} twice.", where=where)
             if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
                 raise AdapterError(
                     f"{key} is not a matrix of floating-point numbers.",
@@ -193,7 +194,7 @@ def sort_tensors(
     broken = [name for name, pair in factors.items() if len(pair) != 2]
     if broken or not factors:
         raise AdapterError(
-            f"Half of the adapter of {broken[0]} is missing." if broken else "The file holds no adapter.",
+            f"Half of the adapter of {broken[0]} is missing." if broken else "The file contains no adapter.",
             where=where,
             fix="copy the file again",
         )
@@ -225,7 +226,7 @@ def check_targets(
     foreign = sorted(name for name in factors if not config.is_target(name))
     if foreign:
         raise AdapterError(
-            f"The adapter's config does not target {some(foreign)}, but the weights hold an adapter there.",
+            f"The adapter's config does not target {some(foreign)}, but its weights include an adapter for it.",
             where=f"{where}: target_modules",
             why="config and weights belong to different adapters; another reader would ignore these weights",
             fix=_COPY_FOLDER,
@@ -309,7 +310,7 @@ def load_module(model: nn.Module, name: str, state: Mapping[str, Tensor], folder
         )
     with torch.no_grad():
         for key, tensor in state.items():
-            if parameters[key].is_meta:  # the model holds no data; export reads its base weight by weight
+            if parameters[key].is_meta:  # a model on the meta device: export reads its base weight by weight
                 path, _, leaf = key.rpartition(".")
                 own = nn.Parameter(tensor.to(parameters[key].dtype), requires_grad=True)
                 setattr(model.get_submodule(name).get_submodule(path), leaf, own)

@@ -54,7 +54,7 @@ class Rounding:
             _check_formats(model, self._formats)
 
     def prepare(self, step: int) -> None:
-        """Prepares the layers for a step; call it after the last step too, with the next step's number."""
+        """Prepares the layers for a step (1-based); call it after the last step too, with the next step's number."""
         if self.first_step is None or step < self.first_step:
             return
         began = time.monotonic()

@@ -17,7 +17,7 @@ from ingle.wording import plural
 
 #: Names of the experts' projections before transformers fused them (Qwen 2 and DeepSeek; Mixtral).
 _EXPERT_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-#: Architectures in which PEFT leaves linear layers of these names alone; a test checks it against PEFT.
+#: Architectures in which PEFT does not change linear layers of these names; a test compares the list with PEFT.
 _UNAFFECTED = {"qwen2_moe"}
 
 

@@ -71,9 +71,9 @@ def formats(
 
     with Terminal(make_console(stderr=True)) as terminal:
         from ingle.config import ModelConfig
-        from ingle.evaluation.format_survey import Survey, survey
+        from ingle.evaluation.format_survey import SurveyRequest, survey
 
-        asked = Survey(
+        request = SurveyRequest(
             model=ModelConfig(id=model),
             data=data,
             names=tuple(name.strip() for name in (formats or "").split(",") if name.strip()),
@@ -82,7 +82,7 @@ def formats(
             imatrix=imatrix,
             out=out,
         )
-        report = survey(asked, terminal)
+        report = survey(request, terminal)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
         return

@@ -1,6 +1,6 @@
-"""Evaluation: is the tuned model better than its base, by how much, and could it be chance?
+"""Evaluation: whether the tuned model is better than its base, by how much, and whether that could be chance.
 
-Reading tasks and running models needs torch, and is loaded when it is first used; scoring and comparing does not.
+Scoring and comparing do not need torch. Reading tasks and running models does; these modules are loaded on first use.
 """
 
 from __future__ import annotations

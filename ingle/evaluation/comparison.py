@@ -30,7 +30,7 @@ from ingle.report.results import (
 )
 from ingle.report.verdicts import MIN_SAMPLES, find_outcome, verdict
 
-#: Standard errors of a difference that a test at 5 % finds in 80 of 100 experiments.
+#: A true difference of this many standard errors is significant at 5 % in 80 of 100 experiments.
 _MDE80 = 2.8016
 
 

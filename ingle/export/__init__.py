@@ -1,4 +1,4 @@
-"""Exports trained models and quantizes models: adapters, safetensors and GGUF, with proof of what they answer."""
+"""Exports trained models and quantizes models: adapters, safetensors and GGUF, verified by other programs."""
 
 from ingle.export.entry import ExportResult, export
 from ingle.export.quantization import QuantizationResult, quantize

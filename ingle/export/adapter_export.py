@@ -38,7 +38,7 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def export_peft(job: ExportJob) -> WrittenExport:
-    """Copies the adapter, which is in PEFT's layout already, with the tokenizer and a model card."""
+    """Copies the adapter, which already has PEFT's layout, with the tokenizer and a model card."""
     adapter = _require_adapter(job)
     paths = OutputPaths(job.request.out, None)
     paths.require_bytes(sum((adapter / name).stat().st_size for name in _FILES))
@@ -64,7 +64,7 @@ def export_adapter_gguf(job: ExportJob) -> WrittenExport:
 
     Raises:
         AdapterError: There is no adapter, or GGUF cannot store it.
-        ConfigError: An adapter cannot have the type.
+        ConfigError: GGUF adapters do not support the type.
         GgufError: llama.cpp does not support the architecture.
     """
     _require_adapter(job)
@@ -106,7 +106,7 @@ def export_adapter_gguf(job: ExportJob) -> WrittenExport:
 
 
 def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_name: str) -> None:
-    """Writes A and B of every layer; rows of B get llama.cpp's order.
+    """Writes A and B of every layer, with the rows of B in llama.cpp's order.
 
     One ``alpha`` applies to the complete file, so the B of a module with another scale is multiplied by the ratio.
 

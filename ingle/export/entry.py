@@ -27,7 +27,7 @@ class ExportResult:
 
     Attributes:
         path: The GGUF file, or the folder.
-        to: Target.
+        to: Kind of export, as in :func:`export`.
         type: Type of the weights; None for an adapter in PEFT's layout.
         num_bytes: Size of the weights.
         fidelity: Fidelity report; None if nothing was merged or quantized.
@@ -79,20 +79,20 @@ def export(
         run_or_model: A run folder, an adapter folder, a model folder, a ``.gguf`` file or a hub id.
         to: ``peft``, ``safetensors``, ``gguf`` or ``gguf-adapter``.
         out: A new folder.  For GGUF any folder, or a file ending in ``.gguf``; companion files are named after it.
-        type: Type of the weights.  None selects the type of the base, or one that loses little.
-        verify: Let another program read the export, compare its answers, and write a certificate.
-        promote: Give tensors that lose much of their change a wider type.
-        size_budget: Largest additional size for ``promote``, as a share of the file.
+        type: Type of the weights.  None selects the type of the base if possible, or one that loses little.
+        verify: Whether another program reads the export, its answers are compared, and a certificate is written.
+        promote: Whether tensors that lose much of their change get a wider type.
+        size_budget: Largest additional size for ``promote``, as a share of the size of the file.
         max_kl: Largest accepted KL divergence of the exported model from the trained one, nats per token.
-        allow_loss: Write the export however much is lost.
-        allow_mismatch: Accept another base than the adapter was trained on.
+        allow_loss: Whether to write the export even if it loses too much.
+        allow_mismatch: Whether to accept a base that the adapter was not trained on.
         data: Text to measure on.  None selects the run's held-out rows, or else its training rows.
         imatrix: Importance matrix for the quantizer.
         sink: Receives progress and warnings.
 
     Raises:
-        ExportError: Too much would be lost, or the export does not answer as the trained model.
-        IngleError: Any other mistake of the user.
+        ExportError: Too much would be lost, or the export does not answer like the trained model.
+        IngleError: Any other error that the user can fix.
         Interrupted: Stopped during the verification; the export itself is complete.
     """
     request = ExportRequest(
@@ -134,7 +134,7 @@ def _verify(written: WrittenExport, sink: Sink) -> Certificate:
         certificate = written.certify()
     except KeyboardInterrupt:
         raise Interrupted(
-            "Stopped before the verification was finished.",
+            "The export was stopped during its verification.",
             why=f"{written.paths.result} is complete, but not verified",
         ) from None
     certificate.write(path, written.files)

@@ -34,7 +34,7 @@ from ingle.inference import Engine, Source
 from ingle.training.folder import RunFolder
 from ingle.wording import size
 
-#: Limits of the text that models are compared on: tokens in total, rows of each source, tokens of a document.
+#: Limits of the text that models are compared on: total tokens, rows per source, tokens per document.
 MAX_TOKENS, MAX_ROWS, MAX_LENGTH = 8192, 512, 1024
 
 #: Number of prompts in a certificate.
@@ -75,7 +75,7 @@ class WrittenExport:
 
 @dataclass(frozen=True)
 class TrainedPredictions:
-    """Predictions of the trained model on some text.
+    """Predictions of the trained model on the text that the export is measured on.
 
     Attributes:
         windows: The text; empty if there is none.
@@ -128,14 +128,14 @@ class ExportJob:
         return (self.run_folder or Path(self.base_model.removesuffix(".gguf"))).resolve().name
 
     def open_merged(self) -> MergedModel:
-        """Opens base and adapter weight by weight; checks the base on the way unless it was checked before."""
+        """Opens base and adapter weight by weight; checks the base while it is read, unless that was done before."""
         return MergedModel(self.source, checks_base=not self._base_checked, sink=self.sink)
 
     def check_base(self, merged: MergedModel) -> None:
-        """Refuses a base that the adapter was not trained on; call it when all weights were loaded.
+        """Refuses a base that the adapter was not trained on.  Call it after all weights were read.
 
         Raises:
-            AdapterError: It is another base, and that was not allowed.
+            AdapterError: The base differs, and the request does not allow that.
         """
         difference = merged.explain_mismatch()
         if difference is None:
@@ -150,7 +150,7 @@ class ExportJob:
         self.sink(Warned(f"The adapter was trained on another base: {difference}."))
 
     def open_trained(self, *, dtype: str | None = None) -> Engine:
-        """Opens the trained model in the form in which it was trained."""
+        """Opens the trained model on the base format that it was trained on."""
         source = self.source
         if dtype is not None:
             source = Source(source.model.model_copy(update={"dtype": dtype}), source.base, source.adapter)
@@ -159,7 +159,7 @@ class ExportJob:
         return engine
 
     def measure_trained(self) -> TrainedPredictions:
-        """Runs the trained model and its base on the text, and releases them."""
+        """Runs the trained model and its base on the text, and frees their memory."""
         if self.request.data is None and self.run is None:
             return TrainedPredictions()
         engine = self.open_trained()
@@ -181,7 +181,7 @@ class ExportJob:
         if needed > free and isinstance(source.base, NoBase) and not source.model.id.endswith(".gguf"):
             self.sink(
                 Warned(
-                    f"The export is not measured on text: loading it takes {size(needed)} of memory; "
+                    f"The export is not measured on text, because loading it takes {size(needed)} of memory and only "
                     f"{size(free)} are free."
                 )
             )
@@ -193,7 +193,7 @@ class ExportJob:
         """Returns the report with its warnings.
 
         Raises:
-            ExportError: Too much of what was trained would be lost, and that was not allowed.
+            ExportError: Too much of the training would be lost, and the request does not allow that.
         """
         if not report.tensors and self.run is None:
             return report
@@ -246,7 +246,7 @@ class ExportJob:
         )
 
     def _rounded_in_training(self, report: FidelityReport) -> bool:
-        """Returns whether training used the rounding that writes the weights, so that nothing more is lost."""
+        """Returns whether training already used the rounding of the export, so that it loses nothing more."""
         adapter, base = self.source.adapter, self.source.base
         aware = None if adapter is None else adapters.read_record(adapter).adapter.merge_aware
         if aware is None:

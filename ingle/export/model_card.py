@@ -58,18 +58,18 @@ def make_card(
 ) -> str:
     """Returns the model card as Markdown; see :func:`write_companions`."""
     to, base_model, run = job.request.to, job.base_model, job.run
-    licence = read_licence(Path(base_model))
+    license = read_license(Path(base_model))
     head: dict[str, Any] = {
         "base_model": base_model,
-        "license": licence or "other",
+        "license": license or "other",
         "tags": ["ingle", *(["lora"] if to in ("peft", "gguf-adapter") else []), *(["gguf"] if "gguf" in to else [])],
     }
     if to in _LIBRARIES:
         head["library_name"] = _LIBRARIES[to]
     title = f"{Path(base_model).name}, {_TITLES[to]}" + (f" ({type_name})" if type_name else "")
     made = f"Made with Ingle {__version__} from `{base_model}`."
-    if licence is None:
-        made += " Its licence could not be read; the licence of the base model applies."
+    if license is None:
+        made += " Its license could not be read; the license of the base model applies."
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---", f"# {title}", made, "## Use", usage]
     scores = _read_scores(job.run_folder)
     if scores.get("metrics"):
@@ -85,16 +85,16 @@ def make_card(
     return "\n\n".join(parts) + "\n"
 
 
-def read_licence(folder: Path) -> str | None:
-    """Returns the licence in the model card of a folder, if there is one."""
+def read_license(folder: Path) -> str | None:
+    """Returns the license in the model card of a folder, if there is one."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         head = None if match is None else yaml.safe_load(match[1])
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    licence = head.get("license") if isinstance(head, dict) else None
-    return licence if isinstance(licence, str) else None
+    license = head.get("license") if isinstance(head, dict) else None
+    return license if isinstance(license, str) else None
 
 
 def _read_scores(run_folder: Path | None) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def write_modelfile(job: ExportJob, model: Any, path: Path, *, weights: str, ada
 
 
 def _promote(job: ExportJob, export: GgufExport) -> Promotion:
-    """Gives the tensors that lose most a wider type."""
+    """Gives wider types to the tensors that lose most."""
     changed = {
         planned.name: planned
         for planned in export.planned

@@ -1,7 +1,7 @@
 """Writes Ollama's ``Modelfile``: the weights, the chat template and the strings that end an answer.
 
-Ollama renders conversations with a Go template.  It is written only if it is certain: on probes, the model's own
-template must give the text of a known family's Go template, character for character.
+Ollama renders conversations with a Go template.  The template is written only if it is known to be correct: on test
+conversations, the model's own template must give exactly the text of a known family's Go template.
 
 Source: https://github.com/ollama/ollama/blob/main/docs/modelfile.md and ``docs/template.md``.
 """
@@ -58,8 +58,8 @@ _LONG = (*_SHORT, Message("assistant", "An answer."), Message("user", "Second qu
 _SYSTEM = Message("system", "Be brief.")
 
 
-def recognise(tokenizer: Any) -> tuple[TemplateFamily, str | None] | None:
-    """Returns the family of a model's template and the system message that the template adds, or None."""
+def recognize(tokenizer: Any) -> tuple[TemplateFamily, str | None] | None:
+    """Returns the family of a model's chat template and the system message that it adds; None for an unknown family."""
     if not tokenizer.chat_template:
         return None
 
@@ -102,7 +102,7 @@ def make_modelfile(
     lines.append(f"FROM {weights}")
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
-    found = recognise(tokenizer)
+    found = recognize(tokenizer)
     if found is None:
         reason = "this model has no chat template."
         if tokenizer.chat_template:

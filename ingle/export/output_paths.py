@@ -36,7 +36,7 @@ _NAMES: dict[Companion, tuple[str, str]] = {
 
 
 class OutputPaths:
-    """Paths of one export.
+    """Paths of one export, and their creation.
 
     Args:
         out: A folder, or a file whose name ends in ``.gguf``.
@@ -84,7 +84,7 @@ class OutputPaths:
         """Checks that the disk has enough free space.
 
         Raises:
-            DoesNotFit: It does not.
+            DoesNotFit: The disk has less free space than ``needed``.
         """
         folder = self.folder.absolute()
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
@@ -111,7 +111,7 @@ class OutputPaths:
             if self.main is not None:
                 shutil.rmtree(complete, ignore_errors=True)
             for path in created:
-                with suppress(OSError):  # another program has put files there
+                with suppress(OSError):  # another program has written files there
                     path.rmdir()
 
         try:
@@ -155,7 +155,7 @@ class OutputPaths:
         existing = self._existing()
         if existing is not None:
             raise ConfigError(
-                f"{existing} exists; nothing is overwritten.",
+                f"{existing} already exists; nothing is overwritten.",
                 where=f"--out {self._out}",
                 fix=f"delete it, or use --out {self._alternative()}",
             )

@@ -40,7 +40,7 @@ NUM_TOKENS = 65_536
 #: Number of rows compared at once.
 _ROWS = 1024
 
-#: The last part of a weight's name before ``.weight``: its role in any layer.
+#: Matches the last part of a weight's name before ``.weight``, which is its role in a layer.
 _CLASS = re.compile(r"([^.]+)\.weight$")
 
 
@@ -215,7 +215,7 @@ def _check_importance(target: Target, imatrix: Path | None, data: Path | None) -
             )
     if data is not None and imatrix is not None and imatrix.exists():
         raise ConfigError(
-            f"{imatrix} exists; nothing is overwritten.",
+            f"{imatrix} already exists; nothing is overwritten.",
             where=f"--imatrix {imatrix}",
             why="with --data, the importance matrix is gathered and written there",
             fix="remove --data to use the file, or name another file",
@@ -262,7 +262,7 @@ _Loss = tuple[str, Tensor, Tensor, str, int]
 
 
 def _compare_gguf(export: GgufExport, path: Path) -> Iterable[_Loss]:
-    """Reads every tensor of a GGUF file back."""
+    """Reads every tensor of the written GGUF file and yields it with its original."""
     tensors, names = read_gguf(path).tensors, export.names
     for planned in export.planned:
         assert planned.entry is not None
@@ -274,7 +274,7 @@ def _compare_gguf(export: GgufExport, path: Path) -> Iterable[_Loss]:
 
 
 def _compare_folder(original: MergedModel, folder: Path, target: Target) -> Iterable[_Loss]:
-    """Reads every parameter of a folder back."""
+    """Reads every parameter of the written folder and yields it with its original."""
     assert target.base is not None
     written = MergedModel(Source(ModelConfig(id=str(folder), dtype="bfloat16"), target.base))
     entries = {entry.name: entry for entry in written.stream.entries}

@@ -38,7 +38,7 @@ class ExportRequest:
         """Checks that the options can be combined and that files exist.
 
         Raises:
-            ConfigError: They cannot, or a file does not exist.
+            ConfigError: Options contradict each other, or a file does not exist.
         """
         if self.to not in TARGETS:
             raise ConfigError(
@@ -65,7 +65,7 @@ def require_file(path: Path, option: str) -> None:
     """Checks that the file of an option exists.
 
     Raises:
-        ConfigError: It does not; the error suggests the closest name in its folder.
+        ConfigError: The file does not exist; the error suggests the closest name in its folder.
     """
     if not path.exists():
         near = nearest_path(path)

@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's file format: container, tensor names, architectures, vocabularies and quantization mixes.
 
-The ``gguf`` package is imported when a file is first read or written, since most runs do neither.
+The ``gguf`` package is imported when a file is first read or written, because most runs do neither.
 """
 
 from __future__ import annotations

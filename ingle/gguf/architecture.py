@@ -25,7 +25,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
-#: llama.cpp's architecture to the ``model_type`` and class of transformers that compute the same.
+#: llama.cpp's architecture to the equivalent ``model_type`` and class of transformers.
 _CLASSES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -34,8 +34,9 @@ _CLASSES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
-#: Distance of layers with full attention; the number of layers of models that scale attention by hidden / heads.
+#: Every how many layers there is one with full attention.
 _FULL_EVERY = {"gemma2": 2, "gemma3": 6}
+#: Number of layers of the models that scale attention by hidden / heads.
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 _LAYER = re.compile(r"^blk\.(\d{1,9})\.")
 
@@ -80,10 +81,10 @@ def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
-    """Returns the content of a ``config.json`` for a model that computes the same as llama.cpp with the file.
+    """Returns the content of a ``config.json`` for a model that computes the same as llama.cpp does with the file.
 
     Raises:
-        GgufError: The architecture or a detail of it is not supported, or metadata are missing.
+        GgufError: The architecture or a detail of it is not supported, or metadata is missing.
     """
     names = names_of(file.metadata)
     architecture = names.architecture
@@ -140,11 +141,11 @@ def require_sizes(file: GgufFile, config: Mapping[str, Any]) -> None:
         config: The result of :func:`to_config`.
 
     Raises:
-        GgufError: The file holds no weights, or those of a model of other sizes.
+        GgufError: The file contains no weights, or weights of other sizes.
     """
     if "token_embd.weight" not in file.tensors:
         raise GgufError(
-            f"{file.path.name} holds no model.",
+            f"{file.path.name} contains no model.",
             where=str(file.path),
             why=f"token_embd.weight is not among its {len(file.tensors)} tensors",
             fix="choose a file with all weights, not with the vocabulary or a part of the model",
@@ -177,13 +178,13 @@ def _mismatch(file: GgufFile, expected: str, found: str) -> GgufError:
 
 
 def _context(config: Mapping[str, Any]) -> int:
-    """The longest text that llama.cpp computes as transformers does; it does not support Mistral's sliding window."""
+    """Returns the longest text that llama.cpp computes as transformers does: it ignores Mistral's sliding window."""
     longest = int(config["max_position_embeddings"])
     return min(longest, config.get("sliding_window") or longest) if config["model_type"] == "mistral" else longest
 
 
 def _gemma_metadata(architecture: str, config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The sliding windows and soft caps of Gemma 2 and 3."""
+    """Returns the sliding windows and soft caps of Gemma 2 and 3."""
     if architecture not in _FULL_EVERY:
         if config.get("use_sliding_window"):
             raise GgufError("llama.cpp does not support sliding windows for this architecture.", where="sliding_window")
@@ -215,7 +216,7 @@ def _layer_types(architecture: str, num_layers: int) -> list[str]:
 
 
 def _query_scalar(architecture: str, num_layers: int, hidden_per_head: int, head_dim: int) -> int:
-    """The square of the divisor of attention scores, which llama.cpp derives from the number of layers."""
+    """Returns the square of the divisor of attention scores, which llama.cpp derives from the number of layers."""
     return hidden_per_head if num_layers == _LARGEST[architecture] else head_dim
 
 

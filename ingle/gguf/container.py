@@ -1,4 +1,4 @@
-"""Defines what a GGUF file contains: metadata, and where its tensors are. Files are never memory-mapped.
+"""The content of a GGUF file: metadata and the positions of its tensors. Files are never memory-mapped.
 
 A file consists of the magic ``GGUF``, version and counts; typed key-value metadata; name, sizes (innermost first), type
 and offset of every tensor; padding; and the padded tensors. All numbers are little-endian.
@@ -112,7 +112,7 @@ class ArchitectureValues:
         """Returns an integer of at least ``low``.
 
         Raises:
-            GgufError: The value is another one, or the key is missing and there is no default.
+            GgufError: The value is invalid, or the key is missing and there is no default.
         """
         value = self.get(key, default)
         if type(value) is not int or not low <= value <= _LARGEST:
@@ -123,7 +123,7 @@ class ArchitectureValues:
         """Returns a finite number above 0, or of at least 0 with ``zero``.
 
         Raises:
-            GgufError: The value is another one, or the key is missing and there is no default.
+            GgufError: The value is invalid, or the key is missing and there is no default.
         """
         value = self.get(key, default)
         if type(value) not in (int, float) or not 0 <= value < math.inf or (value == 0 and not zero):

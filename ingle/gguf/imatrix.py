@@ -1,7 +1,7 @@
 """Reads and writes llama.cpp's importance matrices: GGUF files, and (read only) the older ``.dat`` files.
 
-For every weight of a model a GGUF imatrix holds ``NAME.in_sum2`` (sums of squares of each input column) and
-``NAME.counts`` (numbers of tokens), with one row for each expert of a stack. The importance of a column is their ratio.
+For every weight of a model, a GGUF imatrix contains ``NAME.in_sum2`` (sum of squares of each input column) and
+``NAME.counts`` (number of tokens), with one row per expert of a stack. The importance of a column is their ratio.
 
 Legend: E = experts (1 for a plain weight), I = columns.
 
@@ -135,7 +135,7 @@ def _make_entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: N
     entry = ImatrixEntry(sums_EI, counts_E)
     for values in (sums_EI, counts_E):
         if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise _invalid(path, f"{name} holds values that are negative or not finite")
+            raise _invalid(path, f"{name} contains values that are negative or not finite")
     with np.errstate(over="ignore"):
         if not np.isfinite(entry.mean).all():
             raise _invalid(path, f"{name} has sums that are too large for its counts")
@@ -143,7 +143,7 @@ def _make_entry(path: Path, name: str, sums_EI: NDArray[np.float32], counts_E: N
 
 
 class _LegacyReader:
-    """Reads the ``.dat`` format, which holds means times the number of chunks and has no end marker.
+    """Reads the ``.dat`` format, which stores means times the number of chunks and has no end marker.
 
     Args:
         file: Open at its beginning.

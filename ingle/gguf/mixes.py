@@ -1,4 +1,4 @@
-"""Implements llama.cpp's file types, the rules for which tensor of a model gets which type.
+"""Implements llama.cpp's file types: rules that choose the type of each tensor of a model.
 
 A file type has one type for most matrices and wider ones for sensitive matrices. A matrix whose rows are not a multiple
 of the block size gets another type. Norms and biases stay float32.
@@ -108,7 +108,7 @@ class Mix:
                 chosen = "q5_k"
             case "iq4_nl" | "iq4_xs" if shared:
                 chosen = "q5_k"
-        # llama.cpp's test for Llama-2-70B, whose value projection is an eighth of the query projection.
+        # llama.cpp's test for Llama-2-70B, whose value projection has an eighth of the size of the query projection.
         is_70b = self.num_layers == 80 and (
             self.architecture == "qwen2" or (self.architecture == "llama" and self.num_heads != self.num_kv_heads)
         )
@@ -134,7 +134,7 @@ class Mix:
         return chosen
 
     def _gets_more(self, layer: int) -> bool:
-        """Whether a layer is in the first eighth, in the last eighth, or every third in between."""
+        """Returns whether a layer is in the first eighth, in the last eighth, or every third in between."""
         eighth = self.num_layers // 8
         return layer < eighth or layer >= 7 * self.num_layers // 8 or (layer - eighth) % 3 == 2
 

@@ -1,6 +1,6 @@
 """Maps the weights of transformers to the tensors of GGUF files.
 
-llama.cpp's converter also changes two things besides names. For Llama (and Mistral, which has the same architecture in
+llama.cpp's converter also changes two other things. For Llama (and Mistral, which has the same architecture in
 llama.cpp) it interleaves the rows of the query and key projections, because llama.cpp rotates neighboring pairs and
 transformers rotates halves. A block never crosses a row, so permuting quantized rows is exact. For Gemma it adds one to
 the weights of norms.
@@ -55,7 +55,7 @@ LAYERS = {
 #: Architectures for which llama.cpp always uses the embedding as the output head.
 ALWAYS_TIED = ("gemma", "gemma2")
 
-#: Divisors of the rotary frequencies, a part of the config that is stored as a tensor.
+#: Tensor with the divisors of the rotary frequencies, which transformers stores in the config.
 ROPE_FREQS = "rope_freqs.weight"
 
 _HF = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
@@ -122,7 +122,7 @@ class TensorNames:
 
 
 def names_of(metadata: dict[str, Any]) -> TensorNames:
-    """Returns the tensor names for the metadata of a GGUF file.
+    """Returns the tensor names of a model from the metadata of its GGUF file.
 
     Raises:
         GgufError: The architecture is not supported, or the numbers of heads are missing or invalid.

@@ -1,4 +1,4 @@
-"""Converts pre-tokenizers, which llama.cpp refers to by name and a ``tokenizer.json`` spells out.
+"""Converts pre-tokenizers, which GGUF files name and a ``tokenizer.json`` defines in full.
 
 Source: llama.cpp's ``src/llama-vocab.cpp``, which quotes the expressions of the models' own ``tokenizer.json``.
 """
@@ -36,7 +36,7 @@ _BY_NAME = {name: split for split, names in _SPLITS.items() for name in names}
 _GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0")
 _DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone")
 
-#: Pre-tokenizers for which a piece of text that is a token is not split, and a BOS token is added by default.
+#: Pre-tokenizers with which a piece of text that is a token is not split, and BOS is added by default.
 IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -114,7 +114,7 @@ def add_space_prefix(tokenizer: Mapping[str, Any]) -> bool:
     """Returns whether a sentencepiece-like ``tokenizer.json`` adds a space before every text.
 
     Raises:
-        GgufError: It splits text in another way than llama.cpp's sentencepiece.
+        GgufError: The tokenizer splits text in another way than llama.cpp's sentencepiece.
     """
     normalizers, cuts = _steps(tokenizer.get("normalizer")), _steps(tokenizer.get("pre_tokenizer"))
     kinds = [step["type"] for step in normalizers]
@@ -138,7 +138,7 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a part of a ``tokenizer.json``, which can be a single step or a sequence."""
+    """Returns the steps of a part of a ``tokenizer.json``, which can be a single step or a sequence."""
     if part is None:
         return []
     if part["type"] != "Sequence":

@@ -60,7 +60,7 @@ def read_gguf(path: Path | str) -> GgufFile:
         raise GgufError(
             "The files of this model do not belong together.",
             where=str(path.parent),
-            why=f"they hold {len(tensors)} tensors instead of {expected}",
+            why=f"they contain {len(tensors)} tensors instead of {expected}",
             fix=DAMAGED,
         )
     first = files[0]
@@ -125,7 +125,7 @@ class _Reader:
     def _place(
         self, entries: list[tuple[str, str, tuple[int, ...], int]], start: int, alignment: int
     ) -> dict[str, GgufTensor]:
-        """The tensors by name. Each starts where the previous one ends, as llama.cpp requires, so none share bytes."""
+        """Returns the tensors by name. As in llama.cpp, each must start where the previous one ends."""
         tensors: dict[str, GgufTensor] = {}
         expected = 0
         for name, type_name, shape, offset in entries:

@@ -1,7 +1,7 @@
 """Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
 Two kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
-``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp first joins the pair whose
+``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp always joins the pair whose
 token has the best score, so merges in the order of scores are equivalent.
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
@@ -47,7 +47,7 @@ class Vocabulary:
 
     Attributes:
         tokenizer: The content of a ``tokenizer.json``.
-        special: Those of ``bos_token``, ``eos_token``, ``unk_token`` and ``pad_token`` that the file defines.
+        special: The special tokens that the file defines: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
         chat_template: Jinja template, or None.
         end_token_ids: Tokens that end an answer, the end-of-text token first.
     """
@@ -68,7 +68,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise GgufError(
-            "The file holds no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
+            "The file contains no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
             why="supported are gpt2 (byte-level BPE) and llama (sentencepiece)",
             fix=_FIX,
@@ -148,8 +148,7 @@ def to_metadata(
         chat_template: Jinja template, or None.
 
     Raises:
-        GgufError: llama.cpp has no such tokenizer, or the file format has too few keys for the tokens that end an
-            answer.
+        GgufError: llama.cpp does not support the tokenizer, or more tokens end an answer than GGUF can define.
     """
     model = tokenizer["model"]
     if model.get("type") != "BPE":
@@ -213,7 +212,7 @@ def _added_tokens(vocab: Mapping[str, int], types: Sequence[int]) -> list[dict[s
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    """A list of strings; empty if the key is missing."""
+    """Returns a list of strings; empty if the key is missing."""
     values = metadata.get(key, [])
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise bad_value(key, "is not a list of strings")
@@ -288,7 +287,7 @@ def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: S
 
 
 def _end_metadata(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Metadata of the tokens that end an answer, except those that llama.cpp knows by their text."""
+    """Returns metadata of the tokens that end an answer, except those that llama.cpp knows by their text."""
     if not end_token_ids:
         return {}
     first, *others = end_token_ids
@@ -305,7 +304,7 @@ def _end_metadata(tokens: Sequence[str], end_token_ids: Sequence[int]) -> dict[s
 
 
 def _adds_bos(tokenizer: Mapping[str, Any], bos: str | None) -> bool:
-    """Whether the post-processor adds the BOS token before every text."""
+    """Returns whether the post-processor adds the BOS token before every text."""
     processor = tokenizer.get("post_processor") or {}
     parts = processor.get("processors", [processor])
     singles = [part["single"] for part in parts if part.get("type") == "TemplateProcessing"]

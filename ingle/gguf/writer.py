@@ -89,7 +89,7 @@ def _write_tensor(file: BinaryIO, tensor: TensorToWrite) -> None:
 
 
 def _value_types(value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
-    """The type of a value and, for an array, of its items."""
+    """Returns the type of a value and, for an array, of its items."""
     if isinstance(value, list | tuple):
         return GGUFValueType.ARRAY, _scalar_type(value, is_signed=True)
     return _scalar_type([value], is_signed=False), None

@@ -1,8 +1,8 @@
-"""Keeps freed memory in the process, because training steps on a CPU would wait for the system to provide it again.
+"""Keeps freed memory in the process, so that training steps on a CPU do not wait for the system to provide it again.
 
 glibc returns each large block to the system when it is freed, and requests zeroed pages for the next one. A training
-step frees and allocates the same blocks thousands of times; with new pages, a batched product of 32 MiB was measured to
-take 15 ms instead of 3 ms.
+step frees and allocates the same blocks thousands of times. With new pages, a batched product of 32 MiB took 15 ms
+instead of 3 ms.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next allocation, in all of the process.
+    """Makes glibc keep freed memory for the next allocation, in the complete process.
 
-    The peak does not change: memory is kept, not added.
+    Peak memory does not change.
 
     Returns:
         Whether the allocator accepted the setting; only glibc does.

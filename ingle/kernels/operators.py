@@ -1,4 +1,4 @@
-"""Kernels as operators that ``torch.compile`` does not look into, so that a graph holds quantized weights only."""
+"""Registers kernels as opaque operators for ``torch.compile``, so that its graphs only contain quantized weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def opaque(name: str, kernel: Callable[..., None]) -> Callable[..., Tensor]:
     """Registers a kernel that writes ``out``, its last argument, as the operator ``ingle::name``.
 
     Args:
-        name: Of the operator.
-        kernel: Annotated, because torch derives the operator's schema from the annotations.
+        name: Name of the operator.
+        kernel: A function with annotations, from which torch derives the operator's schema.
 
     Returns:
-        Runs the kernel and returns ``out``. It uses the operator while compiling only: calling one takes longer than a
-        small kernel.
+        A function that runs the kernel and returns ``out``. It uses the operator only while compiling, because calling
+        an operator takes longer than a small kernel.
     """
     library.custom_op(f"ingle::{name}", kernel, mutates_args=("out",)).register_fake(lambda *_: None)
     operator = getattr(torch.ops.ingle, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 import torch
 
-#: Number of elements from which waking the other threads pays off.
+#: Smallest number of elements for which waking the other threads pays off.
 PARALLEL_FROM = 1 << 17
 
 
@@ -21,7 +21,8 @@ def set_threads(count: int) -> None:
 def match_threads(work: int) -> int:
     """Sets numba's threads for the next kernel: all of torch's threads, or one; torch keeps its own number.
 
-    No number in between: libgomp ends threads that a smaller team leaves idle, and would start new ones each time.
+    It never selects a number in between, because libgomp ends threads that a smaller team does not use, and would start
+    new ones each time.
 
     Args:
         work: Number of elements that the kernel processes.

@@ -1,4 +1,4 @@
-"""Quantized base weights: formats, the modules that hold quantized weights, conversion of models, and their audit.
+"""Quantized base weights: formats, modules with quantized weights, conversion of models, and their audit.
 
 A quantized weight consists of **planes**: frozen byte tensors that FSDP shards by rows, safetensors stores and export
 copies. The format alone defines what the bytes mean.

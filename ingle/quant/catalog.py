@@ -31,7 +31,7 @@ from ingle.quant.levels import Fp4, Nf4
 from ingle.quant.plane import Scratch
 from ingle.quant.ternary import Ternary
 
-#: Maps a module's name, out_features and in_features to its format; None leaves the module unquantized.
+#: A function from a module's name, out_features and in_features to its format; None leaves the module unquantized.
 Formats = Callable[[str, int, int], Format | None]
 
 
@@ -65,14 +65,14 @@ def format_options(format: Format) -> str:
 
 
 def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
-    """Returns a function that chooses the format of each linear map of a model; None if all stay unquantized.
+    """Returns a function that chooses the format of each linear layer of a model; None if all stay unquantized.
 
     Args:
         base: The config section.
-        model: Its ``config`` gives the architecture, which a mix depends on.
+        model: Its ``config`` names the architecture, which a mix depends on.
 
     Raises:
-        QuantizationError: The section is a mix, and llama.cpp's rules for the architecture are not known.
+        QuantizationError: The section is a mix, and Ingle does not know llama.cpp's rules for the architecture.
     """
     if isinstance(base, NoBase):
         return None
@@ -83,7 +83,7 @@ def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
     architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
     if architecture is None:
         raise QuantizationError(
-            f"llama.cpp's rules of {base.format} for this architecture are not known.",
+            f"llama.cpp's rules for {base.format} in this architecture are unknown.",
             where="base.format",
             why=f"model_type is {getattr(config, 'model_type', None)!r}; known are {', '.join(ARCHITECTURES)}",
             fix=f"--base.format={base.format[:4]}, the format of most matrices in the mix",

@@ -1,8 +1,8 @@
-"""Replaces the linear maps of a model by quantized ones, before or after weights are loaded.
+"""Replaces the linear layers of a model by quantized ones, before or after weights are loaded.
 
 Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head, and fused experts. Embedding and head are
 converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases stay in the compute dtype. Any
-other module that seems to hold large weights is an error.
+other module that seems to contain large weights is an error.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
 from ingle.quant.ternary import Ternary
 
-#: Modules whose parameters of three or more dimensions are no experts.
+#: Modules whose parameters have three or more dimensions but are not experts.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = None) -> None:
-    """Replaces the linear maps of a model in place by quantized ones, or by ones that train with ternary weights.
+    """Replaces the linear layers of a model in place by quantized ones, or by ones that train with ternary weights.
 
     On the meta device planes stay empty until weights are loaded. Otherwise each weight is encoded and freed before
     the next one.
@@ -37,7 +37,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
         formats: Chooses the format of each module instead of ``base``.
 
     Raises:
-        QuantizationError: The model holds weights in an unsupported module, or a weight cannot be encoded.
+        QuantizationError: The model has weights in an unsupported module, or a weight cannot be encoded.
     """
     is_trained = isinstance(base, TernaryBase) and base.train
     formats = formats or make_formats(base, model)
@@ -50,7 +50,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
     for parent_name, parent in list(model.named_modules()):
         if isinstance(parent, QuantModule | QuantExperts):
             continue
-        for key, child in list(parent._modules.items()):  # lists a module that is used twice twice
+        for key, child in list(parent._modules.items()):  # a module that is used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key
             if child is None or child is head:
                 continue
@@ -65,8 +65,8 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
 def quantize_ends(model: Any, formats: Formats) -> None:
     """Replaces the embedding and the output head of a language model in place by quantized ones.
 
-    A module without a format stays, and so does an embedding of an unknown class together with a head that is tied to
-    it. Tied modules share their planes.
+    A module without a format is not changed, nor is an embedding of an unknown class or a head that is tied to it. Tied
+    modules share their planes.
 
     Args:
         model: On the meta device, with ``get_input_embeddings`` and ``get_output_embeddings``.
@@ -107,12 +107,12 @@ def make_quant_linear(linear: nn.Module, format: Format) -> QuantLinear:
 def _replace(
     module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, is_trained: bool
 ) -> nn.Module | None:
-    """The replacement of a module, or None if it stays."""
+    """Returns the replacement of a module, or None if it stays."""
     if is_trained and (is_fused_experts(module) or is_conv1d(module)):
         raise QuantizationError(
             f"{name} ({type(module).__name__}) cannot be trained with ternary weights.",
             where=name,
-            why="only plain linear maps can be trained through their rounding",
+            why="only plain linear layers can be trained through their rounding",
             fix="--adapter.kind=lora --base.train=false, or another model",
         )
     if is_fused_experts(module):
@@ -140,18 +140,18 @@ def _replace(
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Returns whether a module is transformers' Conv1D (GPT-2), a linear map that stores its weight as ``[I, O]``."""
+    """Returns whether a module is transformers' Conv1D (GPT-2), a linear layer that stores its weight as ``[I, O]``."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _is_supported_embedding(module: nn.Module) -> bool:
-    """Whether this is a plain embedding, or Gemma's, which multiplies its rows by a buffer ``embed_scale``."""
+    """Returns whether this is a plain embedding, or Gemma's, which multiplies its rows by a buffer ``embed_scale``."""
     scaled = type(module).__name__.endswith("ScaledWordEmbedding") and set(module._buffers) == {"embed_scale"}
     return type(module) is nn.Embedding or scaled
 
 
 def refuse_unknown(module: nn.Module, name: str) -> None:
-    """Rejects a module that holds weights of experts in an unknown layout.
+    """Rejects a module with expert weights in an unknown layout.
 
     Raises:
         QuantizationError: The module is not a convolution and has floating-point parameters of three or more
@@ -165,7 +165,7 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
         is_expert = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
         if parameter.is_floating_point() and (is_stacked or is_expert):
             raise QuantizationError(
-                f"{name} ({kind}) holds weights in a layout that cannot be quantized yet.",
+                f"{name} ({kind}) contains weights in a layout that cannot be quantized yet.",
                 where=f"{name}.{key}",
                 why=f"shape {list(parameter.shape)}; {parameter.numel():,} weights would stay in {parameter.dtype}",
                 fix="train with --base.format=none, or request support for this architecture",

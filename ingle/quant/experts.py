@@ -51,9 +51,9 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 class QuantExperts(nn.Module):
-    """Replaces a module of fused experts; it computes the same with quantized weights.
+    """Replaces a module of fused experts by one that computes the same with quantized weights.
 
-    Biases and submodules keep their names, and the gate (plain SwiGLU, clamped, ...) is the function of the original.
+    Biases and submodules keep their names, and the gate (plain SwiGLU, clamped, ...) is that of the original.
 
     Args:
         original: The fused module. Its parameters and submodules move to this module.
@@ -61,7 +61,7 @@ class QuantExperts(nn.Module):
         name: The module's name for errors.
 
     Raises:
-        QuantizationError: The module has another interface, or a weight cannot be encoded.
+        QuantizationError: The module does not have the interface of fused experts, or a weight cannot be encoded.
     """
 
     def __init__(self, original: nn.Module, format: Format, *, name: str = "experts") -> None:
@@ -91,7 +91,7 @@ class QuantExperts(nn.Module):
             self.add_module(key, stack)
         for key, child in original.named_children():
             self.add_module(key, child)
-        # Kept for its gate. It owns no tensors now, and outside the module tree it does not change parameter names.
+        # Kept for its gate. It has no tensors any more; it is not registered, so that parameter names do not change.
         self.__dict__["original"] = original
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class QuantExperts(nn.Module):
         return total.to(hidden_states.dtype)
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:
-        """``[S, H]`` through one expert, without the router's weight."""
+        """Returns the output of one expert for ``[S, H]``, without the router's weight."""
         inner = self._project("gate_up_proj" if self.has_gate else "up_proj", x, expert)
         original: Any = self.__dict__["original"]
         inner = original._apply_gate(inner) if self.has_gate else original.act_fn(inner)

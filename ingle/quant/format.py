@@ -22,7 +22,7 @@ PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """How a weight ``[O, I]`` is stored as planes.
+    """A way to store a weight ``[O, I]`` as planes.
 
     A format is a frozen dataclass of its options; formats with equal options are equal. A new format subclasses this
     and is added to :mod:`ingle.quant.catalog`.
@@ -58,9 +58,9 @@ class Format(ABC):
     def row_group(self, out_features: int, in_features: int) -> int:
         """Returns the smallest number of rows that can be sliced out of all planes together.
 
-        It is 1 where dimension 0 of every plane is O. Double quantization stores values that cover several rows;
-        slices must then start at multiples of the row group. A plane with one row in dimension 0 covers the whole
-        tensor and belongs to every slice.
+        It is 1 if dimension 0 of every plane is O. Double quantization stores values that cover several rows, so slices
+        must start at multiples of the row group. A plane with one row in dimension 0 covers the complete tensor and
+        belongs to every slice.
         """
         return 1
 
@@ -77,7 +77,7 @@ class Format(ABC):
             The planes, on the device of the weight.
 
         Raises:
-            QuantizationError: The weight holds NaN or infinity, is too large, or has an unsupported shape; or the
+            QuantizationError: The weight contains NaN or infinity, is too large, or has an unsupported shape; or the
                 importance has the wrong length, negative values or values that are not finite.
         """
 
@@ -131,7 +131,7 @@ class Format(ABC):
     def not_finite(self, weight_OI: Tensor, name: str) -> QuantizationError:
         """Returns the error for a weight with NaN or infinity."""
         return QuantizationError(
-            f"{name} holds NaN or infinity and cannot be quantized to {self.name}.",
+            f"{name} contains NaN or infinity and cannot be quantized to {self.name}.",
             where=name,
             why=f"{int((~weight_OI.isfinite()).sum())} of {weight_OI.numel()} values are not finite",
             fix="check the checkpoint, or train with --base.format=none",
@@ -162,7 +162,7 @@ class FoldingFormat(Format):
             New planes. Only the additive field differs, rounded once.
 
         Raises:
-            QuantizationError: The delta has the wrong shape, or the field cannot hold a sum.
+            QuantizationError: The delta has the wrong shape, or a sum exceeds the range of the field.
         """
 
 
@@ -170,7 +170,7 @@ def require_importance(importance: Tensor, num_columns: int, name: str) -> None:
     """Checks the importance of the columns of a weight.
 
     Raises:
-        QuantizationError: It has the wrong length, or values that are negative or not finite.
+        QuantizationError: The importance has the wrong length, or values that are negative or not finite.
     """
     if tuple(importance.shape) != (num_columns,):
         raise QuantizationError(

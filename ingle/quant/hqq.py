@@ -39,7 +39,8 @@ from ingle.quant.plane import PlaneSpec, as_bytes, as_float16
 LARGEST = 65504.0
 #: Weights that the published solver processes at a time; bounds its float32 copies.
 CHUNK = 1 << 22
-#: The published solver: exponent of the norm, initial weight of the proximal term, its growth, and the step limit.
+#: The published solver: exponent of the norm, initial weight of the proximal term, its growth per step, largest number
+#: of steps.
 NORM, BETA, GROWTH, NUM_STEPS = 0.7, 10.0, 1.01, 20
 #: The published solver: ranges up to this count as zero, and the limit of inverse scales.
 MIN_RANGE, MAX_INVERSE = 1e-4, 2e4
@@ -52,7 +53,7 @@ class Hqq(FoldingFormat):
     Attributes:
         bits: Bits of a code.
         group_size: Number of consecutive weights of a row that share a scale and a zero.
-        solver: How scales and zeros are found. Planes mean the same for both, so formats that differ only in the
+        solver: Method that finds scales and zeros. It does not affect decoding, so formats that differ only in the
             solver are equal.
     """
 
@@ -62,7 +63,7 @@ class Hqq(FoldingFormat):
 
     @property
     def additive_field(self) -> int | None:
-        """The zero covers a group."""
+        """The group size: every group has a zero."""
         return self.group_size
 
     def plane_specs(self, out_features: int, in_features: int) -> dict[str, PlaneSpec]:
@@ -114,7 +115,7 @@ class Hqq(FoldingFormat):
         For QA-LoRA the delta is ``s * B A / group_size`` if inputs are averaged and ``s * B A`` if they are summed.
 
         Raises:
-            QuantizationError: The delta has the wrong shape, or a new zero is too large for float16.
+            QuantizationError: The delta has the wrong shape, or a new zero exceeds the range of float16.
         """
         scale_ON, zero_ON = as_float16(planes["scale"]), as_float16(planes["zero"])
         if delta_OG.shape != zero_ON.shape:
@@ -130,7 +131,7 @@ class Hqq(FoldingFormat):
         return {**planes, "zero": as_bytes(new_zero_ON)}
 
     def _encode_proximal(self, weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and zero of the published solver, computed in chunks of rows."""
+        """Returns codes, scale and zero of the published solver, computed in chunks of rows."""
         rows = max(1, CHUNK // max(1, weight_OI.shape[1]))
         parts = [self._encode_proximal_rows(chunk.float()) for chunk in weight_OI.split(rows)]
         codes, scale_ON, zero_ON = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -146,7 +147,7 @@ class Hqq(FoldingFormat):
                 codes, scale, zero = solve_proximal(groups, self.bits)
                 parts.append((codes.flatten(1), scale.squeeze(2), zero.squeeze(2), *groups.aminmax(dim=2)))
         codes, scale, zero, low, high = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        flat = low == high  # the proximal steps do not find a constant, so store it in the zero
+        flat = low == high  # the proximal steps cannot represent a constant group, so the zero stores it
         groups = flat.repeat_interleave(self.group_size, dim=1)[:, :num_columns]
         codes = codes.masked_fill(groups, 0).to(torch.uint8)
         scale, zero = torch.where(flat, torch.ones_like(scale), scale), torch.where(flat, -low, zero)
@@ -226,6 +227,6 @@ def bytes_to_codes(data_OC: Tensor, bits: int, num_columns: int) -> Tensor:
 
 
 def _join_bits(flags: Tensor) -> Tensor:
-    """Numbers whose bits are the last dimension, at most eight, the lowest first."""
+    """Returns numbers whose bits are the last dimension, at most eight, the lowest first."""
     places = torch.arange(flags.shape[-1], dtype=torch.uint8, device=flags.device)
     return torch.sum(flags << places, dim=-1, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Collects importance matrices: the mean square of every input column of every linear map while a model runs.
+"""Collects importance matrices: the mean square of every input column of every linear layer while a model runs.
 
-This is the importance that llama.cpp's ``imatrix`` tool computes. Formats that search for scales weight the squared
-error of a weight by the importance of its column. Collecting changes no value and no gradient.
+llama.cpp's ``imatrix`` tool computes the same importance. Formats that search for scales weight the squared error of a
+weight by the importance of its column. Collecting does not change results or gradients.
 
 Source: llama.cpp, ``tools/imatrix``.
 """
@@ -24,7 +24,7 @@ from ingle.quant.linear import QuantLinear
 
 @dataclass(frozen=True)
 class Importance:
-    """Statistics of the inputs of one linear map.
+    """Statistics of the inputs of one linear layer.
 
     Attributes:
         sums: Sum of squares of each input column, float64 ``[I]``.
@@ -46,9 +46,9 @@ class Importance:
 
 
 class ImatrixCollector:
-    """Observes every linear map of a model except the output head.
+    """Observes every linear layer of a model except the output head.
 
-    Fused experts are not observed, because their tokens do not pass through separate linear maps.
+    Fused experts are not observed, because their tokens do not pass through separate linear layers.
 
     Args:
         model: The model as it will run: with adapters attached and layers fused.
@@ -105,7 +105,7 @@ class ImatrixCollector:
 
 
 def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the module that is called for every linear map except the output head.
+    """Returns the module that is called for every linear layer except the output head.
 
     Keys are names without adapters; the value is the adapter's module if there is one.
     """
@@ -117,7 +117,7 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
         if _is_linear(module) and module is not head and not name.endswith(".base"):
             found[name] = module
         elif isinstance(inner, nn.Module) and _is_linear(inner) and inner is not head:
-            found[name] = module  # an adapter that wraps a linear map
+            found[name] = module  # an adapter that wraps a linear layer
     return found
 
 

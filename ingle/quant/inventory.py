@@ -1,6 +1,6 @@
-"""Counts what a model consists of: bytes by dtype, and quantized and trainable parameters by class of module.
+"""Audits a model: bytes by dtype, and quantized and trainable parameters by class of module.
 
-Every run prints it, to show layers that stayed unquantized or that train unexpectedly.
+Every run prints the audit, which reveals layers that are unexpectedly unquantized or trained.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class ClassAudit:
         class_name: For instance ``QuantLinear``.
         format: Format of their quantized weights, or None.
         modules: Number of modules.
-        parameters: Number of logical weights; a quantized weight counts as one.
-        quantized: Number of quantized ones among them.
-        trainable: Number of those that get gradients.
+        parameters: Number of logical weights, independent of the bytes they take.
+        quantized: Number of logical weights that are quantized.
+        trainable: Number of logical weights that get gradients.
         bytes: Size in bytes, including scales and buffers.
     """
 
@@ -56,15 +56,15 @@ class Unquantized:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a model consists of. A tensor that modules share counts once, in the first of them.
+    """Result of an audit. A tensor that modules share counts once, in the first of them.
 
     Attributes:
         bytes_by_dtype: Bytes of parameters and buffers by torch's name of the dtype.
         classes: One entry for each class of module and format, the largest first.
         unquantized: Modules with floating-point matrices; empty if nothing is quantized.
         parameters: Number of logical weights of the model.
-        quantized: Number of quantized ones among them.
-        trainable: Number of those that get gradients.
+        quantized: Number of logical weights that are quantized.
+        trainable: Number of logical weights that get gradients.
         bytes: Size of parameters and buffers in bytes.
     """
 
@@ -82,7 +82,7 @@ class Audit:
 
 
 def audit(model: nn.Module) -> Audit:
-    """Counts what a model consists of; also works on the meta device."""
+    """Counts the parameters and bytes of a model, which may be on the meta device."""
     seen: set[int] = set()
     by_dtype: Counter[str] = Counter()
     rows: dict[tuple[str, str | None], Counter[str]] = {}
@@ -110,7 +110,7 @@ def audit(model: nn.Module) -> Audit:
 
 
 def _own_tensors(module: nn.Module, seen: set[int]) -> dict[str, Tensor]:
-    """The module's direct parameters and buffers that no earlier module owns."""
+    """Returns the module's direct parameters and buffers that no earlier module owns."""
     own = {}
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if id(tensor) not in seen:

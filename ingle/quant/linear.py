@@ -1,4 +1,4 @@
-"""Modules with quantized weights: linear maps, embeddings, and the base class that stacks of experts share.
+"""Modules with quantized weights: linear layers, embeddings, and the base class of stacked experts.
 
 Legend: O = out_features, I = in_features, V = vocabulary, H = hidden.
 """
@@ -68,7 +68,7 @@ class QuantModule(nn.Module):
         return {name: self.get_parameter(name) for name in self.specs}
 
     def assign(self, planes: Mapping[str, Tensor]) -> None:
-        """Takes over planes without encoding; copies a plane only if its address is not aligned.
+        """Uses the given planes without encoding; copies a plane only if its address is not aligned.
 
         Raises:
             QuantizationError: A plane is missing or unknown, or has the wrong shape or dtype.
@@ -173,7 +173,7 @@ class QuantEmbedding(QuantModule):
     """An embedding ``[V, H]`` that decodes rows when they are looked up.
 
     Args:
-        original: The embedding to replace. Its ``embed_scale``, if any, is taken over.
+        original: The embedding to replace; ``embed_scale``, if it has one, is kept.
         format: Format of the planes.
     """
 
@@ -246,7 +246,7 @@ class _QuantLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        planes = ctx.saved_tensors  # read once: activation checkpointing recomputes them for a single access
+        planes = ctx.saved_tensors  # read only once: under activation recomputation, a second access fails
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             named = dict(zip(ctx.names, planes, strict=True))

@@ -1,7 +1,7 @@
 """Defines planes, the byte tensors that a quantized weight consists of, and the scratch buffer for decoded weights.
 
 Scales are stored as bytes (``uint8``), like codes, so that ``module.to(torch.bfloat16)``, mixed precision and FSDP
-never cast them: what was read from a file is what is served.
+never cast them: the bytes that were read from a file are the bytes that are served.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains the weights of linear maps that compute with ternary weights, with a straight-through estimator.
+"""Trains linear layers that compute with ternary weights, with a straight-through estimator.
 
 The module keeps an ordinary floating-point weight, which the optimizer updates. The forward pass quantizes it to the
 ``ternary`` format and multiplies by the decoded weight; the backward pass uses the gradient of the decoded weight as
@@ -22,11 +22,11 @@ from ingle.quant.ternary import Ternary
 
 
 class TernaryLinear(nn.Linear):
-    """A linear map with a trainable floating-point weight that computes with its ternary value.
+    """A linear layer that trains a floating-point weight and computes with its ternary value.
 
     Args:
-        format: How the weight is rounded. Layers of a model share one format and thereby its scratch buffer.
-        linear: The map whose weight and bias are taken over.
+        format: The ternary format. Layers of a model share it, and with it the scratch buffer.
+        linear: The layer to replace; its weight and bias are used.
     """
 
     def __init__(self, format: Ternary, linear: nn.Linear) -> None:

@@ -10,7 +10,7 @@ scale  [S, 2 N]            float16; S = N = 1 for the whole tensor, N = 1 and S 
 ====== =================== ==========================================================================
 
 The scale is the mean absolute weight, rounded to a number that both bfloat16 and float16 represent. So a decoded weight
-is the same number in every dtype, and GGUF's ternary formats, whose scales are float16, hold exactly the same weights.
+is the same number in every dtype, and GGUF's ternary formats, whose scales are float16, store exactly the same weights.
 A weight above half the scale becomes 1 or -1. Groups that are already ternary (all nonzero weights have the same
 absolute value) keep that value as their scale, so encoding does not change them.
 
@@ -87,7 +87,7 @@ class Ternary(Format):
         return codes, scale_SN
 
     def _scale(self, sum_ON: Tensor, least_ON: Tensor, most_ON: Tensor, num_columns: int) -> Tensor:
-        """Float16 scales ``[S, N]`` from the sum, the least nonzero and the largest absolute weight of each group."""
+        """Returns float16 scales ``[S, N]`` from the statistics of each group (see :func:`_measure`)."""
         width = self.width(num_columns)
         starts = torch.arange(0, num_columns, width, device=sum_ON.device)
         count = (num_columns - starts).clamp(max=width)
@@ -126,14 +126,14 @@ def _expand_groups(values_ON: Tensor, width: int, num_columns: int) -> Tensor:
 
 
 def _measure(weight_OI: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each group's absolute weights: the float64 sum, the least nonzero one (or infinity) and the largest."""
+    """Returns sum (float64), smallest nonzero value (or infinity) and maximum of the absolute weights of each group."""
     absolute_ONW = functional.pad(weight_OI.float().abs(), (0, -weight_OI.shape[1] % width)).unflatten(1, (-1, width))
     least_ON = torch.where(absolute_ONW > 0, absolute_ONW, torch.inf).amin(-1)
     return absolute_ONW.double().sum(-1), least_ON, absolute_ONW.amax(-1)
 
 
 def _encode_rows(weight_OI: Tensor, threshold_ON: Tensor, width: int) -> Tensor:
-    """Codes of weights below, within and above plus or minus a threshold, as bytes."""
+    """Returns codes of weights below, within and above plus or minus a threshold, as bytes."""
     threshold_OI = _expand_groups(threshold_ON, width, weight_OI.shape[1])
     weight_OI = weight_OI.float()
     above, below = (weight_OI > threshold_OI).to(torch.uint8), (weight_OI < -threshold_OI).to(torch.uint8)

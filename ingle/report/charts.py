@@ -1,7 +1,7 @@
-"""Static charts as inline SVG, without scripts; colours and fonts come from the page's style sheet.
+"""Static charts as inline SVG, without scripts; colors and fonts come from the page's style sheet.
 
-Text in a scaled SVG scales with it, so a page holds a wide and a narrow drawing of each chart and shows the one that
-fits. Decision 0017 says why no plotting library is used.
+Text in an SVG scales with the picture. So a page contains a wide and a narrow drawing of each chart and shows the one
+that fits. Decision 0017 explains why no plotting library is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Box = tuple[float, float, float, float]
 #: Widths of the two drawings of a chart, in pixels.
 WIDE, NARROW = 880, 340
 
-#: Points of a curve; more cannot be distinguished on a page.
+#: Largest number of points in a curve; more cannot be distinguished on a page.
 MAX_POINTS = 600
 
 #: The smallest value on a logarithmic scale; smaller ones are drawn there.
@@ -216,16 +216,16 @@ def size_chart(
     log: bool = True,
     has_front: bool = True,
 ) -> str:
-    """Draws what each format loses against the size of its file.
+    """Draws the loss of each format over the size of its file.
 
     Args:
         dots: At least one; values above 0 if ``log``.
         width: Pixels.
-        titles: Of the horizontal and the vertical axis.
+        titles: Titles of the horizontal and the vertical axis.
         mark: Value and label of a dashed line.
         y_max: Dots above this value are drawn as arrows at the upper edge.
         log: Whether the vertical axis is logarithmic.
-        has_front: Whether a line of steps connects the dots of the front.
+        has_front: Whether a stepped line connects the dots of the Pareto front.
     """
     floor, least = _SIZE_HEIGHT, _LEAST if log else -math.inf
     x = _Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1))

@@ -40,7 +40,7 @@ class DataStats:
         truncated_documents: Documents cut to ``max_seq_len``.
         truncated_tokens: Tokens lost by cutting.
         split_documents: Rows that became several documents.
-        cut_ends: Truncated documents that lost their last end-of-turn token, so they do not teach the model to stop.
+        cut_ends: Truncated documents that lost their last end-of-turn token and so do not teach the model to stop.
         open_turns: Trained turns that the template does not end with an end-of-turn token.
         dropped: Rows left out, by reason.
         remarks: Remarks on rows that were kept.
@@ -86,10 +86,10 @@ class Duplicates:
     """Rows that repeat earlier ones.
 
     Attributes:
-        exact: Rows equal to an earlier one, the first of them in ``exact_pairs``.
+        exact: Rows equal to an earlier one; ``exact_pairs`` has the first of them.
         same_prompt: Rows with the prompt of an earlier row and another answer.
         compared: Distinct rows that were compared for near duplicates.
-        near: Rows similar to an earlier one among these, the most similar in ``near_pairs``.
+        near: Compared rows that are similar to an earlier one; ``near_pairs`` has the most similar.
     """
 
     rows: int
@@ -108,8 +108,8 @@ class Contamination:
     Attributes:
         rows: Held-out rows.
         same_prompt: Rows whose prompt is in the training data.
-        same_row: Rows whose prompt and answer are.
-        pairs: The first of them, each with its training row.
+        same_row: Rows whose prompt and answer are both in the training data.
+        pairs: The first of these rows, each with its training row.
     """
 
     rows: int
@@ -123,7 +123,7 @@ class Overlap(Contamination):
     """Contamination, and the words of held-out answers that are in training answers.
 
     Attributes:
-        ngram_words: Words of an n-gram.
+        ngram_words: Number of words in an n-gram.
         answers: Held-out answers with at least one n-gram.
         ngram_share: Mean share of their n-grams that are in training answers.
         half_seen: Answers with at least half of their n-grams in training answers.
@@ -186,7 +186,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Sequences of an epoch; ``efficiency`` is their tokens over the tokens that they could hold."""
+    """Sequences of an epoch; ``efficiency`` is the number of their tokens over the number that would fit."""
 
     enabled: bool
     sequences: int

@@ -1,4 +1,4 @@
-"""Prints the results of ``ingle data inspect`` and words the problems that they show."""
+"""Prints the results of ``ingle data inspect`` and describes the problems that they show."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _BAR_WIDTH = 32
 _MAX_DOCUMENT_CHARS, _MAX_MESSAGE_CHARS = 2400, 1200
 
 _NO_MODEL = (
-    "Tokens cannot be counted without a model: --model PATH_OR_ID shows which tokens carry loss, what is cut and how "
-    "rows are packed."
+    "Tokens cannot be counted without a model. --model PATH_OR_ID shows which tokens carry loss, which documents are "
+    "truncated and how they are packed."
 )
 
 
 def render_report(report: DataReport, console: Console) -> None:
-    """Prints a report; without colour, marks show which tokens carry loss."""
+    """Prints a report; without color, marks show which tokens carry loss."""
     for preview in report.previews:
         console.print(_draw_preview(preview, console))
     console.print(_draw_sources(report.stats))

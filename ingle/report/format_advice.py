@@ -1,8 +1,9 @@
-"""Recommends a format from the measured ones, and checks common advice on formats against the figures.
+"""Recommends one of the measured formats, and checks common advice on formats against the figures.
 
-The cost of a format is counted in nats per token. 0.02 is about 2 % of perplexity, or a mean divergence between those
-of Q4_K_M (0.031) and Q5_K_M (0.011) in llama.cpp's table for an 8B model. Divergence decides because it sees every
-change. On a text that the model predicts badly, perplexity rises and falls by chance and even improves with noise.
+The cost of a format is its mean divergence in nats per token. 0.02 is about 2 % of perplexity, and between the
+divergences of Q4_K_M (0.031) and Q5_K_M (0.011) in llama.cpp's table for an 8B model. The recommendation uses
+divergence because it reflects every change of the predictions. Perplexity can even improve by chance, above all on a
+text that the model predicts badly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NUM_TOKENS, FEW_TOKENS = 16_384, 1000
 
 
 def pareto_front(rows: Sequence[FormatResult]) -> list[str]:
-    """Returns the names of the formats that no other one beats in size without diverging more, smallest first."""
+    """Returns the names of the formats on the Pareto front of size and divergence, smallest first."""
     front: list[str] = []
     best = float("inf")
     for row in sorted(rows, key=lambda row: (row.size_bytes, row.quality.kl.value)):
@@ -87,7 +88,7 @@ def check_advice(rows: Sequence[FormatResult], limit: float = LIMIT) -> list[Adv
 
 
 def _medium_over_small(rows: Mapping[str, FormatResult]) -> Advice:
-    claim = "K_M over K_S: the medium mixes are worth their few more bits."
+    claim = "Prefer K_M to K_S: the medium mixes are worth their extra bits."
     names = [(f"{kind}_m", f"{kind}_s") for kind in ("q5_k", "q4_k", "q3_k")]
     pairs = [(rows[medium], rows[small]) for medium, small in names if medium in rows and small in rows]
     if not pairs:
@@ -102,7 +103,7 @@ def _medium_over_small(rows: Mapping[str, FormatResult]) -> Advice:
 
 
 def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Advice:
-    claim = "Q2_K and the Q3 mixes are for tests only."
+    claim = "Q2_K and the Q3 mixes are only good for tests."
     found = [rows[name] for name in ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l") if name in rows]
     if not found:
         return Advice(claim, "none of them was measured", "open")
@@ -112,7 +113,7 @@ def _tests_only(rows: Mapping[str, FormatResult], limit: float) -> Advice:
 
 
 def _balance(rows: Mapping[str, FormatResult], limit: float) -> Advice:
-    claim = "Q5_K_M is the balance of size and quality, Q4_K_M what saves memory."
+    claim = "Q5_K_M balances size and quality; Q4_K_M saves memory."
     five, four = rows.get("q5_k_m"), rows.get("q4_k_m")
     if five is None:
         return Advice(claim, "q5_k_m was not measured", "open")

@@ -12,7 +12,7 @@ from ingle.report.format_results import FormatReport, FormatResult, perplexity_t
 from ingle.report.templates import render
 from ingle.wording import plural
 
-#: Formats that diverge by more nats per token are drawn at the edge of the chart; they answer nonsense.
+#: Formats that diverge by more nats per token than this are drawn at the edge of the chart; their answers are nonsense.
 _NONSENSE = 1.0
 #: Formats that lose more than this many times the limit are drawn at the edge of the chart of perplexities.
 _CLOSE = 5.0
@@ -67,7 +67,7 @@ def _charts(report: FormatReport) -> list[dict[str, Any]]:
         {
             "heading": "Divergence",
             "note": "Mean Kullback-Leibler divergence of the quantized model's predictions from the unquantized "
-            "model's. It sees every change, even where gains on some tokens hide losses on others.",
+            "model's. It reflects every change, even where gains on some tokens cancel losses on others in perplexity.",
             **both_widths(lambda width: divergence(width=width)),
         },
         {

@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """How well a quantized model predicts the text, compared with the unquantized model.
+    """Quality of a quantized model's predictions, compared with the unquantized model.
 
     Attributes:
         perplexity: Perplexity of the text.
@@ -61,7 +61,7 @@ class FormatResult:
         memory_bytes: Size of the weights while Ingle runs them, including the largest decoded layer.
         decode_weights_per_s: Decoding speed of the linear layers; None for the unquantized model.
         encode_s: Time to quantize the model.
-        quality: How well it predicts.
+        quality: Quality of its predictions.
     """
 
     name: str
@@ -77,7 +77,7 @@ class FormatResult:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a survey measures; ``fingerprint`` is a hash of everything that decides the figures."""
+    """Model and text of a survey; ``fingerprint`` is a hash of everything that affects the figures."""
 
     model: str
     data: str
@@ -125,9 +125,9 @@ class FormatReport:
         limit: Largest divergence of a recommended format, in nats per token.
         reference: The unquantized model.
         formats: All measured formats, smallest first.
-        front: Names of the formats that no other one beats in size without diverging more, smallest first.
+        front: Names of the formats on the Pareto front of size and divergence, smallest first.
         recommendation: The recommended format.
-        sayings: Common advice against the figures.
+        sayings: Common advice, checked against the figures.
         skipped: Formats that cannot store this model.
         warnings: Why the figures may be rough.
     """

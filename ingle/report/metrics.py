@@ -1,7 +1,7 @@
-"""Describes every metric: direction, range, statistics and how its scores are written.
+"""Describes every metric: direction, range, statistics and the format of its scores.
 
-This table is all that reports, tables and charts know of a metric. A scorer in :mod:`ingle.evaluation.scorers` names
-its entry; results name metrics by their key.
+Reports, tables and charts take everything that they need about a metric from this table. A scorer in
+:mod:`ingle.evaluation.scorers` refers to its entry; results refer to metrics by their key.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Reads = Literal["answers", "likelihoods"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What reports need to know of a metric.
+    """Description of a metric.
 
     Attributes:
         name: Key in the config and in results.
@@ -55,14 +55,14 @@ class Metric:
 
     @property
     def chart(self) -> Literal["points", "relative"]:
-        """The chart for differences: bounded scores share an axis of 100 points, others one of percent of the base."""
+        """The chart for differences: bounded scores share an axis of 100 points; others are in percent of the base."""
         return "points" if math.isfinite(self.high) else "relative"
 
     def is_better(self, change: float) -> bool:
         """Returns whether a change that is not 0 is an improvement."""
         return (change > 0) == self.higher_is_better
 
-    def write(self, value: float | None, *, signed: bool = False) -> str:
+    def format(self, value: float | None, *, signed: bool = False) -> str:
         """Returns a score, or with ``signed`` a difference: ``61.0``, ``41.2 %``, ``−50.0 points``, ``–`` for None."""
         if value is None or math.isnan(value):
             return "–"
@@ -75,14 +75,14 @@ class Metric:
             text = text.lstrip("+-")
         return text.replace("-", "−") + self._unit(signed)
 
-    def write_interval(self, bounds: Sequence[float | None], *, signed: bool = False) -> str:
+    def format_interval(self, bounds: Sequence[float | None], *, signed: bool = False) -> str:
         """Returns an interval without the unit: ``[+45.9, +51.4]``."""
         unit = self._unit(signed)
-        return f"[{', '.join(self.write(bound, signed=signed).removesuffix(unit) for bound in bounds)}]"
+        return f"[{', '.join(self.format(bound, signed=signed).removesuffix(unit) for bound in bounds)}]"
 
-    def write_sample(self, value: float | None) -> str:
+    def format_sample(self, value: float | None) -> str:
         """Returns the score of one sample; ``right`` or ``wrong`` for a rate."""
-        return ("right" if value else "wrong") if self.kind == "rate" else self.write(value)
+        return ("right" if value else "wrong") if self.kind == "rate" else self.format(value)
 
     def _unit(self, signed: bool) -> str:
         return (" points" if signed else " %") if self.percent else ""

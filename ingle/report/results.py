@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-#: What a comparison shows: the tuned model is better, it is worse, or the data cannot tell.
+#: Outcome of a comparison: the tuned model is better, worse, or not significantly different.
 Outcome = Literal["better", "worse", "unclear"]
 
 #: A 95 % interval; None where it is not defined.
@@ -61,8 +61,9 @@ class MetricComparison:
         outcome: What the difference shows at a level of 5 %.
         num_better: Samples on which the tuned model scored better.
         num_worse: Samples on which it scored worse.
-        num_equal: All others.
-        mde80: The difference that as many samples would show in 80 of 100 experiments; None for too few samples.
+        num_equal: Samples on which both scored the same.
+        mde80: Minimum detectable effect: a true difference that as many samples would show to be significant in 80 of
+            100 experiments; None for too few samples.
         base_ci95: 95 % interval of ``base``.
         tuned_ci95: 95 % interval of ``tuned``.
         unparsed: Answers without a match of ``answer_pattern``, for rates only.
@@ -97,8 +98,8 @@ class SampleComparison:
     """Both answers to one sample.
 
     Attributes:
-        index: Position in the task; only in ``report.json``, which holds a selection.
-        origin: ``file:line`` of the row.
+        index: Position in the task; only in ``report.json``, which contains a selection.
+        origin: Row of the sample, as ``file:line``.
         prompt: The prompt as text; empty for plain text.
         references: Accepted answers.
         base: Answer of the base; None if no answers were generated.
@@ -211,14 +212,14 @@ class RunReport:
         train_s: Seconds of training.
         wall_s: Seconds of the run, including loading and evaluation.
         peak_memory_bytes: Highest resident (CPU) or allocated (GPU) memory.
-        plan: The plan that the run announced.
-        audit: Parameters and bytes by module class, as the run announced them.
+        plan: The plan that the run printed.
+        audit: Parameters and bytes by module class, as the run printed them.
         rounding: Formats whose rounding was part of the training, or None.
         contamination: Held-out rows found in the training data; None if nothing was evaluated.
         run: The run folder.
         model: Id of the model.
         headline: As in :class:`Comparison`, like the rest; None if nothing was evaluated.
-        samples: The samples in ``shown``; ``answers.jsonl`` holds all of them.
+        samples: The samples in ``shown``; ``answers.jsonl`` contains all samples.
     """
 
     status: str = "finished"

@@ -1,4 +1,4 @@
-"""The last section of a run's page: what the run took, and what was predicted."""
+"""The last section of a run's page: time, memory and other figures of the run, next to their predictions."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def read_report(path: Path) -> RunReport:
 def read_steps(metrics_path: Path) -> list[dict[str, Any]]:
     """Returns the lines of ``metrics.jsonl`` by step; if a step is repeated (after a crash), the last one counts.
 
-    Lines that are no step, as a crash or an editor may leave them, are ignored.
+    Lines that are not steps (left by a crash or an editor) are ignored.
     """
     steps: dict[int, dict[str, Any]] = {}
     if not metrics_path.is_file():

@@ -1,4 +1,4 @@
-"""``report.html``: a self-contained page that shows doubts as clearly as gains."""
+"""``report.html``: a self-contained page that shows uncertainty as clearly as gains."""
 
 from __future__ import annotations
 
@@ -76,17 +76,17 @@ def _hero(report: RunReport) -> dict[str, Any] | None:
         "corrected": f"{verdicts.corrected_p(row)} {correction}" if correction else None,
         "few": verdicts.few_samples(row.n),
         "counts": f"{plural(row.num_better, 'sample')} got better, {row.num_worse:,} worse, {row.num_equal:,} equal",
-        "mde": metric.write(row.mde80) if row.mde80 else None,
+        "mde": metric.format(row.mde80) if row.mde80 else None,
     }
 
 
 def _figures(metric: Metric, row: MetricComparison) -> dict[str, str]:
     return {
         "title": metric.title,
-        "base": metric.write(row.base),
-        "tuned": metric.write(row.tuned),
-        "delta": metric.write(row.delta, signed=True),
-        "interval": metric.write_interval(row.ci95, signed=True),
+        "base": metric.format(row.base),
+        "tuned": metric.format(row.tuned),
+        "delta": metric.format(row.delta, signed=True),
+        "interval": metric.format_interval(row.ci95, signed=True),
         "n": f"{row.n:,}",
         "outcome": row.outcome,
     }
@@ -116,7 +116,7 @@ def _bare(relation: str) -> str:
 
 
 def _plain_interval(metric: Metric, bounds: Sequence[float | None]) -> str:
-    return f"{metric.write(bounds[0]).removesuffix(' %')} – {metric.write(bounds[1])}"
+    return f"{metric.format(bounds[0]).removesuffix(' %')} – {metric.format(bounds[1])}"
 
 
 def _interval_charts(metrics: Mapping[str, MetricComparison]) -> list[dict[str, Markup]]:
@@ -140,7 +140,7 @@ def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
     """Returns a row of the chart; improvements are positive."""
     ends = [math.nan if end is None else end * factor for end in row.ci95]
     delta = math.nan if row.delta is None else row.delta
-    note = f"{metric.title} {metric.write(row.delta, signed=True)} {metric.write_interval(row.ci95, signed=True)}"
+    note = f"{metric.title} {metric.format(row.delta, signed=True)} {metric.format_interval(row.ci95, signed=True)}"
     return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, note)
 
 
@@ -201,7 +201,7 @@ def _score(metric: Metric, pair: Pair) -> dict[str, str]:
     outcome = "equal"
     if pair.base is not None and pair.tuned is not None and not math.isclose(pair.base, pair.tuned, rel_tol=1e-9):
         outcome = "better" if metric.is_better(pair.tuned - pair.base) else "worse"
-    base, tuned = (metric.write_sample(value) for value in (pair.base, pair.tuned))
+    base, tuned = (metric.format_sample(value) for value in (pair.base, pair.tuned))
     return {"title": metric.title, "base": base, "tuned": tuned, "outcome": outcome}
 
 

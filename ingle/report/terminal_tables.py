@@ -19,9 +19,9 @@ from ingle.wording import count, duration, size
 
 #: Characters shown of a prompt or an answer; the report shows all of them.
 _SHOWN_CHARACTERS = 600
-#: Number of purposes of memory that the plan names.
+#: Number of uses of memory that the plan lists.
 _SHOWN_PARTS = 4
-#: Signs and colours of differences that are significant after correction.
+#: Signs and colors of differences that are significant after correction.
 _SIGNS = {"better": ("✓", "green"), "worse": ("✗", "red"), "unclear": ("", "")}
 #: Marks metrics for which lower is better.
 _DOWN = "↓"
@@ -142,15 +142,15 @@ def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[s
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
         metric, (sign, style) = find_metric(name), _SIGNS[row.outcome]
-        interval = metric.write_interval(row.ci95, signed=True)
-        difference = metric.write(row.delta, signed=True)
+        interval = metric.format_interval(row.ci95, signed=True)
+        difference = metric.format(row.delta, signed=True)
         if "interval below" in columns:
             difference += f"\n{interval}"
         optional = zip(_OPTIONAL, (interval, *map(p_value, (row.p, row.p_holm, row.p_exact))), strict=True)
         table.add_row(
             _metric_name(metric),
-            metric.write(row.base),
-            metric.write(row.tuned),
+            metric.format(row.base),
+            metric.format(row.tuned),
             Text(difference, style=style),
             Text(sign, style=style),
             *(Text(text) for column, text in optional if column in columns),
@@ -160,8 +160,10 @@ def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[s
 
 
 def _comparison_line(metric: Metric, row: MetricComparison) -> str:
-    difference = f"{metric.write(row.delta, signed=True)} {_SIGNS[row.outcome][0]}".rstrip()
-    return f"{_metric_name(metric)}: {metric.write(row.base)} → {metric.write(row.tuned)}, {difference}, n = {row.n:,}"
+    difference = f"{metric.format(row.delta, signed=True)} {_SIGNS[row.outcome][0]}".rstrip()
+    return (
+        f"{_metric_name(metric)}: {metric.format(row.base)} → {metric.format(row.tuned)}, {difference}, n = {row.n:,}"
+    )
 
 
 def _legend(rows: Mapping[str, MetricComparison | MetricSummary]) -> str:
@@ -207,7 +209,7 @@ def summary_table(summary: Summary) -> RenderableType:
     lines = []
     for name, row in summary.metrics.items():
         metric = find_metric(name)
-        cells = [_metric_name(metric), metric.write(row.value), metric.write_interval(row.ci95)]
+        cells = [_metric_name(metric), metric.format(row.value), metric.format_interval(row.ci95)]
         table.add_row(*map(Text, cells), f"{row.n:,}")
         lines.append("{}: {} {}, n = {:,}".format(*cells, row.n))
     shown, legend = _Fitting([table], "\n".join(lines)), _legend(summary.metrics)
@@ -246,7 +248,7 @@ def _clip(text: str) -> Text:
 
 
 def finish_lines(report: RunReport) -> Iterator[str]:
-    """Yields what the run took, and what was predicted."""
+    """Yields lines with the steps, time and memory of the run, and the predicted memory."""
     yield (
         f"Finished: {report.num_steps:,} steps, {count(report.num_tokens)} tokens in {duration(report.wall_s)} "
         f"at {count(report.tokens_per_s)} tokens/s."

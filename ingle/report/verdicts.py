@@ -9,7 +9,7 @@ from ingle.wording import plural
 #: Level of significance, after Holm's correction.
 LEVEL = 0.05
 
-#: Fewer samples cannot reach the level: if all of ``n`` agree, p is ``2 / 2^n``.
+#: With fewer samples, no difference is significant: if all ``n`` samples improve, p is ``2 / 2^n``.
 MIN_SAMPLES = 6
 
 #: Below this number of samples, intervals by resampling are too narrow.
@@ -52,7 +52,7 @@ def correction(num_metrics: int) -> str | None:
 
 
 def find_outcome(metric: Metric, delta: float, p_holm: float) -> Outcome:
-    """Returns what a difference shows."""
+    """Returns the outcome of a difference at the level of significance."""
     if p_holm >= LEVEL or delta == 0:
         return "unclear"
     return "better" if metric.is_better(delta) else "worse"
@@ -64,7 +64,7 @@ def lost_by_correction(row: MetricComparison) -> bool:
 
 
 def judge(row: MetricComparison, num_metrics: int) -> str:
-    """Returns what a metric shows, and by which p-value: ``better (p = 0.004 after correction for 3 metrics)``.
+    """Returns the outcome of a metric and its p-value: ``better (p = 0.004 after correction for 3 metrics)``.
 
     Args:
         row: The compared metric.
@@ -86,8 +86,8 @@ def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
         num_metrics: Metrics of the task, for which p-values are corrected.
     """
     metric = find_metric(name)
-    difference = f"{metric.write(row.delta, signed=True)} {metric.write_interval(row.ci95, signed=True)}"
-    scores = f"{metric.title} {metric.write(row.base)} → {metric.write(row.tuned)}, {difference}"
+    difference = f"{metric.format(row.delta, signed=True)} {metric.format_interval(row.ci95, signed=True)}"
+    scores = f"{metric.title} {metric.format(row.base)} → {metric.format(row.tuned)}, {difference}"
     sentence = f"{scores}, {p_relation(row.p, floor=row.p_floor)}, n = {row.n:,}: {judge(row, num_metrics)}."
     if row.outcome != "unclear":
         return sentence
@@ -96,7 +96,7 @@ def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
     if not row.mde80:
         return sentence
     return (
-        f"{sentence} With this number of samples, a difference smaller than {metric.write(row.mde80)} would likely be "
+        f"{sentence} With this number of samples, a difference smaller than {metric.format(row.mde80)} would likely be "
         "missed."
     )
 

@@ -175,7 +175,7 @@ def test_dropout(count: int) -> None:
 
 def test_recompute_repeats_dropout_and_evaluation_has_none() -> None:
     lora = LoraLinear(nn.Linear(I, O), R, 1.0, dropout=0.5)
-    lora.initialise(0, "x")
+    lora.initialize(0, "x")
     with torch.no_grad():
         lora.lora_b.copy_(draw(O, R, seed=2))
     x = draw(N, I, seed=1).requires_grad_()

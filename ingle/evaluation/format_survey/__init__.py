@@ -1,6 +1,6 @@
 """Compares formats on a model and a text: size, loss, speed and memory of each, and a recommendation."""
 
-from ingle.evaluation.format_survey.survey import Survey, survey
+from ingle.evaluation.format_survey.survey import SurveyRequest, survey
 from ingle.evaluation.format_survey.targets import (
     BITSANDBYTES,
     HQQ,
@@ -17,7 +17,7 @@ __all__ = [
     "HQQ",
     "LIMIT",
     "NUM_TOKENS",
-    "Survey",
+    "SurveyRequest",
     "Target",
     "find_target",
     "read_windows",

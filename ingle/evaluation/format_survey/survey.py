@@ -41,14 +41,14 @@ _NUM_END_VALUES = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What to compare.
+class SurveyRequest:
+    """The model, text and formats to compare.
 
     Attributes:
-        model: A folder or hub id.
-        data: The text.
+        model: Config of the model; ``id`` is a folder or hub id.
+        data: Text to measure on: a file, glob or hub dataset.
         names: Names of formats; all if empty.
-        num_tokens: How many tokens of the text are scored.
+        num_tokens: Number of tokens of the text that are scored.
         limit: Largest divergence of the recommended format, in nats per token.
         imatrix: An importance matrix to quantize with.
         out: Folder for ``formats.json`` and ``formats.html``; None writes nothing.
@@ -72,82 +72,82 @@ class _Unfinished:
     status: str = "unfinished"
 
 
-def survey(asked: Survey, sink: Sink = lambda event: None) -> FormatReport:
+def survey(request: SurveyRequest, sink: Sink = lambda event: None) -> FormatReport:
     """Compares formats on a model and a text.
 
     Args:
-        asked: What to compare.
+        request: Model, text and formats.
         sink: Receives the progress, and a warning for each format that cannot store this model.
 
     Returns:
-        The report. With ``out``, ``formats.json`` holds it and ``formats.html`` shows it.
+        The report. With ``out``, it is also written as ``formats.json`` and ``formats.html``.
 
     Raises:
-        ConfigError: A format is unknown, or the folder holds other files.
+        ConfigError: A format is unknown, or the folder contains other files.
         ModelError: The model cannot be read.
         DataError: The text cannot be read.
-        EvaluationError: The model is quantized already or has fused experts, or the folder holds another comparison.
+        EvaluationError: The model is already quantized or has fused experts, or the folder contains another comparison.
     """
-    _check(asked)
+    _check(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = models.load_tokenizer(asked.model)
-    model = models.load_model(asked.model, device=device, sink=sink)
-    _require_unquantized(model, asked.model.id)
-    windows = read_windows(asked.data, model, tokenizer, asked.num_tokens)
-    importance = None if asked.imatrix is None else models.load_importance(model, asked.imatrix, sink)
+    tokenizer = models.load_tokenizer(request.model)
+    model = models.load_model(request.model, device=device, sink=sink)
+    _require_unquantized(model, request.model.id)
+    windows = read_windows(request.data, model, tokenizer, request.num_tokens)
+    importance = None if request.imatrix is None else models.load_importance(model, request.imatrix, sink)
     maps = [f"{name}.weight" for name in linear_maps(model)]
-    names = asked.names or target_names()
+    names = request.names or target_names()
     candidates, left_out = list_candidates(model, maps, names, has_imatrix=importance is not None)
     if left_out:
         sink(
             Warned(
-                f"The file types of llama.cpp are left out, because Ingle does not know llama.cpp's names for the "
-                f"weights of a {model.config.model_type} model.",
+                f"Skipping the GGUF file types: llama.cpp's names for the weights of a "
+                f"{model.config.model_type} model are unknown.",
                 count=len(left_out),
             )
         )
-    imatrix = None if asked.imatrix is None else str(asked.imatrix)
+    imatrix = None if request.imatrix is None else str(request.imatrix)
     dtype = str(model.dtype).removeprefix("torch.")
-    subject = Subject(asked.model.id, asked.data, imatrix, dtype, _fingerprint(model, windows, importance))
-    results = {} if asked.out is None else _read_results(asked.out, subject)
+    subject = Subject(request.model.id, request.data, imatrix, dtype, _fingerprint(model, windows, importance))
+    results = {} if request.out is None else _read_results(request.out, subject)
 
     def keep(result: FormatResult) -> None:
         results[result.name] = result
-        if asked.out is not None:
+        if request.out is not None:
             content = asdict(_Unfinished(subject, list(results.values())))
-            write_atomically(asked.out / "formats.json", json.dumps(content).encode())
+            write_atomically(request.out / "formats.json", json.dumps(content).encode())
 
     missing = [each for each in (unquantized(model), *candidates) if each.name not in results]
     skipped = _measure(model, windows, missing, importance, keep, sink)
     found = [results[candidate.name] for candidate in candidates if candidate.name in results]
-    report = _make_report(subject, windows, results["none"], found, skipped, asked.limit)
+    report = _make_report(subject, windows, results["none"], found, skipped, request.limit)
     for message in report.warnings:
         sink(Warned(message))
-    if asked.out is not None:
-        write_atomically(asked.out / "formats.html", render_format_page(report).encode())
+    if request.out is not None:
+        write_atomically(request.out / "formats.html", render_format_page(report).encode())
         content = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_atomically(asked.out / "formats.json", content.encode())
+        write_atomically(request.out / "formats.json", content.encode())
     return report
 
 
-def _check(asked: Survey) -> None:
-    """Checks what can be checked before anything is loaded."""
-    for name in asked.names:
+def _check(request: SurveyRequest) -> None:
+    """Checks the names and the output folder before anything is loaded."""
+    for name in request.names:
         find_target(name, "--formats")
-    check_name(asked.model.id)
-    out = asked.out
+    check_name(request.model.id)
+    out = request.out
     if out is None or not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "formats.json").is_file()):
         raise ConfigError(
-            f"{out} holds other files." if out.is_dir() else f"{out} is a file.",
+            f"{out} contains other files." if out.is_dir() else f"{out} is a file.",
             where=f"--out {out}",
             fix="name a new folder",
         )
 
 
 def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
-    """Returns the results that the folder holds of this subject; creates the folder if needed."""
+    """Returns the results of this subject that are in the folder; creates the folder if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "formats.json"
     if not path.exists():
@@ -156,11 +156,13 @@ def _read_results(folder: Path, subject: Subject) -> dict[str, FormatResult]:
         saved = TypeAdapter(_Unfinished).validate_json(path.read_bytes())
     except ValueError:
         raise EvaluationError(
-            f"{path.name} does not hold a comparison of formats.", where=str(path), fix="name another folder with --out"
+            f"{path.name} does not contain a comparison of formats.",
+            where=str(path),
+            fix="name another folder with --out",
         ) from None
     if saved.subject.fingerprint != subject.fingerprint:
         raise EvaluationError(
-            "The folder holds a comparison of another model, text or version.",
+            "The folder contains a comparison of another model, text or version.",
             where=str(folder),
             fix="name another folder with --out, or delete this one",
         )

@@ -1,4 +1,4 @@
-"""The formats that a model can be quantized to by name, and what each stores of a given model."""
+"""The names of the formats that a model can be quantized to, and the size and types of a given model in each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ingle.gguf.names import TensorNames, names_of
 from ingle.quant import Format, make_format
 from ingle.wording import nearest
 
-#: Formats stored in safetensors in the layout of bitsandbytes.
+#: Formats that safetensors store in the layout of bitsandbytes.
 BITSANDBYTES = ("nf4", "fp4", "int8")
 #: Formats stored in the layout of HQQ; a group size may follow: ``hqq-2-g32``.
 HQQ = ("hqq-8", "hqq-4", "hqq-3", "hqq-2", "hqq-1")
@@ -30,10 +30,10 @@ _PLAIN_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A kind of file that can be written.
+    """A format that a model can be quantized to.
 
     Attributes:
-        name: Its name, with aliases resolved.
+        name: Name of the format, with aliases resolved.
         container: ``gguf`` or ``safetensors``.
         base: The format of the linear layers in safetensors; None for GGUF, where the file type chooses by tensor.
     """
@@ -69,10 +69,10 @@ def target_names() -> tuple[str, ...]:
 
 
 def find_target(name: str, option: str = "--to") -> Target:
-    """Returns the target of a name.
+    """Returns the target with a name.
 
     Raises:
-        ConfigError: There is no such target; the fix names the closest one.
+        ConfigError: There is no such target; the error suggests the closest one.
     """
     resolved = (ALIASES | {"hqq": "hqq-4"}).get(name.lower(), name.lower())
     if resolved in FILE_TYPES:

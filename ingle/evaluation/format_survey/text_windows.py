@@ -12,7 +12,7 @@ from ingle.data import IGNORE_INDEX, Tokenizer, read_examples
 from ingle.errors import DataError
 from ingle.evaluation.run.windows import Window, cut_windows, draw_scored_document, window_size
 
-#: Longest window in tokens; shorter windows are more in number, which narrows the intervals.
+#: Longest window in tokens. Shorter windows give more of them, which narrows the intervals.
 MAX_WINDOW = 512
 
 #: Rows tokenized at once.
@@ -20,19 +20,19 @@ _NUM_ROWS = 64
 
 
 def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -> list[Window]:
-    """Reads windows from the beginning of a data file until they hold about ``num_tokens`` scored tokens.
+    """Reads windows from the beginning of a data file until they contain about ``num_tokens`` scored tokens.
 
-    Of conversations and answers, the tokens that training would learn are scored; of plain text, all tokens.
+    In conversations and answers, the tokens that training would supervise are scored; in plain text, all tokens.
 
     Args:
         path: A file, glob or hub dataset, read like ``data.sources``.
         model: Its context length limits the windows.
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
         num_tokens: Number of scored tokens.
 
     Raises:
         DataError: The file cannot be read or is empty.
-        EvaluationError: A row gives nothing to score.
+        EvaluationError: A row has no token to score.
     """
     windows: list[Window] = []
     num_scored = num_documents = 0
@@ -46,7 +46,7 @@ def read_windows(path: str, model: Any, tokenizer: Tokenizer, num_tokens: int) -
             num_scored += count_scored(window)
         num_documents += len(batch)
     if not windows:
-        raise DataError("There is no text to compare formats on.", where=path, why="the file holds no rows")
+        raise DataError("There is no text to compare formats on.", where=path, why="the file contains no rows")
     return windows
 
 

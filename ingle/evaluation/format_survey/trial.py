@@ -1,8 +1,8 @@
-"""Holds the weights of a model in other formats for a while, and measures what each format costs.
+"""Temporarily quantizes the weights of a model to other formats, and measures the time and memory of each.
 
 Linear layers become the modules that training and generation use, which decode their weights for every product.
-Embeddings and the output layer, which a GGUF file quantizes too, hold the decoded values. The original weights are kept
-and restored.
+Embeddings and the output layer, which a GGUF file quantizes too, get the decoded values. The original weights are kept
+and restored afterwards.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a format costs in time and memory.
+    """Time and memory that a format takes.
 
     Attributes:
         encode_s: Time to quantize the model.
-        memory_bytes: All parameters and the largest decoded weight.
+        memory_bytes: Size of all parameters and of the largest decoded weight.
         decode_weights_per_s: Decoding speed of the quantized linear layers; None if there are none.
     """
 
@@ -53,10 +53,10 @@ class Cost:
 
 
 class FormatTrial:
-    """Holds the weights of a model in other formats.
+    """Temporarily quantizes the weights of a model.
 
     Args:
-        model: In the compute type and in evaluation mode, without adapters.
+        model: A model in the compute dtype and in evaluation mode, without adapters.
 
     Raises:
         EvaluationError: The model has fused experts.
@@ -156,7 +156,7 @@ def _quantize(module: nn.Module, format: Format, name: str, importance: Tensor |
 
 
 def _decode_rate(layers: Sequence[QuantLinear], dtype: torch.dtype) -> float | None:
-    """Returns weights per second in the fastest sweep over all layers; other programs only slow a sweep down."""
+    """Returns weights per second in the fastest pass over all layers; other programs can only slow a pass down."""
     if not layers:
         return None
 

@@ -1,6 +1,6 @@
 """Sources of answers and likelihoods: what the runner scores.
 
-A source may be a live model, a server or a file of answers. The runner only iterates over what it yields.
+A source can be a loaded model, a server or a file of answers. The runner only iterates over what it yields.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Answer:
 
 
 class AnswerSource(Protocol):
-    """Answers the samples of a task; their references are for scoring only."""
+    """Answers the samples of a task; it must not read their references to do so."""
 
     @property
     def name(self) -> str:
@@ -139,6 +139,6 @@ class ModelSource:
             raise EvaluationError(
                 "A task prompt is longer than the model's context.",
                 where=samples[longest].example.origin,
-                why=f"it has {len(prompts[longest]):,} tokens; the context holds {limit:,}, including the answer",
+                why=f"it has {len(prompts[longest]):,} tokens; the context has {limit:,}, including the answer",
                 fix="shorten or remove the row",
             )

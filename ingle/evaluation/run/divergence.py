@@ -1,7 +1,7 @@
 """Divergence of one model's predictions from those of a reference, token by token.
 
-The reference runs first and keeps its last hidden states. Its logits are recomputed from them in chunks while the other
-model runs, so that the logits of only a few hundred tokens exist at once, and the two models never do.
+The reference model runs first, and its last hidden states are kept. Its logits are recomputed from them in chunks while
+the other model runs. So only the logits of a few hundred tokens are in memory at once, and never both models.
 
 Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
 """
@@ -23,10 +23,10 @@ from ingle.evaluation.statistics import Floats
 from ingle.models import device_of, forward_hidden, head
 from ingle.models.forward.hidden_states import Head
 
-#: Logits of a chunk, for each of the two models.
+#: Number of logits in a chunk, for each of the two models.
 CHUNK_LOGITS = 1 << 23
 
-#: Below this number of scored tokens, their mean is a rough figure.
+#: Below this number of scored tokens, their mean is rough.
 FEW_TOKENS = 1000
 
 OnProgress = Callable[[int, int], None]
@@ -34,7 +34,7 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What comparisons need of the reference model.
+    """The data of the reference model that comparisons need.
 
     Attributes:
         hidden: Last hidden states of the scored tokens, one tensor per packed row.
@@ -47,7 +47,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Means over all scored tokens of a text.
+    """The divergence of a model from a reference: means over all scored tokens of a text.
 
     Attributes:
         kl: KL(reference || other) in nats per token.

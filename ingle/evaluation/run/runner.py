@@ -1,4 +1,4 @@
-"""Runs tasks on one source, or on a tuned model and its base."""
+"""Runs tasks on one source of answers, or on a tuned model and its base."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def evaluate(
 
     Raises:
         DataError: The rows of a task cannot be read.
-        EvaluationError: They do not suit the metrics or the model.
+        EvaluationError: The rows do not suit the metrics or the model.
     """
     sink = _warn_once(sink)
     if base is not None and not isinstance(base, Sequence):
@@ -74,13 +74,13 @@ def run_task(source: AnswerSource, task: TaskConfig, *, sink: Sink = lambda even
     """Collects the answers and likelihoods that the metrics of a task need.
 
     Args:
-        source: Gives the answers.
+        source: Yields the answers.
         task: The task.
         sink: Receives progress and warnings.
 
     Raises:
         DataError: The rows of the task cannot be read.
-        EvaluationError: They do not suit the metrics or the source.
+        EvaluationError: The rows do not suit the metrics or the source.
     """
     began = time.monotonic()
     samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
@@ -134,7 +134,7 @@ def strip_thoughts(text: str, references: Sequence[str]) -> str:
 
 
 def _warn_once(sink: Sink) -> Sink:
-    """Returns a sink that passes each warning once: base and tuned model get the same samples."""
+    """Returns a sink that passes each warning once, because base and tuned model cause the same ones."""
     warned: set[Event] = set()
 
     def receive(event: Event) -> None:

@@ -1,8 +1,8 @@
 """Documents whose tokens are scored, cut into windows that a model can read.
 
-Of an answer, exactly what ``sft`` trains is scored: its tokens and the end of turn, given the prompt, with the same
-template and mask. So held-out perplexity is ``exp`` of the training loss on the same rows. Of plain text, every token
-is scored; the first one follows the token that starts a text.
+In an answer, exactly the tokens that ``sft`` supervises are scored: the answer and its end of turn, given the prompt,
+with the same template and mask. So held-out perplexity is ``exp`` of the training loss on the same rows. In plain text,
+every token is scored, including the first, which follows BOS or another token that starts a text.
 
 A document that is too long for one window is cut into several; each begins with the last token of the one before, so
 that every token is scored once.
@@ -35,11 +35,11 @@ ROW_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Part of a document that the model reads at once.
+    """Part of a document, which fits into the context of the model.
 
     Attributes:
         index: Index of the document.
-        sample: Its tokens, with labels where they are scored.
+        sample: Tokens of the window; those that are scored have labels.
     """
 
     index: int
@@ -58,7 +58,7 @@ def draw_scored_document(
     """Returns the document whose answer, or whose full text, is scored.
 
     Raises:
-        EvaluationError: The row has nothing to score.
+        EvaluationError: The row has no text to score.
         DataError: The chat template cannot be used.
     """
     document = make_document(example, tokenizer, train_on="last", system=system, control=control)

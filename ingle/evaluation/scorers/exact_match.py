@@ -1,8 +1,8 @@
-"""Exact match: does the answer equal one of the references, except for white space?
+"""Exact match: whether the answer equals one of the references, except for white space.
 
 With ``answer_pattern``, only a part of the answer is compared: the first group of the last match, so that a worked
-solution may precede its result. An answer without a match is wrong and counted as unparsed, because wrong formatting
-needs another remedy than wrong reasoning.
+solution may precede the result. An answer without a match is wrong. Such answers are also counted, because wrong
+formatting has another cause than wrong reasoning.
 """
 
 from __future__ import annotations

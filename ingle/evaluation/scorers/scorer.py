@@ -25,7 +25,7 @@ References = Sequence[Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How probable a model finds one reference text.
+    """Likelihood of one reference text under a model.
 
     Attributes:
         nll: Negative log-likelihood of the scored tokens, in nats.
@@ -60,7 +60,7 @@ class Scores:
         per_sample: Score of each sample, [S]; ``value`` need not be their mean.
         statistics: Sufficient statistics, float64 [S, K].
         signature: All options of the metric; scores with equal signatures can be compared.
-        num_unparsed: Answers in which nothing to compare was found; they score 0.
+        num_unparsed: Number of answers that ``answer_pattern`` does not match; they score 0.
     """
 
     value: float

@@ -1,4 +1,4 @@
-"""Tests and intervals for scores: significance, intervals, and which of them a metric gets."""
+"""Significance tests and confidence intervals of scores, and the choice between them for each metric."""
 
 from collections.abc import Callable
 

@@ -39,10 +39,10 @@ def wilson(num_right: int, num_samples: int) -> Interval:
     if num_samples == 0:
         return Interval(0.0, 1.0, math.nan)
     rate, z2 = num_right / num_samples, Z95 * Z95
-    centre = (rate + z2 / (2 * num_samples)) / (1 + z2 / num_samples)
+    center = (rate + z2 / (2 * num_samples)) / (1 + z2 / num_samples)
     half = Z95 * math.sqrt(rate * (1 - rate) / num_samples + z2 / (4 * num_samples**2)) / (1 + z2 / num_samples)
-    low = 0.0 if num_right == 0 else centre - half
-    high = 1.0 if num_right == num_samples else centre + half
+    low = 0.0 if num_right == 0 else center - half
+    high = 1.0 if num_right == num_samples else center + half
     return Interval(low, high, math.sqrt(rate * (1 - rate) / num_samples))
 
 
@@ -136,9 +136,9 @@ def _replicates(statistics_SK: Floats, aggregate: Aggregate, num_resamples: int,
 
 
 def _acceleration(left_out_S: Floats) -> float:
-    centred = left_out_S.mean() - left_out_S
-    spread = float((centred**2).sum())
-    return 0.0 if spread == 0.0 else float((centred**3).sum()) / (6.0 * spread**1.5)
+    centered = left_out_S.mean() - left_out_S
+    spread = float((centered**2).sum())
+    return 0.0 if spread == 0.0 else float((centered**3).sum()) / (6.0 * spread**1.5)
 
 
 def _bca_levels(bias: float, acceleration: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Tests of a paired difference: does the tuned model score differently from the base, or is it chance?
+"""Tests whether a paired difference between the scores of tuned model and base could be due to chance.
 
 Both models answer the same samples, so the difficulty of the samples cancels. The null hypothesis of every test is that
 the two answers to a sample can be exchanged; nothing else is assumed (no normal distribution, no large sample):
@@ -6,7 +6,7 @@ the two answers to a sample can be exchanged; nothing else is assumed (no normal
 * right-or-wrong scores: exact McNemar test, a binomial test over the discordant pairs;
 * other means of per-sample scores: exact sign-flip (Fisher-Pitman) test of the difference that is shown, by enumeration
   for few samples and by dynamic programming on an integer grid for more;
-* corpus scores that are no mean (BLEU, chrF): approximate randomization over sufficient statistics.
+* corpus scores that are not means (BLEU, chrF): approximate randomization over sufficient statistics.
 
 Legend: S samples, K sufficient statistics of a sample, R resamples or trials.
 """
@@ -33,7 +33,7 @@ GRID_COST = 40_000_000
 
 
 def mcnemar_exact(num_base_only: int, num_tuned_only: int) -> float:
-    """Returns the two-sided p of McNemar's exact test: do the discordant pairs split like coin tosses?
+    """Returns the two-sided p-value of McNemar's exact test, by which discordant pairs split like coin tosses.
 
     Source: McNemar 1947, Psychometrika 12:153; exact form in Fagerland et al. 2013, BMC Med. Res. Methodol. 13:91.
 
@@ -47,7 +47,7 @@ def mcnemar_exact(num_base_only: int, num_tuned_only: int) -> float:
 
 
 def sign_flip_exact(differences_S: npt.ArrayLike) -> float:
-    """Returns the two-sided exact p of the mean difference under all 2^S sign flips of the differences.
+    """Returns the two-sided exact p-value of the mean difference under all 2^S sign flips of the differences.
 
     Up to 20 samples, every pattern is enumerated. For more, the differences are rounded to an integer grid with steps
     finer than a fiftieth of the width of the null distribution, and the distribution on the grid is computed exactly.
@@ -110,7 +110,7 @@ def _sign_flip_on_grid(magnitudes_S: npt.NDArray[np.int64], observed: int) -> fl
 def randomization(
     base_SK: Floats, tuned_SK: Floats, aggregate: Aggregate, *, num_trials: int = 10_000, seed: int = 0
 ) -> float:
-    """Returns the two-sided p of a corpus score difference when both answers to each sample are swapped at random.
+    """Returns the two-sided p-value of a difference in corpus scores when answers are swapped between models at random.
 
     It is ``(c + 1) / (trials + 1)``, where ``c`` trials differ at least as much as observed. Ties count; sacrebleu
     counts only trials that differ more, which gives p = 1e-4 for two identical systems.
@@ -137,7 +137,7 @@ def randomization(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values corrected so that the probability of any false positive stays below the level.
+    """Returns p-values corrected so that the probability of any false positive stays below the significance level.
 
     Source: Holm 1979, Scand. J. Stat. 6:65.
     """

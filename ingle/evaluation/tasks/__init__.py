@@ -1,1 +1,1 @@
-"""Tasks: their samples, and what a model did with them."""
+"""Tasks: their samples, and the outputs of a model for them."""

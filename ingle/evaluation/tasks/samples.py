@@ -20,7 +20,7 @@ class TaskSample:
     """One sample of a task.
 
     Attributes:
-        example: The row it came from (the first of grouped rows), answered by the first reference.
+        example: The row of the sample (the first of grouped rows), with the first reference as its answer.
         prompt: The prompt as text; empty for plain text.
         references: Accepted answers, at least one; for plain text, the text itself.
     """
@@ -134,7 +134,7 @@ def _group(samples: list[TaskSample]) -> list[TaskSample]:
 
 
 def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list[TaskSample]:
-    """Draws ``num_samples`` of them by the seed and keeps their order."""
+    """Draws ``num_samples`` samples by the seed and keeps their order."""
     if task.num_samples is None or task.num_samples == len(samples):
         return samples
     if task.num_samples > len(samples):

@@ -16,15 +16,15 @@ from ingle.wording import plural
 MAX_KL = 0.15
 #: Smallest accepted mean correlation if there is no text to measure on.
 MIN_CORRELATION = 0.5
-#: Mean correlation below which less than half of the surviving change, by energy, was trained.
+#: Below this mean correlation, less than half of the energy of the surviving change comes from training.
 DOUBTFUL_CORRELATION = 0.7
 #: Share of the adapter's effect on the base from which a loss causes a warning, however small it is.
 DOUBTFUL_SHARE = 0.5
 
 _LEGEND = (
-    "`delta / step` is the size of the trained change in quantization steps, `codes` the share of integer codes that "
-    "changed, `correlation` how much of the direction of the change survived, `gain` how much of its length. The "
-    "weights that lost most come first."
+    "`delta / step` is the size of the trained change in quantization steps, `codes` is the share of integer codes "
+    "that changed, `correlation` is how much of the direction of the change survived, and `gain` is how much of its "
+    "length. The weights that lost most come first."
 )
 
 
@@ -41,7 +41,7 @@ class FidelityReport:
         adapter_effect: KL divergence of the base from the trained model on the same text, nats per token.
         max_kl: Largest accepted KL divergence.
         promotion: Result of ``--promote``.
-        warnings: Reasons to doubt an export that was accepted.
+        warnings: Reasons why an accepted export may still be bad.
     """
 
     type: str
@@ -144,7 +144,7 @@ class FidelityReport:
         """Returns why the export loses too much; None if it is acceptable.
 
         Args:
-            rounded_in_training: Training used this rounding, so nothing more is lost by it.
+            rounded_in_training: Whether training already used this rounding, so that it loses nothing more.
         """
         found, correlation = self.divergence, self.mean_correlation
         if found is not None:
@@ -177,7 +177,7 @@ class FidelityReport:
 
         Args:
             remedies: Options to use instead.
-            rounded_in_training: Training used this rounding, so nothing more is lost by it.
+            rounded_in_training: Whether training already used this rounding, so that it loses nothing more.
         """
         found, correlation, effect = self.divergence, self.mean_correlation, self.adapter_effect
         doubts = []

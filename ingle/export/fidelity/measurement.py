@@ -7,8 +7,8 @@ with the training.  So every merged weight is compared with the same weight quan
   error of the merged weight (the step of a uniform grid with that error).
 * **codes changed**: share of weights whose integer code differs from the one without the change.
 * **correlation**: cosine of the angle between the surviving change and the trained one.
-* **gain**: length of the surviving change along the trained one.  Rounding that behaves like noise keeps it near 1
-  even if the correlation is low.
+* **gain**: length of the surviving change projected onto the trained one, relative to the trained one.  Rounding that
+  behaves like noise keeps it near 1 even if the correlation is low.
 
 Legend: O = rows, I = columns, G = groups of a row.
 """
@@ -42,10 +42,10 @@ class TensorFidelity:
         num_weights: Number of elements.
         delta_rms: RMS of the trained change.
         weight_rms: RMS of the weight without the change.
-        step: Quantization step; see the module.
+        step: Quantization step, in the unit of the weights; see the module.
         codes_changed: Share of codes that differ; for plain types, of values.
         correlation: Correlation of the surviving change with the trained one.
-        gain: Length of the surviving change along the trained one.
+        gain: Share of the trained change that survives on average; see the module.
         num_bytes: Size in the exported files.
     """
 
@@ -101,7 +101,7 @@ def measure(
     rows, columns = layer.out_features, layer.in_features
     weight_OI = layer.dense_weight(torch.float32)
     if isinstance(layer.base, QuantLinear):
-        weight_OI = weight_OI.clone()  # it lies in the format's scratch buffer
+        weight_OI = weight_OI.clone()  # the next decode overwrites the format's scratch buffer
     delta_OG = layer.delta()
     merged: dict[str, Tensor] | Tensor
     if isinstance(target, torch.dtype):

@@ -1,15 +1,14 @@
-"""The certificate of an export: another program reads the files and must answer as Ingle does.
+"""The certificate of an export: another program reads the files and must answer like Ingle.
 
 The other program is llama.cpp for GGUF, and transformers (with PEFT for an adapter) for safetensors.  The comparison
 covers the tokens of conversations and of difficult texts, the tokens that end an answer, the probabilities of every
 next token along Ingle's greedy answers, and the program's own greedy answers.
 
-The program is compared with two models: the one that Ingle reads from the export, which it must equal, and the trained
-one, from which it may differ as much as the export was allowed to.  The second finds mistakes that Ingle's reader and
-writer share.
+The program is compared with two models.  It must equal the model that Ingle reads from the export.  It may differ from
+the trained model by the loss that was accepted; this comparison finds mistakes that Ingle's reader and writer share.
 
 Tokens must be equal.  Probabilities cannot be: llama.cpp rounds the inputs of every quantized product to 8 bits, and
-sums are computed in another order.  So they may differ by the effect of such rounding, and greedy answers may part
+sums are computed in another order.  So they may differ by the effect of such rounding, and greedy answers may diverge
 only where the two most likely tokens are nearly tied.
 """
 
@@ -49,7 +48,7 @@ class Tolerance:
 
     Attributes:
         mean_kl: Mean KL(Ingle || other) over all compared tokens, nats.
-        tie: Difference of Ingle's log-probability between its own choice and the other's.
+        tie: Largest difference between Ingle's log-probabilities of its own choice and of the other program's, nats.
     """
 
     mean_kl: float
@@ -76,11 +75,11 @@ class Certificate:
         probes: Whether both programs tokenize a probe alike, by text.
         notes: Remarks that do not fail the verification.
         end_ids: Tokens that end an answer in Ingle.
-        unknown_ends: Those of them that do not end an answer in the other program.
+        unknown_ends: Tokens among ``end_ids`` that do not end an answer in the other program.
         prompts: Comparison on every prompt.
         versions: Versions of Ingle, the other program and Python.
         reasons: Why the verification failed; empty if it passed.
-        trained: Comparison with the trained model; None where Ingle reads the export as the trained model.
+        trained: Comparison with the trained model; None if Ingle reads the export as exactly that model.
         trained_limit: Largest mean KL divergence from the trained model; None for no limit.
     """
 
@@ -98,7 +97,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        """Whether the export answers as it should."""
+        """Whether the verification found no faults."""
         return not self.reasons
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class Certificate:
         """
         if not self.passed:
             raise ExportError(
-                "The export does not answer as the trained model.",
+                "The export does not answer like the trained model.",
                 where=str(path),
                 why="\n".join(self.reasons),
                 fix="do not serve it; the certificate contains every compared figure",
@@ -164,7 +163,7 @@ def certify(
     probes = {text: _tokenizes_alike(server, tokenizer, text) for text in PROBES}
     notes = []
     if not _tokenizes_alike(server, tokenizer, DECOMPOSED):
-        notes.append(f"{server.version} tokenizes combining accents differently; send it composed text (NFC)")
+        notes.append(f"{server.version} tokenizes combining accents differently; use composed characters (NFC)")
     ends = sorted(models.end_token_ids(engine.model, tokenizer))
     certificate = Certificate(
         agreement=Agreement.over(prompts),
@@ -208,7 +207,7 @@ def compare_with_trained(
         reasons.append(f"the mean KL divergence from the trained model is {found.mean_kl:.2g} nats, above {limit:g}")
     end = server.declared_end
     if end is not None and end not in models.end_token_ids(engine.model, engine.tokenizer):
-        reasons.append(f"answers end at token {end}, which ended none in training")
+        reasons.append(f"answers end at token {end}, which did not end answers in training")
     return replace(certificate, reasons=tuple(reasons), trained=found, trained_limit=limit)
 
 
@@ -220,10 +219,12 @@ def _find_faults(certificate: Certificate) -> list[str]:
     reasons, tolerance, prompts = [], certificate.tolerance, certificate.prompts
     different = sum(not each.tokens_equal for each in prompts)
     if different:
-        reasons.append(f"{different} of {len(prompts)} prompts become other tokens")
+        reasons.append(f"{different} of {len(prompts)} prompts are tokenized differently")
     failed = [text for text, equal in certificate.probes.items() if not equal]
     if failed:
-        reasons.append(f"{len(failed)} of {len(PROBES)} texts become other tokens, for example {failed[0][:40]!r}")
+        reasons.append(
+            f"{len(failed)} of {len(PROBES)} texts are tokenized differently, for example {failed[0][:40]!r}"
+        )
     if certificate.unknown_ends:
         reasons.append(f"answers do not end at {', '.join(certificate.unknown_ends)}")
     mean_kl = certificate.agreement.mean_kl
@@ -232,7 +233,7 @@ def _find_faults(certificate: Certificate) -> list[str]:
     far = [each for each in prompts if each.gap > tolerance.tie]
     if far:
         reasons.append(
-            f"{len(far)} greedy answers part where there is no tie: {far[0].gap:.2f} nats apart, above "
-            f"{tolerance.tie:g}"
+            f"{len(far)} greedy answers diverge at tokens that are not tied: the difference is {far[0].gap:.2f} nats, "
+            f"above {tolerance.tie:g}"
         )
     return reasons

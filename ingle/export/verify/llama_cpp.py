@@ -17,7 +17,7 @@ from ingle.errors import DependencyError, ExportError
 
 
 class LlamaCpp(AbstractContextManager["LlamaCpp"]):
-    """A GGUF file as llama.cpp serves it.
+    """A GGUF file loaded in llama.cpp.
 
     Args:
         path: Model file.
@@ -32,7 +32,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
     def __init__(self, path: Path, *, adapter: Path | None = None, context: int) -> None:
         self._binding = import_binding()
         self.version = f"llama.cpp (llama-cpp-python {self._binding.__version__})"
-        num_threads = torch.get_num_threads()  # with more threads than free cores they wait for each other
+        num_threads = torch.get_num_threads()  # more threads than free cores would wait for each other
         try:
             self._llama = _without_repacking(self._binding.Llama)(
                 str(path),
@@ -58,10 +58,10 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         self._llama.close()
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation as ``llama-server`` makes them: the file's template and one BOS.
+        """Returns the tokens of a conversation as in ``llama-server``: rendered by the file's template, with one BOS.
 
         Raises:
-            ExportError: The file contains no template.
+            ExportError: The file contains no chat template.
         """
         template = self._llama.metadata.get("tokenizer.chat_template")
         if template is None:
@@ -80,7 +80,7 @@ class LlamaCpp(AbstractContextManager["LlamaCpp"]):
         return self.text_ids(text)
 
     def text_ids(self, text: str) -> list[int]:
-        """Returns the tokens of a text, with special tokens recognised and the BOS that the file asks for."""
+        """Returns the tokens of a text, with special tokens parsed, and with BOS if the file requests it."""
         return [int(i) for i in self._llama.tokenize(text.encode(), add_bos=True, special=True)]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:

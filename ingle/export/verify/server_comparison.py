@@ -29,7 +29,7 @@ class Server(Protocol):
         """Name and version."""
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the answer begins."""
+        """Returns the tokens of a conversation up to the beginning of the answer."""
 
     def text_ids(self, text: str) -> list[int]:
         """Returns the tokens of a plain text, including those that precede every text."""
@@ -53,12 +53,12 @@ class PromptComparison:
     """Comparison on one prompt.
 
     Attributes:
-        prompt: Last message, or the text.
+        prompt: Text of the last message, or the plain text.
         tokens_equal: Whether both programs tokenize the prompt alike.
         ingle: Ingle's greedy answer.
         other: The other program's greedy answer.
         greedy_equal: Whether the answers have the same tokens.
-        parted_at: Index of the first token that differs; None if there is none.
+        parted_at: Index of the first token at which the answers differ; None if they are equal.
         gap: Difference in Ingle's log-probability between the two choices at that token, nats.
         mean_kl: Mean KL(Ingle || other) over the prompt and Ingle's answer.
         max_kl: Largest KL of a token.
@@ -120,7 +120,7 @@ def compare_answers(
     max_new_tokens: int,
     sink: Sink,
 ) -> list[PromptComparison]:
-    """Lets both programs answer every prompt."""
+    """Compares the tokens, probabilities and greedy answers of both programs on every prompt."""
     compared = []
     for done, example in enumerate(examples, 1):
         ids, messages, text = _prompt(example, engine, system)

@@ -41,9 +41,9 @@ class PlannedTensor:
 
     Attributes:
         name: Name in the GGUF file.
-        entry: Stored parameter; None for a weight that was tied to another and trained on its own.
+        entry: Stored parameter; None for a weight that was tied in the base and then trained separately.
         hf_name: Name of the parameter in the model.
-        shape: Sizes, outermost dimension first.
+        shape: Outermost size first.
         type: Lower-case name of the ggml type.
     """
 

@@ -1,4 +1,4 @@
-"""Types of GGUF weights: the values of ``--type`` and the formats they stand for."""
+"""Types of GGUF weights: the values of ``--type`` and their formats."""
 
 from __future__ import annotations
 

@@ -92,19 +92,20 @@ class MergedModel:
 
     Args:
         source: Model to read.
-        checks_base: Compute the identity of the base while its weights are read, for :meth:`explain_mismatch`.
+        checks_base: Whether to compute the identity of the base while its weights are read, for
+            :meth:`explain_mismatch`.
         sink: Receives warnings from loading the adapter.
 
     Attributes:
         stream: The base.
         adapted: Adapted layers by parameter.
-        changed: Those of them whose adapter changes the parameter.
+        changed: Names in ``adapted`` whose adapter changes the parameter.
         replaced: Trained values of the modules in ``modules_to_save``, by parameter.
-        untied: Names in ``replaced`` that no file of the base holds (an output head that was tied).
+        untied: Names in ``replaced`` that no file of the base contains (an output head that was tied).
 
     Raises:
-        ModelError: The model cannot be read or taken apart.
-        AdapterError: The adapter does not fit.
+        ModelError: The model cannot be read, or cannot be read weight by weight.
+        AdapterError: The adapter does not fit the base.
     """
 
     def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink = lambda event: None) -> None:
@@ -142,7 +143,7 @@ class MergedModel:
             yield LoadedWeight(entry.name, holder, self.changed.get(entry.name), replacement)
 
     def explain_mismatch(self) -> str | None:
-        """Describes how the base differs from the one the adapter was trained on, once all weights were loaded."""
+        """Returns how the base differs from that of the adapter, or None; call it after all weights were loaded."""
         if self._expected is None:
             return None
         found = self._found.identity()

@@ -92,11 +92,10 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
 
     Args:
         type_name: ``--type`` in lower case.
-        base: Base section of the run; its options (block size, bits and so on) apply if ``type_name`` names just its
-            format.
+        base: Base section of the run; if ``type_name`` is its format, its options (block size, bits, ...) apply too.
 
     Raises:
-        ConfigError: Safetensors files have no such type.
+        ConfigError: There is no such safetensors type.
     """
     if type_name in PLAIN:
         return Layout(PLAIN[type_name], NoBase())
@@ -222,7 +221,7 @@ def _plain_tensors(
     if len(entry.pieces) == 1:
         yield entry.pieces[0].key, value.view(entry.pieces[0].shape)
         return
-    below = value.flatten(0, 1)  # [experts, rows, columns]: pieces lie one below the other
+    below = value.flatten(0, 1)  # [experts, rows, columns]: the pieces are stacked as rows
     start = 0
     for piece in entry.pieces:
         count = prod(piece.shape[:-1])

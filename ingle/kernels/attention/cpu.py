@@ -1,10 +1,10 @@
-"""Packed attention on a CPU: oneDNN multiplies tiles of scores, numba does everything between the products.
+"""Packed attention on a CPU: oneDNN computes the matrix products, and numba everything between them.
 
-torch's own CPU attention reaches a tenth of the rate its matrix products spans. Here documents become tiles,
-[tokens x heads of a group] by [keys], that stay in cache: one batched product for the scores of all key/value
-heads, one pass that masks and exponentiates in place, one product with the values.
+torch's own CPU attention reaches a tenth of the rate of its matrix products. Here documents are divided into tiles,
+[tokens x heads of a group] by [keys], that stay in cache. A tile takes one batched product for the scores of all
+key/value heads, one pass that masks and exponentiates in place, and one product with the values.
 
-Queries of a group read the same keys, so they are laid one under another and keys are never repeated.
+Queries of a group read the same keys, so they are stacked as rows, and keys are never repeated.
 
 Legend: as in :mod:`ingle.kernels.attention.spans`.
 """
@@ -26,11 +26,11 @@ from ingle.kernels.threads import match_threads
 
 @dataclass(frozen=True)
 class Scores:
-    """What happens to ``q k^T`` before the softmax.
+    """The operations on ``q k^T`` before the softmax.
 
     Attributes:
-        scale: Factor.
-        softcap: ``softcap * tanh(score / softcap)`` follows; 0 for none.
+        scale: Factor on the scores.
+        softcap: Bound on the scaled scores, ``softcap * tanh(score / softcap)``; 0 for none.
     """
 
     scale: float
@@ -38,14 +38,14 @@ class Scores:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Attention over grouped, flat tensors.
+    """Computes attention over grouped, flat tensors.
 
     Args:
         q: [N * Hq * Dh], grouped by tiles.
         k: [N * Hkv * Dh], grouped by segments.
-        v: [N * Hkv * Dh], likewise.
-        spans: Which keys each token sees.
-        scores: What happens to the scores.
+        v: [N * Hkv * Dh], grouped by segments.
+        spans: Keys that each token sees.
+        scores: Scaling and softcap of the scores.
 
     Returns:
         The outputs, grouped like ``q``, and the log-sum-exp of each row's scores, float32 [N * Hq] in that layout.
@@ -78,11 +78,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Score
 
 
 class _Merged:
-    """Outputs over several blocks of keys, each with a softmax and a sum of its own.
+    """Merges the outputs over several blocks of keys, each of which has its own softmax.
 
     Args:
         out: [Hkv, P, Dh] of the latest block; :meth:`finish` stores the merged outputs there.
-        lse: [Hkv, P], likewise.
+        lse: [Hkv, P], the log-sum-exp of the latest block; then that of all blocks.
     """
 
     def __init__(self, out: Tensor, lse: Tensor) -> None:
@@ -105,17 +105,17 @@ class _Merged:
 def attend_backward(
     grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, grouped; recomputes the softmax from its log-sum-exp.
+    """Returns the gradients of q, k and v, grouped; recomputes the softmax from its log-sum-exp.
 
     Args:
         grad_out: Gradient of the outputs, grouped by tiles.
         delta: Sum of gradient times output of each row, float32 [N * Hq].
         lse: The result of :func:`attend`.
-        q: As for :func:`attend`, like the arguments that follow.
+        q: Queries; this and the following arguments are those of :func:`attend`.
         k: Keys.
         v: Values.
-        spans: Which keys each token sees.
-        scores: What happens to the scores.
+        spans: Keys that each token sees.
+        scores: Scaling and softcap of the scores.
 
     Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithm 4.
     """
@@ -155,9 +155,9 @@ def attend_backward(
 def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, rest: Tensor) -> Tensor:
     """Stores ``q k^T`` in ``scores`` and the error of rounding it to bfloat16 in ``rest``.
 
-    A score of 20 in bfloat16 is off by up to 1/16, its softmax by 6 %. The product sums in float32 before it rounds, so
-    a second product that starts from minus the first leaves exactly the error. In float32 the error is negligible and
-    the result is empty.
+    In bfloat16, a score of 20 has an error of up to 1/16, and its softmax one of 6 %. The product is summed in float32
+    before it is rounded, so a second product that starts from minus the first gives exactly the error. In float32 the
+    error is negligible, and ``rest`` is empty.
     """
     torch.bmm(queries, keys.transpose(1, 2), out=scores)
     if scores.dtype == torch.float32:
@@ -200,8 +200,8 @@ def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta
             _softmax_backward(row, more, slope, begin, end, scale, softcap, lse[head, r], delta[head, r], buffer)
 
 
-# One row each, as separate functions: inside a parallel function the compiler rewrites these loops. They run over
-# slices from 0, because only such loops become vector code.
+# These functions process one row each. They are separate because inside a parallel function the compiler would rewrite
+# their loops. The loops run over slices from 0, because only such loops are vectorized.
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -242,7 +242,7 @@ def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, 
 
 @njit(fastmath=FAST, error_model="numpy")
 def _transform(seen, rest, begin, end, scale, softcap, values):  # type: ignore[no-untyped-def]
-    """Scaled and capped scores, in float32."""
+    """Returns scaled and capped scores, in float32."""
     if len(rest) > 0:
         more = rest[begin:end]
         for j in range(len(values)):

@@ -51,7 +51,7 @@ def ungroup_rows(
 
 
 def group_gradient(grad_NHD: Tensor, out_NHD: Tensor, spans: AttentionSpans) -> tuple[Tensor, Tensor]:
-    """The gradient of the outputs, grouped, and each row's sum of gradient times output, float32 [N * Hq]."""
+    """Returns the grouped gradient of the outputs, and each row's sum of gradient times output, float32 [N * Hq]."""
     grouped = torch.empty(grad_NHD.shape.numel(), dtype=grad_NHD.dtype)
     delta = torch.empty(grad_NHD.shape[0] * spans.heads.q, dtype=torch.float32)
     match_threads(len(grouped))

@@ -30,7 +30,7 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """``softmax(f(scale * q k^T)) v`` within each document.
+    """Computes ``softmax(f(scale * q k^T)) v`` within each document.
 
     ``f(s) = softcap * tanh(s / softcap)``, or nothing without a softcap.
 
@@ -38,10 +38,10 @@ def packed_attention(
         q: [1, Hq, N, Dh]; any strides.
         k: [1, Hkv, N, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
         v: [1, Hkv, N, Dv]; Dv is another size than Dh in multi-head latent attention.
-        cu_seqlens: First token of each document and the end, int, [D + 1].
+        cu_seqlens: Index of the first token of each document, and N; int, [D + 1].
         scale: Factor on the scores.
         causal: Whether a token sees only itself and earlier tokens.
-        window: How many tokens a token sees, including itself (on either side if not causal).
+        window: Number of tokens that a token sees, including itself (on either side if not causal); None for all.
         softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
 
     Returns:
@@ -63,7 +63,7 @@ def packed_attention(
 
 
 def _has_varlen() -> bool:
-    """Whether this torch has variable-length attention with windows and grouped heads."""
+    """Returns whether this torch has variable-length attention with windows and grouped heads."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -74,7 +74,7 @@ def _has_varlen() -> bool:
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Torch's FlashAttention over packed documents. Its speed has not been measured."""
+    """Runs torch's FlashAttention over packed documents. Its speed has not been measured."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = cu_seqlens.to(torch.int32)
@@ -128,7 +128,7 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """A tensor whose last dimension is contiguous, as the kernels require."""
+    """Returns a tensor whose last dimension is contiguous, as the kernels require."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -169,7 +169,7 @@ def attend_by_document(
 
 
 def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """Which keys a query sees, bool [T, T]; None if there is no effective window."""
+    """Returns a mask of the keys that each query sees, bool [T, T]; None if there is no effective window."""
     if window is None or window >= len(span_T):
         return None
     distance_TT = span_T[:, None] - span_T[None, :]
@@ -180,7 +180,7 @@ def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, causal: bool, softcap: float | None
 ) -> Tensor:
-    """[D, Hq, T, Dh] over a batch of documents of one length."""
+    """Returns [D, Hq, T, Dh] over a batch of documents of one length."""
     if softcap is None:
         plain = causal and visible is None
         grouped = q.shape[1] != k.shape[1]

@@ -1,11 +1,11 @@
-"""Which keys each token of packed documents sees, and the tiles of scores that the documents are cut into.
+"""The keys that each token of packed documents sees, and the tiles of scores that attention is computed in.
 
-Tiles stay in cache. Short documents share a segment, and so a tile (each row has its own first and last key): a
-thousand documents of ten tokens cost as little as ten of a thousand.
+Tiles stay in cache. Short documents share a segment, and therefore a tile, in which each row has its own first and last
+key. So a thousand documents of ten tokens take about as long as ten documents of a thousand.
 
-Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size,
-P rows of a tile, K keys of a tile. Grouped means, for keys and values, segment by segment [Hkv, S, Dh]; for queries and
-outputs, tile by tile [Hkv, tokens, G, Dh], so that batched products need no copies.
+Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size, P rows
+of a tile, K keys of a tile. In the grouped layout, keys and values are stored segment by segment as [Hkv, S, Dh], and
+queries and outputs tile by tile as [Hkv, tokens, G, Dh], so that batched products need no copies.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-#: Documents join a segment until it has this many tokens.
+#: Documents are added to a segment until it has this many tokens.
 SEGMENT_TOKENS = 128
-#: Most query tokens and most keys of a tile, and most scores, so that they stay in cache.
+#: Largest numbers of query tokens, keys and scores in a tile, so that they stay in cache.
 TILE_TOKENS = 128
 TILE_KEYS = 1024
 TILE_SCORES = 1 << 21
@@ -44,12 +44,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Tile:
-    """Some query tokens and the keys that any of them sees, block by block; start and stop are in tokens.
+    """Some query tokens and the keys that any of them sees.
 
     Attributes:
-        rows: The query tokens.
-        blocks: The key tokens.
-        segment: The segment that contains them all.
+        rows: Start and stop of the query tokens.
+        blocks: Start and stop of each block of keys.
+        segment: Start and stop of the segment that contains all of them.
     """
 
     rows: tuple[int, int]
@@ -57,22 +57,22 @@ class Tile:
     segment: tuple[int, int]
 
     def queries(self, grouped: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, P, Dh] of a tensor grouped by tiles, contiguous."""
+        """Returns [Hkv, P, Dh] of a tensor grouped by tiles, contiguous."""
         start, stop = self.rows
         return grouped[start * heads.q * heads.size : stop * heads.q * heads.size].view(heads.kv, -1, heads.size)
 
     def numbers(self, values: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, P] of one number per query and head, contiguous."""
+        """Returns [Hkv, P] of one number per query and head, contiguous."""
         return values[self.rows[0] * heads.q : self.rows[1] * heads.q].view(heads.kv, -1)
 
     def keys(self, block: tuple[int, int], grouped: Tensor, heads: Heads) -> Tensor:
-        """[Hkv, K, Dh] of a tensor grouped by segments."""
+        """Returns [Hkv, K, Dh] of a tensor grouped by segments."""
         start, stop = self.segment
         whole = grouped[start * heads.kv * heads.size : stop * heads.kv * heads.size].view(heads.kv, -1, heads.size)
         return whole[:, block[0] - start : block[1] - start]
 
     def visible(self, block: tuple[int, int], spans: AttentionSpans) -> tuple[Indices, Indices]:
-        """First key and one past the last of each row's token, relative to the block."""
+        """Returns the first key of each row's token and one past its last key, relative to the block."""
         rows, (start, stop) = slice(*self.rows), block
         return spans.first[rows].clip(start, stop) - np.int32(start), spans.last[rows].clip(start, stop) - np.int32(
             start
@@ -81,13 +81,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class AttentionSpans:
-    """Which keys each token sees, and how the tokens are cut into tiles.
+    """The keys that each token sees, and the tiles that the tokens are divided into.
 
     Attributes:
-        heads: Sizes.
+        heads: Sizes of the heads.
         first: First key of each token, int32 [N]; never decreases.
-        last: One past its last key, int32 [N]; never decreases within a segment.
-        tiles: Cover each token once.
+        last: One past the last key of each token, int32 [N]; never decreases within a segment.
+        tiles: Tiles, which together cover each token once.
         by_tile: Start and stop of each token's tile, int32 [N, 2].
         by_segment: Start and stop of each token's segment, int32 [N, 2].
     """
@@ -101,7 +101,7 @@ class AttentionSpans:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: int | None) -> AttentionSpans:
-        """The spans of documents with these boundaries, int [D + 1]."""
+        """Returns the spans of documents with these boundaries, int [D + 1]."""
         bounds = cu_seqlens.numpy().astype(np.int32)
         lengths = np.diff(bounds)
         window = None if window is None else min(window, int(bounds[-1]))  # a config may name any number

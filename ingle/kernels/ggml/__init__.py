@@ -1,1 +1,1 @@
-"""GGUF's block formats: encode and decode."""
+"""Encoders and decoders of GGUF's block formats."""

@@ -24,14 +24,14 @@ from ingle.kernels.numba.vector import ARRAY, BYTE, DWORD, OFFSET, WORD, Array, 
 
 
 def nibbles(raw: Vector) -> Vector:
-    """The low halves of all bytes, then the high ones."""
+    """Returns the low halves of all bytes, then the high ones."""
     return (raw & 15).join(raw >> 4)
 
 
 def emit_legacy(data: Array, out: Array, *, low: int, high: int | None = None, middle: int | None = None) -> None:
     """``d * (q - middle)``, or ``d * q + m`` without a middle.
 
-    Bytes from ``low`` on hold four bits of each code, those from ``high`` on the fifth.
+    Bytes from ``low`` on contain four bits of each code, and those from ``high`` on the fifth bit.
     """
     codes = nibbles(data.load(low, 16))
     if high is not None:
@@ -83,7 +83,7 @@ def emit_q6_k(data: Array, out: Array) -> None:
 
 
 def emit_q3_k(data: Array, out: Array) -> None:
-    """``(d * (scale - 32)) * (q - 4)``, in sub-blocks of 16; the third bits of the codes are stored apart."""
+    """``(d * (scale - 32)) * (q - 4)``, in sub-blocks of 16; the third bits of the codes are stored separately."""
     low, high = data.load(96, 8), data.load(104, 4)
     tops = (high & 3).join((high >> 2) & 3).join(((high >> 4) & 3).join((high >> 6) & 3))
     scale = ((nibbles(low) | (tops << 4)) - 32).to_float(signed=True) * data.half(108)
@@ -108,7 +108,7 @@ def emit_q2_k(data: Array, out: Array) -> None:
 
 
 def pick(index: Vector, levels: tuple[int, ...] = LEVELS) -> Vector:
-    """The levels of 4-bit codes, by a tree of choices, which every processor has."""
+    """Returns the levels of 4-bit codes, by a tree of selections, which every processor supports."""
     rows = [index.of(level & 255) for level in levels]
     for bit in range(4):
         is_zero = (index & (1 << bit)).same(0)
@@ -153,9 +153,10 @@ def emit_nvfp4(data: Array, out: Array) -> None:
 
 
 def emit_tq1_0(data: Array, out: Array) -> None:
-    """``d * (trit - 1)``: 160 weights five to a byte, 80 likewise, the last 16 four to a byte.
+    """``d * (trit - 1)``: 160 + 80 weights with five per byte, the last 16 with four per byte.
 
-    A byte holds its trits as a fraction of 256 in base 3; a power of 3 brings one of them to the front.
+    A byte is a fraction of 256 whose base-3 digits are trits; multiplying by a power of 3 moves one of them to the
+    front.
     """
     scale = data.half(52)
     for first, width, to, count in ((0, 32, 0, 5), (32, 16, 160, 5), (48, 4, 240, 4)):
@@ -176,7 +177,7 @@ def emit_tq2_0(data: Array, out: Array) -> None:
             out.store(128 * half + 32 * quarter, codes.to_float(signed=True) * scale)
 
 
-#: By ``base.format``: what decodes a block, the bytes of a block and its weights.
+#: By ``base.format``: the function that decodes a block, and the number of bytes and weights in a block.
 PLAIN_FORMATS: dict[str, tuple[Callable[..., None], int, int]] = {
     "q4_0": (partial(emit_legacy, low=2, middle=8), 18, 32),
     "q4_1": (partial(emit_legacy, low=4), 20, 32),
@@ -198,7 +199,7 @@ PLAIN_FORMATS: dict[str, tuple[Callable[..., None], int, int]] = {
 
 
 def make_decoder(name: str, emit: Callable[[Array, Array, Array], None], block_bytes: int, block_size: int) -> Kernel:
-    """The kernel of one format: ``data`` uint8, ``grid`` int8 and ``out`` the bits of floats, all flat."""
+    """Returns the kernel of one format: ``data`` uint8, ``grid`` int8 and ``out`` the bits of floats, all flat."""
     decode_block = make_intrinsic(emit, (ARRAY, OFFSET, ARRAY, ARRAY, OFFSET))
 
     def decode(data: Any, grid: Any, out: Any, num_chunks: int) -> None:
@@ -228,7 +229,7 @@ def decode(name: str, data: Any, out: Any, num_chunks: int) -> None:
         name: As in ``base.format``.
         data: uint8, flat.
         out: The bits of bfloat16 (uint16) or float32 (uint32), flat, written.
-        num_chunks: Number of parts that threads work on.
+        num_chunks: Number of parts that the work is divided into for threads.
     """
     grid = read_grid(name).reshape(-1) if name in GRID_FORMATS else np.empty(0, np.int8)
     KERNELS[name](data, grid, out, num_chunks)

@@ -1,4 +1,4 @@
-"""Encodes and decodes GGUF's block formats with the CPU's kernels; elsewhere the torch reference has to decode."""
+"""Encodes and decodes GGUF's block formats with CPU kernels; on other devices the torch reference decodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COPIED = 1 << 22
 
 
 def has_kernel(data: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel decodes blocks on the device of this tensor to ``dtype``; else the reference must."""
+    """Returns whether a kernel decodes blocks on the device of this tensor to ``dtype``; else the reference must."""
     if isinstance(data, FakeTensor) and not torch.compiler.is_compiling():
         return False
     return data.device.type == "cpu" and dtype in BIT_TYPES
@@ -48,12 +48,12 @@ _run = opaque("decode_blocks", _decode_blocks)
 def encode_blocks(name: str, weight_OI: Tensor, importance_I: Tensor | None, data: Tensor) -> tuple[float, float]:
     """Encodes a weight in the blocks of the format ``name``, some rows at a time.
 
-    Stops at the first rows that hold NaN or infinity.
+    Stops at the first rows that contain NaN or infinity.
 
     Args:
         name: As in ``base.format``.
         weight_OI: Floating, of any strides, on any device; rows of complete blocks.
-        importance_I: How much the error of each column counts, or None.
+        importance_I: Weight of the error of each column, or None.
         data: uint8 ``[O, row bytes]`` on the CPU, written.
 
     Returns:

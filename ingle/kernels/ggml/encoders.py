@@ -1,8 +1,8 @@
-"""Encoders of GGUF's block formats on the CPU, byte for byte as ggml's reference: one numba kernel for each format.
+"""Encoders of GGUF's block formats on the CPU: one numba kernel per format, equal to ggml's reference byte for byte.
 
-This module has the kernels, and the encoders of IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0.
+This module contains the kernels, and the encoders of IQ4_NL, IQ4_XS, TQ1_0 and TQ2_0.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the corresponding functions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ weigh_square = make_lanes(emit_weights, count=32, kind="square")
 def weigh_levels(
     values: Any, importance: Any, at: int, size: int, num_lanes: int, x: Any, w: Any, fields: Any, codes: Any
 ) -> None:
-    """Weights of the errors of 16 sub-blocks of 32, in blocks of ``size``."""
+    """Computes the weights of the errors of 16 sub-blocks of 32, in blocks of ``size``."""
     if importance.size:
         lay_out_importance(importance, at, 32, num_lanes, w)
         for block in range(num_lanes * 32 // size):
@@ -107,7 +107,7 @@ def encode_iq4_xs(values: Any, importance: Any, data: Any, first: int, stop: int
 
 
 def emit_trit_bytes(x: Array, w: Array, fields: Array, codes: Array) -> None:
-    """Replaces the first 52 of 256 codes by the bytes of TQ1_0: 160 weights five to a byte, 80 likewise, 16 by four."""
+    """Replaces the first 52 of 256 codes by the bytes of TQ1_0: 160 + 80 weights with five per byte, 16 with four."""
 
     def combine(first: int, width: int, to: int, count: int, index: Any) -> None:
         lanes = index.type(LANES)
@@ -130,7 +130,7 @@ make_trit_bytes = make_lanes(emit_trit_bytes)
 
 @inlined
 def put_tq1_0(codes: Any, lane: int, data: Any, to: int) -> None:
-    """Stores the bytes that ``make_trit_bytes`` computed."""
+    """Stores the bytes that ``emit_trit_bytes`` computed."""
     for byte in range(52):
         data[to + byte] = codes[byte * LANES + lane]
 
@@ -146,7 +146,7 @@ def put_tq2_0(codes: Any, lane: int, data: Any, to: int) -> None:
 
 
 def make_ternary(put_codes: Any, num_bytes: int) -> Any:
-    """``quantize_row_tq1_0_ref`` and ``tq2_0``, in groups of 16 blocks; importance is not used.
+    """Returns the encoder ``quantize_row_tq1_0_ref`` or ``tq2_0``, in groups of 16 blocks; importance is not used.
 
     Args:
         put_codes: Stores the codes of a block.
@@ -174,7 +174,7 @@ def make_ternary(put_codes: Any, num_bytes: int) -> Any:
     return encode_groups
 
 
-#: By ``base.format``: what encodes some groups of weights, and the weights of a group.
+#: By ``base.format``: the function that encodes some groups of weights, and the number of weights in a group.
 FORMATS = {
     **LEGACY_FORMATS,
     **K_FORMATS,
@@ -186,7 +186,7 @@ FORMATS = {
 
 
 def make_encoder(name: str, encode_groups: Any, group_size: int) -> Kernel:
-    """The kernel of one format.
+    """Returns the kernel of one format.
 
     Its arrays: ``values`` float32, flat, complete rows; ``importance`` float32, of one row, or empty; ``data`` uint8,
     flat, written. Threads work on ``num_chunks`` parts.

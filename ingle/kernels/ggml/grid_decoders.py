@@ -1,4 +1,4 @@
-"""Decoders of GGUF's formats IQ1 to IQ3: a code selects four or eight weights at once, a row of a grid.
+"""Decoders of GGUF's formats IQ1 to IQ3: a code selects a row of a grid, which is four or eight weights.
 
 Each ``emit_...`` emits the code that decodes one block, as in :mod:`ingle.kernels.ggml.decoders`.
 
@@ -19,7 +19,7 @@ DELTA = 0.125
 
 
 def gather(grid: Array, numbers: Vector, width: int) -> Vector:
-    """The grid rows with these numbers, one after the other, as bytes."""
+    """Returns the grid rows with these numbers, one after the other, as bytes."""
     builder, size, row = grid.builder, ir.IntType(64), ir.IntType(8 * width)
     joined = ir.Constant(ir.VectorType(row, numbers.count), ir.Undefined)
     for place in range(numbers.count):
@@ -45,7 +45,7 @@ def store_signed(out: Array, to: int, weights: Vector, scale: Vector, signs: Vec
 
 
 def scale_fields(data: Array, first: int, count: int, factor: float) -> Vector:
-    """``(d * (field + 0.5)) * factor`` of 4-bit fields."""
+    """Returns ``(d * (field + 0.5)) * factor`` of 4-bit fields."""
     raw = data.load(first, count // 2)
     fields = (raw & 15).weave(raw >> 4)
     scale: Vector = (fields.to_float() + 0.5) * data.half(0) * factor
@@ -53,7 +53,7 @@ def scale_fields(data: Array, first: int, count: int, factor: float) -> Vector:
 
 
 def emit_xxs(data: Array, grid: Array, out: Array, *, signs: int, stride: int, width: int, factor: float) -> None:
-    """``d * (scale + 0.5) * factor * row``: 32 weights have four times seven signs and four bits of scale.
+    """``d * (scale + 0.5) * factor * row``: 32 weights share four times seven signs and a 4-bit scale.
 
     The signs begin at byte ``signs``, every ``stride`` bytes; a row of the grid has ``width`` weights.
     """
@@ -128,7 +128,7 @@ def emit_iq1_m(data: Array, grid: Array, out: Array) -> None:
         out.store(32 * part, (rows + shifts) * scales)
 
 
-#: By ``base.format``: what decodes a block, the bytes of a block and its weights.
+#: By ``base.format``: the function that decodes a block, and the number of bytes and weights in a block.
 GRID_FORMATS: dict[str, tuple[Callable[..., None], int, int]] = {
     "iq2_xxs": (partial(emit_xxs, signs=6, stride=8, width=8, factor=0.25), 66, 256),
     "iq2_xs": (emit_iq2_xs, 74, 256),

@@ -1,4 +1,4 @@
-"""The tables of GGUF's formats: levels that codes select, and the grids of IQ1 to IQ3, of which codes select rows.
+"""The tables of GGUF's formats: the levels that codes select, and the grids of IQ1 to IQ3, whose rows codes select.
 
 The grids come from the ``gguf`` package.
 """
@@ -19,7 +19,7 @@ FLOATS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 @cache
 def read_grid(name: str) -> NDArray[np.int8]:
-    """The grid of a format, ``[codes, weights of a row]``.
+    """Returns the grid of a format, ``[codes, weights of a row]``.
 
     Args:
         name: As in ``base.format``: ``iq1_s``, ``iq1_m``, ``iq2_xxs``, ``iq2_xs``, ``iq2_s``,

@@ -1,6 +1,6 @@
 """Encoders of GGUF's k-quants, Q2_K to Q6_K, byte for byte as ggml's.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the corresponding functions.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ def put_scales_and_mins(fields: Any, block: int, weighted: bool, levels: Any, lo
 def make_q4_k_or_q5_k(
     *, block_bytes: int, top: int, low: int, high: int | None = None, start: float, steps: int
 ) -> Any:
-    """``quantize_row_q4_K_ref`` and ``q5_K``, or ``_impl`` with importance, in groups of two blocks.
+    """Returns the encoder ``quantize_row_q4_K_ref`` or ``q5_K`` (with importance, ``_impl``), in groups of two blocks.
 
     Args:
         block_bytes: Bytes of a block.
         top: The highest code.
         low: First byte with four bits of each code.
         high: First byte with the fifth bits.
-        start: First trial of the search without importance.
-        steps: Number of its trials, less one.
+        start: First trial of the search that does not use importance.
+        steps: Number of trials minus one.
     """
     find_weighted = make_lanes(search.emit_affine, count=32, top=top)
     find_plain = make_lanes(search.emit_affine, count=32, top=top, start=start, step=0.1, steps=steps)
@@ -115,7 +115,7 @@ again_q2 = make_lanes(emit_again, count=16, low=0, high=3)
 
 @inlined
 def encode_q2_k(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
-    """``quantize_row_q2_K_ref``, or ``_impl`` with importance: one block a group."""
+    """``quantize_row_q2_K_ref``, or ``_impl`` with importance; a group is one block."""
     x, w, codes = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.uint8)
     fields, levels, lows = np.zeros(3 * LANES, np.float32), np.zeros(16, np.int64), np.zeros(16, np.int64)
     for block in range(first, stop):
@@ -150,10 +150,10 @@ again_q3 = make_lanes(emit_again, count=16, low=-4, high=3)
 
 @inlined
 def encode_q3_k(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
-    """``quantize_row_q3_K_ref``, or ``_impl`` with importance: one block a group."""
+    """``quantize_row_q3_K_ref``, or ``_impl`` with importance; a group is one block."""
     x, w, codes = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.uint8)
     fields, levels = np.zeros(3 * LANES, np.float32), np.zeros(16, np.int64)
-    # The scales of a block as the first of 16 sub-blocks side by side, for the same search.
+    # Stores the scales of a block as the first of 16 sub-blocks side by side, so that the same search applies to them.
     scales, weights = np.zeros(16 * LANES, np.float32), np.zeros(16 * LANES, np.float32)
     found, chosen = np.zeros(3 * LANES, np.float32), np.zeros(16 * LANES, np.uint8)
     for block in range(first, stop):
@@ -205,7 +205,7 @@ again_q6 = make_lanes(emit_again, count=16, low=-32, high=31)
 
 @inlined
 def encode_q6_k(values: Any, importance: Any, data: Any, first: int, stop: int) -> None:
-    """``quantize_row_q6_K_ref``, or ``_impl`` with importance: one block a group."""
+    """``quantize_row_q6_K_ref``, or ``_impl`` with importance; a group is one block."""
     x, w, codes = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.uint8)
     fields = np.zeros(3 * LANES, np.float32)
     for block in range(first, stop):

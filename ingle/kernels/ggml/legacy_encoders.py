@@ -1,9 +1,9 @@
 """Encoders of GGUF's blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, byte for byte as ggml's.
 
-Without importance the scale follows from the extreme weights, and one block is read once, in the order of operations
+Without importance, the scale follows from the extreme weights, and each block is processed in the order of operations
 of ggml's reference. With importance, scales are searched for 16 blocks side by side.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the corresponding functions.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from ingle.kernels.numba.vector import ARRAY, BYTE, FLOAT, OFFSET, Array, Vector
 
 #: Weights of a block.
 COUNT = 32
-#: Parameters of a function that encodes a block: values, fields (the scale, and the minimum) and bytes.
+#: Parameters of a function that encodes a block: values, fields (scale and minimum) and bytes.
 BLOCK = (ARRAY, OFFSET, ARRAY, ARRAY, OFFSET)
 
 
 def fold(values: Vector, choose: Callable[[Vector, Vector], Vector]) -> Vector:
-    """One element chosen from all by choices between neighbours, in pairs."""
+    """Returns the element that repeated pairwise choices select."""
     while values.count > 1:
         values = choose(values[::2], values[1::2])
     return values
 
 
 def least(values: Vector) -> Vector:
-    """The lowest, the first of several."""
+    """Returns the first of the lowest values."""
     return fold(values, lambda left, right: (right < left).choose(right, left))
 
 
 def most(values: Vector) -> Vector:
-    """The highest, the first of several."""
+    """Returns the first of the highest values."""
     return fold(values, lambda left, right: (right > left).choose(right, left))
 
 
 def largest(x: Array, values: Vector) -> Vector:
-    """The value of largest magnitude, the first of several, with its sign; positive zero if all are zero."""
+    """Returns the first value of largest magnitude, with its sign; positive zero if all are zero."""
     builder, size = x.builder, values.size()
     top = most(size)
     found = builder.bitcast(size.same(top.spread(0, COUNT)).value, ir.IntType(COUNT))
@@ -62,12 +62,12 @@ def largest(x: Array, values: Vector) -> Vector:
 
 
 def invert(scale: Vector) -> Vector:
-    """``1 / scale``, and zero for zero."""
+    """Returns ``1 / scale``, or zero for a scale of zero."""
     return scale.same(0.0).choose(0.0, 1.0 / scale)
 
 
 def store_block(data: Array, steps: Vector, top: int, high: int | None, low: int) -> None:
-    """Stores codes from 0 to ``top``: four bits from byte ``low`` on, 16 codes apart, the fifth from ``high`` on."""
+    """Stores codes up to ``top``: their low four bits from byte ``low`` on, their fifth bits from byte ``high`` on."""
     codes = steps.at_least(0.0).at_most(float(top)).to_int().narrow(BYTE)
     if high is not None:
         data.store(high, (codes & 16).same(16).view(BYTE))
@@ -105,7 +105,7 @@ def emit_q8_0(x: Array, fields: Array, data: Array) -> None:
 def weigh_by_row(
     values: Any, importance: Any, at: int, num_lanes: int, known: Any, x: Any, w: Any, fields: Any, codes: Any
 ) -> None:
-    """Weights of 16 blocks by importance and the mean square of their row; ``known`` is the last row and its mean."""
+    """Computes the weights of 16 blocks from importance and the mean square of the row, which ``known`` caches."""
     lay_out_importance(importance, at, 32, num_lanes, w)
     num_columns = importance.size
     for lane in range(num_lanes):
@@ -128,7 +128,7 @@ def put_fifth_bits(codes: Any, lane: int, data: Any, at: int) -> None:
 
 
 def make_legacy(*, block_bytes: int, top: int, low: int, high: int | None = None, affine: bool = False) -> Any:
-    """``quantize_q4_0`` and the like, in groups of 16 blocks.
+    """Returns the encoder ``quantize_q4_0``, ``q4_1``, ``q5_0`` or ``q5_1``, which works in groups of 16 blocks.
 
     Args:
         block_bytes: Bytes of a block.

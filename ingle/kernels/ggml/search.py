@@ -1,8 +1,8 @@
 """ggml's searches for the scales of sub-blocks, sixteen side by side in vector registers.
 
-Where ggml ends a search early for one sub-block, the search continues here without effect.
+Where ggml ends the search of a sub-block early, the search continues here without effect.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the corresponding functions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def emit_affine(
     steps: int = 36,
     absolute: bool = False,
 ) -> None:
-    """``make_qkx2_quants`` and ``make_qkx3_quants``: field 0 the scale, 1 minus the minimum, and codes."""
+    """``make_qkx2_quants`` and ``make_qkx3_quants``: field 0 is the scale, field 1 the negated minimum."""
     builder = x.builder
     v, weight = x.load(0, LANES), w.load(0, LANES)
     low, high, sum_w, sum_x = (Variable(a) for a in (v, v, weight, weight * v))
@@ -106,7 +106,7 @@ def emit_affine(
 
 
 def emit_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
-    """``make_qx_quants``: field 0 the scale, and codes from 0 to ``2 * top - 1``."""
+    """``make_qx_quants``: field 0 is the scale; codes are from 0 to ``2 * top - 1``."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
     size, value = find_largest(x, count)
@@ -135,7 +135,7 @@ def emit_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: in
     best, best_inverse = Variable(scale.get() * sum_lx.get()), Variable(inverse.get())
 
     def attempt(index: Any) -> None:
-        after = builder.zext(builder.icmp_signed(">=", index, index.type(9)), index.type)  # number 0 is left out
+        after = builder.zext(builder.icmp_signed(">=", index, index.type(9)), index.type)  # number 0 is skipped
         number = builder.add(builder.sub(index, index.type(9)), after)
         factor = fill(builder, 0.1, LANES) * splat(builder, builder.sitofp(number, FLOAT), LANES) + float(top)
         inverse.set((factor * -1.0) / value)
@@ -157,7 +157,7 @@ def emit_symmetric(x: Array, w: Array, fields: Array, codes: Array, *, count: in
 
 
 def emit_descent(x: Array, w: Array, fields: Array, codes: Array, *, count: int, top: int) -> None:
-    """``make_q3_quants``: field 0 the scale, and codes; ``w`` holds the codes as floats."""
+    """``make_q3_quants``: field 0 is the scale; ``w`` is used for the codes as floats."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
     size, value = find_largest(x, count)
@@ -198,9 +198,9 @@ def emit_descent(x: Array, w: Array, fields: Array, codes: Array, *, count: int,
 
 
 def find_level(v: Vector) -> tuple[Vector, Vector]:
-    """``best_index_int8`` of the non-linear levels: index and level of the nearest, the upper one of a tie.
+    """``best_index_int8``: returns index and value of the nearest non-linear level; ties go to the upper one.
 
-    Comparing with the middle of two levels is the same, because both differences are exact there.
+    Comparing with the midpoints between levels is equivalent, because both differences are exact there.
     """
     index, level = v.of(0.0), v.of(float(LEVELS[0]))
     for low, high in pairwise(LEVELS):
@@ -211,7 +211,7 @@ def find_level(v: Vector) -> tuple[Vector, Vector]:
 
 
 def emit_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int, tries: int) -> None:
-    """The search in ``quantize_row_iq4_nl_impl``: field 0 the scale."""
+    """The search in ``quantize_row_iq4_nl_impl``: field 0 is the scale."""
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
     size, value = find_largest(x, count)
@@ -248,6 +248,6 @@ def emit_levels(x: Array, w: Array, fields: Array, codes: Array, *, count: int, 
 
 
 def emit_nearest(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -> None:
-    """Codes of the levels nearest to ``x * field 0``."""
+    """Sets codes to those of the levels nearest to ``x * field 0``."""
     inverse = fields.load(0, LANES)
     each(x, count, lambda place: store_codes(codes, place, find_level(inverse * x.load(place, LANES))[0]))

@@ -1,12 +1,12 @@
-"""What the encoders of GGUF's formats share: passes over sixteen sub-blocks side by side, and codes put into bytes.
+"""Functions that the encoders of GGUF's formats share: passes over sixteen sub-blocks at once, and storage of codes.
 
-ggml searches the scales of a block with sums whose order decides the last bits, so nothing here is reordered. Speed
-comes from sixteen sub-blocks side by side in vector registers: element ``k`` of all sixteen, then ``k + 1``.
+ggml searches the scales of a block with sums whose order affects the last bits, so nothing here is reordered. Speed
+comes from processing sixteen sub-blocks side by side in vector registers: element ``k`` of all sixteen, then ``k + 1``.
 
-Arrays of kernels: ``x`` and ``w`` hold values and weights of 16 sub-blocks side by side, ``fields`` rows of 16 float32
-about them, ``codes`` their codes as uint8.
+Arrays of kernels: ``x`` and ``w`` contain the values of 16 sub-blocks side by side and the weights of their errors,
+``fields`` rows with 16 float32 results each, and ``codes`` the codes as uint8.
 
-Source: ggml's ``ggml-quants.c`` (MIT licence); docstrings name the functions of it that are followed.
+Source: ggml's ``ggml-quants.c`` (MIT license); docstrings name the corresponding functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TINIEST = 1e-15
 
 
 def make_lanes(emit: Callable[..., None], **options: Any) -> Any:
-    """A function for kernels, ``f(x, w, fields, codes)``, from one that emits its code."""
+    """Returns a function for kernels, ``f(x, w, fields, codes)``, from one that emits its code."""
     return make_intrinsic(emit, (ARRAY, ARRAY, ARRAY, ARRAY), **options)
 
 
@@ -45,7 +45,7 @@ def store_codes(codes: Array, place: Any, values: Vector) -> None:
 
 
 def find_largest(x: Array, count: int) -> tuple[Vector, Vector]:
-    """The largest magnitude of each sub-block, and the value that has it, the first of several, with its sign."""
+    """Returns the largest magnitude of each sub-block, and the first value with that magnitude, with its sign."""
     zero = fill(x.builder, 0.0, LANES)
     size, value = Variable(zero), Variable(zero)
 
@@ -60,7 +60,7 @@ def find_largest(x: Array, count: int) -> tuple[Vector, Vector]:
 
 
 def emit_trits(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -> None:
-    """Field 0: the largest magnitude; codes from 0 to 2: ``roundf(x / field 0) + 1``, and 1 if the field is zero."""
+    """Sets field 0 to the largest magnitude, and codes to ``roundf(x / field 0) + 1``, or 1 if the field is zero."""
     size, _ = find_largest(x, count)
     fields.store(0, size)
     inverse = size.same(0.0).choose(0.0, 1.0 / size)
@@ -73,7 +73,7 @@ def emit_trits(x: Array, w: Array, fields: Array, codes: Array, *, count: int) -
 
 
 def emit_again(x: Array, w: Array, fields: Array, codes: Array, *, count: int, low: int, high: int) -> None:
-    """Codes ``(x + field 1) / field 0 - low``, from 0 to ``high - low``; unchanged where the scale, field 0, is 0."""
+    """Sets codes to ``(x + field 1) / field 0 - low``, from 0 to ``high - low``, unless the scale, field 0, is 0."""
     scale, offset = fields.load(0, LANES), fields.load(LANES, LANES)
     is_zero = scale.same(0.0)
 
@@ -136,7 +136,7 @@ def put_half(value: Any, data: Any, at: int) -> Any:
 
 @inlined
 def nearest(value: Any) -> Any:
-    """``nearest_int``: ties to even."""
+    """``nearest_int``: rounds to the nearest integer, ties to even."""
     return np.int64((value + np.float32(ROUNDER)) - np.float32(ROUNDER))
 
 
@@ -162,7 +162,7 @@ def lay_out_importance(importance: Any, at: int, count: int, num_lanes: int, w: 
 
 @inlined
 def sum_squares(values: Any, at: int, count: int) -> Any:
-    """Sum of squares, sequentially in float32."""
+    """Returns sum of squares, sequentially in float32."""
     total = np.float32(0)
     for k in range(at, at + count):
         total += values[k] * values[k]
@@ -171,7 +171,7 @@ def sum_squares(values: Any, at: int, count: int) -> Any:
 
 @inlined
 def find_largest_scale(fields: Any) -> Any:
-    """The scale of largest magnitude, the first of several, with its sign; zero if all are zero."""
+    """Returns the first scale of largest magnitude, with its sign; zero if all are zero."""
     size, value = np.float32(0), np.float32(0)
     for k in range(min(LANES, fields.size)):
         if abs(fields[k]) > size:
@@ -254,7 +254,7 @@ def search_positive(values: Any, first: int, count: int, top: int, weights: Any,
 def weigh_by_block(
     values: Any, importance: Any, at: int, count: int, num_lanes: int, factor: Any, w: Any, fields: Any
 ) -> None:
-    """Lays importance side by side; field 0 becomes ``factor`` times the mean square of the block of 256."""
+    """Lays the importance side by side; field 0 becomes ``factor`` times the mean square of the block of 256."""
     lay_out_importance(importance, at, count, num_lanes, w)
     per_block = 256 // count
     for block in range(num_lanes // per_block):

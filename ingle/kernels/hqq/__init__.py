@@ -1,1 +1,1 @@
-"""HQQ and ternary formats: encode and decode."""
+"""Encoders and decoders of HQQ; the decoders also serve the ternary format."""

@@ -1,4 +1,4 @@
-"""Decoders of codes of few bits with a float16 scale and zero for each group, in numba.
+"""Numba kernels that decode codes of few bits with a float16 scale and zero per group.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
 
@@ -18,14 +18,14 @@ from ingle.kernels.numba.lookup import store_weight
 from ingle.kernels.numba.scalars import chunk_bounds, from_half, inlined
 from ingle.kernels.numba.vector import ARRAY, DWORD, OFFSET, Array, Vector, make_intrinsic, splat
 
-#: Weights decoded at once if a group has as many.
+#: Weights decoded at once if a group has that many.
 WIDE = 32
 #: Codes that fill complete bytes, whatever their bits.
 UNIT = 8
 
 
 def read_codes(data: Array, bits: int, count: int) -> Vector:
-    """Codes of 8, 4, 3 or 2 bits."""
+    """Returns codes of 8, 4, 3 or 2 bits."""
     if bits == 8:
         return data.load(0, count)
     if bits == 3:  # eight codes are in three bytes, which are loaded for each of them
@@ -61,7 +61,7 @@ def decode_rest(data: Any, at: int, bits: int, length: int, scale: Any, zero: An
 
 
 def make_decoder(bits: int) -> Kernel:
-    """The kernel for codes of so many bits.
+    """Returns the kernel for codes of ``bits`` bits.
 
     Its arguments: ``codes`` uint8 ``[O, C]``; ``scales`` and ``zeros`` uint16 ``[O, N]``, bits of float16; ``size``,
     weights of a group, a multiple of 8 (the last group of a row may be short); ``out`` ``[O, I]``, bits of bfloat16

@@ -1,4 +1,4 @@
-"""Encodes and decodes groups of codes of few bits with a float16 scale and zero, by the fastest kernel of the device.
+"""Encodes and decodes codes of few bits with a float16 scale and zero per group, with the device's fastest kernel.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
 """
@@ -13,9 +13,9 @@ from ingle.kernels.numba.scalars import exact_bits
 from ingle.kernels.operators import opaque
 from ingle.kernels.threads import match_threads
 
-#: For the bits of a code, the shares of a group's range that starts of the search leave out at either end: the first,
-#: the last and their number. A negative share reaches beyond the range, which small groups need, whose weights may all
-#: lie on a few points of the grid. Chosen by error against time on Gaussian and heavy-tailed weights.
+#: By bits of a code: the shares of a group's range that starts of the search exclude at either end (first, last, and
+#: their number). A negative share extends the range, which small groups need, because all their weights may be on a few
+#: points of the grid. Chosen for error and time on Gaussian and heavy-tailed weights.
 STARTS = {8: (-0.006, 0.004, 6), 4: (-0.06, 0.12, 7), 3: (-0.1, 0.26, 7), 2: (-0.2, 0.4, 7), 1: (0.0, 0.42, 4)}
 
 
@@ -24,7 +24,7 @@ def decode_groups(codes_OC: Tensor, scale_ON: Tensor, zero_ON: Tensor, bits: int
 
     Args:
         codes_OC: uint8, each row a little-endian number with ``bits`` for a code.
-        scale_ON: float16, one for ``size`` neighbours in a row.
+        scale_ON: float16, one for ``size`` neighbors in a row.
         zero_ON: float16.
         bits: 8, 4, 3, 2 or 1.
         size: A multiple of 8; the last group of a row may be short.
@@ -54,11 +54,11 @@ _run = opaque("decode_groups", _decode_groups)
 def encode_groups(
     weight_OI: Tensor, importance_I: Tensor | None, bits: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodes a weight on the CPU, some rows at a time, with the scales and zeros of least weighted square error.
+    """Encodes a weight on the CPU, some rows at a time, so that the weighted square error is small.
 
     Args:
         weight_OI: Finite, of any strides, on any device.
-        importance_I: How much the square error of each column counts, or None.
+        importance_I: Weight of the square error of each column, or None.
         bits: 8, 4, 3, 2 or 1.
         size: Weights of a group.
 

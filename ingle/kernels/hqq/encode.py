@@ -1,4 +1,4 @@
-"""Encoder of groups of codes of few bits with a float16 scale and zero each, in numba.
+"""Numba kernel that encodes groups of weights as codes of few bits, with a float16 scale and zero per group.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = groups in a row.
 
@@ -54,7 +54,7 @@ def lay_out(
 
 @inlined
 def encode_constant(value: Any) -> tuple[Any, Any]:
-    """Bits of a scale and a zero with ``(0 - zero) * scale`` equal to the value, or near if float16 cannot hold it.
+    """Returns the bits of a scale and a zero for which ``(0 - zero) * scale`` is the value, as far as float16 allows.
 
     Zero gets the scale 1, so that an offset can be added later.
     """
@@ -75,15 +75,15 @@ def encode_constant(value: Any) -> tuple[Any, Any]:
 
 @inlined
 def round_grids(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, scales: Any, zeros: Any) -> None:
-    """Rounds 16 grids to float16: takes the best of three neighbouring scales, each with its best zero.
+    """Rounds 16 grids to float16: takes the best of three neighboring scales, each with its best zero.
 
     Args:
-        x: The weights, centred.
+        x: The weights, centered.
         w: Their weights.
         fields: The results of ``fit``.
         size: Elements of a group.
         top: The highest code.
-        trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centred weights.
+        trial: 3 x 16 float32; rows 0 and 1 end as scale and zero of the grid for the centered weights.
         scales: 16 uint16, written: bits of float16.
         zeros: 16 uint16, written.
     """
@@ -92,14 +92,14 @@ def round_grids(x: Any, w: Any, fields: Any, size: int, top: Any, trial: Any, sc
     bits = np.empty((2, LANES), np.uint16)
     for shift in range(-1, 2):
         for lane in range(LANES):
-            scale, centre, mean = fields[lane], fields[LANES + lane], fields[2 * LANES + lane]
+            scale, center, mean = fields[lane], fields[LANES + lane], fields[2 * LANES + lane]
             floor = FLOOR * max(abs(fields[3 * LANES + lane]), abs(fields[4 * LANES + lane]))
             if not scale > floor:
-                scale, centre = floor, top / np.float32(2)
+                scale, center = floor, top / np.float32(2)
             near: Any = np.int64(to_half(scale)) + shift
             bits[0, lane] = min(max(near, 1), LARGEST)
             scale = from_half(bits[0, lane])
-            bits[1, lane] = to_half(centre - mean / scale)
+            bits[1, lane] = to_half(center - mean / scale)
             trial[lane] = scale
             trial[LANES + lane] = from_half(bits[1, lane]) + mean / scale
         measure(x, w, trial, size, top)
@@ -140,15 +140,15 @@ def encode_groups(
     Args:
         values: float32 ``[O, I]``.
         importance: float32 ``[I]`` or empty.
-        bits: Of a code.
+        bits: Bits of a code.
         size: Weights of a group.
-        first_trim: Share of the range that the first start leaves out at an end; a negative one reaches beyond.
-        step: How much more each further start leaves out.
+        first_trim: Share of the range that the first start excludes at an end; a negative share extends the range.
+        step: Share that each further start excludes in addition.
         starts: Number of starts at either end.
         codes: uint8 ``[O, C]``, written.
         scales: uint16 ``[O, N]``, written: bits of float16.
         zeros: uint16 ``[O, N]``, written.
-        num_chunks: Parts of the groups that threads work on.
+        num_chunks: Number of parts that the groups are divided into for threads.
     """
     num_columns, per_row, row_bytes = values.shape[1], scales.shape[1], codes.shape[1]
     num_groups, top = scales.size, np.float32((1 << bits) - 1)

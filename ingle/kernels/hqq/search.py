@@ -1,9 +1,9 @@
 """Search for HQQ's scale and zero, for sixteen groups of weights side by side in vector registers.
 
-HQQ optimises the zero only. Here both are free: for fixed codes ``q`` the best grid ``s * q + m`` is a weighted linear
-regression of the weights on their codes, and the variance it explains has a closed form, so one pass over a group tries
-one assignment of codes. The passes start from grids that leave out a share of the range at either end, or reach beyond
-it by one, in all combinations, and then refine the best.
+The published solver optimizes only the zero. Here both are free: for fixed codes ``q``, the best grid ``s * q + m`` is
+a weighted linear regression of the weights on their codes. The variance that it explains has a closed form, so one pass
+over a group evaluates one assignment of codes. The first passes start from grids that exclude a share of the range at
+either end or extend it, in all combinations; further passes refine the best.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def each(x: Array, count: Any, body: Callable[[Any], None]) -> None:
 
 
 def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any, step: Any, starts: Any) -> None:
-    """Finds the grid of least weighted square error, before anything is rounded.
+    """Finds the grid with the smallest weighted square error, before anything is rounded.
 
-    Centres ``x`` on its weighted mean. The rows of ``fields`` become: 0 the scale, 1 the mean of the codes, 2 the mean
-    of the weights, 3 the lowest and 4 the highest weight that counts.
+    Centers ``x`` on its weighted mean. The rows of ``fields`` become: 0 the scale, 1 the mean of the codes, 2 the mean
+    of the weights, 3 the lowest and 4 the highest weight whose error has a weight above zero.
     """
     builder = x.builder
     zero = fill(builder, 0.0, LANES)
@@ -50,7 +50,7 @@ def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any
     each(x, count, lambda place: x.store(place, x.load(place, LANES) - mean))
     middle = highest_code * 0.5
     spread = high.get() - low.get()
-    scale, centre, best = Variable(spread / highest_code), Variable(zero), Variable(fill(builder, -1.0, LANES))
+    scale, center, best = Variable(spread / highest_code), Variable(zero), Variable(fill(builder, -1.0, LANES))
     sum_q, sum_qq, sum_qx = (Variable(zero) for _ in range(3))
 
     def attempt(size: Vector, base: Vector) -> None:
@@ -75,7 +75,7 @@ def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any
         better = (variance > 0.0) & (explained > best.get())
         best.set(better.choose(explained, best.get()))
         scale.set(better.choose(factor, scale.get()))
-        centre.set(better.choose(mean_q, centre.get()))
+        center.set(better.choose(mean_q, center.get()))
 
     def trim(index: Any) -> Vector:
         share = builder.fadd(first, builder.fmul(builder.sitofp(index, FLOAT), step))
@@ -86,8 +86,8 @@ def emit_fit(x: Array, w: Array, fields: Array, count: Any, top: Any, first: Any
         repeat(builder, starts, lambda j: attempt((high.get() - mean - trim(j) - base) / highest_code, base))
 
     repeat(builder, starts, start)
-    repeat(builder, REFINEMENTS, lambda _: attempt(scale.get(), zero - scale.get() * (centre.get() + middle)))
-    found = (scale.get(), centre.get() + middle, mean, low.get(), high.get())
+    repeat(builder, REFINEMENTS, lambda _: attempt(scale.get(), zero - scale.get() * (center.get() + middle)))
+    found = (scale.get(), center.get() + middle, mean, low.get(), high.get())
     for row, vector in enumerate(found):
         fields.store(LANES * row, vector)
 
@@ -114,7 +114,7 @@ def emit_codes(x: Array, codes: Array, fields: Array, count: Any, top: Any) -> N
 
 
 def nearest(v: Vector, inverse: Vector, offset: Vector, top: Any) -> Vector:
-    """Codes of weights on a grid, as floats."""
+    """Returns codes of weights on a grid, as floats."""
     return (v * inverse + offset).at_least(0.0).at_most(splat(v.builder, top, LANES)).round()
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states, with its gradient computed in forward.
+"""Cross-entropy directly from hidden states, with its gradient computed in forward.
 
 A sum of losses has one upstream gradient, so the gradient of a chunk is known as soon as its logits are: forward
 computes it and backward only scales it, which saves a third of the products of :mod:`ingle.kernels.layers.token_logps`.
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Sum of ``-log softmax(f(hidden W^T + bias))[target]`` over the targets that are not ``IGNORE_INDEX``.
+    """Returns the sum of ``-log softmax(f(hidden W^T + bias))[target]`` over the targets that are not ``IGNORE_INDEX``.
 
     Arguments, ``f`` and dtypes are those of :func:`~ingle.kernels.layers.token_logps.token_logps`, whose sum is minus
     this loss.

@@ -2,7 +2,7 @@
 
 ``h + o(attention(rotate(q(norm h)), rotate(k(norm h)), v(norm h)))`` and ``h + down(silu(gate(norm h)) * up(norm h))``.
 
-Compared with separate operators, normalised rows, rotated copies, the activation and the gradients of its inputs are
+Compared with separate operators, normalized rows, rotated copies, the activation and the gradients of its inputs are
 neither saved nor copied; the projections of one input share one product for their A matrices; the residual is added in
 place; and backward overwrites saved buffers with its results.
 
@@ -51,9 +51,9 @@ class Attention:
     """The attention half.
 
     Attributes:
-        norm: Before the projections.
-        q: The projections, with k, v and o.
-        scores: What happens to the scores before the softmax.
+        norm: Norm before the projections.
+        q: Projection of the queries; likewise ``k``, ``v`` and ``o``.
+        scores: Scaling and softcap of the scores.
         q_norm: Norm of each query head before its rotation (Qwen 3).
         k_norm: Norm of each key head.
     """
@@ -79,7 +79,7 @@ class Mlp:
 
 
 def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], spans: AttentionSpans) -> Tensor:
-    """``h + o(attention(norm h))``, [1, N, H] -> [1, N, H].
+    """Returns ``h + o(attention(norm h))``, [1, N, H] -> [1, N, H].
 
     Args:
         h: The residual stream.
@@ -95,7 +95,7 @@ def attention_half(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor
 
 
 def mlp_half(h: Tensor, mlp: Mlp) -> Tensor:
-    """``h + down(silu(gate(norm h)) * up(norm h))``, [1, N, H] -> [1, N, H]."""
+    """Returns ``h + down(silu(gate(norm h)) * up(norm h))``, [1, N, H] -> [1, N, H]."""
     wide, down = seeded((mlp.gate, mlp.up)), seeded((mlp.down,))
     factors = [factor for p in (*wide, *down) for factor in p.factors()]
     result: Tensor = _MlpHalf.apply(h, mlp, wide, down, *factors)  # type: ignore[no-untyped-call]
@@ -208,7 +208,7 @@ def _heads(values_ND: Tensor, heads: Heads) -> Tensor:
 def _norm_heads(
     values_ND: Tensor, norm: Norm | None, size: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
-    """The values with each head normalised, and the tensors that backward needs."""
+    """Returns the values with each head normalized, and the tensors that backward needs."""
     if norm is None:
         return values_ND, (None, None)
     rows = values_ND.view(-1, size)

@@ -20,10 +20,10 @@ from ingle.kernels.threads import match_threads
 
 
 def rms_norm(h_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``h / sqrt(mean(h^2) + eps) * weight``.
+    """Returns ``h / sqrt(mean(h^2) + eps) * weight``.
 
     Returns:
-        The normalised rows [N, H] in the dtype of ``h``, and ``1 / sqrt(mean(h^2) + eps)``, float32 [N].
+        The normalized rows [N, H] in the dtype of ``h``, and ``1 / sqrt(mean(h^2) + eps)``, float32 [N].
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), equation 4.
     """
@@ -39,7 +39,7 @@ def rms_norm(h_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def recompute_rms_norm(h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor) -> Tensor:
-    """The normalised rows of :func:`rms_norm` again, bit for bit, from the second tensor that it returned."""
+    """Recomputes the normalized rows of :func:`rms_norm`, bit for bit, from its second result."""
     if supported(h_NH, weight_H):
         match_threads(h_NH.numel())
         x_NH = torch.empty_like(h_NH, memory_format=torch.contiguous_format)
@@ -51,10 +51,10 @@ def recompute_rms_norm(h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor) -> Tensor
 def rms_norm_backward_(
     grad_x_NH: Tensor, h_NH: Tensor, weight_H: Tensor, rstd_N: Tensor, residual_NH: Tensor | None = None
 ) -> Tensor:
-    """Gradient of ``h`` from that of the normalised rows; the weight is frozen.
+    """Returns the gradient of ``h`` from that of the normalized rows; the weight is frozen.
 
     Args:
-        grad_x_NH: Gradient of the normalised rows; overwritten by the result.
+        grad_x_NH: Gradient of the normalized rows; overwritten by the result.
         h_NH: The norm's input.
         weight_H: The norm's weight.
         rstd_N: Second result of :func:`rms_norm`.
@@ -75,7 +75,7 @@ def rms_norm_backward_(
 
 
 def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
-    """``silu(gate) * up``.
+    """Returns ``silu(gate) * up``.
 
     Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
     """
@@ -90,7 +90,7 @@ def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
 def swiglu_backward_(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
     """Overwrites the gradient of the output by the output, and gate and up by their gradients.
 
-    This needs no further buffer where the layer is widest.
+    No additional buffer is needed where the layer is widest.
     """
     if supported(grad_NI, gate_NI, up_NI):
         match_threads(gate_NI.numel())

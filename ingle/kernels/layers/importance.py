@@ -19,7 +19,7 @@ _CHUNK_ROWS = 256
 
 
 class Gate:
-    """Decides which inputs count: none until it is opened, then the first rows of each.
+    """Decides which inputs are counted: none while it is closed, and the first rows of each while it is open.
 
     It is closed while backward recomputes a layer and during evaluations.
     """
@@ -30,10 +30,10 @@ class Gate:
 
     @contextmanager
     def opened(self, num_rows: int) -> Iterator[None]:
-        """Inputs count inside this context.
+        """Opens the gate inside this context.
 
         Args:
-            num_rows: Rows of each input that count; the rest is padding.
+            num_rows: Number of rows of each input that are counted; the others are padding.
         """
         self._num_rows = num_rows
         try:
@@ -85,7 +85,7 @@ def observe(x: Tensor, maps: Sequence[SquaredInputs]) -> None:
 
 
 def sum_of_squares(x_NI: Tensor) -> Tensor:
-    """Sum of squares of every column, float64 ``[I]`` on the CPU: float32 within a chunk of rows, float64 across."""
+    """Returns the sum of squares of every column, float64 ``[I]`` on the CPU; sums over a chunk of rows are float32."""
     total_I = torch.zeros(x_NI.shape[1], dtype=torch.float64, device=x_NI.device)
     for chunk in x_NI.split(_CHUNK_ROWS):
         total_I += chunk.to(torch.promote_types(chunk.dtype, torch.float32)).square().sum(0)

@@ -32,7 +32,7 @@ class LogitTransform:
         assert self.scale > 0, "a logit scale that is not positive reverses the ranking of tokens"
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, float | Tensor]:
-        """The transformed logits and the derivative of the transform."""
+        """Returns the transformed logits and the derivative of the transform."""
         z = raw.to(accumulator(raw.dtype)) * self.scale
         if not self.softcap:
             return z, self.scale
@@ -40,17 +40,17 @@ class LogitTransform:
         return self.softcap * tanh, self.scale * (1 - tanh**2)
 
     def numbers(self) -> tuple[Any, Any]:
-        """The scale and the softcap as float32, for kernels; a softcap of 0 means none."""
+        """Returns the scale and the softcap as float32, for kernels; a softcap of 0 means none."""
         return np.float32(self.scale), np.float32(self.softcap or 0.0)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over values of ``dtype``."""
+    """Returns the dtype of sums over values of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def score(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> Tensor:
-    """Log-probabilities of the targets, float32 [C] (float64 for float64 logits)."""
+    """Returns log-probabilities of the targets, float32 [C] (float64 for float64 logits)."""
     if supported(logits_CV):
         return -_score_with_numba(logits_CV, targets_C, transform, with_gradient=False)
     if _has_triton_kernel(logits_CV):
@@ -62,7 +62,7 @@ def score(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> Te
 
 
 def score_with_gradient_(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> Tensor:
-    """Log-probabilities as :func:`score` returns them; overwrites the logits by the gradient of *minus* their sum."""
+    """Returns the result of :func:`score`, and overwrites the logits by the gradient of *minus* its sum."""
     if supported(logits_CV):
         return -_score_with_numba(logits_CV, targets_C, transform, with_gradient=True)
     logps_C = score(logits_CV, targets_C, transform)
@@ -122,7 +122,7 @@ def _transform(raw, scale, softcap):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=FAST)
 def _slope(z, scale, softcap):  # type: ignore[no-untyped-def]
-    """Derivative of :func:`_transform` where it has the value z."""
+    """Returns the derivative of :func:`_transform` at the point where its value is z."""
     return scale * (np.float32(1.0) - (z / softcap) * (z / softcap)) if softcap > np.float32(0.0) else scale
 
 

@@ -6,7 +6,7 @@ quantized base is decoded then and never stored), and W + scale * B A never exis
 
 Several projections of one input (q, k, v; gate, up) are computed together: their A matrices become one product.
 
-Inputs may be summed in groups of neighbours before A (QA-LoRA); then the sums are saved instead of x.
+Inputs may be summed in groups of neighbors before A (QA-LoRA); then the sums are saved instead of x.
 
 Legend: N tokens, I in_features, O out_features, G groups of inputs, R rank, S sum of the ranks.
 """
@@ -41,7 +41,7 @@ class Projection:
         group_size: Inputs that are summed before A.
         holds_change: Whether the weight already contains the update. It is then not added again, and A and B get the
             gradient of ``W + scale * B A`` as if quantization had not rounded it (straight-through estimator).
-        seed: Of the dropout; :func:`seeded` draws it.
+        seed: Seed of the dropout, drawn by :func:`seeded`.
         inputs: Collects statistics of x for an importance matrix.
     """
 
@@ -62,11 +62,11 @@ class Projection:
         return 0 if self.lora_a is None else len(self.lora_a)
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """A and B."""
+        """Returns A and B."""
         return self.lora_a, self.lora_b
 
     def scaled_b(self, dtype: torch.dtype) -> Tensor:
-        """``scale * B``, rounded once, [O, R]."""
+        """Returns ``scale * B``, rounded once, [O, R]."""
         assert self.lora_b is not None
         return (self.lora_b * self.scale).to(dtype)
 
@@ -75,7 +75,7 @@ Projections = Sequence[Projection]
 
 
 def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
-    """``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
+    """Returns ``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
 
     Dropout draws from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, repeats
     the mask. Differentiable in x, A and B.
@@ -95,7 +95,7 @@ def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
 
 
 def seeded(projections: Projections) -> tuple[Projection, ...]:
-    """The projections with new dropout seeds. Seeds are saved instead of masks, which are as large as x."""
+    """Returns the projections with new dropout seeds. Seeds are saved instead of masks, which are as large as x."""
     return tuple(replace(p, seed=int(torch.randint(1, 2**63 - 1, ()))) if p.dropout else p for p in projections)
 
 
@@ -127,14 +127,14 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Outputs [..., O] of all projections of [..., I], and their inputs of B side by side, [N, S].
+    """Returns the outputs [..., O] of all projections, and their inputs of B side by side, [N, S].
 
     No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for views.
 
     Args:
-        x: The input.
+        x: The input, [..., I].
         projections: The layers.
-        pooled: The input's sums over groups, [N, G], if the caller has them.
+        pooled: The input's sums over groups, [N, G], if the caller has already computed them.
     """
     observe(x, [p.inputs for p in projections if p.inputs is not None])
     xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
@@ -150,7 +150,7 @@ def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -
 def through_b(
     grads_NO: Sequence[Tensor], xa_NS: Tensor, projections: Projections
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of ``x A^T``, [N, S], and of every B, [O, R]."""
+    """Returns the gradients of ``x A^T``, [N, S], and of every B, [O, R]."""
     gb_NS = torch.empty_like(xa_NS)
     grads_b: list[Tensor | None] = []
     for p, g_NO, xa_NR, gb_NR in zip(
@@ -167,7 +167,7 @@ def through_b(
 
 
 def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Tensor | None]:
-    """Gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may already be pooled."""
+    """Returns the gradient of every A, ``(g B)^T dropout(pool(x))``, [R, G]; x may already be pooled."""
     parts: Sequence[Tensor]
     if _share_product(projections):
         parts = _split(gb_NS.t() @ _input_of_a(x_NI, projections), projections, dim=0)
@@ -180,7 +180,7 @@ def through_a(gb_NS: Tensor, x_NI: Tensor, projections: Projections) -> list[Ten
 
 
 def through_weights(grads_NO: Sequence[Tensor], gb_NS: Tensor, projections: Projections) -> Tensor:
-    """Gradient of x, [N, I]: the sum over the projections of ``g W + spread(mask * (g B A))``."""
+    """Returns the gradient of x, [N, I]: the sum over the projections of ``g W + spread(mask * (g B A))``."""
     dtype = gb_NS.dtype
     grad_x_NI = grads_NO[0] @ projections[0].weight(dtype)
     for p, g_NO in zip(projections[1:], grads_NO[1:], strict=True):
@@ -205,12 +205,12 @@ def _add_through_a_(grad_x_NI: Tensor, gb_NS: Tensor, a_SG: Tensor, group_size: 
 
 
 def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A, B, A, B, ...: the order of :meth:`Projection.factors`."""
+    """Returns A, B, A, B, ..., which is the order of :meth:`Projection.factors`."""
     return [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
 
 
 def pool(x_NI: Tensor, group_size: int) -> Tensor:
-    """Sums over groups of neighbours, [N, G]; the last group may be short."""
+    """Returns sums over groups of neighbors, [N, G]; the last group may be short."""
     if group_size == 1:
         return x_NI
     missing = -x_NI.shape[1] % group_size
@@ -235,24 +235,24 @@ def _project_down(x_NI: Tensor, projections: Projections) -> Tensor:
 
 
 def _share_product(projections: Projections) -> bool:
-    """Whether one product serves all A matrices."""
+    """Returns whether one product serves all A matrices."""
     return not any(p.dropout for p in projections) and len({p.group_size for p in projections if p.rank}) <= 1
 
 
 def _group_size(projections: Projections) -> int:
-    """The group size that all projections share, so that x itself need not be saved; 1 if they differ."""
+    """Returns the group size that all projections share, so that x itself need not be saved; 1 if they differ."""
     sizes = {p.group_size for p in projections if p.rank}
     return sizes.pop() if len(sizes) == 1 else 1
 
 
 def _input_of_a(x: Tensor, projections: Projections) -> Tensor:
-    """The input of the A matrices: x or its sums over groups."""
+    """Returns the input of the A matrices: x or its sums over groups."""
     widths = {p.lora_a.shape[1] for p in projections if p.lora_a is not None}
     return x if not widths or x.shape[1] in widths else pool(x, _group_size(projections))
 
 
 def _all_a(projections: Projections, dtype: torch.dtype) -> Tensor:
-    """The A matrices concatenated, [S, I]."""
+    """Returns the A matrices concatenated, [S, I]."""
     factors = [p.lora_a.detach().to(dtype) for p in projections if p.lora_a is not None]
     return factors[0] if len(factors) == 1 else torch.cat(factors)
 
@@ -263,7 +263,7 @@ def _split(values: Tensor, projections: Projections, dim: int = 1) -> tuple[Tens
 
 
 def _dropped(values_NI: Tensor, p: Projection) -> Tensor:
-    """Inverted dropout: the same seed and shape drop the same elements."""
+    """Returns the values after inverted dropout; the same seed and shape drop the same elements."""
     if not p.dropout:
         return values_NI
     generator = torch.Generator(values_NI.device).manual_seed(p.seed)

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens straight from hidden states: the N x V logits never exist at once.
+"""Log-probabilities of tokens directly from hidden states, without the complete N x V matrix of logits in memory.
 
-The head of a small model is a quarter of its arithmetic and its logits are most of its memory. Rows without a target
-are dropped before the product; the others go through in chunks.
+The head of a small model takes a quarter of the arithmetic, and its logits would take most of the memory. Rows without
+a target are skipped; the others are processed in chunks.
 
 Legend: N tokens, K rows with a target, C rows of a chunk, H hidden, V vocabulary.
 """
@@ -33,20 +33,20 @@ def token_logps(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Log-probability of each target, ``log softmax(f(hidden W^T + bias))[target]``.
+    """Returns the log-probability of each target, ``log softmax(f(hidden W^T + bias))[target]``.
 
     ``f(z) = softcap * tanh(logit_scale * z / softcap)``, or ``logit_scale * z`` without a softcap. Products run in the
-    dtype of ``hidden``; the softmax and the gradients of weight and bias accumulate in float32. Backward computes the
-    logits of each chunk again, so the logits of one chunk are all the memory that either direction needs.
+    dtype of ``hidden``; the softmax and the gradients of weight and bias accumulate in float32. Backward recomputes the
+    logits of each chunk, so forward and backward each need memory only for the logits of one chunk.
 
     Args:
         hidden_NH: Hidden states, float, [N, H].
         weight_VH: Output embedding, [V, H]; cast to the dtype of ``hidden`` for the product.
         targets_N: Token ids, int64, [N].
-        bias: Of the logits, [V].
+        bias: Bias of the logits, [V].
         logit_scale: Positive factor on the logits.
         softcap: Bound on the logits (Gemma 2, arXiv 2408.00118, section 2).
-        chunk_size: Rows at once; by default a multiple of 64 with about 2^24 logits.
+        chunk_size: Number of rows in a chunk; by default a multiple of 64 with about 2^24 logits.
 
     Returns:
         float32 [N] (float64 for float64 hidden states), 0 where the target is ``IGNORE_INDEX``. Differentiable once
@@ -98,12 +98,12 @@ class ChunkedHead:
     Args:
         hidden_NH: Hidden states.
         weight_VH: Output embedding.
-        bias: Of the logits, [V].
+        bias: Bias of the logits, [V].
         targets_N: Token ids.
-        chunk_size: Rows at once; None chooses.
+        chunk_size: Number of rows in a chunk; None for the default.
 
     Attributes:
-        gradients: Of hidden, weight and bias; None where there is none. Those of weight and bias are float32 sums.
+        gradients: Gradients of hidden, weight and bias, or None. Those of weight and bias are float32 sums.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ChunkedHead:
         self.gradients: list[Tensor | None] = [None, None, None]
 
     def chunks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        """Rows and their raw logits [C, V], which the next chunk overwrites."""
+        """Yields the rows of each chunk and their raw logits [C, V], which the next chunk overwrites."""
         num_kept = len(self._kept_K)
         buffer = self._hidden_NH.new_empty(min(self._step, num_kept), len(self._weight_VH))
         for start in range(0, num_kept, self._step):
@@ -130,7 +130,7 @@ class ChunkedHead:
             yield rows_C, logits_CV
 
     def make_gradients(self, needed: Sequence[bool]) -> None:
-        """Starts the gradients of hidden, weight and bias that are needed, at zero."""
+        """Allocates the needed gradients of hidden, weight and bias as zeros."""
         inputs = self._hidden_NH, self._weight_VH, self._bias_V
         wide = accumulator(self._hidden_NH.dtype)
         self.gradients = [
@@ -139,7 +139,7 @@ class ChunkedHead:
         ]
 
     def add_gradients(self, rows_C: slice | Tensor, gradient_CV: Tensor) -> None:
-        """Adds what flows through the logits of one chunk, given their gradient."""
+        """Adds the gradients that flow through the logits of one chunk."""
         hidden, weight, bias = self.gradients
         if hidden is not None and self._keeps_all:
             torch.mm(gradient_CV, self._weight_VH, out=hidden[rows_C])

@@ -1,1 +1,1 @@
-"""Formats with a table of levels (NF4, FP4) and int8: encode and decode."""
+"""Encoders and decoders of NF4, FP4 and int8, and the encoder of the ternary format."""

@@ -1,7 +1,7 @@
-"""Decoders of 16-level formats and int8 on the CPU, in numba, so that users need no compiler.
+"""Numba kernels that decode 16-level formats and int8 on the CPU.
 
-:mod:`ingle.kernels.levels.dispatch` describes the arguments of the kernels, in the same order. Here ``out`` holds bits:
-``uint16`` is bfloat16, ``uint32`` is float32. Threads work on ``num_chunks`` parts of the rows.
+:mod:`ingle.kernels.levels.dispatch` describes the arguments of the kernels, in the same order. Here ``out`` contains
+the bits of floats: ``uint16`` for bfloat16, ``uint32`` for float32. Threads work on ``num_chunks`` parts of the rows.
 
 Legend: C = bytes of codes in a row, N = blocks in a row.
 
@@ -29,7 +29,7 @@ NESTED_SHIFT = 8
 
 @inlined
 def decode_row(codes_C: Any, at: int, levels: Any, scales_N: Any, block_size: int, out: Any, to: int, num: int) -> None:
-    """Decodes one row of 16-level codes: complete units by look-up, then the rest one by one.
+    """Decodes one row of 16-level codes: complete units by look-up, and then the remaining weights one by one.
 
     Args:
         codes_C: uint8, flat; the row starts at ``at``.

@@ -1,10 +1,10 @@
-"""Encodes and decodes 16-level, int8 and ternary weights by the fastest kernel of the device.
+"""Encodes and decodes 16-level, int8 and ternary weights with the device's fastest kernel.
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks or groups in a row, M = nested blocks.
 
-Each decoder writes into ``out`` and agrees bit for bit with the torch reference of its format in ``ingle.quant``; where
-``has_kernel`` is false, the reference runs. Ternary codes are decoded by :mod:`ingle.kernels.hqq.dispatch`, as codes of
-two bits with zero point 1.
+Each decoder writes into ``out`` and equals the torch reference of its format in ``ingle.quant`` bit for bit. The
+reference runs where ``has_kernel`` is false. Ternary codes are decoded by :mod:`ingle.kernels.hqq.dispatch`, as codes
+of two bits with zero point 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPIED = 1 << 22
 
 
 def has_kernel(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a kernel decodes weights on the device of this tensor to ``dtype``; else the reference must."""
+    """Returns whether a kernel decodes weights on the device of this tensor to ``dtype``; else the reference must."""
     if isinstance(tensor, FakeTensor) and not torch.compiler.is_compiling():
         return False
     match tensor.device.type:
@@ -45,7 +45,7 @@ def decode_levels(codes_OC: Tensor, levels: Tensor, scales_ON: Tensor, block_siz
     Args:
         codes_OC: uint8, two codes a byte, the even column in the high nibble.
         levels: float32 ``[16]``.
-        scales_ON: float32, one for ``block_size`` neighbours in a row.
+        scales_ON: float32, one for ``block_size`` neighbors in a row.
         block_size: A multiple of 16; the last block of a row may be short.
         out_OI: Contiguous, written.
 
@@ -70,7 +70,7 @@ def decode_nested_levels(
     Args:
         codes_OC: uint8, two codes a byte, the even column in the high nibble.
         levels: float32 ``[16]``.
-        scale_codes_ON: uint8, one for ``block_size`` neighbours in a row.
+        scale_codes_ON: uint8, one for ``block_size`` neighbors in a row.
         scale_levels: float32 ``[256]``.
         nested_M: float32, one for 256 consecutive scales of the flattened matrix.
         offset: float32, one element.
@@ -102,7 +102,7 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_siz
 
     Args:
         weight_OI: Floating, with any strides.
-        midpoints: float32 ``[15]``, between neighbouring levels, ascending.
+        midpoints: float32 ``[15]``, between neighboring levels, ascending.
         order: uint8 ``[16]``, the code of each level, ascending.
         block_size: Weights that share an absmax.
 
@@ -121,7 +121,7 @@ def encode_levels(weight_OI: Tensor, midpoints: Tensor, order: Tensor, block_siz
 
 
 def search_bounds(values: Tensor, bounds: Tensor) -> Tensor | None:
-    """For each float32 value, the number of 255 ascending bounds strictly below it, as uint8; None off the CPU."""
+    """Counts, for each float32 value, the ascending bounds (255) strictly below it, as uint8; None off the CPU."""
     if not can_encode(values):
         return None
     flat = values.contiguous().flatten()
@@ -150,15 +150,15 @@ def encode_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def measure_groups(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Measures what a ternary scale is computed from; None on other devices than the CPU.
+    """Measures the statistics that a ternary scale is computed from; returns None on other devices than the CPU.
 
     Args:
         weight_OI: Floating, with any strides.
         size: Weights of a group; the last of a row may be short.
 
     Returns:
-        For each group ``[O, N]`` the sum of magnitudes in float64, the least magnitude that is not zero (infinity if
-        all are) and the largest, both float32; not finite where a weight is not.
+        For each group ``[O, N]``: the sum of magnitudes in float64, and the smallest nonzero magnitude (infinity if all
+        are zero) and the largest magnitude in float32. They are not finite where a weight is not finite.
     """
     if not can_encode(weight_OI):
         return None
@@ -173,7 +173,7 @@ def measure_groups(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def encode_ternary(weight_OI: Tensor, limit_ON: Tensor, size: int) -> Tensor | None:
-    """Ternary codes uint8 ``[O, C]``: 2 above the limit of the group, 0 below minus the limit, else 1.
+    """Returns ternary codes uint8 ``[O, C]``: 2 above the limit of the group, 0 below minus the limit, else 1.
 
     Args:
         weight_OI: Floating, with any strides.
@@ -194,12 +194,12 @@ def encode_ternary(weight_OI: Tensor, limit_ON: Tensor, size: int) -> Tensor | N
 
 
 def can_encode(weight: Tensor) -> bool:
-    """Whether a kernel of the CPU can read a weight."""
+    """Returns whether a kernel of the CPU can read a weight."""
     return weight.device.type == "cpu" and weight.is_floating_point() and not isinstance(weight, FakeTensor)
 
 
 def read_rows(weight: Tensor) -> Iterator[tuple[slice, object]]:
-    """Rows of a weight and their bits: all rows if kernels can read them in place, else copies of bounded size."""
+    """Yields rows of a weight and their bits: all rows if kernels can read them in place, else copies of some rows."""
     ready = weight.is_contiguous() and weight.dtype in BIT_TYPES
     count = len(weight) if ready else max(1, COPIED // max(1, weight.shape[1]))
     for start in range(0, len(weight), count):

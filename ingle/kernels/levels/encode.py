@@ -20,8 +20,8 @@ from ingle.kernels.numba.scalars import chunk_bounds, from_bits, inlined
 #: Lower bound on an absmax when scaling, as in bitsandbytes: the codes of a zero block are zeros.
 TINIEST = np.float32(1e-38)
 
-#: The least power of two whose 127-fold inverse is finite. Zero times infinity would be NaN, and the result of casting
-#: NaN depends on the processor.
+#: The smallest power of two ``x`` with finite ``127 / x``. Otherwise zero times infinity would be NaN, and the result
+#: of casting NaN depends on the processor.
 SMALLEST = np.float32(2.0**-121)
 
 
@@ -29,7 +29,7 @@ SMALLEST = np.float32(2.0**-121)
 def encode_levels(
     weights: Any, midpoints: Any, order: Any, block_size: int, codes: Any, scales: Any, num_chunks: int
 ) -> None:
-    """16-level codes: ``order`` of the number of ``midpoints`` strictly below ``weight / absmax``; and absmax."""
+    """Encodes 16-level codes, ``order[number of midpoints strictly below weight / absmax]``, and absmax."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     in_order = True
@@ -51,7 +51,7 @@ def encode_levels(
                 count_midpoints(values, midpoints, np.float32(1) / max(from_bits(largest), TINIEST), counts, length)
                 for k in range(length // 2):
                     codes[row, start // 2 + k] = counts[2 * k] << 4 | counts[2 * k + 1]
-                if length % 2:  # the end of an odd row; the missing weight is zero
+                if length % 2:  # the end of a row of odd length: the missing weight is zero
                     codes[row, (start + length) // 2] = counts[length - 1] << 4 | count_zero(midpoints)
             if not in_order:
                 for k in range(codes.shape[1]):
@@ -74,7 +74,7 @@ def search_bounds(values: Any, bounds: Any, codes: Any, num_chunks: int) -> None
 
 @compile_kernel
 def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
-    """Signed bytes: ``weight * (1 / absmax * 127)``, rounded to nearest, ties to even."""
+    """Encodes signed bytes, ``weight * (1 / absmax * 127)`` rounded to nearest, ties to even, and absmax."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
@@ -94,7 +94,7 @@ def encode_int8(weights: Any, codes: Any, scales: Any, num_chunks: int) -> None:
 
 @compile_kernel
 def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, num_chunks: int) -> None:
-    """Sums magnitudes in groups of a row, and finds the least that is not zero and the largest."""
+    """Finds the sum, the smallest nonzero value and the maximum of the magnitudes in each group of a row."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
@@ -109,7 +109,7 @@ def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, 
                     bits = (np.uint32(weights[row, k]) << shift) & np.uint32(0x7FFFFFFF)
                     high = max(high, bits)
                     low = min(low, bits if bits != 0 else np.uint32(0x7F800000))
-                for k in range(start, end - 3, 4):  # four sums: each addition would wait for the one before
+                for k in range(start, end - 3, 4):  # four sums, because each addition would wait for the previous one
                     sum_0 += abs(from_bits(np.uint32(weights[row, k]) << shift))
                     sum_1 += abs(from_bits(np.uint32(weights[row, k + 1]) << shift))
                     sum_2 += abs(from_bits(np.uint32(weights[row, k + 2]) << shift))
@@ -123,7 +123,7 @@ def measure_groups(weights: Any, size: int, totals: Any, least: Any, most: Any, 
 
 @compile_kernel
 def encode_ternary(weights: Any, limits: Any, size: int, codes: Any, num_chunks: int) -> None:
-    """Codes of two bits: 2 above a limit, 0 below minus the limit, else 1; the first weight in the lowest bits."""
+    """Encodes two-bit codes: 2 above a limit, 0 below minus the limit, else 1; the first weight in the lowest bits."""
     num_rows, num_columns = weights.shape
     shift = np.uint32(0 if weights.itemsize == 4 else 16)
     for chunk in prange(num_chunks):
@@ -154,7 +154,7 @@ def count_midpoints(values: Any, midpoints: Any, inverse: Any, counts: Any, leng
 
 @inlined
 def count_zero(midpoints: Any) -> int:
-    """The code of zero."""
+    """Returns the code of zero."""
     count = 0
     for j in range(15):
         count += midpoints[j] < 0

@@ -1,6 +1,6 @@
 """Compiles numba kernels and keeps the machine code on disk.
 
-This rests on private interfaces of numba; ``tests/unit/kernels/test_private_interfaces.py`` lists them.
+This depends on private interfaces of numba; ``tests/unit/kernels/test_private_interfaces.py`` lists them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def compile_float_kernel(function: Kernel) -> Kernel:
 
 
 def is_compiled(kernel: Kernel) -> bool:
-    """Whether machine code of a kernel is on disk, for any argument types."""
+    """Returns whether machine code of a kernel is on disk, for any argument types."""
     dispatcher: Any = kernel
     folder = dispatcher.stats.cache_path  # None where nothing can be kept
     return folder is not None and any(Path(folder).glob(f"*.{dispatcher.py_func.__qualname__}-*.nbi"))
@@ -59,7 +59,7 @@ def is_compiled(kernel: Kernel) -> bool:
 
 def _compile(function: Kernel, name: str | None = None, **options: Any) -> Kernel:
     options |= {"parallel": True, "nogil": True, "error_model": "numpy", "pipeline_class": _Compiler}
-    # Numba checks the file of the kernel alone; the name has to follow what is inlined from other files.
+    # Numba only checks the file of the kernel, so the name must depend on code that is inlined from other files.
     function.__qualname__ = f"{name or function.__qualname__}-{source_digest(Path(inspect.getfile(function)))}"
     compiled: Any = njit(**options)(function)
     with suppress(RuntimeError):  # no folder is writable
@@ -71,9 +71,9 @@ def _compile(function: Kernel, name: str | None = None, **options: Any) -> Kerne
 class _KernelCache(FunctionCache):  # type: ignore[misc]
     """Numba's cache on disk, with a lock and with a key that does not depend on the process.
 
-    Without the lock, two processes that compile a kernel for different types at once may store both under one number,
-    and a third process would load code for the wrong types. Numba's key pickles the variables of a closure, which
-    differ from process to process; here, names are unique and contain a digest of all sources.
+    Without the lock, two processes that compile a kernel for different types at once may store both under the same
+    number, and a third process would load code for the wrong types. Numba's key pickles the variables of a closure,
+    which differ between processes; here, names are unique and contain a digest of all sources.
     """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -97,7 +97,7 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]
 
 
 class _Compiler(CompilerBase):  # type: ignore[misc]
-    """Makes the process that compiles a kernel run exactly the code that goes to disk."""
+    """Ensures that the process that compiles a kernel runs exactly the code that it stores on disk."""
 
     def define_pipelines(self) -> list[Any]:
         code = _SelfContainedCode(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
@@ -109,10 +109,10 @@ class _Compiler(CompilerBase):  # type: ignore[misc]
 class _SelfContainedCode(JITCodeLibrary):  # type: ignore[misc]
     """Machine code of a kernel that calls no function that numba compiled outside of it.
 
-    A function that a kernel calls, above all the body of its loop, exists twice in the process that compiles it:
-    optimised by itself, and copied into the kernel and optimised again, where sums may come out in another order. The
-    copy goes to disk, but calls by name would reach the first one, and a resumed run would end with other bits than
-    one that was not stopped. Internal linkage binds calls to the copy.
+    A function that a kernel calls, such as the body of its loop, exists twice in the process that compiles it:
+    optimized by itself, and copied into the kernel and optimized again, which may reorder sums. The copy goes to disk,
+    but calls by name would use the first one, so a resumed run would end with different bits than one that was not
+    stopped. Internal linkage binds calls to the copy.
     """
 
     def _finalize_final_module(self) -> None:
@@ -123,7 +123,7 @@ class _SelfContainedCode(JITCodeLibrary):  # type: ignore[misc]
 
 
 def source_digest(path: Path, package: Path = _PACKAGE) -> str:
-    """Digest of a Python file of ``package`` and all files of ``package`` that it imports, directly or indirectly."""
+    """Returns the digest of a file of ``package`` and of all files of ``package`` that it imports, even indirectly."""
     found = {path}
     waiting = [path]
     while waiting:

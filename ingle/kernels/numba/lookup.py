@@ -6,8 +6,8 @@ The 16 products ``level * scale`` of a block are rounded once to the output type
 - others with a 16-byte shuffle (SSSE3's ``pshufb``, NEON's ``tbl``) shuffle the bytes of products, 16 at a time;
 - the rest use ``look_up_portable``.
 
-All give the same results. LLVM's own vectoriser finds none of these: it compiles a look-up into single loads, ten times
-slower.
+All give the same results. LLVM's own vectorizer generates none of these: it compiles a look-up into single loads, which
+are ten times slower.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def find_shuffle() -> str | None:
 
 
 def has_permute() -> bool:
-    """Whether this processor permutes the words of 64 bytes (AVX-512BW)."""
+    """Returns whether this processor can permute the 16-bit words of 64 bytes (AVX-512BW)."""
     return platform.machine().lower() in ("x86_64", "amd64") and _has("avx512bw")
 
 
 def _is_overridden() -> bool:
-    """Whether ``NUMBA_CPU_NAME`` or ``NUMBA_CPU_FEATURES`` names the processor that numba compiles for."""
+    """Returns whether ``NUMBA_CPU_NAME`` or ``NUMBA_CPU_FEATURES`` names the processor that numba compiles for."""
     return numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None
 
 
 def _has(feature: str) -> bool:
-    """Whether the processor that numba compiles for has one of LLVM's features."""
+    """Returns whether the processor that numba compiles for has one of LLVM's features."""
     if _is_overridden():
         return f"+{feature}" in (numba.config.CPU_FEATURES or "").split(",")
     return bool(binding.get_host_cpu_features().get(feature))
@@ -85,7 +85,7 @@ def permute(products: Vector, raw: Vector, narrow: bool) -> Vector:
     """Looks up 32 codes as bfloat16 if narrow, else 16 codes as float32.
 
     A byte is spread over two elements of the index, the high nibble of the even weight first. The second element is the
-    full byte: the permute uses only its lowest bits, five of them for words, so that table holds everything twice.
+    full byte: the permute uses only its lowest bits, five of them for words, so their table contains everything twice.
     """
     spread = raw.widen(DWORD if narrow else ir.IntType(64))
     index = (spread >> 4) | (spread << (16 if narrow else 32))

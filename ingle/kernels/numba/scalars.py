@@ -1,7 +1,7 @@
-"""Scalar functions for numba kernels: bit patterns of floats, an exponential that vectorises, and shares of a loop.
+"""Scalar functions for numba kernels: bit patterns of floats, an exponential that vectorizes, and shares of a loop.
 
 Numba knows neither bfloat16 nor float16. Kernels see such tensors as uint16, widen them, compute in float32 and round.
-All functions are inlined into the kernels that call them; LLVM vectorises the loops around them.
+All functions are inlined into the kernels that call them; LLVM vectorizes the loops around them.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ def _emits(result: Any, argument: Any) -> Callable[[Callable[[Any, Any], Any]], 
 
 @_emits(types.uint32, types.float32)
 def float_bits(builder: Any, value: Any) -> Any:
-    """The bits of a float32."""
+    """Returns the bits of a float32."""
     return builder.bitcast(value, _BIT32)
 
 
 @_emits(types.float32, types.uint32)
 def from_bits(builder: Any, bits: Any) -> Any:
-    """The float32 with these bits."""
+    """Returns the float32 with these bits."""
     return builder.bitcast(bits, ir.FloatType())
 
 
 @_emits(types.float32, types.uint16)
 def widen(builder: Any, bits: Any) -> Any:
-    """The float32 of bfloat16 bits, exactly."""
+    """Returns the float32 of bfloat16 bits, exactly."""
     return builder.bitcast(builder.shl(builder.zext(bits, _BIT32), _BIT32(16)), ir.FloatType())
 
 
 @_emits(types.uint16, types.float32)
 def narrow(builder: Any, value: Any) -> Any:
-    """The bfloat16 bits of a float32, rounded to nearest, ties to even; a NaN stays a NaN."""
+    """Returns the bfloat16 bits of a float32, rounded to nearest, ties to even; a NaN stays a NaN."""
     bits = builder.bitcast(value, _BIT32)
     odd = builder.and_(builder.lshr(bits, _BIT32(16)), _BIT32(1))
     rounded = builder.lshr(builder.add(builder.add(bits, _BIT32(0x7FFF)), odd), _BIT32(16))
@@ -68,7 +68,7 @@ def narrow(builder: Any, value: Any) -> Any:
 
 @_emits(types.float32, types.float32)
 def _power_of_two(builder: Any, exponent: Any) -> Any:
-    """2^n of an integral float32 n in [-126, 127]; undefined for a NaN."""
+    """Returns 2^n of an integral float32 n in [-126, 127]; undefined for a NaN."""
     integer = builder.fptosi(exponent, _BIT32)
     return builder.bitcast(builder.shl(builder.add(integer, _BIT32(127)), _BIT32(23)), ir.FloatType())
 
@@ -80,19 +80,19 @@ def _flip_negative(builder: Any, bits: Any) -> Any:
 
 @_emits(types.int32, types.float32)
 def _to_order(builder: Any, value: Any) -> Any:
-    """An int32 that compares as the float32 does; a positive NaN is above everything."""
+    """Returns an int32 with the same order as the float32; a positive NaN is above everything."""
     return _flip_negative(builder, builder.bitcast(value, _BIT32))
 
 
 @_emits(types.float32, types.int32)
 def _from_order(builder: Any, order: Any) -> Any:
-    """The inverse of :func:`_to_order`."""
+    """Returns the inverse of :func:`_to_order`."""
     return builder.bitcast(_flip_negative(builder, order), ir.FloatType())
 
 
 @njit(fastmath=FAST)
 def exp(x):  # type: ignore[no-untyped-def]
-    """e^x in float32, within 2 ulp on [-87, 88] and clamped outside; a NaN stays a NaN.
+    """Returns e^x in float32, within 2 ulp on [-87, 88] and clamped outside; a NaN stays a NaN.
 
     Source: Cephes ``expf`` (Moshier): e^x = 2^n e^r with |r| <= ln(2) / 2 and a polynomial of degree 7 for e^r.
     """
@@ -111,7 +111,7 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 def load(values: Any, index: Any) -> Any:
-    """One element of a float32 or bfloat16 array as float32 (in kernels only)."""
+    """Returns one element of a float32 or bfloat16 array as float32 (in kernels only)."""
     raise NotImplementedError
 
 
@@ -140,7 +140,7 @@ def _store(values, index, value):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=FAST)
 def largest(values):  # type: ignore[no-untyped-def]
-    """The maximum of an array; compares integers, because compilers do not vectorise the maximum of floats."""
+    """Returns the maximum of an array; compares integers, because compilers do not vectorize the maximum of floats."""
     top = np.int32(-(2**31))
     for j in range(len(values)):
         top = max(top, _to_order(load(values, j)))
@@ -149,7 +149,7 @@ def largest(values):  # type: ignore[no-untyped-def]
 
 @inlined
 def to_half(value: Any) -> Any:
-    """The bits of the nearest float16, ties to even."""
+    """Returns the bits of the nearest float16, ties to even."""
     bits = float_bits(np.float32(value))
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     bits &= np.uint32(0x7FFFFFFF)
@@ -166,7 +166,7 @@ def to_half(value: Any) -> Any:
 
 @inlined
 def from_half(half: Any) -> Any:
-    """The float32 of float16 bits."""
+    """Returns the float32 of float16 bits."""
     magnitude = np.uint32(half) & np.uint32(0x7FFF)
     if magnitude < np.uint32(0x400):
         value = np.float32(magnitude) * np.float32(2.0**-24)
@@ -179,13 +179,13 @@ def from_half(half: Any) -> Any:
 
 @inlined
 def chunk_bounds(chunk: Any, count: Any, num_chunks: Any) -> Any:
-    """Start and stop of one of ``num_chunks`` nearly equal parts of ``count`` items."""
+    """Returns start and stop of one of ``num_chunks`` nearly equal parts of ``count`` items."""
     signed = np.int64(chunk)  # numba counts chunks unsigned, and unsigned times signed gives a float
     return signed * count // num_chunks, (signed + 1) * count // num_chunks
 
 
 def supported(*tensors: torch.Tensor) -> bool:
-    """Whether the float kernels take these tensors: on the CPU, all float32 or all bfloat16."""
+    """Returns whether the float kernels take these tensors: on the CPU, all float32 or all bfloat16."""
     dtypes = {tensor.dtype for tensor in tensors}
     return (
         len(dtypes) == 1
@@ -195,7 +195,7 @@ def supported(*tensors: torch.Tensor) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view of a CPU tensor's memory: uint16 for bfloat16, the tensor's own type otherwise."""
+    """Returns a numpy view of a CPU tensor's memory: uint16 for bfloat16, the tensor's own type otherwise."""
     tensor = tensor.detach()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
@@ -205,10 +205,10 @@ BIT_TYPES = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 
 
 def exact_bits(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A numpy view of the bits of a bfloat16 or float32 CPU tensor, as unsigned integers."""
+    """Returns a numpy view of the bits of a bfloat16 or float32 CPU tensor, as unsigned integers."""
     return without_grad(tensor).view(BIT_TYPES[tensor.dtype]).numpy()
 
 
 def without_grad(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor detached if it has a gradient; ``detach`` alone costs more than all else around a small kernel."""
+    """Returns the tensor, detached only if needed, because ``detach`` takes longer than launching a small kernel."""
     return tensor.detach() if tensor.requires_grad else tensor

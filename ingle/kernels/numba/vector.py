@@ -1,8 +1,9 @@
 """Vectors inside numba kernels: arithmetic on them emits LLVM code, so a kernel reads like the formula it computes.
 
-LLVM vectorises neither bit fields that lie across a block nor searches whose sums must keep their order. Written with
-these vectors, the former process a full block at once and the latter sixteen blocks side by side. Nothing depends on
-the processor: LLVM splits vectors into what it has. Nothing is reordered or fused, so results are equal everywhere.
+LLVM vectorizes neither bit fields that are spread over a block nor searches whose sums must keep their order. Written
+with these vectors, the former process a full block at once and the latter sixteen blocks side by side. The code does
+not depend on the processor, because LLVM splits vectors into those that it supports. Nothing is reordered or fused, so
+results are equal everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROUNDER = 12582912.0
 
 
 def _operator(name: str, float_name: str = "") -> Callable[[Vector, Any], Vector]:
-    """A method of :class:`Vector` by the names of the builder's instructions for integers and for floats."""
+    """Returns a method of :class:`Vector` by the names of the builder's instructions for integers and for floats."""
 
     def method(self: Vector, other: Any) -> Vector:
         emit = getattr(self.builder, float_name if self.is_float and float_name else name)
@@ -83,11 +84,11 @@ class Vector:
         return self.of(other) / self
 
     def same(self, other: Any) -> Vector:
-        """Which elements are equal; ``==`` of two vectors."""
+        """Returns which elements are equal; ``==`` of two vectors."""
         return _comparison("==")(self, other)
 
     def take(self, order: Sequence[int], other: Vector | None = None) -> Vector:
-        """The elements with these indices, which continue in ``other``; without it, a further index means zero."""
+        """Returns the elements with these indices; indices past the end select from ``other``, or zero without it."""
         rest = ir.Constant(self.value.type, None) if other is None else other.value
         return Vector(self.builder, self.builder.shuffle_vector(self.value, rest, _constant(DWORD, order)))
 
@@ -95,93 +96,93 @@ class Vector:
         return self.take(range(self.count)[part])
 
     def join(self, other: Vector) -> Vector:
-        """The elements of both, one vector after the other."""
+        """Returns the elements of both, one vector after the other."""
         return self.take(range(self.count + other.count), other)
 
     def weave(self, other: Vector) -> Vector:
-        """The elements of both, alternating."""
+        """Returns the elements of both, alternating."""
         return self.take([index for k in range(self.count) for index in (k, self.count + k)], other)
 
     def spread(self, index: int, count: int) -> Vector:
-        """One element repeated ``count`` times."""
+        """Returns one element repeated ``count`` times."""
         return self.take([index] * count)
 
     def choose(self, yes: Any, no: Vector) -> Vector:
-        """``yes`` where this condition holds, ``no`` elsewhere."""
+        """Returns ``yes`` where this condition holds, ``no`` elsewhere."""
         return Vector(self.builder, self.builder.select(self.value, no.of(yes).value, no.value))
 
     def at_least(self, bound: Any) -> Vector:
-        """The maximum with a bound; the bound for a NaN."""
+        """Returns the maximum with a bound; the bound for a NaN."""
         above: Vector = self > bound
         return above.choose(self, self.of(bound))
 
     def at_most(self, bound: Any) -> Vector:
-        """The minimum with a bound; the bound for a NaN."""
+        """Returns the minimum with a bound; the bound for a NaN."""
         below: Vector = self < bound
         return below.choose(self, self.of(bound))
 
     def size(self) -> Vector:
-        """Absolute values of floats."""
+        """Returns absolute values of floats."""
         return (self.bits() & 0x7FFFFFFF).from_bits()
 
     def round(self) -> Vector:
-        """Floats below 2^22 rounded to integers, ties to even."""
+        """Returns floats below 2^22 rounded to integers, ties to even."""
         return self + ROUNDER - ROUNDER
 
     def root(self) -> Vector:
-        """Square roots."""
+        """Returns square roots."""
         return self.call(f"llvm.sqrt.v{self.count}f32")
 
     def view(self, kind: Any) -> Vector:
-        """The same bits as elements of another type."""
+        """Returns the same bits as elements of another type."""
         count = self.count * _width(self.kind) // _width(kind)
         return Vector(self.builder, self.builder.bitcast(self.value, ir.VectorType(kind, count)))
 
     def bits(self) -> Vector:
-        """The bits of floats."""
+        """Returns the bits of floats."""
         return self.view(DWORD)
 
     def from_bits(self) -> Vector:
-        """The floats with these bits."""
+        """Returns the floats with these bits."""
         return self.view(FLOAT)
 
     def call(self, name: str, *others: Vector) -> Vector:
-        """The result of an LLVM intrinsic, whose operands and result have one type."""
+        """Returns the result of an LLVM intrinsic, whose operands and result have one type."""
         vectors = (self, *others)
         kind = ir.FunctionType(self.value.type, [vector.value.type for vector in vectors])
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
         return Vector(self.builder, self.builder.call(function, [vector.value for vector in vectors]))
 
     def widen(self, kind: Any, *, signed: bool = False) -> Vector:
-        """The same integers in a wider type."""
+        """Returns the same integers in a wider type."""
         extend = self.builder.sext if signed else self.builder.zext
         return Vector(self.builder, extend(self.value, ir.VectorType(kind, self.count)))
 
     def narrow(self, kind: Any) -> Vector:
-        """The low bits of integers."""
+        """Returns the low bits of integers."""
         return Vector(self.builder, self.builder.trunc(self.value, ir.VectorType(kind, self.count)))
 
     def to_float(self, *, signed: bool = False) -> Vector:
-        """Integers as floats."""
+        """Returns integers as floats."""
         wide = self if self.kind == DWORD else self.widen(DWORD, signed=signed)
         return Vector(self.builder, self.builder.sitofp(wide.value, ir.VectorType(FLOAT, self.count)))
 
     def to_int(self) -> Vector:
-        """Floats rounded toward zero, as 32-bit integers."""
+        """Returns floats rounded toward zero, as 32-bit integers."""
         return Vector(self.builder, self.builder.fptosi(self.value, ir.VectorType(DWORD, self.count)))
 
     def truncate(self) -> Vector:
-        """Floats below 2^31 rounded toward zero."""
+        """Returns floats below 2^31 rounded toward zero."""
         return self.to_int().to_float()
 
     def round_half_away(self) -> Vector:
-        """Floats below 2^31 rounded to integers, ties away from zero, like C's ``roundf``."""
+        """Returns floats below 2^31 rounded to integers, ties away from zero, like C's ``roundf``."""
         integer = self.truncate()
         away = ((self - integer).size() >= 0.5).choose(1.0, self.of(0.0))
         return (self < 0.0).choose(integer - away, integer + away)
 
     def to_bfloat16(self) -> Vector:
-        """The bfloat16 bits of float32 elements, rounded to nearest, ties to even."""
+        """Returns the bfloat16 bits of float32 elements, rounded to nearest, ties to even."""
         bits = self.bits()
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).narrow(WORD)
 
@@ -211,11 +212,11 @@ class Array:
         self.start = start
 
     def offset(self, index: Any) -> Array:
-        """The array from an index on."""
+        """Returns the array from an index on."""
         return Array(self.builder, self.dtype, self.builder.gep(self.start, [index]))
 
     def load(self, first: Any, count: int, kind: Any = None) -> Vector:
-        """``count`` elements from ``first`` on, or that many of another type at the same address."""
+        """Returns ``count`` elements from ``first`` on, or that many of another type at the same address."""
         return Vector(self.builder, self._access(first, count, kind, None))
 
     def store(self, first: Any, vector: Vector) -> None:
@@ -227,22 +228,22 @@ class Array:
         self._access(first, vector.count, vector.kind, vector.value)
 
     def scalar(self, first: Any, kind: Any) -> Any:
-        """One value of any type at the address of an element."""
+        """Returns one value of any type at the address of an element."""
         loaded = self.builder.load(self._pointer(first, kind))
         loaded.align = 1
         return loaded
 
     def flags(self, first: int, count: int) -> Vector:
-        """Single bits from byte ``first`` on, lowest first, as a condition."""
+        """Returns single bits from byte ``first`` on, lowest first, as a condition."""
         bits = self.scalar(first, ir.IntType(count))
         return Vector(self.builder, self.builder.bitcast(bits, ir.VectorType(ir.IntType(1), count)))
 
     def half(self, first: int) -> Any:
-        """The float32 of the float16 at byte ``first``."""
+        """Returns the float32 of the float16 at byte ``first``."""
         return self.half_of(self.scalar(first, WORD))
 
     def half_of(self, word: Any) -> Any:
-        """The float32 of float16 bits, without instructions that not all processors have."""
+        """Returns the float32 of float16 bits, without instructions that not all processors have."""
         builder = self.builder
         bits = builder.zext(word, DWORD)
         magnitude = builder.and_(bits, DWORD(0x7FFF))
@@ -276,7 +277,7 @@ class Variable:
         self.place = cgutils.alloca_once_value(self.builder, initial.value)
 
     def get(self) -> Vector:
-        """The current value."""
+        """Returns the current value."""
         return Vector(self.builder, self.builder.load(self.place))
 
     def set(self, vector: Vector) -> None:
@@ -285,14 +286,14 @@ class Variable:
 
 
 def splat(builder: Any, value: Any, count: int) -> Vector:
-    """A vector with an IR scalar in every element."""
+    """Returns a vector with an IR scalar in every element."""
     empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     vector = builder.insert_element(empty, value, DWORD(0))
     return Vector(builder, builder.shuffle_vector(vector, vector, _constant(DWORD, [0] * count)))
 
 
 def fill(builder: Any, value: float, count: int) -> Vector:
-    """A vector with a float32 constant in every element."""
+    """Returns a vector with a float32 constant in every element."""
     return Vector(builder, _constant(FLOAT, [value] * count))
 
 
@@ -315,7 +316,7 @@ ARRAY, OFFSET = "array", "offset"
 
 
 def make_intrinsic(emit: Callable[..., None], kinds: Sequence[Any], **options: Any) -> Any:
-    """A function that kernels can call, from one that emits its code.
+    """Returns a function that kernels can call, from one that emits its code.
 
     Args:
         emit: Called once for each combination of argument types, with an :class:`Array` for each array and an IR value

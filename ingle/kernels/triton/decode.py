@@ -2,8 +2,8 @@
 
 Legend: O = rows, I = columns, C = bytes of codes in a row, N = blocks in a row.
 
-A program decodes some blocks of one row. Fused multiply-adds are disabled: a scale is a product and then a sum, each
-rounded, as in the reference and in bitsandbytes. The speed on a GPU has not been measured.
+A program decodes some blocks of one row. Fused multiply-adds are disabled, because a nested scale is a product and a
+sum that are each rounded, as in the reference and in bitsandbytes. The speed on a GPU has not been measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Bytes of codes that one program decodes; one block if that is more.
+#: Number of bytes of codes that one program decodes, but at least one block.
 TILE = 1024
 
 
@@ -146,7 +146,7 @@ def decode_groups(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size:
 def _plan(
     codes: Tensor, scales: Tensor, block_size: int, out: Tensor
 ) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]]:
-    """Grid, sizes and tile of a launch."""
+    """Returns grid, sizes and tile of a launch."""
     num_blocks = scales.shape[1]
     half = block_size // 2
     blocks = max(1, min(TILE // half, triton.next_power_of_2(num_blocks)))

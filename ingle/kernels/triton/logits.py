@@ -1,6 +1,6 @@
 """Log-probabilities of targets from logits on a CUDA device, and their gradient in place of the logits.
 
-One program reads one row, block by block; sums are float32. The speed on a GPU has not been measured.
+Each program processes one row, block by block; sums are float32. The speed on a GPU has not been measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 2048
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _transform(raw, scale, softcap: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``softcap * tanh(scale * raw / softcap)``, or ``scale * raw`` where the softcap is 0."""
+    """Returns ``softcap * tanh(scale * raw / softcap)``, or ``scale * raw`` where the softcap is 0."""
     z = raw.to(tl.float32) * scale
     if softcap > 0:
         z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))

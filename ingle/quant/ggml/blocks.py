@@ -43,9 +43,9 @@ class GgmlBlocks(Format):
     """A format of blocks; a subclass dequantizes them. Its class name selects the config section.
 
     Attributes:
-        base: The config section, which holds block size, block bytes and bits per weight.
-        scale_bytes: Half-open byte ranges of a block that hold scales and offsets instead of codes; empty for formats
-            that are read only.
+        base: The config section, which has block size, block bytes and bits per weight.
+        scale_bytes: Half-open byte ranges of a block that contain scales and offsets instead of codes; empty for
+            read-only formats.
         uses_importance: Whether encoding weights its error by an importance matrix.
     """
 
@@ -88,7 +88,7 @@ class GgmlBlocks(Format):
         num_rows, num_columns = weight_OI.shape
         if self.base.read_only is not None:
             raise QuantizationError(
-                f"{name} cannot be quantized to {self.name}, which is read only.",
+                f"{name} cannot be quantized to {self.name}, which Ingle only reads.",
                 where=name,
                 why=self.base.read_only,
                 fix="train on a downloaded .gguf file of this type, or choose another --base.format",

@@ -12,7 +12,7 @@ IQ3_XXS d, qs[64], signs and scales[32]                  256 of 4    ``d * (sc +
 IQ3_S   d, qs[64], qh[8], signs[32], scales[4]           512 of 4    ``d * (2 sc + 1) * +-row``
 ======= ================================================ =========== ==================================
 
-These formats are read only: finding codes is a lattice search that is of no use without an importance matrix.
+These formats are read-only: finding codes is a lattice search that is useless without an importance matrix.
 
 Source: ggml's ``ggml-common.h``; the ``gguf`` package's ``quants.py``.
 """
@@ -39,7 +39,7 @@ class Codebook(GgmlBlocks):
 
 
 class IQ2_XXS(Codebook):
-    """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
+    """Codes of 8 bits; seven signs, and an eighth from even parity; a scale per 32 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
@@ -50,7 +50,7 @@ class IQ2_XXS(Codebook):
 
 
 class IQ2_XS(Codebook):
-    """Codes of 9 bits with seven signs in one word; a scale for 16."""
+    """Codes of 9 bits with seven signs in one word; a scale per 16 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
@@ -61,7 +61,7 @@ class IQ2_XS(Codebook):
 
 
 class IQ2_S(Codebook):
-    """Codes of 10 bits, eight signs, a scale for 16."""
+    """Codes of 10 bits, eight signs, a scale per 16 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 4 * row``."""
@@ -72,7 +72,7 @@ class IQ2_S(Codebook):
 
 
 class IQ3_XXS(Codebook):
-    """Codes of 8 bits; seven signs and an eighth by even parity; a scale for 32."""
+    """Codes of 8 bits; seven signs, and an eighth from even parity; a scale per 32 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (sc + 1/2)) / 2 * row``."""
@@ -83,7 +83,7 @@ class IQ3_XXS(Codebook):
 
 
 class IQ3_S(Codebook):
-    """Codes of 9 bits, eight signs, a scale for 32."""
+    """Codes of 9 bits, eight signs, a scale per 32 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * row``."""
@@ -94,7 +94,7 @@ class IQ3_S(Codebook):
 
 
 class IQ1_S(Codebook):
-    """Codes of 11 bits, a scale and a shift for 32."""
+    """Codes of 11 bits, a scale and a shift per 32 weights."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
@@ -107,7 +107,7 @@ class IQ1_S(Codebook):
 
 
 class IQ1_M(Codebook):
-    """Codes of 11 bits, a scale for 16, a shift for 8; the bits of ``d`` are spread over four words."""
+    """Codes of 11 bits, a scale per 16 weights, a shift per 8; the bits of ``d`` are spread over four words."""
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
         """Returns ``(d * (2 sc + 1)) * (row +- 1/8)``."""
@@ -123,7 +123,7 @@ class IQ1_M(Codebook):
 
 
 def _multiply(scale: Tensor, rows: Tensor, signs: Tensor) -> Tensor:
-    """Flat ``(scale * row) * sign``: scale ``[..., part, 1]``, rows and signs ``[..., part, number, row]``."""
+    """Returns flat ``(scale * row) * sign``: scale ``[..., part, 1]``, rows and signs ``[..., part, number, row]``."""
     return (scale.unsqueeze(-1) * rows * signs).flatten(-3)
 
 
@@ -133,12 +133,12 @@ def _words(data: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _nibble_pairs(data: Tensor) -> Tensor:
-    """The low nibble and the high nibble of every byte in turn."""
+    """Returns the low nibble and the high nibble of every byte in turn."""
     return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).int()
 
 
 def _fields(words: Tensor, shifts: tuple[int, ...], mask: int) -> Tensor:
-    """The fields of every word in turn."""
+    """Returns the fields of every word in turn."""
     return (words.unsqueeze(-1) >> torch.tensor(shifts, device=words.device) & mask).flatten(-2)
 
 
@@ -150,10 +150,10 @@ def _add_parity(signs: Tensor) -> Tensor:
 
 
 def _signs(bits: Tensor) -> Tensor:
-    """The eight factors 1 or -1 of every byte, ``[..., 8]``."""
+    """Returns the eight factors 1 or -1 of every byte, ``[..., 8]``."""
     return 1 - 2 * (bits.unsqueeze(-1) >> torch.arange(8, device=bits.device) & 1).float()
 
 
 def _seven_signs(words: Tensor) -> Tensor:
-    """The factors of four times seven sign bits in a word ``[..., 1]``, as ``[..., 4, 8]``."""
+    """Returns the factors of four times seven sign bits in a word ``[..., 1]``, as ``[..., 4, 8]``."""
     return _signs(_add_parity(_fields(words, (0, 7, 14, 21), 127)))

@@ -1,4 +1,4 @@
-"""GGUF's first formats: blocks of 32 weights with a float16 scale ``d`` and, in some, a float16 offset ``m``.
+"""GGUF's oldest formats: blocks of 32 weights with a float16 scale ``d`` and, in some, a float16 offset ``m``.
 
 ====== =================== ==================
 format bytes               weight
@@ -56,7 +56,7 @@ class Offset(GgmlBlocks, FoldingFormat):
 
     @property
     def additive_field(self) -> int | None:
-        """The offset covers a block."""
+        """The block size: every block has an offset."""
         return self.block_size
 
     def dequantize_blocks(self, blocks_ONB: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Offset(GgmlBlocks, FoldingFormat):
         The sum ``m + delta`` is computed in float32 and rounded once to float16; nothing else changes.
 
         Raises:
-            QuantizationError: A sum is too large for float16.
+            QuantizationError: A sum exceeds the range of float16.
         """
         blocks_ONB = self._blocks(planes).detach().clone()
         offset_ON = (half(blocks_ONB, 2).squeeze(-1) + delta_ON.to(blocks_ONB.device)).half()
@@ -77,7 +77,7 @@ class Offset(GgmlBlocks, FoldingFormat):
             raise QuantizationError(
                 f"The delta is too large to fold into the float16 offsets of {self.name}.",
                 why=f"largest delta {float(delta_ON.abs().max()):g}",
-                fix="a smaller optim.lr or adapter.alpha",
+                fix="use a smaller optim.lr or adapter.alpha",
             )
         blocks_ONB[..., 2:4] = offset_ON.unsqueeze(-1).view(torch.uint8)
         return {"data": blocks_ONB.flatten(1)}

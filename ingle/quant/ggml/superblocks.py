@@ -14,8 +14,8 @@ TQ2_0  qs[64], d                                                                
 
 Weights that share a byte are 32 apart: byte ``l`` of 32 holds weights ``l``, ``l + 32``, ... starting at its low bits.
 A byte of TQ1_0 is a fraction of 256 whose base-3 digits are five trits (four in ``qh``). The scale of a ternary format
-is the absmax of the block; encoding takes the nearest of the three values, which is exact for ternary weights and loses
-most of any others.
+is the absmax of the block; encoding takes the nearest of the three values. This is exact for ternary weights, but loses
+most of the information in other weights.
 
 Source: ggml's ``ggml-common.h``.
 """
@@ -112,13 +112,13 @@ class TQ2_0(GgmlBlocks):
 
 
 def _scale_parts(scale: Tensor, codes: Tensor, minimum: Tensor | None = None) -> Tensor:
-    """``scale * codes - minimum`` with one scale and minimum for each sub-block."""
+    """Returns ``scale * codes - minimum`` with one scale and minimum for each sub-block."""
     weights: Tensor = scale.unsqueeze(-1) * codes.unflatten(-1, (scale.shape[-1], -1))
     return (weights if minimum is None else weights - minimum.unsqueeze(-1)).flatten(-2)
 
 
 def _dequantize_45(blocks_ONB: Tensor, codes: Tensor) -> Tensor:
-    """``(d * sc) * q - dmin * mn`` with the twelve bytes of scales of Q4_K and Q5_K."""
+    """Returns ``(d * sc) * q - dmin * mn`` with the twelve bytes of scales of Q4_K and Q5_K."""
     low, high, mixed = blocks_ONB[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scale = torch.cat((low & 63, mixed & 15 | low >> 2 & 48), dim=-1).float() * half(blocks_ONB, 0)
     minimum = torch.cat((high & 63, mixed >> 4 | high >> 2 & 48), dim=-1).float() * half(blocks_ONB, 2)
@@ -126,6 +126,6 @@ def _dequantize_45(blocks_ONB: Tensor, codes: Tensor) -> Tensor:
 
 
 def _trits(data: Tensor, count: int) -> Tensor:
-    """The first trit of every byte, then the second ones, up to ``count``."""
+    """Returns the first trit of every byte, then the second ones, up to ``count``."""
     factors = torch.tensor([3**number for number in range(count)], device=data.device).unsqueeze(-1)
     return ((data.int().unsqueeze(-2) * factors & 255) * 3 >> 8).flatten(-2)

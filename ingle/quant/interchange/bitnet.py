@@ -52,7 +52,7 @@ def from_bitnet(
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
     codes_OI = (data.unsqueeze(0) >> shifts.view(-1, 1, 1) & 3).flatten(0, 1)
     if bool((codes_OI > 2).any()):
-        raise QuantizationError(f"{name} holds codes that are not ternary.", where=name)
+        raise QuantizationError(f"{name} contains codes that are not ternary.", where=name)
     scale = (1 / scale if divides else scale).reshape(1, 1).half()
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise QuantizationError(f"{name} has a scale that is not a positive float16.", where=name)

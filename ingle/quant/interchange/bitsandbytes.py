@@ -189,10 +189,10 @@ def _require_key(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
 def _require_full_blocks(format: Levels, out_features: int, in_features: int) -> None:
     if in_features % format.block_size:
         raise QuantizationError(
-            "A weight whose rows are not a multiple of block_size cannot be exchanged with bitsandbytes.",
+            "A weight whose rows are not a multiple of block_size cannot be converted from or to bitsandbytes.",
             why=f"in bitsandbytes blocks cross rows, in Ingle they do not; in_features = {in_features}, "
             f"block_size = {format.block_size}, weight [{out_features}, {in_features}]",
-            fix="choose a block_size that divides in_features, or exchange the decoded weight",
+            fix="choose a block_size that divides in_features, or convert the decoded weight",
         )
 
 

@@ -71,7 +71,7 @@ def to_hqq(
         raise QuantizationError(
             f"The hqq package stores groups in multiples of {STRIPES[format.bits]}; this weight has {len(codes)}.",
             why=f"weight [{out_features}, {in_features}], groups of {format.group_size}",
-            fix="exchange the decoded weight",
+            fix="convert the decoded weight",
         )
     view = torch.int32 if format.bits == 3 else torch.uint8
     meta: dict[str, Any] = {
@@ -114,7 +114,7 @@ def from_hqq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> tuple[Hq
             where=name,
             why=f"nbits {bits:g}, group_size {size:g}, axis {axis:g}; supported are axis 1, nbits {sorted(LAYOUTS)} "
             f"and group_size {list(sizes)}",
-            fix="exchange the decoded weight",
+            fix="convert the decoded weight",
         )
     if "packing" in tensors and not torch.equal(tensors["packing"].flatten(), _to_tensor(LAYOUTS[int(bits)])):
         raise QuantizationError(f"The packing of {name} does not match its {bits:g} bits.", where=name)
@@ -166,14 +166,14 @@ def _view_stripes(stripes: Tensor, format: Hqq, num_groups: int, name: str) -> T
 
 
 def _to_float16(values: Tensor, num_groups: int, name: str) -> Tensor:
-    """Scales or zeros as float16, which must not change them."""
+    """Returns scales or zeros as float16; an error if that would change them."""
     halves = values.half()
     if values.numel() != num_groups or not values.is_floating_point():
         why = f"expected {num_groups} floats, got {list(values.shape)} {values.dtype}"
         raise QuantizationError(f"{name} does not match the shape of its layer.", where=name, why=why)
     if not bool(halves.isfinite().all()) or not torch.equal(halves.double(), values.double()):
         raise QuantizationError(
-            f"{name} holds numbers that float16 cannot represent.",
+            f"{name} contains numbers that float16 cannot represent.",
             where=name,
             why=f"its dtype is {values.dtype}; HQQ stores scales and zeros in its compute dtype",
             fix="save the model from hqq with compute_dtype=torch.float16",
@@ -197,9 +197,9 @@ def _to_tensor(value: bool | int | str) -> Tensor:
 def _require_full_groups(format: Hqq, out_features: int, in_features: int, name: str) -> None:
     if in_features % format.group_size:
         raise QuantizationError(
-            f"The rows of {name} are not a multiple of group_size, so it cannot be exchanged with the hqq package.",
+            f"Rows of {name} are not a multiple of group_size, so it cannot be converted from or to the hqq package.",
             where=name,
             why=f"in hqq groups cross rows, in Ingle they do not; in_features = {in_features}, "
             f"group_size = {format.group_size}, weight [{out_features}, {in_features}]",
-            fix="choose a group_size that divides in_features, or exchange the decoded weight",
+            fix="choose a group_size that divides in_features, or convert the decoded weight",
         )

@@ -28,7 +28,7 @@ def layer(base: BaseConfig, *, changed: bool = True, group_size: int = 1) -> Lor
         linear.weight.copy_(torch.randn(24, 512, generator=generator) * 0.02)
     convert(box := nn.ModuleDict({"x": linear}), base)
     lora = LoraLinear(box["x"], 4, 2.0, group_size=group_size)
-    lora.initialise(0, "x")
+    lora.initialize(0, "x")
     if changed:
         with torch.no_grad():
             lora.lora_b.copy_(torch.randn(24, 4, generator=generator) * 0.02)

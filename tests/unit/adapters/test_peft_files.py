@@ -74,7 +74,7 @@ def test_target_names_are_paths_where_the_last_part_is_not_enough(tmp_path: Path
 
 
 def test_missing_files(folder: Path) -> None:
-    assert "holds no adapter" in refusal(folder / "nowhere")
+    assert "contains no adapter" in refusal(folder / "nowhere")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert "pickle" in refusal(folder)
 
@@ -96,7 +96,7 @@ def test_damaged_files(folder: Path) -> None:
     [
         (lambda t: t.pop(A), "Half of the adapter of model.layers.0.self_attn.q_proj"),
         (lambda t: [t.pop(A), t.pop(B)], "The adapter of model.layers.0.self_attn.q_proj is missing"),
-        (lambda t: t.clear(), "holds no adapter"),
+        (lambda t: t.clear(), "contains no adapter"),
         (lambda t: t.update({A: torch.zeros(2, 60)}), "does not have the sizes"),
         (lambda t: t.update({A: torch.zeros(3, 64)}), "has rank 3, but its config says 2"),
         (lambda t: t.update({A: t[A] * float("nan")}), "NaN"),

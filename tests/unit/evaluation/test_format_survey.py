@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from ingle.config import ModelConfig
 from ingle.errors import ConfigError, DataError, EvaluationError, QuantizationError
-from ingle.evaluation.format_survey import Survey, find_target, survey, trial
+from ingle.evaluation.format_survey import SurveyRequest, find_target, survey, trial
 from ingle.evaluation.format_survey.targets import list_candidates
 from ingle.events import Event, Progress, Warned
 from ingle.models.loading.meta_device import build
@@ -130,9 +130,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def ask(folder: Path, text: Path, **options: Any) -> Survey:
+def ask(folder: Path, text: Path, **options: Any) -> SurveyRequest:
     model = ModelConfig(id=str(folder), dtype="float32")
-    return Survey(model, str(text), **{"names": ("q8_0", "q4_0", "nf4"), "num_tokens": 200, **options})
+    return SurveyRequest(model, str(text), **{"names": ("q8_0", "q4_0", "nf4"), "num_tokens": 200, **options})
 
 
 def test_the_report_has_every_key_of_its_json(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_folder_with_other_files_is_refused(folder: Path, text: Path, tmp_path
     (tmp_path / "bad").mkdir()
     for content in ("{}", "{", '{"subject": {}, "formats": []}'):
         (tmp_path / "bad" / "formats.json").write_text(content)
-        with pytest.raises(EvaluationError, match="does not hold a comparison"):
+        with pytest.raises(EvaluationError, match="does not contain a comparison"):
             survey(ask(folder, text, names=("q8_0",), out=tmp_path / "bad"))
 
 

@@ -191,11 +191,11 @@ class _Echo:
     ("fault", "reason"),
     [
         (None, None),
-        ("tokens", "prompts become other tokens"),
-        ("texts", "texts become other tokens"),
+        ("tokens", "prompts are tokenized differently"),
+        ("texts", "texts are tokenized differently"),
         ("ends", "do not end at"),
         ("logits", "KL divergence"),
-        ("answers", "no tie"),
+        ("answers", "not tied"),
     ],
 )
 def test_every_fault_is_found(llama_folder: Path, fault: str | None, reason: str | None) -> None:

@@ -19,7 +19,7 @@ from ingle.evaluation.run.divergence import Divergence
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
 from ingle.export.job import ExportJob
-from ingle.export.model_card import make_card, read_licence
+from ingle.export.model_card import make_card, read_license
 from ingle.export.request import ExportRequest
 from ingle.inference import Source
 
@@ -82,10 +82,10 @@ def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
 def test_without_a_licence_that_of_the_base_applies(tmp_path: Path) -> None:
     card = _card("some/base")
     assert yaml.safe_load(card.split("---")[1])["license"] == "other"
-    assert "the licence of the base model applies" in card and "## Data" not in card
+    assert "the license of the base model applies" in card and "## Data" not in card
     for text in (card.replace("license: other", "license: [mit]"), "---\n{\n---\n", "No head."):
         (tmp_path / "README.md").write_text(text)
-        assert read_licence(tmp_path) is None
+        assert read_license(tmp_path) is None
 
 
 def _doubts(report: FidelityReport, *, rounded_in_training: bool = False) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ingle.export.ollama import FAMILIES, make_modelfile, recognise
+from ingle.export.ollama import FAMILIES, make_modelfile, recognize
 
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
@@ -24,12 +24,12 @@ Make = Callable[..., PreTrainedTokenizerFast]
 
 
 def test_chatml_is_recognised(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = recognise(tokenizer)
+    found = recognize(tokenizer)
     assert found is not None and found[0].name == "ChatML" and found[1] is None
 
 
 def test_llama_3_is_recognised(tokenizer_factory: Make) -> None:
-    found = recognise(tokenizer_factory(chat_template=LLAMA3))
+    found = recognize(tokenizer_factory(chat_template=LLAMA3))
     assert found is not None and found[0].name == "Llama 3"
     assert "<|begin_of_text|>" not in found[0].go_template()  # llama.cpp adds it
 
@@ -43,7 +43,7 @@ def test_a_system_message_that_the_template_adds_is_written(tokenizer_factory: M
 @pytest.mark.parametrize("template", [QWEN.replace("'\n' +", "': ' +"), "{{ raise_exception('no') }}", None])
 def test_anything_else_is_left_to_ollama(tokenizer_factory: Make, template: str | None) -> None:
     tokenizer = tokenizer_factory(chat_template=template)
-    assert recognise(tokenizer) is None
+    assert recognize(tokenizer) is None
     assert "TEMPLATE" not in make_modelfile(tokenizer, [1], weights="./m.gguf").replace("No TEMPLATE", "")
 
 

@@ -75,7 +75,7 @@ def export_tampered(adapter: Path, to: Target, out: Path, tamper: Callable[[], N
         (reverse_rows, "from the trained model"),
         (leave_order, "from the trained model"),
         (end_elsewhere, "answers end at token 9"),
-        (misspell_template, "prompts become other tokens"),
+        (misspell_template, "prompts are tokenized differently"),
     ],
 )
 def test_a_changed_gguf_gets_no_certificate(

@@ -38,18 +38,18 @@ def test_every_metric_of_the_config_is_described() -> None:
     ],
 )
 def test_scores(metric: str, value: float | None, signed: bool, text: str) -> None:
-    assert METRICS[metric].write(value, signed=signed) == text
+    assert METRICS[metric].format(value, signed=signed) == text
 
 
 def test_intervals_have_no_unit() -> None:
-    assert METRICS["exact_match"].write_interval((0.459, 0.514), signed=True) == "[+45.9, +51.4]"
-    assert METRICS["exact_match"].write_interval((0.1, None)) == "[10.0, –]"
-    assert METRICS["bleu"].write_interval((-1.0, 1.0), signed=True) == "[−1.0, +1.0]"
+    assert METRICS["exact_match"].format_interval((0.459, 0.514), signed=True) == "[+45.9, +51.4]"
+    assert METRICS["exact_match"].format_interval((0.1, None)) == "[10.0, –]"
+    assert METRICS["bleu"].format_interval((-1.0, 1.0), signed=True) == "[−1.0, +1.0]"
 
 
 def test_a_sample_is_right_or_wrong_or_has_a_score() -> None:
-    assert [METRICS["exact_match"].write_sample(value) for value in (1.0, 0.0)] == ["right", "wrong"]
-    assert METRICS["rouge_l"].write_sample(0.5) == "0.500"
+    assert [METRICS["exact_match"].format_sample(value) for value in (1.0, 0.0)] == ["right", "wrong"]
+    assert METRICS["rouge_l"].format_sample(0.5) == "0.500"
 
 
 @pytest.mark.parametrize(
