@@ -1,6 +1,6 @@
 """Turns whatever a library raises over a user's file into an error that names the file.
 
-transformers, tokenizers and safetensors raise any kind of exception over a damaged or contradictory file.  A few values
+transformers, tokenizers and safetensors raise any kind of exception over a damaged or contradictory file. A few values
 are checked before, because they would not raise but compute for hours or exhaust memory.
 """
 
@@ -21,7 +21,7 @@ COMPARE_CONFIG = "compare config.json with the one that the model was published 
 #: No model has more layers or experts; transformers builds a list or module for each before it checks the number.
 _MOST = {"layers": 1_024, "experts": 8_192}
 _COUNTS = re.compile(r"^(?:n|num|number_of|decoder|encoder)_\w*?(layers?|experts?)(?:_\w+)?$|^\w*hidden_layers$")
-#: Keys of sizes.  None is larger than this, so that products of two of them fit 64 bits.
+#: Keys of sizes. None is larger than this, so that products of two of them fit 64 bits.
 _SIZES = re.compile(r"(?:size|dim|heads?|embd|embeddings|positions|rank|inner|ctx)$")
 _LARGEST = 2**31 - 1
 

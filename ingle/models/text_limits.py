@@ -30,7 +30,7 @@ def text_limit(model: PreTrainedModel) -> int | None:
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
     """Refuses texts that have more tokens than the model has positions.
 
-    Rotary positions have no end.  Learned positions, and masks that an architecture stores, are tables that end.
+    Rotary positions have no end. Learned positions, and masks that an architecture stores, are tables that end.
 
     Args:
         model: May be on the meta device.

@@ -30,7 +30,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a model.
 
     The pad token is the tokenizer's own if it differs from the end-of-text token, else a token that the model leaves
-    unused, else None.  It is never the end-of-text token, which is supervised.
+    unused, else None. It is never the end-of-text token, which is supervised.
 
     Raises:
         ModelError: There is no tokenizer, only a slow one, or the chat template cannot be read.

@@ -28,7 +28,7 @@ def default_batch(num_sequences: float) -> int:
 
 
 def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | None:
-    """Returns what is wrong with the batch of a run on little data and which flags help, or None if it is fine.
+    """Returns a warning, with flags that help, if a batch is too large for little data; None if it is fine.
 
     Args:
         run: The run.
@@ -76,7 +76,7 @@ def find_remedy(
     on_gpu: bool,
     compiles_kernels: bool = False,
 ) -> str:
-    """Returns changes of one option each that make a run fit; if there is none, those that save most.
+    """Returns single options that make a run fit; if none does, the options that save most.
 
     Args:
         run: The run.
@@ -103,7 +103,7 @@ def find_remedy(
     enough = total(run, micro_batch) * (1 - _WORTHWHILE)
     saving = sorted((needed, flag) for flag, needed in totals.items() if needed <= enough)
     if not saving:
-        return "a smaller model or a shorter data.max_seq_len"
+        return "use a smaller model or a shorter data.max_seq_len"
     return "none of these is enough on its own: " + "   ".join(
         f"{flag} ({size(needed)})" for needed, flag in saving[:3]
     )

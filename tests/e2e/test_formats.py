@@ -28,7 +28,7 @@ def test_a_format_is_chosen_and_written(
     file = tmp_path / "m.gguf"
     made = ingle("quantize", tiny_model, "--to", "q4_0", "--out", file, "--data", text)
     assert made.returncode == 0, made.stderr
-    assert "attn_q" in made.stdout and "bits a weight" in made.stdout and f"Wrote {file}" in made.stdout
+    assert "attn_q" in made.stdout and "bits per weight" in made.stdout and f"Wrote {file}" in made.stdout
     assert read_gguf(file).tensors["blk.0.attn_q.weight"].type_name == "q4_0"
     again = ingle("quantize", tiny_model, "--to", "q4_0", "--out", file)
     assert again.returncode == 2 and "exists" in again.stderr
@@ -39,7 +39,7 @@ def test_a_format_is_chosen_and_written(
 def test_mistakes_end_with_a_message(tiny_model: Path, tmp_path: Path, ingle: Ingle) -> None:
     for arguments, words in (
         (("formats", tiny_model), "--data"),
-        (("formats", tiny_model, "--data", tmp_path / "none.jsonl"), "no such file"),
+        (("formats", tiny_model, "--data", tmp_path / "none.jsonl"), "does not exist"),
         (("formats", tiny_model, "--data", "x", "--formats", "q4_km"), "did you mean q4_k_m"),
         (("quantize", tiny_model, "--to", "q4_km", "--out", tmp_path / "m"), "did you mean q4_k_m"),
         (("quantize", tiny_model, "--to", "q4_0"), "--out"),

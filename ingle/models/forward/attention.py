@@ -1,7 +1,7 @@
 """Attention over packed documents, registered with transformers under a name of Ingle's.
 
 ``forward_hidden`` passes the document boundaries down as keyword arguments (transformers' own names), and every
-attention layer that uses transformers' registry calls :func:`attend`.  Without boundaries (generation), the usual mask
+attention layer that uses transformers' registry calls :func:`attend`. Without boundaries (generation), the usual mask
 applies.
 
 Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head size, N packed tokens, D documents.

@@ -1,6 +1,6 @@
 """The two halves of a language model: the decoder up to its last norm, and the output head.
 
-The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures scale,
+The loss never materialises logits, so it needs the head's weight and not the head's module. Architectures scale,
 divide or cap their logits; the known ways are read from the config, and :func:`ingle.models.verify` compares the two
 halves with the full model, so that an unknown one is detected.
 """
@@ -46,7 +46,7 @@ class Head:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """Returns the output head of a model.  Every call decodes a quantized head, so keep the result while it is needed.
+    """Returns the output head of a model. Every call decodes a quantized head, so keep the result while it is needed.
 
     Raises:
         ModelError: The head is not a plain linear layer.
@@ -95,7 +95,7 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """:func:`forward_hidden` on the tensors of a batch: ids and positions ``[1, N]``, boundaries ``[D + 1]``."""
     if model.config._attn_implementation == IMPLEMENTATION:
-        # transformers passes a four-dimensional mask through unchanged and builds none.  Attention uses the boundaries
+        # transformers passes a four-dimensional mask through unchanged and builds none. Attention uses the boundaries
         # instead and recognises this placeholder if an architecture drops them.
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         output = model.base_model(

@@ -49,7 +49,7 @@ def arrange(cu_seqlens: Tensor, *, width: int | None) -> PaddedRows:
 
     Args:
         cu_seqlens: First token of each document and the end, ``[D + 1]``.
-        width: Maximum width; a single row if None.  A longer document gets a row of its own.
+        width: Maximum width; a single row if None. A longer document gets a row of its own.
     """
     rows: list[list[int]] = [[]]
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):

@@ -1,8 +1,8 @@
 """Builds probes: copies of models in which effects of the length of a text appear within a few tokens.
 
-Windows of 4,096 tokens and positions that change beyond 131,072 cannot be tried at every load.  A probe has the same
-architecture and config, with these lengths scaled down.  It shares its weights with the model, so it needs no memory,
-and keeps only as many layers as it takes to have one of every kind.  Effects of the length are exaggerated so that they
+Windows of 4,096 tokens and positions that change beyond 131,072 cannot be tried at every load. A probe has the same
+architecture and config, with these lengths scaled down. It shares its weights with the model, so it needs no memory,
+and keeps only as many layers as it takes to have one of every kind. Effects of the length are exaggerated so that they
 show: rotary positions turn fast and stretch a lot.
 """
 

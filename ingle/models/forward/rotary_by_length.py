@@ -2,7 +2,7 @@
 
 ``longrope`` (Phi-3) uses other factors for every token of a text that is longer than
 ``original_max_position_embeddings``; ``dynamic`` stretches them with every token beyond ``max_position_embeddings``.
-transformers chooses by the largest position of a call, and ``dynamic`` keeps its choice for the next call.  With many
+transformers chooses by the largest position of a call, and ``dynamic`` keeps its choice for the next call. With many
 documents in a call the choice must be made for each of them, with a copy of transformers' own module.
 
 Legend: B rows, T tokens of a row, D rotated size.

@@ -17,7 +17,7 @@ from ingle.models.forward.hidden_states import computed_in, forward_packed, head
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.wording import first_line
 
-#: Largest relative difference of a token's logits between the two halves and the full model.  Rounding to bfloat16
+#: Largest relative difference of a token's logits between the two halves and the full model. Rounding to bfloat16
 #: causes about one per cent in two layers and more in eighty; a wrong head or mask causes 100 %.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 #: The same for the hidden states of a probe, which has few layers and almost no embedding.
@@ -30,7 +30,7 @@ _FIX = "choose a model of another architecture"
 def verify(model: PreTrainedModel) -> None:
     """Compares packed documents with single documents, and the two halves of the model with the full model.
 
-    Two short documents go through the full model.  Where the config names lengths at which something changes (windows,
+    Two short documents go through the full model. Where the config names lengths at which something changes (windows,
     chunks, positions), documents on both sides of each length go through a copy of the model in which these lengths are
     a few tokens: see :mod:`ingle.models.forward.probe`.
 

@@ -1,10 +1,10 @@
 """Generates answers: batched decoding with a key-value cache.
 
-Rows are padded on the left, so that all of them grow at the right end; a finished row leaves the batch at once.  Each
+Rows are padded on the left, so that all of them grow at the right end; a finished row leaves the batch at once. Each
 prompt has its own stream of random numbers, so an answer does not depend on the other prompts.
 
 Where a text grows past the length at which ``longrope`` changes its factors, its cached keys are recomputed, as
-transformers does for Phi-3.  ``dynamic`` positions stretch with every token, but cached keys stay as they are, as in
+transformers does for Phi-3. ``dynamic`` positions stretch with every token, but cached keys stay as they are, as in
 transformers' ``generate``.
 
 Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.

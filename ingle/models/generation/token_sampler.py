@@ -34,7 +34,7 @@ class TokenSampler:
         """Returns the next token of each row, ``[B]``; each call draws one random number for each row.
 
         Tokens are sorted by falling probability, and the first whose cumulative probability exceeds the random number
-        is chosen.  The number is scaled to the kept probability, so ``top_p`` needs no renormalising.
+        is chosen. The number is scaled to the kept probability, so ``top_p`` needs no renormalising.
         """
         if self._rngs is None:
             return logits_BV.argmax(-1)

@@ -1,7 +1,7 @@
 """Opens a GGUF file as a model: it holds config, tokenizer, chat template and weights.
 
-Linear layers keep the file's own bytes in whatever type they have.  So do embedding and head where the architecture has
-plain ones.  No ``config.json`` and no 16-bit weights are needed.
+Linear layers keep the file's own bytes in whatever type they have. So do embedding and head where the architecture has
+plain ones. No ``config.json`` and no 16-bit weights are needed.
 """
 
 from __future__ import annotations

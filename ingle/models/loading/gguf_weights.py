@@ -35,7 +35,7 @@ class GgufWeight:
         """Reads the bytes of some rows, uint8 ``[rows, bytes of a row]``, in the parameter's order.
 
         Args:
-            rows: Of the parameter; all if None.  Where the file has them in another order, it is read from the first
+            rows: Of the parameter; all if None. Where the file has them in another order, it is read from the first
                 to the last of them.
         """
         places = np.arange(self.tensor.shape[0]) if self.order is None else np.argsort(self.order)

@@ -93,7 +93,7 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
 def compute_rest(architecture: PreTrainedModel, device: torch.device, names: Collection[str], *, seed: int = 0) -> None:
     """Computes, in place, what no file holds: rotary frequencies, masks, and parameters that may be missing.
 
-    The architecture's own code initialises them.  All other parameters stay on the meta device and are marked as
+    The architecture's own code initialises them. All other parameters stay on the meta device and are marked as
     initialised.
 
     Args:

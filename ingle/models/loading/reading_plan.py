@@ -1,6 +1,6 @@
 """Decides which tensors on disk become which parameters, from their names alone.
 
-The names on disk are the hub's.  transformers renames, fuses and splits tensors while it loads.  This module applies
+The names on disk are the hub's.  transformers renames, fuses and splits tensors while it loads. This module applies
 its conversion mapping to the names; nothing is read yet.
 """
 

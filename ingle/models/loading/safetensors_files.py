@@ -1,6 +1,6 @@
 """Reads safetensors files: which tensor is stored in which file, at which byte.
 
-Tensors are read with plain file reads straight into their own memory, not through a memory map.  A map keeps every page
+Tensors are read with plain file reads straight into their own memory, not through a memory map. A map keeps every page
 it has touched resident, so a model would be in memory twice while it loads.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.

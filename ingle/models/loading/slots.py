@@ -1,7 +1,7 @@
 """Maps names of the architecture to places in a model.
 
 The model may hold a quantized module where the architecture has a linear layer, an embedding or a stack of experts, and
-an adapter may wrap any of them.  Only this file knows how the two correspond.
+an adapter may wrap any of them. Only this file knows how the two correspond.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.quant.linear import QuantModule
 
-#: Selects the rows of a parameter to load, from its name, its number of rows and its row group.  Rows are the output
-#: rows of a quantized weight, the experts of a stack, and otherwise the first dimension.  Both bounds must be multiples
+#: Selects the rows of a parameter to load, from its name, its number of rows and its row group. Rows are the output
+#: rows of a quantized weight, the experts of a stack, and otherwise the first dimension. Both bounds must be multiples
 #: of the row group, or the end.
 RowSelector = Callable[[str, int, int], range]
 

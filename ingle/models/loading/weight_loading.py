@@ -83,8 +83,8 @@ def load_weights(
 ) -> None:
     """Gives every parameter and buffer of a model on the meta device its memory and value.
 
-    Modules may be quantized, and adapters may wrap them.  What adapters add gets memory on the device and keeps
-    ``requires_grad``, but stays uninitialised.  Call :func:`ingle.models.verify` afterwards.
+    Modules may be quantized, and adapters may wrap them. What adapters add gets memory on the device and keeps
+    ``requires_grad``, but stays uninitialised. Call :func:`ingle.models.verify` afterwards.
 
     Args:
         model: On the meta device.
@@ -93,7 +93,7 @@ def load_weights(
         dtype: Compute dtype.
         seed: For random weights (``init: random``), which need the whole model in float32 as well.
         sink: Receives progress, and warnings of weights that are not used.
-        rows: Which rows of each parameter to load, for a rank that holds a shard; all if None.  Only these rows are
+        rows: Which rows of each parameter to load, for a rank that holds a shard; all if None. Only these rows are
             read wherever the files hold them as plain numbers or GGUF blocks, and the format encodes them one by one.
 
     Raises:

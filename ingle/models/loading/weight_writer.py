@@ -1,7 +1,7 @@
 """Writes weights into a model: converts or quantizes each value and copies it to its place.
 
-All memory of the model is allocated before the first weight is read.  Temporary buffers (a tensor as it is stored, the
-encoder's intermediate results) then reuse the same free blocks.  Allocated in turn, the two would fragment memory and
+All memory of the model is allocated before the first weight is read. Temporary buffers (a tensor as it is stored, the
+encoder's intermediate results) then reuse the same free blocks. Allocated in turn, the two would fragment memory and
 the process would grow to twice the model.
 """
 
@@ -33,7 +33,7 @@ class WeightWriter:
         device: Where tensors go.
         sink: Receives warnings.
         rows: Which rows of each parameter to load; all if None.
-        allocate: Allocate memory for everything on the meta device.  Otherwise each weight needs :meth:`allocated`.
+        allocate: Allocate memory for everything on the meta device. Otherwise each weight needs :meth:`allocated`.
     """
 
     def __init__(
