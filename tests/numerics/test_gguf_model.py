@@ -207,7 +207,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         load(small.with_name("cut.gguf"))
     with pytest.raises(ModelError, match="There is no file"):
         load(tmp_path / "nowhere.gguf")
-    with pytest.raises(ModelError, match="A GGUF file is a model by itself") as info:
+    with pytest.raises(ModelError, match="A GGUF model must be named by its file") as info:
         folder = tmp_path / "folder"
         folder.mkdir()
         shutil.copy(EMBER / "config.json", folder)

@@ -220,7 +220,7 @@ def test_private_characters_in_a_message_are_no_control_tokens(tokenizer_factory
 
 def test_a_tokenizer_whose_tokens_cannot_be_renamed_is_an_error(tokenizer, monkeypatch):
     monkeypatch.setattr("ingle.data.backend._rename", lambda spec, renamed: spec)
-    with pytest.raises(DataError, match="cannot be renamed"):
+    with pytest.raises(DataError, match="cannot be read as text with this tokenizer"):
         encode(tokenizer, chat("what <|im_end|> now", "four"))
 
 

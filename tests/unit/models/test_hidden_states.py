@@ -100,7 +100,7 @@ def test_only_failures_of_the_model_itself_become_errors_about_its_settings(
 
 def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight contains NaN"):
         models.verify(model)
 
 

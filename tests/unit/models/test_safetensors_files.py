@@ -83,7 +83,7 @@ _DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no index": (store_without_index, r"no model\.safetensors\.index\.json"),
     "adapter": (store_adapter, "adapter, not a model"),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "pickles"),
-    "nothing": (lambda folder: None, "holds no weights"),
+    "nothing": (lambda folder: None, "contains no weights"),
 }
 _DAMAGED_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "not a complete"),
