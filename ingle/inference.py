@@ -214,7 +214,7 @@ def _locate_adapter(folder: Path) -> Source:
             raise ValueError("it is not a name")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
-            "The adapter does not say which model it belongs to.",
+            "The adapter does not name its base model.",
             where=str(folder / "adapter_config.json"),
             why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",

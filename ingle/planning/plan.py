@@ -127,7 +127,7 @@ def make_plan(
     if needed > free_bytes:
         parts = sorted(memory.items(), key=lambda part: -part[1])
         raise DoesNotFit(
-            f"This run needs {size(needed)} in addition to what is in use; {size(free_bytes)} are free.",
+            f"This run needs {size(needed)} of additional memory; {size(free_bytes)} are free.",
             where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}, "
             f"train.global_batch_size = {global_batch}",
             why=" · ".join(f"{name} {size(part)}" for name, part in parts if part and name not in ("total", "process")),

@@ -39,12 +39,12 @@ def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | Non
     batch = train.global_batch_size
     num_epochs = num_steps * batch / num_sequences
     has = f"the data has {num_sequences:,}" + (
-        f", packed up to {run.data.max_seq_len:,} tokens" if run.data.packing else ""
+        f" (packed to {run.data.max_seq_len:,} tokens each)" if run.data.packing else ""
     )
     if train.num_steps is not None:
         if batch <= num_sequences:
             return None
-        problem = f"A step takes {batch:,} sequences and {has}: each step reads the data more than once."
+        problem = f"A step takes {batch:,} sequences, but {has}: each step reads the data more than once."
     elif num_epochs >= 1.5 * train.num_epochs:
         problem = (
             f"A step takes {batch:,} sequences and {has}, so the data is read {num_epochs:.3g} times instead of "
