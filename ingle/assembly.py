@@ -52,7 +52,7 @@ class Assembled:
     contamination: data.Contamination | None
 
     def audit(self) -> dict[str, Any]:
-        """Returns what the model consists of, as plain data."""
+        """Returns bytes per dtype and parameters per module class, as plain data."""
         return quant.audit(self.model).to_dict() | {"fusion": asdict(self.fusion)}
 
 
@@ -73,7 +73,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     if contamination is not None and contamination.same_prompt:
         sink(warn_of_contamination(contamination))
     models.refuse_tokens_beyond(model, dataset.largest_id, tokenizer)
-    models.end_token_ids(model, tokenizer)  # likewise an end-of-turn token that the model lacks
+    models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     models.refuse_longer(model, int(dataset.lengths.max()), where="data.max_seq_len")
     sequences = data.make_sequences(dataset, run.data, run.seed)
     plan = planning.make_plan(

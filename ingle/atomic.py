@@ -86,7 +86,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yields a new folder inside ``parent`` and removes it afterwards, however the process ends except by SIGKILL."""
+    """Yields a new folder inside ``parent``, and removes it afterwards unless the process is killed by SIGKILL."""
     with TemporaryDirectory(dir=parent, prefix=prefix) as name, on_forced_exit(lambda: _remove(Path(name))):
         yield Path(name)
 
@@ -102,7 +102,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
-    """Turns a full disk in the block, which writes ``path``, into an error that says what to do.
+    """Reports a full disk while the block writes ``path``.
 
     Raises:
         CheckpointError: The disk is full, or the user's quota is exhausted.

@@ -68,10 +68,10 @@ def limit_primitive_caches(count: int) -> None:
 def limit_spinning() -> None:
     """Makes waiting OpenMP threads sleep early on a busy machine; call this before torch is imported.
 
-    A waiting OpenMP thread spins for milliseconds before it sleeps. That is fastest if every thread has a processor. On
-    a busy machine it blocks the very threads that it waits for, which multiplies the time of a run. The decision uses
-    the threads that run now, because a load average still contains programs that have ended. Keeps settings of the
-    user. Takes 20 milliseconds.
+    A waiting OpenMP thread spins for milliseconds before it sleeps. That is fastest if every thread has a processor of
+    its own. On a busy machine, spinning threads delay the threads that they wait for, which multiplies the time of a
+    run. The decision uses the number of threads that run now, because a load average also covers programs that have
+    ended. Settings of the user are kept. Takes 20 milliseconds.
     """
     if not hasattr(os, "sched_getaffinity") or "OMP_WAIT_POLICY" in os.environ:
         return

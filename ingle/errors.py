@@ -1,7 +1,7 @@
 """Errors that users can cause and fix.
 
-An error says what is wrong, where (an option or ``file:line``), why (the numbers), and what to type instead. Mistakes
-of programmers are assertions.
+An error says what is wrong, where (an option or ``file:line``), why (the numbers), and what to type instead.
+Programming mistakes raise ``AssertionError``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Started:
         run: The resolved config as plain data.
         plan: The plan as plain data (bytes, steps, tokens).
         audit: The loaded model as plain data: bytes per dtype, quantized and trainable parameters per module class.
-        step: Steps done before, 0 for a new run.
+        step: Steps done before; 0 for a new run.
         num_steps: Steps of the full run.
         resumed_from: The checkpoint folder, or None.
     """
@@ -96,7 +96,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something was skipped, cut or changed.
+    """Something was skipped, truncated or changed, or may not be intended.
 
     Attributes:
         message: A sentence.
@@ -112,7 +112,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A long stage other than training has moved on (loading, tokenizing, generating).
+    """Progress of a long stage other than training (loading, tokenizing, generating).
 
     Attributes:
         stage: Name of the stage.

@@ -1,6 +1,6 @@
-"""The program: fine-tunes a model as one config says, from the data to the report.
+"""The program: fine-tunes a model as a config describes, from the data to the report.
 
-Read :func:`finetune` from top to bottom; nearly every line of it is one package.
+Read :func:`finetune` from top to bottom; nearly every line of it calls one package.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
 
     Raises:
         IngleError: The config, the data or a file is wrong.
-        Interrupted: Ctrl-C or SIGTERM ended it; the run continues from its last checkpoint.
+        Interrupted: Ctrl-C or SIGTERM ended the run; the next call resumes from its last checkpoint.
     """
     as_given, run = run, locate_paths(run)
     folder = RunFolder(Path(run.output))
@@ -83,10 +83,13 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
 
     Args:
         run: The config.
-        folder: Of the run.
-        parts: Of the run.
+        folder: The run folder.
+        parts: The assembled parts of the run.
         sink: Receives the events.
-        began: When the run, or this part of it, began, by ``time.monotonic()``.
+        began: ``time.monotonic()`` at which this process began the run or resumed it, in seconds.
+
+    Returns:
+        The position after the last step.
 
     Raises:
         KeyboardInterrupt: The run was asked to stop.
@@ -146,7 +149,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 sink(Saved(step, str(checkpoints.save(position)), "checkpoint"))
             if stop:
                 break
-    parts.rounding.prepare(plan.num_steps + 1)  # evaluate what will be served
+    parts.rounding.prepare(plan.num_steps + 1)  # evaluate the weights that will be served
     return replace(position, wall_s=time.monotonic() - began)
 
 
@@ -226,7 +229,7 @@ def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> RunReport:
         lines = [
             "These options differ from the finished run and have no effect:",
             *ignored,
-            f"Use `{command}` to score it on another task, or --output=DIR to start a new run.",
+            f"Use `{command}` to evaluate it on another task, or --output=DIR to start a new run.",
         ]
         sink(Warned("\n  ".join(lines)))
     sink(Finished(report.num_steps, report))
@@ -234,13 +237,13 @@ def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> RunReport:
 
 
 def _interrupted(run: Run, folder: RunFolder) -> Interrupted:
-    """Says what is saved of a stopped run, and how to continue it."""
+    """Returns the message about what a stopped run has saved, and how to resume it."""
     stopped = f"Stopped{stopping.by_signal()}"
     if not folder.config.is_file():
         return Interrupted(f"{stopped}: no training step was made.", fix="run the same command again")
     step = folder.last_step()
     if folder.result(run).exists():
-        saved = "the training is complete, the evaluation is not"
+        saved = "training is complete, evaluation is not"
     elif step:
         saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}"
     else:

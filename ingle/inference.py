@@ -83,7 +83,7 @@ class Engine:
             max_new_tokens: Maximum length of an answer, in tokens.
             temperature: Sampling temperature; 0 decodes greedily.
             top_p: Probability mass to sample from (nucleus sampling).
-            seed: Seed of the sampling; each prompt has its own stream.
+            seed: Sampling seed; each prompt has its own random stream.
             stop: Strings that end an answer.
             batch_size: Prompts per batch.
             base_only: Generate without the adapter.
@@ -110,7 +110,7 @@ class Engine:
     def stream(
         self, prompt: str | Sequence[Message], *, system: str | None = None, **options: Any
     ) -> Generator[str, None, Generation]:
-        """Yields one answer piece by piece and returns all of it; ``options`` as in :meth:`generate`."""
+        """Yields one answer piece by piece, and returns it as a whole; ``options`` as in :meth:`generate`."""
         return (yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options))
 
     def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
@@ -124,7 +124,7 @@ def locate(path_or_id: str) -> Source:
     """Finds out what a path or hub id refers to.
 
     Raises:
-        ModelError: A run folder contains no trained model yet, or nothing has that name.
+        ModelError: A run folder contains no trained model yet, or nothing with this name exists.
         HubUnavailable: It may be a hub id, and the hub cannot be reached.
         AdapterError: An adapter folder does not name its base.
     """
@@ -166,7 +166,7 @@ def open_model(
 def open_source(
     source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
 ) -> Engine:
-    """Opens what :func:`locate` returned; arguments as in :func:`open_model`."""
+    """Opens a source that :func:`locate` returned; the arguments are those of :func:`open_model`."""
     config = source.original if base_only and source.original is not None else source.model
     mesh = parallel.start(ParallelConfig())
     tokenizer = models.load_tokenizer(config)
@@ -214,7 +214,7 @@ def _locate_adapter(folder: Path) -> Source:
             raise ValueError("it is not a name")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
-            "The adapter does not say which model it belongs to.",
+            "The adapter does not name its base model.",
             where=str(folder / "adapter_config.json"),
             why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",

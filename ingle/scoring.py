@@ -1,4 +1,4 @@
-"""Scores a model that a path or a hub id names, on one or more tasks."""
+"""Evaluates a model, named by a path or a hub id, on one or more tasks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def evaluate(
         path_or_id: A run folder, an adapter folder, a model folder or a hub id.
         tasks: The tasks.
         sink: Receives progress and warnings.
-        allow_mismatch: Accept an adapter on another base than it was trained on.
+        allow_mismatch: Attach the adapter even if the base is not the one that it was trained on.
 
     Returns:
         One result per task.
 
     Raises:
         ModelError: The model cannot be found or read.
-        AdapterError: The adapter does not fit its base, or was trained on another.
+        AdapterError: The adapter does not fit its base, or was trained on another base.
         DataError: The rows of a task cannot be read.
         EvaluationError: The rows of a task do not suit its metrics or the model.
     """

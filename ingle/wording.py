@@ -18,13 +18,13 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def some(names: Collection[str]) -> str:
-    """Returns the first three names in order, and the number of others."""
+    """Returns the first three names in alphabetical order, and the number of others."""
     shown = ", ".join(sorted(names)[:3]) or "none"
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error of another library, or of its cause."""
+    """Returns the first line of another library's error message, or of that of its cause."""
     text = str(error.__cause__ or error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 

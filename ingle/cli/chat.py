@@ -1,6 +1,6 @@
 """``ingle chat``: a conversation, line by line, from a terminal or a script.
 
-Conversations are private: the history of lines stays in memory, and only ``/save`` writes a file.
+Conversations are private: they stay in memory, and only ``/save`` writes a file.
 """
 
 from __future__ import annotations
@@ -305,7 +305,8 @@ def _print_banner(notes: Console, name: str, engine: Engine, options: dict[str, 
         quantized = "" if source.base.format == "none" else f", quantized to {source.base.format}"
         rows.append(("model", f"{model.id}{quantized}"))
         if source.original is not None:
-            rows.append(("tuned", "no (--base-only)" if base_only else f"fully, from {source.original.id}"))
+            tuning = f"full fine-tuning of {source.original.id}"
+            rows.append(("training", "not used (--base-only)" if base_only else tuning))
         elif source.adapter is not None:
             rows.append(("adapter", "not used (--base-only)" if base_only else str(source.adapter)))
     rows.append(("answers", f"at most {options['max_new_tokens']:,} tokens, temperature {options['temperature']:g}"))

@@ -25,7 +25,7 @@ _FEATURES = (
     *("avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("neon", "bf16", "i8mm", "sve", "sve2"),
 )
-#: Each rate is measured for this time and at least three times.
+#: Each rate is measured repeatedly for this time, and at least three times.
 _MEASURE_S = 0.2
 _HUB_TIMEOUT_S = 2.0
 
@@ -139,7 +139,7 @@ def _rates(device: torch.device) -> dict[str, float | None]:
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Returns operations per second of a square product, which is smaller on slow devices."""
+    """Returns operations per second of a square matrix product; slow devices multiply smaller matrices."""
     import torch
 
     small = torch.ones(256, 256, device=device, dtype=dtype)

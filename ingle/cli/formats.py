@@ -34,13 +34,16 @@ _VERDICTS = {"yes": "Holds here", "no": "Does not hold here", "in part": "Holds 
 
 
 def formats(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, in 16 or 32 bits.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An unquantized model (16 or 32 bits): a folder or a hub id.")
+    ],
     data: Annotated[
         str,
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Text to compare on, best of the kind that the model will see: .jsonl, .txt, ... as for training.",
+            help="Text to compare on, ideally like the text that the model will process: .jsonl, .txt, ... as for "
+            "training.",
         ),
     ],
     formats: Annotated[
@@ -63,8 +66,8 @@ def formats(
     """Compare formats on a model and a text: size, perplexity, divergence, speed and memory.
 
     Each format is applied to the weights in memory, and its predictions on the text are compared with those of the
-    unquantized model. The result ends with a recommendation: the smallest format within the limit that no other beats.
-    With `--out`, the same command continues after an interruption.
+    unquantized model. The result ends with a recommendation: the smallest format within the limit. With `--out`, run an
+    interrupted command again to continue it.
     """
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console, show
@@ -105,7 +108,7 @@ def _render(report: FormatReport, out: Path | None, console: Console) -> list[Re
         "● = no other format is smaller without diverging more.",
     ]
     if left_out:
-        lines.append(f"Left out in this narrow terminal: {', '.join(left_out)}. --json and --out show everything.")
+        lines.append(f"Not shown in this narrow terminal: {', '.join(left_out)}. --json and --out show everything.")
     checked = [each for each in report.sayings if each.verdict in _VERDICTS]
     lines += [f"{_VERDICTS[each.verdict]}: {each.claim} ({each.measured})" for each in checked]
     if choice.name is not None:

@@ -19,24 +19,28 @@ if TYPE_CHECKING:
 #: A text, or a conversation as pairs of role and content.
 Prompt = str | list[tuple[str, str]]
 
-_WAYS = '--prompt "...", --prompt-file FILE, or text on standard input'
+_GIVE_PROMPT = 'use --prompt "...", --prompt-file FILE, or text on standard input'
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="A run folder, an adapter folder, a model folder or a hub id.")
 ]
 System = Annotated[str | None, typer.Option(help="System message for conversations that have none.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Longest answer in tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=1_048_576, help="Maximum length of an answer in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 is greedy decoding.")]
 TopP = Annotated[
     float,
-    typer.Option(min=0.0, max=1.0, help="Sample only from the most likely tokens up to this total probability."),
+    typer.Option(
+        min=0.0, max=1.0, help="Sample only from the most likely tokens, whose probabilities add up to this value."
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option(min=0, help="Sampling seed.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Can be repeated.")]
 AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Apply the adapter to a different base than the one it was trained on.")
 ]
-BaseOnly = Annotated[bool, typer.Option("--base-only", help="Generate without the adapter.")]
+BaseOnly = Annotated[
+    bool, typer.Option("--base-only", help="Use the base model: without the adapter, or before full fine-tuning.")
+]
 
 
 def generate(
@@ -86,20 +90,20 @@ def generate(
             batch_size=batch_size,
             on_progress=lambda done, total: terminal(Progress("Generating", done, total)) if total > 1 else None,
         )
-    for index, (asked, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for index, (question, answer) in enumerate(zip(prompts, answers, strict=True)):
         if as_json:
-            print(json.dumps(_record(asked, answer), ensure_ascii=False))
+            print(json.dumps(_record(question, answer), ensure_ascii=False))
         elif len(prompts) == 1:
             print(answer.text)
         else:
             print(f"--- {index + 1}\n{answer.text}")
 
 
-def _record(asked: Prompt, answer: Any) -> dict[str, Any]:
+def _record(prompt: Prompt, answer: Any) -> dict[str, Any]:
     question: dict[str, Any] = (
-        {"prompt": asked}
-        if isinstance(asked, str)
-        else {"messages": [{"role": role, "content": content} for role, content in asked]}
+        {"prompt": prompt}
+        if isinstance(prompt, str)
+        else {"messages": [{"role": role, "content": content} for role, content in prompt]}
     )
     return question | {
         "text": answer.text,
@@ -130,7 +134,7 @@ def check_template(engine: Engine) -> None:
 
 
 def check_sampling(temperature: float, top_p: float, stop: list[str] | None) -> None:
-    """Raises for sampling options that make no sense, before anything is loaded."""
+    """Raises for invalid combinations of sampling options, before anything is loaded."""
     if not top_p > 0:
         raise ConfigError("--top-p must be above 0.", where=f"--top-p {top_p}", fix="--top-p 0.9")
     if top_p < 1 and temperature == 0:
@@ -162,7 +166,7 @@ def read_prompts(texts: Sequence[str], file: Path | None, *, raw: bool = False) 
         found.extend(_read_file(file))
     if not texts and file is None:
         if sys.stdin.isatty():
-            raise DataError("There is no prompt.", fix=_WAYS)
+            raise DataError("There is no prompt.", fix=_GIVE_PROMPT)
         found = [(_read_standard_input(), "standard input")]
     if not found:
         raise DataError("There is no prompt.", where=str(file), fix="write one prompt per line")
@@ -192,7 +196,7 @@ def _read_standard_input() -> str:
     except UnicodeDecodeError as error:
         raise DataError("The text is not UTF-8.", where="standard input", why=str(error)) from None
     if not text:
-        raise DataError("There is no prompt.", where="standard input", fix=_WAYS)
+        raise DataError("There is no prompt.", where="standard input", fix=_GIVE_PROMPT)
     return text
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder or a hub id, in 16 or 32 bits.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An unquantized model (16 or 32 bits): a folder or a hub id.")
+    ],
     to: Annotated[
         str,
         typer.Option(
@@ -34,8 +36,8 @@ def quantize(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Importance matrix, for GGUF types with blocks and hqq. It is read, or with --data gathered and "
-            "written.",
+            help="Importance matrix, for hqq and GGUF types that quantize. Without --data the file is read; with "
+            "--data the matrix is gathered and written to it.",
         ),
     ] = None,
     data: Annotated[
@@ -50,7 +52,7 @@ def quantize(
     - `ingle quantize my-model --to q4_k_m --out my-model.gguf --data text.jsonl`
     - `ingle quantize my-model --to nf4 --out my-model-nf4` (loads in Ingle and in transformers)
 
-    To write a trained adapter use `ingle export`; to find the format that suits a model, `ingle formats`.
+    Use `ingle export` for a trained adapter, and `ingle formats` to find the format that suits a model.
     """
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console, show

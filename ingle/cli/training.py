@@ -40,7 +40,7 @@ def train(
     Every option of the config can be set on the command line: `--a.b=c` or `--a.b c`, with the value in YAML.
 
     - `ingle train run.yaml --optim.lr=1e-4 --train.num_steps=100`
-    - `ingle train run.yaml --base.format=none` (a different format; the file's options of the old one are ignored)
+    - `ingle train run.yaml --base.format=none` (another format; the old format's options in the file are ignored)
     - `ingle train run.yaml --data.sources=[a.jsonl,b.jsonl] --data.sources.0.limit=1000`
     - `ingle train --model.id=Qwen/Qwen3-0.6B --data.sources=my.jsonl --output=runs/mine` (without a file)
 

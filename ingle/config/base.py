@@ -71,15 +71,16 @@ class Int8Base(Section):
 
 
 class HqqBase(Section):
-    """HQQ: integers of 1 to 8 bits, with a float16 scale and a float16 zero per group.
+    """HQQ: integers of 1 to 8 bits, with a float16 scale and a float16 zero point per group.
 
     Source: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"; the ``hqq`` package.
 
     Attributes:
-        bits: Bits per weight, without scale and zero.
-        group_size: Consecutive weights of a row that share a scale and a zero.
-        solver: ``ingle`` fits scale and zero together; ``hqq`` is the published solver, which fits only the zero.
-        additive: A group's zero is a free offset, into which a QA-LoRA update merges exactly.
+        bits: Bits per weight, without scale and zero point.
+        group_size: Consecutive weights of a row that share a scale and a zero point.
+        solver: ``ingle`` fits scale and zero point together; ``hqq`` is the published solver, which fits only the zero
+            point.
+        additive: Whether each group has a free offset (its zero), into which a QA-LoRA update merges exactly.
     """
 
     format: Literal["hqq"]
@@ -89,7 +90,7 @@ class HqqBase(Section):
     additive: ClassVar[bool] = True
 
     def bits_per_weight(self, in_features: int, *, dtype_bits: int = 16) -> float:
-        """Returns the bits per weight, scales and zeros included."""
+        """Returns the bits per weight, scales and zero points included."""
         code_bytes = -(-in_features * self.bits // 8)
         return (8 * code_bytes + 32 * -(-in_features // self.group_size)) / in_features
 
@@ -121,7 +122,7 @@ class TernaryBase(Section):
         return (8 * -(-in_features // 4) + 16 * num_scales) / in_features
 
 
-if TYPE_CHECKING:  # a union of classes that are made from a table is beyond static types
+if TYPE_CHECKING:  # static types cannot express a union of classes that are created from a table
     _Base = NoBase | Nf4Base | Int8Base | Fp4Base | HqqBase | TernaryBase | GgmlBase | MixBase
     FormatName = str
 else:
@@ -150,7 +151,7 @@ def format_name(section: type[BaseConfig]) -> str:
 
 
 def why_not_quantized(name: str) -> str | None:
-    """Returns why weights cannot be quantized to a format; None where they can, or where there is no such format."""
+    """Returns why weights cannot be quantized to a format; None if they can, or if there is no such format."""
     sections = {format_name(section): section for section in base_sections()}
     return getattr(sections.get(name), "read_only", None)
 

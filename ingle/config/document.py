@@ -1,6 +1,6 @@
-"""Reads YAML documents and config files; every value knows its line.
+"""Reads YAML documents and config files; every value has its position, for errors.
 
-The dialect is PyYAML's YAML 1.1 without its traps: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30`` and
+The dialect is PyYAML's YAML 1.1 without its pitfalls: ``3e-4`` and ``1E3`` are floats, ``010`` is ten, ``1:30`` and
 ``2024-01-01`` are text, keys are always text, and duplicate keys are errors. The reader works on PyYAML's nodes:
 ruamel.yaml's round-trip tree drops the text of scalars and its node interface is the same, so it would shorten nothing.
 

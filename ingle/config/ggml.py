@@ -17,7 +17,7 @@ class GgmlBase(Section):
         block_bytes: Size of a block in bytes.
         additive: Whether each block has a free offset, into which a QA-LoRA update merges exactly.
         fallback: The format that llama.cpp uses for a matrix whose rows are not full blocks; None means float16.
-        read_only: Why weights are only read in this format and never quantized to it; None where both work.
+        read_only: Why weights are only read in this format and never quantized to it; None if both are possible.
     """
 
     format: str
@@ -96,7 +96,7 @@ def _mix(name: str, mean_bits: float, summary: str) -> type[MixBase]:
 
 
 _FLOAT = "it is meant for models that were trained in it; for any other model an integer format loses less"
-_SEARCH = "finding the grid entries for a weight is a long search, which also needs an importance matrix"
+_SEARCH = "finding the best grid entries is a long search that needs an importance matrix"
 
 Q4_0Base = _blocks("q4_0", 32, 18, "symmetric 4-bit integers, one scale per 32 weights")
 Q4_1Base = _blocks("q4_1", 32, 20, "4-bit integers, one scale and one offset per 32 weights", additive=True)

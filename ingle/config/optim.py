@@ -20,8 +20,8 @@ class OptimConfig(Section):
         eps: Added to the square root of the second moment.
         weight_decay: Decoupled weight decay; not applied to biases, norms and embeddings.
         schedule: Shape of the learning rate after the warm-up.
-        warmup_steps: Steps of linear warm-up. If null, ``warmup_ratio`` of the run.
-        warmup_ratio: Fraction of the run used for warm-up if ``warmup_steps`` is null.
+        warmup_steps: Steps of linear warm-up. If null, ``warmup_ratio`` decides.
+        warmup_ratio: Fraction of the run's steps used for warm-up. Ignored if ``warmup_steps`` is set.
         min_lr_ratio: Final learning rate of ``linear`` and ``cosine``, as a fraction of ``lr``.
         max_grad_norm: Scale down gradients whose norm is larger than this. If null, do not clip.
     """

@@ -11,7 +11,7 @@ from ingle.config.schema import Choice, Leaf, Rows, Shape, Table, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 
-#: Parts of a dotted path; the deepest option has four.
+#: Keys of a dotted path; the deepest option has four.
 _MAX_KEYS = 16
 #: Options that have no effect where another one is set.
 _DISABLED_BY = (("train.num_epochs", "train.num_steps"), ("optim.warmup_ratio", "optim.warmup_steps"))
@@ -63,7 +63,7 @@ def apply_overrides(root: Node, overrides: Sequence[Override], section: type[Sec
         A sentence for each option of the file that was dropped because a flag selects another kind of section.
 
     Raises:
-        ConfigError: A flag names a part of a scalar, or a position beyond the end of a list.
+        ConfigError: A flag names an option below a single value, or a position beyond the end of a list.
     """
     shape: Shape = Table(section)
     for override in overrides:
@@ -79,7 +79,7 @@ def _put(root: Node, shape: Shape | None, override: Override) -> None:
     target = _part_shape(_open(node, shape, override, len(override.keys) - 1), shape, last)
     value = _value(override, target)
     if isinstance(target, Choice) and not isinstance(value.value, dict):
-        # ``--adapter=none``: the word is the tag; options of the old tag are dropped afterwards.
+        # ``--adapter=none``: the value is the tag; options of the old tag are dropped afterwards.
         below, _ = _step(node, shape, last, override, len(override.keys) - 1)
         below.value[target.tag] = value
     elif isinstance(node.value, list):
@@ -128,12 +128,12 @@ def _empty(shape: Shape | None, typed: str) -> Node:
 
 
 def _open(node: Node, shape: Shape | None, override: Override, position: int) -> Node:
-    """Expands a short form (``sources: a.jsonl``), so that its parts can be set."""
+    """Expands a short form (``sources: a.jsonl``), so that the options below it can be set."""
     expand_short_forms(node, shape)
     if not isinstance(node.value, dict | list):
         path = ".".join(override.keys[:position])
         why = f"it is {write_value(node.plain())} ({node.where})"
-        raise ConfigError(f"{path} has no parts.", where=override.typed, why=why)
+        raise ConfigError(f"{path} is not a section or a list.", where=override.typed, why=why)
     return node
 
 

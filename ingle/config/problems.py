@@ -153,7 +153,7 @@ def _container_words(shape: Shape | None) -> str:
         case Rows(_):
             return "a list of sections, or of text"
         case Names():
-            return "a table of text by name"
+            return "a mapping of names to text"
         case _:
             return "a section"
 

@@ -1,4 +1,4 @@
-"""Combinations of options that make no sense: one table for runs, one for tasks.
+"""Invalid combinations of options: one table for runs, one for tasks.
 
 A rule says when it applies, what is wrong, which options it concerns and what to type instead. All rules are checked,
 so that every violation is reported at once.
@@ -227,14 +227,14 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "clm-trains-on-all",
         lambda run: run.objective.kind == "clm" and run.data.train_on == "last",
-        "Language modelling (clm) trains on every token and knows no turns.",
+        "Language modelling (clm) trains on every token; it does not distinguish turns.",
         "data.train_on, objective.kind",
         "--objective.kind=sft, or remove data.train_on",
     ),
     Rule(
         "only-clm-splits",
         lambda run: run.objective.kind == "sft" and run.data.too_long == "split",
-        "A conversation cannot be split: its second part would hold answers without their questions.",
+        "A conversation cannot be split: its second part would contain answers without their questions.",
         "data.too_long, objective.kind",
         ("data.too_long=truncate", "data.too_long=drop", "objective.kind=clm"),
     ),
@@ -253,7 +253,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         ("output=runs/NAME",),
     ),
     Rule(
-        "output-holds-no-start",
+        "output-is-not-the-adapter",
         lambda run: (
             isinstance(run.adapter, LowRankAdapter)
             and run.adapter.path is not None
@@ -264,7 +264,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         ("output=runs/NAME",),
     ),
     Rule(
-        "one-way-of-training",
+        "trained-or-adapted",
         lambda run: bool(_trained_twice(run)),
         lambda run: f"Modules cannot be both fully trained and adapted: {_trained_twice(run)}.",
         "adapter.target_modules, adapter.trainable_modules",
@@ -341,7 +341,7 @@ TASK_RULES: tuple[Rule[TaskConfig], ...] = (
         ("temperature=0.7", "top_p=1"),
     ),
     Rule(
-        "stop-says-something",
+        "stop-is-not-empty",
         lambda task: "" in task.stop,
         "An empty stop string would end every answer before its first token.",
         "stop",

@@ -76,7 +76,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Names:
-    """A table of text by free names."""
+    """A mapping of free names to text."""
 
 
 Shape = Leaf | Table | Choice | Rows | Names
@@ -257,7 +257,7 @@ def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Opt
                 yield Option(path, "a list of sections, or of text", default, description, when)
                 yield from _walk(inner, path + ".N.", when)
             case Names():
-                yield Option(path, "a table of text by name", default, description, when)
+                yield Option(path, "a mapping of names to text", default, description, when)
             case Leaf(words):
                 yield Option(path, words, default, description, when)
 

@@ -13,8 +13,8 @@ Strings = Annotated[tuple[str, ...], Strict(False)]
 #: A non-empty text.
 Text = Annotated[str, Field(min_length=1)]
 
-# Every number has an upper bound, far above what any machine can do, so that a typo or an attack fails when the config
-# is read and not after hours of allocating.
+# Every number has an upper bound far above any practical value, so that a typo fails when the config is read rather
+# than later, when memory runs out.
 
 #: Seed of a random generator: a non-negative signed 64-bit integer.
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 def tagged(tag: str, default: str | None = None, *, input_type: Any = None) -> BeforeValidator:
-    """Returns a validator that accepts a word for a tagged section (``adapter: none``) and fills in a missing tag.
+    """Returns a validator that accepts the tag alone for a tagged section (``adapter: none``) and adds a missing tag.
 
     Args:
         tag: The key that distinguishes the members (``kind``).

@@ -1,4 +1,4 @@
-"""Copies of a tokenizer's backend with exact offsets, and with control tokens under other names."""
+"""Copies a tokenizer's backend, with exact offsets and optionally with renamed control tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def copy_backend(tokenizer: Tokenizer, renamed: Mapping[str, str] | None = None)
 
     Args:
         tokenizer: A fast tokenizer.
-        renamed: New contents of added tokens by old content.  The copy reads the old contents as plain text.
+        renamed: New names of added tokens, by their old names. The copy reads the old names as plain text.
 
     Raises:
-        DataError: The tokenizer is a slow one, which reports no offsets, or its tokens cannot be renamed.
+        DataError: The tokenizer is slow and reports no offsets, or its tokens cannot be renamed.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(
-            "The tokenizer does not report the characters of a token.",
+            "The tokenizer does not report which characters a token covers.",
             why=f"{type(tokenizer).__name__} has no fast backend (tokenizer.json)",
-            fix="name another tokenizer with model.tokenizer=",
+            fix="use another tokenizer: --model.tokenizer=ID",
         )
     # Quotes inside a JSON string are escaped, so this text can only be the option itself.
     exact = backend.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
@@ -43,15 +43,15 @@ def copy_backend(tokenizer: Tokenizer, renamed: Mapping[str, str] | None = None)
         expected = {index: renamed.get(token.content, token.content) for index, token in before.items()}
         if {index: token.content for index, token in after.items()} != expected:
             raise DataError(
-                "The control tokens of this tokenizer cannot be renamed to read those in messages as text.",
-                why="tokenizers gives the renamed tokens other ids",
-                fix="data.control_tokens=keep, or name another tokenizer with model.tokenizer=",
+                "Control tokens inside messages cannot be read as text with this tokenizer.",
+                why="the tokenizers library gives renamed control tokens different ids",
+                fix="--data.control_tokens=keep, or another tokenizer: --model.tokenizer=ID",
             )
     return copy
 
 
 def _rename(spec: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """``tokenizer.json`` with other contents of added tokens, also in the vocabulary of the model."""
+    """Renames added tokens in the content of a ``tokenizer.json``, also in its vocabulary."""
     for token in spec["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
     model = spec["model"]

@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
     Attributes:
         per: ``token``: ``[1, N]``; ``document``: ``[D]``; ``bounds``: offsets ``[D + 1]``.
-        dtype: Of its tensor.
+        dtype: Dtype of its tensor.
         fill: Value for the tokens, or the document, that :func:`round_up` adds.
     """
 
@@ -31,7 +31,7 @@ class Column(NamedTuple):
     fill: float = 0
 
 
-#: Every column of a batch by name.  Columns of an encoder-decoder's second row begin with ``decoder_``.
+#: Every column of a batch by name. Columns of an encoder-decoder's second row begin with ``decoder_``.
 COLUMNS: Mapping[str, Column] = {
     "input_ids": Column("token", torch.int64),
     "labels": Column("token", torch.int64, IGNORE_INDEX),
@@ -55,8 +55,8 @@ class Batch:
 
     Attributes:
         columns: Tensors by name as in :data:`COLUMNS`; always ``input_ids, labels, position_ids, cu_seqlens``.
-        num_tokens: Real tokens: N without those that :func:`round_up` adds.
-        num_documents: Real documents: D without the one that :func:`round_up` adds.
+        num_tokens: N without the tokens that :func:`round_up` adds.
+        num_documents: D without the document that :func:`round_up` adds.
         num_supervised: Labels other than ``IGNORE_INDEX``.
     """
 
@@ -72,7 +72,7 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """int64 [1, N], aligned with ``input_ids``: what the objective compares each position with."""
+        """int64 [1, N], aligned with ``input_ids``: the target that the objective assigns to each position."""
         return self.columns["labels"]
 
     @property
@@ -120,9 +120,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def round_up(batch: Batch) -> Batch:
     """Adds a document without loss, so that the length of a row is a multiple of 64 (of 16 below 512 tokens).
 
-    A CPU's matrix library compiles code for every length that it meets and keeps much of it: thousands of lengths cost
-    hundreds of megabytes, and the time to compile them.  No other document attends to the added one, and the counts of
-    the batch leave it out.
+    The matrix library of a CPU compiles and caches code for every length: thousands of different lengths would cost
+    hundreds of megabytes and much time. No other document attends to the added one, and the counts of the batch
+    exclude it.
     """
     lengths = {row: batch.columns[f"{row}input_ids"].shape[1] for row in _ROWS if f"{row}input_ids" in batch.columns}
     steps = {row: 64 if length >= 512 else 16 for row, length in lengths.items()}

@@ -1,11 +1,15 @@
 """Keeps control tokens in messages plain text.
 
-A chat template writes control tokens around messages (``<|im_start|>``, ``</s>``).  If a message contains the same
-characters, a tokenizer reads them as the same tokens, and a turn begins that nobody took.  So before a conversation is
-rendered, such characters are replaced with private ones, one for one; all control tokens in the rendering then come
-from the template.  For the tokenizer it is the other way round: in a copy of it control tokens have private names,
-those of the template are written with these names, and the characters of the message are plain text.  The text is still
-tokenized as one piece, and every character keeps its position.
+A chat template writes control tokens around messages (``<|im_start|>``, ``</s>``). If a message contains the same
+characters, a tokenizer reads them as the same tokens, so a message could begin or end a turn. Two steps prevent this:
+
+1. Before a conversation is rendered, control tokens in messages are replaced by private-use characters, one for one.
+   All control tokens in the rendering then come from the template.
+2. The rendering is tokenized with a copy of the tokenizer in which the control tokens have private names. The
+   template's control tokens are written with these names, and messages have their original characters, which are now
+   plain text.
+
+The text is still tokenized as a whole, and every character keeps its position.
 """
 
 from __future__ import annotations
@@ -40,14 +44,14 @@ class Shielded:
     Attributes:
         messages: The messages, with private characters in place of control tokens.
         tokens: The control tokens that they contained, each once.
-        hidden: The original of each private character; None where nothing is hidden.
-        ends_left_out: Answers that lost an end of turn of their own.
+        hidden: The original character of each private character; None if nothing is hidden.
+        ends_removed: Number of answers from which an end-of-turn token was removed.
     """
 
     messages: tuple[Message, ...]
     tokens: tuple[str, ...] = ()
     hidden: Mapping[int, str] | None = None
-    ends_left_out: int = 0
+    ends_removed: int = 0
 
     def reveal(self, text: str) -> str:
         """Returns a text with the original characters; the length stays the same."""
@@ -56,7 +60,7 @@ class Shielded:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Added tokens in a rendered conversation: anywhere around messages, and in three places."""
+    """Added tokens that a template writes in a conversation: anywhere around messages, and at three places."""
 
     around: set[str]
     before_asking: set[str]
@@ -73,8 +77,8 @@ class _Known:
         ends: Those that end an answer.
         every: Finds all added tokens.
         any: Finds control tokens.
-        folded: The tokenizer's normalizer, and a pattern for control tokens in normalized text; None where all of them
-            are matched without normalization.
+        folded: The tokenizer's normalizer, and a pattern for control tokens in normalized text; None if the tokenizer
+            matches all of them before normalization.
     """
 
     tokens: frozenset[str]
@@ -87,8 +91,8 @@ class _Known:
 class ControlTokens:
     """The control tokens of a tokenizer and its template, and what happens to them in messages.
 
-    Control tokens are the special tokens, and the added tokens that the chat template writes around messages.  Paired
-    tags (``<think>`` and ``</think>``) are not control tokens: templates and data use them inside messages.  Neither is
+    Control tokens are the special tokens, and the added tokens that the chat template writes around messages. Paired
+    tags (``<think>`` and ``</think>``) are not control tokens: templates and data use them inside messages. Neither is
     white space.
 
     Args:
@@ -124,7 +128,7 @@ class ControlTokens:
         declared = getattr(tokenizer, "chat_control_tokens", None)
         written = seen.around if declared is None else set(declared)
         pairs = [pair for pair in map(_pair, contents) if pair and pair <= contents]
-        # [INST] and [/INST] are a pair, too; but a tag before questions and not before answers marks a role.
+        # [INST] and [/INST] are a pair, too; but a tag that precedes questions and not answers marks a role.
         roles = named | (seen.before_asking - seen.before_answer)
         tags = {half for pair in pairs if not pair & roles for half in pair}
         tokens = frozenset(
@@ -150,7 +154,7 @@ class ControlTokens:
         return found
 
     def shield(self, messages: Sequence[Message], origin: str) -> Shielded:
-        """Hides the control tokens in messages from the template, as the policy says.
+        """Hides the control tokens in messages from the template, according to the policy.
 
         Args:
             messages: A conversation.
@@ -170,23 +174,23 @@ class ControlTokens:
                 "A message contains a control token.",
                 where=origin,
                 why=f"message {number + 1} ({messages[number].role}) contains {found[number][0]!r}",
-                fix="remove it from the row, or data.control_tokens=escape, which reads it as text",
+                fix="remove it from the row, or use --data.control_tokens=escape, which reads it as text",
             )
         kept = tuple(self._without_end(message) for message in messages)
-        ends_left_out = sum(before is not after for before, after in zip(messages, kept, strict=True))
+        ends_removed = sum(before is not after for before, after in zip(messages, kept, strict=True))
         tokens = _distinct(self.find(message.content) for message in kept)
         if not tokens:
-            return Shielded(kept, ends_left_out=ends_left_out)
+            return Shielded(kept, ends_removed=ends_removed)
         private = _choose_private(sorted(self.tokens & set(tokens)), kept, origin)
         return Shielded(
             tuple(Message(m.role, self._known.any.sub(lambda match: private[match[0]], m.content)) for m in kept),
             tokens,
             {ord(theirs): own for token, name in private.items() for own, theirs in zip(token, name, strict=True)},
-            ends_left_out,
+            ends_removed,
         )
 
     def _without_end(self, message: Message) -> Message:
-        """An answer without an end of turn, which the template writes."""
+        """Removes an end of turn from an answer, because the template writes one."""
         if message.role != "assistant":
             return message
         content = message.content
@@ -216,12 +220,12 @@ class ControlTokens:
                 "The control tokens in a message cannot be distinguished from those of the chat template.",
                 where=origin,
                 why="the tokenizer normalizes them in an unknown way, or the text contains characters from U+100000 on",
-                fix="remove them from the row, or data.control_tokens=keep",
+                fix="remove them from the row, or use --data.control_tokens=keep",
             )
         return self._renamed.encode(self._put_names(text, shielded), add_special_tokens=add_special_tokens)
 
     def _put_names(self, text: str, shielded: str) -> str:
-        """The text with private names in place of the template's control tokens."""
+        """Replaces the template's control tokens by their private names."""
         parts, done = [], 0
         for match in self._known.every.finditer(shielded):
             if match[0] in self.tokens:
@@ -231,7 +235,7 @@ class ControlTokens:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """Private names of the control tokens, of the same length, so that positions stay."""
+        """Private names of the control tokens, of the same length, so that positions do not change."""
         return {token: chr(_FOR_TOKENS + i) * len(token) for i, token in enumerate(sorted(self.tokens))}
 
     @cached_property
@@ -267,7 +271,7 @@ def _probe(tokenizer: Tokenizer, added: re.Pattern[str]) -> _Seen:
 
 
 def _gaps(text: str, messages: Sequence[Message]) -> list[str] | None:
-    """The template's text before, between and after messages; None if it has moved a message."""
+    """Returns the template's text before, between and after messages; None if the template moves a message."""
     gaps = []
     for message in messages:
         gap, found, text = text.partition(message.content)
@@ -282,7 +286,7 @@ def _distinct(found: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 
 def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: str) -> dict[str, str]:
-    """For each control token a private text of the same length, with characters that no message contains."""
+    """Returns a private text of the same length for each control token, with characters that no message contains."""
     taken = {char for message in messages for char in message.content}
     free = (char for char in map(chr, range(_FOR_MESSAGES, _FOR_MESSAGES + _SIZE)) if char not in taken)
     private = {token: "".join(islice(free, len(token))) for token in tokens}
@@ -292,7 +296,7 @@ def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: 
 
 
 def _compile(contents: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds the longest of several texts."""
+    """Returns a pattern that finds the longest of several texts."""
     tree: dict[str, Any] = {}
     for content in filter(None, contents):
         node = tree
@@ -303,13 +307,13 @@ def _compile(contents: Iterable[str]) -> re.Pattern[str]:
 
 
 def _branches(node: Mapping[str, Any]) -> str:
-    """A pattern for a tree of characters, the longest text first; a plain alternation of thousands is slow."""
+    """Returns a pattern for a prefix tree, longest match first; a plain alternation of thousands of texts is slow."""
     parts = [re.escape(char) + _branches(below) for char, below in sorted(node.items()) if char]
     pattern = f"(?:{'|'.join(parts)})" if parts else ""
     return f"{pattern}?" if parts and "" in node else pattern
 
 
 def _pair(content: str) -> set[str]:
-    """Both tags of the pair that ``<x>``, ``</x>``, ``[X]`` or ``[/X]`` belongs to; empty for other contents."""
+    """Returns both tags of the pair that ``<x>``, ``</x>``, ``[X]`` or ``[/X]`` belongs to; empty for other texts."""
     match = re.fullmatch(r"([<\[])/?(\w[\w ]*)([>\]])", content)
     return {f"{match[1]}{match[2]}{match[3]}", f"{match[1]}/{match[2]}{match[3]}"} if match else set()

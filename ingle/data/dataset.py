@@ -1,8 +1,8 @@
 """The tokenized dataset in flat arrays.
 
 All documents lie end to end in one int32 array, with one bool per token for the loss mask and one int64 offset per
-document: 5 bytes per token and about 20 per document.  Rows with several texts and rows with labels add arrays; other
-datasets do not pay for them.
+document: 5 bytes per token and about 20 per document. Only datasets whose rows have several texts or labels have
+further arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Offsets = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class TextGroups:
-    """Documents that are the texts of one row.  The documents of a row are adjacent.
+    """Documents that are the texts of one row. The documents of a row are adjacent.
 
     Attributes:
         offsets: int64 [R + 1], index of the first document of each row; the last is the number of documents.
@@ -43,9 +43,9 @@ class TokenDataset:
         ids: int32 [N], tokens of all documents.
         supervised: bool [N], tokens that carry loss.
         offsets: int64 [D + 1], where documents begin; the last is N.
-        origins: Of the documents.
+        origins: ``file:line`` of the documents.
         stats: Figures of the dataset.
-        groups: The rows of the documents; None where every document is a row.
+        groups: The rows of the documents; None if every document is a row.
         token_columns: Labels of tokens by name, [N].
         document_columns: Labels of documents by name, [D].
 
@@ -101,7 +101,7 @@ class TokenDataset:
         return self._origins.at(i)
 
     def text_name(self, i: int) -> str:
-        """Returns the name of document ``i`` among the texts of its row; empty where every document is a row."""
+        """Returns the name of document ``i`` among the texts of its row; empty if every document is a row."""
         return self.groups.names[self.groups.name_of[i]] if self.groups is not None else ""
 
     @property
@@ -126,7 +126,7 @@ class TokenDataset:
         return last
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 of documents, masks, rows and labels: equal if training sees the same."""
+        """Returns a SHA-256 of documents, masks, rows and labels; equal data has equal fingerprints."""
         digest = hashlib.sha256()
         for array in self._arrays():
             digest.update(np.ascontiguousarray(array).data)

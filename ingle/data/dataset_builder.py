@@ -44,11 +44,11 @@ def build_dataset(
 
     Args:
         data: Sources and options.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         objective: ``clm``: every token carries loss; ``sft``: the tokens that ``data.train_on`` names.
         sink: Receives ``Progress``, and ``Warned`` for everything that was skipped, cut or unusual.
-        parse: Reads a row instead of the layout of its source.
-        on_example: Called with every row, so that a search for duplicates or contamination need not read them again.
+        parse: Reads rows; by default they are read in the layout of their source.
+        on_example: Called with every row, for example to search for duplicates in the same pass.
 
     Raises:
         DataError: A row is malformed, a template cannot be masked, or no document is left.
@@ -135,7 +135,7 @@ class _DatasetBuilder:
             yield batch
 
     def _make_documents(self, examples: Sequence[Example]) -> Iterator[tuple[Example, list[Document]]]:
-        """The documents of each row that is not skipped."""
+        """Yields the documents of each row that is not skipped."""
         with self.sandbox:
             for example in examples:
                 documents = []
@@ -185,7 +185,7 @@ class _DatasetBuilder:
         self.open_turns += encoded.open_turns
 
     def _cut(self, example: Example, document: Document, encoded: Encoded) -> list[slice] | str:
-        """The pieces of a document that fit ``max_seq_len``, or the reason to skip its row."""
+        """Returns the pieces of a document that fit ``max_seq_len``, or the reason to skip its row."""
         limit, length = self.data.max_seq_len, len(encoded.ids)
         within = ""
         if length <= limit:
@@ -198,7 +198,7 @@ class _DatasetBuilder:
                     "Only plain text can be split into several documents.",
                     where=f"data.too_long = split, {document.origin}",
                     why=f"{length} tokens, data.max_seq_len = {limit}",
-                    fix="data.too_long=truncate or data.too_long=drop",
+                    fix="--data.too_long=truncate or --data.too_long=drop",
                 )
             # Pieces overlap by one token, so that every token but the first is predicted exactly once.
             pieces = [slice(start, start + limit) for start in range(0, length - 1, limit - 1)]
@@ -218,7 +218,7 @@ class _DatasetBuilder:
 
     def _append(self, row: Example, text: Example, encoded: Encoded, piece: slice) -> None:
         ids, supervised = encoded.ids[piece], encoded.supervised[piece]
-        if piece.start:  # the piece before predicts the token that both have
+        if piece.start:  # the previous piece predicts the token that both pieces contain
             supervised = supervised.copy()
             supervised[0] = False
         self.ids.extend(ids)
@@ -269,13 +269,13 @@ class _DatasetBuilder:
         where = "data.max_seq_len"
         if stats.truncated_documents:
             lost = plural(stats.truncated_tokens, "token")
-            cut = f"Documents were cut to data.max_seq_len = {self.data.max_seq_len}; {lost} lost."
+            cut = f"Documents were truncated to data.max_seq_len = {self.data.max_seq_len}; {lost} lost."
             self.sink(Warned(cut, where, stats.truncated_documents))
         if stats.cut_ends:
-            self.sink(Warned("Answers that were cut have lost their end-of-turn token.", where, stats.cut_ends))
+            self.sink(Warned("Truncated answers have no end-of-turn token.", where, stats.cut_ends))
         if stats.open_turns:
             why = "." if self.encoder.has_eos else "; the tokenizer has no end-of-text token."
-            self.sink(Warned(f"Trained turns have no end-of-turn token to learn{why}", count=stats.open_turns))
+            self.sink(Warned(f"Trained turns have no end-of-turn token{why}", count=stats.open_turns))
 
 
 def _as_offsets(ends: GrowingArray) -> Offsets:

@@ -1,6 +1,6 @@
 """Finds rows that repeat earlier ones, exactly or nearly, and held-out rows that are in the training data.
 
-Texts are compared after folding case, Unicode variants and white space.  All hashes are fixed functions, so results are
+Texts are compared after folding case, Unicode variants and white space. All hashes are fixed functions, so results are
 the same on every machine.
 """
 
@@ -106,7 +106,7 @@ class DuplicateSearch:
 
 
 class ContaminationSearch:
-    """Finds held-out rows among the training rows that are added; keeps the held-out rows only.
+    """Finds held-out rows among the training rows that are added; keeps only hashes of training rows.
 
     Args:
         held_out: Rows that training should not contain.
@@ -183,7 +183,7 @@ def find_contamination(training: Iterable[Example], held_out: Sequence[Example])
 
 
 def _share_known(hashes: Hashes, known: Hashes) -> float:
-    """Share of hashes that are in an ascending array."""
+    """Returns the share of hashes that an ascending array contains."""
     if not len(known):
         return 0.0
     places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
@@ -219,8 +219,8 @@ def _hash_shingles(text: str) -> Hashes:
 def _find_near(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
     """Yields near duplicates (earlier, later, similarity); each later text at most once.
 
-    MinHash signatures are cut into bands.  A text is compared, by its true similarity, with the first and the latest
-    text of the same band.  That keeps the work linear, even where thousands of texts come from one template.
+    MinHash signatures are divided into bands. A text is compared, by its exact similarity, with the first and the
+    latest text that share a band with it. The work stays linear, even if thousands of texts come from one template.
 
     Source: Broder 1997, "On the resemblance and containment of documents"; Leskovec, Rajaraman and Ullman,
     "Mining of Massive Datasets", section 3.4.

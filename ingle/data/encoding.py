@@ -1,8 +1,8 @@
 """Tokenizes documents and masks the tokens that carry loss.
 
-A document is tokenized as one text.  A token carries loss if its first character is in a supervised span, so a token
-across the end of a prompt belongs to the prompt.  Masks come from character positions and lengths, never from ids: pad
-and end-of-text may share an id.
+A document is tokenized as one text. A token carries loss if its first character is in a supervised span, so a token
+that spans prompt and answer belongs to the prompt. Masks are computed from character positions, never from ids, because
+pad and end-of-text may share an id.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ from ingle.data.types import IGNORE_INDEX, Example, Ids, Mask, Message, Span, To
 PIECE_CHARS = 1 << 18
 _PIECES_AT_ONCE = 8
 
-#: A single newline between two words: every common pre-tokenizer cuts there too.
+#: A single newline between two words: every common pre-tokenizer splits there too.
 _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 #: Remarks on documents; shown once with a count.
-STRADDLED = "A token lies across the border of prompt and answer and carries no loss (end the prompt with white space)."
+STRADDLED = (
+    "A token spans the end of a prompt and the start of its answer, so it carries no loss (end the prompt with white "
+    "space)."
+)
 RECUT = (
-    "The white space at the end of a prompt is tokenized differently when nothing follows it, as in other servers "
-    "(a single newline is safer)."
+    "The white space at the end of a prompt is tokenized differently if no answer follows it, so other servers start "
+    "from other tokens (use a single newline)."
 )
 _AS_TEXT = "Control tokens inside messages are read as text (data.control_tokens=keep makes them tokens)."
-_AS_TOKENS = "Control tokens inside messages are kept as tokens, which may open or close turns (data.control_tokens)."
-_END_LEFT_OUT = "An answer ends in an end-of-turn token, which is removed: the template adds one."
+_AS_TOKENS = "Control tokens inside messages are kept as tokens, which may begin or end turns (data.control_tokens)."
+_END_REMOVED = "An answer ends in an end-of-turn token, which is removed because the template adds one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,10 @@ class Document:
         origin: ``file:line``.
         text: The text.
         answers: The assistant's parts; None for plain text, which has none.
-        everything: Every token carries loss, not only the answers.
-        chat: Rendered by a chat template, which writes the special tokens.  Otherwise the tokenizer puts its own (BOS)
-            before the text, and the end-of-text token follows it.
-        shielded: The text with the control tokens of messages hidden; None if it has none that must stay text.
+        everything: Whether every token carries loss, not only the answers.
+        chat: Whether a chat template rendered the text and wrote the special tokens. Otherwise the tokenizer adds its
+            own (BOS) before the text, and the end-of-text token follows it.
+        shielded: The text with the control tokens of messages hidden; None if no control token must stay text.
         control: The control tokens in messages.
         remarks: Remarks on the template and on control tokens.
         spans: Labels of plain text, by name.
@@ -84,8 +87,8 @@ class Encoded:
     Attributes:
         ids: int32 [T].
         supervised: bool [T]; the first is always False, since nothing predicts it.
-        open_turns: Trained turns after which no end-of-turn token is supervised.
-        remarks: Remarks on the borders of prompts and answers.
+        open_turns: Number of trained turns after which no end-of-turn token is supervised.
+        remarks: Remarks on the boundaries of prompts and answers.
         token_labels: Labels by name, int32 [T], ``IGNORE_INDEX`` outside of all spans.
     """
 
@@ -112,12 +115,12 @@ def make_document(
         tokenizer: With or without a chat template.
         train_on: As ``data.train_on``.
         system: As ``data.system``.
-        control: What happens to control tokens in messages; by default they are read as text.
-        sandbox: Limits of the chat template; entering one for many examples is faster than the default, a new one.
+        control: How control tokens in messages are read; by default as text.
+        sandbox: Limits of the chat template; pass an entered one to render many examples faster.
 
     Raises:
-        DataError: The chat template is missing, refuses the conversation or cannot be masked; or a message holds a
-            control token that is refused.
+        DataError: The chat template is missing, refuses the conversation or cannot be masked; or a message contains a
+            control token and the policy is ``refuse``.
         ModelError: The chat template takes too much time or memory.
     """
     if example.text is not None:
@@ -130,7 +133,7 @@ def make_document(
     messages = list(read_conversation(example, system))
     if train_on != "all":
         while messages and messages[-1].role != "assistant":
-            messages.pop()  # what follows the last answer neither carries loss nor is context of what does
+            messages.pop()  # messages after the last answer neither carry loss nor are context of an answer
     hidden = control.shield(messages, example.origin)
     if train_on != "all":
         trained = [message for message in hidden.messages if message.role == "assistant"]
@@ -143,7 +146,7 @@ def make_document(
 
 
 def _make_pair(example: Example, control: ControlTokens, *, everything: bool) -> Document | str:
-    """Prompt and completion as one text, without a chat template."""
+    """Returns prompt and completion as one text, without a chat template."""
     prompt, completion = split_prompt(example)
     hidden = control.shield((Message("user", prompt), Message("assistant", completion)), example.origin)
     shown = "".join(message.content for message in hidden.messages)
@@ -154,13 +157,13 @@ def _make_pair(example: Example, control: ControlTokens, *, everything: bool) ->
 
 
 def _reveal(example: Example, hidden: Shielded, found: Rendering, *, everything: bool, chat: bool) -> Document:
-    """The document of a text that was rendered with its control tokens hidden."""
+    """Returns the document of a text that was rendered with its control tokens hidden."""
     as_text = hidden.hidden is not None
     remarks = found.remarks
     if hidden.tokens:
         remarks += (_AS_TEXT if as_text else _AS_TOKENS,)
-    if hidden.ends_left_out:
-        remarks += (_END_LEFT_OUT,)
+    if hidden.ends_removed:
+        remarks += (_END_REMOVED,)
     return Document(
         example.origin,
         hidden.reveal(found.text),
@@ -176,8 +179,9 @@ def _reveal(example: Example, hidden: Shielded, found: Rendering, *, everything:
 def cut_text(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
     """Cuts a long text into pieces of about ``size`` characters whose joined tokens are those of the full text.
 
-    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers separate words anyway.
-    Only if ``size`` characters contain none, the cut is made elsewhere.
+    Cuts are made after a single newline between two words, where byte-level BPE pre-tokenizers split anyway. If there
+    is none in the second half of ``size`` characters, the cut is made at a space or in the middle, which may change a
+    token.
     """
     start = 0
     while len(text) - start > size:
@@ -232,14 +236,14 @@ class TextEncoder:
             yield self._mask_chat(encoding, document) if document.chat else self._mask_pair(encoding, document)
 
     def _encode_spanned(self, documents: Sequence[Document], chat: bool) -> Sequence[Any]:
-        """Encodings with positions of documents that need a mask and hide no control tokens."""
+        """Returns encodings with offsets, of the documents that need a mask and hide no control tokens."""
         masked = (d for d in documents if d.shielded is None and not _is_plain(d) and not d.spans)
         texts = [d.text for d in masked if d.chat == chat]
         encodings: Sequence[Any] = self._backend.encode_batch(texts, add_special_tokens=not chat)
         return encodings
 
     def _encode_plain(self, texts: list[str]) -> Iterator[Ids]:
-        """Ids of plain texts; a long text is tokenized a few pieces at a time."""
+        """Yields the ids of plain texts; a long text is tokenized a few pieces at a time."""
         short = [text for text in texts if len(text) <= PIECE_CHARS]
         encodings = iter(self._backend.encode_batch_fast(short))
         for text in texts:
@@ -258,7 +262,7 @@ class TextEncoder:
         return ids[self._find_text(ids)]
 
     def _find_text(self, ids: Ids) -> slice:
-        """Everything but a second BOS and the EOS that some tokenizers append; :meth:`_close` appends it anyway."""
+        """Excludes a second BOS, and the EOS that some tokenizers append, because :meth:`_close` appends it."""
         start, stop = 0, len(ids)
         if stop > 1 and self._bos is not None and ids[0] == self._bos == ids[1]:
             start = 1
@@ -272,7 +276,7 @@ class TextEncoder:
         return Encoded(ids, supervised, int(is_open))
 
     def _encode_labelled(self, document: Document) -> Encoded:
-        """Plain text with labels: a token gets the label of the span that it overlaps."""
+        """Encodes plain text with labels: a token gets the label of the span that it overlaps."""
         ids, offsets = _as_arrays(self._backend.encode(document.text))
         part = self._find_text(ids)
         encoded, offsets = self._close_text(ids[part]), offsets[part]
@@ -284,7 +288,7 @@ class TextEncoder:
         return replace(encoded, token_labels=token_labels)
 
     def _close(self, ids: Ids, supervised: Mask) -> tuple[Ids, Mask, bool]:
-        """Appends the end-of-text token, which carries loss; the last result is True if there is no such token."""
+        """Appends the end-of-text token, which carries loss; the last result says whether the turn stays open."""
         if self._eos is not None:
             ids, supervised = np.append(ids, np.int32(self._eos)), np.append(supervised, True)
         supervised[:1] = False

@@ -54,11 +54,11 @@ def inspect(
 
     Args:
         data: Sources and options.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         objective: ``clm`` or ``sft``.
-        held_out: The task that compares the model before and after training.
-        num_previews: Documents to show, evenly spaced.
-        seed: Of packing.
+        held_out: The evaluation task, whose rows should not be in the training data.
+        num_previews: Number of documents to show, evenly spaced.
+        seed: Seed of packing.
         sink: Receives ``Progress``, and every ``Warned`` of :func:`~ingle.data.build_dataset`.
 
     Raises:
@@ -94,14 +94,14 @@ def inspect(
 
 
 def inspect_rows(path: str, *, num_previews: int = 3) -> RowsReport:
-    """Reads a file, folder or glob as ``data.sources`` would, and reports what its rows show without a model.
+    """Reads a file, folder or glob as ``data.sources`` would, and reports on its rows without a model.
 
     Raises:
         DataError: It is missing, or a row is malformed.
     """
     files = find_files(path)
     if files is None:
-        raise DataError("There is no such file.", where=path, fix="check the path")
+        raise DataError("The data file does not exist.", where=path, fix="check the path")
     layouts: Counter[str] = Counter()
     columns: tuple[str, ...] = ()
     problems: list[str] = []

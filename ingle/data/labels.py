@@ -1,4 +1,4 @@
-"""Reads rows with several texts or with labels, for objectives that learn from more than one text per row."""
+"""Reads rows with several texts or with labels, for objectives such as preferences and classification."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def _parse_answer(row: Mapping[str, Any], prompt: str | None, name: str, origin:
 def parse_labelled(column: str = "label", classes: Sequence[str] = ()) -> RowParser:
     """Returns a parser of rows with a number or a class in one column.
 
-    The text is read as without the label, and the label becomes ``document_labels``.
+    The other columns are read in their layout; the label becomes ``document_labels``.
 
     Args:
-        column: The column.
-        classes: Names of classes; a label that is text is one of them and becomes its index.
+        column: The column with the label.
+        classes: Names of the classes; a label that is text must be one of them and becomes its index.
 
     Raises:
-        DataError: The parser raises it for a label that is neither a number nor one of the classes.
+        DataError: By the returned parser, if the label is neither a number nor one of ``classes``.
     """
 
     def parse(row: Mapping[str, Any], origin: str) -> Example:

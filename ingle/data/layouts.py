@@ -1,7 +1,4 @@
-"""Reads rows as examples: what the columns of a row mean.
-
-Five layouts are known; ``columns`` of a source first renames the columns of a file.
-"""
+"""Reads rows as examples, in one of five layouts; ``columns`` of a source first renames the columns of a file."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ PAIRS = (
     ("input", "output"),
 )
 
-#: Names of roles in data sets, and those of chat templates.
+#: Names of roles in datasets, and the roles of chat templates that they stand for.
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
     "gpt": "assistant",
@@ -31,7 +28,7 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
     "bot": "assistant",
     "observation": "tool",
 }
-#: Columns that a message lists at most.
+#: Maximum number of columns in a message.
 _MAX_LISTED = 12
 
 
@@ -48,7 +45,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: s
                 f"There is no column {own!r}.",
                 where=origin,
                 why=f"the columns are {_list_columns(row)}",
-                fix="correct data.sources: columns: {name for Ingle: name in the file}",
+                fix="correct `columns:` in data.sources, which maps Ingle's names to those in the file",
             )
         renamed[name] = row[own]
         if own not in columns:
@@ -117,7 +114,7 @@ def _explain_columns(row: Mapping[str, Any]) -> str:
         if name in row:
             why += f'; {name} must be a list such as [{{"role": "user", "content": "..."}}, ...], with a message in it'
     if len(row) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in str(next(iter(row)))]):
-        why += f"; fields are separated by commas, in .tsv by tabs, and in this file perhaps by {separators[0]!r}"
+        why += f"; fields must be separated by commas (.csv) or tabs (.tsv), not by {separators[0]!r}"
     return why
 
 
@@ -136,7 +133,7 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
         row: Column names and values.
         layout: Any but ``auto``.
         origin: ``file:line`` of the row.
-        first: ``file:line`` of the row that decided the layout, for the message.
+        first: ``file:line`` of the row from which the layout was detected, for errors.
 
     Raises:
         DataError: The row does not fit the layout.
@@ -202,11 +199,11 @@ class _Row:
         if value is None:
             return ()
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self._misfit("'references' must be a list of texts")
+            raise self._misfit("'references' must be a list of strings")
         return tuple(dict.fromkeys(value))
 
     def _answers(self, *names: str) -> tuple[str, ...]:
-        """All accepted answers: the first of the named columns that has a value, then ``references``."""
+        """Returns all accepted answers: the first of the named columns that has a value, then ``references``."""
         references = self._references()
         name = next((name for name in names if self.row.get(name) is not None), None)
         if name is None and references:
@@ -245,7 +242,7 @@ class _Row:
         if not isinstance(turns, list) or not turns:
             raise self._misfit("there is no list of messages, or it is empty")
         if self.row.get("tools") not in (None, [], "", "[]"):
-            raise self._misfit("the row has 'tools', which chat templates show the model and which are not supported")
+            raise self._misfit("the row has 'tools', which are not supported")
         messages = [self._parse_turn(number, turn, role_key, content_key) for number, turn in enumerate(turns, 1)]
         references = self._references()
         if references and messages[-1].role != "assistant":

@@ -1,10 +1,10 @@
 """Packs documents into sequences of at most ``max_seq_len`` tokens by best-fit decreasing.
 
-The longest document goes first, each into the fullest sequence that still has room, or into a new one.  Lengths are
-small integers, so sequences with equal room are interchangeable and a group of equal documents is placed at once: it
-fills the sequences with the least sufficient room, then the next.  Every step empties such a class of sequences or ends
-the group, so the work is O(n + L log L) for n documents and ``max_seq_len`` L, with the result of the textbook
-procedure, one document at a time.
+Documents are placed in order of falling length, each into the fullest sequence that still has room for it, or into a
+new one. Lengths are small integers, so sequences with equal room are interchangeable, and all documents of one length
+are placed together: they fill the sequences with the least sufficient room, then those with the next larger room. Every
+step uses up one class of sequences or all remaining documents of the length. The work is O(n + L log L) for n documents
+and ``max_seq_len`` L, and the result is that of placing one document at a time.
 
 Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830), section 3.
 """
@@ -23,7 +23,7 @@ from ingle.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 
-#: Stream of the permutation for packing; those of epochs count up from 0.
+#: Number of the random stream for packing; the streams of epochs count up from 0.
 _PACKING = -1
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -34,7 +34,7 @@ class Sequences:
     """Sequences of document indices.
 
     Attributes:
-        efficiency: Tokens of all documents over the tokens that all sequences could hold.
+        efficiency: Tokens of all documents divided by the tokens for which all sequences have room.
     """
 
     def __init__(self, documents: Indices, offsets: Indices, num_tokens: int, max_seq_len: int) -> None:
@@ -57,7 +57,7 @@ class Sequences:
 
 
 def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int) -> Sequences:
-    """Packs a dataset, or puts each row into a sequence of its own if ``data.packing`` is off.
+    """Packs a dataset, or puts each row into its own sequence if ``data.packing`` is false.
 
     The documents of a row stay together, so a row may make a sequence longer than ``max_seq_len``.
 
@@ -100,7 +100,7 @@ def pack(lengths: npt.NDArray[np.int64], max_seq_len: int, *, packing: bool = Tr
 
 
 def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
-    """The sequence of each document, numbered in the order of their first documents."""
+    """Returns the sequence of each document; sequences are numbered in the order of their first documents."""
     shuffled = permutation(len(lengths), seed, _PACKING)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     ranked = lengths[order]
@@ -118,7 +118,7 @@ def _assign(lengths: npt.NDArray[np.int64], room: int, seed: int) -> Indices:
 
 
 class _Bins:
-    """Sequences by the room that they have left."""
+    """Sequences, grouped by the room that they have left."""
 
     def __init__(self, room: int) -> None:
         self._room = room
@@ -165,7 +165,7 @@ def permutation(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
 
     Args:
         count: Number of elements.
-        seed: Of the run.
+        seed: Seed of the run.
         stream: Number of the permutation within the run, such as the epoch.
 
     Returns:
@@ -178,7 +178,7 @@ def permutation(count: int, seed: int, stream: int) -> npt.NDArray[np.int64]:
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The output function of SplitMix64, a bijection of 64-bit integers.
+    """Computes the output function of SplitMix64, a bijection of 64-bit integers.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """

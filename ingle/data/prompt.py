@@ -21,7 +21,7 @@ def prompt_ids(
 
     Args:
         tokenizer: With or without a chat template.
-        example: A conversation (its last answer is left out) or a prompt.
+        example: A conversation (its last answer is ignored) or a prompt.
         system: As ``data.system``.
         control: What happens to control tokens in messages; by default they are read as text.
 
@@ -58,9 +58,9 @@ def prompt_ids(
 
 
 def _cut_before_answer(encode: _Encode, length: int) -> list[int]:
-    """The ids of a prompt before an answer: what follows decides how white space at its end is tokenized."""
+    """Returns the ids that a prompt has before an answer, which decides how white space at its end is tokenized."""
     ids, offsets = encode(ANSWER)
     border = next(i for i, (_, end) in enumerate(offsets) if end > length)
-    if offsets[border][0] < length:  # a token joins prompt and answer, which not every answer does
+    if offsets[border][0] < length:  # a token spans prompt and answer, which depends on the answer
         return encode("")[0]
     return ids[:border]

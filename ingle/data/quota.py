@@ -1,4 +1,4 @@
-"""Limits of time and memory for a program that comes with a file, such as a chat template."""
+"""Limits the time and memory of code that comes with a model, such as a chat template."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-#: Seconds of processor time between two checks of the clock.
+#: Seconds of CPU time between two checks of the clock.
 _TICK_S = 0.25
 
 
 class OutOfTime(BaseException):
-    """The time is up.  Not an ``Exception``, so that no handler inside the limited code catches it."""
+    """The time is up. Not an ``Exception``, so that no handler inside the limited code catches it."""
 
 
 class Quota:
     """Limits of time and memory for blocks of code.
 
-    As a context manager it installs the timer, which costs more than a short block; :meth:`limited` then sets the
-    limits for one block.  Time is the thread's processor time, so a busy machine does not count.  Python delivers
-    signals to the main thread only; in other threads only memory is limited.
+    Entering the context manager installs the timer once; :meth:`limited` then sets the limits for one block, which is
+    fast. Time is the CPU time of the thread, so other programs do not count. Python delivers signals only to the main
+    thread; in other threads only memory is limited.
 
-    Ctrl-C and SIGTERM end a block that has run for a while, even where their handlers only set a flag.
+    Ctrl-C and SIGTERM end a block that has run for a while, even if their handlers only set a flag.
 
     Args:
-        num_bytes: Memory that a block may take beyond what the process has when the quota is entered.
+        num_bytes: Memory that a block may allocate in addition to the memory of the process on entering the quota.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -52,14 +52,14 @@ class Quota:
 
     @contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Stops the block when it takes too much.
+        """Stops the block if it exceeds a limit.
 
         Args:
-            seconds: Processor time that the block may take.
+            seconds: Limit of CPU time.
 
         Raises:
-            OutOfTime: The block took longer.
-            MemoryError: The block asked for more memory.
+            OutOfTime: The block exceeded the time limit.
+            MemoryError: The block exceeded the memory limit.
             KeyboardInterrupt: The user asked to stop.
         """
         resource.setrlimit(resource.RLIMIT_AS, self._address_space)
@@ -106,7 +106,7 @@ class Quota:
 
 
 def _bounded(former: tuple[int, int], num_bytes: int) -> tuple[int, int]:
-    """The limit of the address space, soft and hard, with ``num_bytes`` more than the process has now."""
+    """Returns the soft and hard limit of the address space: the present size of the process plus ``num_bytes``."""
     try:
         file = os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:  # not Linux: the size of the process is unknown
@@ -115,7 +115,7 @@ def _bounded(former: tuple[int, int], num_bytes: int) -> tuple[int, int]:
         pages = int(os.read(file, 64).split()[0])
     finally:
         os.close(file)
-    if pages == 0:  # a sandbox that hides the size
+    if pages == 0:  # some container runtimes hide the size
         return former
     wanted = pages * resource.getpagesize() + num_bytes
     soft, hard = former

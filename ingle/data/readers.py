@@ -1,8 +1,8 @@
 """Reads files as rows, with one generator per file format.
 
-Every reader yields ``(place, row)`` and streams, so that a file may be larger than memory.  Every error names
-``file:place``.  A place is a line, or the number of the row where lines do not separate rows (Parquet, a JSON object
-around its rows, JSON in one line).
+Every reader yields ``(place, row)`` and every error names ``file:place``. A place is a line, or the number of the row
+if lines do not separate rows (Parquet, a JSON object that contains the rows, JSON on one line). JSON Lines, JSON
+arrays, CSV and Parquet are streamed, so these files may be larger than memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = Iterator[tuple[Place, Row]]
 
 _CHUNK_BYTES = 1 << 20
 
-#: Keys of a .json file that is one object around its rows.
+#: Keys under which a .json file with a single object contains its rows.
 _WRAPPERS = ("data", "rows", "examples", "instances", "train")
 
 
@@ -50,7 +50,7 @@ def read_rows(path: Path) -> Rows:
             empty = False
             yield place, row
     except FileNotFoundError:
-        raise DataError("There is no such file.", where=str(path)) from None
+        raise DataError("The data file does not exist.", where=str(path)) from None
     except (OSError, EOFError, zlib.error) as error:  # gzip raises all three for damaged files
         raise DataError(
             "The file cannot be read.", where=str(path), why=first_line(error), fix="write or copy the file again"
@@ -110,7 +110,7 @@ def _as_row(path: Path, place: Place, value: object) -> Row:
 
 
 def _reject_repeats(pairs: list[tuple[str, Any]]) -> Row:
-    """An object of JSON; which of two values for one key is meant is not for the reader to guess."""
+    """Builds a JSON object; refuses duplicate keys, because either value could be meant."""
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -118,12 +118,12 @@ def _reject_repeats(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-#: Strict as to keys; numbers of thousands of digits, which Python refuses to read, raise ``ValueError`` too.
+#: Refuses duplicate keys; numbers with thousands of digits, which Python refuses to read, raise ``ValueError`` too.
 _DECODER = json.JSONDecoder(object_pairs_hook=_reject_repeats)
 
 
 def _explain(error: ValueError | RecursionError) -> str:
-    """Why a text could not be read as JSON."""
+    """Returns why a text could not be read as JSON."""
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error}"
     if isinstance(error, RecursionError):
@@ -145,7 +145,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """An array of objects, one object (perhaps around such an array), or JSON lines, as in many files of that name."""
+    """Reads an array of objects, one object (which may contain such an array), or JSON Lines named ``.json``."""
     lines = (text for _, text in _read_lines(path) if text.strip())
     first, is_single = next(lines, "").strip(), next(lines, None) is None
     if first.startswith("["):
@@ -228,7 +228,7 @@ class _Text:
 
 
 def _read_json_array(path: Path) -> Rows:
-    """Rows of an array.  Places are lines, unless the second row begins in the line of the first."""
+    """Reads an array of rows. Places are lines, unless the second row begins on the line of the first."""
     with _open(path) as file:
         window = _Text(path, file)
         window.peek()
@@ -280,7 +280,7 @@ def _read_delimited(path: Path, delimiter: str) -> Rows:
 
 
 def _read_text(path: Path) -> Rows:
-    """The file is one document; the reader does not guess where a document might end."""
+    """Reads a file as one document."""
     with _open(path) as file:
         data = file.read()
     try:
@@ -311,7 +311,7 @@ def _read_parquet(path: Path) -> Rows:
         pyarrow.ArrowException,
         ValueError,
         OverflowError,
-    ) as error:  # the last: values beyond Python's
+    ) as error:  # OverflowError: values outside of Python's range, such as dates
         raise DataError(
             "The file is not Parquet, or it is damaged.",
             where=str(path),

@@ -1,7 +1,7 @@
 """The order of training, as a pure function of one counter.
 
-A checkpoint stores the counter only.  The order of an epoch follows from the seed and the number of the epoch, by a
-hash that no library can change.
+A checkpoint stores only the counter. The order of an epoch is computed from the seed and the number of the epoch, with
+Ingle's own hash, so that it does not depend on library versions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class SequenceSampler:
 
     Args:
         sequences: The sequences of an epoch.
-        seed: Of the order.
-        shuffle: Whether each epoch has a new order; otherwise it is that of ``sequences``.
+        seed: Seed of the order.
+        shuffle: Whether each epoch has a new order; otherwise all have the order of ``sequences``.
     """
 
     def __init__(self, sequences: Sequences, seed: int, shuffle: bool) -> None:

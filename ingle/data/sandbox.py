@@ -1,7 +1,7 @@
-"""Runs a chat template, which is a program that comes with a model, within limits.
+"""Runs a chat template, which is code that comes with a model, within limits.
 
-transformers renders a template in a sandbox that keeps it from the rest of the system.  This module also limits time,
-memory and the size of the output, and its errors name the line of the template.
+transformers renders a template in a sandbox that isolates it from the system. This module also limits time, memory and
+the size of the output, and its errors name the line of the template.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ingle.data.types import Message, Tokenizer
 from ingle.errors import DataError, ModelError
 from ingle.wording import first_line
 
-#: Processor time for all renderings of a conversation of up to 64 messages; common templates need a thousandth of it.
-#: Every answer takes a rendering of all messages before it, so the time grows with the square of longer conversations.
+#: CPU time for all renderings of a conversation of up to 64 messages; common templates need a thousandth of it. Every
+#: answer requires a rendering of all messages before it, so the time grows with the square of the number of messages.
 TIME_S, _MESSAGES = 3.0, 64
 #: Memory for the same.
 MEMORY_BYTES = 1 << 29
 #: A rendering may be this many times longer than its contents, plus a fixed part.
 _GROWTH, _FIXED_CHARS = 16, 1 << 20
 
-_FIX = "correct the template, or name another with model.chat_template="
+_FIX = "correct the template, or use another: --model.chat_template=FILE"
 
 
 class Sandbox:
@@ -73,10 +73,10 @@ class Sandbox:
             with self._quota.limited(seconds):
                 yield
         except OutOfTime as error:
-            why = f"it was still running after {seconds:.0f} seconds of processor time"
+            why = f"it was still running after {seconds:.0f} seconds of CPU time"
             raise self._too_much("time", why, error, origin) from None
         except MemoryError as error:
-            raise self._too_much("memory", f"it asked for more than {MEMORY_BYTES >> 20} MiB", error, origin) from None
+            raise self._too_much("memory", f"it needs more than {MEMORY_BYTES >> 20} MiB", error, origin) from None
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
                 "The chat template is not valid Jinja.", where=self._place(error.lineno), why=error.message, fix=_FIX
@@ -86,7 +86,7 @@ class Sandbox:
         template = self.tokenizer.chat_template
         for source in template.values() if isinstance(template, dict) else (template,):
             if isinstance(source, str) and (line := _find_power(source)):
-                message = "The chat template computes a power, which may never end."
+                message = "The chat template computes a power, which could run forever."
                 raise ModelError(message, where=self._place(line), fix=_FIX)
 
     def _too_much(self, resource: str, why: str, error: BaseException, origin: str | None) -> ModelError:
@@ -112,7 +112,7 @@ class Sandbox:
             "The chat template refuses the conversation.",
             where=origin,
             why=f"{first_line(error)} (roles: {roles}){at}",
-            fix="correct the row or data.system, or name another template with model.chat_template=",
+            fix="correct the row or data.system, or use another template: --model.chat_template=FILE",
         )
 
     def check_output(self, text: str, messages: Sequence[Message]) -> str:
@@ -133,7 +133,7 @@ class Sandbox:
         given = sum(len(message.content) for message in messages)
         if len(text) > _FIXED_CHARS + _GROWTH * given:
             raise ModelError(
-                "The chat template writes too much.",
+                "The output of the chat template is too long.",
                 where=self._place(None),
                 why=f"{len(text):,} characters for a conversation of {given:,}",
                 fix=_FIX,
@@ -141,13 +141,13 @@ class Sandbox:
         return text
 
     def _place(self, line: int | None) -> str:
-        """The file of the chat template and the line; the option where no file of the tokenizer holds the template."""
+        """Returns the file and line of the chat template, or the option if no file of the tokenizer contains it."""
         name, joint = self._source
         return name + (f"{joint}{line}" if line is not None else "")
 
     @cached_property
     def _source(self) -> tuple[str, str]:
-        """Where the template comes from, and what joins this to a line number."""
+        """The source of the template, and the separator between it and a line number."""
         folder = Path(str(getattr(self.tokenizer, "name_or_path", "") or "."))
         if _read_text(folder / "chat_template.jinja") == self.tokenizer.chat_template:
             return str(folder / "chat_template.jinja"), ":"
@@ -172,7 +172,7 @@ def _read_setting(file: Path) -> Any:
 
 
 def _find_line(trace: TracebackType | None) -> int | None:
-    """The line of the template that raised the error."""
+    """Returns the line of the template that raised the error."""
     line = None
     while trace is not None:
         code = trace.tb_frame.f_globals
@@ -186,9 +186,9 @@ def _find_line(trace: TracebackType | None) -> int | None:
 
 @lru_cache(maxsize=8)
 def _find_power(source: str) -> int | None:
-    """The line of the first power of numbers: ``10 ** 10 ** 10`` is one instruction, which no signal interrupts.
+    """Returns the line of the first power: ``10 ** 10 ** 10`` is a single instruction, which no signal interrupts.
 
-    The filter ``round`` computes a power of its precision.
+    The filter ``round`` computes a power from its precision.
     """
     words: list[str] = []
     try:

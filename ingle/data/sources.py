@@ -1,4 +1,4 @@
-"""Reads the examples of sources: which files or hub dataset a source names, and their rows in order.
+"""Reads the examples of data sources: finds their files or hub datasets, and reads the rows in order.
 
 The first row of a file decides its layout; a later row that does not fit is an error with its line.
 """
@@ -35,8 +35,8 @@ def read_examples(
 
     Args:
         sources: Files, globs, folders or hub datasets.
-        parse: Reads a row instead of the layout of its source.
-        on_warning: Called with a sentence when a layout was chosen among several.
+        parse: Reads rows; by default they are read in the layout of their source.
+        on_warning: Called with a sentence if a file fits several layouts.
 
     Raises:
         DataError: A source is missing or empty, or a row is malformed; names ``file:line``.
@@ -88,7 +88,7 @@ def find_files(path: str) -> list[Path] | None:
     if local.is_file():
         return [local]
     if local.exists():
-        raise DataError("This is not a regular file.", where=path, fix="save its contents in a file, and name that")
+        raise DataError("The data source is not a regular file.", where=path, fix="save its content in a file")
     if glob.has_magic(path):
         found = sorted(p for p in map(Path, glob.glob(str(local), recursive=True)) if p.is_file())
         if not found:
@@ -96,11 +96,11 @@ def find_files(path: str) -> list[Path] | None:
         return found
     if _HUB_ID.fullmatch(path) and data_suffix(local) not in known_suffixes():
         return None
-    raise DataError("There is no such file.", where=path, fix=_suggest(local))
+    raise DataError("The data file does not exist.", where=path, fix=_suggest(local))
 
 
 def _suggest(missing: Path) -> str:
-    """The nearest name that exists, or the data files of the folder."""
+    """Suggests the most similar name that exists, or the data files of the folder."""
     folder = next(folder for folder in missing.parents if folder.is_dir() or folder == folder.parent)
     part = missing.relative_to(folder).parts[0] if folder != missing.parent else missing.name
     names = _names_in(folder)
@@ -123,7 +123,7 @@ def _read_hub(source: Source) -> Rows:
         import datasets
     except ImportError as error:
         raise DependencyError(
-            "A hub dataset needs the library `datasets`.", where=source.path, fix="pip install datasets"
+            "Hub datasets need the library `datasets`.", where=source.path, fix="pip install datasets"
         ) from error
     if not env.hub_offline() and not Path(datasets.config.HF_DATASETS_CACHE, source.path.replace("/", "___")).exists():
         _ask_hub(source)
@@ -138,7 +138,7 @@ def _read_hub(source: Source) -> Rows:
 
 
 def _ask_hub(source: Source) -> None:
-    """Raises ``HubUnavailable`` without the many retries of loading if the hub cannot be reached."""
+    """Raises ``HubUnavailable`` if the hub cannot be reached, without the many retries of ``load_dataset``."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -151,7 +151,7 @@ def _ask_hub(source: Source) -> None:
 
 
 def _hub_error(source: Source, error: Exception) -> DataError | HubUnavailable:
-    """The error for an unreachable hub, or for a dataset that it does not have."""
+    """Returns the error for an unreachable hub, or for a dataset that it does not have."""
     why = f"{type(error).__name__}: {first_line(error)}"
     missing = isinstance(error, FileNotFoundError)  # the base of the library's "not found" errors
     if env.hub_offline() or "Connect" in type(error).__name__ or (isinstance(error, OSError) and not missing):

@@ -1,17 +1,17 @@
 """Renders conversations with the tokenizer's chat template, and finds the answers in the rendered text.
 
-The loss mask is derived from the text, which is rendered once for the whole conversation.  Tokenizing messages one by
-one would shift the mask, because tokens merge across borders; looking for the markers of known model families would
-fail for the next family.  So positions are measured and verified:
+The loss mask is derived from the text, which is rendered once for the whole conversation. Tokenizing messages one by
+one would shift the mask, because tokens can span two messages; searching for the markers of known model families would
+fail for the next family. So positions are measured and verified:
 
-* **End of an answer.** The conversation is rendered again with a marker after each answer.  Without the markers the
+* **End of an answer.** The conversation is rendered again with a marker after each answer. Without the markers the
   result must equal the first rendering, character for character; then the markers were at the ends of the answers.
-* **Beginning of an answer.** It is the end of the generation prompt, where the model takes over when it is served: the
-  messages before the answer, rendered with ``add_generation_prompt``.  Some templates render history differently (they
-  move the system prompt or drop reasoning); then only the part from the end of the previous message to the end of the
-  generation prompt is compared.  Spaces at the end of the prompt belong to the answer: tokens include the space before
-  a word, so a border after the space would cut the first token of the answer in two.
-* **End of a turn.** The tokenizer decides: it is the first control token after the answer.
+* **Beginning of an answer.** It is the end of the generation prompt, where generation begins when the model is served:
+  the messages before the answer, rendered with ``add_generation_prompt``. Some templates render history differently
+  (they move the system prompt or drop reasoning); then only the part from the end of the previous message to the end of
+  the generation prompt is compared. Spaces at the end of the prompt belong to the answer: tokens include the space
+  before a word, so a boundary after the space would split the first token of the answer.
+* **End of a turn.** It is the first control token after the answer.
 
 A template that fails the verification is refused.
 """
@@ -30,20 +30,20 @@ from ingle.errors import DataError
 
 TrainOn = Literal["assistant", "last", "all"]
 
-#: A placeholder for an answer, where the first character of one decides how the prompt before it is tokenized.
+#: Stands for an answer when a prompt is tokenized, because the tokens at the end of a prompt depend on what follows.
 ANSWER = "a"
 
 #: Remarks of :func:`locate_answers`; shown once with a count.
 PROMPT_DIFFERS = "The chat template's generation prompt differs from the beginning of its rendered answers."
 HISTORY_DIFFERS = (
-    "The chat template renders the messages before the last answer differently once the answer is there, so the model "
-    "is trained on another prompt than it is served with (put a missing system message into the first user message)."
+    "The chat template renders the messages before the last answer differently if the answer is present, so the prompt "
+    "in training differs from the prompt in use (put a missing system message into the first user message)."
 )
 TRAILING_SPACE = (
-    "The chat template's generation prompt ends in a space. Tokens include the space before a word, so the space "
-    "belongs to the answer here; other servers may differ (a template without that space is safer)."
+    "The chat template's generation prompt ends in a space. Ingle counts the space as part of the answer, because "
+    "tokens include the space before a word; other servers may not (use a template without that space)."
 )
-ANSWER_CHANGED = "The chat template leaves out or changes part of an answer, perhaps its reasoning."
+ANSWER_CHANGED = "The chat template omits or changes part of an answer, perhaps its reasoning."
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,14 @@ def _require_template(tokenizer: Tokenizer, origin: str | None) -> None:
         raise DataError(
             "The rows are conversations, but the tokenizer has no chat template.",
             where=origin,
-            fix="name a Jinja file with model.chat_template=, or use prompt and completion columns",
+            fix="--model.chat_template=FILE with a Jinja template, or use prompt and completion columns",
         )
 
 
 def _render(
     sandbox: Sandbox, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
 ) -> str:
-    """As :func:`render`, within limits that the caller has set."""
+    """Renders a conversation within limits that the caller has set."""
     conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text: Any = sandbox.tokenizer.apply_chat_template(
@@ -116,7 +116,7 @@ def _render(
 
 
 def read_conversation(example: Example, system: str | None = None) -> tuple[Message, ...]:
-    """Returns the messages of an example, with ``system`` put before a conversation that has no system message.
+    """Returns the messages of an example; ``system`` is added if the conversation has no system message.
 
     A prompt and its completion become two messages without white space around them: the template adds its separators.
     """
@@ -157,7 +157,7 @@ def locate_answers(
         messages: The conversation.
         train_on: As ``data.train_on``.
         origin: ``file:line``, for errors.
-        sandbox: Limits of the template; entering one for many conversations is faster than the default, a new one.
+        sandbox: Limits of the template; pass an entered one to render many conversations faster.
 
     Raises:
         DataError: There is no template, or it refuses the conversation or cannot be masked.
@@ -187,7 +187,7 @@ def _locate(sandbox: Sandbox, messages: Sequence[Message], train_on: TrainOn, or
         if text[start - 1 : start] == " ":
             remarks.append(TRAILING_SPACE)
             start = len(text[:start].rstrip(" "))
-        # An inner turn ends where its tail stops to agree with that of the last turn; the next header follows.
+        # The end of an inner turn is what it has in common with the end of the last turn; the next header follows.
         end = ends[i] + _measure_common(tail, text[ends[i] :])
         answers.append(Answer(start, ends[i], end))
     return Rendering(text, tuple(answers), tuple(dict.fromkeys(remarks)))
@@ -203,8 +203,8 @@ def _find_ends(
     raise DataError(
         "The chat template cannot be masked.",
         where=origin,
-        why="markers put after the answers are not rendered once, in order, and without any other change",
-        fix="data.train_on=all, or another template with model.chat_template=",
+        why="markers after the answers are not rendered exactly once, in order and without other changes",
+        fix="--data.train_on=all, or another template: --model.chat_template=FILE",
     )
 
 
@@ -217,7 +217,7 @@ def _mark(
     strip: bool = False,
     add_generation_prompt: bool = False,
 ) -> dict[int, int] | None:
-    """Where in ``text`` the contents of some messages end, or None if that cannot be verified."""
+    """Returns where in ``text`` the contents of some messages end; None if that cannot be verified."""
     stem = "EndMark"
     while stem in text:
         stem += "k"
@@ -243,7 +243,7 @@ def _mark(
 def _find_start(
     sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, ends: dict[int, int], origin: str | None
 ) -> tuple[int, str | None]:
-    """Where answer ``i`` begins in ``text``, and how its prompt differs from that of a served model."""
+    """Returns where answer ``i`` begins in ``text``, and a remark if its prompt differs from that of a served model."""
     try:
         prompt = _render(sandbox, messages[:i], add_generation_prompt=True)
     except DataError:
@@ -265,14 +265,14 @@ def _find_start(
         "The chat template cannot be masked.",
         where=origin,
         why=f"the text contains neither the generation prompt nor the content of message {i + 1}",
-        fix="data.train_on=all, or another template with model.chat_template=",
+        fix="--data.train_on=all, or another template: --model.chat_template=FILE",
     )
 
 
 def _end_of(
     sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool
 ) -> int | None:
-    """Where message ``i`` ends in a rendering, whether the template strips it or not."""
+    """Returns where message ``i`` ends in a rendering, whether or not the template strips its white space."""
     for strip in (False, True):
         ends = _mark(sandbox, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
         if ends is not None:
@@ -288,5 +288,5 @@ def _find_content(content: str, text: str, end: int) -> int | None:
 
 
 def _measure_common(a: str, b: str) -> int:
-    """Length of the common prefix of two texts."""
+    """Returns the length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Examples and samples: what the data layer passes on.
+"""The types of the data layer: examples (rows that were read) and samples (tokenized documents).
 
 Tensor legend: T tokens of one document.
 """
@@ -79,16 +79,16 @@ class Example:
     Exactly one of ``messages``, ``prompt`` with ``completion``, ``text`` and ``texts`` is set.
 
     Attributes:
-        origin: ``file:line`` (``file:row`` where a file has no lines).
+        origin: ``file:line``, or ``file:row N`` if lines do not separate the rows of the file.
         messages: A conversation.
         prompt: The beginning of a text, which carries no loss.
         completion: Its continuation.
         text: Plain text.
-        references: Further accepted answers; the last assistant message or the completion is the first.
-        texts: The texts of a row with several (such as ``chosen`` and ``rejected``), by name and in order.  Each is an
-            example with a single text.
+        references: Further accepted answers, in addition to the last assistant message or the completion.
+        texts: The texts of a row that has several (such as ``chosen`` and ``rejected``), by name and in order. Each is
+            an example with a single text.
         labels: Labels by name, see :data:`ingle.data.batch.COLUMNS`: a number for every document of the row, or spans
-            of ``text`` for a label per token.  Every row of a dataset has the same names.
+            of ``text`` for a label per token. Every row of a dataset has the same names.
     """
 
     origin: str
@@ -116,7 +116,7 @@ class Sample:
 
     Attributes:
         input_ids: int32 [T].
-        labels: int32 [T], aligned with ``input_ids``, ``IGNORE_INDEX`` where a position carries no loss.  In language
+        labels: int32 [T], aligned with ``input_ids``; ``IGNORE_INDEX`` at positions without loss. In language
             modelling a label is the token itself, and the first is ``IGNORE_INDEX``, since nothing predicts it.
         columns: Further columns by name, see :data:`ingle.data.batch.COLUMNS`: [T], or a single value.
     """
@@ -127,7 +127,7 @@ class Sample:
 
 
 def last_answer(example: Example) -> str | None:
-    """Returns the completion, or the last assistant message; None where there is neither."""
+    """Returns the completion, or the last assistant message; None if there is neither."""
     if example.completion is not None:
         return example.completion
     answers: Sequence[str] = [m.content for m in example.messages if m.role == "assistant"]

@@ -1,7 +1,7 @@
-"""Turns whatever a library raises over a user's file into an error that names the file.
+"""Turns exceptions that libraries raise for a user's file into errors that name the file.
 
-transformers, tokenizers and safetensors raise any kind of exception over a damaged or contradictory file.  A few values
-are checked before, because they would not raise but compute for hours or exhaust memory.
+transformers, tokenizers and safetensors raise many kinds of exceptions for a damaged or contradictory file. A few
+values are checked beforehand, because they would not raise but compute for hours or exhaust memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ COMPARE_CONFIG = "compare config.json with the one that the model was published 
 #: No model has more layers or experts; transformers builds a list or module for each before it checks the number.
 _MOST = {"layers": 1_024, "experts": 8_192}
 _COUNTS = re.compile(r"^(?:n|num|number_of|decoder|encoder)_\w*?(layers?|experts?)(?:_\w+)?$|^\w*hidden_layers$")
-#: Keys of sizes.  None is larger than this, so that products of two of them fit 64 bits.
+#: Keys of sizes. None is larger than this, so that products of two of them fit 64 bits.
 _SIZES = re.compile(r"(?:size|dim|heads?|embd|embeddings|positions|rank|inner|ctx)$")
 _LARGEST = 2**31 - 1
 
-#: What every decoder has, by transformers' own names.
+#: Sizes that every decoder has, under transformers' names.
 _POSITIVE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 _LONGEST_WHY = 300
@@ -58,7 +58,7 @@ def reading(path: Path | str, message: str, *, fix: str, settings: Mapping[str, 
 
 
 def explain(error: BaseException, settings: Mapping[str, Any] | None = None) -> str:
-    """Returns type and text of an exception in one line, with the key that it concerns if known."""
+    """Returns the type and text of an exception on one line, with the key that it concerns if known."""
     text = " ".join(str(error.__cause__ or error).split())
     kind = type(error.__cause__ or error).__name__
     field = re.match(r"Validation error for field '(\w+)'", str(error))
@@ -79,7 +79,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-        ModelError: The file cannot be read, or holds something else.
+        ModelError: The file cannot be read, or contains something else.
     """
     fix = "fetch or copy the file again; it is damaged or incomplete"
     with reading(path, f"{path.name} cannot be read.", fix=fix):
@@ -90,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
-    """Refuses numbers in a ``config.json`` that no model has, before a model is built from them.
+    """Refuses implausible numbers in a ``config.json``, before a model is built from them.
 
     Raises:
         ModelError: It names the key.
@@ -107,7 +107,7 @@ def refuse_absurd(raw: Mapping[str, Any], path: Path) -> None:
         if abs(value) > most:
             shown = f"{value:,}" if abs(value) < 10**18 else f"a number of {len(str(abs(value)))} digits"
             why = f"the largest accepted value is {most:,}"
-            raise ModelError(f"No model has {key} = {shown}.", where=str(path), why=why, fix=COMPARE_CONFIG)
+            raise ModelError(f"{key} = {shown} is too large.", where=str(path), why=why, fix=COMPARE_CONFIG)
 
 
 def refuse_impossible(config: Any, path: Path | str) -> None:

@@ -16,7 +16,7 @@ _SPARE_ROWS = range(9)
 
 
 def text_limit(model: PreTrainedModel) -> int | None:
-    """Returns the maximum number of tokens of a text; None if the config does not say.
+    """Returns the maximum number of tokens of a text; None if the config does not name one.
 
     ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``.
     """
@@ -30,7 +30,7 @@ def text_limit(model: PreTrainedModel) -> int | None:
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
     """Refuses texts that have more tokens than the model has positions.
 
-    Rotary positions have no end.  Learned positions, and masks that an architecture stores, are tables that end.
+    Rotary positions have no limit. Learned positions, and masks that an architecture stores, are tables of fixed size.
 
     Args:
         model: May be on the meta device.
@@ -46,7 +46,7 @@ def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
         raise ModelError(
             f"A text has {longest:,} tokens, but {type(model).__name__} has only {limit:,} positions.",
             where=where,
-            why=f"its {name} ends there",
+            why=f"its table {name} has no more entries",
             fix=f"--data.max_seq_len={limit}",
         )
 
@@ -66,7 +66,7 @@ def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTra
         tokenizer: The tokenizer of the texts.
 
     Raises:
-        ModelError: Tokenizer and model do not belong together.
+        ModelError: The tokenizer does not belong to the model.
     """
     rows = num_tokens(model)
     if largest < rows:

@@ -1,4 +1,4 @@
-"""Loads tokenizers: fast ones, because offsets are needed, with a pad token that is not the end-of-text token."""
+"""Loads fast tokenizers, which report offsets, and chooses a pad token that is not the end-of-text token."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _SPARE = (
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a model.
 
-    The pad token is the tokenizer's own if it differs from the end-of-text token, else a token that the model leaves
-    unused, else None.  It is never the end-of-text token, which is supervised.
+    The pad token is the tokenizer's own if it differs from the end-of-text token, otherwise a token that the model does
+    not use, otherwise None. It is never the end-of-text token, which is supervised.
 
     Raises:
         ModelError: There is no tokenizer, only a slow one, or the chat template cannot be read.
@@ -56,11 +56,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
 def _read(folder: Path, name: str, option: str, code: bool) -> PreTrainedTokenizerFast:
     if not any((folder / file).is_file() for file in ("config.json", *_FILES)):
         raise ModelError(
-            f"{name} holds no model: there is no config.json and no tokenizer.", where=option, fix="check the path"
+            f"{name} contains no model: there is no config.json and no tokenizer.", where=option, fix="check the path"
         )
     if not any((folder / file).is_file() for file in _FILES):
         raise ModelError(
-            f"{name} holds no tokenizer.",
+            f"{name} contains no tokenizer.",
             where=str(folder),
             why=f"none of {', '.join(_FILES)} exists",
             fix="name another folder or hub id in model.tokenizer",
@@ -105,9 +105,9 @@ def _find_culprit(folder: Path, code: bool) -> None:
 
 
 def _refuse_invalid(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Refuses settings that transformers accepts and fails on later."""
+    """Refuses settings that transformers accepts at first and fails on later."""
     path = folder / "tokenizer_config.json"
-    with reading(path, "tokenizer_config.json makes a tokenizer that does not work.", fix=_FIX):
+    with reading(path, "The tokenizer does not work with this tokenizer_config.json.", fix=_FIX):
         template = tokenizer.chat_template
         if template is not None and not isinstance(template, str | dict):
             raise TypeError(f"chat_template is {template!r}")

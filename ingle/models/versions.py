@@ -1,6 +1,7 @@
 """Checks the installed transformers before anything else imports it.
 
-Loading rests on transformers' tables of renamed and fused weights, which came with version 5 and settled in 5.4.
+Loading relies on transformers' tables of renamed and fused weights, which exist since version 5 and are stable since
+5.4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Objectives: what a run optimizes.  One file per family, one loop for all."""
+"""Objectives: what a run optimizes. There is one file per family, and one training loop for all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Context:
         sequences: The documents of each packed row.
         global_batch_size: Sequences per step.
         micro_batch_size: Sequences per forward pass.
-        device: Where batches go.
+        device: Device of the batches.
     """
 
     model: Model

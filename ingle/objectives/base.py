@@ -30,10 +30,10 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums over one micro-batch.  Those of a step are the sums over its micro-batches and ranks.
+    """Sums over one micro-batch; adding them over all micro-batches and ranks gives the sums of the step.
 
     Attributes:
-        losses: Scalar of each term, float32, differentiable.
+        losses: One differentiable float32 scalar per term.
         metrics: Further scalars to log, detached.
     """
 
@@ -73,8 +73,8 @@ class StepModule(nn.Module, ABC):
 class Objective(Protocol):
     """Supplies batches and the module that turns them into sums.
 
-    The loop divides the sum of each term by the count of its denominator over the whole step: all micro-batches and
-    all ranks.  So the way a step is cut into micro-batches does not change its gradient.
+    The loop divides the sum of each term by its denominator, counted over all micro-batches and ranks of the step. The
+    gradient therefore does not depend on how a step is split into micro-batches.
     """
 
     @property
@@ -93,13 +93,13 @@ class Objective(Protocol):
         """Returns the micro-batches of the next step."""
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Returns what the denominators of the terms, and of the metrics, count in a micro-batch."""
+        """Returns the denominators of the terms and of the metrics, counted in one micro-batch."""
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns what to log of a step besides the loss, from its sums and counts."""
+        """Returns further metrics of a step, in addition to the loss, from its sums and counts."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what decides which batches come next: plain values, and tensors if there are any."""
+        """Returns the state that determines the next batches, as plain values and tensors."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""

@@ -24,7 +24,7 @@ class NextTokenLoss(StepModule):
     """Sum of ``-log p(token | tokens before it in its document)`` over the supervised tokens, in nats."""
 
     def compute(self, batch: Batch) -> Sums:
-        """Position t predicts the label of t + 1; no prediction reaches across documents."""
+        """Compares the prediction at position t with the label at t + 1, inside each document."""
         hidden_1NH = forward_hidden(self.model, batch)
         output = head(self.model)
         loss = linear_cross_entropy(
@@ -47,7 +47,7 @@ class LanguageModelling:
         sampler: Yields the sequences; its state is one counter.
         global_batch_size: Sequences per step.
         micro_batch_size: Sequences per forward pass.
-        device: Where the batches go.
+        device: Device of the batches.
     """
 
     terms = (Term("loss", "supervised_tokens"),)
@@ -89,11 +89,11 @@ class LanguageModelling:
         return round_up(batch).to(self._device)
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Returns the supervised tokens."""
+        """Returns the number of supervised tokens."""
         return {"supervised_tokens": float(batch.num_supervised)}
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns nothing: the loss says it all."""
+        """Returns no further metrics."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,5 +101,5 @@ class LanguageModelling:
         return {"counter": self._counter}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues at a counter."""
+        """Restores the counter of the sampler."""
         self._counter = int(state["counter"])

@@ -1,4 +1,4 @@
-"""Devices and ranks of a run; the one door to ``torch.distributed``."""
+"""Devices and ranks of a run; the only package that may use ``torch.distributed``."""
 
 from ingle.parallel.mesh import Mesh, pick_device, start
 

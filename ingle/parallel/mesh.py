@@ -19,11 +19,11 @@ _CACHED_PRIMITIVES = 128
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The ranks of a run as one process sees them.  A run has one process for now.
+    """The ranks of a run, as one process sees them. At present a run has one process.
 
     Attributes:
-        device: Where this process computes.
-        dist_rank: Number of this process.
+        device: Device of this process.
+        dist_rank: Number of this process, from 0.
         world_size: Number of processes.
     """
 
@@ -41,7 +41,7 @@ class Mesh:
 
 
 def start(config: ParallelConfig) -> Mesh:
-    """Picks the device; sets the number of CPU threads and how this process manages memory.
+    """Picks the device, and sets the number of CPU threads and the memory management of this process.
 
     Raises:
         ConfigError: The config asks for a GPU, and there is none.

@@ -1,4 +1,4 @@
-"""What a run needs, predicted before anything is spent."""
+"""Predicts the steps, the memory and the work of a run before it starts."""
 
 from ingle.planning.plan import Plan, make_plan
 from ingle.planning.remedies import find_better_batch

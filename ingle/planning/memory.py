@@ -1,7 +1,7 @@
 """Predicts the memory of a run from its config and the shape of its model.
 
-Weights, adapters, gradients and optimizer state are exact counts.  Activations are an estimate: the inputs and outputs
-of every linear layer on the path of a token, which fused layers and the nonlinearities between them save for backward.
+Weights, adapters, gradients and optimizer state are exact counts. Activations are an estimate: the inputs and outputs
+of every linear layer that a token passes through, which are saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ingle.planning.shape import ModelShape
 _LOSS_CHUNK_LOGITS = 1 << 24
 _LOSS_BYTES_PER_LOGIT = 8
 
-#: What a CPU run loads after the plan: the kernels, and with bfloat16 the matrix products that oneDNN compiles for each
-#: shape and caches.  Measured; nearly the same for every model.
+#: What a CPU run allocates after planning: kernels, and with bfloat16 the matrix products that oneDNN compiles for each
+#: shape and caches. Measured; nearly the same for every model.
 _CPU_KERNEL_BYTES = 40 << 20
 _CPU_PRIMITIVE_BYTES = 200 << 20
-#: Additional memory of the first run on a machine, which compiles the kernels: the compiler, and what it keeps of each.
+#: Additional memory of the first run on a machine, which compiles the kernels: the compiler, and its data per kernel.
 _COMPILER_BYTES = 20 << 20
 _COMPILED_BYTES = 7 << 20
 #: Number of kernels: for attention and loss, for quantized weights, for layers fused with adapters.

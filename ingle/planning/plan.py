@@ -18,7 +18,7 @@ _MOST_STEPS = 1_000_000_000
 #: Bytes per token of a batch: ids, labels, positions, offsets.
 _BATCH_BYTES_PER_TOKEN = 32
 #: Operations per second that ``compile: auto`` assumes for an average device.
-_ORDINARY_SPEED = {"cpu": 1e12, "gpu": 1e14}
+_TYPICAL_SPEED = {"cpu": 1e12, "gpu": 1e14}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Plan:
         tokens_per_step: Tokens read per step, on average.
         num_tokens: Tokens that the run reads in total.
         num_epochs: Passes over the data.
-        save_every: Steps between checkpoints, 0 for only the last.
+        save_every: Steps between checkpoints; 0 saves only the last one.
         compile: Whether decoder layers are compiled with ``torch.compile``.
         trainable_parameters: Number of trained parameters.
         num_parameters: Parameters of the model without adapters.
@@ -72,7 +72,7 @@ def make_plan(
     on_gpu: bool = False,
     compiles_kernels: bool = False,
 ) -> Plan:
-    """Counts what a run needs.
+    """Predicts the steps, the memory and the work of a run.
 
     Args:
         run: The run.
@@ -127,7 +127,7 @@ def make_plan(
     if needed > free_bytes:
         parts = sorted(memory.items(), key=lambda part: -part[1])
         raise DoesNotFit(
-            f"This run needs {size(needed)} in addition to what is in use; {size(free_bytes)} are free.",
+            f"This run needs {size(needed)} of additional memory; {size(free_bytes)} are free.",
             where=f"data.max_seq_len = {run.data.max_seq_len}, train.micro_batch_size = {micro_batch}, "
             f"train.global_batch_size = {global_batch}",
             why=" · ".join(f"{name} {size(part)}" for name, part in parts if part and name not in ("total", "process")),
@@ -148,13 +148,16 @@ def make_plan(
 
 
 def default_micro_batch(global_batch: int, longest: int) -> int:
-    """Returns the largest divisor of the global batch, at most 8, whose rows hold at most 4,096 tokens, or 1."""
+    """Returns the largest divisor of the global batch, at most 8, with at most 4,096 tokens in a micro-batch; or 1."""
     fitting = [size for size in range(1, min(8, global_batch) + 1) if global_batch % size == 0]
     return max((size for size in fitting if size * longest <= 4096), default=1)
 
 
 def flops_per_token(run: Run, model: ModelShape) -> float:
-    """Counts operations per weight: 2 in forward, 2 for the gradient of the input, 2 for that of a trained weight."""
+    """Returns floating-point operations per token.
+
+    A weight costs 2 in the forward pass, 2 for the gradient of the input, and 2 for its own gradient if it is trained.
+    """
     per_weight = 6 if run.adapter.kind == "none" else 4
     per_weight += 2 if run.train.recompute else 0
     linear = sum(lin.num_weights * lin.active for lin in model.linears) + model.hidden_size * model.vocab_size
@@ -164,10 +167,10 @@ def flops_per_token(run: Run, model: ModelShape) -> float:
 def decide_compile(run: Run, total_flops: float, *, on_gpu: bool) -> bool:
     """Decides whether compiling decoder layers saves time.
 
-    The answer depends on config and model only, never on a measured speed: a resumed run must compute with the same
-    kernels, or its weights would differ in the last bit.  ``auto`` compiles runs of more than half an hour on an
-    average device, so that the minutes of compilation are a small part of them.
+    The answer depends only on the config and the model, never on a measured speed: a resumed run must use the same
+    kernels, or its weights would differ in the last bit. ``auto`` compiles runs that would take more than half an hour
+    on a typical device, so that compilation is a small part of them.
     """
     if run.train.compile != "auto":
         return bool(run.train.compile)
-    return total_flops > _ORDINARY_SPEED["gpu" if on_gpu else "cpu"] * 1800
+    return total_flops > _TYPICAL_SPEED["gpu" if on_gpu else "cpu"] * 1800

@@ -28,7 +28,7 @@ def default_batch(num_sequences: float) -> int:
 
 
 def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | None:
-    """Returns what is wrong with the batch of a run on little data and which flags help, or None if it is fine.
+    """Returns a warning, with flags that help, if a batch is too large for little data; None if it is fine.
 
     Args:
         run: The run.
@@ -39,12 +39,12 @@ def find_better_batch(run: Run, num_sequences: int, num_steps: int) -> str | Non
     batch = train.global_batch_size
     num_epochs = num_steps * batch / num_sequences
     has = f"the data has {num_sequences:,}" + (
-        f", packed up to {run.data.max_seq_len:,} tokens" if run.data.packing else ""
+        f" (packed to {run.data.max_seq_len:,} tokens each)" if run.data.packing else ""
     )
     if train.num_steps is not None:
         if batch <= num_sequences:
             return None
-        problem = f"A step takes {batch:,} sequences and {has}: each step reads the data more than once."
+        problem = f"A step takes {batch:,} sequences, but {has}: each step reads the data more than once."
     elif num_epochs >= 1.5 * train.num_epochs:
         problem = (
             f"A step takes {batch:,} sequences and {has}, so the data is read {num_epochs:.3g} times instead of "
@@ -76,7 +76,7 @@ def find_remedy(
     on_gpu: bool,
     compiles_kernels: bool = False,
 ) -> str:
-    """Returns changes of one option each that make a run fit; if there is none, those that save most.
+    """Returns single options that make a run fit; if none does, the options that save most.
 
     Args:
         run: The run.
@@ -103,7 +103,7 @@ def find_remedy(
     enough = total(run, micro_batch) * (1 - _WORTHWHILE)
     saving = sorted((needed, flag) for flag, needed in totals.items() if needed <= enough)
     if not saving:
-        return "a smaller model or a shorter data.max_seq_len"
+        return "use a smaller model or a shorter data.max_seq_len"
     return "none of these is enough on its own: " + "   ".join(
         f"{flag} ({size(needed)})" for needed, flag in saving[:3]
     )

@@ -1,7 +1,7 @@
 """JSON Lines files of a run: ``metrics.jsonl`` with its steps, and ``events.jsonl`` with all events.
 
-When a sink call returns, its line has left the process. When a run is resumed, steps that will be repeated are first
-cut off, together with an incomplete last line, so that no step is in a file twice.
+Each line is passed to the operating system before the call returns. When a run is resumed, lines of steps that will be
+repeated are removed first, together with an incomplete last line, so that no step is in a file twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ingle.events import Event, Started, Step, to_dict
 class MetricsFile:
     """Writes one line per step.
 
-    Nothing is written before the run has started, so the folder of a run that cannot start stays as it is.
+    Writes nothing before the run has started, so the folder of a run that cannot start is not changed.
 
     Args:
         path: The file; its folder must exist when the run starts.
@@ -71,10 +71,10 @@ def step_record(event: Step) -> dict[str, Any]:
 
 
 def cut_after_step(path: Path, step: int) -> None:
-    """Cuts a file off before its first line of a later step, or before an unreadable line.
+    """Truncates a file before the first line of a later step, or before an unreadable line.
 
     Args:
-        path: The file; nothing happens if there is none.
+        path: The file; it may not exist.
         step: The last step that will not be repeated; 0 empties the file.
     """
     if not path.exists():

@@ -1,1 +1,1 @@
-"""The loop's parts: optimizer, schedule, steps, checkpoints, meters."""
+"""Parts of the training loop: optimizer, schedule, steps, checkpoints, run folder, meters."""

@@ -1,8 +1,8 @@
-"""Checkpoints: what a run needs to continue bit for bit.
+"""Checkpoints: what a run needs to resume with the same bits.
 
-A checkpoint holds the state of the optimizer (float32 masters and moments), the opaque state of the objective, and a
-few integers.  Everything else is a pure function of them: the learning rate of a step, the order of the data, the
-dropout of ``(seed, step, micro-batch)``.
+A checkpoint contains the state of the optimizer (float32 masters and moments), the state of the objective, and a few
+numbers. Everything else is a pure function of them and of the config: the learning rate of a step, the order of the
+data, the dropout masks of ``(seed, step, micro-batch)``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIMIZER = "optimizer"
 
 
 class Stateful(Protocol):
-    """A part of a run whose state a checkpoint keeps: plain values for JSON, and tensors, by name."""
+    """A part of a run whose state is saved in checkpoints: tensors and plain JSON values, by name."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """Returns the state."""
@@ -79,7 +79,7 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]] = field(repr=False)
 
     def state(self, name: str) -> dict[str, Any]:
-        """Returns one state as it was given."""
+        """Returns a state as its ``state_dict()`` returned it."""
         return {**self.values.get(name, {}), **self.tensors.get(name, {})}
 
 
@@ -88,7 +88,7 @@ class Checkpoints:
 
     Args:
         folder: The run folder.
-        keep: How many of the newest stay on disk.
+        keep: How many of the newest checkpoints stay on disk.
         states: Parts of the run to save and restore, by name; ``optimizer`` is one of them.
     """
 
@@ -99,7 +99,10 @@ class Checkpoints:
         self._states = states
 
     def save(self, position: Position) -> Path:
-        """Writes a checkpoint, then removes the oldest beyond those to keep.
+        """Writes a checkpoint, then deletes all but the newest ``keep``.
+
+        Returns:
+            The folder of the checkpoint.
 
         Raises:
             CheckpointError: The disk is full.
@@ -142,17 +145,17 @@ class Checkpoints:
         checkpoint = read(path)
         if checkpoint.position.data_hash != data_hash:
             raise CheckpointError(
-                "The training data changed since this run began; continuing would mix two data sets.",
+                "The training data has changed since this run began; resuming would mix two datasets.",
                 where=str(path),
-                fix="restore the former files, or choose another folder with --output=",
+                fix="restore the former files, or use --output=DIR to start a new run",
             )
         found, expected = checkpoint.tensors.get(OPTIMIZER, {}).keys(), self._states[OPTIMIZER].state_dict().keys()
         unknown, missing = ({name for name in names if name.startswith("master.")} for names in (found, expected))
         if unknown != missing:
             raise CheckpointError(
-                "The checkpoint holds other parameters than this run trains.",
+                "The parameters in the checkpoint are not those that this run trains.",
                 where=str(path),
-                why=f"{len(unknown - missing)} unknown, {len(missing - unknown)} missing",
+                why=f"{len(unknown - missing)} unknown and {len(missing - unknown)} missing parameters",
             )
         for name, part in self._states.items():
             try:
@@ -162,13 +165,13 @@ class Checkpoints:
         return checkpoint.position
 
     def rehearse(self, position: Position) -> Path:
-        """Saves, reloads and compares before the first step, so that a failure to save cannot lose the run.
+        """Saves, reloads and compares a checkpoint before the first step, so that later ones are known to work.
 
         Also checks that the disk has room for all checkpoints and the result of the run.
 
         Raises:
             DoesNotFit: The disk is too small.
-            CheckpointError: What is read back differs from what was written.
+            CheckpointError: The checkpoint differs from what was written.
         """
         masters = sum(
             value.nbytes for name, value in self._states[OPTIMIZER].state_dict().items() if name.startswith("master.")
@@ -178,10 +181,10 @@ class Checkpoints:
         free = self._folder.free_bytes()
         if needed > free:
             raise DoesNotFit(
-                f"This run needs {size(needed)} of disk; {size(free)} are free.",
+                f"This run needs {size(needed)} of disk space; {size(free)} are free.",
                 where=f"output = {self._folder.path}, train.keep_checkpoints = {self._keep}",
                 why=f"{self._keep + 1} checkpoints of {size(full)} and the result",
-                fix="--output=a/folder/on/another/disk or --train.keep_checkpoints=1",
+                fix="--output=DIR on another disk, or --train.keep_checkpoints=1",
             )
         path = self.save(position)
         checkpoint = read(path)
@@ -192,9 +195,7 @@ class Checkpoints:
             same = same and values == checkpoint.values.get(name, {}) and tensors.keys() == reread.keys()
             same = same and all(torch.equal(reread[key], tensor.cpu()) for key, tensor in tensors.items())
         if not same:
-            raise CheckpointError(
-                "What was read back from the first checkpoint is not what was written.", where=str(path)
-            )
+            raise CheckpointError("The first checkpoint differs from what was written.", where=str(path))
         return path
 
 
@@ -211,13 +212,13 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"This checkpoint has format {str(version)[:20]}; this version of Ingle reads format {FORMAT_VERSION}.",
                 where=str(path),
-                fix="finish the run with the version that began it, or start again with --output=another/folder",
+                fix="finish the run with the version that began it, or use --output=DIR to start a new run",
             )
         if state.pop("state_sha256") != _digest(state):
-            raise _damaged(path, f"{STATE} holds other values than were written")
+            raise _damaged(path, f"the values in {STATE} do not match their digest")
         for name, digest in state.pop("sha256").items():
             if sha256(path / name) != digest:
-                raise _damaged(path, f"{name} holds other bytes than were written")
+                raise _damaged(path, f"the bytes of {name} do not match their digest")
         del state["format"]
         values = state.pop("states")
         files = {name: path / f"{name}.safetensors" for name in values}
@@ -226,7 +227,7 @@ def read(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise _damaged(path, f"{STATE}: {type(error).__name__}: {error}") from error
     if path.name != f"step-{position.step}":
-        raise _damaged(path, f"it is the checkpoint of step {position.step}, in a folder of another name")
+        raise _damaged(path, f"it contains step {position.step}, but its folder has another name")
     return Checkpoint(position, values, tensors)
 
 
@@ -237,7 +238,7 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """Returns the SHA-256 of the values of ``state.json``, however the file is laid out."""
+    """Returns the SHA-256 of the values of ``state.json``, independent of their layout in the file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -246,5 +247,5 @@ def _damaged(path: Path, error: Exception | str) -> CheckpointError:
         "The checkpoint is damaged.",
         where=str(path),
         why=str(error),
-        fix=f"delete {path} and run again: the run continues from the checkpoint before it",
+        fix=f"delete {path} and repeat the command: the run resumes from the previous checkpoint",
     )

@@ -25,5 +25,5 @@ def compile_layers(model: Model) -> None:
 
 
 def has_kernels() -> bool:
-    """Returns whether an earlier run has compiled the CPU kernels: the kernel of the loss, which every run needs."""
+    """Returns whether an earlier run has compiled the CPU kernels; checks the loss kernel, which every run needs."""
     return is_compiled(score_rows)

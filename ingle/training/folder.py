@@ -75,14 +75,14 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} is not a run folder: it {self._what_it_is()}.",
                 where=str(self.path),
-                fix=self.nearby() or "name the folder that `output:` of the config names",
+                fix=self.nearby() or "use the folder that is set as `output:` in the config",
             )
         return move_paths(run_from_yaml(read_config(self.config), str(self.config)), self.path)
 
     def _what_it_is(self) -> str:
         if not self.path.exists():
             return "does not exist"
-        return "holds no run.yaml" if self.path.is_dir() else "is a file"
+        return "contains no run.yaml" if self.path.is_dir() else "is a file"
 
     def nearby(self) -> str | None:
         """Suggests run folders above this path, below it, or with a similar name."""
@@ -102,18 +102,18 @@ class RunFolder:
         """Returns the state of the run in this folder; ``new`` if there is none.
 
         Raises:
-            ConfigError: The folder contains another run, or files that no run wrote.
+            ConfigError: The folder contains a different run, or files but no run.
         """
         if not self.config.is_file():
-            if self.path.is_dir() and any(not self._is_of_a_beginning(entry.name) for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(not self._is_leftover(entry.name) for entry in self.path.iterdir()):
                 raise ConfigError(
                     f"{self.path} is not empty and contains no run.",
                     where=f"output = {run.output}",
                     fix="use --output=DIR with a new or an empty folder",
                 )
             return "new"
-        if not self._holds_anything(run):
-            return "new"  # it was refused or killed before its first checkpoint
+        if not self._has_progress(run):
+            return "new"  # the run was refused or killed before its first checkpoint
         changed = differences(self.load_run(), run)
         is_finished = self._is_reported()
         if changed:
@@ -132,10 +132,10 @@ class RunFolder:
         return _listed(differences(self.load_run(), run, only=("evaluate", "train")))
 
     def outlook(self, run: Run) -> str:
-        """Returns a sentence about what starting ``run`` here would do.
+        """Returns a sentence that says what starting ``run`` in this folder would do.
 
         Raises:
-            ConfigError: It would be refused.
+            ConfigError: The run would be refused.
         """
         state = self.state(run)
         match state:
@@ -149,12 +149,12 @@ class RunFolder:
             case "new":
                 return f"A new run would start in {self.path}."
 
-    def _holds_anything(self, run: Run) -> bool:
-        """Returns whether there is a result or a checkpoint."""
+    def _has_progress(self, run: Run) -> bool:
+        """Returns whether the folder contains a result or a checkpoint."""
         return self._is_reported() or self.result(run).exists() or any(self.checkpoints.glob("step-*"))
 
     def _is_reported(self) -> bool:
-        """Returns whether there is a complete report; a damaged one is written again."""
+        """Returns whether the folder contains a complete report; a damaged report does not count."""
         try:
             return bool(json.loads(self.report.read_bytes())["status"] == "finished")
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -163,15 +163,15 @@ class RunFolder:
     def begin(self, run: Run) -> None:
         """Creates the folder, removes partial files of a killed process, and writes ``run.yaml``."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self._holds_anything(run):
-            self.base_evaluation.unlink(missing_ok=True)  # it may be of another model
+        if not self._has_progress(run):
+            self.base_evaluation.unlink(missing_ok=True)  # it may belong to another model
         for folder in (self.path, self.adapter):
             remove_partial(folder)
         stored = run if run.paths_from else run.model_copy(update={"paths_from": str(Path.cwd())})
         write_atomically(self.config, run_to_yaml(stored).encode())
 
-    def _is_of_a_beginning(self, name: str) -> bool:
-        """Returns whether a run that was killed before it wrote ``run.yaml`` may have left a file."""
+    def _is_leftover(self, name: str) -> bool:
+        """Returns whether a file may be left from a run that was killed before it wrote ``run.yaml``."""
         return name == "run.lock" or name.startswith(f"{self.config.name}.partial-")
 
     @contextmanager
@@ -233,11 +233,11 @@ def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> lis
     Args:
         old: The run before.
         new: The run now.
-        only: Sections to compare instead, including options that affect no weight.
+        only: If given, compare these sections instead, including options that do not affect the weights.
     """
     before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
-    meant, wanted = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
-    keys = [key for key in (before | after) if meant.get(key) != wanted.get(key)]
+    resolved_old, resolved_new = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
+    keys = [key for key in (before | after) if resolved_old.get(key) != resolved_new.get(key)]
     if only is None:
         keys = [key for key in keys if not _is_in(key, CONTINUABLE)]
     else:
@@ -272,7 +272,7 @@ def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what interrupted writes left behind."""
+    """Removes the files of interrupted writes."""
     for entry in folder.glob("*.partial-*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)

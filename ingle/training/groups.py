@@ -13,8 +13,10 @@ from ingle.training.optim import ParameterGroup
 def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfig) -> list[ParameterGroup]:
     """Groups all trained parameters.
 
-    Biases, norms and embeddings never decay.  LoRA's B learns ``lora_plus_ratio`` times as fast as A
-    (Hayou et al. 2024, "LoRA+", arXiv 2402.12354, equation 4).
+    Weight decay does not apply to biases, norms and embeddings. The learning rate of LoRA's B is ``lora_plus_ratio``
+    times that of A.
+
+    Source: Hayou et al. 2024, "LoRA+" (arXiv 2402.12354), equation 4.
     """
     ratio = adapter.lora_plus_ratio if isinstance(adapter, LowRankAdapter) else 1.0
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

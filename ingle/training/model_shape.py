@@ -17,8 +17,8 @@ from ingle.quant import Formats
 def model_shape(model: Model, trained: Selection, formats: Formats | None = None) -> ModelShape:
     """Counts the shapes of a model before its linear layers are replaced.
 
-    A fused expert parameter ``[experts, out, in]`` counts as that many linear layers, of which ``num_experts_per_tok``
-    lie on the path of a token.
+    A fused expert parameter ``[experts, out, in]`` counts as ``experts`` linear layers, of which each token uses
+    ``num_experts_per_tok``.
 
     Args:
         model: The model; it may be on the meta device.

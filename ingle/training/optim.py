@@ -1,10 +1,10 @@
 """AdamW over float32 master weights.
 
-Trainable parameters may be bfloat16 (full fine-tuning, trained embeddings).  An update is often smaller than the
-spacing of bfloat16 and would be lost, and adding gradients of several micro-batches in bfloat16 would make the result
-depend on how a batch is split.  So every such parameter has a float32 master: gradients are added to the gradient of
-the master as soon as autograd has computed them, the optimizer updates the master, and the parameter is the rounded
-master.  A float32 parameter is its own master.
+Trainable parameters may be bfloat16 (full fine-tuning, trained embeddings). An update is often smaller than the spacing
+of bfloat16 and would be lost, and accumulating gradients in bfloat16 would make the result depend on how a batch is
+split. So every bfloat16 parameter has a float32 master: gradients are added to the gradient of the master as soon as
+autograd has computed them, the optimizer updates the master, and the parameter is the rounded master. A float32
+parameter is its own master.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2;
 Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
@@ -27,7 +27,7 @@ class ParameterGroup:
 
     Attributes:
         parameters: Name in the model and parameter, in the order of the model.
-        lr_ratio: Their learning rate over ``optim.lr``.
+        lr_ratio: Their learning rate divided by ``optim.lr``.
         weight_decay: Their decoupled weight decay.
     """
 

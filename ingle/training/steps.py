@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches in, one exact gradient out."""
+"""One optimizer step: accumulates the gradient over the micro-batches and updates the weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _Number = TypeVar("_Number", float, Tensor)
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The figures of a step, over all ranks.
+    """The results of a step, over all ranks.
 
     Attributes:
         loss: Weighted sum of the means of all terms.
         grad_norm: L2 norm of the gradients before clipping.
         num_tokens: Tokens read.
-        metrics: What the objective adds.
+        metrics: Further metrics of the objective.
     """
 
     loss: float
@@ -42,7 +42,7 @@ def take_step(objective: Objective, optimizer: Optimizer, mesh: Mesh, *, lr: flo
     """Makes one optimizer step.
 
     Raises:
-        NonFiniteError: A loss or gradient is NaN or infinite on any rank; the weights are then as before the step.
+        NonFiniteError: A loss or gradient is NaN or infinite on any rank; the weights are unchanged.
     """
     batches = objective.next_batches()
     sums, counts = compute_gradients(objective, batches, mesh, seed=seed, step=step)
@@ -54,7 +54,7 @@ def take_step(objective: Objective, optimizer: Optimizer, mesh: Mesh, *, lr: flo
             f"A gradient became NaN or infinite at step {step}; the loss of that step was {loss:.4f}.",
             where=f"first in {culprits[0]}" if culprits else "the norm over all gradients",
             why=f"parameters affected: {len(culprits)}",
-            fix="a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
+            fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
         )
     optimizer.step(lr)
     return StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts))
@@ -63,10 +63,10 @@ def take_step(objective: Objective, optimizer: Optimizer, mesh: Mesh, *, lr: flo
 def compute_gradients(
     objective: Objective, batches: Sequence[Batch], mesh: Mesh, *, seed: int, step: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds up the gradients of a step.
+    """Accumulates the gradients of a step.
 
-    The sum of each term is divided by the count of its denominator over the whole step, all micro-batches and ranks,
-    before its backward pass.  So the way a step is cut into micro-batches does not change the gradient.
+    Before the backward pass, the sum of each term is divided by its denominator, counted over all micro-batches and
+    ranks of the step. The gradient therefore does not depend on how the step is split into micro-batches.
 
     Returns:
         The sums and the counts of the step.
@@ -96,7 +96,7 @@ def compute_gradients(
 
 
 def weighted_mean(terms: Sequence[Term], sums: Mapping[str, _Number], counts: Mapping[str, float]) -> _Number:
-    """Adds the means of all terms; a term whose denominator counted nothing has a sum, and a mean, of zero."""
+    """Adds the means of all terms; if the denominator of a term is zero, so are its sum and mean."""
     means = [sums[term.name] / (counts[term.denominator] or 1.0) * term.weight for term in terms]
     total = means[0]
     for mean in means[1:]:
@@ -119,6 +119,6 @@ def _non_finite_loss(module: nn.Module, value: float, step: int, where: str, bat
         why=f"{name.removeprefix('model.')} contains values that are not finite"
         if name
         else "all weights are finite: the values overflowed inside the forward pass",
-        fix="a smaller --optim.lr, a longer --optim.warmup_steps, or --model.dtype=float32; "
+        fix="use a smaller --optim.lr, a longer --optim.warmup_steps, or --model.dtype=float32; "
         "the last checkpoint is intact",
     )

@@ -39,7 +39,7 @@ def test_a_format_is_chosen_and_written(
 def test_mistakes_end_with_a_message(tiny_model: Path, tmp_path: Path, ingle: Ingle) -> None:
     for arguments, words in (
         (("formats", tiny_model), "--data"),
-        (("formats", tiny_model, "--data", tmp_path / "none.jsonl"), "no such file"),
+        (("formats", tiny_model, "--data", tmp_path / "none.jsonl"), "does not exist"),
         (("formats", tiny_model, "--data", "x", "--formats", "q4_km"), "did you mean q4_k_m"),
         (("quantize", tiny_model, "--to", "q4_km", "--out", tmp_path / "m"), "did you mean q4_k_m"),
         (("quantize", tiny_model, "--to", "q4_0"), "--out"),

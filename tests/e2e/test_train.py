@@ -158,7 +158,7 @@ def test_changed_data_is_refused_on_resume(ingle: Ingle, config: Path, tiny_data
     data.write_text("\n".join(rows[1:40]))
     again = ingle("train", config, source)
     assert again.returncode == 2
-    assert "training data changed" in again.stderr
+    assert "training data has changed" in again.stderr
 
 
 @pytest.mark.parametrize(("batch", "warned"), [(4, False), (512, True)])

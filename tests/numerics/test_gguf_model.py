@@ -207,7 +207,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
         load(small.with_name("cut.gguf"))
     with pytest.raises(ModelError, match="There is no file"):
         load(tmp_path / "nowhere.gguf")
-    with pytest.raises(ModelError, match="A GGUF file is a model by itself") as info:
+    with pytest.raises(ModelError, match="A GGUF model must be named by its file") as info:
         folder = tmp_path / "folder"
         folder.mkdir()
         shutil.copy(EMBER / "config.json", folder)
@@ -219,7 +219,7 @@ def test_what_is_missing_or_does_not_fit_is_named(small: Path, tmp_path: Path) -
 def test_a_base_format_must_be_that_of_the_file(small: Path) -> None:
     assert torch.equal(logits(load(small, base=base_section("q8_0"))), logits(load(small)))
     with pytest.raises(
-        ModelError, match=r"holds model.layers.0.self_attn.q_proj in q8_0, but base.format requests nf4"
+        ModelError, match=r"stores model.layers.0.self_attn.q_proj as q8_0, but base.format requests nf4"
     ):
         load(small, base=base_section("nf4"))
 

@@ -1,8 +1,7 @@
-"""Attention over packed documents, registered with transformers under a name of Ingle's.
+"""Attention over packed documents, registered with transformers under the name :data:`IMPLEMENTATION`.
 
-``forward_hidden`` passes the document boundaries down as keyword arguments (transformers' own names), and every
-attention layer that uses transformers' registry calls :func:`attend`.  Without boundaries (generation), the usual mask
-applies.
+``forward_hidden`` passes the document boundaries as keyword arguments with transformers' names, and every attention
+layer that uses transformers' registry calls :func:`attend`. Without boundaries (in generation), the usual mask applies.
 
 Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head size, N packed tokens, D documents.
 """
@@ -41,7 +40,7 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Computes attention within each document, or without boundaries as the mask says.
+    """Computes attention within each document, or according to the mask if there are no boundaries.
 
     The architecture's own attention dropout is not applied: adapters have their own.
 
@@ -50,12 +49,12 @@ def attend(
         query: ``[B, Hq, T, Dh]``.
         key: ``[B, Hkv, S, Dh]``.
         value: ``[B, Hkv, S, Dh]``.
-        attention_mask: ``[B, 1, T, S]`` boolean (true = attend) when generating.
-        scaling: Factor before the softmax; ``Dh ** -0.5`` when None.
+        attention_mask: ``[B, 1, T, S]`` boolean (true = attend) in generation.
+        scaling: Factor before the softmax; ``Dh ** -0.5`` if None.
         dropout: Ignored.
         sliding_window: Tokens of its own document that a query sees, including itself.
         softcap: ``softcap * tanh(score / softcap)`` before the mask.
-        is_causal: Whether a query sees only earlier tokens; the layer's own setting when None.
+        is_causal: Whether a query sees only earlier tokens; the layer's own setting if None.
         cu_seq_lens_q: First token of each document and the end, ``[D + 1]``.
         s_aux: Attention sinks, not supported.
         position_bias: Additive bias, not supported.

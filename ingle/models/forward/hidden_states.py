@@ -1,8 +1,8 @@
 """The two halves of a language model: the decoder up to its last norm, and the output head.
 
-The loss never materialises logits, so it needs the head's weight and not the head's module.  Architectures scale,
-divide or cap their logits; the known ways are read from the config, and :func:`ingle.models.verify` compares the two
-halves with the full model, so that an unknown one is detected.
+The loss never materializes all logits, so it needs the head's weight rather than its module. Architectures scale,
+divide or cap their logits in ways that are read from the config. :func:`ingle.models.verify` compares the two halves
+with the full model, so that an unknown way is detected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Head:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """Returns the output head of a model.  Every call decodes a quantized head, so keep the result while it is needed.
+    """Returns the output head of a model. Every call dequantizes a quantized head, so reuse the result.
 
     Raises:
         ModelError: The head is not a plain linear layer.
@@ -68,7 +68,7 @@ def head(model: PreTrainedModel) -> Head:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Returns the device of the output head, where batches go; unlike :func:`head` it decodes nothing."""
+    """Returns the device of the output head, where batches go; unlike :func:`head`, dequantizes nothing."""
     layer: nn.Module = model.get_output_embeddings()
     return next(layer.parameters()).device
 
@@ -93,10 +93,10 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """:func:`forward_hidden` on the tensors of a batch: ids and positions ``[1, N]``, boundaries ``[D + 1]``."""
+    """Computes :func:`forward_hidden` from ids ``[1, N]``, positions ``[1, N]`` and boundaries ``[D + 1]``."""
     if model.config._attn_implementation == IMPLEMENTATION:
-        # transformers passes a four-dimensional mask through unchanged and builds none.  Attention uses the boundaries
-        # instead and recognises this placeholder if an architecture drops them.
+        # transformers passes a four-dimensional mask through unchanged and builds none. Attention uses the boundaries
+        # instead, and recognizes this placeholder if an architecture drops them.
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         output = model.base_model(
             input_ids=input_ids,
@@ -108,7 +108,7 @@ def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tens
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
-    # Attention of the architecture's own may have a mask as wide as the longest text it supports.
+    # An architecture's own attention may have a mask that is only as wide as the longest text that it supports.
     rows = arrange(cu_seqlens, width=getattr(model.config, "max_position_embeddings", None))
     output = model.base_model(
         input_ids=rows.spread(input_ids),

@@ -21,7 +21,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Returns the stack of equal blocks between embeddings and last norm.
 
     Raises:
-        ModelError: The architecture has none that can be identified.
+        ModelError: The stack cannot be identified.
     """
     layers = find_layers(model)
     if layers is None:
@@ -46,7 +46,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{type(model).__name__} does not support recomputing its layers.",
             where="train.recompute = true",
-            fix="--train.recompute=false and a smaller --train.micro_batch_size",
+            fix="use --train.recompute=false and a smaller --train.micro_batch_size",
         )
     # transformers renamed the method in 5.23, where the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -1,4 +1,4 @@
-"""Arranges packed documents in padded rows, for architectures with attention of their own.
+"""Arranges packed documents in padded rows, for architectures that do not use transformers' attention registry.
 
 Legend: N packed tokens, D documents, R rows, W width of a row.
 """
@@ -35,10 +35,10 @@ class PaddedRows:
         return values_RWH.flatten(0, 1)[self.index_N][None]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """Returns an additive mask ``[R, 1, W, W]`` that is causal within each document and closed elsewhere."""
+        """Returns an additive mask ``[R, 1, W, W]``: causal within each document, closed between documents."""
         width = self.document_RW.shape[1]
         causal_WW = torch.ones(width, width, dtype=torch.bool, device=self.document_RW.device).tril()
-        # Padding attends to padding: a row of the softmax without any open place would give NaN.
+        # Padding attends to padding: a softmax over fully masked scores would give NaN.
         visible = (self.document_RW[:, :, None] == self.document_RW[:, None, :]) & causal_WW
         closed = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return closed.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
@@ -49,7 +49,7 @@ def arrange(cu_seqlens: Tensor, *, width: int | None) -> PaddedRows:
 
     Args:
         cu_seqlens: First token of each document and the end, ``[D + 1]``.
-        width: Maximum width; a single row if None.  A longer document gets a row of its own.
+        width: Maximum width; a single row if None. A longer document gets a row of its own.
     """
     rows: list[list[int]] = [[]]
     for start, stop in itertools.pairwise(cu_seqlens.tolist()):

@@ -1,9 +1,9 @@
-"""Builds probes: copies of models in which effects of the length of a text appear within a few tokens.
+"""Builds probes: copies of models in which effects of the text length appear within a few tokens.
 
-Windows of 4,096 tokens and positions that change beyond 131,072 cannot be tried at every load.  A probe has the same
-architecture and config, with these lengths scaled down.  It shares its weights with the model, so it needs no memory,
-and keeps only as many layers as it takes to have one of every kind.  Effects of the length are exaggerated so that they
-show: rotary positions turn fast and stretch a lot.
+Windows of 4,096 tokens, or positions that change beyond 131,072, cannot be tested at every load. A probe has the same
+architecture and config, with these lengths scaled down. It shares its weights with the model, so it needs no memory,
+and has only enough layers to contain one of every kind. Effects of the length are exaggerated to make errors visible:
+rotary positions turn faster and are stretched more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LONGEST = "max_position_embeddings"
 #: Rope types that are the same for texts of all lengths.
 _FIXED_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
 
-#: Tokens that the smallest length becomes, and how much larger each following length is.
+#: The smallest length in a probe, in tokens, and the difference between successive lengths.
 _FIRST, _STEP = 4, 3
 
 _NUM_IDS = 64
@@ -41,7 +41,7 @@ class Probe:
 
     Attributes:
         model: It shares weights with the original model.
-        lengths: Of documents on both sides of every scaled length.
+        lengths: Lengths of the documents to compare, on both sides of every scaled length.
         num_ids: Size of its vocabulary.
         described: The scaled lengths, in the config and in the probe.
     """

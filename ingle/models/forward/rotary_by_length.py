@@ -1,9 +1,9 @@
-"""Rotary positions whose factors depend on the length of a text: every packed document gets those of its own length.
+"""Rotary positions whose factors depend on the text length, computed for each packed document by its own length.
 
-``longrope`` (Phi-3) uses other factors for every token of a text that is longer than
-``original_max_position_embeddings``; ``dynamic`` stretches them with every token beyond ``max_position_embeddings``.
-transformers chooses by the largest position of a call, and ``dynamic`` keeps its choice for the next call.  With many
-documents in a call the choice must be made for each of them, with a copy of transformers' own module.
+``longrope`` (Phi-3) uses other factors for all tokens of a text that is longer than
+``original_max_position_embeddings``; ``dynamic`` changes them with every token beyond ``max_position_embeddings``.
+transformers chooses the factors by the largest position in a call, and ``dynamic`` keeps them for the next call. With
+several documents in a call, the choice must be made for each document, with a copy of transformers' module.
 
 Legend: B rows, T tokens of a row, D rotated size.
 """
@@ -21,7 +21,7 @@ _LONGROPE = "longrope"
 
 
 class DocumentRotary(nn.Module):
-    """Runs transformers' rotary module ``base`` document by document.
+    """Runs transformers' rotary module ``base`` separately for each document.
 
     Args:
         base: A rotary module with at least one type of positions that depends on the length.
@@ -42,10 +42,10 @@ class DocumentRotary(nn.Module):
         """Returns what ``base`` returns for each document alone.
 
         Args:
-            x: Gives dtype and device of the result.
+            x: Determines dtype and device of the result.
             position_ids: [B, T]; a document begins at position 0 and at the start of a row.
-            args: Further arguments of ``base``: the layer type, where each type has its own positions.
-            kwargs: The same by name.
+            args: Further arguments of ``base``: the layer type, if each type has its own positions.
+            kwargs: Further arguments of ``base`` by name.
 
         Returns:
             As ``base``: cos and sin, [B, T, D] each, or one complex tensor.
@@ -53,7 +53,7 @@ class DocumentRotary(nn.Module):
         kind, limit = _length_rule(self.base, kwargs.get("layer_type", args[0] if args else None))
         if kind is None or position_ids.dim() != 2:
             return self.base(x, position_ids, *args, **kwargs)
-        # All lengths that get the same factors become one length.
+        # Lengths with the same factors are treated as one length.
         longest = document_lengths(position_ids).clamp_min(limit)
         if kind == _LONGROPE:
             longest = longest.clamp_max(limit + 1)
@@ -122,7 +122,7 @@ def rope_sections(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def _depends_on_length(kind: str) -> bool:
-    """The condition of transformers' ``dynamic_rope_update``."""
+    """Returns whether transformers' ``dynamic_rope_update`` changes factors of this type."""
     return "dynamic" in kind or kind == _LONGROPE
 
 

@@ -1,4 +1,4 @@
-"""Verifies a loaded model: packed documents must give what transformers gives for each document alone."""
+"""Verifies a loaded model: packed documents must give the results that transformers gives for each document alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ingle.models.forward.hidden_states import computed_in, forward_packed, head
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.wording import first_line
 
-#: Largest relative difference of a token's logits between the two halves and the full model.  Rounding to bfloat16
+#: Largest relative difference of a token's logits between the two halves and the full model. Rounding to bfloat16
 #: causes about one per cent in two layers and more in eighty; a wrong head or mask causes 100 %.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 #: The same for the hidden states of a probe, which has few layers and almost no embedding.
@@ -30,12 +30,12 @@ _FIX = "choose a model of another architecture"
 def verify(model: PreTrainedModel) -> None:
     """Compares packed documents with single documents, and the two halves of the model with the full model.
 
-    Two short documents go through the full model.  Where the config names lengths at which something changes (windows,
-    chunks, positions), documents on both sides of each length go through a copy of the model in which these lengths are
-    a few tokens: see :mod:`ingle.models.forward.probe`.
+    Two short documents are run through the full model. If the config names lengths at which the computation changes
+    (windows, chunks, positions), documents shorter and longer than each are run through a copy of the model in which
+    these lengths are a few tokens: see :mod:`ingle.models.forward.probe`.
 
     Raises:
-        ModelError: They differ, the full model gives NaN or infinity, or the architecture cannot be compared.
+        ModelError: The results differ, the full model gives NaN or infinity, or the architecture cannot be verified.
     """
     with _evaluating(model):
         _compare_logits(model)
@@ -58,7 +58,7 @@ def _compare_logits(model: PreTrainedModel) -> None:
     ours = output_head.logits(_forward(model, documents, device))[0].float()
     if not torch.isfinite(theirs).all():
         raise _not_finite(model)
-    why = "its head, its positions or its attention do something that Ingle does not know"
+    why = "its head, its positions or its attention are not computed in a way that Ingle supports"
     _require_close(model, ours, theirs, lengths, _TOLERANCE, why)
 
 
@@ -113,7 +113,7 @@ def _require_close(
     worst = max(document.median().item() for document in error.split(lengths))
     if not worst <= tolerances.get(computed_in(model), max(tolerances.values())):
         raise ModelError(
-            f"{type(model).__name__} gives other results for packed documents than for each document alone.",
+            f"{type(model).__name__} gives different results for packed documents than for each document alone.",
             where="model.id",
             why=f"they differ by {worst:.2%}; {why}",
             fix=_FIX,
@@ -135,10 +135,10 @@ def _not_finite(model: PreTrainedModel) -> ModelError:
     ]
     if damaged:
         return ModelError(
-            f"The weight {damaged[0]} holds NaN or infinity.",
+            f"The weight {damaged[0]} contains NaN or infinity.",
             where="model.id",
             why=f"{len(damaged)} weights are affected",
-            fix="fetch the checkpoint again, or choose another",
+            fix="download the checkpoint again, or choose another",
         )
     message = f"{type(model).__name__} computes NaN or infinity, although all its weights are finite."
     if computed_in(model) == torch.float32:

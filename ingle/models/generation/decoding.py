@@ -1,10 +1,10 @@
 """Generates answers: batched decoding with a key-value cache.
 
-Rows are padded on the left, so that all of them grow at the right end; a finished row leaves the batch at once.  Each
-prompt has its own stream of random numbers, so an answer does not depend on the other prompts.
+Rows are padded on the left, so that all of them grow at the right end; a finished row is removed from the batch
+immediately. Each prompt has its own stream of random numbers, so an answer does not depend on the other prompts.
 
-Where a text grows past the length at which ``longrope`` changes its factors, its cached keys are recomputed, as
-transformers does for Phi-3.  ``dynamic`` positions stretch with every token, but cached keys stay as they are, as in
+If a text grows beyond the length at which ``longrope`` changes its factors, its cached keys are recomputed, as
+transformers does for Phi-3. ``dynamic`` positions change with every token, but cached keys are not recomputed, as in
 transformers' ``generate``.
 
 Legend: B rows, T tokens of a prompt, S cached tokens, V vocabulary.
@@ -48,13 +48,13 @@ def generate(
         model: A loaded model, with or without adapters.
         tokenizer: Its tokenizer.
         prompts: Tokens of each prompt.
-        max_new_tokens: Maximum length of an answer.
+        max_new_tokens: Maximum length of an answer, in tokens.
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: Sample from the most likely tokens that together reach this probability.
-        seed: For the sampling; prompt ``i`` uses the random stream ``(seed, i)``.
+        seed: Sampling seed; prompt ``i`` uses the random stream ``(seed, i)``.
         stop: Strings that end an answer.
         batch_size: Prompts answered at once; prompts of similar length go together.
-        on_progress: Called with the number of finished answers and the number of all.
+        on_progress: Called with the number of finished answers and the total.
 
     Returns:
         One answer for each prompt, in order.
@@ -99,7 +99,7 @@ def stream(
 ) -> Generator[str, None, Generation]:
     """Answers one prompt piece by piece; the joined pieces are what :func:`generate` returns.
 
-    Nothing is yielded that a later token may change: an incomplete character, or the beginning of a stop string.
+    Text that a later token may change (an incomplete character, the beginning of a stop string) is held back.
 
     Returns:
         The complete answer, when the generator is exhausted.
@@ -125,7 +125,7 @@ def stream(
 def _check(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], stop: Sequence[str]
 ) -> StopCriteria:
-    """Refuses prompts that cannot be answered, before any is; returns what ends their answers."""
+    """Refuses prompts that cannot be answered, before the first is answered; returns the stop criteria."""
     limit = text_limit(model)
     for number, prompt in enumerate(prompts, 1):
         where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
@@ -135,7 +135,7 @@ def _check(
             raise ModelError(
                 "A prompt is longer than the model's context.",
                 where=where,
-                why=f"it has {len(prompt):,} tokens, and the context holds {limit:,}, including the answer",
+                why=f"it has {len(prompt):,} tokens; the context has room for {limit:,}, including the answer",
                 fix="shorten the prompt",
             )
     refuse_tokens_beyond(model, max((max(prompt) for prompt in prompts), default=0), tokenizer)

@@ -42,7 +42,7 @@ class StopCriteria:
 
     @property
     def window(self) -> int:
-        """Tokens that may hold a stop string: a token is at least a byte, and a character may begin earlier."""
+        """Number of last tokens to search for stop strings: one per byte, and four for a character before them."""
         return 4 + max((len(text.encode()) for text in self.stop), default=0)
 
     def decode(self, ids: list[int]) -> str:
@@ -118,7 +118,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Returns the special token right after an answer in the rendered template, if there is one."""
+    """Returns the special token that directly follows an answer in the rendered template, if there is one."""
     if not tokenizer.chat_template:
         return None
     try:

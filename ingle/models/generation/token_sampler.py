@@ -21,8 +21,8 @@ class TokenSampler:
     Args:
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: Sample from the most likely tokens that together reach this probability.
-        seed: For the sampling.
-        indices: Of the prompts in the rows; the random numbers of each depend on seed and index alone.
+        seed: Sampling seed.
+        indices: Index of the prompt in each row; its random numbers depend only on seed and index.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int, indices: Sequence[int]) -> None:
@@ -31,10 +31,11 @@ class TokenSampler:
         self._rngs = [np.random.default_rng([seed, index]) for index in indices] if temperature > 0 else None
 
     def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
-        """Returns the next token of each row, ``[B]``; each call draws one random number for each row.
+        """Returns the next token of each row, ``[B]``; each call draws one random number per row.
 
         Tokens are sorted by falling probability, and the first whose cumulative probability exceeds the random number
-        is chosen.  The number is scaled to the kept probability, so ``top_p`` needs no renormalising.
+        is chosen. The number is scaled to the total probability of the kept tokens, so ``top_p`` needs no
+        renormalization.
         """
         if self._rngs is None:
             return logits_BV.argmax(-1)

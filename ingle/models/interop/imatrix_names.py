@@ -38,10 +38,10 @@ def save_importance(
 
     Args:
         model: Determines the names of tensors.
-        entries: By the model's names.
-        path: Of the file; replaced if it exists.
-        datasets: Files the text came from.
-        chunk_size: Tokens of a text.
+        entries: Importances by the model's names.
+        path: The file to write; replaced if it exists.
+        datasets: Files that contained the text.
+        chunk_size: Tokens per chunk of the text.
 
     Raises:
         GgufError: The architecture has no names in GGUF.
@@ -66,11 +66,11 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
 
     Args:
         model: With or without weights.
-        path: A GGUF imatrix or an older ``.dat``.
-        sink: Receives a warning of layers that the file does not cover.
+        path: A GGUF imatrix or an older ``.dat`` file.
+        sink: Receives a warning about layers that the file does not cover.
 
     Raises:
-        GgufError: The file is damaged or no importance matrix, or the architecture has no names in GGUF.
+        GgufError: The file is damaged or not an importance matrix, or the architecture has no names in GGUF.
         ModelError: The file belongs to another model.
     """
     from ingle.gguf.imatrix import read_imatrix
@@ -92,15 +92,15 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
                 "The importance matrix belongs to another model.",
                 where=str(path),
                 why=f"{gguf_name} has {entry.mean.shape[-1]} columns in the file and {columns} in the model",
-                fix="compute one for this model: --data FILE",
+                fix="gather one for this model: --data FILE",
             )
         found[parameter] = torch.from_numpy(entry.mean[0].copy())
     if not found:
         raise ModelError(
             "The importance matrix covers none of the model's weights.",
             where=str(path),
-            why=f"it holds {', '.join(list(entries)[:3])}, ...",
-            fix="compute one for this model: --data FILE",
+            why=f"it contains {', '.join(list(entries)[:3])}, ...",
+            fix="gather one for this model: --data FILE",
         )
     if missing:
         sink(Warned(f"The importance matrix does not cover {missing[0]}.", where=str(path), count=len(missing)))

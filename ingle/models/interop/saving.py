@@ -49,14 +49,14 @@ def save_setup(
     untied: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes everything but the weights: config, generation config, tokenizer and chat template.
+    """Writes everything except the weights: config, generation config, tokenizer and chat template.
 
     Args:
         model: May be on the meta device.
         tokenizer: Its tokenizer.
         folder: An existing folder.
-        dtype: Of the weights in the files.
-        untied: The output head has its own weight in the files.
+        dtype: Dtype of the weights in the files.
+        untied: Whether the output head has its own weight in the files.
         quantization: The ``quantization_config`` of quantized weights.
     """
     config = deepcopy(model.config)

@@ -1,1 +1,1 @@
-"""From the files of a model to a model with weights."""
+"""Reads the files of a model, and builds the model with its weights."""

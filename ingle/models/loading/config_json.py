@@ -1,6 +1,6 @@
 """Reads a model's config.json and refuses what cannot be trained, before any weight is read.
 
-Ingle takes every causal language model of transformers whose tokens interact through attention alone.
+Ingle accepts every causal language model of transformers whose tokens interact only through attention.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             )
         if kind is not None:
             raise ModelError(
-                f"The installed transformers does not know the architecture of {model.id}.",
+                f"The installed version of transformers does not support the architecture of {model.id}.",
                 where=str(path),
                 why=f"model_type is {kind!r}",
                 fix="upgrade transformers, or choose another model",
@@ -88,11 +88,11 @@ def read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"{model.id} holds no config.json, so it is not a transformers model.",
+            f"{model.id} contains no config.json, so it is not a transformers model.",
             where=str(folder),
             fix="put the base model into model.id and the adapter folder into adapter.path"
             if (folder / "adapter_config.json").is_file()
-            else "give the folder that holds config.json and the .safetensors files",
+            else "use the folder that contains config.json and the .safetensors files",
         )
     raw = read_object(path)
     refuse_absurd(raw, path)
@@ -100,9 +100,9 @@ def read_json(folder: Path, model: ModelConfig) -> dict[str, Any]:
 
 
 def stored_base(model: ModelConfig) -> BaseConfig:
-    """Returns the base section in which a published checkpoint is quantized, so that users need not name it.
+    """Returns the base section of the format in which a published checkpoint is quantized.
 
-    It is ``none`` for plain weights, and for a GGUF file, where every tensor names its own type.
+    It is ``none`` for unquantized weights, and for a GGUF file, in which every tensor has its own type.
 
     Raises:
         ModelError: There is no such model.
@@ -118,7 +118,10 @@ def stored_base(model: ModelConfig) -> BaseConfig:
 
 
 def bitnet_divides(raw: Mapping[str, Any]) -> bool:
-    """Whether the scales of a quantized BitNet checkpoint divide: true unless ``config.json`` names another layer."""
+    """Returns whether weights of a quantized BitNet checkpoint are divided by their scales rather than multiplied.
+
+    This is so unless ``config.json`` names another layer class than ``bitlinear``.
+    """
     settings = raw.get("quantization_config") or {}
     return str(settings.get("linear_class", "bitlinear")) == "bitlinear"
 
@@ -160,7 +163,7 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         raise ModelError(
             f"The weights of {model.id} are quantized with {quantizer}, which Ingle cannot read.",
             where="model.id",
-            fix="name the model's original weights in model.id and set base.format (nf4, int8)",
+            fix="use the model's original weights in model.id, and set base.format (nf4, int8)",
         )
     kind = config.model_type
     remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})

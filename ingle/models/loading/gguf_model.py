@@ -1,7 +1,7 @@
-"""Opens a GGUF file as a model: it holds config, tokenizer, chat template and weights.
+"""Opens a GGUF file as a model: the file contains config, tokenizer, chat template and weights.
 
-Linear layers keep the file's own bytes in whatever type they have.  So do embedding and head where the architecture has
-plain ones.  No ``config.json`` and no 16-bit weights are needed.
+Linear layers keep the bytes of the file, whatever their types. So do embedding and head, unless the architecture
+modifies them. Neither a ``config.json`` nor 16-bit weights are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ingle.quant.format import PLAIN
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name is the name of a GGUF file."""
+    """Returns whether a model's name is that of a GGUF file."""
     return name.lower().endswith(".gguf")
 
 
@@ -47,7 +47,7 @@ def open_gguf(name: str, *, revision: str | None = None, option: str = "model.id
 
 
 def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Returns the architecture's config, and what its ``config.json`` would hold.
+    """Returns the architecture's config, and what its ``config.json`` would contain.
 
     Raises:
         GgufError: The architecture is not supported, or metadata and tensors describe different models.
@@ -103,15 +103,15 @@ def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
 
 
 def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> Formats | None:
-    """Returns what chooses the format of every linear layer: that of a GGUF file, and else that of the base.
+    """Returns a function that chooses the format of each linear layer: that of a GGUF file, otherwise that of the base.
 
     Args:
-        model: On the meta device.
-        config: Which model.
-        base: The config section; it applies to weights that the file holds as plain numbers.
+        model: The model on the meta device.
+        config: The config section of the model.
+        base: The config section of the base; it applies to weights that a GGUF file stores as plain numbers.
 
     Raises:
-        ModelError: The file holds a weight in another format than the base requests.
+        ModelError: The file stores a weight in another format than the base requests.
         QuantizationError: The base is a mix without rules for the architecture.
     """
     if not is_gguf(config.id):
@@ -121,11 +121,11 @@ def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> F
 
 
 def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) -> None:
-    """Replaces the linear layers of a model on the meta device by quantized ones, as :func:`choose_formats` says.
+    """Replaces the linear layers of a model on the meta device by quantized ones in the :func:`choose_formats` formats.
 
     Raises:
-        ModelError: The file holds a weight in another format than the base requests.
-        QuantizationError: The model holds weights that cannot be quantized.
+        ModelError: The file stores a weight in another format than the base requests.
+        QuantizationError: The model has weights that cannot be quantized.
     """
     if not is_gguf(config.id):
         quant.convert(model, base)
@@ -144,7 +144,7 @@ def _choose(model: nn.Module, file: GgufFile, own: Formats, base: BaseConfig) ->
         requested = None if wanted is None else wanted(name, out_features, in_features)
         if found is not None and requested is not None and requested.name != found.name:
             raise ModelError(
-                f"{file.path.name} holds {name} in {found.name}, but base.format requests {requested.name}.",
+                f"{file.path.name} stores {name} as {found.name}, but base.format requests {requested.name}.",
                 where=f"base.format = {base.format}",
                 why="a GGUF base keeps the bytes of its file",
                 fix="--base.format=none",
@@ -155,7 +155,7 @@ def _choose(model: nn.Module, file: GgufFile, own: Formats, base: BaseConfig) ->
 
 
 def _own_formats(file: GgufFile) -> Formats:
-    """Returns what finds the format in which the file holds a module's weight; None for plain numbers."""
+    """Returns a function that finds the format of a module's weight in the file; None for plain numbers."""
     names = names_of(file.metadata)
     make = GgufFormats()
 

@@ -17,13 +17,13 @@ from ingle.quant.format import PLAIN
 
 @dataclass(frozen=True, slots=True)
 class GgufWeight:
-    """One tensor that is one parameter.
+    """One tensor of a GGUF file that is one parameter.
 
     Attributes:
         target: Name of the parameter.
-        tensor: Where it is.
-        order: Which row of the parameter each row of the tensor is; None if rows stay in place.
-        offset: What the file has added to the values.
+        tensor: Its tensor in the file.
+        order: The row of the parameter that each row of the tensor becomes; None if the order is the same.
+        offset: Constant that the file adds to the values.
     """
 
     target: str
@@ -35,8 +35,8 @@ class GgufWeight:
         """Reads the bytes of some rows, uint8 ``[rows, bytes of a row]``, in the parameter's order.
 
         Args:
-            rows: Of the parameter; all if None.  Where the file has them in another order, it is read from the first
-                to the last of them.
+            rows: Rows of the parameter; all if None. If the file has another order, it is read from the first to the
+                last of these rows.
         """
         places = np.arange(self.tensor.shape[0]) if self.order is None else np.argsort(self.order)
         if rows is not None:
@@ -52,7 +52,7 @@ class GgufWeight:
         return data if self.order is None else data[torch.from_numpy(places - start)]
 
     def value(self, dtype: torch.dtype, rows: range | None = None) -> Tensor:
-        """Returns the parameter's value, or that of some rows; quantized tensors are decoded.
+        """Returns the parameter's value, or that of some rows; dequantizes quantized tensors.
 
         Raises:
             GgufError: The tensor has a type that is not supported.

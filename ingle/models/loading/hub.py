@@ -38,7 +38,7 @@ Part = Literal["small", "weights"]
 def locate(
     name: str, *, revision: str | None = None, part: Part = "small", code: bool = False, option: str = "model.id"
 ) -> Path:
-    """Returns the folder that holds the files of a model.
+    """Returns the folder that contains the files of a model.
 
     Args:
         name: A local folder or a hub id.
@@ -56,7 +56,7 @@ def locate(
         raise ModelError(
             f"{name} is a run folder, not a model.",
             where=option,
-            fix=f"`ingle export {name} --to safetensors --out FOLDER` makes a model of it",
+            fix=f"`ingle export {name} --to safetensors --out FOLDER` writes its model to a folder",
         )
     if folder.is_dir():
         return folder
@@ -64,7 +64,7 @@ def locate(
         raise ModelError(
             f"{name} is a file; a model is a folder or a hub id.",
             where=option,
-            fix="give the folder that holds config.json and the .safetensors files",
+            fix="use the folder that contains config.json and the .safetensors files",
         )
     if not _HUB_ID.match(name):
         raise ModelError(f"There is no folder {name}.", where=option, fix=_suggest(name))
@@ -89,7 +89,7 @@ def locate_file(name: str, *, revision: str | None = None, option: str = "model.
     pattern = re.sub(r"-\d{5}-of-(\d{5})\.", r"-*-of-\1.", match["file"])
     found = _fetch(match["repository"], revision, [pattern], None, option) / match["file"]
     if not found.is_file():
-        raise ModelError(f"The hub's {match['repository']} holds no file {match['file']}.", where=option)
+        raise ModelError(f"{match['repository']} on the hub contains no file {match['file']}.", where=option)
     return found
 
 

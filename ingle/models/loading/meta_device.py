@@ -1,4 +1,4 @@
-"""Builds models on the meta device: every module, no memory."""
+"""Builds models on the meta device: all modules, without memory for weights."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def meta_model(model: ModelConfig, device: torch.device | str, dtype: torch.dtyp
     """Builds a model on the meta device.
 
     Args:
-        model: Which model.
-        device: Where it will compute.
-        dtype: Its compute dtype; parameters that the architecture keeps in float32 stay so.
+        model: The config section of the model.
+        device: The device on which it will compute.
+        dtype: Its compute dtype; parameters that the architecture keeps in float32 stay in float32.
 
     Raises:
         ModelError: The architecture is unknown, not a causal language model, or not supported.
@@ -66,16 +66,16 @@ def meta_model(model: ModelConfig, device: torch.device | str, dtype: torch.dtyp
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a model on the meta device from a config, with Ingle's attention where the architecture allows it.
+    """Builds a model on the meta device from a config, with Ingle's attention if the architecture allows it.
 
-    The architecture's own dropouts are zero: adapters have their own.
+    The architecture's own dropouts are set to zero, because adapters have their own.
     """
     config = copy.deepcopy(config)
     dropouts = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
     for name in dropouts:
         setattr(config, name, 0.0)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # Ingle quantizes by itself, and saved models are not in that format
+        del config.quantization_config  # Ingle does its own quantization, and saved models are not in that format
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -91,16 +91,16 @@ def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bo
 
 
 def compute_rest(architecture: PreTrainedModel, device: torch.device, names: Collection[str], *, seed: int = 0) -> None:
-    """Computes, in place, what no file holds: rotary frequencies, masks, and parameters that may be missing.
+    """Computes, in place, values that no file contains: rotary frequencies, masks, and parameters that may be missing.
 
-    The architecture's own code initialises them.  All other parameters stay on the meta device and are marked as
-    initialised.
+    The architecture's own code initializes them. All other parameters stay on the meta device and are marked as
+    initialized.
 
     Args:
         architecture: A model on the meta device.
-        device: Where the values go.
+        device: Device of the values.
         names: Parameters and buffers to compute.
-        seed: For what is drawn at random.
+        seed: Seed of random values.
     """
     for parameter in architecture.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def _use_plain_linears(model: PreTrainedModel) -> None:
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keeps the parameters in float32 that ``from_pretrained`` keeps so for this architecture."""
+    """Keeps the parameters in float32 that ``from_pretrained`` keeps in float32 for this architecture."""
     patterns = model._keep_in_fp32_modules_strict if dtype == torch.bfloat16 else None
     if not patterns:
         return
@@ -153,4 +153,4 @@ def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
     kinds += [name for module in model.modules() if _STATEFUL.search(name := type(module).__name__)]
     if kinds or getattr(model, "_is_stateful", False):
         kind = kinds[0] if kinds else "state"
-        raise untrainable(config, f"it carries state from token to token ({kind}), which would mix packed documents")
+        raise untrainable(config, f"it passes state from token to token ({kind}), which would mix packed documents")

@@ -1,7 +1,7 @@
-"""Decides which tensors on disk become which parameters, from their names alone.
+"""Decides which tensors on disk become which parameters, only from their names.
 
-The names on disk are the hub's.  transformers renames, fuses and splits tensors while it loads.  This module applies
-its conversion mapping to the names; nothing is read yet.
+The names on disk are the hub's. transformers renames, fuses and splits tensors while it loads. This module applies its
+conversion mapping to the names, without reading any tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HQQ_PARTS = (
     *("view_as_float", "quant_scale", "quant_zero", "offload_meta", "channel_wise", "optimize", "round_zero"),
     *("encoded_state_dict", "stores_quant_config"),
 )
-#: The keys of what takes the place of the plain weight.
+#: The keys of quantized codes, which replace the plain weight.
 _CODES = ("weight", _HQQ_CODES)
 #: The keys that bitsandbytes and transformers' BitNet store with a quantized weight.
 _QUANTIZED_PART = re.compile(
@@ -85,7 +85,7 @@ class QuantizedWeight:
     Attributes:
         target: The parameter.
         parts: By their keys, without the layer's name.
-        divides: Whether BitNet's scale divides.
+        divides: Whether the weight is divided by BitNet's scale rather than multiplied.
     """
 
     target: str
@@ -119,7 +119,7 @@ def plan_reading(
     Args:
         architecture: The unmodified architecture on the meta device.
         stored: The checkpoint.
-        bitnet_divides: Whether the scales of quantized BitNet weights divide.
+        bitnet_divides: As :func:`~ingle.models.loading.config_json.bitnet_divides` returns.
 
     Raises:
         ModelError: Two tensors are the same parameter, or a quantized one would have to be fused.
@@ -153,7 +153,7 @@ def plan_reading(
             sources.setdefault(name, {}).setdefault(pattern, []).append(stored[key])
             groups.setdefault(name, Converted(name, mapping.converter(pattern)))
         elif name in groups:
-            raise ModelError(f"Two tensors in the files are {name}; one is {key}.", where=str(stored[key].path))
+            raise ModelError(f"The files contain two tensors for {name}; one is {key}.", where=str(stored[key].path))
         elif weight in quantized:
             groups[name] = QuantizedWeight(name, quantized[weight], bitnet_divides)
         else:
@@ -207,7 +207,7 @@ def _stacked(group: Converted, found: dict[str, list[StoredTensor]]) -> Experts 
 
 
 def _deferred(group: Converted, found: dict[str, list[StoredTensor]]) -> Converted:
-    """Adds the tensors to the conversion unread: it calls what is not a tensor yet when it needs it."""
+    """Adds functions that read the tensors to the conversion, which calls them when it needs the values."""
     for pattern, tensors in found.items():
         for entry in tensors:
             group.transform.add_tensor(group.target, pattern, pattern, entry.read)  # type: ignore[arg-type]

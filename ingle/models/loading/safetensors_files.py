@@ -1,7 +1,7 @@
-"""Reads safetensors files: which tensor is stored in which file, at which byte.
+"""Reads safetensors files: their index, and single tensors.
 
-Tensors are read with plain file reads straight into their own memory, not through a memory map.  A map keeps every page
-it has touched resident, so a model would be in memory twice while it loads.
+Tensors are read with ordinary file reads directly into their own memory, not through a memory map, which keeps every
+touched page resident: a model would be in memory twice while it loads.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors#format.
 """
@@ -43,7 +43,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 
-_DAMAGED = "fetch or copy the file again; it is damaged or incomplete"
+_DAMAGED = "download or copy the file again; it is damaged or incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def refuse_larger(num_weights: int, folder: Path) -> None:
         return
     read_index(folder)  # a truncated file is the more likely cause
     raise ModelError(
-        f"config.json describes {count(num_weights)} weights, but the files hold only {count(num_bytes)} bytes.",
+        f"config.json describes {count(num_weights)} weights, but the files have only {count(num_bytes)} bytes.",
         where=str(folder / "config.json"),
         why="a size in it (vocab_size, hidden_size, intermediate_size, number of layers or experts) is too large",
         fix=COMPARE_CONFIG,
@@ -157,7 +157,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
     absent = sorted(weight_map.keys() - tensors.keys())
     if absent:
         raise ModelError(
-            f"{len(absent)} weights listed in {index.name} are in no file: {some(absent)}.",
+            f"{len(absent)} weights listed in {index.name} are missing from the files: {some(absent)}.",
             where=str(folder / weight_map[absent[0]]),
             fix=_DAMAGED,
         )
@@ -190,7 +190,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
     if unknown:
-        raise ModelError(f"{path.name} holds tensors of type {unknown[0]}, which is not supported.", where=str(path))
+        raise ModelError(f"{path.name} contains tensors of type {unknown[0]}, which is not supported.", where=str(path))
     return {
         key: StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for key, entry in header.items()
@@ -211,13 +211,15 @@ def _no_weights(folder: Path, found: list[Path]) -> ModelError:
         message = "The weights are Python pickles, which can run code when they are read. Ingle reads safetensors only."
         fix = "convert them in a safe place: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
     elif (folder / "adapter_config.json").is_file():
-        message = "The folder holds an adapter, not a model."
-        fix = "put the base model into model.id and this folder into adapter.path"
+        message = "The folder contains an adapter, not a model."
+        fix = "set model.id to the base model and adapter.path to this folder"
     elif any(folder.glob("*.gguf")):
-        message, fix = "A GGUF file is a model by itself.", f"--model.id={min(folder.glob('*.gguf'))}"
+        message = "A GGUF model must be named by its file, not by its folder."
+        fix = f"--model.id={min(folder.glob('*.gguf'))}"
     elif found:
-        message, fix = f"The folder holds {len(found)} weight files but no {INDEX_NAME}.", f"fetch {INDEX_NAME} too"
+        message = f"The folder contains {len(found)} weight files but no {INDEX_NAME}."
+        fix = f"download {INDEX_NAME} too"
     else:
-        message = f"The folder holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}."
-        fix = "fetch the .safetensors files, or set model.init=random to start from random weights"
+        message = f"The folder contains no weights: neither {SINGLE_NAME} nor {INDEX_NAME}."
+        fix = "download the .safetensors files, or set model.init=random to start from random weights"
     return ModelError(message, where=str(folder), fix=fix)

@@ -1,7 +1,7 @@
 """Maps names of the architecture to places in a model.
 
-The model may hold a quantized module where the architecture has a linear layer, an embedding or a stack of experts, and
-an adapter may wrap any of them.  Only this file knows how the two correspond.
+The model may have a quantized module where the architecture has a linear layer, an embedding or a stack of experts, and
+an adapter may wrap any of them. Only this module knows how the two correspond.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.quant.linear import QuantModule
 
-#: Selects the rows of a parameter to load, from its name, its number of rows and its row group.  Rows are the output
-#: rows of a quantized weight, the experts of a stack, and otherwise the first dimension.  Both bounds must be multiples
+#: Selects the rows of a parameter to load, from its name, its number of rows and its row group. Rows are the output
+#: rows of a quantized weight, the experts of a stack, and otherwise the first dimension. Both bounds must be multiples
 #: of the row group, or the end.
 RowSelector = Callable[[str, int, int], range]
 
@@ -29,7 +29,7 @@ class Slot:
         name: Its name in the architecture.
         wanted: The architecture's tensor on the meta device.
         owner: The module that owns the name.
-        quantized: The module that holds it quantized: the owner, or the owner's child for a stack of experts.
+        quantized: The module that stores it quantized: the owner, or the owner's child for a stack of experts.
         rows: The rows to load; all if None.
     """
 
@@ -46,16 +46,16 @@ class Slot:
 
     @property
     def is_buffer(self) -> bool:
-        """Whether the owner has a buffer of this name."""
+        """Whether the name is that of a buffer of the owner."""
         return self.leaf in self.owner._buffers
 
     @property
     def matrix(self) -> QuantModule | None:
-        """The quantized module, if it holds a single matrix and not a stack."""
+        """The quantized module if it stores a single matrix; None for a stack."""
         return self.quantized if self.quantized is not None and self.quantized.num_stacked is None else None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the parameters that hold the value, by their key in the module; none for a buffer."""
+        """Returns the parameters that store the value, by their key in the module; empty for a buffer."""
         if self.quantized is not None:
             return {key: self.quantized.get_parameter(key) for key in self.quantized.specs}
         parameter = self.owner._parameters.get(self.leaf)
@@ -72,7 +72,7 @@ class Slot:
         return rows
 
     def encodes_by_row(self) -> bool:
-        """Whether some rows of the stored tensor are enough to encode the same rows."""
+        """Returns whether some rows can be encoded without the other rows of the stored tensor."""
         if (matrix := self.matrix) is None:
             return True
         by_row = all(spec.shape[0] == matrix.out_features for spec in matrix.specs.values())
@@ -89,7 +89,7 @@ class Slot:
         return value[self.rows.start * size // num_rows : self.rows.stop * size // num_rows]
 
     def require_shape(self, have: tuple[int, ...], want: tuple[int, ...] | None = None, part: str = "") -> None:
-        """Refuses a value of another shape than the architecture's, or another one that is given.
+        """Refuses a value whose shape is not ``want``, by default the architecture's.
 
         Raises:
             ModelError: It names both shapes.
@@ -97,7 +97,7 @@ class Slot:
         want = tuple(self.wanted.shape if want is None else want)
         if tuple(have) != want:
             raise ModelError(
-                f"The weight {self.name}{part} has another shape than the model.",
+                f"The weight {self.name}{part} does not have the shape that the model needs.",
                 where=self.name,
                 why=f"{tuple(have)} in the file, {want} in the architecture",
                 fix="check that the files belong to this config.json",

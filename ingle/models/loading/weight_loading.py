@@ -52,10 +52,10 @@ def load_model(
     """Loads and verifies a model, in evaluation mode.
 
     Args:
-        model: Which model.
-        base: The format of its weights; the compute dtype if None.
-        device: Where it goes.
-        seed: For random weights (``init: random``).
+        model: The config section of the model.
+        base: The format of its weights; unquantized if None.
+        device: Device of the model.
+        seed: Seed of random weights (``init: random``).
         sink: Receives progress and warnings.
 
     Raises:
@@ -81,20 +81,20 @@ def load_weights(
     sink: Sink | None = None,
     rows: RowSelector | None = None,
 ) -> None:
-    """Gives every parameter and buffer of a model on the meta device its memory and value.
+    """Allocates every parameter and buffer of a model on the meta device, and reads or computes its value.
 
-    Modules may be quantized, and adapters may wrap them.  What adapters add gets memory on the device and keeps
-    ``requires_grad``, but stays uninitialised.  Call :func:`ingle.models.verify` afterwards.
+    Modules may be quantized, and adapters may wrap them. Parameters of adapters are allocated and keep
+    ``requires_grad``, but stay uninitialized. Call :func:`ingle.models.verify` afterwards.
 
     Args:
-        model: On the meta device.
-        config: Which weights.
-        device: Where they go.
+        model: The model on the meta device.
+        config: The config section of the model.
+        device: Device of the weights.
         dtype: Compute dtype.
-        seed: For random weights (``init: random``), which need the whole model in float32 as well.
-        sink: Receives progress, and warnings of weights that are not used.
-        rows: Which rows of each parameter to load, for a rank that holds a shard; all if None.  Only these rows are
-            read wherever the files hold them as plain numbers or GGUF blocks, and the format encodes them one by one.
+        seed: Seed of random weights (``init: random``), which temporarily need the whole model in float32 as well.
+        sink: Receives progress, and warnings about unused weights.
+        rows: Selects the rows of each parameter to load, for a rank that stores a shard; all if None. Other rows are
+            not read if the files store plain numbers or GGUF blocks, and the format encodes rows independently.
 
     Raises:
         ModelError: A file is missing or damaged, or a weight is missing or has another shape.
@@ -186,7 +186,7 @@ def _refuse_missing(
     unused = some(plan.unexpected)
     if missing:
         raise ModelError(
-            f"{len(missing)} weights of the model are not in its files: {some(missing)}.",
+            f"{len(missing)} weights of the model are missing from its files: {some(missing)}.",
             where=str(folder),
             why=f"{len(plan.unexpected)} weights in the files belong to no parameter: {unused}",
             fix="check that the files belong to this config.json",
@@ -196,7 +196,7 @@ def _refuse_missing(
 
 
 def _fill_random(writer: WeightWriter, architecture: PreTrainedModel, seed: int) -> None:
-    """Initialises as the architecture does, in float32 on the CPU, so that every device gets the same weights."""
+    """Initializes as the architecture does, in float32 on the CPU, so that every device gets the same weights."""
     with seeded(seed):
         source = type(architecture)(deepcopy(architecture.config)).float()
     values = source.state_dict()
@@ -205,7 +205,7 @@ def _fill_random(writer: WeightWriter, architecture: PreTrainedModel, seed: int)
 
 
 def _read_generation_config(model: PreTrainedModel, config: ModelConfig, *, part: Part) -> Path:
-    """Sets the model's generation config from its files; returns the folder or file they are in."""
+    """Sets the model's generation config from its files; returns their folder, or the GGUF file."""
     if is_gguf(config.id):
         file = open_gguf(config.id, revision=config.revision)
         model.generation_config = read_gguf_generation_config(file)

@@ -1,4 +1,4 @@
-"""Streams a model's weights: each is loaded in the base format of a run, handed out and freed.
+"""Streams a model's weights: each is loaded in the base format of a run, yielded, and freed.
 
 Export reads a model this way, so that only one parameter is in memory.
 """
@@ -46,7 +46,7 @@ class WeightEntry:
 
     Attributes:
         name: Its name in the model.
-        pieces: The tensors on disk it is made of; for fused experts those of all experts in order.
+        pieces: The tensors on disk that form it; for fused experts, those of all experts in order.
     """
 
     name: str
@@ -88,13 +88,13 @@ class WeightStream:
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[nn.Module]:
-        """Yields the module that holds a parameter, loaded while the block runs."""
+        """Yields the module of a parameter, which is loaded while the block runs."""
         with self._writer.allocated(name) as module:
             read_group(self._groups[name], self._writer, self._architecture, self._folder)
             yield module
 
     def holder(self, name: str) -> nn.Module:
-        """Returns the module that holds a parameter, without memory: the quantized one, or its owner."""
+        """Returns the module of a parameter, without allocating it: the quantized one, or its owner."""
         return self._writer.holder(name)
 
     def _pieces(self, group: Group) -> tuple[TensorPiece, ...]:

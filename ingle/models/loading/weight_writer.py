@@ -1,8 +1,8 @@
 """Writes weights into a model: converts or quantizes each value and copies it to its place.
 
-All memory of the model is allocated before the first weight is read.  Temporary buffers (a tensor as it is stored, the
-encoder's intermediate results) then reuse the same free blocks.  Allocated in turn, the two would fragment memory and
-the process would grow to twice the model.
+All memory of the model is allocated before the first weight is read. Temporary buffers (a stored tensor, the encoder's
+intermediate results) then reuse the same free blocks. Alternating the two kinds of allocations would fragment memory,
+and the process would grow to twice the size of the model.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class WeightWriter:
 
     Args:
         model: Some of its modules may be quantized or wrapped by adapters.
-        architecture: The unmodified architecture on the meta device; it gives names, shapes and dtypes.
-        device: Where tensors go.
+        architecture: The unmodified architecture on the meta device; defines names, shapes and dtypes.
+        device: Device of the weights.
         sink: Receives warnings.
-        rows: Which rows of each parameter to load; all if None.
-        allocate: Allocate memory for everything on the meta device.  Otherwise each weight needs :meth:`allocated`.
+        rows: Selects the rows of each parameter to load; all if None.
+        allocate: Allocate all parameters now. Otherwise each weight needs :meth:`allocated`.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class WeightWriter:
             self._allocate()
 
     def holder(self, name: str) -> nn.Module:
-        """Returns the module that holds a parameter: the quantized one, or the one that owns it."""
+        """Returns the module of a parameter: the quantized one, or its owner."""
         slot = self._slots[name]
         return slot.quantized or slot.owner
 
@@ -85,9 +85,9 @@ class WeightWriter:
 
     @torch.no_grad()
     def read(self, name: str, stored: StoredTensor) -> None:
-        """Reads one tensor from its file, straight into its place where dtype and device allow.
+        """Reads one tensor from its file, directly into its parameter if dtype and device allow.
 
-        Only the selected rows are read, unless the format encodes the matrix as one.
+        Only the selected rows are read, unless the format can encode only the whole matrix.
         """
         slot = self._slots[name]
         slot.require_shape(stored.shape)
@@ -119,7 +119,7 @@ class WeightWriter:
 
     @torch.no_grad()
     def put_experts(self, name: str, num_experts: int, read: Callable[[int], Tensor]) -> None:
-        """Sets a stacked parameter, one selected expert after the other.
+        """Sets a stacked parameter, one selected expert at a time.
 
         Args:
             name: The parameter, ``[experts, rows, columns]``.
@@ -127,7 +127,7 @@ class WeightWriter:
             read: Returns the matrix of an expert.
 
         Raises:
-            ModelError: The number of experts or the shape of a matrix is another.
+            ModelError: The number of experts or the shape of a matrix differs from the model's.
             QuantizationError: A matrix cannot be quantized.
         """
         slot = self._slots[name]
@@ -148,10 +148,10 @@ class WeightWriter:
         Args:
             name: The weight, ``...q_proj.weight``.
             tensors: By their keys without the layer's name.
-            divides: Whether BitNet's scale divides.
+            divides: Whether BitNet weights are divided by their scale rather than multiplied.
 
         Raises:
-            ModelError: The model holds this weight in another format.
+            ModelError: The model needs this weight in another format.
             QuantizationError: The tensors are inconsistent.
         """
         if "weight_scale" in tensors:
@@ -175,7 +175,7 @@ class WeightWriter:
 
     @torch.no_grad()
     def put_gguf(self, weight: GgufWeight) -> None:
-        """Sets a parameter from a GGUF file: copies its bytes where the formats match, and else decodes them.
+        """Sets a parameter from a GGUF file: copies the bytes if the formats match, otherwise dequantizes them.
 
         Raises:
             ModelError: The tensor has another shape, or a type that is not supported.
@@ -231,11 +231,11 @@ class WeightWriter:
             target.copy_(plane)
 
     def _untie(self, slot: Slot, value: Tensor, shared: nn.Parameter) -> nn.Parameter:
-        """Returns the place of a value whose tied partner is already set: the same one if both values agree."""
+        """Returns the parameter for a value whose tied partner is already set: the shared one if both values agree."""
         if torch.equal(shared, value.to(shared)):
             return shared
         if self._sink is not None:
-            message = f"{slot.name} should be tied to another weight, but the files hold two different values."
+            message = f"{slot.name} should be tied to another weight, but the files contain two different values."
             self._sink(Warned(message))
         self._model.all_tied_weights_keys.clear()
         self._model.config.tie_word_embeddings = False
@@ -249,7 +249,7 @@ class WeightWriter:
     def _allocate(self) -> None:
         """Allocates everything on the meta device, shared parameters once.
 
-        What the architecture does not have, such as an adapter's parameters, stays uninitialised.
+        Parameters that the architecture does not have, such as an adapter's, stay uninitialized.
         """
         slots = {id(parameter): slot for slot in self._slots.values() for parameter in slot.parameters().values()}
         buffers = {id(slot.owner._buffers[slot.leaf]) for slot in self._slots.values() if slot.is_buffer}

@@ -162,7 +162,7 @@ def test_answers_that_grow_past_the_switch_are_those_of_transformers(made, mixed
 def test_positions_chosen_by_the_longest_document_are_detected(made, monkeypatch) -> None:
     ours, _ = made
     monkeypatch.setattr(meta_device, "rotate_by_document", lambda model: None)
-    with pytest.raises(ModelError, match="other results for packed documents") as error:
+    with pytest.raises(ModelError, match="different results for packed documents") as error:
         models.verify(ours)
     assert f"max_position_embeddings of {SWITCH}" in str(error.value.why)
 
@@ -172,6 +172,6 @@ def test_a_lost_window_is_detected(made, monkeypatch) -> None:
     """Both windows are wider than the documents that went through the full model."""
     ours, _ = made
     monkeypatch.setattr(attention, "_window", lambda module, passed: None)
-    with pytest.raises(ModelError, match="other results for packed documents") as error:
+    with pytest.raises(ModelError, match="different results for packed documents") as error:
         models.verify(ours)
     assert "sliding_window" in str(error.value.why)

@@ -213,7 +213,7 @@ def test_a_flag_without_value_means_true_only_for_true_or_false(folder: Path) ->
         ("--data.sources.0=null", "data.sources.0 must be a section, not null.", "--data.sources.0.path=VALUE"),
         ("--optim.betas=[0.1]", "optim.betas must be a list of 2", None),
         ("--optim.betas=[0.1, 0.2, 0.3]", "optim.betas must be a list of 2", None),
-        ("--model.id.x=1", "model.id has no parts.", None),
+        ("--model.id.x=1", "model.id is not a section or a list.", None),
         ("--train.compile=maybe", "train.compile must be auto, true or false, not maybe.", None),
         ("--evaluate.seed=1", "evaluate.sources must be given.", "add it to the file, or use --evaluate.sources=VALUE"),
         ("--train={num_steps: [}", "This is not valid YAML.", None),

@@ -48,8 +48,8 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "only-clm-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=clm"]),
     "output-is-not-the-model": (["--output=x/../m"], ["--output=m/run"]),
     "output-is-a-folder": (["--output=file/run"], ["--output=here"]),
-    "output-holds-no-start": (["--adapter.path=o/adapter"], ["--adapter.path=p/adapter"]),
-    "one-way-of-training": (
+    "output-is-not-the-adapter": (["--adapter.path=o/adapter"], ["--adapter.path=p/adapter"]),
+    "trained-or-adapted": (
         ["--adapter.target_modules=[lm_head, q_proj]", "--adapter.trainable_modules=lm_head"],
         ["--adapter.target_modules=q_proj", "--adapter.trainable_modules=lm_head"],
     ),
@@ -75,7 +75,7 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         [TASK, "--evaluate.top_p=.9"],
         [TASK, "--evaluate.top_p=.9", "--evaluate.temperature=1"],
     ),
-    "stop-says-something": ([TASK, "--evaluate.stop=['']"], [TASK, "--evaluate.stop=['#']"]),
+    "stop-is-not-empty": ([TASK, "--evaluate.stop=['']"], [TASK, "--evaluate.stop=['#']"]),
 }
 
 

@@ -220,7 +220,7 @@ def test_private_characters_in_a_message_are_no_control_tokens(tokenizer_factory
 
 def test_a_tokenizer_whose_tokens_cannot_be_renamed_is_an_error(tokenizer, monkeypatch):
     monkeypatch.setattr("ingle.data.backend._rename", lambda spec, renamed: spec)
-    with pytest.raises(DataError, match="cannot be renamed"):
+    with pytest.raises(DataError, match="cannot be read as text with this tokenizer"):
         encode(tokenizer, chat("what <|im_end|> now", "four"))
 
 
@@ -242,7 +242,7 @@ def test_rows_are_counted_and_plain_text_is_left_alone(tokenizer_factory, tmp_pa
     assert [(r.reason, r.count, r.first) for r in stats.control_tokens] == [("<|im_end|>", 2, f"{file}:2")]
     told = {event.message.split(" (")[0]: event.count for event in found if hasattr(event, "count")}
     assert told["Control tokens inside messages are read as text"] == 2
-    assert told["An answer ends in an end-of-turn token, which is removed: the template adds one."] == 2
+    assert told["An answer ends in an end-of-turn token, which is removed because the template adds one."] == 2
     text = Example("f:1", text="one</s>two")
     (encoded,) = TextEncoder(tokenizer).encode([make_document(text, tokenizer, train_on="all", system=None)])
     assert encoded.ids.tolist().count(tokenizer.eos_token_id) == 2

@@ -101,7 +101,7 @@ def test_truncation_is_counted_and_a_lost_end_of_turn_too(tmp_path, tokenizer):
     assert (dropped.count, dropped.first) == (1, f"{tmp_path / 'a.jsonl'}:3")
     assert "max_seq_len = 48" in dropped.reason
     messages = [warning.message for warning in sink.warnings()]
-    assert any("cut to data.max_seq_len" in message for message in messages)
+    assert any("truncated to data.max_seq_len" in message for message in messages)
     assert any("end-of-turn" in message for message in messages)
     assert any("skipped" in message for message in messages)
 

@@ -171,7 +171,7 @@ def test_a_slow_tokenizer_is_refused():
         eos_token_id = bos_token_id = None
         all_special_ids = ()
 
-    with pytest.raises(DataError, match="characters of a token"):
+    with pytest.raises(DataError, match="which characters a token covers"):
         TextEncoder(Slow())
 
 

@@ -168,7 +168,7 @@ def test_a_column_that_is_not_there_names_those_that_are(tmp_path):
         ({"prompt": "a"}, "prompt"),
         ({"messages": []}, "messages must be a list such as"),
         ({"messages": "hello"}, "messages must be a list such as"),
-        ({"prompt;completion": "a;b"}, "perhaps by ';'"),
+        ({"prompt;completion": "a;b"}, "not by ';'"),
     ],
 )
 def test_rows_of_no_known_layout_name_their_columns(row, why):

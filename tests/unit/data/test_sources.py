@@ -222,7 +222,7 @@ def test_a_missing_file_names_what_is_there(tmp_path):
         ("dat/train.jsonl", f"did you mean {tmp_path}/data?"),
         ("data/x.csv", f"{tmp_path}/data/ contains train.jsonl"),
     ):
-        with pytest.raises(DataError, match="no such file") as caught:
+        with pytest.raises(DataError, match="does not exist") as caught:
             read(tmp_path / missing)
         assert caught.value.fix == hint
 
@@ -296,10 +296,10 @@ def test_globs_and_folders_are_read_in_order(tmp_path):
 
 def test_missing_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(DataError, match="no such file") as caught:
+    with pytest.raises(DataError, match="does not exist") as caught:
         read(tmp_path / "trian.jsonl")
     assert str(tmp_path / "train.jsonl") in str(caught.value.fix)
-    with pytest.raises(DataError, match="no such file") as caught:
+    with pytest.raises(DataError, match="does not exist") as caught:
         read(tmp_path / "reviews.jsonl")
     assert caught.value.fix == f"{tmp_path}/ contains train.jsonl", "an ending alone is no likeness"
 
@@ -307,9 +307,9 @@ def test_missing_file_suggests_its_neighbour(tmp_path):
 def test_what_can_only_be_a_hub_dataset():
     assert find_files("nobody/some-data") is None
     assert find_files("imdb") is None
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="does not exist"):
         find_files("imdb.csv")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="does not exist"):
         find_files("a/b/c")
 
 

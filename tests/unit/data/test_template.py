@@ -428,7 +428,7 @@ def test_conversations_need_a_template(tokenizer_factory):
     tokenizer = tokenizer_factory(chat_template=None)
     with pytest.raises(DataError, match="no chat template") as caught:
         encode(tokenizer, converse(QUESTION, "four"))
-    assert "model.chat_template=" in str(caught.value.fix)
+    assert "--model.chat_template=FILE" in str(caught.value.fix)
     assert caught.value.where == "f:1"
 
 

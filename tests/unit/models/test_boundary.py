@@ -50,7 +50,7 @@ def load(folder: Path) -> None:
             "rope_type: KeyError: 'spiral'",
         ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "factor"),
-        ({"model_type": 5}, "does not know the architecture"),
+        ({"model_type": 5}, "does not support the architecture"),
         ({"quantization_config": [1]}, "config.json"),
         ({"pad_token_id": 4_000}, "Padding_idx"),
         ({"eos_token_id": 4_000}, "4000; the model has tokens from 0 to 31"),

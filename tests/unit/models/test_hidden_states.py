@@ -37,7 +37,7 @@ def test_an_unknown_head_is_detected(model: PreTrainedModel, monkeypatch: pytest
         return output
 
     monkeypatch.setattr(model, "forward", shifted)
-    with pytest.raises(ModelError, match="other results for packed documents"):
+    with pytest.raises(ModelError, match="different results for packed documents"):
         models.verify(model)
 
 
@@ -48,7 +48,7 @@ def test_attention_between_documents_is_detected(model: PreTrainedModel, monkeyp
         return honest(q, k, v, cu_seqlens[[0, -1]], **options)
 
     monkeypatch.setattr(attention, "packed_attention", leak)
-    with pytest.raises(ModelError, match="other results for packed documents"):
+    with pytest.raises(ModelError, match="different results for packed documents"):
         models.verify(model)
 
 
@@ -100,7 +100,7 @@ def test_only_failures_of_the_model_itself_become_errors_about_its_settings(
 
 def test_a_damaged_weight_is_named(model: PreTrainedModel) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight holds NaN"):
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight contains NaN"):
         models.verify(model)
 
 

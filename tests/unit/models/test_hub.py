@@ -43,7 +43,7 @@ def test_a_file_of_a_repository_is_fetched_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert hub.locate_file("owner/name/a-Q4_K_M.gguf", revision="v1") == tmp_path / "a-Q4_K_M.gguf"
     assert hub.locate_file("owner/name/big/a-00001-of-00003.gguf") == tmp_path / "big/a-00001-of-00003.gguf"
-    with pytest.raises(ModelError, match=r"owner/name holds no file other\.gguf"):
+    with pytest.raises(ModelError, match=r"owner/name on the hub contains no file other\.gguf"):
         hub.locate_file("owner/name/other.gguf")
     assert [(name, options["allow_patterns"], options["revision"]) for name, options in asked] == [
         ("owner/name", ["a-Q4_K_M.gguf"], "v1"),

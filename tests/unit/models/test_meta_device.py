@@ -59,10 +59,10 @@ def test_other_kinds_of_models_are_refused_with_the_reason(tmp_path: Path, confi
 
 def test_unknown_and_missing_configs_are_refused(tmp_path: Path) -> None:
     config = ModelConfig(id=str(tmp_path))
-    with pytest.raises(ModelError, match=r"holds no config\.json"):
+    with pytest.raises(ModelError, match=r"contains no config\.json"):
         models.meta_model(config, "cpu", torch.float32)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "from-the-future"}))
-    with pytest.raises(ModelError, match="does not know the architecture") as error:
+    with pytest.raises(ModelError, match="does not support the architecture") as error:
         models.meta_model(config, "cpu", torch.float32)
     assert "from-the-future" in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}))

@@ -78,12 +78,12 @@ def entry(**changes: object) -> dict[str, object]:
 
 _DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "in two shards": (store_twice, "w is in two files"),
-    "in no shard": (store_less, r"in no file: v(.|\n)*one\.safetensors"),
+    "in no shard": (store_less, r"missing from the files: v(.|\n)*one\.safetensors"),
     "shard missing": (lambda folder: write_index(folder, {"w": "two.safetensors"}), r"missing: two\.safetensors"),
     "no index": (store_without_index, r"no model\.safetensors\.index\.json"),
     "adapter": (store_adapter, "adapter, not a model"),
     "pickle": (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "pickles"),
-    "nothing": (lambda folder: None, "holds no weights"),
+    "nothing": (lambda folder: None, "contains no weights"),
 }
 _DAMAGED_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda file: file.write_bytes(b""), "not a complete"),
@@ -114,6 +114,6 @@ def test_weights_that_are_missing_or_of_another_kind_are_refused(tmp_path: Path,
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     write, message = _DAMAGED_FILES[damage]
     write(tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=rf"model\.safetensors (is|holds).* {message}") as error:
+    with pytest.raises(ModelError, match=rf"model\.safetensors (is|contains).* {message}") as error:
         read_index(tmp_path)
     assert str(tmp_path) in str(error.value.where)

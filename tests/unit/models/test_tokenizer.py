@@ -54,7 +54,7 @@ def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json and no tokenizer"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds no tokenizer"):
+    with pytest.raises(ModelError, match="contains no tokenizer"):
         load(tmp_path)
 
 

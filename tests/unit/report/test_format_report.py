@@ -159,7 +159,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(width: int) -> No
     assert "…" not in shown and max(map(len, shown.splitlines())) <= width
     lines = [line.strip(" ●") for line in shown.splitlines()]
     assert all(any(line.startswith(f"{each.name} ") for line in lines) for each in rows)
-    assert ("Left out in this narrow terminal: " in shown) == (width < 120)
+    assert ("Not shown in this narrow terminal: " in shown) == (width < 120)
     text = " ".join(shown.split())
     assert "Measured on 10,602 tokens of held-out.jsonl (1 window)" in text
     assert "Recommended: q4_k_m, the smallest" in text and "ingle quantize 'models/my model' --to q4_k_m" in text

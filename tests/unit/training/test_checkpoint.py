@@ -103,7 +103,7 @@ def test_a_single_changed_bit_is_damage(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged") as caught:
         read(path)
-    assert "optimizer.safetensors holds other bytes" in str(caught.value)
+    assert "the bytes of optimizer.safetensors do not match" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +122,21 @@ def test_a_changed_position_is_damage(tmp_path: Path, change: dict[str, object])
 
 def test_a_checkpoint_in_a_folder_of_another_step_is_damage(tmp_path: Path) -> None:
     path = _checkpoints(tmp_path).save(_position(1))
-    with pytest.raises(CheckpointError, match="the checkpoint of step 1"):
+    with pytest.raises(CheckpointError, match="it contains step 1, but its folder has another name"):
         read(path.rename(path.with_name("step-9")))
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
     path = checkpoints.save(_position(1))
-    with pytest.raises(CheckpointError, match="training data changed"):
+    with pytest.raises(CheckpointError, match="training data has changed"):
         checkpoints.load(path, "another")
 
 
 def test_other_parameters_are_refused(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path)
     path = checkpoints.save(_position(1))
-    with pytest.raises(CheckpointError, match="other parameters"):
+    with pytest.raises(CheckpointError, match="not those that this run trains"):
         _checkpoints(tmp_path, optimizer=_optimizer("v")).load(path, "abc")
 
 
@@ -150,7 +150,7 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
 
 def test_rehearsal_refuses_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "free_bytes", lambda self: 1000)
-    with pytest.raises(DoesNotFit, match=r"of disk; .* are free"):
+    with pytest.raises(DoesNotFit, match=r"of disk space; .* are free"):
         _checkpoints(tmp_path).rehearse(_position(0))
 
 
@@ -164,5 +164,5 @@ def test_rehearsal_notices_a_disk_that_lies(tmp_path: Path, monkeypatch: pytest.
         return checkpoint
 
     monkeypatch.setattr("ingle.training.checkpoint.read", lie)
-    with pytest.raises(CheckpointError, match="not what was written"):
+    with pytest.raises(CheckpointError, match="differs from what was written"):
         checkpoints.rehearse(_position(0))
