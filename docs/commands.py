@@ -122,7 +122,7 @@ def takes_overrides(command: Any) -> bool:
 def _unknown_option(path: str, section: type[Section] = Run) -> str | None:
     options = {re.sub(r"\.N\b", ".0", option.path): option for option in generate.options(section)}
     known = {*options, *(name.rpartition(".")[0] for name in options)}
-    tables = [name for name, option in options.items() if option.type.startswith("a table")]
+    tables = [name for name, option in options.items() if option.type.startswith("a mapping")]
     if re.sub(r"\.\d+\b", ".0", path) in known or any(path.startswith(f"{table}.") for table in tables):
         return None
     near = difflib.get_close_matches(path, known, n=1)
