@@ -9,7 +9,7 @@ import torch
 from ingle.config.run import Run
 from ingle.data import Sequences, SequenceSampler, TokenDataset
 from ingle.models import Model
-from ingle.objectives.base import Objective, StepModule, Sums, Term
+from ingle.objectives.interface import Objective, StepModule, Sums, Term
 from ingle.objectives.lm import LanguageModelling, NextTokenLoss
 
 __all__ = ["Context", "LanguageModelling", "NextTokenLoss", "Objective", "StepModule", "Sums", "Term", "build"]

@@ -17,7 +17,7 @@ from ingle.data.sampler import SequenceSampler
 from ingle.data.types import IGNORE_INDEX
 from ingle.kernels.layers.cross_entropy import linear_cross_entropy
 from ingle.models import forward_hidden, head
-from ingle.objectives.base import StepModule, Sums, Term
+from ingle.objectives.interface import StepModule, Sums, Term
 
 
 class NextTokenLoss(StepModule):

@@ -1,7 +1,6 @@
 """Compares formats on a model and a text: size, loss, speed and memory of each, and a recommendation."""
 
-from ingle.evaluation.format_survey.survey import SurveyRequest, survey
-from ingle.evaluation.format_survey.targets import (
+from ingle.evaluation.format_survey.candidates import (
     BITSANDBYTES,
     HQQ,
     Target,
@@ -9,6 +8,7 @@ from ingle.evaluation.format_survey.targets import (
     safetensors_base,
     target_names,
 )
+from ingle.evaluation.format_survey.survey import SurveyRequest, survey
 from ingle.evaluation.format_survey.text_windows import read_windows
 from ingle.report.format_advice import LIMIT, NUM_TOKENS
 

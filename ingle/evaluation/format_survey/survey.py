@@ -21,7 +21,7 @@ from ingle.atomic import write_atomically
 from ingle.config.model import ModelConfig
 from ingle.config.model_names import check_name
 from ingle.errors import ConfigError, EvaluationError, QuantizationError
-from ingle.evaluation.format_survey.targets import Candidate, find_target, list_candidates, target_names, unquantized
+from ingle.evaluation.format_survey.candidates import Candidate, find_target, list_candidates, target_names, unquantized
 from ingle.evaluation.format_survey.text_windows import count_scored, read_windows
 from ingle.evaluation.format_survey.trial import FormatTrial, quality_of
 from ingle.evaluation.run.divergence import compare, record_reference

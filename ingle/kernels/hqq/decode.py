@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange, types
 
 from ingle.kernels.numba.cache import Kernel, compile_kernel
-from ingle.kernels.numba.lookup import store_weight
+from ingle.kernels.numba.nibble_lookup import store_weight
 from ingle.kernels.numba.scalars import chunk_bounds, from_half, inlined
 from ingle.kernels.numba.vector import ARRAY, DWORD, OFFSET, Array, Vector, make_intrinsic, splat
 

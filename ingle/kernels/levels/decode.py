@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 
 from ingle.kernels.numba.cache import compile_kernel
-from ingle.kernels.numba.lookup import UNIT, WIDE, look_up, look_up_wide, store_weight
+from ingle.kernels.numba.nibble_lookup import UNIT, WIDE, look_up, look_up_wide, store_weight
 from ingle.kernels.numba.scalars import chunk_bounds, inlined
 
 #: 1 / 127 as bitsandbytes writes it.

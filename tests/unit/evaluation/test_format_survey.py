@@ -13,7 +13,7 @@ from transformers import GPT2Config, LlamaConfig
 from ingle.config import ModelConfig
 from ingle.errors import ConfigError, DataError, EvaluationError, QuantizationError
 from ingle.evaluation.format_survey import SurveyRequest, find_target, survey, trial
-from ingle.evaluation.format_survey.targets import list_candidates
+from ingle.evaluation.format_survey.candidates import list_candidates
 from ingle.events import Event, Progress, Warned
 from ingle.models.loading.meta_device import build
 from ingle.quant.imatrix_collector import linear_maps

@@ -15,7 +15,7 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.config.base import base_section
 from ingle.errors import ConfigError, GgufError
-from ingle.evaluation.format_survey.targets import list_candidates
+from ingle.evaluation.format_survey.candidates import list_candidates
 from ingle.events import Progress
 from ingle.export import quantize
 from ingle.gguf import read_gguf
