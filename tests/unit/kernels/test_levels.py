@@ -14,7 +14,7 @@ from llvmlite import binding, ir
 from numba import njit
 
 from ingle.kernels.levels.dispatch import encode_levels, has_kernel, search_bounds
-from ingle.kernels.numba import lookup as look_up
+from ingle.kernels.numba import nibble_lookup as look_up
 from ingle.kernels.numba.vector import Vector
 from ingle.kernels.threads import match_threads, set_threads
 from ingle.quant.levels import Fp4, Levels, Nf4, dynamic_map
