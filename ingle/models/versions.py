@@ -23,7 +23,7 @@ def check_transformers(installed: str) -> None:
     if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRANSFORMERS:
         oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
         raise DependencyError(
-            f"transformers {installed} is too old: {oldest} or later is needed.",
+            f"The installed transformers {installed} is too old; {oldest} or later is needed.",
             fix=f"pip install 'transformers>={oldest},<6'",
         )
 

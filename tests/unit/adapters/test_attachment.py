@@ -155,7 +155,7 @@ def test_a_weight_that_the_files_do_not_tie_stays_frozen(tmp_path: Path) -> None
     model = models.meta_model(section, "cpu", torch.float32)
     selection = adapters.insert(model, adapter)
     models.load_weights(model, section, "cpu", torch.float32)
-    adapters.initialise(model, adapter, selection, seed=0)
+    adapters.initialize(model, adapter, selection, seed=0)
     trained = {name for name, _ in adapters.trainable_parameters(model) if ".lora_" not in name}
     assert trained == {"lm_head.weight"}
 
