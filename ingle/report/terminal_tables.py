@@ -250,7 +250,7 @@ def _clip(text: str) -> Text:
 def finish_lines(report: RunReport) -> Iterator[str]:
     """Yields lines with the steps, time and memory of the run, and the predicted memory."""
     yield (
-        f"Finished: {report.num_steps:,} steps, {count(report.num_tokens)} tokens in {duration(report.wall_s)} "
+        f"Finished in {duration(report.wall_s)}: {report.num_steps:,} steps, {count(report.num_tokens)} tokens "
         f"at {count(report.tokens_per_s)} tokens/s."
     )
     predicted = report.plan.get("memory", {}).get("total")
