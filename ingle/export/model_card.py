@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from ingle import __version__
 from ingle.atomic import sha256
 from ingle.config.loader import run_to_yaml
 from ingle.config.run import Run
+from ingle.errors import CheckpointError
 from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.job import ExportJob
 from ingle.export.output_paths import OutputPaths
+from ingle.report.results import RunReport
+from ingle.report.run_files import read_report
 
 _TITLES = {
     "peft": "LoRA adapter in PEFT's layout",
@@ -72,7 +76,7 @@ def make_card(
         made += " Its license could not be read; the license of the base model applies."
     parts = [f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---", f"# {title}", made, "## Use", usage]
     scores = _read_scores(job.run_folder)
-    if scores.get("metrics"):
+    if scores is not None and scores.metrics:
         parts += ["## Scores", _describe_scores(scores)]
     if report is not None:
         sentences = [*report.describe_weights(), report.describe_divergence() or ""]
@@ -97,21 +101,20 @@ def read_license(folder: Path) -> str | None:
     return license if isinstance(license, str) else None
 
 
-def _read_scores(run_folder: Path | None) -> dict[str, Any]:
+def _read_scores(run_folder: Path | None) -> RunReport | None:
+    """Reads the report of a run; None if there is none that can be read, since the export does not depend on it."""
     try:
-        report: Any = {} if run_folder is None else json.loads((run_folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
+        return None if run_folder is None else read_report(run_folder / "report.json")
+    except (OSError, CheckpointError):
+        return None
 
 
-def _describe_scores(report: dict[str, Any]) -> str:
+def _describe_scores(report: RunReport) -> str:
     lines = ["| metric | base | tuned | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
-    for name, row in report["metrics"].items():
-        base, tuned, delta = (_number(row[key]) for key in ("base", "tuned", "delta"))
-        low, high = (_number(end) for end in row["ci95"])
-        lines.append(f"| {name} | {base} | {tuned} | {delta} | {low} to {high} | {row['n']} |")
-    return "\n".join([*lines, "", f"{report['verdict']} Measured on the trained model, before the export."])
+    for name, row in report.metrics.items():
+        base, tuned, delta, low, high = map(_number, (row.base, row.tuned, row.delta, *row.ci95))
+        lines.append(f"| {name} | {base} | {tuned} | {delta} | {low} to {high} | {row.n} |")
+    return "\n".join([*lines, "", f"{report.verdict} Measured on the trained model, before the export."])
 
 
 def _describe_data(run: Run, run_folder: Path | None) -> str:
@@ -120,10 +123,10 @@ def _describe_data(run: Run, run_folder: Path | None) -> str:
         path = Path(source.path)
         digest = sha256(path) if path.is_file() else "not a single local file"
         lines.append(f"| {path.name} | `{digest}` |")
-    states = [] if run_folder is None else sorted(run_folder.glob("checkpoints/step-*/state.json"))
-    if states:
-        state = json.loads(states[-1].read_text(encoding="utf-8"))
-        lines += ["", f"SHA-256 of the tokenized data: `{state['data_hash']}`."]
+    for file in sorted(run_folder.glob("checkpoints/step-*/state.json"))[-1:] if run_folder is not None else ():
+        # The export does not depend on the checkpoint, which may be damaged.
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            lines += ["", f"SHA-256 of the tokenized data: `{json.loads(file.read_bytes())['data_hash']}`."]
     return "\n".join(lines)
 
 

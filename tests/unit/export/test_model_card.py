@@ -22,6 +22,7 @@ from ingle.export.job import ExportJob
 from ingle.export.model_card import make_card, read_license
 from ingle.export.request import ExportRequest
 from ingle.inference import Source
+from tests.stored_results import STORED
 
 TENSOR = TensorFidelity(
     name="w",
@@ -63,20 +64,32 @@ def test_it_names_the_data_by_its_bytes_and_the_scores(tmp_path: Path) -> None:
     data.write_text('{"text": "a"}\n')
     run = load_run(None, ["--model.id=some/base", f"--data.sources={data}", f"--output={tmp_path / 'run'}"]).run
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    row = {"base": 10.0, "tuned": 60.5, "delta": 50.5, "ci95": [48.0, 53.0], "n": 150}
-    report = {"metrics": {"chrf": row}, "verdict": "Better."}
     state = tmp_path / "run" / "checkpoints" / "step-4"
     state.mkdir(parents=True)
     (state / "state.json").write_text(json.dumps({"data_hash": "abc123"}))
-    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    (tmp_path / "run" / "report.json").write_text(json.dumps(STORED["report"]))
     card = _card(str(tmp_path), run, tmp_path / "run")
     assert f"| train.jsonl | `{hashlib.sha256(data.read_bytes()).hexdigest()}` |" in card
-    assert "`abc123`" in card and "| chrf | 10" in card and "| 48 to 53 | 150 |" in card and "Better." in card
+    name, row = next(iter(STORED["report"]["metrics"].items()))
+    low, high = row["ci95"]
+    assert "`abc123`" in card and f"| {name} | {row['base']:.4g} | {row['tuned']:.4g} |" in card
+    assert f"| {low:.4g} to {high:.4g} | {row['n']} |" in card and STORED["report"]["verdict"] in card
     assert "on 4,096 tokens: KL divergence 0.0125 nats" in card and "98.7 %" in card
     assert "56 tensors: 42 merged with the adapter, 14 copied byte for byte." in card
     assert "correlation 0.970" in card and "**Warning.** Mind the gap." in card and "`m.fidelity.json`" in card
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0])["model"]["id"] == "some/base"
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", '{"metrics": {"chrf": 1}}', '{"metrics": []}'])
+def test_a_damaged_run_folder_costs_the_card_its_scores(tmp_path: Path, text: str) -> None:
+    run = load_run(None, ["--model.id=some/base", "--data.sources=a.jsonl", f"--output={tmp_path}"]).run
+    state = tmp_path / "checkpoints" / "step-4"
+    state.mkdir(parents=True)
+    for file in (tmp_path / "report.json", state / "state.json"):
+        file.write_text(text)
+    card = _card("some/base", run, tmp_path)
+    assert "## Data" in card and "## Scores" not in card and "tokenized data" not in card
 
 
 def test_without_a_licence_that_of_the_base_applies(tmp_path: Path) -> None:
