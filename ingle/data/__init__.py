@@ -4,7 +4,7 @@ from ingle.data.batch import Batch, collate, round_up
 from ingle.data.control import ControlTokens
 from ingle.data.dataset import TokenDataset
 from ingle.data.dataset_builder import build_dataset
-from ingle.data.duplicates import ContaminationSearch, find_contamination
+from ingle.data.duplicates import ContaminationSearch
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
@@ -28,7 +28,6 @@ __all__ = [
     "Tokenizer",
     "build_dataset",
     "collate",
-    "find_contamination",
     "make_sequences",
     "prompt_ids",
     "read_examples",

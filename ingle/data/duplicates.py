@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -172,14 +172,6 @@ class OverlapSearch(ContaminationSearch):
             ngram_share=float(np.mean(shares)) if shares else 0.0,
             half_seen=sum(share >= 0.5 for share in shares),
         )
-
-
-def find_contamination(training: Iterable[Example], held_out: Sequence[Example]) -> Contamination:
-    """Returns the held-out rows that training contains."""
-    search = ContaminationSearch(held_out)
-    for example in training:
-        search.add(example)
-    return search.result()
 
 
 def _share_known(hashes: Hashes, known: Hashes) -> float:

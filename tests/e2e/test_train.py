@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ingle import events, flow
+from ingle import assembly, events, flow
 from ingle.config import load_run
 from ingle.errors import Interrupted
 from tests.e2e.conftest import Ingle, command, environment, write_config
@@ -59,7 +59,7 @@ def test_a_finished_run_has_all_files_and_metrics(finished: Path) -> None:
     assert report["metrics"]["bits_per_byte"]["delta"] < 0
     assert report["peak_memory_bytes"] > 0
     assert report["tokens_per_s"] > 0
-    assert report["wall_s"] > 0
+    assert report["wall_s"] > report["train_s"] > 0, "loading and evaluation count too"
 
 
 def test_a_finished_run_is_not_changed(ingle: Ingle, finished: Path) -> None:
@@ -128,9 +128,20 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_resumes(
         seen = (tmp_path / "log").read_text()
         assert process.returncode == 130, seen
         assert "--resume" in seen
+    saved = max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    before = json.loads((saved / "state.json").read_text())
     again = ingle_process("train", "--resume", run)
     assert again.returncode == 0, again.stderr
     assert _digest(run) == _digest(finished.parent / "run")
+    report = json.loads((run / "report.json").read_text())
+    assert report["wall_s"] > before["wall_s"] + report["train_s"] - before["train_s"], "time before the interruption"
+
+
+def test_held_out_rows_in_the_training_data_are_reported(config: Path, tiny_data: Path) -> None:
+    seen: list[events.Event] = []
+    ready = assembly.prepare(load_run(config, [f"--evaluate.sources=[{tiny_data}/train.jsonl]"]).run, seen.append)
+    assert ready.contamination is not None and ready.contamination.same_row == ready.contamination.rows == 8
+    assert any(isinstance(event, events.Warned) and "in the training data" in event.message for event in seen)
 
 
 def test_a_signal_during_loading_stops_at_once_and_leaves_no_file(config: Path, tmp_path: Path) -> None:

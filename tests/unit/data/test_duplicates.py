@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ingle.data.duplicates import NEAR, DuplicateSearch, OverlapSearch, find_contamination, fold
+from ingle.data.duplicates import NEAR, ContaminationSearch, DuplicateSearch, OverlapSearch, fold
 from ingle.data.types import Example, Message
 
 
@@ -123,7 +123,10 @@ def test_contamination_counts_what_the_overlap_counts():
         pair("h:2", "how many 4", "none"),
         pair("h:3", "new", "answer 1"),
     ]
-    found = find_contamination(iter(training), held_out)
+    search = ContaminationSearch(held_out)
+    for example in training:
+        search.add(example)
+    found = search.result()
     assert (found.rows, found.same_prompt, found.same_row) == (3, 2, 1)
     assert [(p.first, p.second) for p in found.pairs] == [("h:1", "t:3"), ("h:2", "t:4")]
 
