@@ -142,7 +142,7 @@ def prepare_ingle(
     from ingle import adapters, models, parallel, quant
     from ingle.config import BaseConfig, LoraAdapter, ModelConfig, OptimConfig, ParallelConfig
     from ingle.data.types import Sample
-    from ingle.objectives import LanguageModelling, NextTokenLoss
+    from ingle.objectives import NextTokenLoss, PackedObjective
     from ingle.training.compiling import compile_layers
     from ingle.training.groups import parameter_groups
     from ingle.training.optim import Optimizer
@@ -181,7 +181,7 @@ def prepare_ingle(
 
     documents: Any = Documents()
     order: Any = InOrder()
-    objective = LanguageModelling(
+    objective = PackedObjective(
         NextTokenLoss(model),
         documents,
         order,

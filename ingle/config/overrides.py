@@ -162,6 +162,10 @@ def _index(items: list[Node], key: str, override: Override) -> int:
 def expand_short_forms(node: Node, shape: Shape | None) -> None:
     """Expands short forms in place: a word for a tagged section, an item for a list of one, a text for a row."""
     match shape:
+        case Table(section) if not isinstance(node.value, dict | None) and section.short_for(node.value):
+            key = section.short_for(node.value)
+            node.value, node.raw = {key: Node(node.value, node.origin, node.where, node.raw)}, None
+            expand_short_forms(node, shape)
         case Choice(tag):
             if isinstance(node.value, str):
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
@@ -212,8 +216,9 @@ def drop_ignored(root: Node) -> list[str]:
         if given is not None and decisive is not None and decisive.value is not None:
             notes.append(f"Ignoring {name}{_line(given)}: {cause} is set.")
     objective, train_on = root.find(("objective", "kind")), root.find(("data", "train_on"))
-    if objective is not None and objective.value == "clm" and train_on is not None and train_on.value == "assistant":
-        notes.append(f"Ignoring data.train_on{_line(train_on)}: language modelling (clm) trains on every token.")
+    kind = "sft" if objective is None else objective.value
+    if kind != "sft" and train_on is not None and train_on.value == "assistant":
+        notes.append(f"Ignoring data.train_on{_line(train_on)}: only supervised fine-tuning (sft) distinguishes turns.")
     return notes
 
 

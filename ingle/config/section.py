@@ -36,6 +36,11 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=False
     )
 
+    @classmethod
+    def short_for(cls, value: Any) -> str | None:
+        """Returns the option that a value in place of the section sets (``validation: 0.02``); None for an error."""
+        return None
+
 
 def tagged(tag: str, default: str | None = None, *, input_type: Any = None) -> BeforeValidator:
     """Returns a validator that accepts the tag alone for a tagged section (``adapter: none``) and adds a missing tag.

@@ -22,7 +22,7 @@ class Column(NamedTuple):
     """How a column of a batch is laid out.
 
     Attributes:
-        per: ``token``: ``[1, N]``; ``document``: ``[D]``; ``bounds``: offsets ``[D + 1]``.
+        per: ``token``: ``[1, N]``; ``document``: ``[D]`` or ``[D, C]``; ``bounds``: offsets ``[D + 1]``.
         dtype: Dtype of its tensor.
         fill: Value for the tokens, or the document, that :func:`round_up` adds.
     """
@@ -38,9 +38,13 @@ COLUMNS: Mapping[str, Column] = {
     "labels": Column("token", torch.int64, IGNORE_INDEX),
     "position_ids": Column("token", torch.int64),
     "cu_seqlens": Column("bounds", torch.int32),
+    "token_type_ids": Column("token", torch.int64),
     "token_labels": Column("token", torch.int64, IGNORE_INDEX),
     "weights": Column("token", torch.float32),
     "document_labels": Column("document", torch.float32),
+    "document_weights": Column("document", torch.float32),
+    "start_labels": Column("document", torch.int64, IGNORE_INDEX),
+    "end_labels": Column("document", torch.int64, IGNORE_INDEX),
     "group_ids": Column("document", torch.int64, -1),
     "decoder_input_ids": Column("token", torch.int64),
     "decoder_labels": Column("token", torch.int64, IGNORE_INDEX),
@@ -48,6 +52,8 @@ COLUMNS: Mapping[str, Column] = {
     "decoder_cu_seqlens": Column("bounds", torch.int32),
 }
 _ROWS = ("", "decoder_")
+#: The first of these columns that a batch has is what it predicts.
+_LABELS = ("decoder_labels", "token_labels", "start_labels", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class Batch:
         columns: Tensors by name as in :data:`COLUMNS`; always ``input_ids, labels, position_ids, cu_seqlens``.
         num_tokens: N without the tokens that :func:`round_up` adds.
         num_documents: D without the document that :func:`round_up` adds.
-        num_supervised: Labels other than ``IGNORE_INDEX``.
+        num_supervised: Labels other than ``IGNORE_INDEX``, in the column that is predicted.
     """
 
     columns: Mapping[str, Tensor]
@@ -174,7 +180,7 @@ def round_up(batch: Batch) -> Batch:
 
 
 def _counted(columns: Mapping[str, Tensor], num_documents: int) -> Batch:
-    supervised = columns.get("decoder_labels", columns["labels"]) != IGNORE_INDEX
+    supervised = next(columns[name] for name in _LABELS if name in columns) != IGNORE_INDEX
     return Batch(columns, columns["input_ids"].shape[1], num_documents, int(supervised.sum()))
 
 
@@ -188,5 +194,6 @@ def _pad(name: str, column: Tensor, missing: int) -> Tensor:
         return torch.cat([column, column[-1:] + missing])
     if name.endswith("position_ids"):
         return torch.cat([column, torch.arange(missing)[None]], 1)
-    shape = (1, missing) if COLUMNS[name].per == "token" else (1,)
-    return torch.cat([column, column.new_full(shape, COLUMNS[name].fill)], -1)
+    is_token = COLUMNS[name].per == "token"
+    shape = (1, missing) if is_token else (1, *column.shape[1:])
+    return torch.cat([column, column.new_full(shape, COLUMNS[name].fill)], 1 if is_token else 0)

@@ -18,15 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.data.dataset import GrowingArray, Origins
+from ingle.data.minhash import NEAR, Hashes, find_candidates, jaccard, sign
 from ingle.data.types import Example, last_answer
 from ingle.report.data_results import Contamination, Duplicates, Overlap, Pair
 
-Hashes = npt.NDArray[np.uint64]
-
 #: Words of a shingle; near duplicates share most of their shingles.
 SHINGLE_WORDS = 3
-#: Texts whose shingles have at least this Jaccard similarity are near duplicates.
-NEAR = 0.8
 #: At most this many rows, evenly spaced, are compared for near duplicates.
 MAX_COMPARED = 50_000
 #: At most this many characters of them are kept, if they are more than one row.
@@ -36,8 +33,6 @@ NGRAM_WORDS = 8
 #: Pairs that a result shows.
 _NUM_SHOWN = 5
 
-# 16 bands of 4 rows find a pair of similarity 0.8 with probability 1 - (1 - 0.8^4)^16 > 0.9997.
-_BANDS, _BAND_ROWS = 16, 4
 _NUM_PARTS = 32  # a power of two
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -188,6 +183,7 @@ class RowKeys:
     def __init__(self) -> None:
         self.origins = Origins()
         self._prompts, self._rows = GrowingArray(np.uint64), GrowingArray(np.uint64)
+        self._openings = GrowingArray(np.uint64)
 
     def extend(self, examples: Sequence[Example]) -> None:
         """Adds rows."""
@@ -195,11 +191,39 @@ class RowKeys:
         parts = list(map(read_parts, examples))
         prompts = _keys(prompt for prompt, _ in parts)
         self._prompts.extend(np.where([bool(prompt) for prompt, _ in parts], prompts, np.uint64(0)))
-        self._rows.extend(_keys(f"{prompt}\0{answer}" for prompt, answer in parts))
+        rows = _keys(f"{prompt}\0{answer}" for prompt, answer in parts)
+        self._rows.extend(rows)
+        pairs = zip(examples, rows.tolist(), strict=True)
+        self._openings.extend(np.array([_find_opening(example, row) for example, row in pairs], np.uint64))
 
-    def arrays(self) -> tuple[Hashes, Hashes]:
-        """Returns the hashes of prompts, 0 without a prompt, and of prompts with their answers; uint64 [R]."""
-        return self._prompts.view(), self._rows.view()
+    def arrays(self) -> tuple[Hashes, Hashes, Hashes]:
+        """Returns hashes of rows, uint64 [R].
+
+        They are those of prompts, 0 without a prompt; of prompts with their answers; and of prompts up to the first
+        answer with that answer, which is the same in all rows that begin with the same exchange.
+        """
+        return self._prompts.view(), self._rows.view(), self._openings.view()
+
+    def find(self, origins: Iterable[str]) -> Hashes:
+        """Returns what :func:`link_keys` returns for the rows with these origins."""
+        place_of = {self.origins.at(i): i for i in range(len(self._rows.view()))}
+        return link_keys(*self.arrays())[[place_of[origin] for origin in origins]]
+
+
+def link_keys(prompts: Hashes, rows: Hashes, openings: Hashes) -> Hashes:
+    """Returns two hashes for each row, uint64 [R, 2]; rows that share one of them belong to one conversation or task.
+
+    The first is that of the prompt, or of the whole row if it has none; the second is that of the opening.
+    """
+    return np.stack([np.where(prompts == 0, rows, prompts), openings], 1)
+
+
+def _find_opening(example: Example, row: int) -> int:
+    """Returns the hash of the first exchange of a conversation; that of the row if there is only one."""
+    answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
+    if len(answers) < 2:
+        return row
+    return _key(*read_parts(Example(example.origin, messages=example.messages[: answers[0] + 1])))
 
 
 class ContaminationSearch:
@@ -344,39 +368,12 @@ def _find_near(texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
     Source: Broder 1997, "On the resemblance and containment of documents"; Leskovec, Rajaraman and Ullman,
     "Mining of Massive Datasets", section 3.4.
     """
-    rng = np.random.Generator(np.random.PCG64(0))
-    num_hashes = _BANDS * _BAND_ROWS
-    factors = rng.integers(0, 2**63, (num_hashes, 1), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    shifts = rng.integers(0, 2**63, (num_hashes, 1), dtype=np.uint64)
     hashed = (_hash_shingles(text) for text in texts)
     shingles = {i: own for i, own in enumerate(hashed) if len(own)}
-    signatures = np.empty((len(shingles), num_hashes), dtype=np.uint32)
-    for row, own in enumerate(shingles.values()):
-        signatures[row] = ((factors * own + shifts) >> np.uint64(32)).min(axis=1)
     place = list(shingles)
-    for row, near in enumerate(_candidates(signatures)):
+    for row, near in enumerate(find_candidates(sign(shingles.values(), len(shingles)))):
         own = shingles[place[row]]
-        scored = [(_compare(shingles[place[j]], own), -place[j]) for j in set(near.tolist()) - {row}]
+        scored = [(jaccard(shingles[place[j]], own), -place[j]) for j in set(near.tolist()) - {row}]
         if scored and max(scored)[0] >= NEAR:
             similarity, j = max(scored)
             yield -j, place[row], similarity
-
-
-def _candidates(signatures: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
-    """Returns the first and the latest earlier text with the same band, or the text itself; int32 [N, 2 * bands]."""
-    found = np.empty((len(signatures), 2 * _BANDS), dtype=np.int32)
-    for band in range(_BANDS):
-        rows = np.ascontiguousarray(signatures[:, band * _BAND_ROWS : (band + 1) * _BAND_ROWS])
-        keys = rows.view(np.dtype((np.void, rows.itemsize * _BAND_ROWS))).ravel()
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-        found[:, 2 * band] = first[group]
-        order = np.argsort(group, kind="stable")
-        latest = np.concatenate([order[:1], order[:-1]])
-        found[order, 2 * band + 1] = np.where(group[order] == group[latest], latest, order)
-    return found
-
-
-def _compare(a: Hashes, b: Hashes) -> float:
-    """Jaccard similarity of two sets, given in ascending order."""
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / (len(a) + len(b) - common)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel as Model
 
 from ingle.models.forward.hidden_states import Head, device_of, forward_hidden, head, through_head
 from ingle.models.forward.layers import can_recompute, decoder_layers, recompute_layers, repeated_layers
+from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
@@ -17,7 +18,7 @@ from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
-from ingle.models.text_limits import refuse_longer, refuse_tokens_beyond, text_limit
+from ingle.models.text_limits import num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "device_of",
     "end_token_ids",
     "forward_hidden",
+    "forward_task",
     "generate",
     "gguf_names",
     "head",
@@ -42,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "meta_model",
+    "num_tokens",
     "recompute_layers",
     "refuse_longer",
     "refuse_tokens_beyond",

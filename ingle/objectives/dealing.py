@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from ingle.data.batch import Batch, collate, round_up
+from ingle.data.batch import COLUMNS, Batch, collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.parallel import Mesh
 
@@ -36,5 +37,12 @@ def without_labels(sample: Sample) -> Batch:
 
     The rank takes part in gathering weights and reducing gradients, to which it adds zeros.
     """
-    start = Sample(sample.input_ids[:2], np.full_like(sample.labels[:2], IGNORE_INDEX))
-    return replace(round_up(collate([start])), num_tokens=0, num_documents=0)
+    columns = {name: _start(name, column) for name, column in sample.columns.items()}
+    start = Sample(_start("input_ids", sample.input_ids), _start("labels", sample.labels), columns)
+    return replace(round_up(collate([start])), num_tokens=0, num_documents=0, num_supervised=0)
+
+
+def _start(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns the start of a column, and no label."""
+    start = values[:2] if COLUMNS[name].per == "token" else values
+    return np.full_like(start, IGNORE_INDEX) if COLUMNS[name].fill == IGNORE_INDEX else start

@@ -13,12 +13,14 @@ from rich.table import Column
 from rich.text import Text
 
 from ingle import events
-from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Warned
+from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Validated, Warned
 from ingle.report.terminal_tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
 from ingle.wording import count, duration, size
 
 #: Columns of output that is no terminal.
 _PLAIN_WIDTH = 120
+#: Columns from which the bar has room for the speed next to the validation loss.
+_WIDE = 100
 #: Share of a long stage between two lines, without a live bar.
 _PLAIN_SHARE = 0.25
 #: Shorter stages print no line.
@@ -51,6 +53,7 @@ class Terminal:
         self._log_every = 1
         self._num_shown = 3
         self._began = 0.0
+        self._validation = ""
 
     def __enter__(self) -> Terminal:
         return self
@@ -67,6 +70,8 @@ class Terminal:
                 self._start(event)
             case Step():
                 self._step(event)
+            case Validated():
+                self._validate(event)
             case events.Progress():
                 self._stage(event)
             case Warned():
@@ -104,18 +109,23 @@ class Terminal:
         show(self.console, plan_table(event.run, event.plan), audit_table(event.audit))
         if event.resumed_from:
             self._print(f"Resuming from {event.resumed_from}; {event.step:,} of {event.num_steps:,} steps done.")
+        self._validation = ""
         self._began = self._clock()
 
     def _step(self, event: Step) -> None:
         made = event.step - self._first_step
         left = (self._clock() - self._began) / max(made, 1) * (self._num_steps - event.step)
-        facts = f"loss {event.loss:.4f}  {count(event.tokens_per_s)} tokens/s  lr {event.lr:.2e}"
+        loss, speed = f"loss {event.loss:.4f}", f"{count(event.tokens_per_s)} tokens/s"
+        facts = f"{loss}  {speed}  lr {event.lr:.2e}"
         is_last = event.step == self._num_steps
         if self.console.is_terminal:
             live = self._progress()
             if self._training is None:
                 self._training = live.add_task("Training", total=self._num_steps, completed=self._first_step, facts="")
-            live.update(self._training, completed=event.step, facts=f"{facts}  ETA {duration(left)}")
+            shown = facts
+            if self._validation:
+                shown = "  ".join([loss, self._validation, *([speed] if self.console.width >= _WIDE else [])])
+            live.update(self._training, completed=event.step, facts=f"{shown}  ETA {duration(left)}")
             if is_last:
                 self._stop()
         if is_last or (not self.console.is_terminal and event.step % self._log_every == 0):
@@ -124,6 +134,15 @@ class Terminal:
                 f"Step {event.step}/{self._num_steps}  {facts}  grad {event.grad_norm:.3g}  "
                 f"{size(event.peak_memory_bytes)}  {end}"
             )
+
+    def _validate(self, event: Validated) -> None:
+        """Shows the validation loss in the bar, or on a line of its own."""
+        is_best = event.best_step == event.step
+        self._validation = f"val {event.loss:.4f} ({'best' if is_best else f'best {event.best_loss:.4f}'})"
+        if not self.console.is_terminal:
+            best = "the lowest so far" if is_best else f"lowest {event.best_loss:.4f} at step {event.best_step:,}"
+            metrics = "".join(f"  {name} {value:.4g}" for name, value in event.metrics.items())
+            self._print(f"Validation {event.step}/{self._num_steps}  loss {event.loss:.4f}, {best}{metrics}")
 
     def _stage(self, event: events.Progress) -> None:
         if self.console.is_terminal:

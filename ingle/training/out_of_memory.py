@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ingle.atomic import write_atomically
-from ingle.data.batch import Batch, round_up
+from ingle.data.batch import COLUMNS, Batch, round_up
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import DoesNotFit, OutOfMemory
 from ingle.events import Sink, Warned
@@ -114,7 +114,7 @@ def _without_labels(batch: Batch) -> Batch:
     labels: dict[str, Tensor] = {
         name: torch.full_like(column, IGNORE_INDEX)
         for name, column in batch.columns.items()
-        if name in ("labels", "decoder_labels", "token_labels")
+        if COLUMNS[name].fill == IGNORE_INDEX
     }
     return replace(batch, columns={**batch.columns, **labels}, num_tokens=0, num_documents=0, num_supervised=0)
 

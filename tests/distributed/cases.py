@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from ingle.assembly import Assembled, assemble
 from ingle.config.run import Run
 from ingle.parallel import Mesh, full, local
+from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.steps import compute_gradients, weighted_mean
+from ingle.training.validation import Validation
 
 Array = npt.NDArray[np.float64]
 
@@ -28,6 +31,7 @@ class StepOfOneRank(NamedTuple):
         base_bytes: Bytes of frozen parameters on this rank.
         num_fused: Fused layers.
         sha256: Digest of the base.
+        held_out: Sum and denominator of the validation loss by groups of documents.
     """
 
     loss: float
@@ -38,6 +42,7 @@ class StepOfOneRank(NamedTuple):
     base_bytes: int
     num_fused: int
     sha256: str | None
+    held_out: Array
 
 
 def take_all(mesh: Mesh, configs: dict[str, dict[str, Any]], num_steps: int = 2) -> dict[str, StepOfOneRank]:
@@ -50,7 +55,20 @@ def take_steps(config: dict[str, Any], num_steps: int) -> StepOfOneRank:
     parts = assemble(Run.model_validate(config), lambda event: None)
     for step in range(1, num_steps + 1):
         result = _take_step(parts, step)
-    return result
+    return result._replace(held_out=_validate(parts, config, num_steps))
+
+
+def _validate(parts: Assembled, config: dict[str, Any], step: int) -> Array:
+    """Returns the validation after a step, between whose last forward pass and the next step it comes."""
+    relief = MemoryRelief(Path(config["output"]) / "memory.json", parts.mesh, lambda event: None, None)
+    run = Run.model_validate(config)
+    parts.rounding.prepare(step + 1)
+    validation = Validation(run, step, parts.objective, parts.held_out, parts.mesh, relief, dict)
+    assert validation.is_due(step)
+    found = validation.take(step)
+    assert found is not None and not validation.is_due(step)
+    table: Tensor = validation.selection.state_dict()["best"]
+    return table.numpy()
 
 
 def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
@@ -72,6 +90,7 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
         base_bytes=sum(local(p).nbytes for p in frozen),
         num_fused=parts.fusion.fused,
         sha256=None if parts.identity is None else parts.identity.sha256,
+        held_out=np.zeros((0, 2)),
     )
 
 

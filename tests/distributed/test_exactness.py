@@ -81,6 +81,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list
     tokenizer = make_tokenizer()
     rows = [{"text": "the quick brown fox " * (1 + number % 4) + str(number)} for number in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [{"text": "hello world " * (1 + number) + "how are you"} for number in range(5)]
+    (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
     for name in {case.model for case in CASES.values()}:
         config = CONFIGS[name]()
         config.vocab_size = len(tokenizer) + 1 + len(tokenizer) % 2  # odd
@@ -115,7 +117,12 @@ def _config(folder: Path, case: Case, kind: str, world_size: int) -> dict[str, A
     config: dict[str, Any] = {
         "model": {"id": str(folder / case.model), "dtype": "float32"},
         "adapter": _LORA,
-        "data": {"sources": [{"path": str(folder / "data.jsonl")}], "max_seq_len": 40, "packing": True},
+        "data": {
+            "sources": [{"path": str(folder / "data.jsonl")}],
+            "validation": str(folder / "held-out.jsonl"),
+            "max_seq_len": 40,
+            "packing": True,
+        },
         "objective": {"kind": "clm"},
         "train": {"global_batch_size": 3, "micro_batch_size": 1, "num_steps": 3, "compile": False},
         "parallel": {
@@ -153,6 +160,22 @@ def test_ranks_take_the_steps_of_one_process(
         assert found.sha256 == expected.sha256
         _require_equal(found.gradients, expected.gradients, 1e-5)
         _require_equal(found.importance, expected.importance, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [(name, size) for name, case in CASES.items() for size in case.on if size > 1]
+)
+def test_ranks_agree_on_the_validation_of_one_process(
+    results: dict[int, list[dict[str, StepOfOneRank]]], name: str, world_size: int
+) -> None:
+    """To the last bit among themselves, so that all of them keep the same step; some have no document."""
+    expected = results[1][0][f"{name}: none"].held_out
+    assert expected[:, 1].sum() > 20
+    for kind in CASES[name].on[world_size]:
+        first, *others = (each[f"{name}: {kind}"].held_out for each in results[world_size])
+        tolerance = 1e-2 if CASES[name].options.get("model") else 1e-4  # one step of bfloat16 weights lies between
+        np.testing.assert_allclose(first, expected, rtol=tolerance)
+        assert all(np.array_equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.options.get("adapter") != _FULL])

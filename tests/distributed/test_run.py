@@ -153,6 +153,24 @@ def test_full_fine_tuning_writes_the_model_of_one_process(config: Path) -> None:
     assert not list(run.glob("*.partial-*"))
 
 
+def test_ranks_keep_the_step_that_one_process_keeps(config: Path, tiny_data: Path) -> None:
+    """The weights of the kept step are read back into shards; the last steps overfit."""
+    flags = (
+        *("--adapter.kind=none", "--base.format=none", "--optim.lr=1e-2", "--optim.schedule=constant"),
+        f"--data.sources=[{{path: {tiny_data}/train.jsonl, limit: 6}}]",
+        *(f"--data.validation={tiny_data}/held-out.jsonl", "--evaluate={every: 2}", "--train.keep_best"),
+    )
+    expected, _ = _run(config, "kept-alone", 1, *flags)
+    run, _ = _run(config, "kept-sharded", 2, *flags, "--parallel.kind=fsdp")
+    ours, theirs = (json.loads((folder / "report.json").read_text())["validation"] for folder in (run, expected))
+    assert ours["kept_step"] == theirs["kept_step"] < 12
+    assert [row["loss"] for row in ours["history"]] == pytest.approx(
+        [row["loss"] for row in theirs["history"]], rel=1e-3
+    )
+    found, wanted = (load_file(folder / "model" / "model.safetensors") for folder in (run, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)
+
+
 def _stop(mesh: Mesh, config: Path, flags: tuple[str, ...], victim: int) -> str:
     """Trains until one rank is asked to stop; returns how this rank's call ended."""
     if mesh.dist_rank == victim:

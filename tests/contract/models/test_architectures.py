@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle import adapters, models, quant
 from ingle.config import BaseConfig, Int8Base, LoraAdapter, Nf4Base, NoBase
-from ingle.data.batch import Batch, collate
+from ingle.data.batch import Batch, collate, round_up
 from ingle.data.types import Sample
 from ingle.events import Event, Warned
 from ingle.kernels.layers.cross_entropy import linear_cross_entropy
 from ingle.models.loading.safetensors_files import read_index
+from ingle.objectives import NextTokenLoss
 
 NF4, INT8 = Nf4Base(format="nf4"), Int8Base(format="int8")
 #: How a module is quantized does not depend on the format, and formats have their own contract tests.
@@ -67,6 +68,23 @@ def test_loaded_weights_and_buffers_are_those_of_transformers(checkpoint) -> Non
 def test_packed_documents_give_the_logits_of_transformers_one_by_one(checkpoint, documents) -> None:
     ours = packed_logits(load(checkpoint), documents)
     torch.testing.assert_close(ours, separate_logits(checkpoint.reference(), documents), rtol=1e-4, atol=1e-4)
+
+
+def test_validation_losses_of_documents_are_those_of_transformers(checkpoint, documents) -> None:
+    ours, reference = NextTokenLoss(load(checkpoint)), checkpoint.reference()
+    batch = round_up(pack(documents))
+    assert len(batch.cu_seqlens) - 1 == len(documents) + 1, "a document is added to round up the length"
+    with torch.no_grad():
+        found = ours.per_document(batch)
+        total = ours(batch).losses["loss"]
+        sums = []
+        for document in documents:
+            logits, ids = reference(input_ids=torch.tensor([document])).logits[0].double(), torch.tensor(document)
+            sums.append(nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found[:, 0], torch.stack(sums), rtol=1e-4, atol=1e-4)
+    assert found[:, 1].tolist() == [len(document) - 1 for document in documents]
+    torch.testing.assert_close(found[:, 0].sum().float(), total, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_as_close_as_transformers_own(checkpoint, documents) -> None:

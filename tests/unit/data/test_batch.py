@@ -11,7 +11,13 @@ import torch
 from ingle.data.batch import COLUMNS, collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 
-PAIR = {"group_ids": np.int64(7), "document_labels": np.float32(0.5)}
+PAIR = {
+    "group_ids": np.int64(7),
+    "document_labels": np.float32(0.5),
+    "document_weights": np.float32(2),
+    "start_labels": np.int64(1),
+    "end_labels": np.int64(2),
+}
 
 
 def make_sample(ids: list[int], supervised: list[int], **columns: object) -> Sample:
@@ -23,7 +29,15 @@ def make_pair(length: int, decoder_length: int) -> Sample:
     """A sample with every kind of column, of an encoder and a decoder."""
     ids, decoder = np.arange(length), np.arange(decoder_length)
     tokens = {"token_labels": ids % 3, "weights": ids / 2, "decoder_input_ids": decoder, "decoder_labels": decoder}
+    tokens |= {"token_type_ids": ids % 2}
     return make_sample(list(range(length)), [0] * length, **tokens, **PAIR)
+
+
+def test_a_document_may_have_several_labels() -> None:
+    ids = np.arange(3, dtype=np.int32)
+    samples = [Sample(ids, ids, {"document_labels": np.array([row], np.float32)}) for row in ((0, 1), (1, 1))]
+    more = round_up(collate(samples))
+    assert more.columns["document_labels"].tolist() == [[0, 1], [1, 1], [0, 0]]
 
 
 def test_documents_are_laid_end_to_end() -> None:

@@ -76,6 +76,25 @@ def test_a_given_micro_batch_need_not_divide_the_global_one() -> None:
     assert (plan.micro_batch_size, plan.grad_accum_steps) == (5, 4)
 
 
+@pytest.mark.parametrize(("every", "expected"), [(None, 2), (7, 7), (0.5, 3), (0.01, 1)])
+def test_validations_are_planned(every: float | None, expected: int) -> None:
+    """Ten in a run of 13 steps, a number of steps, or a share of the 6.25 steps of an epoch."""
+    data = replace(DATA, validation_tokens=40_000)
+    sections: dict[str, Any] = {"train": {"num_epochs": 2.0, "global_batch_size": 16}}
+    without = _plan(_run(**sections), data=data)
+    held_out = {"sources": [{"path": "d.jsonl"}], "validation": 0.1}
+    plan = _plan(_run(**sections, data=held_out, evaluate={"every": every}), data=data)
+    assert (without.validate_every, without.validation_hours) == (0, 0.0)
+    assert plan.validate_every == expected
+    assert plan.hours == pytest.approx(without.hours + plan.validation_hours)
+    epochs = 13 // expected + 1  # a validation reads as many tokens as an epoch of training
+    forward = 2 * MODEL.active_parameters / plan.flops_per_token
+    assert plan.validation_hours == pytest.approx(epochs * 40_000 / plan.tokens_per_s * forward / 3600)
+    assert 0.3 < forward < 0.5
+    kept = _plan(_run(**sections | {"train": {**sections["train"], "keep_best": True}}, data=held_out), data=data)
+    assert kept.disk_bytes > plan.disk_bytes
+
+
 def test_lora_counts() -> None:
     plan = _plan(_run(adapter={"kind": "lora", "rank": 4}))
     assert plan.trainable_parameters == 12 * 4 * (64 + 64)

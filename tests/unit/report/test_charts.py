@@ -75,6 +75,20 @@ def test_every_step_of_a_short_run_is_read_under_the_pointer():
     assert re.findall(r"step (\d): ([\d.]+)", drawn) == [("1", "3.000"), ("2", "2.000"), ("3", "1.000")]
 
 
+def test_validations_are_a_second_curve_with_a_ring_around_the_kept_step():
+    steps, losses = np.arange(1.0, 5.0), np.array([3.0, 2.5, 2.0, 1.5])
+    points = np.array([[0.0, 3.2], [2.0, 2.7], [4.0, 3.0]])
+    drawn = loss_curve(steps, losses, None, width=880, validation=points, kept_step=2)
+    (curve,) = find(drawn, "path", "validation")
+    places = [tuple(map(float, place.split(","))) for place in curve["d"][1:].split("L")]
+    (ring,) = find(drawn, "circle", "ring")
+    assert (float(ring["cx"]), float(ring["cy"])) == places[1]
+    (raw,) = find(drawn, "path", "raw")
+    first = float(raw["d"][1:].split(",")[0])
+    assert places[0][0] < first < places[1][0], "the first validation comes before the first step"
+    assert "validation after step 2: 2.700" in drawn
+
+
 def test_better_is_to_the_right_of_zero_and_labels_have_the_true_sign():
     rows = [Estimate("up & down", 2.0, 1.0, 3.0, "better", "<note>"), Estimate("none", -1.0, math.nan, 0, "worse", "")]
     for flipped, signs in ((False, {"+", "−"}), (True, {"−", "+"})):

@@ -227,3 +227,13 @@ def test_steps_made_twice_count_once_and_cut_lines_not_at_all(tmp_path):
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 2, "loss": 2.5}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "saved"}\n{"step": 4, "lo')
     assert [(row["step"], row["loss"]) for row in read_steps(path)] == [(1, 3.0), (2, 2.5), (3, 1.0)]
+
+
+def test_validations_are_read_with_their_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "validation_loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 1, "validation_loss": 3.5}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 2, "validation_loss": "low"}]))
+    assert read_steps(path) == [
+        {"step": 0, "validation_loss": 4.0},
+        {"step": 1, "loss": 3.0, "validation_loss": 3.5},
+    ]

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ingle.events import Event, Failed, Progress, Saved, Started, Step, Warned, from_dict
+from ingle.events import Event, Failed, Progress, Saved, Started, Step, Validated, Warned, from_dict
 from ingle.sinks import EventsFile, MetricsFile
 from ingle.sinks.jsonl import cut_after_step
 
@@ -69,6 +70,31 @@ def test_a_resumed_run_cuts_off_the_steps_that_it_repeats(tmp_path: Path, sink_t
     steps = [line for line in lines(path) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["loss"] for line in steps] == [1.5] * 3 + [9.0] * 4
+
+
+@pytest.mark.parametrize("sink_type", [MetricsFile, EventsFile])
+@pytest.mark.parametrize("validated", [2, 4])
+def test_a_validation_that_the_resumed_run_repeats_is_cut_off(tmp_path: Path, sink_type: Any, validated: int) -> None:
+    """The checkpoint of step 4 was saved before the validation or after it."""
+    path = tmp_path / "m"
+    sink = sink_type(path)
+    sink(started())
+    for number in range(1, 6):
+        sink(step(number))
+        if number % 2 == 0:
+            sink(Validated(number, 1.0, 2, 1.0, metrics={"chrf": 3.0}))
+    sink_type(path)(replace(started(step=4), validated=validated))
+    kept = [line for line in lines(path) if "loss" in line or "validation_loss" in line]
+    steps = [line["step"] for line in kept if "validation_loss" in line or line.get("event") == "validated"]
+    assert steps == [2, 4][: validated // 2]
+    assert [line["step"] for line in kept if "lr" in line] == [1, 2, 3, 4]
+
+
+def test_a_validation_has_a_line_of_its_own(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path / "m")
+    for event in (started(), Validated(0, 2.5, 0, 2.5, metrics={"chrf": 3.0})):
+        sink(event)
+    assert lines(tmp_path / "m") == [{"step": 0, "validation_loss": 2.5, "validation_chrf": 3.0}]
 
 
 def test_a_torn_line_before_the_resumed_step_is_cut_off(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ingle import events
 from ingle.config import Run
-from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Warned
+from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Validated, Warned
 from ingle.report.results import ShownSamples
 from ingle.report.terminal_tables import comparison_table, plan_table, summary_table
 from ingle.sinks import Terminal, combine
@@ -146,6 +146,19 @@ def test_the_bar_fits_an_ordinary_terminal() -> None:
         sink(step(1))
     line = next(line for line in reversed(out.getvalue().split("\r")) if "Training" in line)
     assert "1/6" in line and "loss 2.5000  1,234 tokens/s  lr 2.00e-04  ETA " in line and "…" not in line
+
+
+def test_validations_are_shown_in_the_bar_and_on_lines() -> None:
+    received = (Validated(0, 2.25, 0, 2.25), step(1), Validated(1, 2.5, 0, 2.25, metrics={"chrf": 31.5}), step(2))
+    text = show(started(), *received)
+    assert "Validation 0/6  loss 2.2500, the lowest so far" in text
+    assert "Validation 1/6  loss 2.5000, lowest 2.2500 at step 0  chrf 31.5" in text
+    out = io.StringIO()
+    with Terminal(Console(file=out, force_terminal=True, width=80, color_system=None)) as sink:
+        for event in (started(), *received):
+            sink(event)
+    bars = [line for line in out.getvalue().split("\r") if "Training" in line]
+    assert "2/6" in bars[-1] and "loss 2.5000  val 2.5000 (best 2.2500)  ETA " in bars[-1] and "…" not in bars[-1]
 
 
 def test_the_bar_goes_when_the_block_ends_badly() -> None:

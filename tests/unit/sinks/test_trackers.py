@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ingle.errors import DependencyError
-from ingle.events import Evaluated, Event, Finished, Saved, Started, Step
+from ingle.events import Evaluated, Event, Finished, Saved, Started, Step, Validated
 from ingle.sinks import TensorBoard, Wandb
 from tests.stored_results import COMPARISON, REPORT
 
@@ -19,6 +19,7 @@ def make_events(output: Path) -> list[Event]:
         Step(1, 2.0, 10, 5.0, 1e-3, 1.0, 100, 0.5, {"accuracy": 0.5}),
         Saved(1, "x", "checkpoint"),
         Step(2, float("nan"), 20, 5.0, 1e-3, 1.0, 100, 1.0),
+        Validated(2, 2.25, 2, 2.25, metrics={"chrf": 30.0}),
         Evaluated(2, COMPARISON),
         Finished(2, REPORT),
     ]
@@ -55,6 +56,7 @@ def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         sink(event)
     assert ("train/loss", 2.0, 1) in written and ("train/accuracy", 0.5, 1) in written
     assert not [entry for entry in written if entry[0] == "train/loss" and entry[2] == 2]  # NaN is no scalar
+    assert ("train/validation_loss", 2.25, 2) in written and ("train/validation_chrf", 30.0, 2) in written
     assert ("evaluate/bleu/tuned", COMPARISON.metrics["bleu"].tuned, 2) in written
     assert not [entry for entry in written if entry[0] == "train/step"]
     assert closed == [True]
@@ -81,7 +83,8 @@ def test_a_resumed_run_keeps_its_wandb_id(monkeypatch: pytest.MonkeyPatch, tmp_p
             sink(event)
     assert opened[0]["id"] == opened[1]["id"] == (tmp_path / "wandb.id").read_text()
     assert opened[0]["project"] == "project" and opened[0]["resume"] == "allow"
-    assert [number for _, number in logged] == [1, 2, 1, 2]
+    assert [number for _, number in logged] == [1, 2, 2, 1, 2, 2]
+    assert logged[2][0] == {"train/validation_loss": 2.25, "train/validation_chrf": 30.0}
     assert logged[0][0]["train/loss"] == 2.0
     assert run.summary["evaluate/bleu/delta"] == COMPARISON.metrics["bleu"].delta
     assert finished == [0, 0]

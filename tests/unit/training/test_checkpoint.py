@@ -67,6 +67,29 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert part.state == {"counter": 16, "nested": {"seen": [1, 2]}}
 
 
+def test_the_best_checkpoint_stays_until_there_is_a_better_one(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path, keep=1)
+    best = {0: 0, 2: 2, 4: 2, 6: 2, 8: 8, 10: 8}
+    kept = []
+    for step, pinned in best.items():
+        checkpoints.save(_position(step), pinned)
+        kept.append(checkpoints.steps())
+    assert kept == [[0], [2], [2, 4], [2, 6], [8], [8, 10]]
+
+
+def test_the_weights_of_a_step_are_restored_without_the_rest(tmp_path: Path) -> None:
+    optimizer, part = _optimizer(), Part()
+    checkpoints = _checkpoints(tmp_path, optimizer=optimizer, part=part)
+    checkpoints.save(_position(3))
+    expected = {name: master.detach().clone() for name, master in optimizer.named_masters()}
+    for _, master in optimizer.named_masters():
+        master.data.zero_()
+    part.state = {"counter": 17}
+    checkpoints.load_weights(3, "abc")
+    assert all(torch.equal(master, expected[name]) for name, master in optimizer.named_masters())
+    assert part.state == {"counter": 17}
+
+
 def test_only_the_newest_are_kept_and_order_is_numeric(tmp_path: Path) -> None:
     checkpoints = _checkpoints(tmp_path, keep=2)
     for step in (8, 9, 10, 100):
