@@ -31,6 +31,7 @@ class Prepared:
     mesh: parallel.Mesh
     dtype: torch.dtype
     tokenizer: Any
+    run: Run
     dataset: data.TokenDataset
     sequences: data.Sequences
     held_out: data.HeldOut | None
@@ -63,7 +64,10 @@ class Assembled:
 
 
 def prepare(run: Run, sink: Sink) -> Prepared:
-    """Reads the data and the shape of the model, and plans the run; reads no weights."""
+    """Reads the data and the shape of the model, and plans the run; reads no weights.
+
+    The run that is returned has the names of all labels in its objective.
+    """
     check(run)
     parallel.check_processes(run.parallel)
     device = parallel.set_up(run.parallel)
@@ -72,9 +76,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     task_rows = [sample.example for sample in evaluation.read_task(run.task)] if run.task is not None else []
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
+    run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
     model = models.meta_model(run.model, device, dtype)
     with parallel.local_first("data"):  # process groups come later: this may take hours
-        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective.kind, sink=sink)
+        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
         sequences, held_out = data.hold_out(dataset, run.data, run.seed, build, sink)
     mesh = parallel.join(device, run.parallel)
@@ -93,7 +98,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     advice = planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
-    return Prepared(mesh, dtype, tokenizer, dataset, sequences, held_out, model, plan, contamination)
+    return Prepared(mesh, dtype, tokenizer, run, dataset, sequences, held_out, model, plan, contamination)
 
 
 def _data_shape(
@@ -191,6 +196,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     """
     parallel.require_launcher(run.parallel)
     ready = prepare(run, sink)
+    run = ready.run
     model, plan, mesh = ready.model, ready.plan, ready.mesh
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)

@@ -61,7 +61,7 @@ def inspect(
         report = inspect_data(
             run.data,
             tokenizer,
-            run.objective.kind,
+            run.objective,
             run.task,
             num_previews=num_previews,
             seed=run.seed,

@@ -11,6 +11,7 @@ from ingle.data.dataset import TokenDataset
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.duplicates import ContaminationSearch
 from ingle.data.holdout import HeldOut, hold_out
+from ingle.data.label_names import name_labels
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.prompt import prompt_ids
 from ingle.data.sampler import SequenceSampler
@@ -40,6 +41,7 @@ __all__ = [
     "collate",
     "hold_out",
     "make_sequences",
+    "name_labels",
     "prompt_ids",
     "read_examples",
     "render",

@@ -192,7 +192,7 @@ def _settings(tokenizer: Tokenizer, options: TokenOptions) -> list[Any]:
 def _code() -> str:
     """Returns a digest of the code of this package."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

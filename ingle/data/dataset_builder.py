@@ -19,6 +19,7 @@ from ingle.data.cache import DataCache, Entry, can_cache
 from ingle.data.chunks import Chunk, cut_source
 from ingle.data.dataset import TokenDataset
 from ingle.data.duplicates import RowSearch
+from ingle.data.label_names import describe_balance
 from ingle.data.row_encoder import Counts, Tally, TokenOptions, token_options
 from ingle.data.row_tokenizer import RowTokenizer
 from ingle.data.shards import Shard, ShardedTokens, Stored, open_shard
@@ -71,6 +72,23 @@ def build_dataset(
     """
     options = token_options(data, objective)
     sink = sink or (lambda _: None)
+    dataset = _build(data, tokenizer, options, sink, parse, on_example, search)
+    if options.objective == "classify" and options.labels:
+        counts = dataset.label_counts(len(options.labels)).tolist()
+        for warning in describe_balance(options.labels, counts):
+            sink(Warned(warning, where="objective.labels"))
+    return dataset
+
+
+def _build(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    options: TokenOptions,
+    sink: Sink,
+    parse: RowParser | None,
+    on_example: Callable[[Example], None] | None,
+    search: RowSearch | None,
+) -> TokenDataset:
     if parse is None and is_large(data) and can_cache(tokenizer):
         dataset = _CachedBuild(data, tokenizer, options, sink, search).build()
         if on_example is not None:

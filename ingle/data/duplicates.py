@@ -7,7 +7,6 @@ the same on every machine.
 from __future__ import annotations
 
 import re
-import unicodedata
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,9 @@ import numpy.typing as npt
 
 from ingle.data.dataset import GrowingArray, Origins
 from ingle.data.minhash import NEAR, Hashes, find_candidates, jaccard, sign
-from ingle.data.types import Example, last_answer
+from ingle.data.row_parts import fold as fold
+from ingle.data.row_parts import read_parts
+from ingle.data.types import Example
 from ingle.report.data_results import Contamination, Duplicates, Overlap, Pair
 
 #: Words of a shingle; near duplicates share most of their shingles.
@@ -35,25 +36,6 @@ _NUM_SHOWN = 5
 
 _NUM_PARTS = 32  # a power of two
 _WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def fold(text: str) -> str:
-    """Returns a text without differences of case, Unicode form and white space."""
-    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split())
-
-
-def read_parts(example: Example) -> tuple[str, str]:
-    """Returns the folded prompt and answer of a row; the prompt of plain text is empty."""
-    if example.texts:  # a prompt that all texts share, and everything that follows it
-        parts = [read_parts(text) for text in example.texts.values()]
-        return parts[0][0], "\n".join(answer for _, answer in parts)
-    if example.text is not None:
-        return "", fold(example.text)
-    if example.prompt is not None:
-        return fold(example.prompt), fold(example.completion or "")
-    turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-    return fold("\n".join(turn.content for turn in turns)), fold(last_answer(example) or "")
 
 
 class DuplicateSearch:

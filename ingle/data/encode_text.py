@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ingle.data.backend import copy_backend
+from ingle.data.corruption import is_special
 from ingle.data.encoding import PIECE_CHARS, cut_text
 from ingle.data.row_encoder import Counts, Piece, TokenOptions
-from ingle.data.special_tokens import find_special_ids, read_special_tokens
+from ingle.data.special_tokens import read_special_tokens
 from ingle.data.types import Example, Ids, Tokenizer
 
 
@@ -29,7 +30,7 @@ class TextPieces:
         self._options = options
         self._backend = copy_backend(tokenizer)
         self._special = read_special_tokens(tokenizer, self._backend, 1)._replace(types=())
-        self._is_special = find_special_ids(tokenizer, self._backend.get_vocab_size())
+        self._is_special = is_special(tokenizer)
         self._room = options.max_seq_len - self._special.count
 
     def encode(self, examples: Sequence[Example], counts: Counts) -> Iterator[tuple[Example, Sequence[Piece]]]:

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice, pairwise
-from pathlib import Path
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import ObjectiveKind
+from ingle.config.objective import Classify, ObjectiveConfig, ObjectiveKind, Tag
 from ingle.data.dataset import GrowingArray, TokenDataset
 from ingle.data.dataset import Lengths as DocumentLengths
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.duplicates import DuplicateSearch, OverlapSearch
-from ingle.data.encoding import TextEncoder
-from ingle.data.layouts import detect_layout
+from ingle.data.label_names import describe_balance, name_labels
+from ingle.data.layouts import detect_source, guess_objective
 from ingle.data.packing import make_sequences
-from ingle.data.readers import read_rows
+from ingle.data.previews import Previews
 from ingle.data.row_encoder import Tally
-from ingle.data.sources import find_files, read_examples, sample_examples
-from ingle.data.types import IGNORE_INDEX, Example, Ids, Tokenizer, last_answer
+from ingle.data.row_parts import show_label
+from ingle.data.sources import find_files, open_tables, read_examples, sample_examples
+from ingle.data.types import Example, Tokenizer, last_answer
 from ingle.errors import DataError
 from ingle.events import Progress, Sink
 from ingle.report.data_results import (
     Bar,
     DataReport,
     Ending,
+    LabelShare,
     Lengths,
     Packing,
-    Preview,
     RowPreview,
     RowsReport,
-    Stretch,
 )
 from ingle.report.data_tables import duplicate_problems, find_problems
 from ingle.wording import plural
@@ -46,7 +45,7 @@ _NUM_ENDINGS = 4
 def inspect(
     data: DataConfig,
     tokenizer: Tokenizer,
-    objective: ObjectiveKind,
+    objective: ObjectiveConfig,
     held_out: TaskConfig | None = None,
     *,
     num_previews: int = 3,
@@ -58,7 +57,7 @@ def inspect(
     Args:
         data: Sources and options.
         tokenizer: The model's tokenizer.
-        objective: ``clm`` or ``sft``.
+        objective: The section, with or without the names of its labels.
         held_out: The evaluation task, whose rows should not be in the training data.
         num_previews: Number of documents to show, evenly spaced.
         seed: Seed of packing.
@@ -70,7 +69,10 @@ def inspect(
     """
     sink = sink or (lambda _: None)
     duplicates = DuplicateSearch()
-    overlap = OverlapSearch(list(read_examples(held_out.sources))) if held_out is not None else None
+    objective = name_labels(data, objective)
+    kind = objective.kind
+    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=kind))
+    overlap = OverlapSearch(rows) if held_out is not None else None
 
     on_example = None if overlap is None else overlap.add
     dataset = build_dataset(data, tokenizer, objective=objective, sink=sink, on_example=on_example, search=duplicates)
@@ -78,21 +80,27 @@ def inspect(
     sink(Progress("Finding duplicates", 0))
     if not duplicates.num_texts:
         step = duplicates.step
-        for number, example in enumerate(sample_examples(data.sources, step)):
+        for number, example in enumerate(sample_examples(data.sources, step, kind)):
             duplicates.add_text(number * step, example)
     found, shared = duplicates.result(), overlap.result() if overlap is not None else None
-    control = TextEncoder(tokenizer).control_ids
-    endings = _count_endings(dataset, tokenizer, control)
+    previews = Previews(dataset, tokenizer, objective, seed)
+    endings = _count_endings(dataset, previews) if kind in ("clm", "sft") else ()
+    labels = _count_labels(dataset, objective)
+    problems = find_problems(kind, dataset.stats, endings, found, shared)
+    if kind == "classify":
+        problems += tuple(describe_balance([each.name for each in labels], [each.count for each in labels]))
     return DataReport(
-        objective=objective,
+        objective=kind,
         stats=dataset.stats,
         lengths=_measure(dataset.lengths),
         packing=Packing(data.packing, len(sequences), data.max_seq_len, sequences.efficiency),
         endings=endings[:_NUM_ENDINGS],
         duplicates=found,
         overlap=shared,
-        previews=tuple(_preview(dataset, i, tokenizer, control) for i in _spread(len(dataset), num_previews)),
-        problems=find_problems(objective, dataset.stats, endings, found, shared),
+        previews=tuple(previews.show(i) for i in _spread(len(dataset), num_previews)),
+        problems=problems,
+        labels=labels,
+        answered=_count_answered(dataset) if kind == "answer" else None,
     )
 
 
@@ -109,21 +117,27 @@ def inspect_rows(path: str, *, num_previews: int = 3) -> RowsReport:
     columns: tuple[str, ...] = ()
     problems: list[str] = []
     sources = [Source(path=str(file)) for file in files]
+    objectives, labels = dict[str, ObjectiveKind](), Counter[str]()
     num_chars, duplicates, empty = GrowingArray(np.int64), DuplicateSearch(), Tally()
     for source in sources:
-        place, first = next(iter(read_rows(Path(source.path))))
-        layout, others = detect_layout(first, f"{source.path}:{place}")
+        table = next(open_tables(source))
+        place, first = next(table.rows)
+        kind = objectives[source.path] = guess_objective(first, f"{source.path}:{place}")
+        fixed, warning = detect_source(first, source, kind, source.path, f"{source.path}:{place}")
         columns = columns or tuple(first)
-        if others:
-            problems.append(f"{source.path} could also be read as {', '.join(others)}; set layout: in data.sources.")
-        for example in read_examples([source]):
-            layouts[layout] += 1
+        if warning is not None:
+            problems.append(warning)
+        for example in read_examples([source], objective=kind):
+            layouts[fixed.layout] += 1
+            if kind in ("classify", "tag") and example.label is not None:
+                labels.update([example.label] if isinstance(example.label, str) else map(str, example.label))
             num_chars.append(sum(len(text) for _, text in _parts(example)))
             duplicates.add(example)
             if (kind := _find_empty(example)) is not None:
                 empty.add(kind, example.origin)
     found = duplicates.result()
     rows = layouts.total()
+    read_all = chain.from_iterable(read_examples([each], objective=objectives[each.path]) for each in sources)
     return RowsReport(
         path=path,
         rows=rows,
@@ -132,10 +146,10 @@ def inspect_rows(path: str, *, num_previews: int = 3) -> RowsReport:
         characters=_measure(num_chars.close()),
         duplicates=found,
         previews=tuple(
-            RowPreview(example.origin, _parts(example))
-            for example in _pick(read_examples(sources), _spread(rows, num_previews))
+            RowPreview(example.origin, _parts(example)) for example in _pick(read_all, _spread(rows, num_previews))
         ),
         problems=(*problems, *_describe_empty(empty), *duplicate_problems(found)),
+        labels=dict(labels),
     )
 
 
@@ -164,33 +178,39 @@ def _measure(lengths: DocumentLengths) -> Lengths:
     )
 
 
-def _count_endings(dataset: TokenDataset, tokenizer: Tokenizer, control: Ids) -> tuple[Ending, ...]:
+def _count_endings(dataset: TokenDataset, previews: Previews) -> tuple[Ending, ...]:
     closing = dataset.closing_ids()
     counts = np.bincount(closing)
     first = np.zeros(len(counts), dtype=np.int32)
     first[closing[::-1]] = np.arange(len(closing), dtype=np.int32)[::-1]  # the last value stays
     tokens = sorted(np.flatnonzero(counts).tolist(), key=lambda token: (-counts[token], first[token]))
-    return tuple(Ending(_decode(tokenizer, [token]), int(counts[token]), token in control) for token in tokens)
-
-
-def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _preview(dataset: TokenDataset, i: int, tokenizer: Tokenizer, control: Ids) -> Preview:
-    sample = dataset.sample(i)
-    supervised = sample.labels != IGNORE_INDEX
-    special = np.isin(sample.input_ids, control)
-    changes = np.flatnonzero((np.diff(supervised) | np.diff(special)) != 0) + 1
-    borders = [0, *changes.tolist(), len(supervised)]
-    stretches = tuple(
-        Stretch(_decode(tokenizer, sample.input_ids[a:b].tolist()), bool(supervised[a]), bool(special[a]))
-        for a, b in pairwise(borders)
+    return tuple(
+        Ending(previews.decode(np.array([token])), int(counts[token]), token in previews.control_ids)
+        for token in tokens
     )
-    return Preview(dataset.origin(i), len(supervised), int(supervised.sum()), stretches)
+
+
+def _count_labels(dataset: TokenDataset, objective: ObjectiveConfig) -> tuple[LabelShare, ...]:
+    if not isinstance(objective, Classify | Tag) or not objective.labels:
+        return ()
+    counts = dataset.label_counts(len(objective.labels)).tolist()
+    if isinstance(objective, Tag):
+        return tuple(map(LabelShare, objective.labels, counts))
+    labels = dataset.document_column("document_labels")
+    chosen = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(len(counts))
+    tokens = (chosen * dataset.lengths[:, None]).sum(0) / np.maximum(counts, 1)
+    return tuple(map(LabelShare, objective.labels, counts, tokens.tolist()))
+
+
+def _count_answered(dataset: TokenDataset) -> int:
+    """Counts the windows with an answer; all others name their first token."""
+    return int((dataset.document_column("start_labels") > 0).sum())
 
 
 def _parts(example: Example) -> tuple[tuple[str, str], ...]:
+    if example.label is not None or example.texts:
+        texts = {name: each.text or "" for name, each in example.texts.items()} or {"text": example.text or ""}
+        return (*texts.items(), ("label", show_label(example)))
     if example.text is not None:
         return (("text", example.text),)
     if example.prompt is not None:
@@ -203,7 +223,8 @@ _NO_ANSWER, _EMPTY = "without an assistant turn", "with an empty answer or text"
 
 def _find_empty(example: Example) -> str | None:
     """Returns what is wrong if there is nothing to learn from a row."""
-    answer = example.text if example.text is not None else last_answer(example)
+    texts = [text.text or "" for text in example.texts.values()]
+    answer = example.text if example.text is not None else " ".join(texts) if texts else last_answer(example)
     if answer is None:
         return _NO_ANSWER
     return None if answer.strip() else _EMPTY

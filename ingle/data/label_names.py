@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ from ingle.data.row_encoder import TokenOptions
 from ingle.data.sources import read_examples
 from ingle.data.types import IGNORE_INDEX, Example, Label, Span
 from ingle.errors import DataError
-from ingle.wording import nearest, plural, some
+from ingle.wording import either, nearest, plural, some
 
 #: More numbers than this are no classes.
 _MAX_NUMBERS = 50
 #: More names than this are no classes, but texts in the wrong column.
 _MAX_NAMES = 10_000
+#: The most frequent class may have this many times the rows of the rarest, which has at least this share of all rows.
+_UNBALANCED, _RARE = 20, 0.01
 #: Names that a message lists.
 _LISTED = 12
 
@@ -37,7 +40,7 @@ def name_labels(data: DataConfig, objective: ObjectiveConfig) -> ObjectiveConfig
         DataError: A row has no label, or there are fewer than two classes.
     """
     match objective:
-        case Classify(labels=None) | Classify(problem="auto"):
+        case Classify(problem="auto") | Classify(labels=None, problem="single" | "multi"):
             return _name_classes(data, objective)
         case Tag(labels=None):
             found = Counter[str]()
@@ -65,7 +68,7 @@ def _name_classes(data: DataConfig, objective: Classify) -> Classify:
     if problem == "auto":
         problem = "multi" if lists else "regression" if not objective.labels and _measure(found) else "single"
     if problem == "regression":
-        return objective.model_copy(update={"problem": problem, "labels": ()})
+        return objective.model_copy(update={"problem": problem, "labels": None})
     _require_two(found, data)
     names = objective.labels or tuple(sorted(found, key=_natural))
     return objective.model_copy(update={"problem": problem, "labels": names})
@@ -120,6 +123,28 @@ def _natural(name: str) -> tuple[object, ...]:
 def _tag_order(tag: str) -> tuple[object, ...]:
     prefix, _, kind = tag.partition("-")
     return (tag != _OUTSIDE, kind or prefix, "BSIELU".find(prefix) if kind else -1, tag)
+
+
+def describe_balance(names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Returns what a user should know about the frequencies of classes, in sentences.
+
+    Args:
+        names: The names of the classes.
+        counts: Rows of each class.
+    """
+    if not sum(counts):
+        return []
+    found = []
+    if missing := [name for name, count in zip(names, counts, strict=True) if not count]:
+        found.append(f"No row has the label {either([repr(name) for name in missing[:_LISTED]])}.")
+    present = [(count, name) for name, count in zip(names, counts, strict=True) if count]
+    (least, rare), (most, common) = min(present), max(present)
+    if least == 1:
+        found.append(f"Only one row has the label {rare!r}, so nothing shows whether the model recognizes it.")
+    if most > _UNBALANCED * least or least < _RARE * sum(counts):
+        ratio = f"{plural(most, 'row')} of {common!r}, {least:,} of {rare!r}"
+        found.append(f"The classes are unbalanced: {ratio} (objective.class_weights=balanced weights them alike).")
+    return found
 
 
 class LabelEncoder:

@@ -37,6 +37,7 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
 _MAX_LISTED = 12
 _MISSING = object()
 
+_LABELLED: tuple[ObjectiveKind, ...] = ("answer", "tag", "classify", "seq2seq")
 #: How to name the columns of objectives with labels.
 _COLUMNS = {
     "classify": "{text: ..., label: ...}, or {text: ..., text_pair: ..., label: ...}",
@@ -151,6 +152,27 @@ def detect_source(
     if not alternatives:
         return fixed, None
     return fixed, f"{name} is read as {layout}; it could also be read as {', '.join(alternatives)} (set layout:)."
+
+
+def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
+    """Returns an objective for which a row could be meant; that of chats and texts if it fits one and has no label.
+
+    Raises:
+        DataError: No layout of any objective fits.
+    """
+    complete = {"classify": "label", "tag": "tags", "answer": "answers", "seq2seq": "target"}
+    fits: list[ObjectiveKind] = []
+    for objective in _LABELLED:
+        found = detect_labelled(row, objective)
+        if found is not None and complete[objective] in found[1]:
+            fits.append(objective)
+    try:
+        layout, _ = detect_layout(row, origin)
+    except DataError:
+        if not fits:
+            raise
+        return fits[0]
+    return "classify" if layout == "text" and "classify" in fits else "sft"
 
 
 def is_conversation(value: object, role_key: str = "role") -> bool:

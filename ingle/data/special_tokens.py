@@ -60,18 +60,6 @@ def read_target_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     return _split(found.encodings[0], 1, has_types=False)
 
 
-def find_special_ids(tokenizer: Tokenizer, size: int) -> Mask:
-    """Returns which ids are those of special tokens, bool [V].
-
-    Args:
-        tokenizer: The model's tokenizer.
-        size: V, the number of ids.
-    """
-    is_special = np.zeros(max([size, *(i + 1 for i in tokenizer.all_special_ids)]), np.bool_)
-    is_special[tokenizer.all_special_ids] = True
-    return is_special
-
-
 def _split(encoding: Any, num_texts: int, *, has_types: bool) -> SpecialTokens:
     ids, types = np.array(encoding.ids, np.int32), encoding.type_ids
     places = [[i for i, text in enumerate(encoding.sequence_ids) if text == number] for number in range(num_texts)]

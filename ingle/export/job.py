@@ -275,7 +275,8 @@ class ExportJob:
         """Returns the first documents of the text, tokenized as in training."""
         config = self._text_config()
         assert config is not None
-        objective = self.run.objective.kind if self.run is not None and self.request.data is None else "sft"
+        own = self.run.objective if self.run is not None and self.request.data is None else None
+        objective = "sft" if own is None else data.name_labels(config, own)
         sources = tuple(
             source.model_copy(update={"limit": min(source.limit or MAX_ROWS, MAX_ROWS)}) for source in config.sources
         )

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ingle.config.objective import ObjectiveKind
 
@@ -168,12 +168,28 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One document as the model sees it."""
+    """One document as the model sees it.
+
+    Attributes:
+        label: Its label; empty if it has none.
+        target: What the decoder predicts.
+    """
 
     origin: str
     num_tokens: int
     num_supervised: int
     stretches: tuple[Stretch, ...]
+    label: str = ""
+    target: tuple[Stretch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelShare:
+    """Number of rows with a class, and the mean tokens of their documents; or number of words with a tag."""
+
+    name: str
+    count: int
+    mean_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +220,8 @@ class DataReport:
         overlap: Between training data and held-out rows; None without held-out rows.
         previews: A few documents.
         problems: Problems to look at, in sentences.
+        labels: The classes or tags, in the order of the head's outputs.
+        answered: Documents that contain the answer to their question; None for other objectives.
     """
 
     objective: ObjectiveKind
@@ -215,6 +233,8 @@ class DataReport:
     overlap: Overlap | None
     previews: tuple[Preview, ...]
     problems: tuple[str, ...]
+    labels: tuple[LabelShare, ...] = ()
+    answered: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +256,7 @@ class RowsReport:
         characters: Lengths of rows in characters.
         previews: A few rows.
         problems: Problems to look at, in sentences.
+        labels: Number of rows by class, or of words by tag.
     """
 
     path: str
@@ -246,3 +267,4 @@ class RowsReport:
     duplicates: Duplicates
     previews: tuple[RowPreview, ...]
     problems: tuple[str, ...]
+    labels: dict[str, int] = field(default_factory=dict)

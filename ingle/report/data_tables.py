@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -20,10 +20,12 @@ from ingle.report.data_results import (
     Preview,
     Remark,
     RowsReport,
+    Stretch,
 )
 from ingle.wording import plural
 
 _BAR_WIDTH = 32
+_MAX_LABELS = 12
 _MAX_DOCUMENT_CHARS, _MAX_MESSAGE_CHARS = 2400, 1200
 
 _NO_MODEL = (
@@ -37,6 +39,8 @@ def render_report(report: DataReport, console: Console) -> None:
     for preview in report.previews:
         console.print(_draw_preview(preview, console))
     console.print(_draw_sources(report.stats))
+    if report.labels:
+        console.print(_draw_labels(report))
     console.print(_draw_lengths("Tokens of a document", report.lengths, console))
     console.print(_draw_table(_figures(report)))
     pairs = _duplicate_pairs(report.duplicates)
@@ -60,6 +64,7 @@ def render_rows(report: RowsReport, console: Console) -> None:
         ("rows", f"{report.rows:,}"),
         ("layout", layouts),
         ("columns", ", ".join(report.columns)),
+        *([("labels", _list_labels(report.labels))] if report.labels else []),
         *_duplicate_figures(report.duplicates),
     ]
     console.print(_draw_table(figures))
@@ -81,7 +86,7 @@ def find_problems(
     if stats.open_turns:
         turns = _count(stats.open_turns, "trained turn", "has", "have")
         problems.append(f"{turns} no end-of-turn token in the chat template.")
-    if stats.supervised_share < 0.05:
+    if objective in ("clm", "sft") and stats.supervised_share < 0.05:
         problems.append(f"Only {stats.supervised_share:.1%} of the tokens carry loss.")
     problems += duplicate_problems(duplicates)
     if overlap is not None and overlap.same_prompt:
@@ -118,12 +123,14 @@ def _draw_preview(preview: Preview, console: Console) -> Panel:
     newline = "\\n\n" if ascii_only else "⏎\n"
     opening, closing = ("[[", "]]") if ascii_only else ("«", "»")
     body, shown, inside = Text(), 0, False
-    for stretch in preview.stretches:
+    arrow = Stretch("\n-> " if ascii_only else "\n→ ", False, False)
+    for stretch in (*preview.stretches, *([arrow] if preview.target else []), *preview.target):
         if plain and stretch.supervised != inside:
             body.append(opening if stretch.supervised else closing)
             inside = stretch.supervised
         style = "bold green" if stretch.supervised else "dim"
-        body.append(stretch.text.replace("\n", newline), style=f"{style} reverse" if stretch.special else style)
+        text = stretch.text if stretch is arrow else stretch.text.replace("\n", newline)
+        body.append(text, style=f"{style} reverse" if stretch.special else style)
         shown += len(stretch.text)
         if shown > _MAX_DOCUMENT_CHARS:
             body.append(" ...", style="dim")
@@ -132,6 +139,8 @@ def _draw_preview(preview: Preview, console: Console) -> Panel:
         body.append(closing)
     legend = f"{opening}{closing} carries loss" if plain else "green carries loss"
     title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, {preview.num_supervised} with loss"
+    if preview.label:
+        title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, label {preview.label}"
     return Panel(body, title=Text(title), subtitle=Text(legend), title_align="left", subtitle_align="right")
 
 
@@ -150,6 +159,31 @@ def _draw_sources(stats: DataStats) -> Table:
             f"{source.supervised_tokens / max(source.tokens, 1):.1%}",
         )
     return table
+
+
+def _draw_labels(report: DataReport) -> Table:
+    total = sum(share.count for share in report.labels)
+    table = Table(title="Tags" if report.objective == "tag" else "Classes", title_justify="left")
+    table.add_column("label", overflow="fold")
+    for name in ("words",) if report.objective == "tag" else ("rows",):
+        table.add_column(name, justify="right")
+    table.add_column("share", justify="right")
+    if report.objective != "tag":
+        table.add_column("tokens, mean", justify="right")
+    for share in report.labels:
+        mean = [] if report.objective == "tag" else [f"{share.mean_tokens or 0:,.1f}"]
+        table.add_row(Text(share.name), f"{share.count:,}", f"{share.count / max(total, 1):.1%}", *mean)
+    return table
+
+
+def _count_entities(report: DataReport) -> dict[str, int]:
+    """Returns the number of entities by type, from the tags that begin one; empty if no tag does."""
+    found: dict[str, int] = {}
+    for share in report.labels if report.objective == "tag" else ():
+        prefix, _, kind = share.name.partition("-")
+        if prefix in ("B", "S", "U") and kind:
+            found[kind] = found.get(kind, 0) + share.count
+    return found
 
 
 def _draw_lengths(title: str, lengths: Lengths, console: Console) -> Group:
@@ -180,8 +214,14 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         ("tokens", f"{stats.tokens:,}, {stats.supervised_tokens:,} with loss ({stats.supervised_share:.1%})"),
         ("truncation", cut),
         ("packing" if packing.enabled else "no packing", sequences),
-        ("documents end in", endings),
     ]
+    if endings:
+        figures.append(("documents end in", endings))
+    if report.answered is not None:
+        windows = f"{plural(stats.documents, 'window')}, {report.answered:,} with the answer"
+        figures.append(("windows of contexts", windows))
+    if entities := _count_entities(report):
+        figures.append(("entities", ", ".join(f"{kind} {count:,}" for kind, count in entities.items())))
     if stats.control_tokens:
         found = (f"{r.reason} ({plural(r.count, 'row')}, first {r.first})" for r in stats.control_tokens)
         figures.append(("control tokens in messages", ", ".join(found)))
@@ -193,6 +233,12 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         half = f"{overlap.half_seen:,} of {plural(overlap.answers, 'answer')} at least by half"
         figures += [("held-out rows in training", same), ("held-out answers in training", grams + half)]
     return figures
+
+
+def _list_labels(labels: Mapping[str, int]) -> str:
+    most = sorted(labels.items(), key=lambda item: -item[1])
+    more = f" and {len(most) - _MAX_LABELS:,} more" if len(most) > _MAX_LABELS else ""
+    return ", ".join(f"{name} {count:,}" for name, count in most[:_MAX_LABELS]) + more
 
 
 def _duplicate_figures(duplicates: Duplicates) -> list[tuple[str, str]]:

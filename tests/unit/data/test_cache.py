@@ -20,6 +20,7 @@ import pytest
 
 from ingle import env
 from ingle.config.data import DataConfig
+from ingle.config.objective import Sft
 from ingle.data import ContaminationSearch, dataset_builder, duplicates, worker_pool
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.inspection import inspect
@@ -340,13 +341,13 @@ def test_duplicates_are_those_of_a_dataset_in_memory(tmp_path, tokenizer, monkey
         max_seq_len=128,
     )
     with in_memory():
-        expected = inspect(data, tokenizer, "sft").duplicates
+        expected = inspect(data, tokenizer, Sft()).duplicates
     assert expected.exact > 250
     assert expected.same_prompt > 40
     assert expected.near > 3
     assert expected.near_pairs[0].second.startswith(str(tmp_path))
     for _ in range(2):  # new and known data
-        assert inspect(data, tokenizer, "sft").duplicates == expected
+        assert inspect(data, tokenizer, Sft()).duplicates == expected
 
 
 def test_a_tokenizer_that_cannot_be_pickled(tmp_path, tokenizer, monkeypatch, tasks):
@@ -385,6 +386,7 @@ def test_a_worker_that_dies_is_an_error(tmp_path, tokenizer, monkeypatch):
 SCRIPT = """
 import pickle, sys
 from ingle.config.data import DataConfig
+from ingle.config.objective import Sft
 from ingle import env
 from ingle.data import chunks, dataset_builder, worker_pool
 env.num_processors = lambda: int(sys.argv[3])
@@ -462,6 +464,7 @@ def test_ctrl_c_ends_the_workers(tmp_path, tokenizer):
 MEASURE = """
 import pickle, resource, sys
 from ingle.config.data import DataConfig
+from ingle.config.objective import Sft
 from ingle.data import SequenceSampler, build_dataset, make_sequences
 tokenizer = pickle.load(open(sys.argv[1], "rb"))
 data = DataConfig(sources=[sys.argv[2]] * int(sys.argv[3]))

@@ -12,6 +12,7 @@ from rich.console import Console
 from ingle.cli.exit_status import run_command
 from ingle.config.data import SUFFIXES, DataConfig
 from ingle.config.evaluate import TaskConfig
+from ingle.config.objective import Clm, Sft
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.inspection import inspect, inspect_rows
 from ingle.data.packing import make_sequences
@@ -35,7 +36,7 @@ def report(tmp_path, tokenizer):
     rows += [rows[0], chat("hello", " "), chat("the end", "word " * 60)]
     data = DataConfig(sources=write(tmp_path / "train.jsonl", rows), max_seq_len=96)
     held = TaskConfig(sources=write(tmp_path / "test.jsonl", [rows[3], chat("unseen", "answer")]))
-    return inspect(data, tokenizer, "sft", held), data
+    return inspect(data, tokenizer, Sft(), held), data
 
 
 def draw(report, render=render_report, **options):
@@ -94,7 +95,7 @@ def test_report_is_plain_data(report):
 def test_clean_data_have_no_problems(tmp_path, tokenizer):
     words = ["apple", "river", "stone", "cloud", "lamp"]
     data = DataConfig(sources=write(tmp_path / "a.jsonl", [chat(f"define {w}", f"a {w} is here") for w in words]))
-    report = inspect(data, tokenizer, "sft")
+    report = inspect(data, tokenizer, Sft())
     assert report.problems == ()
     assert report.overlap is None
     assert "No problems" in draw(report)
@@ -104,14 +105,14 @@ def test_nothing_odd_is_never_said_below_a_list(tmp_path, tokenizer):
     """Few near duplicates are no problem of their own, and listed all the same."""
     rows = [chat(f"define {i * 7919} by {i * 13}", f"{i * 104729} or {i * 1299709}") for i in range(1, 31)]
     rows += [chat("name the red river of the far north", f"it is the one that you know{end}") for end in ("", ".")]
-    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, "sft")
+    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, Sft())
     assert report.problems == () and len(report.duplicates.near_pairs) == 1
     assert "Near duplicates" in draw(report) and "No problems were found." not in draw(report)
 
 
 def test_control_tokens_in_messages_are_shown(tmp_path, tokenizer):
     rows = [chat("what is two?", "four"), chat("hello <|im_end|> you", "a <|im_start|> b"), chat("<|im_end|> x", "y")]
-    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, "sft")
+    report = inspect(DataConfig(sources=write(tmp_path / "a.jsonl", rows)), tokenizer, Sft())
     found = {r.reason: (r.count, r.first) for r in report.stats.control_tokens}
     place = f"{tmp_path / 'a.jsonl'}:2"
     assert found == {"<|im_end|>": (2, place), "<|im_start|>": (1, place)}
@@ -125,7 +126,7 @@ def test_control_tokens_in_messages_are_shown(tmp_path, tokenizer):
 
 def test_pieces_of_split_text_are_no_problem(tmp_path, tokenizer):
     data = DataConfig(sources=write(tmp_path / "a.jsonl", [{"text": "hello world " * 99}]), max_seq_len=32)
-    assert inspect(data, tokenizer, "clm").problems == ()
+    assert inspect(data, tokenizer, Clm(kind="clm")).problems == ()
 
 
 def test_without_colour_marks_show_supervision(report):
@@ -154,7 +155,7 @@ def test_terminals_that_know_only_ascii_can_show_it(report):
 
 def test_brackets_in_the_data_are_no_markup(tmp_path, tokenizer):
     data = DataConfig(sources=write(tmp_path / "a.jsonl", [chat("[bold]x[/bold]", "[red]y[/nonsense]")]))
-    text = draw(inspect(data, tokenizer, "sft"))
+    text = draw(inspect(data, tokenizer, Sft()))
     assert "[bold]x[/bold]" in text
     assert "«[red]y[/nonsense]<|im_end|>»" in text
 
@@ -163,7 +164,7 @@ def test_real_data(shared_data, tokenizer):
     columns = {"prompt": "mr", "completion": "ref"}
     data = DataConfig(sources=[{"path": str(shared_data / "e2e" / "devset.csv"), "columns": columns, "limit": 600}])
     held = TaskConfig(sources=[{"path": str(shared_data / "e2e" / "testset_w_refs.csv"), "columns": columns}])
-    report = inspect(data, tokenizer, "sft", held)
+    report = inspect(data, tokenizer, Sft(), held)
     assert report.stats.documents == 600
     assert report.duplicates.same_prompt > 300
     assert report.overlap.rows == 4693

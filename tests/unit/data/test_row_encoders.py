@@ -69,7 +69,7 @@ def test_pairs_are_cut_as_pipelines_cut_them(tmp_path, tokenizer):
         (["class 10", "class 9"], "single", ("class 9", "class 10"), [[1], [0]]),
         ([True, False], "single", ("false", "true"), [[1], [0]]),
         ([3, 1.0], "single", ("1", "3"), [[1], [0]]),
-        ([0.5, 2], "regression", (), [[0.5], [2]]),
+        ([0.5, 2], "regression", None, [[0.5], [2]]),
         ([["b", "a"], []], "multi", ("a", "b"), [[[1, 1]], [[0, 0]]]),
     ],
 )
