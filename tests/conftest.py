@@ -15,7 +15,6 @@ import pytest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 #: ChatML, as Qwen and many others use it.
@@ -97,6 +96,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def write_model(folder: Path, path: Path, file_type: str) -> Path:
     """Writes the model in a folder as a GGUF file, tensor by tensor as llama.cpp's converter and quantizer would."""
     # Imported here, so that tests without a model start fast.
+    import torch
     from safetensors.torch import load_file
 
     from ingle.gguf import TensorToWrite, vocabulary, write_gguf
@@ -113,7 +113,7 @@ def write_model(folder: Path, path: Path, file_type: str) -> Path:
     ends = read("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
     template = folder / "chat_template.jinja"
     metadata = to_metadata(config)
-    names = names_of(metadata)
+    names = names_of(config)
     metadata |= vocabulary.to_metadata(
         read("tokenizer.json"),
         vocab_size=config["vocab_size"],
@@ -125,19 +125,20 @@ def write_model(folder: Path, path: Path, file_type: str) -> Path:
     mix, make = mix_of(file_type, metadata, tied=config["tie_word_embeddings"]), GgufFormats()
     tensors = []
     for name, weight in load_file(folder / "model.safetensors").items():
-        gguf_name = names.to_gguf(name)
-        assert gguf_name is not None, name
-        values = weight.float() + names.offset(gguf_name)
-        kind = mix.tensor_type(gguf_name, tuple(values.shape))
-        order = names.permutation(gguf_name, len(values))
+        rule = names.rule(name, tuple(weight.shape))
+        assert rule is not None, name
+        parts = rule.values_in_file(weight.float().numpy())
+        for gguf_name, shape, values in zip(rule.tensors, rule.file_shapes, parts, strict=True):
+            kind = mix.tensor_type(gguf_name, shape)
 
-        def data(values: Tensor = values, kind: str = kind, order: NDArray[np.int64] | None = order) -> NDArray[Any]:
-            format = make(kind)
-            dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.float32)
-            rows = values.numpy().astype(dtype) if format is None else format.encode(values)["data"].numpy()
-            return rows if order is None else rows[order]
+            def data(values: NDArray[Any] = values, kind: str = kind, shape: Any = shape) -> NDArray[Any]:
+                format = make(kind)
+                dtype = {"f32": np.float32, "f16": np.float16}.get(kind, np.float32)
+                if format is None:
+                    return values.astype(dtype)
+                return format.encode(torch.from_numpy(values).view(-1, shape[-1]))["data"].numpy()
 
-        tensors.append(TensorToWrite(gguf_name, kind, tuple(values.shape), data))
+            tensors.append(TensorToWrite(gguf_name, kind, shape, data))
     write_gguf(path, metadata, tensors)
     return path
 

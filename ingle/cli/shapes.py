@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,16 +53,18 @@ def _read_gguf(run: Run) -> tuple[Mapping[str, Any], Bits, float | None]:
     from ingle.gguf.names import names_of
 
     file = read_gguf(run.model.id)
-    names = names_of(file.metadata)
-    own = {names.to_hf(name): tensor for name, tensor in file.tensors.items()}
+    config = to_config(file)
+    names, num_experts = names_of(config), config.get("num_experts") or config.get("num_local_experts") or 1
 
     def bits(path: str, out_features: int, in_features: int) -> float | None:
-        tensor = own.get(f"{path}.weight")
-        if tensor is None or tensor.type_name in ("f32", "f16", "bf16"):
-            return None
-        return 8 * tensor.num_bytes / (out_features * in_features)
+        is_stack = ".experts." in path  # a stack of experts is a parameter, and so has no ``weight``
+        shape = (num_experts, out_features, in_features) if is_stack else (out_features, in_features)
+        rule = names.rule(path if is_stack else f"{path}.weight", shape, file.tensors)
+        tensors = [] if rule is None else [file.tensors[name] for name in rule.tensors if name in file.tensors]
+        if len({tensor.type_name for tensor in tensors}) != 1 or tensors[0].type_name in ("f32", "f16", "bf16"):
+            return None  # a parameter has one type; one of several types is loaded as plain numbers
+        return 8 * sum(tensor.num_bytes for tensor in tensors) / prod(shape)
 
-    config = to_config(file)
     return config, bits, bits("model.embed_tokens", int(config["vocab_size"]), int(config["hidden_size"]))
 
 
@@ -71,19 +74,19 @@ def _mix_bits(run: Run, config: Mapping[str, Any]) -> Bits | None:
 
     if not isinstance(run.base, MixBase):
         return None
-    from ingle.gguf.architecture import ARCHITECTURES
     from ingle.gguf.container import block_of
+    from ingle.gguf.families import BY_MODEL_TYPE
     from ingle.gguf.mixes import Mix
-    from ingle.gguf.names import TensorNames
+    from ingle.gguf.names import names_of
 
-    architecture = ARCHITECTURES.get(str(config.get("model_type")))
-    if architecture is None:
+    family = BY_MODEL_TYPE.get(str(config.get("model_type")))
+    if family is None or not family.has_mixes:
         return None
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    names = TensorNames(architecture, heads, kv_heads)
+    names = names_of(config)
     tied = bool(config.get("tie_word_embeddings"))
-    mix = Mix(run.base.format, architecture, int(config["num_hidden_layers"]), heads, kv_heads, tied=tied)
+    mix = Mix(run.base.format, family.architecture, int(config["num_hidden_layers"]), heads, kv_heads, tied=tied)
 
     def bits(path: str, out_features: int, in_features: int) -> float | None:
         name = names.to_gguf(f"{path}.weight") or f"{path}.weight"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ingle import adapters
+from ingle import adapters, models
 from ingle.adapters.lora import LoraLinear
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
@@ -26,8 +26,6 @@ from ingle.export.writers.gguf_types import AS_TRAINED, is_gguf_format
 from ingle.export.writers.merged_model import MergedModel, is_transposed
 from ingle.export.writers.safetensors_folder import Layout, write_safetensors
 from ingle.gguf import TensorToWrite, write_gguf
-from ingle.gguf import architecture as shapes
-from ingle.gguf.names import names_of
 from ingle.inference import Source
 from ingle.models.interop.transformers_peft import TransformersServer
 from ingle.models.loading.gguf_model import is_gguf, open_gguf
@@ -118,7 +116,7 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
             f"A GGUF adapter cannot store {', '.join(merged.replaced)}, which the adapter replaces.",
             fix="--to gguf merges everything into one file",
         )
-    names = names_of(shapes.to_metadata(merged.stream.model.config.to_dict()))
+    names = models.gguf_names(merged.stream.model)
     alpha = next(iter(layers.values())).scale * max(layer.rank for layer in layers.values())
     tensors = []
     for name, layer in layers.items():
@@ -126,9 +124,11 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
         if gguf_name is None or is_transposed(layer.base):
             raise AdapterError(f"llama.cpp has no tensor for {name}.", where=name, fix="--to peft")
         a, b = _factors(layer, alpha)
-        order = names.permutation(gguf_name, len(b))
-        rows = b if order is None else b[torch.from_numpy(order)]
-        for kind, value in (("lora_a", a), ("lora_b", rows)):
+        rule = names.rule(name, (len(b), a.shape[1]))
+        assert rule is not None
+        a = torch.from_numpy(rule.columns_to_file(a.numpy()))
+        b = torch.from_numpy(rule.rows_to_file(rule.change.to_file(b.numpy())))
+        for kind, value in (("lora_a", a), ("lora_b", b)):
             data = value.to(PLAIN[type_name]).contiguous().view(torch.uint8).numpy()
             read = partial(np.ascontiguousarray, data)
             tensors.append(TensorToWrite(f"{gguf_name}.{kind}", type_name, tuple(value.shape), read))

@@ -263,14 +263,16 @@ _Loss = tuple[str, Tensor, Tensor, str, int]
 
 def _compare_gguf(export: GgufExport, path: Path) -> Iterable[_Loss]:
     """Reads every tensor of the written GGUF file and yields it with its original."""
-    tensors, names = read_gguf(path).tensors, export.names
+    stored = read_gguf(path).tensors
     for planned in export.planned:
         assert planned.entry is not None
-        tensor = tensors[planned.name]
-        order, offset = names.permutation(planned.name, planned.shape[0]), names.offset(planned.name)
-        value = GgufWeight(planned.hf_name, tensor, order, offset).value(torch.float32).float()
+        if planned.part:
+            continue  # the first part yields the whole parameter
+        tensors = tuple(stored[name] for name in planned.rule.tensors)
+        value = GgufWeight(planned.rule, tensors).value(torch.float32).float()
         with export.merged.loaded(planned.entry) as loaded:
-            yield planned.name, loaded.merged(torch.float32), value, planned.type, tensor.num_bytes
+            size = sum(tensor.num_bytes for tensor in tensors)
+            yield planned.name, loaded.merged(torch.float32), value, planned.type, size
 
 
 def _compare_folder(original: MergedModel, folder: Path, target: Target) -> Iterable[_Loss]:

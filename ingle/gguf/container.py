@@ -102,11 +102,11 @@ class ArchitectureValues:
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
         self._file = file
-        self._architecture = architecture
+        self.architecture = architecture
 
     def get(self, key: str, default: Any = None) -> Any:
         """Returns the value without a check."""
-        return self._file.metadata.get(f"{self._architecture}.{key}", default)
+        return self._file.metadata.get(f"{self.architecture}.{key}", default)
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
         """Returns an integer of at least ``low``.
@@ -132,7 +132,7 @@ class ArchitectureValues:
 
     def _bad(self, key: str, value: Any) -> GgufError:
         problem = "is missing" if value is None else f"is {str(value)[:60]}, which is not supported"
-        return GgufError(f"{self._architecture}.{key} {problem}.", where=str(self._file.path))
+        return GgufError(f"{self.architecture}.{key} {problem}.", where=str(self._file.path))
 
 
 def block_of(type_name: str) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from ingle.config.base import format_name
 from ingle.config.ggml import ENCODED
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
-from ingle.gguf.names import names_of
+from ingle.gguf.families import family_of_metadata
+from ingle.gguf.families.family import GgufFamily
 
 #: The type of most matrices by file type.
 FILE_TYPES = {
@@ -30,6 +31,11 @@ ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 #: Types for matrices whose rows are not a multiple of the block size.
 _FALLBACKS = {format_name(section): section.fallback for section in ENCODED if section.fallback is not None}
+#: Parts of the names of tensors that llama.cpp never quantizes.
+_NEVER_QUANTIZED = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "per_layer_model_proj"),
+    *("altup", "laurel"),
+)
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -150,23 +156,43 @@ def mix_of(file_type: str, metadata: dict[str, Any], *, tied: bool, has_imatrix:
     Raises:
         GgufError: The file type or the architecture is unknown.
     """
-    names = names_of(metadata)
+    family = family_of_metadata(metadata)
+    require_mix(file_type, family)
+
+    def heads(key: str) -> int:
+        value = metadata.get(f"{family.architecture}.attention.{key}", 0)
+        return int(max(value) if isinstance(value, list) else value)  # by layer, 0 for those without attention
+
     return Mix(
         file_type,
-        names.architecture,
-        int(metadata[f"{names.architecture}.block_count"]),
-        names.num_heads,
-        names.num_kv_heads,
+        family.architecture,
+        int(metadata[f"{family.architecture}.block_count"]),
+        heads("head_count"),
+        heads("head_count_kv"),
         tied,
         has_imatrix,
     )
+
+
+def require_mix(file_type: str, family: GgufFamily) -> None:
+    """Refuses a file type of several tensor types for an architecture whose rules Ingle does not have.
+
+    Raises:
+        GgufError: Experts or layers with state have further rules in llama.cpp.
+    """
+    if not family.has_mixes and FILE_TYPES.get(file_type, file_type) != file_type:
+        raise GgufError(
+            f"llama.cpp's rules for {file_type} in a model of architecture {family.architecture} are unknown.",
+            where=family.model_type,
+            fix=f"use {FILE_TYPES[file_type]}, which most matrices would have",
+        )
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether llama.cpp quantizes a tensor: all matrices except norms and routers."""
     # ggml does not count outer dimensions of size 1.
     matrix = any(size > 1 for size in shape[:-1])
-    return matrix and name.endswith("weight") and "_norm.weight" not in name and "ffn_gate_inp.weight" not in name
+    return matrix and name.endswith("weight") and not any(part in name for part in _NEVER_QUANTIZED)
 
 
 def file_type_number(file_type: str) -> int:

@@ -1,9 +1,7 @@
-"""Maps the weights of transformers to the tensors of GGUF files.
+"""Maps the parameters of transformers to the tensors of GGUF files.
 
-llama.cpp's converter also changes two other things. For Llama (and Mistral, which has the same architecture in
-llama.cpp) it interleaves the rows of the query and key projections, because llama.cpp rotates neighboring pairs and
-transformers rotates halves. A block never crosses a row, so permuting quantized rows is exact. For Gemma it adds one to
-the weights of norms.
+Most parameters are one tensor with another name. llama.cpp's converter also moves rows and columns, joins or splits
+tensors, and changes the values of some. A block never crosses a row, so moving quantized rows is exact.
 
 Source: llama.cpp's ``convert_hf_to_gguf.py`` and the ``gguf`` package's ``tensor_mapping.py``.
 """
@@ -11,149 +9,232 @@ Source: llama.cpp's ``convert_hf_to_gguf.py`` and the ``gguf`` package's ``tenso
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ingle.errors import GgufError
+from ingle.gguf.container import block_of
+from ingle.gguf.families import family_of_config
+from ingle.gguf.families.family import Change, GgufFamily
 
-_TOP = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
-_FOUR_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
+_LEAVES = ("weight", "bias")
 
-#: The modules in a layer of each of llama.cpp's architectures.
-LAYERS = {
-    "llama": _LAYER | _TWO_NORMS,
-    "qwen2": _LAYER | _TWO_NORMS,
-    "qwen3": _LAYER | _TWO_NORMS | _HEAD_NORMS,
-    "gemma": _LAYER | _TWO_NORMS,
-    "gemma2": _LAYER | _FOUR_NORMS,
-    "gemma3": _LAYER | _FOUR_NORMS | _HEAD_NORMS,
-}
 
-#: Architectures for which llama.cpp always uses the embedding as the output head.
-ALWAYS_TIED = ("gemma", "gemma2")
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """How tensors of a file form one parameter.
 
-#: Tensor with the divisors of the rotary frequencies, which transformers stores in the config.
-ROPE_FREQS = "rope_freqs.weight"
+    The rows of the parameter are those of all tensors, one after the other and then reordered. Arrays of rows are
+    ``[rows, X]``, or ``[experts, rows, X]`` for stacked experts; X is bytes or columns.
 
-_HF = re.compile(r"^model\.layers\.(\d+)\.(.+)\.(weight|bias)$")
-_GGUF = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
+    Attributes:
+        target: The parameter.
+        tensors: Their names in the file.
+        shape: Shape of the parameter.
+        change: How rows, columns and values differ.
+    """
+
+    target: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...]
+    change: Change
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the parameter has a matrix for each expert."""
+        return "_exps." in self.tensors[0] and len(self.shape) > 1
+
+    @property
+    def num_experts(self) -> int | None:
+        """Number of stacked matrices; None for a single one."""
+        return self.shape[0] if self.is_stacked else None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of each matrix, as the file stores them."""
+        rows, *columns = self.shape[1:] if self.is_stacked else self.shape
+        size = int(np.prod(columns, dtype=np.int64))
+        return (size, rows) if self.change.is_transposed else (rows, size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of rows of each tensor."""
+        count = len(self.tensors)
+        return self.change.sizes or (self.matrix[0] // count,) * count
+
+    @property
+    def file_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor in the file."""
+        if self.change.shape is not None:
+            return (self.change.shape,)
+        stack = self.shape[:1] if self.is_stacked else ()
+        rest = self.shape[len(stack) + 1 :] if not self.change.is_transposed else (self.matrix[1],)
+        return tuple((*stack, size, *rest) for size in self.sizes)
+
+    def moves_bytes(self, type_name: str) -> bool:
+        """Returns whether the bytes of a quantized type can move between the parameter and the file as they are.
+
+        Groups of columns move only if no block crosses their borders.
+        """
+        columns = self.change.columns is None or self.change.column_width % block_of(type_name)[0] == 0
+        return columns and self.change.keeps_values and self.change.shape is None
+
+    def join(self, parts: list[NDArray[Any]]) -> NDArray[Any]:
+        """Returns the parameter's rows from the rows of each tensor; X may be bytes or columns."""
+        stack = () if self.num_experts is None else (self.num_experts,)
+        canonical = [part.reshape(*stack, size, -1) for part, size in zip(parts, self.sizes, strict=True)]
+        rows = canonical[0] if len(canonical) == 1 else np.concatenate(canonical, axis=-2)
+        order, columns = self.change.rows, self.change.columns
+        rows = rows if order is None else np.take(rows, np.argsort(order), axis=-2)
+        return np.ascontiguousarray(self._move_columns(rows, None if columns is None else np.argsort(columns)))
+
+    def split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
+        """Inverts :meth:`join`."""
+        rows = self.rows_to_file(self.columns_to_file(rows))
+        ends = np.cumsum(self.sizes)[:-1].tolist()
+        return [np.ascontiguousarray(part) for part in np.split(rows, ends, axis=-2)]
+
+    def values_in_file(self, value: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Returns the values of each tensor for those of the parameter, as matrices or stacks of matrices."""
+        value = value.swapaxes(-1, -2) if self.change.is_transposed else value
+        stack = () if self.num_experts is None else (self.num_experts,)
+        return self.split(self.change.to_file(value.reshape(*stack, *self.matrix)))
+
+    def rows_to_file(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Returns rows of the parameter in the order of the file."""
+        order = self.change.rows
+        return rows if order is None else np.ascontiguousarray(np.take(rows, order, axis=-2))
+
+    def columns_to_file(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Returns rows whose columns are in the order of the file."""
+        return self._move_columns(rows, self.change.columns)
+
+    def _move_columns(self, rows: NDArray[Any], order: NDArray[np.int64] | None) -> NDArray[Any]:
+        if order is None:
+            return rows
+        groups = rows.reshape(*rows.shape[:-1], len(order), -1)
+        return np.ascontiguousarray(np.take(groups, order, axis=-2)).reshape(rows.shape)
 
 
 @dataclass(frozen=True)
 class TensorNames:
-    """The tensor names of a model in transformers and in GGUF.
+    """The tensors of a model in transformers and in GGUF.
 
     Attributes:
-        architecture: llama.cpp's name of the architecture.
-        num_heads: Number of query heads.
-        num_kv_heads: Number of key and value heads.
+        family: Its architecture.
+        config: The content of its ``config.json``, of the text part of a model that also reads images.
+        decoder: Path of the module that contains the layers; that of the family if empty.
+        head: Path of the output head.
+    """
+
+    family: GgufFamily
+    config: Mapping[str, Any]
+    decoder: str = ""
+    head: str = "lm_head"
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return self.family.architecture
+
+    def tensors(self, target: str) -> tuple[str, ...]:
+        """Returns the names of the tensors that form a parameter of transformers; none if the file has none."""
+        name = self._own_name(target)
+        module, _, leaf = name.rpartition(".")
+        if match := _LAYER.match(name.removeprefix(f"{self.family.decoder}.")):
+            block, inner = f"blk.{match[1]}.", match[2]
+            if inner in self.family.parameters:
+                return tuple(block + tensor for tensor in self.family.parameters[inner])
+            part = self.family.layer.get(inner.removesuffix(f".{leaf}"))
+            return (f"{block}{part}.{leaf}",) if part is not None and leaf in _LEAVES else ()
+        if module not in self.family.top or leaf not in _LEAVES or (module == "lm_head" and self.family.is_tied):
+            return ()
+        return (f"{self.family.top[module]}.{leaf}",)
+
+    def to_gguf(self, target: str) -> str | None:
+        """Returns the GGUF name of a parameter of transformers, or None unless it is exactly one tensor."""
+        tensors = self.tensors(target)
+        return tensors[0] if len(tensors) == 1 else None
+
+    def to_hf(self, name: str) -> str | None:
+        """Returns the parameter that a GGUF tensor is, or is a part of; None if there is none."""
+        decoder = self.decoder or self.family.decoder
+        if match := _BLOCK.match(name):
+            inner = self._parameters.get(match[2])
+            return None if inner is None else f"{decoder}.layers.{match[1]}.{inner}"
+        part, _, leaf = name.rpartition(".")
+        module = self._top.get(part)
+        if module is None or leaf not in _LEAVES:
+            return None
+        if module == "lm_head":
+            return f"{self.head}.{leaf}"
+        return f"{decoder}{module.removeprefix(self.family.decoder)}.{leaf}"
+
+    def rule(self, target: str, shape: tuple[int, ...], stored: Container[str] | None = None) -> TensorRule | None:
+        """Returns how a parameter is stored in GGUF, or None if it is not.
+
+        Args:
+            target: The parameter.
+            shape: Its shape.
+            stored: The tensors of a file; it may have a single tensor where others have several.
+        """
+        tensors = self.tensors(target)
+        if not tensors:
+            return None
+        change = self._change(target, shape)
+        if stored is not None and tensors[0] not in stored and (fused := self._fused(target)) in stored:
+            rows = None if change.rows is None else np.arange(len(change.rows))  # files fuse in the parameter's order
+            return TensorRule(target, (fused,), shape, replace(change, rows=rows, sizes=()))
+        return TensorRule(target, tensors, shape, change)
+
+    def _change(self, target: str, shape: tuple[int, ...]) -> Change:
+        name = self._own_name(target)
+        match = _LAYER.match(name.removeprefix(f"{self.family.decoder}."))
+        inner = match[2] if match is not None else name
+        rule = self.family.rules.get(inner) or self.family.rules.get(inner.rpartition(".")[0])
+        return Change() if rule is None else rule(self.config, shape)
+
+    def _fused(self, target: str) -> str:
+        match = _LAYER.match(self._own_name(target).removeprefix(f"{self.family.decoder}."))
+        fused = self.family.fused.get(match[2]) if match is not None else None
+        return f"blk.{match[1]}.{fused}" if match is not None and fused is not None else ""
+
+    def _own_name(self, target: str) -> str:
+        """Returns the name that a parameter has in a model that only reads text."""
+        if target.startswith(f"{self.head}."):
+            return f"lm_head{target.removeprefix(self.head)}"
+        if self.decoder and target.startswith(f"{self.decoder}."):
+            return f"{self.family.decoder}{target.removeprefix(self.decoder)}"
+        return target
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        """The parameters of a layer by tensor."""
+        family = self.family
+        found = {f"{part}.{leaf}": f"{path}.{leaf}" for path, part in family.layer.items() for leaf in _LEAVES}
+        found |= {tensor: path for path, tensor in family.fused.items()}
+        return found | {tensor: path for path, tensors in family.parameters.items() for tensor in tensors}
+
+    @cached_property
+    def _top(self) -> dict[str, str]:
+        return {part: path for path, part in self.family.top.items()}
+
+
+def names_of(config: Mapping[str, Any], *, decoder: str = "", head: str = "lm_head") -> TensorNames:
+    """Returns the tensor names of a model.
+
+    Args:
+        config: The content of its ``config.json``; :func:`~ingle.gguf.architecture.to_config` of a file.
+        decoder: Path of the module that contains the layers, if it is not that of the plain text model.
+        head: Path of the output head.
 
     Raises:
         GgufError: The architecture is not supported.
     """
-
-    architecture: str
-    num_heads: int
-    num_kv_heads: int
-
-    def __post_init__(self) -> None:
-        if self.architecture not in LAYERS:
-            raise unsupported(self.architecture)
-
-    def to_gguf(self, name: str) -> str | None:
-        """Returns the GGUF name of a weight of transformers, or None if there is none."""
-        if match := _HF.match(name):
-            layer, module, kind = match.groups()
-            part = LAYERS[self.architecture].get(module)
-            return None if part is None else f"blk.{layer}.{part}.{kind}"
-        module, _, kind = name.rpartition(".")
-        if kind != "weight" or (module == "lm_head" and self.architecture in ALWAYS_TIED):
-            return None
-        return f"{_TOP[module]}.{kind}" if module in _TOP else None
-
-    def to_hf(self, name: str) -> str | None:
-        """Returns the transformers name of a GGUF tensor, or None if there is none (``rope_freqs.weight``)."""
-        if match := _GGUF.match(name):
-            layer, part, kind = match.groups()
-            module = _inverse(LAYERS[self.architecture]).get(part)
-            return None if module is None else f"model.layers.{layer}.{module}.{kind}"
-        part, _, kind = name.rpartition(".")
-        module = _inverse(_TOP).get(part)
-        return None if module is None or kind != "weight" else f"{module}.{kind}"
-
-    def permutation(self, name: str, num_rows: int) -> NDArray[np.int64] | None:
-        """Returns the row of transformers for each row of a GGUF tensor, or None if rows keep their order.
-
-        ``rows_gguf = rows_hf[permutation]`` and ``rows_hf = rows_gguf[argsort(permutation)]``.
-        """
-        match = _GGUF.match(name)
-        if self.architecture != "llama" or match is None or match[2] not in ("attn_q", "attn_k"):
-            return None
-        num_heads = self.num_heads if match[2] == "attn_q" else self.num_kv_heads
-        halves = np.arange(num_rows, dtype=np.int64).reshape(num_heads, 2, -1)
-        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
-
-    def offset(self, name: str) -> float:
-        """Returns the number that GGUF files add to the values of a tensor."""
-        return 1.0 if self.architecture.startswith("gemma") and name.endswith("norm.weight") else 0.0
-
-
-def names_of(metadata: dict[str, Any]) -> TensorNames:
-    """Returns the tensor names of a model from the metadata of its GGUF file.
-
-    Raises:
-        GgufError: The architecture is not supported, or the numbers of heads are missing or invalid.
-    """
-    architecture = metadata.get("general.architecture", "")
-    if not isinstance(architecture, str) or architecture not in LAYERS:
-        raise unsupported(str(architecture)[:60])
-    num_heads: Any = metadata.get(f"{architecture}.attention.head_count")
-    num_kv_heads: Any = metadata.get(f"{architecture}.attention.head_count_kv", num_heads)
-    if not (_is_count(num_heads) and _is_count(num_kv_heads)) or num_heads % num_kv_heads:
-        raise GgufError(
-            "The numbers of attention heads in the file are invalid.",
-            where=f"{architecture}.attention.head_count",
-            why=f"head_count is {str(num_heads)[:60]}, head_count_kv is {str(num_kv_heads)[:60]}; the first must be a "
-            "positive integer and a multiple of the second",
-        )
-    return TensorNames(architecture, num_heads, num_kv_heads)
-
-
-def unsupported(architecture: str) -> GgufError:
-    """Returns the error for an unsupported architecture."""
-    return GgufError(
-        f"GGUF models of the architecture {architecture!r} are not supported.",
-        why=f"supported are {', '.join(LAYERS)}",
-        fix="use the model's safetensors release",
-    )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _inverse(table: dict[str, str]) -> dict[str, str]:
-    return {value: key for key, value in table.items()}
+    return TensorNames(family_of_config(config), config, decoder, head)

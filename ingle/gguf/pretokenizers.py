@@ -22,22 +22,34 @@ _LEAD = r"[^\r\n\p{L}\p{N}]?"
 
 LLAMA3 = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LATE}"
 QWEN2 = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LATE}"
+_MARKED = r"[\p{L}\p{M}]"
+QWEN35 = (
+    rf"{_WORD_ENDS}|[^\r\n\p{{L}}\p{{N}}]?{_MARKED}+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_LATE_SLASH}"
 GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORD_ENDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORD_ENDS}?|\p{{N}}{{1,3}}|{_LATE_SLASH}"
 
 #: llama.cpp's names by expression; the first one is used for writing.
 _SPLITS = {
-    LLAMA3: ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "dbrx"),
+    LLAMA3: (
+        *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        *("smaug-bpe", "dbrx"),
+    ),
     QWEN2: ("qwen2", "deepseek-r1-qwen", "megrez"),
+    QWEN35: ("qwen35",),
     TEKKEN: ("tekken",),
     GPT4O: ("gpt-4o", "llama4"),
 }
 _BY_NAME = {name: split for split, names in _SPLITS.items() for name in names}
-_GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0")
+_GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0", "olmo", "mpt", "jais", "trillion", "granite-docling")
 _DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone")
 
 #: Pre-tokenizers with which a piece of text that is a token is not split, and BOS is added by default.
-IGNORES_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+IGNORES_MERGES = (
+    *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "tekken",
+)
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 

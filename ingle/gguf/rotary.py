@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ingle.errors import GgufError
 from ingle.gguf.container import ArchitectureValues, GgufFile
-from ingle.gguf.names import ROPE_FREQS, names_of
+
+#: Tensor with the divisors of the rotary frequencies, which transformers stores in the config.
+ROPE_FREQS = "rope_freqs.weight"
 
 #: Parameters of Llama 3, whose scaling is stored in files only as divisors of the frequencies.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -87,7 +89,7 @@ def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> di
         rope |= {"rope_type": "linear", "factor": factor}
     if ROPE_FREQS in file.tensors:
         rope |= _read_llama3(file, head_dim, theta)
-    if values.get("rope.freq_base_swa") is None and names_of(file.metadata).architecture != "gemma3":
+    if values.get("rope.freq_base_swa") is None and values.architecture != "gemma3":
         return rope
     local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", 10000.0)}
     return {"full_attention": rope, "sliding_attention": local}

@@ -20,9 +20,9 @@ from ingle.config.base import (
 )
 from ingle.config.ggml import GgmlBase, MixBase
 from ingle.errors import QuantizationError
-from ingle.gguf.architecture import ARCHITECTURES
+from ingle.gguf.families import BY_MODEL_TYPE
 from ingle.gguf.mixes import Mix
-from ingle.gguf.names import TensorNames
+from ingle.gguf.names import names_of
 from ingle.quant.format import Format
 from ingle.quant.ggml import GGUF_FORMATS
 from ingle.quant.hqq import Hqq
@@ -80,19 +80,20 @@ def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
         format = make_format(base)
         return lambda name, out_features, in_features: format
     config: Any = model.config
-    architecture = ARCHITECTURES.get(getattr(config, "model_type", ""))
-    if architecture is None:
+    family = BY_MODEL_TYPE.get(getattr(config, "model_type", ""))
+    if family is None or not family.has_mixes:
+        known = (model_type for model_type, each in BY_MODEL_TYPE.items() if each.has_mixes)
         raise QuantizationError(
             f"llama.cpp's rules for {base.format} in this architecture are unknown.",
             where="base.format",
-            why=f"model_type is {getattr(config, 'model_type', None)!r}; known are {', '.join(ARCHITECTURES)}",
+            why=f"model_type is {getattr(config, 'model_type', None)!r}; known are {', '.join(known)}",
             fix=f"--base.format={base.format[:4]}, the format of most matrices in the mix",
         )
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    names = TensorNames(architecture, num_heads, num_kv_heads)
+    names = names_of(config.to_dict())
     tied = bool(config.tie_word_embeddings)
-    mix = Mix(base.format, architecture, config.num_hidden_layers, num_heads, num_kv_heads, tied=tied)
+    mix = Mix(base.format, family.architecture, config.num_hidden_layers, num_heads, num_kv_heads, tied=tied)
     make = GgufFormats()
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:

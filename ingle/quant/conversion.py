@@ -15,7 +15,7 @@ from torch import nn
 from ingle.config.base import BaseConfig, TernaryBase
 from ingle.errors import QuantizationError
 from ingle.quant.catalog import Formats, make_formats
-from ingle.quant.experts import QuantExperts, is_fused_experts
+from ingle.quant.experts import PROJECTIONS, QuantExperts, is_fused_experts, matrix_shape
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
@@ -116,8 +116,12 @@ def _replace(
             fix="--adapter.kind=lora --base.train=false, or another model",
         )
     if is_fused_experts(module):
-        format = formats(name, *module.get_parameter("down_proj").shape[1:])
-        return None if format is None else QuantExperts(module, format, name=name)
+        chosen = {
+            key: formats(f"{name}.{key}", *matrix_shape(module, key))
+            for key in PROJECTIONS
+            if module._parameters.get(key) is not None
+        }
+        return QuantExperts(module, chosen, name=name) if any(chosen.values()) else None
     refuse_unknown(module, name)
     # Subclasses of nn.Linear, such as the one in nn.MultiheadAttention, may be read by their owner in other ways.
     if not (is_conv1d(module) or type(module) is nn.Linear):

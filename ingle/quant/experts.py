@@ -9,10 +9,12 @@ only the experts that tokens were routed to, one at a time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ingle.errors import QuantizationError
 from ingle.quant.format import Format
@@ -50,6 +52,12 @@ def is_fused_experts(module: nn.Module) -> bool:
     )
 
 
+def matrix_shape(experts: nn.Module, projection: str) -> tuple[int, int]:
+    """Returns the output and input features of one expert in a projection of a fused module."""
+    _, first, second = experts.get_parameter(projection).shape
+    return (second, first) if getattr(experts, "is_transposed", False) else (first, second)
+
+
 class QuantExperts(nn.Module):
     """Replaces a module of fused experts by one that computes the same with quantized weights.
 
@@ -57,30 +65,31 @@ class QuantExperts(nn.Module):
 
     Args:
         original: The fused module. Its parameters and submodules move to this module.
-        format: Format of the planes.
+        formats: The format of each projection; one without a format keeps its parameter.
         name: The module's name for errors.
 
     Raises:
         QuantizationError: The module does not have the interface of fused experts, or a weight cannot be encoded.
     """
 
-    def __init__(self, original: nn.Module, format: Format, *, name: str = "experts") -> None:
+    def __init__(self, original: nn.Module, formats: Mapping[str, Format | None], *, name: str = "experts") -> None:
         super().__init__()
         if not is_fused_experts(original):
             raise QuantizationError(f"{name} ({type(original).__name__}) is not a module of fused experts.", where=name)
         fused: Any = original
         self.num_experts: int = fused.num_experts
         self.has_gate: bool = fused.has_gate
+        self.is_transposed: bool = fused.is_transposed
         for key in list(original._parameters):
-            parameter = original._parameters.pop(key)
-            if parameter is None or key not in PROJECTIONS:
-                self.register_parameter(key, parameter)
+            format = formats.get(key) if key in PROJECTIONS else None
+            if format is None or original._parameters[key] is None:
+                self.register_parameter(key, original._parameters.pop(key))
                 continue
-            out_features, in_features = parameter.shape[:0:-1] if fused.is_transposed else parameter.shape[1:]
+            shape = matrix_shape(original, key)
+            parameter: Any = original._parameters.pop(key)
             stack = QuantStack(
                 format,
-                out_features,
-                in_features,
+                *shape,
                 num_stacked=self.num_experts,
                 transposed=fused.is_transposed,
                 weight_dtype=parameter.dtype,
@@ -131,7 +140,11 @@ class QuantExperts(nn.Module):
         return original.post_expert_norm(outputs) if original.has_post_expert_norm else outputs
 
     def _project(self, key: str, x: Tensor, expert: int) -> Tensor:
-        projected: Tensor = self.get_submodule(key)(x, expert)
+        plain = self._parameters.get(key)
+        if plain is None:
+            projected: Tensor = self.get_submodule(key)(x, expert)
+        else:
+            projected = x @ plain[expert] if self.is_transposed else functional.linear(x, plain[expert])
         bias = self._parameters.get(f"{key}_bias")
         return projected if bias is None else projected + bias[expert].to(projected.dtype)
 

@@ -123,7 +123,8 @@ class _Counter:
             if stacked is not None and stacked.dim() == 3 and key in PROJECTIONS:
                 transposed = bool(getattr(module, "is_transposed", False))
                 out_features, in_features = stacked.shape[:0:-1] if transposed else stacked.shape[1:]
-                bits = None if self._formats is None else _bits(self._formats, path, stacked, out_features, in_features)
+                own = f"{path}.{key}"  # each projection may have its own format
+                bits = None if self._formats is None else _bits(self._formats, own, stacked, out_features, in_features)
                 count = stacked.shape[0]
                 active = min(self._experts_per_token, count)
                 shapes.append(LinearShape(in_features, out_features, count, active, 0, bits, f"{name}.{key}"))

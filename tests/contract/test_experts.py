@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ingle.config.base import Int8Base, Nf4Base
 from ingle.errors import QuantizationError
 from ingle.quant import QuantExperts, QuantLinear, QuantStack, audit, convert, make_format
+from ingle.quant.experts import PROJECTIONS
 
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 24, 16, 2
 SIZES = {
@@ -78,7 +79,7 @@ def test_quantized_experts_answer_and_differentiate_as_plain_ones(family: str, n
     plain = make_experts(family, name)
     format = make_format(base)
     assert format is not None
-    quantized = QuantExperts(copy.deepcopy(plain), format)
+    quantized = QuantExperts(copy.deepcopy(plain), dict.fromkeys(PROJECTIONS, format))
     assert {key for key, child in quantized.named_children() if isinstance(child, QuantStack)} == {
         key for key, parameter in plain.named_parameters() if parameter.dim() == 3
     }
@@ -101,7 +102,7 @@ def test_every_expert_is_quantized_on_its_own() -> None:
     plain = make_experts("mixtral", "MixtralExperts")
     format = make_format(BASES[0])
     assert format is not None
-    quantized = QuantExperts(copy.deepcopy(plain), format)
+    quantized = QuantExperts(copy.deepcopy(plain), dict.fromkeys(PROJECTIONS, format))
     stack = quantized.get_submodule("down_proj")
     assert isinstance(stack, QuantStack)
     for expert in range(EXPERTS):
@@ -113,7 +114,7 @@ def test_every_expert_is_quantized_on_its_own() -> None:
 def test_indices_beyond_the_experts_mean_none() -> None:
     format = make_format(BASES[2])
     assert format is not None
-    quantized = QuantExperts(make_experts("mixtral", "MixtralExperts"), format)
+    quantized = QuantExperts(make_experts("mixtral", "MixtralExperts"), dict.fromkeys(PROJECTIONS, format))
     x, index, weights = route()
     some = index.clone()
     some[:, 1] = EXPERTS
@@ -124,7 +125,9 @@ def test_indices_beyond_the_experts_mean_none() -> None:
 def test_backward_keeps_no_decoded_weight() -> None:
     format = make_format(BASES[0])
     assert format is not None
-    quantized = QuantExperts(make_experts("mixtral", "MixtralExperts", torch.float32), format)
+    quantized = QuantExperts(
+        make_experts("mixtral", "MixtralExperts", torch.float32), dict.fromkeys(PROJECTIONS, format)
+    )
     shapes: list[tuple[int, ...]] = []
     x, index, weights = (t.float() if t.is_floating_point() else t for t in route())
     x.requires_grad_()

@@ -144,7 +144,7 @@ def list_candidates(
         else:
             tied = bool(model.config.tie_word_embeddings)
             mix = mix_of(target.name, metadata, tied=tied, has_imatrix=has_imatrix)
-            found.append(_in_gguf(target.name, shapes, mix, names_of(metadata)))
+            found.append(_in_gguf(target.name, shapes, mix, names_of(model.config.to_dict())))
     return found, left_out
 
 

@@ -13,7 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
@@ -29,8 +28,9 @@ from ingle.gguf import GgufFile, TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
-from ingle.gguf.names import ROPE_FREQS, names_of
-from ingle.gguf.rotary import rope_divisors
+from ingle.gguf.names import TensorRule, names_of
+from ingle.gguf.rotary import ROPE_FREQS, rope_divisors
+from ingle.models.loading.slots import leaf_of
 from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant.format import PLAIN, Format
 
@@ -42,16 +42,23 @@ class PlannedTensor:
     Attributes:
         name: Name in the GGUF file.
         entry: Stored parameter; None for a weight that was tied in the base and then trained separately.
-        hf_name: Name of the parameter in the model.
+        rule: How tensors of the file form the parameter.
+        part: Which of them this one is.
         shape: Outermost size first.
         type: Lower-case name of the ggml type.
     """
 
     name: str
     entry: WeightEntry | None
-    hf_name: str
+    rule: TensorRule
+    part: int
     shape: tuple[int, ...]
     type: str
+
+    @property
+    def hf_name(self) -> str:
+        """Name of the parameter in the model."""
+        return self.rule.target
 
     @property
     def num_bytes(self) -> int:
@@ -89,7 +96,7 @@ class GgufExport:
     def __post_init__(self) -> None:
         self._config: dict[str, Any] = self.merged.stream.model.config.to_dict()
         self._described = shapes.to_metadata(self._config)
-        self.names = names_of(self._described)
+        self.names = names_of(self._config)
         self._base_tensors = {} if self.base_file is None else self.base_file.tensors
         self.planned = self._plan()
 
@@ -170,22 +177,21 @@ class GgufExport:
             return measure(loaded, planned.name, target_of(type_name), self.importance.get(planned.name))[1]
 
     def _plan(self) -> list[PlannedTensor]:
-        entries: list[tuple[str, WeightEntry | None, tuple[int, ...]]] = []
-        for stored in self.merged.stream.entries:
-            if len(stored.pieces) != 1:
-                raise GgufError("Models with experts cannot be written to GGUF yet.", where=stored.name)
-            entries.append((stored.name, stored, stored.pieces[0].shape))
-        entries += [(name, None, tuple(self.merged.replaced[name].shape)) for name in self.merged.untied]
-        gguf_names = {name: self._gguf_name(name) for name, _, _ in entries}
+        stream = self.merged.stream
+        entries: list[tuple[TensorRule, WeightEntry | None]] = []
+        for stored in stream.entries:
+            entries.append((self._rule(stored.name, stream.shape(stored.name)), stored))
+        for name in self.merged.untied:
+            entries.append((self._rule(name, tuple(self.merged.replaced[name].shape)), None))
         mix = None
         if self.type != AS_TRAINED:
-            tied = "output.weight" not in gguf_names.values()
+            tied = not any("output.weight" in rule.tensors for rule, _ in entries)
             mix = mix_of(self.type, self._described, tied=tied, has_imatrix=bool(self.importance))
         planned = []
-        for name, entry, shape in entries:
-            gguf_name = gguf_names[name]
-            kind = self._own_type(name, gguf_name, shape) if mix is None else mix.tensor_type(gguf_name, shape)
-            planned.append(PlannedTensor(gguf_name, entry, name, shape, kind))
+        for rule, entry in entries:
+            for part, (name, shape) in enumerate(zip(rule.tensors, rule.file_shapes, strict=True)):
+                kind = self._own_type(rule.target, name, shape) if mix is None else mix.tensor_type(name, shape)
+                planned.append(PlannedTensor(name, entry, rule, part, shape, kind))
         self._require_quantizable(planned)
         return planned
 
@@ -202,8 +208,8 @@ class GgufExport:
                     fix="--type q8_0 or another type of llama.cpp; --to gguf-adapter leaves the base unchanged",
                 )
 
-    def _gguf_name(self, name: str) -> str:
-        found = self.names.to_gguf(name)
+    def _rule(self, name: str, shape: tuple[int, ...]) -> TensorRule:
+        found = self.names.rule(name, shape, self._base_tensors or None)
         if found is None:
             raise GgufError(
                 f"llama.cpp has no tensor for {name} in a model of architecture {self.names.architecture}.",
@@ -219,47 +225,48 @@ class GgufExport:
         if not is_quantized(gguf_name, shape):
             return "f32"
         holder = self.merged.stream.holder(name)
-        format: Any = getattr(holder, "format", None) if name.endswith(".weight") else None
+        format: Any = None if name.endswith("bias") else getattr(holder, "format", None)
         if format is not None:
             return str(format.name)
         replaced = self.merged.replaced.get(name)
-        dtype = holder.get_parameter("weight").dtype if replaced is None else replaced.dtype
+        dtype = holder.get_parameter(leaf_of(name)).dtype if replaced is None else replaced.dtype
         return next(kind for kind, plain in PLAIN.items() if plain == dtype)
 
     def _data(self, planned: PlannedTensor, found: list[TensorFidelity]) -> NDArray[Any]:
         """Returns the tensor's bytes with rows in llama.cpp's order."""
         target = target_of(planned.type)
         if planned.entry is None:
-            value = self.merged.replaced[planned.hf_name]
-            if isinstance(target, torch.dtype):
-                return _bytes(value.to(target))
-            return target.encode(value.float(), name=planned.name)["data"].cpu().numpy()
+            return self._encode(planned, self.merged.replaced[planned.hf_name], target)
         with self.merged.loaded(planned.entry) as loaded:
             stored = self._base_tensors.get(planned.name)
             unchanged = loaded.layer is None and loaded.replacement is None
             if unchanged and stored is not None and stored.type_name == planned.type:
                 self.num_copied += 1
                 return stored.read()
-            rows = self._rows(planned, loaded, target, found)
-        order = self.names.permutation(planned.name, len(rows))
-        return rows if order is None else np.ascontiguousarray(rows[order])
+            return self._rows(planned, loaded, target, found)
 
     def _rows(
         self, planned: PlannedTensor, loaded: LoadedWeight, target: Format | torch.dtype, found: list[TensorFidelity]
     ) -> NDArray[Any]:
-        importance = self.importance.get(planned.name)
+        rule = planned.rule
+        planes = None
         if loaded.layer is not None:
-            merged, fidelity = measure(loaded, planned.name, target, importance)
+            merged, fidelity = measure(loaded, planned.name, target, self.importance.get(planned.name))
             found.append(fidelity)
-            return _bytes(merged) if isinstance(merged, torch.Tensor) else merged["data"].cpu().numpy()
+            if isinstance(merged, torch.Tensor):
+                return self._encode(planned, merged, target)
+            planes = merged
+        elif isinstance(target, Format) and loaded.is_copied(target):
+            planes = loaded.planes(target)
+        if planes is not None and rule.moves_bytes(planned.type):
+            self.num_copied += loaded.layer is None
+            return rule.split(planes["data"].cpu().numpy())[planned.part]
+        return self._encode(planned, loaded.merged(torch.float32), target)
+
+    def _encode(self, planned: PlannedTensor, value: torch.Tensor, target: Format | torch.dtype) -> NDArray[Any]:
+        """Returns the bytes of a tensor that is a part of a parameter with this value."""
+        part = torch.from_numpy(planned.rule.values_in_file(value.detach().float().cpu().numpy())[planned.part])
         if isinstance(target, torch.dtype):
-            value = loaded.merged(torch.float32) + self.names.offset(planned.name)
-            return _bytes(value.to(target))
-        self.num_copied += loaded.is_copied(target)
-        return loaded.planes(target, importance)["data"].cpu().numpy()
-
-
-def _bytes(value: torch.Tensor) -> NDArray[Any]:
-    """Returns a tensor's bytes as a matrix of its rows; each element of a vector is a row."""
-    rows = value.detach().cpu().contiguous()
-    return (rows if rows.dim() > 1 else rows.unsqueeze(1)).view(torch.uint8).numpy()
+            return part.to(target).view(torch.uint8).numpy()
+        rows = part.view(-1, planned.shape[-1])
+        return target.encode(rows, self.importance.get(planned.name), name=planned.name)["data"].cpu().numpy()

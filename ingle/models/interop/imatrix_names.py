@@ -21,9 +21,11 @@ def gguf_names(model: PreTrainedModel) -> TensorNames:
     """Returns llama.cpp's names of the model's tensors.
 
     Raises:
-        GgufError: The architecture is not supported.
+        GgufError: llama.cpp does not support the architecture or a detail of it.
     """
-    return names_of(to_metadata(model.config.to_dict()))
+    config = model.config.to_dict()
+    to_metadata(config)
+    return names_of(config)
 
 
 def save_importance(

@@ -19,7 +19,8 @@ from ingle.config.model import ModelConfig
 from ingle.errors import GgufError, ModelError
 from ingle.gguf import GgufFile
 from ingle.gguf.architecture import require_sizes, to_config
-from ingle.gguf.names import ROPE_FREQS, names_of
+from ingle.gguf.names import TensorNames, names_of
+from ingle.gguf.rotary import ROPE_FREQS
 from ingle.gguf.vocabulary import special_token_id, to_vocabulary
 from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file
@@ -87,19 +88,34 @@ def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 
 def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
     """Decides which tensor of a file becomes which parameter of the architecture."""
-    names = names_of(file.metadata)
+    names = names_of(to_config(file))
     wanted = architecture.state_dict()
-    groups: list[Group] = []
+    groups: dict[str, Group] = {}
     unexpected = []
     for tensor in file.tensors.values():
         target = names.to_hf(tensor.name)
-        if target is None or target not in wanted:
-            if tensor.name != ROPE_FREQS:
-                unexpected.append(tensor.name)
-            continue
-        rows = wanted[target].shape[0]
-        groups.append(GgufWeight(target, tensor, names.permutation(tensor.name, rows), names.offset(tensor.name)))
-    return ReadingPlan(tuple(groups), tuple(unexpected))
+        weight = None if target not in wanted else _weight(file, names, target, tuple(wanted[target].shape))
+        if weight is not None and tensor in weight.tensors:
+            groups.setdefault(weight.target, weight)
+        elif tensor.name != ROPE_FREQS:
+            unexpected.append(tensor.name)
+    return ReadingPlan(tuple(groups.values()), tuple(unexpected))
+
+
+def _weight(file: GgufFile, names: TensorNames, target: str, shape: tuple[int, ...]) -> GgufWeight | None:
+    """Returns the tensors of a parameter, or None if the file does not have all of them."""
+    rule = names.rule(target, shape, file.tensors)
+    if rule is None or any(name not in file.tensors for name in rule.tensors):
+        return None
+    return GgufWeight(rule, tuple(file.tensors[name] for name in rule.tensors))
+
+
+def _stack(file: GgufFile, names: TensorNames, target: str, shape: tuple[int, int, int]) -> GgufWeight | None:
+    """As :func:`_weight`, for a stack of matrices ``[O, I]``, which the parameter may store transposed."""
+    weight = _weight(file, names, target, shape)
+    if weight is None or not weight.rule.change.is_transposed:
+        return weight
+    return _weight(file, names, target, (shape[0], shape[2], shape[1]))
 
 
 def choose_formats(model: nn.Module, config: ModelConfig, base: BaseConfig) -> Formats | None:
@@ -156,16 +172,20 @@ def _choose(model: nn.Module, file: GgufFile, own: Formats, base: BaseConfig) ->
 
 def _own_formats(file: GgufFile) -> Formats:
     """Returns a function that finds the format of a module's weight in the file; None for plain numbers."""
-    names = names_of(file.metadata)
+    config = to_config(file)
+    names, num_experts = names_of(config), config.get("num_experts") or config.get("num_local_experts") or 0
     make = GgufFormats()
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:
-        tensor = file.tensors.get(names.to_gguf(f"{name}.weight") or "")
-        if tensor is None or tensor.type_name in PLAIN:
+        # A projection of stacked experts is a parameter, and so has no ``weight``.
+        weight = _weight(file, names, f"{name}.weight", (out_features, in_features))
+        if weight is None:
+            weight = _stack(file, names, name, (num_experts, out_features, in_features))
+        if weight is None:
             return None
-        format = make(tensor.type_name)
-        if format is None:
-            raise unsupported_type(tensor)
-        return format
+        for tensor in weight.tensors:
+            if tensor.type_name not in PLAIN and make(tensor.type_name) is None:
+                raise unsupported_type(tensor)
+        return None if weight.type_name is None else make(weight.type_name)
 
     return choose

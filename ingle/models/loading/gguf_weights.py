@@ -11,49 +11,84 @@ from torch import Tensor
 
 from ingle.errors import GgufError
 from ingle.gguf import GgufTensor
+from ingle.gguf.names import TensorRule
 from ingle.quant import GgufFormats
 from ingle.quant.format import PLAIN
 
 
 @dataclass(frozen=True, slots=True)
 class GgufWeight:
-    """One tensor of a GGUF file that is one parameter.
+    """The tensors of a GGUF file that form one parameter.
 
     Attributes:
-        target: Name of the parameter.
-        tensor: Its tensor in the file.
-        order: The row of the parameter that each row of the tensor becomes; None if the order is the same.
-        offset: Constant that the file adds to the values.
+        rule: How they form it.
+        tensors: In the order of the rule.
     """
 
-    target: str
-    tensor: GgufTensor
-    order: NDArray[np.int64] | None
-    offset: float
+    rule: TensorRule
+    tensors: tuple[GgufTensor, ...]
+
+    @property
+    def target(self) -> str:
+        """Name of the parameter."""
+        return self.rule.target
+
+    @property
+    def tensor(self) -> GgufTensor:
+        """The first tensor."""
+        return self.tensors[0]
+
+    @property
+    def type_name(self) -> str | None:
+        """The type in which the parameter can hold the bytes of the file; None if it can only hold values."""
+        name = self.tensor.type_name
+        if any(tensor.type_name != name for tensor in self.tensors) or name in PLAIN:
+            return None  # a parameter has one type
+        return name if self.rule.moves_bytes(name) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the parameter would have by the shapes of the tensors."""
+        wanted = self.rule.file_shapes
+        if tuple(tensor.shape for tensor in self.tensors) == wanted:
+            return self.rule.shape
+        return next(t.shape for t, shape in zip(self.tensors, wanted, strict=True) if t.shape != shape)
 
     def row_bytes(self) -> Tensor:
-        """Reads the bytes of all rows, uint8 ``[rows, bytes of a row]``, in the parameter's order."""
-        data = torch.from_numpy(self.tensor.read())
-        if len(self.tensor.shape) == 1:  # a bias: every value is a row
-            data = data.view(self.tensor.shape[0], -1)
-        return data if self.order is None else data[torch.from_numpy(np.argsort(self.order))]
+        """Reads the bytes of all rows in the parameter's order; requires :attr:`type_name`.
+
+        Returns:
+            uint8 ``[rows, bytes of a row]``, with a leading dimension for stacked experts.
+        """
+        return torch.from_numpy(self.rule.join([tensor.read() for tensor in self.tensors]))
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """Returns the parameter's value; dequantizes quantized tensors.
 
         Raises:
-            GgufError: The tensor has a type that is not supported.
+            GgufError: A tensor has a type that is not supported.
         """
-        name, data = self.tensor.type_name, self.row_bytes()
-        shape = self.tensor.shape
-        if name in PLAIN:
-            value = data.view(PLAIN[name]).view(shape)
-            return value if not self.offset else (value.float() - self.offset).to(dtype)
-        format = GgufFormats()(name)
-        if format is None:
-            raise unsupported_type(self.tensor)
-        value = format.decode({"data": data}, len(data), shape[-1], dtype).view(shape)
-        return value if not self.offset else value - self.offset
+        rule, change = self.rule, self.rule.change
+        types = {tensor.type_name for tensor in self.tensors}
+        is_plain = len(types) == 1 and types <= PLAIN.keys()
+        own = PLAIN[self.tensor.type_name] if is_plain else dtype if change.keeps_values else torch.float32
+        joined = rule.join([_decoded(tensor, own) for tensor in self.tensors])
+        value = torch.from_numpy(joined).view(own)
+        if not change.keeps_values:
+            value = torch.from_numpy(change.from_file(value.float().numpy())).to(dtype)
+        return (value.transpose(-1, -2) if change.is_transposed else value).reshape(rule.shape)
+
+
+def _decoded(tensor: GgufTensor, dtype: torch.dtype) -> NDArray[np.uint8]:
+    """Returns the bytes of the values of a tensor in a dtype, in the order of the file."""
+    name, data = tensor.type_name, torch.from_numpy(tensor.read())
+    if name in PLAIN:
+        value = data.view(PLAIN[name]).to(dtype)
+    elif (format := GgufFormats()(name)) is not None:
+        value = format.decode({"data": data}, len(data), tensor.shape[-1], dtype)
+    else:
+        raise unsupported_type(tensor)
+    return value.view(torch.uint8).numpy()
 
 
 def unsupported_type(tensor: GgufTensor) -> GgufError:

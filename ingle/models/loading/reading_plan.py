@@ -180,8 +180,8 @@ def refuse_other_shapes(plan: ReadingPlan, architecture: PreTrainedModel) -> Non
             case Experts(parts=parts) if len({tuple(part.shape for part in each) for each in parts}) == 1:
                 one, path = parts[0][0].shape, parts[0][0].path
                 have = (len(parts), sum(part.shape[0] for part in parts[0]), *one[1:]) if one else ()
-            case GgufWeight(tensor=tensor):
-                have, path = tensor.shape, tensor.path
+            case GgufWeight():
+                have, path = group.shape, group.tensor.path
             case _:
                 continue  # quantized or converted: the shape is known after reading
         if have != want:

@@ -93,6 +93,10 @@ class WeightStream:
             read_group(self._groups[name], self._writer, self._architecture, self._folder)
             yield module
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a parameter of the architecture."""
+        return tuple(self._architecture.get_parameter_or_buffer(name).shape)
+
     def holder(self, name: str) -> nn.Module:
         """Returns the module of a parameter, without allocating it: the quantized one, or its owner."""
         return self._writer.holder(name)
@@ -106,7 +110,7 @@ class WeightStream:
                 codes = group.parts.get("weight") or group.parts["W_q"]
                 return (TensorPiece(self._keys[id(codes)], shape),)
             case GgufWeight():
-                return (TensorPiece(group.target, group.tensor.shape),)
+                return (TensorPiece(group.target, group.shape),)
             case Experts():
                 return tuple(self._piece(part) for parts in group.parts for part in parts)
             case Converted():

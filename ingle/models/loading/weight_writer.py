@@ -210,16 +210,17 @@ class WeightWriter:
             ModelError: The tensor has another shape, or a type that is not supported.
             QuantizationError: The value cannot be quantized.
         """
-        slot, tensor = self._slots[weight.target], weight.tensor
-        slot.require_shape(tensor.shape)
-        if slot.quantized is not None and slot.quantized.format.name == tensor.type_name:
+        slot = self._slots[weight.target]
+        slot.require_shape(weight.shape)
+        if slot.quantized is not None and slot.quantized.format.name == weight.type_name:
             self._write(slot, {"data": weight.row_bytes()})
             self._finish(slot)
             return
-        if tensor.type_name not in PLAIN and self._sink is not None:
+        types = sorted({tensor.type_name for tensor in weight.tensors} - set(PLAIN))
+        if types and self._sink is not None:
             dtype = str(slot.wanted.dtype).removeprefix("torch.")
-            message = f"{slot.name} is {tensor.type_name} in the file and is loaded as {dtype}."
-            self._sink(Warned(message, str(tensor.path)))
+            message = f"{slot.name} is {' and '.join(types)} in the file and is loaded as {dtype}."
+            self._sink(Warned(message, str(weight.tensor.path)))
         self._store(slot, weight.value(slot.wanted.dtype))
 
     def _store(self, slot: Slot, value: Tensor) -> None:

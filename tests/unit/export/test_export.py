@@ -280,7 +280,7 @@ def test_a_missing_binding_is_reported_before_anything_is_written(
 
 
 @needs_llama
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "mistral", "mixtral"])
 def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, family: str) -> None:
     from transformers import AutoConfig
 
@@ -294,6 +294,8 @@ def test_other_families_answer_in_llama_cpp(llama_folder: Path, tmp_path: Path, 
         "pad_token_id": tokenizer.pad_token_id,
         "initializer_range": 0.1,
     }
+    if family == "mixtral":
+        options |= {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": None}
     torch.manual_seed(0)
     folder = tmp_path / family
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))

@@ -136,7 +136,7 @@ def test_what_a_file_asks_for_and_is_not_there_is_refused(tmp_path: Path) -> Non
 
     assert "llama.block_count is missing" in message({"llama.block_count": None})
     assert "llama.feed_forward_length is [1, 2]" in message({"llama.feed_forward_length": [1, 2]})
-    assert "experts" in message({"llama.expert_count": 8})
+    assert "llama.expert_used_count is missing" in message({"llama.expert_count": 8})
     assert "a part of each head" in message({"llama.rope.dimension_count": 8})
     assert "'longrope'" in message({"llama.rope.scaling.type": "longrope"})
     odd = TensorToWrite("rope_freqs.weight", "f32", (8,), lambda: np.linspace(1, 7, 8, dtype="f4"))

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from ingle.errors import GgufError
 from ingle.gguf import write_gguf
-from ingle.gguf.pretokenizers import GPT4O, LLAMA3, QWEN2, TEKKEN, byte_level, find_pre
+from ingle.gguf.pretokenizers import GPT4O, LLAMA3, QWEN2, QWEN35, TEKKEN, byte_level, find_pre
 from ingle.gguf.vocabulary import Vocabulary, to_metadata, to_vocabulary
 
 EMBER = Path(__file__).parents[3] / "examples/models/ember-6m"
@@ -100,7 +100,8 @@ def test_ends_that_llama_cpp_knows_by_text_take_no_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name"), [(LLAMA3, "llama-bpe"), (QWEN2, "qwen2"), (TEKKEN, "tekken"), (GPT4O, "gpt-4o")]
+    ("pattern", "name"),
+    [(LLAMA3, "llama-bpe"), (QWEN2, "qwen2"), (QWEN35, "qwen35"), (TEKKEN, "tekken"), (GPT4O, "gpt-4o")],
 )
 def test_ways_of_cutting_have_names(pattern: str, name: str) -> None:
     cut = byte_level(name)
@@ -116,6 +117,30 @@ def test_a_way_of_cutting_without_a_name_is_refused() -> None:
         metadata(tokenizer)
     with pytest.raises(GgufError, match="'jais-2'"):
         to_vocabulary(metadata(ember()) | {"tokenizer.ggml.pre": "jais-2"})
+
+
+def test_llama_cpp_cuts_the_same_way(llama_cpp: Any, tmp_path: Path) -> None:
+    texts = [
+        "it's I'LL 1234567",
+        "cafe\u0301 _\u0301j \u0939\u093f",
+        "A/B//c\n/ d",
+        "HelloFOOBar  \n y",
+        "   x\r\n\r\nz",
+    ]
+    for name in ("qwen35", "lfm2", "granite-docling", "olmo"):
+        values = metadata(ember()) | {"tokenizer.ggml.pre": name, "tokenizer.ggml.add_bos_token": False}
+        write_gguf(tmp_path / "vocabulary.gguf", header() | values, [])
+        model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+        for text in texts:
+            ours, theirs = ids(to_vocabulary(values), text), model.tokenize(text.encode(), add_bos=False, special=True)
+            assert ours == theirs, (name, text)
+
+
+def header() -> dict[str, Any]:
+    """The metadata of a model that llama.cpp needs to read a vocabulary."""
+    shape = {"block_count": 1, "context_length": 8, "embedding_length": 4, "feed_forward_length": 4}
+    shape |= {"attention.head_count": 1, "attention.layer_norm_rms_epsilon": 1e-5}
+    return {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in shape.items()}
 
 
 def pieces() -> dict[str, Any]:
@@ -154,12 +179,9 @@ def test_sentencepiece_joins_the_best_score_first() -> None:
 
 def test_sentencepiece_cuts_as_llama_cpp_does(llama_cpp: Any, tmp_path: Path) -> None:
     values = pieces()
-    shape = {"block_count": 1, "context_length": 8, "embedding_length": 4, "feed_forward_length": 4}
-    shape |= {"attention.head_count": 1, "attention.layer_norm_rms_epsilon": 1e-5}
-    header = {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in shape.items()}
     for prefix in (True, False):
         values["tokenizer.ggml.add_space_prefix"] = prefix
-        write_gguf(tmp_path / "vocabulary.gguf", header | values, [])
+        write_gguf(tmp_path / "vocabulary.gguf", header() | values, [])
         model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
         vocabulary = to_vocabulary(values)
         for text in ("hello world", "helloworld hell low", "é x<|tool|>", "x <|tool|> hello", "  hello  "):
