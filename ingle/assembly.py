@@ -239,7 +239,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     parallel.call_outside_step(objective.module, models.verify, model)
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
-    compiled = plan.compile and not fusion.fused and not run.train.imatrix
+    hooked = run.train.imatrix or objective.module.uses_hooks
+    compiled = plan.compile and not fusion.fused and not hooked
     if compiled:
         compile_layers(model)
     if plan.strategy.offload_activations:

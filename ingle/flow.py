@@ -260,10 +260,10 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink:
     if run.adapter.kind == "none" and parts.plan.strategy.shards_optimizer:
         whole = models.meta_model(run.model, torch.device("cpu"), models.compute_dtype(run.model.dtype, mesh.device))
         models.convert_base(whole, run.model, run.base)
-        models.save_sharded(parts.model, whole, tokenizer, result, mesh, finish=quant.settle)
+        models.save_sharded(parts.model, whole, tokenizer, result, mesh, source=run.model, finish=quant.settle)
     elif run.adapter.kind == "none":
         quant.settle(parts.model)
-        mesh.on_main(lambda: models.save_pretrained(parts.model, tokenizer, result))
+        mesh.on_main(lambda: models.save_pretrained(parts.model, tokenizer, result, run.model))
     else:
         adapters.save_adapter(
             parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity, mesh=mesh

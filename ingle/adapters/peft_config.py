@@ -230,7 +230,14 @@ def alpha_of(scale: float, rank: int, rslora: bool) -> float:
 
 
 def _shortest_names(model: nn.Module, names: set[str]) -> list[str]:
-    """Returns the last parts of the paths where they identify the adapted modules, and full paths otherwise."""
+    """Returns the last parts of the paths where they identify the adapted modules, and full paths otherwise.
+
+    Of a multimodal model only the text part is here. The layers of its towers have the same last parts, and PEFT would
+    adapt them too.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is not None and not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config:
+        return sorted(names)
     others = {n.removesuffix(".base") for n, module in model.named_modules() if is_linear(module)} - names
     short: set[str] = set()
     for name in names:

@@ -84,7 +84,9 @@ def _merge_format(run: Run) -> str | None:
 
 def _read_only(run: Run) -> str:
     """Returns what is wrong with the formats that weights cannot be quantized to."""
-    names = {name for name in ("none" if _is_gguf(run) else run.base.format, _merge_format(run)) if name is not None}
+    # The experts of a published gpt-oss are in MXFP4; loading refuses any other model.
+    is_read = _is_gguf(run) or run.base.format == "mxfp4"
+    names = {name for name in ("none" if is_read else run.base.format, _merge_format(run)) if name is not None}
     reasons = {name: why_not_quantized(name) for name in sorted(names)}
     return " ".join(f"Weights cannot be quantized to {name}: {why}." for name, why in reasons.items() if why)
 

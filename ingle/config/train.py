@@ -42,6 +42,8 @@ class TrainConfig(Section):
             Needs ``data.validation``.
         imatrix: Collect an importance matrix of the training inputs in ``imatrix.gguf`` in the run folder, for
             ``ingle quantize --imatrix`` and llama.cpp.
+        router_loss: Weight of the load-balancing loss of a mixture of experts. ``auto`` is the architecture's own
+            weight in full fine-tuning, and 0 with an adapter. ``loss`` includes it; ``router_loss`` is not weighted.
         log_every: Steps between lines on the terminal. ``metrics.jsonl`` always has every step.
     """
 
@@ -55,4 +57,5 @@ class TrainConfig(Section):
     keep_best: bool = False
     early_stopping: EarlyStopping | None = None
     imatrix: bool = False
+    router_loss: Literal["auto", "off"] | Annotated[float, Field(ge=0, le=1000)] = "auto"
     log_every: Count = 1

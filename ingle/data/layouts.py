@@ -33,6 +33,14 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
     "bot": "assistant",
     "observation": "tool",
 }
+#: Columns of multimodal rows, and what they contain.
+_MEDIA_COLUMNS = {
+    **dict.fromkeys(("image", "images"), "an image"),
+    **dict.fromkeys(("audio", "audios"), "audio"),
+    **dict.fromkeys(("video", "videos"), "video"),
+}
+#: How the types of parts of a message begin that are not text.
+_MEDIA = ("image", "audio", "video")
 #: Maximum number of columns in a message.
 _MAX_LISTED = 12
 _MISSING = object()
@@ -175,6 +183,13 @@ def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
     return "classify" if layout == "text" and "classify" in fits else "sft"
 
 
+def _is_media(part: object) -> bool:
+    """Returns whether a part of a message is an image, audio or video."""
+    return isinstance(part, Mapping) and str(part.get("type")).startswith(
+        ("image", "input_image", "audio", "input_audio", "video")
+    )
+
+
 def is_conversation(value: object, role_key: str = "role") -> bool:
     """Returns whether a value is a list of messages."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and role_key in value[0]
@@ -231,6 +246,7 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     Raises:
         DataError: The row does not fit the layout.
     """
+    _refuse_media(row, layout, origin)
     example = _Row(row, layout, origin, first).parse()
     texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
     for text in (*texts, *example.references, *(each.text for each in example.texts.values())):
@@ -238,6 +254,26 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
             why = "a text contains half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
             raise DataError("The row is malformed.", where=origin, why=why, fix="correct or remove the row")
     return example
+
+
+def _refuse_media(row: Mapping[str, Any], layout: Layout, origin: str) -> None:
+    """Refuses a row with images, audio or video, which its texts refer to.
+
+    A column of text rows that merely names a file or an address stays without effect, as other columns do.
+    """
+    for name, kind in _MEDIA_COLUMNS.items():
+        value = row.get(name)
+        if value and (layout in ("messages", "sharegpt") or not isinstance(value, str)):
+            raise _not_text(f"the column {name!r} has {kind}", origin)
+
+
+def _not_text(why: str, origin: str) -> DataError:
+    return DataError(
+        "The row is not only text, and models are trained on text only.",
+        where=origin,
+        why=why,
+        fix="replace images and audio by text that describes them, or remove the row",
+    )
 
 
 def _is_unicode(text: str) -> bool:
@@ -365,6 +401,8 @@ class _Row:
             texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
             if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
                 content = "".join(text for text in texts if isinstance(text, str))
+            elif other := [str(part.get("type")) for part in content if _is_media(part)]:
+                raise _not_text(f"message {number} has a part of type {other[0][:80]!r}", self.origin)
         if not isinstance(content, str):
             raise self._misfit(f"the content of message {number} is not text")
         return Message(role, content)

@@ -28,6 +28,7 @@ from ingle.export.writers.safetensors_folder import Layout, write_safetensors
 from ingle.gguf import TensorToWrite, write_gguf
 from ingle.inference import Source
 from ingle.models.interop.transformers_peft import TransformersServer
+from ingle.models.loading.config_json import read_config
 from ingle.models.loading.gguf_model import is_gguf, open_gguf
 from ingle.quant.format import PLAIN
 from ingle.wording import either
@@ -169,9 +170,10 @@ def _require_adapter(job: ExportJob) -> Path:
 
 
 def _peft_usage(job: ExportJob, folder: Path) -> str:
+    reader = models.reader_class(read_config(job.source.model))
     text = (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{job.base_model}")\n'
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {reader}\n\n"
+        f'base = {reader}.from_pretrained("{job.base_model}")\n'
         f'model = PeftModel.from_pretrained(base, "{folder.name}")\n```'
     )
     base = job.source.base

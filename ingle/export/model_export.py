@@ -60,7 +60,7 @@ def export_safetensors(job: ExportJob) -> WrittenExport:
                 max_kl=job.request.max_kl,
             )
         )
-        usage = _safetensors_usage(paths.folder, layout)
+        usage = _safetensors_usage(paths.folder, layout, models.reader_class(merged.stream.model.config))
         write_companions(job, partial, paths, type_name=layout.name, usage=usage, report=report)
 
     def certify() -> Certificate:
@@ -162,7 +162,7 @@ def _promote(job: ExportJob, export: GgufExport) -> Promotion:
     return promotion
 
 
-def _safetensors_usage(folder: Path, layout: Layout) -> str:
+def _safetensors_usage(folder: Path, layout: Layout, reader: str) -> str:
     if layout.base.format == "hqq":
         return (
             f'```python\nimport ingle\n\nmodel = ingle.open_model("{folder.name}")\n```\n\n'
@@ -170,8 +170,8 @@ def _safetensors_usage(folder: Path, layout: Layout) -> str:
             "tensors. transformers 5 does not read them and starts from random weights instead."
         )
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder.name}")\n'
+        f"```python\nfrom transformers import {reader}, AutoTokenizer\n\n"
+        f'model = {reader}.from_pretrained("{folder.name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{folder.name}")\n```'
     )
 

@@ -7,18 +7,21 @@ from transformers import PreTrainedModel as Model
 
 from ingle.models.forward.hidden_states import Head, device_of, forward_hidden, head, through_head
 from ingle.models.forward.layers import can_recompute, decoder_layers, recompute_layers, repeated_layers
+from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
+from ingle.models.interop.towers import copy_processor
 from ingle.models.loading.config_json import stored_base
 from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
 from ingle.models.text_limits import num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
+from ingle.models.text_part import reader_class, tower_paths
 from ingle.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -27,13 +30,16 @@ __all__ = [
     "Head",
     "Model",
     "QuantizedCache",
+    "Routers",
     "can_recompute",
     "choose_formats",
     "compute_dtype",
     "convert_base",
+    "copy_processor",
     "decoder_layers",
     "device_of",
     "end_token_ids",
+    "find_routers",
     "forward_hidden",
     "forward_task",
     "generate",
@@ -45,6 +51,7 @@ __all__ = [
     "load_weights",
     "meta_model",
     "num_tokens",
+    "reader_class",
     "recompute_layers",
     "refuse_longer",
     "refuse_tokens_beyond",
@@ -57,5 +64,6 @@ __all__ = [
     "stream",
     "text_limit",
     "through_head",
+    "tower_paths",
     "verify",
 ]

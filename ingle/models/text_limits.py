@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ingle.errors import ModelError
 from ingle.models.forward.rotary_by_length import rope_sections
+from ingle.models.text_part import text_config
 from ingle.quant import QuantEmbedding
 
 #: Extra rows that some architectures keep at the start of their position table (OPT: 2).
@@ -20,10 +21,11 @@ def text_limit(model: PreTrainedModel) -> int | None:
 
     ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = text_config(model.config)
+    limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    dynamic = [section for section in rope_sections(model.config) if section.get("rope_type") == "dynamic"]
+    dynamic = [section for section in rope_sections(config) if section.get("rope_type") == "dynamic"]
     return int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
 
 
@@ -82,7 +84,7 @@ def refuse_tokens_beyond(model: PreTrainedModel, largest: int, tokenizer: PreTra
 
 def _find_position_table(model: PreTrainedModel) -> tuple[str, int] | None:
     """Returns name and size of a table of positions, learned or computed."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
     sizes = {limit + spare for spare in _SPARE_ROWS}

@@ -20,6 +20,7 @@ from ingle.objectives.driver import DocumentLoss, PackedObjective
 from ingle.objectives.interface import Objective, StepModule, Sums, Term
 from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
+from ingle.objectives.router_loss import choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
 from ingle.parallel import Mesh
@@ -91,7 +92,7 @@ def build(run: Run, context: Context) -> Objective:
 def _loss(run: Run, model: Model) -> DocumentLoss:
     match run.objective.kind:
         case "clm" | "sft":
-            return NextTokenLoss(model)
+            return NextTokenLoss(model, *choose_routers(run, model))
         case "mlm":
             return MaskedTokenLoss(model)
         case "span" | "seq2seq":

@@ -31,6 +31,11 @@ class DocumentLoss(StepModule):
 
     unit: str
 
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The terms of the loss; that of the documents is the first."""
+        return (Term("loss", self.unit),)
+
     @abstractmethod
     def count(self, batch: Batch) -> float:
         """Returns the denominator of the loss, counted in one micro-batch."""
@@ -73,7 +78,7 @@ class PackedObjective:
         held_out: HeldOut | None = None,
     ) -> None:
         self.module = module
-        self.terms = (Term("loss", module.unit),)
+        self.terms = module.terms
         self._dataset = dataset
         self._sampler = sampler
         self._corrupt = corrupt
@@ -129,8 +134,8 @@ class PackedObjective:
         return {self.module.unit: self.module.count(batch)}
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns no further metrics."""
-        return {}
+        """Returns the mean of each term after the first, without its weight."""
+        return {term.name: sums[term.name] / counts[term.denominator] for term in self.terms[1:]}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter of the sampler, from which everything random follows."""

@@ -52,11 +52,13 @@ class StepModule(nn.Module, ABC):
 
     Attributes:
         reads_head_in_backward: Whether the backward pass of the loss reads the weights of the output head.
+        uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
     """
 
     reads_head_in_backward: bool = True
+    uses_hooks: bool = False
     reduces_once: bool = False
     observe: Callable[[int], AbstractContextManager[None]]
 

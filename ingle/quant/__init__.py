@@ -10,7 +10,15 @@ from ingle.quant.catalog import Formats, GgufFormats, make_format, make_formats
 from ingle.quant.conversion import convert, quantize_ends
 from ingle.quant.experts import QuantExperts, QuantStack
 from ingle.quant.format import Format
-from ingle.quant.interchange import from_bitnet, from_bitsandbytes, from_hqq, to_bitsandbytes, to_hqq
+from ingle.quant.interchange import (
+    from_bitnet,
+    from_bitsandbytes,
+    from_hqq,
+    from_mxfp4,
+    to_bitsandbytes,
+    to_hqq,
+    to_mxfp4,
+)
 from ingle.quant.inventory import Audit, ClassAudit, Unquantized, audit
 from ingle.quant.linear import QuantEmbedding, QuantLinear
 from ingle.quant.plane import PlaneSpec
@@ -34,10 +42,12 @@ __all__ = [
     "from_bitnet",
     "from_bitsandbytes",
     "from_hqq",
+    "from_mxfp4",
     "make_format",
     "make_formats",
     "quantize_ends",
     "settle",
     "to_bitsandbytes",
     "to_hqq",
+    "to_mxfp4",
 ]

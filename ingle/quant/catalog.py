@@ -18,16 +18,18 @@ from ingle.config.base import (
     base_sections,
     format_name,
 )
-from ingle.config.ggml import GgmlBase, MixBase
+from ingle.config.ggml import GgmlBase, MixBase, MXFP4Base
 from ingle.errors import QuantizationError
 from ingle.gguf.families import BY_MODEL_TYPE
 from ingle.gguf.mixes import Mix
 from ingle.gguf.names import names_of
+from ingle.quant.experts import is_experts
 from ingle.quant.format import Format
 from ingle.quant.ggml import GGUF_FORMATS
 from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4
+from ingle.quant.linear import QuantModule
 from ingle.quant.plane import Scratch
 from ingle.quant.ternary import Ternary
 
@@ -76,6 +78,8 @@ def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
     """
     if isinstance(base, NoBase):
         return None
+    if isinstance(base, MXFP4Base):
+        return _experts_only(base, model)
     if not isinstance(base, MixBase):
         format = make_format(base)
         return lambda name, out_features, in_features: format
@@ -101,6 +105,20 @@ def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
         return make(mix.tensor_type(weight, (out_features, in_features)))
 
     return choose
+
+
+def _experts_only(base: GgmlBase, model: nn.Module) -> Formats:
+    """Returns the formats of gpt-oss as it is published: its experts are in MXFP4, everything else is unquantized."""
+    experts = {name for name, module in model.named_modules() if is_experts(module)}
+    if not experts and not any(isinstance(module, QuantModule) for module in model.modules()):
+        raise QuantizationError(
+            f"{type(model).__name__} has no experts, and no other weights are held in {base.format}.",
+            where="base.format",
+            why="this format is read from checkpoints of gpt-oss, and from GGUF files",
+            fix="--base.format=nf4",
+        )
+    format = make_format(base)
+    return lambda name, out_features, in_features: format if name.rpartition(".")[0] in experts else None
 
 
 class GgufFormats:

@@ -15,7 +15,7 @@ from torch import nn
 from ingle.config.base import BaseConfig, TernaryBase
 from ingle.errors import QuantizationError
 from ingle.quant.catalog import Formats, make_formats
-from ingle.quant.experts import PROJECTIONS, QuantExperts, is_fused_experts, matrix_shape
+from ingle.quant.experts import QuantExperts, is_experts, projection_shapes, quantize_experts
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
@@ -108,20 +108,16 @@ def _replace(
     module: nn.Module, formats: Formats, name: str, uses: Counter[int], *, is_trained: bool
 ) -> nn.Module | None:
     """Returns the replacement of a module, or None if it stays."""
-    if is_trained and (is_fused_experts(module) or is_conv1d(module)):
+    if is_trained and (is_experts(module) or is_conv1d(module)):
         raise QuantizationError(
             f"{name} ({type(module).__name__}) cannot be trained with ternary weights.",
             where=name,
             why="only plain linear layers can be trained through their rounding",
             fix="--adapter.kind=lora --base.train=false, or another model",
         )
-    if is_fused_experts(module):
-        chosen = {
-            key: formats(f"{name}.{key}", *matrix_shape(module, key))
-            for key in PROJECTIONS
-            if module._parameters.get(key) is not None
-        }
-        return QuantExperts(module, chosen, name=name) if any(chosen.values()) else None
+    if is_experts(module):
+        chosen = {key: formats(f"{name}.{key}", *shape) for key, shape in projection_shapes(module).items()}
+        return quantize_experts(module, chosen, name=name) if any(chosen.values()) else None
     refuse_unknown(module, name)
     # Subclasses of nn.Linear, such as the one in nn.MultiheadAttention, may be read by their owner in other ways.
     if not (is_conv1d(module) or type(module) is nn.Linear):

@@ -52,10 +52,29 @@ def is_fused_experts(module: nn.Module) -> bool:
     )
 
 
-def matrix_shape(experts: nn.Module, projection: str) -> tuple[int, int]:
-    """Returns the output and input features of one expert in a projection of a fused module."""
-    _, first, second = experts.get_parameter(projection).shape
-    return (second, first) if getattr(experts, "is_transposed", False) else (first, second)
+def is_every_token_experts(module: nn.Module) -> bool:
+    """Returns whether a module has the interface of Llama 4's experts, as ``EveryTokenExperts`` requires."""
+    projections = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    return type(module).__name__ == "Llama4TextExperts" and all(
+        weight is not None and weight.dim() == 3 for weight in projections
+    )
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Returns whether a module holds stacked experts that can be quantized."""
+    return is_fused_experts(module) or is_every_token_experts(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Returns whether a module of stacked experts stores its weights as ``[E, I, O]``."""
+    return is_every_token_experts(module) or bool(getattr(module, "is_transposed", False))
+
+
+def projection_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns out_features and in_features of each projection of a module of stacked experts."""
+    weights = {key: weight for key, weight in module._parameters.items() if weight is not None and key in PROJECTIONS}
+    turn = -1 if is_transposed(module) else 1
+    return {key: (weight.shape[1:][::turn][0], weight.shape[1:][::turn][1]) for key, weight in weights.items()}
 
 
 class QuantExperts(nn.Module):
@@ -65,7 +84,7 @@ class QuantExperts(nn.Module):
 
     Args:
         original: The fused module. Its parameters and submodules move to this module.
-        formats: The format of each projection; one without a format keeps its parameter.
+        formats: Format of the planes of each projection. A projection without one stays a plain parameter.
         name: The module's name for errors.
 
     Raises:
@@ -74,24 +93,25 @@ class QuantExperts(nn.Module):
 
     def __init__(self, original: nn.Module, formats: Mapping[str, Format | None], *, name: str = "experts") -> None:
         super().__init__()
-        if not is_fused_experts(original):
+        if not is_experts(original):
             raise QuantizationError(f"{name} ({type(original).__name__}) is not a module of fused experts.", where=name)
         fused: Any = original
         self.num_experts: int = fused.num_experts
-        self.has_gate: bool = fused.has_gate
-        self.is_transposed: bool = fused.is_transposed
+        self.has_gate: bool = getattr(fused, "has_gate", True)
+        self.transposed = is_transposed(original)
+        shapes = projection_shapes(original)
         for key in list(original._parameters):
-            format = formats.get(key) if key in PROJECTIONS else None
-            if format is None or original._parameters[key] is None:
-                self.register_parameter(key, original._parameters.pop(key))
+            parameter = original._parameters.pop(key)
+            format = formats.get(key)
+            if parameter is None or format is None:
+                self.register_parameter(key, parameter)
                 continue
-            shape = matrix_shape(original, key)
-            parameter: Any = original._parameters.pop(key)
+            out_features, in_features = shapes[key]
             stack = QuantStack(
                 format,
                 *shape,
                 num_stacked=self.num_experts,
-                transposed=fused.is_transposed,
+                transposed=self.transposed,
                 weight_dtype=parameter.dtype,
                 device=parameter.device,
             )
@@ -144,10 +164,38 @@ class QuantExperts(nn.Module):
         if plain is None:
             projected: Tensor = self.get_submodule(key)(x, expert)
         else:
-            projected = x @ plain[expert] if self.is_transposed else functional.linear(x, plain[expert])
+            projected = functional.linear(x, plain[expert].t() if self.transposed else plain[expert])
         bias = self._parameters.get(f"{key}_bias")
         return projected if bias is None else projected + bias[expert].to(projected.dtype)
 
     def extra_repr(self) -> str:
         """Returns what ``print(model)`` shows."""
         return f"num_experts={self.num_experts}"
+
+
+class EveryTokenExperts(QuantExperts):
+    """Replaces Llama 4's experts, which get every token, scaled by the router's weight: zero for most of them.
+
+    The output and the gradients of a zero are zero, so only the other tokens are computed.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Runs ``[E * S, H]``, the tokens of one expert after those of another; returns the same shape."""
+        outputs = []
+        for expert, x in enumerate(hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])):
+            (chosen,) = x.detach().abs().amax(-1).nonzero(as_tuple=True)
+            output = x.new_zeros(x.shape)
+            if len(chosen):
+                output = output.index_copy(0, chosen, self._run_expert(x[chosen], expert))
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def _run_expert(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = self._project("gate_up_proj", x, expert).chunk(2, dim=-1)
+        return self._project("down_proj", up * self.__dict__["original"].act_fn(gate), expert)
+
+
+def quantize_experts(original: nn.Module, formats: Mapping[str, Format | None], *, name: str) -> QuantExperts:
+    """Returns the replacement of a module of stacked experts; arguments and errors are those of ``QuantExperts``."""
+    kind = EveryTokenExperts if is_every_token_experts(original) else QuantExperts
+    return kind(original, formats, name=name)

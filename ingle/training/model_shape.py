@@ -15,7 +15,7 @@ from ingle.planning.architecture import group_layers
 from ingle.planning.families import FUSED, Settings, mixer_of
 from ingle.quant import Formats
 from ingle.quant.conversion import is_conv1d
-from ingle.quant.experts import PROJECTIONS, is_fused_experts
+from ingle.quant.experts import PROJECTIONS, is_experts, projection_shapes
 
 
 def model_shape(model: Model, trained: Selection, formats: Formats | None = None) -> ModelShape:
@@ -81,7 +81,7 @@ class _Counter:
         linears = tuple(
             lin for name, module in layer.named_modules() for lin in self.linears(module, self._names[id(module)], name)
         )
-        experts = next((module for module in layer.modules() if is_fused_experts(module)), None)
+        experts = next((module for module in layer.modules() if is_experts(module)), None)
         weights = sum(lin.num_weights * lin.count for lin in linears)
         norms = [type(module).__name__ for module in layer.children() if "norm" in type(module).__name__.lower()]
         mixer, window = mixer_of(settings, index)
@@ -121,9 +121,8 @@ class _Counter:
         shapes = []
         for key, stacked in module._parameters.items():
             if stacked is not None and stacked.dim() == 3 and key in PROJECTIONS:
-                transposed = bool(getattr(module, "is_transposed", False))
-                out_features, in_features = stacked.shape[:0:-1] if transposed else stacked.shape[1:]
-                own = f"{path}.{key}"  # each projection may have its own format
+                out_features, in_features = projection_shapes(module)[key]
+                own = f"{path}.{key}"
                 bits = None if self._formats is None else _bits(self._formats, own, stacked, out_features, in_features)
                 count = stacked.shape[0]
                 active = min(self._experts_per_token, count)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ingle.config.base import Int8Base, Nf4Base
 from ingle.errors import QuantizationError
 from ingle.quant import QuantExperts, QuantLinear, QuantStack, audit, convert, make_format
-from ingle.quant.experts import PROJECTIONS
+from ingle.quant.experts import PROJECTIONS, quantize_experts
 
 EXPERTS, HIDDEN, INNER, TOP_K = 5, 24, 16, 2
 SIZES = {
@@ -96,6 +96,37 @@ def test_quantized_experts_answer_and_differentiate_as_plain_ones(family: str, n
     for key, parameter in plain.named_parameters():
         if parameter.dim() == 2:  # biases go on as they are
             torch.testing.assert_close(quantized.get_parameter(key).grad, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("up", "down"), [("int8", "nf4"), (None, "int8"), ("nf4", None)])
+@pytest.mark.parametrize(("family", "name"), [("qwen3_moe", "Qwen3MoeExperts"), ("gpt_oss", "GptOssExperts")])
+def test_each_projection_has_its_own_format(family: str, name: str, up: str | None, down: str | None) -> None:
+    plain = make_experts(family, name)
+    bases = {"int8": BASES[2], "nf4": BASES[0]}
+    formats = {key: make_format(bases[kind]) for key, kind in (("gate_up_proj", up), ("down_proj", down)) if kind}
+    quantized = QuantExperts(copy.deepcopy(plain), formats)
+    stacks = {key: child.format.name for key, child in quantized.named_children() if isinstance(child, QuantStack)}
+    assert stacks == {key: format.name for key, format in formats.items() if format is not None}
+    decode_into(plain, quantized)
+    x, index, weights = route()
+    torch.testing.assert_close(quantized(x, index, weights), plain(x, index, weights), rtol=1e-12, atol=1e-12)
+
+
+def test_llama_4_experts_answer_and_differentiate_as_plain_ones() -> None:
+    plain = make_experts("llama4", "Llama4TextExperts")
+    format = make_format(BASES[0])
+    quantized = quantize_experts(copy.deepcopy(plain), dict.fromkeys(PROJECTIONS, format), name="experts")
+    decode_into(plain, quantized)
+    x, index, weights = route()
+    scores = torch.zeros(len(x), EXPERTS, dtype=x.dtype).scatter(1, index, weights)  # the last expert gets none
+    scaled = (x * scores.t()[..., None]).flatten(0, 1)
+    ours, theirs = (scaled.clone().requires_grad_() for _ in range(2))
+    y, expected = quantized(ours), plain(theirs)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_every_expert_is_quantized_on_its_own() -> None:

@@ -126,6 +126,26 @@ def experts_have_a_gate() -> bool:
     return all(hasattr(experts, mark) for mark in marks) and experts.gate_up_proj.dim() == 3
 
 
+def routers_are_recorded() -> bool:
+    module = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    recorder = module.MixtralModel._can_record_outputs["router_logits"]
+    return recorder.target_class is module.MixtralTopKRouter and hasattr(module, "load_balancing_loss_func")
+
+
+def wrappers_name_their_text_part() -> bool:
+    text = {**TINY, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model: Any = hf.Gemma3ForConditionalGeneration._from_config(config)
+    experts = importlib.import_module("transformers.models.llama4.modeling_llama4").Llama4TextExperts
+    return (
+        "text_config" in config.sub_configs
+        and model.get_decoder() is model.model.language_model
+        and takes(experts.forward, "hidden_states")
+    )
+
+
 def classes_have_their_names() -> bool:
     falcon = importlib.import_module("transformers.models.falcon.modeling_falcon")
     gemma = importlib.import_module("transformers.models.gemma3.modeling_gemma3")
@@ -236,6 +256,18 @@ INTERFACES: list[tuple[str, str, Callable[[], bool], str]] = [
         "quant/experts.py",
         experts_have_a_gate,
         "adapt is_fused_experts and QuantExperts",
+    ),
+    (
+        "_can_record_outputs, load_balancing_loss_func",
+        "models/forward/routers.py",
+        routers_are_recorded,
+        "adapt find_routers",
+    ),
+    (
+        "sub_configs, get_decoder and _from_config of multimodal models; Llama4TextExperts",
+        "models/text_part.py, quant/experts.py",
+        wrappers_name_their_text_part,
+        "adapt text_decoder and for_text_part; EveryTokenExperts",
     ),
     (
         "class names: Conv1D, FalconLinear, ScaledWordEmbedding, DecoderLayer",

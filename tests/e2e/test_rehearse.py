@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ingle.models.loading.tiny_model import shrink
+from ingle.models.loading.small_config import shrink
+from ingle.models.loading.tiny_model import SIZE
 from tests.contract.models.conftest import CONFIGS
 from tests.e2e.conftest import Ingle
 
@@ -16,7 +17,7 @@ from tests.e2e.conftest import Ingle
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_a_small_model_has_the_architecture_of_the_large_one(name: str) -> None:
     large = CONFIGS[name]()
-    small = shrink(large)
+    small = shrink(large, SIZE)
     model = AutoModelForCausalLM.from_config(small, dtype=torch.bfloat16)
     assert small.model_type == large.model_type and small.vocab_size == large.vocab_size
     assert small.get_text_config().hidden_size == 256  # a block of every format

@@ -22,7 +22,7 @@ from ingle.errors import EvaluationError
 from ingle.evaluation.run.divergence import Predictions
 from ingle.evaluation.statistics.intervals import bootstrap, wilson
 from ingle.quant.conversion import is_conv1d
-from ingle.quant.experts import is_fused_experts
+from ingle.quant.experts import is_experts
 from ingle.quant.format import Format
 from ingle.quant.imatrix_collector import linear_maps
 from ingle.quant.linear import QuantLinear
@@ -64,7 +64,7 @@ class FormatTrial:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        experts = [name for name, module in model.named_modules() if is_fused_experts(module)]
+        experts = [name for name, module in model.named_modules() if is_experts(module)]
         if experts:
             raise EvaluationError(
                 "Formats of mixture-of-experts models cannot be compared yet.",

@@ -48,7 +48,7 @@ class Window:
 
 def window_size(model: Any) -> int:
     """Returns the number of tokens in the longest window of a model."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return min(limit, MAX_WINDOW) if isinstance(limit, int) and limit > 1 else MAX_WINDOW
 
 

@@ -7,7 +7,7 @@ blocks are written as GGUF only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,15 +28,19 @@ from ingle.export.writers.merged_model import LoadedWeight, MergedModel
 from ingle.export.writers.shards import ShardWriter
 from ingle.gguf.mixes import ALIASES, FILE_TYPES
 from ingle.models.loading.weight_stream import WeightEntry
-from ingle.quant import to_bitsandbytes
+from ingle.quant import to_bitsandbytes, to_mxfp4
 from ingle.quant.format import PLAIN, Format
+from ingle.quant.ggml.lookup import MXFP4
 from ingle.quant.hqq import Hqq
 from ingle.quant.interchange.hqq import to_hqq
 from ingle.quant.linear import QuantModule
 from ingle.wording import nearest
 
 #: Packages that transformers needs to read a layout.
-READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",)}
+READERS = {"nf4": ("bitsandbytes",), "fp4": ("bitsandbytes",), "int8": ("bitsandbytes",), "hqq": ("hqq",), "mxfp4": ()}
+
+#: What gpt-oss keeps unquantized.
+_PLAIN_IN_MXFP4 = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 #: Upper bound on the number of tensors that store one quantized weight.
 _MAX_PARTS = 24
@@ -63,9 +67,14 @@ class Layout:
             return f"hqq-{self.base.bits}-g{self.base.group_size}".removesuffix("-g64")
         return self.base.format
 
-    def quantization_config(self) -> dict[str, Any] | None:
-        """Returns the ``quantization_config`` that transformers needs; None for plain types."""
+    def quantization_config(self, towers: Sequence[str] = ()) -> dict[str, Any] | None:
+        """Returns the ``quantization_config`` that transformers needs; None for plain types.
+
+        Args:
+            towers: Paths of the modules that are copied as they are.
+        """
         base: Any = self.base
+        skipped = {"llm_int8_skip_modules": [*towers, "lm_head"]} if towers else {}
         if isinstance(base, NoBase):
             return None
         if base.format == "hqq":
@@ -73,10 +82,12 @@ class Layout:
             return {
                 "quant_method": "hqq",
                 "quant_config": {"weight_quant_params": params},
-                "skip_modules": ["lm_head"],
+                "skip_modules": [*towers, "lm_head"],
             }
+        if base.format == "mxfp4":
+            return {"quant_method": "mxfp4", "modules_to_not_convert": [*towers, *_PLAIN_IN_MXFP4]}
         if base.format == "int8":
-            return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+            return {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0} | skipped
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -84,7 +95,7 @@ class Layout:
             "bnb_4bit_use_double_quant": base.double_quant,
             "bnb_4bit_compute_dtype": str(self.dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
-        }
+        } | skipped
 
 
 def choose_layout(type_name: str, base: BaseConfig) -> Layout:
@@ -121,7 +132,8 @@ def choose_layout(type_name: str, base: BaseConfig) -> Layout:
 
 def estimate_bytes(merged: MergedModel, layout: Layout) -> int:
     """Returns an upper bound on the size of the weights."""
-    return sum(entry.num_weights for entry in merged.stream.entries) * layout.dtype.itemsize
+    towers = sum(tensor.num_bytes for tensor in merged.stream.towers.values())
+    return sum(entry.num_weights for entry in merged.stream.entries) * layout.dtype.itemsize + towers
 
 
 def write_safetensors(
@@ -135,6 +147,8 @@ def write_safetensors(
     sink: Sink = lambda event: None,
 ) -> list[TensorFidelity]:
     """Writes the merged model with its config and tokenizer.
+
+    The towers of a multimodal model are copied byte for byte, with the files of its processor.
 
     Args:
         merged: Base and adapter.
@@ -153,8 +167,17 @@ def write_safetensors(
     """
     entries = merged.stream.entries
     formats = _formats(model, layout)
+    for entry in entries:
+        if (
+            entry.name in formats
+            and layout.base.format != "mxfp4"
+            and (len(entry.pieces) != 1 or len(entry.pieces[0].shape) != 2)
+        ):
+            message = f"Safetensors have no layout for fused experts in {formats[entry.name].name}."
+            raise QuantizationError(message, where=entry.name, fix="--type bf16")
     num_tensors = sum(len(entry.pieces) for entry in entries) * (_MAX_PARTS if formats else 1) + len(merged.untied)
-    writer = ShardWriter(folder, num_tensors)
+    towers = merged.stream.towers
+    writer = ShardWriter(folder, num_tensors + len(towers))
     found: list[TensorFidelity] = []
     for done, entry in enumerate(entries, 1):
         format = formats.get(entry.name)
@@ -169,6 +192,8 @@ def write_safetensors(
             sink(Progress("Writing weights", done, len(entries)))
     for name in merged.untied:
         writer.add(name, merged.replaced[name].to(layout.dtype))
+    for key, tower in towers.items():
+        writer.add(key, tower.read())
     writer.finish()
     models.save_setup(
         merged.stream.model,
@@ -176,8 +201,10 @@ def write_safetensors(
         folder,
         dtype=layout.dtype,
         untied=bool(merged.untied),
-        quantization=layout.quantization_config(),
+        quantization=layout.quantization_config(models.tower_paths(merged.stream.model)),
     )
+    if towers:
+        models.copy_processor(model, folder)
     return found
 
 
@@ -190,10 +217,6 @@ def _quantized_tensors(
     importance: Tensor | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors that store a quantized parameter, with their keys."""
-    if len(entry.pieces) != 1:
-        raise QuantizationError(
-            f"Safetensors have no layout for fused experts in {format.name}.", where=entry.name, fix="--type bf16"
-        )
     (piece,) = entry.pieces
     if loaded.layer is None:
         planes = loaded.planes(format, importance)
@@ -202,7 +225,9 @@ def _quantized_tensors(
         assert isinstance(merged, dict)
         planes = merged
         found.append(fidelity)
-    if isinstance(format, Hqq):
+    if isinstance(format, MXFP4):
+        parts = {f"_{part}": tensor for part, tensor in to_mxfp4(planes).items()}
+    elif isinstance(format, Hqq):
         parts = to_hqq(planes, format, *piece.shape, dtype=layout.dtype)
     else:
         parts = to_bitsandbytes(planes, format, *piece.shape, dtype=layout.dtype)

@@ -8,6 +8,7 @@ Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.packed import packed_attention
+from ingle.models.forward.bounds import is_bounds, query_bounds
 
 #: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
@@ -76,16 +78,13 @@ def attend(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if cu_seq_lens_q is None and is_bounds(attention_mask):
+        cu_seq_lens_q = query_bounds(attention_mask)
     if cu_seq_lens_q is not None:
         window = _window(module, sliding_window)
+        cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
         options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         return packed_attention(query, key, value, cu_seq_lens_q, **options, sinks=s_aux, longest=max_length_q), None
-    if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[-2] > 1:
-        raise ModelError(
-            f"{type(module).__name__} does not receive the document boundaries: its model drops keyword arguments.",
-            where="model.id",
-            fix="choose a model of another architecture",
-        )
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
 
 
@@ -109,6 +108,19 @@ def _window(module: nn.Module, passed: int | None) -> int | None:
             fix="choose a model of another architecture",
         )
     return None
+
+
+def _cut(module: nn.Module, cu_seqlens: Tensor, longest: int | None) -> Tensor:
+    """Returns the boundaries of what attention sees together: documents, or their chunks in a chunked layer."""
+    config = getattr(module, "config", None)
+    kinds, size = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
+    if not kinds or not size or kinds[module.layer_idx] != "chunked_attention":
+        return cu_seqlens
+    if longest is not None and longest <= size:
+        return cu_seqlens
+    bounds = cu_seqlens.tolist()
+    cuts = [cut for start, stop in itertools.pairwise(bounds) for cut in range(start, stop, size)]
+    return cu_seqlens.new_tensor([*cuts, bounds[-1]])
 
 
 def _attend_masked(

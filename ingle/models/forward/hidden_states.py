@@ -8,21 +8,33 @@ with the full model, so that an unknown way is detected.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.forward.attention import IMPLEMENTATION
-from ingle.models.forward.padded_rows import arrange
+from ingle.models.forward.bounds import causal_bounds
+from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.layout import Layout, boundaries_of, layout_of
+from ingle.models.forward.mixers import base_of, parameters
+from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
+
+#: Settings that multiply or divide the logits.
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+#: Multimodal models that do not apply the settings of their text model.
+_UNSCALED = frozenset({"aya_vision", "cohere2_vision", "granite_speech", "granite_speech_plus"})
+#: Names of the bound on logits in configs.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +72,14 @@ def head(model: PreTrainedModel) -> Head:
             where="model.id",
             fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
         )
-    config = model.config
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale *= float(getattr(config, "lm_head_multiplier", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scaled = model.config.model_type not in _UNSCALED
+    config = text_config(model.config) if scaled else None
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= float(getattr(config, name, None) or 1.0)
+    for name in _DIVISORS:
+        scale /= float(getattr(config, name, None) or 1.0)
+    softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
     return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
 
@@ -115,31 +130,68 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Computes :func:`forward_hidden` from ids ``[1, N]``, positions ``[1, N]`` and boundaries ``[D + 1]``."""
-    if model.config._attn_implementation == IMPLEMENTATION:
-        # transformers passes a four-dimensional mask through unchanged and builds none. Attention uses the boundaries
-        # instead, and recognizes this placeholder if an architecture drops them.
-        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        lengths: dict[str, int] = {}
-        if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
-            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-            lengths = {"max_length_q": longest, "max_length_k": longest}
-        output = model.base_model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            **lengths,
-        )
-        hidden: Tensor = output.last_hidden_state
+    layout, boundaries = layout_of(model), boundaries_of(model)
+    if layout.kind in ("rows", "equal_rows"):
+        return _forward_rows(model, layout, input_ids, cu_seqlens)
+    arguments: dict[str, Any] = {
+        "input_ids": input_ids,
+        # transformers passes a four-dimensional mask on as it is, also to attention that gets no keyword arguments.
+        "attention_mask": causal_bounds(cu_seqlens) if layout.takes_bounds else None,
+        "position_ids": position_ids + layout.first_position if layout.first_position else position_ids,
+        "use_cache": False,
+        **({"token_type_ids": torch.zeros_like(input_ids)} if layout.passes_types else {}),
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+    }
+    if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
+    with nullcontext() if boundaries is None else boundaries.holding(documents):
+        return run_to_head(model, arguments)
+
+
+def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Computes each document in a row of its own, with the architecture's own mask and positions."""
+    padding = 0.0 if layout.kind == "equal_rows" else PADDING
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # Ranks gather weights together, so all must make as many calls.
+        if layout.kind == "equal_rows":
+            raise ModelError(
+                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
+                where="parallel.kind",
+                fix="--parallel.kind=ddp",
+            )
+        padding = float("inf")
+    documents = Documents.of(cu_seqlens, padding=padding)
+    fill = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    rows = []
+    for group in documents.groups:
+        ids_DL = group.deal(input_ids[0]).masked_fill(~group.real_DL, fill)
+        mask = None if layout.kind == "equal_rows" else group.real_DL.long()
+        arguments = {"input_ids": ids_DL, "attention_mask": mask, "use_cache": False}
+        rows.append(run_to_head(model, arguments))
+    return documents.collect(rows)[None]
+
+
+def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
+    """Returns the input of the output layer; passes the arguments that the model takes."""
+    called = model if layout_of(model).has_layers_before_head else base_of(model)
+    takes = parameters(type(called))
+    if "kwargs" not in takes:
+        arguments = {name: value for name, value in arguments.items() if name in takes}
+    if called is not model:
+        hidden: Tensor = called(**arguments).last_hidden_state
         return hidden
-    # An architecture's own attention may have a mask that is only as wide as the longest text that it supports.
-    rows = arrange(cu_seqlens, width=getattr(model.config, "max_position_embeddings", None))
-    output = model.base_model(
-        input_ids=rows.spread(input_ids),
-        attention_mask=rows.mask(computed_in(model)),
-        position_ids=rows.spread(position_ids),
-        use_cache=False,
-    )
-    return rows.gather(output.last_hidden_state)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        kept.append(inputs[0])
+        return inputs[0][:, :1]  # the logits are not used
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        called(**arguments)
+    finally:
+        hook.remove()
+    return kept[0]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
+from ingle.models.forward.layout import boundaries_of, layout_of
+from ingle.models.forward.mixers import base_of
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """Returns the stack of equal blocks between embeddings and last norm; None if it cannot be identified."""
     num_layers = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in base_of(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     return None
@@ -63,4 +67,14 @@ def recompute_layers(model: PreTrainedModel) -> None:
         )
     # transformers renamed the method in 5.23, where the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    boundaries = boundaries_of(model)
+    if not layout_of(model).dealt or boundaries is None:
+        enable({"use_reentrant": False})
+        return
+    # Another batch may have been computed when backward computes a layer of this one again.
+    enable(
+        {
+            "use_reentrant": False,
+            "context_fn": lambda: (nullcontext(), boundaries.holding(boundaries.current)),
+        }
+    )

@@ -18,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.models.forward.hidden_states import computed_in, device_of
 from ingle.models.forward.layers import find_layers
+from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.rotary_by_length import rope_sections, rope_types
 from ingle.models.loading.meta_device import build, compute_rest
+from ingle.models.text_part import text_config
 from ingle.parallel import is_unit
 
 #: Keys of a config that name a length.
@@ -57,22 +59,24 @@ class Probe:
 def make_probe(model: PreTrainedModel) -> Probe | None:
     """Returns a probe of a loaded model; None if its config names no length at which something changes."""
     # A sharded layer gathers its weights only as a whole, so that a probe cannot have layers with windows of its own.
+    # The tiny copy that chose the layout had them.
     names = _SHARDED_LENGTHS if any(map(is_unit, model.modules())) else _LENGTHS
-    lengths = _named_lengths(model.config, names)
+    lengths = _named_lengths(text_config(model.config), names)
     if not lengths:
         return None
     found = sorted({value for _, _, value in lengths})
     small = {value: _FIRST + _STEP * index for index, value in enumerate(found)}
     config = copy.deepcopy(model.config)
-    for section, key, value in _named_lengths(config, names):
+    for section, key, value in _named_lengths(text_config(config), names):
         if isinstance(section, dict):
             section[key] = small[value]
         else:
             setattr(section, key, small[value])
-    _exaggerate(config)
+    _exaggerate(text_config(config))
     # The model's own code is needed again if the model was built from it.
     own_code = not type(model).__module__.startswith("transformers.")
-    probe = build(config, computed_in(model), trust_remote_code=own_code)
+    layout, boundaries = layout_of(model), boundaries_of(model)
+    probe = build(config, computed_in(model), trust_remote_code=own_code, layout=layout, boundaries=boundaries)
     _keep_one_of_each(probe)
     device = device_of(model)
     compute_rest(probe, device, [name for name, _ in probe.named_buffers()])
@@ -119,7 +123,7 @@ def _keep_one_of_each(probe: PreTrainedModel) -> None:
     layers = find_layers(probe)
     if layers is None:
         return
-    config = probe.config
+    config = text_config(probe.config)
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
     first = [list(kinds).index(kind) for kind in dict.fromkeys(kinds)]
     del layers[max([1, *first]) + 1 :]

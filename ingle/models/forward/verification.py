@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, reading
-from ingle.models.forward.attention import IMPLEMENTATION
-from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, through_head
+from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, run_to_head, through_head
+from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.wording import first_line
 
@@ -66,7 +66,7 @@ def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
     documents = _documents(probe.lengths, probe.num_ids)
     with reading(_origin(model), f"{type(model).__name__} cannot compute texts of these lengths.", fix=_FIX):
         alone = [
-            probe.model.base_model(input_ids=document[None].to(device), use_cache=False).last_hidden_state[0]
+            run_to_head(probe.model, {"input_ids": document[None].to(device), "use_cache": False})[0]
             for document in documents
         ]
     packed = _forward(probe.model, documents, device)[0]
@@ -89,7 +89,7 @@ def _forward(model: PreTrainedModel, documents: list[Tensor], device: torch.devi
             model, torch.cat(documents)[None].to(device), positions[None].to(device), cu_seqlens.to(device)
         )
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and model.config._attn_implementation == IMPLEMENTATION:
+        if isinstance(error, RuntimeError) and layout_of(model).kind == "packed":
             raise  # Ingle's own attention failed, or memory is exhausted
         raise ModelError(
             f"{type(model).__name__} does not support packed documents.",

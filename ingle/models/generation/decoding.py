@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
 from ingle.models.forward.hidden_states import Head, device_of, head, through_head
+from ingle.models.forward.mixers import base_of
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.generation.stop_criteria import Answer, Generation, StopCriteria, end_token_ids
 from ingle.models.generation.token_sampler import TokenSampler
@@ -253,7 +254,7 @@ class _Batch:
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor, cache: DynamicCache) -> Tensor:
         """Returns the hidden states of the last tokens, ``[B, H]``."""
-        output = self._model.base_model(
+        output = base_of(self._model)(
             input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
         )
         last: Tensor = output.last_hidden_state[:, -1]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from ingle.data import Message, render
 from ingle.errors import DataError, ModelError
 from ingle.models.text_limits import num_tokens
+from ingle.models.text_part import text_config
 
 FinishReason = Literal["stop", "length"]
 
@@ -98,7 +99,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
     rows = num_tokens(model)
     for where, declared in (
         ("generation_config.json: eos_token_id", getattr(model.generation_config, "eos_token_id", None)),
-        ("config.json: eos_token_id", getattr(model.config, "eos_token_id", None)),
+        ("config.json: eos_token_id", getattr(text_config(model.config), "eos_token_id", None)),
         ("the tokenizer's eos_token", tokenizer.eos_token_id),
         ("the chat template's end of turn", _end_of_turn(tokenizer)),
     ):

@@ -16,7 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from transformers.utils import logging
 
 from ingle.atomic import atomic_folder, disk_full_explained, scratch_folder
+from ingle.config.model import ModelConfig
 from ingle.models.generation.stop_criteria import end_token_ids
+from ingle.models.interop.towers import add_towers
+from ingle.models.text_part import is_wrapper, wrapper_class
 from ingle.parallel import Mesh, complete_parameters
 from ingle.quant.linear import QuantModule
 
@@ -24,23 +27,33 @@ from ingle.quant.linear import QuantModule
 _SHARD_SIZE = "4GB"
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_pretrained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: ModelConfig | None = None
+) -> None:
     """Writes weights, config, generation config, tokenizer and chat template, atomically.
 
-    The names in the files are the hub's (transformers' conversions are reverted); tied weights are written once.
+    The names in the files are the hub's (transformers' conversions are reverted); tied weights are written once. The
+    towers of a multimodal model are copied from the checkpoint that it was loaded from.
 
     Args:
         model: A model without quantized weights and adapters.
         tokenizer: Its tokenizer.
         folder: Replaced if it exists.
+        source: The config section of the model; required for a multimodal one.
 
     Raises:
         CheckpointError: The disk is full.
     """
+    has_towers = is_wrapper(model.config)
+    assert source is not None or not has_towers, "the towers of a multimodal model come from its checkpoint"
     assert not any(isinstance(module, QuantModule) for module in model.modules()), "quantized weights cannot be saved"
     with atomic_folder(folder) as partial, quiet():
+        if has_towers and source is not None and source.init == "random":
+            model = _with_random_towers(model)
         model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         tokenizer.save_pretrained(partial)
+        if has_towers and source is not None and source.init != "random":
+            add_towers(source, model.config, partial)
 
 
 def save_sharded(
@@ -50,6 +63,7 @@ def save_sharded(
     folder: Path,
     mesh: Mesh,
     *,
+    source: ModelConfig | None = None,
     finish: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> None:
     """Writes a model whose weights are sharded over ranks; the files are those of :func:`save_pretrained`.
@@ -63,6 +77,7 @@ def save_sharded(
         tokenizer: Its tokenizer.
         folder: Replaced if it exists.
         mesh: The ranks.
+        source: As in :func:`save_pretrained`.
         finish: Called on rank 0 with the complete model before it is written.
 
     Raises:
@@ -96,7 +111,16 @@ def save_sharded(
                 path, _, leaf = name.rpartition(".")
                 whole.get_submodule(path)._buffers[leaf] = buffer
             finish(whole)
-            save_pretrained(whole, tokenizer, folder)
+            save_pretrained(whole, tokenizer, folder, source)
+
+
+def _with_random_towers(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the multimodal model with the weights of a text part that was trained from random weights."""
+    kind: Any = wrapper_class(model.config)
+    whole: PreTrainedModel = kind._from_config(deepcopy(model.config), dtype=model.dtype)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def _map(value: Tensor, path: Path) -> Tensor:

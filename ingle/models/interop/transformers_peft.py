@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ingle.data import Message, render
 from ingle.errors import DependencyError
 from ingle.models.interop.saving import quiet
+from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
 
 #: What reads an export besides transformers, by package name.
 _NAMES = {"peft": "PEFT", "bitsandbytes": "bitsandbytes", "hqq": "the hqq package"}
 
 
 class TransformersServer:
-    """A model folder as ``AutoModelForCausalLM`` reads it, with an adapter that PEFT attaches.
+    """A model folder as transformers reads it, with an adapter that PEFT attaches.
 
     Args:
         folder: A model in the hub's layout.
@@ -52,7 +53,8 @@ class TransformersServer:
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "hqq":
             return _read_hqq(folder, config)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            kind: Any = getattr(transformers, reader_class(config))
+            model: Any = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         except ImportError as error:
             raise DependencyError(
                 "A library that transformers needs for these weights is not installed.", why=str(error)
@@ -113,7 +115,12 @@ def _read_hqq(folder: Path, config: Any) -> Any:
     from hqq.core.quantize import HQQLinear
 
     del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind: Any = wrapper_class(config) if is_wrapper(config) else None
+    model: Any = (
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if kind is None
+        else kind._from_config(config, dtype=torch.float32)
+    )
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)

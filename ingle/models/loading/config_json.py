@@ -1,6 +1,6 @@
 """Reads a model's config.json and refuses what cannot be trained, before any weight is read.
 
-Ingle accepts every causal language model of transformers whose tokens interact only through attention.
+Ingle accepts every causal language model of transformers that reads text.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_a
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_config
 from ingle.models.loading.hub import locate, locate_file
 from ingle.models.loading.safetensors_files import read_index
-
-#: Kinds of layers whose attention spans :mod:`ingle.models.forward.attention` computes.
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+from ingle.models.text_part import is_wrapper, text_config, wrapper_class
 
 #: Writers of quantized checkpoints that Ingle reads.
-_KNOWN_QUANTIZERS = ("bitsandbytes", "hqq", "bitnet")
+_KNOWN_QUANTIZERS = ("bitsandbytes", "hqq", "bitnet", "mxfp4")
 
 
 def read_config(model: ModelConfig) -> PretrainedConfig:
@@ -68,7 +66,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
             path.parent, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
         _refuse_config(config, raw, model)
-        refuse_impossible(config, path)
+        refuse_impossible(text_config(config), path)
     return config
 
 
@@ -133,6 +131,8 @@ def _base_of(settings: Mapping[str, Any], model: ModelConfig) -> BaseConfig:
             return base_section({"format": "hqq", "bits": params["nbits"], "group_size": params["group_size"]})
         case "bitnet":
             return base_section("ternary")
+        case "mxfp4":
+            return base_section("mxfp4")
         case "bitsandbytes" if settings.get("load_in_8bit"):
             return base_section("int8")
         case "bitsandbytes":
@@ -171,16 +171,12 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         reason = "it is an encoder-decoder"
     elif settings.get("use_rms_norm"):
         reason = "its BitNet layers have their own norms, which are not supported"
-    elif not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    elif is_wrapper(config) and wrapper_class(config) is None:
+        reason = f"transformers has no model that predicts text for model_type {kind!r}"
+    elif not remote and not is_wrapper(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = f"transformers has no causal language model for model_type {kind!r}"
     elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         reason = f"it is an encoder ({', '.join(config.architectures or [kind])})"
-    elif config.get_text_config() is not config:
-        reason = "it reads images or audio as well as text, which is not supported yet"
-    elif kind == "bloom" or getattr(config, "alibi", False):
-        reason = "its attention encodes positions as a bias (ALiBi), which is not supported for packed documents"
-    elif unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
-        reason = f"it has layers of kind {', '.join(unknown)}, which would mix packed documents"
     else:
         return
     raise untrainable(model, reason)

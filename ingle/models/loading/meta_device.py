@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +14,27 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
-from ingle.models.forward.attention import IMPLEMENTATION
+from ingle.models.forward.documents import Boundaries
+from ingle.models.forward.layout import Layout, apply_layout
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.loading.config_json import config_path, read_config, untrainable
 from ingle.models.loading.gguf_model import is_gguf
+from ingle.models.loading.layout_choice import choose_layout
 from ingle.models.loading.safetensors_files import refuse_larger
+from ingle.models.text_part import build_text_part, is_wrapper, text_config
 
 #: Subclasses of ``nn.Linear`` that compute exactly what ``nn.Linear`` does.
 _LINEARS = {"FalconLinear"}
 
-_STATEFUL = re.compile(r"Mamba|SSM|Rwkv|Recurrent|LinearAttention|LightningAttention|GatedDelta|ShortConv|RgLru")
+#: Options of an architecture that change only how it computes, set to what works for packed documents.
+_PINNED: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},  # else it changes with the width of a row
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "rwkv": {"rescale_every": 0},  # else it divides its weights in place, against overflow in float16
+}
+
+#: What the names and signatures of an architecture's modules suggest.
+_PROPOSED = Layout()
 
 
 def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
@@ -58,35 +70,66 @@ def meta_model(model: ModelConfig, device: torch.device | str, dtype: torch.dtyp
     path = config_path(model)
     settings = config.to_dict()
     with reading(path, "transformers cannot build a model from these settings.", fix=COMPARE_CONFIG, settings=settings):
-        built = build(config, dtype, trust_remote_code=model.trust_remote_code)
-        _refuse_modules(built, model)
+        layout = _find_layout(config, model)
+        built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout)
     if model.init != "random" and not is_gguf(model.id):
         refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Builds a model on the meta device from a config, with Ingle's attention if the architecture allows it.
+def _find_layout(config: PretrainedConfig, model: ModelConfig) -> Layout:
+    choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
+    if not choice.is_causal:
+        reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
+        raise untrainable(model, reason)
+    if choice.layout is None:
+        raise untrainable(model, "it gives other results for several documents in a batch than for each alone")
+    return choice.layout
 
-    The architecture's own dropouts are set to zero, because adapters have their own.
+
+def build(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    layout: Layout = _PROPOSED,
+    boundaries: Boundaries | None = None,
+) -> PreTrainedModel:
+    """Builds a model on the meta device from a config, prepared for packed documents.
+
+    Of a multimodal model, only the parts that text passes through are built. The architecture's own dropouts are set to
+    zero, because adapters have their own.
+
+    Args:
+        config: The config.
+        dtype: The compute dtype.
+        trust_remote_code: Whether to run the model's own code.
+        layout: How packed documents go through it.
+        boundaries: A holder to share with another model.
     """
     config = copy.deepcopy(config)
-    dropouts = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float)}
+    settings = vars(text_config(config))
+    dropouts = {name: value for name, value in settings.items() if "drop" in name and isinstance(value, float)}
     for name in dropouts:
-        setattr(config, name, 0.0)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # Ingle does its own quantization, and saved models are not in that format
+        setattr(text_config(config), name, 0.0)
+    for key, value in _PINNED.get(text_config(config).model_type, {}).items():
+        setattr(text_config(config), key, value)
+    for section in {id(each): each for each in (config, text_config(config))}.values():
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config  # Ingle does its own quantization, and saved models are not in that format
+    model: PreTrainedModel
+    if is_wrapper(config):
+        model = build_text_part(config, dtype)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        if type(model)._supports_attention_backend:
-            model.set_attn_implementation(IMPLEMENTATION)
         _use_plain_linears(model)
+    apply_layout(model, layout, boundaries)
     rotate_by_document(model)
     _keep_in_float32(model, dtype)
     for name, value in dropouts.items():
-        setattr(model.config, name, value)
+        setattr(text_config(model.config), name, value)
     return model
 
 
@@ -143,14 +186,3 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if keep.search(f"{path}.{name}"):
                 setattr(module, name, nn.Parameter(parameter.float(), parameter.requires_grad))
-
-
-def _refuse_modules(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Refuses models whose tokens interact other than through plain attention."""
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise untrainable(config, "its attention has sinks, which packed attention does not compute")
-    kinds = [type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)]
-    kinds += [name for module in model.modules() if _STATEFUL.search(name := type(module).__name__)]
-    if kinds or getattr(model, "_is_stateful", False):
-        kind = kinds[0] if kinds else "state"
-        raise untrainable(config, f"it passes state from token to token ({kind}), which would mix packed documents")

@@ -36,7 +36,9 @@ _HQQ_PARTS = (
     *("encoded_state_dict", "stores_quant_config"),
 )
 #: The keys of quantized codes, which replace the plain weight.
-_CODES = ("weight", _HQQ_CODES)
+_CODES = ("weight", _HQQ_CODES, "blocks")
+#: The keys of experts in MXFP4, after the name of their projection.
+_MXFP4_PART = re.compile(r"^(?P<stack>.*_proj)_(?P<part>blocks|scales)$")
 #: The keys that bitsandbytes and transformers' BitNet store with a quantized weight.
 _QUANTIZED_PART = re.compile(
     r"^(?P<layer>.*)\."
@@ -80,7 +82,7 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """Tensors of one weight that bitsandbytes, hqq or transformers' BitNet has quantized.
+    """Tensors of one weight that bitsandbytes, hqq or transformers' BitNet has quantized, or of experts in MXFP4.
 
     Attributes:
         target: The parameter.
@@ -103,44 +105,58 @@ class ReadingPlan:
     Attributes:
         groups: Each is read, written into the model and freed before the next one.
         unexpected: Keys on disk that belong to no parameter.
+        towers: Keys on disk of the image and audio towers of a multimodal model, which are not read.
         stored: The safetensors checkpoint by its keys on disk; empty for a GGUF file.
     """
 
     groups: tuple[Group, ...]
     unexpected: tuple[str, ...]
+    towers: tuple[str, ...] = ()
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def plan_reading(
-    architecture: PreTrainedModel, stored: dict[str, StoredTensor], *, bitnet_divides: bool = False
+    architecture: PreTrainedModel,
+    stored: dict[str, StoredTensor],
+    *,
+    whole: PreTrainedModel | None = None,
+    bitnet_divides: bool = False,
 ) -> ReadingPlan:
     """Sorts the tensors of a safetensors checkpoint into groups.
 
     Args:
         architecture: The unmodified architecture on the meta device.
         stored: The checkpoint.
+        whole: The multimodal model whose text part the architecture is. It knows the names on disk of all its parts.
         bitnet_divides: As :func:`~ingle.models.loading.config_json.bitnet_divides` returns.
 
     Raises:
         ModelError: Two tensors are the same parameter, or a quantized one would have to be fused.
     """
-    mapping = _NameMapping(architecture)
+    mapping = _NameMapping(whole or architecture)
+    wanted = architecture.state_dict()
     quantized = _find_quantized(stored)
     ignored = [
         *(architecture._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
     ]
-    scales = {id(part) for parts in quantized.values() for key, part in parts.items() if key not in _CODES}
+    scales = {
+        id(part): weight for weight, parts in quantized.items() for key, part in parts.items() if key not in _CODES
+    }
     groups: dict[str, Group] = {}
     sources: dict[str, dict[str, list[StoredTensor]]] = {}
     unexpected: list[str] = []
+    towers: list[str] = []
     for key in sorted(stored, key=dot_natural_key):
-        if id(stored[key]) in scales:
-            continue
-        weight = _plain_key(key)
+        part_of = scales.get(id(stored[key]))
+        weight = part_of or _plain_key(key)
         name, pattern = mapping(weight)
-        if name not in mapping.wanted:
+        if name in mapping.wanted and name not in wanted:
+            towers.append(key)
+        elif part_of is not None:
+            continue  # read with its weight
+        elif name not in wanted:
             if not any(re.search(each, key) for each in ignored):
                 unexpected.append(key)
         elif pattern is not None:
@@ -162,7 +178,7 @@ def plan_reading(
         group = groups[name]
         assert isinstance(group, Converted)
         groups[name] = _stacked(group, found) or _deferred(group, found)
-    return ReadingPlan(tuple(groups.values()), tuple(unexpected), stored)
+    return ReadingPlan(tuple(groups.values()), tuple(unexpected), tuple(towers), stored)
 
 
 def refuse_other_shapes(plan: ReadingPlan, architecture: PreTrainedModel) -> None:
@@ -241,10 +257,13 @@ def _find_quantized(stored: dict[str, StoredTensor]) -> dict[str, dict[str, Stor
     """Returns the parts of every quantized weight, by the key that the plain weight would have."""
     layers: dict[str, dict[str, StoredTensor]] = {}
     for key, entry in stored.items():
-        if (weight := _plain_key(key)) != key:
+        if key.endswith(f".{_HQQ_CODES}"):
+            weight = _plain_key(key)
             layer = key.removesuffix(_HQQ_CODES)
             layers[weight] = {part: stored[layer + part] for part in _HQQ_PARTS if layer + part in stored}
             layers[weight][_HQQ_CODES] = entry
+        elif match := _MXFP4_PART.match(key):
+            layers.setdefault(match["stack"], {})[match["part"]] = entry
         elif match := _QUANTIZED_PART.match(key):
             weight = f"{match['layer']}.weight"
             layers.setdefault(weight, {"weight": stored[weight]} if weight in stored else {})[match["part"]] = entry
@@ -252,5 +271,7 @@ def _find_quantized(stored: dict[str, StoredTensor]) -> dict[str, dict[str, Stor
 
 
 def _plain_key(key: str) -> str:
-    """Returns the key that a weight would have if hqq had not quantized it."""
+    """Returns the key that a weight would have if it were not quantized, from the key of its codes."""
+    if match := _MXFP4_PART.match(key):
+        return match["stack"]
     return f"{key.removesuffix(_HQQ_CODES)}weight" if key.endswith(f".{_HQQ_CODES}") else key

@@ -43,6 +43,7 @@ from ingle.models.loading.reading_plan import (
 from ingle.models.loading.safetensors_files import StoredTensor, read_index
 from ingle.models.loading.turns import Describe, Turn, Turns, Write
 from ingle.models.loading.weight_writer import WeightWriter
+from ingle.models.text_part import build_wrapper, is_wrapper
 from ingle.parallel import Mesh, is_sharded
 from ingle.wording import some
 
@@ -175,7 +176,8 @@ def plan_weights(
     if is_gguf(config.id):
         return plan_gguf(architecture, open_gguf(str(path))), path
     divides = bitnet_divides(read_json(path, config))
-    return plan_reading(architecture, read_index(path), bitnet_divides=divides), path
+    whole = build_wrapper(model.config, torch.float32) if is_wrapper(model.config) else None
+    return plan_reading(architecture, read_index(path), whole=whole, bitnet_divides=divides), path
 
 
 def read_group(group: Group, writer: WeightWriter, architecture: PreTrainedModel, folder: Path) -> None:

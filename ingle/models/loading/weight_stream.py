@@ -69,6 +69,7 @@ class WeightStream:
     Attributes:
         model: The model on the meta device; adapters may be attached to it.
         entries: Its parameters that are in the files, in reading order.
+        towers: The tensors on disk of the image and audio towers of a multimodal model, by key.
 
     Raises:
         ModelError: The model cannot be found or read, or its file layout cannot be restored.
@@ -81,6 +82,7 @@ class WeightStream:
         convert_base(self.model, config, base)
         self._architecture = build(self.model.config, dtype, trust_remote_code=config.trust_remote_code)
         self._plan, self._folder = plan_weights(self.model, config, self._architecture)
+        self.towers = {key: self._plan.stored[key] for key in self._plan.towers}
         self._keys = {id(stored): key for key, stored in self._plan.stored.items()}
         self._groups = {group.target: group for group in self._plan.groups}
         self._writer = WeightWriter(self.model, self._architecture, device, allocate=False)
@@ -107,8 +109,8 @@ class WeightStream:
                 return (self._piece(group.stored),)
             case QuantizedWeight():
                 shape = tuple(self._architecture.get_parameter(group.target).shape)
-                codes = group.parts.get("weight") or group.parts["W_q"]
-                return (TensorPiece(self._keys[id(codes)], shape),)
+                codes = next(group.parts[key] for key in ("weight", "W_q", "blocks") if key in group.parts)
+                return (TensorPiece(self._keys[id(codes)].removesuffix("_blocks"), shape),)
             case GgufWeight():
                 return (TensorPiece(group.target, group.shape),)
             case Experts():

@@ -20,7 +20,7 @@ from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.models.loading.slots import Slot, find_slots
 from ingle.parallel import adopt_allocated, allocated, copy_rows
-from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq
+from ingle.quant import from_bitnet, from_bitsandbytes, from_hqq, from_mxfp4
 from ingle.quant.catalog import format_options
 from ingle.quant.format import PLAIN
 
@@ -185,13 +185,17 @@ class WeightWriter:
         """
         if "weight_scale" in tensors:
             format, planes = from_bitnet(tensors, divides=divides, name=name)
+        elif "blocks" in tensors:
+            format, planes = from_mxfp4(tensors, name=name)
         elif "W_q" in tensors:
             format, planes = from_hqq(tensors, name=name)
         else:
             format, planes = from_bitsandbytes(tensors, name=name)
         slot = self._slots[name]
         quantized = slot.quantized
-        if quantized is None or quantized.format != format or quantized.transposed:
+        # Experts in MXFP4 are stored as rows of outputs, however the architecture stores them.
+        is_turned = quantized is not None and quantized.transposed and "blocks" not in tensors
+        if quantized is None or quantized.format != format or is_turned:
             raise ModelError(
                 f"The checkpoint is already quantized as {format.name} and cannot be loaded in another format.",
                 where=f"base.format, at {name}",

@@ -130,6 +130,7 @@ def replace_by_decoded(reference: PreTrainedModel, ours: PreTrainedModel) -> set
             decoded = decoded.T if module.transposed else decoded
         else:
             continue
+        decoded = decoded if decoded.shape == target.shape else decoded.mT
         error = (decoded - target).norm() / target.norm()
         assert 0 < error < 0.12, (name, error)
         target.data.copy_(decoded)

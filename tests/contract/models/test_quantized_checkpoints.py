@@ -15,15 +15,19 @@ from torch import Tensor
 
 from ingle import adapters, models
 from ingle.config import BaseConfig, Int8Base, LoraAdapter, ModelConfig, Nf4Base, NoBase
-from ingle.config.base import Fp4Base, HqqBase, LevelsBase, TernaryBase
-from ingle.errors import ModelError
-from ingle.quant import QuantLinear, to_hqq
+from ingle.config.base import Fp4Base, HqqBase, LevelsBase, TernaryBase, base_section
+from ingle.errors import ModelError, QuantizationError
+from ingle.export.writers.merged_model import MergedModel
+from ingle.export.writers.safetensors_folder import choose_layout, write_safetensors
+from ingle.inference import Source
+from ingle.quant import QuantLinear, QuantStack, to_hqq, to_mxfp4
 from ingle.quant.hqq import Hqq, bytes_to_codes
 from ingle.quant.interchange.hqq import stripes_to_codes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside torch's compiler
     from transformers.integrations.bitnet import pack_weights
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 IDS = torch.arange(12)[None]
 HQQ = Hqq(3, 32, "hqq")
@@ -181,3 +185,83 @@ def test_other_quantized_checkpoints_are_refused_before_reading(
     write(make_checkpoint("llama").folder, tmp_path, {}, settings)
     with pytest.raises(ModelError, match=message):
         load(tmp_path, TERNARY)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory) -> tuple[Path, hf.PreTrainedModel]:
+    """A checkpoint in the layout of gpt-oss, and the model of transformers with the decoded experts."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = hf.GptOssConfig(**sizes, **heads, sliding_window=8, max_position_embeddings=64, pad_token_id=0)
+    torch.manual_seed(0)
+    model = hf.GptOssForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                tensors[name] = parameter.detach().clone()
+                continue
+            experts, columns, rows = parameter.shape
+            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(120, 125, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            parameter.copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    source = tmp_path_factory.mktemp("source")
+    config.save_pretrained(source)
+    return write(source, tmp_path_factory.mktemp("gpt_oss"), tensors, {"quant_method": "mxfp4"}), model
+
+
+def test_experts_in_mxfp4_keep_their_codes(gpt_oss: tuple[Path, hf.PreTrainedModel]) -> None:
+    folder, theirs = gpt_oss
+    base = models.stored_base(ModelConfig(id=str(folder)))
+    assert base.format == "mxfp4"
+    model = load(folder, base)
+    stored = load_file(folder / "model.safetensors")
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, QuantStack)}
+    assert len(stacks) == 4 and not any(isinstance(module, QuantLinear) for module in model.modules())
+    for name, stack in stacks.items():
+        for part, tensor in to_mxfp4(stack.planes()).items():
+            assert torch.equal(tensor, stored[f"{name}_{part}"])
+    with torch.no_grad():
+        actual, expected = (each(input_ids=IDS, use_cache=False).logits for each in (model, theirs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_in_mxfp4_are_exported_as_numbers(
+    gpt_oss: tuple[Path, hf.PreTrainedModel], tokenizer_factory, tmp_path: Path
+) -> None:
+    folder, theirs = gpt_oss
+    section = ModelConfig(id=str(folder), dtype="float32")
+    merged = MergedModel(Source(section, models.stored_base(section)))
+    layout = choose_layout("f32", NoBase())
+    write_safetensors(merged, tokenizer_factory(eos="<|im_end|>"), section, tmp_path, layout)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        actual, expected = (each(input_ids=IDS, use_cache=False).logits for each in (again, theirs))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_in_mxfp4_are_exported_in_the_same_bytes(
+    gpt_oss: tuple[Path, Any], tokenizer_factory, tmp_path: Path
+) -> None:
+    section = ModelConfig(id=str(gpt_oss[0]), dtype="float32")
+    base = models.stored_base(section)
+    layout = choose_layout("mxfp4", base)
+    write_safetensors(
+        MergedModel(Source(section, base)), tokenizer_factory(eos="<|im_end|>"), section, tmp_path, layout
+    )
+    theirs, ours = load_file(gpt_oss[0] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    packed = [key for key in theirs if key.endswith(("_blocks", "_scales"))]
+    assert len(packed) == 8 and all(torch.equal(ours[key], theirs[key]) for key in packed)
+    assert models.stored_base(ModelConfig(id=str(tmp_path))) == base
+
+
+def test_mxfp4_is_for_models_that_are_published_in_it(gpt_oss: tuple[Path, Any], make_checkpoint) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded in another format") as error:
+        load(gpt_oss[0], NoBase())
+    assert "--base.format=mxfp4" in str(error.value)
+    with pytest.raises(QuantizationError, match="no experts"):
+        load(make_checkpoint("qwen2").folder, base_section("mxfp4"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,6 @@ def test_rows_of_no_known_layout_name_their_columns(row, why):
         ({"messages": [{"content": "x"}]}, "messages", "message 1 has no 'role'"),
         ({"messages": [CHAT[0], {"role": "wizard", "content": "x"}]}, "messages", "message 2 has the role 'wizard'"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "not text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "not text"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "messages", "tool_calls"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, "messages", "'tools'"),
         ({"prompt": CHAT[:1], "completion": CHAT[1:], "tools": "[{}]"}, "prompt-completion", "'tools'"),
@@ -229,3 +229,31 @@ def test_half_of_a_surrogate_pair_is_an_error_with_its_line(row, layout):
 def test_columns_that_say_nothing_are_passed_over(extra):
     turns = [CHAT[0], {**CHAT[1], "weight": 1, "train": True}]
     assert len(parse_row({"messages": turns, **extra}, "messages", "f:1").messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "why"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.png"}}]}]},
+            "messages",
+            "message 1 has a part of type 'image_url'",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "<image> What is it?"}], "image": "cat.png"},
+            "sharegpt",
+            "the column 'image' has an image",
+        ),
+        ({"prompt": "What is it?", "completion": "a cat", "images": [{"bytes": ""}]}, "prompt-completion", "'images'"),
+    ],
+)
+def test_rows_with_images_are_refused_with_their_line(row: dict[str, Any], layout: Any, why: str) -> None:
+    with pytest.raises(DataError, match="models are trained on text only") as error:
+        parse_row(row, layout, "rows.jsonl:17")
+    assert error.value.where == "rows.jsonl:17"
+    assert why in str(error.value.why)
+
+
+def test_a_text_row_may_name_an_image_file() -> None:
+    row = {"prompt": "What is it?", "completion": "a cat", "image": "https://example.org/cat.png", "images": []}
+    assert parse_row(row, "prompt-completion", "rows.jsonl:1").completion == "a cat"

@@ -15,7 +15,6 @@ from ingle import models
 from ingle.config import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import reading, refuse_absurd
-from ingle.models.forward.padded_rows import arrange
 from ingle.models.loading.meta_device import build
 
 
@@ -140,17 +139,3 @@ def test_texts_longer_than_the_position_table_are_refused(config, longest: int |
     with pytest.raises(ModelError, match="only 20 positions") as error:
         models.refuse_longer(model, 21, where="data.max_seq_len")
     assert error.value.fix == "--data.max_seq_len=20"
-
-
-def test_padded_rows_respect_the_width_and_keep_every_token() -> None:
-    cu_seqlens = torch.tensor([0, 3, 5, 9, 10, 17], dtype=torch.int32)  # documents of 3, 2, 4, 1, 7
-    layout = arrange(cu_seqlens, width=6)
-    values = torch.arange(1, 18)[None]
-    rows = layout.spread(values)
-    assert rows.tolist() == [[1, 2, 3, 4, 5, 0, 0], [6, 7, 8, 9, 10, 0, 0], [11, 12, 13, 14, 15, 16, 17]]
-    assert torch.equal(layout.gather(rows[..., None])[..., 0], values)
-    visible = layout.mask(torch.float32) == 0
-    assert visible.shape == (3, 1, 7, 7)
-    assert visible[0, 0, 4].tolist() == [False, False, False, True, True, False, False]
-    assert visible[0, 0, 5].any(), "padding must attend to something"
-    assert arrange(cu_seqlens, width=None).document_RW.tolist() == [[0] * 3 + [1] * 2 + [2] * 4 + [3] + [4] * 7]

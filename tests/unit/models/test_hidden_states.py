@@ -53,7 +53,7 @@ def test_attention_between_documents_is_detected(model: PreTrainedModel, monkeyp
         models.verify(model)
 
 
-def test_lost_boundaries_are_detected(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boundaries_also_come_with_the_mask(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = model.model.layers[0].self_attn
     forward = layer.forward
 
@@ -61,8 +61,7 @@ def test_lost_boundaries_are_detected(model: PreTrainedModel, monkeypatch: pytes
         return forward(*positional, **named)
 
     monkeypatch.setattr(layer, "forward", drop)
-    with pytest.raises(ModelError, match="document boundaries"):
-        models.verify(model)
+    models.verify(model)
 
 
 def test_an_architecture_that_needs_another_mask_is_refused(

@@ -37,17 +37,8 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
         (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertForMaskedLM"]), "encoder"),
         (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertModel"]), "encoder"),
         (hf.ViTConfig(), "no causal language model"),
-        (hf.MambaConfig(**TINY), "state from token to token|layers of kind"),
-        (hf.Lfm2Config(**TINY, num_attention_heads=2, layer_types=["conv"]), "layers of kind conv"),
-        (
-            hf.GptOssConfig(
-                **TINY, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, intermediate_size=16
-            ),
-            "sinks",
-        ),
-        (hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32), "ALiBi"),
-        (hf.FalconConfig(**TINY, num_attention_heads=2, alibi=True, new_decoder_architecture=False), "ALiBi"),
-        (hf.LlavaConfig(), "causal language model|images"),
+        (hf.XLNetConfig(vocab_size=32), "its tokens see later tokens"),
+        (hf.CLIPConfig(), "no model that predicts text"),
     ],
     ids=lambda value: value.model_type if isinstance(value, hf.PretrainedConfig) else "",
 )

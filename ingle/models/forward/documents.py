@@ -1,0 +1,116 @@
+"""Deals packed documents to the rows of small batches, and collects their results again.
+
+Some modules cannot know where a document ends in a packed row: a recurrent state would pass from one document to the
+next. They get the documents as the rows of batches, grouped by length so that little is padded.
+
+Legend: N packed tokens, D documents of a group, L length of its longest document.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Padded places per token that a group may have. Measured on five architectures: 0.1 to 0.25 is fastest.
+PADDING = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Documents of similar lengths, as the rows of a batch.
+
+    Attributes:
+        index_DL: The packed token at each place; padding is on the right and repeats the last token of its document,
+            so that it causes neither infinities nor NaN.
+        real_DL: Whether a place is no padding.
+        masks: Masks made for these rows, by what they depend on.
+    """
+
+    index_DL: Tensor
+    real_DL: Tensor
+    masks: dict[object, object] = field(default_factory=dict)
+
+    def deal(self, values: Tensor) -> Tensor:
+        """Returns ``[N, ...]`` as ``[D, L, ...]``."""
+        return values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The documents of a packed row.
+
+    Attributes:
+        groups: Cover each document once.
+        num_tokens: N.
+        back_N: The place of each packed token among the tokens of all groups.
+    """
+
+    groups: tuple[Group, ...]
+    num_tokens: int
+    back_N: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, *, padding: float = PADDING) -> Documents:
+        """Groups documents by length, longest first.
+
+        Args:
+            cu_seqlens: First token of each document and the end, ``[D + 1]``.
+            padding: Padded places per token that a group may have; 0 for documents of equal length only.
+        """
+        bounds = cu_seqlens.tolist()
+        spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
+        groups = tuple(_group(each, cu_seqlens.device) for each in _by_length(spans, padding))
+        order_N = torch.cat([group.index_DL[group.real_DL] for group in groups])
+        back_N = torch.empty_like(order_N)
+        back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        return cls(groups, bounds[-1], back_N)
+
+    def collect(self, parts: list[Tensor]) -> Tensor:
+        """Returns the packed values ``[N, ...]`` of groups ``[D, L, ...]``."""
+        real = [part[group.real_DL] for part, group in zip(parts, self.groups, strict=True)]
+        return torch.cat(real).index_select(0, self.back_N)
+
+
+class Boundaries:
+    """Holds the documents of the batch that a model computes; all its dealt modules share it.
+
+    Attributes:
+        current: None outside a packed forward pass, as in generation.
+    """
+
+    def __init__(self) -> None:
+        self.current: Documents | None = None
+
+    @contextmanager
+    def holding(self, documents: Documents | None) -> Iterator[None]:
+        """Holds these documents inside the block."""
+        before, self.current = self.current, documents
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tuple[int, int]]]:
+    """Cuts (length, start) pairs, longest first, where a group would have too much padding."""
+    group: list[tuple[int, int]] = []
+    real = 0
+    for length, start in spans:
+        if group and group[0][0] * (len(group) + 1) > (1 + padding) * (real + length):
+            yield group
+            group, real = [], 0
+        group.append((length, start))
+        real += length
+    yield group
+
+
+def _group(spans: list[tuple[int, int]], device: torch.device) -> Group:
+    length_D1, start_D1 = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
+    place_1L = torch.arange(spans[0][0])[None]
+    index_DL = start_D1 + torch.minimum(place_1L, length_D1 - 1)
+    return Group(index_DL.to(device), (place_1L < length_D1).to(device))

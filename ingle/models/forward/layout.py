@@ -1,0 +1,131 @@
+"""How packed documents go through an architecture.
+
+Each layout is exact; the first that an architecture supports is the fastest:
+
+- ``packed``: all documents in one row; attention gets their boundaries.
+- ``documents``: the same, but some modules are dealt (:mod:`ingle.models.forward.dealt`).
+- ``rows``: one document per row, padded, with the architecture's own masks.
+- ``equal_rows``: the same without padding, in a call for each length.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ingle.models.forward.attention import IMPLEMENTATION
+from ingle.models.forward.dealt import deal_module
+from ingle.models.forward.documents import Boundaries
+from ingle.models.forward.mixers import find_mixers, original_class
+from ingle.models.forward.row_masks import MaskForm
+from ingle.models.text_part import for_text_part
+
+LayoutKind = Literal["packed", "documents", "rows", "equal_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How packed documents go through a model.
+
+    Attributes:
+        kind: See the module's description.
+        deals_attention: Whether all attention is dealt, also that which could use boundaries.
+        mask_form: The mask that dealt attention gets.
+        takes_bounds: Whether the model gets boundaries as its attention mask; if not, it gets no mask.
+        equal: Whether only documents of equal length are dealt together.
+        first_position: The position of a document's first token.
+        passes_types: Whether the model gets token types; its own are only as many as its longest text has tokens.
+        has_layers_before_head: Whether there are layers between the base model and the output layer, as in RoBERTa.
+        read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
+        dealt: Classes of the modules that are dealt.
+    """
+
+    kind: LayoutKind = "packed"
+    deals_attention: bool = False
+    mask_form: MaskForm = "additive"
+    takes_bounds: bool = True
+    equal: bool = False
+    first_position: int = 0
+    passes_types: bool = False
+    has_layers_before_head: bool = False
+    read: frozenset[str] = frozenset()
+    dealt: tuple[str, ...] = ()
+
+
+class ReadLinear(nn.Linear):
+    """A linear layer whose owner reads its weight, so that it can be neither quantized nor adapted."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes what ``nn.Linear`` does; layers with a ``forward`` of their own are not replaced."""
+        return super().forward(input)
+
+
+def pattern_of(name: str) -> str:
+    """Returns the name of a module with ``*`` for every index."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """Returns the layout of a model."""
+    found: Layout = getattr(model, "packed_layout", Layout())
+    return found
+
+
+def boundaries_of(model: PreTrainedModel) -> Boundaries | None:
+    """Returns what holds the documents for the dealt modules of a model; None if it has none."""
+    found: Boundaries | None = getattr(model, "packed_boundaries", None)
+    return found
+
+
+def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries | None = None) -> None:
+    """Prepares a model for a layout, before adapters, quantization and sharding.
+
+    A layout whose kind is ``packed`` becomes ``documents`` if the model has modules that must be dealt.
+
+    Args:
+        model: A new model of any device.
+        layout: See :class:`Layout`.
+        boundaries: A holder to share with another model.
+    """
+    for name, module in model.named_modules():
+        if pattern_of(name) in layout.read:
+            module.__class__ = ReadLinear
+    stored: Any = model
+    stored.packed_boundaries = boundaries or Boundaries()
+    dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()
+    kind: LayoutKind = "documents" if dealt else layout.kind
+    stored.packed_layout = replace(
+        layout,
+        kind=kind,
+        first_position=_first_position(model),
+        passes_types=any(name.endswith("token_type_ids") for name, _ in model.named_buffers()),
+        dealt=tuple(sorted(dealt)),
+    )
+
+
+def _deal(model: PreTrainedModel, layout: Layout, boundaries: Boundaries) -> frozenset[str]:
+    mixers = find_mixers(model)
+    attention = {name for name, mixing in mixers.items() if mixing in ("interface", "sparse", "attention")}
+    by_interface = {name for name in attention if mixers[name] == "interface"}
+    if layout.deals_attention or attention > by_interface:
+        by_interface = set()
+    if attention and model._can_set_attn_implementation():
+        # Dealt attention computes the architecture's own biases, sinks and selections of keys.
+        model.set_attn_implementation(for_text_part(model.config, IMPLEMENTATION if by_interface else "eager"))
+    for name in mixers.keys() - by_interface:
+        form: MaskForm = layout.mask_form if name in attention else "none"
+        deal_module(model.get_submodule(name), boundaries, form, model.config)
+    return frozenset(original_class(model.get_submodule(name)).__name__ for name in mixers.keys() - by_interface)
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Returns the position of a first token: RoBERTa and its kin count from the padding's index."""
+    for module in model.modules():
+        padding: Any = getattr(module, "padding_idx", None)
+        if hasattr(type(module), "create_position_ids_from_input_ids") and isinstance(padding, int):
+            return padding + 1
+    return 0

@@ -1,0 +1,57 @@
+"""Masks for documents that are rows of a batch, in the form that an architecture's own attention takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from ingle.models.forward.documents import Group
+
+#: ``additive``: 0 or the smallest number. ``visible``: true where a query sees a key. ``hidden``: true where not.
+MaskForm = Literal["none", "additive", "visible", "hidden"]
+
+
+def causal_mask(
+    config: PretrainedConfig, layer_idx: int | None, form: MaskForm, group: Group, dtype: torch.dtype
+) -> Tensor:
+    """Returns the mask ``[D, 1, L, L]`` of an attention layer.
+
+    Padding is on the right, so no token sees it, and the mask need not know where it is.
+
+    Args:
+        config: Names the kinds of layers, their windows and chunks; its attention is ``eager``.
+        layer_idx: The layer, if it knows its index.
+        form: How to express the mask.
+        group: The rows.
+        dtype: Of an additive mask.
+    """
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer_idx] if kinds is not None and layer_idx is not None and layer_idx < len(kinds) else None
+    key = (id(config), kind, form, dtype)
+    if key not in group.masks:
+        group.masks[key] = _make(config, kind, form, group, dtype)
+    mask = group.masks[key]
+    assert isinstance(mask, Tensor)
+    return mask
+
+
+def _make(config: PretrainedConfig, kind: str | None, form: MaskForm, group: Group, dtype: torch.dtype) -> Tensor:
+    make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind, create_causal_mask)
+    if kind is not None and "sliding" in kind:  # transformers 5.23 lists the full mask for hybrid_sliding
+        make = create_sliding_window_causal_mask
+    elif not callable(make):
+        make = create_causal_mask
+    rows, length = group.real_DL.shape
+    like = torch.empty(rows, length, 1, device=group.real_DL.device, dtype=dtype)
+    mask: Tensor = make(config=config, inputs_embeds=like, attention_mask=None, past_key_values=None)
+    if form == "additive":
+        return mask
+    return mask == 0 if form == "visible" else mask != 0

@@ -1,0 +1,234 @@
+"""Chooses the layout of an architecture before any weight is read, by trying a tiny random copy of it.
+
+Of the layouts in :data:`_CANDIDATES`, the first wins that computes each document of a ragged batch as transformers
+does alone. :func:`ingle.models.verify` repeats the comparison with the real weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ingle.models.forward.hidden_states import forward_packed
+from ingle.models.forward.layout import Layout, apply_layout, pattern_of
+from ingle.models.forward.mixers import base_of, original_class, source
+from ingle.models.forward.rotary_by_length import rotate_by_document
+from ingle.models.loading.small_config import Size, shrink
+from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
+
+_SIZE = Size(width=32, layers=4, vocab_size=128, positions=40)
+#: A copy with more parameters has a size that was not shrunk.
+_MOST_PARAMETERS = 6_000_000
+#: On both sides of the windows and chunks of the copy; together longer than its longest text.
+_LENGTHS = (21, 5, 13, 2, 9)
+#: Largest relative difference of a token's hidden states, in float32.
+_TOLERANCE = 1e-4
+
+_FORMS = ("additive", "visible", "hidden")
+_CANDIDATES = (
+    Layout(),
+    Layout(takes_bounds=False),
+    *(Layout(deals_attention=True, mask_form=form, takes_bounds=bounds) for form in _FORMS for bounds in (True, False)),
+    Layout(deals_attention=True, equal=True),
+    Layout("rows"),
+    Layout("equal_rows"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a tiny copy of an architecture shows.
+
+    Attributes:
+        layout: None if no layout is exact.
+        is_causal: Whether no token sees a later one.
+        tried: Whether a tiny copy could be built; if not, the layout is a guess from the names of modules.
+    """
+
+    layout: Layout | None
+    is_causal: bool = True
+    tried: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """A config that is compared by its content."""
+
+    content: str
+    config: PretrainedConfig = field(compare=False)
+    trust_remote_code: bool = False
+
+
+def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Choice:
+    """Returns the fastest exact layout of an architecture with the options of this config."""
+    try:
+        small = with_text_config(config, shrink(text_config(config), _SIZE))
+    except Exception:  # settings that the architecture's own code rejects in other sizes
+        return Choice(Layout(), tried=False)
+    return _choose(_Described(f"{type(small).__name__} {small.to_dict()}", small, trust_remote_code))
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(described: _Described) -> Choice:
+    try:
+        reference = _build(described.config, trust_remote_code=described.trust_remote_code)
+        documents = _documents(reference)
+        alone = [_compute_alone(reference, document) for document in documents]
+        is_causal = _is_causal(reference, documents[0])
+        before_head = _has_layers_before_head(reference, documents[0], alone[0])
+    except Exception:
+        return Choice(Layout(), tried=False)
+    expected = torch.cat(alone)
+    for candidate in _CANDIDATES:
+        if _is_exact(reference, candidate, documents, expected):
+            read = _read_linears(reference, candidate, documents)
+            return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
+    return Choice(None, is_causal)
+
+
+def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    if is_wrapper(config):
+        return _build_text_part(config)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if size > _MOST_PARAMETERS:
+        raise ValueError(f"{size:,} parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        enliven(model)
+    return model.eval().requires_grad_(False)
+
+
+def _build_text_part(config: PretrainedConfig) -> PreTrainedModel:
+    model = build_text_part(config, torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.to_empty(device="cpu")
+        model.initialize_weights()
+        model.tie_weights()
+        enliven(model)
+    model.eval().requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def enliven(model: nn.Module) -> None:
+    """Draws random weights so large that every path of a small model matters, attention included."""
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if re.search(r"A_log|dt_bias|^dt|time_decay|recurrent_param|slope|lambda", leaf):
+            continue
+        if parameter.dim() < 2:
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.Embedding) or "embed" in name.lower():
+            std = 0.5
+        elif isinstance(owner, nn.Conv1d) or parameter.dim() > 3:
+            std = parameter[0].numel() ** -0.5
+        else:
+            std = parameter.shape[0 if type(owner).__name__ == "Conv1D" else -1] ** -0.5
+        parameter.copy_(torch.randn(parameter.shape) * std)
+
+
+def _documents(model: PreTrainedModel) -> list[Tensor]:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(min(3, vocab_size - 1), min(80, vocab_size), (sum(_LENGTHS),), generator=generator)
+    return list(ids.split(_LENGTHS))
+
+
+def _compute_alone(model: PreTrainedModel, document: Tensor) -> Tensor:
+    """Returns the hidden states of a document; a copy computes them, because dynamic positions keep state."""
+    hidden: Tensor = base_of(copy.deepcopy(model))(input_ids=document[None], use_cache=False).last_hidden_state
+    return hidden[0]
+
+
+def _is_causal(model: PreTrainedModel, document: Tensor) -> bool:
+    """Returns whether the logits of the first half of a document stay if its second half changes."""
+    half = len(document) // 2
+    changed = torch.cat((document[:half], document[half:].roll(1)))
+    before, after = (
+        copy.deepcopy(model)(input_ids=ids[None], use_cache=False).logits[0, :half] for ids in (document, changed)
+    )
+    return _difference(after, before) <= _TOLERANCE
+
+
+def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Tensor) -> bool:
+    """Returns whether the output layer gets anything else than the hidden states of the base model."""
+    model, kept = copy.deepcopy(model), list[Tensor]()
+    output_layer = model.get_output_embeddings()
+    if not isinstance(output_layer, nn.Module):
+        return False
+    output_layer.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0][0]))
+    model(input_ids=document[None], use_cache=False)
+    if not kept or kept[0].shape != hidden.shape:
+        return bool(kept)
+    scale = (kept[0] * hidden).sum() / hidden.square().sum()  # a factor on the logits, which the head applies
+    return _difference(kept[0], hidden * scale) > _TOLERANCE
+
+
+def _is_exact(model: PreTrainedModel, layout: Layout, documents: list[Tensor], expected: Tensor) -> bool:
+    try:
+        actual = _compute_packed(copy.deepcopy(model), layout, documents)
+    except Exception:  # architectures fail in many ways if they get what they do not expect
+        return False
+    return actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
+
+
+def _compute_packed(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> Tensor:
+    """Returns the hidden states of the packed documents; changes the model."""
+    lengths = [len(document) for document in documents]
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    apply_layout(model, layout)
+    rotate_by_document(model)
+    return forward_packed(model, torch.cat(documents)[None], position_ids, cu_seqlens)[0]
+
+
+class _WithoutWeight(nn.Module):
+    """A linear layer that can be called only, as a quantized one."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._called = linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns what the linear layer does."""
+        output: Tensor = self._called(input)
+        return output
+
+
+def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> frozenset[str]:
+    """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
+    candidates: dict[str, list[str]] = {}
+    for name, owner in model.named_modules():
+        for key, child in owner.named_children():
+            if name and isinstance(child, nn.Linear) and f"self.{key}.weight" in source(original_class(owner)):
+                candidates.setdefault(pattern_of(f"{name}.{key}"), []).append(f"{name}.{key}")
+    found = set[str]()
+    for pattern, names in candidates.items():
+        changed = copy.deepcopy(model)
+        for name in names:
+            linear = changed.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            changed.set_submodule(name, _WithoutWeight(linear))
+        try:
+            _compute_packed(changed.train(), layout, documents)
+        except AttributeError:
+            found.add(pattern)
+    return frozenset(found)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    return float(error.max())
