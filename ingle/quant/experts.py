@@ -106,10 +106,9 @@ class QuantExperts(nn.Module):
             if parameter is None or format is None:
                 self.register_parameter(key, parameter)
                 continue
-            out_features, in_features = shapes[key]
             stack = QuantStack(
                 format,
-                *shape,
+                *shapes[key],
                 num_stacked=self.num_experts,
                 transposed=self.transposed,
                 weight_dtype=parameter.dtype,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ingle.models.forward.documents import Boundaries, Documents, Group
-from ingle.models.forward.mixers import CACHES, MASKS
+from ingle.models.forward.mixers import CACHES, MASKS, Class, original_class
 from ingle.models.forward.row_masks import MaskForm, causal_mask
 
 #: Boundaries of packed documents under transformers' names.
@@ -34,13 +34,13 @@ class Dealt(nn.Module):
     collected; other results, such as attention weights, are those of the first group.
     """
 
-    original: type[nn.Module]
+    original: Class
     _boundaries: Boundaries
     _mask_form: MaskForm
     _mask_config: PretrainedConfig
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """False: fused kernels for training read weights of layers directly, without their adapters."""
         return False
 
@@ -103,7 +103,7 @@ def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, 
         mask_form: The mask that the module gets.
         config: Describes the mask, if there is one.
     """
-    module.__class__ = _dealt_class(getattr(type(module), "original", type(module)))
+    module.__class__ = _dealt_class(original_class(module))
     own = getattr(module, "config", None)
     described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
     described._attn_implementation_internal = "eager"  # transformers then makes additive masks
@@ -111,13 +111,13 @@ def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, 
 
 
 @functools.cache
-def _dealt_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _dealt_class(cls: Class) -> type[nn.Module]:
     # One class for each, because copies of a model are compared by class.
     return type(cls.__name__, (Dealt, cls), {"original": cls, "__doc__": cls.__doc__})
 
 
 @functools.cache
-def argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
+def argument_names(cls: Class) -> tuple[str, ...]:
     """Returns the names of the arguments of ``forward`` in order, without ``self``."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]
 

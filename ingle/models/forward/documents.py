@@ -37,7 +37,8 @@ class Group:
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
-        return values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
+        rows: Tensor = values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
+        return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from ingle.errors import ModelError
 from ingle.models.forward.bounds import causal_bounds
 from ingle.models.forward.documents import PADDING, Documents
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
-from ingle.models.forward.mixers import base_of, parameters
+from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
@@ -177,7 +177,7 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_
 def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     """Returns the input of the output layer; passes the arguments that the model takes."""
     called = model if layout_of(model).has_layers_before_head else base_of(model)
-    takes = parameters(type(called))
+    takes = parameters(original_class(called))
     if "kwargs" not in takes:
         arguments = {name: value for name, value in arguments.items() if name in takes}
     if called is not model:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +20,9 @@ from ingle.models.text_part import is_wrapper, text_decoder
 #: mixer inside that chooses or changes the keys. ``attention``: by attention of its own. ``state``: by anything else,
 #: such as a recurrence or a convolution. ``positions``: it counts the tokens of a row.
 Mixing = Literal["interface", "sparse", "attention", "state", "positions"]
+
+#: A class of modules; for mypy those cannot be hashed.
+Class = Any
 
 CACHES = frozenset(
     [
@@ -58,7 +61,7 @@ def find_mixers(model: PreTrainedModel) -> dict[str, Mixing]:
         elif not inner:
             parts = (source(original_class(part)).lower() for part in module.modules())
             found[name] = "attention" if any("softmax" in part for part in parts) else "state"
-    if "position_ids" not in parameters(type(base_of(model))) | parameters(type(model)):
+    if "position_ids" not in parameters(original_class(base_of(model))) | parameters(original_class(model)):
         found |= {name: "positions" for name, module in named if _counts_tokens(module)}
     return found
 
@@ -67,25 +70,24 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a model without its output layer; some architectures name it otherwise than they declare."""
     if is_wrapper(model.config):
         return text_decoder(model)
-    base: PreTrainedModel = model.base_model
-    if base is not model:
-        return base
-    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    base: nn.Module = model.base_model
+    children = [base] if base is not model else list(model.children())
+    return next((child for child in children if isinstance(child, PreTrainedModel)), model)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> Class:
     """Returns the class of a module before it was dealt."""
     return getattr(type(module), "original", type(module))
 
 
 @functools.cache
-def parameters(cls: type[nn.Module]) -> frozenset[str]:
+def parameters(cls: Class) -> frozenset[str]:
     """Returns the names of the parameters of ``forward``."""
     return frozenset(inspect.signature(cls.forward).parameters)
 
 
 @functools.cache
-def source(cls: type[nn.Module]) -> str:
+def source(cls: Class) -> str:
     """Returns the source of a class; empty if there is none."""
     try:
         return inspect.getsource(cls)

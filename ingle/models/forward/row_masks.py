@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def causal_mask(
 
 
 def _make(config: PretrainedConfig, kind: str | None, form: MaskForm, group: Group, dtype: torch.dtype) -> Tensor:
-    make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind, create_causal_mask)
+    make: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind or "", create_causal_mask)
     if kind is not None and "sliding" in kind:  # transformers 5.23 lists the full mask for hybrid_sliding
         make = create_sliding_window_causal_mask
     elif not callable(make):

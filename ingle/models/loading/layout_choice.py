@@ -19,6 +19,7 @@ from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
+from ingle.models.forward.row_masks import MaskForm
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -30,7 +31,7 @@ _LENGTHS = (21, 5, 13, 2, 9)
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
-_FORMS = ("additive", "visible", "hidden")
+_FORMS: tuple[MaskForm, ...] = ("additive", "visible", "hidden")
 _CANDIDATES = (
     Layout(),
     Layout(takes_bounds=False),
@@ -96,7 +97,8 @@ def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
     if is_wrapper(config):
         return _build_text_part(config)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        on_meta = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    size = sum(parameter.numel() for parameter in on_meta.parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +107,8 @@ def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         enliven(model)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _build_text_part(config: PretrainedConfig) -> PreTrainedModel:
@@ -141,7 +144,7 @@ def enliven(model: nn.Module) -> None:
 
 
 def _documents(model: PreTrainedModel) -> list[Tensor]:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(min(3, vocab_size - 1), min(80, vocab_size), (sum(_LENGTHS),), generator=generator)
     return list(ids.split(_LENGTHS))

@@ -159,7 +159,9 @@ def _limited(key: str, value: int, size: Size) -> int:
         return value
     for pattern, wanted in _SIZES:
         if re.search(pattern, key):
-            return min(value, wanted) if isinstance(wanted, int) or not value else int(wanted * size.width)
+            if isinstance(wanted, int):
+                return min(value, wanted)
+            return int(wanted * size.width) if value else 0
     return min(value, size.layers) if _ANY_LAYERS.search(key) else value
 
 
