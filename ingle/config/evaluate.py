@@ -9,7 +9,34 @@ from pydantic import Field, Strict
 from ingle.config.data import ControlTokens, OptionalSources, Sources
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
-MetricName = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
+MetricName = Literal[
+    "exact_match",
+    "bleu",
+    "chrf",
+    "rouge_l",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "f1_macro",
+    "f1_micro",
+    "f1_weighted",
+    "matthews",
+    "log_loss",
+    "roc_auc",
+    "pearson",
+    "spearman",
+    "mse",
+    "tag_accuracy",
+    "entity_f1",
+    "entity_f1_macro",
+    "squad_em",
+    "squad_f1",
+    "masked_accuracy",
+    "masked_perplexity",
+]
+
+#: How tags are read as entities.
+TagScheme = Literal["auto", "iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou"]
 
 
 class TaskConfig(Section):
@@ -28,6 +55,8 @@ class TaskConfig(Section):
         stop: Strings that end an answer, in addition to the end-of-turn token.
         answer_pattern: Regular expression that extracts the answer for ``exact_match``: the first group of its last
             match.
+        tag_scheme: How tags are read as entities. ``auto`` also reads sequences that break every scheme, such as
+            ``I-PER`` after ``O``, as conlleval does; a scheme ignores entities that it does not allow.
         system: System message for prompts that have none.
         control_tokens: How to read control tokens in prompts and references, as ``data.control_tokens``. If one of the
             two is ``keep``, both must be.
@@ -45,6 +74,7 @@ class TaskConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Strings = ()
     answer_pattern: str | None = None
+    tag_scheme: TagScheme = "auto"
     system: str | None = None
     control_tokens: ControlTokens = "escape"
     batch_size: BatchSize = 32

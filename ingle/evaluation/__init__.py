@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ingle.evaluation.comparison import compare, summarize
+from ingle.evaluation.comparison import compare, compare_all, summarize
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult, load_result, save_result
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "TaskResult",
     "TaskSample",
     "compare",
+    "compare_all",
     "evaluate",
     "load_result",
     "read_task",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ingle.config.evaluate import TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers import Scorer, Scores, make_scorers
-from ingle.evaluation.statistics import Floats
+from ingle.evaluation.statistics import Floats, Groups
 from ingle.evaluation.statistics.intervals import Interval
 from ingle.evaluation.statistics.procedures import Significance, paired_interval, paired_test, single_interval
 from ingle.evaluation.statistics.significance import holm
@@ -34,16 +34,33 @@ from ingle.report.verdicts import MIN_SAMPLES, find_outcome, verdict
 _MDE80 = 2.8016
 
 
-def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig) -> Comparison:
+def compare_all(bases: Mapping[str, TaskResult], tuned: TaskResult, task: TaskConfig) -> dict[str, Comparison]:
+    """Compares a model with several baselines, given by their names; the strongest baseline comes first.
+
+    Raises:
+        EvaluationError: The results have different samples or labels.
+    """
+    metric = make_scorers(task)[0].metric
+
+    def strength(comparison: Comparison) -> float:
+        value = comparison.metrics[metric.name].base
+        return -math.inf if value is None else value if metric.higher_is_better else -value
+
+    compared = [compare(base, tuned, task, base_name=name) for name, base in bases.items()]
+    return {comparison.base_name or "": comparison for comparison in sorted(compared, key=strength, reverse=True)}
+
+
+def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig, *, base_name: str | None = None) -> Comparison:
     """Compares the outputs of two models for the same samples.
 
     Args:
         base: Outputs of the base.
         tuned: Outputs of the tuned model.
         task: The task of both.
+        base_name: What ``base`` is, if it is not the model without its training.
 
     Raises:
-        EvaluationError: The two results have different samples.
+        EvaluationError: The two results have different samples or labels.
     """
     if base.samples != tuned.samples:
         raise EvaluationError(
@@ -51,27 +68,34 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig) -> Comparison
             why=f"{len(base.samples)} and {len(tuned.samples)} samples, not all with the same prompt and references",
             fix="run the same task with both models",
         )
-    scorers = make_scorers(task)
+    if (base.outputs.label_names, base.outputs.problem) != (tuned.outputs.label_names, tuned.outputs.problem):
+        raise EvaluationError(
+            "The two models predict different labels, so they cannot be compared.",
+            why=f"{_shown_labels(base)} and {_shown_labels(tuned)}",
+            fix="evaluate each of them alone",
+        )
+    scorers, groups = make_scorers(task), base.groups
     pairs = [
         (scorer.score(base.outputs, base.references), scorer.score(tuned.outputs, base.references))
         for scorer in scorers
     ]
-    tests = [paired_test(scorer, *pair, task.seed) for scorer, pair in zip(scorers, pairs, strict=True)]
+    tests = [paired_test(scorer, *pair, task.seed, groups) for scorer, pair in zip(scorers, pairs, strict=True)]
     corrected = holm([test.p for test in tests])
     metrics = {
-        scorer.metric.name: _compare_metric(scorer, *pair, test, p_holm, task.seed)
+        scorer.metric.name: _compare_metric(scorer, *pair, test, p_holm, task.seed, groups)
         for scorer, pair, test, p_holm in zip(scorers, pairs, tests, corrected, strict=True)
     }
     headline = scorers[0].metric.name
     return Comparison(
         headline=headline,
-        verdict=verdict(headline, metrics[headline], len(metrics)),
+        verdict=verdict(headline, metrics[headline], len(metrics), base_name),
         outcome=metrics[headline].outcome,
         n=len(base.samples),
         metrics=metrics,
         samples=_compare_samples(base, tuned, scorers, pairs),
         shown=_pick_shown(_gains(scorers[0], *pairs[0]), task),
         seconds=Seconds(base.seconds, tuned.seconds),
+        base_name=base_name,
     )
 
 
@@ -87,7 +111,7 @@ def summarize(result: TaskResult, task: TaskConfig) -> Summary:
     metrics = {}
     for scorer in scorers:
         found = scores[scorer.metric.name]
-        interval, name = single_interval(scorer, found, task.seed)
+        interval, name = single_interval(scorer, found, task.seed, result.groups)
         metrics[scorer.metric.name] = MetricSummary(
             value=_finite(found.value),
             ci95=_bounds(interval),
@@ -113,9 +137,15 @@ def summarize(result: TaskResult, task: TaskConfig) -> Summary:
 
 
 def _compare_metric(
-    scorer: Scorer, base: Scores, tuned: Scores, test: Significance, p_holm: float, seed: int
+    scorer: Scorer,
+    base: Scores,
+    tuned: Scores,
+    test: Significance,
+    p_holm: float,
+    seed: int,
+    groups: Groups | None,
 ) -> MetricComparison:
-    interval, interval_name = paired_interval(scorer, base, tuned, seed)
+    interval, interval_name = paired_interval(scorer, base, tuned, seed, groups)
     gains_S = _gains(scorer, base, tuned)
     delta = tuned.value - base.value
     return MetricComparison(
@@ -138,8 +168,8 @@ def _compare_metric(
         num_worse=int(np.sum(gains_S < 0)),
         num_equal=int(np.sum(gains_S == 0)),
         mde80=_finite(_MDE80 * interval.stderr) if len(gains_S) >= MIN_SAMPLES else None,
-        base_ci95=_bounds(single_interval(scorer, base, seed)[0]),
-        tuned_ci95=_bounds(single_interval(scorer, tuned, seed)[0]),
+        base_ci95=_bounds(single_interval(scorer, base, seed, groups)[0]),
+        tuned_ci95=_bounds(single_interval(scorer, tuned, seed, groups)[0]),
         unparsed=UnparsedAnswers(base.num_unparsed, tuned.num_unparsed) if scorer.metric.kind == "rate" else None,
     )
 
@@ -177,6 +207,11 @@ def _pick_shown(gains_S: Floats, task: TaskConfig) -> ShownSamples:
     losses = (int(index) for index in order[::-1][: task.num_shown] if gains_S[index] < 0)
     drawn = np.random.default_rng(task.seed).permutation(len(gains_S))[: task.num_shown]
     return ShownSamples(tuple(gains), tuple(losses), tuple(sorted(int(index) for index in drawn)))
+
+
+def _shown_labels(result: TaskResult) -> str:
+    names = result.outputs.label_names
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
 def _bounds(interval: Interval) -> Bounds:

@@ -110,7 +110,10 @@ def _read_scores(run_folder: Path | None) -> RunReport | None:
 
 
 def _describe_scores(report: RunReport) -> str:
-    lines = ["| metric | base | tuned | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"| metric | {report.base_name or 'base'} | tuned | difference | 95 % interval | n |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in report.metrics.items():
         base, tuned, delta, low, high = map(_number, (row.base, row.tuned, row.delta, *row.ci95))
         lines.append(f"| {name} | {base} | {tuned} | {delta} | {low} to {high} | {row.n} |")

@@ -14,12 +14,12 @@ from typing import Literal
 from ingle.errors import EvaluationError
 
 #: ``rate``: right or wrong per sample. ``ratio``: sum of the first statistic over the sum of the second, seen through
-#: an increasing function (every mean is one). ``corpus``: any other function of the sums. The kind decides which test
-#: and interval apply; see :mod:`ingle.evaluation.statistics.procedures`.
+#: an increasing function (every mean is one). ``corpus``: any other function of all samples. The kind decides which
+#: test and interval apply; see :mod:`ingle.evaluation.statistics.procedures`.
 Kind = Literal["rate", "ratio", "corpus"]
 
-#: What a scorer reads: generated answers or likelihoods of references.
-Reads = Literal["answers", "likelihoods"]
+#: What a scorer reads: answers as text, likelihoods of references, predictions of a task head, or masked tokens.
+Reads = Literal["answers", "likelihoods", "predictions", "masked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,23 @@ METRICS = {
         Metric("rouge_l", "ROUGE-L", "ratio", "answers", True, 1.0, digits=3),
         Metric("perplexity", "perplexity", "ratio", "likelihoods", False, math.inf, low=1.0, digits=2),
         Metric("bits_per_byte", "bits per byte", "ratio", "likelihoods", False, math.inf, digits=3),
+        Metric("accuracy", "accuracy", "rate", "predictions", True, 1.0, percent=True),
+        Metric("f1_macro", "macro F1", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("f1_micro", "micro F1", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("f1_weighted", "weighted F1", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("matthews", "Matthews correlation", "corpus", "predictions", True, 1.0, low=-1.0, digits=3),
+        Metric("log_loss", "log loss", "ratio", "predictions", False, math.inf, digits=3),
+        Metric("roc_auc", "ROC-AUC", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("pearson", "Pearson correlation", "corpus", "predictions", True, 1.0, low=-1.0, digits=3),
+        Metric("spearman", "Spearman correlation", "corpus", "predictions", True, 1.0, low=-1.0, digits=3),
+        Metric("mse", "mean squared error", "ratio", "predictions", False, math.inf, digits=3),
+        Metric("tag_accuracy", "tag accuracy", "ratio", "predictions", True, 1.0, percent=True),
+        Metric("entity_f1", "entity F1", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("entity_f1_macro", "macro entity F1", "corpus", "predictions", True, 1.0, digits=3),
+        Metric("squad_em", "SQuAD exact match", "rate", "answers", True, 1.0, percent=True),
+        Metric("squad_f1", "SQuAD F1", "ratio", "answers", True, 1.0, percent=True),
+        Metric("masked_accuracy", "masked accuracy", "ratio", "masked", True, 1.0, percent=True),
+        Metric("masked_perplexity", "masked perplexity", "ratio", "masked", False, math.inf, low=1.0, digits=2),
     )
 }
 

@@ -152,6 +152,7 @@ class Comparison:
         samples: Every sample with both answers, in the order of the task.
         shown: The samples that reports show.
         seconds: Wall time.
+        base_name: What the tuned model is compared with, such as ``majority``; None for the model without its training.
     """
 
     headline: str
@@ -162,6 +163,7 @@ class Comparison:
     samples: tuple[SampleComparison, ...]
     shown: ShownSamples
     seconds: Seconds
+    base_name: str | None = field(default=None, metadata=_OMIT_NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +275,9 @@ class RunReport:
         model: Id of the model.
         headline: As in :class:`Comparison`, like the rest; None if nothing was evaluated.
         samples: The samples in ``shown``; ``answers.jsonl`` contains all samples.
+        base_name: As in :class:`Comparison`.
+        comparisons: The comparisons with all baselines by their names, if the run has several; the figures above are
+            those of the strongest.
     """
 
     status: str = "finished"
@@ -296,6 +301,8 @@ class RunReport:
     n: int | None = field(default=None, metadata=_OMIT_NONE)
     shown: ShownSamples | None = field(default=None, metadata=_OMIT_NONE)
     samples: tuple[SampleComparison, ...] | None = field(default=None, metadata=_OMIT_NONE)
+    base_name: str | None = field(default=None, metadata=_OMIT_NONE)
+    comparisons: dict[str, Comparison] | None = field(default=None, metadata=_OMIT_NONE)
 
 
 def to_dict(value: Any) -> Any:

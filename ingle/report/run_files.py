@@ -15,16 +15,26 @@ from ingle.report.results import Comparison, RunReport, from_dict, to_dict
 from ingle.report.run_page import render_page
 from ingle.report.validation import judge_validation
 
+#: Fields of a comparison that the report has as well.
+_COPIED = ("metrics", "headline", "verdict", "outcome", "n", "shown", "base_name")
+
 
 def write_report(
-    folder: Path, *, run: Run, comparison: Comparison | None, summary: Mapping[str, Any], metrics_path: Path
+    folder: Path,
+    *,
+    run: Run,
+    comparison: Comparison | None,
+    comparisons: Mapping[str, Comparison] | None = None,
+    summary: Mapping[str, Any],
+    metrics_path: Path,
 ) -> RunReport:
     """Writes the report of a finished run. ``report.json`` comes last, so if it exists, all files are complete.
 
     Args:
         folder: The run folder.
         run: The resolved config.
-        comparison: Base against tuned model; None if nothing was evaluated.
+        comparison: Base against tuned model, or the strongest baseline; None if nothing was evaluated.
+        comparisons: All baselines against the tuned model, by their names; None if there is one.
         summary: Fields of :class:`RunReport` from ``num_steps`` to ``validation``.
         metrics_path: ``metrics.jsonl`` of the run.
 
@@ -36,9 +46,11 @@ def write_report(
         shown = comparison.shown
         picked = sorted({*shown.gains, *shown.losses, *shown.random})
         evaluated = {
-            **{name: getattr(comparison, name) for name in ("metrics", "headline", "verdict", "outcome", "n", "shown")},
+            **{name: getattr(comparison, name) for name in _COPIED},
             "samples": tuple(replace(comparison.samples[index], index=index) for index in picked),
         }
+        if comparisons is not None:
+            evaluated["comparisons"] = {name: replace(each, samples=()) for name, each in comparisons.items()}
         lines = (json.dumps(to_dict(sample), ensure_ascii=False, allow_nan=False) for sample in comparison.samples)
         write_atomically(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines).encode())
     steps = read_steps(metrics_path)

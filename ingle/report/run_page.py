@@ -40,6 +40,8 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         name=Path(run.output).name,
         subtitle=_subtitle(run),
         hero=_hero(report),
+        base_name=report.base_name or "base",
+        others=[other.verdict for name, other in (report.comparisons or {}).items() if name != report.base_name],
         rows=[_metric_row(find_metric(name), row) for name, row in report.metrics.items()],
         correction=verdicts.correction(len(report.metrics)),
         interval_charts=_interval_charts(report.metrics),
@@ -180,13 +182,13 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
         (report.shown.gains, "Largest gains", "Selected by the first metric, so they flatter the tuned model."),
         (report.shown.losses, "Largest losses", "Samples on which the tuned model did worst against its base."),
     ):
-        cards = [_card(samples[index]) for index in indices]
+        cards = [_card(samples[index], report.base_name or "base") for index in indices]
         if cards and cards[0]["has_answers"]:
             groups.append({"heading": heading, "note": note, "cards": cards})
     return groups
 
 
-def _card(sample: SampleComparison) -> dict[str, Any]:
+def _card(sample: SampleComparison, base_name: str) -> dict[str, Any]:
     return {
         "number": (sample.index or 0) + 1,
         "origin": sample.origin,
@@ -196,11 +198,11 @@ def _card(sample: SampleComparison) -> dict[str, Any]:
         "answers": [
             {
                 "side": side,
-                "title": side.capitalize(),
+                "title": title.capitalize(),
                 "runs": mark_shared((answer or "").strip(), sample.references),
                 "blank": "only white space" if answer else "empty answer",
             }
-            for side, answer in (("base", sample.base), ("tuned", sample.tuned))
+            for side, title, answer in (("base", base_name, sample.base), ("tuned", "tuned", sample.tuned))
         ],
         "scores": [_score(find_metric(name), pair) for name, pair in sample.scores.items()],
     }

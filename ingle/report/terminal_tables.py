@@ -139,20 +139,23 @@ def comparison_table(comparison: Comparison | RunReport) -> RenderableType:
     if all(row.p_exact == row.p for row in rows.values()):
         del p_values[0]
     layouts = [["95 % interval", *dict.fromkeys(names)] for names in p_values] + [["interval below"], []]
-    tables = [_comparison_layout(rows, layout) for layout in layouts]
+    tables = [_comparison_layout(rows, layout, comparison.base_name or "base") for layout in layouts]
     lines = "\n".join(_comparison_line(find_metric(name), row) for name, row in rows.items())
     parts: list[RenderableType] = [_Fitting(tables, lines)]
     if legend := _legend(rows):
         parts.append(_note(legend, "dim"))
     if comparison.verdict:
         parts.append(_note(f"{comparison.verdict}\n"))
+    if isinstance(comparison, RunReport) and comparison.comparisons:
+        others = (other for name, other in comparison.comparisons.items() if name != comparison.base_name)
+        parts += [_note(f"{other.verdict}\n") for other in others]
     return Group(*parts)
 
 
-def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[str]) -> Table:
+def _comparison_layout(rows: Mapping[str, MetricComparison], columns: Sequence[str], base_name: str) -> Table:
     table = Table(title="Evaluation", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("metric")
-    for name in ("base", "tuned", "difference"):
+    for name in (base_name, "tuned", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # the sign of a significant difference
     for name in (*(name for name in _OPTIONAL if name in columns), "n"):
@@ -243,18 +246,18 @@ def side_by_side(comparison: Comparison, num_shown: int) -> Iterator[RenderableT
     for reason, index in picked[:num_shown]:
         sample = comparison.samples[index]
         if sample.base is not None or sample.tuned is not None:
-            yield _sample_table(f"Sample {index + 1}, {reason}", sample)
+            yield _sample_table(f"Sample {index + 1}, {reason}", sample, comparison.base_name or "base")
 
 
-def _sample_table(title: str, sample: SampleComparison) -> Table:
+def _sample_table(title: str, sample: SampleComparison, base_name: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=True, show_header=False)
-    table.add_column("", no_wrap=True, style="bold", width=9)
+    table.add_column("", no_wrap=True, style="bold", width=max(9, len(base_name)))
     table.add_column("", overflow="fold", ratio=1)
     table.add_row("prompt", _clip(sample.prompt))
     for reference in sample.references[:1]:
         table.add_row("reference", _clip(reference))
     table.add_section()
-    for side, answer in (("base", sample.base), ("tuned", sample.tuned)):
+    for side, answer in ((base_name, sample.base), ("tuned", sample.tuned)):
         table.add_row(side, _clip(answer or "") or Text("(empty)", style="dim"))
     return table
 

@@ -77,17 +77,19 @@ def judge(row: MetricComparison, num_metrics: int) -> str:
     return row.outcome + (f" ({corrected_p(row)} {correction(num_metrics)})" if num_metrics > 1 else "")
 
 
-def verdict(name: str, row: MetricComparison, num_metrics: int) -> str:
+def verdict(name: str, row: MetricComparison, num_metrics: int, base_name: str | None = None) -> str:
     """Returns one sentence on a compared metric.
 
     Args:
         name: The metric.
         row: Its figures.
         num_metrics: Metrics of the task, for which p-values are corrected.
+        base_name: What the tuned model is compared with; None for its base.
     """
     metric = find_metric(name)
     difference = f"{metric.format(row.delta, signed=True)} {metric.format_interval(row.ci95, signed=True)}"
-    scores = f"{metric.title} {metric.format(row.base)} → {metric.format(row.tuned)}, {difference}"
+    base = metric.format(row.base) + (f" ({base_name})" if base_name else "")
+    scores = f"{metric.title} {base} → {metric.format(row.tuned)}, {difference}"
     sentence = f"{scores}, {p_relation(row.p, floor=row.p_floor)}, n = {row.n:,}: {judge(row, num_metrics)}."
     if row.outcome != "unclear":
         return sentence

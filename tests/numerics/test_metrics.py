@@ -109,14 +109,16 @@ def test_randomization_agrees_with_sacrebleus_paired_test(scorer):
     _, scores = PairedTest(named, {name: metric}, padded(references), "ar", n_samples=4000)()
     expected = scores[name][1].p_value
     ours = [scorer.score(Outputs(answers=answers), references) for answers in (base, tuned)]
-    p = randomization(ours[0].statistics, ours[1].statistics, scorer.aggregate, num_trials=4000, seed=1)
+    pooled = np.concatenate([scores.statistics for scores in ours])
+    p = randomization(lambda times: scorer.replicate(pooled, times), 40, num_trials=4000, seed=1)
     assert p == pytest.approx(expected, abs=5 * math.sqrt(max(expected * (1 - expected), 1e-3) / 4000))
 
 
 def test_identical_systems_are_not_different():
     answers, references = corpus(40, seed=2)
     scores = Chrf().score(Outputs(answers=answers), references)
-    assert randomization(scores.statistics, scores.statistics, Chrf().aggregate, num_trials=100) == 1.0
+    pooled = np.concatenate([scores.statistics] * 2)
+    assert randomization(lambda times: Chrf().replicate(pooled, times), 40, num_trials=100) == 1.0
 
 
 @pytest.mark.parametrize("scorer", [Bleu(), Chrf(), RougeL()], ids=["bleu", "chrf", "rouge_l"])

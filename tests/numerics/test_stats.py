@@ -19,6 +19,12 @@ def mean(totals):
     return totals[..., 0] / totals[..., 1]
 
 
+def replicated(*statistics):
+    """Scores multiplicities of the samples, or of the samples of two models."""
+    pooled = np.concatenate(statistics)
+    return lambda times: mean(times @ pooled)
+
+
 def with_ones(values):
     values = np.asarray(values, dtype=np.float64)
     return np.stack((values, np.ones_like(values)), axis=1)
@@ -112,22 +118,23 @@ def test_sign_flip_keeps_its_level_under_the_null(num_samples):
 
 def test_randomization_of_a_mean_approaches_the_exact_distribution():
     differences = np.random.default_rng(5).normal(0.35, 1.0, 25)
-    p = randomization(with_ones(np.zeros(25)), with_ones(differences), mean, num_trials=40_000, seed=1)
+    p = randomization(replicated(with_ones(np.zeros(25)), with_ones(differences)), 25, num_trials=40_000, seed=1)
     exact = sign_flip_exact(differences)
     assert p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 40_000))
 
 
 def test_randomization_counts_ties_and_is_never_zero():
     same = with_ones(np.random.default_rng(0).uniform(size=30))
-    assert randomization(same, same, mean, num_trials=200) == 1.0
+    assert randomization(replicated(same, same), 30, num_trials=200) == 1.0
     far = with_ones(np.zeros(60)), with_ones(np.ones(60))
-    assert randomization(*far, mean, num_trials=200) == 1 / 201
+    assert randomization(replicated(*far), 60, num_trials=200) == 1 / 201
 
 
 def test_randomization_is_the_same_for_the_same_seed():
     rng = np.random.default_rng(0)
     pair = with_ones(rng.normal(size=50)), with_ones(rng.normal(size=50))
-    assert randomization(*pair, mean, num_trials=500, seed=3) == randomization(*pair, mean, num_trials=500, seed=3)
+    pooled = replicated(*pair)
+    assert randomization(pooled, 50, num_trials=500, seed=3) == randomization(pooled, 50, num_trials=500, seed=3)
 
 
 def test_randomization_keeps_its_level_under_the_null():
@@ -137,7 +144,7 @@ def test_randomization_keeps_its_level_under_the_null():
     for trial in range(num_trials):
         base = rng.gamma(0.5, size=(30, 2)) + 0.1
         tuned = rng.gamma(0.5, size=(30, 2)) + 0.1
-        p_values.append(randomization(base, tuned, mean, num_trials=300, seed=trial))
+        p_values.append(randomization(replicated(base, tuned), 30, num_trials=300, seed=trial))
     assert binomtest(sum(p <= 0.05 for p in p_values), num_trials, 0.05, alternative="greater").pvalue > 1e-3
     assert np.mean(p_values) == pytest.approx(0.5, abs=0.07)
 
@@ -185,7 +192,7 @@ def test_newcombe_paired_covers():
 
 def test_bootstrap_equals_scipys_bca():
     values = np.random.default_rng(4).lognormal(0, 1, 80)
-    found = bootstrap(with_ones(values), mean, num_resamples=40_000, seed=1)
+    found = bootstrap(replicated(with_ones(values)), 80, num_resamples=40_000, seed=1)
     expected = scipy_bootstrap((values,), np.mean, method="BCa", n_resamples=40_000, rng=np.random.default_rng(1))
     width = expected.confidence_interval.high - expected.confidence_interval.low
     assert found.low == pytest.approx(expected.confidence_interval.low, abs=0.05 * width)
@@ -197,7 +204,7 @@ def test_paired_bootstrap_uses_the_pairing():
     rng = np.random.default_rng(6)
     difficulty = rng.normal(size=100)
     base, tuned = difficulty + rng.normal(0, 0.1, 100), difficulty + 0.2 + rng.normal(0, 0.1, 100)
-    found = paired_bootstrap(with_ones(base), with_ones(tuned), mean)
+    found = paired_bootstrap(replicated(with_ones(base)), replicated(with_ones(tuned)), 100)
     assert found.low <= (tuned - base).mean() <= found.high
     assert found.stderr == pytest.approx((tuned - base).std(ddof=0) / 10, rel=0.05)
     assert found.low > 0.1  # unpaired, the interval would be +- 0.28
@@ -211,15 +218,15 @@ def test_paired_bootstrap_covers_a_ratio():
         noise = rng.normal(0, 0.5, 60) * weights
         base = np.stack((weights * 2.0 + noise, weights), axis=1)
         tuned = np.stack((weights * 1.7 + noise + rng.normal(0, 0.3, 60) * weights, weights), axis=1)
-        found = paired_bootstrap(base, tuned, mean, num_resamples=1000, seed=trial)
+        found = paired_bootstrap(replicated(base), replicated(tuned), 60, num_resamples=1000, seed=trial)
         inside += found.low <= -0.3 <= found.high
     assert 0.90 <= inside / 300 <= 0.985
 
 
 def test_intervals_of_degenerate_samples():
-    constant = bootstrap(with_ones(np.full(9, 0.4)), mean)
+    constant = bootstrap(replicated(with_ones(np.full(9, 0.4))), 9)
     assert (constant.low, constant.high) == pytest.approx((0.4, 0.4))
-    single = bootstrap(with_ones([0.4]), mean)
+    single = bootstrap(replicated(with_ones([0.4])), 1)
     assert math.isnan(single.low) and math.isnan(single.high)
 
 

@@ -185,5 +185,7 @@ def _mean(statistics_W2: Floats, *, exponential: bool = False) -> Figure:
     value = float(mean(statistics_W2.sum(0)[None])[0])
     if len(statistics_W2) < 2:
         return Figure(value, None, None)
-    interval = bootstrap(statistics_W2, mean, num_resamples=_NUM_RESAMPLES)
+    interval = bootstrap(
+        lambda times_RW: mean(times_RW @ statistics_W2), len(statistics_W2), num_resamples=_NUM_RESAMPLES
+    )
     return Figure(value, interval.low, interval.high)

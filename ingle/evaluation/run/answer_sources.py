@@ -1,6 +1,7 @@
-"""Sources of answers and likelihoods: what the runner scores.
+"""Sources of outputs: what the runner scores.
 
-A source can be a loaded model, a server or a file of answers. The runner only iterates over what it yields.
+A source can be a loaded model, a server, a file of answers or a rule that any model should beat. The runner only
+iterates over what it yields.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ingle.data import ControlTokens, prompt_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.run.likelihood import score_references
 from ingle.evaluation.run.windows import window_size
-from ingle.evaluation.scorers import Likelihood
+from ingle.evaluation.scorers import Likelihood, Prediction, Problem
 from ingle.evaluation.tasks.samples import TaskSample
 from ingle.events import Progress, Sink, Warned
 from ingle.models import generate, text_limit
@@ -40,13 +41,40 @@ class Answer:
     finish_reason: Literal["stop", "length"] = "stop"
 
 
-class AnswerSource(Protocol):
-    """Answers the samples of a task; it must not read their references to do so."""
+class OutputSource(Protocol):
+    """Gives outputs for the samples of a task.
+
+    A source has one method for each kind of output that it can give. The methods are named as
+    :data:`ingle.report.metrics.Reads` lists the kinds, and take the samples, the task and a sink: see
+    :class:`AnswerSource` and :class:`PredictionSource`.
+    """
 
     @property
     def name(self) -> str:
         """Name in progress and warnings."""
         ...
+
+
+class PredictionSource(OutputSource, Protocol):
+    """Predicts labels, numbers or tags; it must not read the references to do so."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels, or tags; empty for numbers."""
+        ...
+
+    @property
+    def problem(self) -> Problem:
+        """What is predicted."""
+        ...
+
+    def predictions(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterable[Prediction]:
+        """Yields one prediction per sample, in order; progress goes to ``sink``."""
+        ...
+
+
+class AnswerSource(OutputSource, Protocol):
+    """Answers the samples of a task; it must not read their references to do so."""
 
     def answers(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterable[Answer]:
         """Yields one answer per sample, in order; progress goes to ``sink``."""

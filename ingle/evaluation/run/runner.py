@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import overload
+from dataclasses import replace
+from typing import Any, cast, get_args, overload
 
 from ingle.config.evaluate import TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
-from ingle.evaluation.run.answer_sources import AnswerSource
+from ingle.evaluation.run.answer_sources import Answer, OutputSource, PredictionSource
 from ingle.evaluation.scorers import Outputs, make_scorers
 from ingle.evaluation.tasks.samples import TaskSample, read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.events import Event, Sink, Warned
+from ingle.report.metrics import METRICS, Reads
 from ingle.report.results import Comparison, Summary
 from ingle.report.verdicts import few_samples
-from ingle.wording import plural
+from ingle.wording import either, plural
 
 #: End of the thoughts of reasoning models; the answer follows.
 _THOUGHTS_END = "</think>"
 
+_NOUNS: dict[Reads, str] = {
+    "answers": "answers",
+    "likelihoods": "likelihoods",
+    "predictions": "predictions of labels",
+    "masked": "predictions of masked tokens",
+}
+
 
 @overload
 def evaluate(
-    source: AnswerSource, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...
+    source: OutputSource, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...
 ) -> list[Summary]: ...
 
 
 @overload
 def evaluate(
-    source: AnswerSource, tasks: Sequence[TaskConfig], *, base: AnswerSource | Sequence[TaskResult], sink: Sink = ...
+    source: OutputSource, tasks: Sequence[TaskConfig], *, base: OutputSource | Sequence[TaskResult], sink: Sink = ...
 ) -> list[Comparison]: ...
 
 
 def evaluate(
-    source: AnswerSource,
+    source: OutputSource,
     tasks: Sequence[TaskConfig],
     *,
-    base: AnswerSource | Sequence[TaskResult] | None = None,
+    base: OutputSource | Sequence[TaskResult] | None = None,
     sink: Sink = lambda event: None,
 ) -> list[Comparison] | list[Summary]:
     """Scores a model on tasks, and compares it with its base if there is one.
@@ -70,7 +80,7 @@ def evaluate(
     return [compare(before, after, task) for before, after, task in zip(base, results, tasks, strict=True)]
 
 
-def run_task(source: AnswerSource, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
+def run_task(source: OutputSource, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
     """Collects the answers and likelihoods that the metrics of a task need.
 
     Args:
@@ -84,24 +94,58 @@ def run_task(source: AnswerSource, task: TaskConfig, *, sink: Sink = lambda even
     """
     began = time.monotonic()
     samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
-    needed = {scorer.metric.reads for scorer in make_scorers(task)}
-    answers, num_unfinished = _collect_answers(source, samples, task, sink) if "answers" in needed else ((), 0)
-    likelihoods = tuple(source.likelihoods(samples, task, sink)) if "likelihoods" in needed else ()
-    _check_count(source, "likelihoods", len(likelihoods), len(samples) if "likelihoods" in needed else 0)
+    needed: dict[Reads, list[str]] = defaultdict(list)
+    for scorer in make_scorers(task):
+        needed[scorer.metric.reads].append(scorer.metric.name)
+    found = {reads: _collect(source, reads, names, samples, task, sink) for reads, names in needed.items()}
+    answers, num_unfinished = _finish_answers(source, found.get("answers", ()), samples, task, sink)
+    outputs = Outputs(answers, found.get("likelihoods", ()), found.get("predictions", ()), found.get("masked", ()))
+    if "predictions" in needed:
+        predictor = cast(PredictionSource, source)
+        outputs = replace(outputs, label_names=predictor.label_names, problem=predictor.problem)
     return TaskResult(
-        samples=tuple(SampleText(sample.example.origin, sample.prompt, sample.references) for sample in samples),
-        outputs=Outputs(answers, likelihoods),
+        samples=tuple(
+            SampleText(sample.example.origin, sample.prompt, sample.references, sample.group) for sample in samples
+        ),
+        outputs=outputs,
         num_unfinished=num_unfinished,
         seconds=time.monotonic() - began,
     )
 
 
-def _collect_answers(
-    source: AnswerSource, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink
+def _collect(
+    source: OutputSource,
+    reads: Reads,
+    metrics: Sequence[str],
+    samples: Sequence[TaskSample],
+    task: TaskConfig,
+    sink: Sink,
+) -> tuple[Any, ...]:
+    """Returns the outputs of one kind.
+
+    Raises:
+        EvaluationError: The source cannot give them, or gave too few or too many.
+    """
+    method = getattr(source, reads, None)
+    if method is None:
+        given = [name for name in get_args(Reads) if hasattr(source, name)]
+        raise EvaluationError(
+            f"{', '.join(metrics)} cannot be computed: the model ({source.name}) gives no {_NOUNS[reads]}.",
+            where="evaluate.metrics",
+            fix=f"use {either([name for name, metric in METRICS.items() if metric.reads in given])}",
+        )
+    outputs = tuple(method(samples, task, sink))
+    if len(outputs) != len(samples):
+        raise EvaluationError(
+            f"The source {source.name} gave {len(outputs):,} {_NOUNS[reads]} for {plural(len(samples), 'sample')}."
+        )
+    return outputs
+
+
+def _finish_answers(
+    source: OutputSource, answers: Sequence[Answer], samples: Sequence[TaskSample], task: TaskConfig, sink: Sink
 ) -> tuple[tuple[str, ...], int]:
     """Returns the answers as they are scored, and the number of those that were cut off."""
-    answers = tuple(source.answers(samples, task, sink))
-    _check_count(source, "answers", len(answers), len(samples))
     num_unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if num_unfinished:
         sink(
@@ -112,13 +156,8 @@ def _collect_answers(
                 count=num_unfinished,
             )
         )
-    pairs = zip(answers, samples, strict=True)
+    pairs = zip(answers, samples, strict=bool(answers))
     return tuple(strip_thoughts(answer.text, sample.references) for answer, sample in pairs), num_unfinished
-
-
-def _check_count(source: AnswerSource, what: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise EvaluationError(f"The source {source.name} gave {found:,} {what} for {plural(expected, 'sample')}.")
 
 
 def strip_thoughts(text: str, references: Sequence[str]) -> str:

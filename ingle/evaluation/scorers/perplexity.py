@@ -10,12 +10,12 @@ import math
 
 import numpy as np
 
-from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores
+from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores, ratio_scores
 from ingle.evaluation.statistics import Floats
 from ingle.report.metrics import METRICS
 
 #: Limit of the mean in nats: the variance of larger perplexities overflows.
-_MAX_NATS = 100.0
+MAX_NATS = 100.0
 
 
 class Perplexity(Scorer):
@@ -26,11 +26,11 @@ class Perplexity(Scorer):
     def score(self, outputs: Outputs, references: References) -> Scores:
         """Scores the likelihoods; a per-sample value is the perplexity of that text."""
         statistics = np.array([(text.nll, text.num_tokens) for text in outputs.likelihoods], dtype=np.float64)
-        return _make_scores(self, statistics, "weight:tokens|reference:first")
+        return ratio_scores(self, statistics, "weight:tokens|reference:first")
 
     def aggregate(self, totals: Floats) -> Floats:
         """Returns the perplexity of summed (nats, tokens)."""
-        return np.asarray(np.exp(np.minimum(super().aggregate(totals), _MAX_NATS)))
+        return np.asarray(np.exp(np.minimum(super().aggregate(totals), MAX_NATS)))
 
 
 class BitsPerByte(Scorer):
@@ -41,13 +41,8 @@ class BitsPerByte(Scorer):
     def score(self, outputs: Outputs, references: References) -> Scores:
         """Scores the likelihoods; a per-sample value is the ratio of that text."""
         statistics = np.array([(text.nll, text.num_bytes) for text in outputs.likelihoods], dtype=np.float64)
-        return _make_scores(self, statistics, "weight:bytes|reference:first")
+        return ratio_scores(self, statistics, "weight:bytes|reference:first")
 
     def aggregate(self, totals: Floats) -> Floats:
         """Returns the bits per byte of summed (nats, bytes)."""
         return super().aggregate(totals) / math.log(2)
-
-
-def _make_scores(scorer: Scorer, statistics_SK: Floats, signature: str) -> Scores:
-    value = float(scorer.aggregate(statistics_SK.sum(0)[None, :])[0])
-    return Scores(value, scorer.aggregate(statistics_SK), statistics_SK, signature)

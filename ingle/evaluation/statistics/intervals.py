@@ -4,7 +4,7 @@ Rates get a score interval (Wilson; Newcombe for a paired difference), which is 
 other scores get the bias-corrected and accelerated (BCa) bootstrap over samples; for a difference, a sample is drawn
 for base and tuned together, so that its difficulty cancels.
 
-Legend: S samples, K sufficient statistics of a sample, R resamples.
+Legend: S samples, R resamples.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from ingle.evaluation.statistics import Aggregate, Floats
+from ingle.evaluation.statistics import Floats, Replicate
 from ingle.evaluation.statistics.significance import row_chunks
+
+#: More samples are left out in this many blocks for the acceleration of BCa, which the block size hardly changes.
+MAX_LEFT_OUT = 2_000
 
 #: The 97.5 % quantile of the normal distribution.
 Z95 = 1.959963984540054
@@ -82,56 +85,62 @@ def _newcombe_phi(both: int, tuned_only: int, base_only: int, neither: int) -> f
     return determinant / math.sqrt(margins)
 
 
-def bootstrap(statistics_SK: Floats, aggregate: Aggregate, *, num_resamples: int = 10_000, seed: int = 0) -> Interval:
+def bootstrap(replicate: Replicate, num_samples: int, *, num_resamples: int = 10_000, seed: int = 0) -> Interval:
     """Returns the interval of a score by the BCa bootstrap.
 
     Source: Efron 1987, JASA 82:171.
 
     Args:
-        statistics_SK: Sufficient statistics of each sample.
-        aggregate: Turns their sums into the score, or into a difference of two scores.
+        replicate: Returns the score, or the difference of two scores, of resamples.
+        num_samples: Number of samples, or of groups.
         num_resamples: Number of draws of S samples with replacement.
         seed: Seed of the draws.
     """
-    num_samples = len(statistics_SK)
-    totals_K = statistics_SK.sum(0)
-    estimate = float(aggregate(totals_K[None, :])[0])
     if num_samples < 2:
         return Interval(math.nan, math.nan, math.nan)
-    replicates = _replicates(statistics_SK, aggregate, num_resamples, seed)
-    stderr = float(replicates.std(ddof=1))
+    estimate = float(replicate(np.ones((1, num_samples)))[0])
+    replicates_R = _replicates(replicate, num_samples, num_resamples, seed)
+    stderr = float(replicates_R.std(ddof=1))
     slack = 1e-12 * max(1.0, abs(estimate))
-    below = np.mean((replicates < estimate - slack) + 0.5 * (np.abs(replicates - estimate) <= slack))
+    below = np.mean((replicates_R < estimate - slack) + 0.5 * (np.abs(replicates_R - estimate) <= slack))
     if not 0.0 < below < 1.0 or stderr <= slack:
-        low, high = np.quantile(replicates, (0.025, 0.975))
+        low, high = np.quantile(replicates_R, (0.025, 0.975))
         return Interval(float(low), float(high), stderr)
-    left_out = aggregate(totals_K - statistics_SK)
-    low, high = np.quantile(replicates, _bca_levels(float(norm.ppf(below)), _acceleration(left_out)))
+    acceleration = _acceleration(_left_out(replicate, num_samples))
+    low, high = np.quantile(replicates_R, _bca_levels(float(norm.ppf(below)), acceleration))
     return Interval(float(low), float(high), stderr)
 
 
 def paired_bootstrap(
-    base_SK: Floats, tuned_SK: Floats, aggregate: Aggregate, *, num_resamples: int = 10_000, seed: int = 0
+    base: Replicate, tuned: Replicate, num_samples: int, *, num_resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Returns the interval of the difference (tuned - base); each sample is drawn for both or for neither."""
-    num_base = base_SK.shape[1]
 
-    def difference(totals: Floats) -> Floats:
-        return aggregate(totals[..., num_base:]) - aggregate(totals[..., :num_base])
+    def difference(times_RS: Floats) -> Floats:
+        return tuned(times_RS) - base(times_RS)
 
-    both = np.concatenate((base_SK, tuned_SK), axis=1)
-    return bootstrap(both, difference, num_resamples=num_resamples, seed=seed)
+    return bootstrap(difference, num_samples, num_resamples=num_resamples, seed=seed)
 
 
-def _replicates(statistics_SK: Floats, aggregate: Aggregate, num_resamples: int, seed: int) -> Floats:
+def _replicates(replicate: Replicate, num_samples: int, num_resamples: int, seed: int) -> Floats:
     rng = np.random.default_rng(seed)
-    num_samples = len(statistics_SK)
     scores = []
     for size in row_chunks(num_resamples, num_samples):
         rows = np.arange(size)[:, None] * num_samples
         drawn = rows + rng.integers(num_samples, size=(size, num_samples), dtype=np.int32)
         times_RS = np.bincount(drawn.ravel(), minlength=size * num_samples).reshape(size, num_samples)
-        scores.append(aggregate(times_RS.astype(np.float64) @ statistics_SK))
+        scores.append(replicate(times_RS.astype(np.float64)))
+    return np.concatenate(scores)
+
+
+def _left_out(replicate: Replicate, num_samples: int) -> Floats:
+    """Returns the scores without each sample; of many samples, without each of :data:`MAX_LEFT_OUT` blocks."""
+    num_blocks = min(num_samples, MAX_LEFT_OUT)
+    block_S = np.arange(num_samples) * num_blocks // num_samples
+    scores, start = [], 0
+    for size in row_chunks(num_blocks, num_samples):
+        scores.append(replicate((block_S[None] != np.arange(start, start + size)[:, None]).astype(np.float64)))
+        start += size
     return np.concatenate(scores)
 
 

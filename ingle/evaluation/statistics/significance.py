@@ -6,9 +6,9 @@ the two answers to a sample can be exchanged; nothing else is assumed (no normal
 * right-or-wrong scores: exact McNemar test, a binomial test over the discordant pairs;
 * other means of per-sample scores: exact sign-flip (Fisher-Pitman) test of the difference that is shown, by enumeration
   for few samples and by dynamic programming on an integer grid for more;
-* corpus scores that are not means (BLEU, chrF): approximate randomization over sufficient statistics.
+* scores that are not means (BLEU, chrF, F1, correlations): approximate randomization.
 
-Legend: S samples, K sufficient statistics of a sample, R resamples or trials.
+Legend: S samples, R resamples or trials.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
-from ingle.evaluation.statistics import Aggregate, Floats
+from ingle.evaluation.statistics import Floats, Replicate
 
 #: Up to this number of samples, all 2^S sign patterns are enumerated.
 ENUMERATED_SAMPLES = 20
@@ -107,10 +107,8 @@ def _sign_flip_on_grid(magnitudes_S: npt.NDArray[np.int64], observed: int) -> fl
     return 1.0 if observed == 0 else 2.0 * float(probability[positive:].sum())
 
 
-def randomization(
-    base_SK: Floats, tuned_SK: Floats, aggregate: Aggregate, *, num_trials: int = 10_000, seed: int = 0
-) -> float:
-    """Returns the two-sided p-value of a difference in corpus scores when answers are swapped between models at random.
+def randomization(pooled: Replicate, num_samples: int, *, num_trials: int = 10_000, seed: int = 0) -> float:
+    """Returns the two-sided p-value of a difference of scores when outputs are swapped between models at random.
 
     It is ``(c + 1) / (trials + 1)``, where ``c`` trials differ at least as much as observed. Ties count; sacrebleu
     counts only trials that differ more, which gives p = 1e-4 for two identical systems.
@@ -118,21 +116,25 @@ def randomization(
     Source: Noreen 1989; Riezler and Maxwell 2005, ACL workshop on evaluation measures, section 4.
 
     Args:
-        base_SK: Sufficient statistics of the base.
-        tuned_SK: Sufficient statistics of the tuned model.
-        aggregate: Turns their sums into a score.
+        pooled: Scores resamples of the outputs of both models: its multiplicities are float64 [R, 2 S], those of the
+            base and then those of the tuned model.
+        num_samples: Number of samples, or of groups, S.
         num_trials: Number of random swaps.
         seed: Seed of the swaps.
     """
     rng = np.random.default_rng(seed)
-    base_K, tuned_K, change_SK = base_SK.sum(0), tuned_SK.sum(0), tuned_SK - base_SK
-    observed = abs(_score(aggregate, tuned_K) - _score(aggregate, base_K))
+
+    def distances(swapped_RS: Floats) -> Floats:
+        kept_RS = 1.0 - swapped_RS
+        tuned = pooled(np.concatenate((swapped_RS, kept_RS), axis=1))
+        base = pooled(np.concatenate((kept_RS, swapped_RS), axis=1))
+        return np.abs(tuned - base)
+
+    observed = float(distances(np.zeros((1, num_samples)))[0])
     count = 0
-    for size in row_chunks(num_trials, len(base_SK)):
-        swapped_RS = rng.integers(2, size=(size, len(base_SK)), dtype=np.int8).astype(np.float64)
-        moved_RK = swapped_RS @ change_SK
-        distance_R = np.abs(aggregate(tuned_K - moved_RK) - aggregate(base_K + moved_RK))
-        count += int(np.count_nonzero(distance_R >= observed * (1 - 1e-9) - 1e-12))
+    for size in row_chunks(num_trials, num_samples):
+        swapped = rng.integers(2, size=(size, num_samples), dtype=np.int8).astype(np.float64)
+        count += int(np.count_nonzero(distances(swapped) >= observed * (1 - 1e-9) - 1e-12))
     return (count + 1) / (num_trials + 1)
 
 
@@ -148,10 +150,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = running
     return adjusted
-
-
-def _score(aggregate: Aggregate, totals_K: Floats) -> float:
-    return float(aggregate(totals_K[None, :])[0])
 
 
 def row_chunks(num_rows: int, num_samples: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -22,12 +23,16 @@ class TaskSample:
     Attributes:
         example: The row of the sample (the first of grouped rows), with the first reference as its answer.
         prompt: The prompt as text; empty for plain text.
-        references: Accepted answers, at least one; for plain text, the text itself.
+        references: Accepted answers; for plain text, the text itself; for a labelled row its label, all labels that are
+            true, the tags of the words separated by spaces, or the accepted answers (an empty one if there is none).
+        group: Number of the first sample with the same prompt (of a pair or question, the same document), if any; such
+            samples are not independent.
     """
 
     example: Example
     prompt: str
     references: tuple[str, ...]
+    group: int | None = None
 
 
 def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> tuple[TaskSample, ...]:
@@ -50,20 +55,18 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
             fix="use a file with held-out rows",
         )
     _check_metrics(task, samples)
-    groups = _group(samples)
     if task.group_by_prompt:
-        samples = groups
-    elif len(groups) < len(samples):
-        repeated = len(samples) - len(groups)
-        on_warning(
-            f"{repeated} of {len(samples)} task rows {'repeats' if repeated == 1 else 'repeat'} an earlier prompt, but "
-            "intervals and tests assume independent samples. Use evaluate.group_by_prompt=true to make rows with equal "
-            "prompts one sample with several references."
-        )
+        samples = _merge(samples)
+    else:
+        samples, repeated = _number_groups(samples)
+        if repeated:
+            on_warning(_warn_repeated(samples, repeated))
     return tuple(_draw(samples, task, on_warning))
 
 
 def _sample(example: Example) -> TaskSample:
+    if example.label is not None or example.texts:
+        return _labelled_sample(example)
     if example.text is not None:
         return TaskSample(example, "", (_required(example, example.text),))
     if example.prompt is not None:
@@ -76,6 +79,19 @@ def _sample(example: Example) -> TaskSample:
     references = _references(example, answer.content)
     example = replace(example, messages=(*given, Message("assistant", references[0])))
     return TaskSample(example, _transcript(given), references)
+
+
+def _labelled_sample(example: Example) -> TaskSample:
+    prompt = "\n\n".join(part.text or "" for part in example.texts.values()) if example.texts else example.text
+    assert prompt is not None
+    if example.label is None:
+        raise EvaluationError(
+            "A task row has no label.", where=example.origin, fix="give it a label, or remove the row"
+        )
+    if "context" in example.texts:
+        return TaskSample(example, prompt, example.references or ("",))
+    label = (example.label,) if isinstance(example.label, str) else tuple(map(str, example.label))
+    return TaskSample(example, prompt, (" ".join(label),) if example.words else label)
 
 
 def _references(example: Example, answer: str) -> tuple[str, ...]:
@@ -99,6 +115,10 @@ def _no_reference(example: Example, why: str) -> EvaluationError:
     )
 
 
+def _no_label(example: Example) -> EvaluationError:
+    return EvaluationError("A task row has no label.", where=example.origin, fix="give it a label, or remove the row")
+
+
 def _transcript(messages: Iterable[Message]) -> str:
     """Returns a single user message as it is, longer conversations with their roles."""
     turns = list(messages)
@@ -108,8 +128,12 @@ def _transcript(messages: Iterable[Message]) -> str:
 
 
 def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
-    answered = [scorer.metric.name for scorer in make_scorers(task) if scorer.metric.reads == "answers"]
-    texts = [sample for sample in samples if sample.example.text is not None]
+    reads = {scorer.metric.name: scorer.metric.reads for scorer in make_scorers(task)}
+    answered = [name for name, kind in reads.items() if kind == "answers"]
+    unlabelled = [sample for sample in samples if sample.example.label is None]
+    if "predictions" in reads.values() and unlabelled:
+        raise _no_label(unlabelled[0].example)
+    texts = [sample for sample in unlabelled if sample.example.text is not None]
     if answered and texts:
         raise EvaluationError(
             f"Plain text has no prompt, so {', '.join(answered)} cannot score it.",
@@ -119,18 +143,56 @@ def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
         )
 
 
-def _group(samples: list[TaskSample]) -> list[TaskSample]:
+def _merge(samples: list[TaskSample]) -> list[TaskSample]:
     """Merges samples with equal prompts, in the order of the first of each; the first answer stays first."""
+    labelled = next((sample for sample in samples if sample.example.label is not None), None)
+    if labelled is not None:
+        raise EvaluationError(
+            "Labelled rows cannot be merged.",
+            where="evaluate.group_by_prompt",
+            why="it makes the answers of rows with one prompt references of one sample; labels are no such answers",
+            fix="use evaluate.group_by_prompt=false; rows of one document are one group in the statistics anyway",
+        )
     groups: dict[object, TaskSample] = {}
     for sample in samples:
-        example = sample.example
-        key = (example.messages[:-1] or example.prompt, example.text)
-        known = groups.get(key)
+        known = groups.get(_key(sample))
         if known is not None:
             references = tuple(dict.fromkeys((*known.references, *sample.references)))
             sample = replace(known, references=references)
-        groups[key] = sample
+        groups[_key(sample)] = sample
     return list(groups.values())
+
+
+def _number_groups(samples: list[TaskSample]) -> tuple[list[TaskSample], int]:
+    """Returns the samples with their groups, and how many have the key of an earlier one."""
+    keys = [_key(sample) for sample in samples]
+    sizes = Counter(keys)
+    first: dict[object, int] = {}
+    numbers = [first.setdefault(key, number) for number, key in enumerate(keys)]
+    grouped = [
+        replace(sample, group=number) if sizes[key] > 1 else sample
+        for sample, key, number in zip(samples, keys, numbers, strict=True)
+    ]
+    return grouped, len(samples) - len(sizes)
+
+
+def _key(sample: TaskSample) -> object:
+    """Returns what makes samples belong together: the prompt, the context of a question, the first text of a pair."""
+    example = sample.example
+    if example.texts:
+        return example.texts["context"].text if "context" in example.texts else next(iter(example.texts.values())).text
+    return example.messages[:-1] or example.prompt, example.text
+
+
+def _warn_repeated(samples: list[TaskSample], repeated: int) -> str:
+    is_labelled = any(sample.example.label is not None for sample in samples)
+    share = f"{repeated} of {len(samples)} task rows {'repeats' if repeated == 1 else 'repeat'} an earlier"
+    if is_labelled:
+        return f"{share} document. Intervals and tests treat the rows of one document as a group."
+    return (
+        f"{share} prompt. Intervals and tests treat the rows of one prompt as a group. Use "
+        "evaluate.group_by_prompt=true to make them one sample with several references."
+    )
 
 
 def _draw(samples: list[TaskSample], task: TaskConfig, on_warning: Warn) -> list[TaskSample]:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ingle.atomic import write_atomically
 from ingle.evaluation.scorers import Outputs
+from ingle.evaluation.statistics import Groups
 from ingle.report.results import from_dict, to_dict
 
 
@@ -21,11 +24,13 @@ class SampleText:
         origin: ``file:line``.
         prompt: The prompt as text; empty for plain text.
         references: Accepted answers.
+        group: Equal for samples that are not independent (such as questions about one text); None if this one is.
     """
 
     origin: str
     prompt: str
     references: tuple[str, ...]
+    group: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,20 @@ class TaskResult:
         """Accepted answers of each sample."""
         return [sample.references for sample in self.samples]
 
+    @property
+    def groups(self) -> Groups | None:
+        """The group of each sample, numbered from 0; None if all samples are independent."""
+        keys = [
+            ("own", i) if sample.group is None else ("group", sample.group) for i, sample in enumerate(self.samples)
+        ]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return None if len(numbers) == len(keys) else np.array([numbers[key] for key in keys], dtype=np.int64)
+
     def answer(self, index: int) -> str | None:
-        """Returns the answer to a sample; None if no answers were generated."""
-        return self.outputs.answers[index] if self.outputs.answers else None
+        """Returns the answer to a sample, or its prediction as text; None if there is neither."""
+        if self.outputs.answers:
+            return self.outputs.answers[index]
+        return str(self.outputs.predictions[index]) if self.outputs.predictions else None
 
 
 def save_result(result: TaskResult, task: str, path: Path) -> None:

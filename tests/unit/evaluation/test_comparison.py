@@ -16,15 +16,17 @@ from scipy.stats import binomtest
 from ingle.config import Source, TaskConfig
 from ingle.errors import EvaluationError
 from ingle.evaluation import SampleText, TaskResult, compare, summarize
-from ingle.evaluation.scorers import Likelihood, Outputs, make_scorer
+from ingle.evaluation.scorers import Likelihood, MaskedTokens, Outputs, Prediction, make_scorer
 from ingle.evaluation.statistics.significance import holm
 from ingle.report.metrics import METRICS
 from ingle.report.results import to_dict
 from tests.stored_results import STORED
 
+TEXT_METRICS = ("exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte")
+
 
 def make_task(*metrics: str, **options: Any) -> TaskConfig:
-    return TaskConfig(sources=(Source(path="task.jsonl"),), metrics=metrics or tuple(METRICS), **options)
+    return TaskConfig(sources=(Source(path="task.jsonl"),), metrics=metrics or TEXT_METRICS, **options)
 
 
 def make_result(answers: list[str], targets: list[str], nll: float = 10.0) -> TaskResult:
@@ -68,7 +70,7 @@ def test_figures_and_keys_are_those_of_version_0_1() -> None:
 
 def test_every_metric_gets_the_test_of_its_kind() -> None:
     rows = compare(*make_pair(4, 30, 2, 4), make_task()).metrics
-    assert list(rows) == list(METRICS)
+    assert list(rows) == list(TEXT_METRICS)
     assert rows["exact_match"].p == pytest.approx(binomtest(2, 32).pvalue)
     assert rows["exact_match"].test == "exact McNemar"
     assert rows["exact_match"].interval == "Newcombe paired score"
@@ -87,9 +89,43 @@ def test_every_metric_gets_the_test_of_its_kind() -> None:
         assert row.outcome == "better"
 
 
+def make_predicted_pair(name: str) -> tuple[TaskResult, TaskResult]:
+    """Six samples that the base gets wrong and the tuned model right, as predictions of the right kind."""
+    base, tuned = make_pair(0, 6, 0, 0)
+    match METRICS[name].reads, name:
+        case "masked", _:
+            wrong, right = (
+                Outputs(masked=(MaskedTokens(9.0, 0, 3),) * 6),
+                Outputs(masked=(MaskedTokens(0.0, 3, 3),) * 6),
+            )
+            references = [("text",)] * 6
+        case _, "pearson" | "spearman" | "mse":
+            references = [(str(float(value)),) for value in range(6)]
+            wrong, right = (
+                Outputs(
+                    predictions=tuple(Prediction(scores=(sign * value,)) for value in range(6)), problem="regression"
+                )
+                for sign in (-1.0, 1.0)
+            )
+        case _, "entity_f1" | "entity_f1_macro" | "tag_accuracy":
+            names, references = ("O", "B-PER"), [("B-PER O",)] * 6
+            wrong, right = (
+                Outputs(predictions=(Prediction(tags),) * 6, label_names=names)
+                for tags in (("O", "B-PER"), ("B-PER", "O"))
+            )
+        case _:
+            names, references = ("no", "yes"), [("yes",), ("no",)] * 3
+            rows = [Prediction((label,), logps) for label, logps in (("no", (-0.1, -2.4)), ("yes", (-2.4, -0.1)))]
+            wrong = Outputs(predictions=(rows[0], rows[1]) * 3, label_names=names)
+            right = Outputs(predictions=(rows[1], rows[0]) * 3, label_names=names)
+    samples = tuple(replace(one, references=two) for one, two in zip(base.samples, references, strict=True))
+    return replace(base, samples=samples, outputs=wrong), replace(tuned, samples=samples, outputs=right)
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_scorers_and_their_descriptions_agree(name: str) -> None:
-    base, tuned = make_pair(0, 6, 0, 0)
+    is_text = METRICS[name].reads in ("answers", "likelihoods")
+    base, tuned = make_pair(0, 6, 0, 0) if is_text else make_predicted_pair(name)
     metric = make_scorer(name, make_task(name)).metric
     assert metric is METRICS[name]
     row = compare(base, tuned, make_task(name)).metrics[name]  # the tuned model answers everything right
@@ -187,6 +223,29 @@ def test_an_overflowing_perplexity_gives_strict_json() -> None:
     json.dumps(to_dict(result), allow_nan=False)
     assert result.metrics["perplexity"].base == pytest.approx(math.exp(100))
     assert result.outcome == "unclear"  # 5 samples: p = 2 / 2^5, whatever the difference
+
+
+def test_samples_of_one_group_count_together() -> None:
+    # 12 samples in 4 groups whose members always agree: as much evidence as 4 samples, not 12.
+    base, tuned = make_pair(0, 12, 0, 0)
+    base, tuned = (
+        replace(side, samples=tuple(replace(sample, group=i // 3) for i, sample in enumerate(side.samples)))
+        for side in (base, tuned)
+    )
+    rows = compare(base, tuned, make_task("exact_match", "chrf")).metrics
+    assert rows["exact_match"].p == pytest.approx(2 / 2**4)
+    assert rows["exact_match"].test == "exact sign-flip permutation of 4 groups"
+    assert rows["exact_match"].interval.endswith("of 4 groups")
+    assert rows["chrf"].p_exact == pytest.approx(2 / 2**4)
+    assert rows["chrf"].p == pytest.approx(2 / 2**4, abs=0.01)
+    assert rows["exact_match"].n == 12
+
+
+def test_models_with_different_labels_cannot_be_compared() -> None:
+    base, tuned = make_predicted_pair("accuracy")
+    other = replace(tuned, outputs=replace(tuned.outputs, label_names=("no", "yes", "maybe")))
+    with pytest.raises(EvaluationError, match="different labels"):
+        compare(base, other, make_task("accuracy"))
 
 
 def test_different_samples_cannot_be_compared() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -9,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ingle.config import Run
-from ingle.evaluation import SampleText, TaskResult, compare
+from ingle.evaluation import SampleText, TaskResult, compare, compare_all
 from ingle.evaluation.scorers import Likelihood, Outputs
 from ingle.report.results import RunReport, to_dict
 from ingle.report.run_files import read_report, read_steps, write_report
+from ingle.report.terminal_tables import comparison_table
 from tests.stored_results import STORED
 
 EVIL = "<script>alert('x')</script>&<img src=http://example.org/a.png onerror=alert(1)>"
@@ -48,6 +51,12 @@ SUMMARY = {
         ],
     },
 }
+
+
+def render_text(table) -> str:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
 
 
 class Page(HTMLParser):
@@ -237,3 +246,31 @@ def test_validations_are_read_with_their_steps(tmp_path: Path) -> None:
         {"step": 0, "validation_loss": 4.0},
         {"step": 1, "loss": 3.0, "validation_loss": 3.5},
     ]
+
+
+def test_a_report_has_the_strongest_baseline_first_and_names_all(tmp_path):
+    weak, tuned = make_results("text")
+    strong = TaskResult(weak.samples, Outputs(("target text 0",) + ("no",) * 11, weak.outputs.likelihoods))
+    run = make_run(tmp_path, "exact_match")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    compared = compare_all({"majority": weak, "zero-shot": strong}, tuned, run.evaluate)
+    assert list(compared) == ["zero-shot", "majority"]
+    metrics = write_steps(folder / "metrics.jsonl", [2.0, 1.0])
+    report = write_report(
+        folder,
+        run=run,
+        comparison=compared["zero-shot"],
+        comparisons=compared,
+        summary=SUMMARY,
+        metrics_path=metrics,
+    )
+    assert read_report(folder / "report.json") == report
+    assert report.base_name == "zero-shot"
+    assert report.metrics["exact_match"].base == pytest.approx(1 / 12)
+    assert report.comparisons["majority"].metrics["exact_match"].base == 0.0
+    assert "exact match 0.0 % (majority) → 100.0 %" in report.comparisons["majority"].verdict
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Zero-shot against tuned" in page and "(majority)" in page
+    shown = render_text(comparison_table(report))
+    assert "zero-shot" in shown and "(majority) → 100.0 %" in shown
