@@ -58,7 +58,7 @@ class PairEncoder:
             special = self._special[len(ids) - 1]
             if len(ids) == 2 and not len(special.parts[1]):
                 counts.remarks.add(_NOTHING_BETWEEN, example.origin)
-            room = self._options.max_seq_len - special.count
+            room = self._options.max_seq_len - special.num_tokens
             lost = sum(map(len, ids)) - room
             if lost > 0 and self._options.too_long == "drop":
                 counts.dropped.add(f"Longer than data.max_seq_len = {self._options.max_seq_len}.", example.origin)

@@ -53,8 +53,8 @@ class SourceEncoder:
             if not len(source) or not len(target):
                 counts.dropped.add("Empty target." if len(source) else "Empty source.", example.origin)
                 continue
-            lost_source = len(source) + self._source.count - options.max_seq_len
-            lost_target = len(target) + self._target.count - options.max_target_len
+            lost_source = len(source) + self._source.num_tokens - options.max_seq_len
+            lost_target = len(target) + self._target.num_tokens - options.max_target_len
             if max(lost_source, lost_target) > 0 and options.too_long == "drop":
                 limit = "max_seq_len" if lost_source > 0 else "max_target_len"
                 counts.dropped.add(f"Longer than data.{limit} = {getattr(options, limit)}.", example.origin)
@@ -62,7 +62,7 @@ class SourceEncoder:
             counts.truncated_documents += (lost_source > 0) + (lost_target > 0)
             counts.truncated_tokens += max(lost_source, 0) + max(lost_target, 0)
             counts.cut_ends += lost_target > 0
-            source = _wrap(self._source, source[: options.max_seq_len - self._source.count])
+            source = _wrap(self._source, source[: options.max_seq_len - self._source.num_tokens])
             target = _wrap(self._target, target)[: options.max_target_len]
             yield (
                 example,

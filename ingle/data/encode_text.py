@@ -31,7 +31,7 @@ class TextPieces:
         self._backend = copy_backend(tokenizer)
         self._special = read_special_tokens(tokenizer, self._backend, 1)._replace(types=())
         self._is_special = is_special(tokenizer)
-        self._room = options.max_seq_len - self._special.count
+        self._room = options.max_seq_len - self._special.num_tokens
 
     def encode(self, examples: Sequence[Example], counts: Counts) -> Iterator[tuple[Example, Sequence[Piece]]]:
         """Yields the documents of each row that is kept; see :class:`~ingle.data.row_encoder.RowEncoder`."""

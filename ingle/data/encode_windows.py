@@ -53,7 +53,7 @@ class WindowEncoder:
             question, context = np.array(asked.ids, np.int32), np.array(found.ids, np.int32)
             spans = _strip(np.array(found.offsets, np.int32).reshape(-1, 2), example.texts["context"].text or "")
             answer = self._find_answer(example, spans)
-            room = self._options.max_seq_len - self._special.count - len(question)
+            room = self._options.max_seq_len - self._special.num_tokens - len(question)
             if room < 1 or not len(context) or not len(question):
                 counts.dropped.add(_NO_ROOM if room < 1 else "Empty question or context.", example.origin)
                 continue

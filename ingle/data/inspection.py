@@ -133,8 +133,8 @@ def inspect_rows(path: str, *, num_previews: int = 3) -> RowsReport:
                 labels.update([example.label] if isinstance(example.label, str) else map(str, example.label))
             num_chars.append(sum(len(text) for _, text in _parts(example)))
             duplicates.add(example)
-            if (kind := _find_empty(example)) is not None:
-                empty.add(kind, example.origin)
+            if (lack := _find_empty(example)) is not None:
+                empty.add(lack, example.origin)
     found = duplicates.result()
     rows = layouts.total()
     read_all = chain.from_iterable(read_examples([each], objective=objectives[each.path]) for each in sources)

@@ -139,8 +139,8 @@ def detect_source(
     row = rename_columns(raw, source.columns, origin) if source.columns else raw
     found = detect_labelled(row, objective, has_label=source.label is not None)
     if found is None and objective in ("mlm", "span") and "text" not in row:
-        found = "text", {"text": text} if (text := find_text(row)) else {}
-        found = found if found[1] else None
+        text = find_text(row)
+        found = ("text", {"text": text}) if text else None
     if found is not None:
         layout, roles = found
         own = {role: source.columns.get(column, column) for role, column in roles.items()}

@@ -56,7 +56,7 @@ class Previews:
             ids = seen.input_ids
         label, marks, tags = self._read_labels(sample)
         shown = supervised if marks is None else marks
-        stretches = tuple(self._stretch(ids, shown, notes | tags))
+        stretches = tuple(self._stretch(ids, shown, {**notes, **tags}))
         after = tuple(self._stretch(target, np.ones(len(target), np.bool_), {})) if target is not None else ()
         num_supervised = int(shown.sum()) if target is None else len(target)
         return Preview(self._dataset.origin(i), len(ids), num_supervised, stretches, label, after)

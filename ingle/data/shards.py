@@ -119,7 +119,7 @@ def make_shard(found: Tokenized, prefix: str, base: int) -> Shard:
     tokens, (prompts, rows, openings) = found.tokens, found.keys.arrays()
     columns = {f"{_TOKEN}{name}": column for name, column in tokens.columns.items()}
     columns |= {f"{_DOCUMENT}{name}": column for name, column in found.document_columns.items()}
-    texts = {}
+    texts: dict[str, Any] = {}
     if found.groups is not None:
         texts = {
             "names": found.groups.names,

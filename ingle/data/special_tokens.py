@@ -24,7 +24,7 @@ class SpecialTokens(NamedTuple):
     types: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def num_tokens(self) -> int:
         """Number of special tokens."""
         return sum(map(len, self.parts))
 
@@ -56,7 +56,8 @@ def read_special_tokens(tokenizer: Tokenizer, backend: Any, num_texts: int) -> S
 
 def read_target_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Reads the special tokens around a target, which are others than those of a source in translation models."""
-    found: Any = tokenizer(text_target="a")
+    reader: Any = tokenizer  # a call with text_target alone is transformers' own
+    found = reader(text_target="a")
     return _split(found.encodings[0], 1, has_types=False)
 
 

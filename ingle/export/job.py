@@ -15,6 +15,7 @@ from ingle.config.base import NoBase
 from ingle.config.data import DataConfig
 from ingle.config.data import Source as DataSource
 from ingle.config.model import ModelConfig
+from ingle.config.objective import ObjectiveConfig, ObjectiveKind
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.data import Example
@@ -276,7 +277,7 @@ class ExportJob:
         config = self._text_config()
         assert config is not None
         own = self.run.objective if self.run is not None and self.request.data is None else None
-        objective = "sft" if own is None else data.name_labels(config, own)
+        objective: ObjectiveConfig | ObjectiveKind = "sft" if own is None else data.name_labels(config, own)
         sources = tuple(
             source.model_copy(update={"limit": min(source.limit or MAX_ROWS, MAX_ROWS)}) for source in config.sources
         )

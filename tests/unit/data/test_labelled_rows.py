@@ -99,7 +99,7 @@ def test_lines_of_a_file_of_one_class(tmp_path):
         ("a fine film", "positive", "1"),
         ("beautiful", "positive", "3"),
     ]
-    with pytest.raises(DataError, match="format of a.pos is unknown") as caught:
+    with pytest.raises(DataError, match=r"format of a\.pos is unknown") as caught:
         read(tmp_path / "a.pos", "a fine film\n", "classify")
     assert "lines: true" in caught.value.fix
 
