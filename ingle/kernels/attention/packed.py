@@ -181,7 +181,7 @@ class _PackedAttention(torch.autograd.Function):
         grads = attend_backward(grad, delta, lse, q, k, v, spans, ctx.scores, grad_bias)
         layouts = ((heads.q, spans.by_tile), (heads.kv, spans.by_segment), (heads.kv, spans.by_segment))
         grads_NHD = (
-            ungroup_rows(grouped, out_NHD.new_empty(len(by), count, heads.size), by, heads)
+            ungroup_rows(grouped, out_NHD.new_empty(grouped.numel()).view(-1, count, heads.size), by, heads)
             for grouped, (count, by) in zip(grads, layouts, strict=True)
         )
         grad_sinks = None
