@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, reading
-from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, run_to_head, through_head
+from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, through_head
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
+from ingle.models.forward.to_head import run_to_head
 from ingle.wording import first_line
 
 #: Largest relative difference of a token's logits between the two halves and the full model. Rounding to bfloat16
