@@ -43,8 +43,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """All parts of a run, ready for its first step."""
+    """All parts of a run, ready for its first step.
 
+    Attributes:
+        run: The config, with the names of all labels in its objective.
+    """
+
+    run: Run
     mesh: parallel.Mesh
     plan: planning.Plan
     tokenizer: Any
@@ -90,9 +95,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     contamination = search.result() if task_rows else None
     if contamination is not None and contamination.same_prompt:
         sink(warn_of_contamination(contamination))
+    limit = max(run.data.max_seq_len, run.data.max_target_len or 0)  # spans are removed from texts that are longer
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
-        models.refuse_longer(model, int(each.lengths.max()), where="data.max_seq_len")
+        models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
     models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
@@ -254,6 +260,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         imatrix = ImatrixCollector(model, add=add, is_main=mesh.is_main)
         objective.module.observe = imatrix.opened
     return Assembled(
+        run=run,
         mesh=mesh,
         plan=replace(plan, compile=compiled),
         tokenizer=ready.tokenizer,
