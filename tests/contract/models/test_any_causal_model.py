@@ -50,7 +50,7 @@ REASONS = {
     "xlnet": "its tokens see later tokens",
 }
 #: Types whose stacked weights have a layout that cannot be quantized.
-STACKED = ("dbrx", "inkling_text", "jetmoe", "longcat_flash", "recurrent_gemma", "zamba")
+STACKED = ("dbrx",)
 #: Why there is no small model of a type.
 NOT_BUILT = {
     **dict.fromkeys(("dots3_note", "dots3_note_text", "qwen4_exp"), "the sizes of the default config do not shrink"),
@@ -59,6 +59,9 @@ NOT_BUILT = {
     "gemma3n": "its image tower needs Pillow",
     "reformer": "it needs texts whose length is a multiple of its chunks",
 }
+#: Largest relative errors of gradients. Where it is not 1e-4, the float32 gradients of transformers differ as much from
+#: its float64 gradients: the delta rule normalizes short vectors.
+ROUNDING = {"bailing_hybrid": 5e-4, "qwen3_5_moe": 3e-4, "qwen3_5_moe_text": 3e-4, "qwen3_next": 3e-4}
 LENGTHS = (7, 30, 3, 18, 11)
 BASES = [NoBase(), Nf4Base(format="nf4")]
 TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in SOME)]
@@ -112,7 +115,7 @@ def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_o
     for name, parameter in adapters.trainable_parameters(model):
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         error = (actual - gradients[name]).norm() / gradients[name].norm().clamp_min(floor)
-        assert error < 1e-4, (name, float(error))
+        assert error < ROUNDING.get(kind, 1e-4), (name, float(error))
 
 
 @pytest.mark.parametrize("kind", TYPES)
