@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.kinds import ModelKind, ModelTask, auto_class, kind_of
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -32,14 +33,29 @@ _LENGTHS = (21, 5, 13, 2, 9)
 _TOLERANCE = 1e-4
 
 _FORMS: tuple[MaskForm, ...] = ("additive", "visible", "hidden")
-_CANDIDATES = (
-    Layout(),
-    Layout(takes_bounds=False),
-    *(Layout(deals_attention=True, mask_form=form, takes_bounds=bounds) for form in _FORMS for bounds in (True, False)),
-    Layout(deals_attention=True, equal=True),
-    Layout("rows"),
-    Layout("equal_rows"),
-)
+_LAST = (Layout("rows"), Layout("equal_rows"))
+_CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
+    "causal": (
+        Layout(),
+        Layout(takes_bounds=False),
+        *(Layout(deals_attention=True, mask_form=form, takes_bounds=each) for form in _FORMS for each in (True, False)),
+        Layout(deals_attention=True, equal=True),
+        *_LAST,
+    ),
+    "encoder": (
+        Layout(described=True),
+        Layout(),
+        *(
+            Layout(deals_attention=True, mask_form=form, takes_bounds=takes_bounds, equal=equal)
+            for equal in (False, True)
+            for form in (*_FORMS, "padding")
+            for takes_bounds in (True, False)
+        ),
+        Layout(deals_attention=True, mask_form="none", takes_bounds=False, equal=True),
+        *_LAST,
+    ),
+    "encoder_decoder": _LAST,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +97,13 @@ def _choose(described: _Described) -> Choice:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
         documents = _documents(reference)
         alone = [_compute_alone(reference, document) for document in documents]
-        is_causal = _is_causal(reference, documents[0])
+        kind = kind_of(described.config)
+        is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
     except Exception:
         return Choice(Layout(), tried=False)
     expected = torch.cat(alone)
-    for candidate in _CANDIDATES:
+    for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             read = _read_linears(reference, candidate, documents)
             return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
@@ -97,13 +114,14 @@ def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
     if is_wrapper(config):
         return _build_text_part(config)
     with torch.device("meta"):
-        on_meta = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        auto = auto_class(config, ModelTask())
+        on_meta = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     size = sum(parameter.numel() for parameter in on_meta.parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         enliven(model)
