@@ -58,7 +58,11 @@ def load(folder: Path, base: BaseConfig) -> PreTrainedModel:
 
 
 def require_same_losses_and_gradients(
-    model: PreTrainedModel, reference: PreTrainedModel, documents: list[list[int]], targets: Targets
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    documents: list[list[int]],
+    targets: Targets,
+    rounding: float = 1e-4,
 ) -> None:
     replace_by_decoded(reference, model)
     attach(model)
@@ -70,7 +74,7 @@ def require_same_losses_and_gradients(
     for name, parameter in adapters.trainable_parameters(model):
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         error = (actual - gradients[name]).norm() / gradients[name].norm().clamp_min(floor)
-        assert error < 1e-4, (name, float(error))
+        assert error < rounding, (name, float(error))
 
 
 def require_independent_documents(model: PreTrainedModel, documents: list[list[int]], targets: Targets) -> None:
