@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ingle.planning.selection import is_inside
+
 
 def task_heads(model: nn.Module) -> tuple[str, ...]:
     """Returns the paths of the modules that a pretrained model lacks, as it was built for; none in language models.
@@ -16,4 +18,4 @@ def task_heads(model: nn.Module) -> tuple[str, ...]:
 
 def is_in_head(model: nn.Module, name: str) -> bool:
     """Returns whether a module or parameter is a task's head or part of it."""
-    return any(name == head or name.startswith(f"{head}.") for head in task_heads(model))
+    return is_inside(name, task_heads(model))
