@@ -43,8 +43,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """All parts of a run, ready for its first step."""
+    """All parts of a run, ready for its first step.
 
+    Attributes:
+        run: The config, with the names of all labels in its objective.
+    """
+
+    run: Run
     mesh: parallel.Mesh
     plan: planning.Plan
     tokenizer: Any
@@ -254,6 +259,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         imatrix = ImatrixCollector(model, add=add, is_main=mesh.is_main)
         objective.module.observe = imatrix.opened
     return Assembled(
+        run=run,
         mesh=mesh,
         plan=replace(plan, compile=compiled),
         tokenizer=ready.tokenizer,
