@@ -36,8 +36,9 @@ class Selection:
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
     """Applies ``target_modules`` and ``trainable_modules`` of an adapter section to a model.
 
-    The head of a task is always trained in full, because a pretrained model has none. ``all-linear`` selects every linear layer except the output head, as in PEFT, and except those that PEFT could not
-    read back; see :func:`named_like_experts`.  Layers inside a trainable module get no adapter.
+    The head of a task is always trained in full, because a pretrained model has none.  ``all-linear`` selects every
+    linear layer except the output head, as in PEFT, and except those that PEFT could not read back; see
+    :func:`named_like_experts`.  Layers inside a trainable module get no adapter.
 
     Raises:
         AdapterError: A pattern matches nothing, or no layer is left to adapt.

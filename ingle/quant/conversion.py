@@ -1,8 +1,8 @@
 """Replaces the linear layers of a model by quantized ones, before or after weights are loaded.
 
-Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head and the head of a task, and fused experts. Embedding and output head
-are converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases stay in the compute dtype.
-Any other module that seems to contain large weights is an error.
+Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head and the head of a task, and fused experts.
+Embedding and output head are converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases
+stay in the compute dtype. Any other module that seems to contain large weights is an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Task heads over packed documents compute what transformers computes for each document alone, and so do their files."""
+"""Task heads over packed documents compute what transformers computes for each document alone."""
 
 from __future__ import annotations
 
