@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
+from ingle.config.objective import TRAINS
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -78,6 +79,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     tokenizer = models.load_tokenizer(run.model)
     run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
     model = models.meta_model(run.model, device, dtype)
+    models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)
     with parallel.local_first("data"):  # process groups come later: this may take hours
         build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)

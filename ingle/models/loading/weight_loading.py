@@ -24,6 +24,7 @@ from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.forward.verification import verify
+from ingle.models.kinds import task_of
 from ingle.models.loading.config_json import bitnet_divides, config_path, read_json
 from ingle.models.loading.gguf_model import convert_base, is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.loading.gguf_weights import GgufWeight
@@ -117,7 +118,7 @@ def load_weights(
     """
     device = torch.device(device)
     mesh = mesh or Mesh(device)
-    architecture = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
+    architecture = build(model.config, dtype, trust_remote_code=config.trust_remote_code, task=task_of(model))
     with mesh.together():
         if config.init == "random":
             _read_generation_config(model, config, part="small")
