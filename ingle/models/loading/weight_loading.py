@@ -24,7 +24,7 @@ from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.forward.verification import verify
-from ingle.models.kinds import task_of
+from ingle.models.kinds import ModelTask, task_of
 from ingle.models.loading.config_json import bitnet_divides, config_path, read_json
 from ingle.models.loading.gguf_model import convert_base, is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.loading.gguf_weights import GgufWeight
@@ -48,6 +48,8 @@ from ingle.models.text_part import build_wrapper, is_wrapper
 from ingle.parallel import Mesh, is_sharded
 from ingle.wording import some
 
+_LANGUAGE_MODEL = ModelTask()
+
 
 def load_model(
     model: ModelConfig,
@@ -56,6 +58,7 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     sink: Sink | None = None,
+    task: ModelTask = _LANGUAGE_MODEL,
 ) -> PreTrainedModel:
     """Loads and verifies a model, in evaluation mode.
 
@@ -65,16 +68,18 @@ def load_model(
         device: Device of the model.
         seed: Seed of random weights (``init: random``).
         sink: Receives progress and warnings.
+        task: What its head predicts.
 
     Raises:
         ModelError: The model cannot be found or read, or is not supported.
         QuantizationError: A weight cannot be quantized to the format.
     """
     dtype = compute_dtype(model.dtype, device)
-    loaded = meta_model(model, device, dtype)
+    loaded = meta_model(model, device, dtype, task)
     convert_base(loaded, model, base if base is not None else NoBase())
     load_weights(loaded, model, device, dtype, seed=seed, sink=sink)
-    verify(loaded)
+    if task.kind == "lm":
+        verify(loaded)
     loaded.eval()
     return loaded
 
