@@ -21,7 +21,7 @@ from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
-from ingle.models.text_limits import num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
+from ingle.models.text_limits import choose_padding, num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.text_part import reader_class, tower_paths
 from ingle.models.tokenizer import load_tokenizer
 
@@ -36,6 +36,7 @@ __all__ = [
     "Routers",
     "can_recompute",
     "choose_formats",
+    "choose_padding",
     "compute_dtype",
     "convert_base",
     "copy_processor",
