@@ -15,6 +15,7 @@ from ingle.config.objective import TRAINS
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
+from ingle.objectives.model_task import model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
@@ -83,7 +84,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
     run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
-    model = models.meta_model(run.model, device, dtype)
+    task = model_task(run.objective)
+    model = models.meta_model(run.model, device, dtype, task)
     models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)
     with parallel.local_first("data"):  # process groups come later: this may take hours
         build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
@@ -99,7 +101,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
         models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
-    models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
+    if task.kind == "classify" and models.kind_of(model.config) == "causal":
+        models.choose_padding(model, tokenizer, dataset.last_ids())
+    if task.kind == "lm":
+        models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)

@@ -259,7 +259,8 @@ def _score_samples(run: Run, parts: Assembled) -> dict[str, float]:
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink: Sink) -> None:
     result, mesh, tokenizer = folder.result(run), parts.mesh, parts.tokenizer
     if run.adapter.kind == "none" and parts.plan.strategy.shards_optimizer:
-        whole = models.meta_model(run.model, torch.device("cpu"), models.compute_dtype(run.model.dtype, mesh.device))
+        dtype = models.compute_dtype(run.model.dtype, mesh.device)
+        whole = models.meta_model(run.model, torch.device("cpu"), dtype, models.task_of(parts.model))
         models.convert_base(whole, run.model, run.base)
         models.save_sharded(parts.model, whole, tokenizer, result, mesh, source=run.model, finish=quant.settle)
     elif run.adapter.kind == "none":
