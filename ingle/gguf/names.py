@@ -237,3 +237,21 @@ def names_of(config: Mapping[str, Any], *, decoder: str = "", head: str = "lm_he
         GgufError: The architecture is not supported.
     """
     return TensorNames(family_of_config(config), config, decoder, head)
+
+
+def names_of_model(model: Any) -> TensorNames:
+    """Returns the tensor names of a model of transformers, or of the text part of a multimodal one.
+
+    Args:
+        model: Has ``config``, ``get_input_embeddings`` and ``get_output_embeddings``.
+
+    Raises:
+        GgufError: The architecture is not supported.
+    """
+    whole = model.config
+    text = whole if whole.is_encoder_decoder else whole.get_text_config(decoder=True)
+    config = text.to_dict() | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    paths = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder = "" if text is whole else paths[id(embedding)].rpartition(".")[0]
+    return names_of(config, decoder=decoder, head=paths.get(id(head), "lm_head"))

@@ -14,7 +14,7 @@ from ingle.errors import ConfigError, GgufError
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.container import block_of, row_bytes
 from ingle.gguf.mixes import ALIASES, FILE_TYPES, Mix, mix_of
-from ingle.gguf.names import TensorNames, names_of
+from ingle.gguf.names import TensorNames, names_of_model
 from ingle.quant import Format, make_format
 from ingle.wording import nearest
 
@@ -133,7 +133,8 @@ def list_candidates(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found, left_out = [], []
     try:
-        metadata = to_metadata(model.config.to_dict())
+        names_in_gguf = names_of_model(model)
+        metadata = to_metadata(names_in_gguf.config)
     except GgufError:
         metadata = None
     for target in targets:
@@ -144,7 +145,7 @@ def list_candidates(
         else:
             tied = bool(model.config.tie_word_embeddings)
             mix = mix_of(target.name, metadata, tied=tied, has_imatrix=has_imatrix)
-            found.append(_in_gguf(target.name, shapes, mix, names_of(model.config.to_dict())))
+            found.append(_in_gguf(target.name, shapes, mix, names_in_gguf))
     return found, left_out
 
 
