@@ -155,13 +155,14 @@ def _in_gguf(target: str, shapes: Mapping[str, tuple[int, ...]], mix: Mix, names
     types: Counter[str] = Counter()
     size = 0
     for name, shape in shapes.items():
-        gguf_name = names.to_gguf(name)
-        assert gguf_name is not None, name
-        kind = mix.tensor_type(gguf_name, shape)
-        types[kind] += prod(shape)
-        size += prod(shape[:-1]) * row_bytes(kind, shape[-1])
-        if block_of(kind)[0] > 1:
-            formats[name] = made.setdefault(kind, _format(base_section({"format": kind})))
+        rule = names.rule(name, shape)
+        assert rule is not None, name
+        kinds = [mix.tensor_type(*each) for each in zip(rule.tensors, rule.file_shapes, strict=True)]
+        for kind, part in zip(kinds, rule.file_shapes, strict=True):
+            types[kind] += prod(part)
+            size += prod(part[:-1]) * row_bytes(kind, part[-1])
+        if block_of(kinds[0])[0] > 1:  # one format for a parameter whose tensors may have several
+            formats[name] = made.setdefault(kinds[0], _format(base_section({"format": kinds[0]})))
     return Candidate(target, "gguf", formats, types, size)
 
 
