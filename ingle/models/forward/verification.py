@@ -15,6 +15,8 @@ from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, run_to_head, through_head
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
+from ingle.models.kinds import kind_of
+from ingle.models.text_part import text_config
 from ingle.wording import first_line
 
 #: Largest relative difference of a token's logits between the two halves and the full model. Rounding to bfloat16
@@ -49,16 +51,24 @@ def verify(model: PreTrainedModel) -> None:
 def _compare_logits(model: PreTrainedModel) -> None:
     device = device_of(model)
     lengths = (7, 5)
-    documents = _documents(lengths, model.config.get_text_config().vocab_size)
-    rows = nn.utils.rnn.pad_sequence(documents, batch_first=True).to(device)
-    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+    documents = _documents(lengths, text_config(model.config).vocab_size)
     with reading(_origin(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
-        theirs = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask].float()
+        theirs = _their_logits(model, [document.to(device) for document in documents]).float()
     ours = through_head(model, Head.logits, _forward(model, documents, device))[0].float()
     if not torch.isfinite(theirs).all():
         raise _not_finite(model)
     why = "its head, its positions or its attention are not computed in a way that Ingle supports"
     _require_close(model, ours, theirs, lengths, _TOLERANCE, why)
+
+
+def _their_logits(model: PreTrainedModel, documents: list[Tensor]) -> Tensor:
+    if kind_of(model.config) != "causal":  # padding changes the results of some encoders
+        return torch.cat([model(input_ids=document[None]).logits[0] for document in documents])
+    lengths = torch.tensor([len(document) for document in documents], device=documents[0].device)
+    rows = nn.utils.rnn.pad_sequence(documents, batch_first=True)
+    mask = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
+    logits: Tensor = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits[mask]
+    return logits
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:
