@@ -94,6 +94,7 @@ def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 
 @functools.lru_cache(maxsize=256)
+@torch.no_grad()
 def _choose(described: _Described) -> Choice:
     kind = kind_of(described.config)
     try:
@@ -107,9 +108,8 @@ def _choose(described: _Described) -> Choice:
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
-            read = _read_linears(reference, candidate, documents)
-            found = replace(candidate, read=read, has_layers_before_head=before_head, added_bias=added_bias)
-            return Choice(found, is_causal)
+            found = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
+            return Choice(replace(found, read=_read_linears(reference, found, documents)), is_causal)
     return Choice(None, is_causal)
 
 
@@ -260,11 +260,14 @@ class _WithoutWeight(nn.Module):
 
 def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> frozenset[str]:
     """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
-    candidates: dict[str, list[str]] = {}
+    head, candidates = model.get_output_embeddings(), dict[str, list[str]]()
     for name, owner in model.named_modules():
         for key, child in owner.named_children():
-            if name and isinstance(child, nn.Linear) and f"self.{key}.weight" in source(original_class(owner)):
-                candidates.setdefault(pattern_of(f"{name}.{key}"), []).append(f"{name}.{key}")
+            if child is head or not isinstance(child, nn.Linear):
+                continue
+            if f"self.{key}.weight" in source(original_class(owner)):
+                path = f"{name}.{key}".removeprefix(".")
+                candidates.setdefault(pattern_of(path), []).append(path)
     found = set[str]()
     for pattern, names in candidates.items():
         changed = copy.deepcopy(model)
