@@ -68,11 +68,13 @@ class Choice:
         layout: None if no layout is exact.
         is_causal: Whether no token sees a later one.
         tried: Whether a tiny copy could be built; if not, the layout is a guess from the names of modules.
+        reason: Why there is no layout.
     """
 
     layout: Layout | None
     is_causal: bool = True
     tried: bool = True
+    reason: str = "it gives other results for several documents in a batch than for each alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ def _choose(described: _Described) -> Choice:
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
         added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
+        if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
+            return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
     except Exception:
         return Choice(Layout(has_layers_before_head=kind != "causal"), tried=False)
     expected = torch.cat(alone)
@@ -209,6 +213,13 @@ def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Te
         return bool(kept)
     scale = (kept[0] * hidden).sum() / hidden.square().sum()  # a factor on the logits, which the head applies
     return _difference(kept[0], hidden * scale) > _TOLERANCE
+
+
+def _calls_output_layer(model: PreTrainedModel, document: Tensor) -> bool:
+    model, calls = copy.deepcopy(model), list[bool]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(True))
+    model(input_ids=document[None])
+    return bool(calls)
 
 
 def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
