@@ -75,6 +75,7 @@ def head(model: PreTrainedModel) -> Head:
         )
     scaled = model.config.model_type not in _UNSCALED
     config = text_config(model.config) if scaled else None
+    config = getattr(config, "decoder", config)  # of an encoder-decoder with a section for each part
     scale = 1.0
     for name in _FACTORS:
         scale *= float(getattr(config, name, None) or 1.0)

@@ -130,7 +130,7 @@ def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choi
     for candidate in _CANDIDATES["encoder_decoder"]:
         layout = replace(candidate, has_layers_before_head=before_head)
         if _is_exact(reference, layout, sources, expected, targets):
-            return Choice(layout)
+            return Choice(replace(layout, read=_read_linears(reference, layout, sources, targets)))
     return Choice(None)
 
 
@@ -255,6 +255,8 @@ def _compute_packed(
 class _WithoutWeight(nn.Module):
     """A linear layer that can be called only, as a quantized one."""
 
+    weight = None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._called = linear
@@ -265,7 +267,9 @@ class _WithoutWeight(nn.Module):
         return output
 
 
-def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> frozenset[str]:
+def _read_linears(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> frozenset[str]:
     """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
     candidates: dict[str, list[str]] = {}
     for name, owner in model.named_modules():
@@ -280,8 +284,8 @@ def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor
             assert isinstance(linear, nn.Linear)
             changed.set_submodule(name, _WithoutWeight(linear))
         try:
-            _compute_packed(changed.train(), layout, documents)
-        except AttributeError:
+            _compute_packed(changed.train(), layout, documents, targets)
+        except (AttributeError, TypeError):
             found.add(pattern)
     return frozenset(found)
 
