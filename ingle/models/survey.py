@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -37,14 +36,17 @@ _OBJECTIVES: dict[ModelKind, tuple[str, ...]] = {
 _HEADS: tuple[TaskKind, ...] = ("classify", "tag", "answer")
 
 
-def known_types() -> Iterator[tuple[str, ModelKind]]:
-    """Yields every ``model_type`` of the installed transformers that has a language model, with its kinds."""
-    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        yield name, "causal"
-    for name in sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()):
-        yield name, "encoder"
-    for name in sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
-        yield name, "encoder_decoder"
+def known_types() -> list[tuple[str, ModelKind]]:
+    """Returns every ``model_type`` of the installed transformers that has a language model, with each of its kinds."""
+    pairs = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    # Some that read sound are listed there, too; of a text, their causal model is trained.
+    sound = {name for name in pairs if not CONFIG_MAPPING[name].is_encoder_decoder}
+    found: dict[ModelKind, set[str]] = {
+        "causal": set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | sound,
+        "encoder": set(MODEL_FOR_MASKED_LM_MAPPING_NAMES) - set(pairs),
+        "encoder_decoder": set(pairs) - sound,
+    }
+    return sorted((name, kind) for kind, names in found.items() for name in names)
 
 
 def default_config(name: str, kind: ModelKind) -> PretrainedConfig:

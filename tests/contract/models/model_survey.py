@@ -7,16 +7,18 @@ import transformers
 from ingle.models.kinds import ModelKind
 from ingle.models.survey import default_config, known_types, survey
 from ingle.planning.model_types import ModelType, write_table
-from tests.contract.models.tiny_types import small_config, small_encoder_config
+from tests.contract.models.tiny_types import small_config, small_encoder_config, small_encoder_decoder_config
 
 
 def survey_type(name: str, kind: ModelKind) -> ModelType:
     """Returns how Ingle trains a type with a small config, or else with its default config."""
-    small = {"causal": small_config, "encoder": small_encoder_config, "encoder_decoder": None}[kind]
+    small = {
+        "causal": small_config,
+        "encoder": small_encoder_config,
+        "encoder_decoder": small_encoder_decoder_config,
+    }[kind]
     found = ModelType(name, kind)
     for make in (small, lambda name: default_config(name, kind)):
-        if make is None:
-            continue
         try:
             found = survey(make(name), kind)
         except Exception as error:  # configs fail in many ways with sizes that they do not expect
