@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
@@ -85,7 +85,7 @@ def meta_model(
 
 
 def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
-    if task.kind != "lm" and kind_of(config) == "encoder_decoder":
+    if task.kind != "lm" and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return Layout("rows")  # the head reads what a decoder makes of the text itself
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
     if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
