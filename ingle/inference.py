@@ -25,6 +25,9 @@ from ingle.events import Sink, Warned
 from ingle.models.generation.stop_criteria import Generation
 from ingle.training.folder import RunFolder
 
+#: Longest document of a model without a run that says it; longer texts are cut, or read in windows.
+_MAX_TOKENS = 4096
+
 #: What models predict that generate no text.
 _NOT_TEXT: dict[str, str] = {
     "classify": "labels of texts",
@@ -63,8 +66,9 @@ class Source:
         """
         if self.run is not None and objectives.has_labels(self.run.objective):
             return self.run.objective
-        stored = models.stored_task(self.model)
-        return objectives.trained_objective(stored, models.stored_kind(self.model))
+        head = None if self.adapter is None else self.adapter / "head"
+        described = ModelConfig(id=str(head)) if head is not None and head.is_dir() else self.model
+        return objectives.trained_objective(models.stored_task(described), models.stored_kind(self.model))
 
 
 class Opened(NamedTuple):
@@ -247,6 +251,14 @@ def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = Fals
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
     return Opened(model, tokenizer, objective, adapted)
+
+
+def longest_document(source: Source, opened: Opened) -> int:
+    """Returns the most tokens that a document may have: those of the run, or what the model can read."""
+    if source.run is not None:
+        return source.run.data.max_seq_len
+    limits = (models.text_limit(opened.model), getattr(opened.tokenizer, "model_max_length", None))
+    return min(_MAX_TOKENS, *(int(limit) for limit in limits if limit is not None), _MAX_TOKENS)
 
 
 def _locate_run(folder: Path) -> Source:

@@ -11,7 +11,7 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from ingle import inference, models
+from ingle import inference
 from ingle.config.data import Source
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Tag
 from ingle.data import Example, read_examples
@@ -26,8 +26,6 @@ from ingle.events import Progress, Sink
 #: A prediction as plain data, as ``ingle predict --json`` prints it.
 Record = dict[str, Any]
 
-#: Longest document of a model without a run that says it; longer texts are cut, or read in windows.
-_MAX_TOKENS = 4096
 #: Fills of a mask, by default.
 _NUM_FILLS = 5
 #: Words with their inner points, hyphens and apostrophes, and single other characters.
@@ -176,15 +174,7 @@ def open_predictor(path_or_id: str, *, allow_mismatch: bool = False, sink: Sink 
             fix=f"ingle generate {path_or_id}",
         )
     opened = inference.load(source, allow_mismatch=allow_mismatch, sink=sink)
-    return Predictor(opened.model, opened.tokenizer, objective, _longest(source, opened))
-
-
-def _longest(source: inference.Source, opened: inference.Opened) -> int:
-    """Returns the tokens of the longest document: those of the run, or those that the model can read."""
-    if source.run is not None:
-        return source.run.data.max_seq_len
-    limits = (models.text_limit(opened.model), getattr(opened.tokenizer, "model_max_length", None))
-    return min(_MAX_TOKENS, *(int(limit) for limit in limits if limit is not None), _MAX_TOKENS)
+    return Predictor(opened.model, opened.tokenizer, objective, inference.longest_document(source, opened))
 
 
 def _parse_words(row: Mapping[str, Any], origin: str) -> Example:

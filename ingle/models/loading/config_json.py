@@ -16,7 +16,7 @@ from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd, refuse_impossible
-from ingle.models.kinds import ModelKind, ModelTask, Problem, TaskKind, kind_of, refusal
+from ingle.models.kinds import ModelKind, ModelTask, kind_of, refusal
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_config
 from ingle.models.loading.hub import locate, locate_file
 from ingle.models.loading.safetensors_files import read_index
@@ -26,13 +26,6 @@ from ingle.models.text_part import text_config
 _KNOWN_QUANTIZERS = ("bitsandbytes", "hqq", "bitnet", "mxfp4")
 
 _LANGUAGE_MODEL = ModelTask()
-#: How the names of classes with a head end, and what the heads predict.
-_HEADS: Mapping[str, TaskKind] = {
-    "ForSequenceClassification": "classify",
-    "ForTokenClassification": "tag",
-    "ForQuestionAnswering": "answer",
-    "ForQuestionAnsweringSimple": "answer",
-}
 
 
 def read_config(model: ModelConfig, task: ModelTask | None = _LANGUAGE_MODEL) -> PretrainedConfig:
@@ -137,16 +130,7 @@ def stored_task(model: ModelConfig) -> ModelTask:
     """
     if is_gguf(model.id):
         return ModelTask()
-    config: Any = read_config(model, None)
-    name = next(iter(config.architectures or ()), "")
-    kind: TaskKind = next((kind for ending, kind in _HEADS.items() if name.endswith(ending)), "lm")
-    if kind in ("lm", "answer"):
-        return ModelTask(kind)
-    labels = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
-    if kind == "tag":
-        return ModelTask(kind, labels)
-    problem: Problem = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
-    return ModelTask(kind, () if problem == "regression" else labels, problem)
+    return ModelTask.stored_in(read_config(model, None))
 
 
 def bitnet_divides(raw: Mapping[str, Any]) -> bool:
