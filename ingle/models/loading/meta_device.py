@@ -79,6 +79,8 @@ def meta_model(
     with reading(path, "transformers cannot build a model from these settings.", fix=COMPARE_CONFIG, settings=settings):
         layout = _find_layout(config, model, task)
         built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout, task=task)
+    if task.kind == "lm" and built.get_output_embeddings() is None:
+        raise untrainable(model, "it has no output layer")
     if model.init != "random" and not is_gguf(model.id):
         refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
@@ -92,7 +94,7 @@ def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) 
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
         raise untrainable(model, reason)
     if choice.layout is None:
-        raise untrainable(model, "it gives other results for several documents in a batch than for each alone")
+        raise untrainable(model, choice.reason)
     return choice.layout
 
 
