@@ -10,8 +10,8 @@ import copy
 import functools
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
