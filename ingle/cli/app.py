@@ -19,6 +19,7 @@ from ingle.cli import (
     launching,
     model_types,
     planning,
+    predicting,
     quantizing,
     training,
 )
@@ -59,6 +60,7 @@ app.command("launch", context_settings=_WITH_OVERRIDES)(launching.launch)
 app.command("rehearse", context_settings=_WITH_OVERRIDES)(launching.rehearse)
 app.command("generate")(generation.generate)
 app.command("chat")(chat.chat)
+app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)

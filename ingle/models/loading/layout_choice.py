@@ -32,9 +32,9 @@ _SIZE = Size(width=32, layers=4, vocab_size=128, positions=40)
 _MOST_PARAMETERS = 6_000_000
 #: On both sides of the windows and chunks of the copy; together longer than its longest text.
 _LENGTHS = (21, 5, 13, 2, 9)
-_SHORT = 2
 #: Lengths of the targets, which an encoder-decoder predicts from documents of the other lengths.
 _TARGET_LENGTHS = (9, 13, 2, 21, 5)
+_SHORT = 2
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
@@ -110,12 +110,12 @@ def _choose(described: _Described) -> Choice:
         documents, alone = _compute_documents(reference)
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
-        added_bias = "" if kind == "causal" else _added_bias(reference, {"input_ids": documents[0][None]})
+        added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
         if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
             return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
     except Exception:
-        guess = replace(_CANDIDATES[kind][0], has_layers_before_head=kind == "encoder")
-        return Choice(guess, tried=False)
+        layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
+        return Choice(replace(layout, has_layers_before_head=kind != "causal"), tried=False)
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
@@ -135,7 +135,7 @@ def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choi
         except LookupError:
             continue
         break
-    added_bias = _added_bias(reference, {"input_ids": sources[0][None], "decoder_input_ids": targets[0][None]})
+    added_bias = "final_logits_bias" if hasattr(reference, "final_logits_bias") else ""
     for candidate in _CANDIDATES["encoder_decoder"]:
         layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
         if _is_exact(reference, layout, sources, expected, targets):
@@ -248,18 +248,18 @@ def _calls_output_layer(model: PreTrainedModel, document: Tensor) -> bool:
     return bool(calls)
 
 
-def _added_bias(model: PreTrainedModel, inputs: dict[str, Tensor]) -> str:
+def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
     """Returns the name of a bias that is added to what the output layer returns; empty if there is none."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         return ""
-    before = model(**inputs).logits
+    before = model(input_ids=document[None]).logits
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value is layer.bias or value.numel() != layer.out_features or value.shape[-1] != layer.out_features:
             continue
         changed = copy.deepcopy(model)
         changed.get_parameter_or_buffer(name).add_(1.0)
-        if torch.allclose(changed(**inputs).logits, before + 1.0, atol=_TOLERANCE):
+        if torch.allclose(changed(input_ids=document[None]).logits, before + 1.0, atol=_TOLERANCE):
             return name
     return ""
 
