@@ -10,7 +10,7 @@ import transformers as hf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.text_part import is_wrapper, wrapper_class
+from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
 
 #: ``causal``: each token sees earlier ones. ``encoder``: each token sees all. ``encoder_decoder``: both, in two parts.
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -25,14 +25,6 @@ _NAMES: Mapping[str, str] = {
 }
 #: Objectives for language models of each kind.
 _OBJECTIVES: Mapping[ModelKind, str] = {"causal": "sft", "encoder": "mlm", "encoder_decoder": "seq2seq"}
-
-
-#: What the names of transformers' classes say.
-_ARCHITECTURES: Mapping[str, TaskKind] = {
-    "SequenceClassification": "classify",
-    "TokenClassification": "tag",
-    "QuestionAnswering": "answer",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +46,6 @@ class ModelTask:
     def num_outputs(self) -> int:
         """Numbers that the head predicts for a document or a token; 0 for language models."""
         return {"lm": 0, "answer": 2}.get(self.kind, max(1, len(self.labels)))
-
-    @classmethod
-    def stored_in(cls, config: PretrainedConfig) -> ModelTask:
-        """Returns what the head of a checkpoint predicts, given its config."""
-        names = config.architectures or [""]
-        kind = next((kind for part, kind in _ARCHITECTURES.items() if f"For{part}" in names[0]), "lm")
-        if kind == "lm":
-            return cls()
-        if kind == "answer":
-            return cls(kind)
-        labels = tuple(config.id2label[index] for index in range(len(config.id2label)))
-        problem = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
-        return cls(kind, () if problem == "regression" else labels, problem if kind == "classify" else None)
 
     def describe_in(self, config: PretrainedConfig) -> None:
         """Writes the labels into a config, in place, under transformers' names."""
@@ -167,6 +146,13 @@ def task_of(model: PreTrainedModel) -> ModelTask:
     """Returns what a model from :func:`ingle.models.meta_model` was built for."""
     found: ModelTask = getattr(model, "packed_task", ModelTask())
     return found
+
+
+def class_that_reads(model: PreTrainedModel) -> str:
+    """Returns the name of the class of transformers that reads a model from its files."""
+    task = task_of(model)
+    name: str = reader_class(model.config) if task.kind == "lm" else auto_class(model.config, task).__name__
+    return name
 
 
 def _own_classes(config: PretrainedConfig) -> Mapping[str, str]:
