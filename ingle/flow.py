@@ -250,7 +250,7 @@ def _score_samples(run: Run, parts: Assembled) -> dict[str, float]:
     if run.task is None or run.evaluate is None or not run.evaluate.num_validation_samples:
         return {}
     task = run.task.model_copy(update={"num_samples": run.evaluate.num_validation_samples})
-    source = _source(parts, "tuned")
+    source = _source(run, parts, "tuned")
     (found,) = parallel.call_outside_step(parts.objective.module, lambda: evaluation.evaluate(source, [task]))
     return {name: row.value for name, row in found.metrics.items() if row.value is not None}
 
@@ -287,10 +287,15 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _source(parts: Assembled, name: str) -> evaluation.ModelSource:
+def _source(run: Run, parts: Assembled, name: str) -> evaluation.ModelSource:
     """Returns the model as a source of answers, which the ranks share."""
     return evaluation.ModelSource(
-        parts.model, parts.tokenizer, name, mesh=parts.mesh, in_lockstep=parts.plan.strategy.shards_base
+        parts.model,
+        parts.tokenizer,
+        name,
+        mesh=parts.mesh,
+        in_lockstep=parts.plan.strategy.shards_base,
+        prefix=getattr(run.objective, "prefix", ""),
     )
 
 
@@ -304,7 +309,7 @@ def _evaluate_before(
     task = config.model_dump_json()
     result = mesh.on_main(lambda: evaluation.load_result(task, folder.base_evaluation))
     if result is None:
-        source = _source(parts, "base")
+        source = _source(run, parts, "base")
         result = parallel.call_outside_step(
             parts.objective.module, lambda: evaluation.run_task(source, config, sink=sink)
         )
@@ -328,7 +333,7 @@ def _report(
     position, meter = trained.position, trained.meter
     if run.task is not None:
         parts.model.eval()
-        tuned = _source(parts, "tuned")
+        tuned = _source(run, parts, "tuned")
         before = tuned.base() if base is None else [base]
         tasks = [run.task]
         (comparison,) = parallel.call_outside_step(

@@ -14,6 +14,7 @@ from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.model_names import check_name, missing
+from ingle.config.objective import Seq2Seq
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run
@@ -34,6 +35,7 @@ class Source:
         adapter: Folder of the adapter, or None.
         original: The model before full fine-tuning, or None.
         keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
+        prefix: Text before every source that an encoder-decoder reads.
     """
 
     model: ModelConfig
@@ -41,6 +43,7 @@ class Source:
     adapter: Path | None = None
     original: ModelConfig | None = None
     keeps_control_tokens: bool = False
+    prefix: str = ""
 
 
 class Engine:
@@ -51,6 +54,9 @@ class Engine:
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
         source: Where it was opened from.
+
+    Attributes:
+        reads_sources: Whether it is an encoder-decoder, which reads texts as they are.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
@@ -60,6 +66,7 @@ class Engine:
         keeps = source is not None and source.keeps_control_tokens
         self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
         self.source = source
+        self.reads_sources = models.kind_of(model.config) == "encoder_decoder"
 
     def generate(
         self,
@@ -114,10 +121,22 @@ class Engine:
         return (yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options))
 
     def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
+        if self.reads_sources:
+            return self._source_ids(prompt)
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
         example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
         return data.prompt_ids(self.tokenizer, example, system, control=self._control)
+
+    def _source_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        if not isinstance(prompt, str):
+            raise ModelError(
+                "An encoder-decoder reads a text, not a conversation.",
+                where="messages",
+                fix="give the text as the prompt",
+            )
+        prefix = self.source.prefix if self.source is not None else ""
+        return data.source_ids(self.tokenizer, [prompt], prefix)[0]
 
 
 def locate(path_or_id: str) -> Source:
@@ -189,7 +208,7 @@ def _locate_run(folder: Path) -> Source:
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
-        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run))
+        return Source(run.model, run.base, folder / "adapter", **_text_settings(run))
     if not (folder / "model").is_dir():
         raise ModelError(
             "This run has no model yet: its training has not finished.",
@@ -199,12 +218,13 @@ def _locate_run(folder: Path) -> Source:
     trained = ModelConfig(
         id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
     )
-    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run))
+    return Source(trained, NoBase(), original=run.model, **_text_settings(run))
 
 
-def _keeps_control_tokens(run: Run) -> bool:
-    """Returns whether prompts keep control tokens, as the training data did."""
-    return run.data.control_tokens == "keep"
+def _text_settings(run: Run) -> dict[str, Any]:
+    """Returns how prompts become what the model read in training: the fields of :class:`Source`."""
+    prefix = run.objective.prefix if isinstance(run.objective, Seq2Seq) else ""
+    return {"keeps_control_tokens": run.data.control_tokens == "keep", "prefix": prefix}
 
 
 def _locate_adapter(folder: Path) -> Source:
@@ -219,11 +239,11 @@ def _locate_adapter(folder: Path) -> Source:
             why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
-    keeps = False
+    settings: dict[str, Any] = {}
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base is
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
-        keeps = _keeps_control_tokens(run)
+        settings = _text_settings(run)
     model = ModelConfig(id=base)
     held = adapters.read_record(folder).base or models.stored_base(model)
-    return Source(model, held, folder, keeps_control_tokens=keeps)
+    return Source(model, held, folder, **settings)

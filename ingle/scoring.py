@@ -38,12 +38,17 @@ def evaluate(
     if inference.locate(path_or_id).original is not None:
         # A fully fine-tuned model does not contain its base, so the two are opened one after the other.
         engine = inference.open_model(path_or_id, base_only=True, sink=sink)
-        before = evaluation.ModelSource(engine.model, engine.tokenizer, "base")
+        before = _source(engine, "base")
         base = [evaluation.run_task(before, task, sink=sink) for task in tasks]
         del engine, before
     engine = inference.open_model(path_or_id, allow_mismatch=allow_mismatch, sink=sink)
-    source = evaluation.ModelSource(engine.model, engine.tokenizer, "model")
+    source = _source(engine, "model")
     if base is None and not engine.adapted:
         return evaluation.evaluate(source, tasks, sink=sink)
-    tuned = evaluation.ModelSource(engine.model, engine.tokenizer, "tuned")
+    tuned = _source(engine, "tuned")
     return evaluation.evaluate(tuned, tasks, base=base or tuned.base(), sink=sink)
+
+
+def _source(engine: inference.Engine, name: str) -> evaluation.ModelSource:
+    prefix = engine.source.prefix if engine.source is not None else ""
+    return evaluation.ModelSource(engine.model, engine.tokenizer, name, prefix=prefix)

@@ -14,14 +14,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
-from ingle.data import ControlTokens, prompt_ids
+from ingle.data import ControlTokens, prompt_ids, source_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.run.likelihood import score_references
 from ingle.evaluation.run.windows import window_size
 from ingle.evaluation.scorers import Likelihood, Prediction, Problem
 from ingle.evaluation.tasks.samples import TaskSample
 from ingle.events import Progress, Sink, Warned
-from ingle.models import generate, text_limit
+from ingle.models import generate, kind_of, text_limit
 from ingle.parallel import Mesh, all_gathered
 from ingle.wording import plural
 
@@ -100,6 +100,7 @@ class ModelSource:
         with_adapters: Whether the adapters are active.
         mesh: The ranks that have the model; None for one process.
         in_lockstep: Whether forward passes are collective.
+        prefix: Text before every source that an encoder-decoder reads.
     """
 
     model: Any
@@ -108,6 +109,7 @@ class ModelSource:
     with_adapters: bool = True
     mesh: Mesh | None = None
     in_lockstep: bool = False
+    prefix: str = ""
 
     def base(self) -> ModelSource:
         """Returns the same model without its adapters."""
@@ -119,8 +121,7 @@ class ModelSource:
         Raises:
             EvaluationError: A prompt does not fit into the context of the model.
         """
-        control = ControlTokens(self.tokenizer, task.control_tokens)
-        prompts = [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
+        prompts = self._prompts(samples, task)
         self._check_lengths(prompts, samples)
         own = self._own(len(prompts))
         stage = f"Answering ({self.name})"
@@ -142,12 +143,24 @@ class ModelSource:
             )
         yield from self._of_all([Answer(each.text, each.finish_reason) for each in generations])
 
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
+        if kind_of(self.model.config) == "encoder_decoder":
+            return source_ids(self.tokenizer, [_source_text(sample) for sample in samples], self.prefix)
+        control = ControlTokens(self.tokenizer, task.control_tokens)
+        return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
+
     def likelihoods(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Likelihood]:
         """Scores the first reference of each sample.
 
         Raises:
             EvaluationError: A reference has no token to score.
         """
+        if kind_of(self.model.config) == "encoder_decoder":
+            raise EvaluationError(
+                "The likelihood of references is not computed for encoder-decoders.",
+                where="evaluate.metrics",
+                fix="use metrics of generated answers, such as chrf or exact_match",
+            )
         own = [samples[index] for index in self._own(len(samples))]
 
         def warn_cut(count: int) -> None:
@@ -201,3 +214,18 @@ class ModelSource:
                 why=f"it has {len(prompts[longest]):,} tokens; the context has {limit:,}, including the answer",
                 fix="shorten or remove the row",
             )
+
+
+def _source_text(sample: TaskSample) -> str:
+    """Returns what an encoder-decoder reads: a prompt, or the question of a conversation with one question."""
+    example = sample.example
+    if example.prompt is not None:
+        return example.prompt
+    questions = [message.content for message in example.messages if message.role == "user"]
+    if len(questions) != 1:
+        raise EvaluationError(
+            "An encoder-decoder reads a text, not a conversation.",
+            where=example.origin,
+            fix="use rows with prompt and completion",
+        )
+    return questions[0]
