@@ -10,18 +10,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
-from ingle.data import ControlTokens, prompt_ids, source_ids
+from ingle.data import ControlTokens, prompt_ids
 from ingle.errors import EvaluationError
 from ingle.evaluation.run.likelihood import score_references
 from ingle.evaluation.run.windows import window_size
 from ingle.evaluation.scorers import Likelihood, Prediction, Problem
 from ingle.evaluation.tasks.samples import TaskSample
 from ingle.events import Progress, Sink, Warned
-from ingle.models import generate, kind_of, text_limit
+from ingle.models import generate, text_limit
 from ingle.parallel import Mesh, all_gathered
 from ingle.wording import plural
 
@@ -86,8 +86,8 @@ class AnswerSource(OutputSource, Protocol):
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A loaded model, possibly on several ranks.
+class LoadedModel:
+    """A loaded model, possibly on several ranks, as a source of outputs.
 
     Where every rank has all weights, each answers a part of the samples. If weights are gathered layer by layer, all
     ranks must make the same forward passes, so each of them answers all samples: gathering takes most of the time of a
@@ -100,7 +100,6 @@ class ModelSource:
         with_adapters: Whether the adapters are active.
         mesh: The ranks that have the model; None for one process.
         in_lockstep: Whether forward passes are collective.
-        prefix: Text before every source that an encoder-decoder reads.
     """
 
     model: Any
@@ -109,11 +108,40 @@ class ModelSource:
     with_adapters: bool = True
     mesh: Mesh | None = None
     in_lockstep: bool = False
-    prefix: str = ""
 
-    def base(self) -> ModelSource:
+    def base(self) -> Self:
         """Returns the same model without its adapters."""
         return replace(self, name="base", with_adapters=False)
+
+    def _own(self, num_samples: int) -> range:
+        """Returns the samples that this rank answers."""
+        if self.mesh is None or self.in_lockstep:
+            return range(num_samples)
+        return range(self.mesh.dist_rank, num_samples, self.mesh.world_size)
+
+    def _of_all(self, own: Sequence[_Result]) -> Sequence[_Result]:
+        """Returns the results of all samples, in order, given those of the samples that this rank answered."""
+        if self.mesh is None or self.in_lockstep:
+            return own
+        turns = zip_longest(*self.mesh.gather(own), fillvalue=None)
+        return [result for turn in turns for result in turn if result is not None]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Puts the model into evaluation mode, with all its weights and with or without its adapters."""
+        was_training = self.model.training
+        self.model.eval()
+        base = nullcontext() if self.with_adapters else disabled(self.model)
+        try:
+            with base, nullcontext() if self.in_lockstep else all_gathered(self.model):
+                yield
+        finally:
+            self.model.train(was_training)
+
+
+@dataclass(frozen=True)
+class ModelSource(LoadedModel):
+    """A language model that continues text."""
 
     def answers(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Answer]:
         """Generates an answer per sample.
@@ -126,7 +154,7 @@ class ModelSource:
         own = self._own(len(prompts))
         stage = f"Answering ({self.name})"
         sink(Progress(stage, 0, len(own)))
-        with self._adapters():
+        with self._evaluating():
             generations = generate(
                 self.model,
                 self.tokenizer,
@@ -143,24 +171,12 @@ class ModelSource:
             )
         yield from self._of_all([Answer(each.text, each.finish_reason) for each in generations])
 
-    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
-        if kind_of(self.model.config) == "encoder_decoder":
-            return source_ids(self.tokenizer, [_source_text(sample) for sample in samples], self.prefix)
-        control = ControlTokens(self.tokenizer, task.control_tokens)
-        return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
-
     def likelihoods(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Likelihood]:
         """Scores the first reference of each sample.
 
         Raises:
             EvaluationError: A reference has no token to score.
         """
-        if kind_of(self.model.config) == "encoder_decoder":
-            raise EvaluationError(
-                "The likelihood of references is not computed for encoder-decoders.",
-                where="evaluate.metrics",
-                fix="use metrics of generated answers, such as chrf or exact_match",
-            )
         own = [samples[index] for index in self._own(len(samples))]
 
         def warn_cut(count: int) -> None:
@@ -168,41 +184,22 @@ class ModelSource:
             room = f"to leave room for the answer within {window_size(self.model):,} tokens"
             sink(Warned(f"{cut} {room}.", where="evaluate.sources", count=count))
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self._adapters():
-                found = score_references(
-                    self.model,
-                    self.tokenizer,
-                    own,
-                    system=task.system,
-                    control=ControlTokens(self.tokenizer, task.control_tokens),
-                    on_progress=lambda done, total: sink(Progress(f"Scoring references ({self.name})", done, total)),
-                    on_cut=warn_cut,
-                )
-        finally:
-            self.model.train(was_training)
+        with self._evaluating():
+            found = score_references(
+                self.model,
+                self.tokenizer,
+                own,
+                system=task.system,
+                control=ControlTokens(self.tokenizer, task.control_tokens),
+                on_progress=lambda done, total: sink(Progress(f"Scoring references ({self.name})", done, total)),
+                on_cut=warn_cut,
+            )
         yield from self._of_all(found)
 
-    def _own(self, num_samples: int) -> range:
-        """Returns the samples that this rank answers."""
-        if self.mesh is None or self.in_lockstep:
-            return range(num_samples)
-        return range(self.mesh.dist_rank, num_samples, self.mesh.world_size)
-
-    def _of_all(self, own: Sequence[_Result]) -> Sequence[_Result]:
-        """Returns the results of all samples, in order, given those of the samples that this rank answered."""
-        if self.mesh is None or self.in_lockstep:
-            return own
-        turns = zip_longest(*self.mesh.gather(own), fillvalue=None)
-        return [result for turn in turns for result in turn if result is not None]
-
-    @contextmanager
-    def _adapters(self) -> Iterator[None]:
-        base = nullcontext() if self.with_adapters else disabled(self.model)
-        with base, nullcontext() if self.in_lockstep else all_gathered(self.model):
-            yield
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
+        """Returns what the model reads before it answers."""
+        control = ControlTokens(self.tokenizer, task.control_tokens)
+        return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], samples: Sequence[TaskSample]) -> None:
         limit = text_limit(self.model)
@@ -214,18 +211,3 @@ class ModelSource:
                 why=f"it has {len(prompts[longest]):,} tokens; the context has {limit:,}, including the answer",
                 fix="shorten or remove the row",
             )
-
-
-def _source_text(sample: TaskSample) -> str:
-    """Returns what an encoder-decoder reads: a prompt, or the question of a conversation with one question."""
-    example = sample.example
-    if example.prompt is not None:
-        return example.prompt
-    questions = [message.content for message in example.messages if message.role == "user"]
-    if len(questions) != 1:
-        raise EvaluationError(
-            "An encoder-decoder reads a text, not a conversation.",
-            where=example.origin,
-            fix="use rows with prompt and completion",
-        )
-    return questions[0]

@@ -35,6 +35,16 @@ class Group:
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> Group:
+        """Returns all documents as one group, in their order.
+
+        Args:
+            cu_seqlens: First token of each document and the end, ``[D + 1]``.
+        """
+        spans = [(stop - start, start) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+        return _group(spans, cu_seqlens.device)
+
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
         rows: Tensor = values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)

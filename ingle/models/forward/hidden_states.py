@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
+from ingle.quant.task_heads import task_heads
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
+
+Result = TypeVar("Result")
 
 #: Settings that multiply or divide the logits.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -106,7 +109,8 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Returns the device of the output head, where batches go; unlike :func:`head`, dequantizes nothing."""
-    layer: nn.Module = model.get_output_embeddings()
+    heads = task_heads(model)
+    layer: nn.Module = model.get_submodule(heads[0]) if heads else model.get_output_embeddings()
     return compute_device(next(layer.parameters()))
 
 
@@ -147,12 +151,28 @@ def forward_packed(
     token_type_ids: Tensor | None = None,
 ) -> Tensor:
     """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``."""
+    layout = layout_of(model)
+    if layout.kind in ("rows", "equal_rows"):
+        if token_type_ids is None and layout.passes_types:
+            token_type_ids = torch.zeros_like(input_ids)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return _forward_rows(model, layout, {"input_ids": input_ids, **types}, cu_seqlens)
+    return call_packed(model, input_ids, position_ids, cu_seqlens, run_to_head, token_type_ids)
+
+
+def call_packed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    run: Callable[[PreTrainedModel, dict[str, Any]], Result],
+    token_type_ids: Tensor | None = None,
+) -> Result:
+    """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed."""
     layout, boundaries = layout_of(model), boundaries_of(model)
     if token_type_ids is None and layout.passes_types:
         token_type_ids = torch.zeros_like(input_ids)
     types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-    if layout.kind in ("rows", "equal_rows"):
-        return _forward_rows(model, layout, {"input_ids": input_ids, **types}, cu_seqlens)
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": make_bounds(cu_seqlens, described=layout.described) if layout.takes_bounds else None,
@@ -167,7 +187,7 @@ def forward_packed(
             arguments |= {"max_length_q": longest, "max_length_k": longest}
     documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
-        return run_to_head(model, arguments)
+        return run(model, arguments)
 
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from ingle.models.forward.mixers import base_of, original_class, parameters
 def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     """Returns the input of the output layer; passes the arguments that the model takes."""
     called = model if layout_of(model).has_layers_before_head else base_of(model)
-    takes = parameters(original_class(called))
-    if "kwargs" not in takes:
-        arguments = {name: value for name, value in arguments.items() if name in takes}
+    arguments = taken(called, arguments)
     if called is not model:
         hidden: Tensor = called(**arguments).last_hidden_state
         return hidden
@@ -34,3 +32,9 @@ def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     finally:
         hook.remove()
     return kept[-1]
+
+
+def taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that the ``forward`` of a module takes."""
+    names = parameters(original_class(module))
+    return arguments if "kwargs" in names else {name: value for name, value in arguments.items() if name in names}

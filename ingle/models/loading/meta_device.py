@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.layout import Layout, apply_layout
 from ingle.models.forward.rotary_by_length import rotate_by_document
+from ingle.models.forward.task_heads import find_heads
 from ingle.models.kinds import ModelTask, auto_class, kind_of
 from ingle.models.loading.config_json import config_path, read_config, untrainable
 from ingle.models.loading.gguf_model import is_gguf
@@ -133,6 +135,8 @@ def build(
             model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         _use_plain_linears(model)
+    if task.kind != "lm":  # what lies before the head belongs to it
+        layout = replace(layout, has_layers_before_head=False)
     apply_layout(model, layout, boundaries)
     rotate_by_document(model)
     _keep_in_float32(model, dtype)
@@ -140,6 +144,7 @@ def build(
         _set(section, values)
     stored: Any = model
     stored.packed_task = task
+    stored.task_heads = find_heads(model) if task.kind != "lm" else ()
     return model
 
 
