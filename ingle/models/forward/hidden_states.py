@@ -70,7 +70,7 @@ def head(model: PreTrainedModel) -> Head:
         ModelError: The head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear | nn.Embedding | QuantLinear):
+    if not isinstance(layer, nn.Linear | QuantLinear):
         raise ModelError(
             f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
@@ -86,7 +86,7 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    bias = getattr(layer, "bias", None)
+    bias = layer.bias
     if added := layout_of(model).added_bias:
         more = model.get_parameter_or_buffer(added).flatten()
         bias = more if bias is None else bias + more
