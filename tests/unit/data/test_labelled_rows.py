@@ -16,7 +16,7 @@ from ingle.errors import DataError
 from ingle.report.data_tables import render_report, render_rows
 from tests import tiny_tokenizers
 
-BERT = tiny_tokenizers.bert()
+BERT, ROBERTA = tiny_tokenizers.bert(), tiny_tokenizers.roberta()
 
 CONLL = """-DOCSTART- -X- -X- O
 
@@ -162,6 +162,16 @@ def test_sources_and_targets(tmp_path, row):
     assert (example.prompt, example.completion) == ("a", "b")
 
 
+def test_conversations_have_a_source_and_several_targets(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = json.dumps({"messages": turns, "references": ["c", "b", "c"]})
+    columns = {"source": "messages.0.content", "target": "messages.1.content"}
+    (example,) = read(tmp_path / "a.jsonl", row, "seq2seq", columns=columns)
+    assert (example.prompt, example.completion, example.references) == ("a", "b", ("c",))
+    with pytest.raises(DataError, match=r"no column 'messages\.2\.content'"):
+        read(tmp_path / "a.jsonl", row, "seq2seq", columns={**columns, "target": "messages.2.content"})
+
+
 def test_nested_columns_choose_two_of_many_languages(tmp_path):
     row = json.dumps({"translation": {"en": "a", "fr": "b", "de": "c"}})
     columns = {"source": "translation.fr", "target": "translation.en"}
@@ -233,6 +243,13 @@ def test_masks_are_shown_with_what_they_hide(tmp_path):
     hidden = [stretch.text for stretch in report.previews[0].stretches if stretch.supervised]
     assert any(shown in ("[MASK](fox)", "[MASK](the)", "[MASK](quick)", "[MASK](brown)") for shown in hidden)
     assert len(hidden) == report.previews[0].num_supervised and "[MASK](" in text
+
+
+def test_hidden_white_space_is_visible(tmp_path):
+    report, _ = look(
+        tmp_path / "a.jsonl", [{"text": "\n" * 40}, {"text": "the\n" * 20}], Mlm(kind="mlm", rate=0.5), ROBERTA
+    )
+    assert any("(\\n)" in stretch.text for stretch in report.previews[0].stretches)
 
 
 def test_spans_are_shown_with_their_sentinels(tmp_path):
