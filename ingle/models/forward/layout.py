@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from ingle.models.forward.attention import IMPLEMENTATION
 from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
+from ingle.models.forward.isolation import isolate
 from ingle.models.forward.mixers import find_mixers, original_class
+from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
@@ -45,6 +47,7 @@ class Layout:
         added_bias: Name of a bias that the architecture adds after its output layer; empty if there is none.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
+        has_distances: Whether attention gets relative position biases by distance.
     """
 
     kind: LayoutKind = "packed"
@@ -59,6 +62,7 @@ class Layout:
     added_bias: str = ""
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
+    has_distances: bool = False
 
 
 class ReadLinear(nn.Linear):
@@ -99,6 +103,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
     for name, module in model.named_modules():
         if pattern_of(name) in layout.read:
             module.__class__ = ReadLinear
+    isolate(model)
     stored: Any = model
     stored.packed_boundaries = boundaries or Boundaries()
     dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()
@@ -109,6 +114,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
         first_position=_first_position(model),
         passes_types=any(name.endswith("token_type_ids") for name, _ in model.named_buffers()),
         dealt=tuple(sorted(dealt)),
+        has_distances=layout.kind in ("packed", "documents") and use_distances(model, stored.packed_boundaries),
     )
 
 

@@ -11,11 +11,13 @@ import functools
 import re
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ingle.models.forward.encoder_decoder import Row, forward_pairs, pair_to_head
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
@@ -30,6 +32,8 @@ _SIZE = Size(width=32, layers=4, vocab_size=128, positions=40)
 _MOST_PARAMETERS = 6_000_000
 #: On both sides of the windows and chunks of the copy; together longer than its longest text.
 _LENGTHS = (21, 5, 13, 2, 9)
+#: Lengths of the targets, which an encoder-decoder predicts from documents of the other lengths.
+_TARGET_LENGTHS = (9, 13, 2, 21, 5)
 _SHORT = 2
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
@@ -56,7 +60,7 @@ _CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
         Layout(deals_attention=True, mask_form="none", takes_bounds=False, equal=True),
         *_LAST,
     ),
-    "encoder_decoder": _LAST,
+    "encoder_decoder": (Layout(described=True), Layout(), *_LAST),
 }
 
 
@@ -101,6 +105,8 @@ def _choose(described: _Described) -> Choice:
     kind = kind_of(described.config)
     try:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
+        if kind == "encoder_decoder":
+            return _choose_for_pairs(reference, _documents(reference))
         documents, alone = _compute_documents(reference)
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
@@ -108,13 +114,33 @@ def _choose(described: _Described) -> Choice:
         if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
             return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
     except Exception:
-        return Choice(Layout(has_layers_before_head=kind != "causal"), tried=False)
+        layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
+        return Choice(replace(layout, has_layers_before_head=kind != "causal"), tried=False)
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             found = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
             return Choice(replace(found, read=_read_linears(reference, found, documents)), is_causal)
     return Choice(None, is_causal)
+
+
+def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choice:
+    targets = list(torch.cat(sources).flip(0).split(_TARGET_LENGTHS))
+    stored: Any = reference
+    for before_head in (True, False):  # a head that is no module of its own gets the hidden states of the base model
+        stored.packed_layout = Layout(has_layers_before_head=before_head)
+        pairs = zip(sources, targets, strict=True)
+        try:
+            expected = torch.cat([pair_to_head(copy.deepcopy(reference), *pair) for pair in pairs])
+        except LookupError:
+            continue
+        break
+    added_bias = "final_logits_bias" if hasattr(reference, "final_logits_bias") else ""
+    for candidate in _CANDIDATES["encoder_decoder"]:
+        layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
+        if _is_exact(reference, layout, sources, expected, targets):
+            return Choice(replace(layout, read=_read_linears(reference, layout, sources, targets)))
+    return Choice(None)
 
 
 def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -238,16 +264,28 @@ def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
     return ""
 
 
-def _is_exact(model: PreTrainedModel, layout: Layout, documents: list[Tensor], expected: Tensor) -> bool:
+def _is_exact(
+    model: PreTrainedModel,
+    layout: Layout,
+    documents: list[Tensor],
+    expected: Tensor,
+    targets: list[Tensor] | None = None,
+) -> bool:
     try:
-        actual = _compute_packed(copy.deepcopy(model), layout, documents)
+        actual = _compute_packed(copy.deepcopy(model), layout, documents, targets)
     except Exception:  # architectures fail in many ways if they get what they do not expect
         return False
     return actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
 
 
-def _compute_packed(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> Tensor:
-    """Returns the hidden states of the packed documents; changes the model."""
+def _compute_packed(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> Tensor:
+    """Returns the hidden states of the packed documents, or of their targets; changes the model."""
+    if targets is not None:
+        apply_layout(model, layout)
+        rotate_by_document(model)
+        return forward_pairs(model, Row.of(documents), Row.of(targets))[0]
     lengths = [len(document) for document in documents]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -259,6 +297,8 @@ def _compute_packed(model: PreTrainedModel, layout: Layout, documents: list[Tens
 class _WithoutWeight(nn.Module):
     """A linear layer that can be called only, as a quantized one."""
 
+    weight = None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._called = linear
@@ -269,7 +309,9 @@ class _WithoutWeight(nn.Module):
         return output
 
 
-def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> frozenset[str]:
+def _read_linears(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> frozenset[str]:
     """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
     head, candidates = model.get_output_embeddings(), dict[str, list[str]]()
     for name, owner in model.named_modules():
@@ -287,8 +329,8 @@ def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor
             assert isinstance(linear, nn.Linear)
             changed.set_submodule(name, _WithoutWeight(linear))
         try:
-            _compute_packed(changed.train(), layout, documents)
-        except AttributeError:
+            _compute_packed(changed.train(), layout, documents, targets)
+        except (AttributeError, TypeError):
             found.add(pattern)
     return frozenset(found)
 

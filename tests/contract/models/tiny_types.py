@@ -17,6 +17,7 @@ CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 ENCODER_TYPES = tuple(
     sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys())
 )
+ENCODER_DECODER_TYPES = tuple(sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
 
 _BERT = {"is_decoder": True}
 #: Settings of the small config: layers of each kind, and sizes that fit each other only in the defaults.
@@ -49,6 +50,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **{kind: {**_BERT, "attention_type": "original_full"} for kind in ("big_bird", "bigbird_pegasus")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "ctrl": {"dff": 64},  # the kinks of more ReLUs are hit by rounding
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -60,6 +62,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": [64] * 4,
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "inkling_text": {"n_routed_experts": 8},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -86,6 +89,13 @@ _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: The same for encoder-decoders.
+_ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    **{kind: {"decoder_start_token_id": 0} for kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
+}
+
+
 def small_config(kind: str) -> PretrainedConfig:
     """The default config of a causal type, shrunk."""
     return _small(kind, _SETTINGS)
@@ -94,6 +104,11 @@ def small_config(kind: str) -> PretrainedConfig:
 def small_encoder_config(kind: str) -> PretrainedConfig:
     """The default config of an encoder, shrunk."""
     return _small(kind, _ENCODER_SETTINGS)
+
+
+def small_encoder_decoder_config(kind: str) -> PretrainedConfig:
+    """The default config of an encoder-decoder, shrunk."""
+    return _small(kind, _ENCODER_DECODER_SETTINGS)
 
 
 def _small(kind: str, changes: dict[str, dict[str, Any]]) -> PretrainedConfig:
