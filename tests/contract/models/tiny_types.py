@@ -78,6 +78,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "esmc": {"vocab_size": 128},
     "modernbert": {"local_attention": 8},
     "xmod": {"default_language": "en_XX"},
 }
