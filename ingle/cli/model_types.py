@@ -30,7 +30,7 @@ def models(
 ) -> None:
     """List the types of models: how each is trained, in which formats, and for what.
 
-    The table is that of the release. A model is tried by building a tiny copy from its `config.json`; no weights are
+    The table is that of the release. A model is tried with a tiny copy built from its `config.json`; no weights are
     read.
     """
     from ingle.planning.model_types import model_table
