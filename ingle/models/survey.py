@@ -16,11 +16,12 @@ from ingle.config.base import Nf4Base
 from ingle.config.model import ModelConfig
 from ingle.errors import IngleError, QuantizationError
 from ingle.gguf.families import BY_MODEL_TYPE
+from ingle.models.forward.layout import layout_of
 from ingle.models.kinds import ModelKind, ModelTask, TaskKind, kind_of, refusal
 from ingle.models.loading.config_json import read_config
 from ingle.models.loading.layout_choice import choose_layout
 from ingle.models.loading.meta_device import build
-from ingle.planning.model_types import LayoutKind, ModelType
+from ingle.planning.model_types import ModelType
 from ingle.quant import convert
 from ingle.quant.experts import is_experts
 
@@ -81,7 +82,7 @@ def survey(config: PretrainedConfig, kind: ModelKind, *, trust_remote_code: bool
     except Exception as error:  # settings that the architecture's own code rejects
         return ModelType(name, kind, reason=f"it cannot be built with these settings ({type(error).__name__})")
     has_experts = any(map(is_experts, model.modules()))
-    layout: LayoutKind | None = model.packed_layout.kind if choice.tried else None
+    layout = layout_of(model)
     unquantized = None
     try:
         convert(model, Nf4Base(format="nf4"))
@@ -90,8 +91,8 @@ def survey(config: PretrainedConfig, kind: ModelKind, *, trust_remote_code: bool
     return ModelType(
         name,
         kind,
-        layout=layout,
-        dealt=model.packed_layout.dealt,
+        layout=layout.kind if choice.tried else None,
+        dealt=layout.dealt,
         quantizes=unquantized is None,
         has_experts=has_experts,
         objectives=(*_OBJECTIVES[kind], *(task for task in _HEADS if _has_head(config, task))),
