@@ -2,10 +2,11 @@
 
     python -m benchmarks.hybrids --texts ROWS.jsonl --threads 2
 
-Both sides train LoRA adapters of all linear layers over frozen float32 weights: forward, loss and backward. Ours packs
-the texts and deals them to the mixers; the peer (transformers, with the same adapters) gets them as rows of a batch, in
-the order of the file and then grouped by length. Steps alternate, and the median of each counts. The floor is the share
-of real tokens in the padded batch: a model that computes padding at the same speed reaches it.
+Both sides train LoRA adapters of the linear layers (without ``out_proj``) over frozen float32 weights: forward, loss
+and backward. Ours packs the texts and deals them to the mixers; the peer (transformers, with the same adapters) gets
+them as rows of a batch, in the order of the file and then grouped by length. Steps alternate, and the median of each
+counts. The floor is the share of real tokens in the padded batch: a model that computes padding at the same speed
+reaches it.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def make_sides(config: PretrainedConfig, folder: str) -> dict[str, Callable[[lis
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     ours = models.load_model(ModelConfig(id=folder, dtype="float32"), NoBase())
-    adapters.attach(ours, LoraAdapter(rank=8), seed=0)
-    names = sorted({name.rpartition(".lora_")[0] for name, _ in adapters.trainable_parameters(ours)})
+    linears = {name.rpartition(".")[2] for name, module in ours.named_modules() if isinstance(module, torch.nn.Linear)}
+    names = sorted(linears - {"lm_head", "out_proj"})  # PEFT refuses Mamba's out_proj
+    adapters.attach(ours, LoraAdapter(rank=8, target_modules=tuple(names)), seed=0)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = get_peft_model(theirs, LoraConfig(r=8, target_modules=names))
     theirs.train()
