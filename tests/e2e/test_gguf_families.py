@@ -98,23 +98,26 @@ def gemma3() -> PretrainedConfig:
     return Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=4, image_token_index=300)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "gemma3" else pytest.param(kind, marks=pytest.mark.sweep) for kind in MULTIMODAL]
-)
-def test_the_text_part_of_a_multimodal_model_is_served_and_trains_on_its_file(
-    kind: str,
-    tiny_data: Path,
-    tmp_path: Path,
-    llama_cpp: Any,
-    tiny_model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture(params=[pytest.param(kind, marks=() if kind == "gemma3" else pytest.mark.sweep) for kind in MULTIMODAL])
+def multimodal(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     monkeypatch.setitem(WRAPPERS, "gemma3", gemma3)
-    folder = publish(kind, tmp_path / "published", AutoTokenizer.from_pretrained(tiny_model))
-    flow.finetune(load_run(write_config(tmp_path, folder, tiny_data), OPTIONS).run)
+    return publish(request.param, tmp_path / "published", AutoTokenizer.from_pretrained(tiny_model))
+
+
+def test_the_text_part_of_a_multimodal_model_is_served(
+    multimodal: Path, tiny_data: Path, tmp_path: Path, llama_cpp: Any
+) -> None:
+    flow.finetune(load_run(write_config(tmp_path, multimodal, tiny_data), OPTIONS).run)
     require_served(tmp_path / "run", "gguf")
     require_served(tmp_path / "run", "gguf-adapter")
-    quantize(str(folder), "q8_0", tmp_path / "model.gguf")
-    on_file = [*OPTIONS, f"--output={tmp_path}/on-file"]
-    flow.finetune(load_run(write_config(tmp_path, tmp_path / "model.gguf", tiny_data), on_file).run)
-    require_served(tmp_path / "on-file", "gguf")
+
+
+@pytest.mark.sweep
+def test_the_text_part_of_a_multimodal_model_trains_on_its_file(
+    multimodal: Path, tiny_data: Path, tmp_path: Path, llama_cpp: Any
+) -> None:
+    quantize(str(multimodal), "q8_0", tmp_path / "model.gguf")
+    flow.finetune(load_run(write_config(tmp_path, tmp_path / "model.gguf", tiny_data), OPTIONS).run)
+    require_served(tmp_path / "run", "gguf")
