@@ -27,13 +27,14 @@ from tests.numerics.test_gguf_families import CASES, EMBER
 #: Of layers that any type fits.
 WIDE = {"hidden_size": 256, "num_hidden_layers": 4}
 _INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")
-_STATES = {
+_SIZES = {
     "mamba2": {"head_dim": 64, "num_heads": 8},
+    "gemma4": {"num_hidden_layers": 6},
     "granitehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_ssm": 512},
 }
-MULTIMODAL = ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava"]
+MULTIMODAL = ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava"]
 OPTIONS = ["--evaluate=null", "--train.num_steps=2", "--train.save_every=null", "--base.format=none"]
 
 
@@ -41,7 +42,7 @@ def random_folder(case: str, folder: Path) -> Path:
     """A random model whose routers decide clearly, because llama.cpp rounds the inputs of quantized layers."""
     model_type, settings = CASES[case]
     tokenizer = AutoTokenizer.from_pretrained(EMBER)
-    sizes = dict.fromkeys(set(_INNER) & set(settings), 256) | WIDE | _STATES.get(case, {})
+    sizes = dict.fromkeys(set(_INNER) & set(settings), 256) | WIDE | _SIZES.get(case, {})
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = AutoConfig.for_model(model_type, **settings | sizes | ids)
     torch.manual_seed(1)

@@ -9,6 +9,7 @@ from ingle.errors import GgufError
 from ingle.gguf.families.falcon_h1 import FALCON_H1
 from ingle.gguf.families.family import GgufFamily
 from ingle.gguf.families.gemma import GEMMA, GEMMA2, GEMMA3
+from ingle.gguf.families.gemma4 import GEMMA4
 from ingle.gguf.families.gpt_oss import GPT_OSS
 from ingle.gguf.families.granite import GRANITE, GRANITE_HYBRID, GRANITE_HYBRID_MOE, GRANITE_MOE
 from ingle.gguf.families.lfm import LFM2
@@ -22,7 +23,7 @@ from ingle.gguf.families.qwen_vl import QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, SECTIO
 FAMILIES = (
     *(LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN35, QWEN35_MOE),
     *(QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE),
-    *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
+    *(GEMMA, GEMMA2, GEMMA3, GEMMA4, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
     *(LFM2, MAMBA, MAMBA2, FALCON_H1),
 )
 
