@@ -113,7 +113,7 @@ def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
 def _by_layer(file: GgufFile, values: ArchitectureValues, key: str, num_layers: int) -> list[int]:
     """Returns a value for each layer; a file may have one for all."""
     value: Any = values.get(key)
-    found: list[int] = value if isinstance(value, list) else [value] * min(num_layers, 10_000)
+    found: list[Any] = value if isinstance(value, list) else [value] * min(num_layers, 10_000)
     if len(found) != num_layers or any(not isinstance(each, int) or each < 0 for each in found):
         raise GgufError(
             f"The file does not have {key} for each of {num_layers:,} layers.", where=f"{file.path}, gemma4.{key}"
