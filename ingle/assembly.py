@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
+from ingle.config.objective import TRAINS
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
+from ingle.objectives.model_task import model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
@@ -42,8 +44,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """All parts of a run, ready for its first step."""
+    """All parts of a run, ready for its first step.
 
+    Attributes:
+        run: The config, with the names of all labels in its objective.
+    """
+
+    run: Run
     mesh: parallel.Mesh
     plan: planning.Plan
     tokenizer: Any
@@ -77,7 +84,9 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
     run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
-    model = models.meta_model(run.model, device, dtype)
+    task = model_task(run.objective)
+    model = models.meta_model(run.model, device, dtype, task)
+    models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)
     with parallel.local_first("data"):  # process groups come later: this may take hours
         build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
@@ -91,7 +100,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
         models.refuse_longer(model, int(each.lengths.max()), where="data.max_seq_len")
-    models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
+    if task.kind == "classify" and models.kind_of(model.config) == "causal":
+        models.choose_padding(model, tokenizer, dataset.last_ids())
+    if task.kind == "lm":
+        models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)
@@ -252,6 +264,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         imatrix = ImatrixCollector(model, add=add, is_main=mesh.is_main)
         objective.module.observe = imatrix.opened
     return Assembled(
+        run=run,
         mesh=mesh,
         plan=replace(plan, compile=compiled),
         tokenizer=ready.tokenizer,

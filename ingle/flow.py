@@ -26,7 +26,7 @@ from ingle.report.results import RunReport, ValidationReport
 from ingle.report.run_files import read_report, write_report
 from ingle.sinks import EventsFile, MetricsFile, combine
 from ingle.training.checkpoint import Checkpoints, Position, Stateful
-from ingle.training.folder import RunFolder
+from ingle.training.folder import RunFolder, with_names
 from ingle.training.meter import Meter, peak_memory_bytes
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.schedule import learning_rate
@@ -78,7 +78,8 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     began = time.monotonic()
     parts = assemble(_as_before(run, folder, sink), sink)
     sink.share(parts.mesh)
-    parts.mesh.on_main(lambda: _begin(as_given, folder, parts.plan))
+    run = run.model_copy(update={"objective": parts.run.objective})
+    parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     base = _evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
     trained = train(run, folder, parts, sink, began)
@@ -87,9 +88,9 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     return _report(run, folder, parts, trained, ended, base, sink)
 
 
-def _begin(run: Run, folder: RunFolder, plan: planning.Plan) -> None:
-    folder.begin(run)
-    folder.save_plan(plan)
+def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
+    folder.begin(run.model_copy(update={"objective": parts.run.objective}))
+    folder.save_plan(parts.plan)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -100,8 +101,8 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    place = env.rank_from_environment()
-    world_size = 1 if place is None else place.world_size
+    run = with_names(run, folder.load_run())
+    world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(
             Warned(
@@ -258,7 +259,8 @@ def _score_samples(run: Run, parts: Assembled) -> dict[str, float]:
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink: Sink) -> None:
     result, mesh, tokenizer = folder.result(run), parts.mesh, parts.tokenizer
     if run.adapter.kind == "none" and parts.plan.strategy.shards_optimizer:
-        whole = models.meta_model(run.model, torch.device("cpu"), models.compute_dtype(run.model.dtype, mesh.device))
+        dtype = models.compute_dtype(run.model.dtype, mesh.device)
+        whole = models.meta_model(run.model, torch.device("cpu"), dtype, models.task_of(parts.model))
         models.convert_base(whole, run.model, run.base)
         models.save_sharded(parts.model, whole, tokenizer, result, mesh, source=run.model, finish=quant.settle)
     elif run.adapter.kind == "none":

@@ -1,8 +1,8 @@
 """Replaces the linear layers of a model by quantized ones, before or after weights are loaded.
 
-Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head, and fused experts. Embedding and head are
-converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases stay in the compute dtype. Any
-other module that seems to contain large weights is an error.
+Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head and the head of a task, and fused experts.
+Embedding and output head are converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases
+stay in the compute dtype. Any other module that seems to contain large weights is an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ingle.quant.experts import QuantExperts, is_experts, projection_shapes, qua
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
+from ingle.quant.task_heads import is_in_head
 from ingle.quant.ternary import Ternary
 
 #: Modules whose parameters have three or more dimensions but are not experts.
@@ -52,7 +53,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
             continue
         for key, child in list(parent._modules.items()):  # a module that is used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key
-            if child is None or child is head:
+            if child is None or child is head or is_in_head(model, name):
                 continue
             if id(child) not in replacements:
                 replacement = _replace(child, formats, name, uses, is_trained=is_trained)

@@ -35,6 +35,16 @@ class Group:
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> Group:
+        """Returns all documents as one group, in their order.
+
+        Args:
+            cu_seqlens: First token of each document and the end, ``[D + 1]``.
+        """
+        spans = [(stop - start, start) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+        return _group(spans, cu_seqlens.device)
+
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
         rows: Tensor = values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
@@ -112,6 +122,6 @@ def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tu
 
 def _group(spans: list[tuple[int, int]], device: torch.device) -> Group:
     length_D1, start_D1 = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
-    place_1L = torch.arange(spans[0][0])[None]
+    place_1L = torch.arange(int(length_D1.max()))[None]
     index_DL = start_D1 + torch.minimum(place_1L, length_D1 - 1)
     return Group(index_DL.to(device), (place_1L < length_D1).to(device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,12 @@ from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
+from ingle.quant.task_heads import task_heads
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
+
+Result = TypeVar("Result")
 
 #: Settings that multiply or divide the logits.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -100,7 +103,8 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Returns the device of the output head, where batches go; unlike :func:`head`, dequantizes nothing."""
-    layer: nn.Module = model.get_output_embeddings()
+    heads = task_heads(model)
+    layer: nn.Module = model.get_submodule(heads[0]) if heads else model.get_output_embeddings()
     return compute_device(next(layer.parameters()))
 
 
@@ -130,9 +134,21 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Computes :func:`forward_hidden` from ids ``[1, N]``, positions ``[1, N]`` and boundaries ``[D + 1]``."""
-    layout, boundaries = layout_of(model), boundaries_of(model)
+    layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
         return _forward_rows(model, layout, input_ids, cu_seqlens)
+    return call_packed(model, input_ids, position_ids, cu_seqlens, run_to_head)
+
+
+def call_packed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    run: Callable[[PreTrainedModel, dict[str, Any]], Result],
+) -> Result:
+    """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed."""
+    layout, boundaries = layout_of(model), boundaries_of(model)
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
         # transformers passes a four-dimensional mask on as it is, also to attention that gets no keyword arguments.
@@ -148,7 +164,7 @@ def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tens
         arguments |= {"max_length_q": longest, "max_length_k": longest}
     documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
-        return run_to_head(model, arguments)
+        return run(model, arguments)
 
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -177,9 +193,7 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_
 def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     """Returns the input of the output layer; passes the arguments that the model takes."""
     called = model if layout_of(model).has_layers_before_head else base_of(model)
-    takes = parameters(original_class(called))
-    if "kwargs" not in takes:
-        arguments = {name: value for name, value in arguments.items() if name in takes}
+    arguments = taken(called, arguments)
     if called is not model:
         hidden: Tensor = called(**arguments).last_hidden_state
         return hidden
@@ -195,3 +209,9 @@ def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     finally:
         hook.remove()
     return kept[0]
+
+
+def taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that the ``forward`` of a module takes."""
+    names = parameters(original_class(module))
+    return arguments if "kwargs" in names else {name: value for name, value in arguments.items() if name in names}

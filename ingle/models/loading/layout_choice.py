@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.kinds import ModelTask, auto_class
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -97,13 +98,14 @@ def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
     if is_wrapper(config):
         return _build_text_part(config)
     with torch.device("meta"):
-        on_meta = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        auto = auto_class(config, ModelTask())
+        on_meta = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     size = sum(parameter.numel() for parameter in on_meta.parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         enliven(model)
