@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.packed import packed_attention
-from ingle.models.forward.bounds import is_bounds, query_bounds
+from ingle.models.forward.bounds import Bounds, describe, is_bounds, read_bounds
 
 #: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
@@ -78,14 +77,36 @@ def attend(
         )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if cu_seq_lens_q is None and is_bounds(attention_mask):
-        cu_seq_lens_q = query_bounds(attention_mask)
+    bounds = read_bounds(attention_mask) if cu_seq_lens_q is None and is_bounds(attention_mask) else None
+    if bounds is not None:
+        cu_seq_lens_q, max_length_q = bounds.queries, bounds.longest
     if cu_seq_lens_q is not None:
-        window = _window(module, sliding_window)
+        if bounds is not None and bounds.described:
+            causal, window = _range(module, bounds)
+        else:
+            window = _window(module, sliding_window)
         cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
         options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
         return packed_attention(query, key, value, cu_seq_lens_q, **options, sinks=s_aux, longest=max_length_q), None
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
+
+
+def _range(module: nn.Module, bounds: Bounds) -> tuple[bool, int | None]:
+    """Returns whether a token sees earlier keys only, and how many keys it sees on a side, including its own.
+
+    Raises:
+        ModelError: It sees more keys on one side than on the other.
+    """
+    window = None if bounds.before is None else bounds.before + 1
+    if bounds.after == 0:
+        return True, window
+    if bounds.before != bounds.after:
+        raise ModelError(
+            f"{type(module).__name__} sees {bounds.before} tokens before and {bounds.after} after each token.",
+            where="model.id",
+            fix="choose a model of another architecture",
+        )
+    return False, window
 
 
 def _window(module: nn.Module, passed: int | None) -> int | None:
@@ -156,4 +177,4 @@ def _attend_masked(
 
 # transformers' public interface; runs once, on import.
 AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, describe)

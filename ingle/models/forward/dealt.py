@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from ingle.models.forward.documents import Boundaries, Documents, Group
 from ingle.models.forward.mixers import CACHES, MASKS, Class, original_class
-from ingle.models.forward.row_masks import MaskForm, causal_mask
+from ingle.models.forward.row_masks import MaskForm, row_mask
 
 #: Boundaries of packed documents under transformers' names.
 _BOUNDARIES = re.compile(r"^(cu_seq_?lens.*|max_length_[qk]|max_seqlen.*|seq_idx|seq_lens)$")
@@ -38,6 +38,7 @@ class Dealt(nn.Module):
     _boundaries: Boundaries
     _mask_form: MaskForm
     _mask_config: PretrainedConfig
+    _is_causal: bool
 
     @property
     def training(self) -> bool:
@@ -91,10 +92,13 @@ class Dealt(nn.Module):
             return {key: None if "conv" in key else self._mask(part, group, dtype) for key, part in value.items()}
         if self._mask_form == "none":
             return None  # padding is on the right, which a state never sees
-        return causal_mask(self._mask_config, getattr(self, "layer_idx", None), self._mask_form, group, dtype)
+        layer_idx = getattr(self, "layer_idx", None)
+        return row_mask(self._mask_config, layer_idx, self._mask_form, group, dtype, causal=self._is_causal)
 
 
-def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, config: PretrainedConfig) -> None:
+def deal_module(
+    module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, config: PretrainedConfig, *, causal: bool = True
+) -> None:
     """Deals documents to a module from now on.
 
     Args:
@@ -102,12 +106,14 @@ def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, 
         boundaries: Holds the documents of the batch.
         mask_form: The mask that the module gets.
         config: Describes the mask, if there is one.
+        causal: Whether a token sees earlier tokens only.
     """
     module.__class__ = _dealt_class(original_class(module))
     own = getattr(module, "config", None)
     described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
     described._attn_implementation_internal = "eager"  # transformers then makes additive masks
-    module.__dict__.update(_boundaries=boundaries, _mask_form=mask_form, _mask_config=described)
+    settings = {"_boundaries": boundaries, "_mask_form": mask_form, "_mask_config": described, "_is_causal": causal}
+    module.__dict__.update(settings)
 
 
 @functools.cache

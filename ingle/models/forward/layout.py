@@ -22,6 +22,7 @@ from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.mixers import find_mixers, original_class
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
 
 LayoutKind = Literal["packed", "documents", "rows", "equal_rows"]
@@ -36,6 +37,7 @@ class Layout:
         deals_attention: Whether all attention is dealt, also that which could use boundaries.
         mask_form: The mask that dealt attention gets.
         takes_bounds: Whether the model gets boundaries as its attention mask; if not, it gets no mask.
+        described: Whether the architecture's own mask function says which tokens of a document a token sees.
         equal: Whether only documents of equal length are dealt together.
         first_position: The position of a document's first token.
         passes_types: Whether the model gets token types; its own are only as many as its longest text has tokens.
@@ -48,6 +50,7 @@ class Layout:
     deals_attention: bool = False
     mask_form: MaskForm = "additive"
     takes_bounds: bool = True
+    described: bool = False
     equal: bool = False
     first_position: int = 0
     passes_types: bool = False
@@ -116,9 +119,10 @@ def _deal(model: PreTrainedModel, layout: Layout, boundaries: Boundaries) -> fro
     if attention and model._can_set_attn_implementation():
         # Dealt attention computes the architecture's own biases, sinks and selections of keys.
         model.set_attn_implementation(for_text_part(model.config, IMPLEMENTATION if by_interface else "eager"))
+    causal = kind_of(model.config) == "causal"
     for name in mixers.keys() - by_interface:
         form: MaskForm = layout.mask_form if name in attention else "none"
-        deal_module(model.get_submodule(name), boundaries, form, model.config)
+        deal_module(model.get_submodule(name), boundaries, form, model.config, causal=causal)
     return frozenset(original_class(model.get_submodule(name)).__name__ for name in mixers.keys() - by_interface)
 
 

@@ -92,11 +92,10 @@ def _run_packed(model: PreTrainedModel, batch: Batch, compute: Callable[..., Any
     """Returns what the base returns for the packed row."""
 
     def run(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
-        types = batch.columns.get("token_type_ids")
-        arguments |= {} if types is None else {"token_type_ids": types}
         return compute(**taken(base_of(model), arguments))
 
-    return call_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, run)
+    types = batch.columns.get("token_type_ids")
+    return call_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, run, types)
 
 
 def _pool(base: nn.Module, rows_DLH: Tensor) -> Tensor:

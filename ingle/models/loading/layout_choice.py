@@ -20,7 +20,7 @@ from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
-from ingle.models.kinds import ModelTask, auto_class
+from ingle.models.kinds import ModelKind, ModelTask, auto_class, kind_of
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -33,14 +33,29 @@ _LENGTHS = (21, 5, 13, 2, 9)
 _TOLERANCE = 1e-4
 
 _FORMS: tuple[MaskForm, ...] = ("additive", "visible", "hidden")
-_CANDIDATES = (
-    Layout(),
-    Layout(takes_bounds=False),
-    *(Layout(deals_attention=True, mask_form=form, takes_bounds=bounds) for form in _FORMS for bounds in (True, False)),
-    Layout(deals_attention=True, equal=True),
-    Layout("rows"),
-    Layout("equal_rows"),
-)
+_LAST = (Layout("rows"), Layout("equal_rows"))
+_CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
+    "causal": (
+        Layout(),
+        Layout(takes_bounds=False),
+        *(Layout(deals_attention=True, mask_form=form, takes_bounds=each) for form in _FORMS for each in (True, False)),
+        Layout(deals_attention=True, equal=True),
+        *_LAST,
+    ),
+    "encoder": (
+        Layout(described=True),
+        Layout(),
+        *(
+            Layout(deals_attention=True, mask_form=form, takes_bounds=takes_bounds, equal=equal)
+            for equal in (False, True)
+            for form in (*_FORMS, "padding")
+            for takes_bounds in (True, False)
+        ),
+        Layout(deals_attention=True, mask_form="none", takes_bounds=False, equal=True),
+        *_LAST,
+    ),
+    "encoder_decoder": _LAST,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +97,13 @@ def _choose(described: _Described) -> Choice:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
         documents = _documents(reference)
         alone = [_compute_alone(reference, document) for document in documents]
-        is_causal = _is_causal(reference, documents[0])
+        kind = kind_of(described.config)
+        is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
     except Exception:
         return Choice(Layout(), tried=False)
     expected = torch.cat(alone)
-    for candidate in _CANDIDATES:
+    for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             read = _read_linears(reference, candidate, documents)
             return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
