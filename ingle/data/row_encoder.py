@@ -75,6 +75,30 @@ def token_options(data: DataConfig, objective: ObjectiveConfig | ObjectiveKind) 
         control_tokens=data.control_tokens,
         max_target_len=data.max_target_len or data.max_seq_len,
     )
+    return _with_objective(options, objective)
+
+
+def row_options(objective: ObjectiveConfig, max_seq_len: int) -> TokenOptions:
+    """Returns the options for rows to predict, which have no labels.
+
+    Args:
+        objective: With the names of its labels.
+        max_seq_len: Longest document in tokens; longer texts are cut, or become several documents.
+    """
+    options = TokenOptions(
+        objective=objective.kind,
+        train_on="all",
+        too_long="split" if objective.kind in ("clm", "mlm", "span") else "truncate",
+        max_seq_len=max_seq_len,
+        system=None,
+        control_tokens="escape",
+        max_target_len=max_seq_len,
+        with_labels=False,
+    )
+    return _with_objective(options, objective)
+
+
+def _with_objective(options: TokenOptions, objective: ObjectiveConfig | ObjectiveKind) -> TokenOptions:
     match objective:
         case Classify(labels=labels, problem=problem):
             assert problem != "auto", "the labels have no names yet"
