@@ -22,6 +22,9 @@ from ingle.quant.linear import QuantModule, quant_linear
 
 #: The projections that a fused module can have.
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+#: Products of fewer rows are computed by other kernels, which round in another way. With these, the result of a token
+#: does not depend on how many others its expert gets.
+LEAST_ROWS = 16
 
 
 class QuantStack(QuantModule):
@@ -145,10 +148,14 @@ class QuantExperts(nn.Module):
             if expert >= self.num_experts:
                 continue
             tokens = chosen // top_k_index.shape[-1]
-            outputs = self._run_expert(hidden_states[tokens], expert)
+            outputs = self._run_padded(hidden_states[tokens], expert)
             weights = top_k_weights.flatten()[chosen].unsqueeze(-1)
             total = total.index_add(0, tokens, (outputs * weights).to(dtype))
         return total.to(hidden_states.dtype)
+
+    def _run_padded(self, x: Tensor, expert: int) -> Tensor:
+        missing = max(0, LEAST_ROWS - len(x))
+        return self._run_expert(functional.pad(x, (0, 0, 0, missing)), expert)[: len(x)]
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:
         """Returns the output of one expert for ``[S, H]``, without the router's weight."""
@@ -185,7 +192,7 @@ class EveryTokenExperts(QuantExperts):
             (chosen,) = x.detach().abs().amax(-1).nonzero(as_tuple=True)
             output = x.new_zeros(x.shape)
             if len(chosen):
-                output = output.index_copy(0, chosen, self._run_expert(x[chosen], expert))
+                output = output.index_copy(0, chosen, self._run_padded(x[chosen], expert))
             outputs.append(output)
         return torch.cat(outputs)
 

@@ -27,27 +27,34 @@ from ingle.models.forward.row_masks import MaskForm, row_mask
 _BOUNDARIES = re.compile(r"^(cu_seq_?lens.*|max_length_[qk]|max_seqlen.*|seq_idx|seq_lens)$")
 
 
-class Dealt(nn.Module):
+class Evaluating(nn.Module):
+    """Goes before the class of a module: it always computes as in evaluation."""
+
+    original: Class
+
+    @property
+    def training(self) -> bool:
+        """False, whatever mode is set; the children have their own."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Ignored."""
+
+
+class Dealt(Evaluating):
     """Goes before the class of a module: ``forward`` runs once for each group of documents.
+
+    Fused kernels for training read weights of layers directly, without their adapters, so the module evaluates.
 
     Without documents, as in generation, the module computes as usual. What the architecture returns for each token is
     collected; other results, such as attention weights, are those of the first group.
     """
 
-    original: Class
     _boundaries: Boundaries
     _mask_form: MaskForm
     _mask_config: PretrainedConfig
     _is_causal: bool
-
-    @property
-    def training(self) -> bool:
-        """False: fused kernels for training read weights of layers directly, without their adapters."""
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        """Ignored; the children have their own."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes each document alone; takes and returns what the original module does."""
@@ -108,7 +115,7 @@ def deal_module(
         config: Describes the mask, if there is one.
         causal: Whether a token sees earlier tokens only.
     """
-    module.__class__ = _dealt_class(original_class(module))
+    put_before(Dealt, module)
     own = getattr(module, "config", None)
     described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
     described._attn_implementation_internal = "eager"  # transformers then makes additive masks
@@ -116,10 +123,15 @@ def deal_module(
     module.__dict__.update(settings)
 
 
+def put_before(base: type[nn.Module], module: nn.Module) -> None:
+    """Puts a class before that of a module."""
+    module.__class__ = _derived(base, original_class(module))
+
+
 @functools.cache
-def _dealt_class(cls: Class) -> type[nn.Module]:
+def _derived(base: type[nn.Module], cls: Class) -> type[nn.Module]:
     # One class for each, because copies of a model are compared by class.
-    return type(cls.__name__, (Dealt, cls), {"original": cls, "__doc__": cls.__doc__})
+    return type(cls.__name__, (base, cls), {"original": cls, "__doc__": cls.__doc__})
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ingle.models.forward.attention import IMPLEMENTATION
 from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
+from ingle.models.forward.isolation import isolate
 from ingle.models.forward.mixers import find_mixers, original_class
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
@@ -97,6 +98,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
     for name, module in model.named_modules():
         if pattern_of(name) in layout.read:
             module.__class__ = ReadLinear
+    isolate(model)
     stored: Any = model
     stored.packed_boundaries = boundaries or Boundaries()
     dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()

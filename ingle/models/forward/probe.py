@@ -135,8 +135,10 @@ def _share(probe: nn.Module, model: nn.Module) -> None:
     for name, child in list(probe.named_children()):
         original = getattr(model, name)
         inner = [name for name, _ in child.named_children()]
-        # A fused layer has the submodules of the layer that it replaces. What is shared as a whole keeps its window.
-        if inner and inner == [name for name, _ in original.named_children()] and not is_unit(original):
+        # A fused layer has the submodules of the layer that it replaces, and the probe only the first layers of a
+        # stack. What is shared as a whole keeps its window.
+        parts = [name for name, _ in original.named_children()]
+        if inner and inner == parts[: len(inner)] and not is_unit(original):
             _share(child, original)
         elif list(original.parameters()):
             setattr(probe, name, original)

@@ -50,7 +50,7 @@ REASONS = {
     "xlnet": "its tokens see later tokens",
 }
 #: Types whose stacked weights have a layout that cannot be quantized.
-STACKED = ("dbrx", "inkling_text", "jetmoe", "llama4", "llama4_text", "longcat_flash", "recurrent_gemma", "zamba")
+STACKED = ("dbrx", "inkling_text", "jetmoe", "longcat_flash", "recurrent_gemma", "zamba")
 #: Why there is no small model of a type.
 NOT_BUILT = {
     **dict.fromkeys(("dots3_note", "dots3_note_text", "qwen4_exp"), "the sizes of the default config do not shrink"),
@@ -59,11 +59,6 @@ NOT_BUILT = {
     "gemma3n": "its image tower needs Pillow",
     "reformer": "it needs texts whose length is a multiple of its chunks",
 }
-#: Text models inside wrappers for images or sound, which are not loaded yet.
-_WRAPPER = "images or audio|no causal language model for model_type"
-REASONS |= dict.fromkeys(
-    ("emu3", "fuyu", "gemma3", "gemma4", "gemma4_unified", "got_ocr2", "mllama", "moss_transcribe_diarize"), _WRAPPER
-)
 LENGTHS = (7, 30, 3, 18, 11)
 BASES = [NoBase(), Nf4Base(format="nf4")]
 TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in SOME)]
