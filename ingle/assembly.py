@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
-from ingle.config.objective import TRAINS
+from ingle.config.objective import TRAINS, Classify, Tag
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -80,10 +80,13 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     device = parallel.set_up(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, device)
     # Read the task first, to report a mistake in it before hours are spent.
-    task_rows = [sample.example for sample in evaluation.read_task(run.task)] if run.task is not None else []
+    samples = evaluation.read_task(run.task, run.objective.kind) if run.task is not None else ()
+    task_rows = [sample.example for sample in samples]
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
     run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
+    if isinstance(run.objective, Classify | Tag) and run.objective.labels is not None:
+        evaluation.check_labels(samples, run.objective.labels)
     task = model_task(run.objective)
     model = models.meta_model(run.model, device, dtype, task)
     models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)

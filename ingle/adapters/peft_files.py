@@ -24,10 +24,10 @@ from ingle.adapters.adapted import (
     tied_modules,
     unfreeze,
 )
+from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
-from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, alpha_of, describe_adapter, read_peft_config
 from ingle.adapters.peft_tensors import (
     PREFIX,

@@ -16,7 +16,7 @@ from ingle.models.interop.imatrix_names import gguf_names, load_importance, save
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
 from ingle.models.kinds import ModelKind, ModelTask, kind_of, require_kind, task_of
-from ingle.models.loading.config_json import stored_base
+from ingle.models.loading.config_json import stored_base, stored_kind, stored_task
 from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
@@ -67,6 +67,8 @@ __all__ = [
     "save_setup",
     "save_sharded",
     "stored_base",
+    "stored_kind",
+    "stored_task",
     "stream",
     "task_of",
     "text_limit",

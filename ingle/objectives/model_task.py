@@ -52,4 +52,9 @@ def trained_objective(task: ModelTask, kind: ModelKind) -> ObjectiveConfig:
             return Tag(kind="tag", labels=task.labels)
         case "answer":
             return Answer(kind="answer")
-    return {"causal": Sft(), "encoder": Mlm(kind="mlm"), "encoder_decoder": Seq2Seq(kind="seq2seq")}[kind]
+    of_text: dict[ModelKind, ObjectiveConfig] = {
+        "causal": Sft(),
+        "encoder": Mlm(kind="mlm"),
+        "encoder_decoder": Seq2Seq(kind="seq2seq"),
+    }
+    return of_text[kind]

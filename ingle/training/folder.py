@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ingle.atomic import write_atomically
 from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
-from ingle.config.objective import Classify, Tag
+from ingle.config.objective import Answer, Classify, Tag
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
@@ -273,9 +273,9 @@ def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> lis
 def with_names(run: Run, former: Run) -> Run:
     """Returns a run with the labels that were found in the training data when it began, where it does not name them."""
     own, known = run.objective, former.objective
-    if not isinstance(own, Classify | Tag) or type(own) is not type(known):
+    if not isinstance(own, Classify | Tag | Answer) or type(own) is not type(known):
         return run
-    unset: dict[str, object] = {"labels": None, "problem": "auto"}
+    unset: dict[str, object] = {"labels": None, "problem": "auto", "no_answer": "auto"}
     found = {name: getattr(known, name) for name, value in unset.items() if getattr(own, name, "") == value}
     return run.model_copy(update={"objective": own.model_copy(update=found)})
 

@@ -149,8 +149,7 @@ class ModelSource(LoadedModel):
         Raises:
             EvaluationError: A prompt does not fit into the context of the model.
         """
-        control = ControlTokens(self.tokenizer, task.control_tokens)
-        prompts = [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
+        prompts = self._prompts(samples, task)
         self._check_lengths(prompts, samples)
         own = self._own(len(prompts))
         stage = f"Answering ({self.name})"
@@ -196,6 +195,11 @@ class ModelSource(LoadedModel):
                 on_cut=warn_cut,
             )
         yield from self._of_all(found)
+
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
+        """Returns what the model reads before it answers."""
+        control = ControlTokens(self.tokenizer, task.control_tokens)
+        return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], samples: Sequence[TaskSample]) -> None:
         limit = text_limit(self.model)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import batched
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from ingle.data.encode_windows import find_null
 from ingle.data.row_encoder import Counts, Piece, TokenOptions, row_options
 from ingle.data.row_tokenizer import make_encoder
 from ingle.data.types import IGNORE_INDEX
+from ingle.data.worker import batches
 from ingle.errors import DataError
 from ingle.evaluation.decoding.answers import AnswerWindow, FoundAnswer, find_answers
 from ingle.evaluation.decoding.classes import decode_classes
@@ -34,9 +34,6 @@ from ingle.evaluation.scorers import Prediction, Problem
 from ingle.evaluation.statistics import Floats
 from ingle.models import forward_hidden, forward_task, through_head
 from ingle.parallel import compute_device
-
-#: Rows of a part.
-PART = 256
 
 #: Called with the number of further rows that are finished.
 OnRows = Callable[[int], None]
@@ -126,7 +123,7 @@ class TaskHead:
         """
         encoder = make_encoder(self.tokenizer, self.options)
         mask, vocab_size = self.tokenizer.mask_token_id, len(self.tokenizer)
-        for rows in batched(examples, PART):
+        for rows in batches(examples):
             pieces = encode_rows(encoder.encode, rows)
             for row, parts in zip(rows, pieces, strict=True):
                 if not any((part.ids == mask).any() for part in parts):
@@ -161,7 +158,7 @@ class TaskHead:
         """Yields the rows of each part, their documents, and the logits of the head for these."""
         encoder = make_encoder(self.tokenizer, self.options)
         forward = partial(forward_task, self.model)
-        for rows in batched(examples, PART):
+        for rows in batches(examples):
             pieces = encode_rows(encoder.encode, rows)
             documents = [as_sample(piece) for parts in pieces for piece in parts]
             found = iter(document_logits(forward, documents, self._device()))

@@ -16,7 +16,7 @@ from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd, refuse_impossible
-from ingle.models.kinds import ModelTask, refusal
+from ingle.models.kinds import ModelKind, ModelTask, kind_of, refusal
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_config
 from ingle.models.loading.hub import locate, locate_file
 from ingle.models.loading.safetensors_files import read_index
@@ -28,8 +28,12 @@ _KNOWN_QUANTIZERS = ("bitsandbytes", "hqq", "bitnet", "mxfp4")
 _LANGUAGE_MODEL = ModelTask()
 
 
-def read_config(model: ModelConfig, task: ModelTask = _LANGUAGE_MODEL) -> PretrainedConfig:
+def read_config(model: ModelConfig, task: ModelTask | None = _LANGUAGE_MODEL) -> PretrainedConfig:
     """Returns the architecture's config.
+
+    Args:
+        model: The config section of the model.
+        task: What it is to be trained for; None to accept every architecture.
 
     Raises:
         ModelError: There is none, or it describes no model of text that can be trained for the task.
@@ -112,6 +116,23 @@ def stored_base(model: ModelConfig) -> BaseConfig:
         return _base_of(settings, model)
 
 
+def stored_kind(model: ModelConfig) -> ModelKind:
+    """Returns the kind of a published model; errors as in :func:`stored_task`."""
+    return kind_of(read_config(model, None))
+
+
+def stored_task(model: ModelConfig) -> ModelTask:
+    """Returns what the head of a published checkpoint predicts; ``lm`` for a checkpoint that does not say.
+
+    Raises:
+        ModelError: There is no such model.
+        HubUnavailable: The hub is needed and cannot be reached.
+    """
+    if is_gguf(model.id):
+        return ModelTask()
+    return ModelTask.stored_in(read_config(model, None))
+
+
 def bitnet_divides(raw: Mapping[str, Any]) -> bool:
     """Returns whether weights of a quantized BitNet checkpoint are divided by their scales rather than multiplied.
 
@@ -152,7 +173,7 @@ def _read_block_size(folder: Path) -> int:
     return 64
 
 
-def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig, task: ModelTask) -> None:
+def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig, task: ModelTask | None) -> None:
     """Refuses quantized weights that cannot be read, and everything but models of text."""
     settings = raw.get("quantization_config") or {}
     quantizer = settings.get("quant_method", "bitsandbytes")
@@ -164,7 +185,7 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
         )
     if settings.get("use_rms_norm"):
         raise untrainable(model, "its BitNet layers have their own norms, which are not supported")
-    reason = refusal(config, task, own_code=model.trust_remote_code)
+    reason = None if task is None else refusal(config, task, own_code=model.trust_remote_code)
     if reason is not None:
         raise untrainable(model, reason)
 
