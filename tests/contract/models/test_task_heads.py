@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoConfig
 
-from ingle import models
-from ingle.config import ModelConfig
+from ingle import adapters, models
+from ingle.config import LoraAdapter, ModelConfig
 from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.models import ModelTask
+from ingle.models.kinds import auto_class
 from ingle.models.loading.layout_choice import enliven
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, TagLoss
 from ingle.objectives.dealing import without_labels
@@ -33,6 +36,7 @@ TASKS = {
 }
 CAUSAL = ("llama", "gpt2", "qwen3")
 CASES = [(kind, name) for kind in CAUSAL for name in TASKS if kind == "llama" or name in ("single", "tag")]
+ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("qwen3", "answer")]
 _EOS, _PAD = 2, 1
 
 
@@ -143,3 +147,52 @@ def test_a_head_for_other_labels_is_new_and_depends_on_the_seed_alone(tmp_path: 
     assert torch.equal(first, second) and not torch.equal(first, third)
     assert 0.01 < first.std() < 0.03  # initializer_range of the architecture
     assert any("negative" in str(warning) for warning in warnings)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("target_modules", ["all-linear", "none"])
+@pytest.mark.parametrize(("kind", "name"), ROUND_TRIPS)
+def test_peft_reads_adapter_and_head(kind: str, name: str, target_modules: Any, tmp_path: Path) -> None:
+    task, samples = TASKS[name], make_samples(TASKS[name])
+    language_model(kind).save_pretrained(tmp_path / "base")
+    config = ModelConfig(id=str(tmp_path / "base"), dtype="float32")
+    model = models.load_model(config, task=task, seed=3)
+    adapter = LoraAdapter(rank=2, target_modules=target_modules)
+    selection = adapters.attach(model, adapter, seed=0)
+    with torch.no_grad():
+        for _, parameter in adapters.trainable_parameters(model):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    adapters.save_adapter(model, tmp_path / "adapter", adapter, config.id, identity=adapters.identify(model))
+    batch = collate(samples)
+    with torch.no_grad():
+        ours = models.forward_task(model, batch)
+        described = AutoConfig.from_pretrained(tmp_path / "adapter" / "head")
+        auto = {
+            "classify": peft.AutoPeftModelForSequenceClassification,
+            "tag": peft.AutoPeftModelForTokenClassification,
+            "answer": peft.AutoPeftModelForQuestionAnswering,
+        }[task.kind]
+        labels = {} if task.kind == "answer" else {"id2label": described.id2label, "label2id": described.label2id}
+        theirs = auto.from_pretrained(str(tmp_path / "adapter"), **labels).eval()
+        rows = [outputs(theirs(torch.from_numpy(sample.input_ids).long()[None])) for sample in samples]
+        again = models.load_model(config, task=task, seed=4)
+        assert adapters.load_adapter(again, tmp_path / "adapter").modules_to_save == selection.modules_to_save
+        assert torch.equal(models.forward_task(again, batch), ours)
+    expected = torch.cat(rows, 0 if task.kind == "classify" else 1)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert described.architectures == [type(model).__name__]
+    if task.labels:
+        assert tuple(described.id2label.values()) == LABELS
+
+
+def language_model(kind: str) -> Any:
+    config = small_config(kind)
+    config.pad_token_id, config.eos_token_id = _PAD, _EOS
+    torch.manual_seed(0)
+    model = auto_class(config, ModelTask()).from_config(config, dtype=torch.float32)
+    enliven(model)
+    return model
+
+
+def outputs(output: Any) -> Tensor:
+    return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)
