@@ -30,8 +30,8 @@ TILE_SCORES = 1 << 21
 Indices = npt.NDArray[np.int32]
 
 #: Number of tokens that a token sees, including itself (on either side if not causal), or how many it sees before
-#: itself and after itself; None for all of its document.
-Window = int | tuple[int, int] | None
+#: itself and after itself. None means all of its document.
+Window = int | tuple[int | None, int | None] | None
 
 
 def reach(causal: bool, window: Window) -> tuple[int | None, int | None]:

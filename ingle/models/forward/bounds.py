@@ -36,6 +36,7 @@ class Bounds:
         longest_keys: Keys of the longest document.
         before: Earlier keys that a token sees in its document; None for all.
         after: Later keys that it sees; None for all.
+        crosses: Whether the keys are other documents than the queries.
         described: Whether ``before`` and ``after`` are those of the architecture's mask function.
     """
 
@@ -45,6 +46,7 @@ class Bounds:
     longest_keys: int
     before: int | None = None
     after: int | None = None
+    crosses: bool = False
     described: bool = False
 
 
@@ -85,7 +87,7 @@ def _read(mask: Tensor) -> Bounds:
     longest, longest_keys = (max(stop - start for start, stop in pairwise(row)) for row in rows[:_ROWS])
     described = len(rows) == _DESCRIBED_ROWS
     before, after = (None if row[0] == _ALL else int(row[0]) for row in rows[_ROWS:]) if described else (None, None)
-    return Bounds(mask[0, 0, 0], mask[0, 0, 1], longest, longest_keys, before, after, described)
+    return Bounds(mask[0, 0, 0], mask[0, 0, 1], longest, longest_keys, before, after, rows[0] != rows[1], described)
 
 
 def describe(

@@ -81,8 +81,8 @@ class Dealt(Evaluating):
         deal = functools.partial(self._deal, documents=documents, group=group, dtype=dtype)
         if isinstance(value, dict):
             return {key: deal(key, part) for key, part in value.items()}
-        if isinstance(value, torch.Size):
-            return torch.Size((*group.real_DL.shape, *value[2:])) if value[:2] == (1, documents.num_tokens) else value
+        if isinstance(value, tuple) and value[:2] == (1, documents.num_tokens):  # a shape
+            return torch.Size((*group.real_DL.shape, *value[2:]))
         if isinstance(value, tuple | list):
             return type(value)(deal(None, part) for part in value)
         if not isinstance(value, Tensor):

@@ -9,7 +9,7 @@ Legend: N packed tokens, D documents of a group, L length of its longest documen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -75,11 +75,21 @@ class Documents:
         """
         bounds = cu_seqlens.tolist()
         spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
-        groups = tuple(_group(each, cu_seqlens.device) for each in _by_length(spans, padding))
+        return cls._of_spans(list(_by_length(spans, padding)), cu_seqlens)
+
+    @classmethod
+    def of_groups(cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]]) -> Documents:
+        """Groups documents as given: the numbers of the documents of each group."""
+        bounds = cu_seqlens.tolist()
+        return cls._of_spans([[(bounds[i + 1] - bounds[i], bounds[i]) for i in group] for group in groups], cu_seqlens)
+
+    @classmethod
+    def _of_spans(cls, spans: list[list[tuple[int, int]]], cu_seqlens: Tensor) -> Documents:
+        groups = tuple(_group(each, cu_seqlens.device) for each in spans)
         order_N = torch.cat([group.index_DL[group.real_DL] for group in groups])
         back_N = torch.empty_like(order_N)
         back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        return cls(groups, bounds[-1], back_N)
+        return cls(groups, int(cu_seqlens[-1]), back_N)
 
     def collect(self, parts: list[Tensor]) -> Tensor:
         """Returns the packed values ``[N, ...]`` of groups ``[D, L, ...]``."""

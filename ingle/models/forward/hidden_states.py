@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
 from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
-from ingle.models.forward.mixers import base_of, original_class, parameters
+from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
@@ -69,7 +70,7 @@ def head(model: PreTrainedModel) -> Head:
         ModelError: The head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear | QuantLinear):
+    if not isinstance(layer, nn.Linear | nn.Embedding | QuantLinear):
         raise ModelError(
             f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
@@ -84,7 +85,9 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
+    # BART and its kin add a bias outside the layer.
+    bias = getattr(layer, "bias", None) if (more := getattr(model, "final_logits_bias", None)) is None else more[0]
+    return Head(weight, bias, scale, None if softcap is None else float(softcap))
 
 
 def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -127,8 +130,12 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Args:
         model: A model from :func:`ingle.models.meta_model`, with weights.
-        batch: Documents packed in a single row.
+        batch: Documents packed in a single row. Of an encoder-decoder, the decoder's row is computed.
     """
+    if "decoder_input_ids" in batch.columns:
+        names = ("input_ids", "position_ids", "cu_seqlens")
+        source, target = (Row(*(batch.columns[row + name] for name in names)) for row in ("", "decoder_"))
+        return forward_pairs(model, source, target)
     types = batch.columns.get("token_type_ids")
     return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, types)
 
@@ -201,30 +208,3 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Ten
         mask = None if layout.kind == "equal_rows" else group.real_DL.long()
         rows.append(run_to_head(model, {**arguments, "attention_mask": mask, "use_cache": False}))
     return documents.collect(rows)[None]
-
-
-def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
-    """Returns the input of the output layer; passes the arguments that the model takes."""
-    called = model if layout_of(model).has_layers_before_head else base_of(model)
-    arguments = taken(called, arguments)
-    if called is not model:
-        hidden: Tensor = called(**arguments).last_hidden_state
-        return hidden
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        kept.append(inputs[0])
-        return inputs[0][:, :1]  # the logits are not used
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        called(**arguments)
-    finally:
-        hook.remove()
-    return kept[0]
-
-
-def taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that the ``forward`` of a module takes."""
-    names = parameters(original_class(module))
-    return arguments if "kwargs" in names else {name: value for name, value in arguments.items() if name in names}

@@ -22,6 +22,7 @@ from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.isolation import isolate
 from ingle.models.forward.mixers import find_mixers, original_class
+from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
@@ -45,6 +46,7 @@ class Layout:
         has_layers_before_head: Whether there are layers between the base model and the output layer, as in RoBERTa.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
+        has_distances: Whether attention gets relative position biases by distance.
     """
 
     kind: LayoutKind = "packed"
@@ -58,6 +60,7 @@ class Layout:
     has_layers_before_head: bool = False
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
+    has_distances: bool = False
 
 
 class ReadLinear(nn.Linear):
@@ -109,6 +112,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
         first_position=_first_position(model),
         passes_types=any(name.endswith("token_type_ids") for name, _ in model.named_buffers()),
         dealt=tuple(sorted(dealt)),
+        has_distances=layout.kind in ("packed", "documents") and use_distances(model, stored.packed_boundaries),
     )
 
 

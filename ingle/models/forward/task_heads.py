@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.forward.documents import PADDING, Documents, Group
-from ingle.models.forward.hidden_states import call_packed, taken
+from ingle.models.forward.hidden_states import call_packed
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of
+from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
 from ingle.parallel import is_sharded

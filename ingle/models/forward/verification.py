@@ -15,10 +15,11 @@ from ingle.data.batch import collate
 from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, reading
-from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, run_to_head, through_head
+from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, through_head
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.models.forward.task_heads import forward_alone, forward_task
+from ingle.models.forward.to_head import run_to_head
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
 from ingle.wording import first_line

@@ -10,11 +10,13 @@ import copy
 import functools
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ingle.models.forward.encoder_decoder import Row, forward_pairs, pair_to_head
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
@@ -29,6 +31,8 @@ _SIZE = Size(width=32, layers=4, vocab_size=128, positions=40)
 _MOST_PARAMETERS = 6_000_000
 #: On both sides of the windows and chunks of the copy; together longer than its longest text.
 _LENGTHS = (21, 5, 13, 2, 9)
+#: Lengths of the targets, which an encoder-decoder predicts from documents of the other lengths.
+_TARGET_LENGTHS = (9, 13, 2, 21, 5)
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
@@ -54,7 +58,7 @@ _CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
         Layout(deals_attention=True, mask_form="none", takes_bounds=False, equal=True),
         *_LAST,
     ),
-    "encoder_decoder": _LAST,
+    "encoder_decoder": (Layout(described=True), Layout(), *_LAST),
 }
 
 
@@ -96,18 +100,38 @@ def _choose(described: _Described) -> Choice:
     try:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
         documents = _documents(reference)
-        alone = [_compute_alone(reference, document) for document in documents]
         kind = kind_of(described.config)
+        if kind == "encoder_decoder":
+            return _choose_for_pairs(reference, documents)
+        alone = [_compute_alone(reference, document) for document in documents]
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
     except Exception:
-        return Choice(Layout(), tried=False)
+        return Choice(_CANDIDATES[kind_of(described.config)][0], tried=False)
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             read = _read_linears(reference, candidate, documents)
             return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
     return Choice(None, is_causal)
+
+
+def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choice:
+    targets = list(torch.cat(sources).flip(0).split(_TARGET_LENGTHS))
+    stored: Any = reference
+    for before_head in (True, False):  # a head that is no module of its own gets the hidden states of the base model
+        stored.packed_layout = Layout(has_layers_before_head=before_head)
+        pairs = zip(sources, targets, strict=True)
+        try:
+            expected = torch.cat([pair_to_head(copy.deepcopy(reference), *pair) for pair in pairs])
+        except LookupError:
+            continue
+        break
+    for candidate in _CANDIDATES["encoder_decoder"]:
+        layout = replace(candidate, has_layers_before_head=before_head)
+        if _is_exact(reference, layout, sources, expected, targets):
+            return Choice(layout)
+    return Choice(None)
 
 
 def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -198,16 +222,28 @@ def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Te
     return _difference(kept[0], hidden * scale) > _TOLERANCE
 
 
-def _is_exact(model: PreTrainedModel, layout: Layout, documents: list[Tensor], expected: Tensor) -> bool:
+def _is_exact(
+    model: PreTrainedModel,
+    layout: Layout,
+    documents: list[Tensor],
+    expected: Tensor,
+    targets: list[Tensor] | None = None,
+) -> bool:
     try:
-        actual = _compute_packed(copy.deepcopy(model), layout, documents)
+        actual = _compute_packed(copy.deepcopy(model), layout, documents, targets)
     except Exception:  # architectures fail in many ways if they get what they do not expect
         return False
     return actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
 
 
-def _compute_packed(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> Tensor:
-    """Returns the hidden states of the packed documents; changes the model."""
+def _compute_packed(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> Tensor:
+    """Returns the hidden states of the packed documents, or of their targets; changes the model."""
+    if targets is not None:
+        apply_layout(model, layout)
+        rotate_by_document(model)
+        return forward_pairs(model, Row.of(documents), Row.of(targets))[0]
     lengths = [len(document) for document in documents]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
