@@ -85,6 +85,8 @@ def meta_model(
 
 
 def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
+    if task.kind != "lm" and kind_of(config) == "encoder_decoder":
+        return Layout("rows")  # the head reads what a decoder makes of the text itself
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
     if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"

@@ -34,9 +34,15 @@ TASKS = {
     "tag": ModelTask("tag", LABELS),
     "answer": ModelTask("answer"),
 }
-CAUSAL = ("llama", "gpt2", "qwen3")
-CASES = [(kind, name) for kind in CAUSAL for name in TASKS if kind == "llama" or name in ("single", "tag")]
-ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("qwen3", "answer")]
+#: Every task on a decoder, an encoder and an encoder-decoder; one task on each other way to pool a text.
+CASES = [
+    *((kind, name) for kind in ("llama", "bert") for name in TASKS),
+    *(("bart", name) for name in ("single", "answer")),
+    *((kind, "single") for kind in ("gpt2", "roberta", "distilbert", "modernbert", "albert", "deberta-v2", "t5")),
+    *((kind, "tag") for kind in ("gpt2", "t5")),
+    ("qwen3", "answer"),
+]
+ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("bert", "single"), ("distilbert", "answer"), ("bart", "single")]
 _EOS, _PAD = 2, 1
 
 
@@ -44,7 +50,7 @@ def build(kind: str, task: ModelTask) -> Any:
     """A model of transformers with large random weights; its own head reads the labels of the task."""
     config = small_config(kind)
     task.describe_in(config)
-    config.pad_token_id, config.eos_token_id = _PAD, _EOS
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = _PAD, _EOS, 0
     auto = {
         "classify": transformers.AutoModelForSequenceClassification,
         "tag": transformers.AutoModelForTokenClassification,
@@ -187,7 +193,7 @@ def test_peft_reads_adapter_and_head(kind: str, name: str, target_modules: Any, 
 
 def language_model(kind: str) -> Any:
     config = small_config(kind)
-    config.pad_token_id, config.eos_token_id = _PAD, _EOS
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = _PAD, _EOS, 0
     torch.manual_seed(0)
     model = auto_class(config, ModelTask()).from_config(config, dtype=torch.float32)
     enliven(model)
