@@ -100,12 +100,13 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     contamination = search.result() if task_rows else None
     if contamination is not None and contamination.same_prompt:
         sink(warn_of_contamination(contamination))
+    limit = max(run.data.max_seq_len, run.data.max_target_len or 0)  # spans are removed from texts that are longer
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
-        models.refuse_longer(model, int(each.lengths.max()), where="data.max_seq_len")
+        models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, dataset.last_ids())
-    if task.kind == "lm" and models.kind_of(model.config) != "encoder":
+    if task.kind == "lm":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)

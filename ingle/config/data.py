@@ -39,7 +39,7 @@ class Source(Section):
         layout: The layout of a row. ``auto`` detects it from the column names and the objective. ``conll`` reads a file
             of any suffix with one word and its tag per line.
         columns: Columns to rename before the layout applies, new name first: ``{prompt: mr, completion: ref}``. Dots
-            lead into nested columns: ``{source: translation.en}``.
+            lead into nested columns and lists: ``{source: translation.en, target: messages.1.content}``.
         label: The label of every row (``classify``), for files with the texts of one class.
         lines: Read a text file of any suffix as one text per line, rather than as one text.
         split: Split of a hub dataset.
@@ -105,7 +105,7 @@ class DataConfig(Section):
 
     Attributes:
         sources: Files or hub datasets. A string is short for ``{path: ...}``.
-        max_seq_len: Longest document in tokens; also the length of a packed sequence.
+        max_seq_len: Longest document in tokens (of ``span``, the longest source); also the length of a packed sequence.
         max_target_len: Longest target of ``seq2seq`` in tokens; as ``max_seq_len`` if null.
         packing: Lay several documents end to end in one sequence. Attention never crosses document boundaries.
         train_on: Tokens that contribute to the loss: those of every ``assistant`` turn, of the ``last`` assistant turn,

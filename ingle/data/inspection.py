@@ -96,7 +96,7 @@ def inspect(
         objective=kind,
         stats=dataset.stats,
         lengths=_measure(dataset.lengths[::2] if has_targets else dataset.lengths),
-        packing=Packing(data.packing, len(sequences), data.max_seq_len, sequences.efficiency),
+        packing=Packing(data.packing, len(sequences), sequences.room, sequences.efficiency),
         endings=endings[:_NUM_ENDINGS],
         duplicates=found,
         overlap=shared,

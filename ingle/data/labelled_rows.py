@@ -5,7 +5,7 @@ The first row of a table decides which columns are meant; renamed to the names b
 - ``labelled``: ``text``, ``text_pair`` (optional) and ``label``
 - ``tagged``: ``tokens`` and ``tags``
 - ``squad``: ``question``, ``context`` and ``answers``
-- ``source-target``: ``source`` and ``target``
+- ``source-target``: ``source``, ``target`` and ``references`` (optional: further targets)
 """
 
 from __future__ import annotations
@@ -129,9 +129,18 @@ def parse_labelled(row: Mapping[str, Any], layout: Layout, origin: str) -> Examp
         case "squad":
             return _read_question(row, origin)
         case "source-target":
-            target = _text(row, "target") if row.get("target") is not None else ""
-            return Example(origin, prompt=_text(row, "source"), completion=target)
+            return _read_target(row, origin)
     raise AssertionError(layout)
+
+
+def _read_target(row: Mapping[str, Any], origin: str) -> Example:
+    """Reads a source and its target; without a target, the first of its references."""
+    references = row.get("references") or []
+    if not isinstance(references, list) or not all(isinstance(item, str) for item in references):
+        raise ValueError("'references' must be a list of strings")
+    target = _text(row, "target") if row.get("target") is not None else next(iter(references), "")
+    others = tuple(dict.fromkeys(item for item in references if item != target))
+    return Example(origin, prompt=_text(row, "source"), completion=target, references=others)
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

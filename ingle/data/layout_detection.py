@@ -50,12 +50,15 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: s
 
 
 def _find_nested(row: Mapping[str, Any], path: str) -> Any:
-    """Returns the value of a nested column such as ``translation.en``."""
+    """Returns the value of a nested column such as ``translation.en`` or ``messages.0.content``."""
     value: Any = row
     for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, Mapping) and key in value:
+            value = value[key]
+        else:
             return _MISSING
-        value = value[key]
     return value
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from ingle.config.data import ControlTokens as Policy
 from ingle.config.data import DataConfig
-from ingle.config.objective import Answer, Classify, ObjectiveConfig, ObjectiveKind, Seq2Seq, Tag
+from ingle.config.objective import Answer, Classify, ObjectiveConfig, ObjectiveKind, Seq2Seq, Span, Tag
+from ingle.data.corruption import denoisers, longest_text
 from ingle.data.template import TrainOn
 from ingle.data.types import Example, Ids, Mask
 from ingle.report.data_results import Remark
@@ -39,6 +40,7 @@ class TokenOptions:
         problem: How the labels of ``classify`` are read.
         stride: Tokens that two windows of a long text share (``tag``, ``answer``).
         prefix: Text before every source (``seq2seq``).
+        max_text_len: Longest text of ``span`` in tokens, whose source has at most ``max_seq_len``; 0 without spans.
         with_labels: Whether every row must have a label; rows to predict have none.
     """
 
@@ -53,6 +55,7 @@ class TokenOptions:
     problem: Problem = "single"
     stride: int = 0
     prefix: str = ""
+    max_text_len: int = 0
     with_labels: bool = True
 
 
@@ -110,6 +113,9 @@ def _with_objective(options: TokenOptions, objective: ObjectiveConfig | Objectiv
             return replace(options, stride=stride)
         case Seq2Seq(prefix=prefix):
             return replace(options, prefix=prefix)
+        case Span(style="t5" | "ul2"):
+            longest = longest_text(data.max_seq_len, denoisers(objective), objective.mode_tokens)
+            return replace(options, max_text_len=longest)
     return options
 
 

@@ -269,7 +269,9 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         same = f"{overlap.same_prompt:,} of {overlap.rows:,} by prompt, {overlap.same_row:,} by prompt and answer"
         grams = f"{overlap.ngram_share:.1%} of {overlap.ngram_words}-grams; "
         half = f"{overlap.half_seen:,} of {plural(overlap.answers, 'answer')} at least by half"
-        figures += [("held-out rows in training", same), ("held-out answers in training", grams + half)]
+        figures.append(("held-out rows in training", same))
+        if report.objective in ("clm", "sft", "seq2seq"):  # labels have no words of their own
+            figures.append(("held-out answers in training", grams + half))
     return figures
 
 

@@ -162,6 +162,16 @@ def test_sources_and_targets(tmp_path, row):
     assert (example.prompt, example.completion) == ("a", "b")
 
 
+def test_conversations_have_a_source_and_several_targets(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = json.dumps({"messages": turns, "references": ["c", "b", "c"]})
+    columns = {"source": "messages.0.content", "target": "messages.1.content"}
+    (example,) = read(tmp_path / "a.jsonl", row, "seq2seq", columns=columns)
+    assert (example.prompt, example.completion, example.references) == ("a", "b", ("c",))
+    with pytest.raises(DataError, match=r"no column 'messages\.2\.content'"):
+        read(tmp_path / "a.jsonl", row, "seq2seq", columns={**columns, "target": "messages.2.content"})
+
+
 def test_nested_columns_choose_two_of_many_languages(tmp_path):
     row = json.dumps({"translation": {"en": "a", "fr": "b", "de": "c"}})
     columns = {"source": "translation.fr", "target": "translation.en"}

@@ -49,3 +49,9 @@ def task_script() -> ModuleType:
 def orders_script() -> ModuleType:
     """``examples/own-data/make_orders.py``."""
     return load(EXAMPLES / "own-data" / "make_orders.py")
+
+
+@pytest.fixture(scope="session")
+def labelled_script() -> ModuleType:
+    """``examples/make_labelled.py``."""
+    return load(EXAMPLES / "make_labelled.py")

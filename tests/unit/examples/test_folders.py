@@ -11,8 +11,13 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from ingle.config import Run
+from ingle.config.rules import check
 
-CONFIGS = ("demo/demo.yaml", "own-data/orders.yaml", "quickstart-hub.yaml", "pretrain/pretrain.yaml")
+LABELLED = ("classify/polarity.yaml", "tag/entities.yaml", "answer/people.yaml", "seq2seq/e2e.yaml")
+CONFIGS = (
+    *("demo/demo.yaml", "own-data/orders.yaml", "quickstart-hub.yaml", *LABELLED),
+    *("pretrain/pretrain.yaml", "pretrain/encoder-mlm.yaml", "pretrain/encoder-decoder-span.yaml"),
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -22,6 +27,7 @@ def test_config_decodes_and_its_files_exist(examples: Path, name: str) -> None:
         if section in tree:
             tree[section]["sources"] = [{"path": s} if isinstance(s, str) else s for s in tree[section]["sources"]]
     run = Run.model_validate(tree)
+    check(run)
     sources = [*run.data.sources, *(run.evaluate.sources if run.evaluate else ())]
     for source in sources:
         if "*" not in source.path:  # the corpus is generated, not shipped
