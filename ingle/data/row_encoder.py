@@ -114,7 +114,7 @@ def _with_objective(options: TokenOptions, objective: ObjectiveConfig | Objectiv
         case Seq2Seq(prefix=prefix):
             return replace(options, prefix=prefix)
         case Span(style="t5" | "ul2"):
-            longest = longest_text(data.max_seq_len, denoisers(objective), objective.mode_tokens)
+            longest = longest_text(options.max_seq_len, denoisers(objective), objective.mode_tokens)
             return replace(options, max_text_len=longest)
     return options
 

@@ -61,9 +61,13 @@ def load(folder: Path, base: BaseConfig) -> PreTrainedModel:
 
 
 def require_same_losses_and_gradients(
-    model: PreTrainedModel, reference: PreTrainedModel, documents: list[list[int]], targets: Targets,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    documents: list[list[int]],
+    targets: Targets,
     decoder: Reads = None,
-) -> None:  # fmt: skip
+    rounding: float = 1e-4,
+) -> None:
     replace_by_decoded(reference, model)
     attach(model)
     losses = packed_losses(model, documents, targets, decoder)
@@ -74,7 +78,7 @@ def require_same_losses_and_gradients(
     for name, parameter in adapters.trainable_parameters(model):
         actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         error = (actual - gradients[name]).norm() / gradients[name].norm().clamp_min(floor)
-        assert error < 1e-4, (name, float(error))
+        assert error < rounding, (name, float(error))
 
 
 def require_independent_documents(

@@ -49,7 +49,7 @@ REASONS = {
     "xlnet": "its tokens see later tokens",
 }
 #: Types whose stacked weights have a layout that cannot be quantized.
-STACKED = ("dbrx", "inkling_text", "jetmoe", "longcat_flash", "recurrent_gemma", "zamba")
+STACKED = ("dbrx",)
 #: Why there is no small model of a type.
 NOT_BUILT = {
     **dict.fromkeys(("dots3_note", "dots3_note_text", "qwen4_exp"), "the sizes of the default config do not shrink"),
@@ -58,6 +58,9 @@ NOT_BUILT = {
     "gemma3n": "its image tower needs Pillow",
     "reformer": "it needs texts whose length is a multiple of its chunks",
 }
+#: Largest relative errors of gradients. Where it is not 1e-4, the float32 gradients of transformers differ as much from
+#: its float64 gradients: the delta rule normalizes short vectors.
+ROUNDING = {"bailing_hybrid": 5e-4, "qwen3_5_moe": 3e-4, "qwen3_5_moe_text": 3e-4, "qwen3_next": 3e-4}
 LENGTHS = (7, 30, 3, 18, 11)
 BASES = [NoBase(), Nf4Base(format="nf4")]
 TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in SOME)]
@@ -90,7 +93,8 @@ def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_o
             load(folder, base)
         return
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    require_same_losses_and_gradients(load(folder, base), reference, documents, next_tokens)
+    rounding = ROUNDING.get(kind, 1e-4)
+    require_same_losses_and_gradients(load(folder, base), reference, documents, next_tokens, rounding=rounding)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -50,6 +50,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **{kind: {**_BERT, "attention_type": "original_full"} for kind in ("big_bird", "bigbird_pegasus")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "ctrl": {"dff": 64},  # the kinks of more ReLUs are hit by rounding
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -61,6 +62,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": [64] * 4,
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "inkling_text": {"n_routed_experts": 8},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
