@@ -106,7 +106,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, dataset.last_ids())
-    if task.kind == "lm":
+    if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
