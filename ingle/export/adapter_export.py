@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ingle import adapters, models
+from ingle.adapters.head_files import HEAD_CONFIG, LABELS
 from ingle.adapters.lora import LoraLinear
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
@@ -34,6 +35,7 @@ from ingle.quant.format import PLAIN
 from ingle.wording import either
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_HEAD_FILES = (HEAD_CONFIG, LABELS)
 
 
 def export_peft(job: ExportJob) -> WrittenExport:
@@ -42,8 +44,10 @@ def export_peft(job: ExportJob) -> WrittenExport:
     paths = OutputPaths(job.request.out, None)
     paths.require_bytes(sum((adapter / name).stat().st_size for name in _FILES))
     with paths.opened() as folder:
-        for name in _FILES:
-            shutil.copyfile(adapter / name, folder / name)
+        for name in (*_FILES, *_HEAD_FILES):
+            if (adapter / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(adapter / name, folder / name)
         job.tokenizer.save_pretrained(folder)
         write_companions(job, folder, paths, type_name=None, usage=_peft_usage(job, paths.folder))
 

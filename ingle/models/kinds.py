@@ -10,7 +10,7 @@ import transformers as hf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.text_part import is_wrapper, wrapper_class
+from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
 
 #: ``causal``: each token sees earlier ones. ``encoder``: each token sees all. ``encoder_decoder``: both, in two parts.
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -146,6 +146,13 @@ def task_of(model: PreTrainedModel) -> ModelTask:
     """Returns what a model from :func:`ingle.models.meta_model` was built for."""
     found: ModelTask = getattr(model, "packed_task", ModelTask())
     return found
+
+
+def class_that_reads(model: PreTrainedModel) -> str:
+    """Returns the name of the class of transformers that reads a model from its files."""
+    task = task_of(model)
+    name: str = reader_class(model.config) if task.kind == "lm" else auto_class(model.config, task).__name__
+    return name
 
 
 def _own_classes(config: PretrainedConfig) -> Mapping[str, str]:
