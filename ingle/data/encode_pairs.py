@@ -65,7 +65,7 @@ class PairEncoder:
                 continue
             counts.truncated_documents += lost > 0
             counts.truncated_tokens += max(lost, 0)
-            document, columns, _ = special.wrap(*_shorten(ids, room))
+            document, columns = special.wrap(*_shorten(ids, room))
             labels: dict[str, Any] = {"document_labels": label}
             yield example, [Piece(document, np.zeros(len(document), np.bool_), "", columns, labels)]
 

@@ -83,7 +83,7 @@ class TagEncoder:
     def _make_piece(
         self, ids: npt.NDArray[np.int32], places: Places, labels: npt.NDArray[np.int32], words: Places
     ) -> Piece:
-        document, columns, _ = self._special.wrap(ids)
+        document, columns = self._special.wrap(ids)
         places = places + len(self._special.parts[0])
         token_labels = np.full(len(document), IGNORE_INDEX, np.int32)
         token_labels[places] = labels
@@ -129,6 +129,8 @@ def cut_windows(first: Places, num_tokens: int, room: int, stride: int) -> tuple
         The windows from and to (exclusive), and the window of each word, [W]: the one where the shorter of its contexts
         is longest, or the first of several; -1 without a token.
     """
+    if num_tokens <= room:
+        return [(0, num_tokens)], np.where(first < 0, -1, 0)
     stride = min(stride, room // 2)
     starts = np.unique(first[first >= 0])
     windows = []

@@ -61,7 +61,7 @@ class TextPieces:
 
     def _make_piece(self, ids: Ids) -> Piece:
         if self._options.objective == "mlm":
-            ids, _, _ = self._special.wrap(ids)
+            ids, _ = self._special.wrap(ids)
         return Piece(ids, ~self._is_special[ids])
 
 

@@ -92,7 +92,7 @@ class WindowEncoder:
         answer: tuple[int, int] | None,
     ) -> Piece:
         start, stop = window
-        document, columns, _ = self._special.wrap(question, context[start:stop])
+        document, columns = self._special.wrap(question, context[start:stop])
         shift = len(self._special.parts[0]) + len(question) + len(self._special.parts[1])
         places = np.full((len(document), 2), -1, np.int32)
         places[shift : shift + stop - start] = spans[start:stop]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ingle.data.types import Ids, Mask, Tokenizer
+from ingle.data.types import Ids, Tokenizer
 
 
 class SpecialTokens(NamedTuple):
@@ -28,17 +28,18 @@ class SpecialTokens(NamedTuple):
         """Number of special tokens."""
         return sum(map(len, self.parts))
 
-    def wrap(self, *texts: Ids) -> tuple[Ids, Mapping[str, npt.NDArray[Any]], Mask]:
-        """Returns the document of one text or two: its tokens, its columns, and which tokens are those of texts."""
+    def wrap(self, *texts: Ids) -> tuple[Ids, Mapping[str, npt.NDArray[Any]]]:
+        """Returns the document of one text or two: its tokens and its columns."""
         parts = [self.parts[0]]
         for text, after in zip(texts, self.parts[1:], strict=True):
             parts += [text, after]
-        lengths = list(map(len, parts))
-        columns = {}
-        if self.types:
-            columns["token_type_ids"] = np.repeat(np.array(self.types, np.int8), lengths)
-        is_text = np.repeat(np.arange(len(parts)) % 2 == 1, lengths)
-        return np.concatenate(parts).astype(np.int32, copy=False), columns, is_text
+        document = np.concatenate(parts)
+        if not self.types:
+            return document, {}
+        types = np.zeros(len(document), np.int8)
+        if any(self.types):
+            types = np.repeat(np.array(self.types, np.int8), list(map(len, parts)))
+        return document, {"token_type_ids": types}
 
 
 def read_special_tokens(tokenizer: Tokenizer, backend: Any, num_texts: int) -> SpecialTokens:

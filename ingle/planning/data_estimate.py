@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-from ingle.config.data import SUFFIXES, Source
+from ingle.config.data import SUFFIXES, TAGGED_SUFFIXES, Source
 from ingle.config.paths import find_path
 from ingle.config.run import Run
 from ingle.planning.shape import DataShape
@@ -90,7 +91,8 @@ def _estimate(source: Source, paths_from: str | None) -> _Found | None:
     path = find_path(source.path, paths_from)
     files = [Path(name) for name in sorted(glob(str(Path(path).expanduser()), recursive=True))]
     files = [file for file in files if file.is_file()]
-    if not files or not any(file.name.lower().endswith((*SUFFIXES, *(f"{s}.gz" for s in SUFFIXES))) for file in files):
+    known = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES))
+    if not files or not (source.lines or any(file.name.lower().endswith(known) for file in files)):
         return None
     try:
         parts = [_estimate_file(file) for file in files]
@@ -124,6 +126,8 @@ def _estimate_file(path: Path) -> _Found:
     if name.removesuffix(".gz").endswith(".json") and len(sample) < _SAMPLE_BYTES:
         rows = json.loads(sample)
         lines = [json.dumps(row).encode() for row in rows] if isinstance(rows, list) else [sample]
+    elif name.removesuffix(".gz").endswith(TAGGED_SUFFIXES):
+        lines = [block for block in re.split(rb"\r?\n\s*\n", sample) if block.strip()]
     else:
         lines = [line for line in sample.splitlines() if line.strip()]
     if not lines:

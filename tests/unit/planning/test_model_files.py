@@ -81,6 +81,15 @@ def test_data_is_estimated_from_its_files(tmp_path: Path, suffix: str) -> None:
     assert (cut.longest, cut.num_tokens) == (50, 50 * 500)
 
 
+@pytest.mark.parametrize(("name", "options"), [("d.conll", {}), ("d.pos", {"lines": True})])
+def test_rows_of_corpora_are_sentences_and_lines(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    path = tmp_path / name
+    path.write_text("a O\nfox B-X\n\n" * 40 if name == "d.conll" else "a fine film\n" * 40, encoding="utf-8")
+    source = {"path": str(path), **options}
+    run = Run.model_validate({"model": {"id": "m"}, "data": {"sources": [source], "packing": False}, "output": "o"})
+    assert estimate_data(run)[0].num_sequences == 40
+
+
 def test_large_files_are_sampled(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     line = json.dumps({"text": "word " * 200}) + "\n"
