@@ -16,7 +16,8 @@ from ingle.config.data import Source
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Tag
 from ingle.data import Example, read_examples
 from ingle.data.labelled_rows import detect_labelled, find_text, parse_labelled
-from ingle.data.layouts import list_columns, rename_columns
+from ingle.data.layout_detection import rename_columns
+from ingle.data.layouts import list_columns
 from ingle.errors import DataError, ModelError
 from ingle.evaluation.decoding.tags import find_spans
 from ingle.evaluation.run.task_head import TaskHead

@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 
 from ingle.models.loading.meta_device import build
 
+#: Model types that GGUF stores parameter by parameter, under other names.
+PLAIN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite")
+
 #: Of a config of the Llama family.
 SIZES = {
     "vocab_size": 64,

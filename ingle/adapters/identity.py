@@ -127,7 +127,7 @@ def tensor_digest(tensor: Tensor) -> str:
 def identify(model: nn.Module, facts: Mapping[str, Any] | None = None) -> BaseIdentity:
     """Identifies the base of a model.
 
-    Adapters are ignored, and the head of a task, which the adapter brings along.  For another module in
+    Adapters are ignored, and the head of a task, which the adapter brings along. For another module in
     ``modules_to_save``, the weights from before training are hashed.
 
     Args:

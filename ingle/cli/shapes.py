@@ -76,21 +76,16 @@ def _mix_bits(run: Run, config: Mapping[str, Any]) -> Bits | None:
         return None
     from ingle.gguf.container import block_of
     from ingle.gguf.families import BY_MODEL_TYPE
-    from ingle.gguf.mixes import Mix
+    from ingle.gguf.mixes import mix_of_config
     from ingle.gguf.names import names_of
 
-    family = BY_MODEL_TYPE.get(str(config.get("model_type")))
-    if family is None or not family.has_mixes:
+    if str(config.get("model_type")) not in BY_MODEL_TYPE:
         return None
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    names = names_of(config)
-    tied = bool(config.get("tie_word_embeddings"))
-    mix = Mix(run.base.format, family.architecture, int(config["num_hidden_layers"]), heads, kv_heads, tied=tied)
+    names, mix = names_of(config), mix_of_config(run.base.format, config)
 
     def bits(path: str, out_features: int, in_features: int) -> float | None:
-        name = names.to_gguf(f"{path}.weight") or f"{path}.weight"
-        size, num_bytes = block_of(mix.tensor_type(name, (out_features, in_features)))
+        tensors = names.tensors(f"{path}.weight") or names.tensors(path) or (f"{path}.weight",)
+        size, num_bytes = block_of(mix.tensor_type(tensors[0], (out_features, in_features)))
         return 8 * num_bytes / size
 
     return bits

@@ -125,18 +125,17 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
     alpha = next(iter(layers.values())).scale * max(layer.rank for layer in layers.values())
     tensors = []
     for name, layer in layers.items():
-        gguf_name = names.to_gguf(name)
-        if gguf_name is None or is_transposed(layer.base):
-            raise AdapterError(f"llama.cpp has no tensor for {name}.", where=name, fix="--to peft")
         a, b = _factors(layer, alpha)
         rule = names.rule(name, (len(b), a.shape[1]))
-        assert rule is not None
+        if rule is None or is_transposed(layer.base):
+            raise AdapterError(f"llama.cpp has no tensor for {name}.", where=name, fix="--to peft")
         a = torch.from_numpy(rule.columns_to_file(a.numpy()))
-        b = torch.from_numpy(rule.rows_to_file(rule.change.to_file(b.numpy())))
-        for kind, value in (("lora_a", a), ("lora_b", b)):
-            data = value.to(PLAIN[type_name]).contiguous().view(torch.uint8).numpy()
-            read = partial(np.ascontiguousarray, data)
-            tensors.append(TensorToWrite(f"{gguf_name}.{kind}", type_name, tuple(value.shape), read))
+        # A layer that is several tensors in the file has one A for all of them.
+        for gguf_name, part in zip(rule.tensors, rule.split_rows(rule.change.to_file(b.numpy())), strict=True):
+            for kind, value in (("lora_a", a), ("lora_b", torch.from_numpy(part))):
+                data = value.to(PLAIN[type_name]).contiguous().view(torch.uint8).numpy()
+                read = partial(np.ascontiguousarray, data)
+                tensors.append(TensorToWrite(f"{gguf_name}.{kind}", type_name, tuple(value.shape), read))
     about = {
         "general.architecture": names.architecture,
         "general.type": "adapter",

@@ -4,12 +4,13 @@ A file type has one type for most matrices and wider ones for sensitive matrices
 of the block size gets another type. Norms and biases stay float32.
 
 Source: llama.cpp's ``src/llama-quant.cpp`` (``llama_tensor_get_type_impl``, ``tensor_type_fallback``,
-``tensor_allows_quantization``), for models without experts.
+``tensor_allows_quantization``).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,7 @@ from ingle.config.base import format_name
 from ingle.config.ggml import ENCODED
 from ingle.errors import GgufError
 from ingle.gguf.container import block_of
-from ingle.gguf.families import family_of_metadata
-from ingle.gguf.families.family import GgufFamily
+from ingle.gguf.families import family_of_config, family_of_metadata
 
 #: The type of most matrices by file type.
 FILE_TYPES = {
@@ -36,6 +36,11 @@ _NEVER_QUANTIZED = (
     *("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "per_layer_model_proj"),
     *("altup", "laurel"),
 )
+#: Value projections, and projections that contain one.
+_VALUES = (".attn_v.weight", ".attn_qkv.weight", ".attn_kv_b.weight")
+#: Types of the output projection of attention by file type; the second for models with eight experts.
+_OUTPUTS = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}
+_OUTPUTS_OF_EIGHT = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs"), "q5_k")
 _LAYER = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -48,9 +53,11 @@ class Mix:
         architecture: llama.cpp's name of the architecture.
         num_layers: Number of decoder layers.
         num_heads: Number of query heads.
-        num_kv_heads: Number of key and value heads.
+        num_kv_heads: Number of key and value heads of the first layer; 0 if it has no attention.
         tied: Whether the embedding is also the output head.
         has_imatrix: Whether weights are quantized with an importance matrix.
+        num_experts: Number of experts; 0 for a model without them.
+        value_layers: Layers with a value projection; empty if all have one.
 
     Raises:
         GgufError: The file type is unknown.
@@ -63,6 +70,8 @@ class Mix:
     num_kv_heads: int
     tied: bool
     has_imatrix: bool = False
+    num_experts: int = 0
+    value_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.file_type not in FILE_TYPES:
@@ -86,12 +95,14 @@ class Mix:
             chosen = self._head(chosen, shape[-1])
         elif name == "token_embd.weight":
             chosen = "q4_k" if self.file_type in ("tq1_0", "tq2_0") else chosen
-        elif ".attn_v.weight" in name:
+        elif any(part in name for part in _VALUES):
             chosen = self._attn_v(chosen, self._layer(name))
+        elif ".attn_k.weight" in name:
+            chosen = "q8_0" if self.num_experts == 8 else chosen
         elif ".ffn_down" in name:
             chosen = self._ffn_down(chosen, self._layer(name))
         elif ".attn_output.weight" in name:
-            chosen = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(self.file_type, chosen)
+            chosen = (_OUTPUTS_OF_EIGHT if self.num_experts == 8 else _OUTPUTS).get(self.file_type, chosen)
         return _fit(chosen, shape[-1])
 
     def _head(self, chosen: str, num_columns: int) -> str:
@@ -100,17 +111,22 @@ class Mix:
         return chosen if chosen == "q8_0" else "q6_k"
 
     def _attn_v(self, chosen: str, layer: int) -> str:
-        shared = self.num_heads // self.num_kv_heads >= 4
+        if self.num_experts == 8:
+            return "q8_0"
+        shared = self.num_kv_heads > 0 and self.num_heads // self.num_kv_heads >= 4
+        number, count = layer, self.num_layers
+        if self.value_layers:
+            number, count = self.value_layers.index(layer), len(self.value_layers)
         match self.file_type:
             case "q2_k":
                 chosen = "q4_k" if shared else "q3_k"
             case "q3_k_m":
-                chosen = "q5_k" if layer < 2 else "q4_k"
+                chosen = "q5_k" if number < 2 else "q4_k"
             case "q3_k_l":
                 chosen = "q5_k"
-            case "q4_k_m" | "q5_k_m" if self._gets_more(layer):
+            case "q4_k_m" | "q5_k_m" if _gets_more(number, count):
                 chosen = "q6_k"
-            case "q4_k_s" if layer < 4:
+            case "q4_k_s" if number < 4:
                 chosen = "q5_k"
             case "iq4_nl" | "iq4_xs" if shared:
                 chosen = "q5_k"
@@ -129,7 +145,7 @@ class Mix:
                 return "q5_k" if layer < self.num_layers // 16 else "q4_k"
             case "q3_k_l":
                 return "q5_k"
-            case "q4_k_m" | "q5_k_m" if self._gets_more(layer):
+            case "q4_k_m" | "q5_k_m" if _gets_more(layer, self.num_layers):
                 return "q6_k"
             case "q4_k_s" if early:
                 return "q5_k"
@@ -139,53 +155,63 @@ class Mix:
                 return {"q4_0": "q4_1", "q5_0": "q5_1"}[self.file_type]
         return chosen
 
-    def _gets_more(self, layer: int) -> bool:
-        """Returns whether a layer is in the first eighth, in the last eighth, or every third in between."""
-        eighth = self.num_layers // 8
-        return layer < eighth or layer >= 7 * self.num_layers // 8 or (layer - eighth) % 3 == 2
-
     def _layer(self, name: str) -> int:
         match = _LAYER.match(name)
         assert match is not None, name
         return int(match[1])
 
 
-def mix_of(file_type: str, metadata: dict[str, Any], *, tied: bool, has_imatrix: bool = False) -> Mix:
+def mix_of(file_type: str, metadata: Mapping[str, Any], *, tied: bool, has_imatrix: bool = False) -> Mix:
     """Returns the rules of a file type for the model that GGUF metadata describe.
 
     Raises:
         GgufError: The file type or the architecture is unknown.
     """
-    family = family_of_metadata(metadata)
-    require_mix(file_type, family)
+    architecture = family_of_metadata(metadata).architecture
 
-    def heads(key: str) -> int:
-        value = metadata.get(f"{family.architecture}.attention.{key}", 0)
-        return int(max(value) if isinstance(value, list) else value)  # by layer, 0 for those without attention
+    def value(key: str) -> Any:
+        return metadata.get(f"{architecture}.{key}", 0)
 
+    kv_heads = value("attention.head_count_kv")
+    is_list = isinstance(kv_heads, list)  # by layer, 0 for those without attention
     return Mix(
         file_type,
-        family.architecture,
-        int(metadata[f"{family.architecture}.block_count"]),
-        heads("head_count"),
-        heads("head_count_kv"),
+        architecture,
+        int(value("block_count")),
+        int(value("attention.head_count")),
+        int(kv_heads[0] if is_list else kv_heads),
         tied,
         has_imatrix,
+        int(value("expert_count")),
+        tuple(layer for layer, count in enumerate(kv_heads) if count) if is_list else (),
     )
 
 
-def require_mix(file_type: str, family: GgufFamily) -> None:
-    """Refuses a file type of several tensor types for an architecture whose rules Ingle does not have.
+def mix_of_config(file_type: str, config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Mix:
+    """Returns the rules of a file type for a model that is held in its types, whether GGUF can describe it or not.
+
+    Args:
+        file_type: A key of ``FILE_TYPES``.
+        config: The content of ``config.json``.
+        tensors: Names of the model's tensors; without them every layer is assumed to have a value projection.
 
     Raises:
-        GgufError: Experts or layers with state have further rules in llama.cpp.
+        GgufError: The file type or the architecture is unknown.
     """
-    if not family.has_mixes and FILE_TYPES.get(file_type, file_type) != file_type:
-        raise GgufError(
-            f"llama.cpp's rules for {file_type} in a model of architecture {family.architecture} are unknown.",
-            where=family.model_type,
-            fix=f"use {FILE_TYPES[file_type]}, which most matrices would have",
-        )
+    heads = int(config.get("num_attention_heads") or 1)
+    found = {
+        int(match[1]) for name in tensors if any(part in name for part in _VALUES) and (match := _LAYER.match(name))
+    }
+    return Mix(
+        file_type,
+        family_of_config(config).architecture,
+        int(config["num_hidden_layers"]),
+        heads,
+        int(config.get("num_key_value_heads") or heads) if not found or 0 in found else 0,
+        bool(config.get("tie_word_embeddings")),
+        num_experts=int(config.get("num_local_experts") or config.get("num_experts") or 0),
+        value_layers=tuple(sorted(found)),
+    )
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
@@ -201,6 +227,12 @@ def file_type_number(file_type: str) -> int:
 
     prefix = "ALL" if file_type == "f32" else "MOSTLY"
     return int(LlamaFileType[f"{prefix}_{file_type.upper()}"])
+
+
+def _gets_more(layer: int, num_layers: int) -> bool:
+    """Returns whether a layer is in the first eighth, in the last eighth, or every third in between."""
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _fit(chosen: str, num_columns: int) -> str:

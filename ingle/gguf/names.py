@@ -96,8 +96,12 @@ class TensorRule:
 
     def split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
         """Inverts :meth:`join`."""
-        rows = self.rows_to_file(self.columns_to_file(rows))
-        ends = np.cumsum(self.sizes)[:-1].tolist()
+        return self.split_rows(self.columns_to_file(rows))
+
+    def split_rows(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
+        """Returns the rows of each tensor, with X as it is."""
+        order, ends = self.change.rows, np.cumsum(self.sizes)[:-1].tolist()
+        rows = rows if order is None else np.take(rows, order, axis=-2)
         return [np.ascontiguousarray(part) for part in np.split(rows, ends, axis=-2)]
 
     def values_in_file(self, value: NDArray[np.float32]) -> list[NDArray[np.float32]]:
@@ -105,11 +109,6 @@ class TensorRule:
         value = value.swapaxes(-1, -2) if self.change.is_transposed else value
         stack = () if self.num_experts is None else (self.num_experts,)
         return self.split(self.change.to_file(value.reshape(*stack, *self.matrix)))
-
-    def rows_to_file(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Returns rows of the parameter in the order of the file."""
-        order = self.change.rows
-        return rows if order is None else np.ascontiguousarray(np.take(rows, order, axis=-2))
 
     def columns_to_file(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Returns rows whose columns are in the order of the file."""
@@ -238,3 +237,21 @@ def names_of(config: Mapping[str, Any], *, decoder: str = "", head: str = "lm_he
         GgufError: The architecture is not supported.
     """
     return TensorNames(family_of_config(config), config, decoder, head)
+
+
+def names_of_model(model: Any) -> TensorNames:
+    """Returns the tensor names of a model of transformers, or of the text part of a multimodal one.
+
+    Args:
+        model: Has ``config``, ``get_input_embeddings`` and ``get_output_embeddings``.
+
+    Raises:
+        GgufError: The architecture is not supported.
+    """
+    whole = model.config
+    text = whole if whole.is_encoder_decoder else whole.get_text_config(decoder=True)
+    config = text.to_dict() | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    paths = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    decoder = "" if text is whole else paths[id(embedding)].rpartition(".")[0]
+    return names_of(config, decoder=decoder, head=paths.get(id(head), "lm_head"))

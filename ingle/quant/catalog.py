@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
@@ -19,10 +18,9 @@ from ingle.config.base import (
     format_name,
 )
 from ingle.config.ggml import GgmlBase, MixBase, MXFP4Base
-from ingle.errors import QuantizationError
-from ingle.gguf.families import BY_MODEL_TYPE
-from ingle.gguf.mixes import Mix
-from ingle.gguf.names import names_of
+from ingle.errors import GgufError, QuantizationError
+from ingle.gguf.mixes import mix_of_config
+from ingle.gguf.names import names_of_model
 from ingle.quant.experts import is_experts
 from ingle.quant.format import Format
 from ingle.quant.ggml import GGUF_FORMATS
@@ -83,26 +81,22 @@ def make_formats(base: BaseConfig, model: nn.Module) -> Formats | None:
     if not isinstance(base, MixBase):
         format = make_format(base)
         return lambda name, out_features, in_features: format
-    config: Any = model.config
-    family = BY_MODEL_TYPE.get(getattr(config, "model_type", ""))
-    if family is None or not family.has_mixes:
-        known = (model_type for model_type, each in BY_MODEL_TYPE.items() if each.has_mixes)
+    try:
+        names = names_of_model(model)
+    except GgufError as error:
         raise QuantizationError(
             f"llama.cpp's rules for {base.format} in this architecture are unknown.",
             where="base.format",
-            why=f"model_type is {getattr(config, 'model_type', None)!r}; known are {', '.join(known)}",
+            why=error.message,
             fix=f"--base.format={base.format[:4]}, the format of most matrices in the mix",
-        )
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    names = names_of(config.to_dict())
-    tied = bool(config.tie_word_embeddings)
-    mix = Mix(base.format, family.architecture, config.num_hidden_layers, num_heads, num_kv_heads, tied=tied)
-    make = GgufFormats()
+        ) from error
+    stored = [tensor for name, _ in model.named_modules() for tensor in names.tensors(f"{name}.weight")]
+    mix, make = mix_of_config(base.format, names.config, stored), GgufFormats()
 
     def choose(name: str, out_features: int, in_features: int) -> Format | None:
-        weight = names.to_gguf(f"{name}.weight") or f"{name}.weight"
-        return make(mix.tensor_type(weight, (out_features, in_features)))
+        # A projection of stacked experts is a parameter, and so has no ``weight``.
+        tensors = names.tensors(f"{name}.weight") or names.tensors(name) or (f"{name}.weight",)
+        return make(mix.tensor_type(tensors[0], (out_features, in_features)))
 
     return choose
 

@@ -24,11 +24,27 @@ MODELS = {
     "gemma2, 26 layers": ("gemma2", 26, 8, 4, True, 256),
     "llama, rows of 96": ("llama", 17, 4, 4, False, 96),
     "llama, rows of 80": ("llama", 3, 4, 1, True, 80),
+    "mixtral": ("llama", 32, 8, 2, False, 256),
+    "qwen3moe, rows of 96": ("qwen3moe", 24, 8, 1, False, 96),
+    "qwen3next": ("qwen3next", 24, 8, 2, False, 256),
+    "granitehybrid": ("granitehybrid", 20, 8, 2, True, 256),
+    "lfm2": ("lfm2", 17, 8, 1, True, 256),
+    "mamba": ("mamba", 24, 0, 0, True, 256),
 }
+#: Metadata that the architectures above need; one of them has eight experts.
+FURTHER: dict[str, dict[str, Any]] = {
+    "mixtral": {"expert_count": 8, "expert_used_count": 2},
+    "qwen3moe": {"expert_count": 16, "expert_used_count": 2, "expert_feed_forward_length": 256},
+    "qwen3next": {"expert_count": 8, "expert_used_count": 2, "rope.dimension_count": 8},
+    "granitehybrid": {"attention.head_count_kv": [2 if layer % 5 == 3 else 0 for layer in range(20)]},
+    "lfm2": {"attention.head_count_kv": [2 if layer % 3 == 0 else 0 for layer in range(17)], "shortconv.l_cache": 3},
+}
+_STATE = {"conv_kernel": 4, "state_size": 16, "group_count": 1, "inner_size": 512, "time_step_rank": 8}
 
 
-def metadata(architecture: str, num_layers: int, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
-    values = {
+def metadata(model: str) -> dict[str, Any]:
+    architecture, num_layers, num_heads, num_kv_heads, *_ = MODELS[model]
+    values: dict[str, Any] = {
         "block_count": num_layers,
         "context_length": 32,
         "embedding_length": 256,
@@ -39,17 +55,38 @@ def metadata(architecture: str, num_layers: int, num_heads: int, num_kv_heads: i
         "attention.sliding_window": 8,
         "vocab_size": 4,
     }
+    values |= {f"ssm.{key}": size for key, size in _STATE.items()}
+    values |= FURTHER.get(model.partition(",")[0], {})
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in values.items()}
 
 
-def tensors(num_layers: int, tied: bool, columns: int) -> list[TensorToWrite]:
+def parts_of(model: str, layer: int, values: dict[str, Any]) -> list[str]:
+    """The matrices of a layer."""
+    architecture = MODELS[model][0]
+    kv_heads = values[f"{architecture}.attention.head_count_kv"]
+    if architecture == "mamba" or (isinstance(kv_heads, list) and not kv_heads[layer]):
+        mixer = (
+            ["shortconv.in_proj", "shortconv.out_proj"] if architecture == "lfm2" else ["ssm_in", "ssm_x", "ssm_out"]
+        )
+    elif architecture == "qwen3next" and layer % 4 != 3:
+        mixer = ["attn_qkv", "attn_gate", "ssm_ba", "ssm_out"]
+    else:
+        mixer = ["attn_q", "attn_k", "attn_v", "attn_output"]
+    if values.get(f"{architecture}.expert_count"):
+        shared = ["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"] if architecture == "qwen3next" else []
+        return [*mixer, "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", *shared]
+    return mixer if architecture == "mamba" else [*mixer, "ffn_gate", "ffn_up", "ffn_down"]
+
+
+def tensors(model: str, values: dict[str, Any]) -> list[TensorToWrite]:
     """A few rows of every kind: types depend on names, layers and row lengths only."""
+    _, num_layers, _, _, tied, columns = MODELS[model]
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, columns), "output_norm.weight": (columns,)}
     if not tied:
         shapes["output.weight"] = (4, columns)
     for layer in range(num_layers):
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            shapes[f"blk.{layer}.{part}.weight"] = (2, columns)
+        for part in parts_of(model, layer, values):
+            shapes[f"blk.{layer}.{part}.weight"] = (2, 2, columns) if part.endswith("_exps") else (2, columns)
         shapes[f"blk.{layer}.attn_norm.weight"] = (columns,)
         shapes[f"blk.{layer}.attn_q.bias"] = (columns,)
     rng = np.random.default_rng(0)
@@ -62,10 +99,10 @@ def tensors(num_layers: int, tied: bool, columns: int) -> list[TensorToWrite]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("has_imatrix", [False, True], ids=["plain", "imatrix"])
 def test_types_are_those_of_llama_cpp(model: str, has_imatrix: bool, llama_cpp: Any, tmp_path: Path) -> None:
-    architecture, num_layers, num_heads, num_kv_heads, tied, columns = MODELS[model]
-    values = metadata(architecture, num_layers, num_heads, num_kv_heads)
+    *_, tied, columns = MODELS[model]
+    values = metadata(model)
     source = tmp_path / "source.gguf"
-    write_gguf(source, values, tensors(num_layers, tied, columns))
+    write_gguf(source, values, tensors(model, values))
     importance = (ctypes.c_float * columns)(*([1.0] * columns))
     entries = (llama_cpp.llama_model_imatrix_data * 2)()
     entries[0].name, entries[0].data, entries[0].size = b"blk.0.attn_q.weight", importance, columns

@@ -22,9 +22,9 @@ from ingle.errors import GgufError, ModelError
 from ingle.events import Warned
 from ingle.gguf import TensorToWrite, read_gguf, write_gguf
 from ingle.gguf.container import block_of
-from ingle.gguf.families import BY_MODEL_TYPE
 from ingle.models import Model, load_model, load_tokenizer
 from ingle.quant import QuantEmbedding, QuantLinear
+from tests.tiny import PLAIN_DECODERS
 
 EMBER = Path(__file__).parents[2] / "examples/models/ember-6m"
 TEXTS = ["Hello world", " 12 + 345 = ", "naïve café 🦙\n\n\tx", "<|im_start|>user\nHi<|im_end|>\n"]
@@ -148,7 +148,7 @@ def random_model(model_type: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", [name for name, family in BY_MODEL_TYPE.items() if family.has_mixes])
+@pytest.mark.parametrize("model_type", PLAIN_DECODERS)
 def test_every_architecture_computes_what_llama_cpp_computes(
     model_type: str, llama_cpp: Any, gguf_of: Write, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from ingle.errors import ConfigError, GgufError
 from ingle.gguf.architecture import to_metadata
 from ingle.gguf.container import block_of, row_bytes
 from ingle.gguf.mixes import ALIASES, FILE_TYPES, Mix, mix_of
-from ingle.gguf.names import TensorNames, names_of
+from ingle.gguf.names import TensorNames, names_of_model
 from ingle.quant import Format, make_format
 from ingle.wording import nearest
 
@@ -133,7 +133,8 @@ def list_candidates(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found, left_out = [], []
     try:
-        metadata = to_metadata(model.config.to_dict())
+        names_in_gguf = names_of_model(model)
+        metadata = to_metadata(names_in_gguf.config)
     except GgufError:
         metadata = None
     for target in targets:
@@ -144,7 +145,7 @@ def list_candidates(
         else:
             tied = bool(model.config.tie_word_embeddings)
             mix = mix_of(target.name, metadata, tied=tied, has_imatrix=has_imatrix)
-            found.append(_in_gguf(target.name, shapes, mix, names_of(model.config.to_dict())))
+            found.append(_in_gguf(target.name, shapes, mix, names_in_gguf))
     return found, left_out
 
 
@@ -154,13 +155,14 @@ def _in_gguf(target: str, shapes: Mapping[str, tuple[int, ...]], mix: Mix, names
     types: Counter[str] = Counter()
     size = 0
     for name, shape in shapes.items():
-        gguf_name = names.to_gguf(name)
-        assert gguf_name is not None, name
-        kind = mix.tensor_type(gguf_name, shape)
-        types[kind] += prod(shape)
-        size += prod(shape[:-1]) * row_bytes(kind, shape[-1])
-        if block_of(kind)[0] > 1:
-            formats[name] = made.setdefault(kind, _format(base_section({"format": kind})))
+        rule = names.rule(name, shape)
+        assert rule is not None, name
+        kinds = [mix.tensor_type(*each) for each in zip(rule.tensors, rule.file_shapes, strict=True)]
+        for kind, part in zip(kinds, rule.file_shapes, strict=True):
+            types[kind] += prod(part)
+            size += prod(part[:-1]) * row_bytes(kind, part[-1])
+        if block_of(kinds[0])[0] > 1:  # one format for a parameter whose tensors may have several
+            formats[name] = made.setdefault(kinds[0], _format(base_section({"format": kinds[0]})))
     return Candidate(target, "gguf", formats, types, size)
 
 

@@ -28,7 +28,7 @@ from ingle.gguf import GgufFile, TensorToWrite, vocabulary, write_gguf
 from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
-from ingle.gguf.names import TensorRule, names_of
+from ingle.gguf.names import TensorRule, names_of_model
 from ingle.gguf.rotary import ROPE_FREQS, rope_divisors
 from ingle.models.loading.slots import leaf_of
 from ingle.models.loading.weight_stream import WeightEntry
@@ -94,9 +94,9 @@ class GgufExport:
     num_copied: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._config: dict[str, Any] = self.merged.stream.model.config.to_dict()
+        self.names = names_of_model(self.merged.stream.model)
+        self._config = self.names.config
         self._described = shapes.to_metadata(self._config)
-        self.names = names_of(self._config)
         self._base_tensors = {} if self.base_file is None else self.base_file.tensors
         self.planned = self._plan()
 

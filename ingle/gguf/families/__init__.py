@@ -16,10 +16,12 @@ from ingle.gguf.families.llama import LLAMA, MIXTRAL
 from ingle.gguf.families.mamba import MAMBA, MAMBA2
 from ingle.gguf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from ingle.gguf.families.qwen_hybrid import QWEN3_NEXT, QWEN35, QWEN35_MOE
+from ingle.gguf.families.qwen_vl import QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, SECTIONS, WITH_AXES
 
 #: Of two with the same name, the second one has experts.
 FAMILIES = (
     *(LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN35, QWEN35_MOE),
+    *(QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE),
     *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
     *(LFM2, MAMBA, MAMBA2, FALCON_H1),
 )
@@ -37,6 +39,8 @@ def family_of_config(config: Mapping[str, Any]) -> GgufFamily:
     family = BY_MODEL_TYPE.get(str(config.get("model_type")))
     if family is None:
         raise unsupported(str(config.get("model_type")), BY_MODEL_TYPE)
+    if family.model_type in WITH_AXES and SECTIONS in (config.get("rope_parameters") or {}):
+        return WITH_AXES[family.model_type]
     same = [each for each in FAMILIES if each.model_type == family.model_type]
     return same[-1] if config.get("num_local_experts") else family
 

@@ -85,7 +85,6 @@ class GgufFamily:
         sizes: Returns the shapes that tensors of a layer must have; without ``blk.N.`` and ``.weight``.
         decoder: Path of the module that contains the layers.
         is_tied: Whether llama.cpp always uses the embedding as the output head.
-        has_mixes: Whether :mod:`ingle.gguf.mixes` has llama.cpp's rules for file types of several tensor types.
         also: Other model types that llama.cpp computes with this architecture.
     """
 
@@ -108,7 +107,6 @@ class GgufFamily:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     decoder: str = "model"
     is_tied: bool = False
-    has_mixes: bool = False
     also: tuple[str, ...] = ()
 
     @property

@@ -98,7 +98,6 @@ GEMMA = GgufFamily(
     rules=norms_plus_one(_GEMMA_LAYER),
     sizes=decoder_sizes,
     is_tied=True,
-    has_mixes=True,
 )
 GEMMA2 = GgufFamily(
     architecture="gemma2",
@@ -110,7 +109,6 @@ GEMMA2 = GgufFamily(
     rules=norms_plus_one(_GEMMA2_LAYER),
     sizes=decoder_sizes,
     is_tied=True,
-    has_mixes=True,
 )
 GEMMA3 = GgufFamily(
     architecture="gemma3",
@@ -121,5 +119,4 @@ GEMMA3 = GgufFamily(
     layer=_GEMMA3_LAYER,
     rules=norms_plus_one(_GEMMA3_LAYER),
     sizes=decoder_sizes,
-    has_mixes=True,
 )

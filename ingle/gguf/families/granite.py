@@ -64,7 +64,6 @@ GRANITE = GgufFamily(
     layer=ATTENTION | FEED_FORWARD | TWO_NORMS,
     rules=INTERLEAVED,
     sizes=decoder_sizes,
-    has_mixes=True,
 )
 
 

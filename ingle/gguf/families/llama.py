@@ -49,7 +49,6 @@ LLAMA = GgufFamily(
     layer=ATTENTION | FEED_FORWARD | TWO_NORMS,
     rules=INTERLEAVED,
     sizes=decoder_sizes,
-    has_mixes=True,
     also=("mistral",),
 )
 

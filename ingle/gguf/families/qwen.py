@@ -28,7 +28,6 @@ QWEN2 = GgufFamily(
     write_metadata=plain_metadata,
     layer=ATTENTION | FEED_FORWARD | TWO_NORMS,
     sizes=decoder_sizes,
-    has_mixes=True,
 )
 
 QWEN3 = GgufFamily(
@@ -39,7 +38,6 @@ QWEN3 = GgufFamily(
     write_metadata=plain_metadata,
     layer=ATTENTION | FEED_FORWARD | TWO_NORMS | HEAD_NORMS,
     sizes=decoder_sizes,
-    has_mixes=True,
 )
 
 SHARED_EXPERT = {

@@ -81,7 +81,8 @@ class Dealt(Evaluating):
         deal = functools.partial(self._deal, documents=documents, group=group, dtype=dtype)
         if isinstance(value, dict):
             return {key: deal(key, part) for key, part in value.items()}
-        if isinstance(value, tuple) and value[:2] == (1, documents.num_tokens):  # a shape
+        is_shape = isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+        if is_shape and value[:2] == (1, documents.num_tokens):
             return torch.Size((*group.real_DL.shape, *value[2:]))
         if isinstance(value, tuple | list):
             return type(value)(deal(None, part) for part in value)

@@ -142,10 +142,11 @@ def _share(probe: nn.Module, model: nn.Module) -> None:
     for name, child in list(probe.named_children()):
         original = getattr(model, name)
         inner = [name for name, _ in child.named_children()]
-        # A fused layer has the submodules of the layer that it replaces, and the probe only the first layers of a
-        # stack. What is shared as a whole keeps its window.
-        parts = [name for name, _ in original.named_children()]
-        if inner and inner == parts[: len(inner)] and not is_unit(original):
+        theirs = [name for name, _ in original.named_children()]
+        # A fused layer has the submodules of the layer that it replaces, and a probe has only the first layers. What is
+        # shared as a whole keeps its window.
+        same = inner == (theirs[: len(inner)] if isinstance(child, nn.ModuleList) else theirs)
+        if inner and same and not is_unit(original):
             _share(child, original)
         elif list(original.parameters()):
             setattr(probe, name, original)

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.gguf.architecture import to_metadata
-from ingle.gguf.names import TensorNames, names_of
+from ingle.gguf.names import TensorNames, names_of_model
 from ingle.quant.imatrix_collector import Importance, linear_maps
 
 
 def gguf_names(model: PreTrainedModel) -> TensorNames:
-    """Returns llama.cpp's names of the model's tensors.
+    """Returns llama.cpp's names of the model's tensors; of a multimodal model, of its text part.
 
     Raises:
         GgufError: llama.cpp does not support the architecture or a detail of it.
     """
-    config = model.config.to_dict()
-    to_metadata(config)
-    return names_of(config)
+    names = names_of_model(model)
+    to_metadata(names.config)
+    return names
 
 
 def save_importance(

@@ -56,6 +56,8 @@ CONFIGS: dict[str, Callable[[], hf.PretrainedConfig]] = {
         attention_bias=True,
         lm_head_bias=True,
     ),
+    # A probe has only as many layers as there are kinds.
+    "mistral-deep": lambda: hf.MistralConfig(**{**_GROUPED, "num_hidden_layers": 4}, sliding_window=5),
     "llama-dynamic": lambda: hf.LlamaConfig(
         **{**_GROUPED, "max_position_embeddings": SWITCH}, rope_parameters=_DYNAMIC
     ),

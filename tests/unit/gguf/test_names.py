@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ingle.errors import GgufError
 from ingle.gguf.families import BY_MODEL_TYPE, family_of_metadata
 from ingle.gguf.names import names_of
+from tests.tiny import PLAIN_DECODERS
 
 SMALL = {
     "hidden_size": 32,
@@ -24,10 +25,9 @@ SMALL = {
     "vocab_size": 50,
     "tie_word_embeddings": False,
 }
-PLAIN = [name for name, family in BY_MODEL_TYPE.items() if family.has_mixes]
 
 
-@pytest.mark.parametrize("model_type", PLAIN)
+@pytest.mark.parametrize("model_type", PLAIN_DECODERS)
 def test_every_weight_has_the_name_that_the_package_gives_it(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **SMALL)
     with torch.device("meta"):
