@@ -140,7 +140,7 @@ def train(method: str, folder: Path, options: argparse.Namespace) -> Any:
     source = inference.locate(f"{folder}/{method}")
     opened = inference.load(source)
     return make_source(
-        opened.model, opened.tokenizer, source.objective, inference.longest_document(source, opened), method
+        opened.model, opened.tokenizer, source.objective(), inference.longest_document(source, opened), method
     )
 
 
