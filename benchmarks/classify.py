@@ -136,12 +136,26 @@ def train(method: str, folder: Path, options: argparse.Namespace) -> Any:
         """
     )
     report = finetune(run)
-    print(f"  {method}: {report.num_steps} steps in {report.train_s:.0f} s, {report.tokens_per_s:.0f} tokens/s")
+    print(
+        f"  {method}: {report.num_steps} steps in {report.train_s:.0f} s, {report.tokens_per_s:.0f} tokens/s",
+        flush=True,
+    )
     source = inference.locate(f"{folder}/{method}")
     opened = inference.load(source)
     return make_source(
         opened.model, opened.tokenizer, source.objective(), inference.longest_document(source, opened), method
     )
+
+
+def show(name: str, summary: Any, compared: Any = None) -> dict[str, list[float]]:
+    """Prints the scores of a method, with intervals and differences from the baseline; returns the scores."""
+    for metric, found in summary.metrics.items():
+        line = f"  {name:<8} {metric:<10} {found.value:.3f} [{found.ci95[0]:.3f}, {found.ci95[1]:.3f}]"
+        if compared is not None:
+            paired = compared.metrics[metric]
+            line += f"  difference {paired.delta:+.3f} [{paired.ci95[0]:+.3f}, {paired.ci95[1]:+.3f}]"
+        print(line, flush=True)
+    return {metric: [found.value, *found.ci95] for metric, found in summary.metrics.items()}
 
 
 def installed_model() -> str | None:
@@ -179,24 +193,12 @@ def main() -> None:
         print(f"{options.data}: {len(training):,} training rows, {len(heldout):,} held out")
         task = TaskConfig.model_validate({"sources": [str(folder / "heldout.jsonl")], "metrics": METRICS})
         baseline = run_task(fit_tfidf(training), task, "classify")
-        summaries = {"TF-IDF": summarize(baseline, task)}
-        comparisons = {}
+        figures = {"TF-IDF": show("TF-IDF", summarize(baseline, task))}
         for method in options.methods:
             result = run_task(train(method, folder, options), task, "classify")
-            summaries[method] = summarize(result, task)
-            comparisons[method] = compare(baseline, result, task, base_name="TF-IDF")
-    for method, summary in summaries.items():
-        for metric, found in summary.metrics.items():
-            line = f"  {method:<8} {metric:<10} {found.value:.3f} [{found.ci95[0]:.3f}, {found.ci95[1]:.3f}]"
-            if method in comparisons:
-                paired = comparisons[method].metrics[metric]
-                line += f"  difference {paired.delta:+.3f} [{paired.ci95[0]:+.3f}, {paired.ci95[1]:+.3f}]"
-            print(line)
+            compared = compare(baseline, result, task, base_name="TF-IDF")
+            figures[method] = show(method, summarize(result, task), compared)
     if options.json:
-        figures = {
-            method: {name: [found.value, *found.ci95] for name, found in summary.metrics.items()}
-            for method, summary in summaries.items()
-        }
         options.json.write_text(json.dumps({"data": options.data, "rows": len(rows), "scores": figures}, indent=2))
 
 
