@@ -61,7 +61,7 @@ def measure_matmul_rate(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
             torch.mm(x, w.t(), out=y)
             torch.mm(y, w, out=g)
 
-        rates[name] = 4 * rows * o * i / _fastest_half(both)
+        rates[name] = 4 * rows * o * i / fastest_half(both)
     return rates
 
 
@@ -77,7 +77,7 @@ def floor_seconds(shape: Shape, rates: dict[str, float]) -> float:
     return seconds + flops["head"] / rates["head"] + (flops["adapters"] + flops["attention"]) / mean
 
 
-def _fastest_half(work: Callable[[], None], repeats: int = 12) -> float:
+def fastest_half(work: Callable[[], None], repeats: int = 12) -> float:
     """Returns the median of the faster half of the repeats in seconds, because other programs only slow one down."""
     work()
     times = []

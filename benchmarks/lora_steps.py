@@ -277,14 +277,20 @@ def _peer_step(shape: Shape, model: Any, device: str) -> Callable[[int], float]:
 class Side:
     """A child process; a colon and a label after its name distinguish processes of the same kind."""
 
-    def __init__(self, name: str, arguments: list[str], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: list[str],
+        environment: Mapping[str, str] | None = None,
+        module: str = __name__,
+    ) -> None:
         self.name = name
         self.steps: list[dict[str, float]] = []
         self._process = subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                f"from {__name__} import answer_steps as run; run()",
+                f"from {module} import answer_steps as run; run()",
                 name.split(":")[0],
                 *arguments,
             ],
@@ -356,7 +362,7 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _profile(step: Callable[[], float]) -> list[tuple[str, float, int]]:
+def profile_step(step: Callable[[], float]) -> list[tuple[str, float, int]]:
     """Returns the operators of one step with their own seconds and number of calls, the slowest first."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -414,7 +420,7 @@ def answer_steps() -> None:
     number = 0
     for line in sys.stdin:
         if line.strip() == "profile":
-            print(json.dumps({"profile": _profile(lambda at=number: step(at))}), flush=True)
+            print(json.dumps({"profile": profile_step(lambda at=number: step(at))}), flush=True)
             continue
         before, start = _page_faults(), time.perf_counter()
         loss = step(number)  # reads the loss, so it waits for the device

@@ -1,8 +1,9 @@
-"""Puts the pre-trained model in its place and writes its model card from what was measured.
+"""Puts a pre-trained model in its place and writes its model card from what was measured.
 
     python examples/pretrain/finish.py --run runs/pretrain --model examples/models/ember-6m
 
-Copies the weights, scores the held-out texts, draws the loss curve and fills ``card.md``.
+Copies the weights, scores the held-out texts, draws the loss curve and fills ``card.md``; for an encoder or an
+encoder-decoder, ``card-denoiser.md``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from ingle import open_model
+from ingle import inference, open_model
 from ingle.config import Source, TaskConfig
+from ingle.config.loader import run_from_yaml
 from ingle.data import Message
-from ingle.evaluation import ModelSource, evaluate
+from ingle.evaluation import ModelSource, evaluate, make_source
+from ingle.prediction import open_predictor
 from ingle.report.charts import smooth, smoothing_span
 
 HERE = Path(__file__).parent
@@ -29,6 +32,17 @@ HELD_OUT = {
     "books": "heldout-books.jsonl",
 }
 PROMPTS = ("Tell me a short story.", "What is 7 plus 5?", "How do you make tea?", "What is the capital of France?")
+
+MASKED = (
+    "The river rose over the [MASK] in the night.",
+    "She put the letter on the [MASK] and closed the window.",
+    "What is 7 plus 5? It is [MASK].",
+)
+SPANS = (
+    "The river rose over <extra_id_0> in the night.",
+    "She put <extra_id_0> on the table and closed <extra_id_1>.",
+    "In the morning <extra_id_0> at six.",
+)
 
 
 def main() -> None:
@@ -46,7 +60,13 @@ def main() -> None:
     for name in WEIGHTS:
         shutil.copyfile(options.run / "model" / name, options.model / name)
     (options.model / "loss.svg").write_text(draw(steps))
-    (options.model / "README.md").write_text(write_card(options.model, options.corpus, steps, report))
+    is_causal = run_from_yaml((options.run / "run.yaml").read_text()).objective.kind == "clm"
+    card = (
+        write_card(options.model, options.corpus, steps, report)
+        if is_causal
+        else write_denoiser_card(options.run, options.model, options.corpus, steps, report)
+    )
+    (options.model / "README.md").write_text(card)
 
 
 def write_card(model: Path, corpus: Path, steps: list[dict[str, Any]], report: dict[str, Any]) -> str:
@@ -80,6 +100,72 @@ def write_card(model: Path, corpus: Path, steps: list[dict[str, Any]], report: d
             held_out="\n".join(rows),
             answers=answer_prompts(engine),
         )
+    )
+
+
+def write_denoiser_card(
+    run: Path, model: Path, corpus: Path, steps: list[dict[str, Any]], report: dict[str, Any]
+) -> str:
+    """``card-denoiser.md`` with the figures of this run."""
+    source = inference.locate(str(run))
+    opened = inference.load(source)
+    is_encoder = source.objective().kind == "mlm"
+    metrics = ("masked_accuracy", "masked_perplexity") if is_encoder else ("perplexity",)
+    scored = make_source(opened.model, opened.tokenizer, source.objective(), 128)
+    rows = []
+    for label, name in HELD_OUT.items():
+        if (corpus / name).is_file():
+            task = TaskConfig(sources=(Source(path=str(corpus / name)),), metrics=metrics, num_samples=400)
+            (summary,) = evaluate(scored, [task], source.objective().kind)
+            found = [summary.metrics[metric] for metric in metrics]
+            figures = (f"{each.value:.3f} [{each.ci95[0]:.3f}, {each.ci95[1]:.3f}]" for each in found)
+            rows.append(f"| {label} | {found[0].n} | {' | '.join(figures)} |")
+    return (
+        (HERE / "card-denoiser.md")
+        .read_text()
+        .format(
+            name=model.name,
+            about="A small encoder that restores masked tokens."
+            if is_encoder
+            else "A small encoder-decoder that restores spans of text.",
+            parameters=f"{sum(parameter.numel() for parameter in opened.model.parameters()):,}",
+            objective=source.objective().kind,
+            architecture=opened.model.config.architectures[0],
+            special="`[CLS]`, `[SEP]` and `[MASK]`" if is_encoder else "`</s>` and 64 sentinels",
+            num_steps=f"{report['num_steps']:,}",
+            tokens=f"{report['num_tokens'] / 1e6:.1f}",
+            hours=f"{report['train_s'] / 3600:.1f}",
+            recipe="encoder.yaml" if is_encoder else "encoder-decoder.yaml",
+            kind="encoder" if is_encoder else "encoder-decoder",
+            run=f"runs/{run.name}",
+            folder=f"examples/models/{model.name}",
+            first_loss=f"{steps[0]['loss']:.2f}",
+            last_loss=f"{sum(step['loss'] for step in steps[-20:]) / 20:.2f}",
+            metrics=" | ".join(f"{metric.replace('_', ' ')} [95 % interval]" for metric in metrics),
+            columns="--:|" * len(metrics),
+            held_out="\n".join(rows),
+            samples=fill_masks(run) if is_encoder else fill_spans(run),
+        )
+    )
+
+
+def fill_masks(run: Path) -> str:
+    """The three most probable tokens for each mask."""
+    predictor = open_predictor(str(run))
+    rows = [predictor.make_row({"text": text}, "sample") for text in MASKED]
+    lines = []
+    for text, record in zip(MASKED, predictor.predict(rows, top=3), strict=True):
+        fills = (f"{fill['token']} ({fill['probability']:.0%})" for fill in record["masks"][0]["fills"])
+        lines.append(f"> **{text}**  \n> {', '.join(fills)}\n")
+    return "\n".join(lines)
+
+
+def fill_spans(run: Path) -> str:
+    """What the model writes for each sentinel, by greedy decoding."""
+    generations = open_model(str(run)).generate(list(SPANS), max_new_tokens=24)
+    return "\n".join(
+        f"> **{text.replace('<', '&lt;')}**  \n> {generation.text.strip().replace('<', '&lt;')}\n"
+        for text, generation in zip(SPANS, generations, strict=True)
     )
 
 

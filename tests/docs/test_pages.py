@@ -57,6 +57,8 @@ def prepare(runner: Runner, folder: Path) -> None:
         kept = lines[:_ROWS] if entry.suffix == ".jsonl" else lines
         (examples / "demo" / entry.name).write_text("".join(kept), encoding="utf-8")
     (examples / "models" / "ember-6m").symlink_to(folder / "llama")
+    for name in ("ember-encoder", "ember-encoder-decoder"):
+        (examples / "models" / name).symlink_to(ROOT / "examples" / "models" / name)
     (folder / "my-model").symlink_to(folder / "llama")
     for command in (
         "ingle quantize my-model --to q4_k_m --out some-model.Q4_K_M.gguf",

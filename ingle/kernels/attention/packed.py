@@ -72,11 +72,9 @@ def packed_attention(
         q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
         return packed_attention(q, k, v, cu_seqlens, **options, longest=longest, longest_k=longest_k)[..., : sizes[1]]
     if supported(q, k, v):
-        heads = Heads(q.shape[1], k.shape[1], q.shape[3])
-        spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
-        plain_bias = None if bias is None else bias.detach().float().contiguous()
-        scores = Scores(scale, softcap or 0.0, plain_bias)
-        out: Tensor = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores)  # type: ignore[no-untyped-call]
+        out: Tensor = _attend_on_cpu(
+            q, k, v, sinks, bias, cu_seqlens, cu_seqlens_k, causal=causal, window=window, scale=scale, softcap=softcap
+        )
         return out
     plain = softcap is None and sinks is None and bias is None
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and plain and _has_varlen():
@@ -138,6 +136,28 @@ def _attend_varlen(
     )
     result: Tensor = out[None]
     return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer cannot contain numba's kernels
+def _attend_on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    *,
+    causal: bool,
+    window: Window,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    heads = Heads(q.shape[1], k.shape[1], q.shape[3])
+    spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
+    scores = Scores(scale, softcap or 0.0, None if bias is None else bias.detach().float().contiguous())
+    out: Tensor = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -55,9 +55,3 @@ def orders_script() -> ModuleType:
 def labelled_script() -> ModuleType:
     """``examples/make_labelled.py``."""
     return load(EXAMPLES / "make_labelled.py")
-
-
-@pytest.fixture(scope="session")
-def bases_script() -> ModuleType:
-    """``examples/pretrain/make_bases.py``."""
-    return load(EXAMPLES / "pretrain" / "make_bases.py")

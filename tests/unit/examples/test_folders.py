@@ -16,7 +16,7 @@ from ingle.config.rules import check
 LABELLED = ("classify/polarity.yaml", "tag/entities.yaml", "answer/people.yaml", "seq2seq/e2e.yaml")
 CONFIGS = (
     *("demo/demo.yaml", "own-data/orders.yaml", "quickstart-hub.yaml", *LABELLED),
-    *("pretrain/pretrain.yaml", "pretrain/encoder-mlm.yaml", "pretrain/encoder-decoder-span.yaml"),
+    *("pretrain/pretrain.yaml", "pretrain/encoder.yaml", "pretrain/encoder-decoder.yaml"),
 )
 
 
