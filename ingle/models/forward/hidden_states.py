@@ -186,7 +186,8 @@ def call_packed(
         if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             arguments |= {"max_length_q": longest, "max_length_k": longest}
-    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
+    held = layout.dealt or layout.has_distances
+    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
 

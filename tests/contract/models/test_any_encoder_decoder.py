@@ -37,6 +37,8 @@ NOT_BUILT = {
 }
 #: Types that read sound; of a text, their causal model is trained.
 WITH_SOUND = tuple(kind for kind in ENCODER_DECODER_TYPES if not CONFIG_MAPPING[kind].is_encoder_decoder)
+#: Types whose losses in training differ from those that transformers computes in evaluation.
+OPEN = {"nllb-moe": "its router computes otherwise in training"}
 LENGTHS = (7, 30, 3, 18, 11)
 BASES = [NoBase(), Nf4Base(format="nf4")]
 TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_DECODER_TYPES if kind not in SOME)]
@@ -79,6 +81,8 @@ def test_losses_and_gradients_are_those_of_single_pairs(kind, base, folder_of, d
         with pytest.raises(ModelError, match=REFUSED[kind]):
             load(folder, base)
         return
+    if kind in OPEN:
+        pytest.xfail(OPEN[kind])
     reference = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     require_same_losses_and_gradients(load(folder, base), reference, documents, *reading_of(kind))
 
