@@ -244,6 +244,8 @@ def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = Fals
     tokenizer = models.load_tokenizer(config)
     task = objectives.model_task(objective)
     model = models.load_model(config, source.base, device=mesh.device, sink=sink, task=task)
+    if task.kind == "classify" and models.kind_of(model.config) == "causal":
+        models.choose_padding(model, tokenizer, ())  # the adapter may name the one of its training
     adapted = source.adapter is not None and not base_only
     if adapted:
         assert source.adapter is not None

@@ -174,6 +174,9 @@ def _require_adapter(job: ExportJob) -> Path:
 
 
 def _peft_usage(job: ExportJob, folder: Path) -> str:
+    objective = job.source.objective()
+    if objective.kind in ("classify", "tag", "answer"):
+        return _head_usage(folder, objective.kind)
     reader = models.reader_class(read_config(job.source.model))
     text = (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {reader}\n\n"
@@ -187,6 +190,16 @@ def _peft_usage(job: ExportJob, folder: Path) -> str:
             "differently; `ingle export --to safetensors` merges the two as they were trained."
         )
     return text
+
+
+def _head_usage(folder: Path, kind: str) -> str:
+    reader = {"classify": "SequenceClassification", "tag": "TokenClassification"}.get(kind, "QuestionAnswering")
+    return (
+        f"```python\nfrom peft import AutoPeftModelFor{reader}\nfrom transformers import AutoConfig\n\n"
+        f'head = AutoConfig.from_pretrained("{folder.name}/head")\n'
+        f'model = AutoPeftModelFor{reader}.from_pretrained("{folder.name}", id2label=head.id2label, '
+        "label2id=head.label2id, pad_token_id=head.pad_token_id)\n```"
+    )
 
 
 def _base_path(job: ExportJob, folder: Path) -> str:

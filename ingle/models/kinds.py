@@ -27,6 +27,14 @@ _NAMES: Mapping[str, str] = {
 _OBJECTIVES: Mapping[ModelKind, str] = {"causal": "sft", "encoder": "mlm", "encoder_decoder": "seq2seq"}
 
 
+#: What the names of transformers' classes say.
+_ARCHITECTURES: Mapping[str, TaskKind] = {
+    "SequenceClassification": "classify",
+    "TokenClassification": "tag",
+    "QuestionAnswering": "answer",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelTask:
     """What the head of a model predicts.
@@ -46,6 +54,20 @@ class ModelTask:
     def num_outputs(self) -> int:
         """Numbers that the head predicts for a document or a token; 0 for language models."""
         return {"lm": 0, "answer": 2}.get(self.kind, max(1, len(self.labels)))
+
+    @classmethod
+    def stored_in(cls, config: PretrainedConfig) -> ModelTask:
+        """Returns what the head of a checkpoint predicts, given its config."""
+        name = (config.architectures or [""])[0]
+        kind: TaskKind = next((kind for part, kind in _ARCHITECTURES.items() if f"For{part}" in name), "lm")
+        if kind in ("lm", "answer"):
+            return cls(kind)
+        named: Mapping[Any, str] = config.id2label or {}
+        labels = tuple(named[index] for index in sorted(named))
+        if kind == "tag":
+            return cls(kind, labels)
+        problem: Any = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+        return cls(kind, () if problem == "regression" else labels, problem)
 
     def describe_in(self, config: PretrainedConfig) -> None:
         """Writes the labels into a config, in place, under transformers' names."""

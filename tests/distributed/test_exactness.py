@@ -75,6 +75,7 @@ CASES = {
     "experts": Case("mixtral", {2: ("zero3",), 3: ("ddp",)}, {"base": {"format": "q8_0"}}),
     "experts, full": Case("deepseek_v3", {3: ("zero2", "zero3")}, {"adapter": _FULL}),
     "own attention": Case("falcon", {2: ("zero3",)}, {"data": {"packing": False}}),
+    "task head": Case("llama", {2: ("zero3",), 3: ("ddp",)}, {"objective": {"kind": "classify"}}),
     "importance": Case("llama", {3: ("zero3",)}, {"train": {"imatrix": True}}),
     "states, recompute": Case("mamba2", {2: ("zero3",), 3: ("ddp",)}, {"parallel": {"recompute": True}}),
     "delta rule, nf4, recompute": Case(
@@ -96,6 +97,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = [{"text": "hello world " * (1 + number) + "how are you"} for number in range(5)]
     (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    for name in ("labelled", "labelled-held-out"):
+        labelled = [row | {"label": "even" if number % 2 else "odd"} for number, row in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     for name in {case.model for case in CASES.values()}:
         config = (CONFIGS | _DEALT)[name]()
         config.vocab_size = len(tokenizer) + 1 + len(tokenizer) % 2  # odd
@@ -127,12 +131,13 @@ def _write_adapter(folder: Path, model: Path) -> None:
 
 
 def _config(folder: Path, case: Case, kind: str, world_size: int) -> dict[str, Any]:
+    files = ("labelled", "labelled-held-out") if "objective" in case.options else ("data", "held-out")
     config: dict[str, Any] = {
         "model": {"id": str(folder / case.model), "dtype": "float32"},
         "adapter": _LORA,
         "data": {
-            "sources": [{"path": str(folder / "data.jsonl")}],
-            "validation": str(folder / "held-out.jsonl"),
+            "sources": [{"path": str(folder / f"{files[0]}.jsonl")}],
+            "validation": str(folder / f"{files[1]}.jsonl"),
             "max_seq_len": 40,
             "packing": True,
         },
