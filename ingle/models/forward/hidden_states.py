@@ -23,8 +23,12 @@ from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
+<<<<<<< HEAD
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.planning.layouts import PADDING
+=======
+from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
+>>>>>>> w2-K1
 from ingle.quant import QuantEmbedding, QuantLinear
 from ingle.quant.task_heads import task_heads
 
@@ -105,7 +109,15 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
     Raises:
         ModelError: The head is not a plain linear layer.
     """
-    return call_inside(model.get_output_embeddings(), lambda *values: function(head(model), *values), *inputs)
+    layer = model.get_output_embeddings()
+    if not is_unit(layer) and any(is_sharded(parameter) for parameter in layer.parameters()):
+        raise ModelError(
+            f"The output layer of {type(model).__name__} cannot be sharded.",
+            where="parallel.kind",
+            why="the module around it has the bias",
+            fix="--parallel.kind=ddp",
+        )
+    return call_inside(layer, lambda *values: function(head(model), *values), *inputs)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
