@@ -23,12 +23,8 @@ from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
-<<<<<<< HEAD
-from ingle.parallel import call_inside, compute_device, is_sharded
-from ingle.planning.layouts import PADDING
-=======
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
->>>>>>> w2-K1
+from ingle.planning.layouts import PADDING
 from ingle.quant import QuantEmbedding, QuantLinear
 from ingle.quant.task_heads import task_heads
 
