@@ -81,7 +81,8 @@ class Dealt(Evaluating):
         deal = functools.partial(self._deal, documents=documents, group=group, dtype=dtype)
         if isinstance(value, dict):
             return {key: deal(key, part) for key, part in value.items()}
-        if isinstance(value, tuple) and value[:2] == (1, documents.num_tokens):  # a shape
+        is_shape = isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+        if is_shape and value[:2] == (1, documents.num_tokens):
             return torch.Size((*group.real_DL.shape, *value[2:]))
         if isinstance(value, tuple | list):
             return type(value)(deal(None, part) for part in value)
@@ -123,13 +124,13 @@ def deal_module(
     module.__dict__.update(settings)
 
 
-def put_before(base: type[nn.Module], module: nn.Module) -> None:
+def put_before(base: Class, module: nn.Module) -> None:
     """Puts a class before that of a module."""
     module.__class__ = _derived(base, original_class(module))
 
 
 @functools.cache
-def _derived(base: type[nn.Module], cls: Class) -> type[nn.Module]:
+def _derived(base: Class, cls: Class) -> type[nn.Module]:
     # One class for each, because copies of a model are compared by class.
     return type(cls.__name__, (base, cls), {"original": cls, "__doc__": cls.__doc__})
 

@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
-from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.documents import Documents
 from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.mixers import original_class, parameters
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
 from ingle.parallel import is_sharded
+from ingle.planning.layouts import PADDING
 
 
 class Row(NamedTuple):

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
-from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
+from ingle.planning.layouts import PADDING
 from ingle.quant import QuantEmbedding, QuantLinear
 from ingle.quant.task_heads import task_heads
 
