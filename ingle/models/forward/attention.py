@@ -80,7 +80,7 @@ def attend(
         if position_bias is not None and position_bias.numel() > 0:
             options["bias"] = _by_distance(module, position_bias)
         if bounds is not None and bounds.crosses:
-            keys = {"cu_seqlens_k": bounds.keys, "longest_k": bounds.longest_keys}
+            keys: dict[str, Any] = {"cu_seqlens_k": bounds.keys, "longest_k": bounds.longest_keys}
             return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q, **keys), None
         if bounds is not None and bounds.described:
             options |= {"causal": bounds.after == 0, "window": (bounds.before, bounds.after)}
