@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def make_bounds(queries: Tensor, keys: Tensor | None = None, *, described: bool 
     return mask if described else mask[None]
 
 
-def is_bounds(mask: Any) -> bool:
+def is_bounds(mask: Any) -> TypeGuard[Tensor]:
     """Returns whether a mask of an attention layer is made of boundaries."""
     return (
         isinstance(mask, Tensor)
