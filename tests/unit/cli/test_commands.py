@@ -159,6 +159,7 @@ class Engine:
 
     adapted = True
     source = None
+    reads_sources = False
     model = "model"
     tokenizer = SimpleNamespace(chat_template="{{ messages }}")
 
@@ -346,12 +347,12 @@ def test_a_run_is_asked_its_own_task_unless_another_is_given(evaluated: list[Any
         ["Qwen/Qwen3-0.6B", "--sources=[held.jsonl]"],
     ):
         assert run_command(["evaluate", *words]) == 0
-    tasks = [(task.sources[0].path, task.metrics[0], task.num_samples) for task in evaluated]
+    tasks = [(task.sources[0].path, (task.metrics or ("suitable",))[0], task.num_samples) for task in evaluated]
     assert tasks == [
         ("own.jsonl", "bleu", 9),
         ("own.jsonl", "chrf", 3),
-        ("other.jsonl", "chrf", None),
-        ("held.jsonl", "chrf", None),
+        ("other.jsonl", "suitable", None),
+        ("held.jsonl", "suitable", None),
     ]
 
 
@@ -404,7 +405,7 @@ def test_data_inspect_looks_at_the_data_of_the_run(
 ) -> None:
     asked: list[Any] = []
 
-    def look(data: Any, tokenizer: Any, objective: str, held_out: Any, **options: Any) -> Any:
+    def look(data: Any, tokenizer: Any, objective: Any, held_out: Any, **options: Any) -> Any:
         asked.append((data, tokenizer, objective, held_out, options))
         return make_dataclass("Report", ["problems"])([])
 
@@ -415,6 +416,6 @@ def test_data_inspect_looks_at_the_data_of_the_run(
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     data, tokenizer, objective, held_out, options = asked[0]
     assert [source.path for source in data.sources] == ["a.jsonl"]
-    assert (tokenizer, objective, held_out) == ("tokenizer of m", "sft", None)
+    assert (tokenizer, objective.kind, held_out) == ("tokenizer of m", "sft", None)
     assert (options["num_previews"], options["seed"]) == (1, 4)
     assert run_command(["data", "inspect", "run.yaml"]) == 0
