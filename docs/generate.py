@@ -17,13 +17,13 @@ import typer.main
 from docs import layers
 from ingle import errors, events
 from ingle.cli.app import app
+from ingle.cli.model_types import COLUMNS, cells
 from ingle.config.base import base_sections, format_name
 from ingle.config.data import Source
 from ingle.config.evaluate import MetricName, TaskConfig
 from ingle.config.run import Run
 from ingle.config.schema import Option, options, shapes
 from ingle.planning.model_types import model_table
-from ingle.report.model_types import COLUMNS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"

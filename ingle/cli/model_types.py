@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from ingle.planning.model_types import ModelType
 
+COLUMNS = ("model type", "kind", "layout", "base formats", "objectives", "export", "remarks")
+
 
 def models(
     name: Annotated[
@@ -30,7 +32,7 @@ def models(
 ) -> None:
     """List the types of models: how each is trained, in which formats, and for what.
 
-    The table is that of the release. A model is tried by building a tiny copy from its `config.json`; no weights are
+    The table is that of the release. A model is tried with a tiny copy built from its `config.json`; no weights are
     read.
     """
     from ingle.planning.model_types import model_table
@@ -80,11 +82,23 @@ def _table(types: list[ModelType]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from ingle.report.model_types import COLUMNS, cells
-
     table = Table(box=box.SIMPLE_HEAD)
     for column in COLUMNS[:-1]:
         table.add_column(column, overflow="fold")
     for each in types:
         table.add_row(*cells(each)[:-1], style=None if each.is_trained else "dim")
     return table
+
+
+def cells(entry: ModelType) -> tuple[str, ...]:
+    """Returns a row of the table, in the order of :data:`COLUMNS`."""
+    kind = entry.kind.replace("_", "-")
+    if not entry.is_trained:
+        return entry.name, kind, "not trained", "", "", "", entry.reason or ""
+    formats = "none" if not entry.quantizes else "all, also of experts" if entry.has_experts else "all"
+    remarks = [f"over documents: {', '.join(entry.dealt)}"] if entry.dealt else []
+    remarks += [entry.reason] if entry.reason else []
+    layout = "found when loaded" if entry.layout is None else entry.layout.replace("_", " ")
+    return (
+        entry.name, kind, layout, formats, ", ".join(entry.objectives), ", ".join(entry.exports), "; ".join(remarks)
+    )  # fmt: skip

@@ -17,7 +17,7 @@ import typer
 from ingle import env
 from ingle.cli.arguments import CONFIG, Words, load_config
 from ingle.cli.launching import connected, own_command
-from ingle.errors import ConfigError
+from ingle.errors import ConfigError, IngleError
 from ingle.events import Sink, Warned
 from ingle.launch.local import needs_ranks, run_ranks
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ingle.config.parallel import ParallelConfig
 
 _FLAGS = ("--resume", "--dry-run", "--tensorboard", "--wandb", "--debug", "--help")
+
+
+#: Objectives of models that generate no text.
+_PREDICTING = ("classify", "tag", "answer", "mlm")
 
 
 def train(
@@ -186,6 +190,11 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
     trained = next((folder / name for name in ("adapter", "model") if (folder / name).is_dir()), None)
     if trained is None:
         return steps
+    kind = _objective(folder)
+    if kind in _PREDICTING:
+        example = "--question Q --context C" if kind == "answer" else "--text TEXT"
+        steps.append(("predict", f"{ingle} predict {run} {example}"))
+        return steps
     if _has_template(trained):
         steps.append(("chat", f"{ingle} chat {run}"))
         steps.append(("answer", f"{ingle} generate {run} --prompt 'Hello'"))
@@ -194,6 +203,16 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
     out = shlex.quote(str(_unused(folder / "export")))
     steps.append(("export", f"{ingle} export {run} --to gguf --out {out}"))
     return steps
+
+
+def _objective(folder: Path) -> str:
+    """Returns the objective of a run; of one whose config cannot be read, that of most runs."""
+    from ingle.training.folder import RunFolder
+
+    try:
+        return RunFolder(folder).load_run().objective.kind
+    except IngleError:
+        return "sft"
 
 
 def command_name() -> str:

@@ -112,12 +112,30 @@ class Classify(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+#: The prefixes of tags in each scheme; ``O`` is the tag of words outside.
+SCHEMES: Mapping[str, str] = {
+    "iob1": "BI",
+    "iob2": "BI",
+    "ioe1": "IE",
+    "ioe2": "IE",
+    "iobes": "BIES",
+    "bilou": "BILU",
+}
+
+
+def outside_scheme(tag: str, scheme: str) -> bool:
+    """Returns whether a tag cannot occur in a scheme; none of :data:`SCHEMES` allows every tag."""
+    prefix, dash, kind = tag.partition("-")
+    return scheme in SCHEMES and tag != "O" and not (dash and kind and prefix and prefix in SCHEMES[scheme])
+
+
 class Tag(Section):
     """Token classification: one tag per word, read from its first token.
 
     Attributes:
         labels: The tags, in the order of the head's outputs. If null, those in the training data.
-        scheme: How tags mark entities. ``auto`` reads them as conlleval does, which accepts every scheme.
+        scheme: How tags mark entities. ``auto`` reads them as conlleval does, which accepts every scheme; a scheme
+            refuses tags that it does not have.
         stride: Tokens that two windows of a long text share.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ingle.config.objective import Answer, Classify, Mlm, Span, Tag
+from ingle.config.objective import Answer, Classify, Mlm, Span, Tag, outside_scheme
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
 
@@ -35,6 +35,12 @@ def _stride(run: Run) -> int:
 
 def _labels(run: Run) -> tuple[str, ...]:
     return (run.objective.labels or ()) if isinstance(run.objective, Classify | Tag) else ()
+
+
+def _outside(run: Run) -> str:
+    """Returns the labels that the scheme of tags does not have."""
+    scheme = run.objective.scheme if isinstance(run.objective, Tag) else "auto"
+    return ", ".join(tag for tag in _labels(run) if outside_scheme(tag, scheme))
 
 
 def _weighted(objective: Classify) -> bool:
@@ -107,6 +113,13 @@ OBJECTIVE_RULES: tuple[Rule[Run], ...] = (
         lambda run: f"The list of labels contains duplicates: {duplicates(_labels(run))}.",
         "objective.labels",
         "name each label once",
+    ),
+    Rule(
+        "tags-fit-the-scheme",
+        lambda run: bool(_outside(run)),
+        lambda run: f"The scheme of tags does not have {_outside(run)}.",
+        "objective.labels, objective.scheme",
+        ("objective.scheme=auto",),
     ),
     Rule(
         "one-weight-per-label",

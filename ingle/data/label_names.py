@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.config.data import DataConfig
-from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
+from ingle.config.objective import SCHEMES, Answer, Classify, ObjectiveConfig, Tag, outside_scheme
 from ingle.data.row_encoder import TokenOptions
 from ingle.data.sources import read_examples
 from ingle.data.types import IGNORE_INDEX, Example, Label, Span
@@ -43,17 +43,30 @@ def name_labels(data: DataConfig, objective: ObjectiveConfig) -> ObjectiveConfig
         case Classify(problem="auto") | Classify(labels=None, problem="single" | "multi"):
             return _name_classes(data, objective)
         case Tag(labels=None):
-            found = Counter[str]()
-            for example in read_examples(data.sources, objective="tag"):
-                found.update(_as_names(_require(example)))
-            _require_two(found, data)
-            return objective.model_copy(update={"labels": tuple(sorted(found, key=_tag_order))})
+            return objective.model_copy(update={"labels": _find_tags(data, objective.scheme)})
         case Answer(no_answer="auto"):
             rows = read_examples(data.sources, objective="answer")
             return objective.model_copy(
                 update={"no_answer": "allow" if any(row.label == () for row in rows) else "forbid"}
             )
     return objective
+
+
+def _find_tags(data: DataConfig, scheme: str) -> tuple[str, ...]:
+    found = Counter[str]()
+    for example in read_examples(data.sources, objective="tag"):
+        tags = _as_names(_require(example))
+        for tag in set(tags) - found.keys():
+            if outside_scheme(tag, scheme):
+                raise DataError(
+                    f"The tag {tag[:60]!r} is not in the scheme {scheme}.",
+                    where=example.origin,
+                    why=f"its tags begin with {either([f'{prefix}-' for prefix in SCHEMES[scheme]])}, or are O",
+                    fix="correct the row, or use --objective.scheme=auto",
+                )
+        found.update(tags)
+    _require_two(found, data)
+    return tuple(sorted(found, key=_tag_order))
 
 
 def _name_classes(data: DataConfig, objective: Classify) -> Classify:

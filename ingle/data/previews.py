@@ -52,7 +52,7 @@ class Previews:
             target = seen.columns.get("decoder_labels")
             supervised = seen.labels != IGNORE_INDEX
             if target is None:
-                notes = {int(k): self.decode(ids[k : k + 1]).strip() for k in np.flatnonzero(supervised)}
+                notes = {int(k): _visible(self.decode(ids[k : k + 1])) for k in np.flatnonzero(supervised)}
             ids = seen.input_ids
         label, marks, tags = self._read_labels(sample)
         shown = supervised if marks is None else marks
@@ -95,6 +95,11 @@ class Previews:
         for start, stop in pairwise(borders):
             text = self.decode(ids[start:stop]) + (f"({notes[start]})" if start in notes else "")
             yield Stretch(text, bool(supervised[start]), bool(special[start]))
+
+
+def _visible(text: str) -> str:
+    """Returns a token without white space around it; white space alone as it is written in code."""
+    return text.strip() or repr(text)[1:-1]
 
 
 def _count_runs(types: npt.NDArray[np.int8]) -> tuple[tuple[int, int], ...]:

@@ -88,7 +88,7 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig, *, base_name:
         for scorer, pair, test, p_holm in zip(scorers, pairs, tests, corrected, strict=True)
     }
     headline = scorers[0].metric.name
-    is_better, errors = scorers[0].metric.higher_is_better, tuple[int, ...]()
+    is_better, errors = scorers[0].metric.higher_is_better, None
     if base_name is not None:
         errors = find_worst(tuned, pairs[0][1], higher_is_better=is_better, count=task.num_shown)
     return Comparison(

@@ -181,7 +181,7 @@ def quantize(
         if is_gguf:
             assert paths.main is not None
             names = models.gguf_names(original.stream.model)
-            columns = {str(names.to_gguf(name)): values for name, values in (importance or {}).items()}
+            columns = {tensor: values for name, values in (importance or {}).items() for tensor in names.tensors(name)}
             export = GgufExport(original, tokenizer, target.name, columns)
             paths.require_bytes(export.num_bytes)
             export.write(partial / paths.main, {"general.name": name}, sink=sink)

@@ -36,6 +36,7 @@ _NEVER_QUANTIZED = (
     *("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "per_layer_model_proj"),
     *("altup", "laurel"),
 )
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 #: Value projections, and projections that contain one.
 _VALUES = (".attn_v.weight", ".attn_qkv.weight", ".attn_kv_b.weight")
 #: Types of the output projection of attention by file type; the second for models with eight experts.
@@ -91,9 +92,9 @@ class Mix:
         chosen = FILE_TYPES[self.file_type]
         if block_of(chosen)[0] == 1:
             return chosen
-        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+        if name == "output.weight" or (self.tied and name in _EMBEDDINGS):
             chosen = self._head(chosen, shape[-1])
-        elif name == "token_embd.weight":
+        elif name in _EMBEDDINGS:
             chosen = "q4_k" if self.file_type in ("tq1_0", "tq2_0") else chosen
         elif any(part in name for part in _VALUES):
             chosen = self._attn_v(chosen, self._layer(name))

@@ -18,6 +18,9 @@ from ingle.gguf.container import ArchitectureValues, GgufFile
 #: Tensor with the divisors of the rotary frequencies, which transformers stores in the config.
 ROPE_FREQS = "rope_freqs.weight"
 
+#: Divisor of frequencies that do not rotate.
+STILL = 1e30
+
 #: Parameters of Llama 3, whose scaling is stored in files only as divisors of the frequencies.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -38,9 +41,13 @@ def rotary_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
-    """Returns ``rope_freqs.weight`` for a model with the scaling of Llama 3, or None."""
+    """Returns ``rope_freqs.weight`` for a model with the scaling of Llama 3 or the proportions of Gemma 4, or None."""
     rope = rotary_parameters(config)
     rope = rope.get("full_attention", rope)
+    if rope.get("rope_type") == "proportional":
+        head_dim = max([head_size(config), *(each.get("head_dim", 0) for each in config["per_layer_config"].values())])
+        num_rotated = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        return np.where(np.arange(head_dim // 2) < num_rotated, 1.0, STILL).astype(np.float32)
     if rope.get("rope_type", "default") != "llama3":
         return None
     low, high, trained = (float(rope[key]) for key in _LLAMA3)

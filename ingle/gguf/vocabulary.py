@@ -1,8 +1,9 @@
 """Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
-Two kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
+Three kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
 ``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp always joins the pair whose
-token has the best score, so merges in the order of scores are equivalent.
+token has the best score, so merges in the order of scores are equivalent. ``gemma4`` is sentencepiece with merges; it
+is only read, because llama.cpp computes the same with scores.
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
 """
@@ -25,6 +26,8 @@ from ingle.gguf.pretokenizers import (
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_KINDS = {"gpt2": "byte-level BPE", "llama": "sentencepiece", "gemma4": "sentencepiece with merges"}
 
 #: Tokens that end an answer in llama.cpp regardless of the metadata.
 END_TEXTS = (
@@ -66,11 +69,11 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    if kind not in ("gpt2", "llama") or not tokens:
+    if kind not in _KINDS or not tokens:
         raise GgufError(
             "The file contains no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
-            why="supported are gpt2 (byte-level BPE) and llama (sentencepiece)",
+            why=f"supported are {', '.join(f'{name} ({what})' for name, what in _KINDS.items())}",
             fix=_FIX,
         )
     longest = max(map(len, tokens))
@@ -80,7 +83,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise bad_value("tokenizer.ggml.token_type", f"does not have a type for each of the {len(tokens):,} tokens")
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in IGNORES_MERGES)
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind != "gpt2" or pre in IGNORES_MERGES)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(pre, str) or not isinstance(template, str | None):
         raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not a string")
@@ -92,6 +95,8 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     }
     if kind == "gpt2":
         parts = _byte_level(metadata, real, pre)
+    elif kind == "gemma4":
+        parts = _sentencepiece_with_merges(metadata, real, special.get("unk_token"))
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
     bos = special.get("bos_token") if add_bos else None
@@ -247,6 +252,16 @@ def _sentencepiece(
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     model = _model(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
     return {**sentencepiece(prefix=prefix), "model": model}
+
+
+def _sentencepiece_with_merges(
+    metadata: Mapping[str, Any], vocab: dict[str, int], unknown: str | None
+) -> dict[str, Any]:
+    merges = _strings(metadata, "tokenizer.ggml.merges")
+    model = _model(vocab, merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
+    # No token crosses the end of a row of line breaks.
+    lines = {"type": "Split", "pattern": {"Regex": r"[^\n]+|[\n]+"}, "behavior": "Isolated", "invert": False}
+    return {**sentencepiece(prefix=False), "pre_tokenizer": lines, "model": model}
 
 
 def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options: Any) -> dict[str, Any]:

@@ -16,17 +16,15 @@ from ingle.config.base import Nf4Base
 from ingle.config.model import ModelConfig
 from ingle.errors import IngleError, QuantizationError
 from ingle.gguf.families import BY_MODEL_TYPE
+from ingle.models.forward.layout import layout_of
 from ingle.models.kinds import ModelKind, ModelTask, TaskKind, kind_of, refusal
 from ingle.models.loading.config_json import read_config
 from ingle.models.loading.layout_choice import choose_layout
 from ingle.models.loading.meta_device import build
-from ingle.models.loading.small_config import Size, shrink
-from ingle.models.text_part import text_config, with_text_config
-from ingle.planning.model_types import LayoutKind, ModelType
+from ingle.planning.model_types import ModelType
 from ingle.quant import convert
 from ingle.quant.experts import is_experts
 
-_SIZE = Size(width=32, layers=4, vocab_size=128, positions=64)
 #: Objectives of language models of each kind; those with heads follow.
 _OBJECTIVES: dict[ModelKind, tuple[str, ...]] = {
     "causal": ("clm", "sft"),
@@ -80,22 +78,21 @@ def survey(config: PretrainedConfig, kind: ModelKind, *, trust_remote_code: bool
     if choice.layout is None:
         return ModelType(name, kind, reason="it gives other results for several documents in a batch than for each")
     try:
-        small = with_text_config(config, shrink(text_config(config), _SIZE))
-        model = build(small, torch.float32, trust_remote_code=trust_remote_code, layout=choice.layout)
-    except Exception:
-        return ModelType(name, kind, reason="no small model of it can be built; a real one is tried when it is loaded")
+        model = build(config, torch.float32, trust_remote_code=trust_remote_code, layout=choice.layout)
+    except Exception as error:  # settings that the architecture's own code rejects
+        return ModelType(name, kind, reason=f"it cannot be built with these settings ({type(error).__name__})")
     has_experts = any(map(is_experts, model.modules()))
-    layout: LayoutKind | None = model.packed_layout.kind if choice.tried else None
+    layout = layout_of(model)
     unquantized = None
     try:
         convert(model, Nf4Base(format="nf4"))
     except QuantizationError as error:
-        unquantized = error.message
+        unquantized = error.message.rstrip(".")
     return ModelType(
         name,
         kind,
-        layout=layout,
-        dealt=model.packed_layout.dealt,
+        layout=layout.kind if choice.tried else None,
+        dealt=layout.dealt,
         quantizes=unquantized is None,
         has_experts=has_experts,
         objectives=(*_OBJECTIVES[kind], *(task for task in _HEADS if _has_head(config, task))),

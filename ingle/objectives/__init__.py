@@ -167,5 +167,4 @@ def make_corruption(
 def _class_weights(config: Classify, dataset: TokenDataset) -> npt.NDArray[np.float64]:
     if isinstance(config.class_weights, tuple):
         return np.array(config.class_weights)
-    labels = np.array([dataset.sample(i).columns["document_labels"][0] for i in range(len(dataset))], np.int64)
-    return balanced_weights(np.bincount(labels, minlength=len(config.labels or ())))
+    return balanced_weights(dataset.label_counts(len(config.labels or ())))

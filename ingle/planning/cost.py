@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ingle.config.objective import Mlm
 from ingle.config.run import Run
 from ingle.planning.devices import Device
 from ingle.planning.memory import trainable_parameters
@@ -70,11 +71,16 @@ def flops_per_token(run: Run, model: ModelShape, *, recompute: bool, context: fl
     """
     is_full = run.adapter.kind == "none"
     inner = sum(lin.num_weights * lin.active for lin in model.linears)
-    head = model.hidden_size * model.vocab_size
+    head = model.hidden_size * model.vocab_size * predicted_share(run)
     passes = (6 if is_full else 4) + (2 if recompute else 0)
     adapters = 0 if is_full else (6 + (2 if recompute else 0)) * trainable_parameters(run, model)
     scores = sum(layer.count * _pairs(layer, context) for layer in model.layers)
     return float(passes * inner + (6 if is_full else 4) * head + adapters + (3 + recompute) * scores)
+
+
+def predicted_share(run: Run) -> float:
+    """Returns the part of the positions whose logits are computed."""
+    return run.objective.rate if isinstance(run.objective, Mlm) else 1.0
 
 
 def mean_context(data: DataShape) -> float:

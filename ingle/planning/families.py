@@ -81,7 +81,7 @@ class Settings:
     @property
     def heads(self) -> int:
         """Query heads."""
-        return max(1, self.size("num_attention_heads", "n_head", "num_heads"))
+        return max(1, self.size("num_attention_heads", "encoder_attention_heads", "n_head", "num_heads"))
 
     @property
     def kv_heads(self) -> int:
@@ -96,7 +96,7 @@ class Settings:
     @property
     def inner(self) -> int:
         """Inner width of the feed-forward part."""
-        return self.size("intermediate_size", "n_inner", "d_ff", default=4 * self.hidden)
+        return self.size("intermediate_size", "encoder_ffn_dim", "n_inner", "d_ff", default=4 * self.hidden)
 
     @property
     def num_layers(self) -> int:

@@ -89,4 +89,5 @@ def _compact(entry: ModelType) -> dict[str, Any]:
 
 
 def _entry(stored: dict[str, Any]) -> ModelType:
-    return ModelType(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    return ModelType(**values)

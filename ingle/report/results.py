@@ -130,7 +130,7 @@ class ShownSamples:
     gains: tuple[int, ...] = ()
     losses: tuple[int, ...] = ()
     random: tuple[int, ...] = ()
-    errors: tuple[int, ...] = ()
+    errors: tuple[int, ...] | None = field(default=None, metadata=_OMIT_NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

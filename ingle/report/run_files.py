@@ -43,7 +43,7 @@ def write_report(
     if comparisons:
         comparison = comparisons[0]
         shown = comparison.shown
-        picked = sorted({*shown.gains, *shown.losses, *shown.random, *shown.errors})
+        picked = sorted({*shown.gains, *shown.losses, *shown.random, *(shown.errors or ())})
         evaluated = {
             **{name: getattr(comparison, name) for name in _COPIED},
             "samples": tuple(replace(comparison.samples[index], index=index) for index in picked),

@@ -204,7 +204,7 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
         (report.shown.random, "Random samples", "Drawn by the seed, not by score: judge the quality by these."),
         (report.shown.gains, "Largest gains", "Selected by the first metric, so they flatter the tuned model."),
         (report.shown.losses, "Largest losses", "Samples on which the tuned model did worst against its base."),
-        (report.shown.errors, "Worst errors", "Lowest scores of the tuned model; surest mistakes first."),
+        (report.shown.errors or (), "Worst errors", "Lowest scores of the tuned model; surest mistakes first."),
     ):
         cards = [_card(samples[index], report.base_name or "base") for index in indices]
         if cards and cards[0]["has_answers"]:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from ingle import evaluation, inference, scoring
+from ingle.config import Source, TaskConfig
+from ingle.config.objective import Sft
 from ingle.evaluation import ModelSource
 
 
@@ -26,17 +28,20 @@ def test_a_trained_model_is_compared_with_its_base(
     seen: list[str] = []
     results: list[Any] = []
 
-    def open_model(path: str, *, base_only: bool = False, allow_mismatch: bool = False, sink: Any) -> Any:
+    def load(source: Any, *, base_only: bool = False, allow_mismatch: bool = False, sink: Any) -> Any:
         seen.append("base" if base_only else "tuned")
-        return SimpleNamespace(model=None, tokenizer=None, adapted=adapted)
+        return SimpleNamespace(model=None, tokenizer=None, objective=Sft(), adapted=adapted)
 
-    def evaluate(source: ModelSource, tasks: Any, *, base: Any = None, sink: Any) -> list[Any]:
+    def evaluate(source: ModelSource, tasks: Any, kind: str, *, base: Any = None, sink: Any) -> list[Any]:
         results.append((source.name, base.name if isinstance(base, ModelSource) else base))
         return results
 
-    monkeypatch.setattr(inference, "locate", lambda path: SimpleNamespace(original=original))
-    monkeypatch.setattr(inference, "open_model", open_model)
-    monkeypatch.setattr(evaluation, "run_task", lambda source, task, sink: f"result of {source.name}", raising=False)
-    monkeypatch.setattr(evaluation, "evaluate", evaluate, raising=False)
-    assert scoring.evaluate("runs/x", ["task"]) == [compared]  # type: ignore[list-item]
+    located = SimpleNamespace(original=original, objective=Sft)
+    monkeypatch.setattr(inference, "locate", lambda path: located)
+    monkeypatch.setattr(inference, "load", load)
+    monkeypatch.setattr(inference, "longest_document", lambda source, opened: 64)
+    monkeypatch.setattr(evaluation, "run_task", lambda source, task, kind, sink: f"result of {source.name}")
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    task = TaskConfig(sources=(Source(path="task.jsonl"),))
+    assert scoring.evaluate("runs/x", [task]) == [compared]
     assert seen == opened

@@ -9,7 +9,7 @@ Legend: N scored tokens, W windows, H hidden, V vocabulary, C tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ingle.data import IGNORE_INDEX, collate
+from ingle.data.batch import Batch
 from ingle.evaluation.run.windows import Window, pack_windows
 from ingle.evaluation.statistics import Floats
-from ingle.models import device_of, forward_hidden, head
+from ingle.models import device_of, first_token, forward_hidden, head, kind_of
 from ingle.models.forward.hidden_states import Head
 
 #: Number of logits in a chunk, for each of the two models.
@@ -152,10 +153,20 @@ def _scored(model: Any, row: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the hidden states that predict scored tokens, these tokens, and their windows' numbers in the row."""
     batch = collate([window.sample for window in row]).to(device_of(model))
     targets_N = batch.next_labels()
+    if kind_of(model.config) == "encoder_decoder":
+        batch, targets_N = _repeat(model, batch), batch.labels[0]
     kept = targets_N != IGNORE_INDEX
     lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
     number_N = torch.repeat_interleave(torch.arange(len(row), device=lengths.device), lengths)
     return forward_hidden(model, batch)[0][kept], targets_N[kept], number_N[kept].cpu()
+
+
+def _repeat(model: Any, batch: Batch) -> Batch:
+    """Adds the texts as targets: an encoder-decoder reads each and predicts it token by token."""
+    previous_N = batch.input_ids[0].roll(1)
+    previous_N[batch.cu_seqlens[:-1].long()] = first_token(model)
+    target = {"input_ids": previous_N[None], "position_ids": batch.position_ids, "cu_seqlens": batch.cu_seqlens}
+    return replace(batch, columns={**batch.columns, **{f"decoder_{name}": column for name, column in target.items()}})
 
 
 def _compare(

@@ -124,13 +124,13 @@ def deal_module(
     module.__dict__.update(settings)
 
 
-def put_before(base: type[nn.Module], module: nn.Module) -> None:
+def put_before(base: Class, module: nn.Module) -> None:
     """Puts a class before that of a module."""
     module.__class__ = _derived(base, original_class(module))
 
 
 @functools.cache
-def _derived(base: type[nn.Module], cls: Class) -> type[nn.Module]:
+def _derived(base: Class, cls: Class) -> type[nn.Module]:
     # One class for each, because copies of a model are compared by class.
     return type(cls.__name__, (base, cls), {"original": cls, "__doc__": cls.__doc__})
 

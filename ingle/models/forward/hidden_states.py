@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
-from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
-from ingle.parallel import call_inside, compute_device, is_sharded
+from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
+from ingle.planning.layouts import PADDING
 from ingle.quant import QuantEmbedding, QuantLinear
 from ingle.quant.task_heads import task_heads
 
@@ -70,7 +71,7 @@ def head(model: PreTrainedModel) -> Head:
         ModelError: The head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear | nn.Embedding | QuantLinear):
+    if not isinstance(layer, nn.Linear | QuantLinear):
         raise ModelError(
             f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
@@ -86,7 +87,7 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    bias = getattr(layer, "bias", None)
+    bias = layer.bias
     if added := layout_of(model).added_bias:
         more = model.get_parameter_or_buffer(added).flatten()
         bias = more if bias is None else bias + more
@@ -104,7 +105,15 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
     Raises:
         ModelError: The head is not a plain linear layer.
     """
-    return call_inside(model.get_output_embeddings(), lambda *values: function(head(model), *values), *inputs)
+    layer = model.get_output_embeddings()
+    if not is_unit(layer) and any(is_sharded(parameter) for parameter in layer.parameters()):
+        raise ModelError(
+            f"The output layer of {type(model).__name__} cannot be sharded.",
+            where="parallel.kind",
+            why="the module around it has the bias",
+            fix="--parallel.kind=ddp",
+        )
+    return call_inside(layer, lambda *values: function(head(model), *values), *inputs)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -185,7 +194,8 @@ def call_packed(
         if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             arguments |= {"max_length_q": longest, "max_length_k": longest}
-    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
+    held = layout.dealt or layout.has_distances
+    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
 

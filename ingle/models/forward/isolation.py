@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from ingle.quant import LEAST_ROWS, is_fused_experts
 class _FullGroups(nn.Module):
     """Goes before a class of fused experts: on a CPU, every expert that is used gets :data:`LEAST_ROWS` rows."""
 
+    num_experts: int
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Takes ``[S, H]``, ``[S, K]`` and ``[S, K]``; returns ``[S, H]``."""
-        call: Any = super().forward
+        call: Callable[[Tensor, Tensor, Tensor], Tensor] = super().forward
         if hidden_states.device.type != "cpu":
             return call(hidden_states, top_k_index, top_k_weights)
         experts, counts = top_k_index[top_k_index < self.num_experts].unique(return_counts=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.forward.documents import PADDING, Documents, Group
+from ingle.models.forward.documents import Documents, Group
 from ingle.models.forward.hidden_states import call_packed
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of
@@ -27,6 +27,7 @@ from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
 from ingle.parallel import is_sharded
+from ingle.planning.layouts import PADDING
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch

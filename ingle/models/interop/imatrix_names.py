@@ -54,11 +54,11 @@ def save_importance(
     names = gguf_names(model)
     found: dict[str, ImatrixEntry] = {}
     for name, entry in entries.items():
-        gguf_name = names.to_gguf(name)
-        if gguf_name is None or not entry.count:
+        if not entry.count:
             continue
         sums = entry.sums.numpy().astype(np.float32)[None]
-        found[gguf_name] = ImatrixEntry(sums, np.array([entry.count], dtype=np.float32))
+        for gguf_name in names.tensors(name):  # tensors of one layer have the same input
+            found[gguf_name] = ImatrixEntry(sums, np.array([entry.count], dtype=np.float32))
     most = max((entry.count for entry in entries.values()), default=0)
     write_imatrix(path, Imatrix(found, tuple(datasets), most // chunk_size, chunk_size))
 
@@ -83,8 +83,8 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
     missing = []
     for name, module in linear_maps(model).items():
         parameter = f"{name}.weight"
-        gguf_name = names.to_gguf(parameter)
-        entry = entries.get(gguf_name) if gguf_name is not None else None
+        gguf_name = next(iter(names.tensors(parameter)), "")
+        entry = entries.get(gguf_name)
         if entry is None:
             missing.append(parameter)
             continue

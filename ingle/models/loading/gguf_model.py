@@ -22,7 +22,7 @@ from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import TensorNames, names_of
 from ingle.gguf.rotary import ROPE_FREQS
 from ingle.gguf.vocabulary import special_token_id, to_vocabulary
-from ingle.models.forward.mixers import source
+from ingle.models.forward.mixers import original_class, source
 from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file
 from ingle.models.loading.reading_plan import Group, ReadingPlan
@@ -150,7 +150,7 @@ def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) 
     file = open_gguf(config.id, revision=config.revision)
     own = _own_formats(file)
     quant.convert(model, base, formats=_choose(model, file, own, base))
-    if "self.lm_head.weight" in source(type(model)):  # Mamba's own code reads its dtype
+    if "self.lm_head.weight" in source(original_class(model)):  # Mamba's own code reads its dtype
         return
     quant.quantize_ends(model, own)
 

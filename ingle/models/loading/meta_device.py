@@ -36,6 +36,9 @@ _PINNED: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 0},  # else it divides its weights in place, against overflow in float16
 }
 
+#: Settings that change the results of evaluation, too.
+_NOT_DROPOUTS = frozenset({"moe_token_dropout"})
+
 #: What the names and signatures of an architecture's modules suggest.
 _PROPOSED = Layout()
 _LANGUAGE_MODEL = ModelTask()
@@ -162,10 +165,11 @@ def _sections(config: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def _dropouts(section: PretrainedConfig) -> dict[str, float]:
+    named = {name: value for name, value in vars(section).items() if "drop" in name and name not in _NOT_DROPOUTS}
     return {
         name: value
-        for name, value in vars(section).items()
-        if "drop" in name and (isinstance(value, float) or (type(value) is int and "dropout" in name))
+        for name, value in named.items()
+        if isinstance(value, float) or (type(value) is int and "dropout" in name)
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import transformers
 
 from ingle.models.kinds import ModelKind
@@ -20,7 +22,7 @@ def survey_type(name: str, kind: ModelKind) -> ModelType:
     found = ModelType(name, kind)
     for make in (small, lambda name: default_config(name, kind)):
         try:
-            found = survey(make(name), kind)
+            found = replace(survey(make(name), kind), name=name)  # some share the config of another type
         except Exception as error:  # configs fail in many ways with sizes that they do not expect
             found = ModelType(name, kind, reason=f"no small config of it can be made ({type(error).__name__})")
         if found.layout is not None:

@@ -29,6 +29,7 @@ sys.stderr.write(f"{code} {heavy}")
         (["train", "--help"], 0),
         (["config", "show", "run.yaml", "--optim.lr=1e-4"], 0),
         (["config", "schema"], 0),
+        (["models", "t5"], 0),
         (["train", "run.yaml", "--optim.lrr=1"], 2),
         (["trian"], 2),
         (["generate", "m", "--prompt", "x", "--top-p", "0.5"], 2),

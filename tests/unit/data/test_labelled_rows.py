@@ -16,7 +16,7 @@ from ingle.errors import DataError
 from ingle.report.data_tables import render_report, render_rows
 from tests import tiny_tokenizers
 
-BERT = tiny_tokenizers.bert()
+BERT, ROBERTA = tiny_tokenizers.bert(), tiny_tokenizers.roberta()
 
 CONLL = """-DOCSTART- -X- -X- O
 
@@ -243,6 +243,13 @@ def test_masks_are_shown_with_what_they_hide(tmp_path):
     hidden = [stretch.text for stretch in report.previews[0].stretches if stretch.supervised]
     assert any(shown in ("[MASK](fox)", "[MASK](the)", "[MASK](quick)", "[MASK](brown)") for shown in hidden)
     assert len(hidden) == report.previews[0].num_supervised and "[MASK](" in text
+
+
+def test_hidden_white_space_is_visible(tmp_path):
+    report, _ = look(
+        tmp_path / "a.jsonl", [{"text": "\n" * 40}, {"text": "the\n" * 20}], Mlm(kind="mlm", rate=0.5), ROBERTA
+    )
+    assert any("(\\n)" in stretch.text for stretch in report.previews[0].stretches)
 
 
 def test_spans_are_shown_with_their_sentinels(tmp_path):

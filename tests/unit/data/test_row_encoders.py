@@ -23,6 +23,7 @@ from ingle.data.sources import read_examples
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ConfigError, DataError
 from tests import tiny_tokenizers
+from tests.conftest import make_tokenizer
 
 TOKENIZERS = [tiny_tokenizers.bert(), tiny_tokenizers.roberta(), tiny_tokenizers.t5()]
 each_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["bert", "roberta", "t5"])
@@ -61,6 +62,16 @@ def test_pairs_are_cut_as_pipelines_cut_them(tmp_path, tokenizer):
         assert sample.columns["document_labels"].tolist() == [i % 3]
     assert 0 < dataset.stats.truncated_documents < 60
     assert dataset.label_counts(3).tolist() == [20, 20, 20]
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_decoders_classify_what_their_tokenizer_makes_of_a_text(tmp_path, add_bos):
+    tokenizer = make_tokenizer(bos="<s>", add_bos=add_bos)
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(["a dull film", "great", "the fox " * 30])]
+    dataset = build(write(tmp_path / "a.jsonl", rows, max_seq_len=16), tokenizer, Classify(kind="classify"))
+    assert ids_of(dataset) == [tokenizer(row["text"], truncation=True, max_length=16)["input_ids"] for row in rows]
+    assert (ids_of(dataset)[0][0] == tokenizer.bos_token_id) == add_bos
+    assert dataset.stats.truncated_documents == 1
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,13 @@ def test_given_names_are_kept_and_name_classes_that_are_counted_from_0(tmp_path)
             ":1",
             "does not fit the layout squad",
             "it is at 4",
+        ),
+        (
+            [{"tokens": ["a"], "tags": ["B-X"]}, {"tokens": ["a"], "tags": ["S-X"]}],
+            Tag(kind="tag", scheme="iob2"),
+            ":2",
+            "'S-X' is not in the scheme iob2",
+            "B- or I-",
         ),
         ([{"alpha": 1}], Classify(kind="classify"), ":1", "columns do not fit the objective classify", "alpha"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ingle.errors import GgufError
 from ingle.gguf import GgufFile, TensorToWrite, read_gguf, write_gguf
 from ingle.gguf.architecture import to_config, to_metadata
+from ingle.gguf.families import _REASONS, FAMILIES, family_of_metadata, supports, why_unsupported
 from ingle.gguf.rotary import rope_divisors
 
 SMALL: dict[str, Any] = {
@@ -105,6 +107,18 @@ def test_the_divisors_are_those_of_transformers() -> None:
     divisors = rope_divisors(config.to_dict())
     assert divisors is not None and divisors.max() == 32 and divisors.min() == 1
     np.testing.assert_allclose(plain / divisors, scaled.numpy(), rtol=1e-5)
+
+
+def test_every_architecture_of_the_gguf_package_is_supported_or_refused_with_a_reason() -> None:
+    supported = {family.architecture for family in FAMILIES}
+    assert supported <= set(gguf.MODEL_ARCH_NAMES.values()) and set(_REASONS) <= set(gguf.MODEL_ARCH_NAMES.values())
+    for architecture in set(gguf.MODEL_ARCH_NAMES.values()) - supported:
+        with pytest.raises(GgufError) as info:
+            family_of_metadata({"general.architecture": architecture})
+        assert f"llama.cpp has the architecture {architecture}," in str(info.value) or architecture in _REASONS
+    assert not supported & set(_REASONS)
+    assert supports("gemma3_text") and not supports("t5") and not supports("rwkv")
+    assert "two stacks" in why_unsupported("t5") and "no architecture of this name" in why_unsupported("opt")
 
 
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:

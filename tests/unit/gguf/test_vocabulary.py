@@ -188,6 +188,18 @@ def test_sentencepiece_cuts_as_llama_cpp_does(llama_cpp: Any, tmp_path: Path) ->
             assert ids(vocabulary, text) == model.tokenize(text.encode(), add_bos=True, special=True), (prefix, text)
 
 
+def test_sentencepiece_with_merges_cuts_as_llama_cpp_does(llama_cpp: Any, tmp_path: Path) -> None:
+    values = pieces() | {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.pre": "gemma4"}
+    del values["tokenizer.ggml.scores"]
+    values["tokenizer.ggml.merges"] = ["h e", "▁ h", "l o", "▁ he", "l lo", "▁he llo", "▁ w", "o r", "▁w or", "l d"]
+    write_gguf(tmp_path / "vocabulary.gguf", header() | values, [])
+    model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+    vocabulary = to_vocabulary(values)
+    for text in (" hello world", "helloworld hell low", "é x<|tool|>", "x\n\nhello\n he", "  hello  "):
+        assert ids(vocabulary, text) == model.tokenize(text.encode(), add_bos=True, special=True), text
+    assert text_of(values, ids(vocabulary, " hello")) == ["<s>", "▁hello"]
+
+
 def test_sentencepiece_comes_back() -> None:
     values = pieces()
     vocabulary = to_vocabulary(values)

@@ -17,7 +17,7 @@ from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption
 from ingle.data.dataset import FlatTokens, Origins
 from ingle.data.packing import pack
 from ingle.data.sampler import SequenceSampler
-from ingle.objectives import PackedObjective
+from ingle.objectives import PackedObjective, Term
 from ingle.objectives.classify import ClassWeights
 from ingle.objectives.lm import check_first_tokens
 from ingle.objectives.seq2seq import Joining
@@ -56,6 +56,7 @@ RANDOM = {"mlm", "span, t5", "span, ul2", "span, bart"}
 
 class _Module(torch.nn.Module):
     unit = "tokens"
+    terms = (Term("loss", "tokens"),)
 
 
 def make_dataset() -> TokenDataset:

@@ -35,6 +35,8 @@ def test_operations_are_those_of_a_hand_count() -> None:
     assert flops_per_token(full, MODEL, recompute=True) == 8 * weights + 6 * head
     assert flops_per_token(lora, MODEL, recompute=False) == 4 * (weights + head) + 6 * adapters
     assert flops_per_token(lora, MODEL, recompute=True) == 6 * weights + 4 * head + 8 * adapters
+    masked = run_of(adapter="none", objective={"kind": "mlm", "rate": 0.25})
+    assert flops_per_token(masked, MODEL, recompute=False) == 6 * (weights + head / 4)
     scores = 2 * 4 * 100 * 64  # two layers, queries times keys and weights times values
     attended = flops_per_token(full, MODEL, recompute=False, context=100) - flops_per_token(
         full, MODEL, recompute=False
