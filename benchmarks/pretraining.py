@@ -33,7 +33,7 @@ def run_side(task: str, side: str, steps: int, folder: Path, options: argparse.N
     from ingle.flow import finetune
 
     output = folder / f"{task}-{side}-{steps}"
-    overrides = [f"--train.num_steps={steps}", "--train.num_epochs=null", f"--model.init={SIDES[side]}"]
+    overrides = [f"--train.num_steps={steps}", f"--model.init={SIDES[side]}"]
     overrides += [f"--output={output}", f"--seed={options.seed}", *options.set]
     run = load_run(EXAMPLES / TASKS[task], overrides).run
     assert run.task is not None, "the example has no held-out rows"
