@@ -114,7 +114,8 @@ def prepare_ingle(folder: Path, options: argparse.Namespace) -> Callable[[int], 
           shuffle: false
         objective: {{kind: {options.objective}}}
         optim: {{lr: {LR}, weight_decay: 0.0, max_grad_norm: 1.0}}
-        train: {{num_steps: 1000, global_batch_size: {options.batch}, micro_batch_size: {options.batch}}}
+        train: {{num_steps: 1000, global_batch_size: {options.batch}, micro_batch_size: {options.batch},
+                compile: {options.compile}}}
         parallel: {{device: cpu, num_threads: {torch.get_num_threads()}}}
         output: {folder}/run
         """
@@ -253,6 +254,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: of a run here")
     parser.add_argument("--turns", type=int, default=3, help="turns of three steps per side, after one warm-up turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", choices=("auto", "true", "false"), default="auto", help="train.compile of Ingle")
     parser.add_argument("--profile", action="store_true", help="print the operators of a step of Ingle")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--tiny", action="store_true", help="use a small model, to test the script")
@@ -271,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write_inputs(Path(name), shape, lengths)
         arguments = ["--objective", options.objective, "--dtype", word(dtype), "--batch", str(options.batch)]
-        arguments += ["--threads", str(options.threads), "--folder", name]
+        arguments += ["--threads", str(options.threads), "--folder", name, "--compile", options.compile]
         sides = {side: Side(side, arguments, module=__spec__.name) for side in ("ingle", "trainer")}
         steps: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(1 + options.turns):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
@@ -95,6 +95,11 @@ def texts(corpus: Path, every: int) -> Iterator[str]:
                     yield from [row["text"]] if "text" in row else [message["content"] for message in row["messages"]]
 
 
+def hides(token: str) -> bool:
+    """Returns whether a token replaces text, with the space before it: words begin with their space."""
+    return token == "[MASK]" or token in SENTINELS
+
+
 def train(corpus: Path, every: int, kind: Kind) -> PreTrainedTokenizerFast:
     """Returns the trained tokenizer of a kind."""
     tokenizer = Tokenizer(models.BPE())
@@ -102,7 +107,7 @@ def train(corpus: Path, every: int, kind: Kind) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=list(kind.special_tokens),
+        special_tokens=[AddedToken(token, special=True, lstrip=hides(token)) for token in kind.special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
