@@ -140,12 +140,6 @@ def test_the_window_comes_from_the_layer_or_the_config() -> None:
     assert torch.equal(attend(window=3), narrow)
 
 
-def test_position_biases_are_refused(model: PreTrainedModel) -> None:
-    q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ModelError, match="position bias"):
-        attention.attend(model.model.layers[0].self_attn, q, q, q, None, position_bias=q)
-
-
 def test_attention_sinks_of_gpt_oss_equal_those_of_transformers() -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "num_local_experts": 2}
