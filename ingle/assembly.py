@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
+from ingle.config.objective import TRAINS, Classify, Tag
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
+from ingle.objectives.model_task import model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
@@ -42,8 +44,13 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Assembled:
-    """All parts of a run, ready for its first step."""
+    """All parts of a run, ready for its first step.
 
+    Attributes:
+        run: The config, with the names of all labels in its objective.
+    """
+
+    run: Run
     mesh: parallel.Mesh
     plan: planning.Plan
     tokenizer: Any
@@ -73,11 +80,16 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     device = parallel.set_up(run.parallel)
     dtype = models.compute_dtype(run.model.dtype, device)
     # Read the task first, to report a mistake in it before hours are spent.
-    task_rows = [sample.example for sample in evaluation.read_task(run.task)] if run.task is not None else []
+    samples = evaluation.read_task(run.task, run.objective.kind) if run.task is not None else ()
+    task_rows = [sample.example for sample in samples]
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
     run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
-    model = models.meta_model(run.model, device, dtype)
+    if isinstance(run.objective, Classify | Tag) and run.objective.labels is not None:
+        evaluation.check_labels(samples, run.objective.labels)
+    task = model_task(run.objective)
+    model = models.meta_model(run.model, device, dtype, task)
+    models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)
     with parallel.local_first("data"):  # process groups come later: this may take hours
         build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
@@ -88,10 +100,14 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     contamination = search.result() if task_rows else None
     if contamination is not None and contamination.same_prompt:
         sink(warn_of_contamination(contamination))
+    limit = max(run.data.max_seq_len, run.data.max_target_len or 0)  # spans are removed from texts that are longer
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
-        models.refuse_longer(model, int(each.lengths.max()), where="data.max_seq_len")
-    models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
+        models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
+    if task.kind == "classify" and models.kind_of(model.config) == "causal":
+        models.choose_padding(model, tokenizer, dataset.last_ids())
+    if task.kind == "lm":
+        models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)
@@ -252,6 +268,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         imatrix = ImatrixCollector(model, add=add, is_main=mesh.is_main)
         objective.module.observe = imatrix.opened
     return Assembled(
+        run=run,
         mesh=mesh,
         plan=replace(plan, compile=compiled),
         tokenizer=ready.tokenizer,

@@ -22,11 +22,12 @@ from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
 from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
-from ingle.report.results import RunReport, ValidationReport
+from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import read_report, write_report
+from ingle.run_evaluation import compare_run, evaluate_before, score_samples
 from ingle.sinks import EventsFile, MetricsFile, combine
 from ingle.training.checkpoint import Checkpoints, Position, Stateful
-from ingle.training.folder import RunFolder
+from ingle.training.folder import RunFolder, with_names
 from ingle.training.meter import Meter, peak_memory_bytes
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.schedule import learning_rate
@@ -78,18 +79,19 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     began = time.monotonic()
     parts = assemble(_as_before(run, folder, sink), sink)
     sink.share(parts.mesh)
-    parts.mesh.on_main(lambda: _begin(as_given, folder, parts.plan))
+    run = run.model_copy(update={"objective": parts.run.objective})
+    parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
-    base = _evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
+    base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
     trained = train(run, folder, parts, sink, began)
     ended = time.monotonic()
     _save_result(run, folder, parts, trained.kept_step, sink)
     return _report(run, folder, parts, trained, ended, base, sink)
 
 
-def _begin(run: Run, folder: RunFolder, plan: planning.Plan) -> None:
-    folder.begin(run)
-    folder.save_plan(plan)
+def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
+    folder.begin(run.model_copy(update={"objective": parts.run.objective}))
+    folder.save_plan(parts.plan)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -100,8 +102,8 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    place = env.rank_from_environment()
-    world_size = 1 if place is None else place.world_size
+    run = with_names(run, folder.load_run())
+    world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(
             Warned(
@@ -161,7 +163,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     plan, mesh, objective = parts.plan, parts.mesh, parts.objective
     recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model)
     relief = MemoryRelief(folder.memory, mesh, sink, recompute if models.can_recompute(parts.model) else None)
-    score = partial(_score_samples, run, parts)
+    score = partial(score_samples, run, parts)
     validation = Validation(run, plan.validate_every, objective, parts.held_out, mesh, relief, score)
     states: dict[str, Stateful] = {"optimizer": parts.optimizer, "objective": objective}
     if parts.imatrix is not None:
@@ -245,20 +247,11 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     return Trained(position, kept_step, meter, validation.report(position.step))
 
 
-def _score_samples(run: Run, parts: Assembled) -> dict[str, float]:
-    """Returns the metrics of the task on the few samples that are answered at each validation."""
-    if run.task is None or run.evaluate is None or not run.evaluate.num_validation_samples:
-        return {}
-    task = run.task.model_copy(update={"num_samples": run.evaluate.num_validation_samples})
-    source = _source(parts, "tuned")
-    (found,) = parallel.call_outside_step(parts.objective.module, lambda: evaluation.evaluate(source, [task]))
-    return {name: row.value for name, row in found.metrics.items() if row.value is not None}
-
-
 def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink: Sink) -> None:
     result, mesh, tokenizer = folder.result(run), parts.mesh, parts.tokenizer
     if run.adapter.kind == "none" and parts.plan.strategy.shards_optimizer:
-        whole = models.meta_model(run.model, torch.device("cpu"), models.compute_dtype(run.model.dtype, mesh.device))
+        dtype = models.compute_dtype(run.model.dtype, mesh.device)
+        whole = models.meta_model(run.model, torch.device("cpu"), dtype, models.task_of(parts.model))
         models.convert_base(whole, run.model, run.base)
         models.save_sharded(parts.model, whole, tokenizer, result, mesh, source=run.model, finish=quant.settle)
     elif run.adapter.kind == "none":
@@ -287,33 +280,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _source(parts: Assembled, name: str) -> evaluation.ModelSource:
-    """Returns the model as a source of answers, which the ranks share."""
-    return evaluation.ModelSource(
-        parts.model, parts.tokenizer, name, mesh=parts.mesh, in_lockstep=parts.plan.strategy.shards_base
-    )
-
-
-def _evaluate_before(
-    run: Run, folder: RunFolder, parts: Assembled, sink: parallel.RankSink
-) -> evaluation.TaskResult | None:
-    """Evaluates the base before full fine-tuning overwrites it; keeps the result for a resumed run."""
-    if run.task is None:
-        return None
-    config, mesh = run.task, parts.mesh
-    task = config.model_dump_json()
-    result = mesh.on_main(lambda: evaluation.load_result(task, folder.base_evaluation))
-    if result is None:
-        source = _source(parts, "base")
-        result = parallel.call_outside_step(
-            parts.objective.module, lambda: evaluation.run_task(source, config, sink=sink)
-        )
-        sink.share(mesh)
-        found = result
-        mesh.on_main(lambda: evaluation.save_result(found, task, folder.base_evaluation))
-    return result
-
-
 def _report(
     run: Run,
     folder: RunFolder,
@@ -324,17 +290,12 @@ def _report(
     sink: parallel.RankSink,
 ) -> RunReport:
     """Compares base and tuned model on held-out samples, and writes ``report.json`` and ``report.html``."""
-    mesh, comparison = parts.mesh, None
-    position, meter = trained.position, trained.meter
+    mesh, position, meter = parts.mesh, trained.position, trained.meter
+    audit, comparisons = parts.audit(), list[Comparison]()
     if run.task is not None:
-        parts.model.eval()
-        tuned = _source(parts, "tuned")
-        before = tuned.base() if base is None else [base]
-        tasks = [run.task]
-        (comparison,) = parallel.call_outside_step(
-            parts.objective.module, lambda: evaluation.evaluate(tuned, tasks, base=before, sink=sink)
-        )
-        sink(Evaluated(position.step, comparison))
+        comparisons = compare_run(run, parts, base, sink)
+        for comparison in reversed(comparisons):  # the strongest baseline comes last, next to the verdict
+            sink(Evaluated(position.step, comparison))
     sink.share(mesh)
     peaks = mesh.gather((meter.peak_bytes, meter.lifetime_peak_bytes, peak_memory_bytes(mesh.device)))
     checked = {
@@ -351,13 +312,15 @@ def _report(
         "wall_s": position.wall_s + time.monotonic() - ended,
         "peak_memory_bytes": max(max(lifetime, now) for _, lifetime, now in peaks),
         "plan": parts.plan.to_dict() | checked,
-        "audit": parts.audit(),
+        "audit": audit,
         "rounding": parts.rounding.to_dict(),
         "contamination": asdict(parts.contamination) if parts.contamination is not None else None,
         "validation": trained.validation,
     }
     report = mesh.on_main(
-        lambda: write_report(folder.path, run=run, comparison=comparison, summary=summary, metrics_path=folder.metrics)
+        lambda: write_report(
+            folder.path, run=run, comparisons=comparisons, summary=summary, metrics_path=folder.metrics
+        )
     )
     sink(Saved(position.step, str(folder.report), "report"))
     sink(Finished(position.step, report))

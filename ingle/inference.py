@@ -1,19 +1,21 @@
-"""Opens a run folder, an adapter folder or a plain model for generation."""
+"""Opens a run folder, an adapter folder or a plain model, and generates text with it."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ingle import adapters, data, models, parallel
+from ingle import adapters, data, models, objectives, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.model_names import check_name, missing
+from ingle.config.objective import ObjectiveConfig
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run
@@ -22,6 +24,17 @@ from ingle.errors import AdapterError, HubUnavailable, ModelError
 from ingle.events import Sink, Warned
 from ingle.models.generation.stop_criteria import Generation
 from ingle.training.folder import RunFolder
+
+#: Longest document of a model without a run that says it; longer texts are cut, or read in windows.
+_MAX_TOKENS = 4096
+
+#: What models predict that generate no text.
+_NOT_TEXT: dict[str, str] = {
+    "classify": "labels of texts",
+    "tag": "tags of words",
+    "answer": "places of answers",
+    "mlm": "masked tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,7 @@ class Source:
         adapter: Folder of the adapter, or None.
         original: The model before full fine-tuning, or None.
         keeps_control_tokens: Whether the model was trained with ``data.control_tokens: keep``.
+        run: The run that trained it, if it is known.
     """
 
     model: ModelConfig
@@ -41,6 +55,36 @@ class Source:
     adapter: Path | None = None
     original: ModelConfig | None = None
     keeps_control_tokens: bool = False
+    run: Run | None = None
+
+    def objective(self) -> ObjectiveConfig:
+        """Returns what the model was trained for, with the names of its labels.
+
+        Raises:
+            ModelError: There is no such model, or it does not say what its head predicts.
+            HubUnavailable: The hub is needed and cannot be reached.
+        """
+        if self.run is not None and objectives.has_labels(self.run.objective):
+            return self.run.objective
+        head = None if self.adapter is None else self.adapter / "head"
+        described = ModelConfig(id=str(head)) if head is not None and head.is_dir() else self.model
+        return objectives.trained_objective(models.stored_task(described), models.stored_kind(self.model))
+
+
+class Opened(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        model: The model, with its adapter attached.
+        tokenizer: Its tokenizer.
+        objective: What it was trained for.
+        adapted: Whether an adapter is attached.
+    """
+
+    model: Any
+    tokenizer: Any
+    objective: ObjectiveConfig
+    adapted: bool
 
 
 class Engine:
@@ -166,18 +210,55 @@ def open_model(
 def open_source(
     source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
 ) -> Engine:
-    """Opens a source that :func:`locate` returned; the arguments are those of :func:`open_model`."""
+    """Opens a source that :func:`locate` returned; arguments and errors are those of :func:`open_model`."""
+    refuse_heads(source)
+    opened = load(source, base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
+    return Engine(opened.model, opened.tokenizer, adapted=opened.adapted, source=source)
+
+
+def refuse_heads(source: Source) -> None:
+    """Refuses a model that predicts no text.
+
+    Raises:
+        ModelError: It has a task head, or is an encoder.
+    """
+    kind = source.objective().kind
+    if kind in _NOT_TEXT:
+        name = source.model.id if source.adapter is None else str(source.adapter)
+        raise ModelError(
+            f"{name} generates no text: it predicts {_NOT_TEXT[kind]}.",
+            fix=f"ingle predict {shlex.quote(name)} --text TEXT",
+        )
+
+
+def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None) -> Opened:
+    """Loads a source that :func:`locate` returned, whatever it predicts; arguments as in :func:`open_model`.
+
+    Raises:
+        ModelError: The model cannot be read, or ``base_only`` asks for a head that the base does not have.
+        AdapterError: The adapter does not fit its base, or was trained on another base.
+    """
     config = source.original if base_only and source.original is not None else source.model
+    objective = source.objective()
     mesh = parallel.start(ParallelConfig())
     tokenizer = models.load_tokenizer(config)
-    model = models.load_model(config, source.base, device=mesh.device, sink=sink)
+    task = objectives.model_task(objective)
+    model = models.load_model(config, source.base, device=mesh.device, sink=sink, task=task)
     adapted = source.adapter is not None and not base_only
     if adapted:
         assert source.adapter is not None
         for note in adapters.load_adapter(model, source.adapter, allow_mismatch=allow_mismatch).notes:
             if sink is not None:
                 sink(Warned(note, where=str(source.adapter)))
-    return Engine(model, tokenizer, adapted=adapted, source=source)
+    return Opened(model, tokenizer, objective, adapted)
+
+
+def longest_document(source: Source, opened: Opened) -> int:
+    """Returns the most tokens that a document may have: those of the run, or what the model can read."""
+    if source.run is not None:
+        return source.run.data.max_seq_len
+    limits = (models.text_limit(opened.model), getattr(opened.tokenizer, "model_max_length", None))
+    return min(_MAX_TOKENS, *(int(limit) for limit in limits if limit is not None), _MAX_TOKENS)
 
 
 def _locate_run(folder: Path) -> Source:
@@ -189,7 +270,7 @@ def _locate_run(folder: Path) -> Source:
                 where=str(folder),
                 fix=f"ingle train --resume {folder}",
             )
-        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run))
+        return Source(run.model, run.base, folder / "adapter", keeps_control_tokens=_keeps_control_tokens(run), run=run)
     if not (folder / "model").is_dir():
         raise ModelError(
             "This run has no model yet: its training has not finished.",
@@ -199,7 +280,7 @@ def _locate_run(folder: Path) -> Source:
     trained = ModelConfig(
         id=str(folder / "model"), dtype=run.model.dtype, trust_remote_code=run.model.trust_remote_code
     )
-    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run))
+    return Source(trained, NoBase(), original=run.model, keeps_control_tokens=_keeps_control_tokens(run), run=run)
 
 
 def _keeps_control_tokens(run: Run) -> bool:
@@ -219,11 +300,11 @@ def _locate_adapter(folder: Path) -> Source:
             why=f"base_model_name_or_path cannot be read: {str(error)[:200]}",
             fix="open the run folder instead, or write the base model's path or hub id into that field",
         ) from error
-    keeps = False
+    keeps, run = False, None
     if (folder.parent / "run.yaml").is_file():  # the run knows where its base is
         run = RunFolder(folder.parent).load_run()
         base = find_path(base, run.paths_from)
         keeps = _keeps_control_tokens(run)
     model = ModelConfig(id=base)
     held = adapters.read_record(folder).base or models.stored_base(model)
-    return Source(model, held, folder, keeps_control_tokens=keeps)
+    return Source(model, held, folder, keeps_control_tokens=keeps, run=run)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ingle import evaluation, inference
-from ingle.config.evaluate import TaskConfig
-from ingle.events import Sink
+from ingle.baselines import base_loader, compare_with_rules, has_new_head
+from ingle.config.evaluate import TaskConfig, suit_task
+from ingle.config.paths import locate_paths
+from ingle.errors import DataError
+from ingle.events import Sink, Warned
 from ingle.report.results import Comparison, Summary
 
 
@@ -18,6 +22,8 @@ def evaluate(
     allow_mismatch: bool = False,
 ) -> list[Comparison] | list[Summary]:
     """Compares a trained model with its base; a model that was not trained by Ingle is scored alone.
+
+    A model with a task head is compared with the strongest of its baselines.
 
     Args:
         path_or_id: A run folder, an adapter folder, a model folder or a hub id.
@@ -34,16 +40,48 @@ def evaluate(
         DataError: The rows of a task cannot be read.
         EvaluationError: The rows of a task do not suit its metrics or the model.
     """
+    source = inference.locate(path_or_id)
+    objective = source.objective()
+    tasks = [suit_task(task, objective) for task in tasks]
+    if has_new_head(objective):
+        return _evaluate_head(source, tasks, sink, allow_mismatch=allow_mismatch)
     base = None
-    if inference.locate(path_or_id).original is not None:
+    if source.original is not None:
         # A fully fine-tuned model does not contain its base, so the two are opened one after the other.
-        engine = inference.open_model(path_or_id, base_only=True, sink=sink)
-        before = evaluation.ModelSource(engine.model, engine.tokenizer, "base")
-        base = [evaluation.run_task(before, task, sink=sink) for task in tasks]
-        del engine, before
-    engine = inference.open_model(path_or_id, allow_mismatch=allow_mismatch, sink=sink)
-    source = evaluation.ModelSource(engine.model, engine.tokenizer, "model")
-    if base is None and not engine.adapted:
-        return evaluation.evaluate(source, tasks, sink=sink)
-    tuned = evaluation.ModelSource(engine.model, engine.tokenizer, "tuned")
-    return evaluation.evaluate(tuned, tasks, base=base or tuned.base(), sink=sink)
+        before = _open(source, "base", sink, base_only=True)[0]
+        base = [evaluation.run_task(before, task, objective.kind, sink=sink) for task in tasks]
+        del before
+    tuned, adapted = _open(source, "tuned", sink, allow_mismatch=allow_mismatch)
+    if base is None and not adapted:
+        return evaluation.evaluate(replace(tuned, name="model"), tasks, objective.kind, sink=sink)
+    return evaluation.evaluate(tuned, tasks, objective.kind, base=base or tuned.base(), sink=sink)
+
+
+def _open(
+    source: inference.Source, name: str, sink: Sink, *, base_only: bool = False, allow_mismatch: bool = False
+) -> tuple[evaluation.LoadedModel, bool]:
+    """Returns a model as a source of outputs, and whether it has an adapter."""
+    opened = inference.load(source, base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
+    longest = inference.longest_document(source, opened)
+    made = evaluation.make_source(opened.model, opened.tokenizer, opened.objective, longest, name)
+    return made, opened.adapted
+
+
+def _evaluate_head(
+    source: inference.Source, tasks: Sequence[TaskConfig], sink: Sink, *, allow_mismatch: bool
+) -> list[Comparison] | list[Summary]:
+    """Compares a model with a task head with its baselines, or scores it alone if they are not known."""
+    tuned = _open(source, "tuned", sink, allow_mismatch=allow_mismatch)[0]
+    objective = source.objective()
+    results = [evaluation.run_task(tuned, task, objective.kind, sink=sink) for task in tasks]
+    if source.run is not None:
+        run = locate_paths(source.run).model_copy(update={"objective": objective})
+        try:
+            load_base = base_loader(run, tuned.model, tuned.tokenizer, sink=sink)
+            return [
+                next(iter(compare_with_rules(run, task, result, load_base, sink=sink).values()))
+                for task, result in zip(tasks, results, strict=True)
+            ]
+        except DataError as error:
+            sink(Warned(f"The model is not compared with a baseline: {error.message}", where=str(error.where or "")))
+    return [evaluation.summarize(result, task) for result, task in zip(results, tasks, strict=True)]

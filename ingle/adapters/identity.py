@@ -23,6 +23,7 @@ from ingle.adapters.adapted import BEFORE, lora_modules
 from ingle.adapters.lora import LoraLinear, is_linear
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear, QuantModule
+from ingle.quant.task_heads import is_in_head
 
 #: Weights of each adapted layer that are stored for comparison with another base.
 NUM_SAMPLES = 64
@@ -126,7 +127,8 @@ def tensor_digest(tensor: Tensor) -> str:
 def identify(model: nn.Module, facts: Mapping[str, Any] | None = None) -> BaseIdentity:
     """Identifies the base of a model.
 
-    Adapters are ignored.  For a module in ``modules_to_save``, the weights from before training are hashed.
+    Adapters are ignored, and the head of a task, which the adapter brings along. For another module in
+    ``modules_to_save``, the weights from before training are hashed.
 
     Args:
         model: A model with its weights loaded and its adapters attached.
@@ -189,7 +191,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tens
     for path, module in model.named_modules():
         bare = ".".join(part for part in path.split(".") if part != "base")
         for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or (isinstance(module, LoraLinear) and key.startswith("lora_")):
+            is_adapter = isinstance(module, LoraLinear) and key.startswith("lora_")
+            if id(parameter) in seen or is_adapter or is_in_head(model, bare):
                 continue
             seen.add(id(parameter))
             yield f"{bare}.{key}".lstrip("."), parameter, getattr(module, key + BEFORE, None)

@@ -19,12 +19,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from torch import nn
 
 from ingle.adapters.adapted import lora_modules
+from ingle.adapters.head_files import task_type
 from ingle.adapters.lora import is_linear
 from ingle.config.adapter import LowRankAdapter
 from ingle.errors import AdapterError
 from ingle.quant.conversion import is_conv1d
 
 CONFIG_FILE = "adapter_config.json"
+#: PEFT's ``target_modules`` of an adapter that consists of ``modules_to_save`` alone.
+NO_TARGETS = "dummy-target-modules"
 
 #: Time that all regular expressions of one config may take.
 MATCHING_TIME_S = 2.0
@@ -88,6 +91,8 @@ class PeftConfig(BaseModel):
         if self.exclude_modules and self._names(self.exclude_modules, name):
             return False
         targets = self.target_modules
+        if targets == NO_TARGETS:
+            return False
         if targets is None or targets == "all-linear":
             return True
         if not self._names(targets, name):
@@ -160,7 +165,7 @@ def describe_adapter(
     odd = {name: m for name, m in modules.items() if m.rank != adapter.rank or m.scale != adapter.scale}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(model),
         "base_model_name_or_path": base_model_id,
         "inference_mode": True,
         "r": adapter.rank,
@@ -169,7 +174,7 @@ def describe_adapter(
         "use_rslora": adapter.rslora,
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(module.base) for module in modules.values()),
-        "target_modules": _shortest_names(model, set(modules)),
+        "target_modules": _shortest_names(model, set(modules)) if modules else NO_TARGETS,
         "modules_to_save": list(modules_to_save) or None,
         "init_lora_weights": True,
         "rank_pattern": {name: m.rank for name, m in odd.items() if m.rank != adapter.rank},

@@ -24,10 +24,11 @@ from ingle.adapters.adapted import (
     tied_modules,
     unfreeze,
 )
+from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
-from ingle.adapters.peft_config import CONFIG_FILE, alpha_of, describe_adapter, read_peft_config
+from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, alpha_of, describe_adapter, read_peft_config
 from ingle.adapters.peft_tensors import (
     PREFIX,
     WEIGHTS_FILE,
@@ -69,6 +70,8 @@ def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
         )
     targets = config.target_modules
     patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
+    if targets == NO_TARGETS:
+        patterns = "none"
     shared: dict[str, Any] = {
         "rank": config.r,
         "alpha": config.lora_alpha,
@@ -111,8 +114,7 @@ def save_adapter(
     Raises:
         AdapterError: The model has no adapter.
     """
-    modules = lora_modules(model)
-    if not modules:
+    if not lora_modules(model) and not _modules_to_save(model):
         raise AdapterError("This model has no adapter to save.", where=str(folder))
     trained = trained_parameters(model, keep=mesh is None or mesh.is_main)
     write = partial(_write, model, Path(folder), adapter, base_model_id, trained, base, identity)
@@ -146,6 +148,7 @@ def _write(
     config = describe_adapter(model, adapter, base_model_id, to_save)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors, record)
+    write_head_files(model, folder)
     write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -188,6 +191,7 @@ def load_adapter(
         copy_rows(module.lora_b, lora_b)
     names = tuple(saved)
     notes: tuple[str, ...] = ()
+    read_padding(model, folder)
     if not existing:
         notes = _untie(model, saved)
         unfreeze(model, names)

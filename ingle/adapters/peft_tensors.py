@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ingle.adapters.adapted import tied_modules
 from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.lora import features, is_linear
-from ingle.adapters.peft_config import CONFIG_FILE, PeftConfig
+from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, PeftConfig
 from ingle.atomic import write_atomically
 from ingle.config.adapter import MergeAware
 from ingle.config.base import BaseConfig, base_section
@@ -193,7 +193,7 @@ def sort_tensors(
             fix=_COPY_FOLDER,
         )
     broken = [name for name, pair in factors.items() if len(pair) != 2]
-    if broken or not factors:
+    if broken or not (factors or (saved and config.target_modules == NO_TARGETS)):
         raise AdapterError(
             f"Half of the adapter of {broken[0]} is missing." if broken else "The file contains no adapter.",
             where=where,

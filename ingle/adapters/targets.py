@@ -13,6 +13,7 @@ from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError
 from ingle.planning.selection import EXPERT_NAMES, UNAFFECTED, matches
 from ingle.quant.experts import QuantExperts
+from ingle.quant.task_heads import task_heads
 from ingle.wording import plural
 
 
@@ -22,7 +23,8 @@ class Selection:
 
     Attributes:
         adapted: Linear layers that get an adapter.
-        modules_to_save: Modules whose own weights are trained and saved; ``("",)`` in full fine-tuning.
+        modules_to_save: Modules whose own weights are trained and saved, the head of a task among them; ``("",)`` in
+            full fine-tuning.
         left_out: Linear layers that ``all-linear`` leaves out because PEFT would mistake them for experts.
     """
 
@@ -34,8 +36,9 @@ class Selection:
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
     """Applies ``target_modules`` and ``trainable_modules`` of an adapter section to a model.
 
-    ``all-linear`` selects every linear layer except the output head, as in PEFT, and except those that PEFT could not
-    read back; see :func:`named_like_experts`.  Layers inside a trainable module get no adapter.
+    The head of a task is always trained in full, because a pretrained model has none.  ``all-linear`` selects every
+    linear layer except the output head, as in PEFT, and except those that PEFT could not read back; see
+    :func:`named_like_experts`.  Layers inside a trainable module get no adapter.
 
     Raises:
         AdapterError: A pattern matches nothing, or no layer is left to adapt.
@@ -44,17 +47,26 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
         return Selection((), ("",))
     modules = {name: module for name, module in model.named_modules() if not _inside_lora(model, name)}
     trainable = {name: m for name, m in modules.items() if name and any(True for _ in m.parameters())}
-    to_save = _match_all(adapter.trainable_modules, trainable, "adapter.trainable_modules", "module", {})
+    named = _match_all(adapter.trainable_modules, trainable, "adapter.trainable_modules", "module", {})
+    to_save = [*named, *(name for name in task_heads(model) if name not in named)]
     linears = {name: m for name, m in modules.items() if isinstance(m, LoraLinear) or is_linear(m)}
     left_out: tuple[str, ...] = ()
-    if adapter.target_modules == "all-linear":
+    if adapter.target_modules == "none":
+        if not to_save:
+            raise AdapterError(
+                "Nothing would be trained.",
+                where="adapter.target_modules = none",
+                fix="--adapter.target_modules=all-linear, or name the modules to train in adapter.trainable_modules",
+            )
+        adapted = []
+    elif adapter.target_modules == "all-linear":
         head = output_head(model)
         left_out = named_like_experts(model, linears)
         adapted = [name for name, module in linears.items() if module is not head and name not in left_out]
     else:
         adapted = _match_all(adapter.target_modules, linears, "adapter.target_modules", "linear layer", modules)
     adapted = [name for name in adapted if not any(name == m or name.startswith(f"{m}.") for m in to_save)]
-    if not adapted:
+    if not adapted and adapter.target_modules != "none":
         raise AdapterError(
             "There is no linear layer left to adapt.",
             where="adapter.target_modules",

@@ -18,6 +18,7 @@ from ingle.cli import (
     inspection,
     launching,
     planning,
+    predicting,
     quantizing,
     training,
 )
@@ -58,6 +59,7 @@ app.command("launch", context_settings=_WITH_OVERRIDES)(launching.launch)
 app.command("rehearse", context_settings=_WITH_OVERRIDES)(launching.rehearse)
 app.command("generate")(generation.generate)
 app.command("chat")(chat.chat)
+app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,34 @@ def load_config(words: Words, command: str, flags: Collection[str]) -> LoadedRun
     if not files and not overrides:
         raise ConfigError("No config file is given.", fix=f"ingle {command} CONFIG.yaml")
     return load_run(Path(files[0]) if files else None, overrides)
+
+
+def check_writable(file: Path, option: str, example: str) -> None:
+    """Refuses a file that could not be written, before the work on its content begins.
+
+    Args:
+        file: The file.
+        option: The option that names it, for errors.
+        example: The name of such a file.
+
+    Raises:
+        ConfigError: It is a folder, or its folder cannot be created or written.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder.", where=f"{option} {file}", fix=f"{option} {file / example}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The folder {file.parent} cannot be created.",
+            where=f"{option} {file}",
+            why=error.strerror,
+            fix="use another file",
+        ) from error
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(
+            f"The folder {file.parent} is not writable.", where=f"{option} {file}", fix="use another file"
+        )
 
 
 def with_checked_numbers(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ingle.cli.arguments import split_words
+from ingle.cli.arguments import check_writable, split_words
 from ingle.cli.generation import AllowMismatch
 from ingle.errors import ConfigError
 
@@ -57,7 +56,7 @@ def evaluate(
     check_name(model)
     loaded = load_task(task if task is not None else _own_task(Path(model).expanduser(), overrides), overrides)
     if out is not None:
-        _check_writable(out)
+        check_writable(out, "--out", "scores.json")
     from ingle import scoring
     from ingle.report.results import Comparison, to_dict
     from ingle.report.terminal_tables import comparison_table, side_by_side, summary_table
@@ -118,20 +117,3 @@ def _own_task(folder: Path, overrides: list[str]) -> TaskConfig | None:
             fix=f"ingle evaluate {folder} --task TASK.yaml, or ingle evaluate {folder} --sources=[held-out.jsonl]",
         )
     return task
-
-
-def _check_writable(out: Path) -> None:
-    """Raises before the evaluation if its result could not be written."""
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder.", where=f"--out {out}", fix=f"--out {out / 'scores.json'}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The folder {out.parent} cannot be created.",
-            where=f"--out {out}",
-            why=error.strerror,
-            fix="use another file",
-        ) from error
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"The folder {out.parent} is not writable.", where=f"--out {out}", fix="use another file")

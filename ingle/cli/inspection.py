@@ -81,10 +81,13 @@ def _is_data_file(word: str) -> bool:
 
 
 def _load_for(file: str, overrides: Sequence[str]) -> LoadedRun:
+    """Returns a config for a data file; the file decides on an objective that the overrides do not name."""
     from ingle.config import load_run
+    from ingle.data.inspection import guess_file
 
     sources = json.dumps([{"path": file}], ensure_ascii=False)
-    return load_run(None, [f"--data.sources={sources}", "--output=none", *overrides])
+    kind = [] if any(o.startswith("--objective") for o in overrides) else [f"--objective.kind={guess_file(file)}"]
+    return load_run(None, [f"--data.sources={sources}", "--output=none", *kind, *overrides])
 
 
 def _inspect_rows(file: str, overrides: Sequence[str], num_previews: int, as_json: bool) -> None:

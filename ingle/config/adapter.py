@@ -52,8 +52,9 @@ class LowRankAdapter(Section):
         lora_plus_ratio: Learning rate of B divided by that of A (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA.
         target_modules: ``all-linear``, or patterns that match the end of a module's path (``q_proj``,
             ``layers.*.mlp.*``). ``all-linear`` excludes the output head and modules that PEFT reads as fused experts.
+            ``none`` trains no adapter, only ``trainable_modules`` and the head of a task on the frozen base.
         trainable_modules: Modules that are fully trained and saved with the adapter (``embed_tokens``, ``lm_head``);
-            PEFT calls them ``modules_to_save``.
+            PEFT calls them ``modules_to_save``. The head of a task is always among them.
         path: Adapter folder in PEFT's layout to continue from. Its rank and targets must match.
         allow_mismatch: Continue from ``path`` even if that adapter was trained on a different base.
     """
@@ -64,7 +65,7 @@ class LowRankAdapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1_000_000)] = 1.0
-    target_modules: Literal["all-linear"] | Patterns = "all-linear"
+    target_modules: Literal["all-linear", "none"] | Patterns = "all-linear"
     trainable_modules: Strings = ()
     path: Text | None = None
     allow_mismatch: bool = False

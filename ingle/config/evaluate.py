@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict
 
 from ingle.config.data import ControlTokens, OptionalSources, Sources
+from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Span, Tag
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
 MetricName = Literal[
@@ -35,6 +36,9 @@ MetricName = Literal[
     "masked_perplexity",
 ]
 
+#: Metrics of generated text, unless a task names others.
+TEXT_METRICS: tuple[MetricName, ...] = ("chrf", "bleu", "rouge_l")
+
 #: How tags are read as entities.
 TagScheme = Literal["auto", "iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou"]
 
@@ -45,7 +49,8 @@ class TaskConfig(Section):
     Attributes:
         sources: Held-out rows, in the same layouts as ``data.sources``. To give several reference answers per prompt,
             use a ``references`` column, or several rows with the same prompt and ``group_by_prompt``.
-        metrics: Metrics to compute. The first one is the headline.
+        metrics: Metrics to compute. The first one is the headline. If null, those that suit the objective: chrF, BLEU
+            and ROUGE-L for generated text.
         group_by_prompt: Combine rows with the same prompt into one sample with several references.
         num_samples: Score a random subset of this many samples, drawn with ``seed``. If null, score all.
         max_new_tokens: Longest answer in tokens.
@@ -66,7 +71,7 @@ class TaskConfig(Section):
     """
 
     sources: Sources
-    metrics: Annotated[tuple[MetricName, ...], Strict(False), Field(min_length=1)] = ("chrf", "bleu", "rouge_l")
+    metrics: Annotated[tuple[MetricName, ...], Strict(False), Field(min_length=1)] | None = None
     group_by_prompt: bool = False
     num_samples: Count | None = None
     max_new_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 128
@@ -80,6 +85,34 @@ class TaskConfig(Section):
     batch_size: BatchSize = 32
     num_shown: Annotated[int, Field(ge=0, le=10_000)] = 3
     seed: Seed = 0
+
+
+def suit_task(task: TaskConfig, objective: ObjectiveConfig) -> TaskConfig:
+    """Returns a task with the metrics and the tag scheme that suit an objective, where it names none."""
+    scheme = objective.scheme if isinstance(objective, Tag) and task.tag_scheme == "auto" else task.tag_scheme
+    return task.model_copy(update={"metrics": task.metrics or suitable_metrics(objective), "tag_scheme": scheme})
+
+
+def suitable_metrics(objective: ObjectiveConfig) -> tuple[MetricName, ...]:
+    """Returns the metrics of a task that names none."""
+    match objective:
+        case Classify(problem="regression"):
+            return ("spearman", "pearson", "mse")
+        case Classify(problem="multi"):
+            return ("f1_micro", "f1_macro", "accuracy", "log_loss")
+        case Classify():
+            return ("accuracy", "f1_macro", "matthews", "log_loss")
+        case Tag(labels=labels) if labels is not None and "O" not in labels:
+            return ("tag_accuracy",)
+        case Tag():
+            return ("entity_f1", "tag_accuracy")
+        case Answer():
+            return ("squad_f1", "squad_em")
+        case Mlm():
+            return ("masked_accuracy", "masked_perplexity")
+        case Span():
+            return ("perplexity",)
+    return TEXT_METRICS
 
 
 class EvaluateConfig(TaskConfig):

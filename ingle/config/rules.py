@@ -282,10 +282,10 @@ def _has_no_group(pattern: str | None) -> bool:
 TASK_RULES: tuple[Rule[TaskConfig], ...] = (
     Rule(
         "metrics-once",
-        lambda task: bool(duplicates(task.metrics)),
-        lambda task: f"The list of metrics contains duplicates: {duplicates(task.metrics)}.",
+        lambda task: bool(duplicates(task.metrics or ())),
+        lambda task: f"The list of metrics contains duplicates: {duplicates(task.metrics or ())}.",
         "metrics",
-        lambda task: (f"metrics=[{','.join(dict.fromkeys(task.metrics))}]",),
+        lambda task: (f"metrics=[{','.join(dict.fromkeys(task.metrics or ()))}]",),
     ),
     Rule(
         "pattern-is-a-regex",
@@ -303,10 +303,10 @@ TASK_RULES: tuple[Rule[TaskConfig], ...] = (
     ),
     Rule(
         "pattern-needs-exact-match",
-        lambda task: task.answer_pattern is not None and "exact_match" not in task.metrics,
+        lambda task: task.answer_pattern is not None and "exact_match" not in (task.metrics or ()),
         "The answer pattern has no effect: only the metric exact_match uses it.",
         "answer_pattern, metrics",
-        lambda task: (f"metrics=[{','.join(('exact_match', *task.metrics))}]", "answer_pattern=null"),
+        lambda task: (f"metrics=[{','.join(('exact_match', *(task.metrics or ())))}]", "answer_pattern=null"),
     ),
     Rule(
         "top-p-needs-temperature",

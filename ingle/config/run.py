@@ -5,7 +5,7 @@ from __future__ import annotations
 from ingle.config.adapter import AdapterConfig, LoraAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.data import DataConfig
-from ingle.config.evaluate import EvaluateConfig, TaskConfig
+from ingle.config.evaluate import EvaluateConfig, TaskConfig, suit_task
 from ingle.config.model import ModelConfig
 from ingle.config.objective import ObjectiveConfig, Sft
 from ingle.config.optim import OptimConfig
@@ -39,5 +39,6 @@ class Run(Section):
 
     @property
     def task(self) -> TaskConfig | None:
-        """The task that compares the tuned model with its base; None if there is none."""
-        return None if self.evaluate is None else self.evaluate.task
+        """The task on which the tuned model is compared, with the metrics that suit the objective; None without one."""
+        task = None if self.evaluate is None else self.evaluate.task
+        return None if task is None else suit_task(task, self.objective)

@@ -233,6 +233,10 @@ class TokenDataset:
         labels = self._document_columns["document_labels"]
         return (labels == 1).sum(0) if labels.ndim == 2 else _count_labels(labels, num_labels)
 
+    def last_ids(self) -> frozenset[int]:
+        """Returns the tokens that documents end with."""
+        return frozenset(int(self._tokens.read(i)[0][-1]) for i in range(len(self)))
+
     def origin(self, i: int) -> str:
         """Returns ``file:line`` of document ``i``."""
         return self._tokens.origin(i)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ingle.data.dataset import GrowingArray, Origins
 from ingle.data.minhash import NEAR, Hashes, find_candidates, jaccard, sign
 from ingle.data.row_parts import fold as fold
-from ingle.data.row_parts import read_parts
+from ingle.data.row_parts import read_parts, read_shared
 from ingle.data.types import Example
 from ingle.report.data_results import Contamination, Duplicates, Overlap, Pair
 
@@ -181,8 +181,8 @@ class RowKeys:
     def arrays(self) -> tuple[Hashes, Hashes, Hashes]:
         """Returns hashes of rows, uint64 [R].
 
-        They are those of prompts, 0 without a prompt; of prompts with their answers; and of prompts up to the first
-        answer with that answer, which is the same in all rows that begin with the same exchange.
+        They are those of prompts, 0 without a prompt; of prompts with their answers; and of openings: the first
+        exchange of a conversation, the context of a question, the first of two texts; of the row if it has none.
         """
         return self._prompts.view(), self._rows.view(), self._openings.view()
 
@@ -201,7 +201,9 @@ def link_keys(prompts: Hashes, rows: Hashes, openings: Hashes) -> Hashes:
 
 
 def _find_opening(example: Example, row: int) -> int:
-    """Returns the hash of the first exchange of a conversation; that of the row if there is only one."""
+    """Returns the hash of what rows that belong together begin with; that of the row if there is no such text."""
+    if (shared := read_shared(example)) is not None:
+        return _key(shared)
     answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
     if len(answers) < 2:
         return row

@@ -1,7 +1,8 @@
 """Rows of ``mlm`` and ``span``: plain text, cut into documents that do not overlap.
 
 Documents of ``mlm`` have the tokenizer's special tokens. Those of ``span`` have none, since corruption decides what
-begins and ends a source and a target, but leave room for them.
+begins and ends a source and a target. They are as long as sources of ``max_seq_len`` tokens allow: T5 makes 512 tokens
+of 568.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class TextPieces:
         self._backend = copy_backend(tokenizer)
         self._special = read_special_tokens(tokenizer, self._backend, 1)._replace(types=())
         self._is_special = is_special(tokenizer)
-        self._room = options.max_seq_len - self._special.num_tokens
+        self._room = options.max_text_len or options.max_seq_len - self._special.num_tokens
 
     def encode(self, examples: Sequence[Example], counts: Counts) -> Iterator[tuple[Example, Sequence[Piece]]]:
         """Yields the documents of each row that is kept; see :class:`~ingle.data.row_encoder.RowEncoder`."""

@@ -96,7 +96,7 @@ class WindowEncoder:
         shift = len(self._special.parts[0]) + len(question) + len(self._special.parts[1])
         places = np.full((len(document), 2), -1, np.int32)
         places[shift : shift + stop - start] = spans[start:stop]
-        null = int(np.argmax(document == self._cls)) if self._cls is not None else 0
+        null = find_null(document, self._cls)
         first, last = null, null
         if example.label is None:
             first, last = IGNORE_INDEX, IGNORE_INDEX
@@ -104,6 +104,11 @@ class WindowEncoder:
             first, last = answer[0] - start + shift, answer[1] - start + shift
         labels: dict[str, Any] = {"start_labels": np.int32(first), "end_labels": np.int32(last)}
         return Piece(document, np.zeros(len(document), np.bool_), "", columns, labels, places)
+
+
+def find_null(document: Ids, cls: int | None) -> int:
+    """Returns the place of the token that means that there is no answer: CLS, or the first token without one."""
+    return 0 if cls is None else int(np.argmax(document == cls))
 
 
 def _cut(num_tokens: int, room: int, stride: int) -> list[tuple[int, int]]:

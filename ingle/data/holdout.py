@@ -2,9 +2,9 @@
 
 Which side a document is on follows from the content of its group and the seed, not from its place or from other rows.
 A group consists of rows with the same prompt, of rows that begin with the same exchange (a conversation that was cut at
-several turns), and of near duplicates. The hash of its smallest key decides for all of them. So rows that are added,
-removed or moved change nothing for the others, unless they join a group and become its smallest, which has a chance of
-one in its size.
+several turns), of rows that share a context or the first of two texts, and of near duplicates. The hash of its smallest
+key decides for all of them. So rows that are added, removed or moved change nothing for the others, unless they join a
+group and become its smallest, which has a chance of one in its size.
 
 Near duplicates are found among the tokens of documents: their trigrams, without those that many documents share, such
 as the words of a prompt template.
@@ -163,6 +163,8 @@ def find_groups(dataset: TokenDataset, sink: Sink = lambda event: None) -> Hashe
             if known.dtype == np.uint64 and known.shape == (len(dataset),):
                 return np.asarray(known)
     keys = dataset.row_keys()
+    if (keys[:, 1] == keys[0, 1]).all():  # such as a fixed first text: it says nothing about rows
+        keys = keys[:, :1]
     if dataset.stats.split_documents and len(np.unique(keys[:, 0])) < _FEW_ROWS:
         keys = np.array([[_hash_all(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
     found = unite(keys, np.array(list(_find_near(dataset, sink)), np.int64).reshape(-1, 2))

@@ -16,7 +16,7 @@ from ingle.data.dataset import Lengths as DocumentLengths
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.duplicates import DuplicateSearch, OverlapSearch
 from ingle.data.label_names import describe_balance, name_labels
-from ingle.data.layouts import detect_source, guess_objective
+from ingle.data.layout_detection import detect_source, guess_objective
 from ingle.data.packing import make_sequences
 from ingle.data.previews import Previews
 from ingle.data.row_encoder import Tally
@@ -40,6 +40,8 @@ from ingle.wording import plural
 
 _NUM_BARS = 12
 _NUM_ENDINGS = 4
+#: Documents in which unknown tokens are counted.
+_NUM_SAMPLED = 2000
 
 
 def inspect(
@@ -86,14 +88,15 @@ def inspect(
     previews = Previews(dataset, tokenizer, objective, seed)
     endings = _count_endings(dataset, previews) if kind in ("clm", "sft") else ()
     labels = _count_labels(dataset, objective)
-    problems = find_problems(kind, dataset.stats, endings, found, shared)
+    problems = find_problems(kind, dataset.stats, endings, found, shared, _unknown_share(dataset, tokenizer))
     if kind == "classify":
         problems += tuple(describe_balance([each.name for each in labels], [each.count for each in labels]))
+    has_targets = kind == "seq2seq"
     return DataReport(
         objective=kind,
         stats=dataset.stats,
-        lengths=_measure(dataset.lengths),
-        packing=Packing(data.packing, len(sequences), data.max_seq_len, sequences.efficiency),
+        lengths=_measure(dataset.lengths[::2] if has_targets else dataset.lengths),
+        packing=Packing(data.packing, len(sequences), sequences.room, sequences.efficiency),
         endings=endings[:_NUM_ENDINGS],
         duplicates=found,
         overlap=shared,
@@ -101,6 +104,7 @@ def inspect(
         problems=problems,
         labels=labels,
         answered=_count_answered(dataset) if kind == "answer" else None,
+        targets=_measure(dataset.lengths[1::2]) if has_targets else None,
     )
 
 
@@ -153,6 +157,18 @@ def inspect_rows(path: str, *, num_previews: int = 3) -> RowsReport:
     )
 
 
+def guess_file(path: str) -> ObjectiveKind:
+    """Returns an objective for which the rows of a file could be meant, by the first of them.
+
+    Raises:
+        DataError: The file is missing or malformed, or no layout fits.
+    """
+    files = find_files(path)
+    table = next(open_tables(Source(path=str(files[0]) if files else path)))
+    place, first = next(table.rows)
+    return guess_objective(first, f"{table.name}:{place}")
+
+
 def _pick(examples: Iterator[Example], places: list[int]) -> Iterator[Example]:
     """Yields the examples at ascending places."""
     for before, place in pairwise([-1, *places]):
@@ -176,6 +192,15 @@ def _measure(lengths: DocumentLengths) -> Lengths:
         max=high,
         histogram=tuple(bars),
     )
+
+
+def _unknown_share(dataset: TokenDataset, tokenizer: Tokenizer) -> float:
+    """Returns the share of tokens without meaning, in evenly spaced documents."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # byte-level, as GPT-2's
+        return 0.0
+    found = [dataset.sample(i).input_ids for i in _spread(len(dataset), _NUM_SAMPLED)]
+    return float((np.concatenate(found) == unknown).mean())
 
 
 def _count_endings(dataset: TokenDataset, previews: Previews) -> tuple[Ending, ...]:

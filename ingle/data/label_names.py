@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.config.data import DataConfig
-from ingle.config.objective import Classify, ObjectiveConfig, Tag
+from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
 from ingle.data.row_encoder import TokenOptions
 from ingle.data.sources import read_examples
 from ingle.data.types import IGNORE_INDEX, Example, Label, Span
@@ -33,8 +33,8 @@ _OUTSIDE = "O"
 def name_labels(data: DataConfig, objective: ObjectiveConfig) -> ObjectiveConfig:
     """Returns the objective with the names of its labels; reads all rows if the config does not have them.
 
-    Classes are sorted, numbers by value; ``O`` is the first tag, and tags are sorted by type. An objective without
-    labels is returned as it is.
+    Classes are sorted, numbers by value; ``O`` is the first tag, and tags are sorted by type. For questions, the rows
+    decide whether there may be no answer. An objective without labels is returned as it is.
 
     Raises:
         DataError: A row has no label, or there are fewer than two classes.
@@ -48,6 +48,11 @@ def name_labels(data: DataConfig, objective: ObjectiveConfig) -> ObjectiveConfig
                 found.update(_as_names(_require(example)))
             _require_two(found, data)
             return objective.model_copy(update={"labels": tuple(sorted(found, key=_tag_order))})
+        case Answer(no_answer="auto"):
+            rows = read_examples(data.sources, objective="answer")
+            return objective.model_copy(
+                update={"no_answer": "allow" if any(row.label == () for row in rows) else "forbid"}
+            )
     return objective
 
 

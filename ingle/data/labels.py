@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ingle.data.layouts import PAIRS, detect_layout, is_conversation, parse_row
+from ingle.data.layout_detection import detect_layout
+from ingle.data.layouts import PAIRS, is_conversation, parse_row
 from ingle.data.types import Example, RowParser
 from ingle.errors import DataError
 

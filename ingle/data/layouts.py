@@ -1,6 +1,7 @@
-"""Reads rows as examples, in one of several layouts; ``columns`` of a source first renames the columns of a file.
+"""Reads rows as examples, in one of several layouts.
 
-Rows with labels, and pairs of source and target, are read by :mod:`ingle.data.labelled_rows`.
+:mod:`ingle.data.layout_detection` chooses the layout. Rows with labels, and pairs of source and target, are read by
+:mod:`ingle.data.labelled_rows`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ingle.config.data import Layout, Source
-from ingle.config.objective import ObjectiveKind
-from ingle.data.labelled_rows import detect_labelled, find_text, parse_labelled
+from ingle.config.data import Layout
+from ingle.data.labelled_rows import parse_labelled
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
@@ -40,154 +40,14 @@ _MEDIA_COLUMNS = {
     **dict.fromkeys(("video", "videos"), "video"),
 }
 #: How the types of parts of a message begin that are not text.
-_MEDIA = ("image", "audio", "video")
+_MEDIA_PARTS = ("image", "input_image", "audio", "input_audio", "video")
 #: Maximum number of columns in a message.
 _MAX_LISTED = 12
-_MISSING = object()
-
-_LABELLED: tuple[ObjectiveKind, ...] = ("answer", "tag", "classify", "seq2seq")
-#: How to name the columns of objectives with labels.
-_COLUMNS = {
-    "classify": "{text: ..., label: ...}, or {text: ..., text_pair: ..., label: ...}",
-    "tag": "{tokens: ..., tags: ...}",
-    "answer": "{question: ..., context: ..., answers: ...}",
-}
-
-
-def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str], origin: str) -> dict[str, Any]:
-    """Returns the row with its columns renamed by ``{name in a layout: name in the file}``.
-
-    Raises:
-        DataError: The file has no such column.
-    """
-    renamed = dict(row)
-    for name, own in columns.items():
-        found = row.get(own, _MISSING)
-        if found is _MISSING and "." in own:
-            found = _find_nested(row, own)
-        if found is _MISSING:
-            raise DataError(
-                f"There is no column {own!r}.",
-                where=origin,
-                why=f"the columns are {list_columns(row)}",
-                fix="correct `columns:` in data.sources, which maps Ingle's names to those in the file",
-            )
-        renamed[name] = found
-        if own not in columns:
-            renamed.pop(own, None)
-    return renamed
-
-
-def _find_nested(row: Mapping[str, Any], path: str) -> Any:
-    """Returns the value of a nested column such as ``translation.en``."""
-    value: Any = row
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return _MISSING
-        value = value[key]
-    return value
-
-
-def detect_layout(row: Mapping[str, Any], origin: str) -> tuple[Layout, tuple[Layout, ...]]:
-    """Returns the layout that fits the columns of a row best, and the others that fit.
-
-    Raises:
-        DataError: No layout fits.
-    """
-    row = {key: value for key, value in row.items() if value is not None}
-    fits: list[Layout] = []
-    if is_conversation(row.get("messages")) or is_conversation(row.get("conversations")):
-        fits.append("messages")
-    if is_conversation(row.get("conversations"), "from") or is_conversation(row.get("messages"), "from"):
-        fits.append("sharegpt")
-    if "instruction" in row and any(name in row for name in ("output", "response", "references")):
-        fits.append("instruction")
-    elif _find_pair(row) is not None:
-        fits.append("prompt-completion")
-    if "text" in row:
-        fits.append("text")
-    if "chosen" in row and "rejected" in row and fits in ([], ["messages"]):
-        raise _refuse_preferences(row, origin)
-    if not fits:
-        raise DataError(
-            "The columns fit no known layout.",
-            where=origin,
-            why=_explain_columns(row),
-            fix="rename them with data.sources: columns: {prompt: ..., completion: ...} or {text: ...}",
-        )
-    return fits[0], tuple(fits[1:])
-
-
-def detect_source(
-    raw: Mapping[str, Any], source: Source, objective: ObjectiveKind, name: str, origin: str
-) -> tuple[Source, str | None]:
-    """Decides on the layout of a table by its first row.
-
-    Args:
-        raw: The row as in the file.
-        source: With the layout ``auto``.
-        objective: Rows of objectives with labels are read by other columns.
-        name: The file or dataset.
-        origin: ``file:line`` of the row.
-
-    Returns:
-        The source with its layout and all columns to rename, and a warning if other layouts fit.
-
-    Raises:
-        DataError: No layout fits.
-    """
-    row = rename_columns(raw, source.columns, origin) if source.columns else raw
-    found = detect_labelled(row, objective, has_label=source.label is not None)
-    if found is None and objective in ("mlm", "span") and "text" not in row:
-        text = find_text(row)
-        found = ("text", {"text": text}) if text else None
-    if found is not None:
-        layout, roles = found
-        own = {role: source.columns.get(column, column) for role, column in roles.items()}
-        used = {*roles.values()}
-        others = {role: column for role, column in source.columns.items() if role not in used}
-        columns = others | {role: column for role, column in own.items() if role != column}
-        return source.model_copy(update={"layout": layout, "columns": columns}), None
-    if objective in _COLUMNS:
-        raise DataError(
-            f"The columns do not fit the objective {objective}.",
-            where=origin,
-            why=f"the columns are {list_columns(row)}",
-            fix=f"rename them with data.sources: columns: {_COLUMNS[objective]}",
-        )
-    layout, alternatives = detect_layout(row, origin)
-    fixed = source.model_copy(update={"layout": layout})
-    if not alternatives:
-        return fixed, None
-    return fixed, f"{name} is read as {layout}; it could also be read as {', '.join(alternatives)} (set layout:)."
-
-
-def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
-    """Returns an objective for which a row could be meant; that of chats and texts if it fits one and has no label.
-
-    Raises:
-        DataError: No layout of any objective fits.
-    """
-    complete = {"classify": "label", "tag": "tags", "answer": "answers", "seq2seq": "target"}
-    fits: list[ObjectiveKind] = []
-    for objective in _LABELLED:
-        found = detect_labelled(row, objective)
-        if found is not None and complete[objective] in found[1]:
-            fits.append(objective)
-    try:
-        layout, _ = detect_layout(row, origin)
-    except DataError:
-        if not fits:
-            raise
-        return fits[0]
-    return "classify" if layout == "text" and "classify" in fits else "sft"
 
 
 def _is_media(part: object) -> bool:
     """Returns whether a part of a message is an image, audio or video."""
-    return isinstance(part, Mapping) and str(part.get("type")).startswith(
-        ("image", "input_image", "audio", "input_audio", "video")
-    )
+    return isinstance(part, Mapping) and str(part.get("type")).startswith(_MEDIA_PARTS)
 
 
 def is_conversation(value: object, role_key: str = "role") -> bool:
@@ -202,31 +62,8 @@ def list_columns(row: Mapping[str, Any]) -> str:
     return (", ".join(names[:_MAX_LISTED]) or "none") + more
 
 
-def _refuse_preferences(row: Mapping[str, Any], origin: str) -> DataError:
-    if is_conversation(row["chosen"]) and not is_conversation(row.get("prompt")):
-        fix = "columns: {messages: chosen}"
-    else:
-        prompt = next((name for name in ("prompt", "question", "instruction", "input") if name in row), None)
-        fix = f"columns: {{prompt: {prompt}, completion: chosen}}" if prompt else "columns: {text: chosen}"
-    return DataError(
-        "This looks like preference data: every row has a chosen and a rejected answer.",
-        where=origin,
-        why="there is no objective for preferences yet; sft learns from one answer per row",
-        fix=f"to train on the chosen answers only: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
-    )
-
-
-def _explain_columns(row: Mapping[str, Any]) -> str:
-    why = f"the columns are {list_columns(row)}"
-    for name in ("messages", "conversations"):
-        if name in row:
-            why += f'; {name} must be a list such as [{{"role": "user", "content": "..."}}, ...], with a message in it'
-    if len(row) == 1 and (separators := [mark for mark in (";", "\t", "|") if mark in str(next(iter(row)))]):
-        why += f"; fields must be separated by commas (.csv) or tabs (.tsv), not by {separators[0]!r}"
-    return why
-
-
-def _find_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
+def find_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Returns the columns that are read as prompt and completion; None if there are none."""
     present = [pair for pair in PAIRS if row.get(pair[0]) is not None]
     full = [pair for pair in present if row.get(pair[1]) is not None]
     if full:
@@ -354,7 +191,7 @@ class _Row:
 
     def _parse_pair(self) -> Example:
         row = self.row
-        prompt, answer = _find_pair(row) or ("prompt", "completion")
+        prompt, answer = find_pair(row) or ("prompt", "completion")
         if is_conversation(row.get(prompt)):  # a conversational pair: both columns are lists of messages
             turns = list(row[prompt]) + (list(row[answer]) if isinstance(row.get(answer), list) else [])
             joined = {"messages": turns, "references": row.get("references"), "tools": row.get("tools")}

@@ -42,12 +42,13 @@ class Sequences:
     """Sequences of document indices.
 
     Attributes:
+        room: Tokens for which each sequence has room.
         efficiency: Tokens of all documents divided by the tokens for which all sequences have room.
     """
 
-    def __init__(self, documents: Positions, offsets: Positions, num_tokens: int, max_seq_len: int) -> None:
-        self._documents, self._offsets = documents, offsets
-        self.efficiency = num_tokens / (max(len(offsets) - 1, 1) * max_seq_len)
+    def __init__(self, documents: Positions, offsets: Positions, num_tokens: int, room: int) -> None:
+        self._documents, self._offsets, self.room = documents, offsets, room
+        self.efficiency = num_tokens / (max(len(offsets) - 1, 1) * room)
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -85,24 +86,23 @@ class Sequences:
 def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int, documents: Indices | None = None) -> Sequences:
     """Packs a dataset, or puts each row into its own sequence if ``data.packing`` is false.
 
-    The documents of a row stay together, so a row may make a sequence longer than ``max_seq_len``.
+    The documents of a row stay together, so a row may make a sequence longer than ``max_seq_len``. A sequence has room
+    for the longest document, from which ``span`` may still remove tokens.
 
     Args:
         dataset: The documents.
         data: ``packing`` and ``max_seq_len``.
         seed: Decides which of equally long documents share a sequence.
         documents: Packs only these, ascending, with all documents of each row; None packs all.
-
-    Raises:
-        DataError: A document is longer than ``max_seq_len``.
     """
     if dataset.groups is None:
+        room = max(data.max_seq_len, int(dataset.lengths.max(initial=0)))
         lengths = dataset.lengths if documents is None else dataset.lengths[documents]
-        packed = pack(lengths, data.max_seq_len, packing=data.packing, seed=seed)
+        packed = pack(lengths, room, packing=data.packing, seed=seed)
         if documents is None:
             return packed
         order, borders = packed.flat()
-        return Sequences(documents[order], borders, int(lengths.sum(dtype=np.int64)), data.max_seq_len)
+        return Sequences(documents[order], borders, int(lengths.sum(dtype=np.int64)), room)
     offsets = dataset.groups.offsets
     chosen = np.arange(len(offsets) - 1)
     if documents is not None:

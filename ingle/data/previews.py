@@ -59,7 +59,8 @@ class Previews:
         stretches = tuple(self._stretch(ids, shown, {**notes, **tags}))
         after = tuple(self._stretch(target, np.ones(len(target), np.bool_), {})) if target is not None else ()
         num_supervised = int(shown.sum()) if target is None else len(target)
-        return Preview(self._dataset.origin(i), len(ids), num_supervised, stretches, label, after)
+        types = _count_runs(sample.columns["token_type_ids"]) if "token_type_ids" in sample.columns else ()
+        return Preview(self._dataset.origin(i), len(ids), num_supervised, stretches, label, after, types)
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of tokens, with special tokens."""
@@ -94,6 +95,11 @@ class Previews:
         for start, stop in pairwise(borders):
             text = self.decode(ids[start:stop]) + (f"({notes[start]})" if start in notes else "")
             yield Stretch(text, bool(supervised[start]), bool(special[start]))
+
+
+def _count_runs(types: npt.NDArray[np.int8]) -> tuple[tuple[int, int], ...]:
+    borders = [0, *(np.flatnonzero(np.diff(types)) + 1).tolist(), len(types)]
+    return tuple((int(types[start]), stop - start) for start, stop in pairwise(borders))
 
 
 def _corruption(objective: ObjectiveConfig, tokenizer: Tokenizer, seed: int, longest: int) -> Corruption | None:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from ingle.config.data import ControlTokens as Policy
 from ingle.config.data import DataConfig
-from ingle.config.objective import Answer, Classify, ObjectiveConfig, ObjectiveKind, Seq2Seq, Tag
+from ingle.config.objective import Answer, Classify, ObjectiveConfig, ObjectiveKind, Seq2Seq, Span, Tag
+from ingle.data.corruption import denoisers, longest_text
 from ingle.data.template import TrainOn
 from ingle.data.types import Example, Ids, Mask
 from ingle.report.data_results import Remark
@@ -39,6 +40,7 @@ class TokenOptions:
         problem: How the labels of ``classify`` are read.
         stride: Tokens that two windows of a long text share (``tag``, ``answer``).
         prefix: Text before every source (``seq2seq``).
+        max_text_len: Longest text of ``span`` in tokens, whose source has at most ``max_seq_len``; 0 without spans.
         with_labels: Whether every row must have a label; rows to predict have none.
     """
 
@@ -53,6 +55,7 @@ class TokenOptions:
     problem: Problem = "single"
     stride: int = 0
     prefix: str = ""
+    max_text_len: int = 0
     with_labels: bool = True
 
 
@@ -75,6 +78,30 @@ def token_options(data: DataConfig, objective: ObjectiveConfig | ObjectiveKind) 
         control_tokens=data.control_tokens,
         max_target_len=data.max_target_len or data.max_seq_len,
     )
+    return _with_objective(options, objective)
+
+
+def row_options(objective: ObjectiveConfig, max_seq_len: int) -> TokenOptions:
+    """Returns the options for rows to predict, which have no labels.
+
+    Args:
+        objective: With the names of its labels.
+        max_seq_len: Longest document in tokens; longer texts are cut, or become several documents.
+    """
+    options = TokenOptions(
+        objective=objective.kind,
+        train_on="all",
+        too_long="split" if objective.kind in ("clm", "mlm", "span") else "truncate",
+        max_seq_len=max_seq_len,
+        system=None,
+        control_tokens="escape",
+        max_target_len=max_seq_len,
+        with_labels=False,
+    )
+    return _with_objective(options, objective)
+
+
+def _with_objective(options: TokenOptions, objective: ObjectiveConfig | ObjectiveKind) -> TokenOptions:
     match objective:
         case Classify(labels=labels, problem=problem):
             assert problem != "auto", "the labels have no names yet"
@@ -86,6 +113,9 @@ def token_options(data: DataConfig, objective: ObjectiveConfig | ObjectiveKind) 
             return replace(options, stride=stride)
         case Seq2Seq(prefix=prefix):
             return replace(options, prefix=prefix)
+        case Span(style="t5" | "ul2"):
+            longest = longest_text(options.max_seq_len, denoisers(objective), objective.mode_tokens)
+            return replace(options, max_text_len=longest)
     return options
 
 

@@ -32,6 +32,17 @@ def read_parts(example: Example) -> tuple[str, str]:
     return fold("\n".join(turn.content for turn in turns)), fold(last_answer(example) or "")
 
 
+def read_shared(example: Example) -> str | None:
+    """Returns the folded text that rows about the same thing share; None if a row has no such text.
+
+    It is the context of a question, or the first of two texts such as a premise.
+    """
+    for name in ("context", "text"):
+        if name in example.texts:
+            return fold(example.texts[name].text or "")
+    return None
+
+
 def show_label(example: Example) -> str:
     """Returns the label of a row as text: its classes, its tags, or the accepted answers; empty if it has none."""
     label = example.label

@@ -19,7 +19,8 @@ from ingle.config.data import Source
 from ingle.config.objective import ObjectiveKind
 from ingle.data.corpus_readers import read_file
 from ingle.data.labelled_rows import LABELS, TAGS
-from ingle.data.layouts import detect_source, parse_row, rename_columns
+from ingle.data.layout_detection import detect_source, rename_columns
+from ingle.data.layouts import parse_row
 from ingle.data.readers import Rows, data_suffix, known_suffixes
 from ingle.data.types import Example, RowParser
 from ingle.errors import DataError, DependencyError, HubUnavailable

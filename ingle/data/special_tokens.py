@@ -55,10 +55,17 @@ def read_special_tokens(tokenizer: Tokenizer, backend: Any, num_texts: int) -> S
 
 
 def read_target_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Reads the special tokens around a target, which are others than those of a source in translation models."""
+    """Reads the special tokens around a target, which are others than those of a source in translation models.
+
+    A target of a tokenizer that ends no text ends in the end-of-text token, so that the model learns to stop.
+    """
     reader: Any = tokenizer  # a call with text_target alone is transformers' own
-    found = reader(text_target="a")
-    return _split(found.encodings[0], 1, has_types=False)
+    found = _split(reader(text_target="a").encodings[0], 1, has_types=False)
+    end = tokenizer.eos_token_id
+    if end is None or any(end in part for part in found.parts):
+        return found
+    before, after = found.parts
+    return SpecialTokens((before, np.append(after, end).astype(np.int32)), ())
 
 
 def _split(encoding: Any, num_texts: int, *, has_types: bool) -> SpecialTokens:

@@ -12,21 +12,25 @@ from ingle.evaluation.comparison import compare, compare_all, summarize
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult, load_result, save_result
 
 if TYPE_CHECKING:
-    from ingle.evaluation.run.answer_sources import Answer, AnswerSource, ModelSource
+    from ingle.evaluation.run.answer_sources import Answer, AnswerSource, LoadedModel, ModelSource
     from ingle.evaluation.run.runner import evaluate, run_task
-    from ingle.evaluation.tasks.samples import TaskSample, read_task
+    from ingle.evaluation.run.task_sources import make_source
+    from ingle.evaluation.tasks.samples import TaskSample, check_labels, read_task
 
 __all__ = [
     "Answer",
     "AnswerSource",
+    "LoadedModel",
     "ModelSource",
     "SampleText",
     "TaskResult",
     "TaskSample",
+    "check_labels",
     "compare",
     "compare_all",
     "evaluate",
     "load_result",
+    "make_source",
     "read_task",
     "run_task",
     "save_result",
@@ -35,8 +39,9 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(("evaluate", "run_task"), "ingle.evaluation.run.runner"),
-    **dict.fromkeys(("Answer", "AnswerSource", "ModelSource"), "ingle.evaluation.run.answer_sources"),
-    **dict.fromkeys(("TaskSample", "read_task"), "ingle.evaluation.tasks.samples"),
+    **dict.fromkeys(("Answer", "AnswerSource", "LoadedModel", "ModelSource"), "ingle.evaluation.run.answer_sources"),
+    "make_source": "ingle.evaluation.run.task_sources",
+    **dict.fromkeys(("TaskSample", "check_labels", "read_task"), "ingle.evaluation.tasks.samples"),
 }
 
 

@@ -15,12 +15,13 @@ from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
-from ingle.models.loading.config_json import stored_base
+from ingle.models.kinds import ModelKind, ModelTask, kind_of, require_kind, task_of
+from ingle.models.loading.config_json import stored_base, stored_kind, stored_task
 from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
-from ingle.models.text_limits import num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
+from ingle.models.text_limits import choose_padding, num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.text_part import reader_class, tower_paths
 from ingle.models.tokenizer import load_tokenizer
 
@@ -29,10 +30,13 @@ __all__ = [
     "Generation",
     "Head",
     "Model",
+    "ModelKind",
+    "ModelTask",
     "QuantizedCache",
     "Routers",
     "can_recompute",
     "choose_formats",
+    "choose_padding",
     "compute_dtype",
     "convert_base",
     "copy_processor",
@@ -45,6 +49,7 @@ __all__ = [
     "generate",
     "gguf_names",
     "head",
+    "kind_of",
     "load_importance",
     "load_model",
     "load_tokenizer",
@@ -56,12 +61,16 @@ __all__ = [
     "refuse_longer",
     "refuse_tokens_beyond",
     "repeated_layers",
+    "require_kind",
     "save_importance",
     "save_pretrained",
     "save_setup",
     "save_sharded",
     "stored_base",
+    "stored_kind",
+    "stored_task",
     "stream",
+    "task_of",
     "text_limit",
     "through_head",
     "tower_paths",

@@ -1,7 +1,8 @@
-"""Checks texts against a model: how long they may be, and which tokens they may have."""
+"""Checks texts against a model: how long they may be, which tokens they may have, and how they may end."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -96,3 +97,34 @@ def _find_position_table(model: PreTrainedModel) -> tuple[str, int] | None:
             if buffer.dim() >= 2 and sizes & set(buffer.shape):
                 return f"{name}.{key}", limit
     return None
+
+
+def choose_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, endings: Collection[int]) -> None:
+    """Gives a decoder that classifies texts a padding token that no text ends with, in its config and in the tokenizer.
+
+    transformers reads such a model at the last token that is not the padding token, even where nothing is padded.
+
+    Args:
+        model: May be on the meta device.
+        tokenizer: Its tokenizer.
+        endings: Last tokens of all texts.
+
+    Raises:
+        ModelError: Texts end with all special tokens.
+    """
+    config = text_config(model.config)
+    known = tokenizer.added_tokens_decoder
+    special = sorted(number for number, token in known.items() if token.special)
+    preferred = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.unk_token_id)
+    candidates = [each for each in (*preferred, *reversed(special)) if isinstance(each, int)]
+    fitting = (each for each in candidates if 0 <= each < num_tokens(model) and each not in endings)
+    padding = next(fitting, None)
+    if padding is None:
+        raise ModelError(
+            "The tokenizer has no token for padding that no text ends with.",
+            where="model.id",
+            why=f"{type(model).__name__} reads a text at its last token that is no padding",
+            fix="add a special token for padding to the tokenizer",
+        )
+    config.pad_token_id = padding
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 #: Where to look for the class of a wrapper, in order. The mapping of causal language models is not among them: for some
 #: wrappers it names the class of the text part, which cannot read the published weights.
 _MAPPINGS = (
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ingle.config.objective import Classify, Span
+from ingle.config.objective import Classify, Mlm, ObjectiveConfig, Seq2Seq, Span
 from ingle.config.run import Run
 from ingle.data import HeldOut, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
@@ -20,6 +20,7 @@ from ingle.objectives.driver import DocumentLoss, PackedObjective
 from ingle.objectives.interface import Objective, StepModule, Sums, Term
 from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
+from ingle.objectives.model_task import has_labels, model_task, trained_objective
 from ingle.objectives.router_loss import choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
@@ -41,6 +42,10 @@ __all__ = [
     "Term",
     "build",
     "corruption",
+    "has_labels",
+    "make_corruption",
+    "model_task",
+    "trained_objective",
 ]
 
 
@@ -113,41 +118,50 @@ def corruption(run: Run, context: Context) -> Corruption | None:
 
     Raises:
         ConfigError: The tokenizer lacks a token that the objective needs.
+        ModelError: The model does not say which token begins a target.
     """
-    model, tokenizer, config = context.model, context.tokenizer, run.objective
-    vocab_size = min(num_tokens(model), tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+    config = run.objective
     match config.kind:
         case "clm" | "sft":
             return check_first_tokens
-        case "mlm":
-            refuse_tokens_beyond(model, mask_token(tokenizer), tokenizer)
-            return Masking(config, tokenizer, seed=run.seed, vocab_size=vocab_size)
-        case "span":
-            return _span_corruption(config, context, run.seed, vocab_size)
-        case "seq2seq":
-            return Joining(target_of(model))
         case "classify" if config.class_weights != "none":
             return ClassWeights(_class_weights(config, context.dataset))
-        case _:
-            return None
-
-
-def _span_corruption(config: Span, context: Context, seed: int, vocab_size: int) -> Corruption:
-    target = target_of(context.model)
-    inserted = (
-        mask_token(context.tokenizer)
-        if config.style == "bart"
-        else find_sentinels(context.tokenizer, config.sentinels).max()
-    )
-    refuse_tokens_beyond(context.model, int(inserted), context.tokenizer)
-    if config.style == "bart":
-        return Infilling(config, context.tokenizer, target, seed=seed, vocab_size=vocab_size)
-    refuse_tokens_beyond(
-        context.model, int(find_sentinels(context.tokenizer, config.sentinels).max()), context.tokenizer
-    )
     held_out = [] if context.held_out is None else [context.held_out.dataset]
     longest = max(int(dataset.lengths.max()) for dataset in (context.dataset, *held_out))
-    return SpanCorruption(config, context.tokenizer, target, seed=seed, max_length=longest)
+    return make_corruption(config, context.model, context.tokenizer, seed=run.seed, max_length=longest)
+
+
+def make_corruption(
+    config: ObjectiveConfig, model: Model, tokenizer: Any, *, seed: int, max_length: int
+) -> Corruption | None:
+    """Returns what hides tokens, or joins sources with their targets; None if the objective does neither.
+
+    Args:
+        config: The objective.
+        model: The model; it may still be on the meta device.
+        tokenizer: Its fast tokenizer.
+        seed: Decides, next to the places of documents, which tokens are hidden.
+        max_length: Tokens of the longest document.
+
+    Raises:
+        ConfigError: The tokenizer lacks a token that the objective needs.
+        ModelError: The model does not say which token begins a target.
+    """
+    vocab_size = min(num_tokens(model), tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+    match config:
+        case Mlm():
+            refuse_tokens_beyond(model, mask_token(tokenizer), tokenizer)
+            return Masking(config, tokenizer, seed=seed, vocab_size=vocab_size)
+        case Span(style="bart"):
+            refuse_tokens_beyond(model, mask_token(tokenizer), tokenizer)
+            return Infilling(config, tokenizer, target_of(model), seed=seed, vocab_size=vocab_size)
+        case Span():
+            refuse_tokens_beyond(model, int(find_sentinels(tokenizer, config.sentinels).max()), tokenizer)
+            return SpanCorruption(config, tokenizer, target_of(model), seed=seed, max_length=max_length)
+        case Seq2Seq():
+            return Joining(target_of(model))
+        case _:
+            return None
 
 
 def _class_weights(config: Classify, dataset: TokenDataset) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ingle.quant.catalog import Formats, GgufFormats, make_format, make_formats
 from ingle.quant.conversion import convert, quantize_ends
-from ingle.quant.experts import QuantExperts, QuantStack
+from ingle.quant.experts import LEAST_ROWS, QuantExperts, QuantStack, is_fused_experts
 from ingle.quant.format import Format
 from ingle.quant.interchange import (
     from_bitnet,
@@ -25,6 +25,7 @@ from ingle.quant.plane import PlaneSpec
 from ingle.quant.straight_through import TernaryLinear, settle
 
 __all__ = [
+    "LEAST_ROWS",
     "Audit",
     "ClassAudit",
     "Format",
@@ -43,6 +44,7 @@ __all__ = [
     "from_bitsandbytes",
     "from_hqq",
     "from_mxfp4",
+    "is_fused_experts",
     "make_format",
     "make_formats",
     "quantize_ends",

@@ -1,8 +1,8 @@
 """Replaces the linear layers of a model by quantized ones, before or after weights are loaded.
 
-Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head, and fused experts. Embedding and head are
-converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases stay in the compute dtype. Any
-other module that seems to contain large weights is an error.
+Quantized: every ``nn.Linear`` and ``Conv1D`` except the output head and the head of a task, and fused experts.
+Embedding and output head are converted separately by :func:`quantize_ends`. Norms, convolutions, routers and biases
+stay in the compute dtype. A model of which a large part is in other modules is an error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from ingle.quant.experts import QuantExperts, is_experts, projection_shapes, qua
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from ingle.quant.straight_through import TernaryLinear
+from ingle.quant.task_heads import is_in_head
 from ingle.quant.ternary import Ternary
 
 #: Modules whose parameters have three or more dimensions but are not experts.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+#: The part of a model's weights that may have an unknown layout.
+_UNKNOWN_SHARE = 0.25
 
 
 def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = None) -> None:
@@ -45,6 +49,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
         return
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
+    refuse_unknown(model)
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     replacements: dict[int, nn.Module] = {}
     for parent_name, parent in list(model.named_modules()):
@@ -52,7 +57,7 @@ def convert(model: nn.Module, base: BaseConfig, *, formats: Formats | None = Non
             continue
         for key, child in list(parent._modules.items()):  # a module that is used twice is listed twice
             name = f"{parent_name}.{key}" if parent_name else key
-            if child is None or child is head:
+            if child is None or child is head or is_in_head(model, name):
                 continue
             if id(child) not in replacements:
                 replacement = _replace(child, formats, name, uses, is_trained=is_trained)
@@ -118,7 +123,6 @@ def _replace(
     if is_experts(module):
         chosen = {key: formats(f"{name}.{key}", *shape) for key, shape in projection_shapes(module).items()}
         return quantize_experts(module, chosen, name=name) if any(chosen.values()) else None
-    refuse_unknown(module, name)
     # Subclasses of nn.Linear, such as the one in nn.MultiheadAttention, may be read by their owner in other ways.
     if not (is_conv1d(module) or type(module) is nn.Linear):
         return None
@@ -150,23 +154,38 @@ def _is_supported_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding or scaled
 
 
-def refuse_unknown(module: nn.Module, name: str) -> None:
-    """Rejects a module with expert weights in an unknown layout.
+def refuse_unknown(model: nn.Module) -> None:
+    """Rejects a model of which a large part are weights in an unknown layout.
+
+    These are floating-point parameters of three or more dimensions that belong neither to a convolution nor to known
+    experts, and matrices of modules whose class name contains "expert". Less than :data:`_UNKNOWN_SHARE` of a model,
+    such as the gates of a recurrent state, stays in the compute dtype.
 
     Raises:
-        QuantizationError: The module is not a convolution and has floating-point parameters of three or more
-            dimensions, or its class name contains "expert" and it has floating-point matrices.
+        QuantizationError: Naming the first of them.
     """
-    if isinstance(module, CONVOLUTIONS):
+    unknown = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, (*CONVOLUTIONS, QuantModule, QuantExperts)) and not is_experts(module)
+        for key, parameter in module.named_parameters(recurse=False)
+        if _is_stacked(module, parameter)
+    }
+    size = sum(parameter.numel() for parameter in unknown.values())
+    if size <= _UNKNOWN_SHARE * sum(parameter.numel() for parameter in model.parameters()):
         return
-    kind = type(module).__name__
-    for key, parameter in module.named_parameters(recurse=False):
-        is_stacked = sum(size > 1 for size in parameter.shape) >= 3
-        is_expert = parameter.dim() >= 2 and "expert" in kind.lower() and not isinstance(module, nn.Linear)
-        if parameter.is_floating_point() and (is_stacked or is_expert):
-            raise QuantizationError(
-                f"{name} ({kind}) contains weights in a layout that cannot be quantized yet.",
-                where=f"{name}.{key}",
-                why=f"shape {list(parameter.shape)}; {parameter.numel():,} weights would stay in {parameter.dtype}",
-                fix="train with --base.format=none, or request support for this architecture",
-            )
+    path, parameter = next(iter(unknown.items()))
+    name = path.rpartition(".")[0]
+    kind = type(model.get_submodule(name)).__name__
+    raise QuantizationError(
+        f"{name} ({kind}) contains weights in a layout that cannot be quantized yet.",
+        where=path,
+        why=f"shape {list(parameter.shape)}; {size:,} such weights would stay in {parameter.dtype}",
+        fix="train with --base.format=none, or request support for this architecture",
+    )
+
+
+def _is_stacked(module: nn.Module, parameter: nn.Parameter) -> bool:
+    is_stack = sum(size > 1 for size in parameter.shape) >= 3
+    is_expert = parameter.dim() >= 2 and "expert" in type(module).__name__.lower() and not isinstance(module, nn.Linear)
+    return parameter.is_floating_point() and (is_stack or is_expert)

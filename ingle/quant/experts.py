@@ -21,7 +21,10 @@ from ingle.quant.format import Format
 from ingle.quant.linear import QuantModule, quant_linear
 
 #: The projections that a fused module can have.
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj", "weight")
+#: Products of fewer rows are computed by other kernels, which round in another way. With these, the result of a token
+#: does not depend on how many others its expert gets.
+LEAST_ROWS = 16
 
 
 class QuantStack(QuantModule):
@@ -60,9 +63,19 @@ def is_every_token_experts(module: nn.Module) -> bool:
     )
 
 
+def is_identity_experts(module: nn.Module) -> bool:
+    """Returns whether a module has the interface of LongCat's experts, as ``IdentityExperts`` requires."""
+    return type(module).__name__ == "LongcatFlashExperts" and module._parameters.get("down_proj") is not None
+
+
+def is_parallel_experts(module: nn.Module) -> bool:
+    """Returns whether a module has the interface of one projection of JetMoe, as ``ParallelExperts`` requires."""
+    return type(module).__name__ == "JetMoeParallelExperts"
+
+
 def is_experts(module: nn.Module) -> bool:
     """Returns whether a module holds stacked experts that can be quantized."""
-    return is_fused_experts(module) or is_every_token_experts(module)
+    return is_fused_experts(module) or _special_class(module) is not None
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -96,7 +109,7 @@ class QuantExperts(nn.Module):
         if not is_experts(original):
             raise QuantizationError(f"{name} ({type(original).__name__}) is not a module of fused experts.", where=name)
         fused: Any = original
-        self.num_experts: int = fused.num_experts
+        self.num_experts: int = fused.num_routed_experts if is_identity_experts(original) else fused.num_experts
         self.has_gate: bool = getattr(fused, "has_gate", True)
         self.transposed = is_transposed(original)
         shapes = projection_shapes(original)
@@ -109,7 +122,7 @@ class QuantExperts(nn.Module):
             stack = QuantStack(
                 format,
                 *shapes[key],
-                num_stacked=self.num_experts,
+                num_stacked=len(parameter),
                 transposed=self.transposed,
                 weight_dtype=parameter.dtype,
                 device=parameter.device,
@@ -145,10 +158,14 @@ class QuantExperts(nn.Module):
             if expert >= self.num_experts:
                 continue
             tokens = chosen // top_k_index.shape[-1]
-            outputs = self._run_expert(hidden_states[tokens], expert)
+            outputs = self._run_padded(hidden_states[tokens], expert)
             weights = top_k_weights.flatten()[chosen].unsqueeze(-1)
             total = total.index_add(0, tokens, (outputs * weights).to(dtype))
         return total.to(hidden_states.dtype)
+
+    def _run_padded(self, x: Tensor, expert: int) -> Tensor:
+        missing = max(0, LEAST_ROWS - len(x))
+        return self._run_expert(functional.pad(x, (0, 0, 0, missing)), expert)[: len(x)]
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:
         """Returns the output of one expert for ``[S, H]``, without the router's weight."""
@@ -185,7 +202,7 @@ class EveryTokenExperts(QuantExperts):
             (chosen,) = x.detach().abs().amax(-1).nonzero(as_tuple=True)
             output = x.new_zeros(x.shape)
             if len(chosen):
-                output = output.index_copy(0, chosen, self._run_expert(x[chosen], expert))
+                output = output.index_copy(0, chosen, self._run_padded(x[chosen], expert))
             outputs.append(output)
         return torch.cat(outputs)
 
@@ -194,7 +211,44 @@ class EveryTokenExperts(QuantExperts):
         return self._project("down_proj", up * self.__dict__["original"].act_fn(gate), expert)
 
 
+class IdentityExperts(QuantExperts):
+    """Replaces LongCat's experts, of which those with the highest numbers return their input."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Takes ``[S, H]``, ``[S, K]`` and ``[S, K]``; returns ``[S, H]``."""
+        kept = top_k_weights.masked_fill(top_k_index < self.num_experts, 0.0).sum(-1, keepdim=True)
+        return super().forward(hidden_states, top_k_index, top_k_weights) + (hidden_states * kept).to(
+            hidden_states.dtype
+        )
+
+    def _run_expert(self, x: Tensor, expert: int) -> Tensor:
+        gate, up = self._project("gate_up_proj", x, expert).chunk(2, dim=-1)
+        return self._project("down_proj", self.__dict__["original"].act_fn(gate) * up, expert)
+
+
+class ParallelExperts(QuantExperts):
+    """Replaces one projection of JetMoe's experts, which gets its tokens sorted by expert."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
+        """Maps ``[S, I]``, of which ``expert_size`` rows are for each expert, to ``[S, O]``."""
+        parts = enumerate(inputs.split(expert_size))
+        return torch.cat(
+            [self._run_padded(x, expert) if len(x) else self._run_expert(x, expert) for expert, x in parts]
+        )
+
+    def _run_expert(self, x: Tensor, expert: int) -> Tensor:
+        return self._project("weight", x, expert)
+
+
 def quantize_experts(original: nn.Module, formats: Mapping[str, Format | None], *, name: str) -> QuantExperts:
     """Returns the replacement of a module of stacked experts; arguments and errors are those of ``QuantExperts``."""
-    kind = EveryTokenExperts if is_every_token_experts(original) else QuantExperts
-    return kind(original, formats, name=name)
+    return (_special_class(original) or QuantExperts)(original, formats, name=name)
+
+
+def _special_class(module: nn.Module) -> type[QuantExperts] | None:
+    """Returns the replacement for experts with an interface of their own."""
+    if is_every_token_experts(module):
+        return EveryTokenExperts
+    if is_identity_experts(module):
+        return IdentityExperts
+    return ParallelExperts if is_parallel_experts(module) else None

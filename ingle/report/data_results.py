@@ -173,6 +173,7 @@ class Preview:
     Attributes:
         label: Its label; empty if it has none.
         target: What the decoder predicts.
+        token_types: Types of consecutive tokens, and their number; empty if the model has no token types.
     """
 
     origin: str
@@ -181,6 +182,7 @@ class Preview:
     stretches: tuple[Stretch, ...]
     label: str = ""
     target: tuple[Stretch, ...] = ()
+    token_types: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +218,14 @@ class DataReport:
     """Result of ``ingle data inspect`` with a model.
 
     Attributes:
+        lengths: Of documents; of sources, where rows have a source and a target.
         endings: Last supervised tokens of documents, most frequent first.
         overlap: Between training data and held-out rows; None without held-out rows.
         previews: A few documents.
         problems: Problems to look at, in sentences.
         labels: The classes or tags, in the order of the head's outputs.
         answered: Documents that contain the answer to their question; None for other objectives.
+        targets: Lengths of targets; None for other objectives.
     """
 
     objective: ObjectiveKind
@@ -235,6 +239,7 @@ class DataReport:
     problems: tuple[str, ...]
     labels: tuple[LabelShare, ...] = ()
     answered: int | None = None
+    targets: Lengths | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ingle.config.objective import ObjectiveKind
 from ingle.report.data_results import (
     DataReport,
     DataStats,
@@ -25,8 +26,22 @@ from ingle.report.data_results import (
 from ingle.wording import plural
 
 _BAR_WIDTH = 32
+#: A larger share of unknown tokens is a problem.
+_MANY_UNKNOWN = 0.01
 _MAX_LABELS = 12
 _MAX_DOCUMENT_CHARS, _MAX_MESSAGE_CHARS = 2400, 1200
+
+#: What the share of supervised tokens means; documents of the other objectives have one loss each.
+_SUPERVISED: Mapping[ObjectiveKind, str] = {
+    "clm": "with loss",
+    "sft": "with loss",
+    "seq2seq": "with loss",
+    "mlm": "that masks may hide",
+    "span": "that may be removed",
+    "tag": "with a tag",
+}
+#: What marked tokens of a preview are; those of the other objectives carry loss. Texts with a label have no marks.
+_MARKED: Mapping[ObjectiveKind, str] = {"tag": "has a tag", "answer": "is the answer", "classify": ""}
 
 _NO_MODEL = (
     "Tokens cannot be counted without a model. --model PATH_OR_ID shows which tokens carry loss, which documents are "
@@ -37,11 +52,14 @@ _NO_MODEL = (
 def render_report(report: DataReport, console: Console) -> None:
     """Prints a report; without color, marks show which tokens carry loss."""
     for preview in report.previews:
-        console.print(_draw_preview(preview, console))
-    console.print(_draw_sources(report.stats))
+        console.print(_draw_preview(preview, report.objective, console))
+    console.print(_draw_sources(report.stats, _SUPERVISED.get(report.objective)))
     if report.labels:
         console.print(_draw_labels(report))
-    console.print(_draw_lengths("Tokens of a document", report.lengths, console))
+    name = "document" if report.targets is None else "source"
+    console.print(_draw_lengths(f"Tokens of a {name}", report.lengths, console))
+    if report.targets is not None:
+        console.print(_draw_lengths("Tokens of a target", report.targets, console))
     console.print(_draw_table(_figures(report)))
     pairs = _duplicate_pairs(report.duplicates)
     if report.overlap is not None:
@@ -73,9 +91,14 @@ def render_rows(report: RowsReport, console: Console) -> None:
 
 
 def find_problems(
-    objective: str, stats: DataStats, endings: Sequence[Ending], duplicates: Duplicates, overlap: Overlap | None
+    objective: ObjectiveKind,
+    stats: DataStats,
+    endings: Sequence[Ending],
+    duplicates: Duplicates,
+    overlap: Overlap | None,
+    unknown: float = 0.0,
 ) -> tuple[str, ...]:
-    """Returns what a user should look at before training, in sentences."""
+    """Returns what a user should look at before training, in sentences; ``unknown`` is the share of unknown tokens."""
     problems = [_with_rows(remark, "Rows skipped: ") for remark in stats.dropped] + list(map(_with_rows, stats.remarks))
     if stats.truncated_documents:
         share = stats.truncated_documents / stats.documents
@@ -89,6 +112,13 @@ def find_problems(
     if objective in ("clm", "sft") and stats.supervised_share < 0.05:
         problems.append(f"Only {stats.supervised_share:.1%} of the tokens carry loss.")
     problems += duplicate_problems(duplicates)
+    if objective in ("classify", "tag") and duplicates.same_prompt:
+        repeats = _count(duplicates.same_prompt, "row", "repeats", "repeat")
+        problems.append(f"{repeats} the text of an earlier row with another label.")
+    if unknown > _MANY_UNKNOWN:
+        problems.append(
+            f"{unknown:.1%} of the tokens are unknown to the tokenizer, so the model cannot see their text."
+        )
     if overlap is not None and overlap.same_prompt:
         verb = "is" if overlap.same_prompt == 1 else "are"
         prompts = plural(overlap.rows, "held-out prompt")
@@ -117,7 +147,7 @@ def _with_rows(remark: Remark, prefix: str = "") -> str:
     return f"{prefix}{remark.reason.removesuffix('.')} ({plural(remark.count, 'row')}, first {remark.first})."
 
 
-def _draw_preview(preview: Preview, console: Console) -> Panel:
+def _draw_preview(preview: Preview, objective: ObjectiveKind, console: Console) -> Panel:
     plain = console.no_color or not console.is_terminal
     ascii_only = console.options.ascii_only
     newline = "\\n\n" if ascii_only else "⏎\n"
@@ -137,17 +167,22 @@ def _draw_preview(preview: Preview, console: Console) -> Panel:
             break
     if plain and inside:
         body.append(closing)
-    legend = f"{opening}{closing} carries loss" if plain else "green carries loss"
-    title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, {preview.num_supervised} with loss"
+    marked = _MARKED.get(objective, "carries loss")
+    legend = (f"{opening}{closing} {marked}" if plain else f"green {marked}") if marked else ""
+    title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}"
+    if len(preview.token_types) > 1:
+        title += f" (types {', '.join(f'{kind} x {count:,}' for kind, count in preview.token_types)})"
     if preview.label:
-        title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}, label {preview.label}"
+        title += f", label {preview.label}"
+    elif objective != "answer":
+        title += f", {preview.num_supervised} {_SUPERVISED['tag'] if objective == 'tag' else 'with loss'}"
     return Panel(body, title=Text(title), subtitle=Text(legend), title_align="left", subtitle_align="right")
 
 
-def _draw_sources(stats: DataStats) -> Table:
+def _draw_sources(stats: DataStats, supervised: str | None) -> Table:
     table = Table(title="Sources", title_justify="left")
     table.add_column("source", overflow="fold")
-    for name in ("rows", "documents", "tokens", "share", "with loss"):
+    for name in ("rows", "documents", "tokens", "share", *([supervised] if supervised else [])):
         table.add_column(name, justify="right")
     for source in stats.sources:
         table.add_row(
@@ -156,7 +191,7 @@ def _draw_sources(stats: DataStats) -> Table:
             f"{source.documents:,}",
             f"{source.tokens:,}",
             f"{source.tokens / stats.tokens:.1%}",
-            f"{source.supervised_tokens / max(source.tokens, 1):.1%}",
+            *([f"{source.supervised_tokens / max(source.tokens, 1):.1%}"] if supervised else []),
         )
     return table
 
@@ -209,9 +244,11 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
     cut = f"{plural(stats.truncated_documents, 'document')}, {plural(stats.truncated_tokens, 'token')} ({lost:.1%})"
     sequences = f"{plural(packing.sequences, 'sequence')} of {packing.max_seq_len:,}, {packing.efficiency:.1%} full"
     endings = ", ".join(f"{ending.token!r} {ending.count / stats.documents:.1%}" for ending in report.endings)
+    supervised = _SUPERVISED.get(report.objective)
+    share = f", {stats.supervised_tokens:,} {supervised} ({stats.supervised_share:.1%})" if supervised else ""
     figures = [
         ("rows", rows + split),
-        ("tokens", f"{stats.tokens:,}, {stats.supervised_tokens:,} with loss ({stats.supervised_share:.1%})"),
+        ("tokens", f"{stats.tokens:,}{share}"),
         ("truncation", cut),
         ("packing" if packing.enabled else "no packing", sequences),
     ]
@@ -226,7 +263,8 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         found = (f"{r.reason} ({plural(r.count, 'row')}, first {r.first})" for r in stats.control_tokens)
         figures.append(("control tokens in messages", ", ".join(found)))
     figures += _duplicate_figures(report.duplicates)
-    figures.append(("same prompt, other answer", plural(report.duplicates.same_prompt, "row")))
+    other = "same text, other label" if report.objective in ("classify", "tag") else "same prompt, other answer"
+    figures.append((other, plural(report.duplicates.same_prompt, "row")))
     if (overlap := report.overlap) is not None:
         same = f"{overlap.same_prompt:,} of {overlap.rows:,} by prompt, {overlap.same_row:,} by prompt and answer"
         grams = f"{overlap.ngram_share:.1%} of {overlap.ngram_words}-grams; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ def write_report(
     folder: Path,
     *,
     run: Run,
-    comparison: Comparison | None,
-    comparisons: Mapping[str, Comparison] | None = None,
+    comparisons: Sequence[Comparison],
     summary: Mapping[str, Any],
     metrics_path: Path,
 ) -> RunReport:
@@ -33,8 +32,7 @@ def write_report(
     Args:
         folder: The run folder.
         run: The resolved config.
-        comparison: Base against tuned model, or the strongest baseline; None if nothing was evaluated.
-        comparisons: All baselines against the tuned model, by their names; None if there is one.
+        comparisons: Base against tuned model, or all baselines, the strongest first; empty if nothing was evaluated.
         summary: Fields of :class:`RunReport` from ``num_steps`` to ``validation``.
         metrics_path: ``metrics.jsonl`` of the run.
 
@@ -42,15 +40,16 @@ def write_report(
         The content of ``report.json``.
     """
     evaluated: dict[str, Any] = {}
-    if comparison is not None:
+    if comparisons:
+        comparison = comparisons[0]
         shown = comparison.shown
         picked = sorted({*shown.gains, *shown.losses, *shown.random})
         evaluated = {
             **{name: getattr(comparison, name) for name in _COPIED},
             "samples": tuple(replace(comparison.samples[index], index=index) for index in picked),
         }
-        if comparisons is not None:
-            evaluated["comparisons"] = {name: replace(each, samples=()) for name, each in comparisons.items()}
+        if len(comparisons) > 1:
+            evaluated["comparisons"] = {each.base_name or "base": replace(each, samples=()) for each in comparisons}
         lines = (json.dumps(to_dict(sample), ensure_ascii=False, allow_nan=False) for sample in comparison.samples)
         write_atomically(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines).encode())
     steps = read_steps(metrics_path)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ingle.atomic import write_atomically
 from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
+from ingle.config.objective import Answer, Classify, Tag
 from ingle.config.paths import move_paths, resolved_paths
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError
@@ -254,9 +255,10 @@ def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> lis
 
     Args:
         old: The run before.
-        new: The run now.
+        new: The run now. Labels that it does not name are those of the run before.
         only: If given, compare these sections instead, including options that do not affect the weights.
     """
+    new = with_names(new, old)
     before, after = (_flatten(run.model_dump(mode="json")) for run in (old, new))
     resolved_old, resolved_new = (_flatten(resolved_paths(run).model_dump(mode="json")) for run in (old, new))
     keys = [key for key in (before | after) if resolved_old.get(key) != resolved_new.get(key)]
@@ -266,6 +268,16 @@ def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> lis
     else:
         keys = [key for key in keys if _is_in(key, only)]
     return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in sorted(keys)]
+
+
+def with_names(run: Run, former: Run) -> Run:
+    """Returns a run with the labels that were found in the training data when it began, where it does not name them."""
+    own, known = run.objective, former.objective
+    if not isinstance(own, Classify | Tag | Answer) or type(own) is not type(known):
+        return run
+    unset: dict[str, object] = {"labels": None, "problem": "auto", "no_answer": "auto"}
+    found = {name: getattr(known, name) for name, value in unset.items() if getattr(own, name, "") == value}
+    return run.model_copy(update={"objective": own.model_copy(update=found)})
 
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:

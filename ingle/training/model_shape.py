@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ingle.adapters import Selection
-from ingle.models import Model, decoder_layers
+from ingle.models import Model, decoder_layers, task_of
 from ingle.planning import LayerShape, LinearShape, ModelShape
 from ingle.planning.architecture import group_layers
 from ingle.planning.families import FUSED, Settings, mixer_of
 from ingle.quant import Formats
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import PROJECTIONS, is_experts, projection_shapes
+from ingle.quant.task_heads import is_in_head, task_heads
 
 
 def model_shape(model: Model, trained: Selection, formats: Formats | None = None) -> ModelShape:
@@ -35,6 +36,7 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
     layers = [counter.layer(layer, settings, index) for index, layer in enumerate(stack)]
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
+    is_task = bool(task_heads(model))
     tied = head is not None and head.weight is embedding.weight
     inside = {id(module) for layer in stack for module in layer.modules()}
     outer = [
@@ -48,12 +50,12 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_learned(name)
     ]
     in_embeddings = embedding.weight.numel() + sum(learned)
-    in_head = 0 if tied else sum(parameter.numel() for parameter in head.parameters())
+    in_head = 0 if tied or is_task else sum(parameter.numel() for parameter in head.parameters())
     counted = sum(layer.num_parameters for layer in layers) + sum(lin.num_weights * lin.count for lin in outer)
     return ModelShape(
         layers=group_layers(layers),
         hidden_size=embedding.weight.shape[1],
-        vocab_size=head.weight.shape[0],
+        vocab_size=task_of(model).num_outputs if is_task else head.weight.shape[0],
         embedding_parameters=in_embeddings,
         head_parameters=in_head,
         final_parameters=num_parameters - counted - in_embeddings - in_head,
@@ -73,6 +75,7 @@ class _Counter:
     def __init__(self, model: nn.Module, trained: Selection, formats: Formats | None, experts_per_token: int) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._adapted = set(trained.adapted)
+        self._model = model
         self._formats = formats
         self._experts_per_token = experts_per_token
 
@@ -115,6 +118,8 @@ class _Counter:
             weight = module.get_parameter("weight")
             out_features, in_features = weight.shape[::-1] if is_conv1d(module) else weight.shape
             bits = None if self._formats is None else _bits(self._formats, path, weight, out_features, in_features)
+            if is_in_head(self._model, path):
+                bits = 8.0 * weight.element_size()  # never quantized
             has_bias = module._parameters.get("bias") is not None
             adapted = int(path in self._adapted)
             return [LinearShape(in_features, out_features, 1, 1, adapted, bits, name, has_bias)]

@@ -23,10 +23,14 @@ LENGTHS = {
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 
 
+Window = int | tuple[int, int] | None
+
+
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, causal: bool, window: int | None,
-    softcap: float | None, sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, causal: bool, window: Window,
+    softcap: float | None, sinks: Tensor | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    before, after = window if isinstance(window, tuple) else ((window or 10**9) - 1,) * 2
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     outputs = []
@@ -35,9 +39,11 @@ def reference(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         distance = part[:, None] - part[None, :]
-        hidden = distance.abs() >= (window or 10**9)
+        hidden = (distance > before) | (-distance > after)
         if causal:
             hidden |= distance < 0
+        if bias is not None:
+            scores = scores + bias[:, bias.shape[1] // 2 - distance]
         scores = scores.masked_fill(hidden, -torch.inf)
         if sinks is not None:  # one more key, whose value is zero
             scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(part), 1)), -1)
@@ -47,8 +53,8 @@ def reference(
 
 def compare(
     dtype: torch.dtype, lengths: list[int], *, hq: int = 4, hkv: int = 2, dh: int = 16, dv: int | None = None,
-    causal: bool = True, window: int | None = None, softcap: float | None = None, scale: float = 0.3,
-    has_sinks: bool = False,
+    causal: bool = True, window: Window = None, softcap: float | None = None, scale: float = 0.3,
+    has_sinks: bool = False, has_bias: bool = False,
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     n = sum(lengths)
@@ -60,13 +66,19 @@ def compare(
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     leaves = [q, k, v]
     sinks = torch.linspace(-2, 4, hq).to(dtype).requires_grad_() if has_sinks else None
-    leaves += [] if sinks is None else [sinks]
-    out = packed_attention(q, k, v, cu_seqlens, scale=scale, causal=causal, window=window, softcap=softcap, sinks=sinks)
+    distances = 2 * max(lengths) + 3  # those beyond the longest document are not used
+    bias = torch.randn(hq, distances, generator=generator).to(dtype).requires_grad_() if has_bias else None
+    leaves += [leaf for leaf in (sinks, bias) if leaf is not None]
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    out = packed_attention(q, k, v, cu_seqlens, **options, sinks=sinks, bias=bias)
     assert out.shape == (1, n, hq, dv or dh) and out.dtype == dtype
     grad = torch.randn(out.shape, generator=generator).to(dtype)
     ours = torch.autograd.grad(out, leaves, grad)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    expected = reference(*exact[:3], lengths, scale, causal, window, softcap, *exact[3:])
+    more = dict(
+        zip([name for name, leaf in (("sinks", sinks), ("bias", bias)) if leaf is not None], exact[3:], strict=True)
+    )
+    expected = reference(*exact[:3], lengths, **options, **more)
     theirs = torch.autograd.grad(expected, exact, grad.double())
     for actual, wanted in zip((out, *ours), (expected, *theirs), strict=True):
         # A query with one key has no gradient: errors are then measured against the output.
@@ -95,9 +107,10 @@ def test_sinks(dtype: torch.dtype, causal: bool, window: int | None, softcap: fl
     compare(dtype, LENGTHS["mixed"], causal=causal, window=window, softcap=softcap, has_sinks=True)
 
 
-def test_the_documents_of_other_devices_have_sinks_and_caps(monkeypatch: Any) -> None:
+def test_the_documents_of_other_devices_have_sinks_caps_and_biases(monkeypatch: Any) -> None:
     monkeypatch.setattr(packed, "supported", lambda *tensors: False)
     compare(torch.float32, LENGTHS["mixed"], has_sinks=True)
+    compare(torch.float32, LENGTHS["mixed"], causal=False, window=(3, 5), has_bias=True)
     compare(torch.float32, LENGTHS["mixed"], window=7, softcap=2.0, has_sinks=True)
 
 
@@ -156,6 +169,68 @@ def test_documents_longer_than_a_tile(dtype: torch.dtype, causal: bool, window: 
 @pytest.mark.parametrize("hq, hkv, dh", [(1, 1, 8), (6, 6, 20), (8, 1, 64), (9, 3, 80)])
 def test_head_layouts(hq: int, hkv: int, dh: int) -> None:
     compare(torch.bfloat16, LENGTHS["mixed"], hq=hq, hkv=hkv, dh=dh, scale=dh**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal, window", [(True, None), (False, None), (False, (3, 12)), (True, 7)])
+def test_biases_by_distance(dtype: torch.dtype, causal: bool, window: Window) -> None:
+    compare(dtype, LENGTHS["mixed"], causal=causal, window=window, has_bias=True)
+    compare(dtype, [1, 1], causal=causal, window=window, has_bias=True, has_sinks=True)
+
+
+def test_biases_over_several_tiles(monkeypatch: Any) -> None:
+    monkeypatch.setattr(attention_spans, "TILE_KEYS", 64)
+    compare(torch.float32, [333, 20, 200], causal=False, has_bias=True, has_sinks=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_cross_attention(dtype: torch.dtype, compiled: bool, monkeypatch: Any) -> None:
+    """The queries of each document see all keys of the document with the same number in another row."""
+    if not compiled:
+        monkeypatch.setattr(packed, "supported", lambda *tensors: False)
+    monkeypatch.setattr(attention_spans, "TILE_KEYS", 64)
+    lengths, lengths_k = [3, 1, 140, 5, 5, 20], [9, 150, 7, 1, 30, 4]
+    generator = torch.Generator().manual_seed(1)
+    leaves = [
+        torch.randn(1, heads, sum(sizes), 16, generator=generator).to(dtype).requires_grad_()
+        for heads, sizes in ((4, lengths), (2, lengths_k), (2, lengths_k))
+    ]
+    bounds, bounds_k = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in (lengths, lengths_k))
+    out = packed_attention(*leaves, bounds, scale=0.3, causal=False, cu_seqlens_k=bounds_k)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    queries, keys, values = (
+        leaf[0].split(sizes, 1) for leaf, sizes in zip(exact, (lengths, lengths_k, lengths_k), strict=True)
+    )
+    wanted = torch.cat(
+        [
+            (q @ k.repeat_interleave(2, 0).mT * 0.3).softmax(-1) @ v.repeat_interleave(2, 0)
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ],
+        1,
+    ).transpose(0, 1)[None]
+    ours = (out, *torch.autograd.grad(out, leaves, grad))
+    theirs = (wanted, *torch.autograd.grad(wanted, exact, grad.double()))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert (actual.double() - expected).norm() <= DTYPES[dtype] * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_adds_biases_and_crosses_rows() -> None:
+    generator = torch.Generator().manual_seed(1)
+    lengths, lengths_k = [5, 130, 1, 64], [140, 3, 70, 9]
+    bounds, bounds_k = (torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in (lengths, lengths_k))
+    q, k, v = (torch.randn(1, heads, 200, 16, generator=generator) for heads in (4, 2, 2))
+    bias = torch.randn(4, 2 * 130 - 1, generator=generator)
+    options: dict[str, Any] = {"scale": 0.3, "causal": False, "window": (9, 4), "softcap": None, "sinks": None}
+    out = flex.attend_flex(q, k, v, bounds, **options, bias=bias)
+    wanted = reference(q.double(), k.double(), v.double(), lengths, **options, bias=bias.double())
+    assert (out - wanted).norm() <= 3e-6 * wanted.norm()
+    k, v = (torch.randn(1, 2, sum(lengths_k), 16, generator=generator) for _ in range(2))
+    crossed = flex.attend_flex(q, k, v, bounds, **options, cu_seqlens_k=bounds_k)
+    by_document = packed.attend_by_document(q, k, v, bounds, **options, cu_seqlens_k=bounds_k)
+    assert (crossed - by_document).norm() <= 3e-6 * by_document.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -82,14 +82,16 @@ def test_projections_that_share_an_input(dtype: torch.dtype) -> None:
         close(actual, reference, TOLERANCE[dtype])
 
 
-def test_an_output_can_be_modified_in_place() -> None:
-    """Falcon's layers do this; autograd refuses it for a view."""
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_output_can_be_modified_in_place(with_bias: bool) -> None:
+    """Falcon's layers do this, and RoCBert's with a bias; autograd refuses it for a view."""
     x = draw(2, 3, I, seed=1).requires_grad_()
     a, b = (draw(*shape, seed=2).requires_grad_() for shape in ((4, I), (O, 4)))
     weight = draw(O, I, seed=3)
+    bias = draw(O, seed=4) if with_bias else None
     gradients = []
     for in_place in (True, False):
-        (y,) = lora_linears(x, [Projection(lambda dtype: weight, None, a, b, 0.5)])
+        (y,) = lora_linears(x, [Projection(lambda dtype: weight, bias, a, b, 0.5)])
         y = y.add_(1.0) if in_place else y + 1.0
         gradients.append(torch.autograd.grad(y.square().sum(), (x, a, b)))
     for ours, theirs in zip(*gradients, strict=True):

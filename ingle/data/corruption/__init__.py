@@ -3,7 +3,15 @@
 from ingle.data.corruption.infilling import Infilling
 from ingle.data.corruption.masking import Masking
 from ingle.data.corruption.samples import Corruption, Target
-from ingle.data.corruption.spans import UL2, Denoiser, SpanCorruption, corrupted_lengths, find_sentinels, longest_text
+from ingle.data.corruption.spans import (
+    UL2,
+    Denoiser,
+    SpanCorruption,
+    corrupted_lengths,
+    denoisers,
+    find_sentinels,
+    longest_text,
+)
 from ingle.data.corruption.words import WordTable, is_special, mask_token
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "Target",
     "WordTable",
     "corrupted_lengths",
+    "denoisers",
     "find_sentinels",
     "is_special",
     "longest_text",

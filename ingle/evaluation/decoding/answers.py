@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ingle.evaluation.statistics import Floats
 
@@ -20,15 +21,12 @@ class AnswerWindow(NamedTuple):
     """A document of a question and part of its context.
 
     Attributes:
-        start: First token of the context in it, counted over the whole context.
-        stop: Token of the context after the last one.
-        shift: Place of token ``start`` in the document.
+        spans_T2: Characters from and to (exclusive) of each token of the context, perhaps with white space at the ends;
+            -1 for all other tokens, which stand before and after those of the context.
         null: Place of the token that means that there is no answer.
     """
 
-    start: int
-    stop: int
-    shift: int
+    spans_T2: npt.NDArray[np.int32]
     null: int = 0
 
 
@@ -48,7 +46,6 @@ class FoundAnswer(NamedTuple):
 
 def find_answers(
     context: str,
-    offsets: Sequence[tuple[int, int]],
     windows: Sequence[AnswerWindow],
     logits: Sequence[Floats],
     *,
@@ -66,7 +63,6 @@ def find_answers(
 
     Args:
         context: The context.
-        offsets: Characters from and to (exclusive) of each of its tokens, perhaps with white space at the ends.
         windows: The windows.
         logits: Logits of start and end in each window, [T, 2].
         max_answer_tokens: Longest answer.
@@ -76,10 +72,10 @@ def find_answers(
     """
     found: dict[tuple[int, int], float] = {}
     for window, logits_T2 in zip(windows, logits, strict=True):
-        for first, last, score in _best_in(window, logits_T2.astype(np.float64), max_answer_tokens, num_best):
-            found[first, last] = max(score, found.get((first, last), -np.inf))
+        for start, end, score in _best_in(window, logits_T2.astype(np.float64), max_answer_tokens, num_best):
+            found[start, end] = max(score, found.get((start, end), -np.inf))
     spans = heapq.nsmallest(num_best, found.items(), key=lambda item: (-item[1], item[0]))
-    answers = [_trimmed(context, offsets[first][0], offsets[last][1], score) for (first, last), score in spans]
+    answers = [_trimmed(context, start, end, score) for (start, end), score in spans]
     if can_be_empty or not answers:
         empty = min(
             float(each[window.null].astype(np.float64).sum()) for window, each in zip(windows, logits, strict=True)
@@ -92,14 +88,15 @@ def find_answers(
 def _best_in(
     window: AnswerWindow, logits_T2: Floats, max_answer_tokens: int, num_best: int
 ) -> list[tuple[int, int, float]]:
-    """Returns the best spans of each length as first token, last token and score."""
-    length = window.stop - window.start
-    starts, ends = logits_T2[window.shift : window.shift + length].T
+    """Returns the best spans of each length as first character, character after the last one, and score."""
+    places = np.flatnonzero(window.spans_T2[:, 0] >= 0)
+    begins, stops = window.spans_T2[places].T.tolist()
+    starts, ends = logits_T2[places].T
     spans = []
-    for extra in range(min(max_answer_tokens, length)):
-        totals = starts[: length - extra] + ends[extra:]
+    for extra in range(min(max_answer_tokens, len(places))):
+        totals = starts[: len(places) - extra] + ends[extra:]
         best = np.argsort(-totals, kind="stable")[:num_best]
-        spans += [(window.start + int(i), window.start + int(i) + extra, float(totals[i])) for i in best]
+        spans += [(begins[i], stops[i + extra], float(totals[i])) for i in best.tolist()]
     return spans
 
 

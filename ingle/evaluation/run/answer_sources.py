@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from ingle.adapters import disabled
 from ingle.config.evaluate import TaskConfig
@@ -86,8 +86,8 @@ class AnswerSource(OutputSource, Protocol):
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A loaded model, possibly on several ranks.
+class LoadedModel:
+    """A loaded model, possibly on several ranks, as a source of outputs.
 
     Where every rank has all weights, each answers a part of the samples. If weights are gathered layer by layer, all
     ranks must make the same forward passes, so each of them answers all samples: gathering takes most of the time of a
@@ -109,9 +109,39 @@ class ModelSource:
     mesh: Mesh | None = None
     in_lockstep: bool = False
 
-    def base(self) -> ModelSource:
+    def base(self) -> Self:
         """Returns the same model without its adapters."""
         return replace(self, name="base", with_adapters=False)
+
+    def _own(self, num_samples: int) -> range:
+        """Returns the samples that this rank answers."""
+        if self.mesh is None or self.in_lockstep:
+            return range(num_samples)
+        return range(self.mesh.dist_rank, num_samples, self.mesh.world_size)
+
+    def _of_all(self, own: Sequence[_Result]) -> Sequence[_Result]:
+        """Returns the results of all samples, in order, given those of the samples that this rank answered."""
+        if self.mesh is None or self.in_lockstep:
+            return own
+        turns = zip_longest(*self.mesh.gather(own), fillvalue=None)
+        return [result for turn in turns for result in turn if result is not None]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Puts the model into evaluation mode, with all its weights and with or without its adapters."""
+        was_training = self.model.training
+        self.model.eval()
+        base = nullcontext() if self.with_adapters else disabled(self.model)
+        try:
+            with base, nullcontext() if self.in_lockstep else all_gathered(self.model):
+                yield
+        finally:
+            self.model.train(was_training)
+
+
+@dataclass(frozen=True)
+class ModelSource(LoadedModel):
+    """A language model that continues text."""
 
     def answers(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Answer]:
         """Generates an answer per sample.
@@ -119,13 +149,12 @@ class ModelSource:
         Raises:
             EvaluationError: A prompt does not fit into the context of the model.
         """
-        control = ControlTokens(self.tokenizer, task.control_tokens)
-        prompts = [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
+        prompts = self._prompts(samples, task)
         self._check_lengths(prompts, samples)
         own = self._own(len(prompts))
         stage = f"Answering ({self.name})"
         sink(Progress(stage, 0, len(own)))
-        with self._adapters():
+        with self._evaluating():
             generations = generate(
                 self.model,
                 self.tokenizer,
@@ -155,41 +184,22 @@ class ModelSource:
             room = f"to leave room for the answer within {window_size(self.model):,} tokens"
             sink(Warned(f"{cut} {room}.", where="evaluate.sources", count=count))
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self._adapters():
-                found = score_references(
-                    self.model,
-                    self.tokenizer,
-                    own,
-                    system=task.system,
-                    control=ControlTokens(self.tokenizer, task.control_tokens),
-                    on_progress=lambda done, total: sink(Progress(f"Scoring references ({self.name})", done, total)),
-                    on_cut=warn_cut,
-                )
-        finally:
-            self.model.train(was_training)
+        with self._evaluating():
+            found = score_references(
+                self.model,
+                self.tokenizer,
+                own,
+                system=task.system,
+                control=ControlTokens(self.tokenizer, task.control_tokens),
+                on_progress=lambda done, total: sink(Progress(f"Scoring references ({self.name})", done, total)),
+                on_cut=warn_cut,
+            )
         yield from self._of_all(found)
 
-    def _own(self, num_samples: int) -> range:
-        """Returns the samples that this rank answers."""
-        if self.mesh is None or self.in_lockstep:
-            return range(num_samples)
-        return range(self.mesh.dist_rank, num_samples, self.mesh.world_size)
-
-    def _of_all(self, own: Sequence[_Result]) -> Sequence[_Result]:
-        """Returns the results of all samples, in order, given those of the samples that this rank answered."""
-        if self.mesh is None or self.in_lockstep:
-            return own
-        turns = zip_longest(*self.mesh.gather(own), fillvalue=None)
-        return [result for turn in turns for result in turn if result is not None]
-
-    @contextmanager
-    def _adapters(self) -> Iterator[None]:
-        base = nullcontext() if self.with_adapters else disabled(self.model)
-        with base, nullcontext() if self.in_lockstep else all_gathered(self.model):
-            yield
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
+        """Returns what the model reads before it answers."""
+        control = ControlTokens(self.tokenizer, task.control_tokens)
+        return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], samples: Sequence[TaskSample]) -> None:
         limit = text_limit(self.model)

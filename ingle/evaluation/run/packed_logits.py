@@ -36,7 +36,7 @@ def document_logits(
     """
     found: list[Floats] = [np.empty(0)] * len(documents)
     done = 0
-    for row in _pack(documents):
+    for row in pack_documents(documents):
         batch = collate([documents[index] for index in row]).to(device)
         logits = forward(batch).double().cpu().numpy()
         bounds = batch.cu_seqlens.tolist()
@@ -47,7 +47,7 @@ def document_logits(
     return found
 
 
-def _pack(documents: Sequence[Sample]) -> Iterator[list[int]]:
+def pack_documents(documents: Sequence[Sample]) -> Iterator[list[int]]:
     """Yields rows of documents of similar length, at most ``ROW_TOKENS`` tokens unless one document is longer."""
     row: list[int] = []
     num_tokens = 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast, get_args, overload
 
 from ingle.config.evaluate import TaskConfig
+from ingle.config.objective import ObjectiveKind
 from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
 from ingle.evaluation.run.answer_sources import Answer, OutputSource, PredictionSource
@@ -34,19 +35,30 @@ _NOUNS: dict[Reads, str] = {
 
 @overload
 def evaluate(
-    source: OutputSource, tasks: Sequence[TaskConfig], *, base: None = None, sink: Sink = ...
+    source: OutputSource,
+    tasks: Sequence[TaskConfig],
+    objective: ObjectiveKind = ...,
+    *,
+    base: None = None,
+    sink: Sink = ...,
 ) -> list[Summary]: ...
 
 
 @overload
 def evaluate(
-    source: OutputSource, tasks: Sequence[TaskConfig], *, base: OutputSource | Sequence[TaskResult], sink: Sink = ...
+    source: OutputSource,
+    tasks: Sequence[TaskConfig],
+    objective: ObjectiveKind = ...,
+    *,
+    base: OutputSource | Sequence[TaskResult],
+    sink: Sink = ...,
 ) -> list[Comparison]: ...
 
 
 def evaluate(
     source: OutputSource,
     tasks: Sequence[TaskConfig],
+    objective: ObjectiveKind = "sft",
     *,
     base: OutputSource | Sequence[TaskResult] | None = None,
     sink: Sink = lambda event: None,
@@ -56,6 +68,7 @@ def evaluate(
     Args:
         source: The (tuned) model.
         tasks: The tasks.
+        objective: Decides, next to the columns, how rows are read.
         base: The base, or its results for the same tasks.
         sink: Receives progress and warnings.
 
@@ -68,10 +81,10 @@ def evaluate(
     """
     sink = _warn_once(sink)
     if base is not None and not isinstance(base, Sequence):
-        base = [run_task(base, task, sink=sink) for task in tasks]
+        base = [run_task(base, task, objective, sink=sink) for task in tasks]
     results = []
     for task in tasks:
-        result = run_task(source, task, sink=sink)
+        result = run_task(source, task, objective, sink=sink)
         if warning := few_samples(len(result.samples)):
             sink(Warned(warning, where="evaluate"))
         results.append(result)
@@ -80,12 +93,15 @@ def evaluate(
     return [compare(before, after, task) for before, after, task in zip(base, results, tasks, strict=True)]
 
 
-def run_task(source: OutputSource, task: TaskConfig, *, sink: Sink = lambda event: None) -> TaskResult:
-    """Collects the answers and likelihoods that the metrics of a task need.
+def run_task(
+    source: OutputSource, task: TaskConfig, objective: ObjectiveKind = "sft", *, sink: Sink = lambda event: None
+) -> TaskResult:
+    """Collects the outputs that the metrics of a task need.
 
     Args:
-        source: Yields the answers.
+        source: Yields the outputs.
         task: The task.
+        objective: Decides, next to the columns, how rows are read.
         sink: Receives progress and warnings.
 
     Raises:
@@ -93,7 +109,7 @@ def run_task(source: OutputSource, task: TaskConfig, *, sink: Sink = lambda even
         EvaluationError: The rows do not suit the metrics or the source.
     """
     began = time.monotonic()
-    samples = read_task(task, on_warning=lambda message: sink(Warned(message, where="evaluate")))
+    samples = read_task(task, objective, on_warning=lambda message: sink(Warned(message, where="evaluate")))
     needed: dict[Reads, list[str]] = defaultdict(list)
     for scorer in make_scorers(task):
         needed[scorer.metric.reads].append(scorer.metric.name)

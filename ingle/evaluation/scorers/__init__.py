@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ingle.config.evaluate import TaskConfig
+from ingle.config.evaluate import TEXT_METRICS, TaskConfig
 from ingle.evaluation.scorers.classes import Accuracy, ClassF1, LogLoss, Matthews
 from ingle.evaluation.scorers.entities import EntityF1, TagAccuracy
 from ingle.evaluation.scorers.exact_match import ExactMatch
@@ -62,4 +62,4 @@ def make_scorer(name: str, task: TaskConfig) -> Scorer:
 
 def make_scorers(task: TaskConfig) -> list[Scorer]:
     """Returns the scorers of a task in the order given, each metric once."""
-    return [make_scorer(name, task) for name in dict.fromkeys(task.metrics)]
+    return [make_scorer(name, task) for name in dict.fromkeys(task.metrics or TEXT_METRICS)]

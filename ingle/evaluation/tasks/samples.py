@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from ingle.config.evaluate import TaskConfig
+from ingle.config.objective import ObjectiveKind
 from ingle.data import Example, Message, read_examples
 from ingle.errors import DataError, EvaluationError
 from ingle.evaluation.scorers import make_scorers
-from ingle.wording import plural
+from ingle.wording import nearest, plural, some
 
 Warn = Callable[[str], None]
 
@@ -35,18 +36,21 @@ class TaskSample:
     group: int | None = None
 
 
-def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> tuple[TaskSample, ...]:
+def read_task(
+    task: TaskConfig, objective: ObjectiveKind = "sft", *, on_warning: Warn = lambda message: None
+) -> tuple[TaskSample, ...]:
     """Reads, groups and draws the held-out samples of a task.
 
     Args:
         task: The task.
+        objective: Decides, next to the columns, how rows are read.
         on_warning: Called with each warning.
 
     Raises:
         DataError: A row cannot be read, or there is none.
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
-    samples = [_sample(example) for example in read_examples(task.sources, on_warning=on_warning)]
+    samples = [_sample(example) for example in read_examples(task.sources, objective=objective, on_warning=on_warning)]
     if not samples:
         raise DataError(
             "The task has no samples.",
@@ -62,6 +66,25 @@ def read_task(task: TaskConfig, *, on_warning: Warn = lambda message: None) -> t
         if repeated:
             on_warning(_warn_repeated(samples, repeated))
     return tuple(_draw(samples, task, on_warning))
+
+
+def check_labels(samples: Iterable[TaskSample], names: Collection[str]) -> None:
+    """Refuses labels, or tags, that a model does not know.
+
+    Raises:
+        EvaluationError: A sample has one.
+    """
+    for sample in samples:
+        label = sample.example.label
+        for name in (label,) if isinstance(label, str) else map(str, label or ()):
+            if name not in names:
+                near = nearest(name, names)
+                raise EvaluationError(
+                    f"The label {name[:60]!r} of a task row is unknown.",
+                    where=sample.example.origin,
+                    why=f"the training data has {some(names)}",
+                    fix=f"did you mean {near!r}?" if near else "correct the row, or add the name to objective.labels",
+                )
 
 
 def _sample(example: Example) -> TaskSample:

@@ -24,6 +24,7 @@ from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantModule
+from ingle.quant.task_heads import is_in_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class MergedModel:
             yield LoadedWeight(entry.name, self.stream.holder(entry.name), None, replacement)
             return
         with self.stream.loaded(entry.name) as holder:
-            if self._expected is not None:
+            if self._expected is not None and not is_in_head(self.stream.model, entry.name):
                 self._found.add(entry.name, holder, self.adapted.get(entry.name))
             yield LoadedWeight(entry.name, holder, self.changed.get(entry.name), replacement)
 

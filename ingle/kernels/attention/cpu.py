@@ -12,16 +12,19 @@ Legend: as in :mod:`ingle.kernels.attention.spans`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ingle.kernels.attention.spans import AttentionSpans
+from ingle.kernels.attention.spans import AttentionSpans, Tile
 from ingle.kernels.numba.cache import compile_float_kernel
-from ingle.kernels.numba.scalars import FAST, bits, exp, largest, load, store
+from ingle.kernels.numba.scalars import FAST, as_array, bits, exp, largest, load, store
 from ingle.kernels.threads import match_threads
+
+_NO_BIAS = np.empty((1, 0), np.float32)  # one row without columns
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,19 @@ class Scores:
     Attributes:
         scale: Factor on the scores.
         softcap: Bound on the scaled scores, ``softcap * tanh(score / softcap)``; 0 for none.
+        bias: Added to the scores of each head by distance, float32 [Hq, 2L - 1]: column ``key - query + L - 1``. Not
+            together with a softcap.
     """
 
     scale: float
     softcap: float = 0.0
+    bias: Tensor | None = None
+
+    def shifted_bias(self, tile: Tile, block: tuple[int, int]) -> tuple[Any, int]:
+        """Returns the bias, and its column for the first row and key of a block; an empty array if there is none."""
+        if self.bias is None:
+            return _NO_BIAS, 0
+        return as_array(self.bias), block[0] - tile.rows[0] + self.bias.shape[1] // 2
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -45,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Score
         k: [N * Hkv * Dh], grouped by segments.
         v: [N * Hkv * Dh], grouped by segments.
         spans: Keys that each token sees.
-        scores: Scaling and softcap of the scores.
+        scores: What is done with the scores.
 
     Returns:
         The outputs, grouped like ``q``, and the log-sum-exp of each row's scores, float32 [N * Hq] in that layout.
@@ -67,6 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Score
                 *tile.visible(block, spans),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
+                *scores.shifted_bias(tile, block),
                 tile_lse.numpy(),
             )
             torch.bmm(weights, tile.keys(block, v, heads), out=tile_out)
@@ -103,7 +116,15 @@ class _Merged:
 
 
 def attend_backward(
-    grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores
+    grad_out: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    scores: Scores,
+    grad_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v, grouped; recomputes the softmax from its log-sum-exp.
 
@@ -115,7 +136,8 @@ def attend_backward(
         k: Keys.
         v: Values.
         spans: Keys that each token sees.
-        scores: Scaling and softcap of the scores.
+        scores: What is done with the scores.
+        grad_bias: The gradient of ``scores.bias`` is added to it, if given.
 
     Source: Dao et al. 2022, "FlashAttention" (arXiv 2205.14135), algorithm 4.
     """
@@ -139,9 +161,13 @@ def attend_backward(
                 *tile.visible(block, spans),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
+                *scores.shifted_bias(tile, block),
                 tile.numbers(lse, heads).numpy(),
                 tile.numbers(delta, heads).numpy(),
             )
+            if grad_bias is not None:
+                _, shift = scores.shifted_bias(tile, block)
+                add_diagonals(bits(slopes), np.float32(1 / scores.scale), heads.group, shift, as_array(grad_bias))
             tile.keys(block, grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
             tile.keys(block, grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
             torch.bmm(slopes, keys, out=tile_grad_q)
@@ -173,7 +199,7 @@ def _take(scratch: Tensor, shape: tuple[int, int, int], count: int) -> tuple[Ten
 
 
 @compile_float_kernel
-def exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: ignore[no-untyped-def]
+def exponentiate(weights, rest, first, last, scale, softcap, bias, shift, lse):  # type: ignore[no-untyped-def]
     """Replaces raw scores in ``weights`` by their softmax; zero where a row does not see a key."""
     num_heads, num_rows, num_keys = weights.shape
     group = num_rows // first.shape[0]
@@ -182,11 +208,13 @@ def exponentiate(weights, rest, first, last, scale, softcap, lse):  # type: igno
         buffer = np.empty(num_keys, np.float32)
         for r in range(token * group, (token + 1) * group):
             more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
-            lse[head, r] = _softmax(weights[head, r], more, first[token], last[token], scale, softcap, buffer)
+            added, at = bias[(head * group + r % group) % bias.shape[0]], shift - token
+            begin, end = first[token], last[token]
+            lse[head, r] = _softmax(weights[head, r], more, begin, end, scale, softcap, added, at, buffer)
 
 
 @compile_float_kernel
-def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta):  # type: ignore[no-untyped-def]
+def differentiate(weights, rest, slopes, first, last, scale, softcap, bias, shift, lse, delta):  # type: ignore[no-untyped-def]
     """Replaces raw scores by their softmax, and gradients of the softmax by gradients of the raw scores."""
     num_heads, num_rows, num_keys = weights.shape
     group = num_rows // first.shape[0]
@@ -197,7 +225,19 @@ def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta
             more = rest[head, r] if rest.shape[0] > 0 else weights[head, r, :0]
             row, slope = weights[head, r], slopes[head, r]
             begin, end = first[token], last[token]
-            _softmax_backward(row, more, slope, begin, end, scale, softcap, lse[head, r], delta[head, r], buffer)
+            added, at = bias[(head * group + r % group) % bias.shape[0]], shift - token
+            sums = lse[head, r], delta[head, r]
+            _softmax_backward(row, more, slope, begin, end, scale, softcap, added, at, sums, buffer)
+
+
+@compile_float_kernel
+def add_diagonals(slopes, factor, group, shift, grad_bias):  # type: ignore[no-untyped-def]
+    """Adds gradients of raw scores to the gradient of a bias by distance; they are zero where a row sees no key."""
+    num_heads, num_rows = slopes.shape[:2]
+    for index in prange(num_heads * group):
+        head, member = index // group, index % group
+        for token in range(num_rows // group):
+            _add_row(slopes[head, token * group + member], factor, shift - token, grad_bias[index])
 
 
 # These functions process one row each. They are separate because inside a parallel function the compiler would rewrite
@@ -205,12 +245,12 @@ def differentiate(weights, rest, slopes, first, last, scale, softcap, lse, delta
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-untyped-def]
+def _softmax(row, rest, begin, end, scale, softcap, bias, at, buffer):  # type: ignore[no-untyped-def]
     seen, values = row[begin:end], buffer[: end - begin]
     if begin >= end:
         row[:] = 0
         return np.float32(-np.inf)
-    _transform(seen, rest, begin, end, scale, softcap, values)
+    _transform(seen, rest, begin, end, scale, softcap, bias, at, values)
     top = largest(values)
     total = np.float32(0.0)
     for j in range(len(values)):
@@ -226,9 +266,10 @@ def _softmax(row, rest, begin, end, scale, softcap, buffer):  # type: ignore[no-
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, buffer):  # type: ignore[no-untyped-def]
+def _softmax_backward(row, rest, slope, begin, end, scale, softcap, bias, at, sums, buffer):  # type: ignore[no-untyped-def]
     seen, steep, values = row[begin:end], slope[begin:end], buffer[: end - begin]
-    _transform(seen, rest, begin, end, scale, softcap, values)
+    lse, delta = sums
+    _transform(seen, rest, begin, end, scale, softcap, bias, at, values)
     for j in range(len(values)):
         weight = exp(values[j] - lse)
         store(seen, j, weight)
@@ -241,8 +282,8 @@ def _softmax_backward(row, rest, slope, begin, end, scale, softcap, lse, delta, 
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _transform(seen, rest, begin, end, scale, softcap, values):  # type: ignore[no-untyped-def]
-    """Returns scaled and capped scores, in float32."""
+def _transform(seen, rest, begin, end, scale, softcap, bias, at, values):  # type: ignore[no-untyped-def]
+    """Returns scaled scores with softcap or bias, in float32."""
     if len(rest) > 0:
         more = rest[begin:end]
         for j in range(len(values)):
@@ -254,6 +295,18 @@ def _transform(seen, rest, begin, end, scale, softcap, values):  # type: ignore[
         for j in range(len(values)):
             tanh = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * values[j] / softcap) + np.float32(1.0))
             values[j] = softcap * tanh
+    if len(bias) > 0:
+        added = bias[at + begin : at + end]
+        for j in range(len(values)):
+            values[j] += added[j]
+
+
+@njit(fastmath=FAST)
+def _add_row(slope, factor, at, grad_bias):  # type: ignore[no-untyped-def]
+    begin, end = max(0, -at), min(len(slope), len(grad_bias) - at)
+    steep, total = slope[begin:end], grad_bias[at + begin : at + end]
+    for j in range(len(total)):
+        total[j] += load(steep, j) * factor
 
 
 @compile_float_kernel

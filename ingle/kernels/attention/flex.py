@@ -1,11 +1,13 @@
-"""Packed attention by torch's FlexAttention, for what FlashAttention does not compute: softcaps, sinks, and float32.
+"""Packed attention by torch's FlexAttention, for what FlashAttention does not compute.
+
+That is softcaps, sinks, biases and float32.
 
 The blocks of scores that any token sees follow from the boundaries of documents by arithmetic on the device: the keys
 that a token sees are one span, so those of a block of tokens are one span of blocks. Nothing of size N x N is built,
 and nothing waits for the device.
 
-Legend: N packed tokens, D documents, Q blocks of tokens, K blocks of keys, Hq query heads, Hkv key/value heads, Dh head
-size.
+Legend: N packed tokens, M packed keys, D documents, Q blocks of tokens, K blocks of keys, Hq query heads, Hkv key/value
+heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -18,40 +20,56 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from ingle.kernels.attention.spans import Window, reach
+
 #: Tokens and keys of a block.
 BLOCK = 128
 
 
-def find_spans(cu_seqlens: Tensor, num_tokens: int, *, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+def find_spans(
+    cu_seqlens: Tensor, num_tokens: int, *, causal: bool, window: Window, cu_seqlens_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the first key that each token sees, and one past the last, int64 [N]."""
     bounds = cu_seqlens.long()
     index = torch.arange(num_tokens, device=bounds.device)
     document = torch.searchsorted(bounds[1:], index, right=True)
-    first, last = bounds[:-1][document], bounds[1:][document]
-    if window is not None:
-        first, last = torch.maximum(first, index - (window - 1)), torch.minimum(last, index + window)
-    return first, (index + 1 if causal else last)
+    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.long()
+    first, last = bounds_k[:-1][document], bounds_k[1:][document]
+    if cu_seqlens_k is not None:
+        return first, last
+    before, after = reach(causal, window)
+    first = first if before is None else torch.maximum(first, index - before)
+    last = last if after is None else torch.minimum(last, index + after + 1)
+    return first, last
 
 
-def make_mask(cu_seqlens: Tensor, num_tokens: int, *, causal: bool, window: int | None) -> BlockMask:
+def make_mask(
+    cu_seqlens: Tensor,
+    num_tokens: int,
+    *,
+    causal: bool,
+    window: Window,
+    cu_seqlens_k: Tensor | None = None,
+    num_keys: int | None = None,
+) -> BlockMask:
     """Returns which blocks of scores are computed, and a function that masks those that are only partly visible."""
-    first_N, last_N = find_spans(cu_seqlens, num_tokens, causal=causal, window=window)
-    num_blocks = -(-num_tokens // BLOCK)
-    start_Q = torch.arange(num_blocks, device=first_N.device) * BLOCK
+    num_keys = num_tokens if num_keys is None else num_keys
+    first_N, last_N = find_spans(cu_seqlens, num_tokens, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
+    start_Q = torch.arange(-(-num_tokens // BLOCK), device=first_N.device) * BLOCK
     end_Q = (start_Q + BLOCK).clamp(max=num_tokens) - 1
     # The first and the last key of a token never decrease from one token to the next.
     any_first_Q, any_last_Q = first_N[start_Q] // BLOCK, (last_N[end_Q] - 1) // BLOCK
-    block_K = torch.arange(num_blocks, device=first_N.device)
+    block_K = torch.arange(-(-num_keys // BLOCK), device=first_N.device)
     seen_QK = (block_K >= any_first_Q[:, None]) & (block_K <= any_last_Q[:, None])
     # A block is complete if the last token sees its first key and the first token its last key.
-    ends_K = (block_K * BLOCK + BLOCK).clamp(max=num_tokens)
+    ends_K = (block_K * BLOCK + BLOCK).clamp(max=num_keys)
     whole_QK = (first_N[end_Q][:, None] <= block_K * BLOCK) & (last_N[start_Q][:, None] >= ends_K) & seen_QK
 
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= first_N[query]) & (key < last_N[query])
 
     partial, whole = _list_blocks(seen_QK & ~whole_QK), _list_blocks(whole_QK)
-    lengths = (num_tokens, num_tokens)
+    lengths = (num_tokens, num_keys)
     return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=lengths)
 
 
@@ -63,19 +81,22 @@ def attend_flex(
     *,
     scale: float,
     causal: bool,
-    window: int | None,
+    window: Window,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Like ``ingle.kernels.attention.packed.packed_attention``, for v with heads of the size of q's. Not measured.
 
     A sink is one more key with a constant score and no value, so it scales the output by
     ``exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink)``.
     """
-    cap = None if softcap is None else _cap(softcap)
-    mask = make_mask(cu_seqlens, q.shape[2], causal=causal, window=window)
+    change = _cap(softcap) if softcap is not None else _add(bias) if bias is not None else None
+    keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "num_keys": k.shape[2]}
+    mask = make_mask(cu_seqlens, q.shape[2], causal=causal, window=window, **keys)
     run: Any = _compiled() if q.is_cuda else flex_attention
-    options: dict[str, Any] = {"score_mod": cap, "block_mask": mask, "scale": scale}
+    options: dict[str, Any] = {"score_mod": change, "block_mask": mask, "scale": scale}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     if sinks is None:
         out: Tensor = run(q, k, v, **options)
@@ -103,6 +124,15 @@ def _cap(softcap: float) -> Callable[..., Tensor]:
         return softcap * torch.tanh(score / softcap)
 
     return cap
+
+
+def _add(bias: Tensor) -> Callable[..., Tensor]:
+    last = bias.shape[1] - 1
+
+    def add(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, (key - query + last // 2).clamp(0, last)]
+
+    return add
 
 
 def _list_blocks(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:

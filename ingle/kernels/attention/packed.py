@@ -1,6 +1,7 @@
 """Attention within packed documents: exact, and no token sees another document.
 
-Legend: N packed tokens, D documents, T tokens of one document, Hq query heads, Hkv key/value heads, Dh head size.
+Legend: N packed tokens, M packed keys (N but in cross-attention), D documents, T tokens and S keys of one document, Hq
+query heads, Hkv key/value heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ingle.kernels.attention import flex
 from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
-from ingle.kernels.attention.spans import AttentionSpans, Heads
+from ingle.kernels.attention.spans import AttentionSpans, Heads, Window, reach
 from ingle.kernels.numba.scalars import supported
 
 
@@ -29,48 +30,63 @@ def packed_attention(
     *,
     scale: float,
     causal: bool = True,
-    window: int | None = None,
+    window: Window = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     longest: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    longest_k: int | None = None,
 ) -> Tensor:
-    """Computes ``softmax(f(scale * q k^T)) v`` within each document.
+    """Computes ``softmax(f(scale * q k^T) + bias) v`` within each document.
 
     ``f(s) = softcap * tanh(s / softcap)``, or nothing without a softcap. A CPU has its own kernels. A CUDA device runs
-    FlashAttention; FlexAttention for softcaps, sinks and float32; and else attention document by document.
+    FlashAttention; FlexAttention for softcaps, sinks, biases and float32; and else attention document by document.
 
     Args:
         q: [1, Hq, N, Dh]; any strides.
-        k: [1, Hkv, N, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
-        v: [1, Hkv, N, Dv]; Dv is another size than Dh in multi-head latent attention.
+        k: [1, Hkv, M, Dh]; query head h reads key/value head ``h // (Hq / Hkv)``.
+        v: [1, Hkv, M, Dv]; Dv is another size than Dh in multi-head latent attention.
         cu_seqlens: Index of the first token of each document, and N; int, [D + 1].
         scale: Factor on the scores.
         causal: Whether a token sees only itself and earlier tokens.
-        window: Number of tokens that a token sees, including itself (on either side if not causal); None for all.
+        window: Number of tokens that a token sees, including itself (on either side if not causal), or how many before
+            itself and after itself; None for all.
         softcap: Bound on the scores (Gemma 2, arXiv 2408.00118, section 2).
         sinks: [Hq]; score of one more key that every token sees and that has no value (gpt-oss). Trainable.
+        bias: [Hq, 2L - 1]; added to the scores by distance, in column ``key - query + L - 1``; L is at least the length
+            of the longest document (T5, arXiv 1910.10683, section 2.1). Trainable. Without softcap and other bounds.
         longest: Length of the longest document, if the caller knows it; FlashAttention otherwise waits for the device.
+        cu_seqlens_k: Bounds of the documents among the keys in cross-attention, int, [D + 1]; every query sees all
+            keys of its document, whatever ``causal`` and ``window`` are.
+        longest_k: Like ``longest``, of the keys.
 
     Returns:
         [1, N, Hq, Dv].
     """
+    assert bias is None or (softcap is None and cu_seqlens_k is None), "a bias goes with neither"
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
+    options |= {"bias": bias, "cu_seqlens_k": cu_seqlens_k}
     if v.shape[3] != q.shape[3]:  # zeros change neither scores nor the other columns of the result
         sizes = (q.shape[3], v.shape[3])
         q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
-        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        return packed_attention(q, k, v, cu_seqlens, **options, sinks=sinks, longest=longest)[..., : sizes[1]]
+        return packed_attention(q, k, v, cu_seqlens, **options, longest=longest, longest_k=longest_k)[..., : sizes[1]]
     if supported(q, k, v):
         heads = Heads(q.shape[1], k.shape[1], q.shape[3])
-        spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window)
-        out: Tensor = _PackedAttention.apply(q, k, v, sinks, spans, Scores(scale, softcap or 0.0))  # type: ignore[no-untyped-call]
+        spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
+        plain_bias = None if bias is None else bias.detach().float().contiguous()
+        scores = Scores(scale, softcap or 0.0, plain_bias)
+        out: Tensor = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores)  # type: ignore[no-untyped-call]
         return out
-    plain = softcap is None and sinks is None
+    plain = softcap is None and sinks is None and bias is None
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and plain and _has_varlen():
-        return _attend_varlen(q, k, v, cu_seqlens, scale, causal, window, longest)
-    changed: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
+        whole = (None, None) if cu_seqlens_k is not None else reach(causal, window)
+        queries = _Bounds.of(cu_seqlens, longest)
+        keys = queries if cu_seqlens_k is None else _Bounds.of(cu_seqlens_k, longest_k)
+        return _attend_varlen(q, k, v, queries, keys, scale, whole)
     if q.is_cuda and importlib.util.find_spec("triton") is not None and flex.fits(q):
-        return flex.attend_flex(q, k, v, cu_seqlens, **changed)
-    return attend_by_document(q, k, v, cu_seqlens, **changed)
+        return flex.attend_flex(q, k, v, cu_seqlens, **options)
+    return attend_by_document(q, k, v, cu_seqlens, **options)
 
 
 def _has_varlen() -> bool:
@@ -82,33 +98,42 @@ def _has_varlen() -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
 
 
+class _Bounds(NamedTuple):
+    """Bounds of documents as FlashAttention takes them: int32 [D + 1], and the length of the longest."""
+
+    bounds: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, longest: int | None) -> _Bounds:
+        bounds = cu_seqlens.to(torch.int32)
+        return cls(bounds, longest or int((bounds[1:] - bounds[:-1]).max()))
+
+
 def _attend_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    queries: _Bounds,
+    keys: _Bounds,
     scale: float,
-    causal: bool,
-    window: int | None,
-    longest: int | None,
+    seen: tuple[int | None, int | None],
 ) -> Tensor:
     """Runs torch's FlashAttention over packed documents. Its speed has not been measured."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = cu_seqlens.to(torch.int32)
-    longest = longest or int((bounds[1:] - bounds[:-1]).max())
-    left = -1 if window is None else window - 1
     q_NHD, k_NHD, v_NHD = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
+    before, after = (-1 if count is None else count for count in seen)
     out: Any = varlen_attn(
         q_NHD,
         k_NHD,
         v_NHD,
-        bounds,
-        bounds,
-        longest,
-        longest,
+        queries.bounds,
+        keys.bounds,
+        queries.longest,
+        keys.longest,
         scale=scale,
-        window_size=(left, 0 if causal else left),
+        window_size=(before, after),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     result: Tensor = out[None]
@@ -120,7 +145,14 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, spans: AttentionSpans, scores: Scores
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        spans: AttentionSpans,
+        scores: Scores,
     ) -> Tensor:
         heads = spans.heads
         q_grouped = group_rows(_dense(q[0]).transpose(0, 1), spans.by_tile, heads)
@@ -134,7 +166,7 @@ class _PackedAttention(torch.autograd.Function):
             out.view(-1, heads.size).mul_((lse - whole).exp_()[:, None])
             lse = whole
         out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), spans.by_tile, heads)
-        ctx.spans, ctx.scores = spans, scores
+        ctx.spans, ctx.scores, ctx.bias_dtype = spans, scores, None if bias is None else bias.dtype
         ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD, sinks, sink_rows)
         return out_NHD[None]
 
@@ -145,10 +177,11 @@ class _PackedAttention(torch.autograd.Function):
         spans: AttentionSpans = ctx.spans
         heads = spans.heads
         grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, spans)
-        grads = attend_backward(grad, delta, lse, q, k, v, spans, ctx.scores)
+        grad_bias = torch.zeros_like(ctx.scores.bias) if ctx.needs_input_grad[4] else None
+        grads = attend_backward(grad, delta, lse, q, k, v, spans, ctx.scores, grad_bias)
         layouts = ((heads.q, spans.by_tile), (heads.kv, spans.by_segment), (heads.kv, spans.by_segment))
         grads_NHD = (
-            ungroup_rows(grouped, out_NHD.new_empty(len(out_NHD), count, heads.size), by, heads)
+            ungroup_rows(grouped, out_NHD.new_empty(grouped.numel()).view(-1, count, heads.size), by, heads)
             for grouped, (count, by) in zip(grads, layouts, strict=True)
         )
         grad_sinks = None
@@ -157,7 +190,8 @@ class _PackedAttention(torch.autograd.Function):
             sizes = Heads(heads.q, heads.kv, 1)
             rows_NH1 = ungroup_rows(rows, rows.new_empty(len(out_NHD), heads.q, 1), spans.by_tile, sizes)
             grad_sinks = rows_NH1.sum((0, 2)).to(sinks.dtype)
-        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), grad_sinks, None, None)
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), grad_sinks, grad_bias, None, None)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -173,26 +207,31 @@ def attend_by_document(
     *,
     scale: float,
     causal: bool,
-    window: int | None,
+    window: Window,
     softcap: float | None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """Reference of :func:`packed_attention` on any device; batches documents of equal length."""
-    bounds = cu_seqlens.tolist()
-    by_length: dict[int, list[int]] = {}
-    for start, stop in itertools.pairwise(bounds):
-        by_length.setdefault(stop - start, []).append(start)
-    by_length.pop(0, None)
+    bounds, bounds_k = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()
+    by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (start, stop), (start_k, stop_k) in zip(itertools.pairwise(bounds), itertools.pairwise(bounds_k), strict=True):
+        if stop > start:
+            by_lengths.setdefault((stop - start, stop_k - start_k), []).append((start, start_k))
+    seen = reach(causal, window) if cu_seqlens_k is None else (None, None)
     orders, outputs = [], []
-    for length, starts in by_length.items():
-        span = torch.arange(length, device=q.device)
-        index = (torch.tensor(starts, device=q.device)[:, None] + span).flatten()
-        whole = len(by_length) == 1  # one length: no copy is needed
-        q_DHTD, k_DHTD, v_DHTD = (
-            (t[0] if whole else t[0, :, index]).unflatten(1, (len(starts), length)).transpose(0, 1) for t in (q, k, v)
+    for lengths, starts in by_lengths.items():
+        index, index_k = (
+            (torch.tensor(column, device=q.device)[:, None] + torch.arange(length, device=q.device)).flatten()
+            for column, length in zip(zip(*starts, strict=True), lengths, strict=True)
         )
-        visible = _visible(span, causal, window)
-        out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, visible, scale, causal, softcap, sinks)
+        whole = len(by_lengths) == 1 and len(index_k) == k.shape[2]  # one length: no copy is needed
+        q_DHTD, k_DHTD, v_DHTD = (
+            (t[0] if whole else t[0, :, each]).unflatten(1, (len(starts), -1)).transpose(0, 1)
+            for t, each in ((q, index), (k, index_k), (v, index_k))
+        )
+        out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, seen, scale, softcap, sinks, bias)
         outputs.append(out_DHTD.transpose(1, 2).flatten(0, 1))
         orders.append(index)
     if len(outputs) == 1:
@@ -202,39 +241,49 @@ def attend_by_document(
     return torch.cat(outputs)[back][None]
 
 
-def _visible(span_T: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """Returns a mask of the keys that each query sees, bool [T, T]; None if there is no effective window."""
-    if window is None or window >= len(span_T):
-        return None
-    distance_TT = span_T[:, None] - span_T[None, :]
-    visible = (distance_TT < window) & (distance_TT > -window)
-    return visible & (distance_TT >= 0) if causal else visible
-
-
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
+    seen: tuple[int | None, int | None],
     scale: float,
-    causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    """Returns [D, Hq, T, Dh] over a batch of documents of one length."""
-    if softcap is None and sinks is None:
-        plain = causal and visible is None
-        grouped = q.shape[1] != k.shape[1]
+    """Returns [D, Hq, T, Dh] over a batch of documents of one length.
+
+    Args:
+        q: [D, Hq, T, Dh].
+        k: [D, Hkv, S, Dh].
+        v: [D, Hkv, S, Dv].
+        seen: How many tokens before and after itself a token sees; None for all.
+        scale: This and the following arguments are those of :func:`packed_attention`.
+        softcap: Bound on the scores.
+        sinks: Scores of one more key.
+        bias: Added to the scores by distance.
+    """
+    distance_TS = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+    before, after = (None if count is None or count >= k.shape[2] else count for count in seen)
+    causal = before is None and after == 0
+    if softcap is None and sinks is None and bias is None and causal:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    visible = None
+    if before is not None or after is not None:
+        visible = (distance_TS >= -(k.shape[2] if before is None else before)) & (
+            distance_TS <= (k.shape[2] if after is None else after)
+        )
+    if softcap is None and sinks is None and bias is None:
         return scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=plain, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(accumulator)
     scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
-    if visible is None and causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if bias is not None:
+        scores = scores + bias[:, distance_TS + bias.shape[1] // 2]
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:

@@ -3,9 +3,11 @@
 Tiles stay in cache. Short documents share a segment, and therefore a tile, in which each row has its own first and last
 key. So a thousand documents of ten tokens take about as long as ten documents of a thousand.
 
-Legend: N packed tokens, S tokens of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size, P rows
-of a tile, K keys of a tile. In the grouped layout, keys and values are stored segment by segment as [Hkv, S, Dh], and
-queries and outputs tile by tile as [Hkv, tokens, G, Dh], so that batched products need no copies.
+In cross-attention the keys are those of another packed row, with as many documents.
+
+Legend: N packed tokens, M packed keys, S keys of a segment, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head
+size, P rows of a tile, K keys of a tile. In the grouped layout, keys and values are stored segment by segment as
+[Hkv, S, Dh], and queries and outputs tile by tile as [Hkv, tokens, G, Dh], so that batched products need no copies.
 """
 
 from __future__ import annotations
@@ -26,6 +28,19 @@ TILE_KEYS = 1024
 TILE_SCORES = 1 << 21
 
 Indices = npt.NDArray[np.int32]
+
+#: Number of tokens that a token sees, including itself (on either side if not causal), or how many it sees before
+#: itself and after itself. None means all of its document.
+Window = int | tuple[int | None, int | None] | None
+
+
+def reach(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """Returns how many tokens before itself and after itself a token sees; None for all of its document."""
+    if isinstance(window, tuple):
+        before, after = window
+        return before, 0 if causal else after
+    before_or_after = None if window is None else window - 1
+    return before_or_after, 0 if causal else before_or_after
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Tile:
     Attributes:
         rows: Start and stop of the query tokens.
         blocks: Start and stop of each block of keys.
-        segment: Start and stop of the segment that contains all of them.
+        segment: Start and stop of the segment of keys that contains all of them.
     """
 
     rows: tuple[int, int]
@@ -89,7 +104,7 @@ class AttentionSpans:
         last: One past the last key of each token, int32 [N]; never decreases within a segment.
         tiles: Tiles, which together cover each token once.
         by_tile: Start and stop of each token's tile, int32 [N, 2].
-        by_segment: Start and stop of each token's segment, int32 [N, 2].
+        by_segment: Start and stop of each key's segment, int32 [M, 2].
     """
 
     heads: Heads
@@ -100,17 +115,29 @@ class AttentionSpans:
     by_segment: Indices
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: int | None) -> AttentionSpans:
-        """Returns the spans of documents with these boundaries, int [D + 1]."""
+    def of(
+        cls, cu_seqlens: Tensor, heads: Heads, *, causal: bool, window: Window, cu_seqlens_k: Tensor | None = None
+    ) -> AttentionSpans:
+        """Returns the spans of documents with these boundaries, int [D + 1].
+
+        Args:
+            cu_seqlens: Boundaries of the documents of the queries.
+            heads: Sizes of the heads.
+            causal: Whether a token sees no later token.
+            window: See :data:`Window`.
+            cu_seqlens_k: Boundaries of the keys in cross-attention, where a query sees all keys of its document.
+        """
         bounds = cu_seqlens.numpy().astype(np.int32)
+        bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.numpy().astype(np.int32)
         lengths = np.diff(bounds)
-        window = None if window is None else min(window, int(bounds[-1]))  # a config may name any number
-        index = np.arange(bounds[-1], dtype=np.int32)
-        start, stop = np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
-        first = start if window is None else np.maximum(start, index - np.int32(window - 1))
-        last = stop if window is None else np.minimum(stop, index + np.int32(window))
-        last = index + np.int32(1) if causal else last
-        segments = _segments(bounds.tolist())
+        first, last = np.repeat(bounds_k[:-1], lengths), np.repeat(bounds_k[1:], lengths)
+        if cu_seqlens_k is None:
+            index = np.arange(bounds[-1], dtype=np.int32)
+            # A config may name any number.
+            before, after = (None if n is None else np.int32(min(n, bounds[-1])) for n in reach(causal, window))
+            first = first if before is None else np.maximum(first, index - before)
+            last = last if after is None else np.minimum(last, index + after + np.int32(1))
+        segments = _segments(bounds.tolist(), bounds_k.tolist())
         tiles = tuple(_tiles(first, last, segments, heads))
         return cls(
             heads,
@@ -118,29 +145,33 @@ class AttentionSpans:
             last.astype(np.int32),
             tiles,
             _per_token([tile.rows for tile in tiles]),
-            _per_token(segments),
+            _per_token([keys for _, keys in segments]),
         )
 
 
-def _segments(bounds: list[int]) -> list[tuple[int, int]]:
-    segments: list[tuple[int, int]] = []
-    for start, stop in itertools.pairwise(bounds):
-        if segments and stop - segments[-1][0] <= SEGMENT_TOKENS:
-            segments[-1] = (segments[-1][0], stop)
-        elif stop > start:
-            segments.append((start, stop))
+#: Start and stop of some documents among the queries, and among the keys.
+_Segment = tuple[tuple[int, int], tuple[int, int]]
+
+
+def _segments(bounds: list[int], bounds_k: list[int]) -> list[_Segment]:
+    segments: list[_Segment] = []
+    for (start, stop), (start_k, stop_k) in zip(itertools.pairwise(bounds), itertools.pairwise(bounds_k), strict=True):
+        if segments and max(stop - segments[-1][0][0], stop_k - segments[-1][1][0]) <= SEGMENT_TOKENS:
+            segments[-1] = ((segments[-1][0][0], stop), (segments[-1][1][0], stop_k))
+        elif stop > start or stop_k > start_k:
+            segments.append(((start, stop), (start_k, stop_k)))
     return segments
 
 
-def _tiles(first: Indices, last: Indices, segments: list[tuple[int, int]], heads: Heads) -> Iterator[Tile]:
-    for start, stop in segments:
+def _tiles(first: Indices, last: Indices, segments: list[_Segment], heads: Heads) -> Iterator[Tile]:
+    for (start, stop), segment in segments:
         row = start
         while row < stop:
             begin, end = int(first[row]), min(stop, row + TILE_TOKENS)
             while end - row > 16 and (end - row) * heads.q * min(int(last[end - 1]) - begin, TILE_KEYS) > TILE_SCORES:
                 end = row + (end - row) // 2
             cuts = [*range(begin, int(last[end - 1]), TILE_KEYS), int(last[end - 1])]
-            yield Tile((row, end), tuple(itertools.pairwise(cuts)), (start, stop))
+            yield Tile((row, end), tuple(itertools.pairwise(cuts)), segment)
             row = end
 
 

@@ -145,13 +145,22 @@ def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -
         bias = None if p.bias is None else p.bias.detach().to(x.dtype)
         y = None if p.product is None else p.product(x)
         if y is None:
-            y = linear(x, p.weight(x.dtype), bias)
+            y = _multiply(x, p.weight(x.dtype), bias)
         elif bias is not None:
             y += bias
         if p.rank and not p.holds_change:
             y.view(-1, y.shape[-1]).addmm_(xa_NR, p.scaled_b(x.dtype).t())
         outputs.append(y)
     return outputs, xa_NS
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns ``x W^T + bias``; torch's own product with a bias is a view of its rows."""
+    if bias is None:
+        return linear(x, weight)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t(), out=y.view(-1, len(weight)))
+    return y
 
 
 def through_b(

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.packed import packed_attention
-from ingle.models.forward.bounds import is_bounds, query_bounds
+from ingle.models.forward.bounds import describe, is_bounds, read_bounds
 
 #: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
@@ -61,7 +60,8 @@ def attend(
         cu_seq_lens_q: First token of each document and the end, ``[D + 1]``.
         max_length_q: Length of the longest document, if it is known.
         s_aux: Attention sinks ``[Hq]``: the score of one more key, which has no value.
-        position_bias: Additive bias, not supported.
+        position_bias: Added to the scores: ``[1 or B, Hq, T, S]``; over packed documents ``[1, Hq, 2L - 1]`` by
+            distance, or empty for none.
         kwargs: Other arguments that transformers passes to every attention function.
 
     Returns:
@@ -70,22 +70,40 @@ def attend(
     Raises:
         ModelError: The architecture needs something that is not supported.
     """
-    if position_bias is not None:
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    bounds = read_bounds(attention_mask) if cu_seq_lens_q is None and is_bounds(attention_mask) else None
+    if bounds is not None:
+        cu_seq_lens_q, max_length_q = bounds.queries, bounds.longest
+    if cu_seq_lens_q is not None:
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+        if position_bias is not None and position_bias.numel() > 0:
+            options["bias"] = _by_distance(module, position_bias)
+        if bounds is not None and bounds.crosses:
+            keys = {"cu_seqlens_k": bounds.keys, "longest_k": bounds.longest_keys}
+            return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q, **keys), None
+        if bounds is not None and bounds.described:
+            options |= {"causal": bounds.after == 0, "window": (bounds.before, bounds.after)}
+        else:
+            options |= {"causal": causal, "window": _window(module, sliding_window)}
+        cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
+        return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q), None
+    return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias), None
+
+
+def _by_distance(module: nn.Module, position_bias: Tensor) -> Tensor:
+    """Returns a bias by distance, ``[Hq, 2L - 1]``.
+
+    Raises:
+        ModelError: The architecture computes its bias in another way.
+    """
+    if position_bias.dim() != 3:
         raise ModelError(
-            f"{type(module).__name__} uses a position bias, which packed attention does not compute.",
+            f"{type(module).__name__} uses a position bias that packed attention does not compute.",
             where="model.id",
             fix="choose a model of another architecture",
         )
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if cu_seq_lens_q is None and is_bounds(attention_mask):
-        cu_seq_lens_q = query_bounds(attention_mask)
-    if cu_seq_lens_q is not None:
-        window = _window(module, sliding_window)
-        cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
-        options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
-        return packed_attention(query, key, value, cu_seq_lens_q, **options, sinks=s_aux, longest=max_length_q), None
-    return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux), None
+    return position_bias[0]
 
 
 def _window(module: nn.Module, passed: int | None) -> int | None:
@@ -132,9 +150,15 @@ def _attend_masked(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     causal = causal and mask is None and query.shape[2] > 1
+    if bias is not None:  # no architecture has one together with sinks or a softcap
+        if causal:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = bias if mask is None else bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
+        mask, causal = mask.to(query.dtype), False
     if softcap is None and sinks is None:
         out = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=groups > 1
@@ -156,4 +180,4 @@ def _attend_masked(
 
 # transformers' public interface; runs once, on import.
 AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, describe)

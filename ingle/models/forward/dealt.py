@@ -21,32 +21,40 @@ from transformers import PretrainedConfig
 
 from ingle.models.forward.documents import Boundaries, Documents, Group
 from ingle.models.forward.mixers import CACHES, MASKS, Class, original_class
-from ingle.models.forward.row_masks import MaskForm, causal_mask
+from ingle.models.forward.row_masks import MaskForm, row_mask
 
 #: Boundaries of packed documents under transformers' names.
 _BOUNDARIES = re.compile(r"^(cu_seq_?lens.*|max_length_[qk]|max_seqlen.*|seq_idx|seq_lens)$")
 
 
-class Dealt(nn.Module):
+class Evaluating(nn.Module):
+    """Goes before the class of a module: it always computes as in evaluation."""
+
+    original: Class
+
+    @property
+    def training(self) -> bool:
+        """False, whatever mode is set; the children have their own."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Ignored."""
+
+
+class Dealt(Evaluating):
     """Goes before the class of a module: ``forward`` runs once for each group of documents.
+
+    Fused kernels for training read weights of layers directly, without their adapters, so the module evaluates.
 
     Without documents, as in generation, the module computes as usual. What the architecture returns for each token is
     collected; other results, such as attention weights, are those of the first group.
     """
 
-    original: Class
     _boundaries: Boundaries
     _mask_form: MaskForm
     _mask_config: PretrainedConfig
-
-    @property
-    def training(self) -> bool:
-        """False: fused kernels for training read weights of layers directly, without their adapters."""
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        """Ignored; the children have their own."""
+    _is_causal: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes each document alone; takes and returns what the original module does."""
@@ -73,8 +81,9 @@ class Dealt(nn.Module):
         deal = functools.partial(self._deal, documents=documents, group=group, dtype=dtype)
         if isinstance(value, dict):
             return {key: deal(key, part) for key, part in value.items()}
-        if isinstance(value, torch.Size):
-            return torch.Size((*group.real_DL.shape, *value[2:])) if value[:2] == (1, documents.num_tokens) else value
+        is_shape = isinstance(value, tuple) and all(isinstance(size, int) for size in value)
+        if is_shape and value[:2] == (1, documents.num_tokens):
+            return torch.Size((*group.real_DL.shape, *value[2:]))
         if isinstance(value, tuple | list):
             return type(value)(deal(None, part) for part in value)
         if not isinstance(value, Tensor):
@@ -91,10 +100,13 @@ class Dealt(nn.Module):
             return {key: None if "conv" in key else self._mask(part, group, dtype) for key, part in value.items()}
         if self._mask_form == "none":
             return None  # padding is on the right, which a state never sees
-        return causal_mask(self._mask_config, getattr(self, "layer_idx", None), self._mask_form, group, dtype)
+        layer_idx = getattr(self, "layer_idx", None)
+        return row_mask(self._mask_config, layer_idx, self._mask_form, group, dtype, causal=self._is_causal)
 
 
-def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, config: PretrainedConfig) -> None:
+def deal_module(
+    module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, config: PretrainedConfig, *, causal: bool = True
+) -> None:
     """Deals documents to a module from now on.
 
     Args:
@@ -102,18 +114,25 @@ def deal_module(module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, 
         boundaries: Holds the documents of the batch.
         mask_form: The mask that the module gets.
         config: Describes the mask, if there is one.
+        causal: Whether a token sees earlier tokens only.
     """
-    module.__class__ = _dealt_class(original_class(module))
+    put_before(Dealt, module)
     own = getattr(module, "config", None)
     described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
     described._attn_implementation_internal = "eager"  # transformers then makes additive masks
-    module.__dict__.update(_boundaries=boundaries, _mask_form=mask_form, _mask_config=described)
+    settings = {"_boundaries": boundaries, "_mask_form": mask_form, "_mask_config": described, "_is_causal": causal}
+    module.__dict__.update(settings)
+
+
+def put_before(base: type[nn.Module], module: nn.Module) -> None:
+    """Puts a class before that of a module."""
+    module.__class__ = _derived(base, original_class(module))
 
 
 @functools.cache
-def _dealt_class(cls: Class) -> type[nn.Module]:
+def _derived(base: type[nn.Module], cls: Class) -> type[nn.Module]:
     # One class for each, because copies of a model are compared by class.
-    return type(cls.__name__, (Dealt, cls), {"original": cls, "__doc__": cls.__doc__})
+    return type(cls.__name__, (base, cls), {"original": cls, "__doc__": cls.__doc__})
 
 
 @functools.cache

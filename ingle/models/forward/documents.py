@@ -9,7 +9,7 @@ Legend: N packed tokens, D documents of a group, L length of its longest documen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,16 @@ class Group:
     index_DL: Tensor
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> Group:
+        """Returns all documents as one group, in their order.
+
+        Args:
+            cu_seqlens: First token of each document and the end, ``[D + 1]``.
+        """
+        spans = [(stop - start, start) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+        return _group(spans, cu_seqlens.device)
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
@@ -65,11 +75,21 @@ class Documents:
         """
         bounds = cu_seqlens.tolist()
         spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
-        groups = tuple(_group(each, cu_seqlens.device) for each in _by_length(spans, padding))
+        return cls._of_spans(list(_by_length(spans, padding)), cu_seqlens)
+
+    @classmethod
+    def of_groups(cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]]) -> Documents:
+        """Groups documents as given: the numbers of the documents of each group."""
+        bounds = cu_seqlens.tolist()
+        return cls._of_spans([[(bounds[i + 1] - bounds[i], bounds[i]) for i in group] for group in groups], cu_seqlens)
+
+    @classmethod
+    def _of_spans(cls, spans: list[list[tuple[int, int]]], cu_seqlens: Tensor) -> Documents:
+        groups = tuple(_group(each, cu_seqlens.device) for each in spans)
         order_N = torch.cat([group.index_DL[group.real_DL] for group in groups])
         back_N = torch.empty_like(order_N)
         back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        return cls(groups, bounds[-1], back_N)
+        return cls(groups, int(cu_seqlens[-1]), back_N)
 
     def collect(self, parts: list[Tensor]) -> Tensor:
         """Returns the packed values ``[N, ...]`` of groups ``[D, L, ...]``."""
@@ -112,6 +132,6 @@ def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tu
 
 def _group(spans: list[tuple[int, int]], device: torch.device) -> Group:
     length_D1, start_D1 = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
-    place_1L = torch.arange(spans[0][0])[None]
+    place_1L = torch.arange(int(length_D1.max()))[None]
     index_DL = start_D1 + torch.minimum(place_1L, length_D1 - 1)
     return Group(index_DL.to(device), (place_1L < length_D1).to(device))

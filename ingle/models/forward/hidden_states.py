@@ -10,23 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.forward.bounds import causal_bounds
+from ingle.models.forward.bounds import make_bounds
 from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
-from ingle.models.forward.mixers import base_of, original_class, parameters
+from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import text_config
 from ingle.parallel import call_inside, compute_device, is_sharded
 from ingle.quant import QuantEmbedding, QuantLinear
+from ingle.quant.task_heads import task_heads
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
+
+Result = TypeVar("Result")
 
 #: Settings that multiply or divide the logits.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -66,7 +70,7 @@ def head(model: PreTrainedModel) -> Head:
         ModelError: The head is not a plain linear layer.
     """
     layer = model.get_output_embeddings()
-    if not isinstance(layer, nn.Linear | QuantLinear):
+    if not isinstance(layer, nn.Linear | nn.Embedding | QuantLinear):
         raise ModelError(
             f"The output head is a {type(layer).__name__}, not a linear layer.",
             where="model.id",
@@ -81,7 +85,9 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    return Head(weight, layer.bias, scale, None if softcap is None else float(softcap))
+    # BART and its kin add a bias outside the layer.
+    bias = getattr(layer, "bias", None) if (more := getattr(model, "final_logits_bias", None)) is None else more[0]
+    return Head(weight, bias, scale, None if softcap is None else float(softcap))
 
 
 def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -100,7 +106,8 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Returns the device of the output head, where batches go; unlike :func:`head`, dequantizes nothing."""
-    layer: nn.Module = model.get_output_embeddings()
+    heads = task_heads(model)
+    layer: nn.Module = model.get_submodule(heads[0]) if heads else model.get_output_embeddings()
     return compute_device(next(layer.parameters()))
 
 
@@ -119,39 +126,68 @@ def computed_in(model: PreTrainedModel) -> torch.dtype:
 
 
 def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Returns the decoder's output after its last norm, ``[1, N, H]``; no token attends to another document.
+    """Returns the input of the output layer, ``[1, N, H]``; no token attends to another document.
 
     Args:
         model: A model from :func:`ingle.models.meta_model`, with weights.
-        batch: Documents packed in a single row.
+        batch: Documents packed in a single row. Of an encoder-decoder, the decoder's row is computed.
     """
-    return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens)
+    if "decoder_input_ids" in batch.columns:
+        names = ("input_ids", "position_ids", "cu_seqlens")
+        source, target = (Row(*(batch.columns[row + name] for name in names)) for row in ("", "decoder_"))
+        return forward_pairs(model, source, target)
+    types = batch.columns.get("token_type_ids")
+    return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, types)
 
 
-def forward_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Computes :func:`forward_hidden` from ids ``[1, N]``, positions ``[1, N]`` and boundaries ``[D + 1]``."""
-    layout, boundaries = layout_of(model), boundaries_of(model)
+def forward_packed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None = None,
+) -> Tensor:
+    """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``."""
+    layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
-        return _forward_rows(model, layout, input_ids, cu_seqlens)
+        if token_type_ids is None and layout.passes_types:
+            token_type_ids = torch.zeros_like(input_ids)
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return _forward_rows(model, layout, {"input_ids": input_ids, **types}, cu_seqlens)
+    return call_packed(model, input_ids, position_ids, cu_seqlens, run_to_head, token_type_ids)
+
+
+def call_packed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    run: Callable[[PreTrainedModel, dict[str, Any]], Result],
+    token_type_ids: Tensor | None = None,
+) -> Result:
+    """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed."""
+    layout, boundaries = layout_of(model), boundaries_of(model)
+    if token_type_ids is None and layout.passes_types:
+        token_type_ids = torch.zeros_like(input_ids)
+    types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
-        # transformers passes a four-dimensional mask on as it is, also to attention that gets no keyword arguments.
-        "attention_mask": causal_bounds(cu_seqlens) if layout.takes_bounds else None,
+        "attention_mask": make_bounds(cu_seqlens, described=layout.described) if layout.takes_bounds else None,
         "position_ids": position_ids + layout.first_position if layout.first_position else position_ids,
         "use_cache": False,
-        **({"token_type_ids": torch.zeros_like(input_ids)} if layout.passes_types else {}),
-        "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": cu_seqlens,
+        **types,
     }
-    if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
-        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-        arguments |= {"max_length_q": longest, "max_length_k": longest}
+    if not layout.described:
+        arguments |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
+            longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+            arguments |= {"max_length_q": longest, "max_length_k": longest}
     documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if layout.dealt else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
-        return run_to_head(model, arguments)
+        return run(model, arguments)
 
 
-def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
     padding = 0.0 if layout.kind == "equal_rows" else PADDING
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -164,34 +200,11 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, input_ids: Tensor, cu_
             )
         padding = float("inf")
     documents = Documents.of(cu_seqlens, padding=padding)
-    fill = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    fill = getattr(text_config(model.config), "pad_token_id", None) or 0
     rows = []
     for group in documents.groups:
-        ids_DL = group.deal(input_ids[0]).masked_fill(~group.real_DL, fill)
+        arguments: dict[str, Any] = {name: group.deal(column[0]) for name, column in columns.items()}
+        arguments["input_ids"] = arguments["input_ids"].masked_fill(~group.real_DL, fill)
         mask = None if layout.kind == "equal_rows" else group.real_DL.long()
-        arguments = {"input_ids": ids_DL, "attention_mask": mask, "use_cache": False}
-        rows.append(run_to_head(model, arguments))
+        rows.append(run_to_head(model, {**arguments, "attention_mask": mask, "use_cache": False}))
     return documents.collect(rows)[None]
-
-
-def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
-    """Returns the input of the output layer; passes the arguments that the model takes."""
-    called = model if layout_of(model).has_layers_before_head else base_of(model)
-    takes = parameters(original_class(called))
-    if "kwargs" not in takes:
-        arguments = {name: value for name, value in arguments.items() if name in takes}
-    if called is not model:
-        hidden: Tensor = called(**arguments).last_hidden_state
-        return hidden
-    kept: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        kept.append(inputs[0])
-        return inputs[0][:, :1]  # the logits are not used
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        called(**arguments)
-    finally:
-        hook.remove()
-    return kept[0]

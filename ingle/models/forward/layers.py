@@ -68,7 +68,8 @@ def recompute_layers(model: PreTrainedModel) -> None:
     # transformers renamed the method in 5.23, where the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     boundaries = boundaries_of(model)
-    if not layout_of(model).dealt or boundaries is None:
+    layout = layout_of(model)
+    if not (layout.dealt or layout.has_distances) or boundaries is None:
         enable({"use_reentrant": False})
         return
     # Another batch may have been computed when backward computes a layer of this one again.

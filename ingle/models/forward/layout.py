@@ -20,8 +20,11 @@ from transformers import PreTrainedModel
 from ingle.models.forward.attention import IMPLEMENTATION
 from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
+from ingle.models.forward.isolation import isolate
 from ingle.models.forward.mixers import find_mixers, original_class
+from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
 
 LayoutKind = Literal["packed", "documents", "rows", "equal_rows"]
@@ -36,24 +39,28 @@ class Layout:
         deals_attention: Whether all attention is dealt, also that which could use boundaries.
         mask_form: The mask that dealt attention gets.
         takes_bounds: Whether the model gets boundaries as its attention mask; if not, it gets no mask.
+        described: Whether the architecture's own mask function says which tokens of a document a token sees.
         equal: Whether only documents of equal length are dealt together.
         first_position: The position of a document's first token.
         passes_types: Whether the model gets token types; its own are only as many as its longest text has tokens.
         has_layers_before_head: Whether there are layers between the base model and the output layer, as in RoBERTa.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
+        has_distances: Whether attention gets relative position biases by distance.
     """
 
     kind: LayoutKind = "packed"
     deals_attention: bool = False
     mask_form: MaskForm = "additive"
     takes_bounds: bool = True
+    described: bool = False
     equal: bool = False
     first_position: int = 0
     passes_types: bool = False
     has_layers_before_head: bool = False
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
+    has_distances: bool = False
 
 
 class ReadLinear(nn.Linear):
@@ -94,6 +101,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
     for name, module in model.named_modules():
         if pattern_of(name) in layout.read:
             module.__class__ = ReadLinear
+    isolate(model)
     stored: Any = model
     stored.packed_boundaries = boundaries or Boundaries()
     dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()
@@ -104,6 +112,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
         first_position=_first_position(model),
         passes_types=any(name.endswith("token_type_ids") for name, _ in model.named_buffers()),
         dealt=tuple(sorted(dealt)),
+        has_distances=layout.kind in ("packed", "documents") and use_distances(model, stored.packed_boundaries),
     )
 
 
@@ -116,9 +125,10 @@ def _deal(model: PreTrainedModel, layout: Layout, boundaries: Boundaries) -> fro
     if attention and model._can_set_attn_implementation():
         # Dealt attention computes the architecture's own biases, sinks and selections of keys.
         model.set_attn_implementation(for_text_part(model.config, IMPLEMENTATION if by_interface else "eager"))
+    causal = kind_of(model.config) == "causal"
     for name in mixers.keys() - by_interface:
         form: MaskForm = layout.mask_form if name in attention else "none"
-        deal_module(model.get_submodule(name), boundaries, form, model.config)
+        deal_module(model.get_submodule(name), boundaries, form, model.config, causal=causal)
     return frozenset(original_class(model.get_submodule(name)).__name__ for name in mixers.keys() - by_interface)
 
 

@@ -20,6 +20,7 @@ from ingle.models.forward.hidden_states import computed_in, device_of
 from ingle.models.forward.layers import find_layers
 from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.rotary_by_length import rope_sections, rope_types
+from ingle.models.kinds import task_of
 from ingle.models.loading.meta_device import build, compute_rest
 from ingle.models.text_part import text_config
 from ingle.parallel import is_unit
@@ -75,8 +76,8 @@ def make_probe(model: PreTrainedModel) -> Probe | None:
     _exaggerate(text_config(config))
     # The model's own code is needed again if the model was built from it.
     own_code = not type(model).__module__.startswith("transformers.")
-    layout, boundaries = layout_of(model), boundaries_of(model)
-    probe = build(config, computed_in(model), trust_remote_code=own_code, layout=layout, boundaries=boundaries)
+    parts: Any = {"layout": layout_of(model), "boundaries": boundaries_of(model), "task": task_of(model)}
+    probe = build(config, computed_in(model), trust_remote_code=own_code, **parts)
     _keep_one_of_each(probe)
     device = device_of(model)
     compute_rest(probe, device, [name for name, _ in probe.named_buffers()])

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
@@ -16,15 +18,16 @@ from transformers.masking_utils import (
 from ingle.models.forward.documents import Group
 
 #: ``additive``: 0 or the smallest number. ``visible``: true where a query sees a key. ``hidden``: true where not.
-MaskForm = Literal["none", "additive", "visible", "hidden"]
+#: ``padding``: 1 for tokens and 0 for padding, without a dimension for queries.
+MaskForm = Literal["none", "additive", "visible", "hidden", "padding"]
 
 
-def causal_mask(
-    config: PretrainedConfig, layer_idx: int | None, form: MaskForm, group: Group, dtype: torch.dtype
+def row_mask(
+    config: PretrainedConfig, layer_idx: int | None, form: MaskForm, group: Group, dtype: torch.dtype, *, causal: bool
 ) -> Tensor:
-    """Returns the mask ``[D, 1, L, L]`` of an attention layer.
+    """Returns the mask ``[D, 1, L, L]`` of an attention layer, or ``[D, L]`` of the padding.
 
-    Padding is on the right, so no token sees it, and the mask need not know where it is.
+    Padding is on the right. No earlier token sees it, so that a causal mask need not know where it is.
 
     Args:
         config: Names the kinds of layers, their windows and chunks; its attention is ``eager``.
@@ -32,26 +35,38 @@ def causal_mask(
         form: How to express the mask.
         group: The rows.
         dtype: Of an additive mask.
+        causal: Whether a token sees earlier tokens only.
     """
+    if form == "padding":
+        return group.real_DL.long()
     kinds = getattr(config, "layer_types", None)
     kind = kinds[layer_idx] if kinds is not None and layer_idx is not None and layer_idx < len(kinds) else None
-    key = (id(config), kind, form, dtype)
+    key = (id(config), kind, form, dtype, causal)
     if key not in group.masks:
-        group.masks[key] = _make(config, kind, form, group, dtype)
+        group.masks[key] = _make(config, kind, form, group, dtype, causal)
     mask = group.masks[key]
     assert isinstance(mask, Tensor)
     return mask
 
 
-def _make(config: PretrainedConfig, kind: str | None, form: MaskForm, group: Group, dtype: torch.dtype) -> Tensor:
-    make: Any = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind or "", create_causal_mask)
-    if kind is not None and "sliding" in kind:  # transformers 5.23 lists the full mask for hybrid_sliding
-        make = create_sliding_window_causal_mask
-    elif not callable(make):
-        make = create_causal_mask
+def _make(
+    config: PretrainedConfig, kind: str | None, form: MaskForm, group: Group, dtype: torch.dtype, causal: bool
+) -> Tensor:
     rows, length = group.real_DL.shape
     like = torch.empty(rows, length, 1, device=group.real_DL.device, dtype=dtype)
-    mask: Tensor = make(config=config, inputs_embeds=like, attention_mask=None, past_key_values=None)
+    arguments: dict[str, Any] = {"config": config, "inputs_embeds": like, "past_key_values": None}
+    make: Any
+    if causal:
+        make = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind or "", create_causal_mask)
+        if kind is not None and "sliding" in kind:  # transformers 5.23 lists the full mask for hybrid_sliding
+            make = create_sliding_window_causal_mask
+        elif not callable(make):
+            make = create_causal_mask
+        mask: Tensor = make(attention_mask=None, **arguments)
+    else:
+        sliding = kind is not None and "sliding" in kind
+        make = create_bidirectional_sliding_window_mask if sliding else create_bidirectional_mask
+        mask = make(attention_mask=group.real_DL, allow_is_bidirectional_skip=False, **arguments)
     if form == "additive":
         return mask
     return mask == 0 if form == "visible" else mask != 0

@@ -1,68 +1,175 @@
 """Runs a model with a task head over packed documents.
 
-The architecture's own head runs, with all that it does before its output layer: pooling, dropout, activations. It sees
-documents as the rows of a batch, those of equal length together, so that nothing is padded.
+The architecture's own head runs, with all that it does before its output layer: pooling, dropout, activations. The base
+below it computes all documents packed. A head that reads single tokens gets the packed row; one that reads documents
+gets them as the rows of a batch: a copy of the hidden states, and no other computation, is padded. Architectures that
+cannot be packed see documents as rows from the start.
 
-Legend: D documents, T tokens of one, N tokens of all, C outputs.
+Legend: D documents, L length of the longest, N tokens of all, C outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
+from ingle.models.forward.documents import PADDING, Documents, Group
+from ingle.models.forward.hidden_states import call_packed
+from ingle.models.forward.layout import layout_of
+from ingle.models.forward.mixers import base_of
+from ingle.models.forward.to_head import taken
+from ingle.models.kinds import kind_of, task_of
+from ingle.models.text_part import text_config
 from ingle.parallel import is_sharded
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
 
 
+def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns the paths of the modules of a task model that a pretrained model has no weights for.
+
+    These are all modules with weights outside of the base, and the base's pooler, which masked language models lack.
+    """
+    base = base_of(model)
+    heads = [
+        name
+        for name, child in model.named_children()
+        if not isinstance(child, PreTrainedModel | nn.Embedding) and any(True for _ in child.parameters())
+    ]
+    pooler = getattr(base, "pooler", None)
+    if base is not model and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
+        heads.append(next(name for name, module in model.named_modules() if module is pooler))
+    return tuple(heads)
+
+
 def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Returns the outputs of a task head.
 
     Args:
-        model: A model with a head for classification, token classification or question answering.
+        model: A model from :func:`ingle.models.meta_model` for the task, with weights.
         batch: Documents packed in a single row.
 
     Returns:
-        Classification: ``[D, C]``. Token classification: ``[1, N, C]``. Question answering: ``[1, N, 2]``, the scores
-        of the first and of the last token.
+        Classification: ``[D, C]`` for the documents that :func:`~ingle.data.round_up` did not add, or for the first
+        one if there is no other. Token classification: ``[1, N, C]``. Question answering: ``[1, N, 2]``, the scores of
+        the first and of the last token.
 
     Raises:
-        ModelError: The model is sharded; ranks would make different numbers of calls.
+        ModelError: The model is sharded, and its layout needs different numbers of calls on different ranks.
     """
+    layout = layout_of(model)
+    if layout.kind in ("rows", "equal_rows") or kind_of(model.config) == "encoder_decoder":
+        return _forward_rows(model, batch, equal=layout.kind == "equal_rows")
+    if task_of(model).kind == "classify":
+        return _classify_packed(model, batch)
+    with _computing(base_of(model), lambda compute: _run_packed(model, batch, compute)):
+        return _outputs(model, {"input_ids": batch.input_ids})
+
+
+def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Computes the base packed, and the head on rows."""
+    base = base_of(model)
+    group = Group.of(batch.cu_seqlens[: max(1, batch.num_documents) + 1])
+
+    def compute_rows(compute: Callable[..., Any]) -> Any:
+        output = _run_packed(model, batch, compute)
+        output.last_hidden_state = group.deal(output.last_hidden_state[0])
+        if getattr(output, "pooler_output", None) is not None:
+            output.pooler_output = _pool(base, output.last_hidden_state)
+        return output
+
+    with _computing(base, compute_rows):
+        return _outputs(model, _row_arguments(model, batch, group))
+
+
+def _run_packed(model: PreTrainedModel, batch: Batch, compute: Callable[..., Any]) -> Any:
+    """Returns what the base returns for the packed row."""
+
+    def run(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+        return compute(**taken(base_of(model), arguments))
+
+    types = batch.columns.get("token_type_ids")
+    return call_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, run, types)
+
+
+def _pool(base: nn.Module, rows_DLH: Tensor) -> Tensor:
+    """Returns what the pooler of the base makes of each document."""
+    pooler: Any = base.pooler
+    pooled: Tensor
+    if isinstance(pooler, nn.Linear):  # ALBERT's
+        activation: Any = base.pooler_activation
+        pooled = activation(pooler(rows_DLH[:, 0]))
+    else:
+        pooled = pooler(rows_DLH)
+    return pooled
+
+
+@contextmanager
+def _computing(module: nn.Module, function: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """Lets a function compute what a module returns inside the block; it gets the module's own ``forward``."""
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(own)
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tensor:
+    """Computes each document in a row of its own, with the architecture's own mask and positions."""
+    padding = 0.0 if equal else PADDING
     if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ModelError(
-            f"{type(model).__name__} calls its head for each length of a document, so it cannot be sharded.",
-            where="parallel.kind",
-            fix="--parallel.kind=ddp",
-        )
-    lengths_D = batch.cu_seqlens.diff().long()
-    outputs: list[Tensor] = []
-    places: list[Tensor] = []
-    by_document = True
-    for length in lengths_D.unique().tolist():
-        documents_R = torch.nonzero(lengths_D == length)[:, 0]
-        places_RT = batch.cu_seqlens[:-1].long()[documents_R, None] + torch.arange(length, device=lengths_D.device)
-        rows = _outputs(model, _arguments(batch, places_RT))
-        by_document = rows.dim() == 2
-        outputs.append(rows if by_document else rows.flatten(0, 1))
-        places.append(documents_R if by_document else places_RT.flatten())
-    packed = torch.cat(outputs)[torch.cat(places).argsort()]
-    return packed if by_document else packed[None]
+        # Ranks gather weights together, so all must make as many calls.
+        if equal:
+            raise ModelError(
+                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
+                where="parallel.kind",
+                fix="--parallel.kind=ddp",
+            )
+        padding = float("inf")
+    by_document = task_of(model).kind == "classify"
+    bounds = batch.cu_seqlens[: max(1, batch.num_documents) + 1] if by_document else batch.cu_seqlens
+    documents = Documents.of(bounds, padding=padding)
+    parts = [_outputs(model, _row_arguments(model, batch, group)) for group in documents.groups]
+    if not by_document:
+        return documents.collect(parts)[None]
+    starts_D = torch.cat([group.index_DL[:, 0] for group in documents.groups])
+    return torch.cat(parts)[starts_D.argsort()]
 
 
-def _arguments(batch: Batch, places_RT: Tensor) -> dict[str, Any]:
-    columns = {name: batch.columns[name][0] for name in ("input_ids", "token_type_ids") if name in batch.columns}
-    return {name: column_N[places_RT] for name, column_N in columns.items()}
+def _row_arguments(model: PreTrainedModel, batch: Batch, group: Group) -> dict[str, Any]:
+    """Returns the arguments of a model that sees documents as rows."""
+    config = text_config(model.config)
+    padding = getattr(config, "pad_token_id", None)
+    fill = 0 if padding is None else padding
+    ids_DL = group.deal(batch.input_ids[0])
+    if kind_of(model.config) == "encoder_decoder" and batch.num_documents == 0:
+        # They are read at the token that ends the text, which the start of a text lacks.
+        ids_DL = torch.full_like(ids_DL, config.eos_token_id)
+    arguments = {"input_ids": ids_DL.masked_fill(~group.real_DL, fill), "attention_mask": group.real_DL.long()}
+    if "token_type_ids" in batch.columns:
+        arguments["token_type_ids"] = group.deal(batch.columns["token_type_ids"][0]) * group.real_DL
+    return arguments
+
+
+def forward_alone(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Returns the outputs for a batch of documents of one length, ``[B, T]``, as the architecture computes them."""
+    return _outputs(model, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
 
 
 def _outputs(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
-    output = model(**arguments)
+    output = model(**taken(model, arguments))
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], -1)
     logits: Tensor = output.logits

@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ingle.data.batch import collate
+from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, reading
-from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, run_to_head, through_head
+from ingle.models.forward.hidden_states import Head, computed_in, device_of, forward_packed, through_head
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
+from ingle.models.forward.task_heads import forward_alone, forward_task
+from ingle.models.forward.to_head import run_to_head
+from ingle.models.kinds import kind_of, task_of
+from ingle.models.text_part import text_config
 from ingle.wording import first_line
 
 #: Largest relative difference of a token's logits between the two halves and the full model. Rounding to bfloat16
@@ -38,7 +45,10 @@ def verify(model: PreTrainedModel) -> None:
         ModelError: The results differ, the full model gives NaN or infinity, or the architecture cannot be verified.
     """
     with _evaluating(model):
-        _compare_logits(model)
+        if task_of(model).kind == "lm":
+            _compare_logits(model)
+        else:
+            _compare_outputs(model)
         with reading(_origin(model), f"{type(model).__name__} cannot be verified with short and long texts.", fix=_FIX):
             probe = make_probe(model)
         if probe is not None:
@@ -59,6 +69,37 @@ def _compare_logits(model: PreTrainedModel) -> None:
         raise _not_finite(model)
     why = "its head, its positions or its attention are not computed in a way that Ingle supports"
     _require_close(model, ours, theirs, lengths, _TOLERANCE, why)
+
+
+def _compare_outputs(model: PreTrainedModel) -> None:
+    """Compares the outputs of a task's head."""
+    device = device_of(model)
+    config = text_config(model.config)
+    special = [getattr(config, name, None) for name in ("pad_token_id", "eos_token_id")]
+    documents = []
+    for document in _documents((7, 5), config.vocab_size):
+        document[torch.isin(document, torch.tensor([each for each in special if isinstance(each, int)]))] = 3
+        if kind_of(model.config) == "encoder_decoder":
+            document[-1] = config.eos_token_id  # where they read a text
+        documents.append(document)
+    samples = [Sample(document.numpy(), np.full(len(document), IGNORE_INDEX), {}) for document in documents]
+    with reading(_origin(model), f"{type(model).__name__} cannot compute with these settings.", fix=COMPARE_CONFIG):
+        alone = [forward_alone(model, document[None].to(device))[0] for document in documents]
+    theirs = torch.stack(alone) if alone[0].dim() == 1 else torch.cat(alone)
+    ours = forward_task(model, collate(samples).to(device))
+    if not torch.isfinite(theirs).all():
+        raise _not_finite(model)
+    # A new head is small and random, so that its outputs are near zero: their error counts as it is.
+    error = (ours.reshape(theirs.shape).float() - theirs.float()).norm(dim=-1) / theirs.float().norm(dim=-1).clamp_min(
+        1
+    )
+    if not error.max() <= _TOLERANCE.get(computed_in(model), max(_TOLERANCE.values())):
+        raise ModelError(
+            f"{type(model).__name__} gives different outputs for packed documents than for each document alone.",
+            where="model.id",
+            why=f"they differ by {error.max():.2g}; its head does not read documents in a way that Ingle supports",
+            fix=_FIX,
+        )
 
 
 def _compare_lengths(model: PreTrainedModel, probe: Probe) -> None:

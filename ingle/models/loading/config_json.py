@@ -1,6 +1,6 @@
 """Reads a model's config.json and refuses what cannot be trained, before any weight is read.
 
-Ingle accepts every causal language model of transformers that reads text.
+Ingle accepts every model of transformers that reads text and predicts tokens, labels or answers.
 """
 
 from __future__ import annotations
@@ -10,37 +10,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    PretrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading, refuse_absurd, refuse_impossible
+from ingle.models.kinds import ModelKind, ModelTask, kind_of, refusal
 from ingle.models.loading.gguf_model import is_gguf, open_gguf, read_gguf_config
 from ingle.models.loading.hub import locate, locate_file
 from ingle.models.loading.safetensors_files import read_index
-from ingle.models.text_part import is_wrapper, text_config, wrapper_class
+from ingle.models.text_part import text_config
 
 #: Writers of quantized checkpoints that Ingle reads.
 _KNOWN_QUANTIZERS = ("bitsandbytes", "hqq", "bitnet", "mxfp4")
 
+_LANGUAGE_MODEL = ModelTask()
 
-def read_config(model: ModelConfig) -> PretrainedConfig:
+
+def read_config(model: ModelConfig, task: ModelTask | None = _LANGUAGE_MODEL) -> PretrainedConfig:
     """Returns the architecture's config.
 
+    Args:
+        model: The config section of the model.
+        task: What it is to be trained for; None to accept every architecture.
+
     Raises:
-        ModelError: There is none, or it is not a causal language model that can be trained.
+        ModelError: There is none, or it describes no model of text that can be trained for the task.
         HubUnavailable: The hub is needed and cannot be reached.
     """
     if is_gguf(model.id):
         described, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
-        _refuse_config(described, raw, model)
+        _refuse_config(described, raw, model, task)
         return described
     path = config_path(model)
     raw = read_json(path.parent, model)
@@ -65,7 +66,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             path.parent, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-        _refuse_config(config, raw, model)
+        _refuse_config(config, raw, model, task)
         refuse_impossible(text_config(config), path)
     return config
 
@@ -115,6 +116,23 @@ def stored_base(model: ModelConfig) -> BaseConfig:
         return _base_of(settings, model)
 
 
+def stored_kind(model: ModelConfig) -> ModelKind:
+    """Returns the kind of a published model; errors as in :func:`stored_task`."""
+    return kind_of(read_config(model, None))
+
+
+def stored_task(model: ModelConfig) -> ModelTask:
+    """Returns what the head of a published checkpoint predicts; ``lm`` for a checkpoint that does not say.
+
+    Raises:
+        ModelError: There is no such model.
+        HubUnavailable: The hub is needed and cannot be reached.
+    """
+    if is_gguf(model.id):
+        return ModelTask()
+    return ModelTask.stored_in(read_config(model, None))
+
+
 def bitnet_divides(raw: Mapping[str, Any]) -> bool:
     """Returns whether weights of a quantized BitNet checkpoint are divided by their scales rather than multiplied.
 
@@ -155,8 +173,8 @@ def _read_block_size(folder: Path) -> int:
     return 64
 
 
-def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig) -> None:
-    """Refuses everything but causal language models over text."""
+def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelConfig, task: ModelTask | None) -> None:
+    """Refuses quantized weights that cannot be read, and everything but models of text."""
     settings = raw.get("quantization_config") or {}
     quantizer = settings.get("quant_method", "bitsandbytes")
     if quantizer not in _KNOWN_QUANTIZERS:
@@ -165,21 +183,11 @@ def _refuse_config(config: PretrainedConfig, raw: dict[str, Any], model: ModelCo
             where="model.id",
             fix="use the model's original weights in model.id, and set base.format (nf4, int8)",
         )
-    kind = config.model_type
-    remote = model.trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
-    if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder"
-    elif settings.get("use_rms_norm"):
-        reason = "its BitNet layers have their own norms, which are not supported"
-    elif is_wrapper(config) and wrapper_class(config) is None:
-        reason = f"transformers has no model that predicts text for model_type {kind!r}"
-    elif not remote and not is_wrapper(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        reason = f"transformers has no causal language model for model_type {kind!r}"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        reason = f"it is an encoder ({', '.join(config.architectures or [kind])})"
-    else:
-        return
-    raise untrainable(model, reason)
+    if settings.get("use_rms_norm"):
+        raise untrainable(model, "its BitNet layers have their own norms, which are not supported")
+    reason = None if task is None else refusal(config, task, own_code=model.trust_remote_code)
+    if reason is not None:
+        raise untrainable(model, reason)
 
 
 def untrainable(model: ModelConfig, reason: str) -> ModelError:
@@ -187,5 +195,5 @@ def untrainable(model: ModelConfig, reason: str) -> ModelError:
     return ModelError(
         f"{model.id} cannot be trained: {reason}.",
         where="model.id",
-        fix="choose a decoder-only language model (Llama, Mistral, Qwen, Gemma, Phi, OLMo, Mixtral, ...)",
+        fix="choose a model of text (Llama, Qwen, Gemma, Mixtral, ... for clm and sft; BERT, ModernBERT, ... for mlm)",
     )

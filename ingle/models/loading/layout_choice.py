@@ -10,16 +10,19 @@ import copy
 import functools
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ingle.models.forward.encoder_decoder import Row, forward_pairs, pair_to_head
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.kinds import ModelKind, ModelTask, auto_class, kind_of
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -28,18 +31,35 @@ _SIZE = Size(width=32, layers=4, vocab_size=128, positions=40)
 _MOST_PARAMETERS = 6_000_000
 #: On both sides of the windows and chunks of the copy; together longer than its longest text.
 _LENGTHS = (21, 5, 13, 2, 9)
+#: Lengths of the targets, which an encoder-decoder predicts from documents of the other lengths.
+_TARGET_LENGTHS = (9, 13, 2, 21, 5)
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
 _FORMS: tuple[MaskForm, ...] = ("additive", "visible", "hidden")
-_CANDIDATES = (
-    Layout(),
-    Layout(takes_bounds=False),
-    *(Layout(deals_attention=True, mask_form=form, takes_bounds=bounds) for form in _FORMS for bounds in (True, False)),
-    Layout(deals_attention=True, equal=True),
-    Layout("rows"),
-    Layout("equal_rows"),
-)
+_LAST = (Layout("rows"), Layout("equal_rows"))
+_CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
+    "causal": (
+        Layout(),
+        Layout(takes_bounds=False),
+        *(Layout(deals_attention=True, mask_form=form, takes_bounds=each) for form in _FORMS for each in (True, False)),
+        Layout(deals_attention=True, equal=True),
+        *_LAST,
+    ),
+    "encoder": (
+        Layout(described=True),
+        Layout(),
+        *(
+            Layout(deals_attention=True, mask_form=form, takes_bounds=takes_bounds, equal=equal)
+            for equal in (False, True)
+            for form in (*_FORMS, "padding")
+            for takes_bounds in (True, False)
+        ),
+        Layout(deals_attention=True, mask_form="none", takes_bounds=False, equal=True),
+        *_LAST,
+    ),
+    "encoder_decoder": (Layout(described=True), Layout(), *_LAST),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +100,52 @@ def _choose(described: _Described) -> Choice:
     try:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
         documents = _documents(reference)
+        kind = kind_of(described.config)
+        if kind == "encoder_decoder":
+            return _choose_for_pairs(reference, documents)
         alone = [_compute_alone(reference, document) for document in documents]
-        is_causal = _is_causal(reference, documents[0])
+        is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
     except Exception:
-        return Choice(Layout(), tried=False)
+        return Choice(_CANDIDATES[kind_of(described.config)][0], tried=False)
     expected = torch.cat(alone)
-    for candidate in _CANDIDATES:
+    for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             read = _read_linears(reference, candidate, documents)
             return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
     return Choice(None, is_causal)
 
 
+def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choice:
+    targets = list(torch.cat(sources).flip(0).split(_TARGET_LENGTHS))
+    stored: Any = reference
+    for before_head in (True, False):  # a head that is no module of its own gets the hidden states of the base model
+        stored.packed_layout = Layout(has_layers_before_head=before_head)
+        pairs = zip(sources, targets, strict=True)
+        try:
+            expected = torch.cat([pair_to_head(copy.deepcopy(reference), *pair) for pair in pairs])
+        except LookupError:
+            continue
+        break
+    for candidate in _CANDIDATES["encoder_decoder"]:
+        layout = replace(candidate, has_layers_before_head=before_head)
+        if _is_exact(reference, layout, sources, expected, targets):
+            return Choice(layout)
+    return Choice(None)
+
+
 def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
     if is_wrapper(config):
         return _build_text_part(config)
     with torch.device("meta"):
-        on_meta = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        auto = auto_class(config, ModelTask())
+        on_meta = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     size = sum(parameter.numel() for parameter in on_meta.parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         enliven(model)
@@ -180,16 +222,28 @@ def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Te
     return _difference(kept[0], hidden * scale) > _TOLERANCE
 
 
-def _is_exact(model: PreTrainedModel, layout: Layout, documents: list[Tensor], expected: Tensor) -> bool:
+def _is_exact(
+    model: PreTrainedModel,
+    layout: Layout,
+    documents: list[Tensor],
+    expected: Tensor,
+    targets: list[Tensor] | None = None,
+) -> bool:
     try:
-        actual = _compute_packed(copy.deepcopy(model), layout, documents)
+        actual = _compute_packed(copy.deepcopy(model), layout, documents, targets)
     except Exception:  # architectures fail in many ways if they get what they do not expect
         return False
     return actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
 
 
-def _compute_packed(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> Tensor:
-    """Returns the hidden states of the packed documents; changes the model."""
+def _compute_packed(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> Tensor:
+    """Returns the hidden states of the packed documents, or of their targets; changes the model."""
+    if targets is not None:
+        apply_layout(model, layout)
+        rotate_by_document(model)
+        return forward_pairs(model, Row.of(documents), Row.of(targets))[0]
     lengths = [len(document) for document in documents]
     position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

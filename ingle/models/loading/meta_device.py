@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.layout import Layout, apply_layout
 from ingle.models.forward.rotary_by_length import rotate_by_document
+from ingle.models.forward.task_heads import find_heads
+from ingle.models.kinds import ModelTask, auto_class, kind_of
 from ingle.models.loading.config_json import config_path, read_config, untrainable
 from ingle.models.loading.gguf_model import is_gguf
 from ingle.models.loading.layout_choice import choose_layout
@@ -35,6 +38,7 @@ _PINNED: dict[str, dict[str, Any]] = {
 
 #: What the names and signatures of an architecture's modules suggest.
 _PROPOSED = Layout()
+_LANGUAGE_MODEL = ModelTask()
 
 
 def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
@@ -54,32 +58,35 @@ def compute_dtype(dtype: str, device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def meta_model(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> PreTrainedModel:
+def meta_model(
+    model: ModelConfig, device: torch.device | str, dtype: torch.dtype, task: ModelTask = _LANGUAGE_MODEL
+) -> PreTrainedModel:
     """Builds a model on the meta device.
 
     Args:
         model: The config section of the model.
         device: The device on which it will compute.
         dtype: Its compute dtype; parameters that the architecture keeps in float32 stay in float32.
+        task: What its head predicts.
 
     Raises:
-        ModelError: The architecture is unknown, not a causal language model, or not supported.
+        ModelError: The architecture is unknown, no model of text for this task, or not supported.
         HubUnavailable: The hub is needed and cannot be reached.
     """
-    config = read_config(model)
+    config = read_config(model, task)
     path = config_path(model)
     settings = config.to_dict()
     with reading(path, "transformers cannot build a model from these settings.", fix=COMPARE_CONFIG, settings=settings):
-        layout = _find_layout(config, model)
-        built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout)
+        layout = _find_layout(config, model, task)
+        built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout, task=task)
     if model.init != "random" and not is_gguf(model.id):
         refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
 
 
-def _find_layout(config: PretrainedConfig, model: ModelConfig) -> Layout:
+def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
-    if not choice.is_causal:
+    if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
         raise untrainable(model, reason)
     if choice.layout is None:
@@ -94,6 +101,7 @@ def build(
     trust_remote_code: bool = False,
     layout: Layout = _PROPOSED,
     boundaries: Boundaries | None = None,
+    task: ModelTask = _LANGUAGE_MODEL,
 ) -> PreTrainedModel:
     """Builds a model on the meta device from a config, prepared for packed documents.
 
@@ -106,31 +114,60 @@ def build(
         trust_remote_code: Whether to run the model's own code.
         layout: How packed documents go through it.
         boundaries: A holder to share with another model.
+        task: What its head predicts; the config then has its labels.
     """
     config = copy.deepcopy(config)
-    settings = vars(text_config(config))
-    dropouts = {name: value for name, value in settings.items() if "drop" in name and isinstance(value, float)}
-    for name in dropouts:
-        setattr(text_config(config), name, 0.0)
+    task.describe_in(config)
+    dropouts = [_dropouts(section) for section in _sections(config)]
+    for section, values in zip(_sections(config), dropouts, strict=True):
+        _set(section, {name: type(value)(0) for name, value in values.items()})
     for key, value in _PINNED.get(text_config(config).model_type, {}).items():
         setattr(text_config(config), key, value)
     for section in {id(each): each for each in (config, text_config(config))}.values():
         if hasattr(section, "quantization_config"):
             del section.quantization_config  # Ingle does its own quantization, and saved models are not in that format
     model: PreTrainedModel
-    if is_wrapper(config):
+    if is_wrapper(config) and task.kind == "lm":
         model = build_text_part(config, dtype)
     else:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            auto = auto_class(config, task)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         _use_plain_linears(model)
+    if task.kind != "lm":  # what lies before the head belongs to it
+        layout = replace(layout, has_layers_before_head=False)
     apply_layout(model, layout, boundaries)
     rotate_by_document(model)
     _keep_in_float32(model, dtype)
-    for name, value in dropouts.items():
-        setattr(text_config(model.config), name, value)
+    for section, values in zip(_sections(model.config), dropouts, strict=True):
+        _set(section, values)
+    stored: Any = model
+    stored.packed_task = task
+    stored.task_heads = find_heads(model) if task.kind != "lm" else ()
     return model
+
+
+def _sections(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Returns a config and its sections for the parts of a model that text passes through."""
+    sections = [config, text_config(config)]
+    for name in ("encoder", "decoder"):
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            sections += _sections(part)
+    return list({id(section): section for section in sections}.values())
+
+
+def _dropouts(section: PretrainedConfig) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in vars(section).items()
+        if "drop" in name and (isinstance(value, float) or (type(value) is int and "dropout" in name))
+    }
+
+
+def _set(section: PretrainedConfig, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        setattr(section, name, value)
 
 
 def compute_rest(architecture: PreTrainedModel, device: torch.device, names: Collection[str], *, seed: int = 0) -> None:

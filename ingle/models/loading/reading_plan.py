@@ -246,6 +246,10 @@ class _NameMapping:
         name, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.wanted)
         if name not in self.wanted and key in self.wanted:
             return rename_source_key(key, [], [], self._prefix, self.wanted)
+        # Decoders that find answers call their base "transformer", and those that predict tokens "model".
+        renamed = f"{self._prefix}.{key.partition('.')[2]}"
+        if name not in self.wanted and renamed in self.wanted:
+            return renamed, None
         return name, pattern
 
     def converter(self, pattern: str) -> WeightConverter:

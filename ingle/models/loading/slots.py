@@ -79,7 +79,7 @@ def find_slots(model: PreTrainedModel, architecture: PreTrainedModel) -> dict[st
     slots: dict[str, Slot] = {}
     for name, wanted in {**architecture.state_dict(), **dict(architecture.named_buffers())}.items():
         owner = _find_owner(name, model, architecture)
-        child = owner if leaf_of(name) == "weight" else owner._modules.get(leaf_of(name))
+        child = owner._modules.get(leaf_of(name), owner if leaf_of(name) == "weight" else None)
         slots[name] = Slot(name, wanted, owner, child if isinstance(child, QuantModule) else None)
     return slots
 

@@ -233,6 +233,22 @@ def _dots3_note(settings: dict[str, Any], width: int) -> None:
             layer |= {"qk_nope_head_dim": width // 4, "head_dim": 3 * width // 8}
 
 
+def _all_heads_have_keys(settings: dict[str, Any], width: int) -> None:
+    settings["num_key_value_heads"] = settings.get("num_attention_heads")
+
+
+def _one_width(settings: dict[str, Any], width: int) -> None:
+    settings["intra_bottleneck_size"] = width
+
+
+def _half_heads(settings: dict[str, Any], width: int) -> None:
+    settings["head_dim"] = width // 2
+
+
+def _two_blocks(settings: dict[str, Any], width: int) -> None:
+    settings |= {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1}
+
+
 #: Sizes that must fit each other, by model type.
 _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "mamba2": (_inner_heads,),
@@ -240,8 +256,12 @@ _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "zamba2": (_zamba2,),
     "longcat_flash": (_longcat,),
     "dots3_note_text": (_dots3_note,),
+    "esmc": (_all_heads_have_keys,),
+    "funnel": (_two_blocks,),
     "hunyuan_v1_dense": (_quarter_heads,),
     "hunyuan_v1_moe": (_quarter_heads,),
+    "mobilebert": (_one_width,),
+    "neomme": (_half_heads,),
     "ministral": (_quarter_heads,),
     "nemotron": (_quarter_heads,),
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.interop.saving import save_pretrained
+from ingle.models.kinds import ModelTask, auto_class
 from ingle.models.loading.config_json import config_path, read_config
 from ingle.models.loading.meta_device import seeded
 from ingle.models.loading.small_config import Size, shrink
@@ -44,8 +44,7 @@ def write_tiny_model(model: ModelConfig, folder: Path) -> int:
         ),
         seeded(0),
     ):
-        built = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, trust_remote_code=model.trust_remote_code
-        )
+        auto = auto_class(config, ModelTask())
+        built = auto.from_config(config, dtype=torch.bfloat16, trust_remote_code=model.trust_remote_code)
     save_pretrained(built, tokenizer, folder)
     return sum(parameter.numel() for parameter in built.parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache as cached
 from functools import partial
 from itertools import chain
@@ -24,7 +25,8 @@ from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.forward.verification import verify
-from ingle.models.loading.config_json import bitnet_divides, config_path, read_json
+from ingle.models.kinds import ModelTask, task_of
+from ingle.models.loading.config_json import bitnet_divides, config_path, read_config, read_json
 from ingle.models.loading.gguf_model import convert_base, is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.hub import Part, locate
@@ -45,6 +47,7 @@ from ingle.models.loading.turns import Describe, Turn, Turns, Write
 from ingle.models.loading.weight_writer import WeightWriter
 from ingle.models.text_part import build_wrapper, is_wrapper
 from ingle.parallel import Mesh, is_sharded
+from ingle.quant.task_heads import is_in_head
 from ingle.wording import some
 
 
@@ -55,6 +58,7 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     sink: Sink | None = None,
+    task: ModelTask | None = None,
 ) -> PreTrainedModel:
     """Loads and verifies a model, in evaluation mode.
 
@@ -62,15 +66,16 @@ def load_model(
         model: The config section of the model.
         base: The format of its weights; unquantized if None.
         device: Device of the model.
-        seed: Seed of random weights (``init: random``).
+        seed: Seed of random weights (``init: random``, or a head that the files do not contain).
         sink: Receives progress and warnings.
+        task: What its head predicts; tokens if None.
 
     Raises:
         ModelError: The model cannot be found or read, or is not supported.
         QuantizationError: A weight cannot be quantized to the format.
     """
     dtype = compute_dtype(model.dtype, device)
-    loaded = meta_model(model, device, dtype)
+    loaded = meta_model(model, device, dtype, task or ModelTask())
     convert_base(loaded, model, base if base is not None else NoBase())
     load_weights(loaded, model, device, dtype, seed=seed, sink=sink)
     verify(loaded)
@@ -117,13 +122,14 @@ def load_weights(
     """
     device = torch.device(device)
     mesh = mesh or Mesh(device)
-    architecture = build(model.config, dtype, trust_remote_code=config.trust_remote_code)
+    architecture = build(model.config, dtype, trust_remote_code=config.trust_remote_code, task=task_of(model))
     with mesh.together():
         if config.init == "random":
             _read_generation_config(model, config, part="small")
             plan, folder = ReadingPlan((), ()), Path()
         else:
             plan, folder = plan_weights(model, config, architecture)
+            plan = without_other_heads(plan, architecture, config, sink if mesh.is_main else None)
             refuse_other_shapes(plan, architecture)  # before memory is allocated
     events: list[Event] = []
     shared = mesh.world_size > 1 or any(is_sharded(parameter) for parameter in model.parameters())
@@ -178,6 +184,24 @@ def plan_weights(
     divides = bitnet_divides(read_json(path, config))
     whole = build_wrapper(model.config, torch.float32) if is_wrapper(model.config) else None
     return plan_reading(architecture, read_index(path), whole=whole, bitnet_divides=divides), path
+
+
+def without_other_heads(
+    plan: ReadingPlan, architecture: PreTrainedModel, config: ModelConfig, sink: Sink | None = None
+) -> ReadingPlan:
+    """Leaves out the head of a checkpoint that predicts other labels than the model."""
+    task = task_of(architecture)
+    if task.kind == "lm":
+        return plan
+    stored = ModelTask.stored_in(read_config(config, task))
+    same = stored.kind == task.kind and (stored.labels, stored.problem) == (task.labels, task.problem)
+    if stored.kind == "lm" or same:
+        return plan
+    groups = tuple(group for group in plan.groups if not is_in_head(architecture, group.target))
+    if sink is not None and len(groups) < len(plan.groups):
+        predicts = some(stored.labels) if stored.labels else stored.problem or "answers"
+        sink(Warned(f"The head of the checkpoint is not used, because it predicts {predicts}.", where="model.id"))
+    return replace(plan, groups=groups)
 
 
 def read_group(group: Group, writer: WeightWriter, architecture: PreTrainedModel, folder: Path) -> None:
@@ -243,6 +267,7 @@ def _refuse_missing(
     optional = tuple(architecture._keys_to_ignore_on_load_missing or ())
     missing = sorted(set(writer.missing()) & architecture.state_dict().keys())
     missing = [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
+    missing = [name for name in missing if not is_in_head(architecture, name)]
     unused = some(plan.unexpected)
     if missing:
         raise ModelError(
@@ -251,7 +276,8 @@ def _refuse_missing(
             why=f"{len(plan.unexpected)} weights in the files belong to no parameter: {unused}",
             fix="check that the files belong to this config.json",
         )
-    if plan.unexpected and sink is not None:
+    # A model for a task reads the base; the file's output layer belongs to nothing.
+    if plan.unexpected and sink is not None and task_of(architecture).kind == "lm":
         sink(Warned(f"Weights that belong to no parameter are ignored: {unused}.", str(folder), len(plan.unexpected)))
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from ingle.models.loading.small_config import Size, shrink
 
 CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+ENCODER_TYPES = tuple(
+    sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys())
+)
 
 _BERT = {"is_decoder": True}
 #: Settings of the small config: layers of each kind, and sizes that fit each other only in the defaults.
@@ -42,6 +49,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **{kind: {**_BERT, "attention_type": "original_full"} for kind in ("big_bird", "bigbird_pegasus")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "ctrl": {"dff": 64},  # the kinks of more ReLUs are hit by rounding
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
@@ -53,6 +61,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_size": [64] * 4,
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "inkling_text": {"n_routed_experts": 8},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -64,10 +73,28 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: The same for encoders.
+_ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "modernbert": {"local_attention": 8},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
 def small_config(kind: str) -> PretrainedConfig:
-    """The default config of a type, shrunk."""
+    """The default config of a causal type, shrunk."""
+    return _small(kind, _SETTINGS)
+
+
+def small_encoder_config(kind: str) -> PretrainedConfig:
+    """The default config of an encoder, shrunk."""
+    return _small(kind, _ENCODER_SETTINGS)
+
+
+def _small(kind: str, changes: dict[str, dict[str, Any]]) -> PretrainedConfig:
     config = shrink(CONFIG_MAPPING[kind](), Size(width=32, layers=4, vocab_size=128, positions=64))
-    settings = _SETTINGS.get(kind)
+    settings = changes.get(kind)
     if settings is None:
         return config
     described = config.to_dict()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from ingle.config.data import DataConfig
+from ingle.config.objective import Classify, ObjectiveConfig
 from ingle.data import TokenDataset, build_dataset, dataset_builder, hold_out
 from ingle.data.holdout import choose, find_groups
 from ingle.errors import DataError
@@ -46,7 +47,9 @@ def _texts(num: int, seed: int = 0, words: int = 14) -> list[str]:
     return [" ".join(rng.choice(_WORDS, words)) for _ in range(num)]
 
 
-def _build(folder: Path, rows: Sequence[object], tokenizer, objective: str = "sft", **options) -> TokenDataset:
+def _build(
+    folder: Path, rows: Sequence[object], tokenizer, objective: ObjectiveConfig | str = "sft", **options
+) -> TokenDataset:
     folder.mkdir(exist_ok=True)
     source = write(folder / "rows.jsonl", *rows)
     data = DataConfig.model_validate({"sources": [source], "validation": SHARE, **options})
@@ -87,6 +90,25 @@ def test_a_conversation_that_was_cut_at_several_turns_stays_on_one_side(tmp_path
         for seed in range(3):
             side = _side(_build(tmp_path, cuts, tokenizer), seed, 0.2).reshape(-1, 4)
             assert (side == side[:, :1]).all() and 0 < side.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["classify", "answer"])
+def test_rows_about_one_text_stay_on_one_side(tmp_path, tokenizer, kind) -> None:
+    asked, rows = _texts(300, seed=1), []
+    for number, context in enumerate(_texts(60, words=25)):
+        for other in asked[number * 5 : number * 5 + 5]:
+            first = {"answer_start": 0, "text": context.split()[0]}
+            pair = {"premise": context, "hypothesis": other, "label": len(rows) % 2}
+            rows.append(pair if kind == "classify" else {"question": other, "context": context, "answers": [first]})
+    objective = Classify(kind="classify", labels=["no", "yes"], problem="single") if kind == "classify" else "answer"
+    side = _side(_build(tmp_path, rows, tokenizer, objective)).reshape(60, 5)
+    assert (side == side[:, :1]).all() and 0.5 * SHARE <= side.mean() <= 2 * SHARE
+
+
+def test_a_first_text_that_all_rows_have_does_not_unite_them(tmp_path, tokenizer) -> None:
+    rows = [{"text": "Is it good?", "text_pair": text, "label": i % 2} for i, text in enumerate(_texts(200))]
+    labels = Classify(kind="classify", labels=["no", "yes"], problem="single")
+    assert 0.5 * SHARE <= _side(_build(tmp_path, rows, tokenizer, labels)).mean() <= 2 * SHARE
 
 
 def test_rows_keep_their_side_when_others_are_added_or_moved(tmp_path, tokenizer, rows) -> None:

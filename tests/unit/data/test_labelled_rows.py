@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ingle.config.data import DataConfig, Source
 from ingle.config.objective import Answer, Classify, Mlm, Seq2Seq, Span, Tag
-from ingle.data.inspection import inspect, inspect_rows
+from ingle.data.inspection import guess_file, inspect, inspect_rows
 from ingle.data.sources import name_classes, read_examples
 from ingle.data.types import Span as Place
 from ingle.errors import DataError
@@ -169,6 +169,13 @@ def test_nested_columns_choose_two_of_many_languages(tmp_path):
     assert (example.prompt, example.completion) == ("b", "a")
 
 
+def test_columns_of_another_objective_are_recognized(tmp_path):
+    with pytest.raises(DataError, match="fit no known layout") as caught:
+        read(tmp_path / "a.csv", "mr,ref\na,b\n", "sft")
+    assert "--objective.kind=seq2seq" in caught.value.fix
+    assert guess_file(str(tmp_path / "a.csv")) == "seq2seq"
+
+
 def test_classes_of_hub_datasets_have_names():
     names = {"label": ["neg", "pos"], "ner_tags": ["O", "B-PER"]}
     row = {"label": 1, "ner_tags": [0, 1], "text": "a"}
@@ -241,6 +248,21 @@ def test_a_source_is_shown_with_its_target(tmp_path):
     report, text = look(tmp_path / "a.jsonl", [{"mr": "the house", "ref": "das Haus"}], Seq2Seq(kind="seq2seq"))
     assert "".join(stretch.text for stretch in report.previews[0].target) == "[CLS]das haus[SEP]"
     assert "the house" in text and "→" in text
+    assert (report.lengths.max, report.targets.max) == (4, 4)
+
+
+def test_the_two_texts_of_a_pair_have_types(tmp_path):
+    rows = [{"premise": "the fox", "hypothesis": "a dog", "label": i % 2} for i in range(2)]
+    report, text = look(tmp_path / "a.jsonl", rows, Classify(kind="classify"))
+    assert report.previews[0].token_types == ((0, 4), (1, 3)) and "types 0 x 4, 1 x 3" in text
+    assert "with loss" not in text
+
+
+def test_unknown_tokens_are_reported(tmp_path):
+    report, _ = look(
+        tmp_path / "a.jsonl", [{"text": "日本 fox", "label": i % 2} for i in range(2)], Classify(kind="classify")
+    )
+    assert any("40.0% of the tokens are unknown" in problem for problem in report.problems), report.problems
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from ingle.config.data import Source
-from ingle.data.layouts import detect_layout, parse_row
+from ingle.data.layout_detection import detect_layout
+from ingle.data.layouts import parse_row
 from ingle.data.sources import read_examples
 from ingle.data.types import Example, Message
 from ingle.errors import DataError

@@ -14,6 +14,7 @@ from ingle import env
 from ingle.config.data import DataConfig
 from ingle.config.objective import Answer, Classify, Mlm, Seq2Seq, Span, Tag
 from ingle.data import build_dataset, make_sequences
+from ingle.data.corruption import denoisers, longest_text
 from ingle.data.encode_tags import cut_windows, find_first_tokens
 from ingle.data.label_names import name_labels
 from ingle.data.row_encoder import Counts, token_options
@@ -260,6 +261,24 @@ def test_sources_and_targets_have_the_special_tokens_of_the_tokenizer(tmp_path, 
     assert sorted(int(i) for sequence in sequences for i in sequence) == [0, 1, 2, 3]
 
 
+def test_a_target_has_an_end_even_if_the_tokenizer_adds_none(tmp_path, tokenizer):
+    assert tokenizer("fox")["input_ids"][-1] != tokenizer.eos_token_id
+    data = write(tmp_path / "a.jsonl", [{"source": "the fox", "target": "a dog"}])
+    source, target = ids_of(build(data, tokenizer, Seq2Seq(kind="seq2seq")))
+    assert source == tokenizer("the fox")["input_ids"]
+    assert target == [*tokenizer("a dog")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(("style", "length"), [("t5", 568), ("ul2", 568), ("bart", 511)])
+def test_texts_are_as_long_as_their_sources_allow(tmp_path, style, length):
+    data = write(tmp_path / "a.jsonl", [{"text": "the quick brown fox " * 900}], max_seq_len=512)
+    dataset = build(data, TOKENIZERS[2], Span(kind="span", style=style))
+    assert dataset.lengths.max() == length and (dataset.lengths[:-1] == length).all()
+    sequences = make_sequences(dataset, data, 0)
+    assert sequences.longest(dataset.lengths) <= sequences.room == max(512, length)
+    assert 0.9 < sequences.efficiency <= 1
+
+
 @each_tokenizer
 @pytest.mark.parametrize("objective", [Mlm(kind="mlm"), Span(kind="span")], ids=["mlm", "span"])
 def test_pieces_of_a_text_are_the_text_without_overlap(tmp_path, tokenizer, objective):
@@ -268,7 +287,8 @@ def test_pieces_of_a_text_are_the_text_without_overlap(tmp_path, tokenizer, obje
     parts, special = ids_of(dataset), set(tokenizer.all_special_ids)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [token for part in parts for token in part if token not in special] == expected
-    assert all(len(part) <= 20 for part in parts) and len(parts) > 3
+    longest = 20 if objective.kind == "mlm" else longest_text(20, denoisers(objective), {})
+    assert max(map(len, parts)) == longest and len(parts) > 3
     alone = tokenizer("a")["input_ids"]
     has_special = [part[-1] == alone[-1] for part in parts]
     assert all(has_special) if objective.kind == "mlm" else not any(has_special)

@@ -54,39 +54,44 @@ def test_tags_of_no_scheme_mark_single_words() -> None:
     assert [(span.label, span.text) for span in spans] == [("DET", "the"), ("NOUN", "cat")]
 
 
+def make_window(spans: list[tuple[int, int]], before: int) -> AnswerWindow:
+    """A window with ``before`` tokens in front of the context, and one behind it."""
+    return AnswerWindow(np.array([(-1, -1)] * before + spans + [(-1, -1)], np.int32))
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_answers_equal_the_best_of_all_legal_spans(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_tokens = int(rng.integers(1, 60))
     context = "word " * num_tokens
     offsets = [(max(5 * token - 1, 0), 5 * token + 4) for token in range(num_tokens)]  # with the space before the word
-    windows, start = [], 0
-    while not windows or windows[-1].stop < num_tokens:
-        windows.append(AnswerWindow(start, min(start + 20, num_tokens), 6))
-        start += 14
-    logits = [rng.normal(size=(6 + window.stop - window.start + 1, 2)) * 2 for window in windows]
+    parts = [(start, min(start + 20, num_tokens)) for start in range(0, max(num_tokens - 6, 1), 14)]
+    windows = [make_window(offsets[start:stop], before=6) for start, stop in parts]
+    logits = [rng.normal(size=(len(window.spans_T2), 2)) * 2 for window in windows]
     expected: dict[tuple[int, int], float] = {}
-    for window, each in zip(windows, logits, strict=True):
-        for first in range(window.start, window.stop):
-            for last in range(first, min(first + 6, window.stop)):
-                score = each[first - window.start + 6, 0] + each[last - window.start + 6, 1]
+    for (start, stop), each in zip(parts, logits, strict=True):
+        for first in range(start, stop):
+            for last in range(first, min(first + 6, stop)):
+                score = each[first - start + 6, 0] + each[last - start + 6, 1]
                 expected[first, last] = max(score, expected.get((first, last), -np.inf))
     best = sorted(expected.items(), key=lambda item: (-item[1], item[0]))[:5]
-    found = find_answers(context, offsets, windows, logits, max_answer_tokens=6, num_best=5)
+    found = find_answers(context, windows, logits, max_answer_tokens=6, num_best=5)
     assert [(answer.start, answer.end) for answer in found] == [(5 * a, 5 * b + 4) for (a, b), _ in best]
     assert [answer.score for answer in found] == pytest.approx([score for _, score in best])
 
 
 def test_all_windows_must_agree_that_there_is_no_answer() -> None:
-    windows = [AnswerWindow(0, 2, 1), AnswerWindow(1, 3, 1)]
-    logits = [np.array([[9.0, 9.0], [1.0, 0.0], [0.0, 0.0]]), np.array([[0.2, 0.2], [0.0, 0.0], [0.0, 0.0]])]
     offsets = [(0, 1), (2, 3), (4, 5)]
-    (answer,) = find_answers("a b c", offsets, windows, logits, can_be_empty=True)
+    windows = [make_window(offsets[:2], before=1), make_window(offsets[1:], before=1)]
+    logits = [np.zeros((4, 2)), np.zeros((4, 2))]
+    logits[0][:2] = [[9.0, 9.0], [1.0, 0.0]]
+    logits[1][0] = 0.2
+    (answer,) = find_answers("a b c", windows, logits, can_be_empty=True)
     assert (answer.start, answer.end, answer.score) == (0, 1, 1.0)  # the second window gives only 0.4 to no answer
     logits[1][0] = 9.0
-    (answer,) = find_answers("a b c", offsets, windows, logits, can_be_empty=True)
+    (answer,) = find_answers("a b c", windows, logits, can_be_empty=True)
     assert (answer.start, answer.end, answer.score) == (0, 0, 18.0)
-    (answer,) = find_answers("a b c", offsets, windows, logits, can_be_empty=True, threshold=20.0)
+    (answer,) = find_answers("a b c", windows, logits, can_be_empty=True, threshold=20.0)
     assert (answer.start, answer.end) == (0, 1)
 
 

@@ -189,9 +189,10 @@ random = np.random.default_rng(0)
 scores, slopes = random.normal(size=(2, 2, 30, 203)).astype(np.float32)
 rest, scale, softcap = scores[:, :0][:0], np.float32(0.3), np.float32(0.0)
 first, last = np.zeros(15, np.int32), np.arange(188, 203, dtype=np.int32)
+bias = np.empty((1, 0), np.float32), 0
 weights, lse, delta = scores.copy(), np.empty((2, 30), np.float32), np.full((2, 30), 0.01, np.float32)
-exponentiate(weights, rest, first, last, scale, softcap, lse)
-differentiate(scores, rest, slopes, first, last, scale, softcap, lse, delta)
+exponentiate(weights, rest, first, last, scale, softcap, *bias, lse)
+differentiate(scores, rest, slopes, first, last, scale, softcap, *bias, lse, delta)
 print(*(hashlib.sha256(array.tobytes()).hexdigest() for array in (weights, lse, scores, slopes)))
 """
 

@@ -33,9 +33,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (hf.T5Config(d_model=16, num_layers=1, vocab_size=32), "encoder-decoder"),
-        (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertForMaskedLM"]), "encoder"),
-        (hf.BertConfig(**TINY, num_attention_heads=2, architectures=["BertModel"]), "encoder"),
+        (hf.WhisperConfig(), "no encoder-decoder of text"),
         (hf.ViTConfig(), "no causal language model"),
         (hf.XLNetConfig(vocab_size=32), "its tokens see later tokens"),
         (hf.CLIPConfig(), "no model that predicts text"),
@@ -46,6 +44,38 @@ def test_other_kinds_of_models_are_refused_with_the_reason(tmp_path: Path, confi
     with pytest.raises(ModelError, match=reason) as error:
         models.meta_model(write_config(tmp_path, config), "cpu", torch.float32)
     assert error.value.fix
+
+
+BERT = hf.BertConfig(**TINY, num_attention_heads=2)
+T5 = hf.T5Config(d_model=16, num_layers=1, num_heads=2, d_kv=8, vocab_size=32)
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "expected"),
+    [
+        (BERT, models.ModelTask(), hf.BertForMaskedLM),
+        (hf.BertConfig(**TINY, num_attention_heads=2, is_decoder=True), models.ModelTask(), hf.BertLMHeadModel),
+        (BERT, models.ModelTask("tag", ("O", "B-PER", "I-PER")), hf.BertForTokenClassification),
+        (T5, models.ModelTask(), hf.T5ForConditionalGeneration),
+        (T5, models.ModelTask("answer"), hf.T5ForQuestionAnswering),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_kind_and_task_choose_the_class(tmp_path: Path, config, task: models.ModelTask, expected: type) -> None:
+    model = models.meta_model(write_config(tmp_path, config), "cpu", torch.float32, task)
+    assert type(model) is expected
+    assert models.task_of(model) == task
+    if task.labels:
+        assert tuple(model.config.id2label.values()) == task.labels
+    assert all(module.p == 0.0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert getattr(model.config, "hidden_dropout_prob", 0.1) == 0.1, "the saved config keeps its dropout"
+
+
+def test_an_objective_for_another_kind_of_model_is_refused() -> None:
+    models.require_kind(BERT, ("encoder",), "mlm")
+    with pytest.raises(ModelError, match="The objective clm does not train this model: it is an encoder") as error:
+        models.require_kind(BERT, ("causal",), "clm")
+    assert "--objective.kind=mlm" in (error.value.fix or "")
 
 
 def test_unknown_and_missing_configs_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from ingle.data.batch import Batch, collate, round_up
 from ingle.data.corruption import Target
 from ingle.data.counters import Place
 from ingle.data.types import IGNORE_INDEX, Sample
-from ingle.models import forward_task
+from ingle.models import ModelTask, forward_task
+from ingle.models.forward.layout import Layout
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, MaskedTokenLoss, TagLoss, TargetLoss, token_loss
 from ingle.objectives.classify import ClassWeights, balanced_weights
 from ingle.objectives.dealing import without_labels
@@ -83,7 +84,8 @@ def _by_window(model: Any, column: Mapping[str, Tensor]) -> tuple[Tensor, float]
 
 
 def _classifier(kind: type[Any], sizes: Mapping[str, Any], problem: str, num_labels: int) -> Callable[[], Any]:
-    return lambda: kind(kind.config_class(**sizes, num_labels=num_labels, problem_type=problem))
+    names = {"architectures": [kind.__name__]}
+    return lambda: kind(kind.config_class(**sizes, **names, num_labels=num_labels, problem_type=problem))
 
 
 _BertClass = transformers.BertForSequenceClassification
@@ -152,7 +154,10 @@ def make_samples(case: Case) -> list[Sample]:
 
 def make_loss(case: Case) -> DocumentLoss:
     torch.manual_seed(0)
-    return case.loss(case.build().double().eval())
+    model = case.build().double().eval()
+    model.packed_layout = Layout("equal_rows")  # as transformers built it
+    model.packed_task = ModelTask.stored_in(model.config)
+    return case.loss(model)
 
 
 def run_document_by_document(model: Any, batch: Batch) -> Tensor:

@@ -100,6 +100,7 @@ def measure(
     """
     (folder / "config.json").write_text(json.dumps(config))
     run = run.model_copy(update={"model": run.model.model_copy(update={"id": str(folder)})})
+    models.meta_model(run.model, "cpu", dtype)  # its layout is chosen by computing, which needs real tensors
     with ExitStack() as stack:
         if not real:
             stack.enter_context(_fake_kernels())

@@ -126,9 +126,9 @@ def make_report(tmp_path: Path, results=None, losses=(4.0, 3.0, 2.5, 2.0), **opt
     run = make_run(tmp_path, **options)
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
-    comparison = None if results is None else compare(*results, run.evaluate)
+    comparisons = [] if results is None else [compare(*results, run.evaluate)]
     metrics = write_steps(folder / "metrics.jsonl", list(losses))
-    report = write_report(folder, run=run, comparison=comparison, summary=SUMMARY, metrics_path=metrics)
+    report = write_report(folder, run=run, comparisons=comparisons, summary=SUMMARY, metrics_path=metrics)
     return report, (folder / "report.html").read_text(encoding="utf-8"), folder
 
 
@@ -191,7 +191,7 @@ def test_likelihoods_alone_show_no_answers(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     comparison = compare(base, tuned, run.evaluate)
-    write_report(folder, run=run, comparison=comparison, summary=SUMMARY, metrics_path=folder / "none")
+    write_report(folder, run=run, comparisons=[comparison], summary=SUMMARY, metrics_path=folder / "none")
     words = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).words)
     assert "Answers side by side" not in words and "perplexity" in words
 
@@ -260,8 +260,7 @@ def test_a_report_has_the_strongest_baseline_first_and_names_all(tmp_path):
     report = write_report(
         folder,
         run=run,
-        comparison=compared["zero-shot"],
-        comparisons=compared,
+        comparisons=list(compared.values()),
         summary=SUMMARY,
         metrics_path=metrics,
     )

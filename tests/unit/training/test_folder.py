@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from ingle.config import DataConfig, ModelConfig, Run, Source
+from ingle.config.objective import Classify
 from ingle.config.parallel import ParallelConfig
 from ingle.errors import CheckpointError, ConfigError
 from ingle.planning import Strategy
-from ingle.training.folder import RunFolder, differences
+from ingle.training.folder import RunFolder, differences, with_names
 
 
 def _run(folder: Path) -> Run:
@@ -126,3 +127,16 @@ def test_a_run_may_resume_with_other_options_of_parallel(tmp_path: Path) -> None
     run = _run(tmp_path)
     more = run.model_copy(update={"parallel": ParallelConfig(kind="fsdp", num_processes=3)})
     assert differences(run, more) == []
+
+
+def test_a_run_continues_with_the_labels_that_it_found(tmp_path: Path) -> None:
+    given = _run(tmp_path).model_copy(update={"objective": Classify(kind="classify")})
+    named = Classify(kind="classify", labels=("bad", "good"), problem="single")
+    began = given.model_copy(update={"objective": named})
+    assert with_names(given, began) == began and differences(began, given) == []
+    other = given.model_copy(update={"objective": named.model_copy(update={"labels": ("good", "bad")})})
+    assert with_names(other, began) == other
+    assert [change.split(":")[0] for change in differences(began, other)] == [
+        "objective.labels.0",
+        "objective.labels.1",
+    ]

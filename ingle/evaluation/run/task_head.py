@@ -1,0 +1,212 @@
+"""What a model predicts for rows: labels, numbers, tags and answers of a task head, and fills of masks.
+
+Rows are read in parts, so memory is bounded however many rows there are. The rows of a part are packed by length,
+without padding.
+
+Legend: N tokens of a packed row, W words of a text, C outputs of the head, M masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
+from ingle.data import Example, Sample
+from ingle.data.batch import collate
+from ingle.data.encode_windows import find_null
+from ingle.data.row_encoder import Counts, Piece, TokenOptions, row_options
+from ingle.data.row_tokenizer import make_encoder
+from ingle.data.types import IGNORE_INDEX
+from ingle.data.worker import batches
+from ingle.errors import DataError
+from ingle.evaluation.decoding.answers import AnswerWindow, FoundAnswer, find_answers
+from ingle.evaluation.decoding.classes import decode_classes
+from ingle.evaluation.decoding.masks import Fill, find_fills
+from ingle.evaluation.decoding.tags import decode_tags
+from ingle.evaluation.run.packed_logits import document_logits, pack_documents
+from ingle.evaluation.scorers import Prediction, Problem
+from ingle.evaluation.statistics import Floats
+from ingle.models import forward_hidden, forward_task, through_head
+from ingle.parallel import compute_device
+
+#: Called with the number of further rows that are finished.
+OnRows = Callable[[int], None]
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """A model, and how its rows are read.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        objective: What it was trained for, with the names of all labels.
+        max_seq_len: Longest document in tokens.
+    """
+
+    model: Any
+    tokenizer: Any
+    objective: ObjectiveConfig
+    max_seq_len: int
+
+    @cached_property
+    def options(self) -> TokenOptions:
+        """How rows become tokens."""
+        return row_options(self.objective, self.max_seq_len)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels, or tags; empty for numbers."""
+        return self.options.labels
+
+    @property
+    def problem(self) -> Problem:
+        """What is predicted."""
+        return self.options.problem
+
+    def predict(self, examples: Iterable[Example], on_rows: OnRows = _ignore) -> Iterator[Prediction]:
+        """Yields the labels or tags of each row; tags are those of its words.
+
+        Raises:
+            DataError: A row has no text.
+        """
+        assert isinstance(self.objective, Classify | Tag)
+        for rows, pieces, logits in self._run(examples, on_rows):
+            if isinstance(self.objective, Classify):
+                yield from decode_classes(np.stack([each[0] for each in logits]), self.label_names, self.problem)
+            else:
+                for row, parts, outputs in zip(rows, pieces, logits, strict=True):
+                    yield decode_tags(self._at_words(row, parts, outputs), self.label_names)
+
+    def find_answers(
+        self, examples: Iterable[Example], *, num_best: int = 1, can_be_empty: bool = False, on_rows: OnRows = _ignore
+    ) -> Iterator[list[FoundAnswer]]:
+        """Yields the best answers to each question, the best first.
+
+        Args:
+            examples: Questions with their contexts.
+            num_best: Number of answers.
+            can_be_empty: Whether there may be no answer.
+            on_rows: Called with the number of further rows that are finished.
+
+        Raises:
+            DataError: A question or context has no text, or the question leaves no room for the context.
+        """
+        assert isinstance(self.objective, Answer)
+        cls = getattr(self.tokenizer, "cls_token_id", None)
+        for rows, pieces, logits in self._run(examples, on_rows):
+            for row, parts, outputs in zip(rows, pieces, logits, strict=True):
+                yield find_answers(
+                    row.texts["context"].text or "",
+                    [AnswerWindow(_spans(part), find_null(part.ids, cls)) for part in parts],
+                    outputs,
+                    max_answer_tokens=self.objective.max_answer_tokens,
+                    num_best=num_best,
+                    can_be_empty=can_be_empty,
+                )
+
+    def fill(self, examples: Iterable[Example], top: int, on_rows: OnRows = _ignore) -> Iterator[list[list[Fill]]]:
+        """Yields the most likely tokens at each mask of each text.
+
+        Raises:
+            DataError: A text has no mask.
+        """
+        encoder = make_encoder(self.tokenizer, self.options)
+        mask, vocab_size = self.tokenizer.mask_token_id, len(self.tokenizer)
+        for rows in batches(examples):
+            pieces = encode_rows(encoder.encode, rows)
+            for row, parts in zip(rows, pieces, strict=True):
+                if not any((part.ids == mask).any() for part in parts):
+                    raise DataError(
+                        "The text has no mask to fill.",
+                        where=row.origin,
+                        fix=f"write {self.tokenizer.mask_token} in place of a word",
+                    )
+            masked = [[part for part in parts if (part.ids == mask).any()] for parts in pieces]
+            logits = iter(self._mask_logits([as_sample(part) for parts in masked for part in parts], mask))
+            for parts in masked:
+                yield find_fills(np.concatenate([next(logits) for _ in parts]), top, vocab_size)
+            on_rows(len(rows))
+
+    @torch.no_grad()
+    def _mask_logits(self, documents: Sequence[Sample], mask: int) -> list[Floats]:
+        """Returns the logits of the language modelling head at the masks of each document, [M, V]."""
+        found: list[Floats] = [np.empty(0)] * len(documents)
+        for row in pack_documents(documents):
+            batch = collate([documents[index] for index in row]).to(self._device())
+            places = torch.nonzero(batch.input_ids[0] == mask)[:, 0]
+            hidden_MH = forward_hidden(self.model, batch)[0, places]
+            logits_MV = through_head(self.model, lambda output, hidden: output.logits(hidden), hidden_MH)
+            counts = [int((documents[index].input_ids == mask).sum()) for index in row]
+            for index, each in zip(row, logits_MV.double().cpu().split(counts), strict=True):
+                found[index] = each.numpy()
+        return found
+
+    def _run(
+        self, examples: Iterable[Example], on_rows: OnRows
+    ) -> Iterator[tuple[Sequence[Example], list[Sequence[Piece]], list[list[Floats]]]]:
+        """Yields the rows of each part, their documents, and the logits of the head for these."""
+        encoder = make_encoder(self.tokenizer, self.options)
+        forward = partial(forward_task, self.model)
+        for rows in batches(examples):
+            pieces = encode_rows(encoder.encode, rows)
+            documents = [as_sample(piece) for parts in pieces for piece in parts]
+            found = iter(document_logits(forward, documents, self._device()))
+            yield rows, pieces, [[next(found) for _ in parts] for parts in pieces]
+            on_rows(len(rows))
+
+    def _at_words(self, row: Example, pieces: Sequence[Piece], logits: Sequence[Floats]) -> Floats:
+        """Returns the logits at the first token of each word, [W, C]; NaN for a word without a token."""
+        logits_WC = np.full((len(row.words), len(self.label_names)), np.nan)
+        number = {start: word for word, (start, end) in enumerate(row.words) if start < end}
+        for piece, logits_TC in zip(pieces, logits, strict=True):
+            spans_T2 = _spans(piece)
+            places = np.flatnonzero(spans_T2[:, 0] >= 0)
+            logits_WC[[number[start] for start in spans_T2[places, 0].tolist()]] = logits_TC[places]
+        return logits_WC
+
+    def _device(self) -> torch.device:
+        return compute_device(next(self.model.parameters()))
+
+
+def encode_rows(
+    encode: Callable[[Sequence[Example], Counts], Iterable[tuple[Example, Sequence[Piece]]]], rows: Sequence[Example]
+) -> list[Sequence[Piece]]:
+    """Returns the documents of each row, without its label.
+
+    Args:
+        encode: See :class:`~ingle.data.row_encoder.RowEncoder`.
+        rows: Rows to predict.
+
+    Raises:
+        DataError: The encoder skips a row.
+    """
+    counts = Counts()
+    unlabelled = [replace(row, label=None) for row in rows]
+    found = {id(row): pieces for row, pieces in encode(unlabelled, counts)}
+    for row in unlabelled:
+        if id(row) not in found:
+            reasons = [reason for reason, (_, first) in counts.dropped.items() if first == row.origin]
+            raise DataError("The row cannot be predicted.", where=row.origin, why=" ".join(reasons).rstrip("."))
+    return [found[id(row)] for row in unlabelled]
+
+
+def as_sample(piece: Piece) -> Sample:
+    """Returns a document without its labels."""
+    columns = {name: column for name, column in piece.token_columns.items() if name != "token_labels"}
+    return Sample(piece.ids, np.full(len(piece.ids), IGNORE_INDEX, np.int32), columns)
+
+
+def _spans(piece: Piece) -> Any:
+    assert piece.spans is not None
+    return piece.spans

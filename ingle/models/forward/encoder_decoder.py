@@ -1,0 +1,158 @@
+"""Runs encoder-decoders over pairs of documents: the sources are packed in one row, and the targets in another.
+
+Legend: N tokens of the sources, M tokens of the targets, D pairs, L length of the longest document of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ingle.errors import ModelError
+from ingle.models.forward.bounds import make_bounds
+from ingle.models.forward.documents import PADDING, Documents
+from ingle.models.forward.layout import boundaries_of, layout_of
+from ingle.models.forward.mixers import original_class, parameters
+from ingle.models.forward.to_head import run_to_head
+from ingle.models.text_part import text_config
+from ingle.parallel import is_sharded
+
+
+class Row(NamedTuple):
+    """Packed documents.
+
+    Attributes:
+        ids: ``[1, N]``.
+        position_ids: ``[1, N]``, from 0 in every document.
+        cu_seqlens: First token of each document and the end, int32 ``[D + 1]``.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, documents: Sequence[Tensor]) -> Row:
+        """Packs documents ``[L]``."""
+        positions = torch.cat([torch.arange(len(document)) for document in documents])
+        lengths = torch.tensor([0, *map(len, documents)])
+        device = documents[0].device
+        return cls(
+            torch.cat(list(documents))[None],
+            positions[None].to(device),
+            lengths.cumsum(0).to(device, torch.int32),
+        )
+
+    def lengths(self) -> list[int]:
+        """Returns the lengths of the documents."""
+        return [stop - start for start, stop in pairwise(self.cu_seqlens.tolist())]
+
+
+def forward_pairs(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
+    """Returns the input of the output layer for each token of the targets, ``[1, M, H]``.
+
+    A token of a target sees its own source and the earlier tokens of its target, and nothing else.
+
+    Args:
+        model: An encoder-decoder from :func:`ingle.models.meta_model`, with weights.
+        source: What the encoder reads.
+        target: What the decoder reads, as many documents.
+    """
+    layout = layout_of(model)
+    if layout.kind in ("rows", "equal_rows"):
+        return _forward_rows(model, source, target)
+    arguments: dict[str, Any] = {
+        "encoder_outputs": encode(model, source),
+        "attention_mask": make_bounds(target.cu_seqlens, source.cu_seqlens, described=layout.described),
+        "decoder_input_ids": target.ids,
+        "decoder_attention_mask": make_bounds(target.cu_seqlens, described=layout.described),
+        "use_cache": False,
+    }
+    if "position_ids" in parameters(original_class(model.get_decoder())):
+        arguments["decoder_position_ids"] = target.position_ids
+    with _holding(model, target):
+        return run_to_head(model, arguments)
+
+
+def pair_to_head(model: PreTrainedModel, source: Tensor, target: Tensor) -> Tensor:
+    """Returns the input of the output layer ``[L, H]`` for a target ``[L]`` alone, as transformers computes it."""
+    return run_to_head(model, {"input_ids": source[None], "decoder_input_ids": target[None], "use_cache": False})[0]
+
+
+def encode(model: PreTrainedModel, source: Row) -> ModelOutput:
+    """Returns the output of the encoder for packed sources; its ``last_hidden_state`` is ``[1, N, H]``."""
+    encoder: Any = model.get_encoder()
+    takes = parameters(original_class(encoder))
+    arguments: dict[str, Any] = {
+        "input_ids": source.ids,
+        "attention_mask": make_bounds(source.cu_seqlens, described=layout_of(model).described),
+    }
+    if "position_ids" in takes:
+        arguments["position_ids"] = source.position_ids
+    if "token_type_ids" in takes:
+        arguments["token_type_ids"] = torch.zeros_like(source.ids)
+    with _holding(model, source):
+        encoded: ModelOutput = encoder(**arguments)
+    return encoded
+
+
+def _holding(model: PreTrainedModel, row: Row) -> AbstractContextManager[None]:
+    layout, boundaries = layout_of(model), boundaries_of(model)
+    if boundaries is None or not (layout.dealt or layout.has_distances):
+        return nullcontext()
+    return boundaries.holding(Documents.of(row.cu_seqlens))
+
+
+def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
+    """Computes each pair in a row of its own, with the architecture's own masks and positions."""
+    equal = layout_of(model).kind == "equal_rows"
+    padding = 0.0 if equal else PADDING
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # Ranks gather weights together, so all must make as many calls.
+        if equal:
+            raise ModelError(
+                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
+                where="parallel.kind",
+                fix="--parallel.kind=ddp",
+            )
+        padding = float("inf")
+    groups = _group_pairs(source.lengths(), target.lengths(), padding)
+    sources, targets = (Documents.of_groups(row.cu_seqlens, groups) for row in (source, target))
+    fill = getattr(text_config(model.config), "pad_token_id", None) or 0
+    rows = []
+    for ours, theirs in zip(sources.groups, targets.groups, strict=True):
+        arguments: dict[str, Any] = {"use_cache": False}
+        for name, group, row in (("", ours, source), ("decoder_", theirs, target)):
+            arguments[f"{name}input_ids"] = group.deal(row.ids[0]).masked_fill(~group.real_DL, fill)
+            if not equal:
+                arguments[f"{name}attention_mask"] = group.real_DL.long()
+        rows.append(run_to_head(model, arguments))
+    return targets.collect(rows)[None]
+
+
+def _group_pairs(sources: Sequence[int], targets: Sequence[int], padding: float) -> list[list[int]]:
+    """Groups pairs of similar lengths, longest first.
+
+    Args:
+        sources: Length of each source.
+        targets: Length of each target.
+        padding: Padded places per token that a group may have; 0 for pairs of equal lengths only.
+    """
+    order = sorted((index for index, length in enumerate(targets) if length), key=lambda i: (-sources[i], -targets[i]))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups:
+            group = [*groups[-1], index]
+            lengths = [[row[each] for each in group] for row in (sources, targets)]
+            if sum(len(row) * max(row) for row in lengths) <= (1 + padding) * sum(map(sum, lengths)):
+                groups[-1] = group
+                continue
+        groups.append([index])
+    return groups

@@ -1,0 +1,48 @@
+"""Modules that would let chance, or the content of other documents, change a bit of a document's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ingle.models.forward.dealt import Evaluating, put_before
+from ingle.quant import LEAST_ROWS, is_fused_experts
+
+
+class _FullGroups(nn.Module):
+    """Goes before a class of fused experts: on a CPU, every expert that is used gets :data:`LEAST_ROWS` rows."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Takes ``[S, H]``, ``[S, K]`` and ``[S, K]``; returns ``[S, H]``."""
+        call: Any = super().forward
+        if hidden_states.device.type != "cpu":
+            return call(hidden_states, top_k_index, top_k_weights)
+        experts, counts = top_k_index[top_k_index < self.num_experts].unique(return_counts=True)
+        more = experts.repeat_interleave((LEAST_ROWS - counts).clamp_min(0))
+        if not len(more):
+            return call(hidden_states, top_k_index, top_k_weights)
+        width = top_k_index.shape[-1]
+        rest = -len(more) % width
+        more = torch.cat((more, more[-1:].expand(rest))).view(-1, width)
+        rows = (0, 0, 0, len(more))
+        output: Tensor = call(pad(hidden_states, rows), torch.cat((top_k_index, more)), pad(top_k_weights, rows))
+        return output[: len(hidden_states)]
+
+
+def isolate(model: nn.Module) -> None:
+    """Removes what makes the results of a document depend on chance or on other documents.
+
+    Routers add no noise in training, as adapters have a dropout of their own. Products with few rows use other kernels,
+    which round in another way, so that the number of tokens at an expert would matter.
+
+    Args:
+        model: A new model of any device.
+    """
+    for module in model.modules():
+        if any("jitter" in name for name in vars(module)):
+            put_before(Evaluating, module)
+        if is_fused_experts(module):
+            put_before(_FullGroups, module)

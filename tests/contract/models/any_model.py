@@ -1,0 +1,137 @@
+"""Compares packed documents in a small model of any type with single ones in transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ingle import adapters, models
+from ingle.config import BaseConfig, LoraAdapter, ModelConfig
+from ingle.models.loading.layout_choice import enliven
+from tests.contract.models.test_architectures import pack, replace_by_decoded
+
+FolderOf = Callable[[str], Path]
+#: What each position of a document predicts; -100 for nothing.
+Targets = Callable[[list[int]], list[int]]
+
+
+def writer(
+    temporary: pytest.TempPathFactory,
+    auto: Any,
+    small_config: Callable[[str], PretrainedConfig],
+    not_built: Mapping[str, str],
+) -> FolderOf:
+    """Returns what writes a random model of a type, once, and returns its folder; skips types that cannot be built."""
+    made: dict[str, Path] = {}
+
+    def write(kind: str) -> Path:
+        if kind in not_built:
+            pytest.skip(not_built[kind])
+        if kind not in made:
+            torch.manual_seed(0)
+            model = auto.from_config(small_config(kind), dtype=torch.float32)
+            enliven(model)
+            made[kind] = temporary.mktemp("model")
+            model.save_pretrained(made[kind])
+        return made[kind]
+
+    return write
+
+
+def random_documents(lengths: tuple[int, ...]) -> list[list[int]]:
+    ids = torch.randint(3, 80, (sum(lengths),), generator=torch.Generator().manual_seed(5))
+    return [part.tolist() for part in ids.split(lengths)]
+
+
+def load(folder: Path, base: BaseConfig) -> PreTrainedModel:
+    return models.load_model(ModelConfig(id=str(folder), dtype="float32"), base)
+
+
+def require_same_losses_and_gradients(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    documents: list[list[int]],
+    targets: Targets,
+    rounding: float = 1e-4,
+) -> None:
+    replace_by_decoded(reference, model)
+    attach(model)
+    losses = packed_losses(model, documents, targets)
+    losses.sum().backward()
+    expected, gradients = reference_losses(reference, model, documents, targets)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    floor = 3e-3 * max(gradient.norm() for gradient in gradients.values())
+    for name, parameter in adapters.trainable_parameters(model):
+        actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        error = (actual - gradients[name]).norm() / gradients[name].norm().clamp_min(floor)
+        assert error < rounding, (name, float(error))
+
+
+def require_independent_documents(model: PreTrainedModel, documents: list[list[int]], targets: Targets) -> None:
+    """A change in one document changes no bit of another's loss."""
+    with torch.no_grad():
+        before = packed_losses(model, documents, targets)
+        for changed in (0, 2, 4):
+            other = [*documents]
+            other[changed] = [(7 * token + 5) % 70 + 3 for token in other[changed]]
+            after = packed_losses(model, other, targets)
+            kept = [place for place in range(len(documents)) if place != changed]
+            assert torch.equal(after[kept], before[kept])
+            assert after[changed] != before[changed]
+
+
+def attach(model: PreTrainedModel) -> None:
+    adapters.attach(model, LoraAdapter(rank=2), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in adapters.trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.train()
+
+
+def packed_losses(model: PreTrainedModel, documents: list[list[int]], targets: Targets) -> Tensor:
+    """Sums of the losses of each document, ``[D]``."""
+    logits = models.head(model).logits(models.forward_hidden(model, pack(documents)))[0]
+    return losses_of(list(logits.split([len(each) for each in documents])), documents, targets)
+
+
+def losses_of(logits: list[Tensor], documents: list[list[int]], targets: Targets) -> Tensor:
+    pairs = zip(logits, documents, strict=True)
+    return torch.stack([cross_entropy(row, torch.tensor(targets(ids)), reduction="sum") for row, ids in pairs])
+
+
+def reference_losses(
+    reference: PreTrainedModel, model: PreTrainedModel, documents: list[list[int]], targets: Targets
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses in transformers with adapters added to its weights, and the adapters' gradients."""
+    leaves = {name: parameter.detach().requires_grad_() for name, parameter in adapters.trainable_parameters(model)}
+    changed = {}
+    for name, a in leaves.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf != "lora_a":
+            continue
+        delta = leaves[f"{path}.lora_b"] @ a * model.get_submodule(path).scale
+        owner = reference.get_submodule(path)
+        changed[f"{path}.weight"] = owner.weight.detach() + (delta.T if isinstance(owner, Conv1D) else delta)
+    reference.requires_grad_(False)
+    options = {"use_cache": False} if "use_cache" in inspect.signature(reference.forward).parameters else {}
+    logits = [
+        functional_call(
+            reference, changed, (), {"input_ids": torch.tensor([ids]), **options}, tie_weights=False
+        ).logits[0]
+        for ids in documents
+    ]
+    losses = losses_of(logits, documents, targets)
+    values = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), values, strict=True)
+    return losses.detach(), {name: torch.zeros_like(leaf) if v is None else v for (name, leaf), v in pairs}

@@ -1,0 +1,65 @@
+"""Packed documents get the masked-token losses and adapter gradients of single ones in transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+
+from ingle.config import Nf4Base, NoBase
+from ingle.data.types import IGNORE_INDEX
+from ingle.errors import ModelError
+from tests.contract.models.any_model import (
+    FolderOf,
+    load,
+    random_documents,
+    require_independent_documents,
+    require_same_losses_and_gradients,
+    writer,
+)
+from tests.contract.models.tiny_types import ENCODER_TYPES, small_encoder_config
+
+#: One of every way to mix tokens and to number positions.
+SOME = ("bert", "deberta-v2", "esm", "modernbert", "mpnet", "roberta")
+#: Why a type is refused.
+REFUSED: dict[str, str] = {}
+#: Why there is no small model of a type.
+NOT_BUILT = {"reformer": "it needs texts whose length is a multiple of its chunks"}
+#: The last is longer than the longest text of a model, so that the packed row is too.
+LENGTHS = (7, 30, 3, 18, 11)
+BASES = [NoBase(), Nf4Base(format="nf4")]
+TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_TYPES if kind not in SOME)]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    return writer(tmp_path_factory, AutoModelForMaskedLM, small_encoder_config, NOT_BUILT)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    return random_documents(LENGTHS)
+
+
+def hidden_tokens(ids: list[int]) -> list[int]:
+    """Other tokens at about a third of the positions, as if these were hidden in the text."""
+    return [(5 * token + 1) % 100 + 3 if place % 3 == 1 else IGNORE_INDEX for place, token in enumerate(ids)]
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.format)
+@pytest.mark.parametrize("kind", TYPES)
+def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_of, documents) -> None:
+    folder = folder_of(kind)
+    if kind in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[kind]):
+            load(folder, base)
+        return
+    reference = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    require_same_losses_and_gradients(load(folder, base), reference, documents, hidden_tokens)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_document_changes_no_bit_of_another(kind, folder_of, documents) -> None:
+    if kind in REFUSED:
+        pytest.skip(REFUSED[kind])
+    require_independent_documents(load(folder_of(kind), NoBase()), documents, hidden_tokens)
