@@ -15,7 +15,7 @@ from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.model_names import check_name, missing
-from ingle.config.objective import ObjectiveConfig
+from ingle.config.objective import ObjectiveConfig, Seq2Seq
 from ingle.config.parallel import ParallelConfig
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.run import Run
@@ -57,6 +57,12 @@ class Source:
     keeps_control_tokens: bool = False
     run: Run | None = None
 
+    @property
+    def prefix(self) -> str:
+        """Text before every source that an encoder-decoder reads."""
+        trained = None if self.run is None else self.run.objective
+        return trained.prefix if isinstance(trained, Seq2Seq) else ""
+
     def objective(self) -> ObjectiveConfig:
         """Returns what the model was trained for, with the names of its labels.
 
@@ -95,6 +101,9 @@ class Engine:
         tokenizer: Its tokenizer.
         adapted: Whether an adapter is attached.
         source: Where it was opened from.
+
+    Attributes:
+        reads_sources: Whether it is an encoder-decoder, which reads texts as they are.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, adapted: bool, source: Source | None = None) -> None:
@@ -104,6 +113,7 @@ class Engine:
         keeps = source is not None and source.keeps_control_tokens
         self._control = data.ControlTokens(tokenizer, "keep" if keeps else "escape")
         self.source = source
+        self.reads_sources = models.kind_of(model.config) == "encoder_decoder"
 
     def generate(
         self,
@@ -158,10 +168,21 @@ class Engine:
         return (yield from models.stream(self.model, self.tokenizer, self._prompt_ids(prompt, system), **options))
 
     def _prompt_ids(self, prompt: str | Sequence[Message], system: str | None) -> list[int]:
+        if self.reads_sources:
+            return self._source_ids(prompt)
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt, add_special_tokens=True)["input_ids"])
         example = Example(origin="prompt", messages=(*prompt, Message("assistant", "")))
         return data.prompt_ids(self.tokenizer, example, system, control=self._control)
+
+    def _source_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        if not isinstance(prompt, str):
+            raise ModelError(
+                "An encoder-decoder reads a text, not a conversation.",
+                where="messages",
+                fix="give the text as the prompt",
+            )
+        return data.source_ids(self.tokenizer, [prompt], self.source.prefix if self.source is not None else "")[0]
 
 
 def locate(path_or_id: str) -> Source:

@@ -119,6 +119,8 @@ def _to_messages(engine: Engine, prompt: Prompt, raw: bool) -> Any:
         if not isinstance(prompt, str):
             raise ConfigError("--raw cannot be used with prompts that contain messages.", fix="remove --raw")
         return prompt
+    if engine.reads_sources and isinstance(prompt, str):
+        return prompt
     check_template(engine)
     pairs = [("user", prompt)] if isinstance(prompt, str) else prompt
     return tuple(Message(role, content) for role, content in pairs)

@@ -10,6 +10,7 @@ from ingle.data.control import ControlTokens
 from ingle.data.dataset import TokenDataset
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.duplicates import ContaminationSearch
+from ingle.data.encode_sources import source_ids
 from ingle.data.holdout import HeldOut, hold_out
 from ingle.data.label_names import name_labels
 from ingle.data.packing import Sequences, make_sequences
@@ -46,6 +47,7 @@ __all__ = [
     "read_examples",
     "render",
     "round_up",
+    "source_ids",
 ]
 
 

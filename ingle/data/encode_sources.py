@@ -83,5 +83,19 @@ class SourceEncoder:
         return self._options.prefix + example.prompt, example.completion
 
 
+def source_ids(tokenizer: Tokenizer, texts: Sequence[str], prefix: str = "") -> list[list[int]]:
+    """Returns what an encoder reads of texts, as in training.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: The sources.
+        prefix: Text before every source.
+    """
+    backend = copy_backend(tokenizer)
+    special = read_special_tokens(tokenizer, backend, 1)._replace(types=())
+    encodings = backend.encode_batch_fast([prefix + text for text in texts], add_special_tokens=False)
+    return [_wrap(special, np.array(encoding.ids, np.int32)).tolist() for encoding in encodings]
+
+
 def _wrap(special: SpecialTokens, ids: Ids) -> Ids:
     return special.wrap(ids)[0]

@@ -138,6 +138,8 @@ def remove_towers(model: PreTrainedModel) -> tuple[str, ...]:
     """
     decoder = text_decoder(model)
     kept = {id(decoder), id(model.get_output_embeddings())}
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING:  # an encoder has more layers before its output layer
+        kept |= {id(child) for child in model.children() if not _contains(child, {id(decoder)})}
     removed = _remove_below(model, "", kept)
     path = next(name for name, module in model.named_modules() if module is decoder)
     for index in getattr(text_config(model.config), "cross_attention_layers", None) or ():

@@ -134,7 +134,12 @@ class QuantLinear(QuantModule):
         transposed: See :class:`QuantModule`.
         weight_dtype: See :class:`QuantModule`.
         device: See :class:`QuantModule`.
+
+    Attributes:
+        weight: None; layers of T5 ask whether the weight is a tensor before they convert their input to its dtype.
     """
+
+    weight = None
 
     def __init__(
         self,

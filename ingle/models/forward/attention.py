@@ -72,16 +72,17 @@ def attend(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    bounds = read_bounds(attention_mask) if cu_seq_lens_q is None and is_bounds(attention_mask) else None
-    if bounds is not None:
+    bounds = None
+    if cu_seq_lens_q is None and attention_mask is not None and is_bounds(attention_mask):
+        bounds = read_bounds(attention_mask)
         cu_seq_lens_q, max_length_q = bounds.queries, bounds.longest
     if cu_seq_lens_q is not None:
         options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
         if position_bias is not None and position_bias.numel() > 0:
             options["bias"] = _by_distance(module, position_bias)
         if bounds is not None and bounds.crosses:
-            keys = {"cu_seqlens_k": bounds.keys, "longest_k": bounds.longest_keys}
-            return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q, **keys), None
+            options |= {"cu_seqlens_k": bounds.keys, "longest_k": bounds.longest_keys}
+            return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q), None
         if bounds is not None and bounds.described:
             options |= {"causal": bounds.after == 0, "window": (bounds.before, bounds.after)}
         else:

@@ -166,7 +166,8 @@ def _collect(results: list[Any], documents: Documents) -> Any:
     if not isinstance(first, Tensor):
         return first
     shape = documents.groups[0].real_DL.shape
-    if first.shape[:2] == shape and first.dim() > 2:
+    by_row = all(part.shape[:2] == group.real_DL.shape for part, group in zip(results, documents.groups, strict=True))
+    if by_row and first.dim() > 2:
         return documents.collect(results)[None]
     # Positions may be the same for all rows: [L, H] or [1, L, H].
     alike = (first.dim() == 2 and first.shape[0] == shape[1]) or (first.dim() == 3 and first.shape[:2] == (1, shape[1]))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
@@ -131,8 +131,8 @@ def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
         arguments: dict[str, Any] = {"use_cache": False}
         for name, group, row in (("", ours, source), ("decoder_", theirs, target)):
             arguments[f"{name}input_ids"] = group.deal(row.ids[0]).masked_fill(~group.real_DL, fill)
-            if not equal:
-                arguments[f"{name}attention_mask"] = group.real_DL.long()
+        if not equal:  # no token of a target sees padding, which is on the right
+            arguments["attention_mask"] = ours.real_DL.long()
         rows.append(run_to_head(model, arguments))
     return targets.collect(rows)[None]
 

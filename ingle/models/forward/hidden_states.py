@@ -78,6 +78,7 @@ def head(model: PreTrainedModel) -> Head:
         )
     scaled = model.config.model_type not in _UNSCALED
     config = text_config(model.config) if scaled else None
+    config = getattr(config, "decoder", config)  # of an encoder-decoder with a section for each part
     scale = 1.0
     for name in _FACTORS:
         scale *= float(getattr(config, name, None) or 1.0)
@@ -85,8 +86,10 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    # BART and its kin add a bias outside the layer.
-    bias = getattr(layer, "bias", None) if (more := getattr(model, "final_logits_bias", None)) is None else more[0]
+    bias = getattr(layer, "bias", None)
+    if added := layout_of(model).added_bias:
+        more = model.get_parameter_or_buffer(added).flatten()
+        bias = more if bias is None else bias + more
     return Head(weight, bias, scale, None if softcap is None else float(softcap))
 
 

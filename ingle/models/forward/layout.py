@@ -44,6 +44,7 @@ class Layout:
         first_position: The position of a document's first token.
         passes_types: Whether the model gets token types; its own are only as many as its longest text has tokens.
         has_layers_before_head: Whether there are layers between the base model and the output layer, as in RoBERTa.
+        added_bias: Name of a bias that the architecture adds after its output layer; empty if there is none.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
         has_distances: Whether attention gets relative position biases by distance.
@@ -58,6 +59,7 @@ class Layout:
     first_position: int = 0
     passes_types: bool = False
     has_layers_before_head: bool = False
+    added_bias: str = ""
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
     has_distances: bool = False

@@ -95,7 +95,7 @@ def _named_lengths(config: PretrainedConfig, names: tuple[str, ...]) -> list[tup
     changing = rope_types(config) - _FIXED_ROPE
     keys = [key for key in names if changing or key != _ORIGINAL]
     keys += [_LONGEST] if any("dynamic" in kind for kind in changing) else []
-    found: list[tuple[Any, str, Any]] = [(config, key, getattr(config, key, None)) for key in keys]
+    found: list[tuple[Any, str, Any]] = [(config, key, _value(config, key)) for key in keys]
     for section in rope_sections(config):
         if str(section.get("rope_type")) not in _FIXED_ROPE:
             found += [(section, key, section.get(key)) for key in names]
@@ -105,6 +105,13 @@ def _named_lengths(config: PretrainedConfig, names: tuple[str, ...]) -> list[tup
         for owner, key, value in found
         if isinstance(value, int) and value > 0 and (value < longest or key in (_LONGEST, _ORIGINAL))
     ]
+
+
+def _value(config: PretrainedConfig, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # each layer has its own
+        return None
 
 
 def _exaggerate(config: PretrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 Rows are padded on the left, so that all of them grow at the right end; a finished row is removed from the batch
 immediately. Each prompt has its own stream of random numbers, so an answer does not depend on the other prompts.
+Encoder-decoders read prompts as sources: see :mod:`ingle.models.generation.target_batch`.
 
 If a text grows beyond the length at which ``longrope`` changes its factors, its cached keys are recomputed, as
 transformers does for Phi-3. ``dynamic`` positions change with every token, but cached keys are not recomputed, as in
@@ -27,7 +28,9 @@ from ingle.models.forward.hidden_states import Head, device_of, head, through_he
 from ingle.models.forward.mixers import base_of
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.generation.stop_criteria import Answer, Generation, StopCriteria, end_token_ids
+from ingle.models.generation.target_batch import TargetBatch
 from ingle.models.generation.token_sampler import TokenSampler
+from ingle.models.kinds import kind_of
 from ingle.models.text_limits import refuse_tokens_beyond, text_limit
 from ingle.parallel import is_unit
 
@@ -75,11 +78,12 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
     with _evaluating(model):
-        compute_logits = _logits_of(model)
+        compute_logits, growing_batch = _logits_of(model), _batch_class(model)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             sampler = TokenSampler(temperature, top_p, seed, [streams[index] for index in chosen])
-            batch = _Batch(model, compute_logits, [prompts[index] for index in chosen], sampler, max_new_tokens, agree)
+            sources = [prompts[index] for index in chosen]
+            batch = growing_batch(model, compute_logits, sources, sampler, max_new_tokens, agree)
             growing = [Answer(criteria) for _ in chosen]
             while batch.rows:
                 rows, tokens = batch.step()
@@ -118,7 +122,8 @@ def stream(
     answer = Answer(_check(model, tokenizer, [prompt], stop))
     shown = 0
     with _evaluating(model):
-        batch = _Batch(model, _logits_of(model), [prompt], TokenSampler(temperature, top_p, seed, [0]), max_new_tokens)
+        sampler = TokenSampler(temperature, top_p, seed, [0])
+        batch = _batch_class(model)(model, _logits_of(model), [prompt], sampler, max_new_tokens)
         over = False
         while not over:
             _, tokens = batch.step()
@@ -135,15 +140,17 @@ def _check(
 ) -> StopCriteria:
     """Refuses prompts that cannot be answered, before the first is answered; returns the stop criteria."""
     limit = text_limit(model)
+    answers_elsewhere = kind_of(model.config) == "encoder_decoder"
     for number, prompt in enumerate(prompts, 1):
         where = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
         if len(prompt) == 0:
             raise ModelError("A prompt has no tokens.", where=where, fix="give at least one word")
-        if limit is not None and len(prompt) >= limit:
+        if limit is not None and len(prompt) >= limit + answers_elsewhere:
+            answer = "" if answers_elsewhere else ", including the answer"
             raise ModelError(
                 "A prompt is longer than the model's context.",
                 where=where,
-                why=f"it has {len(prompt):,} tokens; the context has room for {limit:,}, including the answer",
+                why=f"it has {len(prompt):,} tokens; the context has room for {limit:,}{answer}",
                 fix="shorten the prompt",
             )
     refuse_tokens_beyond(model, max((max(prompt) for prompt in prompts), default=0), tokenizer)
@@ -172,6 +179,10 @@ def _logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     if is_unit(model.get_output_embeddings()):
         return partial(through_head, model, Head.logits)
     return head(model).logits
+
+
+def _batch_class(model: PreTrainedModel) -> type[_Batch] | type[TargetBatch]:
+    return TargetBatch if kind_of(model.config) == "encoder_decoder" else _Batch
 
 
 class _Batch:

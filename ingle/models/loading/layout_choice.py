@@ -10,6 +10,7 @@ import copy
 import functools
 import re
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _MOST_PARAMETERS = 6_000_000
 _LENGTHS = (21, 5, 13, 2, 9)
 #: Lengths of the targets, which an encoder-decoder predicts from documents of the other lengths.
 _TARGET_LENGTHS = (9, 13, 2, 21, 5)
+_SHORT = 2
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
@@ -97,22 +99,24 @@ def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 @functools.lru_cache(maxsize=256)
 def _choose(described: _Described) -> Choice:
+    kind = kind_of(described.config)
     try:
         reference = _build(described.config, trust_remote_code=described.trust_remote_code)
-        documents = _documents(reference)
-        kind = kind_of(described.config)
         if kind == "encoder_decoder":
-            return _choose_for_pairs(reference, documents)
-        alone = [_compute_alone(reference, document) for document in documents]
+            return _choose_for_pairs(reference, _documents(reference))
+        documents, alone = _compute_documents(reference)
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
+        added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
     except Exception:
-        return Choice(_CANDIDATES[kind_of(described.config)][0], tried=False)
+        layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
+        return Choice(replace(layout, has_layers_before_head=kind != "causal"), tried=False)
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
             read = _read_linears(reference, candidate, documents)
-            return Choice(replace(candidate, read=read, has_layers_before_head=before_head), is_causal)
+            found = replace(candidate, read=read, has_layers_before_head=before_head, added_bias=added_bias)
+            return Choice(found, is_causal)
     return Choice(None, is_causal)
 
 
@@ -127,10 +131,11 @@ def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choi
         except LookupError:
             continue
         break
+    added_bias = "final_logits_bias" if hasattr(reference, "final_logits_bias") else ""
     for candidate in _CANDIDATES["encoder_decoder"]:
-        layout = replace(candidate, has_layers_before_head=before_head)
+        layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
         if _is_exact(reference, layout, sources, expected, targets):
-            return Choice(layout)
+            return Choice(replace(layout, read=_read_linears(reference, layout, sources, targets)))
     return Choice(None)
 
 
@@ -185,6 +190,16 @@ def enliven(model: nn.Module) -> None:
         parameter.copy_(torch.randn(parameter.shape) * std)
 
 
+def _compute_documents(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns documents and their hidden states; some architectures cannot compute very short ones."""
+    try:
+        documents = _documents(model)
+        return documents, [_compute_alone(model, document) for document in documents]
+    except RuntimeError:
+        documents = [document for document in _documents(model) if len(document) > _SHORT]
+        return documents, [_compute_alone(model, document) for document in documents]
+
+
 def _documents(model: PreTrainedModel) -> list[Tensor]:
     vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
     generator = torch.Generator().manual_seed(1)
@@ -222,6 +237,22 @@ def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Te
     return _difference(kept[0], hidden * scale) > _TOLERANCE
 
 
+def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
+    """Returns the name of a bias that is added to what the output layer returns; empty if there is none."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        return ""
+    before = model(input_ids=document[None]).logits
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if value is layer.bias or value.numel() != layer.out_features or value.shape[-1] != layer.out_features:
+            continue
+        changed = copy.deepcopy(model)
+        changed.get_parameter_or_buffer(name).add_(1.0)
+        if torch.allclose(changed(input_ids=document[None]).logits, before + 1.0, atol=_TOLERANCE):
+            return name
+    return ""
+
+
 def _is_exact(
     model: PreTrainedModel,
     layout: Layout,
@@ -255,6 +286,8 @@ def _compute_packed(
 class _WithoutWeight(nn.Module):
     """A linear layer that can be called only, as a quantized one."""
 
+    weight = None
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._called = linear
@@ -265,7 +298,9 @@ class _WithoutWeight(nn.Module):
         return output
 
 
-def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor]) -> frozenset[str]:
+def _read_linears(
+    model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
+) -> frozenset[str]:
     """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
     candidates: dict[str, list[str]] = {}
     for name, owner in model.named_modules():
@@ -280,8 +315,8 @@ def _read_linears(model: PreTrainedModel, layout: Layout, documents: list[Tensor
             assert isinstance(linear, nn.Linear)
             changed.set_submodule(name, _WithoutWeight(linear))
         try:
-            _compute_packed(changed.train(), layout, documents)
-        except AttributeError:
+            _compute_packed(changed.train(), layout, documents, targets)
+        except (AttributeError, TypeError):
             found.add(pattern)
     return frozenset(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.contract.models.test_architectures import pack, replace_by_decoded
 FolderOf = Callable[[str], Path]
 #: What each position of a document predicts; -100 for nothing.
 Targets = Callable[[list[int]], list[int]]
+#: What the decoder of an encoder-decoder reads; it predicts as many targets.
+Reads = Callable[[list[int]], list[int]] | None
 
 
 def writer(
@@ -62,13 +65,14 @@ def require_same_losses_and_gradients(
     reference: PreTrainedModel,
     documents: list[list[int]],
     targets: Targets,
+    decoder: Reads = None,
     rounding: float = 1e-4,
 ) -> None:
     replace_by_decoded(reference, model)
     attach(model)
-    losses = packed_losses(model, documents, targets)
+    losses = packed_losses(model, documents, targets, decoder)
     losses.sum().backward()
-    expected, gradients = reference_losses(reference, model, documents, targets)
+    expected, gradients = reference_losses(reference, model, documents, targets, decoder)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
     floor = 3e-3 * max(gradient.norm() for gradient in gradients.values())
     for name, parameter in adapters.trainable_parameters(model):
@@ -77,14 +81,16 @@ def require_same_losses_and_gradients(
         assert error < rounding, (name, float(error))
 
 
-def require_independent_documents(model: PreTrainedModel, documents: list[list[int]], targets: Targets) -> None:
+def require_independent_documents(
+    model: PreTrainedModel, documents: list[list[int]], targets: Targets, decoder: Reads = None
+) -> None:
     """A change in one document changes no bit of another's loss."""
     with torch.no_grad():
-        before = packed_losses(model, documents, targets)
+        before = packed_losses(model, documents, targets, decoder)
         for changed in (0, 2, 4):
             other = [*documents]
             other[changed] = [(7 * token + 5) % 70 + 3 for token in other[changed]]
-            after = packed_losses(model, other, targets)
+            after = packed_losses(model, other, targets, decoder)
             kept = [place for place in range(len(documents)) if place != changed]
             assert torch.equal(after[kept], before[kept])
             assert after[changed] != before[changed]
@@ -99,10 +105,16 @@ def attach(model: PreTrainedModel) -> None:
     model.train()
 
 
-def packed_losses(model: PreTrainedModel, documents: list[list[int]], targets: Targets) -> Tensor:
+def packed_losses(
+    model: PreTrainedModel, documents: list[list[int]], targets: Targets, decoder: Reads = None
+) -> Tensor:
     """Sums of the losses of each document, ``[D]``."""
-    logits = models.head(model).logits(models.forward_hidden(model, pack(documents)))[0]
-    return losses_of(list(logits.split([len(each) for each in documents])), documents, targets)
+    batch = pack(documents)
+    if decoder is not None:
+        columns = pack([decoder(ids) for ids in documents]).columns
+        batch = replace(batch, columns={**batch.columns, **{f"decoder_{name}": each for name, each in columns.items()}})
+    logits = models.head(model).logits(models.forward_hidden(model, batch))[0]
+    return losses_of(list(logits.split([len(targets(ids)) for ids in documents])), documents, targets)
 
 
 def losses_of(logits: list[Tensor], documents: list[list[int]], targets: Targets) -> Tensor:
@@ -111,8 +123,9 @@ def losses_of(logits: list[Tensor], documents: list[list[int]], targets: Targets
 
 
 def reference_losses(
-    reference: PreTrainedModel, model: PreTrainedModel, documents: list[list[int]], targets: Targets
-) -> tuple[Tensor, dict[str, Tensor]]:
+    reference: PreTrainedModel, model: PreTrainedModel, documents: list[list[int]], targets: Targets,
+    decoder: Reads = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Losses in transformers with adapters added to its weights, and the adapters' gradients."""
     leaves = {name: parameter.detach().requires_grad_() for name, parameter in adapters.trainable_parameters(model)}
     changed = {}
@@ -125,12 +138,12 @@ def reference_losses(
         changed[f"{path}.weight"] = owner.weight.detach() + (delta.T if isinstance(owner, Conv1D) else delta)
     reference.requires_grad_(False)
     options = {"use_cache": False} if "use_cache" in inspect.signature(reference.forward).parameters else {}
-    logits = [
-        functional_call(
-            reference, changed, (), {"input_ids": torch.tensor([ids]), **options}, tie_weights=False
-        ).logits[0]
-        for ids in documents
-    ]
+    logits = []
+    for ids in documents:
+        inputs = {"input_ids": torch.tensor([ids]), **options}
+        if decoder is not None:
+            inputs["decoder_input_ids"] = torch.tensor([decoder(ids)])
+        logits.append(functional_call(reference, changed, (), inputs, tie_weights=False).logits[0])
     losses = losses_of(logits, documents, targets)
     values = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), values, strict=True)

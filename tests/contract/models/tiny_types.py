@@ -17,6 +17,7 @@ CAUSAL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 ENCODER_TYPES = tuple(
     sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() - MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys())
 )
+ENCODER_DECODER_TYPES = tuple(sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
 
 _BERT = {"is_decoder": True}
 #: Settings of the small config: layers of each kind, and sizes that fit each other only in the defaults.
@@ -77,8 +78,16 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "position_embedding_type": "rotary"},
+    "esmc": {"vocab_size": 128},
     "modernbert": {"local_attention": 8},
     "xmod": {"default_language": "en_XX"},
+}
+
+
+#: The same for encoder-decoders.
+_ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    **{kind: {"decoder_start_token_id": 0} for kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
 }
 
 
@@ -90,6 +99,11 @@ def small_config(kind: str) -> PretrainedConfig:
 def small_encoder_config(kind: str) -> PretrainedConfig:
     """The default config of an encoder, shrunk."""
     return _small(kind, _ENCODER_SETTINGS)
+
+
+def small_encoder_decoder_config(kind: str) -> PretrainedConfig:
+    """The default config of an encoder-decoder, shrunk."""
+    return _small(kind, _ENCODER_DECODER_SETTINGS)
 
 
 def _small(kind: str, changes: dict[str, dict[str, Any]]) -> PretrainedConfig:

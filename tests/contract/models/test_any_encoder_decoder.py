@@ -1,0 +1,82 @@
+"""Packed pairs of documents get the losses and adapter gradients of single pairs in transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
+
+from ingle.config import Nf4Base, NoBase
+from ingle.data.types import IGNORE_INDEX
+from ingle.errors import ModelError
+from tests.contract.models.any_model import (
+    FolderOf,
+    Reads,
+    Targets,
+    load,
+    random_documents,
+    require_independent_documents,
+    require_same_losses_and_gradients,
+    writer,
+)
+from tests.contract.models.tiny_types import ENCODER_DECODER_TYPES, small_encoder_decoder_config
+
+#: One of every way to number positions, to mix tokens and to head them.
+SOME = ("bart", "fsmt", "m2m_100", "t5", "t5gemma")
+#: Why a type is refused.
+REFUSED: dict[str, str] = {}
+#: Why there is no small model of a type.
+NOT_BUILT: dict[str, str] = {}
+#: Types that read sound; of a text, their causal model is trained.
+WITH_SOUND = tuple(kind for kind in ENCODER_DECODER_TYPES if not CONFIG_MAPPING[kind].is_encoder_decoder)
+LENGTHS = (7, 30, 3, 18, 11)
+BASES = [NoBase(), Nf4Base(format="nf4")]
+TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_DECODER_TYPES if kind not in SOME)]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    return writer(tmp_path_factory, AutoModelForSeq2SeqLM, small_encoder_decoder_config, NOT_BUILT)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    return random_documents(LENGTHS)
+
+
+def target(source: list[int]) -> list[int]:
+    """A text of another length; the order of the lengths is another, too."""
+    return [(3 * token + 7) % 90 + 3 for token in source[: 37 % (len(source) + 4) + 1]]
+
+
+def next_tokens(ids: list[int]) -> list[int]:
+    return [*ids[1:], IGNORE_INDEX]
+
+
+def reading_of(kind: str) -> tuple[Targets, Reads]:
+    """What a model predicts and its decoder reads; models of sound are causal models of text."""
+    return (target, decoder_input) if kind not in WITH_SOUND else (next_tokens, None)
+
+
+def decoder_input(source: list[int]) -> list[int]:
+    return [2, *target(source)[:-1]]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # a router converts weights that are results here
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.format)
+@pytest.mark.parametrize("kind", TYPES)
+def test_losses_and_gradients_are_those_of_single_pairs(kind, base, folder_of, documents) -> None:
+    folder = folder_of(kind)
+    if kind in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[kind]):
+            load(folder, base)
+        return
+    reference = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    require_same_losses_and_gradients(load(folder, base), reference, documents, *reading_of(kind))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_pair_changes_no_bit_of_another(kind, folder_of, documents) -> None:
+    if kind in REFUSED:
+        pytest.skip(REFUSED[kind])
+    require_independent_documents(load(folder_of(kind), NoBase()), documents, *reading_of(kind))
