@@ -22,6 +22,8 @@ from ingle.config.data import Source
 from ingle.config.evaluate import MetricName, TaskConfig
 from ingle.config.run import Run
 from ingle.config.schema import Option, options, shapes
+from ingle.planning.model_types import model_table
+from ingle.report.model_types import COLUMNS, cells
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "docs" / "reference"
@@ -49,6 +51,7 @@ def pages() -> dict[str, str]:
         "errors.md": errors_page(),
         "formats.md": formats_page(),
         "metrics.md": metrics_page(),
+        "models.md": models_page(),
         "events.md": events_page(),
         "layers.md": layers_page(),
         "layers.svg": layers.picture(),
@@ -172,6 +175,26 @@ def formats_page() -> str:
     lines += _table(("format", "bits per weight", "description", "source"), rows)
     lines += ["", "The options of each format are in [Config options](config.md#base)."]
     return _page(lines)
+
+
+def models_page() -> str:
+    """Returns the page of all types of models."""
+    table = model_table()
+    trained = sum(entry.is_trained for entry in table.types)
+    lines = _head(
+        "Types of models",
+        f"Of the {len(table.types)} language models of transformers {table.transformers}, {trained} are trained. Each "
+        "is tried with a tiny copy: several documents in a batch must give the results that each gives alone. "
+        "`ingle models` prints this table, and `ingle models FOLDER` tries a model with its own options.",
+    )
+    lines += [
+        "- *packed*: all documents in one row, nothing is padded.",
+        "- *documents*: the same, but the named modules see documents as the rows of batches, grouped by length.",
+        "- *rows*: one document per row, with padding, grouped by length. *equal rows*: without padding, in a call for "
+        "each length.",
+        "",
+    ]
+    return _page([*lines, *_table(COLUMNS, map(cells, table.types))])
 
 
 def metrics_page() -> str:

@@ -15,7 +15,7 @@ from ingle.config.objective import TRAINS, Classify, Tag
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
-from ingle.objectives.model_task import model_task
+from ingle.objectives.model_task import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
@@ -84,7 +84,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     task_rows = [sample.example for sample in samples]
     search = data.ContaminationSearch(task_rows)
     tokenizer = models.load_tokenizer(run.model)
-    run = run.model_copy(update={"objective": data.name_labels(run.data, run.objective)})
+    objective = data.name_labels(run.data, run.objective)
+    if objective != run.objective and run.model.init != "random":
+        objective = keep_stored_labels(objective, models.stored_task(run.model))
+    run = run.model_copy(update={"objective": objective})
     if isinstance(run.objective, Classify | Tag) and run.objective.labels is not None:
         evaluation.check_labels(samples, run.objective.labels)
     task = model_task(run.objective)
@@ -106,7 +109,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, dataset.last_ids())
-    if task.kind == "lm":
+    if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)

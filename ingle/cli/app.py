@@ -17,6 +17,7 @@ from ingle.cli import (
     generation,
     inspection,
     launching,
+    model_types,
     planning,
     predicting,
     quantizing,
@@ -63,6 +64,7 @@ app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)
+app.command("models")(model_types.models)
 app.command("export")(exporting.export)
 app.add_typer(data, name="data")
 data.command("inspect", context_settings=_WITH_OVERRIDES)(inspection.inspect)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ingle.config.evaluate import TaskConfig
 from ingle.errors import EvaluationError
+from ingle.evaluation.class_table import find_worst, tabulate_classes
 from ingle.evaluation.scorers import Scorer, Scores, make_scorers
 from ingle.evaluation.statistics import Floats, Groups
 from ingle.evaluation.statistics.intervals import Interval
@@ -86,6 +88,9 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig, *, base_name:
         for scorer, pair, test, p_holm in zip(scorers, pairs, tests, corrected, strict=True)
     }
     headline = scorers[0].metric.name
+    is_better, errors = scorers[0].metric.higher_is_better, tuple[int, ...]()
+    if base_name is not None:
+        errors = find_worst(tuned, pairs[0][1], higher_is_better=is_better, count=task.num_shown)
     return Comparison(
         headline=headline,
         verdict=verdict(headline, metrics[headline], len(metrics), base_name),
@@ -93,9 +98,10 @@ def compare(base: TaskResult, tuned: TaskResult, task: TaskConfig, *, base_name:
         n=len(base.samples),
         metrics=metrics,
         samples=_compare_samples(base, tuned, scorers, pairs),
-        shown=_pick_shown(_gains(scorers[0], *pairs[0]), task),
+        shown=replace(_pick_shown(_gains(scorers[0], *pairs[0]), task), errors=errors),
         seconds=Seconds(base.seconds, tuned.seconds),
         base_name=base_name,
+        classes=tabulate_classes(base, tuned, task),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ingle import adapters, models
+from ingle.adapters.head_files import HEAD_CONFIG, LABELS
 from ingle.adapters.lora import LoraLinear
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
@@ -34,6 +35,7 @@ from ingle.quant.format import PLAIN
 from ingle.wording import either
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_HEAD_FILES = (HEAD_CONFIG, LABELS)
 
 
 def export_peft(job: ExportJob) -> WrittenExport:
@@ -42,8 +44,10 @@ def export_peft(job: ExportJob) -> WrittenExport:
     paths = OutputPaths(job.request.out, None)
     paths.require_bytes(sum((adapter / name).stat().st_size for name in _FILES))
     with paths.opened() as folder:
-        for name in _FILES:
-            shutil.copyfile(adapter / name, folder / name)
+        for name in (*_FILES, *_HEAD_FILES):
+            if (adapter / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(adapter / name, folder / name)
         job.tokenizer.save_pretrained(folder)
         write_companions(job, folder, paths, type_name=None, usage=_peft_usage(job, paths.folder))
 
@@ -169,6 +173,9 @@ def _require_adapter(job: ExportJob) -> Path:
 
 
 def _peft_usage(job: ExportJob, folder: Path) -> str:
+    objective = job.source.objective()
+    if objective.kind in ("classify", "tag", "answer"):
+        return _head_usage(folder, objective.kind)
     reader = models.reader_class(read_config(job.source.model))
     text = (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {reader}\n\n"
@@ -182,6 +189,16 @@ def _peft_usage(job: ExportJob, folder: Path) -> str:
             "differently; `ingle export --to safetensors` merges the two as they were trained."
         )
     return text
+
+
+def _head_usage(folder: Path, kind: str) -> str:
+    reader = {"classify": "SequenceClassification", "tag": "TokenClassification"}.get(kind, "QuestionAnswering")
+    return (
+        f"```python\nfrom peft import AutoPeftModelFor{reader}\nfrom transformers import AutoConfig\n\n"
+        f'head = AutoConfig.from_pretrained("{folder.name}/head")\n'
+        f'model = AutoPeftModelFor{reader}.from_pretrained("{folder.name}", id2label=head.id2label, '
+        "label2id=head.label2id, pad_token_id=head.pad_token_id)\n```"
+    )
 
 
 def _base_path(job: ExportJob, folder: Path) -> str:

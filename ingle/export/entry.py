@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ingle import inference, models
-from ingle.errors import Interrupted
+from ingle.errors import ExportError, Interrupted
 from ingle.events import Saved, Sink
 from ingle.export.adapter_export import export_adapter_gguf, export_peft
 from ingle.export.fidelity.fidelity_report import MAX_KL, FidelityReport
@@ -19,6 +19,8 @@ from ingle.export.verify.certificate import Certificate
 from ingle.export.verify.llama_cpp import import_binding
 from ingle.export.writers.safetensors_folder import READERS
 from ingle.models.interop.transformers_peft import require_readers
+from ingle.quant.format import PLAIN
+from ingle.wording import either
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ def export(
         imatrix=imatrix,
     )
     request.check()
+    source = inference.locate(run_or_model)
+    _refuse_head(source, request)
     if verify:  # report a missing program before anything is written
         _require_reader(request)
-    source = inference.locate(run_or_model)
     job = ExportJob(request, source, models.load_tokenizer(source.model), sink)
     job.find_run(run_or_model)
     written = _EXPORTERS[to](job)
@@ -126,6 +129,35 @@ def export(
         certificate=certificate,
         files=written.paths.files(),
     )
+
+
+def _refuse_head(source: inference.Source, request: ExportRequest) -> None:
+    """Refuses what only language models can be exported to.
+
+    Raises:
+        ExportError: The model has a task head, which GGUF files, quantized layouts or the verification cannot have.
+    """
+    kind = source.objective().kind
+    if kind not in ("classify", "tag", "answer"):
+        return
+    if request.to in ("gguf", "gguf-adapter"):
+        raise ExportError(
+            f"A model for {kind} cannot be written as GGUF.",
+            where=f"--to {request.to}",
+            why="llama.cpp reads language models and embeddings, but no heads of this kind",
+            fix="--to safetensors or --to peft",
+        )
+    if request.to == "safetensors" and (request.type or "bf16").lower() not in PLAIN:
+        raise ExportError(
+            f"A model for {kind} cannot be written as {request.type}.",
+            where=f"--type {request.type}",
+            why="its head stays unquantized, which the layouts of quantized safetensors do not describe",
+            fix=f"--type {either(tuple(PLAIN))}",
+        )
+    if request.verify:
+        raise ExportError(
+            f"--verify compares the answers of language models; this one was trained for {kind}.", fix="omit --verify"
+        )
 
 
 def _verify(written: WrittenExport, sink: Sink) -> Certificate:

@@ -161,7 +161,8 @@ class ExportJob:
 
     def measure_trained(self) -> TrainedPredictions:
         """Runs the trained model and its base on the text, and frees their memory."""
-        if self.request.data is None and self.run is None:
+        generates = self.source.objective().kind not in ("classify", "tag", "answer")
+        if not generates or (self.request.data is None and self.run is None):
             return TrainedPredictions()
         engine = self.open_trained()
         windows = self._read_windows(engine.model)

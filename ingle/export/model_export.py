@@ -60,7 +60,7 @@ def export_safetensors(job: ExportJob) -> WrittenExport:
                 max_kl=job.request.max_kl,
             )
         )
-        usage = _safetensors_usage(paths.folder, layout, models.reader_class(merged.stream.model.config))
+        usage = _safetensors_usage(paths.folder, layout, models.class_that_reads(merged.stream.model))
         write_companions(job, partial, paths, type_name=layout.name, usage=usage, report=report)
 
     def certify() -> Certificate:

@@ -15,7 +15,7 @@ from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
-from ingle.models.kinds import ModelKind, ModelTask, kind_of, require_kind, task_of
+from ingle.models.kinds import ModelKind, ModelTask, class_that_reads, kind_of, require_kind, task_of
 from ingle.models.loading.config_json import stored_base, stored_kind, stored_task
 from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
@@ -37,6 +37,7 @@ __all__ = [
     "can_recompute",
     "choose_formats",
     "choose_padding",
+    "class_that_reads",
     "compute_dtype",
     "convert_base",
     "copy_processor",

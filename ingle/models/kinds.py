@@ -10,7 +10,7 @@ import transformers as hf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.text_part import is_wrapper, wrapper_class
+from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
 
 #: ``causal``: each token sees earlier ones. ``encoder``: each token sees all. ``encoder_decoder``: both, in two parts.
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -58,15 +58,16 @@ class ModelTask:
     @classmethod
     def stored_in(cls, config: PretrainedConfig) -> ModelTask:
         """Returns what the head of a checkpoint predicts, given its config."""
-        names = config.architectures or [""]
-        kind = next((kind for part, kind in _ARCHITECTURES.items() if f"For{part}" in names[0]), "lm")
-        if kind == "lm":
-            return cls()
-        if kind == "answer":
+        name = (config.architectures or [""])[0]
+        kind: TaskKind = next((kind for part, kind in _ARCHITECTURES.items() if f"For{part}" in name), "lm")
+        if kind in ("lm", "answer"):
             return cls(kind)
-        labels = tuple(config.id2label[index] for index in range(len(config.id2label)))
-        problem = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
-        return cls(kind, () if problem == "regression" else labels, problem if kind == "classify" else None)
+        named: Mapping[Any, str] = config.id2label or {}
+        labels = tuple(named[index] for index in sorted(named))
+        if kind == "tag":
+            return cls(kind, labels)
+        problem: Any = config.problem_type or ("regression" if len(labels) == 1 else "single_label_classification")
+        return cls(kind, () if problem == "regression" else labels, problem)
 
     def describe_in(self, config: PretrainedConfig) -> None:
         """Writes the labels into a config, in place, under transformers' names."""
@@ -167,6 +168,13 @@ def task_of(model: PreTrainedModel) -> ModelTask:
     """Returns what a model from :func:`ingle.models.meta_model` was built for."""
     found: ModelTask = getattr(model, "packed_task", ModelTask())
     return found
+
+
+def class_that_reads(model: PreTrainedModel) -> str:
+    """Returns the name of the class of transformers that reads a model from its files."""
+    task = task_of(model)
+    name: str = reader_class(model.config) if task.kind == "lm" else auto_class(model.config, task).__name__
+    return name
 
 
 def _own_classes(config: PretrainedConfig) -> Mapping[str, str]:

@@ -32,6 +32,20 @@ def model_task(objective: ObjectiveConfig) -> ModelTask:
             return ModelTask()
 
 
+def keep_stored_labels(found: ObjectiveConfig, stored: ModelTask) -> ObjectiveConfig:
+    """Returns an objective with the labels of a checkpoint's head, in its order, so that training continues with it.
+
+    Args:
+        found: With the labels that were found in the data.
+        stored: What the head of the checkpoint predicts. If it lacks a label, nothing changes.
+    """
+    if not isinstance(found, Classify | Tag) or found.labels is None:
+        return found
+    task = model_task(found)
+    fits = (stored.kind, stored.problem) == (task.kind, task.problem) and set(found.labels) <= set(stored.labels)
+    return found.model_copy(update={"labels": stored.labels}) if fits else found
+
+
 def has_labels(objective: ObjectiveConfig) -> bool:
     """Returns whether an objective knows the names of its labels, if it has any."""
     match objective:

@@ -124,11 +124,46 @@ class ShownSamples:
         gains: Largest gains by the headline metric.
         losses: Largest losses.
         random: Drawn by the seed, independent of scores.
+        errors: Worst errors of the tuned model; only of labels, tags and answers that were found.
     """
 
     gains: tuple[int, ...] = ()
     losses: tuple[int, ...] = ()
     random: tuple[int, ...] = ()
+    errors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassFigures:
+    """How well a label, or a type of entity, is predicted.
+
+    Attributes:
+        name: The label.
+        support: How often it is true.
+        precision: Share of its predictions that are right.
+        recall: Share of its occurrences that are found.
+        f1: Harmonic mean of both.
+    """
+
+    name: str
+    support: int
+    precision: Pair
+    recall: Pair
+    f1: Pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassTable:
+    """How well each label is predicted.
+
+    Attributes:
+        rows: Figures of each label, in the order of the model's outputs.
+        confusion: Number of samples by true label (rows) and label that the tuned model predicts (columns); None for
+            several labels per sample, for entities and for many labels.
+    """
+
+    rows: tuple[ClassFigures, ...]
+    confusion: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +188,7 @@ class Comparison:
         shown: The samples that reports show.
         seconds: Wall time.
         base_name: What the tuned model is compared with, such as ``majority``; None for the model without its training.
+        classes: How well each label is predicted; None without labels.
     """
 
     headline: str
@@ -164,6 +200,7 @@ class Comparison:
     shown: ShownSamples
     seconds: Seconds
     base_name: str | None = field(default=None, metadata=_OMIT_NONE)
+    classes: ClassTable | None = field(default=None, metadata=_OMIT_NONE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +313,7 @@ class RunReport:
         headline: As in :class:`Comparison`, like the rest; None if nothing was evaluated.
         samples: The samples in ``shown``; ``answers.jsonl`` contains all samples.
         base_name: As in :class:`Comparison`.
+        classes: As in :class:`Comparison`.
         comparisons: The comparisons with all baselines by their names, if the run has several; the figures above are
             those of the strongest.
     """
@@ -302,6 +340,7 @@ class RunReport:
     shown: ShownSamples | None = field(default=None, metadata=_OMIT_NONE)
     samples: tuple[SampleComparison, ...] | None = field(default=None, metadata=_OMIT_NONE)
     base_name: str | None = field(default=None, metadata=_OMIT_NONE)
+    classes: ClassTable | None = field(default=None, metadata=_OMIT_NONE)
     comparisons: dict[str, Comparison] | None = field(default=None, metadata=_OMIT_NONE)
 
 

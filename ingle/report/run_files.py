@@ -16,7 +16,7 @@ from ingle.report.run_page import render_page
 from ingle.report.validation import judge_validation
 
 #: Fields of a comparison that the report has as well.
-_COPIED = ("metrics", "headline", "verdict", "outcome", "n", "shown", "base_name")
+_COPIED = ("metrics", "headline", "verdict", "outcome", "n", "shown", "base_name", "classes")
 
 
 def write_report(
@@ -43,7 +43,7 @@ def write_report(
     if comparisons:
         comparison = comparisons[0]
         shown = comparison.shown
-        picked = sorted({*shown.gains, *shown.losses, *shown.random})
+        picked = sorted({*shown.gains, *shown.losses, *shown.random, *shown.errors})
         evaluated = {
             **{name: getattr(comparison, name) for name in _COPIED},
             "samples": tuple(replace(comparison.samples[index], index=index) for index in picked),

@@ -44,6 +44,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         others=[other.verdict for name, other in (report.comparisons or {}).items() if name != report.base_name],
         rows=[_metric_row(find_metric(name), row) for name, row in report.metrics.items()],
         correction=verdicts.correction(len(report.metrics)),
+        classes=_classes(report),
         interval_charts=_interval_charts(report.metrics),
         loss=_loss(steps, report.validation),
         groups=_groups(report),
@@ -111,6 +112,28 @@ def _metric_row(metric: Metric, row: MetricComparison) -> dict[str, Any]:
         "signature": row.signature,
         "unparsed": row.unparsed if row.unparsed and (row.unparsed.base or row.unparsed.tuned) else None,
     }
+
+
+def _classes(report: RunReport) -> dict[str, Any] | None:
+    """Returns the figures of each label, and the confusion matrix with the share of each cell in its row."""
+    table = report.classes
+    if table is None:
+        return None
+    figures = ("precision", "recall", "f1")
+    rows = [
+        {
+            "name": row.name,
+            "support": f"{row.support:,}",
+            "pairs": [(f"{pair.base:.3f}", f"{pair.tuned:.3f}") for pair in (getattr(row, name) for name in figures)],
+        }
+        for row in table.rows
+    ]
+    names = [row.name for row in table.rows]
+    cells = [
+        [(f"{count:,}", count / max(1, sum(counts)), i == j) for j, count in enumerate(counts)]
+        for i, counts in enumerate(table.confusion or ())
+    ]
+    return {"rows": rows, "names": names, "confusion": list(zip(names, cells, strict=True)) if cells else []}
 
 
 def _bare(relation: str) -> str:
@@ -181,6 +204,7 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
         (report.shown.random, "Random samples", "Drawn by the seed, not by score: judge the quality by these."),
         (report.shown.gains, "Largest gains", "Selected by the first metric, so they flatter the tuned model."),
         (report.shown.losses, "Largest losses", "Samples on which the tuned model did worst against its base."),
+        (report.shown.errors, "Worst errors", "Lowest scores of the tuned model; surest mistakes first."),
     ):
         cards = [_card(samples[index], report.base_name or "base") for index in indices]
         if cards and cards[0]["has_answers"]:

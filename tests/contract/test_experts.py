@@ -231,7 +231,7 @@ class Lookup(nn.Module):
         self.table = nn.Parameter(torch.zeros(*shape))
 
 
-@pytest.mark.parametrize("odd", [OddExperts(4, 8, 8), OddExperts(32, 8), Lookup(2, 3, 4)])
+@pytest.mark.parametrize("odd", [OddExperts(4, 8, 8), OddExperts(32, 8), Lookup(4, 3, 4)])
 def test_unknown_layouts_are_refused_by_name(odd: nn.Module) -> None:
     model = nn.ModuleDict({"block": nn.ModuleDict({"moe": odd}), "plain": nn.Linear(8, 8)})
     with pytest.raises(QuantizationError, match=type(odd).__name__) as caught:
@@ -240,7 +240,10 @@ def test_unknown_layouts_are_refused_by_name(odd: nn.Module) -> None:
 
 
 def test_harmless_parameters_are_not_refused() -> None:
-    model = nn.ModuleDict({"cls": Lookup(1, 1, 8), "conv": nn.Conv2d(3, 4, 5), "plain": nn.Linear(8, 8)})
+    """Few weights stay as they are, such as the gates of a recurrent state."""
+    model = nn.ModuleDict(
+        {"cls": Lookup(1, 1, 8), "gates": Lookup(2, 2, 4), "conv": nn.Conv2d(3, 4, 5), "plain": nn.Linear(8, 8)}
+    )
     convert(model, BASES[0])
     assert isinstance(model["plain"], QuantLinear)
     assert {left.name for left in audit(model).unquantized} == {"cls", "conv"}

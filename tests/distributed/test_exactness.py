@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from ingle.config.adapter import LoraAdapter
 from ingle.config.model import ModelConfig
 from tests.conftest import make_tokenizer
 from tests.contract.models.conftest import CONFIGS, randomized
+from tests.contract.models.tiny_types import small_config
 from tests.distributed.cases import Array, StepOfOneRank, take_all
 from tests.distributed.ranks import run_ranks
 
@@ -25,14 +27,17 @@ class Case(NamedTuple):
     """A run, and the numbers of ranks and kinds that must give its results.
 
     Attributes:
-        model: Its architecture in :data:`CONFIGS`.
+        model: Its architecture in :data:`CONFIGS` or :data:`_DEALT`.
         on: Kinds by number of ranks, with offload or without.
         options: Its further options.
+        rounding: Largest relative difference. The delta rule normalizes short vectors, which magnifies rounding, and
+            ranks group documents in another way.
     """
 
     model: str
     on: dict[int, tuple[str, ...]]
     options: Mapping[str, Any] = MappingProxyType({})
+    rounding: float = 1e-5
 
 
 _LORA = {"kind": "lora", "rank": 3}
@@ -70,8 +75,17 @@ CASES = {
     "experts": Case("mixtral", {2: ("zero3",), 3: ("ddp",)}, {"base": {"format": "q8_0"}}),
     "experts, full": Case("deepseek_v3", {3: ("zero2", "zero3")}, {"adapter": _FULL}),
     "own attention": Case("falcon", {2: ("zero3",)}, {"data": {"packing": False}}),
+    "task head": Case("llama", {2: ("zero3",), 3: ("ddp",)}, {"objective": {"kind": "classify"}}),
     "importance": Case("llama", {3: ("zero3",)}, {"train": {"imatrix": True}}),
+    "states, recompute": Case("mamba2", {2: ("zero3",), 3: ("ddp",)}, {"parallel": {"recompute": True}}),
+    "delta rule, nf4, recompute": Case(
+        "qwen3_next", {2: ("zero1",), 3: ("zero3",)}, {"base": {"format": "nf4"}, "parallel": {"recompute": True}}, 5e-4
+    ),
+    "delta rule, full": Case("qwen3_next", {2: ("zero3",)}, {"adapter": _FULL}, 5e-4),
+    "slopes": Case("bloom", {2: ("ddp",), 4: ("hsdp offload",)}),
 }
+#: Models of which modules see documents as rows.
+_DEALT = {name: partial(small_config, name) for name in ("bloom", "mamba2", "qwen3_next")}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +97,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held_out = [{"text": "hello world " * (1 + number) + "how are you"} for number in range(5)]
     (folder / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    for name in ("labelled", "labelled-held-out"):
+        labelled = [row | {"label": "even" if number % 2 else "odd"} for number, row in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     for name in {case.model for case in CASES.values()}:
-        config = CONFIGS[name]()
+        config = (CONFIGS | _DEALT)[name]()
         config.vocab_size = len(tokenizer) + 1 + len(tokenizer) % 2  # odd
         config.max_position_embeddings = 256
         if getattr(config, "sliding_window", None):
@@ -114,12 +131,13 @@ def _write_adapter(folder: Path, model: Path) -> None:
 
 
 def _config(folder: Path, case: Case, kind: str, world_size: int) -> dict[str, Any]:
+    files = ("labelled", "labelled-held-out") if "objective" in case.options else ("data", "held-out")
     config: dict[str, Any] = {
         "model": {"id": str(folder / case.model), "dtype": "float32"},
         "adapter": _LORA,
         "data": {
-            "sources": [{"path": str(folder / "data.jsonl")}],
-            "validation": str(folder / "held-out.jsonl"),
+            "sources": [{"path": str(folder / f"{files[0]}.jsonl")}],
+            "validation": str(folder / f"{files[1]}.jsonl"),
             "max_seq_len": 40,
             "packing": True,
         },
@@ -155,10 +173,10 @@ def test_ranks_take_the_steps_of_one_process(
     for each in results[world_size]:
         found = each[f"{name}: {kind}"]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+        assert found.norm == pytest.approx(expected.norm, rel=CASES[name].rounding)
         assert found.num_fused == expected.num_fused
         assert found.sha256 == expected.sha256
-        _require_equal(found.gradients, expected.gradients, 1e-5)
+        _require_equal(found.gradients, expected.gradients, CASES[name].rounding)
         _require_equal(found.importance, expected.importance, 1e-6)
 
 

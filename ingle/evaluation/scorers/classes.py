@@ -130,7 +130,7 @@ def read_labels(scorer: Scorer, outputs: Outputs, references: References) -> tup
     only_first = outputs.problem == "single"
     chosen = [prediction.labels for prediction in outputs.predictions]
     true = [targets[:1] if only_first else targets for targets in references]
-    return _mark(chosen, outputs.label_names), _mark(true, outputs.label_names)
+    return mark_labels(chosen, outputs.label_names), mark_labels(true, outputs.label_names)
 
 
 def read_logps(scorer: Scorer, outputs: Outputs) -> Floats:
@@ -149,7 +149,12 @@ def read_logps(scorer: Scorer, outputs: Outputs) -> Floats:
     return np.array(scores, dtype=np.float64)
 
 
-def _mark(chosen: Sequence[Sequence[str]], names: Sequence[str]) -> Flags:
+def mark_labels(chosen: Sequence[Sequence[str]], names: Sequence[str]) -> Flags:
+    """Returns which labels are chosen, bool [S, C].
+
+    Raises:
+        EvaluationError: A label is not among the names.
+    """
     columns = {name: column for column, name in enumerate(names)}
     marked_SC = np.zeros((len(chosen), len(names)), dtype=np.bool_)
     for row, labels in enumerate(chosen):

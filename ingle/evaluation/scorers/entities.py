@@ -8,7 +8,7 @@ Legend: S samples, E types of entities.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -47,9 +47,9 @@ class EntityF1(Scorer):
         counts = np.array([[len(found & true), len(found), len(true)] for found, true in pairs], dtype=np.float64)
         statistics = counts
         if self._average == "macro":
-            known = {type_of(tag) for tag in outputs.label_names} - {"_"}
+            known = set(types_of(outputs.label_names))
             known |= {entity.kind for found, true in pairs for entity in found | true}
-            statistics = _count_by_type(pairs, sorted(known))
+            statistics = count_by_type(pairs, sorted(known))
         value = float(self.replicate(statistics, np.ones((1, len(statistics))))[0])
         signature = f"average:{self._average}|scheme:{self._scheme}"
         right_S, predicted_S, true_S = counts.T
@@ -98,7 +98,12 @@ def _read_tags(
         yield prediction.labels, true
 
 
-def _count_by_type(pairs: list[tuple[set[Entity], set[Entity]]], types: list[str]) -> Floats:
+def types_of(tags: Iterable[str]) -> tuple[str, ...]:
+    """Returns the types of entities that tags name, sorted."""
+    return tuple(sorted({type_of(tag) for tag in tags} - {"_"}))
+
+
+def count_by_type(pairs: list[tuple[set[Entity], set[Entity]]], types: list[str]) -> Floats:
     """Returns (right, predicted, true) per type of each sentence, [S, 3 E]."""
     rows = []
     for found, true in pairs:

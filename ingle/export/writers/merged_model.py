@@ -20,6 +20,7 @@ from ingle.adapters.merging import is_changed, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
 from ingle.models.loading.weight_stream import WeightEntry, WeightStream, plain_value
+from ingle.objectives.model_task import model_task
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format
@@ -102,7 +103,8 @@ class MergedModel:
         adapted: Adapted layers by parameter.
         changed: Names in ``adapted`` whose adapter changes the parameter.
         replaced: Trained values of the modules in ``modules_to_save``, by parameter.
-        untied: Names in ``replaced`` that no file of the base contains (an output head that was tied).
+        added: Names in ``replaced`` that no file of the base contains: the head of a task, or an output head that was
+            tied.
 
     Raises:
         ModelError: The model cannot be read, or cannot be read weight by weight.
@@ -110,7 +112,8 @@ class MergedModel:
     """
 
     def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink = lambda event: None) -> None:
-        self.stream = WeightStream(source.model, source.base, models.compute_dtype(source.model.dtype, "cpu"))
+        dtype, task = models.compute_dtype(source.model.dtype, "cpu"), model_task(source.objective())
+        self.stream = WeightStream(source.model, source.base, dtype, task)
         self.adapted: dict[str, LoraLinear] = {}
         self.changed: dict[str, LoraLinear] = {}
         self.replaced: dict[str, Tensor] = {}
@@ -129,7 +132,7 @@ class MergedModel:
                 for key, parameter in self.stream.model.get_submodule(path).named_parameters(remove_duplicate=False):
                     self.replaced[f"{path}.{key}"] = parameter.detach()
         stored = {entry.name for entry in self.stream.entries}
-        self.untied = tuple(name for name in self.replaced if name not in stored and not self._is_tied(name, stored))
+        self.added = tuple(name for name in self.replaced if name not in stored and not self._is_tied(name, stored))
 
     @contextmanager
     def loaded(self, entry: WeightEntry) -> Iterator[LoadedWeight]:
@@ -142,6 +145,11 @@ class MergedModel:
             if self._expected is not None and not is_in_head(self.stream.model, entry.name):
                 self._found.add(entry.name, holder, self.adapted.get(entry.name))
             yield LoadedWeight(entry.name, holder, self.changed.get(entry.name), replacement)
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """Names in ``added`` of weights that were tied."""
+        return tuple(name for name in self.added if not is_in_head(self.stream.model, name))
 
     def explain_mismatch(self) -> str | None:
         """Returns how the base differs from that of the adapter, or None; call it after all weights were loaded."""

@@ -175,7 +175,7 @@ def write_safetensors(
         ):
             message = f"Safetensors have no layout for fused experts in {formats[entry.name].name}."
             raise QuantizationError(message, where=entry.name, fix="--type bf16")
-    num_tensors = sum(len(entry.pieces) for entry in entries) * (_MAX_PARTS if formats else 1) + len(merged.untied)
+    num_tensors = sum(len(entry.pieces) for entry in entries) * (_MAX_PARTS if formats else 1) + len(merged.added)
     towers = merged.stream.towers
     writer = ShardWriter(folder, num_tensors + len(towers))
     found: list[TensorFidelity] = []
@@ -190,7 +190,7 @@ def write_safetensors(
                 writer.add(key, tensor)
         if done % 32 == 0 or done == len(entries):
             sink(Progress("Writing weights", done, len(entries)))
-    for name in merged.untied:
+    for name in merged.added:
         writer.add(name, merged.replaced[name].to(layout.dtype))
     for key, tower in towers.items():
         writer.add(key, tower.read())

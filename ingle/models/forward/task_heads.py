@@ -37,16 +37,13 @@ def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
 
     These are all modules with weights outside of the base, and the base's pooler, which masked language models lack.
     """
+    heads = {id(child) for child in model.children() if not isinstance(child, PreTrainedModel | nn.Embedding)}
     base = base_of(model)
-    heads = [
-        name
-        for name, child in model.named_children()
-        if not isinstance(child, PreTrainedModel | nn.Embedding) and any(True for _ in child.parameters())
-    ]
-    pooler = getattr(base, "pooler", None)
-    if base is not model and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
-        heads.append(next(name for name, module in model.named_modules() if module is pooler))
-    return tuple(heads)
+    if base is not model:
+        heads.add(id(getattr(base, "pooler", None)))
+    return tuple(
+        name for name, module in model.named_modules() if id(module) in heads and any(True for _ in module.parameters())
+    )
 
 
 def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -65,7 +62,7 @@ def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
         ModelError: The model is sharded, and its layout needs different numbers of calls on different ranks.
     """
     layout = layout_of(model)
-    if layout.kind in ("rows", "equal_rows") or kind_of(model.config) == "encoder_decoder":
+    if layout.kind in ("rows", "equal_rows"):
         return _forward_rows(model, batch, equal=layout.kind == "equal_rows")
     if task_of(model).kind == "classify":
         return _classify_packed(model, batch)

@@ -72,11 +72,13 @@ class Choice:
         layout: None if no layout is exact.
         is_causal: Whether no token sees a later one.
         tried: Whether a tiny copy could be built; if not, the layout is a guess from the names of modules.
+        reason: Why there is no layout.
     """
 
     layout: Layout | None
     is_causal: bool = True
     tried: bool = True
+    reason: str = "it gives other results for several documents in a batch than for each alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
 
 
 @functools.lru_cache(maxsize=256)
+@torch.no_grad()
 def _choose(described: _Described) -> Choice:
     kind = kind_of(described.config)
     try:
@@ -108,15 +111,16 @@ def _choose(described: _Described) -> Choice:
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
         added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
+        if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
+            return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
     except Exception:
         layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
         return Choice(replace(layout, has_layers_before_head=kind != "causal"), tried=False)
     expected = torch.cat(alone)
     for candidate in _CANDIDATES[kind]:
         if _is_exact(reference, candidate, documents, expected):
-            read = _read_linears(reference, candidate, documents)
-            found = replace(candidate, read=read, has_layers_before_head=before_head, added_bias=added_bias)
-            return Choice(found, is_causal)
+            found = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
+            return Choice(replace(found, read=_read_linears(reference, found, documents)), is_causal)
     return Choice(None, is_causal)
 
 
@@ -237,6 +241,13 @@ def _has_layers_before_head(model: PreTrainedModel, document: Tensor, hidden: Te
     return _difference(kept[0], hidden * scale) > _TOLERANCE
 
 
+def _calls_output_layer(model: PreTrainedModel, document: Tensor) -> bool:
+    model, calls = copy.deepcopy(model), list[bool]()
+    model.get_output_embeddings().register_forward_pre_hook(lambda *_: calls.append(True))
+    model(input_ids=document[None])
+    return bool(calls)
+
+
 def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
     """Returns the name of a bias that is added to what the output layer returns; empty if there is none."""
     layer = model.get_output_embeddings()
@@ -302,11 +313,14 @@ def _read_linears(
     model: PreTrainedModel, layout: Layout, documents: list[Tensor], targets: list[Tensor] | None = None
 ) -> frozenset[str]:
     """Returns the linear layers without whose weights the model cannot be computed, although they can be called."""
-    candidates: dict[str, list[str]] = {}
+    head, candidates = model.get_output_embeddings(), dict[str, list[str]]()
     for name, owner in model.named_modules():
         for key, child in owner.named_children():
-            if name and isinstance(child, nn.Linear) and f"self.{key}.weight" in source(original_class(owner)):
-                candidates.setdefault(pattern_of(f"{name}.{key}"), []).append(f"{name}.{key}")
+            if child is head or not isinstance(child, nn.Linear):
+                continue
+            if f"self.{key}.weight" in source(original_class(owner)):
+                path = f"{name}.{key}".removeprefix(".")
+                candidates.setdefault(pattern_of(path), []).append(path)
     found = set[str]()
     for pattern, names in candidates.items():
         changed = copy.deepcopy(model)

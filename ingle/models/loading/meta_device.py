@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
@@ -79,18 +79,22 @@ def meta_model(
     with reading(path, "transformers cannot build a model from these settings.", fix=COMPARE_CONFIG, settings=settings):
         layout = _find_layout(config, model, task)
         built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout, task=task)
+    if task.kind == "lm" and built.get_output_embeddings() is None:
+        raise untrainable(model, "it has no output layer")
     if model.init != "random" and not is_gguf(model.id):
         refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
 
 
 def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
+    if task.kind != "lm" and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return Layout("rows")  # the head reads what a decoder makes of the text itself
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
     if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
         raise untrainable(model, reason)
     if choice.layout is None:
-        raise untrainable(model, "it gives other results for several documents in a batch than for each alone")
+        raise untrainable(model, choice.reason)
     return choice.layout
 
 

@@ -26,7 +26,7 @@ from ingle.events import Event, Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
 from ingle.models.forward.verification import verify
 from ingle.models.kinds import ModelTask, task_of
-from ingle.models.loading.config_json import bitnet_divides, config_path, read_config, read_json
+from ingle.models.loading.config_json import bitnet_divides, config_path, read_json, stored_task
 from ingle.models.loading.gguf_model import convert_base, is_gguf, open_gguf, plan_gguf, read_gguf_generation_config
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.hub import Part, locate
@@ -193,7 +193,7 @@ def without_other_heads(
     task = task_of(architecture)
     if task.kind == "lm":
         return plan
-    stored = ModelTask.stored_in(read_config(config, task))
+    stored = stored_task(config)
     same = stored.kind == task.kind and (stored.labels, stored.problem) == (task.labels, task.problem)
     if stored.kind == "lm" or same:
         return plan

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from ingle.config.base import BaseConfig
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
+from ingle.models.kinds import ModelTask
 from ingle.models.loading.gguf_model import convert_base
 from ingle.models.loading.gguf_weights import GgufWeight
 from ingle.models.loading.meta_device import build, meta_model
 from ingle.models.loading.reading_plan import Converted, Experts, Group, Plain, QuantizedWeight
 from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.models.loading.slots import leaf_of
-from ingle.models.loading.weight_loading import plan_weights, read_group
+from ingle.models.loading.weight_loading import plan_weights, read_group, without_other_heads
 from ingle.models.loading.weight_writer import WeightWriter
 
 
@@ -65,6 +66,7 @@ class WeightStream:
         config: Which model.
         base: The format of its weights.
         dtype: Its compute dtype.
+        task: What its head predicts; tokens if None.
 
     Attributes:
         model: The model on the meta device; adapters may be attached to it.
@@ -76,12 +78,16 @@ class WeightStream:
         QuantizationError: A weight cannot be quantized to the format.
     """
 
-    def __init__(self, config: ModelConfig, base: BaseConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, base: BaseConfig, dtype: torch.dtype, task: ModelTask | None = None
+    ) -> None:
         device = torch.device("cpu")
-        self.model: PreTrainedModel = meta_model(config, device, dtype)
+        task = task or ModelTask()
+        self.model: PreTrainedModel = meta_model(config, device, dtype, task)
         convert_base(self.model, config, base)
-        self._architecture = build(self.model.config, dtype, trust_remote_code=config.trust_remote_code)
-        self._plan, self._folder = plan_weights(self.model, config, self._architecture)
+        self._architecture = build(self.model.config, dtype, trust_remote_code=config.trust_remote_code, task=task)
+        plan, self._folder = plan_weights(self.model, config, self._architecture)
+        self._plan = without_other_heads(plan, self._architecture, config)
         self.towers = {key: self._plan.stored[key] for key in self._plan.towers}
         self._keys = {id(stored): key for key, stored in self._plan.stored.items()}
         self._groups = {group.target: group for group in self._plan.groups}

@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_o
         return
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rounding = ROUNDING.get(kind, 1e-4)
-    require_same_losses_and_gradients(load(folder, base), reference, documents, next_tokens, rounding)
+    require_same_losses_and_gradients(load(folder, base), reference, documents, next_tokens, rounding=rounding)
 
 
 @pytest.mark.parametrize("kind", TYPES)

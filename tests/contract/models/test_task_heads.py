@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from ingle import adapters, models
 from ingle.config import LoraAdapter, ModelConfig
+from ingle.config.objective import Classify
 from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.models import ModelTask
@@ -22,6 +23,8 @@ from ingle.models.kinds import auto_class
 from ingle.models.loading.layout_choice import enliven
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, TagLoss
 from ingle.objectives.dealing import without_labels
+from ingle.objectives.model_task import keep_stored_labels
+from tests.conftest import make_tokenizer
 from tests.contract.models.tiny_types import small_config
 
 LENGTHS = (5, 17, 9, 2, 12)
@@ -34,9 +37,15 @@ TASKS = {
     "tag": ModelTask("tag", LABELS),
     "answer": ModelTask("answer"),
 }
-CAUSAL = ("llama", "gpt2", "qwen3")
-CASES = [(kind, name) for kind in CAUSAL for name in TASKS if kind == "llama" or name in ("single", "tag")]
-ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("qwen3", "answer")]
+#: Every task on a decoder, an encoder and an encoder-decoder; one task on each other way to pool a text.
+CASES = [
+    *((kind, name) for kind in ("llama", "bert") for name in TASKS),
+    *(("bart", name) for name in ("single", "answer")),
+    *((kind, "single") for kind in ("gpt2", "roberta", "distilbert", "modernbert", "albert", "deberta-v2", "t5")),
+    *((kind, "tag") for kind in ("gpt2", "t5")),
+    ("qwen3", "answer"),
+]
+ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("bert", "single"), ("distilbert", "answer"), ("bart", "single")]
 _EOS, _PAD = 2, 1
 
 
@@ -44,7 +53,7 @@ def build(kind: str, task: ModelTask) -> Any:
     """A model of transformers with large random weights; its own head reads the labels of the task."""
     config = small_config(kind)
     task.describe_in(config)
-    config.pad_token_id, config.eos_token_id = _PAD, _EOS
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = _PAD, _EOS, 0
     auto = {
         "classify": transformers.AutoModelForSequenceClassification,
         "tag": transformers.AutoModelForTokenClassification,
@@ -187,7 +196,7 @@ def test_peft_reads_adapter_and_head(kind: str, name: str, target_modules: Any, 
 
 def language_model(kind: str) -> Any:
     config = small_config(kind)
-    config.pad_token_id, config.eos_token_id = _PAD, _EOS
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = _PAD, _EOS, 0
     torch.manual_seed(0)
     model = auto_class(config, ModelTask()).from_config(config, dtype=torch.float32)
     enliven(model)
@@ -196,3 +205,27 @@ def language_model(kind: str) -> Any:
 
 def outputs(output: Any) -> Tensor:
     return output.logits if "logits" in output else torch.stack([output.start_logits, output.end_logits], -1)
+
+
+def test_a_head_of_the_checkpoint_keeps_its_labels_if_they_include_those_of_the_data() -> None:
+    stored = ModelTask("classify", LABELS, SINGLE)
+    found = Classify(kind="classify", problem="single", labels=("positive", "negative"))
+    kept = keep_stored_labels(found, stored)
+    assert isinstance(kept, Classify) and kept.labels == LABELS
+    other = found.model_copy(update={"labels": ("positive", "mixed")})
+    assert keep_stored_labels(other, stored) == other
+    assert keep_stored_labels(found, ModelTask("tag", LABELS)) == found
+
+
+@pytest.mark.parametrize("ends_with_eos", [False, True])
+def test_no_text_ends_with_the_padding_of_a_decoder(ends_with_eos: bool) -> None:
+    tokenizer = make_tokenizer(eos="<|im_end|>")
+    tokenizer.pad_token = tokenizer.eos_token
+    eos = tokenizer.eos_token_id
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = transformers.LlamaForSequenceClassification(config)
+    models.choose_padding(model, tokenizer, {eos, 9} if ends_with_eos else {9})
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert (tokenizer.pad_token_id == eos) != ends_with_eos

@@ -80,6 +80,11 @@ _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 128, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "esmc": {"vocab_size": 128},
     "modernbert": {"local_attention": 8},
+    "perceiver": {
+        **dict.fromkeys(("d_latents", "d_model", "qk_channels", "v_channels"), 32),
+        "num_latents": 8,
+        "num_self_attends_per_block": 1,
+    },
     "xmod": {"default_language": "en_XX"},
 }
 
