@@ -1,9 +1,10 @@
 """Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
-Three kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
-``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp always joins the pair whose
-token has the best score, so merges in the order of scores are equivalent. ``gemma4`` is sentencepiece with merges; it
-is only read, because llama.cpp computes the same with scores.
+``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer. ``llama`` is sentencepiece: the
+file has a score for every token and no merges. llama.cpp always joins the pair whose token has the best score, so
+merges in the order of scores are equivalent. ``gemma4`` is sentencepiece with merges; it is only read, because
+llama.cpp computes the same with scores. ``bert`` is WordPiece and ``t5`` is unigram
+(:mod:`ingle.gguf.word_vocabularies`).
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
 """
@@ -24,10 +25,23 @@ from ingle.gguf.pretokenizers import (
     find_pre,
     sentencepiece,
 )
+from ingle.gguf.word_vocabularies import (
+    from_wordpiece,
+    read_unigram,
+    read_wordpiece,
+    write_unigram,
+    write_wordpiece,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_KINDS = {"gpt2": "byte-level BPE", "llama": "sentencepiece", "gemma4": "sentencepiece with merges"}
+_KINDS = {
+    "gpt2": "byte-level BPE",
+    "llama": "sentencepiece",
+    "gemma4": "sentencepiece with merges",
+    "bert": "WordPiece",
+    "t5": "unigram",
+}
 
 #: Tokens that end an answer in llama.cpp regardless of the metadata.
 END_TEXTS = (
@@ -39,6 +53,14 @@ _MISSING = "[PAD{}]"
 _FIX = "set model.tokenizer to a folder or hub id with the tokenizer.json of this model"
 #: GGUF's names of special tokens and those of transformers.
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+#: Further ones of encoders.
+_ENCODER_SPECIAL = {"cls": "cls_token", "seperator": "sep_token", "mask": "mask_token"}
+#: The tokens that llama.cpp assumes by kind if a file does not name them.
+_DEFAULTS = {
+    "llama": {"bos": 1, "eos": 2, "unknown": 0},
+    "bert": {"cls": 101, "unknown": 100, "seperator": 102, "padding": 0, "mask": 103},
+    "t5": {"eos": 1, "unknown": 2, "padding": 0},
+}
 
 #: Sentencepiece tokens are split at every position, so the work grows with the square of their length.
 _MAX_TOKEN_CHARS = 4096
@@ -53,12 +75,14 @@ class Vocabulary:
         special: The special tokens that the file defines: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
         chat_template: Jinja template, or None.
         end_token_ids: Tokens that end an answer, the end-of-text token first.
+        input_names: What the tokenizer returns; None for transformers' default.
     """
 
     tokenizer: dict[str, Any]
     special: dict[str, str]
     chat_template: str | None
     end_token_ids: list[int]
+    input_names: list[str] | None = None
 
 
 def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -97,6 +121,10 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         parts = _byte_level(metadata, real, pre)
     elif kind == "gemma4":
         parts = _sentencepiece_with_merges(metadata, real, special.get("unk_token"))
+    elif kind == "bert":
+        return _wordpiece(metadata, real, types, special)
+    elif kind == "t5":
+        return _unigram(metadata, tokens, types, special)
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
     bos = special.get("bos_token") if add_bos else None
@@ -148,7 +176,8 @@ def to_metadata(
     Args:
         tokenizer: The content of a ``tokenizer.json``.
         vocab_size: Number of rows of the embedding; rows without a token get unused tokens.
-        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
+        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; of encoders also ``cls_token``,
+            ``sep_token`` and ``mask_token``.
         end_token_ids: Tokens that end an answer; the first becomes the end-of-text token.
         chat_template: Jinja template, or None.
 
@@ -156,8 +185,13 @@ def to_metadata(
         GgufError: llama.cpp does not support the tokenizer, or more tokens end an answer than GGUF can define.
     """
     model = tokenizer["model"]
+    if model.get("type") in ("WordPiece", "Unigram"):
+        return _word_metadata(tokenizer, vocab_size, special)
     if model.get("type") != "BPE":
-        raise GgufError(f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.", why="supported is BPE")
+        raise GgufError(
+            f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.",
+            why="supported are BPE, WordPiece and Unigram",
+        )
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
     tokens = [_MISSING.format(number) for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
@@ -197,9 +231,9 @@ def to_metadata(
 
 
 def _special_tokens(metadata: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> dict[str, str]:
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    defaults = _DEFAULTS.get(kind, {})
     special: dict[str, str] = {}
-    for key, token in _SPECIAL.items():
+    for key, token in (_SPECIAL | _ENCODER_SPECIAL if kind == "bert" else _SPECIAL).items():
         number = special_token_id(metadata, key)
         number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):
@@ -237,10 +271,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) ->
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
 ) -> dict[str, Any]:
-    scores: Any = metadata.get("tokenizer.ggml.scores")
-    numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
-    if not numbers or len(scores) != len(types):
-        raise bad_value("tokenizer.ggml.scores", f"does not have a number for each of the {len(types):,} tokens")
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(types))
     mergeable = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
     mergeable.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
     merges = [
@@ -264,6 +295,80 @@ def _sentencepiece_with_merges(
     return {**sentencepiece(prefix=False), "pre_tokenizer": lines, "model": model}
 
 
+def _wordpiece(
+    metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], special: dict[str, str]
+) -> Vocabulary:
+    if "cls_token" not in special and "bos_token" in special:
+        special["cls_token"] = special["bos_token"]
+    first, last = special.get("cls_token"), special.get("sep_token")
+    if first is None or last is None:
+        raise bad_value("tokenizer.ggml.cls_token_id or tokenizer.ggml.seperator_token_id", "is missing")
+    names = {key: token for key, token in special.items() if key not in ("bos_token", "eos_token")}
+    kept = {token for token, number in vocab.items() if types[number] in (CONTROL, UNKNOWN)} | set(names.values())
+    parts = read_wordpiece(metadata, vocab, kept, names.get("unk_token", "[UNK]"))
+    own = {token: number for token, number in vocab.items() if token in kept}
+    parts["added_tokens"] = _added_tokens(own, [CONTROL] * len(types))
+    parts["post_processor"] = _template([first], [last], vocab, types=(0, 1))
+    return Vocabulary({"version": "1.0", "truncation": None, "padding": None, **parts}, names, None, [])
+
+
+def _unigram(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], special: dict[str, str]
+) -> Vocabulary:
+    scores = _numbers(metadata, "tokenizer.ggml.scores", len(types))
+    vocab = {token: number for number, token in enumerate(tokens)}
+    ends = [special["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token", True) else []
+    starts = [special["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token", False) else []
+    unknown = vocab.get(special.get("unk_token", ""))
+    parts = read_unigram(metadata, tokens, scores, unknown)
+    added = _added_tokens(vocab, types)
+    parts |= {"added_tokens": added, "post_processor": _template(starts, ends, vocab, types=(0, 0))}
+    return Vocabulary(
+        {"version": "1.0", "truncation": None, "padding": None, **parts},
+        special,
+        None,
+        _end_token_ids(metadata, vocab, types),
+        ["input_ids", "attention_mask"],
+    )
+
+
+def _word_metadata(tokenizer: Mapping[str, Any], vocab_size: int, special: Mapping[str, str | None]) -> dict[str, Any]:
+    """Returns the metadata of a WordPiece or unigram tokenizer."""
+    is_wordpiece = tokenizer["model"]["type"] == "WordPiece"
+    entries = tokenizer["model"]["vocab"]
+    vocab = entries if is_wordpiece else {token: number for number, (token, _) in enumerate(entries)}
+    added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
+    unknown = special.get("unk_token")
+    tokens = [_MISSING.format(number) for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, number in (vocab | added).items():
+        if number < vocab_size:
+            tokens[number] = from_wordpiece(token) if is_wordpiece and token not in added else token
+            types[number] = UNKNOWN if token == unknown else CONTROL if token in added else NORMAL
+    values = write_wordpiece(tokenizer) if is_wordpiece else write_unigram(tokenizer, vocab_size)
+    values |= {"ggml.pre": "default", "ggml.tokens": tokens, "ggml.token_type": types}
+    ids = {token: number for token, number in (vocab | added).items() if number < vocab_size}
+    for key, name in (_SPECIAL | _ENCODER_SPECIAL).items():
+        text = special.get(name)
+        if text is not None and text in ids:
+            values[f"ggml.{key}_token_id"] = ids[text]
+    if is_wordpiece:
+        values["ggml.token_type_count"] = 2
+        values.setdefault("ggml.bos_token_id", values["ggml.cls_token_id"])  # llama.cpp begins texts with it
+    else:
+        values |= {"ggml.add_bos_token": False, "ggml.add_eos_token": True}
+    return {f"tokenizer.{key}": value for key, value in values.items()}
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, count: int) -> list[float]:
+    """Returns a list of numbers, one for each token."""
+    found: Any = metadata.get(key)
+    is_list = isinstance(found, list) and all(isinstance(each, int | float) and each == each for each in found)
+    if not is_list or len(found) != count:
+        raise bad_value(key, f"does not have a number for each of the {count:,} tokens")
+    return list(found)
+
+
 def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
@@ -281,15 +386,35 @@ def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options
 
 
 def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
-    first = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
-    second = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 1}}]
-    text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    special = {} if bos is None else {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
+    return _template([] if bos is None else [bos], [], ids, types=(0, 1))
+
+
+def _template(
+    first: Sequence[str], last: Sequence[str], ids: Mapping[str, int], *, types: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns the post-processor that puts tokens around each text.
+
+    Args:
+        first: Before a text; before the second text of a pair only if there are none after the first one.
+        last: After a text.
+        ids: Numbers of tokens.
+        types: Token types of the first and of the second text.
+    """
+
+    def special(tokens: Sequence[str], kind: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": token, "type_id": kind}} for token in tokens]
+
+    def text(name: str, kind: int) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": kind}}
+
+    one, two = types
+    single = [*special(first, one), text("A", one), *special(last, one)]
+    again = special(first, two) if not last else []
     return {
         "type": "TemplateProcessing",
-        "single": [*first, text],
-        "pair": [*first, text, *second, other],
-        "special_tokens": special,
+        "single": single,
+        "pair": [*single, *again, text("B", two), *special(last, two)],
+        "special_tokens": {each: {"id": each, "ids": [ids[each]], "tokens": [each]} for each in (*first, *last)},
     }
 
 

@@ -82,7 +82,10 @@ def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         raise GgufError(
             f"The tokenizer in {file.path.name} cannot be read.", where=str(file.path), why=str(error)[:200]
         ) from error
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **vocabulary.special)
+    options: dict[str, Any] = dict(vocabulary.special)
+    if vocabulary.input_names is not None:
+        options["model_input_names"] = vocabulary.input_names
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **options)
     tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
 
@@ -151,6 +154,8 @@ def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) 
     own = _own_formats(file)
     quant.convert(model, base, formats=_choose(model, file, own, base))
     if "self.lm_head.weight" in source(original_class(model)):  # Mamba's own code reads its dtype
+        return
+    if model.config.is_encoder_decoder:  # two stacks share the embedding
         return
     quant.quantize_ends(model, own)
 
