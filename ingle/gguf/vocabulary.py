@@ -25,15 +25,25 @@ from ingle.gguf.pretokenizers import (
     find_pre,
     sentencepiece,
 )
-from ingle.gguf.word_vocabularies import (
-    from_wordpiece,
-    read_unigram,
-    read_wordpiece,
-    write_unigram,
-    write_wordpiece,
+from ingle.gguf.special_tokens import (
+    BYTE,
+    CONTROL,
+    DEFAULTS,
+    ENCODER_SPECIAL,
+    FIX,
+    MISSING,
+    NORMAL,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    added_tokens,
+    bad_value,
+    read_scores,
+    special_token_id,
+    template,
 )
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from ingle.gguf.word_vocabularies import read_unigram, read_wordpiece, write_words
 
 _KINDS = {
     "gpt2": "byte-level BPE",
@@ -48,19 +58,6 @@ END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
     *("<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
 )
-
-_MISSING = "[PAD{}]"
-_FIX = "set model.tokenizer to a folder or hub id with the tokenizer.json of this model"
-#: GGUF's names of special tokens and those of transformers.
-_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-#: Further ones of encoders.
-_ENCODER_SPECIAL = {"cls": "cls_token", "seperator": "sep_token", "mask": "mask_token"}
-#: The tokens that llama.cpp assumes by kind if a file does not name them.
-_DEFAULTS = {
-    "llama": {"bos": 1, "eos": 2, "unknown": 0},
-    "bert": {"cls": 101, "unknown": 100, "seperator": 102, "padding": 0, "mask": 103},
-    "t5": {"eos": 1, "unknown": 2, "padding": 0},
-}
 
 #: Sentencepiece tokens are split at every position, so the work grows with the square of their length.
 _MAX_TOKEN_CHARS = 4096
@@ -98,7 +95,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
             "The file contains no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
             why=f"supported are {', '.join(f'{name} ({what})' for name, what in _KINDS.items())}",
-            fix=_FIX,
+            fix=FIX,
         )
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARS:
@@ -115,52 +112,30 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     real = {
         token: number
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
-        if not (type_ == UNUSED and token == _MISSING.format(number))
+        if not (type_ == UNUSED and token == MISSING.format(number))
     }
     if kind == "gpt2":
         parts = _byte_level(metadata, real, pre)
     elif kind == "gemma4":
         parts = _sentencepiece_with_merges(metadata, real, special.get("unk_token"))
     elif kind == "bert":
-        return _wordpiece(metadata, real, types, special)
+        own = {key: token for key, token in special.items() if key not in ("bos_token", "eos_token")}
+        return Vocabulary(read_wordpiece(metadata, real, types, special), own, None, [])
     elif kind == "t5":
-        return _unigram(metadata, tokens, types, special)
+        core, ends = read_unigram(metadata, tokens, types, special), _end_token_ids(metadata, real, types)
+        return Vocabulary(core, special, None, ends, ["input_ids", "attention_mask"])
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
     bos = special.get("bos_token") if add_bos else None
     if bos is not None and bos not in real:
         raise bad_value("tokenizer.ggml.bos_token_id", "refers to an unused token")
     return Vocabulary(
-        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(real, types), **parts}
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(real, types), **parts}
         | {"post_processor": _post_processor(bos, real)},
         special,
         template,
         _end_token_ids(metadata, real, types),
     )
-
-
-def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
-    """Returns the token that a file defines as ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``, or None.
-
-    Raises:
-        GgufError: The file has no such token.
-    """
-    name = f"tokenizer.ggml.{key}_token_id"
-    number = metadata.get(name)
-    if number is None:
-        return None
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, list) else 2**31
-    if type(number) is int and key in ("padding", "unknown") and number >= count:
-        return None  # llama.cpp ignores such a number, and some of its converters write 2^32 - 1
-    if type(number) is not int or not 0 <= number < count:
-        raise bad_value(name, f"is {str(number)[:60]}; the file has {count:,} tokens")
-    return number
-
-
-def bad_value(key: str, problem: str) -> GgufError:
-    """Returns the error for an invalid part of a tokenizer."""
-    return GgufError(f"{key} {problem}.", where=key, fix=f"download or copy the file again, or {_FIX}")
 
 
 def to_metadata(
@@ -186,14 +161,14 @@ def to_metadata(
     """
     model = tokenizer["model"]
     if model.get("type") in ("WordPiece", "Unigram"):
-        return _word_metadata(tokenizer, vocab_size, special)
+        return write_words(tokenizer, vocab_size, special)
     if model.get("type") != "BPE":
         raise GgufError(
             f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.",
             why="supported are BPE, WordPiece and Unigram",
         )
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
-    tokens = [_MISSING.format(number) for number in range(vocab_size)]
+    tokens = [MISSING.format(number) for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, number in model["vocab"].items():
         tokens[number], types[number] = token, NORMAL
@@ -219,7 +194,7 @@ def to_metadata(
         values["ggml.pre"] = find_pre(tokenizer)
         values["ggml.merges"] = merges
     values |= {"ggml.tokens": tokens, "ggml.token_type": types}
-    for key, token in _SPECIAL.items():
+    for key, token in SPECIAL.items():
         text = special.get(token)
         if text is not None and text in ids:
             values[f"ggml.{key}_token_id"] = ids[text]
@@ -231,23 +206,14 @@ def to_metadata(
 
 
 def _special_tokens(metadata: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> dict[str, str]:
-    defaults = _DEFAULTS.get(kind, {})
+    defaults = DEFAULTS.get(kind, {})
     special: dict[str, str] = {}
-    for key, token in (_SPECIAL | _ENCODER_SPECIAL if kind == "bert" else _SPECIAL).items():
+    for key, token in (SPECIAL | ENCODER_SPECIAL if kind == "bert" else SPECIAL).items():
         number = special_token_id(metadata, key)
         number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):
             special[token] = tokens[number]
     return special
-
-
-def _added_tokens(vocab: Mapping[str, int], types: Sequence[int]) -> list[dict[str, Any]]:
-    return [
-        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        | {"special": types[number] in (CONTROL, UNKNOWN)}
-        for token, number in vocab.items()
-        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
-    ]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
@@ -271,7 +237,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) ->
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
 ) -> dict[str, Any]:
-    scores = _numbers(metadata, "tokenizer.ggml.scores", len(types))
+    scores = read_scores(metadata, len(types))
     mergeable = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
     mergeable.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
     merges = [
@@ -295,80 +261,6 @@ def _sentencepiece_with_merges(
     return {**sentencepiece(prefix=False), "pre_tokenizer": lines, "model": model}
 
 
-def _wordpiece(
-    metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], special: dict[str, str]
-) -> Vocabulary:
-    if "cls_token" not in special and "bos_token" in special:
-        special["cls_token"] = special["bos_token"]
-    first, last = special.get("cls_token"), special.get("sep_token")
-    if first is None or last is None:
-        raise bad_value("tokenizer.ggml.cls_token_id or tokenizer.ggml.seperator_token_id", "is missing")
-    names = {key: token for key, token in special.items() if key not in ("bos_token", "eos_token")}
-    kept = {token for token, number in vocab.items() if types[number] in (CONTROL, UNKNOWN)} | set(names.values())
-    parts = read_wordpiece(metadata, vocab, kept, names.get("unk_token", "[UNK]"))
-    own = {token: number for token, number in vocab.items() if token in kept}
-    parts["added_tokens"] = _added_tokens(own, [CONTROL] * len(types))
-    parts["post_processor"] = _template([first], [last], vocab, types=(0, 1))
-    return Vocabulary({"version": "1.0", "truncation": None, "padding": None, **parts}, names, None, [])
-
-
-def _unigram(
-    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], special: dict[str, str]
-) -> Vocabulary:
-    scores = _numbers(metadata, "tokenizer.ggml.scores", len(types))
-    vocab = {token: number for number, token in enumerate(tokens)}
-    ends = [special["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token", True) else []
-    starts = [special["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token", False) else []
-    unknown = vocab.get(special.get("unk_token", ""))
-    parts = read_unigram(metadata, tokens, scores, unknown)
-    added = _added_tokens(vocab, types)
-    parts |= {"added_tokens": added, "post_processor": _template(starts, ends, vocab, types=(0, 0))}
-    return Vocabulary(
-        {"version": "1.0", "truncation": None, "padding": None, **parts},
-        special,
-        None,
-        _end_token_ids(metadata, vocab, types),
-        ["input_ids", "attention_mask"],
-    )
-
-
-def _word_metadata(tokenizer: Mapping[str, Any], vocab_size: int, special: Mapping[str, str | None]) -> dict[str, Any]:
-    """Returns the metadata of a WordPiece or unigram tokenizer."""
-    is_wordpiece = tokenizer["model"]["type"] == "WordPiece"
-    entries = tokenizer["model"]["vocab"]
-    vocab = entries if is_wordpiece else {token: number for number, (token, _) in enumerate(entries)}
-    added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
-    unknown = special.get("unk_token")
-    tokens = [_MISSING.format(number) for number in range(vocab_size)]
-    types = [UNUSED] * vocab_size
-    for token, number in (vocab | added).items():
-        if number < vocab_size:
-            tokens[number] = from_wordpiece(token) if is_wordpiece and token not in added else token
-            types[number] = UNKNOWN if token == unknown else CONTROL if token in added else NORMAL
-    values = write_wordpiece(tokenizer) if is_wordpiece else write_unigram(tokenizer, vocab_size)
-    values |= {"ggml.pre": "default", "ggml.tokens": tokens, "ggml.token_type": types}
-    ids = {token: number for token, number in (vocab | added).items() if number < vocab_size}
-    for key, name in (_SPECIAL | _ENCODER_SPECIAL).items():
-        text = special.get(name)
-        if text is not None and text in ids:
-            values[f"ggml.{key}_token_id"] = ids[text]
-    if is_wordpiece:
-        values["ggml.token_type_count"] = 2
-        values.setdefault("ggml.bos_token_id", values["ggml.cls_token_id"])  # llama.cpp begins texts with it
-    else:
-        values |= {"ggml.add_bos_token": False, "ggml.add_eos_token": True}
-    return {f"tokenizer.{key}": value for key, value in values.items()}
-
-
-def _numbers(metadata: Mapping[str, Any], key: str, count: int) -> list[float]:
-    """Returns a list of numbers, one for each token."""
-    found: Any = metadata.get(key)
-    is_list = isinstance(found, list) and all(isinstance(each, int | float) and each == each for each in found)
-    if not is_list or len(found) != count:
-        raise bad_value(key, f"does not have a number for each of the {count:,} tokens")
-    return list(found)
-
-
 def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
@@ -386,36 +278,7 @@ def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options
 
 
 def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
-    return _template([] if bos is None else [bos], [], ids, types=(0, 1))
-
-
-def _template(
-    first: Sequence[str], last: Sequence[str], ids: Mapping[str, int], *, types: tuple[int, int]
-) -> dict[str, Any]:
-    """Returns the post-processor that puts tokens around each text.
-
-    Args:
-        first: Before a text; before the second text of a pair only if there are none after the first one.
-        last: After a text.
-        ids: Numbers of tokens.
-        types: Token types of the first and of the second text.
-    """
-
-    def special(tokens: Sequence[str], kind: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": token, "type_id": kind}} for token in tokens]
-
-    def text(name: str, kind: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": kind}}
-
-    one, two = types
-    single = [*special(first, one), text("A", one), *special(last, one)]
-    again = special(first, two) if not last else []
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, *again, text("B", two), *special(last, two)],
-        "special_tokens": {each: {"id": each, "ids": [ids[each]], "tokens": [each]} for each in (*first, *last)},
-    }
+    return template([] if bos is None else [bos], [], ids, types=(0, 1))
 
 
 def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int]) -> list[int]:

@@ -11,11 +11,24 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ingle.errors import GgufError
 from ingle.gguf.pretokenizers import SPACE
+from ingle.gguf.special_tokens import (
+    CONTROL,
+    ENCODER_SPECIAL,
+    MISSING,
+    NORMAL,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    added_tokens,
+    bad_value,
+    read_scores,
+    template,
+)
 
 _CONTINUES = "##"
 _LOWERCASE, _ACCENTS = "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents"
@@ -24,39 +37,50 @@ _SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
 
 
 def read_wordpiece(
-    metadata: Mapping[str, Any], vocab: Mapping[str, int], special: Collection[str], unknown: str
+    metadata: Mapping[str, Any], vocab: Mapping[str, int], types: Sequence[int], special: dict[str, str]
 ) -> dict[str, Any]:
-    """Returns the parts of a ``tokenizer.json``.
+    """Returns the content of a ``tokenizer.json``.
 
     Args:
         metadata: Of the file.
         vocab: Its tokens, as the file writes them.
-        special: Tokens that are written as they are.
-        unknown: The token of a word that no tokens form.
+        types: Their types.
+        special: Special tokens by name; gets ``cls_token`` if the file only has ``bos_token``.
+
+    Raises:
+        GgufError: The file does not have the tokens around a text.
     """
-    words = {token if token in special else _to_wordpiece(token): number for token, number in vocab.items()}
+    if "bos_token" in special:
+        special.setdefault("cls_token", special["bos_token"])
+    first, last = special.get("cls_token"), special.get("sep_token")
+    if first is None or last is None:
+        raise bad_value("tokenizer.ggml.cls_token_id or tokenizer.ggml.seperator_token_id", "is missing")
+    kept = {token: number for token, number in vocab.items() if types[number] in (CONTROL, UNKNOWN)}
+    kept |= {token: vocab[token] for token in special.values() if token in vocab}
     lowercase = bool(metadata.get(_LOWERCASE, True))
-    return {
-        "normalizer": {
+    return _tokenizer(
+        added_tokens(kept, [CONTROL] * len(types)),
+        template([first], [last], vocab, types=(0, 1)),
+        normalizer={
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
             "strip_accents": bool(metadata.get(_ACCENTS, lowercase)),
             "lowercase": lowercase,
         },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "decoder": {"type": "WordPiece", "prefix": _CONTINUES, "cleanup": True},
-        "model": {
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        decoder={"type": "WordPiece", "prefix": _CONTINUES, "cleanup": True},
+        model={
             "type": "WordPiece",
-            "unk_token": unknown,
+            "unk_token": special.get("unk_token", "[UNK]"),
             "continuing_subword_prefix": _CONTINUES,
             "max_input_chars_per_word": 100,
-            "vocab": words,
+            "vocab": {token if token in kept else _to_wordpiece(token): number for token, number in vocab.items()},
         },
-    }
+    )
 
 
-def write_wordpiece(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+def _wordpiece(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metadata of a WordPiece tokenizer, without its tokens.
 
     Raises:
@@ -71,7 +95,7 @@ def write_wordpiece(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
     return {"ggml.model": "bert", "ggml.normalizer.lowercase": lowercase, "ggml.normalizer.strip_accents": accents}
 
 
-def from_wordpiece(token: str) -> str:
+def _from_wordpiece(token: str) -> str:
     """Returns a token that is not special as llama.cpp writes it."""
     return token.removeprefix(_CONTINUES) if token.startswith(_CONTINUES) else f"{SPACE}{token}"
 
@@ -81,16 +105,17 @@ def _to_wordpiece(token: str) -> str:
 
 
 def read_unigram(
-    metadata: Mapping[str, Any], tokens: Sequence[str], scores: Sequence[float], unknown: int | None
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int], special: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Returns the parts of a ``tokenizer.json``.
+    """Returns the content of a ``tokenizer.json``; arguments as in :func:`read_wordpiece`.
 
-    Args:
-        metadata: Of the file.
-        tokens: Its tokens.
-        scores: Of each token.
-        unknown: Number of the token for characters without one.
+    Raises:
+        GgufError: The file does not have a score for each token.
     """
+    scores = read_scores(metadata, len(types))
+    vocab = {token: number for number, token in enumerate(tokens)}
+    ends = [special["eos_token"]] if metadata.get("tokenizer.ggml.add_eos_token", True) else []
+    starts = [special["bos_token"]] if metadata.get("tokenizer.ggml.add_bos_token", False) else []
     table = metadata.get(_CHARSMAP)
     steps: list[dict[str, Any]] = []
     if table is not None:
@@ -102,20 +127,54 @@ def read_unigram(
     decoder = dict(cuts)
     if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
         cuts = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, cuts]}
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
-        "pre_tokenizer": cuts,
-        "decoder": decoder,
-        "model": {
+    return _tokenizer(
+        added_tokens(vocab, types),
+        template(starts, ends, vocab, types=(0, 0)),
+        normalizer={"type": "Sequence", "normalizers": steps} if steps else None,
+        pre_tokenizer=cuts,
+        decoder=decoder,
+        model={
             "type": "Unigram",
-            "unk_id": unknown,
+            "unk_id": vocab.get(special.get("unk_token", "")),
             "vocab": [list(pair) for pair in zip(tokens, map(float, scores), strict=True)],
             "byte_fallback": False,
         },
-    }
+    )
 
 
-def write_unigram(tokenizer: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def write_words(tokenizer: Mapping[str, Any], vocab_size: int, special: Mapping[str, str | None]) -> dict[str, Any]:
+    """Returns the metadata of a WordPiece or unigram tokenizer; arguments as in ``to_metadata`` of its caller.
+
+    Raises:
+        GgufError: llama.cpp splits text in another way.
+    """
+    is_wordpiece = tokenizer["model"]["type"] == "WordPiece"
+    entries = tokenizer["model"]["vocab"]
+    vocab = entries if is_wordpiece else {token: number for number, (token, _) in enumerate(entries)}
+    added = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
+    unknown = special.get("unk_token")
+    tokens = [MISSING.format(number) for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    for token, number in (vocab | added).items():
+        if number < vocab_size:
+            tokens[number] = _from_wordpiece(token) if is_wordpiece and token not in added else token
+            types[number] = UNKNOWN if token == unknown else CONTROL if token in added else NORMAL
+    values = _wordpiece(tokenizer) if is_wordpiece else _unigram(tokenizer, vocab_size)
+    values |= {"ggml.pre": "default", "ggml.tokens": tokens, "ggml.token_type": types}
+    ids = {token: number for token, number in (vocab | added).items() if number < vocab_size}
+    for key, name in (SPECIAL | ENCODER_SPECIAL).items():
+        text = special.get(name)
+        if text is not None and text in ids:
+            values[f"ggml.{key}_token_id"] = ids[text]
+    if is_wordpiece:
+        values["ggml.token_type_count"] = 2
+        values.setdefault("ggml.bos_token_id", values["ggml.cls_token_id"])  # llama.cpp begins texts with it
+    else:
+        values |= {"ggml.add_bos_token": False, "ggml.add_eos_token": True}
+    return {f"tokenizer.{key}": value for key, value in values.items()}
+
+
+def _unigram(tokenizer: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """Returns the metadata of a unigram tokenizer, with the scores of its tokens.
 
     Raises:
@@ -139,6 +198,11 @@ def write_unigram(tokenizer: Mapping[str, Any], vocab_size: int) -> dict[str, An
     if tables:
         values["ggml.precompiled_charsmap"] = base64.b64decode(tables[0])
     return values
+
+
+def _tokenizer(added: list[dict[str, Any]], post_processor: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    empty = {"version": "1.0", "truncation": None, "padding": None}
+    return empty | {"added_tokens": added, "post_processor": post_processor} | parts
 
 
 def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:

@@ -1,4 +1,9 @@
-"""T5: an encoder-decoder with relative positions, whose files have two stacks of layers."""
+"""T5: an encoder-decoder with relative positions, whose files have two stacks of layers.
+
+The first models multiply the output of the decoder by ``d_model ** -0.5`` before their tied output head, but llama.cpp
+does not. So Ingle writes this factor into the last norm, and says so in the metadata. A file of another program has it
+nowhere; the model that is read from it has the factor, as it was published.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,12 @@ from typing import Any
 
 from ingle.errors import GgufError
 from ingle.gguf.container import ArchitectureValues, GgufFile
-from ingle.gguf.families.family import Config, GgufFamily
+from ingle.gguf.families.family import Change, Config, GgufFamily
 
 #: llama.cpp computes with the distance of the published models.
 _LONGEST_DISTANCE = 128
+#: Metadata of Ingle: the factor in the last norm of the decoder.
+_SCALE = "decoder_output_scale"
 #: llama.cpp has no limit; its converter writes this number for configs without one.
 _CONTEXT = 512
 
@@ -41,9 +48,11 @@ def _stack(path: str, prefix: str, *parts: Mapping[str, str]) -> dict[str, str]:
 
 def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
     num_layers = values.integer("block_count")
-    is_gated = "enc.blk.0.ffn_gate.weight" in file.tensors
-    head = file.tensors.get("output.weight")
+    is_umt5 = "enc.blk.1.attn_rel_b.weight" in file.tensors  # each layer has relative positions
+    is_scaled = "output.weight" not in file.tensors
     return {
+        "model_type": "umt5" if is_umt5 else "t5",
+        "architectures": ["UMT5ForConditionalGeneration" if is_umt5 else "T5ForConditionalGeneration"],
         "d_model": values.integer("embedding_length"),
         "d_ff": values.integer("feed_forward_length"),
         "d_kv": values.integer("attention.key_length"),
@@ -53,12 +62,11 @@ def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
         "relative_attention_num_buckets": values.integer("attention.relative_buckets_count"),
         "relative_attention_max_distance": _LONGEST_DISTANCE,
         "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon"),
-        "feed_forward_proj": "gated-gelu" if is_gated else "relu",
+        "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu",
         "decoder_start_token_id": values.integer("decoder_start_token_id", 0, low=0),
         "is_encoder_decoder": True,
-        "tie_word_embeddings": head is None,
-        # llama.cpp multiplies the output of the decoder in no model, whether its head is tied or not.
-        "scale_decoder_outputs": False,
+        "scale_decoder_outputs": is_scaled,
+        "has_scaled_norm": is_scaled and values.get(_SCALE) is not None,
     }
 
 
@@ -69,11 +77,13 @@ def _metadata(config: Config) -> dict[str, Any]:
             config["relative_attention_max_distance"] != _LONGEST_DISTANCE,
             f"positions differ up to a distance of {config['relative_attention_max_distance']}",
         ),
+        (config["num_decoder_layers"] > config["num_layers"], "the decoder has more layers than the encoder"),
     ):
         if is_unsupported:
             raise GgufError("llama.cpp does not compute this T5 model.", where="config.json", why=why)
     epsilon = float(config["layer_norm_epsilon"])
-    return {
+    scale = {_SCALE: config["d_model"] ** -0.5} if _has_scaled_norm(config) else {}
+    return scale | {
         "block_count": config["num_layers"],
         "decoder_block_count": config["num_decoder_layers"],
         "context_length": config.get("n_positions") or _CONTEXT,
@@ -88,6 +98,14 @@ def _metadata(config: Config) -> dict[str, Any]:
         "decoder_start_token_id": config.get("decoder_start_token_id") or 0,
         "vocab_size": config["vocab_size"],
     }
+
+
+def _has_scaled_norm(config: Config) -> bool:
+    return bool(config.get("scale_decoder_outputs")) and config.get("has_scaled_norm", True)
+
+
+def _last_norm(config: Config, shape: tuple[int, ...]) -> Change:
+    return Change(scale=config["d_model"] ** -0.5 if _has_scaled_norm(config) else 1.0)
 
 
 def _sizes(config: Config) -> Mapping[str, tuple[int, ...]]:
@@ -119,6 +137,8 @@ T5 = GgufFamily(
             _FEED_FORWARD,
         ),
     },
+    rules={"decoder.final_layer_norm.weight": _last_norm},
     decoder="",
     layers="encoder.block",
+    also=("mt5", "umt5"),
 )
