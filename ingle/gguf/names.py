@@ -151,12 +151,18 @@ class TensorNames:
         tensors = self.tensors(target)
         return tensors[0] if len(tensors) == 1 else None
 
-    def to_hf(self, name: str) -> str | None:
-        """Returns the parameter that a GGUF tensor is, or is a part of; None if there is none."""
+    def to_hf(self, name: str, known: Container[str] | None = None) -> str | None:
+        """Returns the parameter that a GGUF tensor is, or is a part of; None if there is none.
+
+        Args:
+            name: The tensor.
+            known: The parameters of the model; they decide where models of one architecture differ.
+        """
         pattern, layer = _split_number(name)
-        found = self._parameters.get(pattern)
-        if found is None:
-            return None
+        found = [self._inner_name(each, layer) for each in self._parameters.get(pattern, ())]
+        return next((each for each in found if known is None or each in known), None)
+
+    def _inner_name(self, found: str, layer: str) -> str:
         if found.startswith("lm_head."):
             return f"{self.head}{found.removeprefix('lm_head')}"
         target, own = found.replace("*", layer), self.family.decoder
@@ -219,10 +225,15 @@ class TensorNames:
         }
 
     @cached_property
-    def _parameters(self) -> dict[str, str]:
-        """The parameter of each tensor; a star in both is the number of a layer."""
-        fused = {f"blk.*.{tensor}": f"{self._layer}.{path}" for path, tensor in self.family.fused.items()}
-        return fused | {tensor: path for path, tensors in self._tensors.items() for tensor in tensors}
+    def _parameters(self) -> dict[str, list[str]]:
+        """The parameters of each tensor; a star in both is the number of a layer."""
+        found: dict[str, list[str]] = {}
+        for path, tensors in self._tensors.items():
+            for tensor in tensors:
+                found.setdefault(tensor, []).append(path)
+        for path, tensor in self.family.fused.items():
+            found.setdefault(f"blk.*.{tensor}", [f"{self._layer}.{path}"])
+        return found
 
 
 def names_of(config: Mapping[str, Any], *, decoder: str = "", head: str = "lm_head") -> TensorNames:

@@ -47,6 +47,9 @@ def _metadata(config: Config) -> dict[str, Any]:
             where="config.json",
             why=f"hidden_act is {config['hidden_act']!r}, is_decoder is {bool(config.get('is_decoder'))}",
         )
+    problem = config.get("problem_type")
+    if problem == "multi_label_classification":
+        raise GgufError("A GGUF file cannot say that a text has several labels.", where="problem_type", fix="--to peft")
     values = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],

@@ -57,6 +57,7 @@ def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
     raw = to_config(file)
     require_sizes(file, raw)
     config: PretrainedConfig = AutoConfig.for_model(**raw)
+    config.tie_word_embeddings = raw["tie_word_embeddings"]  # T5's class always says that they are tied
     return config, raw
 
 
@@ -97,8 +98,8 @@ def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
     groups: dict[str, Group] = {}
     unexpected = []
     for tensor in file.tensors.values():
-        target = names.to_hf(tensor.name)
-        weight = None if target not in wanted else _weight(file, names, target, tuple(wanted[target].shape))
+        target = names.to_hf(tensor.name, wanted)
+        weight = None if target is None else _weight(file, names, target, tuple(wanted[target].shape))
         if weight is not None and tensor in weight.tensors:
             groups.setdefault(weight.target, weight)
         elif tensor.name != ROPE_FREQS:
