@@ -48,11 +48,10 @@ def _stack(path: str, prefix: str, *parts: Mapping[str, str]) -> dict[str, str]:
 
 def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
     num_layers = values.integer("block_count")
-    is_umt5 = "enc.blk.1.attn_rel_b.weight" in file.tensors  # each layer has relative positions
-    is_scaled = "output.weight" not in file.tensors
+    if "enc.blk.1.attn_rel_b.weight" in file.tensors:
+        raise GgufError("UMT5, T5 with relative positions in each layer, is not supported.", where=str(file.path))
+    factor = values.get(_SCALE)
     return {
-        "model_type": "umt5" if is_umt5 else "t5",
-        "architectures": ["UMT5ForConditionalGeneration" if is_umt5 else "T5ForConditionalGeneration"],
         "d_model": values.integer("embedding_length"),
         "d_ff": values.integer("feed_forward_length"),
         "d_kv": values.integer("attention.key_length"),
@@ -65,8 +64,8 @@ def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu",
         "decoder_start_token_id": values.integer("decoder_start_token_id", 0, low=0),
         "is_encoder_decoder": True,
-        "scale_decoder_outputs": is_scaled,
-        "has_scaled_norm": is_scaled and values.get(_SCALE) is not None,
+        "scale_decoder_outputs": "output.weight" not in file.tensors and factor != 1.0,
+        "has_scaled_norm": factor is not None,
     }
 
 
@@ -82,8 +81,8 @@ def _metadata(config: Config) -> dict[str, Any]:
         if is_unsupported:
             raise GgufError("llama.cpp does not compute this T5 model.", where="config.json", why=why)
     epsilon = float(config["layer_norm_epsilon"])
-    scale = {_SCALE: config["d_model"] ** -0.5} if _has_scaled_norm(config) else {}
-    return scale | {
+    return {
+        _SCALE: _scale(config),
         "block_count": config["num_layers"],
         "decoder_block_count": config["num_decoder_layers"],
         "context_length": config.get("n_positions") or _CONTEXT,
@@ -100,12 +99,14 @@ def _metadata(config: Config) -> dict[str, Any]:
     }
 
 
-def _has_scaled_norm(config: Config) -> bool:
-    return bool(config.get("scale_decoder_outputs")) and config.get("has_scaled_norm", True)
+def _scale(config: Config) -> float:
+    """Returns the factor in the last norm."""
+    is_scaled = config.get("scale_decoder_outputs") and config.get("has_scaled_norm", True)
+    return float(config["d_model"] ** -0.5) if is_scaled else 1.0
 
 
 def _last_norm(config: Config, shape: tuple[int, ...]) -> Change:
-    return Change(scale=config["d_model"] ** -0.5 if _has_scaled_norm(config) else 1.0)
+    return Change(scale=_scale(config))
 
 
 def _sizes(config: Config) -> Mapping[str, tuple[int, ...]]:
@@ -140,5 +141,5 @@ T5 = GgufFamily(
     rules={"decoder.final_layer_norm.weight": _last_norm},
     decoder="",
     layers="encoder.block",
-    also=("mt5", "umt5"),
+    also=("mt5",),
 )

@@ -57,7 +57,6 @@ def read_gguf_config(file: GgufFile) -> tuple[PretrainedConfig, dict[str, Any]]:
     raw = to_config(file)
     require_sizes(file, raw)
     config: PretrainedConfig = AutoConfig.for_model(**raw)
-    config.tie_word_embeddings = raw["tie_word_embeddings"]  # T5's class always says that they are tied
     return config, raw
 
 
