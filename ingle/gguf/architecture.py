@@ -14,7 +14,7 @@ from typing import Any
 from ingle.errors import GgufError
 from ingle.gguf.container import DAMAGED, ArchitectureValues, GgufFile
 from ingle.gguf.families import BY_MODEL_TYPE, family_of_config, family_of_metadata
-from ingle.gguf.vocabulary import special_token_id
+from ingle.gguf.special_tokens import special_token_id
 
 #: transformers' ``model_type`` to llama.cpp's architecture.
 ARCHITECTURES = {model_type: family.architecture for model_type, family in BY_MODEL_TYPE.items()}

@@ -55,7 +55,7 @@ def test_a_classifier_trains_on_its_file_and_is_served(tmp_path: Path, llama_cpp
     trained, again = (
         next(each.predict([each.make_row({"text": "a great film"}, "row 1")]))["probabilities"] for each in predictors
     )
-    assert again == pytest.approx(trained, abs=1e-4)
+    assert again == pytest.approx(trained, abs=5e-3)  # in bfloat16 where it is fast
     ids = load_tokenizer(ModelConfig(id=str(made.path)))("a great film")["input_ids"]
     with opened(llama_cpp, made.path, embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_RANK) as engine:
         run_batch(llama_cpp, llama_cpp.llama_decode, engine, ids)

@@ -21,7 +21,8 @@ from ingle.gguf import GgufFile
 from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import TensorNames, names_of
 from ingle.gguf.rotary import ROPE_FREQS
-from ingle.gguf.vocabulary import special_token_id, to_vocabulary
+from ingle.gguf.special_tokens import special_token_id
+from ingle.gguf.vocabulary import to_vocabulary
 from ingle.models.forward.mixers import original_class, source
 from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file
