@@ -29,7 +29,7 @@ from ingle.training.folder import RunFolder
 _MAX_TOKENS = 4096
 
 #: What models predict that generate no text.
-_NOT_TEXT: dict[str, str] = {
+NOT_TEXT: dict[str, str] = {
     "classify": "labels of texts",
     "tag": "tags of words",
     "answer": "places of answers",
@@ -244,10 +244,10 @@ def refuse_heads(source: Source) -> None:
         ModelError: It has a task head, or is an encoder.
     """
     kind = source.objective().kind
-    if kind in _NOT_TEXT:
+    if kind in NOT_TEXT:
         name = source.model.id if source.adapter is None else str(source.adapter)
         raise ModelError(
-            f"{name} generates no text: it predicts {_NOT_TEXT[kind]}.",
+            f"{name} generates no text: it predicts {NOT_TEXT[kind]}.",
             fix=f"ingle predict {shlex.quote(name)} --text TEXT",
         )
 

@@ -19,6 +19,7 @@ from ingle.export.verify.certificate import Certificate
 from ingle.export.verify.llama_cpp import import_binding
 from ingle.export.writers.safetensors_folder import READERS
 from ingle.models.interop.transformers_peft import require_readers
+from ingle.models.loading.config_json import read_config
 from ingle.quant.format import PLAIN
 from ingle.wording import either
 
@@ -135,16 +136,26 @@ def _refuse_head(source: inference.Source, request: ExportRequest) -> None:
     """Refuses what only language models can be exported to.
 
     Raises:
-        ExportError: The model has a task head, which GGUF files, quantized layouts or the verification cannot have.
+        ExportError: The model has a task head, which GGUF files, quantized layouts or the verification cannot have; or
+            the verification would need the answers of a model that llama.cpp does not generate with.
     """
     kind = source.objective().kind
+    if request.verify and request.to in ("gguf", "gguf-adapter") and models.stored_kind(source.model) != "causal":
+        raise ExportError(
+            "--verify compares the answers that llama.cpp generates, and it does so only for causal models.",
+            where=f"--to {request.to} --verify",
+            fix="omit --verify",
+        )
     if kind not in ("classify", "tag", "answer"):
         return
-    if request.to in ("gguf", "gguf-adapter"):
+    has_head = kind == "classify" and read_config(source.model, None).model_type == "bert"
+    if request.to == "gguf-adapter" or (request.to == "gguf" and not has_head):
         raise ExportError(
-            f"A model for {kind} cannot be written as GGUF.",
+            f"This model for {kind} cannot be written as {'an adapter in GGUF' if has_head else 'GGUF'}.",
             where=f"--to {request.to}",
-            why="llama.cpp reads language models and embeddings, but no heads of this kind",
+            why="llama.cpp reads the heads of BERT models for classify, in one file with the model"
+            if has_head
+            else "llama.cpp reads language models and embeddings, but no heads of this kind",
             fix="--to safetensors or --to peft",
         )
     if request.to == "safetensors" and (request.type or "bf16").lower() not in PLAIN:

@@ -160,8 +160,9 @@ class ExportJob:
         return engine
 
     def measure_trained(self) -> TrainedPredictions:
-        """Runs the trained model and its base on the text, and frees their memory."""
-        generates = self.source.objective().kind not in ("classify", "tag", "answer")
+        """Runs the trained model and its base on the text, and frees their memory; only if they are causal."""
+        is_causal = models.stored_kind(self.source.model) == "causal"
+        generates = is_causal and self.source.objective().kind not in inference.NOT_TEXT
         if not generates or (self.request.data is None and self.run is None):
             return TrainedPredictions()
         engine = self.open_trained()

@@ -105,8 +105,11 @@ def export_gguf(job: ExportJob) -> WrittenExport:
                 promotion=promotion,
             )
         )
-        write_modelfile(job, merged.stream.model, partial / paths.name("modelfile"), weights=f"./{paths.main}")
-        write_companions(job, partial, paths, type_name=type_name, usage=_gguf_usage(paths), report=report)
+        is_causal = models.kind_of(merged.stream.model.config) == "causal"
+        if is_causal:  # Ollama runs no others
+            write_modelfile(job, merged.stream.model, partial / paths.name("modelfile"), weights=f"./{paths.main}")
+        usage = _gguf_usage(paths, is_causal=is_causal)
+        write_companions(job, partial, paths, type_name=type_name, usage=usage, report=report)
 
     def open_written() -> Engine:
         model = open_source(plain_source(paths.result, "float32")).model
@@ -176,8 +179,11 @@ def _safetensors_usage(folder: Path, layout: Layout, reader: str) -> str:
     )
 
 
-def _gguf_usage(paths: OutputPaths) -> str:
+def _gguf_usage(paths: OutputPaths, *, is_causal: bool) -> str:
+    command = f"```console\n$ llama-server -m {paths.main}\n```"
+    if not is_causal:
+        return command
     return (
-        f"```console\n$ llama-server -m {paths.main}\n```\n\nor, with Ollama:\n\n"
+        f"{command}\n\nor, with Ollama:\n\n"
         f"```console\n$ ollama create my-model -f {paths.name('modelfile')}\n$ ollama run my-model\n```"
     )

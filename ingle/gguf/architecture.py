@@ -14,11 +14,11 @@ from typing import Any
 from ingle.errors import GgufError
 from ingle.gguf.container import DAMAGED, ArchitectureValues, GgufFile
 from ingle.gguf.families import BY_MODEL_TYPE, family_of_config, family_of_metadata
-from ingle.gguf.vocabulary import special_token_id
+from ingle.gguf.special_tokens import special_token_id
 
 #: transformers' ``model_type`` to llama.cpp's architecture.
 ARCHITECTURES = {model_type: family.architecture for model_type, family in BY_MODEL_TYPE.items()}
-_LAYER = re.compile(r"^blk\.(\d{1,9})\.(.+)\.weight$")
+_LAYER = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d{1,9})\.(.+)\.weight$")
 
 
 def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,16 +86,20 @@ def require_sizes(file: GgufFile, config: Mapping[str, Any]) -> None:
         )
     family = family_of_metadata(file.metadata)
     matches = [match for name in file.tensors if (match := _LAYER.match(name))]
-    num_layers = len({match[1] for match in matches})
-    expected_layers = ArchitectureValues(file, family.architecture).integer("block_count")
+    num_layers = len({match.group(1, 2) for match in matches})
+    values = ArchitectureValues(file, family.architecture)
+    expected_layers = values.integer("block_count")
+    if config.get("is_encoder_decoder"):
+        expected_layers += values.integer("decoder_block_count", expected_layers)
     if num_layers != expected_layers:
         raise _mismatch(file, f"{expected_layers} layers", f"tensors of {num_layers} layers")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     num_tokens = len(tokens) if isinstance(tokens, list) and tokens else config["vocab_size"]
     first: dict[str, str] = {}
     for match in matches:
-        first.setdefault(match[2], match[0])
-    expected: dict[str, tuple[int, ...]] = {"token_embd.weight": (num_tokens, config["hidden_size"])}
+        first.setdefault(match[3], match[0])
+    width = config.get("hidden_size") or config["d_model"]
+    expected: dict[str, tuple[int, ...]] = {"token_embd.weight": (num_tokens, width)}
     for part, shape in family.sizes(config).items():
         expected[first.get(part, f"blk.0.{part}.weight")] = shape
     for name, shape in expected.items():

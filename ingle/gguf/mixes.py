@@ -34,7 +34,7 @@ _FALLBACKS = {format_name(section): section.fallback for section in ENCODED if s
 #: Parts of the names of tensors that llama.cpp never quantizes.
 _NEVER_QUANTIZED = (
     *("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "per_layer_model_proj"),
-    *("altup", "laurel"),
+    *("altup", "laurel", "position_embd", "token_types", "attn_rel_b"),
 )
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 #: Value projections, and projections that contain one.
@@ -42,7 +42,7 @@ _VALUES = (".attn_v.weight", ".attn_qkv.weight", ".attn_kv_b.weight")
 #: Types of the output projection of attention by file type; the second for models with eight experts.
 _OUTPUTS = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}
 _OUTPUTS_OF_EIGHT = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs"), "q5_k")
-_LAYER = re.compile(r"^blk\.(\d+)\.")
+_LAYER = re.compile(r"^(?:enc\.|dec\.)?blk\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)

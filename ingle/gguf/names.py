@@ -21,8 +21,7 @@ from ingle.gguf.container import block_of
 from ingle.gguf.families import family_of_config
 from ingle.gguf.families.family import Change, GgufFamily
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)$")
-_BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
+_NUMBER = re.compile(r"\.(\d+)\.")
 _LEAVES = ("weight", "bias")
 
 
@@ -144,36 +143,34 @@ class TensorNames:
 
     def tensors(self, target: str) -> tuple[str, ...]:
         """Returns the names of the tensors that form a parameter of transformers; none if the file has none."""
-        name = self._own_name(target)
-        module, _, leaf = name.rpartition(".")
-        if match := _LAYER.match(name.removeprefix(f"{self.family.decoder}.")):
-            block, inner = f"blk.{match[1]}.", match[2]
-            if inner in self.family.parameters:
-                return tuple(block + tensor for tensor in self.family.parameters[inner])
-            part = self.family.layer.get(inner.removesuffix(f".{leaf}"))
-            return (f"{block}{part}.{leaf}",) if part is not None and leaf in _LEAVES else ()
-        if module not in self.family.top or leaf not in _LEAVES or (module == "lm_head" and self.family.is_tied):
-            return ()
-        return (f"{self.family.top[module]}.{leaf}",)
+        pattern, layer = _split_number(self._own_name(target))
+        return tuple(tensor.replace("*", layer) for tensor in self._tensors.get(pattern, ()))
 
     def to_gguf(self, target: str) -> str | None:
         """Returns the GGUF name of a parameter of transformers, or None unless it is exactly one tensor."""
         tensors = self.tensors(target)
         return tensors[0] if len(tensors) == 1 else None
 
-    def to_hf(self, name: str) -> str | None:
-        """Returns the parameter that a GGUF tensor is, or is a part of; None if there is none."""
-        decoder = self.decoder or self.family.decoder
-        if match := _BLOCK.match(name):
-            inner = self._parameters.get(match[2])
-            return None if inner is None else f"{decoder}.layers.{match[1]}.{inner}"
-        part, _, leaf = name.rpartition(".")
-        module = self._top.get(part)
-        if module is None or leaf not in _LEAVES:
-            return None
-        if module == "lm_head":
-            return f"{self.head}.{leaf}"
-        return f"{decoder}{module.removeprefix(self.family.decoder)}.{leaf}"
+    def to_hf(self, name: str, known: Container[str] | None = None) -> str | None:
+        """Returns the parameter that a GGUF tensor is, or is a part of; None if there is none.
+
+        Args:
+            name: The tensor.
+            known: The parameters of the model; they decide where models of one architecture differ.
+        """
+        pattern, layer = _split_number(name)
+        found = [self._inner_name(each, layer) for each in self._parameters.get(pattern, ())]
+        return next((each for each in found if known is None or each in known), None)
+
+    def _inner_name(self, found: str, layer: str) -> str:
+        if found.startswith("lm_head."):
+            return f"{self.head}{found.removeprefix('lm_head')}"
+        target, own = found.replace("*", layer), self.family.decoder
+        return f"{self.decoder}{target.removeprefix(own)}" if self.decoder and target.startswith(f"{own}.") else target
+
+    def is_left_out(self, target: str) -> bool:
+        """Returns whether files of this architecture never have a parameter."""
+        return target.startswith(self.family.left_out)
 
     def rule(self, target: str, shape: tuple[int, ...], stored: Container[str] | None = None) -> TensorRule | None:
         """Returns how a parameter is stored in GGUF, or None if it is not.
@@ -193,16 +190,14 @@ class TensorNames:
         return TensorRule(target, tensors, shape, change)
 
     def _change(self, target: str, shape: tuple[int, ...]) -> Change:
-        name = self._own_name(target)
-        match = _LAYER.match(name.removeprefix(f"{self.family.decoder}."))
-        inner = match[2] if match is not None else name
+        inner = _split_number(self._own_name(target))[0].removeprefix(f"{self._layer}.")
         rule = self.family.rules.get(inner) or self.family.rules.get(inner.rpartition(".")[0])
         return Change() if rule is None else rule(self.config, shape)
 
     def _fused(self, target: str) -> str:
-        match = _LAYER.match(self._own_name(target).removeprefix(f"{self.family.decoder}."))
-        fused = self.family.fused.get(match[2]) if match is not None else None
-        return f"blk.{match[1]}.{fused}" if match is not None and fused is not None else ""
+        pattern, layer = _split_number(self._own_name(target))
+        fused = self.family.fused.get(pattern.removeprefix(f"{self._layer}."))
+        return "" if fused is None else f"blk.{layer}.{fused}"
 
     def _own_name(self, target: str) -> str:
         """Returns the name that a parameter has in a model that only reads text."""
@@ -212,17 +207,33 @@ class TensorNames:
             return f"{self.family.decoder}{target.removeprefix(self.decoder)}"
         return target
 
-    @cached_property
-    def _parameters(self) -> dict[str, str]:
-        """The parameters of a layer by tensor."""
-        family = self.family
-        found = {f"{part}.{leaf}": f"{path}.{leaf}" for path, part in family.layer.items() for leaf in _LEAVES}
-        found |= {tensor: path for path, tensor in family.fused.items()}
-        return found | {tensor: path for path, tensors in family.parameters.items() for tensor in tensors}
+    @property
+    def _layer(self) -> str:
+        """Path of a layer, with a star for its number."""
+        return f"{self.family.decoder}.{self.family.layers}.*"
 
     @cached_property
-    def _top(self) -> dict[str, str]:
-        return {part: path for path, part in self.family.top.items()}
+    def _tensors(self) -> dict[str, tuple[str, ...]]:
+        """The tensors of each parameter; a star in both is the number of a layer."""
+        family = self.family
+        modules = {f"{self._layer}.{path}": f"blk.*.{part}" for path, part in family.layer.items()}
+        modules |= {path: part for path, part in family.top.items() if not (path == "lm_head" and family.is_tied)}
+        found = {f"{path}.{leaf}": (f"{part}.{leaf}",) for path, part in modules.items() for leaf in _LEAVES}
+        return found | {
+            f"{self._layer}.{path}": tuple(f"blk.*.{tensor}" for tensor in tensors)
+            for path, tensors in family.parameters.items()
+        }
+
+    @cached_property
+    def _parameters(self) -> dict[str, list[str]]:
+        """The parameters of each tensor; a star in both is the number of a layer."""
+        found: dict[str, list[str]] = {}
+        for path, tensors in self._tensors.items():
+            for tensor in tensors:
+                found.setdefault(tensor, []).append(path)
+        for path, tensor in self.family.fused.items():
+            found.setdefault(f"blk.*.{tensor}", [f"{self._layer}.{path}"])
+        return found
 
 
 def names_of(config: Mapping[str, Any], *, decoder: str = "", head: str = "lm_head") -> TensorNames:
@@ -251,7 +262,14 @@ def names_of_model(model: Any) -> TensorNames:
     whole = model.config
     text = whole if whole.is_encoder_decoder else whole.get_text_config(decoder=True)
     config = text.to_dict() | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    config["architectures"] = [type(model).__name__]
     paths = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     decoder = "" if text is whole else paths[id(embedding)].rpartition(".")[0]
     return names_of(config, decoder=decoder, head=paths.get(id(head), "lm_head"))
+
+
+def _split_number(name: str) -> tuple[str, str]:
+    """Returns a name with a star for its first number, and that number; the name itself if there is none."""
+    match = _NUMBER.search(name)
+    return (name, "") if match is None else (f"{name[: match.start(1)]}*{name[match.end(1) :]}", match[1])

@@ -1,9 +1,10 @@
 """Converts the tokenizer of a GGUF file to the content of a ``tokenizer.json`` and back.
 
-Three kinds are supported. ``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer.
-``llama`` is sentencepiece: the file has a score for every token and no merges. llama.cpp always joins the pair whose
-token has the best score, so merges in the order of scores are equivalent. ``gemma4`` is sentencepiece with merges; it
-is only read, because llama.cpp computes the same with scores.
+``gpt2`` is byte-level BPE: the file has the merges and the name of the pre-tokenizer. ``llama`` is sentencepiece: the
+file has a score for every token and no merges. llama.cpp always joins the pair whose token has the best score, so
+merges in the order of scores are equivalent. ``gemma4`` is sentencepiece with merges; it is only read, because
+llama.cpp computes the same with scores. ``bert`` is WordPiece and ``t5`` is unigram
+(:mod:`ingle.gguf.word_vocabularies`).
 
 Source: llama.cpp's ``src/llama-vocab.cpp`` and ``convert_hf_to_gguf.py``.
 """
@@ -24,21 +25,39 @@ from ingle.gguf.pretokenizers import (
     find_pre,
     sentencepiece,
 )
+from ingle.gguf.special_tokens import (
+    BYTE,
+    CONTROL,
+    DEFAULTS,
+    ENCODER_SPECIAL,
+    FIX,
+    MISSING,
+    NORMAL,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    added_tokens,
+    bad_value,
+    read_scores,
+    special_token_id,
+    template,
+)
+from ingle.gguf.word_vocabularies import read_unigram, read_wordpiece, write_words
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_KINDS = {"gpt2": "byte-level BPE", "llama": "sentencepiece", "gemma4": "sentencepiece with merges"}
+_KINDS = {
+    "gpt2": "byte-level BPE",
+    "llama": "sentencepiece",
+    "gemma4": "sentencepiece with merges",
+    "bert": "WordPiece",
+    "t5": "unigram",
+}
 
 #: Tokens that end an answer in llama.cpp regardless of the metadata.
 END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
     *("<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
 )
-
-_MISSING = "[PAD{}]"
-_FIX = "set model.tokenizer to a folder or hub id with the tokenizer.json of this model"
-#: GGUF's names of special tokens and those of transformers.
-_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 #: Sentencepiece tokens are split at every position, so the work grows with the square of their length.
 _MAX_TOKEN_CHARS = 4096
@@ -53,12 +72,14 @@ class Vocabulary:
         special: The special tokens that the file defines: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
         chat_template: Jinja template, or None.
         end_token_ids: Tokens that end an answer, the end-of-text token first.
+        input_names: What the tokenizer returns; None for transformers' default.
     """
 
     tokenizer: dict[str, Any]
     special: dict[str, str]
     chat_template: str | None
     end_token_ids: list[int]
+    input_names: list[str] | None = None
 
 
 def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -74,7 +95,7 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
             "The file contains no tokenizer." if not tokens else f"Tokenizers of kind {kind!r} are not supported.",
             where="tokenizer.ggml.model",
             why=f"supported are {', '.join(f'{name} ({what})' for name, what in _KINDS.items())}",
-            fix=_FIX,
+            fix=FIX,
         )
     longest = max(map(len, tokens))
     if longest > _MAX_TOKEN_CHARS:
@@ -91,48 +112,30 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     real = {
         token: number
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
-        if not (type_ == UNUSED and token == _MISSING.format(number))
+        if not (type_ == UNUSED and token == MISSING.format(number))
     }
     if kind == "gpt2":
         parts = _byte_level(metadata, real, pre)
     elif kind == "gemma4":
         parts = _sentencepiece_with_merges(metadata, real, special.get("unk_token"))
+    elif kind == "bert":
+        own = {key: token for key, token in special.items() if key not in ("bos_token", "eos_token")}
+        return Vocabulary(read_wordpiece(metadata, real, types, special), own, None, [])
+    elif kind == "t5":
+        core, ends = read_unigram(metadata, tokens, types, special), _end_token_ids(metadata, real, types)
+        return Vocabulary(core, special, None, ends, ["input_ids", "attention_mask"])
     else:
         parts = _sentencepiece(metadata, real, types, special.get("unk_token"))
     bos = special.get("bos_token") if add_bos else None
     if bos is not None and bos not in real:
         raise bad_value("tokenizer.ggml.bos_token_id", "refers to an unused token")
     return Vocabulary(
-        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added_tokens(real, types), **parts}
+        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(real, types), **parts}
         | {"post_processor": _post_processor(bos, real)},
         special,
         template,
         _end_token_ids(metadata, real, types),
     )
-
-
-def special_token_id(metadata: Mapping[str, Any], key: str) -> int | None:
-    """Returns the token that a file defines as ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``, or None.
-
-    Raises:
-        GgufError: The file has no such token.
-    """
-    name = f"tokenizer.ggml.{key}_token_id"
-    number = metadata.get(name)
-    if number is None:
-        return None
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, list) else 2**31
-    if type(number) is int and key in ("padding", "unknown") and number >= count:
-        return None  # llama.cpp ignores such a number, and some of its converters write 2^32 - 1
-    if type(number) is not int or not 0 <= number < count:
-        raise bad_value(name, f"is {str(number)[:60]}; the file has {count:,} tokens")
-    return number
-
-
-def bad_value(key: str, problem: str) -> GgufError:
-    """Returns the error for an invalid part of a tokenizer."""
-    return GgufError(f"{key} {problem}.", where=key, fix=f"download or copy the file again, or {_FIX}")
 
 
 def to_metadata(
@@ -148,7 +151,8 @@ def to_metadata(
     Args:
         tokenizer: The content of a ``tokenizer.json``.
         vocab_size: Number of rows of the embedding; rows without a token get unused tokens.
-        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``.
+        special: ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``; of encoders also ``cls_token``,
+            ``sep_token`` and ``mask_token``.
         end_token_ids: Tokens that end an answer; the first becomes the end-of-text token.
         chat_template: Jinja template, or None.
 
@@ -156,10 +160,15 @@ def to_metadata(
         GgufError: llama.cpp does not support the tokenizer, or more tokens end an answer than GGUF can define.
     """
     model = tokenizer["model"]
+    if model.get("type") in ("WordPiece", "Unigram"):
+        return write_words(tokenizer, vocab_size, special)
     if model.get("type") != "BPE":
-        raise GgufError(f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.", why="supported is BPE")
+        raise GgufError(
+            f"Tokenizers of kind {model.get('type')} cannot be written to GGUF.",
+            why="supported are BPE, WordPiece and Unigram",
+        )
     added = {entry["id"]: entry for entry in tokenizer["added_tokens"]}
-    tokens = [_MISSING.format(number) for number in range(vocab_size)]
+    tokens = [MISSING.format(number) for number in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, number in model["vocab"].items():
         tokens[number], types[number] = token, NORMAL
@@ -185,7 +194,7 @@ def to_metadata(
         values["ggml.pre"] = find_pre(tokenizer)
         values["ggml.merges"] = merges
     values |= {"ggml.tokens": tokens, "ggml.token_type": types}
-    for key, token in _SPECIAL.items():
+    for key, token in SPECIAL.items():
         text = special.get(token)
         if text is not None and text in ids:
             values[f"ggml.{key}_token_id"] = ids[text]
@@ -197,23 +206,14 @@ def to_metadata(
 
 
 def _special_tokens(metadata: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> dict[str, str]:
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    defaults = DEFAULTS.get(kind, {})
     special: dict[str, str] = {}
-    for key, token in _SPECIAL.items():
+    for key, token in (SPECIAL | ENCODER_SPECIAL if kind == "bert" else SPECIAL).items():
         number = special_token_id(metadata, key)
         number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):
             special[token] = tokens[number]
     return special
-
-
-def _added_tokens(vocab: Mapping[str, int], types: Sequence[int]) -> list[dict[str, Any]]:
-    return [
-        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        | {"special": types[number] in (CONTROL, UNKNOWN)}
-        for token, number in vocab.items()
-        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
-    ]
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
@@ -237,10 +237,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], pre: str) ->
 def _sentencepiece(
     metadata: Mapping[str, Any], vocab: dict[str, int], types: Sequence[int], unknown: str | None
 ) -> dict[str, Any]:
-    scores: Any = metadata.get("tokenizer.ggml.scores")
-    numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
-    if not numbers or len(scores) != len(types):
-        raise bad_value("tokenizer.ggml.scores", f"does not have a number for each of the {len(types):,} tokens")
+    scores = read_scores(metadata, len(types))
     mergeable = [token for token, number in vocab.items() if types[number] == NORMAL and len(token) > 1]
     mergeable.sort(key=lambda token: (-scores[vocab[token]], vocab[token]))
     merges = [
@@ -281,16 +278,7 @@ def _model(vocab: dict[str, int], merges: list[str] | list[list[str]], **options
 
 
 def _post_processor(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
-    first = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 0}}]
-    second = [] if bos is None else [{"SpecialToken": {"id": bos, "type_id": 1}}]
-    text, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    special = {} if bos is None else {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [*first, text],
-        "pair": [*first, text, *second, other],
-        "special_tokens": special,
-    }
+    return template([] if bos is None else [bos], [], ids, types=(0, 1))
 
 
 def _end_token_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], types: Sequence[int]) -> list[int]:

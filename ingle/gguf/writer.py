@@ -47,8 +47,8 @@ def write_gguf(path: Path | str, metadata: Mapping[str, Any], tensors: Iterable[
     Args:
         path: The file. It is replaced after everything has been written.
         metadata: ``general.architecture`` first, as readers expect. A Python int is written as uint32 (int32 if it is
-            negative, uint64 if it is large), a float as float32, and items of a list as int32, float32, bool or string.
-            Empty lists are omitted, because they have no type.
+            negative, uint64 if it is large), a float as float32, and items of a list as int32, float32, bool or string,
+            those of bytes as uint8. Empty lists are omitted, because they have no type.
         tensors: In the order of the file.
 
     Raises:
@@ -90,6 +90,8 @@ def _write_tensor(file: BinaryIO, tensor: TensorToWrite) -> None:
 
 def _value_types(value: Any) -> tuple[GGUFValueType, GGUFValueType | None]:
     """Returns the type of a value and, for an array, of its items."""
+    if isinstance(value, bytes):
+        return GGUFValueType.ARRAY, GGUFValueType.UINT8
     if isinstance(value, list | tuple):
         return GGUFValueType.ARRAY, _scalar_type(value, is_signed=True)
     return _scalar_type([value], is_signed=False), None

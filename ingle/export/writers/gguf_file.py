@@ -151,12 +151,14 @@ class GgufExport:
     def metadata(self) -> dict[str, Any]:
         """Returns the metadata for architecture, tokenizer and file type."""
         tokenizer = self.tokenizer
-        ends = models.end_token_ids(self.merged.stream.model, tokenizer)
-        first = tokenizer.eos_token_id
+        model, first = self.merged.stream.model, tokenizer.eos_token_id
+        is_encoder = models.kind_of(model.config) == "encoder"
+        ends = () if is_encoder else models.end_token_ids(model, tokenizer)
+        special = ("bos", "eos", "unk", "pad", *(("cls", "sep", "mask") if is_encoder else ()))
         words = vocabulary.to_metadata(
             json.loads(tokenizer.backend_tokenizer.to_str()),
             vocab_size=self._config["vocab_size"],
-            special={f"{key}_token": getattr(tokenizer, f"{key}_token") for key in ("bos", "eos", "unk", "pad")},
+            special={f"{key}_token": getattr(tokenizer, f"{key}_token") for key in special},
             end_token_ids=sorted(ends, key=lambda number: (number != first, number)),
             chat_template=tokenizer.chat_template or None,
         )
@@ -180,8 +182,10 @@ class GgufExport:
         stream = self.merged.stream
         entries: list[tuple[TensorRule, WeightEntry | None]] = []
         for stored in stream.entries:
+            if self.names.is_left_out(stored.name):
+                continue
             entries.append((self._rule(stored.name, stream.shape(stored.name)), stored))
-        for name in self.merged.untied:
+        for name in self.merged.added:
             entries.append((self._rule(name, tuple(self.merged.replaced[name].shape)), None))
         mix = None
         if self.type != AS_TRAINED:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ingle.errors import GgufError
+from ingle.gguf.families.bert import BERT
 from ingle.gguf.families.falcon_h1 import FALCON_H1
 from ingle.gguf.families.family import GgufFamily
 from ingle.gguf.families.gemma import GEMMA, GEMMA2, GEMMA3
@@ -18,6 +19,7 @@ from ingle.gguf.families.mamba import MAMBA, MAMBA2
 from ingle.gguf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from ingle.gguf.families.qwen_hybrid import QWEN3_NEXT, QWEN35, QWEN35_MOE
 from ingle.gguf.families.qwen_vl import QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, SECTIONS, WITH_AXES
+from ingle.gguf.families.t5 import T5
 
 #: Of two with the same name, the second one has experts.
 FAMILIES = (
@@ -25,6 +27,7 @@ FAMILIES = (
     *(QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE),
     *(GEMMA, GEMMA2, GEMMA3, GEMMA4, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
     *(LFM2, MAMBA, MAMBA2, FALCON_H1),
+    *(BERT, T5),
 )
 
 #: By model type of transformers; the one without experts where there are two.
@@ -34,10 +37,10 @@ _ENCODER = "its files have neither the head that predicts masked tokens nor a ta
 _DIFFUSION = "it fills masks in many passes and does not predict the next token"
 #: Why some architectures of llama.cpp are not supported; the others have no record here.
 _REASONS = (
-    dict.fromkeys(("bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "modern-bert", "eurobert"), _ENCODER)
+    dict.fromkeys(("nomic-bert", "nomic-bert-moe", "neo-bert", "modern-bert", "eurobert"), _ENCODER)
     | dict.fromkeys(("jina-bert-v2", "jina-bert-v3", "gemma-embedding", "llama-embed"), _ENCODER)
     | dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), _DIFFUSION)
-    | dict.fromkeys(("t5", "t5encoder"), "the rules for its two stacks of layers and its tokenizer are missing")
+    | {"t5encoder": "its files have no decoder, so that no text is learned from them"}
     | {"clip": "it encodes images and is no text model", "wavtokenizer-dec": "it decodes audio and is no text model"}
 )
 

@@ -78,12 +78,15 @@ class GgufFamily:
         read_config: Returns the content of ``config.json`` for a file, without the parts that all families share.
         write_metadata: Returns the metadata for a config, without the architecture's prefix.
         layer: Modules in a layer, and the tensors (without ``weight`` or ``bias``) of their parameters.
-        top: As ``layer``, for the modules outside layers.
+        top: As ``layer``, for the modules outside layers. For models with two stacks of layers, a star in a path and in
+            its tensor is the number of a layer.
         parameters: Parameters in a layer, and the tensors that form them, where names do not follow from ``layer``.
         fused: A single tensor that some files have in place of those in ``parameters``.
         rules: Changes by module or parameter; the key of one outside layers is its full path.
         sizes: Returns the shapes that tensors of a layer must have; without ``blk.N.`` and ``.weight``.
         decoder: Path of the module that contains the layers.
+        layers: Path of the layers in it.
+        left_out: How the names of parameters begin that no file has.
         is_tied: Whether llama.cpp always uses the embedding as the output head.
         also: Other model types that llama.cpp computes with this architecture.
     """
@@ -106,6 +109,8 @@ class GgufFamily:
     fused: Mapping[str, str] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
     decoder: str = "model"
+    layers: str = "layers"
+    left_out: tuple[str, ...] = ()
     is_tied: bool = False
     also: tuple[str, ...] = ()
 

@@ -42,6 +42,8 @@ def read_config(model: ModelConfig, task: ModelTask | None = _LANGUAGE_MODEL) ->
     if is_gguf(model.id):
         described, raw = read_gguf_config(open_gguf(model.id, revision=model.revision))
         _refuse_config(described, raw, model, task)
+        if task is not None and task.kind == "lm" and kind_of(described) == "encoder":
+            raise untrainable(model, "GGUF files of encoders have no head that predicts masked tokens")
         return described
     path = config_path(model)
     raw = read_json(path.parent, model)
@@ -128,8 +130,6 @@ def stored_task(model: ModelConfig) -> ModelTask:
         ModelError: There is no such model.
         HubUnavailable: The hub is needed and cannot be reached.
     """
-    if is_gguf(model.id):
-        return ModelTask()
     return ModelTask.stored_in(read_config(model, None))
 
 

@@ -21,7 +21,8 @@ from ingle.gguf import GgufFile
 from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import TensorNames, names_of
 from ingle.gguf.rotary import ROPE_FREQS
-from ingle.gguf.vocabulary import special_token_id, to_vocabulary
+from ingle.gguf.special_tokens import special_token_id
+from ingle.gguf.vocabulary import to_vocabulary
 from ingle.models.forward.mixers import original_class, source
 from ingle.models.loading.gguf_weights import GgufWeight, unsupported_type
 from ingle.models.loading.hub import locate_file
@@ -82,7 +83,10 @@ def read_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         raise GgufError(
             f"The tokenizer in {file.path.name} cannot be read.", where=str(file.path), why=str(error)[:200]
         ) from error
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **vocabulary.special)
+    options: dict[str, Any] = dict(vocabulary.special)
+    if vocabulary.input_names is not None:
+        options["model_input_names"] = vocabulary.input_names
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **options)
     tokenizer.chat_template = vocabulary.chat_template
     return tokenizer
 
@@ -94,8 +98,8 @@ def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
     groups: dict[str, Group] = {}
     unexpected = []
     for tensor in file.tensors.values():
-        target = names.to_hf(tensor.name)
-        weight = None if target not in wanted else _weight(file, names, target, tuple(wanted[target].shape))
+        target = names.to_hf(tensor.name, wanted)
+        weight = None if target is None else _weight(file, names, target, tuple(wanted[target].shape))
         if weight is not None and tensor in weight.tensors:
             groups.setdefault(weight.target, weight)
         elif tensor.name != ROPE_FREQS:
@@ -151,6 +155,8 @@ def convert_base(model: PreTrainedModel, config: ModelConfig, base: BaseConfig) 
     own = _own_formats(file)
     quant.convert(model, base, formats=_choose(model, file, own, base))
     if "self.lm_head.weight" in source(original_class(model)):  # Mamba's own code reads its dtype
+        return
+    if model.config.is_encoder_decoder:  # two stacks share the embedding
         return
     quant.quantize_ends(model, own)
 

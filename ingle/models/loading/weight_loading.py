@@ -138,9 +138,11 @@ def load_weights(
     if config.init == "random":
         _load(_random_turns(writer, architecture, seed), ranks, None, num_owners=1)
     else:
+        # The first of tied weights decides their value; a head with a value of its own then leaves them.
+        owners = set((architecture.all_tied_weights_keys or {}).values())
         turns = [
             Turn(each.target, partial(_writes, each, writer, architecture, folder), _sources(each))
-            for each in plan.groups
+            for each in sorted(plan.groups, key=lambda group: group.target not in owners)
         ]
         _load(turns, ranks, sink)
         with mesh.together():

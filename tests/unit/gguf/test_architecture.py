@@ -117,8 +117,8 @@ def test_every_architecture_of_the_gguf_package_is_supported_or_refused_with_a_r
             family_of_metadata({"general.architecture": architecture})
         assert f"llama.cpp has the architecture {architecture}," in str(info.value) or architecture in _REASONS
     assert not supported & set(_REASONS)
-    assert supports("gemma3_text") and not supports("t5") and not supports("rwkv")
-    assert "two stacks" in why_unsupported("t5") and "no architecture of this name" in why_unsupported("opt")
+    assert supports("gemma3_text") and supports("t5") and not supports("rwkv")
+    assert "no decoder" in why_unsupported("t5encoder") and "no architecture of this name" in why_unsupported("opt")
 
 
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
