@@ -125,7 +125,7 @@ class _Counter:
             return [LinearShape(in_features, out_features, 1, 1, adapted, bits, name, has_bias)]
         shapes = []
         for key, stacked in module._parameters.items():
-            if stacked is not None and stacked.dim() == 3 and key in PROJECTIONS:
+            if stacked is not None and stacked.dim() == 3 and key in PROJECTIONS and not isinstance(module, nn.Conv1d):
                 out_features, in_features = projection_shapes(module)[key]
                 own = f"{path}.{key}"
                 bits = None if self._formats is None else _bits(self._formats, own, stacked, out_features, in_features)
