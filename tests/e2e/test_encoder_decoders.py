@@ -23,7 +23,7 @@ WORDS = ("the quick brown fox", "the lazy dog", "John Smith", "the house", "New 
 CONFIG = """\
 model: {id: MODEL, dtype: float32}
 adapter: {kind: lora, rank: 4, dropout: 0.1}
-data: {sources: [FOLDER/train.jsonl], max_seq_len: 32, validation: 0.2}
+data: {sources: [FOLDER/train.jsonl], max_seq_len: 64, validation: 0.2}
 objective: {kind: seq2seq, prefix: "translate: "}
 optim: {lr: 1e-2, schedule: constant}
 train: {num_steps: 6, global_batch_size: 8, micro_batch_size: 4, save_every: 3, keep_checkpoints: 3}

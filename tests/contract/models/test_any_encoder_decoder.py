@@ -25,7 +25,6 @@ from tests.contract.models.tiny_types import ENCODER_DECODER_TYPES, small_encode
 SOME = ("bart", "led", "m2m_100", "t5", "t5gemma")
 #: Why a type is refused.
 REFUSED = {
-    "fsmt": "The output head is a Embedding",
     "prophetnet": "does not support packed documents",
     "voxtral_realtime": "input_features",  # it does not compute texts without sound
 }
