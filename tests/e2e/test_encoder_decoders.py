@@ -12,7 +12,8 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from ingle import flow, scoring
+from ingle import flow, inference, scoring
+from ingle.cli.training import next_steps
 from ingle.config import load_run
 from ingle.events import Event, Saved, Step
 from ingle.export import export
@@ -106,6 +107,12 @@ def test_an_adapter_over_a_quantized_base(train: Callable[..., tuple[RunReport, 
     assert {name: metric.tuned for name, metric in again.metrics.items()} == {
         name: metric.tuned for name, metric in report.metrics.items()
     }
+    answers = [json.loads(line) for line in (folder / "lora" / "answers.jsonl").read_text().splitlines()]
+    generated = inference.open_model(str(folder / "lora")).generate(
+        [row["prompt"] for row in answers], max_new_tokens=8
+    )
+    assert [each.text for each in generated] == [row["tuned"] for row in answers]
+    assert [purpose for purpose, _ in next_steps(folder / "lora")] == ["report", "generate", "export"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
