@@ -195,13 +195,17 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
         example = "--question Q --context C" if kind == "answer" else "--text TEXT"
         steps.append(("predict", f"{ingle} predict {run} {example}"))
         return steps
-    if _has_template(trained):
+    to = "gguf"
+    if kind in ("seq2seq", "span"):
+        steps.append(("generate", f"{ingle} generate {run} --prompt 'Hello'"))
+        to = "safetensors"  # GGUF has no file of an encoder-decoder
+    elif _has_template(trained):
         steps.append(("chat", f"{ingle} chat {run}"))
         steps.append(("answer", f"{ingle} generate {run} --prompt 'Hello'"))
     else:
         steps.append(("continue a text", f"{ingle} generate {run} --raw --prompt 'Hello'"))
     out = shlex.quote(str(_unused(folder / "export")))
-    steps.append(("export", f"{ingle} export {run} --to gguf --out {out}"))
+    steps.append(("export", f"{ingle} export {run} --to {to} --out {out}"))
     return steps
 
 

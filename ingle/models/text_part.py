@@ -7,6 +7,7 @@ module that text does not pass through. All names (weights, adapters, errors) st
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -164,9 +165,18 @@ def _remove_below(parent: nn.Module, path: str, kept: set[int]) -> list[str]:
         if _contains(child, kept):
             removed += _remove_below(child, f"{path}{key}.", kept)
         else:
-            del parent._modules[key]
+            if f"self.{key}.device" in inspect.getsource(type(parent).forward):
+                parent._modules[key] = _NoTower()
+            else:
+                del parent._modules[key]
             removed.append(f"{path}{key}")
     return removed
+
+
+class _NoTower(nn.Module):
+    """Goes in the place of a tower whose device is read for texts, too (Qwen2-Audio)."""
+
+    device = torch.device("meta")
 
 
 def _contains(module: nn.Module, kept: set[int]) -> bool:

@@ -19,6 +19,7 @@ from ingle.data.batch import Batch, collate
 from ingle.data.counters import FIXED_EPOCH, Place
 from ingle.data.row_encoder import row_options
 from ingle.data.row_tokenizer import make_encoder
+from ingle.errors import EvaluationError
 from ingle.evaluation.run.answer_sources import Answer, LoadedModel, ModelSource
 from ingle.evaluation.run.packed_logits import pack_documents
 from ingle.evaluation.run.task_head import TaskHead, as_sample, encode_rows
@@ -97,6 +98,9 @@ class _TaskModel(LoadedModel):
             task: Its seed decides which tokens are hidden.
             score: Returns the scores of the documents of a batch, [D, K].
             sink: Receives progress.
+
+        Raises:
+            EvaluationError: A row has nothing to predict.
         """
         encoder = make_encoder(self.tokenizer, row_options(self.objective, self.max_seq_len))
         corrupt = make_corruption(
@@ -110,6 +114,10 @@ class _TaskModel(LoadedModel):
             made = corrupt([as_sample(part) for part in parts], places)
             documents += made
             owners += [number] * len(made)
+            if not made:
+                raise EvaluationError(
+                    "The row has no token to predict.", where=samples[own[number]].example.origin, fix="remove the row"
+                )
         sums: list[list[float]] = [[] for _ in own]
         report = _Progress(f"Scoring ({self.name})", len(documents), sink)
         with self._evaluating():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn.functional import pad
 
 from ingle.models.forward.dealt import Evaluating, put_before
 from ingle.quant import LEAST_ROWS, is_fused_experts
+
+#: Settings of modules that drop tokens in training: by chance, or when an expert has as many as it may from the batch.
+_DROPPING = re.compile(r"jitter|expert_capacity|moe_token_dropout")
 
 
 class _FullGroups(nn.Module):
@@ -37,14 +41,15 @@ class _FullGroups(nn.Module):
 def isolate(model: nn.Module) -> None:
     """Removes what makes the results of a document depend on chance or on other documents.
 
-    Routers add no noise in training, as adapters have a dropout of their own. Products with few rows use other kernels,
-    which round in another way, so that the number of tokens at an expert would matter.
+    Routers add no noise in training, as adapters have a dropout of their own, and their experts take all tokens, as in
+    evaluation: else the tokens of one document would displace those of another. Products with few rows use other
+    kernels, which round in another way, so that the number of tokens at an expert would matter.
 
     Args:
         model: A new model of any device.
     """
     for module in model.modules():
-        if any("jitter" in name for name in vars(module)):
+        if any(map(_DROPPING.search, vars(module))):
             put_before(Evaluating, module)
         if is_fused_experts(module):
             put_before(_FullGroups, module)

@@ -7,8 +7,44 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ingle.models.forward.dealt import put_before
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
+
+
+class _WithProjection(nn.Module):
+    """Goes before the class of a model that names an embedding as its output layer, but has a linear one next to it."""
+
+    projection: str
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the linear layer."""
+        return self.get_submodule(self.projection)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces it."""
+        self.set_submodule(self.projection, value)
+
+
+def name_projection(model: PreTrainedModel) -> None:
+    """Makes a model name its linear output layer if it names the embedding of the targets instead (FSMT).
+
+    Args:
+        model: A new model of any device.
+    """
+    named: Any = model.get_output_embeddings()
+    if not isinstance(named, nn.Embedding):
+        return
+    for path, parent in model.named_modules():
+        children = dict(parent.named_children())
+        if not any(child is named for child in children.values()):
+            continue
+        for key, child in children.items():
+            if isinstance(child, nn.Linear) and child.weight.shape == named.weight.shape:
+                put_before(_WithProjection, model)
+                changed: Any = model
+                changed.projection = f"{path}.{key}".removeprefix(".")
+                return
 
 
 def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ from ingle.models.forward.layout import Layout, apply_layout, pattern_of
 from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
+from ingle.models.forward.to_head import name_projection
 from ingle.models.kinds import ModelKind, ModelTask, auto_class, kind_of
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
@@ -158,6 +159,7 @@ def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedMo
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         enliven(model)
+    name_projection(model)
     model.eval().requires_grad_(False)
     return model
 

@@ -19,6 +19,7 @@ from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.layout import Layout, apply_layout
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.task_heads import find_heads
+from ingle.models.forward.to_head import name_projection
 from ingle.models.kinds import ModelTask, auto_class, kind_of
 from ingle.models.loading.config_json import config_path, read_config, untrainable
 from ingle.models.loading.gguf_model import is_gguf
@@ -142,6 +143,7 @@ def build(
             model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         _use_plain_linears(model)
+    name_projection(model)
     if task.kind != "lm":  # what lies before the head belongs to it
         layout = replace(layout, has_layers_before_head=False)
     apply_layout(model, layout, boundaries)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 #: Keys that keep their values.
 _KEPT = re.compile(
     r"num_codebooks|num_channels|num_image|spatial_merge|temporal_patch|num_labels|num_nextn|num_mtp"
-    r"|num_hidden_layers_per|^num_v_channels|^n_in$|buckets$"
+    r"|num_hidden_layers_per|^num_v_channels|^n_in$|buckets$|^acoustic_tokenizer_chunk_size$"
 )
 #: Patterns of keys, and a count, which is the largest (int), or a size as a share of the width (float), which is set
 #: unless it is 0. The first match decides.
@@ -34,6 +34,7 @@ _SIZES: tuple[tuple[str, int | float], ...] = (
     (r"topk_group$|group_topk|num_groups_topk", 1),
     (r"index_topk|topk_limit", 16),
     (r"chunk_size|chunk_length", 16),
+    (r"chunk_right_context", 8),  # a part of the chunk
     (r"sliding_window$|window_size$|sliding_window_size|local_window|attention_window", 8),
     (r"lora_rank|_rank$|lora_dim|low_rank|lowrank", 1 / 4),
     (r"mamba_dt_rank|time_step_rank", 1 / 8),
@@ -249,6 +250,12 @@ def _two_blocks(settings: dict[str, Any], width: int) -> None:
     settings |= {"block_sizes": [1, 1], "block_repeats": [1, 1], "num_decoder_layers": 1}
 
 
+#: Towers of sound whose files have queries, keys and values in one tensor, which is read in thirds.
+_FUSED_IN_THIRDS = (
+    "nemotron3_5_transcribe_asr_audio",
+    "nemotron3_5_transcribe_word_timestamp",
+    "nemotron3_diarization_audio",
+)
 #: Sizes that must fit each other, by model type.
 _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "mamba2": (_inner_heads,),
@@ -257,6 +264,7 @@ _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "longcat_flash": (_longcat,),
     "dots3_note_text": (_dots3_note,),
     "esmc": (_all_heads_have_keys,),
+    **dict.fromkeys(_FUSED_IN_THIRDS, (_all_heads_have_keys,)),
     "funnel": (_two_blocks,),
     "hunyuan_v1_dense": (_quarter_heads,),
     "hunyuan_v1_moe": (_quarter_heads,),

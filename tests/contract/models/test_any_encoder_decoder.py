@@ -25,20 +25,11 @@ from tests.contract.models.tiny_types import ENCODER_DECODER_TYPES, small_encode
 SOME = ("bart", "led", "m2m_100", "t5", "t5gemma")
 #: Why a type is refused.
 REFUSED = {
-    "fsmt": "The output head is a Embedding",
     "prophetnet": "does not support packed documents",
-    "qwen2_audio": "audio_tower",  # transformers reads the dtype of the tower for texts, too
     "voxtral_realtime": "input_features",  # it does not compute texts without sound
-}
-#: Why there is no small model of a type.
-NOT_BUILT = {
-    "nemo_speechlm": "its chunks of sound do not shrink",
-    "vibevoice_asr": "its chunks of sound do not shrink",
 }
 #: Types that read sound; of a text, their causal model is trained.
 WITH_SOUND = tuple(kind for kind in ENCODER_DECODER_TYPES if not CONFIG_MAPPING[kind].is_encoder_decoder)
-#: Types whose losses in training differ from those that transformers computes in evaluation.
-OPEN = {"nllb-moe": "its router computes otherwise in training"}
 LENGTHS = (7, 30, 3, 18, 11)
 BASES = [NoBase(), Nf4Base(format="nf4")]
 TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_DECODER_TYPES if kind not in SOME)]
@@ -46,7 +37,7 @@ TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODE
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    return writer(tmp_path_factory, AutoModelForSeq2SeqLM, small_encoder_decoder_config, NOT_BUILT)
+    return writer(tmp_path_factory, AutoModelForSeq2SeqLM, small_encoder_decoder_config, {})
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +72,6 @@ def test_losses_and_gradients_are_those_of_single_pairs(kind, base, folder_of, d
         with pytest.raises(ModelError, match=REFUSED[kind]):
             load(folder, base)
         return
-    if kind in OPEN:
-        pytest.xfail(OPEN[kind])
     reference = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     require_same_losses_and_gradients(load(folder, base), reference, documents, *reading_of(kind))
 

@@ -92,7 +92,6 @@ _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
 #: The same for encoder-decoders.
 _ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
-    "nllb-moe": {"moe_token_dropout": 0.0},  # else its experts ignore random tokens in training
     **{kind: {"decoder_start_token_id": 0} for kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
 }
 
