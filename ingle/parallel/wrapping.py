@@ -136,7 +136,9 @@ def _device_mesh(mesh: Mesh, strategy: Strategy) -> DeviceMesh:
 def _find_units(module: nn.Module, layers: Sequence[nn.Module], head: nn.Module | None) -> list[list[nn.Module]]:
     """Returns the units, inner ones first; modules that share a parameter are one unit."""
     inner = set(layers)
-    around_head = {part for part in module.modules() if part is not head and head in part.modules()}
+    around_head = {
+        part for part in module.modules() if part is not head and any(child is head for child in part.modules())
+    }
     alone: dict[nn.Module, set[nn.Parameter]] = {}
 
     def visit(part: nn.Module) -> None:

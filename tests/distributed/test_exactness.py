@@ -31,8 +31,7 @@ class Case(NamedTuple):
         on: Kinds by number of ranks, with offload or without.
         options: Its further options.
         rounding: Largest relative difference. The delta rule normalizes short vectors, which magnifies rounding, and
-            ranks group documents in another way. Small encoders attend to all tokens almost equally, so that the
-            gradients of queries and keys are small differences.
+            ranks group documents in another way.
     """
 
     model: str
@@ -84,8 +83,8 @@ CASES = {
         "qwen3_next", {2: ("zero1",), 3: ("zero3",)}, {"base": {"format": "nf4"}, "parallel": {"recompute": True}}, 5e-4
     ),
     "delta rule, full": Case("qwen3_next", {2: ("zero3",)}, {"adapter": _FULL}, 5e-4),
-    "masked tokens": Case("bert", {2: ("zero1", "zero3"), 3: ("ddp",)}, {"objective": _MASKED, "adapter": _FULL}, 2e-4),
-    "masked tokens, added bias": Case("esm", {3: ("zero3",)}, {"objective": _MASKED, "adapter": _FULL}, 2e-4),
+    "masked tokens": Case("bert", {2: ("zero1", "zero3"), 3: ("ddp",)}, {"objective": _MASKED, "adapter": _FULL}),
+    "masked tokens, added bias": Case("esm", {3: ("zero3",)}, {"objective": _MASKED, "adapter": _FULL}),
     "slopes": Case("bloom", {2: ("ddp",), 4: ("hsdp offload",)}),
 }
 #: Models of which modules see documents as rows.
@@ -184,7 +183,7 @@ def test_ranks_take_the_steps_of_one_process(
         assert found.num_fused == expected.num_fused
         assert found.sha256 == expected.sha256
         largest = max(abs(gradient).max() for gradient in expected.gradients.values())
-        _require_equal(found.gradients, expected.gradients, CASES[name].rounding, 1e-9 * largest)
+        _require_equal(found.gradients, expected.gradients, CASES[name].rounding, 1e-7 * largest)
         _require_equal(found.importance, expected.importance, 1e-6)
 
 
