@@ -236,9 +236,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"
-    parallel.wrap(objective.module, models.repeated_layers(model), mesh, plan.strategy, dtype=ready.dtype)
+    layers, head = models.repeated_layers(model), model.get_output_embeddings()
+    parallel.wrap(objective.module, layers, mesh, plan.strategy, dtype=ready.dtype, head=head)
     if not objective.module.reads_head_in_backward:
-        parallel.skip_in_backward(model.get_output_embeddings())
+        parallel.skip_in_backward(head)
     facts = models.load_weights(
         model,
         run.model,

@@ -102,9 +102,16 @@ def complete_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Args:
         model: The model; sharded or not.
     """
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    tied, found = {name: group for group in names.values() for name in group}, set[str]()
     for path, module in each_gathered(model, dict(model.named_modules(remove_duplicate=False))):
         for key, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            yield key, parameter.detach()
+            if key in found:
+                continue  # under this name it may lie outside of the unit that gathers it
+            found.update(tied[key])
+            yield from ((name, parameter.detach()) for name in tied[key])
 
 
 def trained_parameters(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:

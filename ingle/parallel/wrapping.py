@@ -34,7 +34,15 @@ _Result = TypeVar("_Result")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def wrap(module: nn.Module, layers: Sequence[nn.Module], mesh: Mesh, strategy: Strategy, *, dtype: torch.dtype) -> None:
+def wrap(
+    module: nn.Module,
+    layers: Sequence[nn.Module],
+    mesh: Mesh,
+    strategy: Strategy,
+    *,
+    dtype: torch.dtype,
+    head: nn.Module | None = None,
+) -> None:
     """Shards the parameters of a module in place, before its weights are read.
 
     A parameter that is trained in ``dtype`` is replaced by its float32 master, which is cast when it is gathered.
@@ -47,6 +55,7 @@ def wrap(module: nn.Module, layers: Sequence[nn.Module], mesh: Mesh, strategy: S
         mesh: The ranks.
         strategy: What they share. ``none`` and ``ddp`` change nothing, and one rank shares only with host memory.
         dtype: The dtype of the computation.
+        head: The output layer, whose weights are read without a call of the modules around it.
     """
     if not strategy.shards_optimizer or (mesh.world_size == 1 and not strategy.offload):
         return
@@ -55,9 +64,11 @@ def wrap(module: nn.Module, layers: Sequence[nn.Module], mesh: Mesh, strategy: S
     device_mesh = _device_mesh(mesh, strategy)
     # FSDP would offload the optimizer with the base. What an adapter trains is small, and stays on every device.
     base_only = strategy.offload and not all(parameter.requires_grad for parameter in module.parameters())
-    for unit in _find_units(module, layers):
+    places = _places(module)
+    for unit in _find_units(module, layers, head):
         _shard(unit, device_mesh, strategy, dtype, base_only=base_only)
-    fully_shard(module, mesh=device_mesh, ignored_params={p for p in module.parameters() if not is_sharded(p)})
+        _tie_again(places)
+    fully_shard(module, mesh=device_mesh, ignored_params=set(module.parameters()))
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)  # the loss is divided by the count of the whole step
@@ -122,32 +133,56 @@ def _device_mesh(mesh: Mesh, strategy: Strategy) -> DeviceMesh:
     return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _find_units(module: nn.Module, layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+def _find_units(module: nn.Module, layers: Sequence[nn.Module], head: nn.Module | None) -> list[list[nn.Module]]:
     """Returns the units, inner ones first; modules that share a parameter are one unit."""
     inner = set(layers)
-    alone: list[nn.Module] = []
+    around_head = {
+        part for part in module.modules() if part is not head and any(child is head for child in part.modules())
+    }
+    alone: dict[nn.Module, set[nn.Parameter]] = {}
 
     def visit(part: nn.Module) -> None:
-        owns = next(part.parameters(recurse=False), None) is not None
-        if part in inner or (owns and not any(child in inner for child in part.modules())):
-            if part not in alone:
-                alone.append(part)
+        own = set(part.parameters(recurse=False))
+        is_whole = bool(own) and part not in around_head and not any(child in inner for child in part.modules())
+        if part in inner or is_whole:
+            alone.setdefault(part, set(part.parameters()))
             return
         for child in part.children():
             visit(child)
-        if owns and part not in alone:
-            alone.append(part)
+            own -= set(child.parameters())  # such as BERT's bias, which its output layer has as well
+        if own:
+            alone.setdefault(part, own)
 
     visit(module)
     units: list[list[nn.Module]] = []
-    for part in alone:
-        ids = {id(parameter) for parameter in part.parameters()}
-        shared = [unit for unit in units if any(id(p) in ids for member in unit for p in member.parameters())]
+    for part, parameters in alone.items():
+        shared = [unit for unit in units if any(not parameters.isdisjoint(alone[member]) for member in unit)]
         if shared and part not in inner and not any(member in inner for member in shared[0]):
             shared[0].append(part)
         else:
             units.append([part])
     return [unit for unit in units if any(True for part in unit for _ in part.parameters())]
+
+
+_Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
+
+def _places(module: nn.Module) -> _Places:
+    """Returns the modules and keys of every parameter that several modules have."""
+    places: _Places = {}
+    for part in module.modules():
+        for key, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((part, key))
+    return {parameter: owners for parameter, owners in places.items() if len(owners) > 1}
+
+
+def _tie_again(places: _Places) -> None:
+    """Ties what was tied before the sharding, which replaces parameters inside their own unit only."""
+    for parameter, owners in places.items():
+        for sharded in (part._parameters[key] for part, key in owners if part._parameters[key] is not parameter):
+            for part, key in owners:
+                part._parameters[key] = sharded
+            break
 
 
 def _shard(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -113,7 +114,10 @@ def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *input
             why="the module around it has the bias",
             fix="--parallel.kind=ddp",
         )
-    return call_inside(layer, lambda *values: function(head(model), *values), *inputs)
+    inside = partial(call_inside, layer, lambda *values: function(head(model), *values))
+    # A bias that is added after the output layer lies in the module around it.
+    owner = layout_of(model).added_bias.rpartition(".")[0]
+    return call_inside(model.get_submodule(owner), inside, *inputs) if owner else inside(*inputs)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,19 +58,56 @@ def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
         hidden: Tensor = called(**arguments).last_hidden_state
         return hidden
     kept: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        if not inputs[0].is_floating_point():  # the output layer is the embedding as well
-            return inputs[0]
-        kept.append(inputs[0])
-        return inputs[0][:, :1]  # the logits are not used
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
+    with _replaced_head(model, kept):
         called(**arguments)
-    finally:
-        hook.remove()
     return kept[-1]
+
+
+class _Keeps(nn.Module):
+    """Goes in the place of the output layer: keeps its input, and returns zeros as logits, which are not used.
+
+    A sharded output layer must not be called here: its unit would gather its weights, and lose gradients of an
+    embedding that is tied to it, because it is called again for the loss.
+    """
+
+    def __init__(self, kept: list[Tensor], num_logits: int) -> None:
+        super().__init__()
+        self._kept = kept
+        self._num_logits = num_logits
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns zeros for the first token of each row."""
+        self._kept.append(hidden)
+        return hidden.new_zeros(len(hidden), 1, self._num_logits)
+
+
+@contextmanager
+def _replaced_head(model: PreTrainedModel, kept: list[Tensor]) -> Iterator[None]:
+    """Keeps what the output layer gets inside the block."""
+    layer = model.get_output_embeddings()
+    if not hasattr(layer, "out_features"):  # it is the embedding as well
+        hook = layer.register_forward_pre_hook(functools.partial(_keep_rows, kept))
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+    keeps = _Keeps(kept, int(layer.out_features))
+    places = [(owner, key) for owner in model.modules() for key, child in owner._modules.items() if child is layer]
+    try:
+        for owner, key in places:
+            owner._modules[key] = keeps
+        yield
+    finally:
+        for owner, key in places:
+            owner._modules[key] = layer
+
+
+def _keep_rows(kept: list[Tensor], _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    if not inputs[0].is_floating_point():
+        return inputs[0]
+    kept.append(inputs[0])
+    return inputs[0][:, :1]  # the logits are not used
 
 
 def taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

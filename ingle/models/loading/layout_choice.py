@@ -94,10 +94,17 @@ class _Described:
 def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Choice:
     """Returns the fastest exact layout of an architecture with the options of this config."""
     try:
-        small = with_text_config(config, shrink(text_config(config), _SIZE))
+        small = _without_labels(with_text_config(config, shrink(text_config(config), _SIZE)))
     except Exception:  # settings that the architecture's own code rejects in other sizes
         return Choice(Layout(), tried=False)
     return _choose(_Described(f"{type(small).__name__} {small.to_dict()}", small, trust_remote_code))
+
+
+def _without_labels(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns a config without the labels of a task head, which the layout does not depend on."""
+    config = copy.copy(config)
+    config.num_labels, config.problem_type, config.architectures = 2, None, None
+    return config
 
 
 @functools.lru_cache(maxsize=256)

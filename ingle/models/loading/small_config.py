@@ -238,8 +238,8 @@ def _all_heads_have_keys(settings: dict[str, Any], width: int) -> None:
     settings["num_key_value_heads"] = settings.get("num_attention_heads")
 
 
-def _one_width(settings: dict[str, Any], width: int) -> None:
-    settings["intra_bottleneck_size"] = width
+def _bottleneck(settings: dict[str, Any], width: int) -> None:
+    settings |= {"intra_bottleneck_size": width, "hidden_size": 2 * width}  # the head has the columns that differ
 
 
 def _half_heads(settings: dict[str, Any], width: int) -> None:
@@ -268,7 +268,7 @@ _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "funnel": (_two_blocks,),
     "hunyuan_v1_dense": (_quarter_heads,),
     "hunyuan_v1_moe": (_quarter_heads,),
-    "mobilebert": (_one_width,),
+    "mobilebert": (_bottleneck,),
     "neomme": (_half_heads,),
     "ministral": (_quarter_heads,),
     "nemotron": (_quarter_heads,),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ingle import adapters, models
-from ingle.config import BaseConfig, LoraAdapter, ModelConfig
+from ingle.config import BaseConfig, LoraAdapter, ModelConfig, Nf4Base, NoBase
 from ingle.models.loading.layout_choice import enliven
 from tests.contract.models.test_architectures import pack, replace_by_decoded
 
@@ -49,6 +49,16 @@ def writer(
         return made[kind]
 
     return write
+
+
+def cases(types: Iterable[str], some: Collection[str], quantized: Collection[str]) -> list[Any]:
+    """Every type with a plain and a quantized base; those outside of ``some`` and ``quantized`` are a sweep."""
+    marked = []
+    for base, chosen in ((NoBase(), some), (Nf4Base(format="nf4"), quantized)):
+        for kind in types:
+            marks = () if kind in chosen else pytest.mark.sweep
+            marked.append(pytest.param(kind, base, marks=marks, id=f"{kind}-{base.format}"))
+    return marked
 
 
 def random_documents(lengths: tuple[int, ...]) -> list[list[int]]:

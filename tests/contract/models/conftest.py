@@ -15,6 +15,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel
 
 from ingle.config import ModelConfig
+from ingle.models import ModelTask
+from ingle.models.kinds import auto_class
 
 VOCAB_SIZE = 96
 
@@ -101,7 +103,7 @@ class Checkpoint:
 
 def randomized(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, including norms and biases."""
-    model = hf.AutoModelForCausalLM.from_config(config)
+    model = auto_class(config, ModelTask()).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ingle.config import Nf4Base, NoBase
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ModelError, QuantizationError
 from tests.contract.models.any_model import (
     FolderOf,
+    cases,
     load,
     random_documents,
     require_independent_documents,
@@ -62,8 +62,9 @@ NOT_BUILT = {
 #: its float64 gradients: the delta rule normalizes short vectors.
 ROUNDING = {"bailing_hybrid": 5e-4, "qwen3_5_moe": 3e-4, "qwen3_5_moe_text": 3e-4, "qwen3_next": 3e-4}
 LENGTHS = (7, 30, 3, 18, 11)
-BASES = [NoBase(), Nf4Base(format="nf4")]
-TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in SOME)]
+#: Types of :data:`SOME` that are quantized, too.
+QUANTIZED = ("gpt_oss", "jamba", "llama4_text", "rwkv")
+CASES = cases(CAUSAL_TYPES, SOME, QUANTIZED)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +81,8 @@ def next_tokens(ids: list[int]) -> list[int]:
     return [*ids[1:], IGNORE_INDEX]
 
 
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base.format)
-@pytest.mark.parametrize("kind", TYPES)
-def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_of, documents) -> None:
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents) -> None:
     folder = folder_of(kind)
     if kind in REASONS:
         with pytest.raises(ModelError, match=REASONS[kind]):
@@ -92,14 +92,9 @@ def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_o
         with pytest.raises(QuantizationError, match="in a layout that cannot be quantized yet"):
             load(folder, base)
         return
+    model = load(folder, base)
+    if base.format == "none":
+        require_independent_documents(model, documents, next_tokens)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rounding = ROUNDING.get(kind, 1e-4)
-    require_same_losses_and_gradients(load(folder, base), reference, documents, next_tokens, rounding=rounding)
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_document_changes_no_bit_of_another(kind, folder_of, documents) -> None:
-    if kind in REASONS:
-        pytest.skip(REASONS[kind])
-    model = load(folder_of(kind), NoBase())
-    require_independent_documents(model, documents, next_tokens)
+    require_same_losses_and_gradients(model, reference, documents, next_tokens, rounding=rounding)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from ingle.config import Nf4Base, NoBase
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ModelError
 from tests.contract.models.any_model import (
     FolderOf,
+    cases,
     load,
     random_documents,
     require_independent_documents,
@@ -30,8 +30,9 @@ REFUSED = {
 NOT_BUILT = {"reformer": "it needs texts whose length is a multiple of its chunks"}
 #: The last is longer than the longest text of a model, so that the packed row is too.
 LENGTHS = (7, 30, 3, 18, 11)
-BASES = [NoBase(), Nf4Base(format="nf4")]
-TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_TYPES if kind not in SOME)]
+#: Types of :data:`SOME` that are quantized, too.
+QUANTIZED = ("bert",)
+CASES = cases(ENCODER_TYPES, SOME, QUANTIZED)
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +50,15 @@ def hidden_tokens(ids: list[int]) -> list[int]:
     return [(5 * token + 1) % 100 + 3 if place % 3 == 1 else IGNORE_INDEX for place, token in enumerate(ids)]
 
 
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base.format)
-@pytest.mark.parametrize("kind", TYPES)
-def test_losses_and_gradients_are_those_of_single_documents(kind, base, folder_of, documents) -> None:
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents) -> None:
     folder = folder_of(kind)
     if kind in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[kind]):
             load(folder, base)
         return
+    model = load(folder, base)
+    if base.format == "none":
+        require_independent_documents(model, documents, hidden_tokens)
     reference = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    require_same_losses_and_gradients(load(folder, base), reference, documents, hidden_tokens)
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_document_changes_no_bit_of_another(kind, folder_of, documents) -> None:
-    if kind in REFUSED:
-        pytest.skip(REFUSED[kind])
-    require_independent_documents(load(folder_of(kind), NoBase()), documents, hidden_tokens)
+    require_same_losses_and_gradients(model, reference, documents, hidden_tokens)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
-from ingle.config import Nf4Base, NoBase
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ModelError
 from tests.contract.models.any_model import (
     FolderOf,
     Reads,
     Targets,
+    cases,
     load,
     random_documents,
     require_independent_documents,
@@ -31,8 +31,9 @@ REFUSED = {
 #: Types that read sound; of a text, their causal model is trained.
 WITH_SOUND = tuple(kind for kind in ENCODER_DECODER_TYPES if not CONFIG_MAPPING[kind].is_encoder_decoder)
 LENGTHS = (7, 30, 3, 18, 11)
-BASES = [NoBase(), Nf4Base(format="nf4")]
-TYPES = [*SOME, *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ENCODER_DECODER_TYPES if kind not in SOME)]
+#: Types of :data:`SOME` that are quantized, too.
+QUANTIZED = ("t5",)
+CASES = cases(ENCODER_DECODER_TYPES, SOME, QUANTIZED)
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +65,15 @@ def decoder_input(source: list[int]) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # a router converts weights that are results here
-@pytest.mark.parametrize("base", BASES, ids=lambda base: base.format)
-@pytest.mark.parametrize("kind", TYPES)
-def test_losses_and_gradients_are_those_of_single_pairs(kind, base, folder_of, documents) -> None:
+@pytest.mark.parametrize(("kind", "base"), CASES)
+def test_pairs_are_computed_as_single_ones(kind, base, folder_of, documents) -> None:
     folder = folder_of(kind)
     if kind in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[kind]):
             load(folder, base)
         return
+    model = load(folder, base)
+    if base.format == "none":
+        require_independent_documents(model, documents, *reading_of(kind))
     reference = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    require_same_losses_and_gradients(load(folder, base), reference, documents, *reading_of(kind))
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_pair_changes_no_bit_of_another(kind, folder_of, documents) -> None:
-    if kind in REFUSED:
-        pytest.skip(REFUSED[kind])
-    require_independent_documents(load(folder_of(kind), NoBase()), documents, *reading_of(kind))
+    require_same_losses_and_gradients(model, reference, documents, *reading_of(kind))

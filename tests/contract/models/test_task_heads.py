@@ -37,14 +37,17 @@ TASKS = {
     "tag": ModelTask("tag", LABELS),
     "answer": ModelTask("answer"),
 }
-#: Every task on a decoder, an encoder and an encoder-decoder; one task on each other way to pool a text.
+#: Every kind of task on a decoder, an encoder and an encoder-decoder; one task on each other way to pool a text.
 CASES = [
-    *((kind, name) for kind in ("llama", "bert") for name in TASKS),
+    *(("llama", name) for name in TASKS),
+    *(("bert", name) for name in ("single", "tag", "answer")),
     *(("bart", name) for name in ("single", "answer")),
     *((kind, "single") for kind in ("gpt2", "roberta", "modernbert", "albert")),
     *(
         pytest.param(kind, name, marks=pytest.mark.sweep)
         for kind, name in (
+            ("bert", "multi"),
+            ("bert", "regression"),
             ("distilbert", "single"),
             ("deberta-v2", "single"),
             ("t5", "single"),
@@ -55,6 +58,8 @@ CASES = [
     ),
 ]
 ROUND_TRIPS = [("llama", "single"), ("gpt2", "tag"), ("bert", "single"), ("distilbert", "answer"), ("bart", "single")]
+#: Models whose head is trained without adapters, too: a head of one layer, and one with a pooler.
+HEADS_ALONE = [("llama", "single"), ("bert", "single")]
 _EOS, _PAD = 2, 1
 
 
@@ -168,8 +173,10 @@ def test_a_head_for_other_labels_is_new_and_depends_on_the_seed_alone(tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("target_modules", ["all-linear", "none"])
-@pytest.mark.parametrize(("kind", "name"), ROUND_TRIPS)
+@pytest.mark.parametrize(
+    ("kind", "name", "target_modules"),
+    [*((*case, "all-linear") for case in ROUND_TRIPS), *((*case, "none") for case in HEADS_ALONE)],
+)
 def test_peft_reads_adapter_and_head(kind: str, name: str, target_modules: Any, tmp_path: Path) -> None:
     task, samples = TASKS[name], make_samples(TASKS[name])
     language_model(kind).save_pretrained(tmp_path / "base")
