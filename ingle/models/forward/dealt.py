@@ -9,7 +9,6 @@ Legend: as in :mod:`ingle.models.forward.documents`.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
@@ -118,8 +117,7 @@ def deal_module(
     """
     put_before(Dealt, module)
     own = getattr(module, "config", None)
-    described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
-    described._attn_implementation_internal = "eager"  # transformers then makes additive masks
+    described = (own if isinstance(own, PretrainedConfig) else config).get_text_config()
     settings = {"_boundaries": boundaries, "_mask_form": mask_form, "_mask_config": described, "_is_causal": causal}
     module.__dict__.update(settings)
 
