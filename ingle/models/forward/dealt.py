@@ -55,6 +55,7 @@ class Dealt(Evaluating):
     _mask_config: PretrainedConfig
     _is_causal: bool
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled again for each set of lengths
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes each document alone; takes and returns what the original module does."""
         documents = self._boundaries.current

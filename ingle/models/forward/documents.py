@@ -34,16 +34,6 @@ class Group:
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, cu_seqlens: Tensor) -> Group:
-        """Returns all documents as one group, in their order.
-
-        Args:
-            cu_seqlens: First token of each document and the end, ``[D + 1]``.
-        """
-        spans = [(stop - start, start) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
-        return _group(spans).to(cu_seqlens.device)
-
     def to(self, device: torch.device) -> Group:
         """Returns the group on a device."""
         return Group(*(part.to(device, non_blocking=True) for part in (self.index_DL, self.real_DL)))
