@@ -36,7 +36,7 @@ class Group:
 
     def to(self, device: torch.device) -> Group:
         """Returns the group on a device."""
-        return Group(*(part.to(device, non_blocking=True) for part in (self.index_DL, self.real_DL)))
+        return Group(self.index_DL.to(device, non_blocking=True), self.real_DL.to(device, non_blocking=True))
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
