@@ -42,6 +42,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return section
 
 
+def padding_id(config: PretrainedConfig) -> int:
+    """Returns a token for padding that is hidden by a mask; some configs have none, or -1 for none."""
+    padding = getattr(text_config(config), "pad_token_id", None)
+    return padding if isinstance(padding, int) and padding >= 0 else 0
+
+
 def is_wrapper(config: PretrainedConfig) -> bool:
     """Returns whether a config describes a text model inside a multimodal one."""
     return text_config(config) is not config

@@ -164,7 +164,9 @@ class QuantExperts(nn.Module):
         return total.to(hidden_states.dtype)
 
     def _run_padded(self, x: Tensor, expert: int) -> Tensor:
-        missing = max(0, LEAST_ROWS - len(x))
+        missing = LEAST_ROWS - len(x)
+        if missing <= 0:
+            return self._run_expert(x, expert)
         return self._run_expert(functional.pad(x, (0, 0, 0, missing)), expert)[: len(x)]
 
     def _run_expert(self, x: Tensor, expert: int) -> Tensor:

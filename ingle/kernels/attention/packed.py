@@ -283,11 +283,13 @@ def _attend(
         sinks: Scores of one more key.
         bias: Added to the scores by distance.
     """
-    distance_TS = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
-    before, after = (None if count is None or count >= k.shape[2] else count for count in seen)
+    before, after = (None if count is None or count >= max(1, k.shape[2] - 1) else count for count in seen)
     causal = before is None and after == 0
     if softcap is None and sinks is None and bias is None and causal:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    if softcap is None and sinks is None and bias is None and before is None and after is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    distance_TS = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
     visible = None
     if before is not None or after is not None:
         visible = (distance_TS >= -(k.shape[2] if before is None else before)) & (

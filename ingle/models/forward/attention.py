@@ -8,7 +8,6 @@ Legend: B rows, Hq query heads, Hkv key/value heads, T queries, S keys, Dh head 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -137,9 +136,13 @@ def _cut(module: nn.Module, cu_seqlens: Tensor, longest: int | None) -> Tensor:
         return cu_seqlens
     if longest is not None and longest <= size:
         return cu_seqlens
-    bounds = cu_seqlens.tolist()
-    cuts = [cut for start, stop in itertools.pairwise(bounds) for cut in range(start, stop, size)]
-    return cu_seqlens.new_tensor([*cuts, bounds[-1]])
+    starts_D1, stops_D1 = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    if longest is None:
+        longest = int((stops_D1 - starts_D1).max())
+    # As many for each document, so that a GPU need not report lengths; those past its end are empty.
+    offsets = torch.arange(0, longest, size, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    cuts = torch.minimum(starts_D1 + offsets, stops_D1).flatten()
+    return torch.cat((cuts, cu_seqlens[-1:]))
 
 
 def _attend_masked(

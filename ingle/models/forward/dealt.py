@@ -9,7 +9,6 @@ Legend: as in :mod:`ingle.models.forward.documents`.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import re
@@ -56,6 +55,7 @@ class Dealt(Evaluating):
     _mask_config: PretrainedConfig
     _is_causal: bool
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled again for each set of lengths
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes each document alone; takes and returns what the original module does."""
         documents = self._boundaries.current
@@ -118,8 +118,7 @@ def deal_module(
     """
     put_before(Dealt, module)
     own = getattr(module, "config", None)
-    described = copy.copy((own if isinstance(own, PretrainedConfig) else config).get_text_config())
-    described._attn_implementation_internal = "eager"  # transformers then makes additive masks
+    described = (own if isinstance(own, PretrainedConfig) else config).get_text_config()
     settings = {"_boundaries": boundaries, "_mask_form": mask_form, "_mask_config": described, "_is_causal": causal}
     module.__dict__.update(settings)
 

@@ -34,15 +34,9 @@ class Group:
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, cu_seqlens: Tensor) -> Group:
-        """Returns all documents as one group, in their order.
-
-        Args:
-            cu_seqlens: First token of each document and the end, ``[D + 1]``.
-        """
-        spans = [(stop - start, start) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
-        return _group(spans, cu_seqlens.device)
+    def to(self, device: torch.device) -> Group:
+        """Returns the group on a device."""
+        return Group(self.index_DL.to(device, non_blocking=True), self.real_DL.to(device, non_blocking=True))
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
@@ -57,12 +51,12 @@ class Documents:
     Attributes:
         groups: Cover each document once.
         num_tokens: N.
-        back_N: The place of each packed token among the tokens of all groups.
+        place_N: The place of each packed token among the places of all groups.
     """
 
     groups: tuple[Group, ...]
     num_tokens: int
-    back_N: Tensor
+    place_N: Tensor
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, *, padding: float = PADDING) -> Documents:
@@ -84,16 +78,18 @@ class Documents:
 
     @classmethod
     def _of_spans(cls, spans: list[list[tuple[int, int]]], cu_seqlens: Tensor) -> Documents:
-        groups = tuple(_group(each, cu_seqlens.device) for each in spans)
-        order_N = torch.cat([group.index_DL[group.real_DL] for group in groups])
-        back_N = torch.empty_like(order_N)
-        back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        return cls(groups, int(cu_seqlens[-1]), back_N)
+        device = cu_seqlens.device
+        groups = [_group(each) for each in spans]  # on the CPU, as a mask of other shape makes a GPU wait
+        index_P = torch.cat([group.index_DL.flatten() for group in groups])
+        real_P = torch.cat([group.real_DL.flatten() for group in groups])
+        places = real_P.nonzero()[:, 0]
+        place_N = torch.empty_like(places)
+        place_N[index_P[places]] = places
+        return cls(tuple(group.to(device) for group in groups), len(place_N), place_N.to(device, non_blocking=True))
 
     def collect(self, parts: list[Tensor]) -> Tensor:
         """Returns the packed values ``[N, ...]`` of groups ``[D, L, ...]``."""
-        real = [part[group.real_DL] for part, group in zip(parts, self.groups, strict=True)]
-        return torch.cat(real).index_select(0, self.back_N)
+        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self.place_N)
 
 
 class Boundaries:
@@ -129,8 +125,8 @@ def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tu
     yield group
 
 
-def _group(spans: list[tuple[int, int]], device: torch.device) -> Group:
+def _group(spans: list[tuple[int, int]]) -> Group:
     length_D1, start_D1 = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
     place_1L = torch.arange(int(length_D1.max()))[None]
     index_DL = start_D1 + torch.minimum(place_1L, length_D1 - 1)
-    return Group(index_DL.to(device), (place_1L < length_D1).to(device))
+    return Group(index_DL, place_1L < length_D1)

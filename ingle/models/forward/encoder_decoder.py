@@ -21,7 +21,7 @@ from ingle.models.forward.documents import Documents
 from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.mixers import original_class, parameters
 from ingle.models.forward.to_head import run_to_head
-from ingle.models.text_part import text_config
+from ingle.models.text_part import padding_id
 from ingle.parallel import is_sharded
 from ingle.planning.layouts import PADDING
 
@@ -126,7 +126,7 @@ def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
         padding = float("inf")
     groups = _group_pairs(source.lengths(), target.lengths(), padding)
     sources, targets = (Documents.of_groups(row.cu_seqlens, groups) for row in (source, target))
-    fill = getattr(text_config(model.config), "pad_token_id", None) or 0
+    fill = padding_id(model.config)
     rows = []
     for ours, theirs in zip(sources.groups, targets.groups, strict=True):
         arguments: dict[str, Any] = {"use_cache": False}

@@ -23,7 +23,7 @@ from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of
 from ingle.models.forward.to_head import run_to_head
-from ingle.models.text_part import text_config
+from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
 from ingle.planning.layouts import PADDING
 from ingle.quant import QuantEmbedding, QuantLinear
@@ -217,7 +217,7 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Ten
             )
         padding = float("inf")
     documents = Documents.of(cu_seqlens, padding=padding)
-    fill = getattr(text_config(model.config), "pad_token_id", None) or 0
+    fill = padding_id(model.config)
     rows = []
     for group in documents.groups:
         arguments: dict[str, Any] = {name: group.deal(column[0]) for name, column in columns.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,7 @@ def row_mask(
     Padding is on the right. No earlier token sees it, so that a causal mask need not know where it is.
 
     Args:
-        config: Names the kinds of layers, their windows and chunks; its attention is ``eager``.
+        config: Names the kinds of layers, their windows and chunks. Layers with the same config share their masks.
         layer_idx: The layer, if it knows its index.
         form: How to express the mask.
         group: The rows.
@@ -52,6 +53,8 @@ def row_mask(
 def _make(
     config: PretrainedConfig, kind: str | None, form: MaskForm, group: Group, dtype: torch.dtype, causal: bool
 ) -> Tensor:
+    config = copy.copy(config)
+    config._attn_implementation_internal = "eager"  # transformers then makes additive masks
     rows, length = group.real_DL.shape
     like = torch.empty(rows, length, 1, device=group.real_DL.device, dtype=dtype)
     arguments: dict[str, Any] = {"config": config, "inputs_embeds": like, "past_key_values": None}

@@ -2,8 +2,8 @@
 
 The architecture's own head runs, with all that it does before its output layer: pooling, dropout, activations. The base
 below it computes all documents packed. A head that reads single tokens gets the packed row; one that reads documents
-gets them as the rows of a batch: a copy of the hidden states, and no other computation, is padded. Architectures that
-cannot be packed see documents as rows from the start.
+gets them as the rows of batches of similar lengths: a copy of the hidden states, and no other computation, is padded.
+Architectures that cannot be packed see documents as rows from the start.
 
 Legend: D documents, L length of the longest, N tokens of all, C outputs.
 """
@@ -25,12 +25,15 @@ from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of
 from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
-from ingle.models.text_part import text_config
+from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import is_sharded
 from ingle.planning.layouts import PADDING
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
+
+#: Padded places per token in the rows of a head, which cost memory and hardly any time.
+_PADDING = 1.0
 
 
 def find_heads(model: PreTrainedModel) -> tuple[str, ...]:
@@ -72,19 +75,39 @@ def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Computes the base packed, and the head on rows."""
+    """Computes the base packed and once, and the head on rows of similar lengths."""
     base = base_of(model)
-    group = Group.of(batch.cu_seqlens[: max(1, batch.num_documents) + 1])
+    # Ranks gather weights together, so all must make as many calls.
+    padding = float("inf") if any(map(is_sharded, model.parameters())) else _PADDING
+    documents = Documents.of(_own_bounds(batch), padding=padding)
+    computed: list[tuple[Any, Tensor]] = []
 
-    def compute_rows(compute: Callable[..., Any]) -> Any:
-        output = _run_packed(model, batch, compute)
-        output.last_hidden_state = group.deal(output.last_hidden_state[0])
-        if getattr(output, "pooler_output", None) is not None:
-            output.pooler_output = _pool(base, output.last_hidden_state)
-        return output
+    def outputs(group: Group) -> Tensor:
+        def compute_rows(compute: Callable[..., Any]) -> Any:
+            if not computed:
+                output = _run_packed(model, batch, compute)
+                computed.append((output, output.last_hidden_state[0]))
+            ((output, hidden_NH),) = computed
+            output.last_hidden_state = group.deal(hidden_NH)
+            if getattr(output, "pooler_output", None) is not None:
+                output.pooler_output = _pool(base, output.last_hidden_state)
+            return output
 
-    with _computing(base, compute_rows):
-        return _outputs(model, _row_arguments(model, batch, group))
+        with _computing(base, compute_rows):
+            return _outputs(model, _row_arguments(model, batch, group))
+
+    return _in_order([outputs(group) for group in documents.groups], documents)
+
+
+def _own_bounds(batch: Batch) -> Tensor:
+    """Returns the bounds of the documents that have labels, or of the first one if there is no other."""
+    return batch.cu_seqlens[: max(1, batch.num_documents) + 1]
+
+
+def _in_order(parts: list[Tensor], documents: Documents) -> Tensor:
+    """Returns the outputs ``[D, C]`` of the groups in the order of the documents."""
+    starts_D = torch.cat([group.index_DL[:, 0] for group in documents.groups])
+    return torch.cat(parts)[starts_D.argsort()]
 
 
 def _run_packed(model: PreTrainedModel, batch: Batch, compute: Callable[..., Any]) -> Any:
@@ -137,20 +160,17 @@ def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tenso
             )
         padding = float("inf")
     by_document = task_of(model).kind == "classify"
-    bounds = batch.cu_seqlens[: max(1, batch.num_documents) + 1] if by_document else batch.cu_seqlens
-    documents = Documents.of(bounds, padding=padding)
+    documents = Documents.of(_own_bounds(batch) if by_document else batch.cu_seqlens, padding=padding)
     parts = [_outputs(model, _row_arguments(model, batch, group)) for group in documents.groups]
     if not by_document:
         return documents.collect(parts)[None]
-    starts_D = torch.cat([group.index_DL[:, 0] for group in documents.groups])
-    return torch.cat(parts)[starts_D.argsort()]
+    return _in_order(parts, documents)
 
 
 def _row_arguments(model: PreTrainedModel, batch: Batch, group: Group) -> dict[str, Any]:
     """Returns the arguments of a model that sees documents as rows."""
     config = text_config(model.config)
-    padding = getattr(config, "pad_token_id", None)
-    fill = 0 if padding is None else padding
+    fill = padding_id(config)
     ids_DL = group.deal(batch.input_ids[0])
     if kind_of(model.config) == "encoder_decoder" and batch.num_documents == 0:
         # They are read at the token that ends the text, which the start of a text lacks.
