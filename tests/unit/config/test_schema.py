@@ -44,7 +44,7 @@ def test_docstrings_are_joined_over_lines() -> None:
     summary, described = docstring(DataConfig)
     assert summary == "The training data."
     assert described["too_long"].startswith("How to handle a document longer than ``max_seq_len``: ``truncate``")
-    assert described["too_long"].endswith("truncates for ``sft``.")
+    assert described["too_long"].endswith("become overlapping windows.")
     assert described.keys() == DataConfig.model_fields.keys()
     assert docstring(LoraAdapter)[1].keys() == LoraAdapter.model_fields.keys() - {"kind"}
 
