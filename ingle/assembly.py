@@ -86,7 +86,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     tokenizer = models.load_tokenizer(run.model)
     objective = data.name_labels(run.data, run.objective)
     if objective != run.objective and run.model.init != "random":
-        objective = keep_stored_labels(objective, models.stored_task(run.model))
+        objective = keep_stored_labels(run.objective, objective, models.stored_task(run.model))
     run = run.model_copy(update={"objective": objective})
     if isinstance(run.objective, Classify | Tag) and run.objective.labels is not None:
         evaluation.check_labels(samples, run.objective.labels)

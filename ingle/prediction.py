@@ -18,6 +18,7 @@ from ingle.data import Example, read_examples
 from ingle.data.labelled_rows import detect_labelled, find_text, parse_labelled
 from ingle.data.layout_detection import rename_columns
 from ingle.data.layouts import list_columns
+from ingle.data.readers import data_suffix
 from ingle.errors import DataError, ModelError
 from ingle.evaluation.decoding.tags import find_spans
 from ingle.evaluation.run.task_head import TaskHead
@@ -69,7 +70,7 @@ class Predictor:
             DataError: The file is missing, or a row cannot be read; names ``file:line``.
         """
         kind = self.objective.kind
-        source = Source(path=str(file), lines=Path(file).suffixes[:1] == [".txt"])
+        source = Source(path=str(file), lines=data_suffix(Path(file)) == ".txt")
         parse = _parse_words if kind == "tag" else None
         return read_examples([source], objective=kind, parse=parse)
 

@@ -43,6 +43,10 @@ def _outside(run: Run) -> str:
     return ", ".join(tag for tag in _labels(run) if outside_scheme(tag, scheme))
 
 
+def _metrics(run: Run) -> tuple[str, ...]:
+    return () if run.task is None else run.task.metrics or ()
+
+
 def _weighted(objective: Classify) -> bool:
     return objective.class_weights != "none"
 
@@ -97,6 +101,13 @@ OBJECTIVE_RULES: tuple[Rule[Run], ...] = (
         "UL2 has the modes R, X and S; each needs its token.",
         "objective.mode_tokens",
         "objective.mode_tokens: {R: '[NLU]', X: '[NLG]', S: '[S2S]'}",
+    ),
+    Rule(
+        "bytes-of-whole-texts",
+        lambda run: isinstance(run.objective, Span) and "bits_per_byte" in _metrics(run),
+        "bits_per_byte needs the likelihood of a whole text; span predicts what is removed from it.",
+        "evaluate.metrics, objective.kind",
+        ("evaluate.metrics=[perplexity]",),
     ),
     Rule(
         "windows-advance",

@@ -222,9 +222,11 @@ def _count_labels(dataset: TokenDataset, objective: ObjectiveConfig) -> tuple[La
     if isinstance(objective, Tag):
         return tuple(map(LabelShare, objective.labels, counts))
     labels = dataset.document_column("document_labels")
-    chosen = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(len(counts))
-    tokens = (chosen * dataset.lengths[:, None]).sum(0) / np.maximum(counts, 1)
-    return tuple(map(LabelShare, objective.labels, counts, tokens.tolist()))
+    if labels.ndim == 2:
+        tokens = (labels == 1).T @ dataset.lengths.astype(np.float64)
+    else:
+        tokens = np.bincount(labels.astype(np.int64), dataset.lengths, len(counts))
+    return tuple(map(LabelShare, objective.labels, counts, (tokens / np.maximum(counts, 1)).tolist()))
 
 
 def _count_answered(dataset: TokenDataset) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -165,6 +165,15 @@ def describe_balance(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     return found
 
 
+def spellings(names: Sequence[str]) -> Mapping[str, str]:
+    """Returns the class or tag that each label of a row means, by how it is written.
+
+    Data may count its classes from 0 and leave their names to the config, unless a name is itself a number.
+    """
+    numbers = {} if any(map(str.isdecimal, names)) else {str(i): name for i, name in enumerate(names)}
+    return numbers | {name: name for name in names}
+
+
 class LabelEncoder:
     """Turns labels into numbers.
 
@@ -174,7 +183,8 @@ class LabelEncoder:
 
     def __init__(self, options: TokenOptions) -> None:
         self._options = options
-        self._index = {name: i for i, name in enumerate(options.labels)}
+        index_of = {name: i for i, name in enumerate(options.labels)}
+        self._index = {written: index_of[name] for written, name in spellings(options.labels).items()}
 
     def encode(self, example: Example) -> npt.NDArray[np.float32]:
         """Returns the label of a row: the index of its class, its number, or [C] with 1 for each of its classes.
@@ -186,10 +196,10 @@ class LabelEncoder:
         """
         multi = self._options.problem == "multi"
         if example.label is None and not self._options.with_labels:
-            return np.full((len(self._index),) if multi else (), IGNORE_INDEX, np.float32)
+            return np.full((len(self._options.labels),) if multi else (), IGNORE_INDEX, np.float32)
         names = _as_names(_require(example))
         if multi:
-            chosen = np.zeros(len(self._index), np.float32)
+            chosen = np.zeros(len(self._options.labels), np.float32)
             chosen[[self.find(name, example.origin) for name in names]] = 1
             return chosen
         if len(names) != 1 or not isinstance(example.label, str):
@@ -205,7 +215,7 @@ class LabelEncoder:
         return np.array(float(names[0]), np.float32)
 
     def find(self, name: str, origin: str) -> int:
-        """Returns the index of a class or tag; data that counts its classes from 0 may leave their names to the config.
+        """Returns the index of a class or tag, see :func:`spellings`.
 
         Raises:
             DataError: There is no such class.
@@ -214,8 +224,6 @@ class LabelEncoder:
         if found is not None:
             return found
         names = self._options.labels
-        if name.isdecimal() and int(name) < len(names) and not any(known.isdecimal() for known in names):
-            return int(name)
         near = nearest(name, names)
         listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
         raise DataError(

@@ -10,14 +10,11 @@ import numpy.typing as npt
 
 from ingle.config.objective import Classify, Mlm, ObjectiveConfig, Span, Tag
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, Target, is_special
-from ingle.data.counters import Place
+from ingle.data.counters import FIXED_EPOCH, Place
 from ingle.data.dataset import TokenDataset
 from ingle.data.encoding import TextEncoder
 from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample, Tokenizer
 from ingle.report.data_results import Preview, Stretch
-
-#: The epoch of what is shown; training begins with 0.
-_SHOWN = -1
 
 
 class Previews:
@@ -48,7 +45,7 @@ class Previews:
         ids, notes = sample.input_ids, dict[int, str]()
         supervised = sample.labels != IGNORE_INDEX
         if self._corrupt is not None:
-            (seen,) = self._corrupt([sample], [Place(_SHOWN, i)])
+            (seen,) = self._corrupt([sample], [Place(FIXED_EPOCH, i)])
             target = seen.columns.get("decoder_labels")
             supervised = seen.labels != IGNORE_INDEX
             if target is None:

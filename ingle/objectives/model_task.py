@@ -32,14 +32,16 @@ def model_task(objective: ObjectiveConfig) -> ModelTask:
             return ModelTask()
 
 
-def keep_stored_labels(found: ObjectiveConfig, stored: ModelTask) -> ObjectiveConfig:
+def keep_stored_labels(given: ObjectiveConfig, found: ObjectiveConfig, stored: ModelTask) -> ObjectiveConfig:
     """Returns an objective with the labels of a checkpoint's head, in its order, so that training continues with it.
 
     Args:
+        given: The objective of the config. If it names its labels, these stay: their order, and so the meaning of
+            ``class_weights``, is the user's.
         found: With the labels that were found in the data.
         stored: What the head of the checkpoint predicts. If it lacks a label, nothing changes.
     """
-    if not isinstance(found, Classify | Tag) or found.labels is None:
+    if not isinstance(found, Classify | Tag) or found.labels is None or getattr(given, "labels", None) is not None:
         return found
     task = model_task(found)
     fits = (stored.kind, stored.problem) == (task.kind, task.problem) and set(found.labels) <= set(stored.labels)

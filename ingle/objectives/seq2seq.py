@@ -12,8 +12,7 @@ from ingle.data.batch import Batch
 from ingle.data.corruption import Target
 from ingle.data.counters import Place
 from ingle.data.types import Sample
-from ingle.errors import ModelError
-from ingle.models import Model
+from ingle.models import Model, first_token
 from ingle.objectives.token_loss import TokenLoss
 
 
@@ -56,23 +55,7 @@ def target_of(model: Model) -> Target:
     if firsts == {7, 8}:
         return Target(start=None)
     first = firsts.pop()
-    if first is not None:
-        return Target(first)
-    decoder = getattr(model.config, "decoder", model.config)
-    for config, name in (
-        (model.config, "decoder_start_token_id"),
-        (decoder, "decoder_start_token_id"),
-        (decoder, "bos_token_id"),
-        (model.config, "pad_token_id"),
-    ):
-        start = getattr(config, name, None)
-        if isinstance(start, int):
-            return Target(start)
-    raise ModelError(
-        f"{type(model).__name__} does not say which token begins a target.",
-        where="config.json",
-        fix="add decoder_start_token_id to its config.json",
-    )
+    return Target(first_token(model) if first is None else first)
 
 
 def _first_input(model: Any, labels: Tensor) -> int | None:

@@ -35,6 +35,9 @@ _HIT_WIDTH = 7
 #: Height of a size chart's plot, and width of a character and height of a line of its labels, in pixels.
 _SIZE_HEIGHT, _CHARACTER, _LINE = 420.0, 7.2, 13.0
 
+#: Width of a character in the labels of an interval plot, which are larger and bold, in pixels.
+_ROW_CHARACTER = 7.9
+
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
@@ -148,6 +151,7 @@ def loss_curve(
     *,
     width: int,
     height: int = 300,
+    unit: str = "nats per supervised token",
     validation: Floats | None = None,
     kept_step: int | None = None,
 ) -> str:
@@ -159,6 +163,7 @@ def loss_curve(
         lrs: Learning rate of each step, or None.
         width: Pixels.
         height: Pixels of the loss panel.
+        unit: What the loss is measured in.
         validation: Steps and losses of validations, [V, 2]; None without.
         kept_step: The validated step whose weights were kept, which gets a ring.
     """
@@ -170,7 +175,7 @@ def loss_curve(
     y = _Scale(max(0.0, shown.min() - 0.06 * span), shown.max() + 0.04 * span, floor, 26.0)
     first, last = float(min([steps[0], *points[:, 0]])), float(max([steps[-1], *points[:, 0]]))
     x = _Scale(first, last if last > first else first + 1.0, 54.0, width - 14.0)
-    parts = [*_y_axis(y, x, "loss (nats per supervised token)", 5)]
+    parts = [*_y_axis(y, x, f"loss ({unit})", 5)]
     if len(steps) > 1:
         parts += [_path("raw", steps, losses, x, y), _path("mean", steps, means, x, y)]
     else:
@@ -201,7 +206,8 @@ def interval_plot(rows: Sequence[Estimate], *, width: int, unit: str, flipped: b
         unit: Title of the axis.
         flipped: Whether the true differences have the opposite sign (lower is better), for the axis's numbers.
     """
-    left, right, top, row_height = (130.0 if width > 500 else 122.0), width - 22.0, 26.0, 34.0
+    room = 16.0 + _ROW_CHARACTER * max(len(row.label) for row in rows)
+    left, right, top, row_height = max(130.0 if width > 500 else 122.0, room), width - 22.0, 26.0, 34.0
     ends = [end for row in rows for end in (row.low, row.high, row.value, 0.0) if not math.isnan(end)]
     x = _Scale.around(ends, left, right, (0.08, 0.08))
     floor, zero, parts, ticks = top + row_height * len(rows), x(0.0), [], []

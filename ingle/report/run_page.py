@@ -13,6 +13,7 @@ from markupsafe import Markup
 from rapidfuzz.distance import LCSseq
 
 from ingle.config.loader import run_to_yaml
+from ingle.config.objective import Classify, ObjectiveConfig, ObjectiveKind
 from ingle.config.run import Run
 from ingle.report import charts, verdicts
 from ingle.report.charts import Estimate, both_widths
@@ -21,6 +22,18 @@ from ingle.report.results import MetricComparison, Pair, RunReport, SampleCompar
 from ingle.report.run_details import compare_memory, list_facts
 from ingle.report.templates import render
 from ingle.wording import plural, size
+
+#: What the loss of each objective is measured in; that of a regression is a squared error.
+_UNITS: Mapping[ObjectiveKind, str] = {
+    "clm": "nats per supervised token",
+    "sft": "nats per supervised token",
+    "mlm": "nats per masked token",
+    "span": "nats per target token",
+    "seq2seq": "nats per target token",
+    "classify": "nats per label",
+    "tag": "nats per tagged word",
+    "answer": "nats per window",
+}
 
 #: Longer answers are shown without marks.
 MAX_MARKED_WORDS = 600
@@ -46,7 +59,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         correction=verdicts.correction(len(report.metrics)),
         classes=_classes(report),
         interval_charts=_interval_charts(report.metrics),
-        loss=_loss(steps, report.validation),
+        loss=_loss(steps, report.validation, loss_unit(run.objective)),
         groups=_groups(report),
         facts=list_facts(run, report),
         memory=compare_memory(report),
@@ -169,7 +182,14 @@ def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
     return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, note)
 
 
-def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None) -> dict[str, Any] | None:
+def loss_unit(objective: ObjectiveConfig) -> str:
+    """Returns what the loss of an objective is measured in."""
+    if isinstance(objective, Classify) and objective.problem == "regression":
+        return "mean squared error"
+    return _UNITS[objective.kind]
+
+
+def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None, unit: str) -> dict[str, Any] | None:
     rows = [row for row in steps if "loss" in row and math.isfinite(row["loss"])]
     if not rows:
         return None
@@ -182,7 +202,7 @@ def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | Non
     def draw(width: int) -> str:
         height = 300 if width > 500 else 230
         return charts.loss_curve(
-            number, losses, lrs, width=width, height=height, validation=points, kept_step=kept_step
+            number, losses, lrs, width=width, height=height, unit=unit, validation=points, kept_step=kept_step
         )
 
     return {
@@ -246,7 +266,7 @@ def mark_shared(answer: str, references: Sequence[str]) -> list[tuple[str, bool]
     White space belongs to the word before it, so the joined runs are the answer.
     """
     words = answer.split()
-    if not words or len(words) > MAX_MARKED_WORDS:
+    if not words or not references or len(words) > MAX_MARKED_WORDS:  # a text may have none of several labels
         return [(answer, False)] if answer else []
     folded = [_fold(word) for word in words]
     targets = [[_fold(word) for word in reference.split()] for reference in references]

@@ -127,7 +127,7 @@ def test_masks_are_filled_with_the_most_likely_tokens(folder: Path) -> None:
 def test_files_are_predicted_row_by_row_with_their_lines(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, output = tmp_path / "texts.txt", tmp_path / "out" / "found.jsonl"
+    file, output = tmp_path / "texts.v1.txt", tmp_path / "out" / "found.jsonl"
     file.write_text("\n\n".join(TEXTS))
     assert run_command(["predict", str(folder / "classify"), "--file", str(file), "--output", str(output)]) == 0
     records = [json.loads(line) for line in output.read_text().splitlines()]

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle.config.objective import Span
+from ingle.data.backend import copy_backend
 from ingle.data.corruption.samples import Target
 from ingle.data.corruption.words import WordTable, mask_token
 from ingle.data.counters import Counters, Integers, Place, Purpose
+from ingle.data.special_tokens import read_special_tokens
 from ingle.data.types import Ids, Mask, Sample, Tokenizer
 
 _Tokens = npt.NDArray[Any]
@@ -41,7 +43,7 @@ class Infilling:
         self._config, self._target, self._seed, self._vocab_size = config, target, seed, vocab_size
         self._mask = mask_token(tokenizer)
         self._words = WordTable(tokenizer)
-        self._prefix, self._suffix = surrounding_tokens(tokenizer)
+        self._prefix, self._suffix = read_special_tokens(tokenizer, copy_backend(tokenizer), 1).parts
 
     def __call__(self, samples: Sequence[Sample], places: Sequence[Place]) -> Sequence[Sample]:
         """Returns sources, and targets in the columns of the decoder."""
@@ -163,12 +165,3 @@ def _insert_masks(ids: _Tokens, inserted: int, draw: Counters, mask: int, random
     is_inserted[places] = True
     result[is_inserted], result[~is_inserted] = masks, ids
     return result
-
-
-def surrounding_tokens(tokenizer: Tokenizer) -> tuple[Ids, Ids]:
-    """Returns the special tokens that the tokenizer puts before and after a text."""
-    backend = tokenizer.backend_tokenizer
-    plain = backend.encode("a", add_special_tokens=False).ids
-    full = backend.encode("a", add_special_tokens=True).ids
-    first = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), len(full))
-    return np.array(full[:first], np.int32), np.array(full[first + len(plain) :], np.int32)

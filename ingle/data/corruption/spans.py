@@ -158,13 +158,15 @@ def corrupted_lengths(length: int, chosen: Sequence[Denoiser], modes: Mapping[st
 def longest_text(room: int, chosen: Sequence[Denoiser], modes: Mapping[str, str]) -> int:
     """Returns the most tokens that a text may have so that its source fits into ``room`` tokens.
 
-    Source: google-research/t5, ``random_spans_helper``. t5 shortens the text by one where the target is longer than the
-    source at density 0.5; here both have rows of their own.
+    At a density of 0.5, a text whose target would be longer than ``room`` has one token less.
+
+    Source: google-research/t5, ``random_spans_helper``.
     """
     length = max(room - 1 - bool(modes), 1)
     while corrupted_lengths(length + 1, chosen, modes)[0] <= room:
         length += 1
-    return length
+    halves = len(chosen) == 1 and chosen[0].density == 0.5
+    return length - (halves and corrupted_lengths(length, chosen, modes)[1] > room)
 
 
 def find_sentinels(tokenizer: Tokenizer, pattern: str) -> Ids:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ingle.config.evaluate import TaskConfig
 from ingle.data import Example, Message
+from ingle.data.label_names import spellings
 from ingle.errors import EvaluationError
 from ingle.evaluation.decoding.classes import decode_classes
 from ingle.evaluation.run.answer_sources import Answer, AnswerSource
@@ -77,11 +78,12 @@ def count_majority(examples: Iterable[Example], label_names: Sequence[str], prob
     """
     counts: Counter[str] = Counter()
     by_word: dict[str, Counter[str]] = defaultdict(Counter)
-    num_rows, total = 0, 0.0
+    num_rows, total, known = 0, 0.0, spellings(label_names)
     for example in examples:
         if example.label is None:
             continue
-        labels = (example.label,) if isinstance(example.label, str) else tuple(map(str, example.label))
+        written = (example.label,) if isinstance(example.label, str) else map(str, example.label)
+        labels = tuple(known.get(label, label) for label in written)
         num_rows += 1
         counts.update(labels)
         total += float(labels[0]) if problem == "regression" else 0.0

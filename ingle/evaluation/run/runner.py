@@ -14,7 +14,7 @@ from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
 from ingle.evaluation.run.answer_sources import Answer, OutputSource, PredictionSource
 from ingle.evaluation.scorers import Outputs, make_scorers
-from ingle.evaluation.tasks.samples import TaskSample, read_task
+from ingle.evaluation.tasks.samples import TaskSample, name_references, read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
 from ingle.events import Event, Sink, Warned
 from ingle.report.metrics import METRICS, Reads
@@ -113,6 +113,8 @@ def run_task(
     needed: dict[Reads, list[str]] = defaultdict(list)
     for scorer in make_scorers(task):
         needed[scorer.metric.reads].append(scorer.metric.name)
+    if "predictions" in needed and hasattr(source, "label_names"):
+        samples = name_references(samples, source.label_names)
     found = {reads: _collect(source, reads, names, samples, task, sink) for reads, names in needed.items()}
     answers, num_unfinished = _finish_answers(source, found.get("answers", ()), samples, task, sink)
     outputs = Outputs(answers, found.get("likelihoods", ()), found.get("predictions", ()), found.get("masked", ()))

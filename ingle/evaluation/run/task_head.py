@@ -133,15 +133,18 @@ class TaskHead:
                         fix=f"write {self.tokenizer.mask_token} in place of a word",
                     )
             masked = [[part for part in parts if (part.ids == mask).any()] for parts in pieces]
-            logits = iter(self._mask_logits([as_sample(part) for parts in masked for part in parts], mask))
+            documents = [as_sample(part) for parts in masked for part in parts]
+            fills = iter(self._fill_documents(documents, mask, top, vocab_size))
             for parts in masked:
-                yield find_fills(np.concatenate([next(logits) for _ in parts]), top, vocab_size)
+                yield [each for _ in parts for each in next(fills)]
             on_rows(len(rows))
 
     @torch.no_grad()
-    def _mask_logits(self, documents: Sequence[Sample], mask: int) -> list[Floats]:
-        """Returns the logits of the language modelling head at the masks of each document, [M, V]."""
-        found: list[Floats] = [np.empty(0)] * len(documents)
+    def _fill_documents(
+        self, documents: Sequence[Sample], mask: int, top: int, vocab_size: int
+    ) -> list[list[list[Fill]]]:
+        """Returns the most likely tokens at each mask of each document; keeps the logits of one packed row only."""
+        found: list[list[list[Fill]]] = [[] for _ in documents]
         for row in pack_documents(documents):
             batch = collate([documents[index] for index in row]).to(self._device())
             places = torch.nonzero(batch.input_ids[0] == mask)[:, 0]
@@ -149,7 +152,7 @@ class TaskHead:
             logits_MV = through_head(self.model, lambda output, hidden: output.logits(hidden), hidden_MH)
             counts = [int((documents[index].input_ids == mask).sum()) for index in row]
             for index, each in zip(row, logits_MV.double().cpu().split(counts), strict=True):
-                found[index] = each.numpy()
+                found[index] = find_fills(each.numpy(), top, vocab_size)
         return found
 
     def _run(

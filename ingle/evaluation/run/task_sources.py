@@ -216,7 +216,14 @@ class TargetSource(ModelSource, _TaskModel):
 
         Raises:
             DataError: A row has no text.
+            EvaluationError: The targets of ``span`` are only parts of the texts whose bytes would be counted.
         """
+        if isinstance(self.objective, Span) and "bits_per_byte" in (task.metrics or ()):
+            raise EvaluationError(
+                "bits_per_byte needs the likelihood of a whole text; this model predicts what is removed from it.",
+                where="evaluate.metrics",
+                fix="use perplexity",
+            )
         sums = self._sum_scores(samples, task, TargetLoss(self.model).per_document, sink)
         own = [samples[index] for index in self._own(len(samples))]
         yield from self._of_all(

@@ -44,7 +44,8 @@ class Accuracy(Scorer):
 class ClassF1(Scorer):
     """F1 of the labels: their mean (macro), that of all decisions together (micro), or weighted by frequency.
 
-    Labels that are in no reference and no prediction are left out, as scikit-learn does; resamples keep that choice.
+    If a sample has one label, labels that are in no reference and no prediction are left out; resamples keep that
+    choice. If it has several, all labels of the model count. Both are as in scikit-learn.
 
     Source: Opitz and Burst 2019, arXiv 1911.03347 (macro F1 as the mean of F1 scores).
     """
@@ -56,23 +57,25 @@ class ClassF1(Scorer):
     def score(self, outputs: Outputs, references: References) -> Scores:
         """Scores all labels; a sample's score is the F1 of its own labels, right or wrong if it has one."""
         predicted, true = read_labels(self, outputs, references)
-        statistics = count_labels(predicted, true)
-        right_S, predicted_S, true_S = (part.sum(1) for part in np.split(statistics, 3, axis=1))
+        counts = count_labels(predicted, true)
+        right_S, predicted_S, true_S = (part.sum(1) for part in np.split(counts, 3, axis=1))
+        counts_all = outputs.problem == "multi"
+        statistics = np.concatenate((counts, np.full((len(counts), 1), float(counts_all))), axis=1)
         value = float(self.replicate(statistics, np.ones((1, len(statistics))))[0])
-        return Scores(
-            value, f1(right_S, predicted_S, true_S, empty=1.0), statistics, f"average:{self._average}|labels:present"
-        )
+        signature = f"average:{self._average}|labels:{'all' if counts_all else 'present'}"
+        return Scores(value, f1(right_S, predicted_S, true_S, empty=1.0), statistics, signature)
 
     def replicate(self, statistics_SK: Floats, times_RS: Floats) -> Floats:
-        """Returns the F1 of resamples."""
-        right_RC, predicted_RC, true_RC = np.split(times_RS @ statistics_SK, 3, axis=1)
+        """Returns the F1 of resamples; the last statistic is 1 if all labels count."""
+        counts_SK, counts_all = statistics_SK[:, :-1], statistics_SK[:, -1].any()
+        right_RC, predicted_RC, true_RC = np.split(times_RS @ counts_SK, 3, axis=1)
         if self._average == "micro":
             return f1(right_RC.sum(1), predicted_RC.sum(1), true_RC.sum(1))
         f1_RC = f1(right_RC, predicted_RC, true_RC)
         if self._average == "weighted":
             return ratio((f1_RC * true_RC).sum(1), true_RC.sum(1))
-        _, was_predicted, was_true = np.split(statistics_SK.any(0), 3)
-        present_C = was_predicted | was_true
+        _, was_predicted, was_true = np.split(counts_SK.any(0), 3)
+        present_C = was_predicted | was_true | counts_all
         return f1_RC[:, present_C].mean(1) if present_C.any() else np.zeros(len(f1_RC))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import ObjectiveKind
 from ingle.data import Example, Message, read_examples
+from ingle.data.label_names import spellings
 from ingle.errors import DataError, EvaluationError
 from ingle.evaluation.scorers import make_scorers
 from ingle.wording import nearest, plural, some
@@ -68,16 +69,17 @@ def read_task(
     return tuple(_draw(samples, task, on_warning))
 
 
-def check_labels(samples: Iterable[TaskSample], names: Collection[str]) -> None:
+def check_labels(samples: Iterable[TaskSample], names: Sequence[str]) -> None:
     """Refuses labels, or tags, that a model does not know.
 
     Raises:
         EvaluationError: A sample has one.
     """
+    known = spellings(names)
     for sample in samples:
         label = sample.example.label
         for name in (label,) if isinstance(label, str) else map(str, label or ()):
-            if name not in names:
+            if name not in known:
                 near = nearest(name, names)
                 raise EvaluationError(
                     f"The label {name[:60]!r} of a task row is unknown.",
@@ -85,6 +87,28 @@ def check_labels(samples: Iterable[TaskSample], names: Collection[str]) -> None:
                     why=f"the training data has {some(names)}",
                     fix=f"did you mean {near!r}?" if near else "correct the row, or add the name to objective.labels",
                 )
+
+
+def name_references(samples: Iterable[TaskSample], names: Sequence[str]) -> tuple[TaskSample, ...]:
+    """Returns samples whose references are names of classes or tags, where rows have their numbers.
+
+    Args:
+        samples: Labelled samples.
+        names: The labels, or tags, that a model predicts; empty for numbers.
+    """
+    known = spellings(names)
+    return tuple(
+        replace(
+            sample,
+            references=tuple(
+                " ".join(known.get(part, part) for part in text.split())
+                if sample.example.words
+                else known.get(text, text)
+                for text in sample.references
+            ),
+        )
+        for sample in samples
+    )
 
 
 def _sample(example: Example) -> TaskSample:

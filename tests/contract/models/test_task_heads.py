@@ -226,11 +226,13 @@ def outputs(output: Any) -> Tensor:
 def test_a_head_of_the_checkpoint_keeps_its_labels_if_they_include_those_of_the_data() -> None:
     stored = ModelTask("classify", LABELS, SINGLE)
     found = Classify(kind="classify", problem="single", labels=("positive", "negative"))
-    kept = keep_stored_labels(found, stored)
+    given = Classify(kind="classify")
+    kept = keep_stored_labels(given, found, stored)
     assert isinstance(kept, Classify) and kept.labels == LABELS
     other = found.model_copy(update={"labels": ("positive", "mixed")})
-    assert keep_stored_labels(other, stored) == other
-    assert keep_stored_labels(found, ModelTask("tag", LABELS)) == found
+    assert keep_stored_labels(given, other, stored) == other
+    assert keep_stored_labels(given, found, ModelTask("tag", LABELS)) == found
+    assert keep_stored_labels(found, found, stored) == found, "the order of the config is kept"
 
 
 @pytest.mark.parametrize("ends_with_eos", [False, True])

@@ -56,6 +56,10 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=qa_lora", "--base=q5_1"],
     ),
     "merges-into-a-format": (["--adapter.merge_aware.fraction=.5"], ["--adapter.merge_aware.format=q4_k"]),
+    "bytes-of-whole-texts": (
+        ["--objective.kind=span", TASK, "--evaluate.metrics=[perplexity,bits_per_byte]"],
+        ["--objective.kind=span", TASK, "--evaluate.metrics=[perplexity]"],
+    ),
     "validation-needs-data": (
         ["--train.keep_best", "--train.early_stopping.patience=2", TASK, "--evaluate.every=5"],
         ["--train.keep_best", TASK, "--evaluate.every=5", "--data.validation=v.jsonl"],

@@ -72,6 +72,26 @@ def test_the_majority_of_several_labels_and_of_numbers() -> None:
         count_majority([Example("x:1", text="t")], "ab", "single")
 
 
+def test_rows_may_have_numbers_of_classes_that_the_config_names(rows: list[Example]) -> None:
+    names, task = ("negative", "positive"), make_task("accuracy", "f1_macro")
+    rows += labelled("1", "1", "0", "positive")
+    task_samples.check_labels(task_samples.read_task(task), names)
+    result = runner.run_task(count_majority(rows, names, "single"), task)
+    assert result.references == [("positive",), ("positive",), ("negative",), ("positive",)]
+    assert result.outputs.predictions[0].labels == ("positive",)
+    assert summarize(result, task).metrics["accuracy"].value == 0.75
+    with pytest.raises(EvaluationError, match="'2' of a task row is unknown"):
+        task_samples.check_labels([TaskSample(Example("task.jsonl:5", text="t", label="2"), "t", ("2",))], names)
+
+
+def test_tags_may_be_numbers_too(rows: list[Example]) -> None:
+    names = ("O", "B-LOC")
+    rows += [tagged("Paris sleeps", "1 0"), tagged("Rome sleeps", "B-LOC O")]
+    result = runner.run_task(count_majority(rows, names, "single"), make_task("entity_f1", "tag_accuracy"))
+    assert result.references == [("B-LOC O",), ("B-LOC O",)]
+    assert summarize(result, make_task("entity_f1")).metrics["entity_f1"].value == 1.0
+
+
 def test_words_get_their_usual_tag(rows: list[Example]) -> None:
     train = [
         tagged("Paris sleeps", "B-LOC O"),

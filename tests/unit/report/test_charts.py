@@ -34,6 +34,18 @@ def find(drawn: str, tag: str, style: str | None = None) -> list[dict[str, str]]
     return [element for element in found if style is None or element.get("class") == style]
 
 
+def test_long_labels_have_room_left_of_the_plot():
+    for width in (880, 340):
+        drawn = interval_plot([dot("Matthews correlation", 1, 0.2, "better", 0.1)], width=width, unit="points")
+        (label,) = find(drawn, "text", "row")
+        assert float(label["x"]) >= 7.5 * len("Matthews correlation")  # its end; semi-bold letters of 14 pixels
+
+
+def test_the_axis_of_a_loss_names_its_unit():
+    drawn = loss_curve(np.arange(1.0, 3.0), np.ones(2), None, width=880, unit="nats per masked token")
+    assert "loss (nats per masked token)" in drawn
+
+
 def test_ticks_are_round_and_inside():
     assert nice_ticks(0.0, 4.2, 5) == [0, 1, 2, 3, 4]
     assert nice_ticks(-0.013, 0.027, 4) == pytest.approx([-0.01, 0.0, 0.01, 0.02])

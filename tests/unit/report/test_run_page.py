@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from ingle.config.objective import Classify, ObjectiveKind
 from ingle.errors import EvaluationError
 from ingle.report import metrics, run_page
 from ingle.report.charts import Estimate
@@ -53,6 +55,16 @@ def test_an_unknown_metric_is_an_error() -> None:
 @pytest.mark.parametrize("answer", ["  the cat\n\nsat, on  it ", "cat", "", "   ", "x x x the", "a\u00a0b c"])
 def test_marked_runs_are_the_answer(answer: str) -> None:
     assert "".join(text for text, _ in mark_shared(answer, ["The cat sat on it.", "no"])) == answer
+
+
+def test_a_text_without_any_of_several_labels_has_no_marks() -> None:
+    assert mark_shared("sports politics", []) == [("sports politics", False)]
+
+
+def test_every_objective_has_a_unit_of_its_loss() -> None:
+    assert set(get_args(ObjectiveKind)) == run_page._UNITS.keys()
+    assert run_page.loss_unit(Classify(kind="classify", problem="regression")) == "mean squared error"
+    assert run_page.loss_unit(Classify(kind="classify", problem="multi")) == "nats per label"
 
 
 def test_marks_are_what_is_shared_with_the_closest_reference() -> None:
