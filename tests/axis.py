@@ -55,7 +55,7 @@ _ENCODER = _Kind(transformers.AutoModelForMaskedLM, small_encoder_config, tiny_t
 _PAIRS = _Kind(transformers.AutoModelForSeq2SeqLM, small_encoder_decoder_config, _with_sentinels)
 _BART = _PAIRS._replace(tokenizer=tiny_tokenizers.roberta)
 _KINDS = {
-    **dict.fromkeys(("llama", "bloom", "mamba2", "bigbird_pegasus"), _CAUSAL),
+    **dict.fromkeys(("llama", "bloom", "mamba2"), _CAUSAL),
     **dict.fromkeys(("bert", "modernbert", "esm", "deberta-v2", "squeezebert", "funnel", "fnet"), _ENCODER),
     **dict.fromkeys(("t5", "longt5"), _PAIRS),
     **dict.fromkeys(("bart", "led"), _BART),
@@ -66,7 +66,6 @@ _NF4: Options = {"base": {"format": "nf4"}}
 POINTS = {
     "clm, packed": Point("llama", "packed", {"kind": "clm"}, {"data": {"packing": False}}),
     "clm, dealt states": Point("mamba2", "documents", {"kind": "clm"}),
-    "clm, rows": Point("bigbird_pegasus", "rows", {"kind": "clm"}),
     "sft, dealt attention": Point("bloom", "documents", {"kind": "sft"}, _NF4),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
@@ -79,12 +78,12 @@ POINTS = {
     "classify, dealt": Point("bloom", "documents", {"kind": "classify", "class_weights": "balanced"}),
     "classify, pairs": Point("t5", "rows", {"kind": "classify"}),
     "tag, dealt": Point("deberta-v2", "documents", {"kind": "tag", "stride": 4}, _NF4),
-    "tag, rows": Point("squeezebert", "rows", {"kind": "tag", "stride": 4}),
+    "tag, rows": Point("squeezebert", "rows", {"kind": "tag", "stride": 4}, _FULL),
     "answer, packed": Point("bert", "packed", {"kind": "answer", "stride": 4}),
     "answer, equal rows": Point("fnet", "equal_rows", {"kind": "answer", "stride": 4}),
 }
 
-_WORDS = "the quick brown fox jumps over a lazy dog in New York".split()
+_WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "in", "New", "York"]
 
 
 def _text(number: int) -> str:
@@ -109,9 +108,7 @@ def _tagged(number: int) -> dict[str, Any]:
 #: A row of each objective, by its number.
 _ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     **dict.fromkeys(("clm", "mlm", "span"), lambda number: {"text": _text(number)}),
-    **dict.fromkeys(
-        ("sft", "seq2seq"), lambda number: {"prompt": _text(number), "completion": _text(number * 7 + 3)}
-    ),
+    **dict.fromkeys(("sft", "seq2seq"), lambda number: {"prompt": _text(number), "completion": _text(number * 7 + 3)}),
     "classify": lambda number: {"text": _text(number), "label": "even" if number % 3 else "odd"},
     "tag": _tagged,
     "answer": _answer,

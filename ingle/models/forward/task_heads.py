@@ -22,7 +22,7 @@ from ingle.errors import ModelError
 from ingle.models.forward.documents import Documents, Group
 from ingle.models.forward.hidden_states import call_packed
 from ingle.models.forward.layout import layout_of
-from ingle.models.forward.mixers import base_of
+from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
@@ -137,11 +137,12 @@ def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tenso
             )
         padding = float("inf")
     by_document = task_of(model).kind == "classify"
-    bounds = batch.cu_seqlens[: max(1, batch.num_documents) + 1] if by_document else batch.cu_seqlens
-    documents = Documents.of(bounds, padding=padding)
+    # Not the document that fills the row, which may be too short for a model.
+    documents = Documents.of(batch.cu_seqlens[: max(1, batch.num_documents) + 1], padding=padding)
     parts = [_outputs(model, _row_arguments(model, batch, group)) for group in documents.groups]
     if not by_document:
-        return documents.collect(parts)[None]
+        logits_MC = documents.collect(parts)
+        return nn.functional.pad(logits_MC, (0, 0, 0, batch.input_ids.shape[1] - len(logits_MC)))[None]
     starts_D = torch.cat([group.index_DL[:, 0] for group in documents.groups])
     return torch.cat(parts)[starts_D.argsort()]
 
@@ -167,6 +168,8 @@ def forward_alone(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def _outputs(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
+    if "use_cache" in parameters(original_class(model)):  # a decoder would keep its keys and values
+        arguments = {**arguments, "use_cache": False}
     output = model(**taken(model, arguments))
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], -1)
