@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from ingle import flow
+from ingle.assembly import assemble
 from ingle.config.run import Run
+from ingle.errors import ModelError
 from ingle.events import Event, Saved
 from ingle.parallel import Mesh
 from tests.axis import POINTS, config_of
@@ -108,3 +110,15 @@ def test_one_process_continues_the_run_of_two_ranks(folder: Path) -> None:
         (expected,) = Path(config["output"]).glob("*/*model.safetensors")
         found = Path(f"{config['output']}-elastic") / expected.relative_to(config["output"])
         torch.testing.assert_close(load_file(found), load_file(expected), rtol=1e-3, atol=1e-4)
+
+
+def _refusal(mesh: Mesh, config: dict[str, Any]) -> str:
+    with pytest.raises(ModelError) as refused:
+        assemble(Run.model_validate(config), lambda event: None)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["mlm, equal rows", "answer, equal rows"])
+def test_a_layout_with_different_calls_on_ranks_is_not_sharded(folder: Path, name: str) -> None:
+    for message in run_ranks(2, _refusal, _config(folder, name, "zero3")):
+        assert "cannot be sharded" in message and "--parallel.kind=ddp" in message
