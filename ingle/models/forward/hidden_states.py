@@ -209,8 +209,8 @@ def call_packed(
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
     padding = 0.0 if layout.kind == "equal_rows" else PADDING
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # Ranks gather weights together, so all must make as many calls.
+    if any(is_unit(module) for module in model.modules()):
+        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
         if layout.kind == "equal_rows":
             raise ModelError(
                 f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",

@@ -26,7 +26,7 @@ from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
-from ingle.parallel import is_sharded
+from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def _computing(module: nn.Module, function: Callable[[Callable[..., Any]], Any])
 def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
     padding = 0.0 if equal else PADDING
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # Ranks gather weights together, so all must make as many calls.
+    if any(is_unit(module) for module in model.modules()):
+        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
         if equal:
             raise ModelError(
                 f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
