@@ -15,6 +15,9 @@ from ingle.parallel import Mesh
 
 _Item = TypeVar("_Item")
 
+#: Tokens of a document that counts for nothing. Funnel, which pools pairs of tokens, cannot compute only two.
+_START = 8
+
 
 def deal(items: Sequence[_Item], micro_batch_size: int, mesh: Mesh) -> list[Sequence[_Item]]:
     """Returns this rank's micro-batches of a step.
@@ -44,5 +47,5 @@ def without_labels(sample: Sample) -> Batch:
 
 def _start(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Returns the start of a column, and no label."""
-    start = values[:2] if COLUMNS[name].per == "token" else values
+    start = values[:_START] if COLUMNS[name].per == "token" else values
     return np.full_like(start, IGNORE_INDEX) if COLUMNS[name].fill == IGNORE_INDEX else start

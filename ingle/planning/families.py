@@ -38,6 +38,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": {"decoder_sparse_step": 1, "num_experts": 60, "num_experts_per_tok": 4},
     "qwen3_moe": {"decoder_sparse_step": 1, "num_experts": 128, "num_experts_per_tok": 8},
     "qwen3_next": {"decoder_sparse_step": 1, "num_experts": 512, "num_experts_per_tok": 10},
+    "fnet": {"num_attention_heads": 1},
     "mamba": {"num_attention_heads": 1},
     "mamba2": {"state_size": 128, "n_groups": 8, "conv_kernel": 4, "use_conv_bias": True, "use_bias": False},
 }

@@ -22,7 +22,7 @@ from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.mixers import original_class, parameters
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import padding_id
-from ingle.parallel import is_sharded
+from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING
 
 
@@ -115,8 +115,8 @@ def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
     """Computes each pair in a row of its own, with the architecture's own masks and positions."""
     equal = layout_of(model).kind == "equal_rows"
     padding = 0.0 if equal else PADDING
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # Ranks gather weights together, so all must make as many calls.
+    if any(is_unit(module) for module in model.modules()):
+        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
         if equal:
             raise ModelError(
                 f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",

@@ -153,7 +153,10 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
         source, target = (Row(*(batch.columns[row + name] for name in names)) for row in ("", "decoder_"))
         return forward_pairs(model, source, target)
     types = batch.columns.get("token_type_ids")
-    return forward_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, types)
+    bounds = batch.cu_seqlens
+    if layout_of(model).kind in ("rows", "equal_rows"):
+        bounds = bounds[: max(1, batch.num_documents) + 1]  # not the added document, which may be too short for a model
+    return forward_packed(model, batch.input_ids, batch.position_ids, bounds, types)
 
 
 def forward_packed(
@@ -163,7 +166,10 @@ def forward_packed(
     cu_seqlens: Tensor,
     token_type_ids: Tensor | None = None,
 ) -> Tensor:
-    """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``."""
+    """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``.
+
+    In layouts of rows, the result is zero for tokens after the last boundary.
+    """
     layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
         if token_type_ids is None and layout.passes_types:
@@ -207,8 +213,8 @@ def call_packed(
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
     padding = 0.0 if layout.kind == "equal_rows" else PADDING
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # Ranks gather weights together, so all must make as many calls.
+    if any(is_unit(module) for module in model.modules()):
+        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
         if layout.kind == "equal_rows":
             raise ModelError(
                 f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
@@ -224,4 +230,5 @@ def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Ten
         arguments["input_ids"] = arguments["input_ids"].masked_fill(~group.real_DL, fill)
         mask = None if layout.kind == "equal_rows" else group.real_DL.long()
         rows.append(run_to_head(model, {**arguments, "attention_mask": mask, "use_cache": False}))
-    return documents.collect(rows)[None]
+    hidden_MH = documents.collect(rows)
+    return nn.functional.pad(hidden_MH, (0, 0, 0, columns["input_ids"].shape[1] - len(hidden_MH)))[None]

@@ -22,11 +22,11 @@ from ingle.errors import ModelError
 from ingle.models.forward.documents import Documents, Group
 from ingle.models.forward.hidden_states import call_packed
 from ingle.models.forward.layout import layout_of
-from ingle.models.forward.mixers import base_of
+from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import padding_id, text_config
-from ingle.parallel import is_sharded
+from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Computes the base packed and once, and the head on rows of similar lengths."""
     base = base_of(model)
     # Ranks gather weights together, so all must make as many calls.
-    padding = float("inf") if any(map(is_sharded, model.parameters())) else _PADDING
+    padding = float("inf") if any(map(is_unit, model.modules())) else _PADDING
     documents = Documents.of(_own_bounds(batch), padding=padding)
     computed: list[tuple[Any, Tensor]] = []
 
@@ -150,8 +150,8 @@ def _computing(module: nn.Module, function: Callable[[Callable[..., Any]], Any])
 def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
     padding = 0.0 if equal else PADDING
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        # Ranks gather weights together, so all must make as many calls.
+    if any(is_unit(module) for module in model.modules()):
+        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
         if equal:
             raise ModelError(
                 f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
@@ -160,11 +160,13 @@ def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tenso
             )
         padding = float("inf")
     by_document = task_of(model).kind == "classify"
-    documents = Documents.of(_own_bounds(batch) if by_document else batch.cu_seqlens, padding=padding)
+    # Not the document that fills the row, which may be too short for a model.
+    documents = Documents.of(_own_bounds(batch), padding=padding)
     parts = [_outputs(model, _row_arguments(model, batch, group)) for group in documents.groups]
-    if not by_document:
-        return documents.collect(parts)[None]
-    return _in_order(parts, documents)
+    if by_document:
+        return _in_order(parts, documents)
+    logits_MC = documents.collect(parts)
+    return nn.functional.pad(logits_MC, (0, 0, 0, batch.input_ids.shape[1] - len(logits_MC)))[None]
 
 
 def _row_arguments(model: PreTrainedModel, batch: Batch, group: Group) -> dict[str, Any]:
@@ -187,6 +189,8 @@ def forward_alone(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 
 def _outputs(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
+    if "use_cache" in parameters(original_class(model)):  # a decoder would keep its keys and values
+        arguments = {**arguments, "use_cache": False}
     output = model(**taken(model, arguments))
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], -1)

@@ -1,0 +1,152 @@
+"""One small run for each objective and each layout: what a property of training must hold for, whatever is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from ingle.models.loading.layout_choice import enliven
+from tests import tiny_tokenizers
+from tests.conftest import make_tokenizer
+from tests.contract.models.tiny_types import small_config, small_encoder_config, small_encoder_decoder_config
+
+Options = Mapping[str, Any]
+
+
+class Point(NamedTuple):
+    """An objective over a model.
+
+    Attributes:
+        model: Its model type.
+        layout: How documents go through it.
+        objective: The section of the config.
+        options: Further sections.
+    """
+
+    model: str
+    layout: str
+    objective: Options
+    options: Options = MappingProxyType({})
+
+
+class _Kind(NamedTuple):
+    """How models of one kind are made."""
+
+    auto: Any
+    config: Callable[[str], PretrainedConfig]
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+
+
+def _with_sentinels() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizers.t5()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{number}>" for number in range(16)]})
+    return tokenizer
+
+
+_CAUSAL = _Kind(transformers.AutoModelForCausalLM, small_config, make_tokenizer)
+_ENCODER = _Kind(transformers.AutoModelForMaskedLM, small_encoder_config, tiny_tokenizers.bert)
+_PAIRS = _Kind(transformers.AutoModelForSeq2SeqLM, small_encoder_decoder_config, _with_sentinels)
+_BART = _PAIRS._replace(tokenizer=tiny_tokenizers.roberta)
+_KINDS = {
+    **dict.fromkeys(("llama", "bloom", "mamba2"), _CAUSAL),
+    **dict.fromkeys(("bert", "modernbert", "esm", "deberta-v2", "squeezebert", "funnel", "fnet"), _ENCODER),
+    **dict.fromkeys(("t5", "longt5"), _PAIRS),
+    **dict.fromkeys(("bart", "led"), _BART),
+}
+_FULL: Options = {"adapter": {"kind": "none"}}
+_NF4: Options = {"base": {"format": "nf4"}}
+#: Every objective, and every layout of every kind of model.
+POINTS = {
+    "clm, packed": Point("llama", "packed", {"kind": "clm"}, {"data": {"packing": False}}),
+    "clm, dealt states": Point("mamba2", "documents", {"kind": "clm"}),
+    "sft, dealt attention": Point("bloom", "documents", {"kind": "sft"}, _NF4),
+    "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
+    "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
+    "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),
+    "span, packed": Point("t5", "packed", {"kind": "span", "density": 0.3}, _NF4),
+    "span, rows": Point("led", "rows", {"kind": "span", "style": "bart"}),
+    "seq2seq, packed, full": Point("bart", "documents", {"kind": "seq2seq"}, _FULL),
+    "seq2seq, rows": Point("longt5", "rows", {"kind": "seq2seq"}),
+    "classify, packed, full": Point("bert", "packed", {"kind": "classify"}, _FULL),
+    "classify, dealt": Point("bloom", "documents", {"kind": "classify", "class_weights": "balanced"}),
+    "classify, pairs": Point("t5", "rows", {"kind": "classify"}),
+    "tag, dealt": Point("deberta-v2", "documents", {"kind": "tag", "stride": 4}, _NF4),
+    "tag, rows": Point("squeezebert", "rows", {"kind": "tag", "stride": 4}, _FULL),
+    "answer, packed": Point("bert", "packed", {"kind": "answer", "stride": 4}),
+    "answer, equal rows": Point("fnet", "equal_rows", {"kind": "answer", "stride": 4}),
+}
+
+_WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "in", "New", "York"]
+
+
+def _text(number: int) -> str:
+    return " ".join(_WORDS[(number + place) % 11] for place in range(3 + number * 5 % 9))
+
+
+def _answer(number: int) -> dict[str, Any]:
+    context = _text(number)
+    word = context.split()[number % 3]
+    return {
+        "question": f"was it {_WORDS[number % 5]}?",
+        "context": context,
+        "answers": {"text": [word], "answer_start": [context.index(word)]},
+    }
+
+
+def _tagged(number: int) -> dict[str, Any]:
+    tokens = _text(number).split()
+    return {"tokens": tokens, "tags": ["B-X" if len(token) > 4 else "O" for token in tokens]}
+
+
+#: A row of each objective, by its number.
+_ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    **dict.fromkeys(("clm", "mlm", "span"), lambda number: {"text": _text(number)}),
+    **dict.fromkeys(("sft", "seq2seq"), lambda number: {"prompt": _text(number), "completion": _text(number * 7 + 3)}),
+    "classify": lambda number: {"text": _text(number), "label": "even" if number % 3 else "odd"},
+    "tag": _tagged,
+    "answer": _answer,
+}
+
+
+def write_model(folder: Path, model: str) -> None:
+    """Writes a small model of a type with large random weights, and its tokenizer."""
+    kind = _KINDS[model]
+    tokenizer = kind.tokenizer()
+    config = kind.config(model)
+    config.vocab_size = len(tokenizer) + 1 + len(tokenizer) % 2  # odd
+    torch.manual_seed(0)
+    built = kind.auto.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        enliven(built)
+    built.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(folder: Path, point: Point) -> dict[str, Any]:
+    """Returns the config of a run of some steps on one process; writes its model and data if they are missing."""
+    model, rows = folder / point.model, folder / f"{point.objective['kind']}.jsonl"
+    if not model.exists():
+        write_model(model, point.model)
+    if not rows.exists():
+        make = _ROWS[point.objective["kind"]]
+        rows.write_text("".join(json.dumps(make(number)) + "\n" for number in range(30)))
+    config: dict[str, Any] = {
+        "model": {"id": str(model), "dtype": "float32"},
+        "adapter": {"kind": "lora", "rank": 2},
+        "data": {"sources": [{"path": str(rows)}], "validation": 0.2, "max_seq_len": 32, "packing": True},
+        "objective": dict(point.objective),
+        "optim": {"lr": 1e-2},
+        "train": {"global_batch_size": 4, "micro_batch_size": 2, "num_steps": 4, "save_every": 2, "compile": False},
+        "parallel": {"kind": "none", "device": "cpu", "num_threads": 1},
+        "output": str(folder / "run"),
+    }
+    for section, options in point.options.items():
+        config[section] = dict(options) if section == "adapter" else config.get(section, {}) | options
+    return config
