@@ -44,7 +44,7 @@ class Step:
 
     Attributes:
         step: Number of the step, from 1.
-        loss: Mean loss per supervised token of the step, in nats.
+        loss: Mean loss per supervised unit of the step, in nats.
         num_tokens: Tokens read so far in the run, including unsupervised ones.
         tokens_per_s: Tokens read per second in this step.
         lr: Learning rate of the first parameter group.

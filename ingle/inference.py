@@ -248,7 +248,7 @@ def refuse_heads(source: Source) -> None:
         name = source.model.id if source.adapter is None else str(source.adapter)
         raise ModelError(
             f"{name} generates no text: it predicts {_NOT_TEXT[kind]}.",
-            fix=f"ingle predict {shlex.quote(name)} --text TEXT",
+            fix=f"ingle predict {shlex.quote(name)} {'--question Q --context C' if kind == 'answer' else '--text TEXT'}",
         )
 
 

@@ -148,6 +148,7 @@ def loss_curve(
     *,
     width: int,
     height: int = 300,
+    unit: str = "supervised token",
     validation: Floats | None = None,
     kept_step: int | None = None,
 ) -> str:
@@ -159,6 +160,7 @@ def loss_curve(
         lrs: Learning rate of each step, or None.
         width: Pixels.
         height: Pixels of the loss panel.
+        unit: What the loss is the mean over.
         validation: Steps and losses of validations, [V, 2]; None without.
         kept_step: The validated step whose weights were kept, which gets a ring.
     """
@@ -170,7 +172,7 @@ def loss_curve(
     y = _Scale(max(0.0, shown.min() - 0.06 * span), shown.max() + 0.04 * span, floor, 26.0)
     first, last = float(min([steps[0], *points[:, 0]])), float(max([steps[-1], *points[:, 0]]))
     x = _Scale(first, last if last > first else first + 1.0, 54.0, width - 14.0)
-    parts = [*_y_axis(y, x, "loss (nats per supervised token)", 5)]
+    parts = [*_y_axis(y, x, f"loss (nats per {unit})", 5)]
     if len(steps) > 1:
         parts += [_path("raw", steps, losses, x, y), _path("mean", steps, means, x, y)]
     else:

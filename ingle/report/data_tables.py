@@ -266,7 +266,8 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
     other = "same text, other label" if report.objective in ("classify", "tag") else "same prompt, other answer"
     figures.append((other, plural(report.duplicates.same_prompt, "row")))
     if (overlap := report.overlap) is not None:
-        same = f"{overlap.same_prompt:,} of {overlap.rows:,} by prompt, {overlap.same_row:,} by prompt and answer"
+        first, second = ("text", "label") if report.objective in ("classify", "tag") else ("prompt", "answer")
+        same = f"{overlap.same_prompt:,} of {overlap.rows:,} by {first}, {overlap.same_row:,} by {first} and {second}"
         grams = f"{overlap.ngram_share:.1%} of {overlap.ngram_words}-grams; "
         half = f"{overlap.half_seen:,} of {plural(overlap.answers, 'answer')} at least by half"
         figures.append(("held-out rows in training", same))

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from rapidfuzz.distance import LCSseq
 
 from ingle.config.loader import run_to_yaml
+from ingle.config.objective import ObjectiveKind
 from ingle.config.run import Run
 from ingle.report import charts, verdicts
 from ingle.report.charts import Estimate, both_widths
@@ -24,6 +25,18 @@ from ingle.wording import plural, size
 
 #: Longer answers are shown without marks.
 MAX_MARKED_WORDS = 600
+
+#: What the training loss is the mean over.
+_LOSS_UNITS: Mapping[ObjectiveKind, str] = {
+    "clm": "supervised token",
+    "sft": "supervised token",
+    "mlm": "masked token",
+    "span": "target token",
+    "seq2seq": "target token",
+    "classify": "document",
+    "tag": "word",
+    "answer": "window",
+}
 
 
 def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]]) -> str:
@@ -46,7 +59,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         correction=verdicts.correction(len(report.metrics)),
         classes=_classes(report),
         interval_charts=_interval_charts(report.metrics),
-        loss=_loss(steps, report.validation),
+        loss=_loss(steps, report.validation, _LOSS_UNITS[run.objective.kind]),
         groups=_groups(report),
         facts=list_facts(run, report),
         memory=compare_memory(report),
@@ -79,7 +92,7 @@ def _hero(report: RunReport) -> dict[str, Any] | None:
         "corrected": f"{verdicts.corrected_p(row)} {correction}" if correction else None,
         "few": verdicts.few_samples(row.n),
         "counts": f"{plural(row.num_better, 'sample')} got better, {row.num_worse:,} worse, {row.num_equal:,} equal",
-        "mde": metric.format(row.mde80) if row.mde80 else None,
+        "mde": metric.format(row.mde80, signed=True).removeprefix("+") if row.mde80 else None,
     }
 
 
@@ -169,7 +182,7 @@ def _estimate(metric: Metric, row: MetricComparison, factor: float) -> Estimate:
     return Estimate(metric.title, delta * factor, min(ends), max(ends), row.outcome, note)
 
 
-def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None) -> dict[str, Any] | None:
+def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None, unit: str) -> dict[str, Any] | None:
     rows = [row for row in steps if "loss" in row and math.isfinite(row["loss"])]
     if not rows:
         return None
@@ -182,7 +195,7 @@ def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | Non
     def draw(width: int) -> str:
         height = 300 if width > 500 else 230
         return charts.loss_curve(
-            number, losses, lrs, width=width, height=height, validation=points, kept_step=kept_step
+            number, losses, lrs, width=width, height=height, unit=unit, validation=points, kept_step=kept_step
         )
 
     return {
@@ -206,14 +219,17 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
         (report.shown.losses, "Largest losses", "Samples on which the tuned model did worst against its base."),
         (report.shown.errors or (), "Worst errors", "Lowest scores of the tuned model; surest mistakes first."),
     ):
-        cards = [_card(samples[index], report.base_name or "base") for index in indices]
+        cards = [_card(samples[index], report) for index in indices]
         if cards and cards[0]["has_answers"]:
             groups.append({"heading": heading, "note": note, "cards": cards})
     return groups
 
 
-def _card(sample: SampleComparison, base_name: str) -> dict[str, Any]:
+def _card(sample: SampleComparison, report: RunReport) -> dict[str, Any]:
+    base_name = report.base_name or "base"
+    prompt, reference = ("Prompt", "Reference") if report.classes is None else ("Text", "Label")
     return {
+        "names": {"prompt": prompt, "reference": reference},
         "number": (sample.index or 0) + 1,
         "origin": sample.origin,
         "prompt": sample.prompt,
