@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_masks_are_filled_with_the_most_likely_tokens(folder: Path) -> None:
 
 
 def test_files_are_predicted_row_by_row_with_their_lines(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, output = tmp_path / "texts.txt", tmp_path / "out" / "found.jsonl"
     file.write_text("\n\n".join(TEXTS))
@@ -133,6 +134,12 @@ def test_files_are_predicted_row_by_row_with_their_lines(
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["origin"] for record in records] == [f"{file}:{line}" for line in (1, 3, 5)]
     assert [record["text"] for record in records] == TEXTS
+    assert f"Saved predictions: {output}" in "".join(capsys.readouterr().err.split("\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n\n".join(TEXTS).encode())))
+    assert run_command(["predict", str(folder / "classify"), "--file", "-", "--json"]) == 0
+    assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == [
+        record["label"] for record in records
+    ]
     words = tmp_path / "words.jsonl"
     words.write_text('{"tokens": ["John", "Smith"]}\n{"text": "John Smith"}\n')
     capsys.readouterr()
