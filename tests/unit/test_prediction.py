@@ -158,3 +158,12 @@ def test_texts_must_suit_the_model(folder: Path) -> None:
     assert "ingle predict" in str(error.value)
     with pytest.raises(DataError, match="does not read --question and --context"):
         open_exact(folder / "classify").make_row({"question": "q", "context": "c"}, "--question")
+
+
+def test_an_encoder_without_an_output_layer_fills_no_masks(folder: Path, tmp_path: Path) -> None:
+    hf.BertModel(hf.BertConfig.from_pretrained(folder / "mlm")).save_pretrained(tmp_path)
+    tiny_tokenizers.bert().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a model without its output layer") as error:
+        open_exact(tmp_path)
+    assert "cls.predictions" in str(error.value)
+    assert "--objective.kind=classify" in str(error.value)
