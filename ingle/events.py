@@ -113,7 +113,7 @@ class Saved:
     Attributes:
         step: Steps done.
         path: The file or folder.
-        kind: ``checkpoint``, ``adapter``, ``model``, ``imatrix`` or ``report``.
+        kind: ``checkpoint``, ``adapter``, ``model``, ``imatrix``, ``report`` or ``predictions``.
     """
 
     tag: ClassVar[str] = "saved"

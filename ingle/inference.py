@@ -246,9 +246,10 @@ def refuse_heads(source: Source) -> None:
     kind = source.objective().kind
     if kind in NOT_TEXT:
         name = source.model.id if source.adapter is None else str(source.adapter)
+        example = "--question Q --context C" if kind == "answer" else "--text TEXT"
         raise ModelError(
             f"{name} generates no text: it predicts {NOT_TEXT[kind]}.",
-            fix=f"ingle predict {shlex.quote(name)} --text TEXT",
+            fix=f"ingle predict {shlex.quote(name)} {example}",
         )
 
 

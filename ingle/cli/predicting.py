@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +39,7 @@ def predict(
         Path | None,
         typer.Option(
             help="Rows to predict, in the layouts of training data (.jsonl, .csv, .conll, ...), or one text per line "
-            "(.txt). Labels may be missing."
+            "(.txt, or - for standard input). Labels may be missing."
         ),
     ] = None,
     top_k: Annotated[
@@ -71,6 +72,7 @@ def predict(
     if output is not None:
         check_writable(output, "--output", "predictions.jsonl")
     from ingle import prediction
+    from ingle.events import Saved
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
@@ -81,6 +83,8 @@ def predict(
             write = _writer(stack, output, as_json=as_json, top=top_k, is_one=file is None and len(given) == 1)
             for record in records:
                 write(record)
+        if output is not None:
+            terminal(Saved(0, str(output), "predictions"))
 
 
 def _collect(
@@ -113,9 +117,23 @@ def _collect(
 
 
 def _rows(predictor: Predictor, given: list[tuple[str, dict[str, str]]], file: Path | None) -> Iterable[Example]:
+    if file == Path("-"):
+        return _read_lines(predictor)
     if file is not None:
         return predictor.read(file)
     return [predictor.make_row(texts, origin) for origin, texts in given]
+
+
+def _read_lines(predictor: Predictor) -> Iterator[Example]:
+    """Yields a row for each line of standard input that is not empty.
+
+    Raises:
+        DataError: A line is not valid Unicode, or the model reads more than one text.
+    """
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        if text := line.decode(errors="surrogateescape").strip():
+            check_text(text, f"stdin:{number}")
+            yield predictor.make_row({"text": text}, f"stdin:{number}")
 
 
 def _writer(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
 from ingle.config.data import ControlTokens, OptionalSources, Sources
-from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Span, Tag
+from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, ObjectiveKind, Span, Tag
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
 MetricName = Literal[
@@ -38,6 +39,36 @@ MetricName = Literal[
 
 #: Metrics of generated text, unless a task names others.
 TEXT_METRICS: tuple[MetricName, ...] = ("chrf", "bleu", "rouge_l")
+
+#: Metrics that score answers or the likelihoods of references.
+_OF_TEXT = frozenset[MetricName](
+    ("exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte", "squad_em", "squad_f1")
+)
+
+#: The metrics that a model of each objective can be scored by.
+METRICS_OF: Mapping[ObjectiveKind, frozenset[MetricName]] = {
+    "clm": _OF_TEXT,
+    "sft": _OF_TEXT,
+    "span": _OF_TEXT,
+    "seq2seq": _OF_TEXT,
+    "mlm": frozenset(("masked_accuracy", "masked_perplexity")),
+    "classify": frozenset(
+        (
+            "accuracy",
+            "f1_macro",
+            "f1_micro",
+            "f1_weighted",
+            "matthews",
+            "log_loss",
+            "roc_auc",
+            "pearson",
+            "spearman",
+            "mse",
+        )
+    ),
+    "tag": frozenset(("tag_accuracy", "entity_f1", "entity_f1_macro")),
+    "answer": _OF_TEXT - {"perplexity", "bits_per_byte"},
+}
 
 #: How tags are read as entities.
 TagScheme = Literal["auto", "iob1", "iob2", "ioe1", "ioe2", "iobes", "bilou"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ingle.config.evaluate import METRICS_OF
 from ingle.config.objective import Answer, Classify, Mlm, Span, Tag, outside_scheme
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
+from ingle.wording import either
 
 #: Options of ``span`` by the styles that read them.
 _SPAN_OPTIONS = {
@@ -45,6 +47,12 @@ def _outside(run: Run) -> str:
 
 def _metrics(run: Run) -> tuple[str, ...]:
     return () if run.task is None else run.task.metrics or ()
+
+
+def _unsuited_metrics(run: Run) -> str:
+    """Returns the metrics of the task that a model of this objective cannot be scored by."""
+    metrics = (run.evaluate.metrics or ()) if run.task is not None and run.evaluate is not None else ()
+    return ", ".join(name for name in metrics if name not in METRICS_OF[run.objective.kind])
 
 
 def _weighted(objective: Classify) -> bool:
@@ -131,6 +139,13 @@ OBJECTIVE_RULES: tuple[Rule[Run], ...] = (
         lambda run: f"The scheme of tags does not have {_outside(run)}.",
         "objective.labels, objective.scheme",
         ("objective.scheme=auto",),
+    ),
+    Rule(
+        "metrics-suit-the-objective",
+        lambda run: bool(_unsuited_metrics(run)),
+        lambda run: f"A model of objective.kind = {run.objective.kind} cannot be scored by {_unsuited_metrics(run)}.",
+        "evaluate.metrics, objective.kind",
+        lambda run: f"use {either(sorted(METRICS_OF[run.objective.kind]))}, or remove evaluate.metrics",
     ),
     Rule(
         "one-weight-per-label",

@@ -229,6 +229,6 @@ class LabelEncoder:
         raise DataError(
             f"The label {name[:60]!r} is unknown.",
             where=origin,
-            why=f"the {plural(len(names), 'label')} are {listed}",
+            why=f"the only label is {listed}" if len(names) == 1 else f"the {len(names):,} labels are {listed}",
             fix=f"did you mean {near!r}?" if near else "correct the row, or add the name to objective.labels",
         )

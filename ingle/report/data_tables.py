@@ -29,6 +29,8 @@ _BAR_WIDTH = 32
 #: A larger share of unknown tokens is a problem.
 _MANY_UNKNOWN = 0.01
 _MAX_LABELS = 12
+#: Rows of the table of classes or tags.
+_MAX_CLASSES = 40
 _MAX_DOCUMENT_CHARS, _MAX_MESSAGE_CHARS = 2400, 1200
 
 #: What the share of supervised tokens means; documents of the other objectives have one loss each.
@@ -205,9 +207,12 @@ def _draw_labels(report: DataReport) -> Table:
     table.add_column("share", justify="right")
     if report.objective != "tag":
         table.add_column("tokens, mean", justify="right")
-    for share in report.labels:
+    for share in report.labels[:_MAX_CLASSES]:
         mean = [] if report.objective == "tag" else [f"{share.mean_tokens or 0:,.1f}"]
         table.add_row(Text(share.name), f"{share.count:,}", f"{share.count / max(total, 1):.1%}", *mean)
+    if others := report.labels[_MAX_CLASSES:]:
+        count = sum(share.count for share in others)
+        table.add_row(f"{len(others):,} others", f"{count:,}", f"{count / max(total, 1):.1%}", style="dim")
     return table
 
 
@@ -266,7 +271,8 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
     other = "same text, other label" if report.objective in ("classify", "tag") else "same prompt, other answer"
     figures.append((other, plural(report.duplicates.same_prompt, "row")))
     if (overlap := report.overlap) is not None:
-        same = f"{overlap.same_prompt:,} of {overlap.rows:,} by prompt, {overlap.same_row:,} by prompt and answer"
+        first, second = ("text", "label") if report.objective in ("classify", "tag") else ("prompt", "answer")
+        same = f"{overlap.same_prompt:,} of {overlap.rows:,} by {first}, {overlap.same_row:,} by {first} and {second}"
         grams = f"{overlap.ngram_share:.1%} of {overlap.ngram_words}-grams; "
         half = f"{overlap.half_seen:,} of {plural(overlap.answers, 'answer')} at least by half"
         figures.append(("held-out rows in training", same))

@@ -92,7 +92,7 @@ def _hero(report: RunReport) -> dict[str, Any] | None:
         "corrected": f"{verdicts.corrected_p(row)} {correction}" if correction else None,
         "few": verdicts.few_samples(row.n),
         "counts": f"{plural(row.num_better, 'sample')} got better, {row.num_worse:,} worse, {row.num_equal:,} equal",
-        "mde": metric.format(row.mde80) if row.mde80 else None,
+        "mde": metric.format(row.mde80, signed=True).removeprefix("+") if row.mde80 else None,
     }
 
 
@@ -226,14 +226,17 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
         (report.shown.losses, "Largest losses", "Samples on which the tuned model did worst against its base."),
         (report.shown.errors or (), "Worst errors", "Lowest scores of the tuned model; surest mistakes first."),
     ):
-        cards = [_card(samples[index], report.base_name or "base") for index in indices]
+        cards = [_card(samples[index], report) for index in indices]
         if cards and cards[0]["has_answers"]:
             groups.append({"heading": heading, "note": note, "cards": cards})
     return groups
 
 
-def _card(sample: SampleComparison, base_name: str) -> dict[str, Any]:
+def _card(sample: SampleComparison, report: RunReport) -> dict[str, Any]:
+    base_name = report.base_name or "base"
+    prompt, reference = ("Prompt", "Reference") if report.classes is None else ("Text", "Label")
     return {
+        "names": {"prompt": prompt, "reference": reference},
         "number": (sample.index or 0) + 1,
         "origin": sample.origin,
         "prompt": sample.prompt,

@@ -246,16 +246,18 @@ def side_by_side(comparison: Comparison, num_shown: int) -> Iterator[RenderableT
     for reason, index in picked[:num_shown]:
         sample = comparison.samples[index]
         if sample.base is not None or sample.tuned is not None:
-            yield _sample_table(f"Sample {index + 1}, {reason}", sample, comparison.base_name or "base")
+            base_name = comparison.base_name or "base"
+            names = ("prompt", "reference") if comparison.classes is None else ("text", "label")
+            yield _sample_table(f"Sample {index + 1}, {reason}", sample, names, base_name)
 
 
-def _sample_table(title: str, sample: SampleComparison, base_name: str) -> Table:
+def _sample_table(title: str, sample: SampleComparison, names: tuple[str, str], base_name: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=True, show_header=False)
     table.add_column("", no_wrap=True, style="bold", width=max(9, len(base_name)))
     table.add_column("", overflow="fold", ratio=1)
-    table.add_row("prompt", _clip(sample.prompt))
+    table.add_row(names[0], _clip(sample.prompt))
     for reference in sample.references[:1]:
-        table.add_row("reference", _clip(reference))
+        table.add_row(names[1], _clip(reference))
     table.add_section()
     for side, answer in ((base_name, sample.base), ("tuned", sample.tuned)):
         table.add_row(side, _clip(answer or "") or Text("(empty)", style="dim"))

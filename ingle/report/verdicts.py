@@ -98,8 +98,8 @@ def verdict(name: str, row: MetricComparison, num_metrics: int, base_name: str |
     if not row.mde80:
         return sentence
     return (
-        f"{sentence} With this number of samples, a difference smaller than {metric.format(row.mde80)} would likely be "
-        "missed."
+        f"{sentence} With this number of samples, a difference smaller than "
+        f"{metric.format(row.mde80, signed=True).removeprefix('+')} would likely be missed."
     )
 
 

@@ -86,7 +86,7 @@ def test_a_run_is_evaluated_and_predicts_as_when_it_was_trained(report: RunRepor
 def test_an_unknown_label_of_the_task_is_an_error_before_the_training(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "hello", "label": "yess"}\n')
     words = [f"--evaluate.sources=[{tmp_path}/test.jsonl]", f"--output={tmp_path}/run"]
-    with pytest.raises(EvaluationError, match="'yess' of a task row is unknown") as error:
+    with pytest.raises(EvaluationError, match="'yess' of a held-out row is unknown") as error:
         flow.finetune(load_run(folder / "config.yaml", words).run)
     assert "did you mean 'yes'?" in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_masks_are_filled_with_the_most_likely_tokens(folder: Path) -> None:
 
 
 def test_files_are_predicted_row_by_row_with_their_lines(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, output = tmp_path / "texts.v1.txt", tmp_path / "out" / "found.jsonl"
     file.write_text("\n\n".join(TEXTS))
@@ -133,6 +134,12 @@ def test_files_are_predicted_row_by_row_with_their_lines(
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["origin"] for record in records] == [f"{file}:{line}" for line in (1, 3, 5)]
     assert [record["text"] for record in records] == TEXTS
+    assert f"Saved predictions: {output}" in "".join(capsys.readouterr().err.split("\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n\n".join(TEXTS).encode())))
+    assert run_command(["predict", str(folder / "classify"), "--file", "-", "--json"]) == 0
+    assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == [
+        record["label"] for record in records
+    ]
     words = tmp_path / "words.jsonl"
     words.write_text('{"tokens": ["John", "Smith"]}\n{"text": "John Smith"}\n')
     capsys.readouterr()
@@ -151,3 +158,12 @@ def test_texts_must_suit_the_model(folder: Path) -> None:
     assert "ingle predict" in str(error.value)
     with pytest.raises(DataError, match="does not read --question and --context"):
         open_exact(folder / "classify").make_row({"question": "q", "context": "c"}, "--question")
+
+
+def test_an_encoder_without_an_output_layer_fills_no_masks(folder: Path, tmp_path: Path) -> None:
+    hf.BertModel(hf.BertConfig.from_pretrained(folder / "mlm")).save_pretrained(tmp_path)
+    tiny_tokenizers.bert().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a model without its output layer") as error:
+        open_exact(tmp_path)
+    assert "cls.predictions" in str(error.value)
+    assert "--objective.kind=classify" in str(error.value)

@@ -82,7 +82,7 @@ def check_labels(samples: Iterable[TaskSample], names: Sequence[str]) -> None:
             if name not in known:
                 near = nearest(name, names)
                 raise EvaluationError(
-                    f"The label {name[:60]!r} of a task row is unknown.",
+                    f"The label {name[:60]!r} of a held-out row is unknown.",
                     where=sample.example.origin,
                     why=f"the training data has {some(names)}",
                     fix=f"did you mean {near!r}?" if near else "correct the row, or add the name to objective.labels",

@@ -24,6 +24,7 @@ from ingle.config.model import ModelConfig
 from ingle.errors import IngleError, ModelError
 from ingle.events import Event, Progress, Sink, Warned
 from ingle.models.boundary import COMPARE_CONFIG, read_object, reading
+from ingle.models.forward.mixers import base_of
 from ingle.models.forward.verification import verify
 from ingle.models.kinds import ModelTask, task_of
 from ingle.models.loading.config_json import bitnet_divides, config_path, read_json, stored_task
@@ -48,7 +49,7 @@ from ingle.models.loading.weight_writer import WeightWriter
 from ingle.models.text_part import build_wrapper, is_wrapper
 from ingle.parallel import Mesh, is_sharded
 from ingle.quant.task_heads import is_in_head
-from ingle.wording import some
+from ingle.wording import plural, some
 
 
 def load_model(
@@ -271,6 +272,13 @@ def _refuse_missing(
     missing = [name for name in missing if not any(re.search(pattern, name) for pattern in optional)]
     missing = [name for name in missing if not is_in_head(architecture, name)]
     unused = some(plan.unexpected)
+    if missing and _are_outside_base(architecture, missing):
+        raise ModelError(
+            "The files contain a model without its output layer, so it cannot predict tokens.",
+            where=str(folder),
+            why=f"{plural(len(missing), 'weight')} are missing: {some(missing)}",
+            fix="choose a checkpoint with this layer, or --objective.kind=classify, tag or answer: they add their own",
+        )
     if missing:
         raise ModelError(
             f"{len(missing)} weights of the model are missing from its files: {some(missing)}.",
@@ -281,6 +289,14 @@ def _refuse_missing(
     # A model for a task reads the base; the file's output layer belongs to nothing.
     if plan.unexpected and sink is not None and task_of(architecture).kind == "lm":
         sink(Warned(f"Weights that belong to no parameter are ignored: {unused}.", str(folder), len(plan.unexpected)))
+
+
+def _are_outside_base(architecture: PreTrainedModel, names: Sequence[str]) -> bool:
+    base = base_of(architecture)
+    inside = {id(tensor) for tensor in chain(base.parameters(), base.buffers())}
+    return base is not architecture and not any(
+        id(architecture.get_parameter_or_buffer(name)) in inside for name in names
+    )
 
 
 def _random_turns(writer: WeightWriter, architecture: PreTrainedModel, seed: int) -> list[Turn]:

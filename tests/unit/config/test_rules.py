@@ -104,6 +104,10 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=tag", "--objective.labels=[O, L-PER, S-PER]", "--objective.scheme=bilou", "--objective.stride=8"],
         ["--objective=tag", "--objective.labels=[O, S-PER]", "--objective.scheme=iobes", "--objective.stride=8"],
     ),
+    "metrics-suit-the-objective": (
+        ["--objective=classify", "--evaluate.sources=x.jsonl", "--evaluate.metrics=[bleu]"],
+        ["--objective=classify", "--evaluate.sources=x.jsonl", "--evaluate.metrics=[accuracy]"],
+    ),
     "one-weight-per-label": (
         ["--objective=classify", "--objective.labels=[a, b]", "--objective.class_weights=[1.0, 2.0, 3.0]"],
         ["--objective=classify", "--objective.labels=[a, b]", "--objective.class_weights=[1.0, 2.0]"],
