@@ -184,6 +184,8 @@ def _settings(tokenizer: Tokenizer, options: TokenOptions) -> list[Any]:
         sorted(map(str, getattr(tokenizer, "special_tokens_map", {}).items())),
         sorted(getattr(tokenizer, "chat_control_tokens", None) or ()),
         list(getattr(tokenizer, "model_input_names", ())),
+        # Translation models mark sources and targets by language; the backend has the tokens of sources only.
+        [getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
         # A template may write the date.
         date.today().isoformat() if "strftime_now" in str(template) else None,
     ]

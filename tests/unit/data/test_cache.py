@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -22,8 +23,10 @@ from ingle import env
 from ingle.config.data import DataConfig
 from ingle.config.objective import Sft
 from ingle.data import ContaminationSearch, dataset_builder, duplicates, worker_pool
+from ingle.data.cache import DataCache
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.inspection import inspect
+from ingle.data.row_encoder import token_options
 from ingle.data.shards import open_shard
 from ingle.data.types import Example, Message
 from ingle.errors import DataError, IngleError
@@ -233,6 +236,15 @@ def test_other_settings_are_other_shards(tmp_path, tokenizer, tokenizer_factory,
         prints.add(build(config, own)[0].fingerprint())
         assert tasks
     assert len(prints) == 5
+
+
+def test_another_language_of_targets_is_another_folder(tmp_path, tokenizer):
+    data, folders = chats(tmp_path, 1), set()
+    for language in (None, "fr", "de"):
+        own = copy.deepcopy(tokenizer)
+        own.tgt_lang = language
+        folders.add(DataCache(data, own, token_options(data, "seq2seq")).folder)
+    assert len(folders) == 3
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
