@@ -15,7 +15,7 @@ from ingle.config.objective import TRAINS, Classify, Tag
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
-from ingle.objectives.model_task import keep_stored_labels, model_task
+from ingle.models import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels

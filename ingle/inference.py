@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ingle import adapters, data, models, objectives, parallel
+from ingle import adapters, data, models, parallel
 from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
@@ -70,11 +70,11 @@ class Source:
             ModelError: There is no such model, or it does not say what its head predicts.
             HubUnavailable: The hub is needed and cannot be reached.
         """
-        if self.run is not None and objectives.has_labels(self.run.objective):
+        if self.run is not None and models.has_labels(self.run.objective):
             return self.run.objective
         head = None if self.adapter is None else self.adapter / "head"
         described = ModelConfig(id=str(head)) if head is not None and head.is_dir() else self.model
-        return objectives.trained_objective(models.stored_task(described), models.stored_kind(self.model))
+        return models.trained_objective(models.stored_task(described), models.stored_kind(self.model))
 
 
 class Opened(NamedTuple):
@@ -264,7 +264,7 @@ def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = Fals
     objective = source.objective()
     mesh = parallel.start(ParallelConfig())
     tokenizer = models.load_tokenizer(config)
-    task = objectives.model_task(objective)
+    task = models.model_task(objective)
     model = models.load_model(config, source.base, device=mesh.device, sink=sink, task=task)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, ())  # the adapter may name the one of its training

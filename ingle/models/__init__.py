@@ -22,6 +22,7 @@ from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
+from ingle.models.objective_tasks import has_labels, keep_stored_labels, model_task, trained_objective
 from ingle.models.text_limits import choose_padding, num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
 from ingle.models.text_part import reader_class, tower_paths
 from ingle.models.tokenizer import load_tokenizer
@@ -51,13 +52,16 @@ __all__ = [
     "forward_task",
     "generate",
     "gguf_names",
+    "has_labels",
     "head",
+    "keep_stored_labels",
     "kind_of",
     "load_importance",
     "load_model",
     "load_tokenizer",
     "load_weights",
     "meta_model",
+    "model_task",
     "num_tokens",
     "reader_class",
     "recompute_layers",
@@ -77,5 +81,6 @@ __all__ = [
     "text_limit",
     "through_head",
     "tower_paths",
+    "trained_objective",
     "verify",
 ]

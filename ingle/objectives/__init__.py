@@ -20,7 +20,6 @@ from ingle.objectives.driver import DocumentLoss, PackedObjective
 from ingle.objectives.interface import Objective, StepModule, Sums, Term
 from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
-from ingle.objectives.model_task import has_labels, model_task, trained_objective
 from ingle.objectives.router_loss import choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
@@ -42,10 +41,7 @@ __all__ = [
     "Term",
     "build",
     "corruption",
-    "has_labels",
     "make_corruption",
-    "model_task",
-    "trained_objective",
 ]
 
 

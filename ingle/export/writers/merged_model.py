@@ -19,8 +19,8 @@ from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import is_changed, merged_planes, merged_weight
 from ingle.events import Sink, Warned
 from ingle.inference import Source
+from ingle.models import model_task
 from ingle.models.loading.weight_stream import WeightEntry, WeightStream, plain_value
-from ingle.objectives.model_task import model_task
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import QuantStack
 from ingle.quant.format import Format

@@ -18,12 +18,11 @@ from ingle.config import LoraAdapter, ModelConfig
 from ingle.config.objective import Classify
 from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
-from ingle.models import ModelTask
+from ingle.models import ModelTask, keep_stored_labels
 from ingle.models.kinds import auto_class
 from ingle.models.loading.layout_choice import enliven
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, TagLoss
 from ingle.objectives.dealing import without_labels
-from ingle.objectives.model_task import keep_stored_labels
 from tests.conftest import make_tokenizer
 from tests.contract.models.tiny_types import small_config
 

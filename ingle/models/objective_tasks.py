@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Seq2Seq, Sft, Tag
-from ingle.models import ModelKind, ModelTask
+from ingle.models.kinds import ModelKind, ModelTask
 
 #: Problems of a classification, under Ingle's names and under transformers'.
 _PROBLEMS: dict[
