@@ -39,11 +39,6 @@ ON = {
     "answer, packed": ("zero3", "zero1"),
     "answer, equal rows": ("ddp",),
 }
-#: Short tests take one kind for each objective.
-LEAN = {
-    ("mlm, packed", "zero3"), ("span, packed", "zero3"), ("seq2seq, packed, full", "ddp"), ("tag, dealt", "zero3"),
-    ("classify, packed, full", "ddp"), ("answer, packed", "zero3"), ("mlm, equal rows", "ddp"),
-}  # fmt: skip
 ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"}
 _CASES = [(name, kind) for name, kinds in ON.items() for kind in kinds]
 
@@ -70,9 +65,8 @@ def results(folder: Path, request: pytest.FixtureRequest) -> dict[int, list[dict
     return {1: run_ranks(1, take_all, alone, timeout_s=300), 2: run_ranks(2, take_all, shared, timeout_s=300)}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [pytest.param(*case, marks=() if case in LEAN else pytest.mark.sweep) for case in _CASES]
-)
+@pytest.mark.sweep
+@pytest.mark.parametrize(("name", "kind"), _CASES)
 def test_two_ranks_take_the_steps_of_one_process(
     results: dict[int, list[dict[str, StepOfOneRank]]], name: str, kind: str
 ) -> None:
