@@ -246,4 +246,4 @@ def test_harmless_parameters_are_not_refused() -> None:
     )
     convert(model, BASES[0])
     assert isinstance(model["plain"], QuantLinear)
-    assert {left.name for left in audit(model).unquantized} == {"cls", "conv"}
+    assert {left.name for left in audit(model).unquantized} == {"cls", "conv", "gates"}

@@ -80,7 +80,7 @@ def test_rows_may_have_numbers_of_classes_that_the_config_names(rows: list[Examp
     assert result.references == [("positive",), ("positive",), ("negative",), ("positive",)]
     assert result.outputs.predictions[0].labels == ("positive",)
     assert summarize(result, task).metrics["accuracy"].value == 0.75
-    with pytest.raises(EvaluationError, match="'2' of a task row is unknown"):
+    with pytest.raises(EvaluationError, match="'2' of a held-out row is unknown"):
         task_samples.check_labels([TaskSample(Example("task.jsonl:5", text="t", label="2"), "t", ("2",))], names)
 
 
