@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ingle.kernels.attention import flex, packed
 from ingle.kernels.attention import spans as attention_spans
@@ -239,11 +240,17 @@ def test_values_of_a_different_size_than_keys(dtype: torch.dtype, dh: int, dv: i
     compare(dtype, LENGTHS["mixed"], dh=dh, dv=dv, window=7)
 
 
-def test_documents_do_not_affect_each_other() -> None:
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "biased", "cross"])
+def test_documents_do_not_affect_each_other(kind: str) -> None:
     """Bit for bit: the content of another document changes nothing, forward or backward."""
     lengths = torch.tensor([5, 40, 200, 7])
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(torch.int32)
     q, k, v, grad = (torch.randn(1, 2, 252, 8).bfloat16() for _ in range(4))
+    options: dict[str, Any] = {"causal": kind == "causal"}
+    if kind == "biased":
+        options["bias"] = torch.randn(2, 399).bfloat16()
+    if kind == "cross":
+        options["cu_seqlens_k"] = bounds
 
     def run(noise: float) -> list[Tensor]:
         leaves = [t.clone() for t in (q, k, v)]
@@ -251,9 +258,34 @@ def test_documents_do_not_affect_each_other() -> None:
             leaf[:, :, 45:245] += noise * torch.randn(1, 2, 200, 8).bfloat16()
         for leaf in leaves:
             leaf.requires_grad_()
-        out = packed_attention(*leaves, bounds, scale=0.3)
+        out = packed_attention(*leaves, bounds, scale=0.3, **options)
         return [out[0], *(g[0].transpose(0, 1) for g in torch.autograd.grad(out, leaves, grad.transpose(1, 2)))]
 
     for quiet, loud in zip(run(0.0), run(9.0), strict=True):
         assert torch.equal(quiet[:45], loud[:45]) and torch.equal(quiet[245:], loud[245:])
         assert not torch.equal(quiet[45:245], loud[45:245])
+
+
+class _Shapes(TorchDispatchMode):
+    """Collects the shapes of batched products, each of which oneDNN compiles in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.seen.add((func, *((tuple(t.shape), t.stride()) for t in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_ragged_documents_need_few_shapes() -> None:
+    """The shapes fit into oneDNN's cache (:mod:`ingle.parallel.mesh`), also if every step has other lengths."""
+    generator = torch.Generator().manual_seed(2)
+    with _Shapes() as shapes:
+        for _ in range(4):
+            bounds = torch.randint(2, 400, (20,), generator=generator).cumsum(0).sub(2).to(torch.int32)
+            bounds[0] = 0
+            leaves = [torch.randn(1, 2, int(bounds[-1]), 8).bfloat16().requires_grad_() for _ in range(3)]
+            packed_attention(*leaves, bounds, scale=0.3, causal=False).sum().backward()
+    assert 4 <= len(shapes.seen) <= 100

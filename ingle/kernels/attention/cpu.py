@@ -6,6 +6,10 @@ key/value heads, one pass that masks and exponentiates in place, and one product
 
 Queries of a group read the same keys, so they are stacked as rows, and keys are never repeated.
 
+In bfloat16, oneDNN compiles a product for each new shape, which takes longer than the product of a short document. So
+tiles are padded to a few shapes. The padding is zeros that no row sees; it holds nothing of another document. Causal
+tiles without a bias are not padded: their results are equal, to the bit, to those of earlier versions.
+
 Legend: as in :mod:`ingle.kernels.attention.spans`.
 """
 
@@ -18,8 +22,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ingle.kernels.attention.spans import AttentionSpans, Tile
+from ingle.kernels.attention.spans import AttentionSpans, Tile, padded_size
 from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import FAST, as_array, bits, exp, largest, load, store
 from ingle.kernels.threads import match_threads
@@ -65,28 +70,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Score
     heads = spans.heads
     out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
     scratch = torch.empty(0, dtype=q.dtype)
+    pads = _pads(q, spans, scores)
     for tile in spans.tiles:
-        queries, tile_out, tile_lse = tile.queries(q, heads), tile.queries(out, heads), tile.numbers(lse, heads)
+        num_tokens = _size(tile.rows, pads)
+        results = tile.queries(out, heads), tile.numbers(lse, heads)
+        queries, tile_out, tile_lse = (
+            _fit(t, num_tokens * heads.group, pads) for t in (tile.queries(q, heads), *results)
+        )
         merged = _Merged(tile_out, tile_lse) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
-            keys = tile.keys(block, k, heads).contiguous()
+            keys, values = (_fit(tile.keys(block, t, heads), _size(block, pads), pads) for t in (k, v))
+            keys = keys.contiguous()
             scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
             rest = _multiply(queries, keys, weights, rest)
             match_threads(weights.numel())
             exponentiate(
                 bits(weights),
                 bits(rest),
-                *tile.visible(block, spans),
+                *tile.visible(block, spans, num_tokens),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
                 *scores.shifted_bias(tile, block),
                 tile_lse.numpy(),
             )
-            torch.bmm(weights, tile.keys(block, v, heads), out=tile_out)
+            torch.bmm(weights, values, out=tile_out)
             if merged is not None:
                 merged.add()
         if merged is not None:
             merged.finish()
+        for result, computed in zip(results, (tile_out, tile_lse), strict=True):
+            _store(computed, result)
     return out, lse
 
 
@@ -145,37 +158,71 @@ def attend_backward(
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     scratch = torch.empty(0, dtype=q.dtype)
+    pads = _pads(q, spans, scores)
     for tile in spans.tiles:
-        queries, grads, tile_grad_q = (tile.queries(grouped, heads) for grouped in (q, grad_out, grad_q))
+        num_tokens = _size(tile.rows, pads)
+        queries, grads, tile_grad_q, tile_lse, tile_delta = (
+            _fit(t, num_tokens * heads.group, pads)
+            for t in (
+                *(tile.queries(grouped, heads) for grouped in (q, grad_out, grad_q)),
+                *(tile.numbers(sums, heads) for sums in (lse, delta)),
+            )
+        )
         total = torch.zeros(queries.shape, dtype=torch.float32) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
-            keys = tile.keys(block, k, heads).contiguous()
+            num_keys = block[1] - block[0]
+            keys, values = (_fit(tile.keys(block, t, heads), _size(block, pads), pads) for t in (k, v))
+            keys = keys.contiguous()
             scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
-            torch.bmm(grads, tile.keys(block, v, heads).transpose(1, 2), out=slopes)
+            torch.bmm(grads, values.transpose(1, 2), out=slopes)
             rest = _multiply(queries, keys, weights, rest)
             match_threads(weights.numel())
             differentiate(
                 bits(weights),
                 bits(rest),
                 bits(slopes),
-                *tile.visible(block, spans),
+                *tile.visible(block, spans, num_tokens),
                 np.float32(scores.scale),
                 np.float32(scores.softcap),
                 *scores.shifted_bias(tile, block),
-                tile.numbers(lse, heads).numpy(),
-                tile.numbers(delta, heads).numpy(),
+                tile_lse.numpy(),
+                tile_delta.numpy(),
             )
             if grad_bias is not None:
                 _, shift = scores.shifted_bias(tile, block)
                 add_diagonals(bits(slopes), np.float32(1 / scores.scale), heads.group, shift, as_array(grad_bias))
-            tile.keys(block, grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads))
-            tile.keys(block, grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries))
+            tile.keys(block, grad_v, heads).add_(torch.bmm(weights.transpose(1, 2), grads)[:, :num_keys])
+            tile.keys(block, grad_k, heads).add_(torch.bmm(slopes.transpose(1, 2), queries)[:, :num_keys])
             torch.bmm(slopes, keys, out=tile_grad_q)
             if total is not None:
                 total += tile_grad_q
         if total is not None:
             tile_grad_q.copy_(total)
+        _store(tile_grad_q, tile.queries(grad_q, heads))
     return grad_q, grad_k, grad_v
+
+
+def _pads(q: Tensor, spans: AttentionSpans, scores: Scores) -> bool:
+    """Returns whether tiles are padded to a few shapes; no product is compiled in float32."""
+    return q.dtype == torch.bfloat16 and (not spans.causal or scores.bias is not None)
+
+
+def _size(bounds: tuple[int, int], pads: bool) -> int:
+    return padded_size(bounds[1] - bounds[0]) if pads else bounds[1] - bounds[0]
+
+
+def _fit(tensor: Tensor, num_rows: int, pads: bool) -> Tensor:
+    """Returns a [Hkv, P, ...] tensor with rows of zeros up to ``num_rows``, contiguous; unchanged without padding."""
+    missing = num_rows - tensor.shape[1]
+    if not pads or missing == 0:
+        return tensor.contiguous() if pads else tensor
+    return pad(tensor, (*(0, 0) * (tensor.dim() - 2), 0, missing))
+
+
+def _store(computed: Tensor, result: Tensor) -> None:
+    """Copies the rows of a tile to the result, unless they were computed in its memory."""
+    if computed.data_ptr() != result.data_ptr():
+        result.copy_(computed[:, : result.shape[1]])
 
 
 def _multiply(queries: Tensor, keys: Tensor, scores: Tensor, rest: Tensor) -> Tensor:
@@ -303,7 +350,8 @@ def _transform(seen, rest, begin, end, scale, softcap, bias, at, values):  # typ
 
 @njit(fastmath=FAST)
 def _add_row(slope, factor, at, grad_bias):  # type: ignore[no-untyped-def]
-    begin, end = max(0, -at), min(len(slope), len(grad_bias) - at)
+    begin = max(0, -at)
+    end = max(begin, min(len(slope), len(grad_bias) - at))  # not below: a padded row may have no distance in the bias
     steep, total = slope[begin:end], grad_bias[at + begin : at + end]
     for j in range(len(total)):
         total[j] += load(steep, j) * factor

@@ -26,6 +26,8 @@ SEGMENT_TOKENS = 128
 TILE_TOKENS = 128
 TILE_KEYS = 1024
 TILE_SCORES = 1 << 21
+#: Numbers of query tokens, and of keys, that a padded tile may have. Few, because each shape costs a compilation.
+PADDED_SIZES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Indices = npt.NDArray[np.int32]
 
@@ -86,12 +88,16 @@ class Tile:
         whole = grouped[start * heads.kv * heads.size : stop * heads.kv * heads.size].view(heads.kv, -1, heads.size)
         return whole[:, block[0] - start : block[1] - start]
 
-    def visible(self, block: tuple[int, int], spans: AttentionSpans) -> tuple[Indices, Indices]:
-        """Returns the first key of each row's token and one past its last key, relative to the block."""
-        rows, (start, stop) = slice(*self.rows), block
-        return spans.first[rows].clip(start, stop) - np.int32(start), spans.last[rows].clip(start, stop) - np.int32(
-            start
-        )
+    def visible(self, block: tuple[int, int], spans: AttentionSpans, num_tokens: int) -> tuple[Indices, Indices]:
+        """Returns the first key of each token and one past its last key, relative to the block, int32 [num_tokens].
+
+        Tokens beyond those of the tile see no key.
+        """
+        (row, end), (start, stop) = self.rows, block
+        bounds = np.zeros((2, num_tokens), np.int32)
+        bounds[0, : end - row] = spans.first[row:end].clip(start, stop) - np.int32(start)
+        bounds[1, : end - row] = spans.last[row:end].clip(start, stop) - np.int32(start)
+        return bounds[0], bounds[1]
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class AttentionSpans:
         tiles: Tiles, which together cover each token once.
         by_tile: Start and stop of each token's tile, int32 [N, 2].
         by_segment: Start and stop of each key's segment, int32 [M, 2].
+        causal: Whether no token sees a later one.
     """
 
     heads: Heads
@@ -113,6 +120,7 @@ class AttentionSpans:
     tiles: tuple[Tile, ...]
     by_tile: Indices
     by_segment: Indices
+    causal: bool = True
 
     @classmethod
     def of(
@@ -146,7 +154,13 @@ class AttentionSpans:
             tiles,
             _per_token([tile.rows for tile in tiles]),
             _per_token([keys for _, keys in segments]),
+            causal and cu_seqlens_k is None,
         )
+
+
+def padded_size(count: int) -> int:
+    """Returns the number of tokens or keys that a padded tile with ``count`` of them has."""
+    return next((size for size in PADDED_SIZES if size >= count), count)
 
 
 #: Start and stop of some documents among the queries, and among the keys.
