@@ -14,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SUBTITLES = {
     "cli": "commands",
     "flow": "a run, from data to report",
+    "prediction": "labels, tags, answers",
     "launch": "ranks, SLURM, Ray",
+    "run_evaluation": "scores of a run",
+    "baselines": "majority, zero-shot",
     "export": "files to serve",
     "assembly": "the parts of a run",
     "inference": "opens trained models",

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 #: Pages that a program fills in and writes elsewhere.
-TEMPLATES = {"examples/pretrain/card.md"}
+TEMPLATES = {"examples/pretrain/card.md", "examples/pretrain/card-denoiser.md"}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ def with_axes(plain: GgufFamily, architecture: str, *model_types: str) -> GgufFa
         plain: The family of the text model.
         architecture: llama.cpp's name.
         model_types: Model types of the text part.
+
+    Raises:
+        GgufError: By its reader: the file lacks the sections of the rotary embeddings.
     """
 
     def read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
