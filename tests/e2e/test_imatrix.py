@@ -87,9 +87,9 @@ def test_an_architecture_without_names_is_told_before_training(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ingle.errors import GgufError
-    from ingle.gguf import architecture
+    from ingle.gguf import families
 
-    monkeypatch.setattr(architecture, "ARCHITECTURES", {})
-    monkeypatch.setattr(ImatrixCollector, "__init__", lambda self, model: pytest.fail("it began"))
+    monkeypatch.setattr(families, "BY_MODEL_TYPE", {})
+    monkeypatch.setattr(ImatrixCollector, "__init__", lambda *_, **__: pytest.fail("it began"))
     with pytest.raises(GgufError, match="not supported"):
         train(config, tmp_path / "run")
