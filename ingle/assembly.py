@@ -217,6 +217,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     ready = prepare(run, sink)
     run = ready.run
     model, plan, mesh = ready.model, ready.plan, ready.mesh
+    if parallel.shards(mesh, plan.strategy):
+        models.require_shardable(model)
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
     if plan.strategy.recompute:

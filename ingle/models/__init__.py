@@ -14,6 +14,7 @@ from ingle.models.forward.layers import (
     recompute_layers,
     repeated_layers,
 )
+from ingle.models.forward.layout import require_shardable
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
@@ -78,6 +79,7 @@ __all__ = [
     "refuse_tokens_beyond",
     "repeated_layers",
     "require_kind",
+    "require_shardable",
     "save_importance",
     "save_pretrained",
     "save_setup",

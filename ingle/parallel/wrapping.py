@@ -34,6 +34,11 @@ _Result = TypeVar("_Result")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def shards(mesh: Mesh, strategy: Strategy) -> bool:
+    """Returns whether :func:`wrap` shards anything: one rank shares only with host memory."""
+    return strategy.shards_optimizer and (mesh.world_size > 1 or strategy.offload)
+
+
 def wrap(
     module: nn.Module,
     layers: Sequence[nn.Module],
@@ -55,13 +60,13 @@ def wrap(
         module: Everything that a step computes; on the meta device.
         layers: The decoder layers inside it.
         mesh: The ranks.
-        strategy: What they share. ``none`` and ``ddp`` change nothing, and one rank shares only with host memory.
+        strategy: What they share. ``none`` and ``ddp`` change nothing.
         dtype: The dtype of the computation.
         head: The output layer, whose weights are read without a call of the modules around it.
         whole: Modules that are one unit each, because ranks may call what is inside them different numbers of times.
         read: Modules outside of the layers whose weights are read without calling them.
     """
-    if not strategy.shards_optimizer or (mesh.world_size == 1 and not strategy.offload):
+    if not shards(mesh, strategy):
         return
     if strategy.shards_base and mesh.device.type == "cpu":
         keep_freed_memory(_KEPT_BYTES)
