@@ -217,6 +217,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     ready = prepare(run, sink)
     run = ready.run
     model, plan, mesh = ready.model, ready.plan, ready.mesh
+    if parallel.shards(mesh, plan.strategy):
+        models.require_shardable(model)
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
     if plan.strategy.recompute:
@@ -237,7 +239,16 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"
     layers, head = models.repeated_layers(model), model.get_output_embeddings()
-    parallel.wrap(objective.module, layers, mesh, plan.strategy, dtype=ready.dtype, head=head)
+    parallel.wrap(
+        objective.module,
+        layers,
+        mesh,
+        plan.strategy,
+        dtype=ready.dtype,
+        head=head,
+        whole=models.dealt_modules(model),
+        read=models.read_modules(model),
+    )
     if not objective.module.reads_head_in_backward:
         parallel.skip_in_backward(head)
     facts = models.load_weights(

@@ -6,7 +6,15 @@ from ingle.models.versions import OLDEST_TRANSFORMERS  # first: it refuses a tra
 from transformers import PreTrainedModel as Model
 
 from ingle.models.forward.hidden_states import Head, device_of, forward_hidden, head, through_head
-from ingle.models.forward.layers import can_recompute, decoder_layers, recompute_layers, repeated_layers
+from ingle.models.forward.layers import (
+    can_recompute,
+    dealt_modules,
+    decoder_layers,
+    read_modules,
+    recompute_layers,
+    repeated_layers,
+)
+from ingle.models.forward.layout import require_shardable
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
@@ -43,6 +51,7 @@ __all__ = [
     "compute_dtype",
     "convert_base",
     "copy_processor",
+    "dealt_modules",
     "decoder_layers",
     "device_of",
     "end_token_ids",
@@ -63,12 +72,14 @@ __all__ = [
     "meta_model",
     "model_task",
     "num_tokens",
+    "read_modules",
     "reader_class",
     "recompute_layers",
     "refuse_longer",
     "refuse_tokens_beyond",
     "repeated_layers",
     "require_kind",
+    "require_shardable",
     "save_importance",
     "save_pretrained",
     "save_setup",

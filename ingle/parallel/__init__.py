@@ -17,7 +17,14 @@ from ingle.parallel.handout import Handout, adopt_allocated, allocated, same_row
 from ingle.parallel.mesh import Mesh, join, leave, pick_device, set_up, start
 from ingle.parallel.reporting import RankSink
 from ingle.parallel.shards import copy_rows, full, is_sharded, local, local_rows, rows_of, with_local
-from ingle.parallel.wrapping import compute_device, require_sharded_base, reset_after_error, skip_in_backward, wrap
+from ingle.parallel.wrapping import (
+    compute_device,
+    require_sharded_base,
+    reset_after_error,
+    shards,
+    skip_in_backward,
+    wrap,
+)
 
 __all__ = [
     "ActivationOffload",
@@ -55,6 +62,7 @@ __all__ = [
     "rows_of",
     "same_rows",
     "set_up",
+    "shards",
     "skip_in_backward",
     "start",
     "sum_gradients",

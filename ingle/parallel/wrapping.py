@@ -2,7 +2,7 @@
 
 A unit is what is gathered at once: a decoder layer, or outside of the layers a module with parameters of its own
 (the embedding, the last norm, the output head). Every unit has hooks that gather its weights before its forward and
-before its backward pass, and free them afterwards.
+before its backward pass, and free them afterwards. What is read without a call of its module is gathered for the step.
 
 Parameters that are not sharded (the frozen base of ZeRO 1 and 2; a few that FSDP cannot cast together with their unit)
 are on every rank, and :func:`ingle.parallel.sum_gradients` adds their gradients at the end of a step.
@@ -12,7 +12,7 @@ Source: Zhao et al. 2023, "PyTorch FSDP" (arXiv 2304.11277); Rajbhandari et al. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -34,6 +34,11 @@ _Result = TypeVar("_Result")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def shards(mesh: Mesh, strategy: Strategy) -> bool:
+    """Returns whether :func:`wrap` shards anything: one rank shares only with host memory."""
+    return strategy.shards_optimizer and (mesh.world_size > 1 or strategy.offload)
+
+
 def wrap(
     module: nn.Module,
     layers: Sequence[nn.Module],
@@ -42,6 +47,8 @@ def wrap(
     *,
     dtype: torch.dtype,
     head: nn.Module | None = None,
+    whole: Collection[nn.Module] = (),
+    read: Collection[nn.Module] = (),
 ) -> None:
     """Shards the parameters of a module in place, before its weights are read.
 
@@ -53,11 +60,13 @@ def wrap(
         module: Everything that a step computes; on the meta device.
         layers: The decoder layers inside it.
         mesh: The ranks.
-        strategy: What they share. ``none`` and ``ddp`` change nothing, and one rank shares only with host memory.
+        strategy: What they share. ``none`` and ``ddp`` change nothing.
         dtype: The dtype of the computation.
         head: The output layer, whose weights are read without a call of the modules around it.
+        whole: Modules that are one unit each, because ranks may call what is inside them different numbers of times.
+        read: Modules outside of the layers whose weights are read without calling them.
     """
-    if not strategy.shards_optimizer or (mesh.world_size == 1 and not strategy.offload):
+    if not shards(mesh, strategy):
         return
     if strategy.shards_base and mesh.device.type == "cpu":
         keep_freed_memory(_KEPT_BYTES)
@@ -65,10 +74,16 @@ def wrap(
     # FSDP would offload the optimizer with the base. What an adapter trains is small, and stays on every device.
     base_only = strategy.offload and not all(parameter.requires_grad for parameter in module.parameters())
     places = _places(module)
-    for unit in _find_units(module, layers, head):
-        _shard(unit, device_mesh, strategy, dtype, base_only=base_only)
+    for unit in _find_units(module, layers, head, whole, read):
+        own = {parameter for part in unit for parameter in part.parameters()}
+        _shard(unit, own, device_mesh, strategy, dtype, base_only=base_only)
         _tie_again(places)
-    fully_shard(module, mesh=device_mesh, ignored_params=set(module.parameters()))
+    inside = {part for layer in (*layers, *whole) for part in layer.modules()}
+    in_step = {parameter for part in read if part not in inside for parameter in part.parameters()}
+    _shard([module], in_step, device_mesh, strategy, dtype, base_only=base_only)
+    _tie_again(places)
+    if not isinstance(module, FSDPModule):
+        fully_shard(module, mesh=device_mesh, ignored_params=set(module.parameters()))
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)  # the loss is divided by the count of the whole step
@@ -133,7 +148,13 @@ def _device_mesh(mesh: Mesh, strategy: Strategy) -> DeviceMesh:
     return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _find_units(module: nn.Module, layers: Sequence[nn.Module], head: nn.Module | None) -> list[list[nn.Module]]:
+def _find_units(
+    module: nn.Module,
+    layers: Sequence[nn.Module],
+    head: nn.Module | None,
+    whole: Collection[nn.Module],
+    read: Collection[nn.Module],
+) -> list[list[nn.Module]]:
     """Returns the units, inner ones first; modules that share a parameter are one unit."""
     inner = set(layers)
     around_head = {
@@ -142,8 +163,11 @@ def _find_units(module: nn.Module, layers: Sequence[nn.Module], head: nn.Module 
     alone: dict[nn.Module, set[nn.Parameter]] = {}
 
     def visit(part: nn.Module) -> None:
+        if part in read:
+            return
         own = set(part.parameters(recurse=False))
-        is_whole = bool(own) and part not in around_head and not any(child in inner for child in part.modules())
+        is_one = bool(own) or part in whole
+        is_whole = is_one and part not in around_head and not any(child in inner for child in part.modules())
         if part in inner or is_whole:
             alone.setdefault(part, set(part.parameters()))
             return
@@ -186,11 +210,20 @@ def _tie_again(places: _Places) -> None:
 
 
 def _shard(
-    unit: list[nn.Module], device_mesh: DeviceMesh, strategy: Strategy, dtype: torch.dtype, *, base_only: bool
+    unit: list[nn.Module],
+    own: Collection[nn.Parameter],
+    device_mesh: DeviceMesh,
+    strategy: Strategy,
+    dtype: torch.dtype,
+    *,
+    base_only: bool,
 ) -> None:
-    """Shards one unit. FSDP casts all of its parameters to one dtype, so the smaller part of mixed ones is left out."""
-    parameters = {p for part in unit for p in part.parameters() if not is_sharded(p) and p.dim()}
-    scalars = {p for part in unit for p in part.parameters() if not p.dim()}  # FSDP cannot shard them
+    """Shards the given parameters of one unit.
+
+    FSDP casts all of them to one dtype, so the smaller part of mixed ones is left out.
+    """
+    parameters = {p for p in own if not is_sharded(p) and p.dim()}  # FSDP cannot shard scalars
+    others = {p for part in unit for p in part.parameters()} - parameters
     trained = {p for p in parameters if p.requires_grad}
     exact = {p for p in parameters if p.dtype == torch.float32}
     cast = trained - exact
@@ -215,7 +248,7 @@ def _shard(
         offload_policy=CPUOffloadPolicy(pin_memory=device_mesh.device_type == "cuda")
         if strategy.offload
         else OffloadPolicy(),
-        ignored_params=ignored | scalars,
+        ignored_params=ignored | others,
     )
 
 

@@ -76,7 +76,9 @@ def test_two_ranks_take_the_steps_of_one_process(
         found = each[f"{name}: {kind}"]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.norm == pytest.approx(expected.norm, rel=1e-4)
-        assert found.gradients.keys() == expected.gradients.keys()
+        # A sharded parameter that no rank used has a gradient of zeros.
+        unused = found.gradients.keys() - expected.gradients.keys()
+        assert not any(found.gradients[parameter].any() for parameter in unused)
         for parameter, gradient in expected.gradients.items():
             assert np.linalg.norm(found.gradients[parameter] - gradient) <= 1e-4 * largest, parameter
         np.testing.assert_allclose(found.held_out, expected.held_out, rtol=1e-4)
@@ -112,6 +114,7 @@ def _refusal(mesh: Mesh, config: dict[str, Any]) -> str:
     return str(refused.value)
 
 
-def test_a_layout_with_different_calls_on_ranks_is_not_sharded(folder: Path) -> None:
-    for message in run_ranks(2, _refusal, _config(folder, "answer, equal rows", "zero3")):
+@pytest.mark.parametrize("name", ["answer, equal rows", "mlm, equal rows"])
+def test_a_layout_with_different_calls_on_ranks_is_not_sharded(folder: Path, name: str) -> None:
+    for message in run_ranks(2, _refusal, _config(folder, name, "zero3")):
         assert "cannot be sharded" in message and "--parallel.kind=ddp" in message

@@ -15,15 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
 from ingle.models.forward.documents import Documents
-from ingle.models.forward.layout import boundaries_of, layout_of
+from ingle.models.forward.layout import boundaries_of, layout_of, padding_of
 from ingle.models.forward.mixers import original_class, parameters
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import padding_id
-from ingle.parallel import is_unit
-from ingle.planning.layouts import PADDING
 
 
 class Row(NamedTuple):
@@ -114,17 +111,7 @@ def _holding(model: PreTrainedModel, row: Row) -> AbstractContextManager[None]:
 def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
     """Computes each pair in a row of its own, with the architecture's own masks and positions."""
     equal = layout_of(model).kind == "equal_rows"
-    padding = 0.0 if equal else PADDING
-    if any(is_unit(module) for module in model.modules()):
-        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
-        if equal:
-            raise ModelError(
-                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
-                where="parallel.kind",
-                fix="--parallel.kind=ddp",
-            )
-        padding = float("inf")
-    groups = _group_pairs(source.lengths(), target.lengths(), padding)
+    groups = _group_pairs(source.lengths(), target.lengths(), padding_of(model))
     sources, targets = (Documents.of_groups(row.cu_seqlens, groups) for row in (source, target))
     fill = padding_id(model.config)
     rows = []

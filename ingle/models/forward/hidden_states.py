@@ -21,7 +21,7 @@ from ingle.errors import ModelError
 from ingle.models.forward.bounds import make_bounds
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
-from ingle.models.forward.layout import Layout, boundaries_of, layout_of
+from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
@@ -212,17 +212,7 @@ def call_packed(
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
-    padding = 0.0 if layout.kind == "equal_rows" else PADDING
-    if any(is_unit(module) for module in model.modules()):
-        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
-        if layout.kind == "equal_rows":
-            raise ModelError(
-                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
-                where="parallel.kind",
-                fix="--parallel.kind=ddp",
-            )
-        padding = float("inf")
-    documents = Documents.of(cu_seqlens, padding=padding)
+    documents = Documents.of(cu_seqlens, padding=padding_of(model))
     fill = padding_id(model.config)
     rows = []
     for group in documents.groups:

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
+from ingle.models.forward.dealt import Dealt
 from ingle.models.forward.layout import boundaries_of, layout_of
-from ingle.models.forward.mixers import base_of
+from ingle.models.forward.mixers import base_of, original_class, source
 
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
@@ -27,6 +28,26 @@ def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
     blocks = [block for stack in stacks for block in stack if hasattr(block, "gradient_checkpointing")]
     inside = {part for block in blocks for part in block.modules() if part is not block}
     return [block for block in blocks if block not in inside] or list(find_layers(model) or [])
+
+
+def dealt_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Returns the modules that call what is inside them once for each group of documents."""
+    return {module for module in model.modules() if isinstance(module, Dealt)}
+
+
+def read_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """Returns the modules whose weights their owner reads without calling them, as DeBERTa's table of distances.
+
+    The output layer, which :func:`ingle.models.through_head` calls, is left out.
+    """
+    found = set[nn.Module]()
+    for owner in model.modules():
+        code = source(original_class(owner))
+        for key, child in owner.named_children():
+            is_read = f"self.{key}.weight" in code and f"self.{key}(" not in code
+            if is_read and child is not model.get_output_embeddings():
+                found.add(child)
+    return found
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

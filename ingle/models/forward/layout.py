@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ingle.errors import ModelError
 from ingle.models.forward.attention import IMPLEMENTATION
 from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
@@ -26,6 +27,8 @@ from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
+from ingle.parallel import is_unit
+from ingle.planning.layouts import PADDING
 
 LayoutKind = Literal["packed", "documents", "rows", "equal_rows"]
 
@@ -82,6 +85,28 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """Returns the layout of a model."""
     found: Layout = getattr(model, "packed_layout", Layout())
     return found
+
+
+def require_shardable(model: PreTrainedModel) -> None:
+    """Makes sure that ranks can gather the weights of a model together, before it is sharded.
+
+    Raises:
+        ModelError: The layout of the model needs different numbers of calls on different ranks.
+    """
+    if layout_of(model).kind == "equal_rows":
+        raise ModelError(
+            f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
+            where="parallel.kind",
+            fix="--parallel.kind=ddp",
+        )
+
+
+def padding_of(model: PreTrainedModel) -> float:
+    """Returns how many padded places per token the rows of a layout of rows may have."""
+    if layout_of(model).kind == "equal_rows":
+        return 0.0
+    # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
+    return float("inf") if any(map(is_unit, model.modules())) else PADDING
 
 
 def boundaries_of(model: PreTrainedModel) -> Boundaries | None:

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle.errors import ModelError
 from ingle.models.forward.documents import Documents, Group
 from ingle.models.forward.hidden_states import call_packed
-from ingle.models.forward.layout import layout_of
+from ingle.models.forward.layout import layout_of, padding_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import is_unit
-from ingle.planning.layouts import PADDING
 
 if TYPE_CHECKING:
     from ingle.data.batch import Batch
@@ -61,13 +59,10 @@ def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
         Classification: ``[D, C]`` for the documents that :func:`~ingle.data.round_up` did not add, or for the first
         one if there is no other. Token classification: ``[1, N, C]``. Question answering: ``[1, N, 2]``, the scores of
         the first and of the last token.
-
-    Raises:
-        ModelError: The model is sharded, and its layout needs different numbers of calls on different ranks.
     """
     layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
-        return _forward_rows(model, batch, equal=layout.kind == "equal_rows")
+        return _forward_rows(model, batch)
     if task_of(model).kind == "classify":
         return _classify_packed(model, batch)
     with _computing(base_of(model), lambda compute: _run_packed(model, batch, compute)):
@@ -147,21 +142,11 @@ def _computing(module: nn.Module, function: Callable[[Callable[..., Any]], Any])
         del module.forward
 
 
-def _forward_rows(model: PreTrainedModel, batch: Batch, *, equal: bool) -> Tensor:
+def _forward_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Computes each document in a row of its own, with the architecture's own mask and positions."""
-    padding = 0.0 if equal else PADDING
-    if any(is_unit(module) for module in model.modules()):
-        # Ranks gather weights together, so all must make as many calls, also while the weights are gathered.
-        if equal:
-            raise ModelError(
-                f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
-                where="parallel.kind",
-                fix="--parallel.kind=ddp",
-            )
-        padding = float("inf")
     by_document = task_of(model).kind == "classify"
     # Not the document that fills the row, which may be too short for a model.
-    documents = Documents.of(_own_bounds(batch), padding=padding)
+    documents = Documents.of(_own_bounds(batch), padding=padding_of(model))
     parts = [_outputs(model, _row_arguments(model, batch, group)) for group in documents.groups]
     if by_document:
         return _in_order(parts, documents)
