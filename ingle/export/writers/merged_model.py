@@ -178,6 +178,8 @@ class _StreamedIdentity:
 
     def add(self, name: str, holder: nn.Module, layer: LoraLinear | None) -> None:
         path, _, leaf = name.rpartition(".")
+        if leaf in holder._buffers and not isinstance(holder, QuantModule):
+            return  # an identity covers parameters
         if isinstance(holder, QuantModule) and leaf != "bias":
             prefix = name if isinstance(holder, QuantStack) else path
             tensors = {f"{prefix}.{key}": plane for key, plane in holder.planes().items()}
