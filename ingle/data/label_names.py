@@ -47,7 +47,8 @@ def name_labels(data: DataConfig, objective: ObjectiveConfig) -> ObjectiveConfig
         case Answer(no_answer="auto"):
             rows = read_examples(data.sources, objective="answer")
             return objective.model_copy(
-                update={"no_answer": "allow" if any(row.label == () for row in rows) else "forbid"}
+                # All rows are read: a reader that is left half-way leaves its file open.
+                update={"no_answer": "allow" if sum(row.label == () for row in rows) else "forbid"}
             )
     return objective
 
