@@ -114,7 +114,7 @@ def _refusal(mesh: Mesh, config: dict[str, Any]) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["answer, equal rows", "mlm, equal rows"])
-def test_a_layout_with_different_calls_on_ranks_is_not_sharded(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["answer, equal rows", "mlm, equal rows", "tag, rows"])
+def test_a_model_whose_weights_ranks_cannot_gather_together_is_not_sharded(folder: Path, name: str) -> None:
     for message in run_ranks(2, _refusal, _config(folder, name, "zero3")):
         assert "cannot be sharded" in message and "--parallel.kind=ddp" in message

@@ -22,13 +22,16 @@ from ingle.models.forward.attention import IMPLEMENTATION
 from ingle.models.forward.dealt import deal_module
 from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.isolation import isolate
-from ingle.models.forward.mixers import find_mixers, original_class
+from ingle.models.forward.mixers import find_mixers, original_class, source
 from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
 from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING
+
+#: A call of a layer that runs none of its hooks, as SqueezeBERT's.
+_PASSED_HOOKS = re.compile(r"\b(layer|block)(_module)?\.forward\(")
 
 LayoutKind = Literal["packed", "documents", "rows", "equal_rows"]
 
@@ -91,13 +94,16 @@ def require_shardable(model: PreTrainedModel) -> None:
     """Makes sure that ranks can gather the weights of a model together, before it is sharded.
 
     Raises:
-        ModelError: The layout of the model needs different numbers of calls on different ranks.
+        ModelError: Ranks would call the model different numbers of times, or no hook sees its layers.
     """
+    why = None
     if layout_of(model).kind == "equal_rows":
+        why = "it needs a call for each length of a document"
+    elif any(_PASSED_HOOKS.search(source(original_class(module))) for module in model.modules()):
+        why = "it calls the forward method of its layers directly, without their hooks"
+    if why is not None:
         raise ModelError(
-            f"{type(model).__name__} needs a call for each length of a document, so it cannot be sharded.",
-            where="parallel.kind",
-            fix="--parallel.kind=ddp",
+            f"{type(model).__name__} cannot be sharded.", where="parallel.kind", why=why, fix="--parallel.kind=ddp"
         )
 
 
