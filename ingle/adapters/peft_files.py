@@ -114,7 +114,8 @@ def save_adapter(
     Raises:
         AdapterError: The model has no adapter.
     """
-    if not lora_modules(model) and all(parameter.requires_grad for parameter in model.parameters()):
+    trains_all = all(parameter.requires_grad for parameter in model.parameters())
+    if not lora_modules(model) and (trains_all or not _modules_to_save(model)):
         raise AdapterError("This model has no adapter to save.", where=str(folder))
     trained = trained_parameters(model, keep=mesh is None or mesh.is_main)
     write = partial(_write, model, Path(folder), adapter, base_model_id, trained, base, identity)

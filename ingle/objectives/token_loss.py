@@ -39,7 +39,7 @@ class TokenLoss(DocumentLoss):
         """Returns the sum of each document in nats, and the number of its targets; float64 [D, 2]."""
         hidden_1NH = forward_hidden(self.model, batch)
         targets_N = self.targets(batch)
-        losses_N = -through_head(self.model, _logps, hidden_1NH[0], targets_N)
+        losses_N = -through_head(self.model, head_logps, hidden_1NH[0], targets_N)
         return sum_documents(losses_N, targets_N != IGNORE_INDEX, batch, self.bounds)
 
     def count(self, batch: Batch) -> float:
@@ -71,7 +71,8 @@ def _cross_entropy(output: Head, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
     )
 
 
-def _logps(output: Head, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+def head_logps(output: Head, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+    """Returns the log-probability that the output layer gives each label, in nats: from [N, H] and [N], float32 [N]."""
     return token_logps(
         hidden_NH,
         output.weight,

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ingle.data import IGNORE_INDEX, ControlTokens, Sample, Tokenizer, collate
 from ingle.data.encoding import Document
 from ingle.evaluation.run.windows import cut_windows, draw_scored_document, pack_windows, window_size
 from ingle.evaluation.scorers import Likelihood
 from ingle.evaluation.tasks.samples import TaskSample
-from ingle.kernels.layers.token_logps import token_logps
-from ingle.models import Head, device_of, forward_hidden, through_head
+from ingle.models import device_of, forward_hidden, through_head
+from ingle.objectives.token_loss import head_logps
 
 
 @torch.no_grad()
@@ -81,20 +80,9 @@ def _score_row(model: Any, samples: Sequence[Sample]) -> list[tuple[float, int]]
     batch = collate(samples).to(device_of(model))
     hidden_NH = forward_hidden(model, batch)[0]
     targets_N = batch.next_labels()
-    logps_N = through_head(model, _score, hidden_NH, targets_N).double()
+    logps_N = through_head(model, head_logps, hidden_NH, targets_N).double()
     bounds = batch.cu_seqlens.tolist()
     return [
         (-float(logps_N[start:end].sum()), int((targets_N[start:end] != IGNORE_INDEX).sum()))
         for start, end in pairwise(bounds)
     ]
-
-
-def _score(output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-    return token_logps(
-        hidden_NH,
-        output.weight,
-        targets_N,
-        bias=output.bias,
-        logit_scale=output.logit_scale,
-        softcap=output.softcap,
-    )

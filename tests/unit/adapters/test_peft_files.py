@@ -243,6 +243,7 @@ def test_saving_over_an_adapter_leaves_no_other_file(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_a_model_without_adapter_cannot_be_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_model_without_adapter_cannot_be_saved(tmp_path: Path, trains: bool) -> None:
     with pytest.raises(AdapterError):
-        adapters.save_adapter(llama(), tmp_path, ADAPTER, "base")
+        adapters.save_adapter(llama().requires_grad_(trains), tmp_path, ADAPTER, "base")
