@@ -209,7 +209,7 @@ def locate(path_or_id: str) -> Source:
 
 
 def open_model(
-    path_or_id: str, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
+    path_or_id: str | Path, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None
 ) -> Engine:
     """Opens a run folder, an adapter folder, a model folder or a hub id.
 
@@ -225,7 +225,7 @@ def open_model(
         ModelError: The model cannot be found or read.
         AdapterError: The adapter does not fit its base, or was trained on another base.
     """
-    return open_source(locate(path_or_id), base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
+    return open_source(locate(str(path_or_id)), base_only=base_only, allow_mismatch=allow_mismatch, sink=sink)
 
 
 def open_source(

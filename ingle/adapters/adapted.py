@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.targets import Selection, named_like_experts
+from ingle.adapters.targets import Selection, unread_layers
 from ingle.errors import AdapterError
 from ingle.parallel import is_sharded, local
 from ingle.quant.linear import QuantModule
-from ingle.wording import some
+from ingle.wording import plural, some
 
 #: Suffix of the buffers that keep the initial values of trained modules; they are never saved.
 BEFORE = "_before_training"
@@ -136,23 +136,28 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
             f"{len(experts)} fused expert weights ({sum(e.parameters for e in experts):,} parameters) "
             "stay frozen without an adapter.",
         )
-    if selection.left_out:
+    for reason, names in _by_reason(selection.left_out).items():
         notes += (
-            f"{len(selection.left_out)} linear layers have no adapter ({some(selection.left_out)}): PEFT would confuse "
-            "them with the fused experts and compute something else. To adapt them, name them in "
-            "adapter.target_modules.",
+            f"{plural(len(names), 'linear layer')} without an adapter ({some(names)}): {reason}. To adapt them, name "
+            "them in adapter.target_modules.",
         )
-    confused = named_like_experts(model, selection.adapted)
-    if confused:
-        alike = sorted({name.rpartition(".")[2] for name in confused})
+    for reason, names in _by_reason(unread_layers(model, selection.adapted)).items():
+        alike = sorted({name.rpartition(".")[2] for name in names})
         notes += (
-            f"PEFT confuses {', '.join(alike)} with the fused experts and computes something else. If PEFT is to read "
-            "the adapter, leave them out of adapter.target_modules.",
+            f"Adapted: {', '.join(alike)}; {reason}. If PEFT is to read the adapter, leave them out of "
+            "adapter.target_modules.",
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return AttachReport(
         selection.adapted, selection.modules_to_save, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable
     )
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoraLinear]:

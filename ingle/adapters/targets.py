@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ingle.adapters.lora import LoraLinear, is_linear
 from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError
-from ingle.planning.selection import EXPERT_NAMES, UNAFFECTED, matches
+from ingle.planning.selection import matches, unread_by_peft
 from ingle.quant.experts import QuantExperts
 from ingle.quant.task_heads import task_heads
 from ingle.wording import plural
@@ -25,12 +25,12 @@ class Selection:
         adapted: Linear layers that get an adapter.
         modules_to_save: Modules whose own weights are trained and saved, the head of a task among them; ``("",)`` in
             full fine-tuning.
-        left_out: Linear layers that ``all-linear`` leaves out because PEFT would mistake them for experts.
+        left_out: Linear layers that ``all-linear`` leaves out because PEFT could not read them back, and why.
     """
 
     adapted: tuple[str, ...]
     modules_to_save: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
@@ -38,7 +38,7 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
 
     The head of a task is always trained in full, because a pretrained model has none.  ``all-linear`` selects every
     linear layer except the output head, as in PEFT, and except those that PEFT could not read back; see
-    :func:`named_like_experts`.  Layers inside a trainable module get no adapter.
+    :func:`unread_layers`.  Layers inside a trainable module get no adapter.
 
     Raises:
         AdapterError: A pattern matches nothing, or no layer is left to adapt.
@@ -50,7 +50,7 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
     named = _match_all(adapter.trainable_modules, trainable, "adapter.trainable_modules", "module", {})
     to_save = [*named, *(name for name in task_heads(model) if name not in named)]
     linears = {name: m for name, m in modules.items() if isinstance(m, LoraLinear) or is_linear(m)}
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = {}
     if adapter.target_modules == "none":
         if not to_save:
             raise AdapterError(
@@ -61,7 +61,7 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
         adapted = []
     elif adapter.target_modules == "all-linear":
         head = output_head(model)
-        left_out = named_like_experts(model, linears)
+        left_out = unread_layers(model, linears)
         adapted = [name for name, module in linears.items() if module is not head and name not in left_out]
     else:
         adapted = _match_all(adapter.target_modules, linears, "adapter.target_modules", "linear layer", modules)
@@ -76,20 +76,12 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
     return Selection(tuple(adapted), tuple(to_save), left_out)
 
 
-def named_like_experts(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the linear layers that PEFT would mistake for projections of fused experts.
-
-    Experts used to be linear layers and are now one stacked parameter.  PEFT translates their old names in an adapter's
-    ``target_modules`` and drops every other linear layer whose path ends in the same name: the dense layers and the
-    shared experts of most mixture-of-experts architectures.
-
-    Source: PEFT 0.21, ``_convert_peft_config_moe``; transformers' ``_MODEL_TO_CONVERSION_PATTERN`` decides which
-    architectures are affected.
-    """
+def unread_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Returns the linear layers that PEFT could not read back, and why; see :func:`unread_by_peft`."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in UNAFFECTED or not any(_is_fused_experts(module) for module in model.modules()):
-        return ()
-    return tuple(name for name in names if name.rpartition(".")[2] in EXPERT_NAMES)
+    has_experts = any(_is_fused_experts(module) for module in model.modules())
+    reasons = {name: unread_by_peft(name, kind, has_fused_experts=has_experts) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _is_fused_experts(module: nn.Module) -> bool:

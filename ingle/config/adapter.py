@@ -51,7 +51,7 @@ class LowRankAdapter(Section):
         rslora: Use the rank-stabilized scale (Kalajdzievski 2023, arXiv 2312.03732).
         lora_plus_ratio: Learning rate of B divided by that of A (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA.
         target_modules: ``all-linear``, or patterns that match the end of a module's path (``q_proj``,
-            ``layers.*.mlp.*``). ``all-linear`` excludes the output head and modules that PEFT reads as fused experts.
+            ``layers.*.mlp.*``). ``all-linear`` excludes the output head and layers that PEFT could not read back.
             ``none`` trains no adapter, only ``trainable_modules`` and the head of a task on the frozen base.
         trainable_modules: Modules that are fully trained and saved with the adapter (``embed_tokens``, ``lm_head``);
             PEFT calls them ``modules_to_save``. The head of a task is always among them.

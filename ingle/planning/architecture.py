@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError, ModelError
 from ingle.planning.families import FAMILIES, FUSED, Block, Settings, decoder_block
-from ingle.planning.selection import EXPERT_NAMES, UNAFFECTED, is_inside, matches
+from ingle.planning.selection import is_inside, matches, unread_by_peft
 from ingle.planning.shape import LayerShape, LinearShape, ModelShape
 from ingle.planning.stacks import STACKS
 from ingle.wording import nearest
@@ -106,10 +107,12 @@ class Architecture:
         )
         linears = {path for path, lin in modules.items() if ".experts." not in path}
         if adapter.target_modules == "all-linear":
-            has_experts = any(block.shape.num_experts for block in self.blocks)
-            if has_experts and self.settings.model_type not in UNAFFECTED:
-                linears = {path for path in linears if path.rpartition(".")[2] not in EXPERT_NAMES}
-            adapted = linears
+            unread = partial(
+                unread_by_peft,
+                model_type=self.settings.model_type,
+                has_fused_experts=any(block.shape.num_experts for block in self.blocks),
+            )
+            adapted = {path for path in linears if unread(path) is None}
         else:
             with_head = linears | ({self.head} if self.head is not None else set())
             adapted = set(_match_all(adapter.target_modules, with_head, "adapter.target_modules"))

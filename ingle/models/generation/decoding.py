@@ -1,7 +1,8 @@
 """Generates answers: batched decoding with a key-value cache.
 
 Rows are padded on the left, so that all of them grow at the right end; a finished row is removed from the batch
-immediately. Each prompt has its own stream of random numbers, so an answer does not depend on the other prompts.
+immediately. Each prompt has its own stream of random numbers. An answer depends on the other prompts only where the
+rounding of products does, which changes with the size of the batch: rarely in float32, often in bfloat16.
 Encoder-decoders read prompts as sources: see :mod:`ingle.models.generation.target_batch`.
 
 If a text grows beyond the length at which ``longrope`` changes its factors, its cached keys are recomputed, as

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -22,6 +28,7 @@ from ingle.config.adapter import LoraAdapter, NoAdapter
 from ingle.config.base import Nf4Base
 from ingle.config.model import ModelConfig
 from ingle.errors import AdapterError
+from ingle.planning.selection import MAMBA_TYPES
 from ingle.quant import QuantLinear, audit, convert
 
 
@@ -213,18 +220,30 @@ def test_maps_that_peft_takes_for_experts_get_an_adapter_only_when_they_are_name
     report = adapters.attach(Qwen3MoeForCausalLM(config), LoraAdapter(rank=2), seed=0)
     attention = LINEARS[:4]
     assert {name.rpartition(".")[2] for name in report.adapted} == set(attention)
-    assert any(
-        note.startswith("3 linear layers have no adapter (model.layers.0.mlp.down_proj") for note in report.notes
-    )
+    assert any(note.startswith("3 linear layers without an adapter (model.layers.0.mlp.dow") for note in report.notes)
 
     named = LoraAdapter(rank=2, target_modules=LINEARS)
     model = Qwen3MoeForCausalLM(config)
     report = adapters.attach(model, named, seed=0)
     assert {name.rpartition(".")[2] for name in report.adapted} == set(LINEARS)
-    assert any("PEFT confuses down_proj, gate_proj, up_proj" in note for note in report.notes)
+    assert any(note.startswith("Adapted: down_proj, gate_proj, up_proj; PEFT confuses") for note in report.notes)
     adapters.save_adapter(model, tmp_path, named, "base")
     again = adapters.attach(Qwen3MoeForCausalLM(config), named.model_copy(update={"path": str(tmp_path)}), seed=0)
     assert again.notes == report.notes, "each note once, also when the adapter comes from a folder"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_output_projections_of_mamba_get_no_adapter_because_peft_refuses_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=50, hidden_size=32, state_size=8, num_hidden_layers=2)
+    model, adapter = MambaForCausalLM(config), LoraAdapter(rank=2)
+    report = adapters.attach(model, adapter, seed=0)
+    assert {name.rpartition(".")[2] for name in report.adapted} == {"in_proj", "x_proj", "dt_proj"}
+    assert any(note.startswith("2 linear layers without an adapter") and "Mamba" in note for note in report.notes)
+    adapters.save_adapter(model, tmp_path, adapter, "base")
+    PeftModel.from_pretrained(MambaForCausalLM(config), tmp_path)
+    listed = re.search(r"mamba_model_types = \{(.*?)\}", inspect.getsource(_check_lora_target_modules_mamba))
+    assert listed is not None and set(re.findall(r'"(\w+)"', listed[1])) == MAMBA_TYPES
 
 
 def test_architectures_that_look_at_their_layers_still_can() -> None:
