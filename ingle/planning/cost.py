@@ -74,7 +74,7 @@ def flops_per_token(run: Run, model: ModelShape, *, recompute: bool, context: fl
     head = model.hidden_size * model.vocab_size * predicted_share(run)
     passes = (6 if is_full else 4) + (2 if recompute else 0)
     adapters = 0 if is_full else (6 + (2 if recompute else 0)) * trainable_parameters(run, model)
-    scores = sum(layer.count * _pairs(layer, context) for layer in model.layers)
+    scores = sum(layer.count * layer.uses * _pairs(layer, context) for layer in model.layers)
     return float(passes * inner + (6 if is_full else 4) * head + adapters + (3 + recompute) * scores)
 
 

@@ -63,6 +63,7 @@ class LayerShape:
         experts_per_token: Experts that a token passes through.
         part: ``decoder`` (also of decoder-only models) or ``encoder``.
         cross_attention: Whether it attends to the output of an encoder.
+        uses: How often a token passes each of them: more than once if an architecture repeats its layers (ALBERT).
     """
 
     linears: tuple[LinearShape, ...]
@@ -82,6 +83,7 @@ class LayerShape:
     experts_per_token: int = 0
     part: Literal["decoder", "encoder"] = "decoder"
     cross_attention: bool = False
+    uses: int = 1
 
     @property
     def num_parameters(self) -> int:
@@ -159,7 +161,7 @@ class ModelShape:
                 yield replace(
                     lin,
                     count=lin.count * layer.count,
-                    active=lin.active * layer.count,
+                    active=lin.active * layer.count * layer.uses,
                     adapted=lin.adapted * layer.count,
                 )
         yield from self.outer_linears

@@ -130,7 +130,7 @@ class Step:
         yield Moment(live, earlier, 2 * self.ends.embedding_gathered)
         kept = [width if self.recompute else saved_bytes(unit.tape) for unit in self.units]
         for unit, saved in zip(self.units, kept, strict=True):
-            live += 2 * saved if self.offload_activations else saved * unit.layer.count
+            live += 2 * saved if self.offload_activations else saved * unit.layer.count * unit.layer.uses
             transient = max((op.saved + op.forward for op in unit.tape), default=0.0)
             needed = transient if self.recompute else forward_peak(unit.tape) - saved_bytes(unit.tape)
             held += unit.gathered * unit.layer.count * self.keeps_gathered
@@ -147,7 +147,7 @@ class Step:
         for unit, saved in zip(reversed(self.units), reversed(kept), strict=True):
             peak = backward_peak(unit.tape) - (0 if self.recompute else saved_bytes(unit.tape))
             added = 0.0 if earlier else unit.gradients
-            for index in reversed(range(unit.layer.count)):
+            for index in reversed(range(unit.layer.count * unit.layer.uses)):
                 is_first = unit is self.units[0] and index == 0  # the next unit is the embedding
                 gathered = held or unit.gathered + (self.ends.embedding_gathered if is_first else unit.gathered)
                 yield Moment(live + width + peak, gradients + reducing + unit.largest, gathered)
@@ -155,7 +155,7 @@ class Step:
                 held -= unit.gathered * self.keeps_gathered
                 reducing = unit.reducing
                 yield Moment(live + width, gradients + unit.pending + reducing + added, held or unit.gathered)
-                gradients += added
+                gradients += added if index % unit.layer.uses == 0 else 0.0
         yield from self._end(live + width, gradients, reducing)
 
     def _end(self, live: float, gradients: float, reducing: float) -> Iterator[Moment]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ingle.adapters import Selection
-from ingle.models import Model, decoder_layers, task_of
+from ingle.models import Model, layer_uses, task_of
 from ingle.planning import LayerShape, LinearShape, ModelShape
 from ingle.planning.architecture import group_layers
 from ingle.planning.families import FUSED, Settings, mixer_of
@@ -30,10 +30,10 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         trained: Which of its modules get an adapter, and which are trained in full.
         formats: Chooses the format of each linear layer, if they may differ.
     """
-    settings = model.config.get_text_config().to_dict()
+    settings = _settings(model)
     counter = _Counter(model, trained, formats, int(settings.get("num_experts_per_tok") or 1))
-    stack = decoder_layers(model)
-    layers = [counter.layer(layer, settings, index) for index, layer in enumerate(stack)]
+    stack = layer_uses(model)
+    layers = [counter.layer(layer, settings, index, uses) for index, (layer, uses) in enumerate(stack.items())]
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     is_task = bool(task_heads(model))
@@ -69,6 +69,13 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
     )
 
 
+def _settings(model: Model) -> dict[str, Any]:
+    """Returns the content of a config under the names that architectures share (DistilBERT: ``n_heads``, ``dim``)."""
+    config = model.config.get_text_config()
+    shared = {name: getattr(config, name, None) for name in config.attribute_map}
+    return config.to_dict() | {name: value for name, value in shared.items() if isinstance(value, int)}
+
+
 class _Counter:
     """Counts linear layers of modules."""
 
@@ -79,8 +86,8 @@ class _Counter:
         self._formats = formats
         self._experts_per_token = experts_per_token
 
-    def layer(self, layer: nn.Module, settings: dict[str, Any], index: int) -> LayerShape:
-        """Returns the shape of a decoder layer."""
+    def layer(self, layer: nn.Module, settings: dict[str, Any], index: int, uses: int = 1) -> LayerShape:
+        """Returns the shape of a layer."""
         linears = tuple(
             lin for name, module in layer.named_modules() for lin in self.linears(module, self._names[id(module)], name)
         )
@@ -104,6 +111,7 @@ class _Counter:
             gated=any(re.search(r"(gate|gate_up)_proj$", lin.name) for lin in linears),
             num_experts=int(getattr(experts, "num_experts", 0)),
             experts_per_token=self._experts_per_token if experts is not None else 0,
+            uses=uses,
         )
 
     def linears(self, module: nn.Module, path: str, name: str) -> list[LinearShape]:

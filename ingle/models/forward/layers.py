@@ -50,6 +50,20 @@ def read_modules(model: PreTrainedModel) -> set[nn.Module]:
     return found
 
 
+def layer_uses(model: PreTrainedModel) -> dict[nn.Module, int]:
+    """Returns the blocks that a token passes, in their order, and how often: ALBERT repeats a few shared ones.
+
+    An architecture whose blocks cannot be identified has none.
+    """
+    layers = find_layers(model)
+    if layers is not None:
+        return dict.fromkeys(layers, 1)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    stacks = [list(each) for each in base_of(model).modules() if isinstance(each, nn.ModuleList)]
+    shared = next((stack for stack in stacks if stack and num_layers % len(stack) == 0), [])
+    return dict.fromkeys(shared, num_layers // max(len(shared), 1))
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """Returns the stack of equal blocks between embeddings and last norm.
 

@@ -119,8 +119,8 @@ def _pool(base: nn.Module, rows_DLH: Tensor) -> Tensor:
     """Returns what the pooler of the base makes of each document."""
     pooler: Any = base.pooler
     pooled: Tensor
-    if isinstance(pooler, nn.Linear):  # ALBERT's
-        activation: Any = base.pooler_activation
+    if isinstance(pooler, nn.Linear):  # ALBERT and BigBird keep its activation beside it
+        activation: Any = base.pooler_activation if hasattr(base, "pooler_activation") else base.activation
         pooled = activation(pooler(rows_DLH[:, 0]))
     else:
         pooled = pooler(rows_DLH)

@@ -85,6 +85,8 @@ def meta_model(
         built = build(config, dtype, trust_remote_code=model.trust_remote_code, layout=layout, task=task)
     if task.kind == "lm" and built.get_output_embeddings() is None:
         raise untrainable(model, "it has no output layer")
+    if not isinstance(built.get_input_embeddings(), torch.nn.Module):
+        raise untrainable(model, "it has no table of token embeddings")
     if model.init != "random" and not is_gguf(model.id):
         refuse_larger(sum(parameter.numel() for parameter in built.parameters()), path.parent)
     return built
