@@ -15,11 +15,17 @@ from ingle.models.forward.mixers import base_of, original_class, source
 
 def find_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     """Returns the stack of equal blocks between embeddings and last norm; None if it cannot be identified."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for module in base_of(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    return None
+    num_layers = _num_layers(model)
+    return next((stack for stack in _stacks(model) if len(stack) == num_layers), None)
+
+
+def _num_layers(model: PreTrainedModel) -> int:
+    """Returns the number of layers that a token passes; 0 if the config does not name it."""
+    return int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+
+
+def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
+    return [module for module in base_of(model).modules() if isinstance(module, nn.ModuleList) and len(module)]
 
 
 def repeated_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -53,15 +59,16 @@ def read_modules(model: PreTrainedModel) -> set[nn.Module]:
 def layer_uses(model: PreTrainedModel) -> dict[nn.Module, int]:
     """Returns the blocks that a token passes, in their order, and how often: ALBERT repeats a few shared ones.
 
-    An architecture whose blocks cannot be identified has none.
+    Where a config does not say how many layers there are, they are those of the longest stack.
     """
     layers = find_layers(model)
     if layers is not None:
         return dict.fromkeys(layers, 1)
-    num_layers = model.config.get_text_config().num_hidden_layers
-    stacks = [list(each) for each in base_of(model).modules() if isinstance(each, nn.ModuleList)]
-    shared = next((stack for stack in stacks if stack and num_layers % len(stack) == 0), [])
-    return dict.fromkeys(shared, num_layers // max(len(shared), 1))
+    num_layers = _num_layers(model)
+    repeated = next((stack for stack in _stacks(model) if num_layers % len(stack) == 0), None)
+    if num_layers and repeated is not None:
+        return dict.fromkeys(repeated, num_layers // len(repeated))
+    return dict.fromkeys(max(_stacks(model), key=len, default=()), 1)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -73,8 +80,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     layers = find_layers(model)
     if layers is None:
         raise ModelError(
-            f"{type(model).__name__} has no stack of {model.config.get_text_config().num_hidden_layers} decoder layers "
-            "that Ingle can identify.",
+            f"{type(model).__name__} has no stack of {_num_layers(model)} decoder layers that Ingle can identify.",
             where="model.id",
             fix="--parallel.recompute=false --train.compile=false",
         )
