@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 #: Where to look for the class of a wrapper, in order. The mapping of causal language models is not among them: for some
@@ -67,10 +70,18 @@ def wrapper_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
-def reader_class(config: PretrainedConfig) -> str:
-    """Returns the name of the class of transformers that reads the published model."""
-    kind = wrapper_class(config) if is_wrapper(config) else None
-    return "AutoModelForCausalLM" if kind is None else kind.__name__
+def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Returns the class of a text model whose config transformers maps to no class, but that of its wrapper (Emu3).
+
+    Args:
+        config: The config of a text model.
+    """
+    wrapper = model_type_to_module_name(config.model_type)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or wrapper not in CONFIG_MAPPING:
+        return None
+    mapped = CONFIG_MAPPING[wrapper]
+    kind: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(mapped)
+    return kind if kind is not None and kind.config_class is type(config) else None
 
 
 def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -85,7 +96,7 @@ def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         for key, value in vars(vision).items():
             if not hasattr(small, key):
                 setattr(small, key, value)
-        config.vision_config = small
+        vars(config)["vision_config"] = small  # an assignment would check its class
     with torch.device("meta"):
         model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     if vision is not None:

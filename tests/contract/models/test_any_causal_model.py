@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
+from ingle import models
+from ingle.config.objective import TRAINS
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ModelError, QuantizationError
 from tests.contract.models.any_model import (
@@ -14,6 +17,7 @@ from tests.contract.models.any_model import (
     load,
     random_documents,
     require_independent_documents,
+    require_listed_layout,
     require_same_losses_and_gradients,
     writer,
 )
@@ -86,15 +90,17 @@ def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents)
     folder = folder_of(kind)
     if kind in REASONS:
         with pytest.raises(ModelError, match=REASONS[kind]):
-            load(folder, base)
+            models.require_kind(load(folder, base).config, TRAINS["clm"], "clm")
         return
     if kind in STACKED and base.format != "none":
         with pytest.raises(QuantizationError, match="in a layout that cannot be quantized yet"):
             load(folder, base)
         return
     model = load(folder, base)
+    require_listed_layout(model)
     if base.format == "none":
         require_independent_documents(model, documents, next_tokens)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    reader = getattr(transformers, models.class_that_reads(model))
+    reference = reader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rounding = ROUNDING.get(kind, 1e-4)
     require_same_losses_and_gradients(model, reference, documents, next_tokens, rounding=rounding)

@@ -14,6 +14,7 @@ from tests.contract.models.any_model import (
     load,
     random_documents,
     require_independent_documents,
+    require_listed_layout,
     require_same_losses_and_gradients,
     writer,
 )
@@ -58,6 +59,7 @@ def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents)
             load(folder, base)
         return
     model = load(folder, base)
+    require_listed_layout(model)
     if base.format == "none":
         require_independent_documents(model, documents, hidden_tokens)
     reference = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -16,6 +16,7 @@ from tests.contract.models.any_model import (
     load,
     random_documents,
     require_independent_documents,
+    require_listed_layout,
     require_same_losses_and_gradients,
     writer,
 )
@@ -73,6 +74,7 @@ def test_pairs_are_computed_as_single_ones(kind, base, folder_of, documents) -> 
             load(folder, base)
         return
     model = load(folder, base)
+    require_listed_layout(model)
     if base.format == "none":
         require_independent_documents(model, documents, *reading_of(kind))
     reference = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

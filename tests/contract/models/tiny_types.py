@@ -96,6 +96,33 @@ _ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: What default configs lack: the layers of a wrapper, or sizes that fit each other.
+_MISSING: dict[str, dict[str, Any]] = {
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}},
+    "gemma4_assistant": {
+        "text_config": {
+            **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
+            **dict.fromkeys(("num_hidden_layers", "num_kv_shared_layers"), 4),
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+        }
+    },
+}
+
+
+def default_config(kind: str) -> PretrainedConfig:
+    """The default config of a type, with what it lacks."""
+    config: PretrainedConfig = CONFIG_MAPPING[kind](**_MISSING.get(kind, {}))
+    return config
+
+
 def small_config(kind: str) -> PretrainedConfig:
     """The default config of a causal type, shrunk."""
     return _small(kind, _SETTINGS)
@@ -112,7 +139,7 @@ def small_encoder_decoder_config(kind: str) -> PretrainedConfig:
 
 
 def _small(kind: str, changes: dict[str, dict[str, Any]]) -> PretrainedConfig:
-    config = shrink(CONFIG_MAPPING[kind](), Size(width=32, layers=4, vocab_size=128, positions=64))
+    config = shrink(default_config(kind), Size(width=32, layers=4, vocab_size=128, positions=64))
     settings = changes.get(kind)
     if settings is None:
         return config
