@@ -23,10 +23,7 @@ from tests.contract.models.tiny_types import ENCODER_TYPES, small_encoder_config
 #: One of every way to mix tokens and to number positions.
 SOME = ("bert", "deberta-v2", "esm", "modernbert", "mpnet", "roberta")
 #: Why a type is refused.
-REFUSED = {
-    "mobilebert": "computes its logits without calling its output layer",
-    "perceiver": "it has no output layer",
-}
+REFUSED = {"perceiver": "it has no output layer"}
 #: Why there is no small model of a type.
 NOT_BUILT = {"reformer": "it needs texts whose length is a multiple of its chunks"}
 #: The last is longer than the longest text of a model, so that the packed row is too.
