@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,6 +108,17 @@ _TASKS: Mapping[TaskKind, tuple[Any, Any, str]] = {
 }
 
 
+#: Why architectures that transformers maps are not trained on texts.
+_REASONS: Mapping[str, str] = {
+    "gemma4_assistant": "it drafts tokens from what another model computes",
+    "gemma4_unified_assistant": "it drafts tokens from what another model computes",
+    "perceiver": "it computes all its positions for every text, and has no output layer",
+    "prophetnet": "its decoder computes several tokens ahead in streams of its own",
+    "reformer": "in training, each of its texts must fill all its positions",
+    "voxtral_realtime": "it computes no text without sound",
+}
+
+
 def kind_of(config: PretrainedConfig) -> ModelKind:
     """Returns the kind of a model."""
     if config.is_encoder_decoder:
@@ -176,22 +186,15 @@ def refusal(config: PretrainedConfig, task: ModelTask, *, own_code: bool = False
         own_code: Whether the model's own code may run.
     """
     auto, models, described = _auto(config, task)
+    if config.model_type in _REASONS:
+        return _REASONS[config.model_type]
     if own_code and auto.__name__ in _own_classes(config):
         return None
-    built = models.get(type(config))
+    built = models.get(type(config), None)
     if task.kind == "lm":
-        found = wrapper_class(config) if is_wrapper(config) else text_class(config) or built
-        if "input_ids" not in _arguments(found or built):
-            return "it does not read tokens, but what another model computes from them"
-        built = found
+        built = wrapper_class(config) if is_wrapper(config) else text_class(config) or built
         described = "model that predicts text" if is_wrapper(config) else described
     return None if built is not None else f"transformers has no {described} for model_type {config.model_type!r}"
-
-
-def _arguments(kind: Any) -> Collection[str]:
-    """Returns the arguments of a class of models; of several, of the first."""
-    first = kind[0] if isinstance(kind, tuple) else kind
-    return ("input_ids",) if first is None else inspect.signature(first.forward).parameters
 
 
 def task_of(model: PreTrainedModel) -> ModelTask:

@@ -79,9 +79,9 @@ def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     wrapper = model_type_to_module_name(config.model_type)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or wrapper not in CONFIG_MAPPING:
         return None
-    mapped = CONFIG_MAPPING[wrapper]
-    kind: type[PreTrainedModel] | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(mapped)
-    return kind if kind is not None and kind.config_class is type(config) else None
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[wrapper], None)
+    found: type[PreTrainedModel] | None = kind if getattr(kind, "config_class", None) is type(config) else None
+    return found
 
 
 def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -92,7 +92,10 @@ def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     vision = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) in _TIMM_TOWERS:
         # The tower is removed in any case, so a small one of another class takes its place.
-        small: Any = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        width = getattr(vision, "hidden_size", 32)
+        small: Any = SiglipVisionConfig(
+            hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+        )
         for key, value in vars(vision).items():
             if not hasattr(small, key):
                 setattr(small, key, value)
@@ -176,13 +179,14 @@ def _remove_below(parent: nn.Module, path: str, kept: set[int]) -> list[str]:
     """Removes the children and parameters of a module on the way to the kept modules."""
     removed = [f"{path}{key}" for key, parameter in parent._parameters.items() if parameter is not None]
     parent._parameters.clear()
+    code = inspect.getsource(type(parent).forward)
     for key, child in list(parent._modules.items()):
-        if child is None or id(child) in kept:
+        if child is None or id(child) in kept or f"self.{key}(input_ids" in code:  # Gemma 3n: ids of image tokens
             continue
         if _contains(child, kept):
             removed += _remove_below(child, f"{path}{key}.", kept)
         else:
-            if f"self.{key}.device" in inspect.getsource(type(parent).forward):
+            if f"self.{key}.device" in code:
                 parent._modules[key] = _NoTower()
             else:
                 del parent._modules[key]

@@ -149,7 +149,9 @@ def _fastest(
     because = ""
     for candidate in _CANDIDATES[kind_of(reference.config)]:
         layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias, slower_because=because)
-        failure = _failure(reference, layout, documents, expected, targets)
+        # Of pairs, the input of the output layer is expected; of others, the hidden states of the base model.
+        trial = layout if targets is not None else replace(layout, has_layers_before_head=False)
+        failure = _failure(reference, trial, documents, expected, targets)
         if failure is None:
             return replace(layout, read=_read_linears(reference, layout, documents, targets))
         because = because or failure

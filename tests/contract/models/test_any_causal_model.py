@@ -28,6 +28,7 @@ SOME = (
     "bloom",
     "bigbird_pegasus",
     "deepseek_v32",
+    "emu3",
     "falcon_h1",
     "gpt_oss",
     "gptj",
@@ -48,7 +49,8 @@ SOME = (
 #: Why a type cannot be tried here, or is refused.
 REASONS = {
     "cpmant": "its tokens see later tokens",
-    "prophetnet": "its tokens see later tokens",
+    "prophetnet": "several tokens ahead",
+    "reformer": "must fill all its positions",
     "xlm": "it is an encoder",
     "xlnet": "its tokens see later tokens",
 }
@@ -56,11 +58,10 @@ REASONS = {
 STACKED = ("dbrx",)
 #: Why there is no small model of a type.
 NOT_BUILT = {
-    **dict.fromkeys(("dots3_note", "dots3_note_text", "qwen4_exp"), "the sizes of the default config do not shrink"),
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), "the sizes of the default config do not shrink"),
     **dict.fromkeys(("musicgen", "musicgen_melody"), "AutoModelForCausalLM cannot build it; it reads music codes"),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts tokens for another model"),
-    "gemma3n": "its image tower needs Pillow",
-    "reformer": "it needs texts whose length is a multiple of its chunks",
+    "gemma3n": "its image tower needs timm; test_wrappers.py has a test",
 }
 #: Largest relative errors of gradients. Where it is not 1e-4, the float32 gradients of transformers differ as much from
 #: its float64 gradients: the delta rule normalizes short vectors.

@@ -21,11 +21,9 @@ from tests.contract.models.any_model import (
 from tests.contract.models.tiny_types import ENCODER_TYPES, small_encoder_config
 
 #: One of every way to mix tokens and to number positions.
-SOME = ("bert", "deberta-v2", "esm", "modernbert", "mpnet", "roberta")
+SOME = ("bert", "deberta-v2", "esm", "mobilebert", "modernbert", "mpnet", "roberta")
 #: Why a type is refused.
-REFUSED = {"perceiver": "it has no output layer"}
-#: Why there is no small model of a type.
-NOT_BUILT = {"reformer": "it needs texts whose length is a multiple of its chunks"}
+REFUSED = {"perceiver": "has no output layer", "reformer": "must fill all its positions"}
 #: The last is longer than the longest text of a model, so that the packed row is too.
 LENGTHS = (7, 30, 3, 18, 11)
 #: Types of :data:`SOME` that are quantized, too.
@@ -35,7 +33,7 @@ CASES = cases(ENCODER_TYPES, SOME, QUANTIZED)
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    return writer(tmp_path_factory, AutoModelForMaskedLM, small_encoder_config, NOT_BUILT)
+    return writer(tmp_path_factory, AutoModelForMaskedLM, small_encoder_config, {})
 
 
 @pytest.fixture(scope="module")

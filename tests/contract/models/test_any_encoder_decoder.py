@@ -26,8 +26,8 @@ from tests.contract.models.tiny_types import ENCODER_DECODER_TYPES, small_encode
 SOME = ("bart", "led", "m2m_100", "t5", "t5gemma")
 #: Why a type is refused.
 REFUSED = {
-    "prophetnet": "does not support packed documents",
-    "voxtral_realtime": "input_features",  # it does not compute texts without sound
+    "prophetnet": "several tokens ahead",
+    "voxtral_realtime": "no text without sound",
 }
 #: Types that read sound; of a text, their causal model is trained.
 WITH_SOUND = tuple(kind for kind in ENCODER_DECODER_TYPES if not CONFIG_MAPPING[kind].is_encoder_decoder)

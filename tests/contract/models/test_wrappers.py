@@ -27,7 +27,7 @@ from ingle.models.interop.towers import stored_towers
 from ingle.models.loading.layout_choice import enliven
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.loading.weight_stream import WeightStream
-from ingle.models.text_part import build_wrapper
+from ingle.models.text_part import build_text_part, build_wrapper
 from ingle.quant.experts import QuantStack, is_experts
 from ingle.quant.linear import QuantLinear
 
@@ -317,6 +317,8 @@ def test_the_tower_of_a_package_that_is_not_installed_is_left_alone(tmp_path: Pa
     config = hf.Gemma3nConfig(text_config=text.to_dict())
     config.save_pretrained(tmp_path)
     tensors = {f"model.language_model.{name}": each for name, each in alone.model.state_dict().items()}
+    parts = build_text_part(config, torch.float32).state_dict()
+    tensors |= {name: torch.randn(each.shape) for name, each in parts.items() if name.startswith("model.embed_")}
     tower = {"model.vision_tower.timm_model.conv_stem.weight": torch.ones(2, 2)}
     save_file(tensors | tower, tmp_path / "model.safetensors")
     told: list[Event] = []

@@ -20,6 +20,7 @@ ENCODER_TYPES = tuple(
 ENCODER_DECODER_TYPES = tuple(sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
 
 _BERT = {"is_decoder": True}
+_AXES = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8]}
 #: Settings of the small config: layers of each kind, and sizes that fit each other only in the defaults.
 _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "electra", "rembert", "megatron-bert", "camembert"), _BERT),
@@ -45,6 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "reformer": {**_BERT, **_AXES},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     **{kind: {**_BERT, "attention_type": "original_full"} for kind in ("big_bird", "bigbird_pegasus")},
@@ -85,6 +87,7 @@ _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
         "num_latents": 8,
         "num_self_attends_per_block": 1,
     },
+    "reformer": _AXES,
     "xmod": {"default_language": "en_XX"},
 }
 
