@@ -88,8 +88,6 @@ def head(model: PreTrainedModel) -> Head:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
     weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    for other in layout_of(model).joined[1:]:
-        weight = torch.cat((weight, model.get_parameter(f"{other}.weight").t()), dim=1)
     bias = layer.bias
     if added := layout_of(model).added_bias:
         more = model.get_parameter_or_buffer(added).flatten()

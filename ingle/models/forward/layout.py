@@ -51,8 +51,6 @@ class Layout:
         passes_types: Whether the model gets token types; its own are only as many as its longest text has tokens.
         has_layers_before_head: Whether there are layers between the base model and the output layer, as in RoBERTa.
         added_bias: Name of a bias that the architecture adds after its output layer; empty if there is none.
-        joined: Names of the module before the output layer, and of a linear layer whose weight ``[H - E, V]`` the
-            architecture joins to that of its output layer for the logits (MobileBERT); empty for all others.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
         has_distances: Whether attention gets relative position biases by distance.
@@ -70,7 +68,6 @@ class Layout:
     passes_types: bool = False
     has_layers_before_head: bool = False
     added_bias: str = ""
-    joined: tuple[str, ...] = ()
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
     has_distances: bool = False
@@ -114,8 +111,6 @@ def require_shardable(model: PreTrainedModel) -> None:
     why = None
     if layout_of(model).kind == "equal_rows":
         why = "it needs a call for each length of a document"
-    elif layout_of(model).joined:
-        why = "it joins two weights for its logits"
     elif any(_PASSED_HOOKS.search(source(original_class(module))) for module in model.modules()):
         why = "it calls the forward method of its layers directly, without their hooks"
     if why is not None:

@@ -52,12 +52,11 @@ def name_projection(model: PreTrainedModel) -> None:
 
 def run_to_head(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
     """Returns the input of the output layer; passes the arguments that the model takes."""
-    layout = layout_of(model)
-    called = model if layout.has_layers_before_head and not layout.joined else base_of(model)
+    called = model if layout_of(model).has_layers_before_head else base_of(model)
     arguments = taken(called, arguments)
     if called is not model:
         hidden: Tensor = called(**arguments).last_hidden_state
-        return model.get_submodule(layout.joined[0])(hidden) if layout.joined else hidden
+        return hidden
     kept: list[Tensor] = []
     with _replaced_head(model, kept):
         called(**arguments)

@@ -40,9 +40,6 @@ _SHORT = 2
 #: Largest relative difference of a token's hidden states, in float32.
 _TOLERANCE = 1e-4
 
-#: See :attr:`Layout.joined`.
-_JOINED: dict[str, tuple[str, ...]] = {"mobilebert": ("cls.predictions.transform", "cls.predictions.dense")}
-
 _FORMS: tuple[MaskForm, ...] = ("additive", "visible", "hidden")
 _LAST = (Layout("rows"), Layout("equal_rows"))
 _CANDIDATES: dict[ModelKind, tuple[Layout, ...]] = {
@@ -121,15 +118,12 @@ def _choose(described: _Described) -> Choice:
         is_causal = kind == "causal" and _is_causal(reference, documents[0])
         before_head = _has_layers_before_head(reference, documents[0], alone[0])
         added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
-        joined = _JOINED.get(described.config.model_type, ())
-        if kind == "encoder" and not joined and not _calls_output_layer(reference, documents[0]):
+        if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
             return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
     except Exception as error:
         layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
         return _untried(replace(layout, has_layers_before_head=kind != "causal"), error)
     found = _fastest(reference, before_head, added_bias, documents, torch.cat(alone))
-    if found is not None and joined:
-        found = replace(found, joined=joined, read=found.read | set(joined[1:]))
     return Choice(found, is_causal)
 
 

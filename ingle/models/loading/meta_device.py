@@ -144,7 +144,7 @@ def build(
         _use_plain_linears(model)
     name_projection(model)
     if task.kind != "lm":  # what lies before the head belongs to it
-        layout = replace(layout, has_layers_before_head=False, joined=())
+        layout = replace(layout, has_layers_before_head=False)
     apply_layout(model, layout, boundaries)
     rotate_by_document(model)
     _keep_in_float32(model, dtype)
