@@ -93,6 +93,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     task = model_task(run.objective)
     model = models.meta_model(run.model, device, dtype, task)
     models.require_kind(model.config, TRAINS[run.objective.kind], run.objective.kind)
+    if (note := models.layout_note(model)) is not None:
+        sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
         build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
@@ -219,6 +221,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     model, plan, mesh = ready.model, ready.plan, ready.mesh
     if parallel.shards(mesh, plan.strategy):
         models.require_shardable(model)
+    if run.base.format != "none" and (unquantized := quant.describe_unknown(model)) is not None:
+        sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
     if plan.strategy.recompute:

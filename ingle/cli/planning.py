@@ -118,13 +118,10 @@ def read_problem(run: Run, table: DeviceTable, device: str | None) -> tuple[Prob
     """Returns the run with its shapes and devices, and notes on what was assumed."""
     from ingle.planning import Problem
     from ingle.planning.data_estimate import estimate_data
-    from ingle.planning.layouts import layout_note
     from ingle.planning.rates import with_measured_rates
 
     shape, notes = read_shape(run)
     data, more = estimate_data(run)
-    layout = layout_note(run, shape.model_type)
-    more += [] if layout is None else [layout]
     if device is not None:
         count, kind = table.parse(device)
     else:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
-    """Returns the shape of the model; counts an architecture without arithmetic by building it, which is slower."""
+    """Returns the shape of the model, and notes; counts an architecture without arithmetic by building it, slowly."""
     from ingle.planning.architecture import read_architecture
+    from ingle.planning.layouts import layout_note
 
     bits: Bits | None
     if run.model.id.lower().endswith(".gguf"):
@@ -30,12 +31,15 @@ def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
     found = read_architecture(config)
     if found is None:
         notes.append(f"There is no arithmetic for {config.get('model_type')}: its modules were built and counted.")
-        return _census(run), notes
-    return replace(found.shape(run.adapter, bits), end_bits_per_weight=ends), notes
+        shape, layout = _census(run)
+    else:
+        shape = replace(found.shape(run.adapter, bits), end_bits_per_weight=ends)
+        layout = layout_note(run, shape.model_type)
+    return shape, notes if layout is None else [*notes, layout]
 
 
-def _census(run: Run) -> ModelShape:
-    """Returns the shape of a model by building its modules without weights."""
+def _census(run: Run) -> tuple[ModelShape, str | None]:
+    """Returns the shape of a model, and a sentence on its layout, by building its modules without weights."""
     import torch
 
     from ingle import adapters, models
@@ -43,7 +47,7 @@ def _census(run: Run) -> ModelShape:
 
     model = models.meta_model(run.model, "cpu", torch.bfloat16)
     formats = models.choose_formats(model, run.model, run.base)
-    return model_shape(model, adapters.select(model, run.adapter), formats)
+    return model_shape(model, adapters.select(model, run.adapter), formats), models.layout_note(model)
 
 
 def _read_gguf(run: Run) -> tuple[Mapping[str, Any], Bits, float | None]:

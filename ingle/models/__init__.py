@@ -15,7 +15,7 @@ from ingle.models.forward.layers import (
     recompute_layers,
     repeated_layers,
 )
-from ingle.models.forward.layout import require_shardable
+from ingle.models.forward.layout import layout_note, require_shardable
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
@@ -25,7 +25,7 @@ from ingle.models.generation.target_batch import first_token
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
-from ingle.models.kinds import ModelKind, ModelTask, class_that_reads, kind_of, require_kind, task_of
+from ingle.models.kinds import ModelKind, ModelTask, class_that_reads, kind_of, reader_class, require_kind, task_of
 from ingle.models.loading.config_json import stored_base, stored_kind, stored_task
 from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
@@ -33,7 +33,7 @@ from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
 from ingle.models.objective_tasks import has_labels, keep_stored_labels, model_task, trained_objective
 from ingle.models.text_limits import choose_padding, num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
-from ingle.models.text_part import reader_class, tower_paths
+from ingle.models.text_part import tower_paths
 from ingle.models.tokenizer import load_tokenizer
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "keep_stored_labels",
     "kind_of",
     "layer_uses",
+    "layout_note",
     "load_importance",
     "load_model",
     "load_tokenizer",

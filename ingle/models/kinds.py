@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import transformers as hf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
+from ingle.models.text_part import is_wrapper, text_class, wrapper_class
 
 #: ``causal``: each token sees earlier ones. ``encoder``: each token sees all. ``encoder_decoder``: both, in two parts.
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -80,6 +81,8 @@ class ModelTask:
             config.problem_type = self.problem
 
 
+_LANGUAGE_MODEL = ModelTask()
+
 #: The auto class for a language model of each kind, its models by config, and what such a model is called.
 _LANGUAGE_MODELS: Mapping[ModelKind, tuple[Any, Any, str]] = {
     "causal": (hf.AutoModelForCausalLM, hf.MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"),
@@ -105,11 +108,24 @@ _TASKS: Mapping[TaskKind, tuple[Any, Any, str]] = {
 }
 
 
+#: Why architectures that transformers maps are not trained on texts.
+_REASONS: Mapping[str, str] = {
+    "gemma4_assistant": "it drafts tokens from what another model computes",
+    "gemma4_unified_assistant": "it drafts tokens from what another model computes",
+    "perceiver": "it computes all its positions for every text, and has no output layer",
+    "prophetnet": "its decoder computes several tokens ahead in streams of its own",
+    "reformer": "in training, each of its texts must fill all its positions",
+    "voxtral_realtime": "it computes no text without sound",
+}
+
+
 def kind_of(config: PretrainedConfig) -> ModelKind:
     """Returns the kind of a model."""
     if config.is_encoder_decoder:
         return "encoder_decoder"
     if getattr(config, "is_decoder", False):
+        return "causal"
+    if getattr(config, "causal", False) and type(config) in hf.MODEL_FOR_CAUSAL_LM_MAPPING:  # XLM
         return "causal"
     classes = _own_classes(config)
     if "AutoModelForMaskedLM" in classes or type(config) in hf.MODEL_FOR_MASKED_LM_MAPPING:
@@ -141,9 +157,24 @@ def require_kind(config: PretrainedConfig, kinds: Collection[str], objective: st
     )
 
 
-def auto_class(config: PretrainedConfig, task: ModelTask) -> Any:
-    """Returns the auto class of transformers that builds a model."""
-    return _auto(config, task)[0]
+def new_model(
+    config: PretrainedConfig, task: ModelTask, *, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Builds a model with transformers, on the device of the context.
+
+    Args:
+        config: The config; of no wrapper if it is a language model.
+        task: What it is trained for.
+        dtype: The dtype of its parameters.
+        trust_remote_code: Whether the model's own code may run.
+    """
+    text = text_class(config) if task.kind == "lm" else None
+    model: PreTrainedModel = (
+        _auto(config, task)[0].from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if text is None
+        else text._from_config(config, dtype=dtype)
+    )
+    return model
 
 
 def refusal(config: PretrainedConfig, task: ModelTask, *, own_code: bool = False) -> str | None:
@@ -155,13 +186,15 @@ def refusal(config: PretrainedConfig, task: ModelTask, *, own_code: bool = False
         own_code: Whether the model's own code may run.
     """
     auto, models, described = _auto(config, task)
+    if config.model_type in _REASONS:
+        return _REASONS[config.model_type]
     if own_code and auto.__name__ in _own_classes(config):
         return None
-    if task.kind == "lm" and is_wrapper(config):
-        known, described = wrapper_class(config) is not None, "model that predicts text"
-    else:
-        known = type(config) in models
-    return None if known else f"transformers has no {described} for model_type {config.model_type!r}"
+    built = models.get(type(config), None)
+    if task.kind == "lm":
+        built = wrapper_class(config) if is_wrapper(config) else text_class(config) or built
+        described = "model that predicts text" if is_wrapper(config) else described
+    return None if built is not None else f"transformers has no {described} for model_type {config.model_type!r}"
 
 
 def task_of(model: PreTrainedModel) -> ModelTask:
@@ -170,11 +203,18 @@ def task_of(model: PreTrainedModel) -> ModelTask:
     return found
 
 
+def reader_class(config: PretrainedConfig, task: ModelTask = _LANGUAGE_MODEL) -> str:
+    """Returns the name of the class of transformers that reads a published model for a task."""
+    own = None
+    if task.kind == "lm":
+        own = wrapper_class(config) if is_wrapper(config) else text_class(config)
+    name: str = (_auto(config, task)[0] if own is None else own).__name__
+    return name
+
+
 def class_that_reads(model: PreTrainedModel) -> str:
     """Returns the name of the class of transformers that reads a model from its files."""
-    task = task_of(model)
-    name: str = reader_class(model.config) if task.kind == "lm" else auto_class(model.config, task).__name__
-    return name
+    return reader_class(model.config, task_of(model))
 
 
 def _own_classes(config: PretrainedConfig) -> Mapping[str, str]:

@@ -21,6 +21,7 @@ from ingle.models.kinds import ModelKind, ModelTask, TaskKind, kind_of, refusal
 from ingle.models.loading.config_json import read_config
 from ingle.models.loading.layout_choice import choose_layout
 from ingle.models.loading.meta_device import build
+from ingle.models.text_part import text_config
 from ingle.planning.model_types import ModelType
 from ingle.quant import convert
 from ingle.quant.experts import is_experts
@@ -47,11 +48,12 @@ def known_types() -> list[tuple[str, ModelKind]]:
     return sorted((name, kind) for kind, names in found.items() for name in names)
 
 
-def default_config(name: str, kind: ModelKind) -> PretrainedConfig:
-    """Returns the default config of a ``model_type``, as a model of this kind."""
-    config: PretrainedConfig = CONFIG_MAPPING[name]()
+def as_kind(config: PretrainedConfig, kind: ModelKind) -> PretrainedConfig:
+    """Returns a config, changed in place, as that of a model of a kind that its type has."""
     if kind == "causal" and kind_of(config) != kind:
         config.is_decoder, config.is_encoder_decoder = True, False
+        if hasattr(config, "causal"):
+            config.causal = True
     return config
 
 
@@ -76,7 +78,7 @@ def survey(config: PretrainedConfig, kind: ModelKind, *, trust_remote_code: bool
     if kind == "causal" and not choice.is_causal:
         return ModelType(name, kind, reason="its tokens see later tokens, so that each would be predicted from itself")
     if choice.layout is None:
-        return ModelType(name, kind, reason="it gives other results for several documents in a batch than for each")
+        return ModelType(name, kind, reason=choice.reason)
     try:
         model = build(config, torch.float32, trust_remote_code=trust_remote_code, layout=choice.layout)
     except Exception as error:  # settings that the architecture's own code rejects
@@ -91,15 +93,25 @@ def survey(config: PretrainedConfig, kind: ModelKind, *, trust_remote_code: bool
     return ModelType(
         name,
         kind,
-        layout=layout.kind if choice.tried else None,
+        layout=layout.kind if layout.tried else None,
         dealt=layout.dealt,
         quantizes=unquantized is None,
         has_experts=has_experts,
         objectives=(*_OBJECTIVES[kind], *(task for task in _HEADS if _has_head(config, task))),
-        exports=("safetensors", "gguf") if name in BY_MODEL_TYPE else ("safetensors",),
+        exports=("safetensors", "gguf") if _has_gguf(config, kind) else ("safetensors",),
         reason=unquantized
-        or (None if choice.tried else "no small model of it runs; a real one is verified when loaded"),
+        or (
+            None
+            if layout.tried
+            else f"no small model of it runs ({layout.slower_because}); a real one is verified when loaded"
+        ),
     )
+
+
+def _has_gguf(config: PretrainedConfig, kind: ModelKind) -> bool:
+    """Returns whether a model, or its text part, is written to GGUF files; some families are not of all kinds."""
+    family = BY_MODEL_TYPE.get(text_config(config).model_type)
+    return family is not None and family.class_name.endswith("ForCausalLM") == (kind == "causal")
 
 
 def _has_head(config: PretrainedConfig, task: TaskKind) -> bool:

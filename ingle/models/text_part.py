@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 #: Where to look for the class of a wrapper, in order. The mapping of causal language models is not among them: for some
@@ -67,10 +70,18 @@ def wrapper_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     return None
 
 
-def reader_class(config: PretrainedConfig) -> str:
-    """Returns the name of the class of transformers that reads the published model."""
-    kind = wrapper_class(config) if is_wrapper(config) else None
-    return "AutoModelForCausalLM" if kind is None else kind.__name__
+def text_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Returns the class of a text model whose config transformers maps to no class, but that of its wrapper (Emu3).
+
+    Args:
+        config: The config of a text model.
+    """
+    wrapper = model_type_to_module_name(config.model_type)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or wrapper not in CONFIG_MAPPING:
+        return None
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[wrapper], None)
+    found: type[PreTrainedModel] | None = kind if getattr(kind, "config_class", None) is type(config) else None
+    return found
 
 
 def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -81,11 +92,14 @@ def build_wrapper(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     vision = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) in _TIMM_TOWERS:
         # The tower is removed in any case, so a small one of another class takes its place.
-        small: Any = SiglipVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        width = getattr(vision, "hidden_size", 32)
+        small: Any = SiglipVisionConfig(
+            hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+        )
         for key, value in vars(vision).items():
             if not hasattr(small, key):
                 setattr(small, key, value)
-        config.vision_config = small
+        vars(config)["vision_config"] = small  # an assignment would check its class
     with torch.device("meta"):
         model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     if vision is not None:
@@ -165,13 +179,14 @@ def _remove_below(parent: nn.Module, path: str, kept: set[int]) -> list[str]:
     """Removes the children and parameters of a module on the way to the kept modules."""
     removed = [f"{path}{key}" for key, parameter in parent._parameters.items() if parameter is not None]
     parent._parameters.clear()
+    code = inspect.getsource(type(parent).forward)
     for key, child in list(parent._modules.items()):
-        if child is None or id(child) in kept:
+        if child is None or id(child) in kept or f"self.{key}(input_ids" in code:  # Gemma 3n: ids of image tokens
             continue
         if _contains(child, kept):
             removed += _remove_below(child, f"{path}{key}.", kept)
         else:
-            if f"self.{key}.device" in inspect.getsource(type(parent).forward):
+            if f"self.{key}.device" in code:
                 parent._modules[key] = _NoTower()
             else:
                 del parent._modules[key]

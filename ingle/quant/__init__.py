@@ -7,7 +7,7 @@ copies. The format alone defines what the bytes mean.
 from __future__ import annotations
 
 from ingle.quant.catalog import Formats, GgufFormats, make_format, make_formats
-from ingle.quant.conversion import convert, quantize_ends
+from ingle.quant.conversion import convert, describe_unknown, quantize_ends
 from ingle.quant.experts import LEAST_ROWS, QuantExperts, QuantStack, is_fused_experts
 from ingle.quant.format import Format
 from ingle.quant.interchange import (
@@ -40,6 +40,7 @@ __all__ = [
     "Unquantized",
     "audit",
     "convert",
+    "describe_unknown",
     "from_bitnet",
     "from_bitsandbytes",
     "from_hqq",

@@ -158,21 +158,14 @@ def refuse_unknown(model: nn.Module) -> None:
     """Rejects a model of which a large part are weights in an unknown layout.
 
     These are floating-point parameters of three or more dimensions that belong neither to a convolution nor to known
-    experts, and matrices of modules whose class name contains "expert". Less than :data:`_UNKNOWN_SHARE` of a model,
-    such as the gates of a recurrent state, stays in the compute dtype.
+    experts, and matrices of modules whose class name contains "expert". At most :data:`_UNKNOWN_SHARE` of a model,
+    such as the gates of a recurrent state, stays in the compute dtype: see :func:`describe_unknown`.
 
     Raises:
         QuantizationError: Naming the first of them.
     """
-    unknown = {
-        f"{name}.{key}": parameter
-        for name, module in model.named_modules()
-        if not isinstance(module, (*CONVOLUTIONS, QuantModule, QuantExperts)) and not is_experts(module)
-        for key, parameter in module.named_parameters(recurse=False)
-        if _is_stacked(module, parameter)
-    }
-    size = sum(parameter.numel() for parameter in unknown.values())
-    if size <= _UNKNOWN_SHARE * sum(parameter.numel() for parameter in model.parameters()):
+    unknown, size, share = _find_unknown(model)
+    if share <= _UNKNOWN_SHARE:
         return
     path, parameter = next(iter(unknown.items()))
     name = path.rpartition(".")[0]
@@ -183,6 +176,35 @@ def refuse_unknown(model: nn.Module) -> None:
         why=f"shape {list(parameter.shape)}; {size:,} such weights would stay in {parameter.dtype}",
         fix="train with --base.format=none, or request support for this architecture",
     )
+
+
+def describe_unknown(model: nn.Module) -> str | None:
+    """Returns a sentence on the weights that stay in the compute dtype for their layout; None if there are none.
+
+    Args:
+        model: Before it is converted, of any device.
+    """
+    unknown, size, share = _find_unknown(model)
+    if not unknown:
+        return None
+    kinds = dict.fromkeys(type(model.get_submodule(path.rpartition(".")[0])).__name__ for path in unknown)
+    return (
+        f"{size:,} weights ({share:.1%} of the model) are not quantized, because {', '.join(kinds)} keeps them in a "
+        "layout that cannot be quantized yet."
+    )
+
+
+def _find_unknown(model: nn.Module) -> tuple[dict[str, nn.Parameter], int, float]:
+    """Returns the weights in an unknown layout, their number, and their share of the model."""
+    unknown = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, (*CONVOLUTIONS, QuantModule, QuantExperts)) and not is_experts(module)
+        for key, parameter in module.named_parameters(recurse=False)
+        if _is_stacked(module, parameter)
+    }
+    size = sum(parameter.numel() for parameter in unknown.values())
+    return unknown, size, size / max(1, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _is_stacked(module: nn.Module, parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from ingle import flow, models, parallel
 from ingle.assembly import Assembled, assemble
 from ingle.config.run import Run
 from ingle.data.batch import Batch, round_up
-from ingle.events import Event, Saved
+from ingle.events import Event, Saved, Warned
 from ingle.models.forward.layout import layout_of
 from ingle.training.steps import compute_gradients
 from tests.axis import POINTS, config_of
@@ -50,14 +50,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def assembled(folder: Path, request: pytest.FixtureRequest) -> Assembled:
     name: str = request.param
-    parts = assemble(Run.model_validate(config_of(folder, POINTS[name])), lambda event: None)
+    events: list[Event] = []
+    parts = assemble(Run.model_validate(config_of(folder, POINTS[name])), events.append)
     assert layout_of(parts.model).kind == POINTS[name].layout
+    _require_told(parts, [event for event in events if isinstance(event, Warned)])
     generator = torch.Generator().manual_seed(0)
     for parameter in parts.model.parameters():
         if parameter.requires_grad:  # an adapter of zeros has gradients of zero
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     parts.objective.module.train()
     return parts
+
+
+def _require_told(parts: Assembled, warned: Sequence[Warned]) -> None:
+    """A run says what its layout computes in vain, once; positions that are looked up by row cost nothing."""
+    layout = layout_of(parts.model)
+    told = [event.message for event in warned if "grouped by length" in event.message or "each length" in event.message]
+    assert len(told) == (layout.kind != "packed" and not all("Embedding" in name for name in layout.dealt or ("rows",)))
+    assert all(name in told[0] for name in layout.dealt if told and "Embedding" not in name)
 
 
 def _step(parts: Assembled, batches: Sequence[Batch]) -> _Step:

@@ -28,7 +28,7 @@ from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import for_text_part
 from ingle.parallel import is_unit
-from ingle.planning.layouts import PADDING
+from ingle.planning.layouts import PADDING, describe_layout
 
 #: A call of a layer that runs none of its hooks, as SqueezeBERT's.
 _PASSED_HOOKS = re.compile(r"\b(layer|block)(_module)?\.forward\(")
@@ -54,6 +54,8 @@ class Layout:
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
         has_distances: Whether attention gets relative position biases by distance.
+        tried: Whether a small copy of the model was exact with it.
+        slower_because: Why no faster layout is used, or why none could be tried; empty for the fastest.
     """
 
     kind: LayoutKind = "packed"
@@ -69,6 +71,8 @@ class Layout:
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
     has_distances: bool = False
+    tried: bool = True
+    slower_because: str = ""
 
 
 class ReadLinear(nn.Linear):
@@ -88,6 +92,14 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """Returns the layout of a model."""
     found: Layout = getattr(model, "packed_layout", Layout())
     return found
+
+
+def layout_note(model: PreTrainedModel) -> str | None:
+    """Returns a sentence on what the layout of a model computes in vain, and why; None if nothing is padded."""
+    layout = layout_of(model)
+    return describe_layout(
+        model.config.model_type, layout.kind, layout.dealt, because=layout.slower_because, tried=layout.tried
+    )
 
 
 def require_shardable(model: PreTrainedModel) -> None:

@@ -49,7 +49,8 @@ _CONTAINERS = (GradientCheckpointingLayer, PreTrainedModel, nn.ModuleList, nn.Em
 
 def find_mixers(model: PreTrainedModel) -> dict[str, Mixing]:
     """Returns the names of the modules in which tokens interact, and how."""
-    named = [(name, module) for name, module in model.named_modules() if name]
+    towers = _towers(model)
+    named = [(name, module) for name, module in model.named_modules() if name and not name.startswith(towers)]
     candidates = {name for name, module in named if _takes_mask_or_cache(module)}
     found: dict[str, Mixing] = {}
     for name, module in named:
@@ -93,6 +94,13 @@ def source(cls: Class) -> str:
         return inspect.getsource(cls)
     except (OSError, TypeError):
         return ""
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Returns how the names of modules begin that encode images or sound, which no text passes through."""
+    sections = {type(getattr(model.config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel))
+    return tuple(f"{name}." for name, module in modules if type(module.config) in sections)
 
 
 def _takes_mask_or_cache(module: nn.Module) -> bool:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ingle.data import Message, render
 from ingle.errors import DependencyError
 from ingle.models.interop.saving import quiet
-from ingle.models.text_part import is_wrapper, reader_class, wrapper_class
+from ingle.models.kinds import reader_class
+from ingle.models.text_part import is_wrapper, wrapper_class
 
 #: What reads an export besides transformers, by package name.
 _NAMES = {"peft": "PEFT", "bitsandbytes": "bitsandbytes", "hqq": "the hqq package"}

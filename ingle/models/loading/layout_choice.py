@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ingle.models.boundary import explain
 from ingle.models.forward.encoder_decoder import Row, forward_pairs, pair_to_head
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import Layout, apply_layout, pattern_of
@@ -24,7 +25,7 @@ from ingle.models.forward.mixers import base_of, original_class, source
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.forward.to_head import name_projection
-from ingle.models.kinds import ModelKind, ModelTask, auto_class, kind_of
+from ingle.models.kinds import ModelKind, ModelTask, kind_of, new_model
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -72,13 +73,11 @@ class Choice:
     Attributes:
         layout: None if no layout is exact.
         is_causal: Whether no token sees a later one.
-        tried: Whether a tiny copy could be built; if not, the layout is a guess from the names of modules.
         reason: Why there is no layout.
     """
 
     layout: Layout | None
     is_causal: bool = True
-    tried: bool = True
     reason: str = "it gives other results for several documents in a batch than for each alone"
 
 
@@ -95,8 +94,8 @@ def choose_layout(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     """Returns the fastest exact layout of an architecture with the options of this config."""
     try:
         small = _without_labels(with_text_config(config, shrink(text_config(config), _SIZE)))
-    except Exception:  # settings that the architecture's own code rejects in other sizes
-        return Choice(Layout(), tried=False)
+    except Exception as error:  # settings that the architecture's own code rejects in other sizes
+        return _untried(Layout(), error)
     return _choose(_Described(f"{type(small).__name__} {small.to_dict()}", small, trust_remote_code))
 
 
@@ -121,15 +120,36 @@ def _choose(described: _Described) -> Choice:
         added_bias = "" if kind == "causal" else _added_bias(reference, documents[0])
         if kind == "encoder" and not _calls_output_layer(reference, documents[0]):
             return Choice(None, is_causal, reason="it computes its logits without calling its output layer")
-    except Exception:
+    except Exception as error:
         layout = _CANDIDATES[kind][0] if kind == "encoder_decoder" else Layout()
-        return Choice(replace(layout, has_layers_before_head=kind != "causal"), tried=False)
-    expected = torch.cat(alone)
-    for candidate in _CANDIDATES[kind]:
-        if _is_exact(reference, candidate, documents, expected):
-            found = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
-            return Choice(replace(found, read=_read_linears(reference, found, documents)), is_causal)
-    return Choice(None, is_causal)
+        return _untried(replace(layout, has_layers_before_head=kind != "causal"), error)
+    found = _fastest(reference, before_head, added_bias, documents, torch.cat(alone))
+    return Choice(found, is_causal)
+
+
+def _untried(layout: Layout, error: Exception) -> Choice:
+    return Choice(replace(layout, tried=False, slower_because=explain(error)))
+
+
+def _fastest(
+    reference: PreTrainedModel,
+    before_head: bool,
+    added_bias: str,
+    documents: list[Tensor],
+    expected: Tensor,
+    targets: list[Tensor] | None = None,
+) -> Layout | None:
+    """Returns the first layout that is exact, with the reason against the very first; None if there is none."""
+    because = ""
+    for candidate in _CANDIDATES[kind_of(reference.config)]:
+        layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias, slower_because=because)
+        # Of pairs, the input of the output layer is expected; of others, the hidden states of the base model.
+        trial = layout if targets is not None else replace(layout, has_layers_before_head=False)
+        failure = _failure(reference, trial, documents, expected, targets)
+        if failure is None:
+            return replace(layout, read=_read_linears(reference, layout, documents, targets))
+        because = because or failure
+    return None
 
 
 def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choice:
@@ -144,27 +164,25 @@ def _choose_for_pairs(reference: PreTrainedModel, sources: list[Tensor]) -> Choi
             continue
         break
     added_bias = "final_logits_bias" if hasattr(reference, "final_logits_bias") else ""
-    for candidate in _CANDIDATES["encoder_decoder"]:
-        layout = replace(candidate, has_layers_before_head=before_head, added_bias=added_bias)
-        if _is_exact(reference, layout, sources, expected, targets):
-            return Choice(replace(layout, read=_read_linears(reference, layout, sources, targets)))
-    return Choice(None)
+    return Choice(_fastest(reference, before_head, added_bias, sources, expected, targets))
 
 
 def _build(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
     if is_wrapper(config):
         return _build_text_part(config)
+
+    def make() -> PreTrainedModel:
+        copied = copy.deepcopy(config)
+        return new_model(copied, ModelTask(), dtype=torch.float32, trust_remote_code=trust_remote_code)
+
     with torch.device("meta"):
-        auto = auto_class(config, ModelTask())
-        on_meta = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        on_meta = make()
     size = sum(parameter.numel() for parameter in on_meta.parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"{size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = auto.from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = make()
         enliven(model)
     name_projection(model)
     model.eval().requires_grad_(False)
@@ -273,18 +291,20 @@ def _added_bias(model: PreTrainedModel, document: Tensor) -> str:
     return ""
 
 
-def _is_exact(
+def _failure(
     model: PreTrainedModel,
     layout: Layout,
     documents: list[Tensor],
     expected: Tensor,
     targets: list[Tensor] | None = None,
-) -> bool:
+) -> str | None:
+    """Returns why a layout does not compute what is expected; None if it does."""
     try:
         actual = _compute_packed(copy.deepcopy(model), layout, documents, targets)
-    except Exception:  # architectures fail in many ways if they get what they do not expect
-        return False
-    return actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
+    except Exception as error:  # architectures fail in many ways if they get what they do not expect
+        return explain(error)
+    exact = actual.shape == expected.shape and _difference(actual, expected) <= _TOLERANCE
+    return None if exact else "packed documents get other results than single ones"
 
 
 def _compute_packed(

@@ -20,7 +20,7 @@ from ingle.models.forward.layout import Layout, apply_layout
 from ingle.models.forward.rotary_by_length import rotate_by_document
 from ingle.models.forward.task_heads import find_heads
 from ingle.models.forward.to_head import name_projection
-from ingle.models.kinds import ModelTask, auto_class, kind_of
+from ingle.models.kinds import ModelTask, kind_of, new_model
 from ingle.models.loading.config_json import config_path, read_config, untrainable
 from ingle.models.loading.gguf_model import is_gguf
 from ingle.models.loading.layout_choice import choose_layout
@@ -94,7 +94,7 @@ def meta_model(
 
 def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
     if task.kind != "lm" and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        return Layout("rows")  # the head reads what a decoder makes of the text itself
+        return Layout("rows", slower_because="its head reads what a decoder makes of each text")
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
     if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
@@ -141,8 +141,7 @@ def build(
         model = build_text_part(config, dtype)
     else:
         with torch.device("meta"):
-            auto = auto_class(config, task)
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = new_model(config, task, dtype=dtype, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         _use_plain_linears(model)
     name_projection(model)

@@ -7,7 +7,7 @@ conversion mapping to the names, without reading any tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -135,6 +135,11 @@ def plan_reading(
     """
     mapping = _NameMapping(whole or architecture)
     wanted = architecture.state_dict()
+    removed = (
+        set()
+        if whole is None
+        else {name for name, _ in whole.named_modules()} - {name for name, _ in architecture.named_modules()}
+    )
     quantized = _find_quantized(stored)
     ignored = [
         *(architecture._keys_to_ignore_on_load_unexpected or ()),
@@ -152,7 +157,7 @@ def plan_reading(
         part_of = scales.get(id(stored[key]))
         weight = part_of or _plain_key(key)
         name, pattern = mapping(weight)
-        if name in mapping.wanted and name not in wanted:
+        if name not in wanted and (name in mapping.wanted or _is_below(name, removed)):
             towers.append(key)
         elif part_of is not None:
             continue  # read with its weight
@@ -179,6 +184,12 @@ def plan_reading(
         assert isinstance(group, Converted)
         groups[name] = _stacked(group, found) or _deferred(group, found)
     return ReadingPlan(tuple(groups.values()), tuple(unexpected), tuple(towers), stored)
+
+
+def _is_below(name: str, modules: Collection[str]) -> bool:
+    """Returns whether a parameter lies in one of the modules; those of timm are not built, so its name is not known."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts)))
 
 
 def refuse_other_shapes(plan: ReadingPlan, architecture: PreTrainedModel) -> None:

@@ -114,6 +114,8 @@ def _shrink(settings: Mapping[str, Any], size: Size) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, list | tuple) and kept is not None and len(value) == total:
             small[key] = [value[index] for index in kept]
+            if "intermediate_size" in key:  # one for each layer
+                small[key] = [_limited(key, each, size) for each in small[key]]
         elif key in _LAYERS and value == total and kept is not None:
             small[key] = len(kept)
         elif key == "per_layer_config" and isinstance(value, dict):
@@ -229,9 +231,7 @@ def _quarter_heads(settings: dict[str, Any], width: int) -> None:
 
 
 def _dots3_note(settings: dict[str, Any], width: int) -> None:
-    for layer in (settings.get("per_layer_config") or {}).values():
-        if "head_dim" in layer:
-            layer |= {"qk_nope_head_dim": width // 4, "head_dim": 3 * width // 8}
+    settings["head_dim"] = settings["qk_nope_head_dim"] + settings["qk_rope_head_dim"]
 
 
 def _all_heads_have_keys(settings: dict[str, Any], width: int) -> None:
@@ -244,6 +244,19 @@ def _bottleneck(settings: dict[str, Any], width: int) -> None:
 
 def _half_heads(settings: dict[str, Any], width: int) -> None:
     settings["head_dim"] = width // 2
+
+
+def _cross_layers(settings: dict[str, Any], width: int) -> None:
+    layers = settings["num_hidden_layers"]
+    settings["cross_attention_layers"] = [each for each in settings["cross_attention_layers"] if each < layers]
+
+
+def _shared_keys(settings: dict[str, Any], width: int) -> None:
+    """Of each kind, a layer computes keys and values, and a later one uses them."""
+    if settings.get("num_kv_shared_layers"):
+        kinds, layers = list(dict.fromkeys(settings["layer_types"])), settings["num_hidden_layers"]
+        settings["layer_types"] = [kinds[index % len(kinds)] for index in range(layers)]
+        settings["num_kv_shared_layers"] = max(0, min(len(kinds), layers - len(kinds)))
 
 
 def _two_blocks(settings: dict[str, Any], width: int) -> None:
@@ -266,6 +279,9 @@ _RELATED: dict[str, tuple[Callable[[dict[str, Any], int], None], ...]] = {
     "esmc": (_all_heads_have_keys,),
     **dict.fromkeys(_FUSED_IN_THIRDS, (_all_heads_have_keys,)),
     "funnel": (_two_blocks,),
+    "mllama_text_model": (_cross_layers,),
+    "gemma3n_text": (_shared_keys,),
+    "gemma4_text": (_shared_keys,),
     "hunyuan_v1_dense": (_quarter_heads,),
     "hunyuan_v1_moe": (_quarter_heads,),
     "mobilebert": (_bottleneck,),

@@ -9,7 +9,7 @@ import torch
 from ingle.config.model import ModelConfig
 from ingle.models.boundary import COMPARE_CONFIG, reading
 from ingle.models.interop.saving import save_pretrained
-from ingle.models.kinds import ModelTask, auto_class
+from ingle.models.kinds import ModelTask, new_model
 from ingle.models.loading.config_json import config_path, read_config
 from ingle.models.loading.meta_device import seeded
 from ingle.models.loading.small_config import Size, shrink
@@ -44,7 +44,6 @@ def write_tiny_model(model: ModelConfig, folder: Path) -> int:
         ),
         seeded(0),
     ):
-        auto = auto_class(config, ModelTask())
-        built = auto.from_config(config, dtype=torch.bfloat16, trust_remote_code=model.trust_remote_code)
+        built = new_model(config, ModelTask(), dtype=torch.bfloat16, trust_remote_code=model.trust_remote_code)
     save_pretrained(built, tokenizer, folder)
     return sum(parameter.numel() for parameter in built.parameters())

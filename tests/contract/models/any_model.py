@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -18,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle import adapters, models
 from ingle.config import BaseConfig, LoraAdapter, ModelConfig, Nf4Base, NoBase
+from ingle.models.forward.layout import layout_of
 from ingle.models.loading.layout_choice import enliven
+from ingle.planning.model_types import model_table
 from tests.contract.models.test_architectures import pack, replace_by_decoded
 
 FolderOf = Callable[[str], Path]
@@ -59,6 +62,16 @@ def cases(types: Iterable[str], some: Collection[str], quantized: Collection[str
             marks = () if kind in chosen else pytest.mark.sweep
             marked.append(pytest.param(kind, base, marks=marks, id=f"{kind}-{base.format}"))
     return marked
+
+
+def require_listed_layout(model: PreTrainedModel) -> None:
+    """A model has the layout of its type in the table of the release; all layouts are exact, but not equally fast."""
+    table, layout = model_table(), layout_of(model)
+    if table.transformers != transformers.__version__:
+        return
+    for entry in table.find(model.config.model_type, models.kind_of(model.config)):
+        if entry.layout is not None:
+            assert (layout.kind, layout.dealt) == (entry.layout, entry.dealt)
 
 
 def random_documents(lengths: tuple[int, ...]) -> list[list[int]]:

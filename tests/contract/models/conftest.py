@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ingle.config import ModelConfig
 from ingle.models import ModelTask
-from ingle.models.kinds import auto_class
+from ingle.models.kinds import new_model
 
 VOCAB_SIZE = 96
 
@@ -103,7 +103,7 @@ class Checkpoint:
 
 def randomized(config: hf.PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, including norms and biases."""
-    model = auto_class(config, ModelTask()).from_config(config)
+    model = new_model(config, ModelTask(), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

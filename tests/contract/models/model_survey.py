@@ -7,9 +7,14 @@ from dataclasses import replace
 import transformers
 
 from ingle.models.kinds import ModelKind
-from ingle.models.survey import default_config, known_types, survey
+from ingle.models.survey import as_kind, known_types, survey
 from ingle.planning.model_types import ModelType, write_table
-from tests.contract.models.tiny_types import small_config, small_encoder_config, small_encoder_decoder_config
+from tests.contract.models.tiny_types import (
+    default_config,
+    small_config,
+    small_encoder_config,
+    small_encoder_decoder_config,
+)
 
 
 def survey_type(name: str, kind: ModelKind) -> ModelType:
@@ -20,9 +25,10 @@ def survey_type(name: str, kind: ModelKind) -> ModelType:
         "encoder_decoder": small_encoder_decoder_config,
     }[kind]
     found = ModelType(name, kind)
-    for make in (small, lambda name: default_config(name, kind)):
+    for make in (small, default_config):
         try:
-            found = replace(survey(make(name), kind), name=name)  # some share the config of another type
+            config = as_kind(make(name), kind)
+            found = replace(survey(config, kind), name=name)  # some share the config of another type
         except Exception as error:  # configs fail in many ways with sizes that they do not expect
             found = ModelType(name, kind, reason=f"no small config of it can be made ({type(error).__name__})")
         if found.layout is not None:

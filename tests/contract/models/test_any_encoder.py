@@ -14,6 +14,7 @@ from tests.contract.models.any_model import (
     load,
     random_documents,
     require_independent_documents,
+    require_listed_layout,
     require_same_losses_and_gradients,
     writer,
 )
@@ -24,10 +25,9 @@ SOME = ("bert", "deberta-v2", "esm", "modernbert", "mpnet", "roberta")
 #: Why a type is refused.
 REFUSED = {
     "mobilebert": "computes its logits without calling its output layer",
-    "perceiver": "it has no output layer",
+    "perceiver": "has no output layer",
+    "reformer": "must fill all its positions",
 }
-#: Why there is no small model of a type.
-NOT_BUILT = {"reformer": "it needs texts whose length is a multiple of its chunks"}
 #: The last is longer than the longest text of a model, so that the packed row is too.
 LENGTHS = (7, 30, 3, 18, 11)
 #: Types of :data:`SOME` that are quantized, too.
@@ -37,7 +37,7 @@ CASES = cases(ENCODER_TYPES, SOME, QUANTIZED)
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
-    return writer(tmp_path_factory, AutoModelForMaskedLM, small_encoder_config, NOT_BUILT)
+    return writer(tmp_path_factory, AutoModelForMaskedLM, small_encoder_config, {})
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents)
             load(folder, base)
         return
     model = load(folder, base)
+    require_listed_layout(model)
     if base.format == "none":
         require_independent_documents(model, documents, hidden_tokens)
     reference = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -19,7 +19,7 @@ from ingle.config.objective import Classify
 from ingle.data.batch import collate, round_up
 from ingle.data.types import IGNORE_INDEX, Sample
 from ingle.models import ModelTask, keep_stored_labels
-from ingle.models.kinds import auto_class
+from ingle.models.kinds import new_model
 from ingle.models.loading.layout_choice import enliven
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, TagLoss
 from ingle.objectives.dealing import without_labels
@@ -213,7 +213,7 @@ def language_model(kind: str) -> Any:
     config = small_config(kind)
     config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = _PAD, _EOS, 0
     torch.manual_seed(0)
-    model = auto_class(config, ModelTask()).from_config(config, dtype=torch.float32)
+    model = new_model(config, ModelTask(), dtype=torch.float32)
     enliven(model)
     return model
 

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ingle import adapters, models
@@ -17,13 +18,17 @@ from ingle.config import ModelConfig
 from ingle.config.adapter import LoraAdapter
 from ingle.config.base import BaseConfig, NoBase, base_section
 from ingle.errors import QuantizationError
+from ingle.events import Event, Warned
 from ingle.export.writers.merged_model import MergedModel
 from ingle.export.writers.safetensors_folder import choose_layout, write_safetensors
 from ingle.inference import Source
 from ingle.models.forward.hidden_states import forward_packed
+from ingle.models.interop.towers import stored_towers
+from ingle.models.loading.layout_choice import enliven
+from ingle.models.loading.small_config import Size, shrink
 from ingle.models.loading.weight_stream import WeightStream
-from ingle.models.text_part import build_wrapper
-from ingle.quant.experts import QuantStack
+from ingle.models.text_part import build_text_part, build_wrapper
+from ingle.quant.experts import QuantStack, is_experts
 from ingle.quant.linear import QuantLinear
 
 _TEXT: dict[str, Any] = {
@@ -270,7 +275,7 @@ def test_a_merged_export_copies_the_towers(folder: Path, tmp_path: Path, type_na
     out = tmp_path / "out"
     out.mkdir()
     layout, tokenizer = choose_layout(type_name, NoBase()), models.load_tokenizer(section)
-    if type_name == "nf4" and any(len(piece.shape) == 3 for each in merged.stream.entries for piece in each.pieces):
+    if type_name == "nf4" and any(map(is_experts, merged.stream.model.modules())):
         with pytest.raises(QuantizationError, match="no layout for fused experts"):
             write_safetensors(merged, tokenizer, section, out, layout)
         return
@@ -301,3 +306,28 @@ def _require_towers_of(folder: Path, written: Path, text: nn.Module) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in towers)
     config = "preprocessor_config.json"
     assert (written / config).read_bytes() == (folder / config).read_bytes()
+
+
+def test_the_tower_of_a_package_that_is_not_installed_is_left_alone(tmp_path: Path) -> None:
+    """Gemma 3n: its tower needs timm, so transformers cannot build the whole model here."""
+    text = shrink(hf.Gemma3nTextConfig(), Size(width=32, layers=4, vocab_size=128, positions=64))
+    torch.manual_seed(0)
+    alone: Any = hf.AutoModelForCausalLM.from_config(text, dtype=torch.float32).eval()
+    enliven(alone)
+    config = hf.Gemma3nConfig(text_config=text.to_dict())
+    config.save_pretrained(tmp_path)
+    tensors = {f"model.language_model.{name}": each for name, each in alone.model.state_dict().items()}
+    parts = build_text_part(config, torch.float32).state_dict()
+    tensors |= {name: torch.randn(each.shape) for name, each in parts.items() if name.startswith("model.embed_")}
+    tower = {"model.vision_tower.timm_model.conv_stem.weight": torch.ones(2, 2)}
+    save_file(tensors | tower, tmp_path / "model.safetensors")
+    told: list[Event] = []
+    model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), sink=told.append)
+    assert not [event for event in told if isinstance(event, Warned)]
+    ids = torch.tensor([[3, 17, 5, 99, 41, 7]])
+    positions, bounds = torch.tensor([[0, 1, 2, 3, 0, 1]]), torch.tensor([0, 4, 6], dtype=torch.int32)
+    with torch.no_grad():
+        logits = models.head(model).logits(forward_packed(model, ids, positions, bounds))[0]
+        theirs = [alone(input_ids=part, use_cache=False).logits[0] for part in ids.split([4, 2], dim=1)]
+    torch.testing.assert_close(logits, torch.cat(theirs), rtol=1e-4, atol=1e-5)
+    assert stored_towers(ModelConfig(id=str(tmp_path)), model.config).keys() >= tower.keys()

@@ -20,6 +20,7 @@ ENCODER_TYPES = tuple(
 ENCODER_DECODER_TYPES = tuple(sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES))
 
 _BERT = {"is_decoder": True}
+_AXES = {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8]}
 #: Settings of the small config: layers of each kind, and sizes that fit each other only in the defaults.
 _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "electra", "rembert", "megatron-bert", "camembert"), _BERT),
@@ -45,6 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
+    "reformer": {**_BERT, **_AXES},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     **{kind: {**_BERT, "attention_type": "original_full"} for kind in ("big_bird", "bigbird_pegasus")},
@@ -85,6 +87,7 @@ _ENCODER_SETTINGS: dict[str, dict[str, Any]] = {
         "num_latents": 8,
         "num_self_attends_per_block": 1,
     },
+    "reformer": _AXES,
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -94,6 +97,33 @@ _ENCODER_DECODER_SETTINGS: dict[str, dict[str, Any]] = {
     "bigbird_pegasus": {"attention_type": "original_full"},
     **{kind: {"decoder_start_token_id": 0} for kind in ("t5", "mt5", "umt5", "longt5", "switch_transformers")},
 }
+
+
+#: What default configs lack: the layers of a wrapper, or sizes that fit each other.
+_MISSING: dict[str, dict[str, Any]] = {
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}},
+    "gemma4_assistant": {
+        "text_config": {
+            **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
+            **dict.fromkeys(("num_hidden_layers", "num_kv_shared_layers"), 4),
+        }
+    },
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 256,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+        }
+    },
+}
+
+
+def default_config(kind: str) -> PretrainedConfig:
+    """The default config of a type, with what it lacks."""
+    config: PretrainedConfig = CONFIG_MAPPING[kind](**_MISSING.get(kind, {}))
+    return config
 
 
 def small_config(kind: str) -> PretrainedConfig:
@@ -112,7 +142,7 @@ def small_encoder_decoder_config(kind: str) -> PretrainedConfig:
 
 
 def _small(kind: str, changes: dict[str, dict[str, Any]]) -> PretrainedConfig:
-    config = shrink(CONFIG_MAPPING[kind](), Size(width=32, layers=4, vocab_size=128, positions=64))
+    config = shrink(default_config(kind), Size(width=32, layers=4, vocab_size=128, positions=64))
     settings = changes.get(kind)
     if settings is None:
         return config

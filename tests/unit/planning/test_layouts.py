@@ -12,7 +12,7 @@ from ingle.cli.app import app
 from ingle.config import Run
 from ingle.errors import ModelError
 from ingle.planning import model_types
-from ingle.planning.layouts import layout_note
+from ingle.planning.layouts import describe_layout, layout_note
 from ingle.planning.model_types import ModelType, model_table, write_table
 
 
@@ -21,7 +21,12 @@ from ingle.planning.model_types import ModelType, model_table, write_table
     [
         ("sft", "llama", None),
         ("sft", "of another release", None),
-        ("sft", "mamba2", "Mamba2Mixer of mamba2 see them as the rows of batches, grouped by length, with at most 25%"),
+        (
+            "sft",
+            "mamba2",
+            "Mamba2Mixer of mamba2 sees them as the rows of batches, grouped by length, with at most 25%",
+        ),
+        ("seq2seq", "bart", None),  # only its positions are looked up by row
         ("mlm", "mpnet", "mpnet cannot be packed: each document is a row of its own"),
         ("classify", "fnet", "a call for each length"),
     ],
@@ -32,6 +37,12 @@ def test_the_plan_says_what_a_layout_costs(objective: str, model_type: str, said
     )
     note = layout_note(run, model_type)
     assert note is None if said is None else note is not None and said in note
+
+
+def test_a_layout_that_was_not_tried_says_why() -> None:
+    note = describe_layout("odd", "packed", because="ValueError: sizes", tried=False)
+    assert note is not None and "(ValueError: sizes)" in note
+    assert describe_layout("plain", "packed") is None
 
 
 def test_the_table_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

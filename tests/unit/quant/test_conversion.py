@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ingle.config.base import Int8Base, Nf4Base, NoBase
 from ingle.errors import QuantizationError
-from ingle.quant import QuantLinear, audit, convert
+from ingle.quant import QuantLinear, audit, convert, describe_unknown
 
 NF4 = Nf4Base(format="nf4")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -121,3 +121,20 @@ def test_training_mode_and_frozen_biases_are_kept() -> None:
     assert not any(module.training for module in model.modules())
     assert not model.model.layers[0].self_attn.q_proj.bias.requires_grad
     assert model.model.layers[0].self_attn.k_proj.bias.requires_grad
+
+
+def test_weights_in_an_unknown_layout_are_counted_or_refused() -> None:
+    class Gates(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.zeros(2, size, 8))
+
+    def model(size: int) -> nn.Module:
+        return nn.ModuleDict({"linear": nn.Linear(64, 64, bias=False), "gates": Gates(size)})
+
+    assert describe_unknown(nn.Linear(64, 64)) is None
+    told = describe_unknown(model(16))
+    assert told is not None and told.startswith("256 weights (5.9% of the model) are not quantized, because Gates")
+    convert(model(16), NF4)
+    with pytest.raises(QuantizationError, match="Gates"):
+        convert(model(128), NF4)
