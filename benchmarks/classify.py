@@ -139,15 +139,20 @@ def fit_tfidf(rows: Sequence[Row]) -> TfidfSource:
     from sklearn.compose import ColumnTransformer
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
 
     texts = np.array(list(map(texts_of, rows)), object)
     columns = range(texts.shape[1])
     words = ColumnTransformer([(str(i), TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), i) for i in columns])
     pipeline = make_pipeline(words, LogisticRegression(max_iter=1000))
-    search = GridSearchCV(pipeline, {"logisticregression__C": [0.3, 1, 3, 10, 30]}, scoring="neg_log_loss", cv=3)
-    search.fit(texts, [row["label"] for row in rows])
+    search = GridSearchCV(
+        pipeline,
+        {"logisticregression__C": [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]},
+        scoring="neg_log_loss",
+        cv=StratifiedGroupKFold(3),
+    )
+    search.fit(texts, [row["label"] for row in rows], groups=texts[:, 0])  # as rows are held out: by document
     return TfidfSource(search.best_estimator_, tuple(search.classes_))
 
 

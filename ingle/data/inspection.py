@@ -234,8 +234,8 @@ def _count_answered(dataset: TokenDataset, tokenizer: Tokenizer) -> int:
     """Counts the windows with an answer; all others name their CLS token, which stands first or last."""
     starts, ends = (dataset.document_column(f"{side}_labels") for side in ("start", "end"))
     cls = getattr(tokenizer, "cls_token_id", None)
-    empty = sum(find_null(dataset.sample(i).input_ids, cls) == starts[i] for i in np.flatnonzero(starts == ends))
-    return len(starts) - int(empty)
+    single = np.flatnonzero(starts == ends).tolist()
+    return len(starts) - sum(find_null(dataset.sample(i).input_ids, cls) == int(starts[i]) for i in single)
 
 
 def _parts(example: Example) -> tuple[tuple[str, str], ...]:
