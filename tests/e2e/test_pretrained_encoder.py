@@ -78,8 +78,8 @@ def test_lora_on_two_hundred_sentences_beats_the_majority(
     for name, rows in (("train", reviews[:200]), ("test", reviews[200:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = flow.finetune(run_from_yaml(CONFIG.replace("MODEL", minilm).replace("FOLDER", str(tmp_path))))
-    assert report.comparisons is not None
-    accuracy = report.comparisons["majority"].metrics["accuracy"]
+    accuracy = report.metrics["accuracy"]
+    assert report.base_name == "majority" and accuracy.base == pytest.approx(0.5, abs=0.05)
     assert accuracy.outcome == "better" and accuracy.tuned is not None and accuracy.tuned > 0.6
     predictor = prediction.open_predictor(str(tmp_path / "run"))
     rows = [predictor.make_row({"text": row["text"]}, str(i)) for i, row in enumerate(reviews[200:])]
