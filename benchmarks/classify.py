@@ -3,9 +3,10 @@
     python -m benchmarks.classify --data sentence_polarity --methods frozen lora full
 
 The encoder is MiniLM, whose weights the package of the extra ``minilm`` contains, or that of ``--model``. A fifth of
-the rows is held out by groups of near duplicates. ``frozen`` trains the head alone, ``lora`` a LoRA adapter and the
-head, ``full`` all weights. The baseline has words and pairs of words as features, and chooses its regularization by
-cross-validation on the training rows. All are scored on the same rows; differences are paired, with 95 % intervals.
+the rows is held out by groups of near duplicates and of pairs with the same document. ``frozen`` trains the head alone,
+``lora`` a LoRA adapter and the head, ``full`` all weights. The baseline has words and pairs of words of each text as
+features, and chooses its regularization by cross-validation on the training rows. All are scored on the same rows;
+differences are paired, with 95 % intervals.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import importlib.util
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,9 +26,8 @@ import numpy as np
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 METRICS = ("accuracy", "roc_auc", "log_loss")
-#: A text and its label.
-Row = tuple[str, str]
-LABELS = ("negative", "positive")
+#: A row with ``text``, ``label`` and, for pairs, ``text_pair``.
+Row = dict[str, str]
 #: Adapter and learning rate of each method.
 METHODS = {
     "frozen": ("{kind: lora, target_modules: none}", 2e-3),
@@ -40,7 +40,7 @@ def sentence_polarity(folder: Path) -> Iterator[Row]:
     """Yields sentences of film reviews with their label (Pang and Lee 2005)."""
     for suffix, label in (("neg", "negative"), ("pos", "positive")):
         for line in (folder / "sentence_polarity" / f"rt-polarity.{suffix}").read_text("utf-8").splitlines():
-            yield line.strip(), label
+            yield {"text": line.strip(), "label": label}
 
 
 def product_reviews(folder: Path) -> Iterator[Row]:
@@ -50,15 +50,42 @@ def product_reviews(folder: Path) -> Iterator[Row]:
             opinions, _, text = line.partition("##")
             signs = set(re.findall(r"\[([+-])", opinions))
             if text.strip() and len(signs) == 1:
-                yield text.strip(), "positive" if signs == {"+"} else "negative"
+                yield {"text": text.strip(), "label": "positive" if signs == {"+"} else "negative"}
 
 
-READERS = {"sentence_polarity": sentence_polarity, "product_reviews": product_reviews}
+def summedits(folder: Path) -> Iterator[Row]:
+    """Yields documents with summaries that agree with them, or were edited so that they do not (Laban et al. 2023)."""
+    for path in sorted((folder / "summedits").glob("*.json")):
+        for row in json.loads(path.read_text("utf-8")):
+            label = "consistent" if row["label"] else "inconsistent"
+            yield {"text": row["doc"], "text_pair": row["summary"], "label": label}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to classify.
+
+    Attributes:
+        read: Yields them from the folder of all data.
+        labels: Their classes, sorted.
+        max_seq_len: Longest document in tokens.
+    """
+
+    read: Callable[[Path], Iterator[Row]]
+    labels: tuple[str, str]
+    max_seq_len: int
+
+
+DATA = {
+    "sentence_polarity": Data(sentence_polarity, ("negative", "positive"), 128),
+    "product_reviews": Data(product_reviews, ("negative", "positive"), 128),
+    "summedits": Data(summedits, ("consistent", "inconsistent"), 512),
+}
 
 
 def split(
-    rows: list[tuple[str, str]], folder: Path, model: str, seed: int, share: float
-) -> tuple[list[Any], list[Any]]:
+    rows: Sequence[Row], labels: Sequence[str], folder: Path, model: str, seed: int, share: float
+) -> tuple[list[Row], list[Row]]:
     """Returns the rows to train on and the held-out ones; rows that nearly repeat one another are on one side."""
     from ingle.config import DataConfig, ModelConfig
     from ingle.config.objective import Classify
@@ -68,7 +95,7 @@ def split(
 
     write(folder / "all.jsonl", rows)
     data = DataConfig.model_validate({"sources": [str(folder / "all.jsonl")], "validation": share})
-    objective = Classify(kind="classify", labels=LABELS, problem="single")
+    objective = Classify(kind="classify", labels=tuple(labels), problem="single")
     dataset = build_dataset(data, load_tokenizer(ModelConfig(id=model)), objective=objective)
     assert len(dataset) == len(rows), "a row was dropped"
     is_held_out = choose(find_groups(dataset), share, seed)
@@ -79,7 +106,12 @@ def split(
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as JSON lines."""
-    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def texts_of(row: Row) -> list[str]:
+    """Returns the text of a row, or both of a pair."""
+    return [text for name, text in row.items() if name != "label"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +119,7 @@ class TfidfSource:
     """Logistic regression on TF-IDF, as a source of predictions."""
 
     pipeline: Any
-    label_names: tuple[str, ...] = LABELS
+    label_names: tuple[str, ...]
     problem: str = "single"
     name: str = "TF-IDF"
 
@@ -95,23 +127,33 @@ class TfidfSource:
         """Yields one prediction per sample."""
         from ingle.evaluation.scorers import Prediction
 
-        logps = self.pipeline.predict_log_proba([sample.example.text for sample in samples])
+        examples = [sample.example for sample in samples]
+        texts = [[each.text for each in example.texts.values()] or [example.text] for example in examples]
+        logps = self.pipeline.predict_log_proba(np.array(texts, object))
         for row in np.maximum(logps, np.log(np.finfo(float).tiny)):
-            yield Prediction((LABELS[int(row.argmax())],), tuple(map(float, row)))
+            yield Prediction((self.label_names[int(row.argmax())],), tuple(map(float, row)))
 
 
 def fit_tfidf(rows: Sequence[Row]) -> TfidfSource:
-    """Trains the baseline."""
+    """Trains the baseline; the words of the two texts of a pair are different features."""
+    from sklearn.compose import ColumnTransformer
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
     from sklearn.pipeline import make_pipeline
 
-    pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
-    search = GridSearchCV(pipeline, {"logisticregression__C": [0.3, 1, 3, 10, 30]}, scoring="neg_log_loss", cv=3)
-    search.fit([text for text, _ in rows], [label for _, label in rows])
-    assert tuple(search.classes_) == LABELS
-    return TfidfSource(search.best_estimator_)
+    texts = np.array(list(map(texts_of, rows)), object)
+    columns = range(texts.shape[1])
+    words = ColumnTransformer([(str(i), TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), i) for i in columns])
+    pipeline = make_pipeline(words, LogisticRegression(max_iter=1000))
+    search = GridSearchCV(
+        pipeline,
+        {"logisticregression__C": [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]},
+        scoring="neg_log_loss",
+        cv=StratifiedGroupKFold(3),
+    )
+    search.fit(texts, [row["label"] for row in rows], groups=texts[:, 0])  # as rows are held out: by document
+    return TfidfSource(search.best_estimator_, tuple(search.classes_))
 
 
 def train(method: str, folder: Path, options: argparse.Namespace) -> Any:
@@ -127,8 +169,8 @@ def train(method: str, folder: Path, options: argparse.Namespace) -> Any:
         model: {{id: {options.model}, dtype: {options.dtype}}}
         base: {{format: none}}
         adapter: {adapter}
-        data: {{sources: [{folder}/train.jsonl], max_seq_len: 128}}
-        objective: {{kind: classify, labels: [negative, positive], problem: single}}
+        data: {{sources: [{folder}/train.jsonl], max_seq_len: {DATA[options.data].max_seq_len}}}
+        objective: {{kind: classify, labels: [{", ".join(DATA[options.data].labels)}], problem: single}}
         optim: {{lr: {lr}, weight_decay: 0.01, schedule: linear, warmup_ratio: 0.1}}
         train: {{num_epochs: {options.epochs}, global_batch_size: 8}}
         output: {folder}/{method}
@@ -167,7 +209,7 @@ def installed_model() -> str | None:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=list(READERS), default="sentence_polarity")
+    parser.add_argument("--data", choices=list(DATA), default="sentence_polarity")
     parser.add_argument("--folder", type=Path, default=SHARED, help="folder of the data")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--model", default=installed_model(), help="folder of an encoder; default: MiniLM")
@@ -183,11 +225,13 @@ def main() -> None:
     from ingle.config import TaskConfig
     from ingle.evaluation import compare, run_task, summarize
 
-    rows = list(READERS[options.data](options.folder))
+    data = DATA[options.data]
+    rows = list(data.read(options.folder))
     Random(options.seed).shuffle(rows)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        training, heldout = split(rows[: options.num_rows], folder, options.model, options.seed, options.share)
+        chosen = rows[: options.num_rows]
+        training, heldout = split(chosen, data.labels, folder, options.model, options.seed, options.share)
         write(folder / "train.jsonl", training)
         write(folder / "heldout.jsonl", heldout)
         print(f"{options.data}: {len(training):,} training rows, {len(heldout):,} held out")

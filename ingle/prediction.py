@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -46,20 +45,15 @@ class Predictor:
     """A loaded model that predicts what it was trained for.
 
     Attributes:
-        model: The model, in evaluation mode.
-        tokenizer: Its tokenizer.
-        objective: What it was trained for, with the names of its labels.
-        max_seq_len: Longest document in tokens.
+        head: Its model, and how its rows are read.
     """
 
-    model: Any
-    tokenizer: Any
-    objective: ObjectiveConfig
-    max_seq_len: int
+    head: TaskHead
 
-    @cached_property
-    def _head(self) -> TaskHead:
-        return TaskHead(self.model, self.tokenizer, self.objective, self.max_seq_len)
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What the model was trained for, with the names of its labels."""
+        return self.head.objective
 
     def read(self, file: str | Path) -> Iterator[Example]:
         """Yields the rows of a file, in the layouts of training data; labels may be missing.
@@ -96,7 +90,7 @@ class Predictor:
         Args:
             rows: The rows.
             top: Number of labels with probabilities (all by default), of answers (1) or of fills of a mask (5).
-            sink: Receives progress.
+            sink: Receives progress, and a warning if texts were cut.
 
         Raises:
             DataError: A row has no text, or no mask to fill.
@@ -112,15 +106,14 @@ class Predictor:
         made: Iterator[Record]
         match self.objective:
             case Answer():
-                found = self._head.find_answers(
-                    read, num_best=top or 1, can_be_empty=self.objective.no_answer == "allow", on_rows=report
-                )
+                can_be_empty = self.objective.no_answer == "allow"
+                found = self.head.find_answers(read, report, sink, num_best=top or 1, can_be_empty=can_be_empty)
                 made = (_describe_answers(row, answers) for row, answers in zip(rows, found, strict=True))
             case Mlm():
-                fills = self._head.fill(read, top or _NUM_FILLS, report)
+                fills = self.head.fill(read, top or _NUM_FILLS, report, sink)
                 made = (self._describe_fills(row, each) for row, each in zip(rows, fills, strict=True))
             case _:
-                predictions = self._head.predict(read, report)
+                predictions = self.head.predict(read, report, sink)
                 made = (self._describe(row, each, top) for row, each in zip(rows, predictions, strict=True))
         yield from made
 
@@ -128,26 +121,26 @@ class Predictor:
         record: Record = {"origin": row.origin, **_texts(row)}
         match self.objective:
             case Tag(scheme=scheme):
-                spans = find_spans(row.text or "", row.words, prediction, self._head.label_names, scheme)
+                spans = find_spans(row.text or "", row.words, prediction, self.head.label_names, scheme)
                 return record | {"spans": [{name: getattr(span, name) for name in span.__slots__} for span in spans]}
             case Classify(problem="regression"):
                 return record | {"value": prediction.scores[0]}
-        probabilities = dict(zip(self._head.label_names, map(math.exp, prediction.scores), strict=True))
+        probabilities = dict(zip(self.head.label_names, map(math.exp, prediction.scores), strict=True))
         best = dict(sorted(probabilities.items(), key=lambda item: -item[1])[:top])
-        if self._head.problem == "multi":
+        if self.head.problem == "multi":
             return record | {"labels": list(prediction.labels), "probabilities": best}
         label = prediction.labels[0]
         return record | {"label": label, "probability": probabilities[label], "probabilities": best}
 
     def _describe_fills(self, row: Example, fills: Iterable[Iterable[Any]]) -> Record:
-        text, mask = row.text or "", self.tokenizer.mask_token
+        text, mask = row.text or "", self.head.tokenizer.mask_token
         places = [match.start() for match in re.finditer(re.escape(mask), text)]
         masks = [
             {
                 "start": place,
                 "end": place + len(mask),
                 "fills": [
-                    {"token": self.tokenizer.decode([fill.token_id]).strip(), "probability": fill.probability}
+                    {"token": self.head.tokenizer.decode([fill.token_id]).strip(), "probability": fill.probability}
                     for fill in each
                 ],
             }
@@ -176,7 +169,8 @@ def open_predictor(path_or_id: str, *, allow_mismatch: bool = False, sink: Sink 
             fix=f"ingle generate {path_or_id}",
         )
     opened = inference.load(source, allow_mismatch=allow_mismatch, sink=sink)
-    return Predictor(opened.model, opened.tokenizer, objective, inference.longest_document(source, opened))
+    longest = inference.longest_document(source, opened)
+    return Predictor(TaskHead(opened.model, opened.tokenizer, objective, longest))
 
 
 def _parse_words(row: Mapping[str, Any], origin: str) -> Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, Strict
 
@@ -11,13 +11,8 @@ from ingle.config.data import ControlTokens, OptionalSources, Sources
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, ObjectiveKind, Span, Tag
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
-MetricName = Literal[
-    "exact_match",
-    "bleu",
-    "chrf",
-    "rouge_l",
-    "perplexity",
-    "bits_per_byte",
+_TextMetric = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
+_ClassMetric = Literal[
     "accuracy",
     "f1_macro",
     "f1_micro",
@@ -28,45 +23,23 @@ MetricName = Literal[
     "pearson",
     "spearman",
     "mse",
-    "tag_accuracy",
-    "entity_f1",
-    "entity_f1_macro",
-    "squad_em",
-    "squad_f1",
-    "masked_accuracy",
-    "masked_perplexity",
 ]
+_TagMetric = Literal["tag_accuracy", "entity_f1", "entity_f1_macro"]
+_AnswerMetric = Literal["squad_em", "squad_f1"]
+_MaskedMetric = Literal["masked_accuracy", "masked_perplexity"]
+MetricName = Literal[_TextMetric, _ClassMetric, _TagMetric, _AnswerMetric, _MaskedMetric]
 
 #: Metrics of generated text, unless a task names others.
 TEXT_METRICS: tuple[MetricName, ...] = ("chrf", "bleu", "rouge_l")
 
-#: Metrics that score answers or the likelihoods of references.
-_OF_TEXT = frozenset[MetricName](
-    ("exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte", "squad_em", "squad_f1")
-)
-
+#: Metrics of answers and of the likelihoods of references.
+_OF_TEXT = frozenset[MetricName]((*get_args(_TextMetric), *get_args(_AnswerMetric)))
 #: The metrics that a model of each objective can be scored by.
 METRICS_OF: Mapping[ObjectiveKind, frozenset[MetricName]] = {
-    "clm": _OF_TEXT,
-    "sft": _OF_TEXT,
-    "span": _OF_TEXT,
-    "seq2seq": _OF_TEXT,
-    "mlm": frozenset(("masked_accuracy", "masked_perplexity")),
-    "classify": frozenset(
-        (
-            "accuracy",
-            "f1_macro",
-            "f1_micro",
-            "f1_weighted",
-            "matthews",
-            "log_loss",
-            "roc_auc",
-            "pearson",
-            "spearman",
-            "mse",
-        )
-    ),
-    "tag": frozenset(("tag_accuracy", "entity_f1", "entity_f1_macro")),
+    **dict.fromkeys(("clm", "sft", "span", "seq2seq"), _OF_TEXT),
+    "mlm": frozenset(get_args(_MaskedMetric)),
+    "classify": frozenset(get_args(_ClassMetric)),
+    "tag": frozenset(get_args(_TagMetric)),
     "answer": _OF_TEXT - {"perplexity", "bits_per_byte"},
 }
 

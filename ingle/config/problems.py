@@ -130,11 +130,20 @@ def _translate(detail: ErrorDetails, path: Path, shape: Shape | None, root: Node
     if isinstance(shape, Leaf):
         fix = _closest(node, [*shape.alone, *shape.listed])
         return Problem(f"{name} must be {shape.words}{_shown(node)}.", where, fix)
-    fix = None
+    fix = _without(path, section) if node is not None and node.value is None else None
     if isinstance(shape, Table):
         needed = next((dotted((*path, *rest)) for rest in _required(shape)), f"{name}.OPTION")
         fix = f"--{needed}={write_value(node.value) if node is not None and isinstance(node.value, str) else 'VALUE'}"
     return Problem(f"{name} must be {_container_words(shape)}{_shown(node)}.", where, fix)
+
+
+def _without(path: Path, section: type[Section]) -> str | None:
+    """Returns how to do without the innermost section around an option that can be left out."""
+    for size in range(len(path) - 1, 0, -1):
+        _, around = option_path(path[: size - 1], section)
+        if isinstance(around, Table) and around.section.model_fields[str(path[size - 1])].default is None:
+            return f"--{dotted(path[:size])}=null"
+    return None
 
 
 def _required(shape: Shape | None) -> list[Path]:

@@ -129,6 +129,15 @@ class Batch:
                     columns[name] = column[:, int(bounds[first]) : int(bounds[last])]
         return _counted(columns, last - first)
 
+    def without_labels(self) -> Batch:
+        """Returns a batch that counts for nothing, for a rank without data.
+
+        The rank takes part in gathering weights and reducing gradients, to which it adds zeros.
+        """
+        labels = [name for name in self.columns if COLUMNS[name].fill == IGNORE_INDEX]
+        columns = {name: torch.full_like(self.columns[name], IGNORE_INDEX) for name in labels}
+        return replace(self, columns={**self.columns, **columns}, num_tokens=0, num_documents=0, num_supervised=0)
+
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch on another device; a copy to a CUDA device does not wait for earlier work there."""
         if torch.device(device).type != "cuda":

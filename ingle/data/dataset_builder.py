@@ -19,7 +19,7 @@ from ingle.data.cache import DataCache, Entry, can_cache
 from ingle.data.chunks import Chunk, cut_source
 from ingle.data.dataset import TokenDataset
 from ingle.data.duplicates import RowSearch
-from ingle.data.label_names import describe_balance
+from ingle.data.label_names import describe_classes
 from ingle.data.row_encoder import Counts, Tally, TokenOptions, token_options
 from ingle.data.row_tokenizer import RowTokenizer
 from ingle.data.shards import Shard, ShardedTokens, Stored, open_shard
@@ -40,6 +40,7 @@ _ROW_BYTES = 1 << 10
 _MEMORY_BYTES = 1 << 30
 
 _STAGE = "Tokenizing rows"
+_LENGTH = "data.max_seq_len"
 
 
 def build_dataset(
@@ -74,8 +75,7 @@ def build_dataset(
     sink = sink or (lambda _: None)
     dataset = _build(data, tokenizer, options, sink, parse, on_example, search)
     if options.objective == "classify" and options.labels:
-        counts = dataset.label_counts(len(options.labels)).tolist()
-        for warning in describe_balance(options.labels, counts):
+        for warning in describe_classes(dataset, options.labels):
             sink(Warned(warning, where="objective.labels"))
     return dataset
 
@@ -310,13 +310,17 @@ def _warnings(stats: DataStats, max_seq_len: int, *, has_eos: bool) -> Iterator[
         yield Warned(f"Rows skipped: {remark.reason}", remark.first, remark.count)
     for remark in stats.remarks:
         yield Warned(remark.reason, remark.first, remark.count)
-    where = "data.max_seq_len"
     if stats.truncated_documents:
-        lost = plural(stats.truncated_tokens, "token")
-        cut = f"Documents were truncated to data.max_seq_len = {max_seq_len}; {lost} lost."
-        yield Warned(cut, where, stats.truncated_documents)
+        yield describe_cuts(stats, max_seq_len)
     if stats.cut_ends:
-        yield Warned("Truncated answers have no end-of-turn token.", where, stats.cut_ends)
+        yield Warned("Truncated answers have no end-of-turn token.", _LENGTH, stats.cut_ends)
     if stats.open_turns:
         why = "." if has_eos else "; the tokenizer has no end-of-text token."
         yield Warned(f"Trained turns have no end-of-turn token{why}", count=stats.open_turns)
+
+
+def describe_cuts(counts: Counts | DataStats, max_seq_len: int) -> Warned:
+    """Returns the warning that documents were too long."""
+    lost = plural(counts.truncated_tokens, "token")
+    message = f"Documents were truncated to data.max_seq_len = {max_seq_len}; {lost} lost."
+    return Warned(message, _LENGTH, counts.truncated_documents)

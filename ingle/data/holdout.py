@@ -97,7 +97,8 @@ def hold_out(
         return make_sequences(dataset, data, seed), None
     if validation.share is None:
         own = build(data.model_copy(update={"sources": validation.sources}))
-        repeated = int(np.isin(own.row_keys(), dataset.row_keys()).any(1).sum())
+        keys, trained = _telling_keys(own, dataset)
+        repeated = int(np.isin(keys, trained).any(1).sum())
         if repeated:
             message = f"{repeated:,} of {len(own):,} validation rows begin like a training row or have its prompt. "
             message += "The loss on them will look better than the model is."
@@ -162,9 +163,7 @@ def find_groups(dataset: TokenDataset, sink: Sink = lambda event: None) -> Hashe
             known = np.load(memo)
             if known.dtype == np.uint64 and known.shape == (len(dataset),):
                 return np.asarray(known)
-    keys = dataset.row_keys()
-    if (keys[:, 1] == keys[0, 1]).all():  # such as a fixed first text: it says nothing about rows
-        keys = keys[:, :1]
+    (keys,) = _telling_keys(dataset)
     if dataset.stats.split_documents and len(np.unique(keys[:, 0])) < _FEW_ROWS:
         keys = np.array([[_hash_all(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
     found = unite(keys, np.array(list(_find_near(dataset, sink)), np.int64).reshape(-1, 2))
@@ -174,6 +173,14 @@ def find_groups(dataset: TokenDataset, sink: Sink = lambda event: None) -> Hashe
         with suppress(OSError, CheckpointError):  # only the next start is slower
             write_atomically(memo, content.getvalue())
     return found
+
+
+def _telling_keys(*datasets: TokenDataset) -> list[Hashes]:
+    """Returns the keys of rows, [D, 2]; [D, 1] if all rows begin alike, such as with a fixed first text."""
+    keys = [dataset.row_keys() for dataset in datasets]
+    if all((each[:, 1] == keys[0][0, 1]).all() for each in keys):
+        return [each[:, :1] for each in keys]
+    return keys
 
 
 def unite(keys: Hashes, pairs: Indices) -> Hashes:

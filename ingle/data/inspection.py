@@ -15,7 +15,8 @@ from ingle.data.dataset import GrowingArray, TokenDataset
 from ingle.data.dataset import Lengths as DocumentLengths
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.duplicates import DuplicateSearch, OverlapSearch
-from ingle.data.label_names import describe_balance, name_labels
+from ingle.data.encode_windows import find_null
+from ingle.data.label_names import describe_classes, name_labels
 from ingle.data.layout_detection import detect_source, guess_objective
 from ingle.data.packing import make_sequences
 from ingle.data.previews import Previews
@@ -90,7 +91,7 @@ def inspect(
     labels = _count_labels(dataset, objective)
     problems = find_problems(kind, dataset.stats, endings, found, shared, _unknown_share(dataset, tokenizer))
     if kind == "classify":
-        problems += tuple(describe_balance([each.name for each in labels], [each.count for each in labels]))
+        problems += tuple(describe_classes(dataset, [each.name for each in labels]))
     has_targets = kind == "seq2seq"
     return DataReport(
         objective=kind,
@@ -103,7 +104,7 @@ def inspect(
         previews=tuple(previews.show(i) for i in _spread(len(dataset), num_previews)),
         problems=problems,
         labels=labels,
-        answered=_count_answered(dataset) if kind == "answer" else None,
+        answered=_count_answered(dataset, tokenizer) if kind == "answer" else None,
         targets=_measure(dataset.lengths[1::2]) if has_targets else None,
     )
 
@@ -229,9 +230,12 @@ def _count_labels(dataset: TokenDataset, objective: ObjectiveConfig) -> tuple[La
     return tuple(map(LabelShare, objective.labels, counts, (tokens / np.maximum(counts, 1)).tolist()))
 
 
-def _count_answered(dataset: TokenDataset) -> int:
-    """Counts the windows with an answer; all others name their first token."""
-    return int((dataset.document_column("start_labels") > 0).sum())
+def _count_answered(dataset: TokenDataset, tokenizer: Tokenizer) -> int:
+    """Counts the windows with an answer; all others name their CLS token, which stands first or last."""
+    starts, ends = (dataset.document_column(f"{side}_labels") for side in ("start", "end"))
+    cls = getattr(tokenizer, "cls_token_id", None)
+    single = np.flatnonzero(starts == ends).tolist()
+    return len(starts) - sum(find_null(dataset.sample(i).input_ids, cls) == int(starts[i]) for i in single)
 
 
 def _parts(example: Example) -> tuple[tuple[str, str], ...]:

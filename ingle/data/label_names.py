@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ingle.config.data import DataConfig
 from ingle.config.objective import SCHEMES, Answer, Classify, ObjectiveConfig, Tag, outside_scheme
+from ingle.data.dataset import TokenDataset
 from ingle.data.row_encoder import TokenOptions
 from ingle.data.sources import read_examples
 from ingle.data.types import IGNORE_INDEX, Example, Label, Span
@@ -144,18 +145,22 @@ def _tag_order(tag: str) -> tuple[object, ...]:
     return (tag != _OUTSIDE, kind or prefix, "BSIELU".find(prefix) if kind else -1, tag)
 
 
-def describe_balance(names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """Returns what a user should know about the frequencies of classes, in sentences.
+def describe_classes(dataset: TokenDataset, names: Sequence[str]) -> list[str]:
+    """Returns what a user should know about the classes of a dataset and their frequencies, in sentences.
 
     Args:
+        dataset: Documents with ``document_labels``.
         names: The names of the classes.
-        counts: Rows of each class.
     """
+    counts = dataset.label_counts(len(names)).tolist()
     if not sum(counts):
         return []
     found = []
     if missing := [name for name, count in zip(names, counts, strict=True) if not count]:
         found.append(f"No row has the label {either([repr(name) for name in missing[:_LISTED]])}.")
+    if odd := [index for index in _find_odd(names) if counts[index]]:
+        listed = ", ".join(_locate_rows(dataset, names, index, counts[index]) for index in odd[:_LISTED])
+        found.append(f"Some labels are numbers and others are names: {listed}.")
     present = [(count, name) for name, count in zip(names, counts, strict=True) if count]
     (least, rare), (most, common) = min(present), max(present)
     if least == 1:
@@ -164,6 +169,19 @@ def describe_balance(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         ratio = f"{plural(most, 'row')} of {common!r}, {least:,} of {rare!r}"
         found.append(f"The classes are unbalanced: {ratio} (objective.class_weights=balanced weights them alike).")
     return found
+
+
+def _find_odd(names: Sequence[str]) -> list[int]:
+    """Returns the places of numbers among names, or of names among numbers, whichever are fewer."""
+    numbers = [index for index, name in enumerate(names) if _is_number(name)]
+    others = [index for index, name in enumerate(names) if not _is_number(name)]
+    return min(numbers, others, key=len)
+
+
+def _locate_rows(dataset: TokenDataset, names: Sequence[str], index: int, count: int) -> str:
+    labels = dataset.document_column("document_labels")
+    first = int(np.argmax(labels[:, index] == 1 if labels.ndim == 2 else labels == index))
+    return f"{names[index]!r} in {plural(count, 'row')} (first {dataset.origin(first)})"
 
 
 def spellings(names: Sequence[str]) -> Mapping[str, str]:

@@ -36,6 +36,12 @@ _TEXT_PAIRS = (
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "intent")
 _TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels", "ner", "label")
+#: Columns of multimodal rows, and what they contain.
+MEDIA = {
+    **dict.fromkeys(("image", "images"), "an image"),
+    **dict.fromkeys(("audio", "audios"), "audio"),
+    **dict.fromkeys(("video", "videos"), "video"),
+}
 _ANSWERS = ("answers", "answer", "answer_text")
 _SOURCES = (
     ("source", "target"),
@@ -99,7 +105,7 @@ def _find_texts(row: Mapping[str, Any], *, has_label: bool) -> dict[str, str]:
 
 def find_text(row: Mapping[str, Any]) -> str | None:
     """Returns the column with a text: one of the usual names, or the only column with text; None if there is none."""
-    texts = [name for name, value in row.items() if isinstance(value, str)]
+    texts = [name for name, value in row.items() if isinstance(value, str) and name not in MEDIA]
     return next((name for name in TEXTS if name in texts), texts[0] if len(texts) == 1 else None)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ingle.config.data import Layout, Source
 from ingle.config.objective import ObjectiveKind
 from ingle.data.labelled_rows import detect_labelled, find_text
-from ingle.data.layouts import find_pair, is_conversation, list_columns
+from ingle.data.layouts import find_pair, is_conversation, list_columns, refuse_media
 from ingle.errors import DataError
 
 _MISSING = object()
@@ -110,7 +110,7 @@ def detect_source(
         The source with its layout and all columns to rename, and a warning if other layouts fit.
 
     Raises:
-        DataError: No layout fits.
+        DataError: No layout fits, or the row is not only text.
     """
     row = rename_columns(raw, source.columns, origin) if source.columns else raw
     found = detect_labelled(row, objective, has_label=source.label is not None)
@@ -125,6 +125,7 @@ def detect_source(
         columns = others | {role: column for role, column in own.items() if role != column}
         return source.model_copy(update={"layout": layout, "columns": columns}), None
     if objective in _COLUMNS:
+        refuse_media(row, "labelled", origin)
         raise DataError(
             f"The columns do not fit the objective {objective}.",
             where=origin,

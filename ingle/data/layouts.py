@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ingle.config.data import Layout
-from ingle.data.labelled_rows import parse_labelled
+from ingle.data.labelled_rows import MEDIA, parse_labelled
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
@@ -33,12 +33,8 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
     "bot": "assistant",
     "observation": "tool",
 }
-#: Columns of multimodal rows, and what they contain.
-_MEDIA_COLUMNS = {
-    **dict.fromkeys(("image", "images"), "an image"),
-    **dict.fromkeys(("audio", "audios"), "audio"),
-    **dict.fromkeys(("video", "videos"), "video"),
-}
+#: Layouts in which a column that merely names a file or an address stays without effect, as other columns do.
+_TEXTS: tuple[Layout, ...] = ("text", "instruction", "prompt-completion")
 #: How the types of parts of a message begin that are not text.
 _MEDIA_PARTS = ("image", "input_image", "audio", "input_audio", "video")
 #: Maximum number of columns in a message.
@@ -83,7 +79,7 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     Raises:
         DataError: The row does not fit the layout.
     """
-    _refuse_media(row, layout, origin)
+    refuse_media(row, layout, origin)
     example = _Row(row, layout, origin, first).parse()
     texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
     for text in (*texts, *example.references, *(each.text for each in example.texts.values())):
@@ -93,14 +89,15 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     return example
 
 
-def _refuse_media(row: Mapping[str, Any], layout: Layout, origin: str) -> None:
-    """Refuses a row with images, audio or video, which its texts refer to.
+def refuse_media(row: Mapping[str, Any], layout: Layout, origin: str) -> None:
+    """Refuses a row with images, audio or video, which its texts or its label refer to.
 
-    A column of text rows that merely names a file or an address stays without effect, as other columns do.
+    Raises:
+        DataError: It has a column of them.
     """
-    for name, kind in _MEDIA_COLUMNS.items():
+    for name, kind in MEDIA.items():
         value = row.get(name)
-        if value and (layout in ("messages", "sharegpt") or not isinstance(value, str)):
+        if value and not (isinstance(value, str) and layout in _TEXTS):
             raise _not_text(f"the column {name!r} has {kind}", origin)
 
 

@@ -63,7 +63,7 @@ def read_rows(path: Path, reader: Callable[[Path], Rows] | None = None) -> Rows:
             "The file cannot be read.", where=str(path), why=first_line(error), fix="write or copy the file again"
         ) from error
     if empty:
-        raise DataError("The file has no rows.", where=str(path), fix="remove it from data.sources, or add rows")
+        raise DataError("The file has no rows.", where=str(path), fix="add rows, or leave the file out")
 
 
 def data_suffix(path: Path) -> str:

@@ -34,6 +34,8 @@ from ingle.models.loading.gguf_model import is_gguf, open_gguf
 from ingle.quant.format import PLAIN
 from ingle.wording import either
 
+#: Objectives whose models have a head that a GGUF file cannot have, or only with the whole model.
+_WITH_HEAD = ("classify", "tag", "answer")
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HEAD_FILES = (HEAD_CONFIG, LABELS)
 
@@ -156,10 +158,11 @@ def _factors(layer: LoraLinear, alpha: float) -> tuple[torch.Tensor, torch.Tenso
 def _require_adapter(job: ExportJob) -> Path:
     adapter = job.source.adapter
     if adapter is None:
+        others = "" if job.source.objective().kind in _WITH_HEAD else " or --to gguf"
         raise AdapterError(
             "There is no adapter to export.",
             where=job.base_model,
-            fix="--to safetensors or --to gguf exports the model",
+            fix=f"--to safetensors{others} exports the model",
         )
     if adapters.read_record(adapter).adapter.merge_aware is not None:
         job.sink(
@@ -174,7 +177,7 @@ def _require_adapter(job: ExportJob) -> Path:
 
 def _peft_usage(job: ExportJob, folder: Path) -> str:
     objective = job.source.objective()
-    if objective.kind in ("classify", "tag", "answer"):
+    if objective.kind in _WITH_HEAD:
         return _head_usage(folder, objective.kind)
     reader = models.reader_class(read_config(job.source.model))
     text = (

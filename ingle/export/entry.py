@@ -156,7 +156,7 @@ def _refuse_head(source: inference.Source, request: ExportRequest) -> None:
             why="llama.cpp reads the heads of BERT models for classify, in one file with the model"
             if has_head
             else "llama.cpp reads language models and embeddings, but no heads of this kind",
-            fix="--to safetensors or --to peft",
+            fix="--to safetensors" + (" or --to peft" if source.adapter is not None else ""),
         )
     if request.to == "safetensors" and (request.type or "bf16").lower() not in PLAIN:
         raise ExportError(

@@ -19,9 +19,9 @@ from ingle.models.forward.layout import layout_note, require_shardable
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
+from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
-from ingle.models.generation.target_batch import first_token
 from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor

@@ -11,12 +11,10 @@ from torch.nn import functional
 
 from ingle.data.batch import Batch
 from ingle.data.types import IGNORE_INDEX
-from ingle.models import forward_task
-from ingle.objectives.driver import DocumentLoss
-from ingle.objectives.interface import Sums
+from ingle.objectives.head_loss import HeadLoss
 
 
-class AnswerLoss(DocumentLoss):
+class AnswerLoss(HeadLoss):
     """Mean of ``-log p(first token)`` and ``-log p(last token)``, summed over windows, in nats.
 
     The probabilities are over the tokens of the window itself. In a padded batch, transformers also counts the padding.
@@ -26,24 +24,14 @@ class AnswerLoss(DocumentLoss):
 
     unit = "windows"
 
-    def compute(self, batch: Batch) -> Sums:
-        """Returns the sum over all windows."""
-        return Sums({"loss": self._losses(batch).sum()})
-
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss of each window, and whether it has a label; float64 [D, 2]."""
         labels_D = batch.columns["start_labels"][: batch.num_documents]
-        return torch.stack([self._losses(batch).double(), (labels_D != IGNORE_INDEX).double()], 1)
+        return torch.stack([self.losses(batch).double(), (labels_D != IGNORE_INDEX).double()], 1)
 
-    def count(self, batch: Batch) -> float:
-        """Returns the number of windows with a label."""
-        return float(batch.num_supervised)
-
-    def _losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """Returns the loss of each window, [D]."""
-        logits_N2 = forward_task(self.model, batch)[0]
-        logits_N2 = logits_N2.to(torch.promote_types(logits_N2.dtype, torch.float32))
-        logits_DT2 = _rows(logits_N2, batch)[: batch.num_documents]
+        logits_DT2 = _rows(self.outputs(batch)[0], batch)[: batch.num_documents]
         sides = [
             functional.cross_entropy(
                 logits_DT2[..., side],

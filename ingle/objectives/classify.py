@@ -18,14 +18,13 @@ from torch.nn import functional
 from ingle.data.batch import Batch
 from ingle.data.counters import Place
 from ingle.data.types import Sample
-from ingle.models import Model, forward_task
-from ingle.objectives.driver import DocumentLoss
-from ingle.objectives.interface import Sums
+from ingle.models import Model
+from ingle.objectives.head_loss import HeadLoss
 
 Problem = Literal["single", "multi", "regression"]
 
 
-class ClassLoss(DocumentLoss):
+class ClassLoss(HeadLoss):
     """Cross-entropy for one class, binary cross-entropy for several, squared error for numbers.
 
     Args:
@@ -40,13 +39,9 @@ class ClassLoss(DocumentLoss):
         super().__init__(model)
         self._problem, self._label_smoothing = problem, label_smoothing
 
-    def compute(self, batch: Batch) -> Sums:
-        """Returns the sum over all documents."""
-        return Sums({"loss": self._losses(batch).sum()})
-
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss of each document and its weight; float64 [D, 2]."""
-        losses_D = self._losses(batch).double()
+        losses_D = self.losses(batch).double()
         return torch.stack([losses_D, self._weights(batch).double()], 1)
 
     def count(self, batch: Batch) -> float:
@@ -55,10 +50,9 @@ class ClassLoss(DocumentLoss):
             return float(self._weights(batch).sum())
         return float(batch.num_documents * self._num_outputs(batch))
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> Tensor:
         """Returns the weighted loss of each document, [D]."""
-        logits_DC = forward_task(self.model, batch)[: batch.num_documents]
-        logits_DC = logits_DC.to(torch.promote_types(logits_DC.dtype, torch.float32))
+        logits_DC = self.outputs(batch)[: batch.num_documents]
         labels = _labels(batch)
         if self._problem == "single":
             losses_D = functional.cross_entropy(

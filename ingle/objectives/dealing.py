@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from ingle.data.batch import COLUMNS, Batch, collate, round_up
-from ingle.data.types import IGNORE_INDEX, Sample
+from ingle.data.types import Sample
 from ingle.parallel import Mesh
 
 _Item = TypeVar("_Item")
@@ -35,17 +33,12 @@ def deal(items: Sequence[_Item], micro_batch_size: int, mesh: Mesh) -> list[Sequ
     return parts[mesh.dist_rank :: mesh.world_size]
 
 
-def without_labels(sample: Sample) -> Batch:
-    """Returns a batch that counts for nothing, for a rank without data: the start of a document without its labels.
-
-    The rank takes part in gathering weights and reducing gradients, to which it adds zeros.
-    """
+def start_without_labels(sample: Sample) -> Batch:
+    """Returns a batch that counts for nothing, for a rank without data: the start of a document."""
     columns = {name: _start(name, column) for name, column in sample.columns.items()}
     start = Sample(_start("input_ids", sample.input_ids), _start("labels", sample.labels), columns)
-    return replace(round_up(collate([start])), num_tokens=0, num_documents=0, num_supervised=0)
+    return round_up(collate([start])).without_labels()
 
 
 def _start(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Returns the start of a column, and no label."""
-    start = values[:_START] if COLUMNS[name].per == "token" else values
-    return np.full_like(start, IGNORE_INDEX) if COLUMNS[name].fill == IGNORE_INDEX else start
+    return values[:_START] if COLUMNS[name].per == "token" else values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from ingle.data.holdout import HeldOut
 from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
 from ingle.data.types import Sample
-from ingle.objectives.dealing import deal, without_labels
+from ingle.objectives.dealing import deal, start_without_labels
 from ingle.objectives.interface import StepModule, Term
 from ingle.parallel import Mesh
 
@@ -36,9 +35,9 @@ class DocumentLoss(StepModule):
         """The terms of the loss; that of the documents is the first."""
         return (Term("loss", self.unit),)
 
-    @abstractmethod
     def count(self, batch: Batch) -> float:
-        """Returns the denominator of the loss, counted in one micro-batch."""
+        """Returns the denominator of the loss, counted in one micro-batch: the number of its labels."""
+        return float(batch.num_supervised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ class PackedObjective:
             batch = round_up(collate(self._samples(dataset, parts)))
         else:
             first = _Part(other.epoch, other.documents[: self._documents_per_sample])
-            batch = without_labels(self._samples(dataset, [first])[0])
+            batch = start_without_labels(self._samples(dataset, [first])[0])
         return batch.to(self._mesh.device)
 
     def _samples(self, dataset: TokenDataset, parts: Sequence[_Part]) -> Sequence[Sample]:

@@ -42,10 +42,6 @@ class TokenLoss(DocumentLoss):
         losses_N = -through_head(self.model, head_logps, hidden_1NH[0], targets_N)
         return sum_documents(losses_N, targets_N != IGNORE_INDEX, batch, self.bounds)
 
-    def count(self, batch: Batch) -> float:
-        """Returns the number of targets."""
-        return float(batch.num_supervised)
-
 
 def sum_documents(losses_N: Tensor, counted_N: Tensor, batch: Batch, bounds: str = "cu_seqlens") -> Tensor:
     """Returns the sums of losses and of counts over the tokens of each document, float64 [D, 2].

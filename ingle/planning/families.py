@@ -43,6 +43,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"state_size": 128, "n_groups": 8, "conv_kernel": 4, "use_conv_bias": True, "use_bias": False},
 }
 
+#: Names of the number of query heads.
+HEADS = ("num_attention_heads", "encoder_attention_heads", "n_head", "num_heads")
+
 
 class Settings:
     """The content of a ``config.json``, with the defaults of its architecture."""
@@ -82,7 +85,7 @@ class Settings:
     @property
     def heads(self) -> int:
         """Query heads."""
-        return max(1, self.size("num_attention_heads", "encoder_attention_heads", "n_head", "num_heads"))
+        return max(1, self.size(*HEADS))
 
     @property
     def kv_heads(self) -> int:

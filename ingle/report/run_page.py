@@ -235,18 +235,19 @@ def _groups(report: RunReport) -> list[dict[str, Any]]:
 def _card(sample: SampleComparison, report: RunReport) -> dict[str, Any]:
     base_name = report.base_name or "base"
     prompt, reference = ("Prompt", "Reference") if report.classes is None else ("Text", "Label")
+    references = sample.references if report.classes is None else (" ".join(sample.references),)
     return {
         "names": {"prompt": prompt, "reference": reference},
         "number": (sample.index or 0) + 1,
         "origin": sample.origin,
         "prompt": sample.prompt,
-        "references": sample.references,
+        "references": references,
         "has_answers": sample.base is not None,
         "answers": [
             {
                 "side": side,
                 "title": title.capitalize(),
-                "runs": mark_shared((answer or "").strip(), sample.references),
+                "runs": mark_shared((answer or "").strip(), references),
                 "blank": "only white space" if answer else "empty answer",
             }
             for side, title, answer in (("base", base_name, sample.base), ("tuned", "tuned", sample.tuned))

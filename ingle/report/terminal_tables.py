@@ -248,16 +248,19 @@ def side_by_side(comparison: Comparison, num_shown: int) -> Iterator[RenderableT
         if sample.base is not None or sample.tuned is not None:
             base_name = comparison.base_name or "base"
             names = ("prompt", "reference") if comparison.classes is None else ("text", "label")
-            yield _sample_table(f"Sample {index + 1}, {reason}", sample, names, base_name)
+            # One of several accepted answers, but all labels: each of them is true.
+            reference = " ".join(sample.references if comparison.classes is not None else sample.references[:1])
+            yield _sample_table(f"Sample {index + 1}, {reason}", sample, names, reference, base_name)
 
 
-def _sample_table(title: str, sample: SampleComparison, names: tuple[str, str], base_name: str) -> Table:
+def _sample_table(
+    title: str, sample: SampleComparison, names: tuple[str, str], reference: str, base_name: str
+) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", expand=True, show_header=False)
     table.add_column("", no_wrap=True, style="bold", width=max(9, len(base_name)))
     table.add_column("", overflow="fold", ratio=1)
     table.add_row(names[0], _clip(sample.prompt))
-    for reference in sample.references[:1]:
-        table.add_row(names[1], _clip(reference))
+    table.add_row(names[1], _clip(reference) or Text("(none)", style="dim"))
     table.add_section()
     for side, answer in ((base_name, sample.base), ("tuned", sample.tuned)):
         table.add_row(side, _clip(answer or "") or Text("(empty)", style="dim"))

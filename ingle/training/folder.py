@@ -36,6 +36,7 @@ _SELECTING = "evaluate.every"
 #: Maximum number of options in a message.
 _LISTED = 12
 
+_Flat = Mapping[str, Any]
 State = Literal["new", "started", "finished"]
 
 
@@ -267,7 +268,13 @@ def differences(old: Run, new: Run, *, only: Sequence[str] | None = None) -> lis
         keys = [key for key in keys if not _is_in(key, CONTINUABLE) or (selects and key == _SELECTING)]
     else:
         keys = [key for key in keys if _is_in(key, only)]
-    return [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in sorted(keys)]
+    return [_change(key, before, after, resolved_old, resolved_new) for key in sorted(keys)]
+
+
+def _change(key: str, before: _Flat, after: _Flat, resolved_old: _Flat, resolved_new: _Flat) -> str:
+    if before.get(key) == after.get(key):  # one relative path, seen from two folders
+        return f"{key}: {write_value(resolved_old[key])} -> {write_value(resolved_new[key])}"
+    return f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
 
 
 def with_names(run: Run, former: Run) -> Run:

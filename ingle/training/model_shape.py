@@ -12,7 +12,7 @@ from ingle.adapters import Selection
 from ingle.models import Model, layer_uses, task_of
 from ingle.planning import LayerShape, LinearShape, ModelShape
 from ingle.planning.architecture import group_layers
-from ingle.planning.families import FUSED, Settings, mixer_of
+from ingle.planning.families import FUSED, HEADS, Settings, mixer_of
 from ingle.quant import Formats
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.experts import PROJECTIONS, is_experts, projection_shapes
@@ -73,7 +73,9 @@ def _settings(model: Model) -> dict[str, Any]:
     """Returns the content of a config under the names that architectures share (DistilBERT: ``n_heads``, ``dim``)."""
     config = model.config.get_text_config()
     shared = {name: getattr(config, name, None) for name in config.attribute_map}
-    return config.to_dict() | {name: value for name, value in shared.items() if isinstance(value, int)}
+    named = config.to_dict() | {name: value for name, value in shared.items() if isinstance(value, int)}
+    heads = named.get("num_attention_heads") or next((named[name] for name in HEADS if named.get(name)), 1)
+    return named | {"num_attention_heads": heads}  # 1 where no layer attends, as in Mamba
 
 
 class _Counter:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ingle.atomic import write_atomically
-from ingle.data.batch import COLUMNS, Batch, round_up
-from ingle.data.types import IGNORE_INDEX
+from ingle.data.batch import Batch, round_up
 from ingle.errors import DoesNotFit, OutOfMemory
 from ingle.events import Sink, Warned
 from ingle.parallel import Mesh
@@ -59,7 +57,7 @@ class MemoryRelief:
         for batch in batches:
             found = [round_up(part) for part in batch.split(self.num_parts)]
             missing = self.num_parts - len(found) if self.mesh.world_size > 1 else 0
-            parts += found + [_without_labels(min(found, key=lambda part: part.num_tokens))] * missing
+            parts += found + [min(found, key=lambda part: part.num_tokens).without_labels()] * missing
         return parts
 
     def relieve(self, reason: str, batches: Sequence[Batch]) -> None:
@@ -107,16 +105,6 @@ class MemoryRelief:
     def _recompute(self, turn_on: Callable[[], None]) -> None:
         turn_on()
         self.turn_on_recompute = None
-
-
-def _without_labels(batch: Batch) -> Batch:
-    """Returns a batch that counts for nothing."""
-    labels: dict[str, Tensor] = {
-        name: torch.full_like(column, IGNORE_INDEX)
-        for name, column in batch.columns.items()
-        if COLUMNS[name].fill == IGNORE_INDEX
-    }
-    return replace(batch, columns={**batch.columns, **labels}, num_tokens=0, num_documents=0, num_supervised=0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

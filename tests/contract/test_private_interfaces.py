@@ -243,7 +243,7 @@ INTERFACES: list[tuple[str, str, Callable[[], bool], str]] = [
         "DynamicCache.layers[].keys and values, batch_select_indices",
         "models/generation/decoding.py",
         caches_hold_keys_and_values,
-        "adapt _Batch.drop and _Batch._recompute",
+        "adapt GrowingBatch.drop and PromptBatch._recompute",
     ),
     (
         "rope_type, original_max_seq_len and config.rope_parameters of rotary modules",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ingle.data.types import IGNORE_INDEX, Sample
-from ingle.objectives.dealing import deal, without_labels
+from ingle.objectives.dealing import deal, start_without_labels
 from ingle.parallel import Mesh
 
 ALONE = Mesh(torch.device("cpu"))
@@ -33,6 +33,6 @@ def test_every_micro_batch_is_dealt_once_and_in_order(world_size: int, micro_bat
 
 def test_a_rank_without_data_counts_nothing() -> None:
     ids = np.arange(5, 12, dtype=np.int32)
-    batch = without_labels(Sample(ids, ids.copy()))
+    batch = start_without_labels(Sample(ids, ids.copy()))
     assert bool((batch.labels == IGNORE_INDEX).all())
     assert (batch.num_tokens, batch.num_documents, batch.num_supervised) == (0, 0, 0)

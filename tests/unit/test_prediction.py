@@ -15,6 +15,8 @@ from ingle import inference, prediction
 from ingle.cli.exit_status import run_command
 from ingle.config.model import ModelConfig
 from ingle.errors import DataError, ModelError
+from ingle.evaluation.run.task_head import TaskHead
+from ingle.events import Event, Warned
 from ingle.prediction import Predictor
 from tests import tiny_tokenizers
 
@@ -48,7 +50,7 @@ def open_exact(folder: Path) -> Predictor:
     """The predictor of a folder in float32."""
     source = inference.Source(ModelConfig(id=str(folder), dtype="float32"), inference.NoBase())
     opened = inference.load(source)
-    return Predictor(opened.model, opened.tokenizer, opened.objective, 64)
+    return Predictor(TaskHead(opened.model, opened.tokenizer, opened.objective, 64))
 
 
 def their_logits(kind: Any, folder: Path, *texts: str, output: str = "logits") -> torch.Tensor:
@@ -150,6 +152,19 @@ def test_files_are_predicted_row_by_row_with_their_lines(
     assert run_command(["predict", str(folder / "classify"), "--file", str(words), "--output", str(output)]) != 0
     assert f"{words}:2" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == len(TEXTS), "a file that was complete is kept"
+
+
+def test_texts_that_are_cut_are_counted_in_one_warning(folder: Path) -> None:
+    predictor = open_exact(folder / "classify")
+    texts = ("good " * 70, *TEXTS, "bad " * 80)
+    rows = [predictor.make_row({"text": text}, f"row {i}") for i, text in enumerate(texts)]
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "classify")
+    lost = sum(len(tokenizer(text)["input_ids"]) - 64 for text in (texts[0], texts[-1]))
+    message = f"Documents were truncated to data.max_seq_len = 64; {lost} tokens lost."
+    for given, expected in ((rows, [Warned(message, "data.max_seq_len", 2)]), (rows[1:-1], [])):
+        events = list[Event]()
+        assert len(list(predictor.predict(given, sink=events.append))) == len(given)
+        assert [event for event in events if isinstance(event, Warned)] == expected
 
 
 def test_texts_must_suit_the_model(folder: Path) -> None:

@@ -149,7 +149,7 @@ class ModelSource(LoadedModel):
         Raises:
             EvaluationError: A prompt does not fit into the context of the model.
         """
-        prompts = self._prompts(samples, task)
+        prompts = self._prompts(samples, task, sink)
         self._check_lengths(prompts, samples)
         own = self._own(len(prompts))
         stage = f"Answering ({self.name})"
@@ -196,7 +196,7 @@ class ModelSource(LoadedModel):
             )
         yield from self._of_all(found)
 
-    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> list[list[int]]:
         """Returns what the model reads before it answers."""
         control = ControlTokens(self.tokenizer, task.control_tokens)
         return [prompt_ids(self.tokenizer, sample.example, task.system, control=control) for sample in samples]

@@ -19,8 +19,9 @@ import torch
 from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
 from ingle.data import Example, Sample
 from ingle.data.batch import collate
+from ingle.data.dataset_builder import describe_cuts
 from ingle.data.encode_windows import find_null
-from ingle.data.row_encoder import Counts, Piece, TokenOptions, row_options
+from ingle.data.row_encoder import Counts, Piece, RowEncoder, TokenOptions, row_options
 from ingle.data.row_tokenizer import make_encoder
 from ingle.data.types import IGNORE_INDEX
 from ingle.data.worker import batches
@@ -32,6 +33,7 @@ from ingle.evaluation.decoding.tags import decode_tags
 from ingle.evaluation.run.packed_logits import document_logits, pack_documents
 from ingle.evaluation.scorers import Prediction, Problem
 from ingle.evaluation.statistics import Floats
+from ingle.events import Sink
 from ingle.models import forward_hidden, forward_task, through_head
 from ingle.parallel import compute_device
 
@@ -39,13 +41,15 @@ from ingle.parallel import compute_device
 OnRows = Callable[[int], None]
 
 
-def _ignore(count: int) -> None:
+def _ignore(reported: object) -> None:
     pass
 
 
 @dataclass(frozen=True)
 class TaskHead:
     """A model, and how its rows are read.
+
+    Its methods report to ``on_rows`` how many further rows are finished, and to ``sink`` what was cut.
 
     Attributes:
         model: The model, in evaluation mode.
@@ -74,14 +78,16 @@ class TaskHead:
         """What is predicted."""
         return self.options.problem
 
-    def predict(self, examples: Iterable[Example], on_rows: OnRows = _ignore) -> Iterator[Prediction]:
+    def predict(
+        self, examples: Iterable[Example], on_rows: OnRows = _ignore, sink: Sink = _ignore
+    ) -> Iterator[Prediction]:
         """Yields the labels or tags of each row; tags are those of its words.
 
         Raises:
             DataError: A row has no text.
         """
         assert isinstance(self.objective, Classify | Tag)
-        for rows, pieces, logits in self._run(examples, on_rows):
+        for rows, pieces, logits in self._run(examples, on_rows, sink):
             if isinstance(self.objective, Classify):
                 yield from decode_classes(np.stack([each[0] for each in logits]), self.label_names, self.problem)
             else:
@@ -89,22 +95,22 @@ class TaskHead:
                     yield decode_tags(self._at_words(row, parts, outputs), self.label_names)
 
     def find_answers(
-        self, examples: Iterable[Example], *, num_best: int = 1, can_be_empty: bool = False, on_rows: OnRows = _ignore
+        self,
+        examples: Iterable[Example],
+        on_rows: OnRows = _ignore,
+        sink: Sink = _ignore,
+        *,
+        num_best: int = 1,
+        can_be_empty: bool = False,
     ) -> Iterator[list[FoundAnswer]]:
-        """Yields the best answers to each question, the best first.
-
-        Args:
-            examples: Questions with their contexts.
-            num_best: Number of answers.
-            can_be_empty: Whether there may be no answer.
-            on_rows: Called with the number of further rows that are finished.
+        """Yields the best answers to each question, the best first; none of them is empty unless they may be.
 
         Raises:
             DataError: A question or context has no text, or the question leaves no room for the context.
         """
         assert isinstance(self.objective, Answer)
         cls = getattr(self.tokenizer, "cls_token_id", None)
-        for rows, pieces, logits in self._run(examples, on_rows):
+        for rows, pieces, logits in self._run(examples, on_rows, sink):
             for row, parts, outputs in zip(rows, pieces, logits, strict=True):
                 yield find_answers(
                     row.texts["context"].text or "",
@@ -115,16 +121,16 @@ class TaskHead:
                     can_be_empty=can_be_empty,
                 )
 
-    def fill(self, examples: Iterable[Example], top: int, on_rows: OnRows = _ignore) -> Iterator[list[list[Fill]]]:
+    def fill(
+        self, examples: Iterable[Example], top: int, on_rows: OnRows = _ignore, sink: Sink = _ignore
+    ) -> Iterator[list[list[Fill]]]:
         """Yields the most likely tokens at each mask of each text.
 
         Raises:
             DataError: A text has no mask.
         """
-        encoder = make_encoder(self.tokenizer, self.options)
         mask, vocab_size = self.tokenizer.mask_token_id, len(self.tokenizer)
-        for rows in batches(examples):
-            pieces = encode_rows(encoder.encode, rows)
+        for rows, pieces in self.read(examples, sink):
             for row, parts in zip(rows, pieces, strict=True):
                 if not any((part.ids == mask).any() for part in parts):
                     raise DataError(
@@ -155,14 +161,26 @@ class TaskHead:
                 found[index] = find_fills(each.numpy(), top, vocab_size)
         return found
 
+    def read(
+        self, examples: Iterable[Example], sink: Sink = _ignore
+    ) -> Iterator[tuple[Sequence[Example], list[Sequence[Piece]]]]:
+        """Yields the rows of each part and their documents, without labels; warns at the end if texts were cut.
+
+        Raises:
+            DataError: A row cannot be read.
+        """
+        encoder, counts = make_encoder(self.tokenizer, self.options), Counts()
+        for rows in batches(examples):
+            yield rows, _encode_rows(encoder, rows, counts)
+        if counts.truncated_documents:
+            sink(describe_cuts(counts, self.max_seq_len))
+
     def _run(
-        self, examples: Iterable[Example], on_rows: OnRows
+        self, examples: Iterable[Example], on_rows: OnRows, sink: Sink
     ) -> Iterator[tuple[Sequence[Example], list[Sequence[Piece]], list[list[Floats]]]]:
         """Yields the rows of each part, their documents, and the logits of the head for these."""
-        encoder = make_encoder(self.tokenizer, self.options)
         forward = partial(forward_task, self.model)
-        for rows in batches(examples):
-            pieces = encode_rows(encoder.encode, rows)
+        for rows, pieces in self.read(examples, sink):
             documents = [as_sample(piece) for parts in pieces for piece in parts]
             found = iter(document_logits(forward, documents, self._device()))
             yield rows, pieces, [[next(found) for _ in parts] for parts in pieces]
@@ -182,21 +200,14 @@ class TaskHead:
         return compute_device(next(self.model.parameters()))
 
 
-def encode_rows(
-    encode: Callable[[Sequence[Example], Counts], Iterable[tuple[Example, Sequence[Piece]]]], rows: Sequence[Example]
-) -> list[Sequence[Piece]]:
+def _encode_rows(encoder: RowEncoder, rows: Sequence[Example], counts: Counts) -> list[Sequence[Piece]]:
     """Returns the documents of each row, without its label.
-
-    Args:
-        encode: See :class:`~ingle.data.row_encoder.RowEncoder`.
-        rows: Rows to predict.
 
     Raises:
         DataError: The encoder skips a row.
     """
-    counts = Counts()
     unlabelled = [replace(row, label=None) for row in rows]
-    found = {id(row): pieces for row, pieces in encode(unlabelled, counts)}
+    found = {id(row): pieces for row, pieces in encoder.encode(unlabelled, counts)}
     for row in unlabelled:
         if id(row) not in found:
             reasons = [reason for reason, (_, first) in counts.dropped.items() if first == row.origin]

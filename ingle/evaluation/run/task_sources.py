@@ -14,15 +14,14 @@ from torch.nn import functional
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import Answer as AnswerObjective
 from ingle.config.objective import Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, Tag
-from ingle.data import IGNORE_INDEX, Sample
+from ingle.data import IGNORE_INDEX, Example, Sample
 from ingle.data.batch import Batch, collate
 from ingle.data.counters import FIXED_EPOCH, Place
-from ingle.data.row_encoder import row_options
-from ingle.data.row_tokenizer import make_encoder
+from ingle.data.row_encoder import Piece
 from ingle.errors import EvaluationError
 from ingle.evaluation.run.answer_sources import Answer, LoadedModel, ModelSource
 from ingle.evaluation.run.packed_logits import pack_documents
-from ingle.evaluation.run.task_head import TaskHead, as_sample, encode_rows
+from ingle.evaluation.run.task_head import TaskHead, as_sample
 from ingle.evaluation.scorers import Likelihood, MaskedTokens, Prediction, Problem
 from ingle.evaluation.tasks.samples import TaskSample
 from ingle.events import Progress, Sink
@@ -87,6 +86,11 @@ class _TaskModel(LoadedModel):
     def _head(self) -> TaskHead:
         return TaskHead(self.model, self.tokenizer, self.objective, self.max_seq_len)
 
+    def _read(self, rows: Sequence[Example], sink: Sink) -> Iterator[Sequence[Piece]]:
+        """Yields the documents of each row."""
+        for _, pieces in self._head.read(rows, sink):
+            yield from pieces
+
     @torch.no_grad()
     def _sum_scores(
         self, samples: Sequence[TaskSample], task: TaskConfig, score: Callable[[Batch], Tensor], sink: Sink
@@ -102,14 +106,13 @@ class _TaskModel(LoadedModel):
         Raises:
             EvaluationError: A row has nothing to predict.
         """
-        encoder = make_encoder(self.tokenizer, row_options(self.objective, self.max_seq_len))
         corrupt = make_corruption(
             self.objective, self.model, self.tokenizer, seed=task.seed, max_length=self.max_seq_len
         )
         assert corrupt is not None
         own = self._own(len(samples))
         documents, owners = list[Sample](), list[int]()
-        for number, parts in enumerate(encode_rows(encoder.encode, [samples[index].example for index in own])):
+        for number, parts in enumerate(self._read([samples[index].example for index in own], sink)):
             places = [Place(FIXED_EPOCH, own[number] * _MAX_PIECES + piece) for piece in range(len(parts))]
             made = corrupt([as_sample(part) for part in parts], places)
             documents += made
@@ -166,7 +169,7 @@ class LabelSource(_TaskModel):
         """
         own = [samples[index].example for index in self._own(len(samples))]
         with self._evaluating():
-            found = list(self._head.predict(own, _Progress(f"Predicting ({self.name})", len(own), sink)))
+            found = list(self._head.predict(own, _Progress(f"Predicting ({self.name})", len(own), sink), sink))
         yield from self._of_all(found)
 
 
@@ -185,7 +188,7 @@ class ContextSource(_TaskModel):
         can_be_empty = self.objective.no_answer == "allow"
         report = _Progress(f"Answering ({self.name})", len(own), sink)
         with self._evaluating():
-            found = self._head.find_answers(own, can_be_empty=can_be_empty, on_rows=report)
+            found = self._head.find_answers(own, report, sink, can_be_empty=can_be_empty)
             answers = [
                 Answer((row.texts["context"].text or "")[best.start : best.end])
                 for row, (best, *_) in zip(own, found, strict=True)
@@ -233,10 +236,8 @@ class TargetSource(ModelSource, _TaskModel):
             ]
         )
 
-    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig) -> list[list[int]]:
-        encoder = make_encoder(self.tokenizer, row_options(self.objective, self.max_seq_len))
-        pieces = encode_rows(encoder.encode, [sample.example for sample in samples])
-        return [parts[0].ids.tolist() for parts in pieces]
+    def _prompts(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> list[list[int]]:
+        return [parts[0].ids.tolist() for parts in self._read([sample.example for sample in samples], sink)]
 
 
 class _MaskedScore(MaskedTokenLoss):

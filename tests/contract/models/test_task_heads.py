@@ -22,7 +22,7 @@ from ingle.models import ModelTask, keep_stored_labels
 from ingle.models.kinds import new_model
 from ingle.models.loading.layout_choice import enliven
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, TagLoss
-from ingle.objectives.dealing import without_labels
+from ingle.objectives.dealing import start_without_labels
 from tests.conftest import make_tokenizer
 from tests.contract.models.tiny_types import small_config
 
@@ -151,7 +151,7 @@ def test_a_document_changes_no_bit_of_another(kind: str, name: str, tmp_path: Pa
     changed[1] = Sample(samples[1].input_ids[::-1].copy(), samples[1].labels, samples[1].columns)
     with torch.no_grad():
         before, after = (loss.per_document(collate(each)) for each in (samples, changed))
-        nothing = without_labels(samples[1])
+        nothing = start_without_labels(samples[1])
         assert loss(nothing).losses["loss"] == 0 and loss.per_document(nothing).shape == (0, 2)
     others = [0, 2, 3, 4]
     assert before[others].equal(after[others]) and before[1, 0] != after[1, 0]

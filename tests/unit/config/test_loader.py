@@ -211,6 +211,11 @@ def test_a_flag_without_value_means_true_only_for_true_or_false(folder: Path) ->
         ("--output=", "output is empty.", None),
         ("--data.sources=[]", "data.sources is empty.", None),
         ("--data.sources.0=null", "data.sources.0 must be a section, not null.", "--data.sources.0.path=VALUE"),
+        (
+            "--evaluate.sources=null",
+            "evaluate.sources must be a list of sections, or of text, not null.",
+            "--evaluate=null",
+        ),
         ("--optim.betas=[0.1]", "optim.betas must be a list of 2", None),
         ("--optim.betas=[0.1, 0.2, 0.3]", "optim.betas must be a list of 2", None),
         ("--model.id.x=1", "model.id is not a section or a list.", None),

@@ -183,6 +183,19 @@ def test_validation_rows_that_are_trained_on_are_reported(tmp_path, tokenizer, r
     assert "10 of 40 validation rows" in warning.message
 
 
+def test_a_first_text_that_all_rows_have_is_no_repetition(tmp_path, tokenizer) -> None:
+    texts = _texts(60)
+    rows = [{"text": "Is it good?", "text_pair": text, "label": i % 2} for i, text in enumerate(texts)]
+    labels = Classify(kind="classify", labels=["no", "yes"], problem="single")
+    training = _build(tmp_path / "training", rows[:40], tokenizer, labels)
+    other = _build(tmp_path / "other", [*rows[37:40], *rows[40:]], tokenizer, labels)
+    data = DataConfig.model_validate({"sources": ["rows"], "validation": {"sources": ["other"]}})
+    warnings: list[Event] = []
+    hold_out(training, data, 0, lambda data: other, warnings.append)
+    (warning,) = [event for event in warnings if isinstance(event, Warned)]
+    assert "3 of 23 validation rows" in warning.message
+
+
 def test_few_independent_rows_are_reported(tmp_path, tokenizer) -> None:
     dataset = _build(tmp_path, [{"text": text} for text in _texts(30)], tokenizer, objective="clm")
     data = DataConfig.model_validate({"sources": ["rows"], "validation": SHARE})

@@ -6,13 +6,16 @@ import json
 
 import pytest
 from rich.console import Console
+from tokenizers import processors
 
 from ingle.config.data import DataConfig, Source
 from ingle.config.objective import Answer, Classify, Mlm, Seq2Seq, Span, Tag
+from ingle.data import build_dataset, name_labels
 from ingle.data.inspection import guess_file, inspect, inspect_rows
 from ingle.data.sources import name_classes, read_examples
 from ingle.data.types import Span as Place
 from ingle.errors import DataError
+from ingle.events import Warned
 from ingle.report.data_tables import render_report, render_rows
 from tests import tiny_tokenizers
 
@@ -216,6 +219,26 @@ def test_classes_are_shown_with_their_balance(tmp_path):
     assert "label good" in text and "96.8%" in text
 
 
+@pytest.mark.parametrize(
+    ("labels", "odd"),
+    [
+        (["pos", "neg", 3, "pos", 3, "neg"], "'3' in 2 rows (first {path}:3)"),
+        ([1, 2, "n/a", 2, 1], "'n/a' in 1 row (first {path}:3)"),
+        ([["pos"], ["neg", 3]], "'3' in 1 row (first {path}:2)"),
+        (["3 stars", "4 stars"], None),
+        ([1, 2, 1], None),
+    ],
+)
+def test_a_number_among_names_of_classes_is_pointed_out(tmp_path, labels, odd):
+    path, warned = tmp_path / "a.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"film {i}", "label": each}) + "\n" for i, each in enumerate(labels)))
+    data = DataConfig.model_validate({"sources": [str(path)]})
+    build_dataset(data, BERT, objective=name_labels(data, Classify(kind="classify")), sink=warned.append)
+    found = [event.message for event in warned if isinstance(event, Warned) and "numbers" in event.message]
+    expected = [] if odd is None else [odd.format(path=path)]
+    assert found == [f"Some labels are numbers and others are names: {each}." for each in expected]
+
+
 def test_the_same_text_with_another_label_is_counted(tmp_path):
     rows = [{"text": "a film", "label": "good"}, {"text": "a film", "label": "bad"}, {"text": "b", "label": "bad"}]
     report, _ = look(tmp_path / "a.jsonl", rows, Classify(kind="classify"))
@@ -229,11 +252,21 @@ def test_tags_and_entities_are_counted(tmp_path):
     assert "LOC 3, PER 3" in text and "john(B-PER)" in text
 
 
-def test_answers_are_marked_and_windows_counted(tmp_path):
+def cls_last():
+    """As XLNet, which ends a pair in CLS."""
+    tokenizer = tiny_tokenizers.bert()
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")]
+    processor = processors.TemplateProcessing("$A [SEP] [CLS]", "$A [SEP] $B:1 [SEP]:1 [CLS]:2", special)
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [BERT, cls_last()], ids=["CLS first", "CLS last"])
+def test_answers_are_marked_and_windows_counted(tmp_path, tokenizer):
     context = "the fox lives in New York, " + "and works " * 20
     answers = {"text": ["New York"], "answer_start": [17]}
     rows = [{"question": "where?", "context": context, "answers": answers}]
-    report, text = look(tmp_path / "a.jsonl", rows, Answer(kind="answer", stride=4), max_seq_len=32)
+    report, text = look(tmp_path / "a.jsonl", rows, Answer(kind="answer", stride=4), tokenizer, max_seq_len=32)
     assert report.stats.documents > 1 and report.answered == 1
     assert "«new york»" in text
 

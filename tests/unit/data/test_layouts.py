@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,6 +247,8 @@ def test_columns_that_say_nothing_are_passed_over(extra):
             "the column 'image' has an image",
         ),
         ({"prompt": "What is it?", "completion": "a cat", "images": [{"bytes": ""}]}, "prompt-completion", "'images'"),
+        ({"text": "a cat", "label": "pet", "image": "cat.png"}, "labelled", "the column 'image' has an image"),
+        ({"question": "Where?", "context": "Here.", "images": "a.png"}, "squad", "the column 'images' has an image"),
     ],
 )
 def test_rows_with_images_are_refused_with_their_line(row: dict[str, Any], layout: Any, why: str) -> None:
@@ -253,6 +256,16 @@ def test_rows_with_images_are_refused_with_their_line(row: dict[str, Any], layou
         parse_row(row, layout, "rows.jsonl:17")
     assert error.value.where == "rows.jsonl:17"
     assert why in str(error.value.why)
+
+
+def test_the_name_of_an_image_is_no_text_to_classify(tmp_path: Path) -> None:
+    path = tmp_path / "pets.jsonl"
+    path.write_text('{"image": "pets/1.png", "label": "cat"}\n')
+    with pytest.raises(DataError, match="models are trained on text only") as error:
+        list(read_examples([Source(path=str(path))], objective="classify"))
+    assert error.value.where == f"{path}:1"
+    named = Source(path=str(path), columns={"text": "image"})
+    assert [row.text for row in read_examples([named], objective="classify")] == ["pets/1.png"]
 
 
 def test_a_text_row_may_name_an_image_file() -> None:

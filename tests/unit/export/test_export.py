@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForTokenClassification
 
 from ingle import inference, models
 from ingle.atomic import sha256
 from ingle.config.adapter import MergeAware
 from ingle.config.model import ModelConfig
-from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError
+from ingle.errors import AdapterError, ConfigError, DependencyError, ExportError, IngleError
 from ingle.events import Event, Warned
 from ingle.export import export
 from ingle.export.verify import certificate
 from ingle.export.verify.certificate import certify
 from ingle.inference import Engine
+from tests import tiny_tokenizers
 from tests.tiny import SIZES
 
 MakeAdapter = Callable[..., Path]
@@ -267,6 +268,18 @@ def test_contradicting_options_are_refused(make_adapter: MakeAdapter, llama_fold
         export(str(llama_folder), "peft", tmp_path / "x")
     with pytest.raises(ConfigError, match="There is no such file"):
         export(adapter, "gguf", tmp_path / "x", data=tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf", "gguf-adapter"])
+def test_a_tagger_without_adapter_is_led_to_the_only_export_there_is(to: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = tiny_tokenizers.bert()
+    config = BertConfig(vocab_size=len(tokenizer), **sizes, id2label={0: "O", 1: "B-PER"})
+    for part in (BertForTokenClassification(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    with pytest.raises(IngleError) as error:
+        export(str(tmp_path / "model"), to, tmp_path / "x")
+    assert error.value.fix is not None and error.value.fix.split(" exports")[0] == "--to safetensors"
 
 
 def test_a_missing_binding_is_reported_before_anything_is_written(

@@ -20,7 +20,7 @@ from ingle.models import ModelTask, forward_task
 from ingle.models.forward.layout import Layout
 from ingle.objectives import AnswerLoss, ClassLoss, DocumentLoss, MaskedTokenLoss, TagLoss, TargetLoss, token_loss
 from ingle.objectives.classify import ClassWeights, balanced_weights
-from ingle.objectives.dealing import without_labels
+from ingle.objectives.dealing import start_without_labels
 from ingle.objectives.seq2seq import Joining, target_of
 
 LENGTHS = (5, 9, 5, 12)
@@ -230,7 +230,7 @@ def test_a_document_changes_the_loss_of_no_other(name: str) -> None:
 def test_a_rank_without_documents_adds_an_exact_zero_to_every_gradient(name: str) -> None:
     case = CASES[name]
     loss = make_loss(case)
-    batch = without_labels(make_samples(case)[3])
+    batch = start_without_labels(make_samples(case)[3])
     total = loss(batch).losses["loss"]
     assert total.item() == 0 and loss.count(batch) == 0
     total.backward()

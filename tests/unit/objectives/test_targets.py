@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForSeq2SeqLM
 
-from ingle.models.generation.target_batch import first_token
+from ingle.models.generation.batches import first_token
 from ingle.objectives.seq2seq import target_of
 from tests.contract.models.tiny_types import ENCODER_DECODER_TYPES, small_encoder_decoder_config
 

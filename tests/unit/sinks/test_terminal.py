@@ -11,7 +11,7 @@ from rich.console import Console
 from ingle import events
 from ingle.config import Run
 from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Validated, Warned
-from ingle.report.results import ShownSamples
+from ingle.report.results import ClassTable, ShownSamples
 from ingle.report.terminal_tables import comparison_table, plan_table, summary_table
 from ingle.sinks import Terminal, combine
 from tests.stored_results import COMPARISON as STORED_COMPARISON
@@ -335,3 +335,13 @@ def test_the_plan_says_what_is_trained_through_the_rounding(adapter: dict[str, A
     console = Console(file=io.StringIO(), width=160)
     console.print(plan_table(run.model_dump(mode="json"), PLAN))
     assert said in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_all_labels_of_a_text_are_shown_and_one_of_several_references() -> None:
+    sample = replace(_SAMPLE, references=("sports", "politics"), base="sports", tuned="politics")
+    for classes, shown in ((ClassTable(rows=()), "sports politics"), (None, "sports")):
+        text = show(started(), Evaluated(6, replace(COMPARISON, samples=(sample,) * 5, classes=classes)))
+        name = "label" if classes is not None else "reference"
+        assert {line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.split()[:1] == [name]} == {
+            shown
+        }

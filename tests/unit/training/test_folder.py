@@ -140,3 +140,13 @@ def test_a_run_continues_with_the_labels_that_it_found(tmp_path: Path) -> None:
         "objective.labels.0",
         "objective.labels.1",
     ]
+
+
+def test_one_relative_path_from_two_folders_is_shown_in_full(tmp_path: Path) -> None:
+    runs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("{}")
+        runs.append(_run(tmp_path).model_copy(update={"paths_from": str(tmp_path / name)}))
+    (change,) = differences(*runs)
+    assert change == f"data.sources.0.path: {tmp_path}/one/train.jsonl -> {tmp_path}/two/train.jsonl"
