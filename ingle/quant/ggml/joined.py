@@ -91,7 +91,8 @@ class JoinedRows(Format):
 
     def decode_into(self, planes: Mapping[str, Tensor], out_OI: Tensor) -> Tensor:
         """Dequantizes each part into a contiguous tensor."""
-        return self.decode(planes, *out_OI.shape, out_OI.dtype, out_OI)
+        rows, columns = out_OI.shape
+        return self.decode(planes, rows, columns, out_OI.dtype, out_OI)
 
     def has_kernel(self, plane: Tensor, dtype: torch.dtype) -> bool:
         """Returns False: no kernel reads several planes; :meth:`decode` calls those of the parts."""
