@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingle.config import Run
+    from ingle.gguf.names import TensorRule
     from ingle.planning import ModelShape
     from ingle.planning.architecture import Bits
+
+#: Embeddings whose model reads the weight itself, so that they stay plain: of T5 and of Mamba.
+_PLAIN_ENDS = ("shared.weight", "backbone.embeddings.weight")
 
 
 def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
@@ -65,11 +69,17 @@ def _read_gguf(run: Run) -> tuple[Mapping[str, Any], Bits, float | None]:
         shape = (num_experts, out_features, in_features) if is_stack else (out_features, in_features)
         rule = names.rule(path if is_stack else f"{path}.weight", shape, file.tensors)
         tensors = [] if rule is None else [file.tensors[name] for name in rule.tensors if name in file.tensors]
-        if len({tensor.type_name for tensor in tensors}) != 1 or tensors[0].type_name in ("f32", "f16", "bf16"):
-            return None  # a parameter has one type; one of several types is loaded as plain numbers
+        if rule is None or not tensors or any(not keeps_bytes(rule, tensor.type_name) for tensor in tensors):
+            return None
         return 8 * sum(tensor.num_bytes for tensor in tensors) / prod(shape)
 
-    return config, bits, bits("model.embed_tokens", int(config["vocab_size"]), int(config["hidden_size"]))
+    def keeps_bytes(rule: TensorRule, type_name: str) -> bool:
+        return type_name not in ("f32", "f16", "bf16") and rule.moves_bytes(type_name)
+
+    path, embedding = names.to_hf("token_embd.weight"), file.tensors.get("token_embd.weight")
+    if path is None or embedding is None or path in _PLAIN_ENDS:
+        return config, bits, None
+    return config, bits, bits(path.removesuffix(".weight"), *embedding.shape)
 
 
 def _mix_bits(run: Run, config: Mapping[str, Any]) -> Bits | None:

@@ -128,8 +128,9 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
     tensors = []
     for name, layer in layers.items():
         a, b = _factors(layer, alpha)
-        rule = names.rule(name, (len(b), a.shape[1]))
-        if rule is None or is_transposed(layer.base):
+        shape = (len(b), a.shape[1])
+        rule = names.rule(name, shape[::-1] if is_transposed(layer.base) else shape)
+        if rule is None:
             raise AdapterError(f"llama.cpp has no tensor for {name}.", where=name, fix="--to peft")
         a = torch.from_numpy(rule.columns_to_file(a.numpy()))
         # A layer that is several tensors in the file has one A for all of them.

@@ -180,8 +180,7 @@ def quantize(
     with paths.opened() as partial:
         if is_gguf:
             assert paths.main is not None
-            names = models.gguf_names(original.stream.model)
-            columns = {tensor: values for name, values in (importance or {}).items() for tensor in names.tensors(name)}
+            columns = models.importance_by_tensor(original.stream.model, importance or {})
             export = GgufExport(original, tokenizer, target.name, columns)
             paths.require_bytes(export.num_bytes)
             export.write(partial / paths.main, {"general.name": name}, sink=sink)

@@ -35,6 +35,13 @@ def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         raise GgufError(
             "llama.cpp always uses the embedding as the output head of this architecture.", where="tie_word_embeddings"
         )
+    if family.is_tied is None and config.get("tie_word_embeddings", False):
+        raise GgufError(
+            "llama.cpp requires an output head of its own for this architecture.",
+            where="tie_word_embeddings",
+            why="the embedding is the output head of this model",
+            fix="--to safetensors",
+        )
     values = {f"{family.architecture}.{key}": value for key, value in family.write_metadata(config).items()}
     return {"general.architecture": family.architecture} | values
 
@@ -98,7 +105,7 @@ def require_sizes(file: GgufFile, config: Mapping[str, Any]) -> None:
     first: dict[str, str] = {}
     for match in matches:
         first.setdefault(match[3], match[0])
-    width = config.get("hidden_size") or config["d_model"]
+    width = config.get("hidden_size") or config.get("d_model") or config["n_embd"]
     expected: dict[str, tuple[int, ...]] = {"token_embd.weight": (num_tokens, width)}
     for part, shape in family.sizes(config).items():
         expected[first.get(part, f"blk.0.{part}.weight")] = shape

@@ -59,6 +59,7 @@ class Mix:
         has_imatrix: Whether weights are quantized with an importance matrix.
         num_experts: Number of experts; 0 for a model without them.
         value_layers: Layers with a value projection; empty if all have one.
+        down_layers: Layers with a feed-forward network; empty if all have one.
 
     Raises:
         GgufError: The file type is unknown.
@@ -73,6 +74,7 @@ class Mix:
     has_imatrix: bool = False
     num_experts: int = 0
     value_layers: tuple[int, ...] = ()
+    down_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.file_type not in FILE_TYPES:
@@ -138,6 +140,8 @@ class Mix:
         return "q5_k" if is_70b and chosen in ("q3_k", "q4_k") else chosen
 
     def _ffn_down(self, chosen: str, layer: int) -> str:
+        if self.down_layers and self.num_experts < 2:  # llama.cpp counts networks, but layers of models with experts
+            layer = self.down_layers.index(layer)
         early = layer < self.num_layers // 8
         match self.file_type:
             case "q2_k":
@@ -173,7 +177,7 @@ def mix_of(file_type: str, metadata: Mapping[str, Any], *, tied: bool, has_imatr
     def value(key: str) -> Any:
         return metadata.get(f"{architecture}.{key}", 0)
 
-    kv_heads = value("attention.head_count_kv")
+    kv_heads, widths = value("attention.head_count_kv"), value("feed_forward_length")
     is_list = isinstance(kv_heads, list)  # by layer, 0 for those without attention
     return Mix(
         file_type,
@@ -184,8 +188,14 @@ def mix_of(file_type: str, metadata: Mapping[str, Any], *, tied: bool, has_imatr
         tied,
         has_imatrix,
         int(value("expert_count")),
-        tuple(layer for layer, count in enumerate(kv_heads) if count) if is_list else (),
+        _nonzero(kv_heads),
+        _nonzero(widths),
     )
+
+
+def _nonzero(counts: Any) -> tuple[int, ...]:
+    """Returns the layers with a number above 0; none if the number is the same for all layers."""
+    return tuple(layer for layer, count in enumerate(counts) if count) if isinstance(counts, list) else ()
 
 
 def mix_of_config(file_type: str, config: Mapping[str, Any], tensors: Iterable[str] = ()) -> Mix:
@@ -199,20 +209,32 @@ def mix_of_config(file_type: str, config: Mapping[str, Any], tensors: Iterable[s
     Raises:
         GgufError: The file type or the architecture is unknown.
     """
-    heads = int(config.get("num_attention_heads") or 1)
-    found = {
-        int(match[1]) for name in tensors if any(part in name for part in _VALUES) and (match := _LAYER.match(name))
-    }
+    heads = int(_first(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or 1)
+    layers = int(_first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+    family, names = family_of_config(config), list(tensors)
+    found, down = _layers_with(names, _VALUES), _layers_with(names, (".ffn_down.",))
+    experts = int(_first(config, "num_local_experts", "num_experts", "n_routed_experts")) if family.has_experts else 0
     return Mix(
         file_type,
-        family_of_config(config).architecture,
-        int(config["num_hidden_layers"]),
+        family.architecture,
+        layers or len(config["layers_block_type"]),
         heads,
         int(config.get("num_key_value_heads") or heads) if not found or 0 in found else 0,
         bool(config.get("tie_word_embeddings")),
-        num_experts=int(config.get("num_local_experts") or config.get("num_experts") or 0),
-        value_layers=tuple(sorted(found)),
+        num_experts=experts,
+        value_layers=found,
+        down_layers=down,
     )
+
+
+def _layers_with(names: Iterable[str], parts: tuple[str, ...]) -> tuple[int, ...]:
+    """Returns the layers with a tensor whose name has one of the parts."""
+    found = {int(match[1]) for name in names if any(each in name for each in parts) and (match := _LAYER.match(name))}
+    return tuple(sorted(found))
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> Any:
+    return next((config[key] for key in keys if config.get(key)), 0)
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:

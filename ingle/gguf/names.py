@@ -89,9 +89,9 @@ class TensorRule:
         stack = () if self.num_experts is None else (self.num_experts,)
         canonical = [part.reshape(*stack, size, -1) for part, size in zip(parts, self.sizes, strict=True)]
         rows = canonical[0] if len(canonical) == 1 else np.concatenate(canonical, axis=-2)
-        order, columns = self.change.rows, self.change.columns
+        order = self.change.rows
         rows = rows if order is None else np.take(rows, np.argsort(order), axis=-2)
-        return np.ascontiguousarray(self._move_columns(rows, None if columns is None else np.argsort(columns)))
+        return np.ascontiguousarray(self.columns_from_file(rows))
 
     def split(self, rows: NDArray[Any]) -> list[NDArray[Any]]:
         """Inverts :meth:`join`."""
@@ -110,8 +110,13 @@ class TensorRule:
         return self.split(self.change.to_file(value.reshape(*stack, *self.matrix)))
 
     def columns_to_file(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Returns rows whose columns are in the order of the file."""
+        """Returns rows, or one value for each column, with columns in the order of the file."""
         return self._move_columns(rows, self.change.columns)
+
+    def columns_from_file(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Inverts :meth:`columns_to_file`."""
+        columns = self.change.columns
+        return self._move_columns(rows, None if columns is None else np.argsort(columns))
 
     def _move_columns(self, rows: NDArray[Any], order: NDArray[np.int64] | None) -> NDArray[Any]:
         if order is None:

@@ -27,6 +27,8 @@ QWEN35 = (
     rf"{_WORD_ENDS}|[^\r\n\p{{L}}\p{{N}}]?{_MARKED}+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SEED = rf"{_WORD_ENDS}|{_LEAD}\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_LATE_SLASH}"
 GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORD_ENDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WORD_ENDS}?|\p{{N}}{{1,3}}|{_LATE_SLASH}"
 
@@ -34,22 +36,29 @@ GPT4O = rf"{_LEAD}{_UPPER}*{_LOWER}+{_WORD_ENDS}?|{_LEAD}{_UPPER}+{_LOWER}*{_WOR
 _SPLITS = {
     LLAMA3: (
         *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-        *("smaug-bpe", "dbrx"),
+        *("smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "glm5"),
     ),
-    QWEN2: ("qwen2", "deepseek-r1-qwen", "megrez"),
+    QWEN2: ("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
     QWEN35: ("qwen35",),
     TEKKEN: ("tekken",),
-    GPT4O: ("gpt-4o", "llama4"),
+    GPT4O: ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
+    BLOOM: ("bloom", "gpt3-finnish", "poro-chat"),
+    SEED: ("seed-coder",),
 }
 _BY_NAME = {name: split for split, names in _SPLITS.items() for name in names}
-_GPT2 = ("gpt-2", "phi-2", "mellum", "a.x-4.0", "olmo", "mpt", "jais", "trillion", "granite-docling")
-_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone")
+_GPT2 = (
+    *("gpt-2", "phi-2", "mellum", "a.x-4.0", "olmo", "mpt", "jais", "trillion", "granite-docling"),
+    *("exaone4", "gigachat", "modern-bert"),
+)
+_DIGITS = ("smollm", "starcoder", "refact", "codeshell", "exaone", "command-r", "minerva-7b", "mellum2")
 
-#: Pre-tokenizers with which a piece of text that is a token is not split, and BOS is added by default.
-IGNORES_MERGES = (
+#: Pre-tokenizers with which BOS is added by default.
+ADDS_BOS = (
     *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "tekken",
 )
+#: Pre-tokenizers with which a piece of text that is a token is not split.
+IGNORES_MERGES = (*ADDS_BOS, "glm4", "glm5")
 
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 

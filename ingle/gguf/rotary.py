@@ -18,8 +18,16 @@ from ingle.gguf.container import ArchitectureValues, GgufFile
 #: Tensor with the divisors of the rotary frequencies, which transformers stores in the config.
 ROPE_FREQS = "rope_freqs.weight"
 
+#: Tensors with such divisors for short and for long texts.
+SHORT_FREQS, LONG_FREQS = "rope_factors_short.weight", "rope_factors_long.weight"
+#: Every tensor of a file that is no parameter.
+ROPE_TENSORS = (ROPE_FREQS, SHORT_FREQS, LONG_FREQS)
+
 #: Divisor of frequencies that do not rotate.
 STILL = 1e30
+
+#: Details of YaRN that llama.cpp has as constants.
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 #: Parameters of Llama 3, whose scaling is stored in files only as divisors of the frequencies.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -54,6 +62,56 @@ def rope_divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
     return _llama3_divisors(head_size(config), float(rope["rope_theta"]), float(rope["factor"]), low, high, trained)
 
 
+def rope_tensors(config: Mapping[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Returns the tensors of a file that transformers stores in the config, float32 ``[pairs]``."""
+    divisors, rope = rope_divisors(config), rotary_parameters(config)
+    if rope.get("rope_type") == "longrope":
+        names = {SHORT_FREQS: "short_factor", LONG_FREQS: "long_factor"}
+        return {name: np.array(rope[key], dtype=np.float32) for name, key in names.items()}
+    return {} if divisors is None else {ROPE_FREQS: divisors}
+
+
+def longrope_metadata(rope: Mapping[str, Any], longest: int, trained: int) -> dict[str, Any]:
+    """Returns the metadata of a scaling with divisors for short and for long texts.
+
+    Args:
+        rope: The rotary parameters.
+        longest: Tokens of the longest text.
+        trained: Tokens of the longest text without the scaling.
+    """
+    growth, found = float(rope.get("factor") or longest / trained), rope.get("attention_factor")
+    default = math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
+    return {
+        "rope.scaling.attn_factor": default if found is None else float(found),
+        "rope.scaling.original_context_length": trained,
+    }
+
+
+def read_longrope(file: GgufFile, values: ArchitectureValues, trained: int) -> dict[str, Any]:
+    """Inverts :func:`longrope_metadata`; empty for a file without divisors for short and for long texts.
+
+    Raises:
+        GgufError: The file has only one of them.
+    """
+    tensors = [file.tensors.get(name) for name in (SHORT_FREQS, LONG_FREQS)]
+    if not any(tensors):
+        return {}
+    found = [t.read().view(np.float32).reshape(-1).tolist() for t in tensors if t is not None and t.type_name == "f32"]
+    if len(found) != len(tensors):
+        raise GgufError(
+            "The divisors of the rotary frequencies are incomplete.",
+            where=str(file.path),
+            why=f"{SHORT_FREQS} or {LONG_FREQS} is missing or not float32",
+        )
+    return {
+        "rope_type": "longrope",
+        "short_factor": found[0],
+        "long_factor": found[1],
+        "original_max_position_embeddings": trained,
+        "attention_factor": values.number("rope.scaling.attn_factor", 1.0),
+    }
+
+
 def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the metadata of the scaling without the architecture's prefix; empty for Llama 3.
 
@@ -65,13 +123,25 @@ def scaling_metadata(rope: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn" and not set(rope) - {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}:
+    if kind == "yarn" and _is_plain_yarn(rope):
         return {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
         }
     raise GgufError(f"Rotary scaling of type {kind!r} cannot be written to GGUF.", why=f"rope_parameters is {rope}")
+
+
+def _is_plain_yarn(rope: Mapping[str, Any]) -> bool:
+    """Returns whether llama.cpp derives every detail of a YaRN scaling as transformers does."""
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", *_YARN}
+    scale = rope.get("attention_factor")
+    derived = 0.1 * math.log(float(rope["factor"])) + 1.0
+    return (
+        not set(rope) - known
+        and (scale is None or math.isclose(scale, derived, rel_tol=1e-4))
+        and all(rope.get(key) in (None, value) for key, value in _YARN.items())
+    )
 
 
 def read_rotary(file: GgufFile, values: ArchitectureValues, head_dim: int) -> dict[str, Any]:

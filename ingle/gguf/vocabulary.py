@@ -17,6 +17,7 @@ from typing import Any
 
 from ingle.errors import GgufError
 from ingle.gguf.pretokenizers import (
+    ADDS_BOS,
     BYTE_LEVEL_DECODER,
     IGNORES_MERGES,
     SPACE,
@@ -58,6 +59,9 @@ END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
     *("<|eom_id|>", "<EOT>", "<|end_of_text|>", "<end_of_utterance>", "<eos>"),
 )
+
+#: Metadata of the tokens that encoders have around a text.
+_CLS, _SEP = "tokenizer.ggml.cls_token_id", "tokenizer.ggml.seperator_token_id"
 
 #: Sentencepiece tokens are split at every position, so the work grows with the square of their length.
 _MAX_TOKEN_CHARS = 4096
@@ -104,9 +108,9 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if not isinstance(types, list) or len(types) != len(tokens):
         raise bad_value("tokenizer.ggml.token_type", f"does not have a type for each of the {len(tokens):,} tokens")
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind != "gpt2" or pre in IGNORES_MERGES)
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(pre, str) or not isinstance(template, str | None):
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind != "gpt2" or pre in ADDS_BOS)
+    chat_template = metadata.get("tokenizer.chat_template")
+    if not isinstance(pre, str) or not isinstance(chat_template, str | None):
         raise bad_value("tokenizer.ggml.pre or tokenizer.chat_template", "is not a string")
     special = _special_tokens(metadata, kind, tokens)
     real = {
@@ -116,6 +120,11 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     }
     if kind == "gpt2":
         parts = _byte_level(metadata, real, pre)
+        if metadata.get("tokenizer.ggml.add_eos_token", False) and "cls_token" in special:
+            own = {key: token for key, token in special.items() if key not in ("bos_token", "eos_token")}
+            around = template([own["cls_token"]], [own["sep_token"]], real, types=(0, 0))
+            core = _core(added_tokens(real, types), around, parts)
+            return Vocabulary(core, own, None, [], ["input_ids", "attention_mask"])
     elif kind == "gemma4":
         parts = _sentencepiece_with_merges(metadata, real, special.get("unk_token"))
     elif kind == "bert":
@@ -130,10 +139,9 @@ def to_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if bos is not None and bos not in real:
         raise bad_value("tokenizer.ggml.bos_token_id", "refers to an unused token")
     return Vocabulary(
-        {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added_tokens(real, types), **parts}
-        | {"post_processor": _post_processor(bos, real)},
+        _core(added_tokens(real, types), _post_processor(bos, real), parts),
         special,
-        template,
+        chat_template,
         _end_token_ids(metadata, real, types),
     )
 
@@ -194,21 +202,34 @@ def to_metadata(
         values["ggml.pre"] = find_pre(tokenizer)
         values["ggml.merges"] = merges
     values |= {"ggml.tokens": tokens, "ggml.token_type": types}
-    for key, token in SPECIAL.items():
+    for key, token in (SPECIAL | ENCODER_SPECIAL).items():
         text = special.get(token)
         if text is not None and text in ids:
             values[f"ggml.{key}_token_id"] = ids[text]
-    values |= _end_metadata(tokens, end_token_ids)
-    values["ggml.add_bos_token"] = _adds_bos(tokenizer, special.get("bos_token"))
+    if {"ggml.cls_token_id", "ggml.seperator_token_id"} <= values.keys():  # llama.cpp puts BOS and EOS around a text
+        values |= {
+            "ggml.bos_token_id": values["ggml.cls_token_id"],
+            "ggml.eos_token_id": values["ggml.seperator_token_id"],
+        }
+        values |= dict.fromkeys(("ggml.add_bos_token", "ggml.add_eos_token"), True)
+    else:
+        values |= _end_metadata(tokens, end_token_ids)
+        values["ggml.add_bos_token"] = _adds_bos(tokenizer, special.get("bos_token"))
     if chat_template is not None:
         values["chat_template"] = chat_template
     return {f"tokenizer.{key}": value for key, value in values.items()}
 
 
+def _core(added: list[dict[str, Any]], post_processor: dict[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    empty = {"version": "1.0", "truncation": None, "padding": None}
+    return {**empty, "added_tokens": added, **parts, "post_processor": post_processor}
+
+
 def _special_tokens(metadata: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> dict[str, str]:
     defaults = DEFAULTS.get(kind, {})
     special: dict[str, str] = {}
-    for key, token in (SPECIAL | ENCODER_SPECIAL if kind == "bert" else SPECIAL).items():
+    is_encoder = kind == "bert" or (kind == "gpt2" and {_CLS, _SEP} <= metadata.keys())
+    for key, token in (SPECIAL | ENCODER_SPECIAL if is_encoder else SPECIAL).items():
         number = special_token_id(metadata, key)
         number = defaults.get(key) if number is None else number
         if number is not None and number < len(tokens):

@@ -22,7 +22,8 @@ from ingle.models.forward.verification import verify
 from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
-from ingle.models.interop.imatrix_names import gguf_names, load_importance, save_importance
+from ingle.models.generation.target_batch import first_token
+from ingle.models.interop.imatrix_names import gguf_names, importance_by_tensor, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
 from ingle.models.kinds import ModelKind, ModelTask, class_that_reads, kind_of, reader_class, require_kind, task_of
@@ -64,6 +65,7 @@ __all__ = [
     "gguf_names",
     "has_labels",
     "head",
+    "importance_by_tensor",
     "keep_stored_labels",
     "kind_of",
     "layer_uses",

@@ -23,7 +23,7 @@ from ingle.gguf.mixes import mix_of_config
 from ingle.gguf.names import names_of_model
 from ingle.quant.experts import is_experts
 from ingle.quant.format import Format
-from ingle.quant.ggml import GGUF_FORMATS
+from ingle.quant.ggml import GGUF_FORMATS, GgmlBlocks
 from ingle.quant.hqq import Hqq
 from ingle.quant.int8 import Int8
 from ingle.quant.levels import Fp4, Nf4
@@ -122,6 +122,6 @@ class GgufFormats:
         scratch = Scratch()
         self._formats = {member.__name__.lower(): member(scratch=scratch) for member in GGUF_FORMATS}
 
-    def __call__(self, type_name: str) -> Format | None:
+    def __call__(self, type_name: str) -> GgmlBlocks | None:
         """Returns the format of a type; None for plain numbers and unsupported types."""
         return self._formats.get(type_name)

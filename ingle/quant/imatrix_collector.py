@@ -66,7 +66,7 @@ class ImatrixCollector:
         self._inputs: dict[str, SquaredInputs] = {}
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
         for name, module in linear_maps(model).items():
-            inputs = SquaredInputs(_in_features(module), self._gate)
+            inputs = SquaredInputs(matrix_shape(module)[1], self._gate)
             self._inputs[f"{name}.weight"] = inputs
             # Fused layers use their parts without calling them, so they read this attribute instead of running hooks.
             module.squared_inputs = inputs  # type: ignore[assignment]
@@ -148,10 +148,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | QuantLinear) or is_conv1d(module)
 
 
-def _in_features(module: nn.Module) -> int:
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """Returns the numbers of outputs and inputs of a linear layer, or of an adapter around one."""
     if is_conv1d(module):
-        return int(module.get_parameter("weight").shape[0])
-    return int(module.in_features)  # type: ignore[arg-type]
+        inputs, outputs = module.get_parameter("weight").shape
+        return outputs, inputs
+    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
 
 
 def _make_hook(inputs: SquaredInputs) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -67,6 +67,13 @@ def write_gguf_file(path: Path, model: Path) -> None:
     write_model(model, path, "q8_0")
 
 
+def write_family(path: Path, case: str) -> None:
+    """Writes a random model of a family of GGUF files."""
+    from tests.numerics.test_gguf_families import random_model, written
+
+    written(random_model(case), path)
+
+
 def write_sharded(folder: Path, model: Path) -> None:
     """Writes the model as two safetensors files with an index."""
     from safetensors.torch import load_file, save_file

@@ -206,6 +206,10 @@ def _load_gguf(folder: Path, out: Path) -> Any:
     return _answer(folder / "model.gguf")
 
 
+def _make_family(case: str) -> Callable[[Path, Path], None]:
+    return lambda folder, shared: inputs.write_family(folder / "model.gguf", case)
+
+
 def _gguf_weights(folder: Path) -> Mapping[str, Any]:
     """Returns digests of all tensors as read by the gguf package, with queries and keys in transformers' order."""
     from gguf import GGMLQuantizationType, GGUFReader
@@ -383,6 +387,10 @@ TARGETS = {
             },
         ),
         Target("gguf", _copy("model.gguf"), _load_gguf, {"model.gguf": "gguf"}, expect=_gguf_weights),
+        *(
+            Target(f"gguf-{case}", _make_family(case), _load_gguf, {"model.gguf": "gguf"})
+            for case in ("gemma4_moe", "phi3", "nemotron_h_moe", "gpt2", "qwen3_5")
+        ),
         Target(
             "safetensors",
             _copy("model"),

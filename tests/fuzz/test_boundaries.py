@@ -7,20 +7,28 @@ import math
 import struct
 import tempfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ingle.config.loader import load_run
 from ingle.data.readers import read_rows
 from ingle.errors import ConfigError, DataError, GgufError, ModelError
-from ingle.gguf import read_gguf
+from ingle.gguf import TensorToWrite, read_gguf, write_gguf
+from ingle.gguf.architecture import to_metadata
 from ingle.gguf.imatrix import read_imatrix
+from ingle.gguf.names import names_of
+from ingle.models.loading.gguf_model import read_gguf_config
 from ingle.models.loading.safetensors_files import read_index
 from tests.fuzz import ggufs
+from tests.numerics.test_gguf_families import CASES
 
 _FIXED = settings(
     max_examples=60,
@@ -29,6 +37,8 @@ _FIXED = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+#: Families with metadata by layer, with divisors of frequencies, or with names of their own.
+QUICK = ("gemma4_moe", "phi3", "nemotron_h_moe", "gpt2", "qwen3_5")
 _SIZES = {"F32": 4, "U8": 1, "I64": 8, "BF16": 2}
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -128,6 +138,33 @@ def test_a_gguf_file_is_taken_where_its_tensors_lie_one_after_the_other(file: gg
     if found is not None:
         shapes = {name.encode(): list(tensor.shape)[::-1] for name, tensor in found.tensors.items()}
         assert shapes == {entry.name: entry.sizes for entry in file.entries}
+
+
+def family_header(case: str, path: Path) -> bytes:
+    """A file of a family with zeros as weights and without a tokenizer."""
+    model_type, settings = CASES[case]
+    sizes = {key: 32 for key in ("vocab_size", "vocab_size_per_layer_input") if key in settings}
+    config = AutoConfig.for_model(model_type, **settings | sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names, tensors = names_of(config.to_dict()), []
+    for target, value in model.state_dict().items():
+        rule = names.rule(target, tuple(value.shape))
+        for name, shape in () if rule is None else zip(rule.tensors, rule.file_shapes, strict=True):
+            tensors.append(TensorToWrite(name, "f32", shape, lambda shape=shape: np.zeros(shape, np.float32)))
+    write_gguf(path, to_metadata(config.to_dict()), tensors)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.sweep) for case in CASES]
+)
+def test_the_header_of_a_family_is_read_or_refused(case: str, tmp_path: Path) -> None:
+    raw = family_header(case, tmp_path / "whole.gguf")
+    assert accepted(raw, "x.gguf", lambda path: read_gguf_config(read_gguf(path)), GgufError) is not None
+    for seed in range(60):
+        mutated, _ = ggufs.mutate_gguf(raw, Random(seed))
+        accepted(mutated, "x.gguf", lambda path: read_gguf_config(read_gguf(path)), GgufError)
 
 
 @given(st.binary(max_size=64) | st.binary(max_size=64).map(lambda tail: struct.pack("<i", 1) + tail))

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import normalizers
+from safetensors.torch import save_file
+from tokenizers import normalizers, processors
 from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
     BertConfig,
     BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     MT5Config,
+    NomicBertConfig,
+    NomicBertForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -31,6 +36,7 @@ from ingle.models import ModelTask, load_model, load_tokenizer
 from tests import tiny_tokenizers
 
 TEXTS = ("The quick brown fox jumps!", "john Smith's café, unknown 你 zzz 99", "a film of great beauty; was it good?")
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 T5_SIZES = {"d_model": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96}
 
 
@@ -68,26 +74,67 @@ def require_equal_tokens(path: Path, own: PreTrainedTokenizerFast, engine: Any) 
 
 
 def bert(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **SIZES)
     return publish(BertForMaskedLM(config), tokenizer, folder)
 
 
-def test_an_encoder_and_its_tokenizer_are_the_same_in_a_file(tmp_path: Path, llama_cpp: Any) -> None:
-    tokenizer, path = tiny_tokenizers.bert(), tmp_path / "model.gguf"
-    model = bert(tmp_path / "published", tokenizer)
+def nomic(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    config = NomicBertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, head_dim=16, **SIZES)
+    model = publish(NomicBertForMaskedLM(config), tokenizer, folder)
+    # transformers writes fused projections, from which no GGUF file can be made yet.
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    return model
+
+
+def modern(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "bos", "eos")}
+    rope = {"full_attention": 160000.0, "sliding_attention": 10000.0}
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        local_attention=4,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in rope.items()},
+        **SIZES,
+        **ids,
+    )
+    return publish(ModernBertForMaskedLM(config), tokenizer, folder)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """ModernBERT's kind of tokenizer: byte-level BPE with one token before and one after each text."""
+    tokenizer = tiny_tokenizers.roberta()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "make_tokenizer"),
+    [(bert, tiny_tokenizers.bert), (nomic, tiny_tokenizers.bert), (modern, byte_level)],
+    ids=["bert", "nomic-bert", "modern-bert"],
+)
+def test_an_encoder_and_its_tokenizer_are_the_same_in_a_file(
+    make: Callable[[Path, PreTrainedTokenizerFast], Any],
+    make_tokenizer: Callable[[], PreTrainedTokenizerFast],
+    tmp_path: Path,
+    llama_cpp: Any,
+) -> None:
+    tokenizer, path = make_tokenizer(), tmp_path / "model.gguf"
+    model = make(tmp_path / "published", tokenizer)
     quantize(str(tmp_path / "published"), "f32", path)
     ids = tokenizer(TEXTS[0])["input_ids"]
     with torch.no_grad():
-        expected = model.bert(torch.tensor([ids])).last_hidden_state[0]
+        expected = model.base_model(torch.tensor([ids])).last_hidden_state[0]
     with opened(llama_cpp, path, embedding=True, pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE) as engine:
         require_equal_tokens(path, tokenizer, engine)
         theirs = torch.tensor(engine.embed(TEXTS[0], normalize=False))
     # llama.cpp approximates the error function in GELU.
     assert ((theirs - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 2e-3
     read = load_model(ModelConfig(id=str(path), dtype="float32"), task=ModelTask("tag", ("a", "b")))
-    own = model.bert.state_dict()
-    for name, value in read.bert.state_dict().items():
+    own = model.base_model.state_dict()
+    for name, value in read.base_model.state_dict().items():
         torch.testing.assert_close(value, own[name], rtol=0, atol=0, msg=name)
 
 

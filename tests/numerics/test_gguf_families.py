@@ -21,7 +21,7 @@ from ingle.gguf.architecture import require_sizes, to_config, to_metadata
 from ingle.gguf.families import FAMILIES
 from ingle.gguf.families.qwen_vl import WITH_AXES
 from ingle.gguf.names import names_of
-from ingle.gguf.rotary import ROPE_FREQS, rope_divisors
+from ingle.gguf.rotary import rope_tensors
 from ingle.models.loading.gguf_model import plan_gguf
 from ingle.models.loading.gguf_weights import GgufWeight
 from tests.tiny import PLAIN_DECODERS
@@ -102,6 +102,76 @@ GEMMA4 = {
     "final_logit_softcapping": 30.0,
     "tie_word_embeddings": True,
 }
+GEMMA4_MOE = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 48,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+OLMO3 = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "full_attention": {
+            "rope_type": "yarn",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    },
+}
+LONGROPE = {
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": 512,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 512,
+        "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    },
+}
+HALF = {"rope_parameters": PARTIAL | {"partial_rotary_factor": 0.5}}
+MINISTRAL3 = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 4,
+        "max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+}
+NEMOTRON_H = {
+    "head_dim": 32,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+}
+_REST = ["full_attention", "linear_attention"]
+IDS_OF_BASE = {key: BASE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+GPT2 = IDS_OF_BASE | {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+BLOOM = IDS_OF_BASE | {"hidden_size": 64, "n_layer": 3, "n_head": 4}
+MPT = IDS_OF_BASE | {"d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", BASE | LOCAL_EXPERTS | {"sliding_window": None}),
     "qwen3_moe": ("qwen3_moe", BASE | EXPERTS | {"norm_topk_prob": True, "head_dim": 32}),
@@ -111,6 +181,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         BASE | LOCAL_EXPERTS | {"head_dim": 64, "sliding_window": 128, "rope_parameters": YARN},
     ),
     "gemma4": ("gemma4_text", BASE | GEMMA4),
+    "gemma4_moe": ("gemma4_text", BASE | GEMMA4 | GEMMA4_MOE),
     "granite": ("granite", BASE | MULTIPLIERS),
     "granitemoe": ("granitemoe", BASE | MULTIPLIERS | LOCAL_EXPERTS),
     "granitemoehybrid": ("granitemoehybrid", BASE | MULTIPLIERS | LOCAL_EXPERTS | MAMBA2 | HYBRID),
@@ -125,6 +196,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", STATE | {"time_step_rank": 8}),
     "mamba2": ("mamba2", STATE | {"num_heads": 8, "head_dim": 16, "n_groups": 2}),
     "falcon_h1": ("falcon_h1", BASE | MAMBA2 | FALCON | {"head_dim": 16}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        BASE | EXPERTS | {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    ),
+    "nemotron_h": ("nemotron_h", BASE | NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", *_REST]}),
+    "nemotron_h_moe": ("nemotron_h", BASE | NEMOTRON_H | {"layers_block_type": ["linear_attention", "moe", *_REST]}),
+    "smollm3": ("smollm3", BASE),
+    "ministral3": ("ministral3", BASE | MINISTRAL3 | {"head_dim": 32}),
+    "arcee": ("arcee", BASE | {"head_dim": 16}),
+    "seed_oss": ("seed_oss", BASE | {"head_dim": 32, "attention_out_bias": False}),
+    "ernie4_5": ("ernie4_5", BASE | {"head_dim": 32}),
+    "exaone4": ("exaone4", BASE | {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "olmo": ("olmo", BASE | {"clip_qkv": 0.5}),
+    "olmo2": ("olmo2", BASE),
+    "olmo3": ("olmo3", BASE | OLMO3),
+    "olmoe": ("olmoe", BASE | EXPERTS | {"norm_topk_prob": False, "num_key_value_heads": 4}),
+    "phi3": ("phi3", BASE | LONGROPE),
+    "glm4": ("glm4", BASE | HALF | {"head_dim": 32, "attention_bias": True}),
+    "glm4_moe": (
+        "glm4_moe",
+        BASE
+        | HALF
+        | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True, "num_nextn_predict_layers": 0}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 1}
+        | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True},
+    ),
+    "cohere": ("cohere", BASE | {"tie_word_embeddings": True, "logit_scale": 0.25}),
+    "cohere2": (
+        "cohere2",
+        BASE
+        | {"tie_word_embeddings": True, "logit_scale": 0.25, "sliding_window": 4}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "starcoder2": ("starcoder2", BASE | {"use_bias": True}),
+    "stablelm": ("stablelm", BASE | HALF | {"use_qkv_bias": True}),
+    "nemotron": ("nemotron", BASE | HALF | {"head_dim": 16}),
+    "phi": ("phi", BASE | HALF),
+    "gpt_neox": ("gpt_neox", BASE | HALF),
+    "gpt2": ("gpt2", GPT2),
+    "bloom": ("bloom", BLOOM),
+    "mpt": ("mpt", MPT),
 }
 
 
@@ -163,8 +275,8 @@ def written(model: Any, path: Path) -> GgufFile:
         parts = rule.values_in_file(value.numpy())
         for name, shape, part in zip(rule.tensors, rule.file_shapes, parts, strict=True):
             tensors.append(TensorToWrite(name, "f32", shape, lambda part=part: part))
-    if (divisors := rope_divisors(config)) is not None:
-        tensors.append(TensorToWrite(ROPE_FREQS, "f32", divisors.shape, lambda: divisors))
+    for name, divisors in rope_tensors(config).items():
+        tensors.append(TensorToWrite(name, "f32", divisors.shape, lambda divisors=divisors: divisors))
     write_gguf(path, to_metadata(config) | {"general.type": "model"} | words, tensors)
     return read_gguf(path)
 
@@ -176,11 +288,27 @@ def logits(model: Any) -> Tensor:
 
 def test_there_is_a_case_for_every_family() -> None:
     # Plain decoders have their own tests, and so have the parts of multimodal models, and models that are not causal.
-    others = {*PLAIN_DECODERS, "bert", "t5", *(family.model_type for family in WITH_AXES.values())}
+    others = {
+        *PLAIN_DECODERS,
+        "bert",
+        "nomic_bert",
+        "modernbert",
+        "t5",
+        *(family.model_type for family in WITH_AXES.values()),
+    }
     assert {CASES[case][0] for case in CASES} == {f.model_type for f in FAMILIES} - others | {"granite"}
 
 
-@pytest.mark.parametrize("case", CASES)
+#: Families whose rules are those of others.
+LIKE_OTHERS = (
+    *("smollm3", "arcee", "seed_oss", "ernie4_5", "exaone4", "olmo", "olmo2", "olmoe", "glm4", "cohere", "mpt"),
+    *("starcoder2", "stablelm", "nemotron", "phi", "gpt_neox", "lfm2_moe", "nemotron_h_moe", "gemma4_moe"),
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.sweep) if case in LIKE_OTHERS else case for case in CASES]
+)
 def test_a_model_is_the_same_in_its_file(case: str, tmp_path: Path, llama_cpp: Any) -> None:
     from ingle.export.verify.llama_cpp import LlamaCpp
 

@@ -30,6 +30,7 @@ MODELS = {
     "granitehybrid": ("granitehybrid", 20, 8, 2, True, 256),
     "lfm2": ("lfm2", 17, 8, 1, True, 256),
     "mamba": ("mamba", 24, 0, 0, True, 256),
+    "nemotron_h": ("nemotron_h", 24, 8, 2, False, 256),
 }
 #: Metadata that the architectures above need; one of them has eight experts.
 FURTHER: dict[str, dict[str, Any]] = {
@@ -37,6 +38,11 @@ FURTHER: dict[str, dict[str, Any]] = {
     "qwen3moe": {"expert_count": 16, "expert_used_count": 2, "expert_feed_forward_length": 256},
     "qwen3next": {"expert_count": 8, "expert_used_count": 2, "rope.dimension_count": 8},
     "granitehybrid": {"attention.head_count_kv": [2 if layer % 5 == 3 else 0 for layer in range(20)]},
+    "nemotron_h": {
+        "attention.head_count_kv": [2 if layer % 3 == 0 else 0 for layer in range(24)],
+        "feed_forward_length": [256 if layer % 3 == 1 else 0 for layer in range(24)],
+        "attention.layer_norm_epsilon": 1e-5,
+    },
     "lfm2": {"attention.head_count_kv": [2 if layer % 3 == 0 else 0 for layer in range(17)], "shortconv.l_cache": 3},
 }
 _STATE = {"conv_kernel": 4, "state_size": 16, "group_count": 1, "inner_size": 512, "time_step_rank": 8}
@@ -63,6 +69,8 @@ def metadata(model: str) -> dict[str, Any]:
 def parts_of(model: str, layer: int, values: dict[str, Any]) -> list[str]:
     """The matrices of a layer."""
     architecture = MODELS[model][0]
+    if architecture == "nemotron_h":
+        return (["attn_q", "attn_k", "attn_v", "attn_output"], ["ffn_up", "ffn_down"], ["ssm_in", "ssm_out"])[layer % 3]
     kv_heads = values[f"{architecture}.attention.head_count_kv"]
     if architecture == "mamba" or (isinstance(kv_heads, list) and not kv_heads[layer]):
         mixer = (

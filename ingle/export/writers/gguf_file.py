@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 from numpy.typing import NDArray
@@ -29,7 +31,7 @@ from ingle.gguf import architecture as shapes
 from ingle.gguf.container import row_bytes
 from ingle.gguf.mixes import file_type_number, is_quantized, mix_of
 from ingle.gguf.names import TensorRule, names_of_model
-from ingle.gguf.rotary import ROPE_FREQS, rope_divisors
+from ingle.gguf.rotary import rope_tensors
 from ingle.models.loading.slots import leaf_of
 from ingle.models.loading.weight_stream import WeightEntry
 from ingle.quant.format import PLAIN, Format
@@ -74,7 +76,7 @@ class GgufExport:
         merged: Base and adapter.
         tokenizer: Tokenizer of the model.
         type: ``--type``; :data:`AS_TRAINED` keeps the format of each tensor.
-        importance: Importance ``[columns]`` by GGUF name.
+        importance: Importance ``[columns]`` by GGUF name, in the order of the file.
         base_file: GGUF file of the base; unchanged tensors are copied from it.
 
     Attributes:
@@ -140,11 +142,10 @@ class GgufExport:
             return read
 
         tensors = [TensorToWrite(p.name, p.type, p.shape, reader(i, p)) for i, p in enumerate(self.planned, 1)]
-        own_divisors, divisors = self._base_tensors.get(ROPE_FREQS), rope_divisors(self._config)
-        if own_divisors is not None:
-            tensors.append(TensorToWrite(ROPE_FREQS, own_divisors.type_name, own_divisors.shape, own_divisors.read))
-        elif divisors is not None:
-            tensors.append(TensorToWrite(ROPE_FREQS, "f32", divisors.shape, lambda: divisors))
+        for name, divisors in rope_tensors(self._config).items():
+            own = self._base_tensors.get(name)
+            read = own.read if own is not None else partial(np.array, divisors)
+            tensors.append(TensorToWrite(name, "f32" if own is None else own.type_name, divisors.shape, read))
         write_gguf(path, self.metadata() | dict(metadata), tensors)
         return found
 
@@ -176,7 +177,7 @@ class GgufExport:
         """Measures how much of a merged weight's change would survive in another type."""
         assert planned.entry is not None
         with self.merged.loaded(planned.entry) as loaded:
-            return measure(loaded, planned.name, target_of(type_name), self.importance.get(planned.name))[1]
+            return measure(loaded, planned.name, target_of(type_name), self._own_importance(planned))[1]
 
     def _plan(self) -> list[PlannedTensor]:
         stream = self.merged.stream
@@ -255,7 +256,7 @@ class GgufExport:
         rule = planned.rule
         planes = None
         if loaded.layer is not None:
-            merged, fidelity = measure(loaded, planned.name, target, self.importance.get(planned.name))
+            merged, fidelity = measure(loaded, planned.name, target, self._own_importance(planned))
             found.append(fidelity)
             if isinstance(merged, torch.Tensor):
                 return self._encode(planned, merged, target)
@@ -266,6 +267,11 @@ class GgufExport:
             self.num_copied += loaded.layer is None
             return rule.split(planes["data"].cpu().numpy())[planned.part]
         return self._encode(planned, loaded.merged(torch.float32), target)
+
+    def _own_importance(self, planned: PlannedTensor) -> torch.Tensor | None:
+        """Returns the importance of the columns in the order of the parameter."""
+        values = self.importance.get(planned.name)
+        return None if values is None else torch.from_numpy(planned.rule.columns_from_file(values.numpy()))
 
     def _encode(self, planned: PlannedTensor, value: torch.Tensor, target: Format | torch.dtype) -> NDArray[Any]:
         """Returns the bytes of a tensor that is a part of a parameter with this value."""

@@ -6,28 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from ingle.errors import GgufError
-from ingle.gguf.families.bert import BERT
+from ingle.gguf.families.bert import BERT, MODERN_BERT, NOMIC_BERT
+from ingle.gguf.families.classic import BLOOM, GPT2, MPT
+from ingle.gguf.families.cohere import COHERE2, COMMAND_R
 from ingle.gguf.families.falcon_h1 import FALCON_H1
 from ingle.gguf.families.family import GgufFamily
 from ingle.gguf.families.gemma import GEMMA, GEMMA2, GEMMA3
-from ingle.gguf.families.gemma4 import GEMMA4
+from ingle.gguf.families.gemma4 import GEMMA4, GEMMA4_MOE
+from ingle.gguf.families.glm import GLM4, GLM4_MOE
 from ingle.gguf.families.gpt_oss import GPT_OSS
 from ingle.gguf.families.granite import GRANITE, GRANITE_HYBRID, GRANITE_HYBRID_MOE, GRANITE_MOE
-from ingle.gguf.families.lfm import LFM2
+from ingle.gguf.families.layer_norm import GPT_NEOX, NEMOTRON, PHI2, STABLELM, STARCODER2
+from ingle.gguf.families.lfm import LFM2, LFM2_MOE
 from ingle.gguf.families.llama import LLAMA, MIXTRAL
+from ingle.gguf.families.llama_like import ARCEE, ERNIE4_5, EXAONE4, MINISTRAL3, MISTRAL3, SEED_OSS, SMOLLM3
 from ingle.gguf.families.mamba import MAMBA, MAMBA2
+from ingle.gguf.families.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
+from ingle.gguf.families.olmo import OLMO, OLMO2, OLMO3, OLMOE
+from ingle.gguf.families.phi import PHI3
 from ingle.gguf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from ingle.gguf.families.qwen_hybrid import QWEN3_NEXT, QWEN35, QWEN35_MOE
 from ingle.gguf.families.qwen_vl import QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, SECTIONS, WITH_AXES
 from ingle.gguf.families.t5 import T5
 
-#: Of two with the same name, the second one has experts.
+#: Of two with the same model type, the second one has experts.
 FAMILIES = (
     *(LLAMA, MIXTRAL, QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN35, QWEN35_MOE),
     *(QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE),
-    *(GEMMA, GEMMA2, GEMMA3, GEMMA4, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
-    *(LFM2, MAMBA, MAMBA2, FALCON_H1),
-    *(BERT, T5),
+    *(GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE, GPT_OSS, GRANITE, GRANITE_MOE, GRANITE_HYBRID, GRANITE_HYBRID_MOE),
+    *(LFM2, LFM2_MOE, MAMBA, MAMBA2, FALCON_H1, NEMOTRON_H, NEMOTRON_H_MOE),
+    *(MINISTRAL3, MISTRAL3, SMOLLM3, ARCEE, SEED_OSS, ERNIE4_5, EXAONE4, OLMO, OLMO2, OLMO3, OLMOE),
+    *(PHI3, GLM4, GLM4_MOE, COMMAND_R, COHERE2, STARCODER2, STABLELM, NEMOTRON, PHI2, GPT_NEOX, GPT2, BLOOM, MPT),
+    *(BERT, NOMIC_BERT, MODERN_BERT, T5),
 )
 
 #: By model type of transformers; the one without experts where there are two.
@@ -37,7 +47,7 @@ _ENCODER = "its files have neither the head that predicts masked tokens nor a ta
 _DIFFUSION = "it fills masks in many passes and does not predict the next token"
 #: Why some architectures of llama.cpp are not supported; the others have no record here.
 _REASONS = (
-    dict.fromkeys(("nomic-bert", "nomic-bert-moe", "neo-bert", "modern-bert", "eurobert"), _ENCODER)
+    dict.fromkeys(("nomic-bert-moe", "neo-bert", "eurobert"), _ENCODER)
     | dict.fromkeys(("jina-bert-v2", "jina-bert-v3", "gemma-embedding", "llama-embed"), _ENCODER)
     | dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), _DIFFUSION)
     | {"t5encoder": "its files have no decoder, so that no text is learned from them"}
@@ -57,7 +67,14 @@ def family_of_config(config: Mapping[str, Any]) -> GgufFamily:
     if family.model_type in WITH_AXES and SECTIONS in (config.get("rope_parameters") or {}):
         return WITH_AXES[family.model_type]
     same = [each for each in FAMILIES if each.model_type == family.model_type]
-    return same[-1] if config.get("num_local_experts") else family
+    return same[-1] if _has_experts(config) else family
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config of an architecture with two families has experts."""
+    if "layers_block_type" in config:
+        return "moe" in config["layers_block_type"]
+    return bool(config["enable_moe_block"] if "enable_moe_block" in config else config.get("num_local_experts"))
 
 
 def family_of_metadata(metadata: Mapping[str, Any]) -> GgufFamily:
@@ -70,8 +87,8 @@ def family_of_metadata(metadata: Mapping[str, Any]) -> GgufFamily:
     found = [family for family in FAMILIES if family.architecture == architecture]
     if not found:
         raise _unsupported(str(architecture)[:60])
-    has_experts = bool(metadata.get(f"{architecture}.expert_count"))
-    return found[-1] if has_experts else found[0]  # Mixtral is Llama with experts
+    marked = [family for family in found if family.marker and metadata.get(f"{architecture}.{family.marker}")]
+    return (marked or [family for family in found if not family.marker] or found)[0]
 
 
 def supports(model_type: str) -> bool:

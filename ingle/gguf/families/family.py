@@ -52,6 +52,8 @@ class Change:
         """Returns the values in the file for those of the parameter; rows keep the parameter's order."""
         if self.is_negative_exp:
             return (-np.exp(values.astype(np.float64))).astype(np.float32)
+        if self.keeps_values:
+            return values  # adding zero would turn -0.0 into 0.0
         changed: NDArray[np.float32] = values * _factors(self.scale) + np.float32(self.offset)
         return changed
 
@@ -87,7 +89,8 @@ class GgufFamily:
         decoder: Path of the module that contains the layers.
         layers: Path of the layers in it.
         left_out: How the names of parameters begin that no file has.
-        is_tied: Whether llama.cpp always uses the embedding as the output head.
+        is_tied: Whether llama.cpp always uses the embedding as the output head; None if it never does.
+        marker: A key of the metadata that only files of this family have, where two have the same architecture.
         also: Other model types that llama.cpp computes with this architecture.
     """
 
@@ -111,7 +114,8 @@ class GgufFamily:
     decoder: str = "model"
     layers: str = "layers"
     left_out: tuple[str, ...] = ()
-    is_tied: bool = False
+    is_tied: bool | None = False
+    marker: str = ""
     also: tuple[str, ...] = ()
 
     @property
@@ -136,6 +140,20 @@ def interleave(heads: str) -> Rule:
         num_heads = config.get(heads) or config["num_attention_heads"]
         halves = np.arange(shape[0], dtype=np.int64).reshape(num_heads, 2, -1)
         return Change(rows=np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1))
+
+    return rule
+
+
+def split_heads(heads: str) -> Rule:
+    """Returns the rule of a fused projection whose rows are q, k and v of each head; a file has them for all heads.
+
+    Args:
+        heads: The key of the config with the number of heads.
+    """
+
+    def rule(config: Config, shape: tuple[int, ...]) -> Change:
+        by_head = np.arange(shape[0], dtype=np.int64).reshape(config[heads], 3, -1)
+        return Change(rows=np.ascontiguousarray(by_head.swapaxes(0, 1)).reshape(-1))
 
     return rule
 

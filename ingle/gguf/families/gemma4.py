@@ -7,6 +7,7 @@ for the others that is so large that they keep still.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,6 @@ def _full_size(config: Config, key: str) -> int:
 
 
 def _metadata(config: Config) -> dict[str, Any]:
-    if config.get("enable_moe_block"):
-        raise GgufError("Experts in a model of architecture gemma4 are not supported.", where="enable_moe_block")
     kinds, shared = list(config["layer_types"]), int(config.get("num_kv_shared_layers") or 0)
     width, wide = config["hidden_size_per_layer_input"], config["intermediate_size"]
     if width and config["vocab_size_per_layer_input"] != config["vocab_size"]:
@@ -168,5 +167,54 @@ GEMMA4 = GgufFamily(
         "model.per_layer_projection_norm": "per_layer_proj_norm",
         "model.norm": "output_norm",
         "lm_head": "output",
+    },
+)
+
+
+def _read_experts(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
+    return _read(file, values) | {
+        "enable_moe_block": True,
+        "num_experts": values.integer("expert_count"),
+        "top_k_experts": values.integer("expert_used_count"),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+    }
+
+
+def _num_experts(config: Config) -> int:
+    return int(config.get("num_experts") or config["num_local_experts"])
+
+
+def _expert_metadata(config: Config) -> dict[str, Any]:
+    return _metadata(config) | {
+        "expert_count": _num_experts(config),
+        "expert_used_count": config["top_k_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+    }
+
+
+def _expert_sizes(config: Config) -> Mapping[str, tuple[int, ...]]:
+    stack = (_num_experts(config), config["hidden_size"], config["moe_intermediate_size"])
+    return dict(_sizes(config)) | {"ffn_down_exps": stack}
+
+
+GEMMA4_MOE = replace(
+    GEMMA4,
+    marker="expert_count",
+    read_config=_read_experts,
+    write_metadata=_expert_metadata,
+    sizes=_expert_sizes,
+    layer=dict(GEMMA4.layer)
+    | {
+        "router.proj": "ffn_gate_inp",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    },
+    parameters=dict(GEMMA4.parameters)
+    | {
+        "router.scale": ("ffn_gate_inp.scale",),
+        "router.per_expert_scale": ("ffn_down_exps.scale",),
+        "experts.gate_up_proj": ("ffn_gate_up_exps.weight",),
+        "experts.down_proj": ("ffn_down_exps.weight",),
     },
 )

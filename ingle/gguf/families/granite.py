@@ -157,6 +157,7 @@ GRANITE_HYBRID = GgufFamily(
 GRANITE_HYBRID_MOE = GgufFamily(
     architecture="granitehybrid",
     model_type="granitemoehybrid",
+    marker="expert_count",
     class_name="GraniteMoeHybridForCausalLM",
     read_config=lambda file, values: _read_hybrid(file, values) | _read_experts(values),
     write_metadata=_moe_metadata,

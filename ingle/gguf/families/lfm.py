@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ingle.errors import GgufError
 from ingle.gguf.container import ArchitectureValues, GgufFile
-from ingle.gguf.families.decoder import decoder_metadata, read_decoder
+from ingle.gguf.families.decoder import decoder_metadata, experts, read_decoder, require_values
 from ingle.gguf.families.family import Config, GgufFamily, squeeze
 
 
@@ -16,7 +17,7 @@ def _read(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
     if not isinstance(heads, list) or len(heads) != config["num_hidden_layers"]:
         raise GgufError(
             "The file does not have a number of key heads for each layer.",
-            where=f"{file.path}, lfm2.attention.head_count_kv",
+            where=f"{file.path}, {values.architecture}.attention.head_count_kv",
         )
     return config | {
         "layer_types": ["full_attention" if count else "conv" for count in heads],
@@ -76,4 +77,50 @@ LFM2 = GgufFamily(
     rules={"conv.conv.weight": squeeze},
     sizes=_sizes,
     top={"model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output"},
+)
+
+#: llama.cpp's number of the function that routers end with.
+_SIGMOID = 2
+
+
+def _read_moe(file: GgufFile, values: ArchitectureValues) -> dict[str, Any]:
+    config = {key: value for key, value in _read(file, values).items() if key != "block_auto_adjust_ff_dim"}
+    return config | {
+        "num_experts": values.integer("expert_count"),
+        "num_experts_per_tok": values.integer("expert_used_count"),
+        "moe_intermediate_size": values.integer("expert_feed_forward_length"),
+        "num_dense_layers": values.integer("leading_dense_block_count", 0, low=0),
+        "use_expert_bias": True,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+    }
+
+
+def _moe_metadata(config: Config) -> dict[str, Any]:
+    require_values(config, use_expert_bias=True, norm_topk_prob=True, routed_scaling_factor=1.0)
+    return _metadata(dict(config) | {"block_auto_adjust_ff_dim": False}) | {
+        "expert_count": _num_experts(config),
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "leading_dense_block_count": config["num_dense_layers"],
+        "expert_gating_func": _SIGMOID,
+    }
+
+
+def _num_experts(config: Config) -> int:
+    return int(config.get("num_experts") or config["num_local_experts"])
+
+
+LFM2_MOE = replace(
+    LFM2,
+    architecture="lfm2moe",
+    model_type="lfm2_moe",
+    class_name="Lfm2MoeForCausalLM",
+    read_config=_read_moe,
+    write_metadata=_moe_metadata,
+    layer=dict(LFM2.layer) | {"feed_forward.gate": "ffn_gate_inp"},
+    parameters=experts("feed_forward.experts") | {"feed_forward.expert_bias": ("exp_probs_b.bias",)},
+    sizes=lambda config: {
+        "ffn_up_exps": (_num_experts(config), config["moe_intermediate_size"], config["hidden_size"])
+    },
 )

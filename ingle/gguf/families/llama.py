@@ -73,6 +73,7 @@ def _mixtral_metadata(config: Config) -> dict[str, Any]:
 MIXTRAL = GgufFamily(
     architecture="llama",
     model_type="mixtral",
+    marker="expert_count",
     class_name="MixtralForCausalLM",
     read_config=_read_mixtral,
     write_metadata=_mixtral_metadata,

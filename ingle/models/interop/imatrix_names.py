@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.events import Sink, Warned
 from ingle.gguf.architecture import to_metadata
-from ingle.gguf.names import TensorNames, names_of_model
-from ingle.quant.imatrix_collector import Importance, linear_maps
+from ingle.gguf.names import TensorNames, TensorRule, names_of_model
+from ingle.quant.imatrix_collector import Importance, linear_maps, matrix_shape
 
 
 def gguf_names(model: PreTrainedModel) -> TensorNames:
@@ -51,16 +51,41 @@ def save_importance(
     """
     from ingle.gguf.imatrix import Imatrix, ImatrixEntry, write_imatrix
 
-    names = gguf_names(model)
     found: dict[str, ImatrixEntry] = {}
-    for name, entry in entries.items():
-        if not entry.count:
-            continue
-        sums = entry.sums.numpy().astype(np.float32)[None]
-        for gguf_name in names.tensors(name):  # tensors of one layer have the same input
-            found[gguf_name] = ImatrixEntry(sums, np.array([entry.count], dtype=np.float32))
+    for name, rule in _rules(model).items():
+        entry = entries.get(name)
+        if entry is not None and entry.count:
+            sums = rule.columns_to_file(entry.sums.numpy().astype(np.float32)[None])
+            counts = np.array([entry.count], dtype=np.float32)
+            found |= dict.fromkeys(rule.tensors, ImatrixEntry(sums, counts))  # they have the same input
     most = max((entry.count for entry in entries.values()), default=0)
     write_imatrix(path, Imatrix(found, tuple(datasets), most // chunk_size, chunk_size))
+
+
+def importance_by_tensor(model: PreTrainedModel, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the importance of columns by tensor of a file, in its order.
+
+    Args:
+        model: With or without weights and adapters.
+        importance: By parameter, float32 ``[I]``.
+
+    Raises:
+        GgufError: The architecture has no names in GGUF.
+    """
+    found: dict[str, Tensor] = {}
+    for name, rule in _rules(model).items():
+        if name in importance:
+            moved = torch.from_numpy(rule.columns_to_file(importance[name].numpy()))
+            found |= dict.fromkeys(rule.tensors, moved)
+    return found
+
+
+def _rules(model: PreTrainedModel) -> dict[str, TensorRule]:
+    """Returns how files store the weight of each linear layer, by parameter."""
+    names = gguf_names(model)
+    maps = {f"{name}.weight": matrix_shape(module) for name, module in linear_maps(model).items()}
+    found = {name: names.rule(name, shape) for name, shape in maps.items()}
+    return {name: rule for name, rule in found.items() if rule is not None}
 
 
 def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda event: None) -> dict[str, Tensor]:
@@ -77,18 +102,19 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
     """
     from ingle.gguf.imatrix import read_imatrix
 
-    names = gguf_names(model)
+    rules = _rules(model)
     entries = read_imatrix(path).entries
     found: dict[str, Tensor] = {}
     missing = []
     for name, module in linear_maps(model).items():
         parameter = f"{name}.weight"
-        gguf_name = next(iter(names.tensors(parameter)), "")
+        rule = rules.get(parameter)
+        gguf_name = "" if rule is None else rule.tensors[0]
         entry = entries.get(gguf_name)
-        if entry is None:
+        if rule is None or entry is None:
             missing.append(parameter)
             continue
-        columns = int(module.in_features)  # type: ignore[arg-type]
+        columns = matrix_shape(module)[1]
         if entry.mean.shape != (1, columns):
             raise ModelError(
                 "The importance matrix belongs to another model.",
@@ -96,7 +122,7 @@ def load_importance(model: PreTrainedModel, path: Path, sink: Sink = lambda even
                 why=f"{gguf_name} has {entry.mean.shape[-1]} columns in the file and {columns} in the model",
                 fix="gather one for this model: --data FILE",
             )
-        found[parameter] = torch.from_numpy(entry.mean[0].copy())
+        found[parameter] = torch.from_numpy(rule.columns_from_file(entry.mean[0]).copy())
     if not found:
         raise ModelError(
             "The importance matrix covers none of the model's weights.",

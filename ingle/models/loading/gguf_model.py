@@ -20,7 +20,7 @@ from ingle.errors import GgufError, ModelError
 from ingle.gguf import GgufFile
 from ingle.gguf.architecture import require_sizes, to_config
 from ingle.gguf.names import TensorNames, names_of
-from ingle.gguf.rotary import ROPE_FREQS
+from ingle.gguf.rotary import ROPE_TENSORS
 from ingle.gguf.special_tokens import special_token_id
 from ingle.gguf.vocabulary import to_vocabulary
 from ingle.models.forward.mixers import original_class, source
@@ -29,6 +29,7 @@ from ingle.models.loading.hub import locate_file
 from ingle.models.loading.reading_plan import Group, ReadingPlan
 from ingle.quant import Format, Formats, GgufFormats, make_formats
 from ingle.quant.format import PLAIN
+from ingle.quant.ggml.joined import JoinedRows
 
 
 def is_gguf(name: str) -> bool:
@@ -102,7 +103,7 @@ def plan_gguf(architecture: PreTrainedModel, file: GgufFile) -> ReadingPlan:
         weight = None if target is None else _weight(file, names, target, tuple(wanted[target].shape))
         if weight is not None and tensor in weight.tensors:
             groups.setdefault(weight.target, weight)
-        elif tensor.name != ROPE_FREQS:
+        elif tensor.name not in ROPE_TENSORS:
             unexpected.append(tensor.name)
     return ReadingPlan(tuple(groups.values()), tuple(unexpected))
 
@@ -195,6 +196,9 @@ def _own_formats(file: GgufFile) -> Formats:
         for tensor in weight.tensors:
             if tensor.type_name not in PLAIN and make(tensor.type_name) is None:
                 raise unsupported_type(tensor)
-        return None if weight.type_name is None else make(weight.type_name)
+        formats = [format for each in weight.type_names or () if (format := make(each)) is not None]
+        if len(formats) < 2:
+            return formats[0] if formats else None
+        return JoinedRows(tuple(formats), weight.rule.sizes, weight.rule.change.rows)
 
     return choose

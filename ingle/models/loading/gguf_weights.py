@@ -14,6 +14,7 @@ from ingle.gguf import GgufTensor
 from ingle.gguf.names import TensorRule
 from ingle.quant import GgufFormats
 from ingle.quant.format import PLAIN
+from ingle.quant.ggml.joined import plane_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,20 @@ class GgufWeight:
         return self.tensors[0]
 
     @property
-    def type_name(self) -> str | None:
-        """The type in which the parameter can hold the bytes of the file; None if it can only hold values."""
-        name = self.tensor.type_name
-        if any(tensor.type_name != name for tensor in self.tensors) or name in PLAIN:
-            return None  # a parameter has one type
-        return name if self.rule.moves_bytes(name) else None
+    def type_names(self) -> tuple[str, ...] | None:
+        """The types in which the parameter can hold the bytes of the file: one, or that of each tensor.
+
+        None if it can only hold values.
+        """
+        names = tuple(tensor.type_name for tensor in self.tensors)
+        if any(name in PLAIN or not self.rule.moves_bytes(name) for name in names):
+            return None
+        return names[:1] if len(set(names)) == 1 else names
+
+    @property
+    def format_name(self) -> str | None:
+        """The name of the format that holds the bytes of the file."""
+        return None if self.type_names is None else "+".join(self.type_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,13 +63,20 @@ class GgufWeight:
             return self.rule.shape
         return next(t.shape for t, shape in zip(self.tensors, wanted, strict=True) if t.shape != shape)
 
-    def row_bytes(self) -> Tensor:
-        """Reads the bytes of all rows in the parameter's order; requires :attr:`type_name`.
+    def planes(self) -> dict[str, Tensor]:
+        """Reads the bytes of all rows, in the parameter's order if they have one type; requires :attr:`type_names`.
 
         Returns:
             uint8 ``[rows, bytes of a row]``, with a leading dimension for stacked experts.
         """
-        return torch.from_numpy(self.rule.join([tensor.read() for tensor in self.tensors]))
+        assert self.type_names is not None
+        parts = [tensor.read() for tensor in self.tensors]
+        if len(self.type_names) == 1:
+            return {"data": torch.from_numpy(self.rule.join(parts))}
+        stack = () if self.rule.num_experts is None else (self.rule.num_experts,)
+        shaped = [part.reshape(*stack, size, -1) for part, size in zip(parts, self.rule.sizes, strict=True)]
+        rows = [torch.from_numpy(self.rule.columns_from_file(part)) for part in shaped]
+        return dict(zip(plane_names(len(rows)), rows, strict=True))
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """Returns the parameter's value; dequantizes quantized tensors.

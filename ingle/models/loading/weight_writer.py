@@ -216,8 +216,8 @@ class WeightWriter:
         """
         slot = self._slots[weight.target]
         slot.require_shape(weight.shape)
-        if slot.quantized is not None and slot.quantized.format.name == weight.type_name:
-            self._write(slot, {"data": weight.row_bytes()})
+        if slot.quantized is not None and slot.quantized.format.name == weight.format_name:
+            self._write(slot, weight.planes())
             self._finish(slot)
             return
         types = sorted({tensor.type_name for tensor in weight.tensors} - set(PLAIN))

@@ -87,3 +87,10 @@ def test_other_architectures_are_refused_by_name() -> None:
     unknown: dict[str, Any] = {"general.architecture": ["llama"]}
     with pytest.raises(GgufError, match="are not supported"):
         family_of_metadata(unknown)
+
+
+def test_negative_zero_keeps_its_sign() -> None:
+    rule = names_of({"model_type": "llama", **SMALL}).rule("model.layers.0.mlp.down_proj.weight", (1, 2))
+    assert rule is not None
+    (found,) = rule.values_in_file(np.array([[-0.0, 0.0]], dtype=np.float32))
+    assert np.signbit(found).tolist() == [[True, False]]

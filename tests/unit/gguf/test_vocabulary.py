@@ -127,7 +127,7 @@ def test_llama_cpp_cuts_the_same_way(llama_cpp: Any, tmp_path: Path) -> None:
         "HelloFOOBar  \n y",
         "   x\r\n\r\nz",
     ]
-    for name in ("qwen35", "lfm2", "granite-docling", "olmo"):
+    for name in ("qwen35", "lfm2", "granite-docling", "olmo", "glm4", "command-r", "stablelm2", "bloom", "seed-coder"):
         values = metadata(ember()) | {"tokenizer.ggml.pre": name, "tokenizer.ggml.add_bos_token": False}
         write_gguf(tmp_path / "vocabulary.gguf", header() | values, [])
         model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
