@@ -22,7 +22,6 @@ from ingle.models.forward.verification import verify
 from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
-from ingle.models.generation.target_batch import first_token
 from ingle.models.interop.imatrix_names import gguf_names, importance_by_tensor, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
 from ingle.models.interop.towers import copy_processor
