@@ -135,7 +135,7 @@ def write_denoiser_card(
             special="`[CLS]`, `[SEP]` and `[MASK]`" if is_encoder else "`</s>` and 64 sentinels",
             num_steps=f"{report['num_steps']:,}",
             tokens=f"{report['num_tokens'] / 1e6:.1f}",
-            hours=f"{report['train_s'] / 3600:.1f}",
+            minutes=f"{report['train_s'] / 60:.0f}",
             recipe="encoder.yaml" if is_encoder else "encoder-decoder.yaml",
             kind="encoder" if is_encoder else "encoder-decoder",
             run=f"runs/{run.name}",
