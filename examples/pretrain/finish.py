@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def write_denoiser_card(
             special="`[CLS]`, `[SEP]` and `[MASK]`" if is_encoder else "`</s>` and 64 sentinels",
             num_steps=f"{report['num_steps']:,}",
             tokens=f"{report['num_tokens'] / 1e6:.1f}",
-            hours=f"{report['train_s'] / 3600:.1f}",
+            minutes=f"{report['train_s'] / 60:.0f}",
             recipe="encoder.yaml" if is_encoder else "encoder-decoder.yaml",
             kind="encoder" if is_encoder else "encoder-decoder",
             run=f"runs/{run.name}",
@@ -162,11 +163,12 @@ def fill_masks(run: Path) -> str:
 
 def fill_spans(run: Path) -> str:
     """What the model writes for each sentinel, by greedy decoding."""
-    generations = open_model(str(run)).generate(list(SPANS), max_new_tokens=24)
-    return "\n".join(
-        f"> **{text.replace('<', '&lt;')}**  \n> {generation.text.strip().replace('<', '&lt;')}\n"
-        for text, generation in zip(SPANS, generations, strict=True)
-    )
+    engine = open_model(str(run))
+    lines = []
+    for text, generation in zip(SPANS, engine.generate(list(SPANS), max_new_tokens=24), strict=True):
+        written = engine.tokenizer.decode(generation.token_ids)  # with sentinels, which the text of an answer lacks
+        lines.append(f"> **{escape(text, quote=False)}**  \n> {escape(written.strip(), quote=False)}\n")
+    return "\n".join(lines)
 
 
 def answer_prompts(engine: Any) -> str:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import yaml
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from ingle.config import Run
 from ingle.config.rules import check
@@ -46,6 +46,21 @@ def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path) -
     assert num_parameters == 5_770_496
     assert 2 * num_parameters < 12_000_000  # bytes of bf16 weights
     assert config.vocab_size == 4096
+
+
+def test_base_of_the_labelled_examples_has_all_weights(examples: Path) -> None:
+    folder = examples / "models/ember-encoder"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4_000_000
+    model, loading = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading[found] for found in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    count = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    assert count in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", LABELLED[:3])
+def test_labelled_examples_start_from_pretrained_weights(examples: Path, name: str) -> None:
+    model = yaml.safe_load((examples / name).read_text(encoding="utf-8"))["model"]
+    assert "init" not in model and (examples.parent / model["id"] / "model.safetensors").is_file()
 
 
 def test_tokenizer_holds_every_byte_and_the_chat_template(examples: Path) -> None:
