@@ -30,11 +30,11 @@ def model_shape(model: Model, trained: Selection, formats: Formats | None = None
         trained: Which of its modules get an adapter, and which are trained in full.
         formats: Chooses the format of each linear layer, if they may differ.
     """
-    settings = _settings(model)
+    embedding: Any = model.get_input_embeddings()
+    settings = {"hidden_size": embedding.weight.shape[1], **_settings(model)}
     counter = _Counter(model, trained, formats, int(settings.get("num_experts_per_tok") or 1))
     stack = layer_uses(model)
     layers = [counter.layer(layer, settings, index, uses) for index, (layer, uses) in enumerate(stack.items())]
-    embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     is_task = bool(task_heads(model))
     tied = head is not None and head.weight is embedding.weight
@@ -73,7 +73,8 @@ def _settings(model: Model) -> dict[str, Any]:
     """Returns the content of a config under the names that architectures share (DistilBERT: ``n_heads``, ``dim``)."""
     config = model.config.get_text_config()
     shared = {name: getattr(config, name, None) for name in config.attribute_map}
-    named = config.to_dict() | {name: value for name, value in shared.items() if isinstance(value, int)}
+    given = {name: value for name, value in config.to_dict().items() if value is not None}
+    named = given | {name: value for name, value in shared.items() if isinstance(value, int)}
     heads = named.get("num_attention_heads") or next((named[name] for name in HEADS if named.get(name)), 1)
     return named | {"num_attention_heads": heads}  # 1 where no layer attends, as in Mamba
 

@@ -54,6 +54,8 @@ class Layout:
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
         has_distances: Whether attention gets relative position biases by distance.
+        caches: Whether texts grow with a cache as they do without one; if not, each token costs a pass over its text.
+        pads_from: Tokens that a prompt needs to be padded to the length of others; None pads no prompt.
         tried: Whether a small copy of the model was exact with it.
         slower_because: Why no faster layout is used, or why none could be tried; empty for the fastest.
     """
@@ -71,6 +73,8 @@ class Layout:
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
     has_distances: bool = False
+    caches: bool = True
+    pads_from: int | None = 0
     tried: bool = True
     slower_because: str = ""
 

@@ -21,9 +21,9 @@ from transformers.utils.generic import ModelOutput
 
 from ingle.errors import ModelError
 from ingle.models.forward.encoder_decoder import Row, encode
-from ingle.models.forward.hidden_states import device_of
+from ingle.models.forward.hidden_states import device_of, forward_packed
 from ingle.models.forward.layout import layout_of
-from ingle.models.forward.mixers import base_of
+from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.generation.token_sampler import TokenSampler
@@ -47,7 +47,7 @@ class GrowingBatch(ABC):
 
     #: Tokens that the model reads next, [B, T].
     _ids: Tensor
-    _cache: Any
+    _cache: Any = None
     #: The first token of every answer, if the model fixes it.
     _first: int | None = None
 
@@ -112,7 +112,8 @@ class GrowingBatch(ABC):
         index = torch.tensor(kept, device=self._ids.device)
         self._ids = self._ids[index]
         self._select(index)
-        self._cache.batch_select_indices(index)
+        if self._cache is not None:
+            self._cache.reorder_cache(index)  # unlike batch_select_indices, it covers the states of mixers
 
 
 class PromptBatch(GrowingBatch):
@@ -157,11 +158,17 @@ class PromptBatch(GrowingBatch):
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor, cache: DynamicCache) -> Tensor:
         """Returns the hidden states of the last tokens, ``[B, H]``."""
-        output = base_of(self._model)(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
-        last: Tensor = output.last_hidden_state[:, -1]
-        return last
+        only_states = "cache_params" in parameters(original_class(base_of(self._model)))
+        if only_states and self._step:
+            mask = None  # a single token of a Mamba model is never padding, and its mask would be taken for its own
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": position_ids + layout_of(self._model).first_position,
+            "cache_params" if only_states else "past_key_values": cache,
+            "use_cache": True,
+        }
+        return run_to_head(self._model, arguments)[:, -1]
 
     def _recompute(self, places: list[int], ids: Tensor) -> Tensor:
         """Recomputes the cached keys and values of full rows; returns the hidden states of their last tokens."""
@@ -176,6 +183,26 @@ class PromptBatch(GrowingBatch):
             for name in ("keys", "values"):
                 getattr(ours, name)[places] = getattr(new, name)
         return last_BH
+
+
+class UncachedBatch(GrowingBatch):
+    """Prompts that a language model continues, which are read again for each token."""
+
+    def _begin(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Sequence[int]:
+        self._texts = [torch.tensor(prompt, device=device) for prompt in prompts]
+        self._ids = torch.zeros(len(prompts), 0, dtype=torch.long, device=device)
+        return [len(prompt) for prompt in prompts]
+
+    def _compute(self) -> Tensor:
+        row = Row.of(self._texts)
+        hidden_1NH = forward_packed(self._model, row.ids, row.position_ids, row.cu_seqlens)
+        return hidden_1NH[0, row.cu_seqlens[1:].long() - 1]
+
+    def _advance(self) -> None:
+        self._texts = [torch.cat([text, ids]) for text, ids in zip(self._texts, self._ids, strict=True)]
+
+    def _select(self, index: Tensor) -> None:
+        self._texts = [self._texts[place] for place in index.tolist()]
 
 
 class TargetBatch(GrowingBatch):

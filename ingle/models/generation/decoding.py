@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ingle.errors import ModelError
 from ingle.models.forward.hidden_states import Head, head, through_head
-from ingle.models.generation.batches import GrowingBatch, PromptBatch, TargetBatch
+from ingle.models.forward.layout import layout_of
+from ingle.models.generation.batches import GrowingBatch, PromptBatch, TargetBatch, UncachedBatch
 from ingle.models.generation.stop_criteria import Answer, Generation, StopCriteria, end_token_ids
 from ingle.models.generation.token_sampler import TokenSampler
 from ingle.models.kinds import kind_of
@@ -69,8 +70,7 @@ def generate(
     done = 0
     with _evaluating(model):
         compute_logits, growing_batch = _logits_of(model), _batch_class(model)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(model, order, prompts, batch_size):
             sampler = TokenSampler(temperature, top_p, seed, [streams[index] for index in chosen])
             sources = [prompts[index] for index in chosen]
             batch = growing_batch(model, compute_logits, sources, sampler, max_new_tokens, agree)
@@ -172,4 +172,24 @@ def _logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def _batch_class(model: PreTrainedModel) -> type[GrowingBatch]:
-    return TargetBatch if kind_of(model.config) == "encoder_decoder" else PromptBatch
+    if kind_of(model.config) == "encoder_decoder":
+        return TargetBatch
+    return PromptBatch if layout_of(model).caches else UncachedBatch
+
+
+def _batches(
+    model: PreTrainedModel, order: Sequence[int], prompts: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Yields the prompts in batches: those of ``order``, which is by length, as far as they can be padded."""
+    pads_from = layout_of(model).pads_from
+    batch: list[int] = []
+    for index in order:
+        length = len(prompts[index])
+        shortest = len(prompts[batch[0]]) if batch else length
+        can_join = shortest == length or (pads_from is not None and shortest >= pads_from)
+        if len(batch) == batch_size or not can_join:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ingle import models
+from ingle.config import NoBase
 from ingle.config.objective import TRAINS
 from ingle.data.types import IGNORE_INDEX
 from ingle.errors import ModelError, QuantizationError
+from ingle.models.text_part import text_config
 from tests.contract.models.any_model import (
     FolderOf,
     cases,
@@ -22,6 +24,7 @@ from tests.contract.models.any_model import (
     writer,
 )
 from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config
+from tests.tiny_tokenizers import bert
 
 #: About a tenth of all: one of every way to mix tokens, by itself and with others.
 SOME = (
@@ -67,6 +70,7 @@ NOT_BUILT = {
 #: its float64 gradients: the delta rule normalizes short vectors.
 ROUNDING = {"bailing_hybrid": 5e-4, "qwen3_5_moe": 3e-4, "qwen3_5_moe_text": 3e-4, "qwen3_next": 3e-4}
 LENGTHS = (7, 30, 3, 18, 11)
+NUM_NEW_TOKENS = 6
 #: Types of :data:`SOME` that are quantized, too.
 QUANTIZED = ("gpt_oss", "jamba", "llama4_text", "rwkv")
 CASES = cases(CAUSAL_TYPES, SOME, QUANTIZED)
@@ -105,3 +109,37 @@ def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents)
     reference = reader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     rounding = ROUNDING.get(kind, 1e-4)
     require_same_losses_and_gradients(model, reference, documents, next_tokens, rounding=rounding)
+
+
+#: One of every way to cache what it has read: keys, states, both, nothing; with and without padding.
+GROWING = ("bert", "blenderbot-small", "mamba", "qwen3_5_text", "rwkv")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=() if each in GROWING else pytest.mark.sweep) for each in CAUSAL_TYPES]
+)
+def test_texts_of_a_batch_grow_as_single_ones(kind, folder_of) -> None:
+    if kind in REASONS:
+        pytest.skip(REASONS[kind])
+    folder = folder_of(kind)
+    model = load(folder, NoBase())
+    reader = getattr(transformers, models.class_that_reads(model))
+    reference = reader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    prompts = random_documents((3, 14, 5, 9))
+    expected = [greedy(reference, prompt) for prompt in prompts]
+    end = expected[1][2]  # at least one text ends earlier than the others
+    text_config(model.config).eos_token_id = None
+    model.generation_config.eos_token_id = end
+    answers = models.generate(model, bert(), prompts, max_new_tokens=NUM_NEW_TOKENS)
+    for answer, tokens in zip(answers, expected, strict=True):
+        assert list(answer.token_ids) == (tokens[: tokens.index(end)] if end in tokens else tokens)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """Continues a prompt by computing the whole text again for each token."""
+    ids = torch.tensor([prompt])
+    for _ in range(NUM_NEW_TOKENS):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids[0, len(prompt) :].tolist()
