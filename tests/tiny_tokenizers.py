@@ -1,4 +1,4 @@
-"""Tokenizers of a few hundred tokens, trained in memory, that put special tokens where BERT, RoBERTa and T5 do."""
+"""Small tokenizers, trained in memory, that put special tokens where BERT, RoBERTa and T5 do."""
 
 from __future__ import annotations
 
@@ -71,4 +71,24 @@ def t5() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def words(*, ends: bool) -> PreTrainedTokenizerFast:
+    """Fewer than 100 words: ``<s> a``, with ``ends`` also ``</s>`` at the end of a text."""
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "</s>", "<unk>", "<s>", "<mask>"]
+    core.train_from_iterator(CORPUS, trainers.WordLevelTrainer(vocab_size=100, special_tokens=special))
+    single, pair = ("<s> $A </s>", "<s> $A </s> $B </s>") if ends else ("<s> $A", "<s> $A $B")
+    core.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("<s>", 3), ("</s>", 1)]
+    )
+    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+        **names,
     )
