@@ -95,8 +95,10 @@ def meta_model(
 def _find_layout(config: PretrainedConfig, model: ModelConfig, task: ModelTask) -> Layout:
     if task.kind != "lm" and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         # T5Gemma's head reads one token beyond a text if there is room in its row.
-        kind = "equal_rows" if config.model_type.startswith("t5gemma") else "rows"
-        return Layout(kind, slower_because="its head reads what a decoder makes of each text")
+        return Layout(
+            "equal_rows" if config.model_type.startswith("t5gemma") else "rows",
+            slower_because="its head reads what a decoder makes of each text",
+        )
     choice = choose_layout(config, trust_remote_code=model.trust_remote_code)
     if not choice.is_causal and kind_of(config) == "causal" and task.kind == "lm":
         reason = "with these settings its tokens see later tokens, so that each would be predicted from itself"
