@@ -135,6 +135,9 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
         to_metadata(config("qwen2", use_sliding_window=True))
     with pytest.raises(GgufError, match="'dynamic' cannot be written"):
         to_metadata(config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 255}
+    with pytest.raises(GgufError, match="its smallest context is 256"):
+        to_metadata(config("phi3", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | longrope))
     # Beyond the window llama.cpp would see more than transformers does.
     assert to_metadata(config("mistral", sliding_window=512))["llama.context_length"] == 512
 
