@@ -35,6 +35,7 @@ _SIZES = {
         "rope_parameters": LONGROPE["rope_parameters"]
         | {"short_factor": [1.0 + n / 8 for n in range(24)], "long_factor": [1.0 + n for n in range(24)]}
     },
+    "nemotron": {"head_dim": 64},
     "granitehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_ssm": 512},
