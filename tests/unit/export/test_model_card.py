@@ -159,8 +159,9 @@ def test_the_dump_has_the_keys_that_scripts_read() -> None:
 
 
 def test_the_context_is_named_if_its_size_changes_the_answers() -> None:
-    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "original_max_position_embeddings": 4100}
-    config = Phi3Config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | factors)
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors
+    config = Phi3Config(original_max_position_embeddings=4100, rope_parameters=rope)
     # llama.cpp rounds the size up to a multiple of 256, and 4,352 is too large.
     assert "`-c 4096`" in explain_context(SimpleNamespace(config=config))
     assert explain_context(SimpleNamespace(config=LlamaConfig())) == ""

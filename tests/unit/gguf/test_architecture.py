@@ -137,9 +137,9 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
         to_metadata(config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
     with pytest.raises(GgufError, match="cannot load heads of this size"):
         to_metadata(config("nemotron", head_dim=2 * SMALL["hidden_size"]))
-    longrope = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 255}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     with pytest.raises(GgufError, match="its smallest context is 256"):
-        to_metadata(config("phi3", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4} | longrope))
+        to_metadata(config("phi3", original_max_position_embeddings=255, rope_parameters=longrope))
     # Beyond the window llama.cpp would see more than transformers does.
     assert to_metadata(config("mistral", sliding_window=512))["llama.context_length"] == 512
 
