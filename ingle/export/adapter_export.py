@@ -18,7 +18,7 @@ from ingle.errors import AdapterError, ConfigError
 from ingle.events import Warned
 from ingle.export.job import ExportJob, WrittenExport
 from ingle.export.model_card import write_companions
-from ingle.export.model_export import describe_model, serve_llama, write_modelfile
+from ingle.export.model_export import describe_model, explain_context, serve_llama, write_modelfile
 from ingle.export.output_paths import OutputPaths
 from ingle.export.verify import certificate
 from ingle.export.verify.certificate import Certificate
@@ -89,12 +89,12 @@ def export_adapter_gguf(job: ExportJob) -> WrittenExport:
         _write_gguf_adapter(job, merged, folder / paths.main, type_name)
         modelfile = folder / paths.name("modelfile")
         write_modelfile(job, merged.stream.model, modelfile, weights=base_path, adapter=f"./{paths.main}")
-        usage = _gguf_usage(job, base_path, paths.main)
+        usage = _gguf_usage(job, base_path, paths.main) + explain_context(merged.stream.model)
         write_companions(job, folder, paths, type_name=type_name, usage=usage)
 
     def certify_on(base: Path, *, quantized: bool) -> Certificate:
         engine = job.open_trained(dtype="float32")
-        with serve_llama(base, engine.model.config, adapter=paths.result) as server:
+        with serve_llama(base, engine.model, adapter=paths.result) as server:
             return job.certify(server, engine, certificate.QUANTIZED if quantized else certificate.PLAIN)
 
     def certify() -> Certificate:

@@ -22,6 +22,7 @@ from ingle.export.writers.gguf_file import GgufExport
 from ingle.export.writers.gguf_types import choose_type
 from ingle.export.writers.safetensors_folder import Layout, choose_layout, estimate_bytes, write_safetensors
 from ingle.gguf.imatrix import read_imatrix
+from ingle.gguf.rotary import CONTEXT_STEP
 from ingle.inference import Engine, Source, open_source
 from ingle.models.interop.transformers_peft import TransformersServer
 from ingle.models.loading.gguf_model import is_gguf, open_gguf
@@ -108,7 +109,7 @@ def export_gguf(job: ExportJob) -> WrittenExport:
         is_causal = models.kind_of(merged.stream.model.config) == "causal"
         if is_causal:  # Ollama runs no others
             write_modelfile(job, merged.stream.model, partial / paths.name("modelfile"), weights=f"./{paths.main}")
-        usage = _gguf_usage(paths, is_causal=is_causal)
+        usage = _gguf_usage(paths, is_causal=is_causal) + explain_context(merged.stream.model)
         write_companions(job, partial, paths, type_name=type_name, usage=usage, report=report)
 
     def open_written() -> Engine:
@@ -116,16 +117,34 @@ def export_gguf(job: ExportJob) -> WrittenExport:
         return Engine(model, job.tokenizer, adapted=False)
 
     def certify() -> Certificate:
-        with serve_llama(paths.result, merged.stream.model.config) as server:
+        with serve_llama(paths.result, merged.stream.model) as server:
             return job.certify_merged(server, open_written, divergence, quantized=export.is_quantized)
 
     return WrittenExport(paths, (paths.result,), type_name, report, certify)
 
 
-def serve_llama(path: Path, config: Any, *, adapter: Path | None = None) -> LlamaCpp:
+def serve_llama(path: Path, model: Any, *, adapter: Path | None = None) -> LlamaCpp:
     """Loads a file in llama.cpp with a context for the texts of a certificate."""
-    longest = getattr(config, "max_position_embeddings", _CONTEXT)
-    return LlamaCpp(path, adapter=adapter, context=min(longest, _CONTEXT))
+    longest = getattr(model.config, "max_position_embeddings", _CONTEXT)
+    return LlamaCpp(path, adapter=adapter, context=min(longest, _short_context(model) or _CONTEXT, _CONTEXT))
+
+
+def explain_context(model: Any) -> str:
+    """Returns the paragraph of a model card on llama.cpp's context; empty if its size changes no answer."""
+    limit = _short_context(model)
+    if limit is None:
+        return ""
+    return (
+        f"\n\nFor texts of up to {limit:,} tokens, add `-c {limit}` (in Ollama: `PARAMETER num_ctx {limit}`). In a "
+        "larger context, llama.cpp rotates the positions of every text as those of a long text, which changes the "
+        "answers: the model was trained with the rotation for the length of each text."
+    )
+
+
+def _short_context(model: Any) -> int | None:
+    """Returns the largest context in which llama.cpp uses LongRoPE's factors for short texts; None without them."""
+    limit = models.unscaled_limit(model)
+    return None if limit is None else max(limit // CONTEXT_STEP, 1) * CONTEXT_STEP
 
 
 def describe_model(job: ExportJob) -> dict[str, Any]:

@@ -14,10 +14,18 @@ from typing import Any
 from ingle.errors import GgufError
 from ingle.gguf.container import DAMAGED, ArchitectureValues, GgufFile
 from ingle.gguf.families import BY_MODEL_TYPE, family_of_config, family_of_metadata
+from ingle.gguf.rotary import head_size
 from ingle.gguf.special_tokens import special_token_id
 
 #: transformers' ``model_type`` to llama.cpp's architecture.
 ARCHITECTURES = {model_type: family.architecture for model_type, family in BY_MODEL_TYPE.items()}
+#: Architectures whose attention llama.cpp loads only if all heads together are as wide as the hidden state.
+_WHOLE_HEADS = frozenset(
+    (
+        *("cohere2", "command-r", "exaone4", "lfm2", "lfm2moe", "nemotron", "olmo", "olmo2", "olmoe", "phi2", "phi3"),
+        *("qwen2", "qwen2moe", "qwen2vl", "stablelm", "starcoder2"),
+    )
+)
 _LAYER = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d{1,9})\.(.+)\.weight$")
 
 
@@ -43,7 +51,20 @@ def to_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             fix="--to safetensors",
         )
     values = {f"{family.architecture}.{key}": value for key, value in family.write_metadata(config).items()}
+    if family.architecture in _WHOLE_HEADS:
+        _require_whole_heads(config)
     return {"general.architecture": family.architecture} | values
+
+
+def _require_whole_heads(config: Mapping[str, Any]) -> None:
+    heads, width, hidden = config["num_attention_heads"], head_size(config), config["hidden_size"]
+    if heads * width != hidden:
+        raise GgufError(
+            "llama.cpp cannot load heads of this size in this architecture.",
+            where="head_dim",
+            why=f"{heads} heads of {width} are {heads * width} wide, and hidden_size is {hidden}",
+            fix="--to safetensors",
+        )
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:

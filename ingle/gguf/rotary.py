@@ -23,6 +23,9 @@ SHORT_FREQS, LONG_FREQS = "rope_factors_short.weight", "rope_factors_long.weight
 #: Every tensor of a file that is no parameter.
 ROPE_TENSORS = (ROPE_FREQS, SHORT_FREQS, LONG_FREQS)
 
+#: llama.cpp rounds the size of its context up to a multiple of this number of tokens.
+CONTEXT_STEP = 256
+
 #: Divisor of frequencies that do not rotate.
 STILL = 1e30
 
@@ -78,7 +81,16 @@ def longrope_metadata(rope: Mapping[str, Any], longest: int, trained: int) -> di
         rope: The rotary parameters.
         longest: Tokens of the longest text.
         trained: Tokens of the longest text without the scaling.
+
+    Raises:
+        GgufError: llama.cpp has no context that is small enough for the divisors for short texts.
     """
+    if trained < CONTEXT_STEP:
+        raise GgufError(
+            "llama.cpp cannot use the rotary divisors for short texts.",
+            where="original_max_position_embeddings",
+            why=f"they are for texts of up to {trained} tokens, and its smallest context is {CONTEXT_STEP}",
+        )
     growth, found = float(rope.get("factor") or longest / trained), rope.get("attention_factor")
     default = math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
     return {

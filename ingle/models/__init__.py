@@ -32,7 +32,14 @@ from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
 from ingle.models.objective_tasks import has_labels, keep_stored_labels, model_task, trained_objective
-from ingle.models.text_limits import choose_padding, num_tokens, refuse_longer, refuse_tokens_beyond, text_limit
+from ingle.models.text_limits import (
+    choose_padding,
+    num_tokens,
+    refuse_longer,
+    refuse_tokens_beyond,
+    text_limit,
+    unscaled_limit,
+)
 from ingle.models.text_part import tower_paths
 from ingle.models.tokenizer import load_tokenizer
 
@@ -97,5 +104,6 @@ __all__ = [
     "through_head",
     "tower_paths",
     "trained_objective",
+    "unscaled_limit",
     "verify",
 ]

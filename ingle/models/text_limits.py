@@ -15,6 +15,7 @@ from ingle.quant import QuantEmbedding
 
 #: Extra rows that some architectures keep at the start of their position table (OPT: 2).
 _SPARE_ROWS = range(9)
+_SHORT = "original_max_position_embeddings"
 
 
 def text_limit(model: PreTrainedModel) -> int | None:
@@ -28,6 +29,13 @@ def text_limit(model: PreTrainedModel) -> int | None:
         return None
     dynamic = [section for section in rope_sections(config) if section.get("rope_type") == "dynamic"]
     return int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
+
+
+def unscaled_limit(model: PreTrainedModel) -> int | None:
+    """Returns the number of tokens up to which ``longrope`` uses its factors for short texts; None without it."""
+    sections = rope_sections(text_config(model.config))
+    found = [section[_SHORT] for section in sections if section.get("rope_type") == "longrope" and _SHORT in section]
+    return min(map(int, found), default=None)
 
 
 def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:

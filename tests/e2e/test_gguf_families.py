@@ -35,6 +35,7 @@ _SIZES = {
         "rope_parameters": LONGROPE["rope_parameters"]
         | {"short_factor": [1.0 + n / 8 for n in range(24)], "long_factor": [1.0 + n for n in range(24)]}
     },
+    "nemotron": {"head_dim": 64},
     "granitehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_ssm": 512},
@@ -52,11 +53,12 @@ def random_folder(case: str, folder: Path) -> Path:
     config = AutoConfig.for_model(model_type, **settings | sizes | ids)
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    clear = 0.1 if case == "glm4_moe" else 1.0  # the sigmoid of larger numbers is 1 for several experts
+    # The sigmoid of GLM-4.5 is 1 for several experts if it is larger; Gemma 4 divides by the root of hidden_size.
+    clear = {"glm4_moe": 0.1, "gemma4_moe": 16.0}.get(case, 1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                is_router = name.endswith(("mlp.gate.weight", "router.weight", "layer.weight"))
+                is_router = name.endswith(("mlp.gate.weight", "router.weight", "router.proj.weight", "layer.weight"))
                 parameter.normal_(std=clear if is_router else 0.05)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

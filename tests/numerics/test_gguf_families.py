@@ -282,8 +282,8 @@ def written(model: Any, path: Path) -> GgufFile:
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits[0].float()
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model(ids).logits[0].float()
 
 
 def test_there_is_a_case_for_every_family() -> None:
@@ -334,3 +334,15 @@ def test_a_model_is_the_same_in_its_file(case: str, tmp_path: Path, llama_cpp: A
             torch.testing.assert_close(value, own[name], rtol=1e-6, atol=1e-7, msg=name)
     again.load_state_dict(values, strict=not config.tie_word_embeddings)
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_llama_cpp_rotates_a_long_text_of_longrope_as_transformers(tmp_path: Path, llama_cpp: Any) -> None:
+    from ingle.export.verify.llama_cpp import LlamaCpp
+
+    model = random_model("phi3")
+    limit = LONGROPE["original_max_position_embeddings"]
+    ids = torch.randint(0, 4096, (1, limit + 8))
+    with LlamaCpp(written(model, tmp_path / "model.gguf").path, context=limit + 8) as engine:
+        theirs = torch.from_numpy(np.array(engine.logits(ids[0].tolist())))
+    expected = logits(model, ids)
+    assert ((theirs - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 5e-3

@@ -181,11 +181,17 @@ def _cut_factors(settings: Mapping[str, Any], small: dict[str, Any]) -> None:
         section = small.get(name)
         for part in (section, *section.values()) if isinstance(section, dict) else ():
             for key, factors in part.items() if isinstance(part, dict) else ():
-                if isinstance(factors, list) and len(factors) == old // 2:
-                    part[key] = factors[: new // 2]
+                if key.endswith("_factor") and isinstance(factors, list):
+                    rotated = part.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
+                    if len(factors) == _num_pairs(old * rotated):
+                        part[key] = factors[: _num_pairs(new * rotated)]
                 elif key == "mrope_section":  # pairs of dimensions for each axis of positions
                     counts = [count * new // old for count in factors]
                     part[key] = [sum(factors) * new // old - sum(counts[1:]), *counts[1:]]
+
+
+def _num_pairs(rotated: float) -> int:
+    return (int(rotated) + 1) // 2
 
 
 def _head_dim(settings: Mapping[str, Any]) -> int | None:

@@ -6,10 +6,12 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig, Phi3Config
 
 from ingle.config import load_run
 from ingle.config.base import NoBase
@@ -20,6 +22,7 @@ from ingle.export.fidelity.fidelity_report import FidelityReport
 from ingle.export.fidelity.measurement import TensorFidelity
 from ingle.export.job import ExportJob
 from ingle.export.model_card import make_card, read_license
+from ingle.export.model_export import explain_context
 from ingle.export.request import ExportRequest
 from ingle.inference import Source
 from tests.stored_results import STORED
@@ -153,3 +156,12 @@ def test_the_dump_has_the_keys_that_scripts_read() -> None:
         "warnings": ["Mind the gap."],
     }  # fmt: skip
     assert REPORT.to_dict()["tensors"][0]["delta_per_step"] == pytest.approx(0.5)
+
+
+def test_the_context_is_named_if_its_size_changes_the_answers() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors
+    config = Phi3Config(original_max_position_embeddings=4100, rope_parameters=rope)
+    # llama.cpp rounds the size up to a multiple of 256, and 4,352 is too large.
+    assert "`-c 4096`" in explain_context(SimpleNamespace(config=config))
+    assert explain_context(SimpleNamespace(config=LlamaConfig())) == ""

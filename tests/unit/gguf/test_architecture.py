@@ -57,7 +57,7 @@ CASES = [
     ("llama", {"rope_parameters": LLAMA3, "head_dim": 64}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     ("mistral", {"sliding_window": None}),
-    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "head_dim": 8}),
     (
         "qwen3",
         {
@@ -135,6 +135,11 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
         to_metadata(config("qwen2", use_sliding_window=True))
     with pytest.raises(GgufError, match="'dynamic' cannot be written"):
         to_metadata(config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+    with pytest.raises(GgufError, match="cannot load heads of this size"):
+        to_metadata(config("nemotron", head_dim=2 * SMALL["hidden_size"]))
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    with pytest.raises(GgufError, match="its smallest context is 256"):
+        to_metadata(config("phi3", original_max_position_embeddings=255, rope_parameters=longrope))
     # Beyond the window llama.cpp would see more than transformers does.
     assert to_metadata(config("mistral", sliding_window=512))["llama.context_length"] == 512
 
