@@ -40,9 +40,9 @@ MASKED = (
     "What is 7 plus 5? It is [MASK].",
 )
 SPANS = (
-    "The river rose over <extra_id_0> in the night.",
-    "She put <extra_id_0> on the table and closed <extra_id_1>.",
-    "In the morning <extra_id_0> at six.",
+    "The river rose over <mask> in the night.",
+    "She put <mask> on the table and closed <mask>.",
+    "Name: Laura Oakes\nTrade: cooper\nHome: Doveley\n\nLaura Oakes is <mask>.",
 )
 
 
@@ -132,7 +132,8 @@ def write_denoiser_card(
             parameters=f"{sum(parameter.numel() for parameter in opened.model.parameters()):,}",
             objective=source.objective().kind,
             architecture=opened.model.config.architectures[0],
-            special="`[CLS]`, `[SEP]` and `[MASK]`" if is_encoder else "`</s>` and 64 sentinels",
+            special="`[CLS]`, `[SEP]` and `[MASK]`" if is_encoder else "`</s>` and `<mask>`",
+            data=f"composed English{' and two public-domain books' if is_encoder else ''}",
             num_steps=f"{report['num_steps']:,}",
             tokens=f"{report['num_tokens'] / 1e6:.1f}",
             minutes=f"{report['train_s'] / 60:.0f}",
@@ -162,12 +163,12 @@ def fill_masks(run: Path) -> str:
 
 
 def fill_spans(run: Path) -> str:
-    """What the model writes for each sentinel, by greedy decoding."""
+    """The texts that the model writes for texts with hidden spans, by greedy decoding."""
     engine = open_model(str(run))
     lines = []
-    for text, generation in zip(SPANS, engine.generate(list(SPANS), max_new_tokens=24), strict=True):
-        written = engine.tokenizer.decode(generation.token_ids)  # with sentinels, which the text of an answer lacks
-        lines.append(f"> **{escape(text, quote=False)}**  \n> {escape(written.strip(), quote=False)}\n")
+    for text, generation in zip(SPANS, engine.generate(list(SPANS), max_new_tokens=40), strict=True):
+        source, written = (escape(part.strip(), quote=False).replace("\n", " / ") for part in (text, generation.text))
+        lines.append(f"> **{source}**  \n> {written}\n")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ The kinds of models differ in their special tokens, which are among the 4,096:
 - ``causal``: documents and turns both end with ``<|im_end|>``, the tokenizer's eos; a turn of a conversation is
   ``<|im_start|>role\n...<|im_end|>\n`` (ChatML). llama.cpp reads this tokenizer as ``gpt2``.
 - ``encoder``: a text is ``[CLS] text [SEP]``, a pair is ``[CLS] text [SEP] text [SEP]``; ``[MASK]`` hides a token.
-- ``encoder-decoder``: a text ends with ``</s>``; ``<extra_id_0>`` to ``<extra_id_63>`` replace spans, as in T5.
+- ``encoder-decoder``: a text ends with ``</s>``; ``<mask>`` hides a span, as in BART.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
-NUM_SENTINELS = 64
-SENTINELS = tuple(f"<extra_id_{number}>" for number in range(NUM_SENTINELS))
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -75,8 +73,8 @@ KINDS = {
     ),
     "encoder-decoder": Kind(
         "ember-encoder-decoder",
-        ("<pad>", "</s>", *SENTINELS),
-        {"pad_token": "<pad>", "eos_token": "</s>"},
+        ("<pad>", "</s>", "<mask>"),
+        {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"},
         single="$A </s>",
         pair="$A </s> $B </s>",
     ),
@@ -97,7 +95,7 @@ def texts(corpus: Path, every: int) -> Iterator[str]:
 
 def hides(token: str) -> bool:
     """Returns whether a token replaces text, with the space before it: words begin with their space."""
-    return token == "[MASK]" or token in SENTINELS
+    return token in ("[MASK]", "<mask>")
 
 
 def train(corpus: Path, every: int, kind: Kind) -> PreTrainedTokenizerFast:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ingle.config import Run
 from ingle.config.rules import check
@@ -48,16 +49,19 @@ def test_model_folder_is_a_small_llama_that_llama_cpp_can_hold(examples: Path) -
     assert config.vocab_size == 4096
 
 
-def test_base_of_the_labelled_examples_has_all_weights(examples: Path) -> None:
-    folder = examples / "models/ember-encoder"
+@pytest.mark.parametrize(
+    ("name", "auto"), [("ember-encoder", AutoModelForMaskedLM), ("ember-encoder-decoder", AutoModelForSeq2SeqLM)]
+)
+def test_base_of_the_labelled_examples_has_all_weights(examples: Path, name: str, auto: type[Any]) -> None:
+    folder = examples / "models" / name
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4_000_000
-    model, loading = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = auto.from_pretrained(folder, output_loading_info=True)
     assert not any(loading[found] for found in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     count = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     assert count in (folder / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", LABELLED[:3])
+@pytest.mark.parametrize("name", LABELLED)
 def test_labelled_examples_start_from_pretrained_weights(examples: Path, name: str) -> None:
     model = yaml.safe_load((examples / name).read_text(encoding="utf-8"))["model"]
     assert "init" not in model and (examples.parent / model["id"] / "model.safetensors").is_file()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ingle.config import DataConfig
 from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
-from ingle.data.corruption import find_sentinels, mask_token
+from ingle.data.corruption import mask_token
 from ingle.data.inspection import inspect
 from ingle.data.sources import read_examples
 from ingle.data.types import Example
@@ -100,5 +100,6 @@ def test_bases_have_the_tokens_of_their_objectives(examples: Path) -> None:
     assert encoder.decode(encoder("a", "b")["input_ids"]) == "[CLS]a[SEP]b[SEP]"
     assert "token_type_ids" not in encoder("a", "b")
     assert mask_token(encoder) == encoder.convert_tokens_to_ids("[MASK]")
-    assert len(find_sentinels(pair, "<extra_id_{}>")) == 64
+    assert mask_token(pair) == pair.convert_tokens_to_ids("<mask>")
+    assert pair.convert_ids_to_tokens(pair("over <mask> in")["input_ids"]).count("<mask>") == 1
     assert pair.decode(pair(text_target="a")["input_ids"]) == f"a{pair.eos_token}"
