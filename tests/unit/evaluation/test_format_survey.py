@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPTJConfig, LlamaConfig
 
 from ingle.config import ModelConfig
 from ingle.errors import ConfigError, DataError, EvaluationError, QuantizationError
@@ -102,7 +102,7 @@ def test_rows_that_do_not_fill_blocks_fall_back() -> None:
 
 
 def test_an_architecture_that_llama_cpp_does_not_know_has_safetensors_only() -> None:
-    model = build(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2), torch.float32)
+    model = build(GPTJConfig(vocab_size=64, n_embd=64, n_layer=1, n_head=2, rotary_dim=16), torch.float32)
     found, left_out = list_candidates(model, [f"{n}.weight" for n in linear_maps(model)], ["q4_0", "nf4"])
     assert [candidate.name for candidate in found] == ["nf4"] and left_out == ["q4_0"]
 

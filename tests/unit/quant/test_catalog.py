@@ -77,7 +77,7 @@ def test_the_planner_counts_what_the_modules_take() -> None:
 
 
 def test_rules_of_an_unknown_architecture_are_refused() -> None:
-    model = build("phi")
+    model = build("gptj")
     with pytest.raises(QuantizationError, match="q4_k_m in this architecture are unknown") as info:
         quant.convert(model, base_section("q4_k_m"))
     assert "--base.format=q4_k," in str(info.value)
