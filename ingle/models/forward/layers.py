@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 
 from torch import nn
@@ -63,7 +64,7 @@ def layer_uses(model: PreTrainedModel) -> dict[nn.Module, int]:
     """
     layers = find_layers(model)
     if layers is not None:
-        return dict.fromkeys(layers, 1)
+        return Counter(layers)
     num_layers = _num_layers(model)
     repeated = next((stack for stack in _stacks(model) if num_layers % len(stack) == 0), None)
     if num_layers and repeated is not None:
