@@ -11,7 +11,8 @@ from typing import Any
 from ingle.config.data import Layout, Source
 from ingle.config.objective import ObjectiveKind
 from ingle.data.labelled_rows import detect_labelled, find_text
-from ingle.data.layouts import find_pair, is_conversation, list_columns
+from ingle.data.layouts import find_pair, list_columns
+from ingle.data.messages import is_conversation
 from ingle.errors import DataError
 
 _MISSING = object()
