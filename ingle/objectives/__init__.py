@@ -107,6 +107,8 @@ def _loss(run: Run, model: Model) -> DocumentLoss:
             if run.objective.problem == "auto":
                 raise ConfigError("The kind of labels is not known yet.", where="objective.problem")
             return ClassLoss(model, run.objective.problem, run.objective.label_smoothing)
+        case kind:
+            raise ConfigError(f"There is no loss for {kind} yet.", where="objective.kind")
 
 
 def corruption(run: Run, context: Context) -> Corruption | None:
