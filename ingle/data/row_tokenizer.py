@@ -19,6 +19,7 @@ from ingle.data.encode_text import TextPieces
 from ingle.data.encode_windows import WindowEncoder
 from ingle.data.row_encoder import Counts, Piece, RowEncoder, TokenOptions
 from ingle.data.types import Example, Tokenizer
+from ingle.errors import DataError
 
 
 def make_encoder(tokenizer: Tokenizer, options: TokenOptions) -> RowEncoder:
@@ -36,6 +37,8 @@ def make_encoder(tokenizer: Tokenizer, options: TokenOptions) -> RowEncoder:
             return WindowEncoder(tokenizer, options)
         case "clm" | "sft":
             return ChatEncoder(tokenizer, options)
+        case _:
+            raise DataError(f"Rows of {options.objective} cannot be tokenized.", fix="choose another objective.kind")
 
 
 class RowTokenizer:

@@ -174,8 +174,8 @@ def _require_adapter(job: ExportJob) -> Path:
 
 def _peft_usage(job: ExportJob, folder: Path) -> str:
     objective = job.source.objective()
-    if objective.kind in ("classify", "tag", "answer"):
-        return _head_usage(folder, objective.kind)
+    if objective.kind in ("classify", "tag", "answer", "reward"):
+        return _head_usage(folder, "classify" if objective.kind == "reward" else objective.kind)
     reader = models.reader_class(read_config(job.source.model))
     text = (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {reader}\n\n"

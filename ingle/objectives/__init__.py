@@ -17,23 +17,26 @@ from ingle.models import Model, num_tokens, refuse_tokens_beyond
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.driver import DocumentLoss, PackedObjective
-from ingle.objectives.interface import Objective, StepModule, Sums, Term
+from ingle.objectives.interface import Check, Measure, Objective, Relief, StepModule, Sums, Term
 from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
-from ingle.objectives.router_loss import choose_routers
+from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
 from ingle.parallel import Mesh
 
 __all__ = [
     "AnswerLoss",
+    "Check",
     "ClassLoss",
     "Context",
     "DocumentLoss",
     "MaskedTokenLoss",
+    "Measure",
     "NextTokenLoss",
     "Objective",
     "PackedObjective",
+    "Relief",
     "StepModule",
     "Sums",
     "TagLoss",
@@ -90,10 +93,10 @@ def build(run: Run, context: Context) -> Objective:
     )
 
 
-def _loss(run: Run, model: Model) -> DocumentLoss:
+def _loss(run: Run, model: Model) -> StepModule:
     match run.objective.kind:
         case "clm" | "sft":
-            return NextTokenLoss(model, *choose_routers(run, model))
+            return balanced(NextTokenLoss(model), *choose_routers(run, model))
         case "mlm":
             return MaskedTokenLoss(model)
         case "span" | "seq2seq":
@@ -107,6 +110,8 @@ def _loss(run: Run, model: Model) -> DocumentLoss:
             if run.objective.problem == "auto":
                 raise ConfigError("The kind of labels is not known yet.", where="objective.problem")
             return ClassLoss(model, run.objective.problem, run.objective.label_smoothing)
+        case kind:
+            raise ConfigError(f"There is no loss for {kind} yet.", where="objective.kind")
 
 
 def corruption(run: Run, context: Context) -> Corruption | None:

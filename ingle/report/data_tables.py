@@ -41,6 +41,7 @@ _SUPERVISED: Mapping[ObjectiveKind, str] = {
     "mlm": "that masks may hide",
     "span": "that may be removed",
     "tag": "with a tag",
+    **dict.fromkeys(("reward", "dpo", "kto", "orpo", "simpo", "cpo", "bco"), "of answers"),
 }
 #: What marked tokens of a preview are; those of the other objectives carry loss. Texts with a label have no marks.
 _MARKED: Mapping[ObjectiveKind, str] = {"tag": "has a tag", "answer": "is the answer", "classify": ""}

@@ -17,7 +17,7 @@ from ingle.data.types import Sample
 from ingle.errors import ConfigError
 from ingle.models import load_model
 from ingle.objectives.lm import NextTokenLoss
-from ingle.objectives.router_loss import choose_routers
+from ingle.objectives.router_loss import balanced, choose_routers
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     samples = [Sample(*(np.asarray(each, np.int32) for each in pair)) for pair in zip(texts, labels, strict=True)]
     batch = round_up(collate(samples))
     assert batch.input_ids.shape[1] > batch.num_tokens, "padding counts for nothing"
-    sums = NextTokenLoss(model, routers)(batch).losses
+    sums = balanced(NextTokenLoss(model), routers, weight)(batch).losses
     ours = sums["loss"] / batch.num_supervised + weight * sums["router_loss"] / batch.num_tokens
     ours.backward()
 
