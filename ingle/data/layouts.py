@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ingle.config.data import Layout
 from ingle.data.labelled_rows import parse_labelled
 from ingle.data.messages import is_conversation, not_text, read_messages, read_tools
+from ingle.data.preference_rows import parse_preference
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
@@ -65,9 +66,8 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     """
     _refuse_media(row, layout, origin)
     example = _Row(row, layout, origin, first).parse()
-    texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
-    for text in (*texts, *example.references, *(each.text for each in example.texts.values())):
-        if text is not None and not _is_unicode(text):
+    for text in (*example.references, *(text for each in (example, *example.texts.values()) for text in _texts(each))):
+        if not _is_unicode(text):
             why = "a text contains half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
             raise DataError("The row is malformed.", where=origin, why=why, fix="correct or remove the row")
     return example
@@ -82,6 +82,12 @@ def _refuse_media(row: Mapping[str, Any], layout: Layout, origin: str) -> None:
         value = row.get(name)
         if value and (layout in ("messages", "sharegpt") or not isinstance(value, str)):
             raise not_text(f"the column {name!r} has {kind}", origin)
+
+
+def _texts(example: Example) -> Iterator[str]:
+    yield from (message.written for message in example.messages)
+    yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)
+    yield example.tools
 
 
 def _is_unicode(text: str) -> bool:
@@ -111,6 +117,11 @@ class _Row:
                 return self._parse_pair()
             case "text":
                 return Example(self.origin, text=self._text("text"))
+            case "preference" | "transcript" | "judged" | "ranked":
+                try:
+                    return parse_preference(self.row, self.layout, self.origin)
+                except ValueError as error:
+                    raise self._misfit(str(error)) from None
             case "auto":
                 raise AssertionError("detect_layout decides first")
             case _:
