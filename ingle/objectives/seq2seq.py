@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,14 @@ class Joining:
         """Returns one sample for every two documents."""
         sources, targets = samples[::2], samples[1::2]
         assert len(sources) == len(targets), "a source has no target"
-        pairs = zip(sources, targets, strict=True)
-        return [self._target.sample(source.input_ids, target.input_ids) for source, target in pairs]
+        return [self._join(source, target) for source, target in zip(sources, targets, strict=True)]
+
+    def _join(self, source: Sample, target: Sample) -> Sample:
+        joined = self._target.sample(source.input_ids, target.input_ids)
+        if "scores" not in source.columns:
+            return joined
+        kept = {name: target.columns[name] for name in ("scores", "group_ids") if name in target.columns}
+        return replace(joined, columns={**joined.columns, **kept})
 
 
 def target_of(model: Model) -> Target:
