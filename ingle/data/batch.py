@@ -46,15 +46,16 @@ COLUMNS: Mapping[str, Column] = {
     "start_labels": Column("document", torch.int64, IGNORE_INDEX),
     "end_labels": Column("document", torch.int64, IGNORE_INDEX),
     "group_ids": Column("document", torch.int64, -1),
-    "parent_offsets": Column("document", torch.int32),
     "scores": Column("document", torch.float32),
+    "truncated": Column("document", torch.int64),
+    "parent_offsets": Column("document", torch.int32),
     "baselines": Column("document", torch.float32),
     "reference_logps": Column("token", torch.float32),
+    "decoder_reference_logps": Column("token", torch.float32),
     "decoder_input_ids": Column("token", torch.int64),
     "decoder_labels": Column("token", torch.int64, IGNORE_INDEX),
     "decoder_position_ids": Column("token", torch.int64),
     "decoder_cu_seqlens": Column("bounds", torch.int32),
-    "decoder_reference_logps": Column("token", torch.float32),
 }
 _ROWS = ("", "decoder_")
 #: The first of these columns that a batch has is what it predicts.

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ingle.data.layout_detection import detect_layout
-from ingle.data.layouts import PAIRS, is_conversation, parse_row
+from ingle.data.layouts import PAIRS, parse_row
+from ingle.data.messages import is_conversation
 from ingle.data.types import Example, RowParser
 from ingle.errors import DataError
 
