@@ -121,8 +121,8 @@ def _share_source(row: Sequence[Sample], at_least: int) -> list[Sample]:
         else:
             owner = number
             pairs.append(_with(sample, 0))
-    return pairs if any(sample.columns["parent_offsets"] for sample in pairs) else []
+    return pairs if any(sample.columns["parent_offsets"].any() for sample in pairs) else []
 
 
 def _with(sample: Sample, offset: int) -> Sample:
-    return Sample(sample.input_ids, sample.labels, {**sample.columns, "parent_offsets": np.int32(offset)})
+    return Sample(sample.input_ids, sample.labels, {**sample.columns, "parent_offsets": np.array([offset], np.int32)})

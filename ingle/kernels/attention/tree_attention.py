@@ -87,8 +87,8 @@ def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, trees: Trees, chunk: int | 
     """Computes every path as a document of its own."""
     paths = trees.paths.to(q.device)
     bounds = paths.cu_seqlens if chunk is None else cut_bounds(paths.cu_seqlens, chunk, trees.longest)
-    repeated = (t.index_select(2, paths.index_M) for t in (q, k, v))
-    return packed_attention(*repeated, bounds, **options).index_select(1, paths.place_N)
+    q, k, v = (t.index_select(2, paths.index_M) for t in (q, k, v))
+    return packed_attention(q, k, v, bounds, **options).index_select(1, paths.place_N)
 
 
 def cut_bounds(cu_seqlens: Tensor, chunk: int, longest: int) -> Tensor:
