@@ -14,7 +14,8 @@ from torch import Tensor
 from ingle.config.preferences import PairChoice
 from ingle.data.batch import Batch
 from ingle.data.types import IGNORE_INDEX
-from ingle.models import Model, forward_hidden, through_head
+from ingle.kernels.layers.token_statistics import token_statistics
+from ingle.models import Head, Model, forward_hidden, through_head
 from ingle.objectives.token_loss import head_logps
 
 
@@ -60,6 +61,32 @@ class AnswerTokens(NamedTuple):
 def answer_logps(model: Model, batch: Batch, targets_N: Tensor) -> Tensor:
     """Returns the log-probability of each target, [N]; 0 where there is none."""
     return through_head(model, head_logps, forward_hidden(model, batch)[0], targets_N)
+
+
+class Statistics(NamedTuple):
+    """Figures of each target, [N]; 0 where there is none. Only the log-probabilities are differentiable.
+
+    Attributes:
+        logps: Log-probabilities, in nats.
+        entropies: Entropies of the distributions that they come from, in nats.
+        log_squares: Logarithms of the sums of the squared probabilities.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    log_squares: Tensor
+
+
+def answer_statistics(model: Model, batch: Batch, targets_N: Tensor) -> Statistics:
+    """Returns the log-probability of each target, and what the distribution looks like."""
+    logps_N, *others = through_head(model, _describe, forward_hidden(model, batch)[0], targets_N)
+    return Statistics(logps_N, *(other.detach() for other in others))
+
+
+def _describe(output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+    """Returns :class:`Statistics` as one tensor, [3, N]."""
+    head = {"bias": output.bias, "logit_scale": output.logit_scale, "softcap": output.softcap}
+    return torch.stack(token_statistics(hidden_NH, output.weight, targets_N, **head))
 
 
 def with_reference(logps_N: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -14,7 +14,15 @@ from ingle.config.preferences import Cpo, Dpo, Orpo, Simpo
 from ingle.config.presets import suit_preferences
 from ingle.data.batch import Batch
 from ingle.models import Model
-from ingle.objectives.answers import AnswerTokens, Pairs, answer_logps, find_pairs, log_ratios
+from ingle.objectives.answers import (
+    AnswerTokens,
+    Pairs,
+    Statistics,
+    answer_logps,
+    answer_statistics,
+    find_pairs,
+    log_ratios,
+)
 from ingle.objectives.interface import Measure, StepModule, Sums, Term
 from ingle.objectives.pair_losses import Answers, PairOptions, pair_loss, rewards, start_value
 
@@ -61,6 +69,7 @@ class PairLoss(StepModule):
         *(Measure(f"rewards/{name}", "pairs") for name in ("chosen", "rejected", "margin", "accuracy")),
         *(Measure(f"logps/{name}", "pairs") for name in ("chosen", "rejected")),
         Measure("response_tokens", "answers"),
+        Measure("entropy", "answer_tokens"),
     )
     row_measures = ("rewards/accuracy", "rewards/margin", "logps/chosen")
 
@@ -70,6 +79,7 @@ class PairLoss(StepModule):
         self.options = pair_options(config)
         self._start = start_value(self.options)
         self._choice = config.pairs
+        self._weights_pairs = isinstance(config, Dpo) and config.weighting == "wpo"
         self._tail_weight = config.tail_weight if isinstance(config, Dpo) else 1.0
         self._sft_weight = 1.0 if isinstance(config, Orpo) else suit_preferences(config).sft_weight or 0.0
 
@@ -92,25 +102,28 @@ class PairLoss(StepModule):
             "pairs": float(len(pairs.best)),
             "chosen_tokens": float(tokens.lengths[pairs.best].sum()),
             "answers": float((tokens.lengths[batch.answers()] > 0).sum()),
+            "answer_tokens": float(len(tokens.rows)),
         }
 
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums over pairs, weighted so that every row counts once, and over tokens."""
         tokens = AnswerTokens.of(batch)
-        logps_N, pairs = answer_logps(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, logps_D = self._compare(logps_N, batch, tokens, pairs)
-        nothing = logps_N.sum() * 0.0  # differentiable, whatever the batch has
+        found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
+        losses_P, figures, logps_D = self._compare(found, batch, tokens, pairs)
+        nothing = found.logps.sum() * 0.0  # differentiable, whatever the batch has
         losses = {"preference": nothing + (losses_P * pairs.weights).sum()}
         if self._sft_weight:
             losses["sft_loss"] = nothing - logps_D[pairs.best].sum()
         metrics = {name: (value * pairs.weights).sum() for name, value in figures.items()}
-        return Sums(losses, metrics | {"response_tokens": tokens.lengths[batch.answers()].sum().float()})
+        metrics["response_tokens"] = tokens.lengths[batch.answers()].sum().float()
+        metrics["entropy"] = found.entropies.sum()
+        return Sums(losses, metrics)
 
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss of each row and some of its measures with one of its answers; float64 [answers, 8]."""
         tokens = AnswerTokens.of(batch)
-        logps_N, pairs = answer_logps(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, _ = self._compare(logps_N, batch, tokens, pairs)
+        found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
+        losses_P, figures, _ = self._compare(found, batch, tokens, pairs)
         columns = [losses_P, *(figures[name] for name in self.row_measures)]
         weights_P = pairs.weights.double().cpu()
         table_PC = torch.stack([each for column in columns for each in (column, torch.ones_like(column))], 1)
@@ -128,16 +141,20 @@ class PairLoss(StepModule):
 
     def start_sums(self, batch: Batch) -> Mapping[str, float]:
         """Returns the loss of pairs whose log-ratios are 0."""
-        return {} if self._start is None else {"preference": self._start * self.counts(batch)["pairs"]}
+        return (
+            {}
+            if self._start is None or self._weights_pairs
+            else {"preference": self._start * self.counts(batch)["pairs"]}
+        )
 
     def _pairs(self, batch: Batch, tokens: AnswerTokens) -> Pairs:
         return find_pairs(batch, tokens.lengths > 0, self._choice)
 
     def _compare(
-        self, logps_N: Tensor, batch: Batch, tokens: AnswerTokens, pairs: Pairs
+        self, found: Statistics, batch: Batch, tokens: AnswerTokens, pairs: Pairs
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the loss of each pair [P], its measures [P], and the log-probability of each document [D]."""
-        logps_M = logps_N[tokens.rows]
+        logps_M = found.logps[tokens.rows]
         logps_DT = tokens.by_document(logps_M)
         ratios_DT = tokens.by_document(log_ratios(logps_M, batch, tokens)) if self.has_reference else None
         shorter_P = torch.minimum(tokens.lengths[pairs.chosen], tokens.lengths[pairs.rejected])
@@ -159,7 +176,19 @@ class PairLoss(StepModule):
             "logps/chosen": logps_D[pairs.chosen].detach(),
             "logps/rejected": logps_D[pairs.rejected].detach(),
         }
-        return pair_loss(sides[0], sides[1], self.options), figures, logps_D
+        losses_P = pair_loss(sides[0], sides[1], self.options)
+        if self._weights_pairs:
+            losses_P = losses_P * self._weights(found, tokens, pairs)
+        return losses_P, figures, logps_D
+
+    def _weights(self, found: Statistics, tokens: AnswerTokens, pairs: Pairs) -> Tensor:
+        """Returns how likely the model itself would give both answers of each pair, [P], detached.
+
+        Source: Zhou et al. 2024, "WPO" (arXiv 2406.11827), equation 2 with sampled alignment.
+        """
+        aligned_M = (found.logps.detach() - found.log_squares)[tokens.rows]
+        means_D = tokens.by_document(aligned_M).sum(1) / tokens.lengths.clamp_min(1)
+        return (means_D[pairs.chosen] + means_D[pairs.rejected]).exp()
 
     def _sums(self, values_PT: Tensor, shorter_P: Tensor) -> Tensor:
         """Returns the sum over each answer, [P]; tokens beyond the length of the shorter answer have their own weight.
