@@ -147,6 +147,7 @@ class _Judged(Section):
     beta: Positive | None = None
     desirable_weight: Literal["auto"] | Positive = "auto"
     undesirable_weight: Literal["auto"] | Positive = "auto"
+    threshold: Annotated[float, Field(ge=-100, le=1e6)] | None = None
     share_prompts: Literal["auto"] | bool = "auto"
 
 
@@ -161,6 +162,7 @@ class Kto(_Judged):
         beta: Strength of the reference.
         desirable_weight: Weight of good answers. ``auto`` raises the weight of the rarer class to that of the other.
         undesirable_weight: Weight of bad answers.
+        threshold: Answers with a higher score are good. If null, all scores must be 1 or 0.
         baseline: What log-ratios are compared with: ``mismatched`` is the mean log-ratio of answers to other prompts,
             an estimate of the divergence from the reference; ``none`` is 0.
         share_prompts: Compute the prompt of a row once for all of its answers; ``auto``: where the model allows it.
@@ -182,6 +184,7 @@ class Bco(_Judged):
         beta: Strength of the reference.
         desirable_weight: Weight of good answers. ``auto`` raises the weight of the rarer class to that of the other.
         undesirable_weight: Weight of bad answers.
+        threshold: Answers with a higher score are good. If null, all scores must be 1 or 0.
         share_prompts: Compute the prompt of a row once for all of its answers; ``auto``: where the model allows it.
     """
 

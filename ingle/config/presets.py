@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, PairConfig, Reward, Simpo
+from ingle.config.preferences import Dpo, JudgedConfig, PairConfig
+from ingle.config.section import Section
 
 Preference = PairConfig | JudgedConfig
-_P = TypeVar("_P", Dpo, Simpo, Cpo, Orpo, Reward, Kto, Bco)
+_P = TypeVar("_P", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def preset_of(objective: Preference) -> Preset:
 
 def suit_preferences(objective: _P) -> _P:
     """Returns the objective with the published value in the place of every option that is null and has one."""
-    published = preset_of(objective).options
+    published = preset_of(objective).options  # type: ignore[arg-type] # of those sections
     filled = {name: value for name, value in published.items() if getattr(objective, name) is None}
     return objective.model_copy(update=filled)
 

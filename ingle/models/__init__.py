@@ -15,6 +15,7 @@ from ingle.models.forward.layers import (
     repeated_layers,
 )
 from ingle.models.forward.layout import require_shardable
+from ingle.models.forward.rewards import forward_reward
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
@@ -58,6 +59,7 @@ __all__ = [
     "find_routers",
     "first_token",
     "forward_hidden",
+    "forward_reward",
     "forward_task",
     "generate",
     "gguf_names",

@@ -16,8 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ingle.errors import ModelError
+from ingle.kernels.attention.bounds import is_bounds, read_bounds
 from ingle.kernels.attention.packed import packed_attention
-from ingle.models.forward.bounds import describe, is_bounds, read_bounds
+from ingle.kernels.attention.tree_attention import cut_bounds, tree_attention
+from ingle.models.forward.bounds import describe
 
 #: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
@@ -86,6 +88,10 @@ def attend(
             options |= {"causal": bounds.after == 0, "window": (bounds.before, bounds.after)}
         else:
             options |= {"causal": causal, "window": _window(module, sliding_window)}
+        if bounds is not None and bounds.trees is not None:
+            causal = options.pop("causal")
+            assert causal, "only what is predicted from left to right has trees"
+            return tree_attention(query, key, value, bounds.trees, **options, chunk=_chunk(module)), None
         cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
         return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q), None
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias), None
@@ -130,19 +136,19 @@ def _window(module: nn.Module, passed: int | None) -> int | None:
 
 def _cut(module: nn.Module, cu_seqlens: Tensor, longest: int | None) -> Tensor:
     """Returns the boundaries of what attention sees together: documents, or their chunks in a chunked layer."""
+    size = _chunk(module)
+    if size is None or (longest is not None and longest <= size):
+        return cu_seqlens
+    if longest is None:
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return cut_bounds(cu_seqlens, size, longest)
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """Returns the size of the chunks within which a chunked layer sees tokens; None for any other layer."""
     config = getattr(module, "config", None)
     kinds, size = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
-    if not kinds or not size or kinds[module.layer_idx] != "chunked_attention":
-        return cu_seqlens
-    if longest is not None and longest <= size:
-        return cu_seqlens
-    starts_D1, stops_D1 = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    if longest is None:
-        longest = int((stops_D1 - starts_D1).max())
-    # As many for each document, so that a GPU need not report lengths; those past its end are empty.
-    offsets = torch.arange(0, longest, size, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    cuts = torch.minimum(starts_D1 + offsets, stops_D1).flatten()
-    return torch.cat((cuts, cu_seqlens[-1:]))
+    return size if kinds and size and kinds[module.layer_idx] == "chunked_attention" else None
 
 
 def _attend_masked(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ingle.kernels.attention.trees import Trees
 from ingle.planning.layouts import PADDING
 
 
@@ -49,7 +50,7 @@ class Documents:
     """The documents of a packed row.
 
     Attributes:
-        groups: Cover each document once.
+        groups: Cover each document once, in trees each path.
         num_tokens: N.
         place_N: The place of each packed token among the places of all groups.
     """
@@ -69,6 +70,21 @@ class Documents:
         bounds = cu_seqlens.tolist()
         spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
         return cls._of_spans(list(_by_length(spans, padding)), cu_seqlens)
+
+    @classmethod
+    def of_trees(cls, trees: Trees, device: torch.device, *, padding: float = PADDING) -> Documents:
+        """Groups the paths of trees by length: a prompt is dealt once for each of its answers, and collected once.
+
+        Args:
+            trees: Which documents continue others.
+            device: Where the groups are.
+            padding: As for :meth:`of`.
+        """
+        paths = trees.paths
+        repeated = cls.of(paths.cu_seqlens, padding=padding)
+        groups = tuple(Group(paths.index_M[group.index_DL], group.real_DL).to(device) for group in repeated.groups)
+        place_N = repeated.place_N[paths.place_N].to(device, non_blocking=True)
+        return cls(groups, trees.bounds[-1], place_N)
 
     @classmethod
     def of_groups(cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]]) -> Documents:

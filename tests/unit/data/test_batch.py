@@ -17,6 +17,7 @@ PAIR = {
     "document_weights": np.float32(2),
     "start_labels": np.int64(1),
     "end_labels": np.int64(2),
+    "parent_offsets": np.int32(0),
 }
 
 
