@@ -78,7 +78,8 @@ def inspect(
     duplicates = DuplicateSearch()
     objective = name_labels(data, objective)
     kind = objective.kind
-    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=kind))
+    asked: ObjectiveKind = "sft" if reads_answers(kind) else kind  # a task asks for answers
+    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=asked))
     overlap = OverlapSearch(rows) if held_out is not None else None
 
     on_example = None if overlap is None else overlap.add

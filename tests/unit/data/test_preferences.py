@@ -349,7 +349,8 @@ def test_the_doctor_finds_what_was_planted(tmp_path, tokenizer):
 
 
 def test_the_doctor_counts_cut_answers_ties_and_classes(tmp_path, tokenizer):
-    rows = [{"prompt": f"p{i}", "chosen": "yes " * (40 if i < 3 else 2), "rejected": "no"} for i in range(10)]
+    said = [f"{i} " + "yes " * (40 if i < 3 else 2) for i in range(10)]
+    rows = [{"prompt": "a", "chosen": text, "rejected": f"{i} no"} for i, text in enumerate(said)]
     options = {"max_seq_len": 32, "too_long": "truncate"}
     dataset, _ = build(tmp_path / "a.jsonl", rows, tokenizer, **options)
     report = examine(dataset, is_judged=False)
