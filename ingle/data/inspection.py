@@ -101,7 +101,7 @@ def inspect(
     found, shared = duplicates.result(), overlap.result() if overlap is not None else None
     previews = Previews(dataset, tokenizer, objective, seed)
     has_targets = dataset.groups is not None and "source" in dataset.groups.names
-    writes = kind in ("clm", "sft") or (reads_answers(kind) and not has_targets)
+    writes = kind in ("clm", "sft") or (reads_answers(kind) and model_kind == "causal")
     endings = _count_endings(dataset, previews) if writes else ()
     labels = _count_labels(dataset, objective)
     problems = find_problems(kind, dataset.stats, endings, found, shared, _unknown_share(dataset, tokenizer))
