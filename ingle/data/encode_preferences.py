@@ -104,13 +104,13 @@ class PreferenceEncoder:
 
     def _find_fault(self, answers: Sequence[_Scored]) -> str | None:
         """Returns why there is nothing to learn from a row; None if there is."""
-        if self._is_judged:
-            return None if answers else "No answer has a score."
-        if len(answers) < 2:
-            return "Fewer than two answers have a score."
+        if len(answers) < (1 if self._is_judged else 2):
+            return "No answer has a score." if self._is_judged else "Fewer than two answers have a score."
         first = answers[0]
-        if all(_said(each.text) == _said(first.text) for each in answers):
+        if len(answers) > 1 and all(_said(each.text) == _said(first.text) for each in answers):
             return "All answers are equal."
+        if self._is_judged:
+            return None
         if all(each.score == first.score for each in answers):
             return "All answers have the same score."
         if first.name == "chosen" and any(each.score > first.score for each in answers):

@@ -151,6 +151,9 @@ def test_judged_answers_stand_alone(tmp_path, tokenizer):
         dataset, _ = build(tmp_path / f"{number}.jsonl", [row], tokenizer, objective)
         assert scores_of(dataset) == expected
         assert dataset.groups is None
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    dataset, _ = build(tmp_path / "a.jsonl", [pair, same], tokenizer, KTO)
+    assert [(remark.reason, remark.count) for remark in dataset.stats.dropped] == [("All answers are equal.", 1)]
     good = {"path": str(tmp_path / "good.jsonl"), "label": "good"}
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert scores_of(build_dataset(DataConfig(sources=[good]), tokenizer, objective=KTO)) == [1]
