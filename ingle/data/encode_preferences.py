@@ -54,8 +54,10 @@ class PreferenceEncoder:
             )
         self._options = options
         self._is_judged = FAMILY[options.objective] == "judged"
-        form = ConversationAnswers if options.model_kind == "causal" else TextAnswers
-        self._form: AnswerEncoder = form(tokenizer, options)
+        is_causal = options.model_kind == "causal"
+        self._form: AnswerEncoder = (
+            ConversationAnswers(tokenizer, options) if is_causal else TextAnswers(tokenizer, options)
+        )
 
     def encode(self, examples: Sequence[Example], counts: Counts) -> Iterator[tuple[Example, Sequence[Piece]]]:
         """Yields the documents of each row that is kept; see :class:`~ingle.data.row_encoder.RowEncoder`.
