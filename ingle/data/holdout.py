@@ -168,8 +168,8 @@ def find_groups(dataset: TokenDataset, sink: Sink = lambda event: None) -> Hashe
     if (keys[:, 1] == keys[0, 1]).all():  # such as a fixed first text: it says nothing about rows
         keys = keys[:, :1]
     if dataset.stats.split_documents and len(np.unique(keys[:, 0])) < _FEW_ROWS:
-        keys = np.array([[_hash_all(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
-    found = unite(keys, np.array(list(_find_near(dataset, sink)), np.int64).reshape(-1, 2))
+        keys = np.array([[hash_tokens(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
+    found = unite(keys, np.array(list(find_near(dataset, sink)), np.int64).reshape(-1, 2))
     if memo is not None:
         content = BytesIO()
         np.save(content, found)
@@ -198,7 +198,7 @@ def unite(keys: Hashes, pairs: Indices) -> Hashes:
     return united
 
 
-def _find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
+def find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
     """Yields pairs of near duplicates; only signatures of all documents are kept in memory."""
     compared = _find_compared(dataset)
     shingles_of = _distinctive_shingles(dataset, compared)
@@ -265,7 +265,7 @@ def _shingles(ids: npt.NDArray[np.int32]) -> Hashes:
     return np.unique(hashes)
 
 
-def _hash_all(ids: npt.NDArray[np.int32]) -> int:
+def hash_tokens(ids: npt.NDArray[np.int32]) -> int:
     """Returns a hash of all tokens in their order."""
     places = np.arange(1, len(ids) + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return int(np.bitwise_xor.reduce(mix(ids.astype(np.uint64) ^ mix(places))))
