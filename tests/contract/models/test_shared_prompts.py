@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, PreTrainedModel
 
 from ingle import adapters, models
-from ingle.config import NoBase
+from ingle.config import ModelConfig, NoBase
 from ingle.data import IGNORE_INDEX, Batch, Sample, collate, round_up
 from ingle.data.shared_prompts import share
 from ingle.models.forward.layout import apply_layout, layout_of
+from ingle.models.forward.task_heads import forward_task
 from ingle.models.loading.layout_choice import choose_layout, enliven
 from tests.contract.models.any_model import FolderOf, attach, load, writer
+from tests.contract.models.test_task_heads import TASKS, build
 from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config, small_encoder_decoder_config
 
 #: A type for every way to mix tokens, and the layout that it has: packed (with windows, sinks, chunks, latent
@@ -110,9 +113,10 @@ def require_same(
         assert (actual - expected).norm() <= rounding * expected.norm().clamp_min(floor)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in CAUSAL else pytest.mark.sweep) for k in CAUSAL_TYPES]
-)
+OTHERS = [pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in CAUSAL]
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, *OTHERS])
 def test_answers_of_one_prompt(kind: str, causal_folder: FolderOf) -> None:
     try:
         model = load(causal_folder(kind), NoBase())
@@ -187,3 +191,19 @@ def test_a_mask_without_trees_is_found(causal_folder: FolderOf, monkeypatch: pyt
         monkeypatch.setattr(models, "forward_hidden", lambda model, batch: hidden)
         ours = losses(model, shared)
     assert not torch.allclose(ours, theirs, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "single"), ("llama", "tag"), ("bert", "single")])
+def test_task_heads(kind: str, name: str, tmp_path: Path) -> None:
+    """Outputs of answers, as for rewards; a model that sees later tokens repeats the prompts."""
+    task = TASKS[name]
+    build(kind, task).save_pretrained(tmp_path)
+    model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), task=task)
+    shared, repeated = (round_up(collate(each)) for each in (share(make_samples(), at_least=4), make_samples()))
+    ours, theirs = (forward_task(model, batch) for batch in (shared, repeated))
+    if name == "tag":  # at the last token of each answer
+        ours = ours[0, shared.cu_seqlens[shared.answers() + 1].long() - 1]
+        theirs = theirs[0, repeated.cu_seqlens[repeated.answers() + 1].long() - 1]
+    else:
+        ours = ours[shared.answers()]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
