@@ -1,4 +1,4 @@
-"""Writes ``trl-1.16.json``: losses of pairs and their gradients, as TRL 1.16 computes them from given log-probabilities.
+"""Writes ``trl-1.16.json``: losses of pairs and their gradients, as TRL 1.16 computes them from log-probabilities.
 
 Run it where TRL is installed: ``python tests/oracles/trl_goldens.py``. The tests read the file only.
 """
@@ -6,6 +6,7 @@ Run it where TRL is installed: ``python tests/oracles/trl_goldens.py``. The test
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,8 +93,6 @@ def _dpo(name: str, options: dict[str, Any], pair: int) -> tuple[float, list[lis
     if options.get("ld_alpha") is not None:
         tail = torch.arange(width) >= min(lengths)
         sums = (reference * torch.where(tail, options["ld_alpha"], 1.0)).sum(1)
-    from collections import defaultdict
-
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=_Accelerator(),
@@ -126,6 +125,13 @@ def _dpo(name: str, options: dict[str, Any], pair: int) -> tuple[float, list[lis
     return float(loss), gradient.tolist()
 
 
+def _inputs(pair: int) -> dict[str, Any]:
+    """What a pair is made of."""
+    names = ("logps", "reference", "log_squares")
+    rows = {name: _rows(10 * pair + part, LENGTHS[pair]).tolist() for part, name in enumerate(names)}
+    return {"lengths": LENGTHS[pair], **rows}
+
+
 def _sides(pair: int, mean: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     answer = _rows(10 * pair, LENGTHS[pair]).requires_grad_(True)
     sums = answer.sum(1)
@@ -151,22 +157,12 @@ def _orpo(pair: int) -> tuple[float, list[list[float]]]:
 def main() -> None:
     """Writes the file next to this one."""
     pairs = range(len(LENGTHS))
-    inputs = [
-        {
-            "lengths": LENGTHS[pair],
-            **{
-                n: _rows(10 * pair + i, LENGTHS[pair]).tolist()
-                for i, n in enumerate(("logps", "reference", "log_squares"))
-            },
-        }
-        for pair in pairs
-    ]
     losses = [({"kind": "dpo", **own}, [_dpo(name, options, pair) for pair in pairs]) for name, own, options in DPO]
     losses += [(own, [_cpo(options, pair) for pair in pairs]) for own, options in CPO]
     losses.append(({"kind": "orpo", "beta": 0.1}, [_orpo(pair) for pair in pairs]))
     content = {
         "version": trl.__version__,
-        "pairs": inputs,
+        "pairs": [_inputs(pair) for pair in pairs],
         "losses": [
             {"objective": own, "values": [value for value, _ in found], "gradients": [g for _, g in found]}
             for own, found in losses
