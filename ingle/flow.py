@@ -175,6 +175,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         prove_start,
         objective=objective,
         mesh=mesh,
+        dtype=models.compute_dtype(run.model.dtype, mesh.device),
         has_adapter=run.adapter.kind != "none",
         file=folder.start,
         sink=sink,
