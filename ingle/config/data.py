@@ -45,7 +45,7 @@ class Source(Section):
             turns ``Human:`` and ``Assistant:``.
         columns: Columns to rename before the layout applies, new name first: ``{prompt: mr, completion: ref}``. Dots
             lead into nested columns and lists: ``{source: translation.en, target: messages.1.content}``.
-        label: The label of every row (``classify``), for files with the texts of one class.
+        label: The label of every row (``classify``, ``kto``, ``bco``), for files with the texts of one class.
         lines: Read a text file of any suffix as one text per line, rather than as one text.
         split: Split of a hub dataset.
         name: Configuration name of a hub dataset.

@@ -32,12 +32,11 @@ PROMPTS_CUT = "Prompts that are too long lose their oldest messages, or their fi
 class AnswerEncoder(Protocol):
     """Tokenizes answers with their prompts."""
 
-    def encode(self, rows: Sequence[Sequence[Example]], counts: Counts) -> Iterator[list[Sequence[Piece] | str]]:
-        """Yields, for every row, the documents of each answer, or why the answer is left out.
+    def encode(self, rows: Sequence[Sequence[Example]]) -> Iterator[tuple[list[Sequence[Piece] | str], Counts]]:
+        """Yields, for every row, the documents of each answer, or why it is left out, and what is cut or unusual.
 
         Args:
             rows: The answers of each row.
-            counts: Receives what is cut or unusual.
         """
 
 
@@ -88,7 +87,7 @@ class ConversationAnswers:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos: int | None = None if bos == eos else bos
 
-    def encode(self, rows: Sequence[Sequence[Example]], counts: Counts) -> Iterator[list[Sequence[Piece] | str]]:
+    def encode(self, rows: Sequence[Sequence[Example]]) -> Iterator[tuple[list[Sequence[Piece] | str], Counts]]:
         """Yields the document of each answer; see :class:`AnswerEncoder`.
 
         Raises:
@@ -97,12 +96,13 @@ class ConversationAnswers:
         """
         turns = list(map(_count_answers, rows))
         for row, own, (documents, found) in zip(rows, turns, self._tokenize(rows, turns), strict=True):
+            counts = Counts()
             _add_remarks(documents, found, counts)
             faults = [self._find_fault(text, each) for text, each in zip(row, found, strict=True)]
             for fault, text in zip(faults, row, strict=True):
                 if fault is not None:
                     self._refuse(fault, text, counts)
-            yield self._fit(row, own, found, counts)
+            yield self._fit(row, own, found, counts), counts
 
     def _tokenize(
         self, rows: Sequence[Sequence[Example]], turns: Sequence[Sequence[int]]

@@ -77,9 +77,9 @@ class PreferenceEncoder:
             for remark in example.remarks:
                 counts.remarks.add(remark, example.origin)
             rows.append((example, answers))
-        encoded = self._form.encode([[each.text for each in answers] for _, answers in rows], counts)
-        for (example, answers), found in zip(rows, encoded, strict=True):
-            yield from self._keep(example, answers, found, counts)
+        encoded = self._form.encode([[each.text for each in answers] for _, answers in rows])
+        for (example, answers), (found, own) in zip(rows, encoded, strict=True):
+            yield from self._keep(example, answers, found, own, counts)
 
     def _read(self, example: Example) -> list[_Scored]:
         """Returns the answers of a row that have a score; scores are 1 and 0 where answers are judged."""
@@ -118,9 +118,22 @@ class PreferenceEncoder:
         return None
 
     def _keep(
-        self, example: Example, answers: Sequence[_Scored], found: Sequence[Sequence[Piece] | str], counts: Counts
+        self,
+        example: Example,
+        answers: Sequence[_Scored],
+        found: Sequence[Sequence[Piece] | str],
+        own: Counts,
+        counts: Counts,
     ) -> Iterator[tuple[Example, Sequence[Piece]]]:
-        """Yields the documents of a row, without the answers that could not be tokenized."""
+        """Yields the documents of a row, without the answers that could not be tokenized.
+
+        Args:
+            example: The row.
+            answers: Its answers.
+            found: Their documents, or why an answer is left out.
+            own: What is cut or unusual in the row; it counts if the row is kept.
+            counts: Those of all rows.
+        """
         kept, reasons = [], []
         for answer, pieces in zip(answers, found, strict=True):
             if isinstance(pieces, str):
@@ -131,11 +144,10 @@ class PreferenceEncoder:
         if len(kept) < needed or (not self._is_judged and len({answer.score for answer, _ in kept}) < needed):
             counts.dropped.add(reasons[0], example.origin)
             return
+        counts.add(own)
         for reason in dict.fromkeys(reasons):
             counts.remarks.add(f"Single answers are left out: {reason}", example.origin)
-        for _, pieces in kept:
-            cut = bool(pieces[-1].document_columns["truncated"])
-            counts.cut_ends += cut
+        counts.cut_ends += sum(bool(pieces[-1].document_columns["truncated"]) for _, pieces in kept)
         if self._is_judged:
             yield from ((example, pieces) for _, pieces in kept)
         else:

@@ -43,15 +43,16 @@ class TextAnswers:
             self._source = self._alone._replace(types=())
             self._target = read_target_tokens(tokenizer)
 
-    def encode(self, rows: Sequence[Sequence[Example]], counts: Counts) -> Iterator[list[Sequence[Piece] | str]]:
+    def encode(self, rows: Sequence[Sequence[Example]]) -> Iterator[tuple[list[Sequence[Piece] | str], Counts]]:
         """Yields the document of each answer, or its source and its target; see ``AnswerEncoder``."""
         fit = self._fit_targets if self._has_target else self._fit_pairs
         for row in rows:
+            counts = Counts()
             texts = [write_prompt(text, self._options.system) for text in row]
             prompts, answers = (
                 [self._read(part, row[0].origin, counts) for part in parts] for parts in zip(*texts, strict=True)
             )
-            yield fit(prompts, answers, row[0].origin, counts)
+            yield fit(prompts, answers, row[0].origin, counts), counts
 
     def _read(self, text: str, origin: str, counts: Counts) -> Ids:
         """Returns the tokens of a text, in which control tokens are text unless the options keep them."""
@@ -97,6 +98,8 @@ class TextAnswers:
         for prompt, answer in zip(prompts, answers, strict=True):
             target, _ = self._target.wrap(answer)
             fault = None if len(answer) else "Empty answer."
+            if not len(prompt) + self._source.num_tokens:
+                fault = "Empty source."
             if fault is None and len(target) > options.max_target_len and options.too_long != "truncate":
                 fault = f"Longer than data.max_target_len = {options.max_target_len}."
             if fault is None and len(prompt) > room and not cuts_prompts:

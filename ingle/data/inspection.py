@@ -78,7 +78,8 @@ def inspect(
     duplicates = DuplicateSearch()
     objective = name_labels(data, objective)
     kind = objective.kind
-    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=kind))
+    asked: ObjectiveKind = "sft" if reads_answers(kind) else kind  # a task asks for answers
+    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=asked))
     overlap = OverlapSearch(rows) if held_out is not None else None
 
     on_example = None if overlap is None else overlap.add
@@ -100,7 +101,7 @@ def inspect(
     found, shared = duplicates.result(), overlap.result() if overlap is not None else None
     previews = Previews(dataset, tokenizer, objective, seed)
     has_targets = dataset.groups is not None and "source" in dataset.groups.names
-    writes = kind in ("clm", "sft") or (reads_answers(kind) and not has_targets)
+    writes = kind in ("clm", "sft") or (reads_answers(kind) and model_kind == "causal")
     endings = _count_endings(dataset, previews) if writes else ()
     labels = _count_labels(dataset, objective)
     problems = find_problems(kind, dataset.stats, endings, found, shared, _unknown_share(dataset, tokenizer))

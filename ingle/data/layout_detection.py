@@ -116,7 +116,8 @@ def detect_source(
     """
     row = rename_columns(raw, source.columns, origin) if source.columns else raw
     if reads_answers(objective):
-        return source.model_copy(update={"layout": _detect_answers(row, objective, origin)}), None
+        labelled = row if source.label is None else {**row, "label": source.label}
+        return source.model_copy(update={"layout": _detect_answers(labelled, objective, origin)}), None
     found = detect_labelled(row, objective, has_label=source.label is not None)
     if found is None and objective in ("mlm", "span") and "text" not in row:
         text = find_text(row)

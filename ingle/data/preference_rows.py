@@ -53,11 +53,20 @@ def detect_preference(row: Mapping[str, Any], objective: ObjectiveKind) -> Layou
         both = (row["chosen"], row["rejected"])
         has_turns = all(isinstance(text, str) and _TURN.match(text) for text in both)
         return "transcript" if has_turns and _find(row, _PROMPTS) is None else "preference"
-    if isinstance(_find(row, _LISTS), list) and (_find(row, _PROMPTS) is not None):
+    if _find(row, _PROMPTS) is not None and _has_scores(row):
         return "ranked"
     given = any(is_conversation(row.get(name)) for name in _CONVERSATIONS)
     given |= _find(row, _PROMPTS) is not None and _find(row, _COMPLETIONS) is not None
     return "judged" if FAMILY[objective] == "judged" and given and _find(row, _LABELS) is not None else None
+
+
+def _has_scores(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row has a list of answers with scores."""
+    answers = _find(row, _LISTS)
+    if not isinstance(answers, list) or not answers:
+        return False
+    inside = any(isinstance(each, Mapping) and _find(each, _RATINGS) is not None for each in answers)
+    return inside or any(isinstance(row.get(name), list) for name in (*_SCORES, "ranks"))
 
 
 def parse_preference(row: Mapping[str, Any], layout: Layout, origin: str) -> Example:

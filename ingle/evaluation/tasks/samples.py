@@ -51,9 +51,9 @@ def read_task(
         DataError: A row cannot be read, or there is none.
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
-    if reads_answers(objective):  # a task has prompts and references, not preferences
-        objective = "sft"
-    samples = [_sample(example) for example in read_examples(task.sources, objective=objective, on_warning=on_warning)]
+    # The task of a model that learned from preferences is to write answers.
+    kind: ObjectiveKind = "sft" if reads_answers(objective) else objective
+    samples = [_sample(example) for example in read_examples(task.sources, objective=kind, on_warning=on_warning)]
     if not samples:
         raise DataError(
             "The task has no samples.",

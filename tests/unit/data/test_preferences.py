@@ -151,6 +151,9 @@ def test_judged_answers_stand_alone(tmp_path, tokenizer):
         dataset, _ = build(tmp_path / f"{number}.jsonl", [row], tokenizer, objective)
         assert scores_of(dataset) == expected
         assert dataset.groups is None
+    good = {"path": str(tmp_path / "good.jsonl"), "label": "good"}
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert scores_of(build_dataset(DataConfig(sources=[good]), tokenizer, objective=KTO)) == [1]
     with pytest.raises(ConfigError, match="only with a threshold"):
         build(tmp_path / "a.jsonl", [ranked], tokenizer, KTO)
 
@@ -349,7 +352,8 @@ def test_the_doctor_finds_what_was_planted(tmp_path, tokenizer):
 
 
 def test_the_doctor_counts_cut_answers_ties_and_classes(tmp_path, tokenizer):
-    rows = [{"prompt": f"p{i}", "chosen": "yes " * (40 if i < 3 else 2), "rejected": "no"} for i in range(10)]
+    said = [f"{i} " + "yes " * (40 if i < 3 else 2) for i in range(10)]
+    rows = [{"prompt": "a", "chosen": text, "rejected": f"{i} no"} for i, text in enumerate(said)]
     options = {"max_seq_len": 32, "too_long": "truncate"}
     dataset, _ = build(tmp_path / "a.jsonl", rows, tokenizer, **options)
     report = examine(dataset, is_judged=False)
