@@ -58,7 +58,7 @@ def share(samples: Sequence[Sample], *, at_least: int = AT_LEAST, supervised: bo
 
 def _group(sample: Sample) -> int:
     assert "group_ids" in sample.columns, "documents that share a prompt need group_ids"
-    return int(sample.columns["group_ids"])
+    return int(np.asarray(sample.columns["group_ids"]).item())
 
 
 def _share_start(row: Sequence[Sample], at_least: int, supervised: bool) -> list[Sample]:
