@@ -24,6 +24,7 @@ from ingle.models.forward import attention
 from ingle.models.forward.layout import apply_layout, layout_of
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.loading.layout_choice import choose_layout, enliven
+from ingle.training.compiling import compile_layers
 from tests.contract.models.any_model import FolderOf, attach, load, writer
 from tests.contract.models.test_task_heads import TASKS, build
 from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config, small_encoder_decoder_config
@@ -177,6 +178,13 @@ def test_trees_are_independent(causal_folder: FolderOf) -> None:
             kept = [place for place in range(len(samples)) if place not in changed]
             assert torch.equal(before[kept], after[kept])
             assert not torch.equal(before[changed], after[changed])
+
+
+@pytest.mark.sweep
+def test_compiled_layers(causal_folder: FolderOf) -> None:
+    model = attached(load(causal_folder("gemma2"), NoBase()))
+    compile_layers(model)
+    require_same(model, make_samples())
 
 
 def test_fused_layers(causal_folder: FolderOf) -> None:
