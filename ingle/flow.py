@@ -170,9 +170,16 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     states: dict[str, Stateful] = {"optimizer": parts.optimizer, "objective": objective}
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
-    is_full = run.adapter.kind == "none"
-    movement = Movement(parts.optimizer, run.optim, plan.num_steps, is_full=is_full, mesh=mesh)
-    prove = partial(prove_start, objective=objective, mesh=mesh, has_adapter=not is_full, file=folder.start, sink=sink)
+    movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    prove = partial(
+        prove_start,
+        objective=objective,
+        mesh=mesh,
+        dtype=models.compute_dtype(run.model.dtype, mesh.device),
+        has_adapter=run.adapter.kind != "none",
+        file=folder.start,
+        sink=sink,
+    )
     if parts.held_out is not None:
         states["selection"] = validation.selection
     checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best)

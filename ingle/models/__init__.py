@@ -15,6 +15,7 @@ from ingle.models.forward.layers import (
     repeated_layers,
 )
 from ingle.models.forward.layout import require_shardable
+from ingle.models.forward.prompt_sharing import why_prompts_repeat
 from ingle.models.forward.rewards import forward_reward
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
@@ -96,4 +97,5 @@ __all__ = [
     "tower_paths",
     "trained_objective",
     "verify",
+    "why_prompts_repeat",
 ]

@@ -18,7 +18,6 @@ from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption
 from ingle.errors import ConfigError
 from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
 from ingle.models.forward.layout import layout_of
-from ingle.models.forward.rewards import scores_by_position
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.driver import DocumentLoss, PackedObjective
@@ -179,12 +178,22 @@ def corruption(run: Run, context: Context) -> Corruption | None:
 
 
 def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
-    """Returns what joins sources with their targets, and shares the prompts of rows."""
+    """Returns what joins sources with their targets, and shares the prompts of rows.
+
+    Raises:
+        ConfigError: Prompts are to be shared in a model that reads them together with their answers.
+    """
     joining = Joining(target_of(model)) if reads_sources(config, model) else None
+    can_share = joining is not None or kind_of(model.config) == "causal"
     shares = getattr(config, "share_prompts", False)
     if shares == "auto":
-        can_share = scores_by_position(model) if config.kind == "reward" else True
-        shares = joining is not None or (can_share and layout_of(model).computes_trees)
+        shares = can_share and (joining is not None or layout_of(model).computes_trees)
+    if shares and not can_share:
+        raise ConfigError(
+            f"{type(model).__name__} reads each answer together with its prompt, which cannot be shared.",
+            where="objective.share_prompts",
+            fix="--objective.share_prompts=auto",
+        )
     return Sharing(joining) if shares else joining
 
 

@@ -85,8 +85,15 @@ def answer_statistics(model: Model, batch: Batch, targets_N: Tensor) -> Statisti
 
 def _describe(output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
     """Returns :class:`Statistics` as one tensor, [3, N]."""
-    head = {"bias": output.bias, "logit_scale": output.logit_scale, "softcap": output.softcap}
-    return torch.stack(token_statistics(hidden_NH, output.weight, targets_N, **head))
+    found = token_statistics(
+        hidden_NH,
+        output.weight,
+        targets_N,
+        bias=output.bias,
+        logit_scale=output.logit_scale,
+        softcap=output.softcap,
+    )
+    return torch.stack(found)
 
 
 def with_reference(logps_N: Tensor, batch: Batch) -> dict[str, Tensor]:

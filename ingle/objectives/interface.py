@@ -258,7 +258,7 @@ class Objective(ABC):
         By default, the mean of each term after the first, without its weight, and of each measure. A mean over nothing
         is left out.
         """
-        means = [*self.module.terms[1:], *self.module.measures]
+        means: list[Term | Measure] = [*self.module.terms[1:], *self.module.measures]
         found = [mean for mean in means if mean.name in sums and counts.get(mean.denominator)]
         return {mean.name: sums[mean.name] / counts[mean.denominator] for mean in found}
 

@@ -109,7 +109,7 @@ class PairLoss(StepModule):
         """Returns the sums over pairs, weighted so that every row counts once, and over tokens."""
         tokens = AnswerTokens.of(batch)
         found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, logps_D = self._compare(found, batch, tokens, pairs)
+        losses_P, figures, logps_D = self.compare(found, batch, tokens, pairs)
         nothing = found.logps.sum() * 0.0  # differentiable, whatever the batch has
         losses = {"preference": nothing + (losses_P * pairs.weights).sum()}
         if self._sft_weight:
@@ -123,7 +123,7 @@ class PairLoss(StepModule):
         """Returns the loss of each row and some of its measures with one of its answers; float64 [answers, 8]."""
         tokens = AnswerTokens.of(batch)
         found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, _ = self._compare(found, batch, tokens, pairs)
+        losses_P, figures, _ = self.compare(found, batch, tokens, pairs)
         columns = [losses_P, *(figures[name] for name in self.row_measures)]
         weights_P = pairs.weights.double().cpu()
         table_PC = torch.stack([each for column in columns for each in (column, torch.ones_like(column))], 1)
@@ -150,10 +150,17 @@ class PairLoss(StepModule):
     def _pairs(self, batch: Batch, tokens: AnswerTokens) -> Pairs:
         return find_pairs(batch, tokens.lengths > 0, self._choice)
 
-    def _compare(
+    def compare(
         self, found: Statistics, batch: Batch, tokens: AnswerTokens, pairs: Pairs
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Returns the loss of each pair [P], its measures [P], and the log-probability of each document [D]."""
+        """Returns the loss of each pair [P], its measures [P], and the log-probability of each document [D].
+
+        Args:
+            found: Figures of the tokens.
+            batch: With the log-probabilities of the reference, if the loss has one.
+            tokens: The supervised tokens of the batch.
+            pairs: Its pairs.
+        """
         logps_M = found.logps[tokens.rows]
         logps_DT = tokens.by_document(logps_M)
         ratios_DT = tokens.by_document(log_ratios(logps_M, batch, tokens)) if self.has_reference else None

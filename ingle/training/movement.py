@@ -6,13 +6,17 @@ the loss falls by the others.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
+from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.config.optim import OptimConfig
 from ingle.errors import NotTrained
 from ingle.events import Sink, Warned
 from ingle.parallel import Mesh, local
+from ingle.planning.selection import matches
 from ingle.training.optim import Optimizer
 from ingle.training.schedule import learning_rate, warmup_steps
 from ingle.wording import some
@@ -38,12 +42,14 @@ class Movement:
         optimizer: Has the trained tensors.
         config: The learning rates.
         num_steps: Steps of the run.
-        is_full: Whether all weights are trained; an architecture may have some that an objective does not use.
+        adapter: What is trained.
         mesh: The ranks; each compares the rows that it holds.
     """
 
-    def __init__(self, optimizer: Optimizer, config: OptimConfig, num_steps: int, *, is_full: bool, mesh: Mesh) -> None:
-        self._optimizer, self._is_full, self._mesh = optimizer, is_full, mesh
+    def __init__(
+        self, optimizer: Optimizer, config: OptimConfig, num_steps: int, *, adapter: AdapterConfig, mesh: Mesh
+    ) -> None:
+        self._optimizer, self._adapter, self._mesh = optimizer, adapter, mesh
         self._gradients_by = min(FIRST_STEPS, num_steps)
         # In a long warm-up, the first updates may be smaller than the spacing of float32.
         self._values_by = min(max(FIRST_STEPS, warmup_steps(config, num_steps)), num_steps)
@@ -60,9 +66,9 @@ class Movement:
         if step not in (self._gradients_by, self._values_by) or not self._is_long_enough:
             return
         unreached = self._on_all_ranks(self._without_gradient())
-        unused = [name for name in unreached if self._is_full or "expert" in name.lower()]
+        unused = self._unused(unreached)
         if unused and step == self._gradients_by:
-            sink(Warned(f"No gradient has reached {len(unused)} trained tensors: {some(unused)}.", count=len(unused)))
+            sink(Warned(f"No gradient reaches {len(unused)} trained tensors, which stay as they are: {some(unused)}."))
         wrong = [name for name in unreached if name not in unused]
         if wrong:
             raise _error(wrong, len(self._before), step, "no gradient reached them", _LEAVE_OUT)
@@ -73,6 +79,32 @@ class Movement:
             if unmoved:
                 raise _error(unmoved, len(self._before), step, "all of their updates round to zero", _RAISE)
 
+    def _unused(self, unreached: list[str]) -> list[str]:
+        """Returns the tensors that no gradient reaches although nothing is wrong.
+
+        An architecture has weights that an objective does not use: LED's global attention, an expert without tokens, a
+        pooling layer. Of a kind of layer that is used elsewhere in the model, or that the config names, that is wrong.
+        """
+        if isinstance(self._adapter, NoAdapter):
+            return unreached
+        used = {_kind(name) for name in self._before if name not in unreached}
+        return [
+            name
+            for name in unreached
+            if used and ("expert" in name.lower() or (_kind(name) not in used and not self._is_named(name)))
+        ]
+
+    def _is_named(self, name: str) -> bool:
+        """Returns whether the config names a module that has the tensor, instead of all modules of a type."""
+        targets = getattr(self._adapter, "target_modules", ())
+        patterns = [
+            *getattr(self._adapter, "trainable_modules", ()),
+            *(targets if not isinstance(targets, str) else ()),
+        ]
+        parts = name.split(".")
+        modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+        return any(matches(module, pattern) for module in modules for pattern in patterns)
+
     def _without_gradient(self) -> set[str]:
         """Returns the tensors of which this rank holds no row that got a gradient."""
         state = self._optimizer.state_dict()
@@ -82,6 +114,11 @@ class Movement:
     def _on_all_ranks(self, names: set[str]) -> list[str]:
         common = set.intersection(*self._mesh.gather(names))
         return [name for name in self._before if name in common]
+
+
+def _kind(name: str) -> str:
+    """Returns the path of a tensor's module without the numbers of layers."""
+    return re.sub(r"\d+", "*", name.rpartition(".")[0])
 
 
 def _error(names: list[str], total: int, step: int, why: str, fix: str) -> NotTrained:

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +40,14 @@ Switch = Callable[[], AbstractContextManager[None]]
 
 
 def prove_start(
-    parts: Sequence[Batch], objective: Objective, mesh: Mesh, *, has_adapter: bool, file: Path, sink: Sink
+    parts: Sequence[Batch],
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype,
+    has_adapter: bool,
+    file: Path,
+    sink: Sink,
 ) -> None:
     """Proves the start of a run, keeps the proof in a file, and reports it. All ranks call it together.
 
@@ -49,6 +55,7 @@ def prove_start(
         parts: The prepared micro-batches of the first step.
         objective: What is trained.
         mesh: The ranks.
+        dtype: The dtype of the computation.
         has_adapter: Whether an adapter is trained, instead of all weights.
         file: Where the proof is kept.
         sink: Receives it.
@@ -56,7 +63,9 @@ def prove_start(
     Raises:
         ProofFailed: The run does not begin at its initial function, or a loss not at its known value.
     """
-    found = check_start(objective, parts, mesh, has_adapter=has_adapter)
+    found = check_start(objective, parts, mesh, dtype=dtype, has_adapter=has_adapter)
+    if not found:
+        return
     failed = next((check for check in found if not check.holds), None)
     if failed is not None:
         raise ProofFailed(
@@ -65,18 +74,16 @@ def prove_start(
             why=f"measured {failed.measured:.6g}, expected {failed.expected:.6g} within {failed.tolerance:.2g}",
             fix=failed.fix,
         )
-    proved = Proved(0, {check.name: _figures(check) for check in found})
-    if mesh.is_main:
-        write_atomically(file, (json.dumps(proved.checks, indent=1) + "\n").encode())
+    figures = ("measured", "expected", "tolerance")
+    proved = Proved(0, {check.name: {name: float(getattr(check, name)) for name in figures} for check in found})
+    mesh.on_main(lambda: write_atomically(file, (json.dumps(proved.checks, indent=1) + "\n").encode()))
     sink(proved)
 
 
-def _figures(check: Check) -> dict[str, float]:
-    return {name: value for name, value in asdict(check).items() if isinstance(value, float)}
-
-
 @torch.no_grad()
-def check_start(objective: Objective, parts: Sequence[Batch], mesh: Mesh, *, has_adapter: bool) -> list[Check]:
+def check_start(
+    objective: Objective, parts: Sequence[Batch], mesh: Mesh, *, dtype: torch.dtype, has_adapter: bool
+) -> list[Check]:
     """Returns all checks; of each, that of the rank where it is furthest off. All ranks call it together."""
     module, part = objective.module, parts[0]
     switch = initial_function(module.model, mesh) if has_adapter else None
@@ -84,7 +91,7 @@ def check_start(objective: Objective, parts: Sequence[Batch], mesh: Mesh, *, has
     try:
         # Compiled code for passes without gradients would be used this once.
         with torch.compiler.set_stance("force_eager"):
-            own = [*_checks(module, part, switch), *objective.start_checks(parts)]
+            own = [*_checks(module, part, switch, dtype), *objective.start_checks(parts)]
     finally:
         module.train(was_training)
     everywhere = mesh.gather(own)
@@ -101,9 +108,8 @@ def initial_function(model: nn.Module, mesh: Mesh) -> Switch | None:
     return None if mesh.agree(not is_off) else partial(adapters.disabled, model)
 
 
-def _checks(module: StepModule, part: Batch, switch: Switch | None) -> Iterator[Check]:
+def _checks(module: StepModule, part: Batch, switch: Switch | None, dtype: torch.dtype) -> Iterator[Check]:
     """Yields the checks of any objective on one micro-batch."""
-    dtype = module.model.dtype
     if switch is not None:
         yield _adapter_equals_base(module, part, switch, _OF_LOSS.get(dtype, _IN_HALF))
     module.train()

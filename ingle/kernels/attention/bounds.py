@@ -87,6 +87,11 @@ def read_bounds(mask: Tensor) -> Bounds:
     return kept
 
 
+def has_trees(mask: Any) -> TypeGuard[Tensor]:
+    """Returns whether a mask says which documents continue others."""
+    return is_bounds(mask) and mask.shape[-2] in (_TREE_ROWS, _DESCRIBED_TREE_ROWS)
+
+
 def trees_of(mask: Any) -> Trees | None:
     """Returns the trees of a mask for layers that know which tokens of a path they see; None if it has none."""
     if not is_bounds(mask) or mask.shape[-2] != _TREE_ROWS:
@@ -99,6 +104,6 @@ def _read(mask: Tensor) -> Bounds:
     longest, longest_keys = (max(stop - start for start, stop in pairwise(row)) for row in rows[:_ROWS])
     described = len(rows) in (_DESCRIBED_ROWS, _DESCRIBED_TREE_ROWS)
     before, after = (None if row[0] == ALL_KEYS else int(row[0]) for row in rows[-2:]) if described else (None, None)
-    trees = Trees.of(rows[0], rows[_ROWS][:-1]) if len(rows) in (_TREE_ROWS, _DESCRIBED_TREE_ROWS) else None
+    trees = Trees.of(rows[0], rows[_ROWS][:-1]) if has_trees(mask) else None
     crosses = rows[0] != rows[1]
     return Bounds(mask[0, 0, 0], mask[0, 0, 1], longest, longest_keys, before, after, crosses, described, trees)

@@ -16,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ingle.errors import ModelError
-from ingle.kernels.attention.bounds import is_bounds, read_bounds
+from ingle.kernels.attention.bounds import has_trees, is_bounds, read_bounds
 from ingle.kernels.attention.packed import packed_attention
+from ingle.kernels.attention.spans import Window
 from ingle.kernels.attention.tree_attention import cut_bounds, tree_attention
 from ingle.models.forward.bounds import describe
 
@@ -73,12 +74,19 @@ def attend(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    options: dict[str, Any]
     bounds = None
+    if has_trees(attention_mask):
+        options = {"scale": scale, "softcap": softcap, "sinks": s_aux, "chunk": _chunk(module)}
+        if position_bias is not None and position_bias.numel() > 0:
+            options["bias"] = _by_distance(module, position_bias)
+        settings = sliding_window, causal
+        return _attend_trees(module, query, key, value, attention_mask, settings, options), None
     if cu_seq_lens_q is None and attention_mask is not None and is_bounds(attention_mask):
         bounds = read_bounds(attention_mask)
         cu_seq_lens_q, max_length_q = bounds.queries, bounds.longest
     if cu_seq_lens_q is not None:
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+        options = {"scale": scale, "softcap": softcap, "sinks": s_aux}
         if position_bias is not None and position_bias.numel() > 0:
             options["bias"] = _by_distance(module, position_bias)
         if bounds is not None and bounds.crosses:
@@ -88,13 +96,27 @@ def attend(
             options |= {"causal": bounds.after == 0, "window": (bounds.before, bounds.after)}
         else:
             options |= {"causal": causal, "window": _window(module, sliding_window)}
-        if bounds is not None and bounds.trees is not None:
-            causal = options.pop("causal")
-            assert causal, "only what is predicted from left to right has trees"
-            return tree_attention(query, key, value, bounds.trees, **options, chunk=_chunk(module)), None
         cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
         return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q), None
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled again for each set of trees
+def _attend_trees(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    settings: tuple[int | None, bool],
+    options: dict[str, Any],
+) -> Tensor:
+    bounds = read_bounds(mask)
+    sliding_window, causal = settings
+    assert bounds.trees is not None
+    assert bounds.after == 0 if bounds.described else causal, "only what is predicted from left to right has trees"
+    window: Window = (bounds.before, 0) if bounds.described else _window(module, sliding_window)
+    return tree_attention(query, key, value, bounds.trees, window=window, **options)
 
 
 def _by_distance(module: nn.Module, position_bias: Tensor) -> Tensor:

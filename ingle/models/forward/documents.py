@@ -29,18 +29,23 @@ class Group:
             so that it causes neither infinities nor NaN.
         real_DL: Whether a place is no padding.
         masks: Masks made for these rows, by what they depend on.
+        repeats: Whether several documents contain the same token, as the paths of trees do.
     """
 
     index_DL: Tensor
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
+    repeats: bool = False
 
     def to(self, device: torch.device) -> Group:
         """Returns the group on a device."""
-        return Group(self.index_DL.to(device, non_blocking=True), self.real_DL.to(device, non_blocking=True))
+        index_DL, real_DL = (each.to(device, non_blocking=True) for each in (self.index_DL, self.real_DL))
+        return Group(index_DL, real_DL, repeats=self.repeats)
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
+        if self.repeats and values.is_cuda:  # its backward sorts, so that gradients are added in a fixed order
+            return values[self.index_DL]
         rows: Tensor = values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
         return rows
 
@@ -82,7 +87,9 @@ class Documents:
         """
         paths = trees.paths
         repeated = cls.of(paths.cu_seqlens, padding=padding)
-        groups = tuple(Group(paths.index_M[group.index_DL], group.real_DL).to(device) for group in repeated.groups)
+        groups = tuple(
+            Group(paths.index_M[group.index_DL], group.real_DL, repeats=True).to(device) for group in repeated.groups
+        )
         place_N = repeated.place_N[paths.place_N].to(device, non_blocking=True)
         return cls(groups, trees.bounds[-1], place_N)
 

@@ -25,6 +25,7 @@ from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
 from ingle.models.forward.rotary_by_length import unchanged_length
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.kinds import kind_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
 from ingle.planning.layouts import PADDING
@@ -190,9 +191,11 @@ def forward_packed(
 def shares_prompts(model: PreTrainedModel, trees: Trees) -> bool:
     """Returns whether a model computes the prompts of trees once.
 
-    Rotary factors that depend on the length of a text differ between the answers of a prompt if one is too long.
+    A prompt that sees its answers has other states for each of them. So it has if rotary factors depend on the length
+    of the text, and an answer is too long.
     """
-    return layout_of(model).computes_trees and trees.longest <= unchanged_length(model)
+    is_causal = kind_of(model.config) == "causal"
+    return is_causal and layout_of(model).computes_trees and trees.longest <= unchanged_length(model)
 
 
 def _forward_paths(

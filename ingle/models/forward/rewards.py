@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ingle.errors import ModelError
 from ingle.kernels.attention.trees import Trees
 from ingle.models.forward.hidden_states import call_packed, shares_prompts
 from ingle.models.forward.layout import layout_of
@@ -36,35 +35,20 @@ def forward_reward(model: PreTrainedModel, batch: Batch) -> Tensor:
     Args:
         model: A model that classifies into one number, with weights.
         batch: Documents packed in a single row. A batch without documents has the score of its first one.
-
-    Raises:
-        ModelError: The batch has trees, which the model cannot compute.
     """
-    parents = batch.parents()
-    if not scores_by_position(model):
-        if parents is not None:
-            raise ModelError(
-                f"{type(model).__name__} cannot score answers that share a prompt.",
-                where="objective.share_prompts",
-                fix="--objective.share_prompts=false",
-            )
-        scores_D = forward_task(model, batch)[:, 0]
-        return scores_D.to(torch.promote_types(scores_D.dtype, torch.float32))
-    ids, positions, bounds = batch.input_ids, batch.position_ids, batch.cu_seqlens
-    trees = None if parents is None else Trees.of(bounds.tolist(), parents[: len(bounds) - 1])
+    bounds, parents = batch.cu_seqlens, batch.parents()
     answers = batch.answers() if batch.num_documents else torch.zeros(1, dtype=torch.int64, device=bounds.device)
-    ends_A = bounds[1:].long()[answers] - 1
-    if trees is not None and not shares_prompts(model, trees):  # each answer with a prompt of its own
-        paths = trees.paths.to(bounds.device)
-        ids, positions, bounds, trees = ids[:, paths.index_M], positions[:, paths.index_M], paths.cu_seqlens, None
-        ends_A = bounds[1:].long()[torch.isin(paths.leaves_P, answers)] - 1
+    trees = None if parents is None else Trees.of(bounds.tolist(), parents[: len(bounds) - 1])
+    if not scores_by_position(model) or (trees is not None and not shares_prompts(model, trees)):
+        scores_A = forward_task(model, batch)[answers, 0]
+        return scores_A.to(torch.promote_types(scores_A.dtype, torch.float32))
 
     def run(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:
         base = base_of(model)
         hidden: Tensor = base(**taken(base, arguments)).last_hidden_state
         return hidden
 
-    hidden_1NH = call_packed(model, ids, positions, bounds, run, None, trees)
+    hidden_1NH = call_packed(model, batch.input_ids, batch.position_ids, bounds, run, None, trees)
     head: Any = model
-    scores_A1: Tensor = head.score(hidden_1NH[0, ends_A])
+    scores_A1: Tensor = head.score(hidden_1NH[0, bounds[1:].long()[answers] - 1])
     return scores_A1[:, 0].to(torch.promote_types(scores_A1.dtype, torch.float32))

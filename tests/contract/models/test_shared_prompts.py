@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,19 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, PreTrainedModel
 
 from ingle import adapters, models
-from ingle.config import NoBase
+from ingle.config import ModelConfig, NoBase
 from ingle.data import IGNORE_INDEX, Batch, Sample, collate, round_up
 from ingle.data.shared_prompts import share
+from ingle.kernels.attention.packed import packed_attention
+from ingle.kernels.attention.trees import Trees
+from ingle.models import why_prompts_repeat
+from ingle.models.forward import attention
 from ingle.models.forward.layout import apply_layout, layout_of
+from ingle.models.forward.task_heads import forward_task
 from ingle.models.loading.layout_choice import choose_layout, enliven
+from ingle.training.compiling import compile_layers
 from tests.contract.models.any_model import FolderOf, attach, load, writer
+from tests.contract.models.test_task_heads import TASKS, build
 from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config, small_encoder_decoder_config
 
 #: A type for every way to mix tokens, and the layout that it has: packed (with windows, sinks, chunks, latent
@@ -110,9 +119,10 @@ def require_same(
         assert (actual - expected).norm() <= rounding * expected.norm().clamp_min(floor)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in CAUSAL else pytest.mark.sweep) for k in CAUSAL_TYPES]
-)
+OTHERS = [pytest.param(kind, marks=pytest.mark.sweep) for kind in CAUSAL_TYPES if kind not in CAUSAL]
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, *OTHERS])
 def test_answers_of_one_prompt(kind: str, causal_folder: FolderOf) -> None:
     try:
         model = load(causal_folder(kind), NoBase())
@@ -120,8 +130,14 @@ def test_answers_of_one_prompt(kind: str, causal_folder: FolderOf) -> None:
         assert kind not in CAUSAL
         pytest.skip(f"{type(error).__name__}: not loaded")
     assert layout_of(model).kind == CAUSAL.get(kind, layout_of(model).kind)
+    assert (why_prompts_repeat(model) is None) == layout_of(model).computes_trees
     attach(model)
     require_same(model, make_samples(), ROUNDING.get(kind, 3e-5))
+
+
+def attached(model: PreTrainedModel) -> PreTrainedModel:
+    attach(model)
+    return model
 
 
 @pytest.mark.parametrize("kind", PAIRED)
@@ -164,6 +180,13 @@ def test_trees_are_independent(causal_folder: FolderOf) -> None:
             assert not torch.equal(before[changed], after[changed])
 
 
+@pytest.mark.sweep
+def test_compiled_layers(causal_folder: FolderOf) -> None:
+    model = attached(load(causal_folder("gemma2"), NoBase()))
+    compile_layers(model)
+    require_same(model, make_samples())
+
+
 def test_fused_layers(causal_folder: FolderOf) -> None:
     model = load(causal_folder("llama"), NoBase())
     attach(model)
@@ -175,15 +198,52 @@ def test_fused_layers(causal_folder: FolderOf) -> None:
         assert (actual - expected).norm() <= 3e-5 * expected.norm()
 
 
-def test_a_mask_without_trees_is_found(causal_folder: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above detects attention that takes a tree for one long text."""
+def test_attention_that_takes_a_tree_for_one_text_is_found(
+    causal_folder: FolderOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend_row(q: Tensor, k: Tensor, v: Tensor, trees: Trees, *, chunk: int | None, **options: Any) -> Tensor:
+        return packed_attention(q, k, v, torch.tensor([0, trees.bounds[-1]], dtype=torch.int32), **options)
+
     model = load(causal_folder("llama"), NoBase())
-    samples = make_samples()
-    shared = round_up(collate(share(samples, at_least=4)))
-    with torch.no_grad():
-        theirs = losses(model, round_up(collate(samples)))
-        dense = {"cu_seqlens": shared.cu_seqlens[[0, -1]], "position_ids": shared.position_ids}
-        hidden = models.forward.hidden_states.forward_packed(model, shared.input_ids, **dense)
-        monkeypatch.setattr(models, "forward_hidden", lambda model, batch: hidden)
-        ours = losses(model, shared)
-    assert not torch.allclose(ours, theirs, rtol=1e-3)
+    assert why_prompts_repeat(model) is None
+    monkeypatch.setattr(attention, "tree_attention", attend_row)
+    assert "differ by" in str(why_prompts_repeat(model))
+    with pytest.raises(AssertionError):
+        require_same(attached(model), make_samples())
+
+
+def test_texts_beyond_a_switch_of_rotary_factors_repeat_their_prompts(tmp_path: Path) -> None:
+    """Some answers of a prompt are short and others long, so that it has other keys for each."""
+    config = small_config("phi3")
+    config.original_max_position_embeddings = 14
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    head_size = config.hidden_size // config.num_attention_heads
+    factors = {name: [value[0]] * (head_size // 2) for name, value in factors.items()}
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 14,
+        **factors,
+    }
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    enliven(model)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, NoBase())
+    assert {prompt + answer > 14 for prompt, answers in ROWS[:3] for answer in answers} == {False, True}
+    require_same(attached(loaded), make_samples())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "single"), ("llama", "tag"), ("bert", "single")])
+def test_task_heads(kind: str, name: str, tmp_path: Path) -> None:
+    """Outputs of answers, as for rewards; a model that sees later tokens repeats the prompts."""
+    task = TASKS[name]
+    build(kind, task).save_pretrained(tmp_path)
+    model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), task=task)
+    shared, repeated = (round_up(collate(each)) for each in (share(make_samples(), at_least=4), make_samples()))
+    ours, theirs = (forward_task(model, batch) for batch in (shared, repeated))
+    if name == "tag":  # at the last token of each answer
+        ours = ours[0, shared.cu_seqlens[shared.answers() + 1].long() - 1]
+        theirs = theirs[0, repeated.cu_seqlens[repeated.answers() + 1].long() - 1]
+    else:
+        ours = ours[shared.answers()]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

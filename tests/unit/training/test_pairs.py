@@ -145,14 +145,16 @@ def test_the_terms_are_those_of_a_closed_form(folder: Path) -> None:
 
 def _prove(objective: PairObjective) -> dict[str, Check]:
     parts = prepare(objective, objective.next_batches())
-    return {check.name: check for check in check_start(objective, parts, MESH, has_adapter=True)}
+    return {check.name: check for check in check_start(objective, parts, MESH, dtype=torch.float64, has_adapter=True)}
 
 
 def test_a_run_that_begins_at_its_reference_is_proved_and_the_proof_is_kept(folder: Path, tmp_path: Path) -> None:
     objective = make_objective(make_module(folder), MESH, micro=3)
     events: list[Event] = []
     parts = prepare(objective, objective.next_batches())
-    prove_start(parts, objective, MESH, has_adapter=True, file=tmp_path / "start.json", sink=events.append)
+    prove_start(
+        parts, objective, MESH, dtype=torch.float64, has_adapter=True, file=tmp_path / "start.json", sink=events.append
+    )
     (proved,) = events
     assert isinstance(proved, Proved) and (tmp_path / "start.json").is_file()
     assert list(proved.checks) == ["adapter equals base", "no dropout", "log-ratio", "stored reference", "preference"]
@@ -187,7 +189,9 @@ def test_a_run_that_begins_elsewhere_is_refused_with_the_reason(folder: Path, tm
     objective = make_objective(make_module(folder, kind=_WrongSign), MESH)
     parts = prepare(objective, objective.next_batches())
     with pytest.raises(ProofFailed, match="known value: preference") as refused:
-        prove_start(parts, objective, MESH, has_adapter=True, file=tmp_path / "start.json", sink=print)
+        prove_start(
+            parts, objective, MESH, dtype=torch.float64, has_adapter=True, file=tmp_path / "start.json", sink=print
+        )
     assert "measured -0.693147, expected 0.693147" in str(refused.value)
     assert not (tmp_path / "start.json").exists()
 
