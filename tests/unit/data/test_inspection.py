@@ -240,8 +240,14 @@ def test_preferences_are_shown_with_what_the_doctor_found(tmp_path, tokenizer):
     assert f"1 pair is judged both ways (first {path}:21)." in report.problems
     assert "A rule that prefers the longer answer is right in 95.2% of the pairs." in report.problems
     text = draw(report)
-    for line in ("42 answers to 20 prompts, 21 pairs", f"{path}:21 = {path}:4", "1 judged more than once, 1 of them"):
+    for line in (
+        "42 answers to 20 prompts, 21 pairs",
+        "Judged both ways, for example",
+        "1 judged more than once, 1 of",
+    ):
         assert line in text
+    (pair,) = report.preferences.contradictions
+    assert (pair.first, pair.second) == (f"{path}:4", f"{path}:21")
     assert json.loads(json.dumps(asdict(report)))["preferences"]["contradictory"] == 1
     judged = [{"prompt": f"what is {i}?", "completion": "yes", "label": i > 0} for i in range(9)]
     data = DataConfig(sources=write(tmp_path / "b.jsonl", judged))
