@@ -96,7 +96,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     if (note := models.layout_note(model)) is not None:
         sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
-        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, sink=sink)
+        kind = models.kind_of(model.config)
+        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
         sequences, held_out = data.hold_out(dataset, run.data, run.seed, build, sink)
     mesh = parallel.join(device, run.parallel)

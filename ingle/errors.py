@@ -125,6 +125,14 @@ class NonFiniteError(IngleError):
     """A loss or gradient became NaN or infinite."""
 
 
+class ProofFailed(IngleError):
+    """A run does not begin where it should: at its initial function, with the known values of its losses."""
+
+
+class NotTrained(IngleError):
+    """A tensor that should be trained has not moved in the first steps."""
+
+
 class EvaluationError(IngleError):
     """A task, metric or comparison cannot be computed as requested."""
 

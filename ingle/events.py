@@ -39,6 +39,20 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Proved:
+    """The start of the run was checked before its first update.
+
+    Attributes:
+        step: Always 0.
+        checks: By the name of each check, its value ``measured``, the value ``expected``, and the ``tolerance``.
+    """
+
+    tag: ClassVar[str] = "proved"
+    step: int
+    checks: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """An optimizer step is done.
 
@@ -180,7 +194,7 @@ class Finished:
     report: RunReport
 
 
-Event = Started | Step | Validated | Evaluated | Saved | Warned | Progress | Failed | Finished
+Event = Started | Proved | Step | Validated | Evaluated | Saved | Warned | Progress | Failed | Finished
 Sink = Callable[[Event], None]
 
 

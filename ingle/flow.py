@@ -29,7 +29,9 @@ from ingle.sinks import EventsFile, MetricsFile, combine
 from ingle.training.checkpoint import Checkpoints, Position, Stateful
 from ingle.training.folder import RunFolder, with_names
 from ingle.training.meter import Meter, peak_memory_bytes
+from ingle.training.movement import Movement
 from ingle.training.out_of_memory import MemoryRelief
+from ingle.training.proof import prove_start
 from ingle.training.schedule import learning_rate
 from ingle.training.steps import take_step
 from ingle.training.validation import Validation
@@ -168,6 +170,16 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     states: dict[str, Stateful] = {"optimizer": parts.optimizer, "objective": objective}
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
+    movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    prove = partial(
+        prove_start,
+        objective=objective,
+        mesh=mesh,
+        dtype=models.compute_dtype(run.model.dtype, mesh.device),
+        has_adapter=run.adapter.kind != "none",
+        file=folder.start,
+        sink=sink,
+    )
     if parts.held_out is not None:
         states["selection"] = validation.selection
     checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best)
@@ -213,10 +225,22 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
             if is_over:
                 break
             step = position.step + 1
+            if not objective.collect(step, relief, sink):
+                stop = True
+                continue
             meter.begin()
             lr = learning_rate(run.optim, step, plan.num_steps)
             parts.rounding.prepare(step)
-            result = take_step(objective, parts.optimizer, mesh, lr=lr, seed=run.seed, step=step, relief=relief)
+            result = take_step(
+                objective,
+                parts.optimizer,
+                mesh,
+                lr=lr,
+                seed=run.seed,
+                step=step,
+                relief=relief,
+                prove=prove if step == 1 else None,
+            )
             tokens_per_s = meter.end(result.num_tokens)
             now = time.monotonic()
             num_tokens = position.num_tokens + result.num_tokens
@@ -236,6 +260,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     metrics=result.metrics,
                 )
             )
+            movement.check(step, sink)
             stop = any(is_asked for _, is_asked in ranks)
     if stop:
         raise KeyboardInterrupt  # another rank was asked to stop

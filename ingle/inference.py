@@ -34,6 +34,7 @@ NOT_TEXT: dict[str, str] = {
     "tag": "tags of words",
     "answer": "places of answers",
     "mlm": "masked tokens",
+    "reward": "scores of answers",
 }
 
 
@@ -246,6 +247,8 @@ def refuse_heads(source: Source) -> None:
     kind = source.objective().kind
     if kind in NOT_TEXT:
         name = source.model.id if source.adapter is None else str(source.adapter)
+        if kind == "reward":
+            raise ModelError(f"{name} generates no text: it predicts {NOT_TEXT[kind]}.", fix="name a language model")
         example = "--question Q --context C" if kind == "answer" else "--text TEXT"
         raise ModelError(
             f"{name} generates no text: it predicts {NOT_TEXT[kind]}.",

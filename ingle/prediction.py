@@ -163,6 +163,12 @@ def open_predictor(path_or_id: str, *, allow_mismatch: bool = False, sink: Sink 
     """
     source = inference.locate(path_or_id)
     objective = source.objective()
+    if objective.kind == "reward":
+        raise ModelError(
+            f"{path_or_id} scores answers, which cannot be predicted by a command yet.",
+            why="its accuracy on held-out pairs is in the report of the run",
+            fix="read its head with transformers: ingle export --to peft",
+        )
     if objective.kind not in _ASKS:
         raise ModelError(
             f"{path_or_id} predicts no labels, tags or answers: it is a language model.",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
+from ingle.kernels.attention.bounds import trees_of
 from ingle.kernels.attention.cpu import Scores
 from ingle.kernels.attention.spans import AttentionSpans, Heads
 from ingle.kernels.layers.decoder_layer import Attention, Boundaries, Mlp, Norm, attention_half, mlp_half
@@ -181,9 +182,10 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """Returns the hidden states after the layer, ``[1, N, H]``."""
+        trees = trees_of(kwargs.get("attention_mask"))
         fits = (
             self.enabled
-            and cu_seq_lens_q is not None
+            and (cu_seq_lens_q is not None or trees is not None)
             and position_embeddings is not None
             and past_key_values is None
             and not args
@@ -202,11 +204,16 @@ class FusedLayer(nn.Module):
                 **kwargs,
             )
             return answer
-        assert position_embeddings is not None and cu_seq_lens_q is not None
+        assert position_embeddings is not None
         spans: AttentionSpans | Boundaries
         if hidden_states.is_cuda:
-            spans = Boundaries(self._heads, cu_seq_lens_q, self._window, kwargs.get("max_length_q"))
+            documents = cu_seq_lens_q if trees is None else trees
+            assert documents is not None
+            spans = Boundaries(self._heads, documents, self._window, kwargs.get("max_length_q"))
+        elif trees is not None:
+            spans = AttentionSpans.of_trees(trees, self._heads, window=self._window)
         else:
+            assert cu_seq_lens_q is not None
             spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         rotary = (position_embeddings[0][0], position_embeddings[1][0])
         if self.training and self.gradient_checkpointing:

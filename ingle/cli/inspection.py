@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ingle.cli.arguments import CONFIG, Words, load_config, split_words
-from ingle.errors import ConfigError
+from ingle.errors import ConfigError, ModelError
 from ingle.events import Warned
 
 if TYPE_CHECKING:
-    from ingle.config import LoadedRun
+    from ingle.config import LoadedRun, Run
+    from ingle.data.row_encoder import ModelKind
 
 _FLAGS = ("--model", "--num-previews", "--json", "--debug", "--help")
 
@@ -63,6 +64,7 @@ def inspect(
             tokenizer,
             run.objective,
             run.task,
+            model_kind=_read_kind(run),
             num_previews=num_previews,
             seed=run.seed,
             sink=terminal,
@@ -71,6 +73,23 @@ def inspect(
         print(json.dumps(asdict(report), ensure_ascii=False))
     else:
         render_report(report, make_console())
+
+
+def _read_kind(run: Run) -> ModelKind:
+    """Returns the kind of the model where documents depend on it; a folder with a tokenizer alone counts as causal."""
+    from ingle.config.objective import TRAINS, reads_answers
+
+    if not reads_answers(run.objective.kind):
+        return "causal"
+    from ingle import models
+    from ingle.models.loading.config_json import read_config
+
+    try:
+        config = read_config(run.model, None)
+    except ModelError:
+        return "causal"
+    models.require_kind(config, TRAINS[run.objective.kind], run.objective.kind)
+    return models.kind_of(config)
 
 
 def _is_data_file(word: str) -> bool:

@@ -195,6 +195,8 @@ def next_steps(folder: Path) -> list[tuple[str, str]]:
         example = "--question Q --context C" if kind == "answer" else "--text TEXT"
         steps.append(("predict", f"{ingle} predict {run} {example}"))
         return steps
+    if kind == "reward":
+        return steps
     to = "gguf"
     if kind in ("seq2seq", "span"):
         steps.append(("generate", f"{ingle} generate {run} --prompt 'Hello'"))

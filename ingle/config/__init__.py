@@ -9,6 +9,7 @@ from ingle.config.model import ModelConfig
 from ingle.config.objective import Answer, Classify, Clm, Mlm, ObjectiveConfig, Seq2Seq, Sft, Span, Tag
 from ingle.config.optim import OptimConfig
 from ingle.config.parallel import ParallelConfig
+from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Orpo, Reward, Simpo
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.config.train import TrainConfig
@@ -17,10 +18,14 @@ __all__ = [
     "AdapterConfig",
     "Answer",
     "BaseConfig",
+    "Bco",
     "Classify",
     "Clm",
+    "Cpo",
     "DataConfig",
+    "Dpo",
     "Int8Base",
+    "Kto",
     "LoadedRun",
     "LoraAdapter",
     "LowRankAdapter",
@@ -32,11 +37,14 @@ __all__ = [
     "NoBase",
     "ObjectiveConfig",
     "OptimConfig",
+    "Orpo",
     "ParallelConfig",
     "QaLoraAdapter",
+    "Reward",
     "Run",
     "Seq2Seq",
     "Sft",
+    "Simpo",
     "Source",
     "Span",
     "Tag",

@@ -27,6 +27,10 @@ Layout = Literal[
     "conll",
     "squad",
     "source-target",
+    "preference",
+    "transcript",
+    "judged",
+    "ranked",
 ]
 
 
@@ -37,10 +41,11 @@ class Source(Section):
         path: A file (.jsonl, .json, .csv, .tsv, .parquet or .txt, optionally .gz), a glob pattern, or a hub dataset id.
             Relative paths start from the current folder, or else from the folder of the config file.
         layout: The layout of a row. ``auto`` detects it from the column names and the objective. ``conll`` reads a file
-            of any suffix with one word and its tag per line.
+            of any suffix with one word and its tag per line. ``transcript`` reads preferences between texts with the
+            turns ``Human:`` and ``Assistant:``.
         columns: Columns to rename before the layout applies, new name first: ``{prompt: mr, completion: ref}``. Dots
             lead into nested columns and lists: ``{source: translation.en, target: messages.1.content}``.
-        label: The label of every row (``classify``), for files with the texts of one class.
+        label: The label of every row (``classify``, ``kto``, ``bco``), for files with the texts of one class.
         lines: Read a text file of any suffix as one text per line, rather than as one text.
         split: Split of a hub dataset.
         name: Configuration name of a hub dataset.
@@ -106,13 +111,14 @@ class DataConfig(Section):
     Attributes:
         sources: Files or hub datasets. A string is short for ``{path: ...}``.
         max_seq_len: Longest document in tokens (of ``span``, the longest source); also the length of a packed sequence.
-        max_target_len: Longest target of ``seq2seq`` in tokens; as ``max_seq_len`` if null.
+        max_target_len: Longest target of an encoder-decoder in tokens; as ``max_seq_len`` if null.
         packing: Lay several documents end to end in one sequence. Attention never crosses document boundaries.
         train_on: Tokens that contribute to the loss: those of every ``assistant`` turn, of the ``last`` assistant turn,
             or ``all`` tokens, the user's included.
         too_long: How to handle a document longer than ``max_seq_len``: ``truncate`` its end, ``drop`` it, or ``split``
             it into several (plain text only). Affected documents are counted. ``auto`` splits for ``clm``, ``mlm`` and
-            ``span``, and truncates otherwise. Long texts of ``tag`` and ``answer`` become overlapping windows.
+            ``span``, cuts prompts but no answers of preferences and judged rows (``truncate`` cuts both), and truncates
+            otherwise. Long texts of ``tag`` and ``answer`` become overlapping windows.
         shuffle: Shuffle the sequences before each epoch.
         system: System message for conversations that have none.
         control_tokens: How to read control tokens (``<|im_end|>``, ``</s>``) inside messages, prompts and completions:

@@ -9,6 +9,7 @@ from pydantic import Field, Strict
 
 from ingle.config.data import ControlTokens, OptionalSources, Sources
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, ObjectiveKind, Span, Tag
+from ingle.config.preferences import Reward
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
 _TextMetric = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
@@ -41,6 +42,13 @@ METRICS_OF: Mapping[ObjectiveKind, frozenset[MetricName]] = {
     "classify": frozenset(get_args(_ClassMetric)),
     "tag": frozenset(get_args(_TagMetric)),
     "answer": _OF_TEXT - {"perplexity", "bits_per_byte"},
+    "reward": frozenset(),
+    "dpo": _OF_TEXT,
+    "kto": _OF_TEXT,
+    "orpo": _OF_TEXT,
+    "simpo": _OF_TEXT,
+    "cpo": _OF_TEXT,
+    "bco": _OF_TEXT,
 }
 
 #: How tags are read as entities.
@@ -116,6 +124,8 @@ def suitable_metrics(objective: ObjectiveConfig) -> tuple[MetricName, ...]:
             return ("masked_accuracy", "masked_perplexity")
         case Span():
             return ("perplexity",)
+        case Reward():
+            return ()
     return TEXT_METRICS
 
 

@@ -7,9 +7,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Orpo, Reward, Simpo
 from ingle.config.section import Positive, Section, Text, tagged
 
-ObjectiveKind = Literal["clm", "sft", "mlm", "span", "seq2seq", "classify", "tag", "answer"]
+ObjectiveKind = Literal[
+    "clm",
+    "sft",
+    "mlm",
+    "span",
+    "seq2seq",
+    "classify",
+    "tag",
+    "answer",
+    "reward",
+    "dpo",
+    "kto",
+    "orpo",
+    "simpo",
+    "cpo",
+    "bco",
+]
 
 #: A share of something: 0 to 1.
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -163,7 +180,10 @@ class Answer(Section):
     no_answer: Literal["auto", "allow", "forbid"] = "auto"
 
 
-_Objective = Annotated[Clm | Sft | Mlm | Span | Seq2Seq | Classify | Tag | Answer, Field(discriminator="kind")]
+_Objective = Annotated[
+    Clm | Sft | Mlm | Span | Seq2Seq | Classify | Tag | Answer | Reward | Dpo | Kto | Orpo | Simpo | Cpo | Bco,
+    Field(discriminator="kind"),
+]
 ObjectiveConfig = Annotated[_Objective, tagged("kind", default="sft", input_type=_Objective | ObjectiveKind)]
 
 #: The model kinds that each objective trains.
@@ -176,4 +196,37 @@ TRAINS: Mapping[ObjectiveKind, tuple[str, ...]] = {
     "classify": ("encoder", "causal", "encoder_decoder"),
     "tag": ("encoder", "causal", "encoder_decoder"),
     "answer": ("encoder", "causal", "encoder_decoder"),
+    "reward": ("encoder", "causal", "encoder_decoder"),
+    "dpo": ("causal", "encoder_decoder"),
+    "kto": ("causal", "encoder_decoder"),
+    "orpo": ("causal", "encoder_decoder"),
+    "simpo": ("causal", "encoder_decoder"),
+    "cpo": ("causal", "encoder_decoder"),
+    "bco": ("causal", "encoder_decoder"),
 }
+
+#: What the rows of an objective are: texts or conversations, texts of which a part is hidden, texts with labels,
+#: answers to compare, answers that are good or bad, or answers to compare for a model that scores.
+Family = Literal["text", "corruption", "labels", "pairs", "judged", "reward"]
+FAMILY: Mapping[ObjectiveKind, Family] = {
+    "clm": "text",
+    "sft": "text",
+    "mlm": "corruption",
+    "span": "corruption",
+    "seq2seq": "text",
+    "classify": "labels",
+    "tag": "labels",
+    "answer": "labels",
+    "reward": "reward",
+    "dpo": "pairs",
+    "kto": "judged",
+    "orpo": "pairs",
+    "simpo": "pairs",
+    "cpo": "pairs",
+    "bco": "judged",
+}
+
+
+def reads_answers(kind: ObjectiveKind) -> bool:
+    """Returns whether an objective learns from preferences between answers or judgements of them."""
+    return FAMILY[kind] in ("pairs", "judged", "reward")

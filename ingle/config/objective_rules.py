@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ingle.config.evaluate import METRICS_OF
-from ingle.config.objective import Answer, Classify, Mlm, Span, Tag, outside_scheme
+from ingle.config.objective import Answer, Classify, Mlm, Span, Tag, outside_scheme, reads_answers
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
 from ingle.wording import either
@@ -62,14 +62,20 @@ def _weighted(objective: Classify) -> bool:
 OBJECTIVE_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "only-sft-distinguishes-turns",
-        lambda run: run.objective.kind != "sft" and run.data.train_on == "last",
+        lambda run: (
+            run.objective.kind != "sft" and not reads_answers(run.objective.kind) and run.data.train_on == "last"
+        ),
         lambda run: f"Only supervised fine-tuning (sft) distinguishes turns; {run.objective.kind} does not.",
         "data.train_on, objective.kind",
         "--objective.kind=sft, or remove data.train_on",
     ),
     Rule(
         "system-needs-conversations",
-        lambda run: run.objective.kind not in ("clm", "sft") and run.data.system is not None,
+        lambda run: (
+            run.objective.kind not in ("clm", "sft")
+            and not reads_answers(run.objective.kind)
+            and run.data.system is not None
+        ),
         lambda run: f"data.system has no effect: {run.objective.kind} reads texts, not conversations.",
         "data.system, objective.kind",
         ("data.system=null", "objective.kind=sft"),
@@ -79,7 +85,7 @@ OBJECTIVE_RULES: tuple[Rule[Run], ...] = (
         lambda run: run.objective.kind not in ("clm", "mlm", "span") and run.data.too_long == "split",
         lambda run: (
             "A conversation cannot be split: its second part would contain answers without their questions."
-            if run.objective.kind == "sft"
+            if run.objective.kind == "sft" or reads_answers(run.objective.kind)
             else f"A row of {run.objective.kind} cannot be split: its parts would lack their labels."
         ),
         "data.too_long, objective.kind",

@@ -16,6 +16,7 @@ from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quant
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
 from ingle.config.paths import expand, find_path
+from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
@@ -262,6 +263,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         "--model.revision=COMMIT, a commit whose code you have read",
     ),
     *OBJECTIVE_RULES,
+    *PREFERENCE_RULES,
     *VALIDATION_RULES,
 )
 

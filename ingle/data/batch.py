@@ -46,6 +46,12 @@ COLUMNS: Mapping[str, Column] = {
     "start_labels": Column("document", torch.int64, IGNORE_INDEX),
     "end_labels": Column("document", torch.int64, IGNORE_INDEX),
     "group_ids": Column("document", torch.int64, -1),
+    "scores": Column("document", torch.float32),
+    "truncated": Column("document", torch.int64),
+    "parent_offsets": Column("document", torch.int32),
+    "baselines": Column("document", torch.float32),
+    "reference_logps": Column("token", torch.float32),
+    "decoder_reference_logps": Column("token", torch.float32),
     "decoder_input_ids": Column("token", torch.int64),
     "decoder_labels": Column("token", torch.int64, IGNORE_INDEX),
     "decoder_position_ids": Column("token", torch.int64),
@@ -84,7 +90,7 @@ class Batch:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 [1, N], from 0 in every document."""
+        """int64 [1, N], from 0 in every document; from the end of the document that it continues in trees."""
         return self.columns["position_ids"]
 
     @property
@@ -93,23 +99,89 @@ class Batch:
         return self.columns["cu_seqlens"]
 
     def next_labels(self) -> Tensor:
-        """The label of the next position of the same document, int64 [N]; ``IGNORE_INDEX`` where there is none."""
+        """The label of the next position of the same document, int64 [N]; ``IGNORE_INDEX`` where there is none.
+
+        In trees the last token of a prompt predicts the first one of the answer that follows it.
+        """
         labels_N = self.labels[0].roll(-1)
-        labels_N[self.cu_seqlens[1:].long() - 1] = IGNORE_INDEX
+        ends_D = self.cu_seqlens[1:].long() - 1
+        last_D = torch.full_like(ends_D, IGNORE_INDEX)
+        offsets_D = self._offsets()
+        if offsets_D is not None:
+            last_D[:-1] = torch.where(offsets_D[1:] == 1, labels_N[ends_D[:-1]], IGNORE_INDEX)
+        labels_N[ends_D] = last_D
         return labels_N
+
+    def parents(self) -> list[int] | None:
+        """The document that each one continues, -1 for none; None if no document continues another.
+
+        In batches of an encoder-decoder, the document whose source it reads: its own is then empty.
+        """
+        offsets = self.columns["parent_offsets"].tolist() if "parent_offsets" in self.columns else []
+        return [d - offset if offset else -1 for d, offset in enumerate(offsets)] if any(offsets) else None
+
+    def answers(self) -> Tensor:
+        """Documents that no other one continues, int64, ascending: all if there are no trees."""
+        documents, offsets_D = torch.arange(self.num_documents, device=self.cu_seqlens.device), self._offsets()
+        if offsets_D is None:
+            return documents
+        offsets = offsets_D[: self.num_documents]
+        return documents[~torch.isin(documents, (documents - offsets)[offsets > 0])]
+
+    def path_sums(self, sums_D: Tensor) -> Tensor:
+        """Adds the sums of the documents that each one continues, ``[D, ...]``; differentiable.
+
+        Args:
+            sums_D: A value for each document of the batch, or for its first ones.
+        """
+        offsets_D = self._offsets()
+        if offsets_D is None:
+            return sums_D
+        offsets = offsets_D[: len(sums_D)]
+        documents = torch.arange(len(sums_D), device=sums_D.device)
+        above, total = documents - offsets, sums_D
+        continues = offsets > 0
+        while bool(continues.any()):
+            total = total + sums_D[above] * continues.view(-1, *[1] * (sums_D.dim() - 1))
+            continues = continues & (offsets[above] > 0)
+            above = above - offsets[above]
+        return total
+
+    def multiplicity(self) -> Tensor:
+        """How many documents contain each token if prompts are repeated, int64 [N]."""
+        parents = self.parents()
+        lengths = self.cu_seqlens.diff().long()
+        counts = torch.ones_like(lengths)
+        if parents is not None:
+            inner = set(parents)
+            found = [int(d not in inner) for d in range(len(parents))]
+            for document in range(len(parents) - 1, -1, -1):
+                if parents[document] >= 0:
+                    found[parents[document]] += found[document]
+            counts = torch.tensor(found, device=lengths.device)
+        return counts.repeat_interleave(lengths)
+
+    def _offsets(self) -> Tensor | None:
+        """Returns how many documents before each one is the one that it continues, int64 [D]; None without trees."""
+        if "parent_offsets" not in self.columns or "decoder_input_ids" in self.columns:
+            return None
+        return self.columns["parent_offsets"].long()
 
     def split(self, parts: int) -> list[Batch]:
         """Splits the batch into at most ``parts`` with about equal numbers of tokens, at the borders of its rows.
 
-        The documents of a row (those with the same ``group_ids``) stay together. Drops what :func:`round_up` added.
+        The documents of a row (those with the same ``group_ids``) and those of a tree stay together. Drops what
+        :func:`round_up` added.
         """
         if self.num_documents == 0:
             return [self]
-        ends = np.arange(1, self.num_documents + 1)
-        groups = self.columns.get("group_ids")
-        if groups is not None:
-            ids = groups[: self.num_documents].numpy(force=True)
-            ends = ends[np.append(ids[1:] != ids[:-1], True)]
+        borders = np.ones(self.num_documents, bool)
+        if "group_ids" in self.columns:
+            ids = self.columns["group_ids"][: self.num_documents].numpy(force=True)
+            borders[:-1] &= ids[1:] != ids[:-1]
+        if "parent_offsets" in self.columns:
+            borders[:-1] &= self.columns["parent_offsets"][1 : self.num_documents].numpy(force=True) == 0
+        ends = np.arange(1, self.num_documents + 1)[borders]
         tokens = self.cu_seqlens.numpy(force=True)[ends]
         wanted = np.arange(1, parts) * (int(tokens[-1]) / parts)
         cuts = sorted({0, *ends[np.abs(tokens[None] - wanted[:, None]).argmin(1)].tolist(), self.num_documents})
@@ -153,7 +225,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         samples: Documents with the same columns.
 
     Returns:
-        A batch on the CPU; positions restart in every document.
+        A batch on the CPU; positions restart in every document that continues no other.
     """
     assert samples, "an empty batch"
     documents = [{"input_ids": sample.input_ids, "labels": sample.labels, **sample.columns} for sample in samples]
@@ -161,7 +233,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for row in _ROWS:
         if f"{row}input_ids" in columns:
             lengths = [len(document[f"{row}input_ids"]) for document in documents]
-            columns[f"{row}position_ids"] = _join(f"{row}position_ids", [np.arange(length) for length in lengths])
+            starts = _starts(columns, lengths) if row == "" else [0] * len(lengths)
+            positions = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            columns[f"{row}position_ids"] = _join(f"{row}position_ids", positions)
             columns[f"{row}cu_seqlens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
     return _counted(columns, len(samples))
 
@@ -191,6 +265,15 @@ def round_up(batch: Batch) -> Batch:
 def _counted(columns: Mapping[str, Tensor], num_documents: int) -> Batch:
     supervised = next(columns[name] for name in _LABELS if name in columns) != IGNORE_INDEX
     return Batch(columns, columns["input_ids"].shape[1], num_documents, int(supervised.sum()))
+
+
+def _starts(columns: Mapping[str, Tensor], lengths: Sequence[int]) -> list[int]:
+    """Returns the position of the first token of each document."""
+    starts = [0] * len(lengths)
+    for document, offset in enumerate(columns["parent_offsets"].tolist() if "parent_offsets" in columns else ()):
+        if offset:
+            starts[document] = starts[document - offset] + lengths[document - offset]
+    return starts
 
 
 def _join(name: str, parts: Sequence[npt.NDArray[Any]]) -> Tensor:

@@ -8,6 +8,7 @@ raises an error, is left to transformers.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,17 +40,19 @@ class ChatRenderer:
         self._compiled: Callable[[Mapping[str, Any]], str] | None = None
         self._compared = 0
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Returns the text of a conversation; raises whatever the template raises."""
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = "") -> str:
+        """Returns the text of a conversation with its tools, a JSON list; raises whatever the template raises."""
         source = self._tokenizer.chat_template
         if source is not self._source:
             self._source, self._compared = source, 0
             self._compiled = _compile(source, getattr(self._tokenizer, "special_tokens_map", None))
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        conversation = list(map(_as_mapping, messages))
+        options: dict[str, Any] = {"tools": json.loads(tools)} if tools else {}
         text = None
         if self._compiled is not None and conversation:
             try:
-                text = self._compiled({"messages": conversation, "add_generation_prompt": add_generation_prompt})
+                given = {"messages": conversation, "add_generation_prompt": add_generation_prompt}
+                text = self._compiled(given | options)
             except MemoryError:
                 raise
             except Exception:
@@ -58,13 +61,25 @@ class ChatRenderer:
             return text
         usual = str(
             self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         )
         self._compared += 1
         if text is not None and text != usual:
             self._compiled = None
         return usual
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """Returns a message as templates read it."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        found["tool_calls"] = json.loads(message.tool_calls)
+    if message.name:
+        found["name"] = message.name
+    if message.call_id:
+        found["tool_call_id"] = message.call_id
+    return found
 
 
 def _compile(source: Any, special_tokens: Any) -> Callable[[Mapping[str, Any]], str] | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
@@ -46,12 +46,14 @@ class Shielded:
         tokens: The control tokens that they contained, each once.
         hidden: The original character of each private character; None if nothing is hidden.
         ends_removed: Number of answers from which an end-of-turn token was removed.
+        tools: The tools of the conversation, with private characters as well.
     """
 
     messages: tuple[Message, ...]
     tokens: tuple[str, ...] = ()
     hidden: Mapping[int, str] | None = None
     ends_removed: int = 0
+    tools: str = ""
 
     def reveal(self, text: str) -> str:
         """Returns a text with the original characters; the length stays the same."""
@@ -153,40 +155,50 @@ class ControlTokens:
             found = pattern.findall(normalize(text))
         return found
 
-    def shield(self, messages: Sequence[Message], origin: str) -> Shielded:
-        """Hides the control tokens in messages from the template, according to the policy.
+    def shield(self, messages: Sequence[Message], origin: str, tools: str = "") -> Shielded:
+        """Hides the control tokens in messages and tools from the template, according to the policy.
 
         Args:
             messages: A conversation.
             origin: ``file:line``, for the error.
+            tools: Its tools, as JSON.
 
         Raises:
             DataError: There is a control token, and ``data.control_tokens`` is ``refuse``.
         """
-        found = [self.find(message.content) for message in messages]
+        found = [self.find(message.written) for message in messages]
+        if tools:
+            found.append(self.find(tools))
         if not any(found):
-            return Shielded(tuple(messages))
+            return Shielded(tuple(messages), tools=tools)
         if self.policy == "keep":
-            return Shielded(tuple(messages), _distinct(found))
+            return Shielded(tuple(messages), _distinct(found), tools=tools)
         if self.policy == "refuse":
             number = next(i for i, each in enumerate(found) if each)
+            name = "tools" if number == len(messages) else f"message {number + 1} ({messages[number].role})"
             raise DataError(
                 "A message contains a control token.",
                 where=origin,
-                why=f"message {number + 1} ({messages[number].role}) contains {found[number][0]!r}",
+                why=f"{name} contains {found[number][0]!r}",
                 fix="remove it from the row, or use --data.control_tokens=escape, which reads it as text",
             )
         kept = tuple(self._without_end(message) for message in messages)
         ends_removed = sum(before is not after for before, after in zip(messages, kept, strict=True))
-        tokens = _distinct(self.find(message.content) for message in kept)
+        tokens = _distinct([*(self.find(message.written) for message in kept), self.find(tools)])
         if not tokens:
-            return Shielded(kept, ends_removed=ends_removed)
-        private = _choose_private(sorted(self.tokens & set(tokens)), kept, origin)
+            return Shielded(kept, ends_removed=ends_removed, tools=tools)
+        taken = {char for text in (*(message.written for message in kept), tools) for char in text}
+        private = _choose_private(sorted(self.tokens & set(tokens)), taken, origin)
+
+        def hide(text: str) -> str:
+            return self._known.any.sub(lambda match: private[match[0]], text)
+
         return Shielded(
-            tuple(Message(m.role, self._known.any.sub(lambda match: private[match[0]], m.content)) for m in kept),
+            tuple(Message(m.role, hide(m.content), hide(m.tool_calls), hide(m.name), hide(m.call_id)) for m in kept),
             tokens,
             {ord(theirs): own for token, name in private.items() for own, theirs in zip(token, name, strict=True)},
             ends_removed,
+            hide(tools),
         )
 
     def _without_end(self, message: Message) -> Message:
@@ -196,7 +208,7 @@ class ControlTokens:
         content = message.content
         while end := next((end for end in self._known.ends if content.rstrip().endswith(end)), None):
             content = content.rstrip().removesuffix(end)
-        return message if content == message.content else Message(message.role, content)
+        return message if content == message.content else replace(message, content=content)
 
     def encode(self, text: str, shielded: str, origin: str, *, add_special_tokens: bool) -> Any:
         """Encodes a text in which only the template's control tokens are tokens.
@@ -285,9 +297,8 @@ def _distinct(found: Iterable[Iterable[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token for each in found for token in each))
 
 
-def _choose_private(tokens: Sequence[str], messages: Sequence[Message], origin: str) -> dict[str, str]:
-    """Returns a private text of the same length for each control token, with characters that no message contains."""
-    taken = {char for message in messages for char in message.content}
+def _choose_private(tokens: Sequence[str], taken: set[str], origin: str) -> dict[str, str]:
+    """Returns a private text of the same length for each control token, without the characters of the messages."""
     free = (char for char in map(chr, range(_FOR_MESSAGES, _FOR_MESSAGES + _SIZE)) if char not in taken)
     private = {token: "".join(islice(free, len(token))) for token in tokens}
     if any(len(token) != len(name) for token, name in private.items()):

@@ -217,6 +217,10 @@ class TokenDataset:
         own = {name: column[i : i + 1] for name, column in self._document_columns.items()}
         return Sample(ids, labels, {**columns, **own})
 
+    def has_document_column(self, name: str) -> bool:
+        """Returns whether documents have a label of this name."""
+        return name in self._document_columns
+
     def document_column(self, name: str) -> npt.NDArray[Any]:
         """Returns a label of all documents, [D] or [D, C], such as ``document_labels``."""
         return self._document_columns[name]

@@ -20,7 +20,7 @@ from ingle.data.chunks import Chunk, cut_source
 from ingle.data.dataset import TokenDataset
 from ingle.data.duplicates import RowSearch
 from ingle.data.label_names import describe_classes
-from ingle.data.row_encoder import Counts, Tally, TokenOptions, token_options
+from ingle.data.row_encoder import Counts, ModelKind, Tally, TokenOptions, token_options
 from ingle.data.row_tokenizer import RowTokenizer
 from ingle.data.shards import Shard, ShardedTokens, Stored, open_shard
 from ingle.data.sources import find_files, read_examples
@@ -48,6 +48,7 @@ def build_dataset(
     tokenizer: Tokenizer,
     *,
     objective: ObjectiveConfig | ObjectiveKind,
+    model_kind: ModelKind = "causal",
     sink: Sink | None = None,
     parse: RowParser | None = None,
     on_example: Callable[[Example], None] | None = None,
@@ -61,6 +62,7 @@ def build_dataset(
         data: Sources and options.
         tokenizer: The model's tokenizer.
         objective: Its kind, or a section in which labels have names (:func:`~ingle.data.label_names.name_labels`).
+        model_kind: What reads the answers of ``reward``, ``dpo`` and their kin; others know it by their objective.
         sink: Receives ``Progress``, and ``Warned`` for everything that was skipped, cut or unusual.
         parse: Reads rows; by default they are read in the layout of their source.
         on_example: Called with every row, in order. Large sources are read once more for it.
@@ -71,7 +73,7 @@ def build_dataset(
         ConfigError: ``too_long: split`` with conversations.
         HubUnavailable: A hub dataset cannot be reached.
     """
-    options = token_options(data, objective)
+    options = token_options(data, objective, model_kind)
     sink = sink or (lambda _: None)
     dataset = _build(data, tokenizer, options, sink, parse, on_example, search)
     if options.objective == "classify" and options.labels:

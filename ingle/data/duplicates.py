@@ -204,6 +204,8 @@ def _find_opening(example: Example, row: int) -> int:
     """Returns the hash of what rows that belong together begin with; that of the row if there is no such text."""
     if (shared := read_shared(example)) is not None:
         return _key(shared)
+    if example.texts:  # answers to one prompt
+        example = next(iter(example.texts.values()))
     answers = [i for i, message in enumerate(example.messages) if message.role == "assistant"]
     if len(answers) < 2:
         return row

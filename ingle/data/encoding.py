@@ -136,14 +136,17 @@ def make_document(
     if train_on != "all":
         while messages and messages[-1].role != "assistant":
             messages.pop()  # messages after the last answer neither carry loss nor are context of an answer
-    hidden = control.shield(messages, example.origin)
+    hidden = control.shield(messages, example.origin, example.tools)
     if train_on != "all":
         trained = [message for message in hidden.messages if message.role == "assistant"]
         if not trained:
             return "No assistant turn."
-        if not any(message.content.strip() for message in trained[-1 if train_on == "last" else 0 :]):
+        trained = trained[-1:] if train_on == "last" else trained
+        if not any(message.content.strip() or message.tool_calls for message in trained):
             return "Empty answer."
-    found = locate_answers(tokenizer, hidden.messages, train_on=train_on, origin=example.origin, sandbox=sandbox)
+    found = locate_answers(
+        tokenizer, hidden.messages, train_on=train_on, origin=example.origin, sandbox=sandbox, tools=hidden.tools
+    )
     return _reveal(example, hidden, found, everything=train_on == "all", chat=True)
 
 

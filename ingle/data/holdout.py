@@ -7,7 +7,8 @@ key decides for all of them. So rows that are added, removed or moved change not
 group and become its smallest, which has a chance of one in its size.
 
 Near duplicates are found among the tokens of documents: their trigrams, without those that many documents share, such
-as the words of a prompt template.
+as the words of a prompt template. Of answers to compare, only the prompts count: many answers are short and alike, such
+as refusals.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ingle.data.counters import GOLDEN, mix
 from ingle.data.dataset import TokenDataset
 from ingle.data.minhash import NEAR, Hashes, find_candidates, jaccard, sign
 from ingle.data.packing import HOLDING_OUT, Indices, Sequences, make_sequences, permutation, permutation_keys
+from ingle.data.types import IGNORE_INDEX, Ids
 from ingle.errors import CheckpointError, DataError
 from ingle.events import Progress, Sink, Warned
 from ingle.wording import plural
@@ -165,8 +167,8 @@ def find_groups(dataset: TokenDataset, sink: Sink = lambda event: None) -> Hashe
                 return np.asarray(known)
     (keys,) = _telling_keys(dataset)
     if dataset.stats.split_documents and len(np.unique(keys[:, 0])) < _FEW_ROWS:
-        keys = np.array([[_hash_all(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
-    found = unite(keys, np.array(list(_find_near(dataset, sink)), np.int64).reshape(-1, 2))
+        keys = np.array([[hash_tokens(dataset.sample(i).input_ids)] for i in range(len(dataset))], np.uint64)
+    found = unite(keys, np.array(list(find_near(dataset, sink)), np.int64).reshape(-1, 2))
     if memo is not None:
         content = BytesIO()
         np.save(content, found)
@@ -203,14 +205,15 @@ def unite(keys: Hashes, pairs: Indices) -> Hashes:
     return united
 
 
-def _find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
+def find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
     """Yields pairs of near duplicates; only signatures of all documents are kept in memory."""
-    shingles_of = _distinctive_shingles(dataset)
+    compared = _find_compared(dataset)
+    shingles_of = _distinctive_shingles(dataset, compared)
     places: list[int] = []
 
     def read() -> Iterator[Hashes]:
-        for i in range(len(dataset)):
-            if i % _COUNTED == 0:
+        for number, i in enumerate(compared.tolist()):
+            if number % _COUNTED == 0:
                 sink(Progress(_STAGE, i, len(dataset)))
             own = shingles_of(i)
             if len(own):
@@ -218,7 +221,7 @@ def _find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
                 yield own
         sink(Progress(_STAGE, len(dataset), len(dataset)))
 
-    signatures = sign(read(), len(dataset))[: len(places)]
+    signatures = sign(read(), len(compared))[: len(places)]
     candidates = find_candidates(signatures)
     rows, columns = np.nonzero(candidates != np.arange(len(places), dtype=np.int32)[:, None])
     for row, other in np.unique(np.stack([rows, candidates[rows, columns]], 1), axis=0).tolist():
@@ -227,17 +230,33 @@ def _find_near(dataset: TokenDataset, sink: Sink) -> Iterator[tuple[int, int]]:
             yield one, two
 
 
-def _distinctive_shingles(dataset: TokenDataset) -> Callable[[int], Hashes]:
+def _find_compared(dataset: TokenDataset) -> Indices:
+    """Returns the documents to compare; of answers to one prompt, the first."""
+    if dataset.groups is None or not dataset.has_document_column("scores"):
+        return np.arange(len(dataset))
+    return dataset.groups.offsets[:-1]
+
+
+def _read_compared(dataset: TokenDataset, i: int) -> Ids:
+    """Returns the tokens of a document to compare: its prompt, if it is an answer."""
+    sample = dataset.sample(i)
+    answer = np.flatnonzero(sample.labels != IGNORE_INDEX)
+    if "scores" not in sample.columns or not len(answer) or answer[0] < 2:
+        return sample.input_ids
+    return sample.input_ids[: answer[0]]
+
+
+def _distinctive_shingles(dataset: TokenDataset, compared: Indices) -> Callable[[int], Hashes]:
     """Returns a function from a document to its shingles, without those of many documents."""
     # At random, since rows may repeat at even distances.
-    drawn = np.sort(permutation(len(dataset), 0, HOLDING_OUT)[:_COUNTED])
-    counted = [_shingles(dataset.sample(int(i)).input_ids) for i in drawn]
+    drawn = compared[np.sort(permutation(len(compared), 0, HOLDING_OUT)[:_COUNTED])]
+    counted = [_shingles(_read_compared(dataset, int(i))) for i in drawn]
     hashes, counts = np.unique(np.concatenate(counted), return_counts=True)
     common = hashes[counts > max(_FEW_ROWS, _COMMON_SHARE * len(counted))]
 
     @lru_cache(maxsize=_COUNTED)
     def find(i: int) -> Hashes:
-        own = _shingles(dataset.sample(i).input_ids)
+        own = _shingles(_read_compared(dataset, i))
         found: Hashes = own[~np.isin(own, common, assume_unique=True)] if len(common) else own
         return found
 
@@ -253,7 +272,7 @@ def _shingles(ids: npt.NDArray[np.int32]) -> Hashes:
     return np.unique(hashes)
 
 
-def _hash_all(ids: npt.NDArray[np.int32]) -> int:
+def hash_tokens(ids: npt.NDArray[np.int32]) -> int:
     """Returns a hash of all tokens in their order."""
     places = np.arange(1, len(ids) + 1, dtype=np.uint64) * np.uint64(GOLDEN)
     return int(np.bitwise_xor.reduce(mix(ids.astype(np.uint64) ^ mix(places))))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice, pairwise
 
 import numpy as np
 
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import Classify, ObjectiveConfig, ObjectiveKind, Tag
+from ingle.config.objective import FAMILY, Classify, ObjectiveConfig, ObjectiveKind, Tag, reads_answers
 from ingle.data.dataset import GrowingArray, TokenDataset
 from ingle.data.dataset import Lengths as DocumentLengths
 from ingle.data.dataset_builder import build_dataset
@@ -19,8 +20,9 @@ from ingle.data.encode_windows import find_null
 from ingle.data.label_names import describe_classes, name_labels
 from ingle.data.layout_detection import detect_source, guess_objective
 from ingle.data.packing import make_sequences
+from ingle.data.preference_doctor import examine
 from ingle.data.previews import Previews
-from ingle.data.row_encoder import Tally
+from ingle.data.row_encoder import ModelKind, Tally
 from ingle.data.row_parts import show_label
 from ingle.data.sources import find_files, open_tables, read_examples, sample_examples
 from ingle.data.types import Example, Tokenizer, last_answer
@@ -37,6 +39,7 @@ from ingle.report.data_results import (
     RowsReport,
 )
 from ingle.report.data_tables import duplicate_problems, find_problems
+from ingle.report.preference_tables import preference_problems
 from ingle.wording import plural
 
 _NUM_BARS = 12
@@ -51,6 +54,7 @@ def inspect(
     objective: ObjectiveConfig,
     held_out: TaskConfig | None = None,
     *,
+    model_kind: ModelKind = "causal",
     num_previews: int = 3,
     seed: int = 0,
     sink: Sink | None = None,
@@ -62,7 +66,8 @@ def inspect(
         tokenizer: The model's tokenizer.
         objective: The section, with or without the names of its labels.
         held_out: The evaluation task, whose rows should not be in the training data.
-        num_previews: Number of documents to show, evenly spaced.
+        model_kind: What reads the tokens.
+        num_previews: Number of documents to show, evenly spaced; of rows with several answers, as many rows.
         seed: Seed of packing.
         sink: Receives ``Progress``, and every ``Warned`` of :func:`~ingle.data.build_dataset`.
 
@@ -74,11 +79,20 @@ def inspect(
     duplicates = DuplicateSearch()
     objective = name_labels(data, objective)
     kind = objective.kind
-    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=kind))
+    asked: ObjectiveKind = "sft" if reads_answers(kind) else kind  # a task asks for answers
+    rows = [] if held_out is None else list(read_examples(held_out.sources, objective=asked))
     overlap = OverlapSearch(rows) if held_out is not None else None
 
     on_example = None if overlap is None else overlap.add
-    dataset = build_dataset(data, tokenizer, objective=objective, sink=sink, on_example=on_example, search=duplicates)
+    dataset = build_dataset(
+        data,
+        tokenizer,
+        objective=objective,
+        model_kind=model_kind,
+        sink=sink,
+        on_example=on_example,
+        search=duplicates,
+    )
     sequences = make_sequences(dataset, data, seed)
     sink(Progress("Finding duplicates", 0))
     if not duplicates.num_texts:
@@ -87,12 +101,17 @@ def inspect(
             duplicates.add_text(number * step, example)
     found, shared = duplicates.result(), overlap.result() if overlap is not None else None
     previews = Previews(dataset, tokenizer, objective, seed)
-    endings = _count_endings(dataset, previews) if kind in ("clm", "sft") else ()
+    has_targets = dataset.groups is not None and "source" in dataset.groups.names
+    writes = kind in ("clm", "sft") or (reads_answers(kind) and model_kind == "causal")
+    endings = _count_endings(dataset, previews) if writes else ()
     labels = _count_labels(dataset, objective)
     problems = find_problems(kind, dataset.stats, endings, found, shared, _unknown_share(dataset, tokenizer))
     if kind == "classify":
         problems += tuple(describe_classes(dataset, [each.name for each in labels]))
-    has_targets = kind == "seq2seq"
+    preferences = None
+    if reads_answers(kind):
+        preferences = examine(dataset, is_judged=FAMILY[kind] == "judged", sink=sink)
+        problems += tuple(preference_problems(preferences))
     return DataReport(
         objective=kind,
         stats=dataset.stats,
@@ -101,11 +120,12 @@ def inspect(
         endings=endings[:_NUM_ENDINGS],
         duplicates=found,
         overlap=shared,
-        previews=tuple(previews.show(i) for i in _spread(len(dataset), num_previews)),
+        previews=tuple(previews.show(i) for i in _choose_shown(dataset, num_previews)),
         problems=problems,
         labels=labels,
         answered=_count_answered(dataset, tokenizer) if kind == "answer" else None,
         targets=_measure(dataset.lengths[1::2]) if has_targets else None,
+        preferences=preferences,
     )
 
 
@@ -180,6 +200,16 @@ def _spread(count: int, wanted: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(wanted, count)).round()})
 
 
+def _choose_shown(dataset: TokenDataset, num_previews: int) -> list[int]:
+    """Returns the documents to show, evenly spaced; of a row with several answers, all of them."""
+    if dataset.groups is None or not dataset.has_document_column("scores"):
+        return _spread(len(dataset), num_previews)
+    offsets = dataset.groups.offsets
+    rows = _spread(len(offsets) - 1, num_previews)
+    documents = (i for row in rows for i in range(offsets[row], offsets[row + 1]))
+    return [i for i in documents if dataset.text_name(i) != "source"]
+
+
 def _measure(lengths: DocumentLengths) -> Lengths:
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // _NUM_BARS)
@@ -239,6 +269,16 @@ def _count_answered(dataset: TokenDataset, tokenizer: Tokenizer) -> int:
 
 
 def _parts(example: Example) -> tuple[tuple[str, str], ...]:
+    if "scores" in example.labels:
+        return (*_parts(replace(example, labels={})), ("score", f"{example.labels['scores']:g}"))
+    if any("scores" in each.labels for each in example.texts.values()):
+        first = next(iter(example.texts.values()))
+        prompt = _parts(replace(first, labels={}))[:-1]
+        answers = (
+            (f"{name} (score {each.labels['scores']:g})", last_answer(each) or "")
+            for name, each in example.texts.items()
+        )
+        return (*prompt, *answers)
     if example.label is not None or example.texts:
         texts = {name: each.text or "" for name, each in example.texts.items()} or {"text": example.text or ""}
         return (*texts.items(), ("label", show_label(example)))
@@ -254,6 +294,8 @@ _NO_ANSWER, _EMPTY = "without an assistant turn", "with an empty answer or text"
 
 def _find_empty(example: Example) -> str | None:
     """Returns what is wrong if there is nothing to learn from a row."""
+    if any("scores" in each.labels for each in example.texts.values()):
+        return next((fault for fault in map(_find_empty, example.texts.values()) if fault is not None), None)
     texts = [text.text or "" for text in example.texts.values()]
     answer = example.text if example.text is not None else " ".join(texts) if texts else last_answer(example)
     if answer is None:

@@ -1,4 +1,4 @@
-"""Reads rows with several texts or with labels, for objectives such as preferences and classification."""
+"""Reads rows with labels in a column of any name."""
 
 from __future__ import annotations
 
@@ -7,38 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ingle.data.layout_detection import detect_layout
-from ingle.data.layouts import PAIRS, is_conversation, parse_row
+from ingle.data.layouts import parse_row
 from ingle.data.types import Example, RowParser
 from ingle.errors import DataError
-
-_FIX_COLUMNS = "rename columns with data.sources: columns: {prompt: ..., chosen: ..., rejected: ...}"
-
-
-def parse_preference(row: Mapping[str, Any], origin: str) -> Example:
-    """Reads a better and a worse answer to one prompt as the texts ``chosen`` and ``rejected``.
-
-    ``chosen`` and ``rejected`` are answers to a prompt, or conversations that contain it.
-
-    Raises:
-        DataError: A column is missing or malformed.
-    """
-    names = ("chosen", "rejected")
-    if missing := [name for name in names if row.get(name) is None]:
-        raise DataError(f"There is no column {missing[0]!r}.", where=origin, fix=_FIX_COLUMNS)
-    prompt = next((name for name, _ in PAIRS if row.get(name) is not None), None)
-    return Example(origin, texts={name: _parse_answer(row, prompt, name, origin) for name in names})
-
-
-def _parse_answer(row: Mapping[str, Any], prompt: str | None, name: str, origin: str) -> Example:
-    shared = {key: row[key] for key in ("system", "tools") if key in row}
-    answer = row[name]
-    if prompt is not None:
-        if is_conversation(row[prompt]) and isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        return parse_row({"prompt": row[prompt], "completion": answer, **shared}, "prompt-completion", origin)
-    if not is_conversation(answer):
-        raise DataError("There is no column with the prompt.", where=origin, fix=_FIX_COLUMNS)
-    return parse_row({"messages": answer, **shared}, "messages", origin)
 
 
 def parse_labelled(column: str = "label", classes: Sequence[str] = ()) -> RowParser:

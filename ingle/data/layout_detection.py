@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ingle.config.data import Layout, Source
-from ingle.config.objective import ObjectiveKind
+from ingle.config.objective import FAMILY, ObjectiveKind, reads_answers
 from ingle.data.labelled_rows import detect_labelled, find_text
-from ingle.data.layouts import find_pair, is_conversation, list_columns, refuse_media
+from ingle.data.layouts import find_pair, list_columns, refuse_media
+from ingle.data.messages import is_conversation
+from ingle.data.preference_rows import detect_preference
 from ingle.errors import DataError
 
 _MISSING = object()
@@ -113,6 +115,9 @@ def detect_source(
         DataError: No layout fits, or the row is not only text.
     """
     row = rename_columns(raw, source.columns, origin) if source.columns else raw
+    if reads_answers(objective):
+        labelled = row if source.label is None else {**row, "label": source.label}
+        return source.model_copy(update={"layout": _detect_answers(labelled, objective, origin)}), None
     found = detect_labelled(row, objective, has_label=source.label is not None)
     if found is None and objective in ("mlm", "span") and "text" not in row:
         text = find_text(row)
@@ -139,12 +144,40 @@ def detect_source(
     return fixed, f"{name} is read as {layout}; it could also be read as {', '.join(alternatives)} (set layout:)."
 
 
+def _detect_answers(row: Mapping[str, Any], objective: ObjectiveKind, origin: str) -> Layout:
+    """Returns the layout of a row with preferences or judgements.
+
+    Raises:
+        DataError: It has none.
+    """
+    if (layout := detect_preference(row, objective)) is not None:
+        return layout
+    judged = "{prompt: ..., completion: ..., label: ...}"
+    pairs = "{prompt: ..., chosen: ..., rejected: ...} or {prompt: ..., completions: ..., scores: ...}"
+    fix = f"rename them with data.sources: columns: {pairs}"
+    if FAMILY[objective] == "judged":
+        fix += f" or {judged}"
+    elif detect_preference(row, "kto") is not None:
+        fix = "--objective.kind=kto, which learns from single answers that are good or bad"
+    raise DataError(
+        f"The columns do not fit the objective {objective}.",
+        where=origin,
+        why=f"the columns are {list_columns(row)}",
+        fix=fix,
+    )
+
+
 def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
     """Returns an objective for which a row could be meant; that of chats and texts if it fits one and has no label.
 
     Raises:
         DataError: No layout of any objective fits.
     """
+    preference = detect_preference(row, "kto")
+    if preference == "judged" and isinstance(row.get("label"), bool):
+        return "kto"
+    if preference in ("preference", "transcript", "ranked"):
+        return "dpo"
     fits = _complete_objectives(row)
     try:
         layout, _ = detect_layout(row, origin)
@@ -163,6 +196,7 @@ def _complete_objectives(row: Mapping[str, Any]) -> list[ObjectiveKind]:
 
 
 def _refuse_preferences(row: Mapping[str, Any], origin: str) -> DataError:
+    name = origin.rpartition(":")[0]
     if is_conversation(row["chosen"]) and not is_conversation(row.get("prompt")):
         fix = "columns: {messages: chosen}"
     else:
@@ -171,8 +205,8 @@ def _refuse_preferences(row: Mapping[str, Any], origin: str) -> DataError:
     return DataError(
         "This looks like preference data: every row has a chosen and a rejected answer.",
         where=origin,
-        why="there is no objective for preferences yet; sft learns from one answer per row",
-        fix=f"to train on the chosen answers only: data.sources=[{{path: {origin.rpartition(':')[0]}, {fix}}}]",
+        why="sft learns from one answer per row",
+        fix=f"--objective.kind=dpo; to train on the chosen answers only: data.sources=[{{path: {name}, {fix}}}]",
     )
 
 

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ingle.config.data import Layout
 from ingle.data.labelled_rows import MEDIA, parse_labelled
+from ingle.data.messages import is_conversation, not_text, read_messages, read_tools
+from ingle.data.preference_rows import parse_preference
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
@@ -24,31 +26,10 @@ PAIRS = (
     ("input", "output"),
 )
 
-#: Names of roles in datasets, and the roles of chat templates that they stand for.
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-}
 #: Layouts in which a column that merely names a file or an address stays without effect, as other columns do.
 _TEXTS: tuple[Layout, ...] = ("text", "instruction", "prompt-completion")
-#: How the types of parts of a message begin that are not text.
-_MEDIA_PARTS = ("image", "input_image", "audio", "input_audio", "video")
 #: Maximum number of columns in a message.
 _MAX_LISTED = 12
-
-
-def _is_media(part: object) -> bool:
-    """Returns whether a part of a message is an image, audio or video."""
-    return isinstance(part, Mapping) and str(part.get("type")).startswith(_MEDIA_PARTS)
-
-
-def is_conversation(value: object, role_key: str = "role") -> bool:
-    """Returns whether a value is a list of messages."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and role_key in value[0]
 
 
 def list_columns(row: Mapping[str, Any]) -> str:
@@ -81,9 +62,8 @@ def parse_row(row: Mapping[str, Any], layout: Layout, origin: str, first: str = 
     """
     refuse_media(row, layout, origin)
     example = _Row(row, layout, origin, first).parse()
-    texts = (*(message.content for message in example.messages), example.prompt, example.completion, example.text)
-    for text in (*texts, *example.references, *(each.text for each in example.texts.values())):
-        if text is not None and not _is_unicode(text):
+    for text in (*example.references, *(text for each in (example, *example.texts.values()) for text in _texts(each))):
+        if not _is_unicode(text):
             why = "a text contains half of a surrogate pair (\\ud800 to \\udfff), which is not a character"
             raise DataError("The row is malformed.", where=origin, why=why, fix="correct or remove the row")
     return example
@@ -98,16 +78,13 @@ def refuse_media(row: Mapping[str, Any], layout: Layout, origin: str) -> None:
     for name, kind in MEDIA.items():
         value = row.get(name)
         if value and not (isinstance(value, str) and layout in _TEXTS):
-            raise _not_text(f"the column {name!r} has {kind}", origin)
+            raise not_text(f"the column {name!r} has {kind}", origin)
 
 
-def _not_text(why: str, origin: str) -> DataError:
-    return DataError(
-        "The row is not only text, and models are trained on text only.",
-        where=origin,
-        why=why,
-        fix="replace images and audio by text that describes them, or remove the row",
-    )
+def _texts(example: Example) -> Iterator[str]:
+    yield from (message.written for message in example.messages)
+    yield from (text for text in (example.prompt, example.completion, example.text) if text is not None)
+    yield example.tools
 
 
 def _is_unicode(text: str) -> bool:
@@ -137,6 +114,11 @@ class _Row:
                 return self._parse_pair()
             case "text":
                 return Example(self.origin, text=self._text("text"))
+            case "preference" | "transcript" | "judged" | "ranked":
+                try:
+                    return parse_preference(self.row, self.layout, self.origin)
+                except ValueError as error:
+                    raise self._misfit(str(error)) from None
             case "auto":
                 raise AssertionError("detect_layout decides first")
             case _:
@@ -207,36 +189,14 @@ class _Row:
         turns = self.row.get("messages")
         if turns is None:
             turns = self.row.get("conversations")
-        if not isinstance(turns, list) or not turns:
-            raise self._misfit("there is no list of messages, or it is empty")
-        if self.row.get("tools") not in (None, [], "", "[]"):
-            raise self._misfit("the row has 'tools', which are not supported")
-        messages = [self._parse_turn(number, turn, role_key, content_key) for number, turn in enumerate(turns, 1)]
+        try:
+            messages = read_messages(turns, self.origin, role_key, content_key)
+            tools = read_tools(self.row.get("tools"))
+        except ValueError as error:
+            raise self._misfit(str(error)) from None
         references = self._references()
         if references and messages[-1].role != "assistant":
             messages.append(Message("assistant", references[0]))
         answer = messages[-1].content if messages[-1].role == "assistant" else None
-        return Example(self.origin, tuple(messages), references=tuple(r for r in references if r != answer))
-
-    def _parse_turn(self, number: int, turn: object, role_key: str, content_key: str) -> Message:
-        if not isinstance(turn, Mapping) or role_key not in turn:
-            raise self._misfit(f"message {number} has no {role_key!r}")
-        role = ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            known = ", ".join(ROLES)
-            raise self._misfit(f"message {number} has the role {turn[role_key]!r}; known roles are {known}")
-        for name in ("tool_calls", "reasoning_content", "thinking"):
-            if turn.get(name):
-                raise self._misfit(f"message {number} has {name!r}, which is not supported")
-        if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
-            raise self._misfit(f"message {number} is excluded from training (weight, train), which is not supported")
-        content = turn.get(content_key)
-        if isinstance(content, list) and content:  # parts, as in multimodal data; only texts can be read
-            texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-            if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
-                content = "".join(text for text in texts if isinstance(text, str))
-            elif other := [str(part.get("type")) for part in content if _is_media(part)]:
-                raise _not_text(f"message {number} has a part of type {other[0][:80]!r}", self.origin)
-        if not isinstance(content, str):
-            raise self._misfit(f"the content of message {number} is not text")
-        return Message(role, content)
+        others = tuple(each for each in references if each != answer)
+        return Example(self.origin, tuple(messages), references=others, tools=tools)

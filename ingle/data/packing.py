@@ -87,7 +87,8 @@ def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int, documents
     """Packs a dataset, or puts each row into its own sequence if ``data.packing`` is false.
 
     The documents of a row stay together, so a row may make a sequence longer than ``max_seq_len``. A sequence has room
-    for the longest document, from which ``span`` may still remove tokens.
+    for the longest document, from which ``span`` may still remove tokens, or for the longest source with its target.
+    Rows with several answers can be much longer than the others, so those beyond ``max_seq_len`` stay alone.
 
     Args:
         dataset: The documents.
@@ -108,7 +109,8 @@ def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int, documents
     if documents is not None:
         chosen = np.unique(np.searchsorted(offsets, documents, side="right") - 1)
     lengths = np.add.reduceat(dataset.lengths, offsets[:-1])[chosen]
-    rows = pack(lengths, max(data.max_seq_len, int(lengths.max())), packing=data.packing, seed=seed)
+    longest = int(lengths.max()) if dataset.groups.names == ("source", "target") else 0
+    rows = pack(lengths, max(data.max_seq_len, longest), packing=data.packing, seed=seed, long_alone=True)
     order, borders = rows.flat()
     counts = np.diff(offsets)[chosen[order]]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
@@ -116,13 +118,22 @@ def make_sequences(dataset: TokenDataset, data: DataConfig, seed: int, documents
     return Sequences(placed, ends[borders], int(lengths.sum(dtype=np.int64)), data.max_seq_len)
 
 
-def pack(lengths: Lengths, max_seq_len: int, *, packing: bool = True, seed: int = 0) -> Sequences:
-    """Packs documents of the given lengths; no sequence exceeds ``max_seq_len``, no document is split.
+def pack(
+    lengths: Lengths, max_seq_len: int, *, packing: bool = True, seed: int = 0, long_alone: bool = False
+) -> Sequences:
+    """Packs documents of the given lengths; no document is split.
+
+    Args:
+        lengths: Tokens of each document, [D].
+        max_seq_len: The room of a sequence.
+        packing: Whether several documents share a sequence.
+        seed: Decides which of equally long documents share a sequence.
+        long_alone: Whether a document longer than ``max_seq_len`` is a sequence of its own rather than an error.
 
     Raises:
         DataError: A document is longer than ``max_seq_len``.
     """
-    if len(lengths) and int(lengths.max()) > max_seq_len:
+    if not long_alone and len(lengths) and int(lengths.max()) > max_seq_len:
         raise DataError(
             "A document is longer than a sequence.",
             where=f"data.max_seq_len = {max_seq_len}",
@@ -197,7 +208,7 @@ class _Bins:
         placed: list[Indices] = []
         while count:
             at = bisect_left(self._rooms, length)
-            fits = self._room // length
+            fits = max(self._room // length, 1)  # a document that exceeds the room stays alone
             if at < len(self._rooms):
                 room = self._rooms.pop(at)
                 bins = np.concatenate(self._with_room.pop(room))
@@ -220,7 +231,7 @@ class _Bins:
         return np.concatenate(placed)
 
     def _keep(self, room: int, bins: Indices) -> None:
-        if room and len(bins):
+        if room > 0 and len(bins):
             if room not in self._with_room:
                 insort(self._rooms, room)
             self._with_room.setdefault(room, []).append(bins)

@@ -38,8 +38,8 @@ class Previews:
     def show(self, i: int) -> Preview:
         """Returns document ``i``; a target together with its source."""
         groups, target = self._dataset.groups, None
-        if groups is not None and groups.names == ("source", "target"):
-            i = int(groups.offsets[np.searchsorted(groups.offsets, i, side="right") - 1])
+        if groups is not None and "source" in groups.names:
+            i -= i % 2  # sources and targets alternate
             target = self._dataset.sample(i + 1).input_ids
         sample = self._dataset.sample(i)
         ids, notes = sample.input_ids, dict[int, str]()
@@ -52,6 +52,9 @@ class Previews:
                 notes = {int(k): _visible(self.decode(ids[k : k + 1])) for k in np.flatnonzero(supervised)}
             ids = seen.input_ids
         label, marks, tags = self._read_labels(sample)
+        if "scores" in sample.columns:
+            name = self._dataset.text_name(i if target is None else i + 1)
+            label = f"{name} (score {float(sample.columns['scores'][0]):g})".strip()
         shown = supervised if marks is None else marks
         stretches = tuple(self._stretch(ids, shown, {**notes, **tags}))
         after = tuple(self._stretch(target, np.ones(len(target), np.bool_), {})) if target is not None else ()

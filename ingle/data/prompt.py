@@ -36,8 +36,10 @@ def prompt_ids(
         messages = list(read_conversation(example, system))
         while messages and messages[-1].role == "assistant":
             messages.pop()
-        hidden = control.shield(messages, example.origin)
-        shown = render(tokenizer, hidden.messages, add_generation_prompt=True, origin=example.origin).rstrip(" ")
+        hidden = control.shield(messages, example.origin, example.tools)
+        shown = render(
+            tokenizer, hidden.messages, add_generation_prompt=True, origin=example.origin, tools=hidden.tools
+        ).rstrip(" ")
         chat = True
     else:
         hidden = control.shield([Message("user", split_prompt(example)[0])], example.origin)

@@ -12,7 +12,17 @@ import numpy.typing as npt
 
 from ingle.config.data import ControlTokens as Policy
 from ingle.config.data import DataConfig
-from ingle.config.objective import Answer, Classify, ObjectiveConfig, ObjectiveKind, Seq2Seq, Span, Tag
+from ingle.config.objective import (
+    Answer,
+    Classify,
+    ObjectiveConfig,
+    ObjectiveKind,
+    Seq2Seq,
+    Span,
+    Tag,
+    reads_answers,
+)
+from ingle.config.preferences import Bco, Kto
 from ingle.data.corruption import denoisers, longest_text
 from ingle.data.template import TrainOn
 from ingle.data.types import Example, Ids, Mask
@@ -20,6 +30,9 @@ from ingle.report.data_results import Remark
 
 #: How labels of texts are read: one class, any number of classes, or a number.
 Problem = Literal["single", "multi", "regression"]
+
+#: What reads the tokens; only the documents of answers depend on it.
+ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 
 _NONE: Mapping[str, npt.NDArray[Any]] = MappingProxyType({})
 
@@ -31,7 +44,7 @@ class TokenOptions:
     Attributes:
         objective: As ``objective.kind``.
         train_on: As ``data.train_on``; ``all`` for ``clm``.
-        too_long: As ``data.too_long``, but never ``auto``.
+        too_long: As ``data.too_long``, but never ``auto``; ``cut_prompts`` cuts prompts and drops answers.
         max_seq_len: As ``data.max_seq_len``, in tokens.
         system: As ``data.system``.
         control_tokens: As ``data.control_tokens``.
@@ -41,12 +54,14 @@ class TokenOptions:
         stride: Tokens that two windows of a long text share (``tag``, ``answer``).
         prefix: Text before every source (``seq2seq``).
         max_text_len: Longest text of ``span`` in tokens, whose source has at most ``max_seq_len``; 0 without spans.
+        model_kind: What reads the answers of a row; ``causal`` for all other rows.
+        threshold: Scores above it are good answers (``kto``, ``bco``); None if all scores are 1 or 0.
         with_labels: Whether every row must have a label; rows to predict have none.
     """
 
     objective: ObjectiveKind
     train_on: TrainOn
-    too_long: Literal["truncate", "drop", "split"]
+    too_long: Literal["truncate", "drop", "split", "cut_prompts"]
     max_seq_len: int
     system: str | None
     control_tokens: Policy
@@ -57,18 +72,25 @@ class TokenOptions:
     prefix: str = ""
     max_text_len: int = 0
     with_labels: bool = True
+    model_kind: ModelKind = "causal"
+    threshold: float | None = None
 
 
-def token_options(data: DataConfig, objective: ObjectiveConfig | ObjectiveKind) -> TokenOptions:
+def token_options(
+    data: DataConfig, objective: ObjectiveConfig | ObjectiveKind, model_kind: ModelKind = "causal"
+) -> TokenOptions:
     """Returns the options of a config.
 
     Args:
         data: Sources and options.
         objective: With the names of its labels, see :func:`~ingle.data.label_names.name_labels`; or a kind without
             options.
+        model_kind: What reads the tokens.
     """
     kind = objective if isinstance(objective, str) else objective.kind
-    default: Literal["split", "truncate"] = "split" if kind in ("clm", "mlm", "span") else "truncate"
+    default: Literal["split", "truncate", "cut_prompts"] = "split" if kind in ("clm", "mlm", "span") else "truncate"
+    if reads_answers(kind):
+        default = "cut_prompts"
     options = TokenOptions(
         objective=kind,
         train_on=data.train_on if kind == "sft" else "all",
@@ -77,6 +99,7 @@ def token_options(data: DataConfig, objective: ObjectiveConfig | ObjectiveKind) 
         system=data.system,
         control_tokens=data.control_tokens,
         max_target_len=data.max_target_len or data.max_seq_len,
+        model_kind=model_kind if reads_answers(kind) else "causal",
     )
     return _with_objective(options, objective)
 
@@ -111,6 +134,8 @@ def _with_objective(options: TokenOptions, objective: ObjectiveConfig | Objectiv
             return replace(options, labels=labels, stride=stride)
         case Answer(stride=stride):
             return replace(options, stride=stride)
+        case Kto(threshold=threshold) | Bco(threshold=threshold):
+            return replace(options, threshold=threshold)
         case Seq2Seq(prefix=prefix):
             return replace(options, prefix=prefix)
         case Span(style="t5" | "ul2"):

@@ -29,7 +29,7 @@ def read_parts(example: Example) -> tuple[str, str]:
     if example.prompt is not None:
         return fold(example.prompt), fold(example.completion or "")
     turns = example.messages[:-1] if example.messages[-1].role == "assistant" else example.messages
-    return fold("\n".join(turn.content for turn in turns)), fold(last_answer(example) or "")
+    return fold("\n".join(turn.written for turn in turns)), fold(last_answer(example) or "")
 
 
 def read_shared(example: Example) -> str | None:

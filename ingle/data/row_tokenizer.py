@@ -13,6 +13,7 @@ from ingle.data.dataset import FlatTokens, GrowingArray, Offsets, Origins, TextG
 from ingle.data.duplicates import RowKeys
 from ingle.data.encode_chat import ChatEncoder
 from ingle.data.encode_pairs import PairEncoder
+from ingle.data.encode_preferences import PreferenceEncoder
 from ingle.data.encode_sources import SourceEncoder
 from ingle.data.encode_tags import TagEncoder
 from ingle.data.encode_text import TextPieces
@@ -36,6 +37,8 @@ def make_encoder(tokenizer: Tokenizer, options: TokenOptions) -> RowEncoder:
             return WindowEncoder(tokenizer, options)
         case "clm" | "sft":
             return ChatEncoder(tokenizer, options)
+        case "reward" | "dpo" | "kto" | "orpo" | "simpo" | "cpo" | "bco":
+            return PreferenceEncoder(tokenizer, options)
 
 
 class RowTokenizer:

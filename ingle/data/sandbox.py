@@ -133,7 +133,7 @@ class Sandbox:
                 why=str(error),
                 fix="correct the text of the messages, or the template",
             ) from None
-        given = sum(len(message.content) for message in messages)
+        given = sum(len(message.written) for message in messages)
         if len(text) > _FIXED_CHARS + _GROWTH * given:
             raise ModelError(
                 "The output of the chat template is too long.",

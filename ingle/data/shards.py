@@ -308,10 +308,11 @@ class ShardedTokens:
         shards = [each.load() for each in self._stored]
         if not shards[0].names:
             return None
-        assert all(shard.names == shards[0].names for shard in shards), "all rows have the same texts"
+        names = tuple(dict.fromkeys(name for shard in shards for name in shard.names))
         ends = [shard.row_ends[1:] + start for shard, start in zip(shards, self._starts[:-1], strict=True)]
-        name_of = np.concatenate([shard.name_of for shard in shards])
-        return TextGroups(np.concatenate([np.zeros(1, np.int64), *ends]), shards[0].names, name_of)
+        places = [np.array([names.index(name) for name in shard.names], np.int16) for shard in shards]
+        name_of = np.concatenate([place[shard.name_of] for place, shard in zip(places, shards, strict=True)])
+        return TextGroups(np.concatenate([np.zeros(1, np.int64), *ends]), names, name_of)
 
     def document_columns(self) -> dict[str, npt.NDArray[Any]]:
         """Returns the labels of all documents by name, [D] or [D, C]; they are kept in memory."""

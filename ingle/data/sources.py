@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ingle import env
-from ingle.config.data import Source
-from ingle.config.objective import ObjectiveKind
+from ingle.config.data import Layout, Source
+from ingle.config.objective import FAMILY, ObjectiveKind
 from ingle.data.corpus_readers import read_file
 from ingle.data.labelled_rows import LABELS, TAGS
 from ingle.data.layout_detection import detect_source, rename_columns
@@ -24,7 +24,7 @@ from ingle.data.layouts import parse_row
 from ingle.data.readers import Rows, data_suffix, known_suffixes
 from ingle.data.types import Example, RowParser
 from ingle.errors import DataError, DependencyError, HubUnavailable
-from ingle.wording import first_line, some
+from ingle.wording import either, first_line, some
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -54,6 +54,8 @@ def read_examples(
         HubUnavailable: The hub cannot be reached for a hub dataset.
     """
     for source in sources:
+        if parse is None:
+            _require_suited(source, objective)
         examples = (
             example
             for table in open_tables(source)
@@ -145,6 +147,22 @@ def read_table(
         yield parse_row(row, source.layout, origin, first) if parse is None else parse(row, origin)
 
 
+def _require_suited(source: Source, objective: ObjectiveKind) -> None:
+    """Refuses a given layout that does not suit the objective, where one of them is about preferences or judgements.
+
+    Raises:
+        DataError: The layout does not suit.
+    """
+    pairs = ("preference", "transcript", "ranked")
+    suited = {"pairs": pairs, "reward": pairs, "judged": (*pairs, "judged")}.get(FAMILY[objective], ())
+    layout: Layout = source.layout
+    if layout == "auto" or layout in suited or (not suited and layout not in (*pairs, "judged")):
+        return
+    others = "kto or bco" if layout == "judged" else "dpo or reward"
+    fix = f"objective.kind: {others}" if not suited else f"data.sources: layout: {either(list(suited))}"
+    raise DataError(f"The layout {layout} does not suit the objective {objective}.", where=source.path, fix=fix)
+
+
 def choose_table_layout(
     table: Table, source: Source, objective: ObjectiveKind = "sft"
 ) -> tuple[Rows, Source, str, str | None]:
@@ -160,6 +178,7 @@ def choose_table_layout(
     place, row = next(table.rows)
     first = f"{table.name}:{place}"
     warning = None
+    _require_suited(source, objective)
     if source.layout == "auto":
         source, warning = detect_source(row, source, objective, table.name, first)
     return chain([(place, row)], table.rows), source, first, warning

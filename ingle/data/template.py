@@ -11,6 +11,8 @@ fail for the next family. So positions are measured and verified:
   (they move the system prompt or drop reasoning); then only the part from the end of the previous message to the end of
   the generation prompt is compared. Spaces at the end of the prompt belong to the answer: tokens include the space
   before a word, so a boundary after the space would split the first token of the answer.
+* **End of an answer that calls tools.** Calls are written in many ways, so nothing is searched in them: the answer ends
+  where the end of turn begins that the template writes after a plain answer in the same place.
 * **End of a turn.** It is the first control token after the answer.
 
 A template that fails the verification is refused.
@@ -18,8 +20,9 @@ A template that fails the verification is refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jinja2
@@ -76,9 +79,14 @@ def has_template(tokenizer: Tokenizer) -> bool:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    origin: str | None = None,
+    tools: str = "",
 ) -> str:
-    """Renders a conversation with the tokenizer's chat template.
+    """Renders a conversation, with its tools as JSON, with the tokenizer's chat template.
 
     Raises:
         DataError: The tokenizer has no template, or the template refuses the conversation.
@@ -87,7 +95,7 @@ def render(
     _require_template(tokenizer, origin)
     sandbox = Sandbox(tokenizer)
     with sandbox.limited(origin, len(messages)):
-        return _render(sandbox, messages, add_generation_prompt=add_generation_prompt, origin=origin)
+        return _Chat(sandbox, origin, tools).render(messages, add_generation_prompt=add_generation_prompt)
 
 
 def _require_template(tokenizer: Tokenizer, origin: str | None) -> None:
@@ -99,17 +107,22 @@ def _require_template(tokenizer: Tokenizer, origin: str | None) -> None:
         )
 
 
-def _render(
-    sandbox: Sandbox, messages: Sequence[Message], *, add_generation_prompt: bool = False, origin: str | None = None
-) -> str:
-    """Renders a conversation within limits that the caller has set."""
-    try:
-        text = sandbox.renderer.render(messages, add_generation_prompt=add_generation_prompt)
-    except (MemoryError, jinja2.TemplateSyntaxError):
-        raise  # the template is at fault, not the row
-    except Exception as error:  # a template raises whatever Python can raise
-        raise sandbox.refusal(error, messages, origin) from error
-    return sandbox.check_output(text, messages)
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """Renders the messages of one conversation, within limits that the caller has set."""
+
+    sandbox: Sandbox
+    origin: str | None
+    tools: str = ""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self.sandbox.renderer.render(messages, add_generation_prompt=add_generation_prompt, tools=self.tools)
+        except (MemoryError, jinja2.TemplateSyntaxError):
+            raise  # the template is at fault, not the row
+        except Exception as error:  # a template raises whatever Python can raise
+            raise self.sandbox.refusal(error, messages, self.origin) from error
+        return self.sandbox.check_output(text, messages)
 
 
 def read_conversation(example: Example, system: str | None = None) -> tuple[Message, ...]:
@@ -144,6 +157,7 @@ def locate_answers(
     train_on: TrainOn,
     origin: str | None = None,
     sandbox: Sandbox | None = None,
+    tools: str = "",
 ) -> Rendering:
     """Renders a conversation that ends with an answer, and finds the answers that are trained on.
 
@@ -155,6 +169,7 @@ def locate_answers(
         train_on: As ``data.train_on``.
         origin: ``file:line``, for errors.
         sandbox: Limits of the template; pass an entered one to render many conversations faster.
+        tools: The tools of the conversation, as JSON.
 
     Raises:
         DataError: There is no template, or it refuses the conversation or cannot be masked.
@@ -163,23 +178,24 @@ def locate_answers(
     _require_template(tokenizer, origin)
     sandbox = sandbox or Sandbox(tokenizer)
     with sandbox.limited(origin, len(messages)):
-        return _locate(sandbox, messages, train_on, origin)
+        return _locate(_Chat(sandbox, origin, tools), messages, train_on)
 
 
-def _locate(sandbox: Sandbox, messages: Sequence[Message], train_on: TrainOn, origin: str | None) -> Rendering:
-    text = _render(sandbox, messages, origin=origin)
+def _locate(chat: _Chat, messages: Sequence[Message], train_on: TrainOn) -> Rendering:
+    text = chat.render(messages)
+    _require_tools(chat, messages, text)
     indices = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "all" and messages[-1].role != "assistant":
         return Rendering(text, ())
-    ends = _find_ends(sandbox, messages, indices, text, origin)
+    ends = _find_ends(chat, messages, indices, text)
     tail = text[ends[indices[-1]] :]
     answers, remarks = [], []
     for i in indices if train_on == "assistant" else indices[-1:]:
-        start, remark = _find_start(sandbox, messages, i, text, ends, origin)
+        start, remark = _find_start(chat, messages, i, text, ends)
         # Many templates render earlier turns differently as history; the context of the last answer must not change.
         if remark == PROMPT_DIFFERS or (remark == HISTORY_DIFFERS and i == indices[-1]):
             remarks.append(remark)
-        if _find_content(messages[i].content, text, ends[i]) is None:
+        if not messages[i].tool_calls and _find_content(messages[i].content, text, ends[i]) is None:
             remarks.append(ANSWER_CHANGED)
         if text[start - 1 : start] == " ":
             remarks.append(TRAILING_SPACE)
@@ -190,23 +206,53 @@ def _locate(sandbox: Sandbox, messages: Sequence[Message], train_on: TrainOn, or
     return Rendering(text, tuple(answers), tuple(dict.fromkeys(remarks)))
 
 
-def _find_ends(
-    sandbox: Sandbox, messages: Sequence[Message], indices: Sequence[int], text: str, origin: str | None
-) -> dict[int, int]:
+def _require_tools(chat: _Chat, messages: Sequence[Message], text: str) -> None:
+    """Refuses a template that writes neither the tools of a conversation nor the calls in it."""
+    lists = [each for each in (chat.tools, *(message.tool_calls for message in messages)) if each]
+    functions = (each.get("function", each) for part in lists for each in json.loads(part))
+    missing = next((each["name"] for each in functions if each["name"] not in text), None)
+    if missing is not None:
+        raise DataError(
+            "The chat template ignores tools.",
+            where=chat.origin,
+            why=f"the tool {missing!r} is not in the rendered conversation",
+            fix="use a template for tools: --model.chat_template=FILE, or remove tools and their calls from the rows",
+        )
+
+
+def _find_ends(chat: _Chat, messages: Sequence[Message], indices: Sequence[int], text: str) -> dict[int, int]:
+    calls = {i: _find_call_end(chat, messages, i, text) for i in indices if messages[i].tool_calls}
+    plain = [i for i in indices if i not in calls]
     for strip in (False, True):  # templates keep or strip white space at the end of an answer
-        ends = _mark(sandbox, messages, indices, text, strip=strip)
+        ends = _mark(chat, messages, plain, text, strip=strip)
         if ends is not None:
-            return ends
-    raise DataError(
+            return ends | calls
+    why = "markers after the answers are not rendered exactly once, in order and without other changes"
+    raise _cannot_mask(chat, why)
+
+
+def _find_call_end(chat: _Chat, messages: Sequence[Message], i: int, text: str) -> int:
+    """Returns where an answer with calls ends: before what the template writes after a plain answer."""
+    ask, plain = list(messages[:i]), Message("assistant", "PlainAnswer")
+    rendered, own = chat.render([*ask, plain]), chat.render([*ask, messages[i]])
+    _, found, tail = rendered.rpartition(plain.content)
+    end = len(own) - len(tail)
+    if found and own.endswith(tail) and text.startswith(own[:end]):
+        return end
+    raise _cannot_mask(chat, f"the end of the calls in message {i + 1} cannot be found")
+
+
+def _cannot_mask(chat: _Chat, why: str) -> DataError:
+    return DataError(
         "The chat template cannot be masked.",
-        where=origin,
-        why="markers after the answers are not rendered exactly once, in order and without other changes",
+        where=chat.origin,
+        why=why,
         fix="--data.train_on=all, or another template: --model.chat_template=FILE",
     )
 
 
 def _mark(
-    sandbox: Sandbox,
+    chat: _Chat,
     messages: Sequence[Message],
     indices: Sequence[int],
     text: str,
@@ -222,9 +268,9 @@ def _mark(
     marked = list(messages)
     for i, mark in marks.items():
         content = marked[i].content
-        marked[i] = Message(marked[i].role, (content.rstrip() if strip else content) + mark)
+        marked[i] = replace(marked[i], content=(content.rstrip() if strip else content) + mark)
     try:
-        rest = _render(sandbox, marked, add_generation_prompt=add_generation_prompt)
+        rest = chat.render(marked, add_generation_prompt=add_generation_prompt)
     except DataError:
         return None
     plain, ends = "", {}
@@ -238,11 +284,11 @@ def _mark(
 
 
 def _find_start(
-    sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, ends: dict[int, int], origin: str | None
+    chat: _Chat, messages: Sequence[Message], i: int, text: str, ends: dict[int, int]
 ) -> tuple[int, str | None]:
     """Returns where answer ``i`` begins in ``text``, and a remark if its prompt differs from that of a served model."""
     try:
-        prompt = _render(sandbox, messages[:i], add_generation_prompt=True)
+        prompt = chat.render(messages[:i], add_generation_prompt=True)
     except DataError:
         prompt = None  # templates may refuse an empty history
     if prompt is not None and text.startswith(prompt) and len(prompt) <= ends[i]:
@@ -250,28 +296,21 @@ def _find_start(
     content_start = _find_content(messages[i].content, text, ends[i])
     bound = content_start if content_start is not None else ends[i]
     if prompt is not None and i > 0:
-        here = _end_of(sandbox, messages, i - 1, text, add_generation_prompt=False)
-        there = _end_of(sandbox, messages[:i], i - 1, prompt, add_generation_prompt=True)
+        here = _end_of(chat, messages, i - 1, text, add_generation_prompt=False)
+        there = _end_of(chat, messages[:i], i - 1, prompt, add_generation_prompt=True)
         if here is not None and there is not None:
             opening = prompt[there:]
             common = _measure_common(opening, text[here:])
             return min(here + common, bound), PROMPT_DIFFERS if common < len(opening) else HISTORY_DIFFERS
     if content_start is not None:
         return content_start, PROMPT_DIFFERS if prompt is not None else None
-    raise DataError(
-        "The chat template cannot be masked.",
-        where=origin,
-        why=f"the text contains neither the generation prompt nor the content of message {i + 1}",
-        fix="--data.train_on=all, or another template: --model.chat_template=FILE",
-    )
+    raise _cannot_mask(chat, f"the text contains neither the generation prompt nor the content of message {i + 1}")
 
 
-def _end_of(
-    sandbox: Sandbox, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool
-) -> int | None:
+def _end_of(chat: _Chat, messages: Sequence[Message], i: int, text: str, *, add_generation_prompt: bool) -> int | None:
     """Returns where message ``i`` ends in a rendering, whether or not the template strips its white space."""
     for strip in (False, True):
-        ends = _mark(sandbox, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
+        ends = _mark(chat, messages, [i], text, strip=strip, add_generation_prompt=add_generation_prompt)
         if ends is not None:
             return ends[i]
     return None

@@ -58,10 +58,23 @@ class Message:
     Attributes:
         role: ``system``, ``user``, ``assistant``, ``tool`` or ``developer``.
         content: Its text.
+        tool_calls: The tools that an assistant calls, as JSON; empty if it calls none.
+        name: The tool whose result the message is; empty if it does not say.
+        call_id: The call whose result the message is; empty if it does not say.
     """
 
     role: str
     content: str
+    tool_calls: str = ""
+    name: str = ""
+    call_id: str = ""
+
+    @property
+    def written(self) -> str:
+        """All that a template may write of it."""
+        if not (self.tool_calls or self.name or self.call_id):
+            return self.content
+        return "\n".join((self.content, self.tool_calls, self.name, self.call_id))
 
 
 class Span(NamedTuple):
@@ -96,6 +109,8 @@ class Example:
             of ``text`` for a label per token. Every row of a dataset has the same names.
         label: The label of a row of ``classify``, ``tag`` or ``answer``; None if it is unknown.
         words: The words of ``text``, as characters from and to (exclusive).
+        tools: The tools that a conversation may call, as a JSON list; empty if there are none.
+        remarks: What is unusual about the row but does not exclude it, in sentences.
     """
 
     origin: str
@@ -108,6 +123,8 @@ class Example:
     labels: Mapping[str, float | tuple[Span, ...]] = field(default_factory=dict, hash=False)
     label: Label | None = None
     words: tuple[tuple[int, int], ...] = ()
+    tools: str = ""
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), self.origin
@@ -136,8 +153,8 @@ class Sample:
 
 
 def last_answer(example: Example) -> str | None:
-    """Returns the completion, or the last assistant message; None if there is neither."""
+    """Returns the completion, or the last assistant message with its calls; None if there is neither."""
     if example.completion is not None:
         return example.completion
-    answers: Sequence[str] = [m.content for m in example.messages if m.role == "assistant"]
+    answers: Sequence[str] = [m.written for m in example.messages if m.role == "assistant"]
     return answers[-1] if answers else None

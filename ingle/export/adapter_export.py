@@ -35,7 +35,7 @@ from ingle.quant.format import PLAIN
 from ingle.wording import either
 
 #: Objectives whose models have a head that a GGUF file cannot have, or only with the whole model.
-_WITH_HEAD = ("classify", "tag", "answer")
+_WITH_HEAD = ("classify", "tag", "answer", "reward")
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 _HEAD_FILES = (HEAD_CONFIG, LABELS)
 
@@ -179,7 +179,7 @@ def _require_adapter(job: ExportJob) -> Path:
 def _peft_usage(job: ExportJob, folder: Path) -> str:
     objective = job.source.objective()
     if objective.kind in _WITH_HEAD:
-        return _head_usage(folder, objective.kind)
+        return _head_usage(folder, "classify" if objective.kind == "reward" else objective.kind)
     reader = models.reader_class(read_config(job.source.model))
     text = (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {reader}\n\n"

@@ -146,7 +146,7 @@ def _refuse_head(source: inference.Source, request: ExportRequest) -> None:
             where=f"--to {request.to} --verify",
             fix="omit --verify",
         )
-    if kind not in ("classify", "tag", "answer"):
+    if kind not in ("classify", "tag", "answer", "reward"):
         return
     has_head = kind == "classify" and read_config(source.model, None).model_type == "bert"
     if request.to == "gguf-adapter" or (request.to == "gguf" and not has_head):

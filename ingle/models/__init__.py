@@ -16,6 +16,8 @@ from ingle.models.forward.layers import (
     repeated_layers,
 )
 from ingle.models.forward.layout import layout_note, require_shardable
+from ingle.models.forward.prompt_sharing import why_prompts_repeat
+from ingle.models.forward.rewards import forward_reward
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
@@ -66,6 +68,7 @@ __all__ = [
     "find_routers",
     "first_token",
     "forward_hidden",
+    "forward_reward",
     "forward_task",
     "generate",
     "gguf_names",
@@ -106,4 +109,5 @@ __all__ = [
     "trained_objective",
     "unscaled_limit",
     "verify",
+    "why_prompts_repeat",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Seq2Seq, Sft, Tag
+from ingle.config.preferences import Reward
 from ingle.models.kinds import ModelKind, ModelTask
 
 #: Problems of a classification, under Ingle's names and under transformers'.
@@ -28,6 +29,8 @@ def model_task(objective: ObjectiveConfig) -> ModelTask:
             return ModelTask("tag", labels or ())
         case Answer():
             return ModelTask("answer")
+        case Reward():
+            return ModelTask("classify", (), "regression")
         case _:
             return ModelTask()
 

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ingle.config.objective import Classify, Mlm, ObjectiveConfig, Seq2Seq, Span
+from ingle import adapters
+from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers
+from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
 from ingle.config.run import Run
 from ingle.data import HeldOut, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
 from ingle.errors import ConfigError
-from ingle.models import Model, num_tokens, refuse_tokens_beyond
+from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
+from ingle.models.forward.layout import layout_of
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.driver import DocumentLoss, PackedObjective
-from ingle.objectives.interface import Objective, StepModule, Sums, Term
+from ingle.objectives.interface import Check, Measure, Objective, Relief, StepModule, Sums, Term
+from ingle.objectives.judged import JudgedLoss, class_weights
 from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
-from ingle.objectives.router_loss import choose_routers
+from ingle.objectives.pairs import PairLoss
+from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reward import RewardLoss
+from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
 from ingle.parallel import Mesh
 
 __all__ = [
     "AnswerLoss",
+    "Check",
     "ClassLoss",
     "Context",
     "DocumentLoss",
     "MaskedTokenLoss",
+    "Measure",
     "NextTokenLoss",
     "Objective",
     "PackedObjective",
+    "Relief",
     "StepModule",
     "Sums",
     "TagLoss",
@@ -77,23 +88,60 @@ def build(run: Run, context: Context) -> Objective:
         ConfigError: The tokenizer lacks a token that the objective needs, or an option does not fit the data.
         ModelError: The model does not say which token begins a target.
     """
-    return PackedObjective(
-        _loss(run, context.model),
-        context.dataset,
-        SequenceSampler(context.sequences, run.seed, run.data.shuffle),
-        corrupt=corruption(run, context),
-        documents_per_sample=2 if run.objective.kind == "seq2seq" else 1,
-        global_batch_size=context.global_batch_size,
-        micro_batch_size=context.micro_batch_size,
-        mesh=context.mesh,
-        held_out=context.held_out,
-    )
+    module = _loss(run, context)
+    sampler = SequenceSampler(context.sequences, run.seed, run.data.shuffle)
+    options: dict[str, Any] = {
+        "corrupt": corruption(run, context),
+        "documents_per_sample": 2 if reads_sources(run.objective, context.model) else 1,
+        "global_batch_size": context.global_batch_size,
+        "micro_batch_size": context.micro_batch_size,
+        "mesh": context.mesh,
+        "held_out": context.held_out,
+    }
+    initial = partial(adapters.disabled, context.model)
+    match run.objective:
+        case Dpo():
+            return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
+        case Kto() | Bco():
+            return JudgedObjective(
+                module,
+                context.dataset,
+                sampler,
+                initial=initial,
+                baseline=_baseline(run.objective),
+                sequences=context.sequences,
+                seed=run.seed,
+                **options,
+            )
+    return PackedObjective(module, context.dataset, sampler, **options)
 
 
-def _loss(run: Run, model: Model) -> DocumentLoss:
+def reads_sources(objective: ObjectiveConfig, model: Model) -> bool:
+    """Returns whether every text of a row is two documents: a source, and the target that a decoder predicts."""
+    if objective.kind == "seq2seq":
+        return True
+    return FAMILY[objective.kind] in ("pairs", "judged") and kind_of(model.config) == "encoder_decoder"
+
+
+def _baseline(config: JudgedConfig) -> Literal["mismatched", "running", "none"]:
+    if isinstance(config, Bco):
+        return "running"
+    return "none" if config.loss == "apo_zero" else config.baseline
+
+
+def _loss(run: Run, context: Context) -> StepModule:
+    model = context.model
+    match run.objective:
+        case Dpo() | Simpo() | Cpo() | Orpo():
+            return balanced(PairLoss(model, run.objective), *choose_routers(run, model))
+        case Kto() | Bco():
+            weights = class_weights(run.objective, context.dataset.document_column("scores"))
+            return balanced(JudgedLoss(model, run.objective, weights), *choose_routers(run, model))
+        case Reward():
+            return RewardLoss(model, run.objective)
     match run.objective.kind:
         case "clm" | "sft":
-            return NextTokenLoss(model, *choose_routers(run, model))
+            return balanced(NextTokenLoss(model), *choose_routers(run, model))
         case "mlm":
             return MaskedTokenLoss(model)
         case "span" | "seq2seq":
@@ -122,9 +170,31 @@ def corruption(run: Run, context: Context) -> Corruption | None:
             return check_first_tokens
         case "classify" if config.class_weights != "none":
             return ClassWeights(_class_weights(config, context.dataset))
+    if reads_answers(config.kind):
+        return _answers(config, context.model)
     held_out = [] if context.held_out is None else [context.held_out.dataset]
     longest = max(int(dataset.lengths.max()) for dataset in (context.dataset, *held_out))
     return make_corruption(config, context.model, context.tokenizer, seed=run.seed, max_length=longest)
+
+
+def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
+    """Returns what joins sources with their targets, and shares the prompts of rows.
+
+    Raises:
+        ConfigError: Prompts are to be shared in a model that reads them together with their answers.
+    """
+    joining = Joining(target_of(model)) if reads_sources(config, model) else None
+    can_share = joining is not None or kind_of(model.config) == "causal"
+    shares = getattr(config, "share_prompts", False)
+    if shares == "auto":
+        shares = can_share and (joining is not None or layout_of(model).computes_trees)
+    if shares and not can_share:
+        raise ConfigError(
+            f"{type(model).__name__} reads each answer together with its prompt, which cannot be shared.",
+            where="objective.share_prompts",
+            fix="--objective.share_prompts=auto",
+        )
+    return Sharing(joining) if shares else joining
 
 
 def make_corruption(

@@ -17,7 +17,7 @@ from ingle.data.packing import Indices
 from ingle.data.sampler import SequenceSampler
 from ingle.data.types import Sample
 from ingle.objectives.dealing import deal, start_without_labels
-from ingle.objectives.interface import StepModule, Term
+from ingle.objectives.interface import Objective, StepModule, Term
 from ingle.parallel import Mesh
 
 
@@ -39,6 +39,10 @@ class DocumentLoss(StepModule):
         """Returns the denominator of the loss, counted in one micro-batch: the number of its labels."""
         return float(batch.num_supervised)
 
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """Returns the denominator of the loss under its name."""
+        return {self.unit: self.count(batch)}
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -48,7 +52,7 @@ class _Part:
     documents: Indices
 
 
-class PackedObjective:
+class PackedObjective(Objective):
     """Trains on packed documents.
 
     Args:
@@ -65,7 +69,7 @@ class PackedObjective:
 
     def __init__(
         self,
-        module: DocumentLoss,
+        module: StepModule,
         dataset: TokenDataset,
         sampler: SequenceSampler,
         *,
@@ -77,7 +81,6 @@ class PackedObjective:
         held_out: HeldOut | None = None,
     ) -> None:
         self.module = module
-        self.terms = module.terms
         self._dataset = dataset
         self._sampler = sampler
         self._corrupt = corrupt
@@ -127,14 +130,6 @@ class PackedObjective:
         places = [Place(part.epoch, int(document)) for part in parts for document in part.documents]
         samples = [dataset.sample(place.document) for place in places]
         return samples if self._corrupt is None else self._corrupt(samples, places)
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Returns the denominator of the loss."""
-        return {self.module.unit: self.module.count(batch)}
-
-    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns the mean of each term after the first, without its weight."""
-        return {term.name: sums[term.name] / counts[term.denominator] for term in self.terms[1:]}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter of the sampler, from which everything random follows."""

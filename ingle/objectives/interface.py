@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ingle.data.batch import Batch
 from ingle.data.packing import Indices
+from ingle.events import Sink
 from ingle.models import Model
+from ingle.models.forward.dropout import disable_dropout
 
 
 class Term(NamedTuple):
@@ -20,7 +22,7 @@ class Term(NamedTuple):
 
     Attributes:
         name: Its key in :attr:`Sums.losses`.
-        denominator: The count (a key of :meth:`Objective.count`) that its sum is divided by.
+        denominator: The count (a key of :meth:`StepModule.counts`) that its sum is divided by.
         weight: Factor on the mean.
     """
 
@@ -29,13 +31,25 @@ class Term(NamedTuple):
     weight: float = 1.0
 
 
+class Measure(NamedTuple):
+    """A mean to log.
+
+    Attributes:
+        name: Its key in :attr:`Sums.metrics`, and its name in ``metrics.jsonl``.
+        denominator: The count (a key of :meth:`StepModule.counts`) that its sum is divided by.
+    """
+
+    name: str
+    denominator: str
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Sums over one micro-batch; adding them over all micro-batches and ranks gives the sums of the step.
 
     Attributes:
         losses: One differentiable float32 scalar per term.
-        metrics: Further scalars to log, detached.
+        metrics: Further scalars to log, detached; one per measure, or none where it is not computed.
     """
 
     losses: Mapping[str, Tensor]
@@ -51,12 +65,19 @@ class StepModule(nn.Module, ABC):
         model: The model that is trained.
 
     Attributes:
+        measures: Means to log, next to the terms.
+        row_measures: Names of further figures of :meth:`per_document`, logged at each validation.
+        keeps_dropout: Whether the model may drop activations in training. A loss that compares log-probabilities with
+            those of a reference turns this off.
         reads_head_in_backward: Whether the backward pass of the loss reads the weights of the output head.
         uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
     """
 
+    measures: Sequence[Measure] = ()
+    row_measures: Sequence[str] = ()
+    keeps_dropout: bool = True
     reads_head_in_backward: bool = True
     uses_hooks: bool = False
     reduces_once: bool = False
@@ -66,6 +87,20 @@ class StepModule(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.observe = lambda num_tokens: nullcontext()
+        if not self.keeps_dropout:
+            disable_dropout(model)
+
+    @property
+    @abstractmethod
+    def terms(self) -> Sequence[Term]:
+        """The terms of the loss; the first one is what a validation measures."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """Returns the denominators of the terms and of the measures, counted in one micro-batch.
+
+        The loop adds them over the whole step and all ranks. ``tokens``, the number of tokens, is always among them.
+        """
 
     def forward(self, batch: Batch) -> Sums:
         """Computes the sums of one micro-batch."""
@@ -74,7 +109,11 @@ class StepModule(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, batch: Batch) -> Sums:
-        """Computes the sums of one micro-batch; called by ``forward``."""
+        """Computes the sums of one micro-batch; called by ``forward``.
+
+        A row that counts for nothing adds an exact zero. So a micro-batch of such rows returns zeros that are
+        differentiable in all weights that other micro-batches use.
+        """
 
     @abstractmethod
     def per_document(self, batch: Batch) -> Tensor:
@@ -83,47 +122,153 @@ class StepModule(nn.Module, ABC):
         Unlike ``forward``, it is called inside :func:`ingle.parallel.call_outside_step`, and without gradients.
 
         Returns:
-            float64 [D, 2]: the sum of the first term and its denominator. Documents that :func:`~ingle.data.round_up`
-            added are left out.
+            float64 [D, 2 + 2 K] with K ``row_measures``: the sum of the first term and its denominator, then the sum of
+            each measure and its denominator. What several documents of a row have together stands with any of them.
+            Documents that :func:`~ingle.data.round_up` added are left out.
         """
 
+    def log_ratios(self, batch: Batch) -> Tensor | None:
+        """Returns ``log p - log p of the reference`` of every supervised token of a prepared micro-batch, in nats.
 
-class Objective(Protocol):
+        Without gradients, like :meth:`per_document`. The run proves before its first step that they are 0.
+
+        Returns:
+            float32 [M]; None for an objective without a reference.
+        """
+        return None
+
+    def start_sums(self, batch: Batch) -> Mapping[str, float]:
+        """Returns the sums that terms must have before the first step, by name, where they are known.
+
+        For example, ``log 2`` times the number of pairs. The run proves that ``forward`` returns them.
+        """
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Something that must hold before the first step.
+
+    Attributes:
+        name: What is measured.
+        measured: Its value.
+        expected: The value that it must have.
+        tolerance: Largest difference that rounding explains.
+        message: A sentence that says what is wrong if the check fails.
+        fix: What to do then.
+    """
+
+    name: str
+    measured: float
+    expected: float
+    tolerance: float
+    message: str
+    fix: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured value is the expected one; NaN never is."""
+        return self.measured == self.expected or abs(self.measured - self.expected) <= self.tolerance
+
+
+class Relief(Protocol):
+    """What an objective does when its device runs out of memory: :class:`ingle.training.out_of_memory.MemoryRelief`."""
+
+    def split(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Splits micro-batches into parts; on several ranks, all into equally many."""
+
+    def relieve(self, reason: str, batches: Sequence[Batch]) -> None:
+        """Changes the settings so that the next attempt needs less memory."""
+
+
+class Objective(ABC):
     """Supplies batches and the module that turns them into sums.
 
     The loop divides the sum of each term by its denominator, counted over all micro-batches and ranks of the step. The
     gradient therefore does not depend on how a step is split into micro-batches.
+
+    The phases of a step, in their order: :meth:`collect`, :meth:`next_batches`, :meth:`prepare`, forward and backward
+    passes of :attr:`module`, the update of the weights, :meth:`after_step`.
+
+    Attributes:
+        module: The module whose ``forward`` returns the sums of a micro-batch.
+        prepares: Whether :meth:`prepare` computes anything.
     """
 
-    @property
-    def module(self) -> StepModule:
-        """The module whose ``forward`` returns the sums of a micro-batch."""
+    module: StepModule
+    prepares: bool = False
 
     @property
-    def terms(self) -> Sequence[Term]:
-        """The terms of the loss."""
-
-    @property
+    @abstractmethod
     def epoch(self) -> float:
         """Passes over the data so far."""
 
+    def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
+        """Makes the data of a step with the current weights, such as sampled answers, before the clock of the step.
+
+        Args:
+            step: The number of the step, from 1.
+            relief: Splits micro-batches on a device that ran out of memory.
+            sink: Receives progress.
+
+        Returns:
+            False if a rank was asked to stop; the same on all ranks.
+        """
+        return True
+
+    @abstractmethod
     def next_batches(self) -> Sequence[Batch]:
         """Returns this rank's micro-batches of the next step; equally many on all ranks."""
 
+    def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds columns that the weights decide to micro-batches, such as log-probabilities of a reference.
+
+        The loop calls it before it counts, with the micro-batches of a step as memory splits them; a validation, with
+        all held-out micro-batches. It is called without gradients, outside of any forward pass. All ranks call it
+        together, with equally many micro-batches, and must make equally many forward passes.
+
+        Args:
+            parts: Micro-batches; those without documents count for nothing.
+
+        Returns:
+            As many micro-batches, with the same documents.
+        """
+        return parts
+
+    @abstractmethod
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
         """Yields this rank's micro-batches of the held-out documents, the same ones in every call.
 
         All ranks get equally many. With each micro-batch come the numbers of its documents in their dataset.
         """
 
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Returns the denominators of the terms and of the metrics, counted in one micro-batch."""
+    def start_checks(self, parts: Sequence[Batch]) -> Sequence[Check]:
+        """Returns further checks that must hold before the first step.
+
+        All ranks call it together, without gradients.
+
+        Args:
+            parts: The prepared micro-batches of the first step.
+        """
+        return ()
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        """Returns further metrics of a step, in addition to the loss, from its sums and counts."""
+        """Returns further metrics of a step, in addition to the loss, from its sums and counts.
 
+        By default, the mean of each term after the first, without its weight, and of each measure. A mean over nothing
+        is left out.
+        """
+        means: list[Term | Measure] = [*self.module.terms[1:], *self.module.measures]
+        found = [mean for mean in means if mean.name in sums and counts.get(mean.denominator)]
+        return {mean.name: sums[mean.name] / counts[mean.denominator] for mean in found}
+
+    def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:  # noqa: B027 - optional
+        """Learns from the sums and counts of a step whose update was made; they are equal on all ranks."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that determines the next batches, as plain values and tensors."""
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""

@@ -14,15 +14,18 @@ Source: Fedus et al. 2021, "Switch Transformers" (arXiv 2101.03961), equations 4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ingle.config.run import Run
+from ingle.data.batch import Batch
 from ingle.errors import ConfigError
 from ingle.models import Model, Routers, find_routers
 from ingle.models.forward.layout import layout_of
+from ingle.objectives.interface import StepModule, Sums, Term
 
 
 def choose_routers(run: Run, model: Model) -> tuple[Routers | None, float]:
@@ -51,6 +54,64 @@ def choose_routers(run: Run, model: Model) -> tuple[Routers | None, float]:
             fix="--train.router_loss=auto",
         )
     return routers, option
+
+
+def balanced(module: StepModule, routers: Routers | None, weight: float) -> StepModule:
+    """Returns a module that also balances the load of routers; the same module without routers.
+
+    Args:
+        module: Any objective over the output head of the model.
+        routers: The routers, as :func:`choose_routers` found them.
+        weight: Weight of their loss.
+    """
+    return module if routers is None else Balanced(module, routers, weight)
+
+
+class Balanced(StepModule):
+    """An objective with the load-balancing loss as one more term, ``router_loss``.
+
+    Args:
+        inner: The objective.
+        routers: The routers of its model.
+        weight: Weight of their loss.
+    """
+
+    uses_hooks = True
+
+    def __init__(self, inner: StepModule, routers: Routers, weight: float) -> None:
+        super().__init__(inner.model)
+        self.inner = inner
+        self.measures, self.row_measures = inner.measures, inner.row_measures
+        self.keeps_dropout, self.reads_head_in_backward = inner.keeps_dropout, inner.reads_head_in_backward
+        self._routers, self._weight = routers, weight
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The terms of the objective, and that of the routers."""
+        return (*self.inner.terms, Term("router_loss", "tokens", self._weight))
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """Returns the counts of the objective."""
+        return self.inner.counts(batch)
+
+    def compute(self, batch: Batch) -> Sums:
+        """Returns the sums of the objective, and the load-balancing loss times the number of tokens."""
+        with self._routers.recorded() as logits:
+            sums = self.inner.compute(batch)
+        balance = balance_loss(logits, self._routers.top_k, batch.num_tokens)
+        return replace(sums, losses={**sums.losses, "router_loss": balance * batch.num_tokens})
+
+    def per_document(self, batch: Batch) -> Tensor:
+        """Returns the figures of the objective: the load of routers is never part of the loss of a document."""
+        return self.inner.per_document(batch)
+
+    def log_ratios(self, batch: Batch) -> Tensor | None:
+        """Returns those of the objective."""
+        return self.inner.log_ratios(batch)
+
+    def start_sums(self, batch: Batch) -> Mapping[str, float]:
+        """Returns those of the objective."""
+        return self.inner.start_sums(batch)
 
 
 def balance_loss(logits: Sequence[Tensor], top_k: int, num_tokens: int) -> Tensor:

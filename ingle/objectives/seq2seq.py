@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +28,12 @@ class TargetLoss(TokenLoss):
         return batch.columns["decoder_labels"][0]
 
 
+#: Columns of documents that a target keeps.
+_KEPT = ("scores", "truncated", "group_ids")
+
+
 class Joining:
-    """Joins the source and the target of each row, which are adjacent documents.
+    """Joins sources and targets, which are adjacent documents; a row of several answers has a source for each.
 
     Args:
         target: How the decoder reads its target.
@@ -42,7 +47,14 @@ class Joining:
         sources, targets = samples[::2], samples[1::2]
         assert len(sources) == len(targets), "a source has no target"
         pairs = zip(sources, targets, strict=True)
-        return [self._target.sample(source.input_ids, target.input_ids) for source, target in pairs]
+        return [self._join(source, target) for source, target in pairs]
+
+    def _join(self, source: Sample, target: Sample) -> Sample:
+        joined = self._target.sample(source.input_ids, target.input_ids)
+        if "scores" not in target.columns:
+            return joined
+        kept = {name: target.columns[name] for name in _KEPT if name in target.columns}
+        return replace(joined, columns={**joined.columns, **kept})
 
 
 def target_of(model: Model) -> Target:

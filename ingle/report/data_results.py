@@ -214,6 +214,62 @@ class Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """A share of ``count`` cases, and its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceReport:
+    """Preferences between answers, or answers that were judged good or bad.
+
+    Attributes:
+        prompts: Distinct prompts.
+        pairs: Pairs of a row with different scores; 0 for judged answers.
+        near_prompts: Prompts that are similar to an earlier one.
+        ties: Pairs of a row with equal scores, which teach nothing.
+        good: Good answers, if they are judged.
+        bad: Bad answers, if they are judged.
+        better_tokens: Mean tokens of the better answers of pairs, or of good answers.
+        worse_tokens: Mean tokens of the worse answers of pairs, or of bad answers.
+        better_truncated: Better or good answers without their end.
+        worse_truncated: Worse or bad answers without their end.
+        half_truncated: Pairs of an answer with its end and one without.
+        longer_wins: How often the longer answer of a pair is the better one.
+        repeated: Pairs, or answers, that were judged more than once.
+        exact: Judgements that repeat an earlier one.
+        contradictory: Pairs, or answers, that were judged both ways; ``contradictions`` has the first of them.
+        noise: Estimated rate of wrong judgements; None if too few were repeated.
+        beta: Proposed ``objective.beta``; None for judged answers.
+    """
+
+    rows: int
+    prompts: int
+    answers: int
+    pairs: int
+    near_prompts: int
+    ties: int
+    good: int
+    bad: int
+    better_tokens: float
+    worse_tokens: float
+    better_truncated: int
+    worse_truncated: int
+    half_truncated: int
+    longer_wins: Rate | None
+    repeated: int
+    exact: int
+    contradictory: int
+    contradictions: tuple[Pair, ...]
+    noise: Rate | None
+    beta: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class DataReport:
     """Result of ``ingle data inspect`` with a model.
 
@@ -226,6 +282,7 @@ class DataReport:
         labels: The classes or tags, in the order of the head's outputs.
         answered: Documents that contain the answer to their question; None for other objectives.
         targets: Lengths of targets; None for other objectives.
+        preferences: Of objectives that learn from preferences or judgements; None for others.
     """
 
     objective: ObjectiveKind
@@ -240,6 +297,7 @@ class DataReport:
     labels: tuple[LabelShare, ...] = ()
     answered: int | None = None
     targets: Lengths | None = None
+    preferences: PreferenceReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from ingle.report.data_results import (
     RowsReport,
     Stretch,
 )
+from ingle.report.preference_tables import preference_figures
 from ingle.wording import plural
 
 _BAR_WIDTH = 32
@@ -41,9 +42,15 @@ _SUPERVISED: Mapping[ObjectiveKind, str] = {
     "mlm": "that masks may hide",
     "span": "that may be removed",
     "tag": "with a tag",
+    **dict.fromkeys(("reward", "dpo", "kto", "orpo", "simpo", "cpo", "bco"), "of answers"),
 }
 #: What marked tokens of a preview are; those of the other objectives carry loss. Texts with a label have no marks.
-_MARKED: Mapping[ObjectiveKind, str] = {"tag": "has a tag", "answer": "is the answer", "classify": ""}
+_MARKED: Mapping[ObjectiveKind, str] = {
+    "tag": "has a tag",
+    "answer": "is the answer",
+    "classify": "",
+    **dict.fromkeys(("reward", "dpo", "kto", "orpo", "simpo", "cpo", "bco"), "is the answer"),
+}
 
 _NO_MODEL = (
     "Tokens cannot be counted without a model. --model PATH_OR_ID shows which tokens carry loss, which documents are "
@@ -64,6 +71,8 @@ def render_report(report: DataReport, console: Console) -> None:
         console.print(_draw_lengths("Tokens of a target", report.targets, console))
     console.print(_draw_table(_figures(report)))
     pairs = _duplicate_pairs(report.duplicates)
+    if report.preferences is not None:
+        pairs.append(("Judged both ways", report.preferences.contradictions))
     if report.overlap is not None:
         pairs.append(("Held-out rows whose prompt is in the training data", report.overlap.pairs))
     _print_findings(pairs, report.problems, console)
@@ -175,7 +184,7 @@ def _draw_preview(preview: Preview, objective: ObjectiveKind, console: Console) 
     if len(preview.token_types) > 1:
         title += f" (types {', '.join(f'{kind} x {count:,}' for kind, count in preview.token_types)})"
     if preview.label:
-        title += f", label {preview.label}"
+        title += f", {preview.label}" if preview.num_supervised else f", label {preview.label}"
     elif objective != "answer":
         title += f", {preview.num_supervised} {_SUPERVISED['tag'] if objective == 'tag' else 'with loss'}"
     return Panel(body, title=Text(title), subtitle=Text(legend), title_align="left", subtitle_align="right")
@@ -267,6 +276,8 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
     if stats.control_tokens:
         found = (f"{r.reason} ({plural(r.count, 'row')}, first {r.first})" for r in stats.control_tokens)
         figures.append(("control tokens in messages", ", ".join(found)))
+    if report.preferences is not None:
+        figures += preference_figures(report.preferences)
     figures += _duplicate_figures(report.duplicates)
     other = "same text, other label" if report.objective in ("classify", "tag") else "same prompt, other answer"
     figures.append((other, plural(report.duplicates.same_prompt, "row")))

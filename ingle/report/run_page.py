@@ -33,6 +33,13 @@ _UNITS: Mapping[ObjectiveKind, str] = {
     "classify": "nats per label",
     "tag": "nats per tagged word",
     "answer": "nats per window",
+    "reward": "nats per pair",
+    "dpo": "nats per pair",
+    "kto": "per answer",
+    "orpo": "nats per pair",
+    "simpo": "nats per pair",
+    "cpo": "nats per pair",
+    "bco": "nats per answer",
 }
 
 #: Longer answers are shown without marks.

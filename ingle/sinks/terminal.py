@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ingle import events
-from ingle.events import Evaluated, Event, Failed, Finished, Saved, Started, Step, Validated, Warned
+from ingle.events import Evaluated, Event, Failed, Finished, Proved, Saved, Started, Step, Validated, Warned
 from ingle.report.terminal_tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
 from ingle.wording import count, duration, size
 
@@ -68,6 +68,8 @@ class Terminal:
         match event:
             case Started():
                 self._start(event)
+            case Proved():
+                self._print(f"Checked the start: {', '.join(map(_checked, event.checks, event.checks.values()))}")
             case Step():
                 self._step(event)
             case Validated():
@@ -205,6 +207,11 @@ class Terminal:
     def _print(self, line: str, style: str = "") -> None:
         # Text, not markup: a path or a message may contain brackets.
         self.console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _checked(name: str, found: dict[str, float]) -> str:
+    """Returns a check of the start: how far it is off, or the value that it has."""
+    return f"{name} ({found['measured']:.3g} off)" if found["expected"] == 0 else f"{name} {found['measured']:.6g}"
 
 
 def show(console: Console, *renderables: RenderableType) -> None:

@@ -50,6 +50,7 @@ class RunFolder:
         config: The resolved config.
         plan: The plan of the last start, with its strategy.
         memory: What the run does differently since its device ran out of memory.
+        start: The checks that were made before the first step.
         metrics: One JSON object per step.
         events: One JSON object per event.
         checkpoints: Folder of ``step-N`` checkpoints.
@@ -65,6 +66,7 @@ class RunFolder:
         self.config = path / "run.yaml"
         self.plan = path / "plan.json"
         self.memory = path / "memory.json"
+        self.start = path / "start.json"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.checkpoints = path / "checkpoints"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +48,7 @@ def take_step(
     seed: int,
     step: int,
     relief: MemoryRelief | None = None,
+    prove: Callable[[Sequence[Batch]], None] | None = None,
 ) -> StepResult:
     """Makes one optimizer step.
 
@@ -59,6 +60,7 @@ def take_step(
         seed: The seed of the run.
         step: The number of the step, from 1.
         relief: Splits the batches, further if the device runs out of memory; without it, that is an error.
+        prove: Called with the prepared batches before their gradients are computed.
 
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite on any rank; the weights are unchanged.
@@ -69,6 +71,9 @@ def take_step(
     while True:
         parts = batches if relief is None else relief.split(batches)
         try:
+            parts = prepare(objective, parts)
+            if prove is not None:
+                prove(parts)
             sums, counts = compute_gradients(objective, parts, mesh, seed=seed, step=step)
             break
         except (RuntimeError, MemoryError) as error:
@@ -79,7 +84,7 @@ def take_step(
         optimizer.discard_gradients()
         reset_after_error(objective.module)
         relief.relieve(reason, batches)
-    loss = weighted_mean(objective.terms, sums, counts)
+    loss = weighted_mean(objective.module.terms, sums, counts)
     optimizer.sum_gradients()
     grad_norm = optimizer.clip()
     if not math.isfinite(grad_norm):  # equal on all ranks
@@ -93,7 +98,20 @@ def take_step(
             fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
         )
     optimizer.step(lr)
-    return StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts))
+    result = StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts))
+    objective.after_step(sums, counts)
+    return result
+
+
+@torch.no_grad()
+def prepare(objective: Objective, parts: Sequence[Batch]) -> Sequence[Batch]:
+    """Lets an objective add columns to micro-batches; see :meth:`Objective.prepare`."""
+    if not objective.prepares:
+        return parts
+    prepared = objective.prepare(parts)
+    same = [(a.num_documents, b.num_documents) for a, b in zip(parts, prepared, strict=True)]
+    assert all(before == after for before, after in same), "the objective changed the documents of a step"
+    return prepared
 
 
 def compute_gradients(
@@ -112,7 +130,7 @@ def compute_gradients(
     """
     own: Counter[str] = Counter()
     for batch in batches:
-        own.update({"tokens": batch.num_tokens, **objective.count(batch)})
+        own.update({"tokens": batch.num_tokens, **objective.module.counts(batch)})
     counts = mesh.reduce(own)
     computed: list[tuple[str, dict[str, Tensor]]] = []
     for turn, batch in enumerate(batches):
@@ -123,7 +141,7 @@ def compute_gradients(
         result = objective.module(batch)
         where = f"micro-batch {index + 1} of {len(batches) * mesh.world_size}, {batch.num_tokens} tokens"
         computed.append((where, {name: value.detach() for name, value in {**result.losses, **result.metrics}.items()}))
-        total = weighted_mean(objective.terms, result.losses, counts)
+        total = weighted_mean(objective.module.terms, result.losses, counts)
         total.backward()
     # Only now, because reading a value waits for the device.
     sums: Counter[str] = Counter()

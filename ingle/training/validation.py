@@ -3,14 +3,16 @@
 The forward passes of a validation change nothing that training depends on: every micro-batch of training seeds its own
 random numbers, the order of the data is a counter, and the importance matrix does not observe held-out text.
 
-Legend: D held-out documents, G groups of them.
+Legend: D held-out documents, G groups of them, C figures: the loss and its denominator, then each further measure and
+its denominator.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from ingle import stopping
 from ingle.config.run import Run
 from ingle.data import HeldOut
+from ingle.data.batch import Batch
 from ingle.errors import NonFiniteError
 from ingle.events import Validated
 from ingle.objectives import Objective
@@ -26,6 +29,7 @@ from ingle.parallel import Mesh, call_outside_step
 from ingle.report.results import ValidationReport
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.selection import Selection, mean_loss
+from ingle.training.steps import prepare
 
 
 class Validation:
@@ -79,11 +83,13 @@ class Validation:
         module = self._objective.module
         module.eval()
         try:
+            batches = self._batches()
             with torch.no_grad():
-                found = call_outside_step(module, lambda: list(self._measure_own()))
-            table_G2 = self._collect(found)
-            if table_G2 is None:
+                found = call_outside_step(module, lambda: list(self._measure_own(batches)))
+            table_GC = self._collect(found)
+            if table_GC is None:
                 return None
+            table_G2, means = table_GC[:, :2], self._row_means(table_GC[:, 2:])
             loss = mean_loss(table_G2)
             if not math.isfinite(loss):
                 raise NonFiniteError(
@@ -91,7 +97,7 @@ class Validation:
                     where="data.validation",
                     fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
                 )
-            point = self.selection.add(step, table_G2, self._score())
+            point = self.selection.add(step, table_G2, means | self._score())
         finally:
             module.train()
         return Validated(
@@ -101,18 +107,33 @@ class Validation:
             seconds=time.monotonic() - began,
         )
 
-    def _measure_own(self) -> Iterator[tuple[np.ndarray, Tensor] | None]:
+    def _batches(self) -> Iterable[tuple[np.ndarray, list[Batch]]]:
+        """Returns documents and their batches in parts, which are made when they are needed or prepared together."""
+        found = ((documents, self._relief.split([batch])) for documents, batch in self._objective.held_out_batches())
+        if not self._objective.prepares:
+            return found
+        held_out = list(found)
+        prepared = iter(prepare(self._objective, [part for _, parts in held_out for part in parts]))
+        return [(documents, list(islice(prepared, len(parts)))) for documents, parts in held_out]
+
+    def _measure_own(
+        self, batches: Iterable[tuple[np.ndarray, list[Batch]]]
+    ) -> Iterator[tuple[np.ndarray, Tensor] | None]:
         """Yields documents and their losses for each micro-batch of this rank; None if a rank was asked to stop."""
         module = self._objective.module
-        for documents, batch in self._objective.held_out_batches():
+        for documents, parts in batches:
             if self._mesh.agree(stopping.requested() is not None):
                 yield None
                 return
-            parts = [module.per_document(part) for part in self._relief.split([batch])]
-            yield documents, torch.cat(parts).cpu()
+            yield documents, torch.cat([module.per_document(part) for part in parts]).cpu()
+
+    def _row_means(self, table_GC: Tensor) -> dict[str, float]:
+        """Returns the mean of each further figure from its sums and counts by group; without means over nothing."""
+        names, totals = self._objective.module.row_measures, table_GC.sum(0).view(-1, 2).tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _collect(self, own: list[tuple[np.ndarray, Tensor] | None]) -> Tensor | None:
-        """Returns the loss of each group over all ranks, [G, 2]; None if the validation was interrupted."""
+        """Returns the figures of each group over all ranks, [G, C]; None if the validation was interrupted."""
         assert self._held_out is not None
         everywhere = [part for parts in self._mesh.gather(own) for part in parts]
         if None in everywhere:
@@ -124,8 +145,8 @@ class Validation:
         groups, count = self._held_out.groups[places], self._held_out.num_groups
         # Of documents that are joined into one, only the first is among them.
         assert len(np.unique(documents)) == len(documents) and len(np.unique(groups)) == count, "a document is missing"
-        table_D2 = torch.cat([losses for _, losses in complete]).numpy()[order]
-        columns = [np.bincount(groups, table_D2[:, column], count) for column in (0, 1)]
+        table_DC = torch.cat([figures for _, figures in complete]).numpy()[order]
+        columns = [np.bincount(groups, column, count) for column in table_DC.T]
         return torch.from_numpy(np.stack(columns, 1))
 
     def report(self, last_step: int) -> ValidationReport | None:

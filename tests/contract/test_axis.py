@@ -74,7 +74,7 @@ def _step(parts: Assembled, batches: Sequence[Batch]) -> _Step:
     parts.optimizer.discard_gradients()
     sums, counts = compute_gradients(parts.objective, batches, parts.mesh, seed=0, step=1)
     gradients = {name: gradient.detach().clone() for name, gradient in parts.optimizer.gradients()}
-    return _Step(sums["loss"], counts[parts.objective.terms[0].denominator], gradients)
+    return _Step(sums["loss"], counts[parts.objective.module.terms[0].denominator], gradients)
 
 
 def _require_equal(found: _Step, expected: _Step, tolerance: float) -> None:

@@ -82,7 +82,7 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     optimizer.step(1e-2)
     frozen = [p for p in parts.model.parameters() if not p.requires_grad]
     return StepOfOneRank(
-        loss=weighted_mean(objective.terms, sums, counts),
+        loss=weighted_mean(objective.module.terms, sums, counts),
         norm=norm,
         gradients=gradients,
         weights={name: _array(master) for name, master in optimizer.named_masters()},

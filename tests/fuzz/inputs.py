@@ -159,6 +159,22 @@ def write_imatrix_files(folder: Path, model: Path) -> None:
     (folder / "imatrix.dat").write_bytes(legacy + struct.pack("<ii", 2, 5) + b"a.txt")
 
 
+def _make_preferences(pairs: list[dict[str, str]]) -> list[dict[str, object]]:
+    """Returns preferences of every form that one file may have."""
+    found: list[dict[str, object]] = []
+    for number, pair in enumerate(pairs):
+        answers = {"chosen": pair["completion"], "rejected": pair["completion"] + " no"}
+        asked = [{"role": "user", "content": pair["prompt"]}]
+        turns = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+        forms: list[dict[str, object]] = [
+            {"prompt": pair["prompt"], **answers, "margin": 0.5},
+            {"prompt": asked, **turns, "system": "be brief"},
+            {**{name: asked + own for name, own in turns.items()}, "score_chosen": 3, "score_rejected": 1},
+        ]
+        found.append(forms[number % len(forms)])
+    return found
+
+
 def write_data(folder: Path) -> None:
     """Writes the same rows in every file format."""
     import pyarrow
@@ -167,6 +183,7 @@ def write_data(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [{"prompt": row["messages"][-2]["content"], "completion": row["messages"][-1]["content"]} for row in ROWS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _make_preferences(pairs)))
     (folder / "rows.json").write_text(json.dumps({"data": ROWS}, indent=1))
     (folder / "array.json").write_text(json.dumps(ROWS, indent=1))
     (folder / "text.txt").write_text("the quick brown fox\n\njumps over the lazy dog\n" * 20)

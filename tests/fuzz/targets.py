@@ -146,11 +146,11 @@ def _report(folder: Path, *words: str) -> Any:
     return json.loads(re.sub(r'"origin": "[^"]*"', '"origin": ""', text.replace(str(folder), "")))
 
 
-def _inspect(source: str) -> Callable[[Path, Path], Any]:
+def _inspect(source: str, *words: str) -> Callable[[Path, Path], Any]:
     def act(folder: Path, out: Path) -> Any:
         from ingle.data.readers import read_rows
 
-        report = _report(folder, f"--data.sources={folder / source}")
+        report = _report(folder, f"--data.sources={folder / source}", *words)
         return {"report": report, "rows": [_canonical(row) for _, row in read_rows(folder / source)]}
 
     return act
@@ -175,8 +175,10 @@ def _rows_parquet(folder: Path) -> Mapping[str, Any]:
     return {"rows": [_canonical(row) for row in pyarrow.parquet.read_table(folder / "rows.parquet").to_pylist()]}
 
 
-def _data(name: str, file: str, kind: str, expect: Callable[[Path], Mapping[str, Any]] | None = None) -> Target:
-    return Target(name, _copy("model", f"data/{file}"), _inspect(file), {file: kind}, expect=expect)
+def _data(
+    name: str, file: str, kind: str, expect: Callable[[Path], Mapping[str, Any]] | None = None, *words: str
+) -> Target:
+    return Target(name, _copy("model", f"data/{file}"), _inspect(file, *words), {file: kind}, expect=expect)
 
 
 def _prompts(folder: Path, out: Path) -> Any:
@@ -362,6 +364,7 @@ TARGETS = {
     for target in (
         Target("config", _make_config, _show_config, {"run.yaml": "yaml", "words.json": "words"}),
         _data("jsonl", "rows.jsonl", "jsonl", _rows_jsonl),
+        _data("preferences", "pairs.jsonl", "jsonl", None, "--objective.kind=dpo"),
         _data("json", "rows.json", "json"),
         _data("json-array", "array.json", "json", _rows_array),
         _data("csv", "rows.csv", "text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from ingle.data.types import Sample
 from ingle.errors import ConfigError
 from ingle.models import load_model
 from ingle.objectives.lm import NextTokenLoss
-from ingle.objectives.router_loss import choose_routers
+from ingle.objectives.router_loss import balanced, choose_routers
+from tests.pairs import REFERENCE, PairLoss
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -77,7 +79,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     samples = [Sample(*(np.asarray(each, np.int32) for each in pair)) for pair in zip(texts, labels, strict=True)]
     batch = round_up(collate(samples))
     assert batch.input_ids.shape[1] > batch.num_tokens, "padding counts for nothing"
-    sums = NextTokenLoss(model, routers)(batch).losses
+    sums = balanced(NextTokenLoss(model), routers, weight)(batch).losses
     ours = sums["loss"] / batch.num_supervised + weight * sums["router_loss"] / batch.num_tokens
     ours.backward()
 
@@ -96,6 +98,12 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+    columns = {"group_ids": torch.zeros(len(batch.cu_seqlens) - 1), REFERENCE: torch.zeros(batch.input_ids.shape)}
+    pairs = balanced(PairLoss(model), routers, weight)
+    found = pairs(replace(batch, columns={**batch.columns, **columns})).losses
+    assert found.keys() == {term.name for term in pairs.terms} == {"preference", "sft", "router_loss"}
+    torch.testing.assert_close(found["router_loss"], sums["router_loss"], rtol=1e-6, atol=0)
 
 
 def test_it_is_off_with_an_adapter_and_refused_without_routers(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ Queries of a group read the same keys, so they are stacked as rows, and keys are
 
 In bfloat16, oneDNN compiles a product for each new shape, which takes longer than the product of a short document. So
 tiles are padded to a few shapes. The padding is zeros that no row sees; it holds nothing of another document. Causal
-tiles without a bias are not padded: their results are equal, to the bit, to those of earlier versions.
+tiles without a bias are not padded: their results are equal, to the bit, to those of earlier versions. Those of answers
+in trees are padded, since their blocks have many shapes.
+
+The gradients of keys and values are float32 sums over the tiles that see them, in the order of the row. They depend
+neither on the number of threads nor on other documents or trees.
 
 Legend: as in :mod:`ingle.kernels.attention.spans`.
 """
@@ -24,7 +28,7 @@ from numba import njit, prange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ingle.kernels.attention.spans import AttentionSpans, Tile, padded_size
+from ingle.kernels.attention.spans import AttentionSpans, Block, Tile, padded_size
 from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import FAST, as_array, bits, exp, largest, load, store
 from ingle.kernels.threads import match_threads
@@ -47,11 +51,12 @@ class Scores:
     softcap: float = 0.0
     bias: Tensor | None = None
 
-    def shifted_bias(self, tile: Tile, block: tuple[int, int]) -> tuple[Any, int]:
+    def shifted_bias(self, tile: Tile, block: Block) -> tuple[Any, int]:
         """Returns the bias, and its column for the first row and key of a block; an empty array if there is none."""
         if self.bias is None:
             return _NO_BIAS, 0
-        return as_array(self.bias), block[0] - tile.rows[0] + self.bias.shape[1] // 2
+        assert not tile.is_answer, "distances to the keys of a prompt differ between its answers"
+        return as_array(self.bias), block.keys[0] - tile.rows[0] + self.bias.shape[1] // 2
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -70,16 +75,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scores: Score
     heads = spans.heads
     out, lse = torch.empty_like(q), torch.empty(len(q) // heads.size, dtype=torch.float32)
     scratch = torch.empty(0, dtype=q.dtype)
-    pads = _pads(q, spans, scores)
     for tile in spans.tiles:
-        num_tokens = _size(tile.rows, pads)
+        pads = _pads(q, spans, scores, tile)
+        num_tokens = _size(tile.rows, pads, tile)
         results = tile.queries(out, heads), tile.numbers(lse, heads)
         queries, tile_out, tile_lse = (
             _fit(t, num_tokens * heads.group, pads) for t in (tile.queries(q, heads), *results)
         )
         merged = _Merged(tile_out, tile_lse) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
-            keys, values = (_fit(tile.keys(block, t, heads), _size(block, pads), pads) for t in (k, v))
+            keys, values = (_fit(tile.keys(block, t, heads), _size(block.keys, pads, tile), pads) for t in (k, v))
             keys = keys.contiguous()
             scratch, (weights, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 2)
             rest = _multiply(queries, keys, weights, rest)
@@ -158,9 +163,9 @@ def attend_backward(
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=torch.float32) for t in (k, v))
     scratch = torch.empty(0, dtype=q.dtype)
-    pads = _pads(q, spans, scores)
     for tile in spans.tiles:
-        num_tokens = _size(tile.rows, pads)
+        pads = _pads(q, spans, scores, tile)
+        num_tokens = _size(tile.rows, pads, tile)
         queries, grads, tile_grad_q, tile_lse, tile_delta = (
             _fit(t, num_tokens * heads.group, pads)
             for t in (
@@ -170,8 +175,8 @@ def attend_backward(
         )
         total = torch.zeros(queries.shape, dtype=torch.float32) if len(tile.blocks) > 1 else None
         for block in tile.blocks:
-            num_keys = block[1] - block[0]
-            keys, values = (_fit(tile.keys(block, t, heads), _size(block, pads), pads) for t in (k, v))
+            num_keys = block.keys[1] - block.keys[0]
+            keys, values = (_fit(tile.keys(block, t, heads), _size(block.keys, pads, tile), pads) for t in (k, v))
             keys = keys.contiguous()
             scratch, (weights, slopes, rest) = _take(scratch, (heads.kv, queries.shape[1], keys.shape[1]), 3)
             torch.bmm(grads, values.transpose(1, 2), out=slopes)
@@ -202,13 +207,14 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
-def _pads(q: Tensor, spans: AttentionSpans, scores: Scores) -> bool:
-    """Returns whether tiles are padded to a few shapes; no product is compiled in float32."""
-    return q.dtype == torch.bfloat16 and (not spans.causal or scores.bias is not None)
+def _pads(q: Tensor, spans: AttentionSpans, scores: Scores, tile: Tile) -> bool:
+    """Returns whether a tile is padded to one of a few shapes; no product is compiled in float32."""
+    return q.dtype == torch.bfloat16 and (not spans.causal or scores.bias is not None or tile.is_answer)
 
 
-def _size(bounds: tuple[int, int], pads: bool) -> int:
-    return padded_size(bounds[1] - bounds[0]) if pads else bounds[1] - bounds[0]
+def _size(bounds: tuple[int, int], pads: bool, tile: Tile) -> int:
+    count = bounds[1] - bounds[0]
+    return padded_size(count, is_answer=tile.is_answer) if pads else count
 
 
 def _fit(tensor: Tensor, num_rows: int, pads: bool) -> Tensor:

@@ -4,10 +4,10 @@ That is softcaps, sinks, biases and float32.
 
 The blocks of scores that any token sees follow from the boundaries of documents by arithmetic on the device: the keys
 that a token sees are one span, so those of a block of tokens are one span of blocks. Nothing of size N x N is built,
-and nothing waits for the device.
+and nothing waits for the device. Trees have a span in each level; a block is chosen if a token sees any of its keys.
 
-Legend: N packed tokens, M packed keys, D documents, Q blocks of tokens, K blocks of keys, Hq query heads, Hkv key/value
-heads, Dh head size.
+Legend: N packed tokens, M packed keys, D documents, L levels, Q blocks of B tokens, K blocks of keys, Hq query heads,
+Hkv key/value heads, Dh head size.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ingle.kernels.attention.spans import Window, reach
+from ingle.kernels.attention.trees import Trees
 
 #: Tokens and keys of a block.
 BLOCK = 128
@@ -68,9 +69,53 @@ def make_mask(
     def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= first_N[query]) & (key < last_N[query])
 
+    return _block_mask(seen_QK, whole_QK, is_visible, (num_tokens, num_keys))
+
+
+def make_tree_mask(trees: Trees, device: torch.device, *, window: Window, chunk: int | None = None) -> BlockMask:
+    """Returns the mask of causal trees; makes it once.
+
+    The keys that a token sees are one span in each level, so those of a block of tokens need not follow each other.
+    """
+    before, _ = reach(True, window)
+    key = ("mask", device, before, chunk)
+    if key not in trees.made:
+        first, last = (torch.from_numpy(each).to(device) for each in trees.find_spans(before, chunk))
+        trees.made[key] = _tree_mask(first, last)
+    found: BlockMask = trees.made[key]
+    return found
+
+
+def _tree_mask(first_LN: Tensor, last_LN: Tensor) -> BlockMask:
+    num_tokens = first_LN.shape[1]
+    num_blocks = -(-num_tokens // BLOCK)
+    # Rows beyond the end repeat the last one.
+    first_LQB, last_LQB = (
+        torch.cat((each, each[:, -1:].expand(-1, num_blocks * BLOCK - num_tokens)), 1).unflatten(1, (num_blocks, BLOCK))
+        for each in (first_LN, last_LN)
+    )
+    start_K = torch.arange(num_blocks, device=first_LN.device) * BLOCK
+    end_K = (start_K + BLOCK).clamp(max=num_tokens)
+    seen_QK = torch.zeros(num_blocks, num_blocks, dtype=torch.bool, device=first_LN.device)
+    whole_QK = seen_QK.clone()
+    for first_QB1, last_QB1 in zip(first_LQB[..., None], last_LQB[..., None], strict=True):
+        seen_QK |= ((last_QB1 > first_QB1) & (first_QB1 < end_K) & (last_QB1 > start_K)).any(1)
+        whole_QK |= ((first_QB1 <= start_K) & (last_QB1 >= end_K)).all(1)
+
+    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (key >= first_LN[0][query]) & (key < last_LN[0][query])
+        for level in range(1, len(first_LN)):
+            seen = seen | ((key >= first_LN[level][query]) & (key < last_LN[level][query]))
+        return seen
+
+    return _block_mask(seen_QK, whole_QK, is_visible, (num_tokens, num_tokens))
+
+
+def _block_mask(
+    seen_QK: Tensor, whole_QK: Tensor, visible: Callable[..., Tensor], lengths: tuple[int, int]
+) -> BlockMask:
     partial, whole = _list_blocks(seen_QK & ~whole_QK), _list_blocks(whole_QK)
-    lengths = (num_tokens, num_keys)
-    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=is_visible, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=lengths)
 
 
 def attend_flex(
@@ -95,6 +140,38 @@ def attend_flex(
     change = _cap(softcap) if softcap is not None else _add(bias) if bias is not None else None
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "num_keys": k.shape[2]}
     mask = make_mask(cu_seqlens, q.shape[2], causal=causal, window=window, **keys)
+    return _run(q, k, v, mask, change, scale, sinks)
+
+
+def attend_trees(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    trees: Trees,
+    *,
+    scale: float,
+    window: Window,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Like ``ingle.kernels.attention.tree_attention.tree_attention``, for v with heads of the size of q's.
+
+    Not measured. A block of keys adds the gradients of its queries in one program and in order, without atomics.
+    """
+    mask = make_tree_mask(trees, q.device, window=window, chunk=chunk)
+    return _run(q, k, v, mask, None if softcap is None else _cap(softcap), scale, sinks)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    change: Callable[..., Tensor] | None,
+    scale: float,
+    sinks: Tensor | None,
+) -> Tensor:
     run: Any = _compiled() if q.is_cuda else flex_attention
     options: dict[str, Any] = {"score_mod": change, "block_mask": mask, "scale": scale}
     options["enable_gqa"] = q.shape[1] != k.shape[1]

@@ -156,6 +156,13 @@ def _attend_on_cpu(
     heads = Heads(q.shape[1], k.shape[1], q.shape[3])
     spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
     scores = Scores(scale, softcap or 0.0, None if bias is None else bias.detach().float().contiguous())
+    return attend_spans(q, k, v, sinks, bias, spans, scores)
+
+
+def attend_spans(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, spans: AttentionSpans, scores: Scores
+) -> Tensor:
+    """Computes :func:`packed_attention` on a CPU over the keys that ``spans`` names."""
     out: Tensor = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores)  # type: ignore[no-untyped-call]
     return out
 

@@ -23,6 +23,8 @@ from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
 from ingle.kernels.attention.packed import packed_attention
 from ingle.kernels.attention.spans import AttentionSpans, Heads
+from ingle.kernels.attention.tree_attention import tree_attention
+from ingle.kernels.attention.trees import Trees
 from ingle.kernels.layers.elementwise import (
     recompute_rms_norm,
     rms_norm,
@@ -94,13 +96,13 @@ class Boundaries:
 
     Attributes:
         heads: Sizes of the heads.
-        cu_seqlens: Index of the first token of each document, and N; int, [D + 1].
+        documents: Index of the first token of each document, and N; int, [D + 1]. Or which documents continue others.
         window: Number of tokens that a token sees, including itself; None for all of its document.
         longest: Length of the longest document, if it is known.
     """
 
     heads: Heads
-    cu_seqlens: Tensor
+    documents: Tensor | Trees
     window: int | None
     longest: int | None
 
@@ -139,16 +141,12 @@ def _attend_in_parts(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tens
     heads = boundaries.heads
     rotated: Any = _RotatedHeads.apply(h, attention, qkv, rotary, heads, *factors)  # type: ignore[no-untyped-call]
     q, k, v = (part_NHD.transpose(0, 1)[None] for part_NHD in rotated)
-    out = packed_attention(
-        q,
-        k,
-        v,
-        boundaries.cu_seqlens,
-        scale=attention.scores.scale,
-        window=boundaries.window,
-        softcap=attention.scores.softcap or None,
-        longest=boundaries.longest,
-    )
+    scores = attention.scores
+    options: dict[str, Any] = {"scale": scores.scale, "window": boundaries.window, "softcap": scores.softcap or None}
+    if isinstance(boundaries.documents, Trees):
+        out = tree_attention(q, k, v, boundaries.documents, **options)
+    else:
+        out = packed_attention(q, k, v, boundaries.documents, **options, longest=boundaries.longest)
     return h + lora_linears(out.flatten(2), (attention.o,))[0]
 
 

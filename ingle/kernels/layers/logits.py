@@ -61,6 +61,19 @@ def score(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> Te
     return z_CV.log_softmax(-1).gather(1, targets_C[:, None])[:, 0]
 
 
+def describe(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns log-probabilities of the targets, entropies, and ``log sum p^2``, each as :func:`score` returns them."""
+    if supported(logits_CV):
+        match_threads(logits_CV.numel())
+        found = [np.empty(len(targets_C), np.float32) for _ in range(3)]
+        describe_rows(bits(logits_CV), targets_C.numpy(), *transform.numbers(), *found)
+        logps, entropies, squares = map(torch.from_numpy, found)
+        return logps, entropies, squares
+    logps_CV = transform(logits_CV)[0].log_softmax(-1)
+    entropies_C = -(logps_CV.exp() * logps_CV.clamp_min(torch.finfo(logps_CV.dtype).min)).sum(-1)
+    return logps_CV.gather(1, targets_C[:, None])[:, 0], entropies_C, (2 * logps_CV).logsumexp(-1)
+
+
 def score_with_gradient_(logits_CV: Tensor, targets_C: Tensor, transform: LogitTransform) -> Tensor:
     """Returns the result of :func:`score`, and overwrites the logits by the gradient of *minus* its sum."""
     if supported(logits_CV):
@@ -145,6 +158,26 @@ def score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: ig
                 store(row, j, exp(z - shift) * inverse * _slope(z, scale, softcap))
             probability = exp(z_target - shift) * inverse
             store(row, targets[i], (probability - np.float32(1.0)) * _slope(z_target, scale, softcap))
+
+
+@compile_float_kernel
+def describe_rows(logits, targets, scale, softcap, logps, entropies, squares):  # type: ignore[no-untyped-def]
+    """Per row, in cache: log-probability of the target, entropy, and logarithm of the sum of squares."""
+    num_rows, vocabulary = logits.shape
+    for i in prange(num_rows):
+        row = logits[i]
+        shift = _transform(largest(row), scale, softcap)
+        total, weighted, squared = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for j in range(vocabulary):
+            z = max(_transform(load(row, j), scale, softcap) - shift, np.float32(-1e30))  # 0 times -inf is NaN
+            power = exp(z)
+            total += power
+            weighted += power * z
+            squared += power * power
+        log_total = np.log(total)
+        logps[i] = _transform(load(row, targets[i]), scale, softcap) - shift - log_total
+        entropies[i] = log_total - weighted / total
+        squares[i] = np.log(squared) - np.float32(2.0) * log_total
 
 
 @compile_float_kernel

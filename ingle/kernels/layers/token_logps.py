@@ -53,13 +53,15 @@ def token_logps(
         in hidden, weight and bias, for any gradient of the result.
     """
     transform = LogitTransform(logit_scale, softcap)
-    logps_N: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+    logps_N: Tensor = TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight_VH, bias, targets_N, transform, chunk_size
     )
     return logps_N
 
 
-class _TokenLogps(torch.autograd.Function):
+class TokenLogps(torch.autograd.Function):
+    """The product, softmax and selection, which keep no logits for the backward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -70,6 +72,7 @@ class _TokenLogps(torch.autograd.Function):
         transform: LogitTransform,
         chunk_size: int | None,
     ) -> Tensor:
+        """Returns the log-probabilities."""
         head = ChunkedHead(hidden_NH, weight_VH, bias, targets_N, chunk_size)
         logps_N = torch.zeros(targets_N.shape, dtype=accumulator(hidden_NH.dtype), device=hidden_NH.device)
         for rows_C, logits_CV in head.chunks():
@@ -81,6 +84,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grads_N: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of hidden states, weight and bias."""
         hidden_NH, weight_VH, bias, targets_N, logps_N = ctx.saved_tensors
         inputs = hidden_NH, weight_VH, bias
         head = ChunkedHead(*inputs, targets_N, ctx.chunk_size)

@@ -16,8 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ingle.errors import ModelError
+from ingle.kernels.attention.bounds import has_trees, is_bounds, read_bounds
 from ingle.kernels.attention.packed import packed_attention
-from ingle.models.forward.bounds import describe, is_bounds, read_bounds
+from ingle.kernels.attention.spans import Window
+from ingle.kernels.attention.tree_attention import cut_bounds, tree_attention
+from ingle.models.forward.bounds import describe
 
 #: The name in transformers' registry of attention functions.
 IMPLEMENTATION = "ingle_packed"
@@ -71,12 +74,19 @@ def attend(
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    options: dict[str, Any]
     bounds = None
+    if has_trees(attention_mask):
+        options = {"scale": scale, "softcap": softcap, "sinks": s_aux, "chunk": _chunk(module)}
+        if position_bias is not None and position_bias.numel() > 0:
+            options["bias"] = _by_distance(module, position_bias)
+        settings = sliding_window, causal
+        return _attend_trees(module, query, key, value, attention_mask, settings, options), None
     if cu_seq_lens_q is None and attention_mask is not None and is_bounds(attention_mask):
         bounds = read_bounds(attention_mask)
         cu_seq_lens_q, max_length_q = bounds.queries, bounds.longest
     if cu_seq_lens_q is not None:
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+        options = {"scale": scale, "softcap": softcap, "sinks": s_aux}
         if position_bias is not None and position_bias.numel() > 0:
             options["bias"] = _by_distance(module, position_bias)
         if bounds is not None and bounds.crosses:
@@ -89,6 +99,24 @@ def attend(
         cu_seq_lens_q = _cut(module, cu_seq_lens_q, max_length_q)
         return packed_attention(query, key, value, cu_seq_lens_q, **options, longest=max_length_q), None
     return _attend_masked(query, key, value, attention_mask, scale, causal, softcap, s_aux, position_bias), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled again for each set of trees
+def _attend_trees(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    settings: tuple[int | None, bool],
+    options: dict[str, Any],
+) -> Tensor:
+    bounds = read_bounds(mask)
+    sliding_window, causal = settings
+    assert bounds.trees is not None
+    assert bounds.after == 0 if bounds.described else causal, "only what is predicted from left to right has trees"
+    window: Window = (bounds.before, 0) if bounds.described else _window(module, sliding_window)
+    return tree_attention(query, key, value, bounds.trees, window=window, **options)
 
 
 def _by_distance(module: nn.Module, position_bias: Tensor) -> Tensor:
@@ -130,19 +158,19 @@ def _window(module: nn.Module, passed: int | None) -> int | None:
 
 def _cut(module: nn.Module, cu_seqlens: Tensor, longest: int | None) -> Tensor:
     """Returns the boundaries of what attention sees together: documents, or their chunks in a chunked layer."""
+    size = _chunk(module)
+    if size is None or (longest is not None and longest <= size):
+        return cu_seqlens
+    if longest is None:
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return cut_bounds(cu_seqlens, size, longest)
+
+
+def _chunk(module: nn.Module) -> int | None:
+    """Returns the size of the chunks within which a chunked layer sees tokens; None for any other layer."""
     config = getattr(module, "config", None)
     kinds, size = getattr(config, "layer_types", None), getattr(config, "attention_chunk_size", None)
-    if not kinds or not size or kinds[module.layer_idx] != "chunked_attention":
-        return cu_seqlens
-    if longest is not None and longest <= size:
-        return cu_seqlens
-    starts_D1, stops_D1 = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    if longest is None:
-        longest = int((stops_D1 - starts_D1).max())
-    # As many for each document, so that a GPU need not report lengths; those past its end are empty.
-    offsets = torch.arange(0, longest, size, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    cuts = torch.minimum(starts_D1 + offsets, stops_D1).flatten()
-    return torch.cat((cuts, cu_seqlens[-1:]))
+    return size if kinds and size and kinds[module.layer_idx] == "chunked_attention" else None
 
 
 def _attend_masked(

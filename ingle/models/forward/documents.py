@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ingle.kernels.attention.trees import Trees
 from ingle.planning.layouts import PADDING
 
 
@@ -28,18 +29,23 @@ class Group:
             so that it causes neither infinities nor NaN.
         real_DL: Whether a place is no padding.
         masks: Masks made for these rows, by what they depend on.
+        repeats: Whether several documents contain the same token, as the paths of trees do.
     """
 
     index_DL: Tensor
     real_DL: Tensor
     masks: dict[object, object] = field(default_factory=dict)
+    repeats: bool = False
 
     def to(self, device: torch.device) -> Group:
         """Returns the group on a device."""
-        return Group(self.index_DL.to(device, non_blocking=True), self.real_DL.to(device, non_blocking=True))
+        index_DL, real_DL = (each.to(device, non_blocking=True) for each in (self.index_DL, self.real_DL))
+        return Group(index_DL, real_DL, repeats=self.repeats)
 
     def deal(self, values: Tensor) -> Tensor:
         """Returns ``[N, ...]`` as ``[D, L, ...]``."""
+        if self.repeats and values.is_cuda:  # its backward sorts, so that gradients are added in a fixed order
+            return values[self.index_DL]
         rows: Tensor = values.index_select(0, self.index_DL.flatten()).unflatten(0, self.index_DL.shape)
         return rows
 
@@ -49,7 +55,7 @@ class Documents:
     """The documents of a packed row.
 
     Attributes:
-        groups: Cover each document once.
+        groups: Cover each document once, in trees each path.
         num_tokens: N.
         place_N: The place of each packed token among the places of all groups.
     """
@@ -69,6 +75,23 @@ class Documents:
         bounds = cu_seqlens.tolist()
         spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
         return cls._of_spans(list(_by_length(spans, padding)), cu_seqlens)
+
+    @classmethod
+    def of_trees(cls, trees: Trees, device: torch.device, *, padding: float = PADDING) -> Documents:
+        """Groups the paths of trees by length: a prompt is dealt once for each of its answers, and collected once.
+
+        Args:
+            trees: Which documents continue others.
+            device: Where the groups are.
+            padding: As for :meth:`of`.
+        """
+        paths = trees.paths
+        repeated = cls.of(paths.cu_seqlens, padding=padding)
+        groups = tuple(
+            Group(paths.index_M[group.index_DL], group.real_DL, repeats=True).to(device) for group in repeated.groups
+        )
+        place_N = repeated.place_N[paths.place_N].to(device, non_blocking=True)
+        return cls(groups, trees.bounds[-1], place_N)
 
     @classmethod
     def of_groups(cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]]) -> Documents:

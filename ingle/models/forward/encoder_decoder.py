@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ingle.models.forward.bounds import make_bounds
+from ingle.kernels.attention.bounds import make_bounds
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.layout import boundaries_of, layout_of, padding_of
 from ingle.models.forward.mixers import original_class, parameters
@@ -53,7 +53,7 @@ class Row(NamedTuple):
         return [stop - start for start, stop in pairwise(self.cu_seqlens.tolist())]
 
 
-def forward_pairs(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
+def forward_pairs(model: PreTrainedModel, source: Row, target: Row, owners: Sequence[int] | None = None) -> Tensor:
     """Returns the input of the output layer for each token of the targets, ``[1, M, H]``.
 
     A token of a target sees its own source and the earlier tokens of its target, and nothing else.
@@ -62,13 +62,19 @@ def forward_pairs(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
         model: An encoder-decoder from :func:`ingle.models.meta_model`, with weights.
         source: What the encoder reads.
         target: What the decoder reads, as many documents.
+        owners: The pair whose source each target reads, -1 for its own; None if each reads its own. The targets that
+            read a source follow each other, and pairs that do not own their source have an empty one.
     """
     layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
-        return _forward_rows(model, source, target)
+        return _forward_rows(model, source, target, owners)
+    crossed = target.cu_seqlens, source.cu_seqlens
+    if owners is not None:  # a target sees all of its source, so those of one source are one document
+        borders = [place for place, owner in enumerate(owners) if owner < 0]
+        crossed = target.cu_seqlens[[*borders, -1]], source.cu_seqlens[[*borders, -1]]
     arguments: dict[str, Any] = {
         "encoder_outputs": encode(model, source),
-        "attention_mask": make_bounds(target.cu_seqlens, source.cu_seqlens, described=layout.described),
+        "attention_mask": make_bounds(*crossed, described=layout.described),
         "decoder_input_ids": target.ids,
         "decoder_attention_mask": make_bounds(target.cu_seqlens, described=layout.described),
         "use_cache": False,
@@ -108,9 +114,11 @@ def _holding(model: PreTrainedModel, row: Row) -> AbstractContextManager[None]:
     return boundaries.holding(Documents.of(row.cu_seqlens))
 
 
-def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
+def _forward_rows(model: PreTrainedModel, source: Row, target: Row, owners: Sequence[int] | None) -> Tensor:
     """Computes each pair in a row of its own, with the architecture's own masks and positions."""
     equal = layout_of(model).kind == "equal_rows"
+    if owners is not None:
+        source = _repeat_sources(source, owners)
     groups = _group_pairs(source.lengths(), target.lengths(), padding_of(model))
     sources, targets = (Documents.of_groups(row.cu_seqlens, groups) for row in (source, target))
     fill = padding_id(model.config)
@@ -123,6 +131,15 @@ def _forward_rows(model: PreTrainedModel, source: Row, target: Row) -> Tensor:
             arguments["attention_mask"] = ours.real_DL.long()
         rows.append(run_to_head(model, arguments))
     return targets.collect(rows)[None]
+
+
+def _repeat_sources(source: Row, owners: Sequence[int]) -> Row:
+    """Returns a source of its own for each target."""
+    lengths = source.lengths()
+    owned = [place if owner < 0 else owner for place, owner in enumerate(owners)]
+    index_M = torch.cat([torch.arange(lengths[d]) + int(source.cu_seqlens[d]) for d in owned]).to(source.ids.device)
+    bounds = torch.tensor([0, *(lengths[d] for d in owned)]).cumsum(0).to(source.cu_seqlens)
+    return Row(source.ids[:, index_M], source.position_ids[:, index_M], bounds)
 
 
 def _group_pairs(sources: Sequence[int], targets: Sequence[int], padding: float) -> list[list[int]]:

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
-from ingle.models.forward.bounds import make_bounds
+from ingle.kernels.attention.bounds import make_bounds
+from ingle.kernels.attention.trees import Trees
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
+from ingle.models.forward.rotary_by_length import unchanged_length
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.kinds import kind_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
 from ingle.planning.layouts import PADDING
@@ -146,17 +149,20 @@ def forward_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Args:
         model: A model from :func:`ingle.models.meta_model`, with weights.
-        batch: Documents packed in a single row. Of an encoder-decoder, the decoder's row is computed.
+        batch: Documents packed in a single row. Of an encoder-decoder, the decoder's row is computed. In trees, a
+            prompt is computed once for its answers, where the layout allows it.
     """
+    parents = batch.parents()
     if "decoder_input_ids" in batch.columns:
         names = ("input_ids", "position_ids", "cu_seqlens")
         source, target = (Row(*(batch.columns[row + name] for name in names)) for row in ("", "decoder_"))
-        return forward_pairs(model, source, target)
+        return forward_pairs(model, source, target, parents)
     types = batch.columns.get("token_type_ids")
     bounds = batch.cu_seqlens
     if layout_of(model).kind in ("rows", "equal_rows"):
         bounds = bounds[: max(1, batch.num_documents) + 1]  # not the added document, which may be too short for a model
-    return forward_packed(model, batch.input_ids, batch.position_ids, bounds, types)
+    trees = None if parents is None else Trees.of(bounds.tolist(), parents[: len(bounds) - 1])
+    return forward_packed(model, batch.input_ids, batch.position_ids, bounds, types, trees)
 
 
 def forward_packed(
@@ -165,18 +171,43 @@ def forward_packed(
     position_ids: Tensor,
     cu_seqlens: Tensor,
     token_type_ids: Tensor | None = None,
+    trees: Trees | None = None,
 ) -> Tensor:
     """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``.
 
     In layouts of rows, the result is zero for tokens after the last boundary.
     """
     layout = layout_of(model)
+    if trees is not None and not shares_prompts(model, trees):
+        return _forward_paths(model, input_ids, position_ids, token_type_ids, trees)
     if layout.kind in ("rows", "equal_rows"):
         if token_type_ids is None and layout.passes_types:
             token_type_ids = torch.zeros_like(input_ids)
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         return _forward_rows(model, layout, {"input_ids": input_ids, **types}, cu_seqlens)
-    return call_packed(model, input_ids, position_ids, cu_seqlens, run_to_head, token_type_ids)
+    return call_packed(model, input_ids, position_ids, cu_seqlens, run_to_head, token_type_ids, trees)
+
+
+def shares_prompts(model: PreTrainedModel, trees: Trees) -> bool:
+    """Returns whether a model computes the prompts of trees once.
+
+    A prompt that sees its answers has other states for each of them. So it has if rotary factors depend on the length
+    of the text, and an answer is too long.
+    """
+    is_causal = kind_of(model.config) == "causal"
+    return is_causal and layout_of(model).computes_trees and trees.longest <= unchanged_length(model)
+
+
+def _forward_paths(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, trees: Trees
+) -> Tensor:
+    """Computes each path as a document of its own; a prompt has the results of its first path."""
+    paths = trees.paths.to(input_ids.device)
+    columns = (None if each is None else each[:, paths.index_M] for each in (input_ids, position_ids, token_type_ids))
+    ids, positions, types = columns
+    assert ids is not None and positions is not None
+    hidden_1NH = forward_packed(model, ids, positions, paths.cu_seqlens, types).index_select(1, paths.place_N)
+    return nn.functional.pad(hidden_1NH, (0, 0, 0, input_ids.shape[1] - hidden_1NH.shape[1]))
 
 
 def call_packed(
@@ -186,28 +217,42 @@ def call_packed(
     cu_seqlens: Tensor,
     run: Callable[[PreTrainedModel, dict[str, Any]], Result],
     token_type_ids: Tensor | None = None,
+    trees: Trees | None = None,
 ) -> Result:
-    """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed."""
+    """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed.
+
+    Trees must be such that :func:`shares_prompts`.
+    """
     layout, boundaries = layout_of(model), boundaries_of(model)
     if token_type_ids is None and layout.passes_types:
         token_type_ids = torch.zeros_like(input_ids)
     types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
-        "attention_mask": make_bounds(cu_seqlens, described=layout.described) if layout.takes_bounds else None,
+        "attention_mask": _bounds(layout, cu_seqlens, trees) if layout.takes_bounds else None,
         "position_ids": position_ids + layout.first_position if layout.first_position else position_ids,
         "use_cache": False,
         **types,
     }
-    if not layout.described:
+    if not layout.described and trees is None:  # boundaries do not say which documents continue others
         arguments |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         if cu_seqlens.is_cuda:  # found once here, because every layer would wait for the device
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             arguments |= {"max_length_q": longest, "max_length_k": longest}
     held = layout.dealt or layout.has_distances
-    documents = Documents.of(cu_seqlens, padding=0.0 if layout.equal else PADDING) if held else None
+    documents = _documents(cu_seqlens, trees, 0.0 if layout.equal else PADDING) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
+
+
+def _bounds(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Tensor:
+    return make_bounds(cu_seqlens, parents=None if trees is None else trees.parents, described=layout.described)
+
+
+def _documents(cu_seqlens: Tensor, trees: Trees | None, padding: float) -> Documents:
+    if trees is None:
+        return Documents.of(cu_seqlens, padding=padding)
+    return Documents.of_trees(trees, cu_seqlens.device, padding=padding)
 
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:

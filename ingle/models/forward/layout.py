@@ -78,6 +78,14 @@ class Layout:
     tried: bool = True
     slower_because: str = ""
 
+    @property
+    def computes_trees(self) -> bool:
+        """Whether a prompt may be computed once for several answers; else it is repeated for each of them."""
+        if self.kind == "packed":
+            return self.takes_bounds
+        # Dealt modules repeat prompts; other attention needs boundaries.
+        return self.kind == "documents" and (self.takes_bounds or self.deals_attention)
+
 
 class ReadLinear(nn.Linear):
     """A linear layer whose owner reads its weight, so that it can be neither quantized nor adapted."""

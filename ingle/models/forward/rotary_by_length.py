@@ -107,6 +107,13 @@ def key_change_lengths(model: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
+def unchanged_length(model: nn.Module) -> float:
+    """Returns the longest text for which the factors are those of short texts; infinity if none changes them."""
+    bases = [module.base for module in model.modules() if isinstance(module, DocumentRotary)]
+    rules = [_length_rule(base, layer_type) for base in bases for layer_type in _kinds(base)]
+    return min((limit for kind, limit in rules if kind is not None), default=float("inf"))
+
+
 def rope_types(config: Any) -> frozenset[str]:
     """Returns the types of rotary positions that a config names."""
     return frozenset(str(each.get("rope_type", each.get("type", "default"))) for each in rope_sections(config))

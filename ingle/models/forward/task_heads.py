@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ingle.kernels.attention.trees import Trees
 from ingle.models.forward.documents import Documents, Group
-from ingle.models.forward.hidden_states import call_packed
+from ingle.models.forward.hidden_states import call_packed, shares_prompts
 from ingle.models.forward.layout import layout_of, padding_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
@@ -58,8 +60,11 @@ def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
     Returns:
         Classification: ``[D, C]`` for the documents that :func:`~ingle.data.round_up` did not add, or for the first
         one if there is no other. Token classification: ``[1, N, C]``. Question answering: ``[1, N, 2]``, the scores of
-        the first and of the last token.
+        the first and of the last token. In trees, the outputs of documents that others continue mean nothing.
     """
+    trees = _trees(batch, _own_bounds(batch))
+    if trees is not None and not shares_prompts(model, trees):
+        return _forward_paths(model, batch, trees)
     layout = layout_of(model)
     if layout.kind in ("rows", "equal_rows"):
         return _forward_rows(model, batch)
@@ -94,6 +99,25 @@ def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     return _in_order([outputs(group) for group in documents.groups], documents)
 
 
+def _forward_paths(model: PreTrainedModel, batch: Batch, trees: Trees) -> Tensor:
+    """Computes each path of trees as a document of its own."""
+    paths = trees.paths.to(batch.input_ids.device)
+    names = ("input_ids", "labels", "position_ids", "token_type_ids")
+    columns = {name: batch.columns[name][:, paths.index_M] for name in names if name in batch.columns}
+    columns["cu_seqlens"] = paths.cu_seqlens
+    counts = {"num_tokens": len(paths.index_M), "num_documents": len(paths.leaves_P), "num_supervised": 0}
+    outputs = forward_task(model, replace(batch, columns=columns, **counts))
+    if task_of(model).kind == "classify":
+        return outputs.new_zeros(len(trees.parents), outputs.shape[1]).index_copy(0, paths.leaves_P, outputs)
+    collected = outputs.index_select(1, paths.place_N)
+    return nn.functional.pad(collected, (0, 0, 0, batch.input_ids.shape[1] - collected.shape[1]))
+
+
+def _trees(batch: Batch, bounds: Tensor) -> Trees | None:
+    parents = batch.parents()
+    return None if parents is None else Trees.of(bounds.tolist(), parents[: len(bounds) - 1])
+
+
 def _own_bounds(batch: Batch) -> Tensor:
     """Returns the bounds of the documents that have labels, or of the first one if there is no other."""
     return batch.cu_seqlens[: max(1, batch.num_documents) + 1]
@@ -112,7 +136,8 @@ def _run_packed(model: PreTrainedModel, batch: Batch, compute: Callable[..., Any
         return compute(**taken(base_of(model), arguments))
 
     types = batch.columns.get("token_type_ids")
-    return call_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, run, types)
+    trees = _trees(batch, batch.cu_seqlens)
+    return call_packed(model, batch.input_ids, batch.position_ids, batch.cu_seqlens, run, types, trees)
 
 
 def _pool(base: nn.Module, rows_DLH: Tensor) -> Tensor:

@@ -79,6 +79,21 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "only-sft-distinguishes-turns": (["--objective=clm", "--data.train_on=last"], ["--objective=clm"]),
     "system-needs-conversations": (["--objective=tag", "--data.system=hi"], ["--objective=clm", "--data.system=hi"]),
+    "preference-options-are-read": (
+        ["--objective=dpo", "--objective.penalty=50"],
+        ["--objective=dpo", "--objective.penalty=50", "--objective.loss=dpop"],
+    ),
+    "exo-smooths": (
+        ["--objective=dpo", "--objective.loss=exo", "--objective.label_smoothing=0"],
+        ["--objective=dpo", "--objective.loss=exo"],
+    ),
+    "reference-without-dropout": (
+        ["--objective=kto", "--adapter.dropout=.1"],
+        ["--objective=simpo", "--adapter.dropout=.1"],
+    ),
+    "reference-needs-an-adapter": (["--objective=bco", "--adapter=none"], ["--objective=orpo", "--adapter=none"]),
+    "answers-carry-the-loss": (["--objective=cpo", "--data.train_on=all"], ["--objective=cpo", "--data.train_on=last"]),
+    "rewards-are-validated": (["--objective=reward", TASK], ["--objective=dpo", TASK]),
     "only-plain-text-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=mlm"]),
     "masked-tokens-add-up": (
         ["--objective=mlm", "--objective.replace=.8", "--objective.random=.3"],

@@ -17,6 +17,10 @@ PAIR = {
     "document_weights": np.float32(2),
     "start_labels": np.int64(1),
     "end_labels": np.int64(2),
+    "parent_offsets": np.int32(0),
+    "scores": np.float32(1),
+    "truncated": np.int8(1),
+    "baselines": np.float32(0.5),
 }
 
 
@@ -29,7 +33,7 @@ def make_pair(length: int, decoder_length: int) -> Sample:
     """A sample with every kind of column, of an encoder and a decoder."""
     ids, decoder = np.arange(length), np.arange(decoder_length)
     tokens = {"token_labels": ids % 3, "weights": ids / 2, "decoder_input_ids": decoder, "decoder_labels": decoder}
-    tokens |= {"token_type_ids": ids % 2}
+    tokens |= {"token_type_ids": ids % 2, "reference_logps": -ids / 4, "decoder_reference_logps": -decoder / 4}
     return make_sample(list(range(length)), [0] * length, **tokens, **PAIR)
 
 

@@ -10,13 +10,15 @@ import pytest
 from rich.console import Console
 
 from ingle.cli.exit_status import run_command
-from ingle.config.data import SUFFIXES, DataConfig
+from ingle.config.data import SUFFIXES, DataConfig, Source
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import Clm, Sft
+from ingle.config.preferences import Dpo, Kto
 from ingle.data.dataset_builder import build_dataset
 from ingle.data.inspection import inspect, inspect_rows
 from ingle.data.packing import make_sequences
 from ingle.data.readers import known_suffixes
+from ingle.data.sources import read_examples
 from ingle.errors import DataError
 from ingle.report.data_tables import render_report, render_rows
 
@@ -218,12 +220,51 @@ def test_several_files_may_have_several_layouts(tmp_path):
         ({"chosen": "Human: a", "rejected": "Human: b"}, "columns: {text: chosen}"),
     ],
 )
-def test_preferences_are_refused_with_a_way_out(tmp_path, row, columns):
+def test_sft_refuses_preferences_with_a_way_out(tmp_path, row, columns):
     path = write(tmp_path / "a.jsonl", [row])[0]["path"]
     with pytest.raises(DataError, match="looks like preference data") as caught:
-        inspect_rows(path)
-    assert columns in str(caught.value.fix)
+        list(read_examples([Source(path=path)], objective="sft"))
+    assert columns in str(caught.value.fix) and "--objective.kind=dpo" in str(caught.value.fix)
     assert caught.value.where == f"{path}:1"
+
+
+def test_preferences_are_shown_with_what_the_doctor_found(tmp_path, tokenizer):
+    rows = [{"prompt": f"what is {i}?", "chosen": "yes " * 5, "rejected": "no"} for i in range(20)]
+    rows += [{"prompt": "what is 3?", "chosen": "no", "rejected": "yes " * 5}, {**rows[0], "rejected": " "}]
+    data = DataConfig(sources=write(tmp_path / "a.jsonl", rows), max_seq_len=64)
+    report = inspect(data, tokenizer, Dpo(kind="dpo"), num_previews=2)
+    assert [preview.label for preview in report.previews] == ["chosen (score 1)", "rejected (score 0)"] * 2
+    assert "".join(s.text for s in report.previews[1].stretches if s.supervised) == "no<|im_end|>"
+    assert report.problems[0].startswith("Rows skipped: Empty answer (1 row, first ")
+    path = data.sources[0].path
+    assert f"1 pair is judged both ways (first {path}:21)." in report.problems
+    assert "A rule that prefers the longer answer is right in 95.2% of the pairs." in report.problems
+    text = draw(report)
+    for line in (
+        "42 answers to 20 prompts, 21 pairs",
+        "Judged both ways, for example",
+        "1 judged more than once, 1 of",
+    ):
+        assert line in text
+    (pair,) = report.preferences.contradictions
+    assert (pair.first, pair.second) == (f"{path}:4", f"{path}:21")
+    assert json.loads(json.dumps(asdict(report)))["preferences"]["contradictory"] == 1
+    judged = [{"prompt": f"what is {i}?", "completion": "yes", "label": i > 0} for i in range(9)]
+    data = DataConfig(sources=write(tmp_path / "b.jsonl", judged))
+    report = inspect(data, tokenizer, Kto(kind="kto"))
+    assert "8 answers are good and 1 are bad." in report.problems
+    assert "good 1.00, bad 8.00 (auto)" in draw(report)
+
+
+def test_rows_with_several_answers_are_inspected_without_a_model(tmp_path):
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "d", "chosen": "e", "rejected": " "}]
+    report = inspect_rows(write(tmp_path / "a.jsonl", pairs)[0]["path"])
+    assert report.layouts == {"preference": 2}
+    assert report.previews[0].parts == (("prompt", "a"), ("chosen (score 1)", "b"), ("rejected (score 0)", "c"))
+    assert report.problems == (f"1 row with an empty answer or text (first {tmp_path / 'a.jsonl'}:2).",)
+    judged = [{"prompt": "a", "completion": "b", "label": True}]
+    report = inspect_rows(write(tmp_path / "b.jsonl", judged)[0]["path"])
+    assert report.previews[0].parts == (("prompt", "a"), ("completion", "b"), ("score", "1"))
 
 
 def test_the_suffixes_of_configs_are_those_that_can_be_read():

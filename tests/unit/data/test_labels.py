@@ -11,15 +11,14 @@ import pytest
 from ingle.config.data import DataConfig
 from ingle.data import build_dataset, make_sequences
 from ingle.data.encoding import TextEncoder, make_document
-from ingle.data.labels import parse_labelled, parse_preference
+from ingle.data.labels import parse_labelled
+from ingle.data.layouts import parse_row
 from ingle.data.types import IGNORE_INDEX, Example, Span
 from ingle.errors import ConfigError, DataError
 
-ASK = [{"role": "user", "content": "what is two?"}]
 
-
-def answer(text):
-    return [{"role": "assistant", "content": text}]
+def parse_preference(row, origin):
+    return parse_row(row, "preference", origin)
 
 
 def config(path, rows, **options):
@@ -30,42 +29,6 @@ def config(path, rows, **options):
 def pairs(path, tokenizer, rows, **options):
     data = config(path, rows, **options)
     return data, build_dataset(data, tokenizer, objective="sft", parse=parse_preference)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "what is two?", "chosen": "a number", "rejected": "a letter"},
-        {"question": "what is two?", "chosen": "a number", "rejected": "a letter", "id": 7},
-        {"prompt": ASK, "chosen": answer("a number"), "rejected": answer("a letter")},
-        {"prompt": ASK, "chosen": "a number", "rejected": "a letter"},
-        {"chosen": ASK + answer("a number"), "rejected": ASK + answer("a letter")},
-    ],
-)
-def test_preferences_are_two_documents_with_one_prompt(tmp_path, tokenizer, row):
-    _, dataset = pairs(tmp_path / "a.jsonl", tokenizer, [row, row])
-    assert [dataset.text_name(i) for i in range(len(dataset))] == ["chosen", "rejected"] * 2
-    assert [dataset.origin(i).rpartition(":")[2] for i in range(4)] == ["1", "1", "2", "2"]
-    samples = [dataset.sample(i) for i in range(4)]
-    assert [int(sample.columns["group_ids"].item()) for sample in samples] == [0, 0, 1, 1]
-    answers = [tokenizer.decode(s.labels[s.labels != IGNORE_INDEX]) for s in samples[:2]]
-    assert answers == ["a number<|im_end|>", "a letter<|im_end|>"]
-    chosen, rejected = (s.input_ids[: np.argmax(s.labels != IGNORE_INDEX)].tolist() for s in samples[:2])
-    assert chosen == rejected and tokenizer.decode(chosen).endswith("assistant\n")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "a", "chosen": "b"}, "no column 'rejected'"),
-        ({"chosen": "Human: a", "rejected": "Human: b"}, "no column with the prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, "does not fit"),
-    ],
-)
-def test_malformed_preferences_name_their_row(row, message):
-    with pytest.raises(DataError, match=message) as caught:
-        parse_preference(row, "f:3")
-    assert caught.value.where == "f:3"
 
 
 def test_a_row_is_kept_or_dropped_with_all_its_texts(tmp_path, tokenizer):

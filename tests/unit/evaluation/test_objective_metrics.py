@@ -20,6 +20,7 @@ _SOURCES = {
     "classify": LabelSource,
     "tag": LabelSource,
     "answer": ContextSource,
+    **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "bco", "reward"), ModelSource),
 }
 
 

@@ -36,7 +36,7 @@ from ingle.data.batch import Batch
 from ingle.kernels.attention import packed
 from ingle.kernels.attention.spans import AttentionSpans
 from ingle.kernels.layers import cross_entropy, decoder_layer
-from ingle.objectives import NextTokenLoss, Term
+from ingle.objectives import NextTokenLoss
 from ingle.parallel import local, wrapping
 from ingle.planning import ModelShape, Strategy
 from ingle.quant.format import Format
@@ -66,13 +66,8 @@ class Measured:
 class _Objective:
     """The parts of an objective that :func:`steps.compute_gradients` uses."""
 
-    terms = (Term("loss", "supervised_tokens"),)
-
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        return {"supervised_tokens": float(batch.num_supervised)}
 
 
 def measure(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ingle import events
 from ingle.config import Run
-from ingle.events import Evaluated, Failed, Finished, Saved, Started, Step, Validated, Warned
+from ingle.events import Evaluated, Failed, Finished, Proved, Saved, Started, Step, Validated, Warned
 from ingle.report.results import ClassTable, ShownSamples
 from ingle.report.terminal_tables import comparison_table, plan_table, summary_table
 from ingle.sinks import Terminal, combine
@@ -146,6 +146,13 @@ def test_the_bar_fits_an_ordinary_terminal() -> None:
         sink(step(1))
     line = next(line for line in reversed(out.getvalue().split("\r")) if "Training" in line)
     assert "1/6" in line and "loss 2.5000  1,234 tokens/s  lr 2.00e-04  ETA " in line and "…" not in line
+
+
+def test_the_proof_of_the_start_is_one_line() -> None:
+    exact = {"measured": 2e-7, "expected": 0.0, "tolerance": 1e-5}
+    known = {"measured": 0.6931472, "expected": 0.6931472, "tolerance": 1e-4}
+    text = show(started(), Proved(0, {"log-ratio": exact, "preference": known}))
+    assert "Checked the start: log-ratio (2e-07 off), preference 0.693147\n" in text
 
 
 def test_validations_are_shown_in_the_bar_and_on_lines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,32 @@ def test_the_step_is_computed_again_with_the_same_result(tmp_path: Path) -> None
     assert num_parts == 4
     assert (other.loss, other.grad_norm) == pytest.approx((one.loss, one.grad_norm), rel=1e-6)
     torch.testing.assert_close(other_weight, one_weight)
+
+
+class _Prepared(Toy):
+    """Runs out of memory when it prepares more than eight tokens at once."""
+
+    prepares = True
+
+    def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
+        if max(part.num_tokens for part in parts) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [replace(part, columns={**part.columns, "weights": part.labels.float()}) for part in parts]
+
+
+def test_what_runs_out_of_memory_before_the_step_is_made_again_in_smaller_parts(tmp_path: Path) -> None:
+    proved: list[list[int]] = []
+
+    def prove(parts: Sequence[Batch]) -> None:
+        assert all("weights" in part.columns for part in parts)
+        proved.append([part.num_tokens for part in parts])
+
+    model = nn.Embedding(11, 4)
+    optimizer = Optimizer([ParameterGroup((("weight", model.weight),), 1.0, 0.0)], OptimConfig())
+    relief = _relief(tmp_path, [], [])
+    objective = _Prepared([_batch(5, 3, 4, 2, 6), _batch(7)], ToyModule(model))
+    take_step(objective, optimizer, relief.mesh, lr=0.1, seed=0, step=1, relief=relief, prove=prove)
+    assert relief.num_parts == 4 and len(proved) == 1 and max(proved[0]) <= 8 and sum(proved[0]) == 27
 
 
 @pytest.mark.parametrize(

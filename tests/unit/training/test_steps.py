@@ -16,7 +16,7 @@ from ingle.data.batch import Batch, collate
 from ingle.data.packing import Indices
 from ingle.data.types import Sample
 from ingle.errors import NonFiniteError
-from ingle.objectives import StepModule, Sums, Term
+from ingle.objectives import Measure, Objective, StepModule, Sums, Term
 from ingle.parallel import Mesh
 from ingle.training.optim import Optimizer, ParameterGroup
 from ingle.training.steps import compute_gradients, random_seed, take_step, weighted_mean
@@ -27,9 +27,15 @@ MESH = Mesh(torch.device("cpu"))
 class ToyModule(StepModule):
     """A loss over supervised tokens, one over documents, and a metric."""
 
+    terms = (Term("tokens", "supervised_tokens"), Term("firsts", "documents", weight=0.25))
+    measures = (Measure("squares", "tokens"),)
+
     def __init__(self, model: nn.Module, dropout: float = 0.0, poison: float = 1.0) -> None:
         super().__init__(model)  # type: ignore[arg-type]
         self.dropout, self.poison = dropout, poison
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"supervised_tokens": batch.num_supervised, "documents": batch.num_documents}
 
     def compute(self, batch: Batch) -> Sums:
         output = nn.functional.dropout(self.model(batch.input_ids[0]), self.dropout).sum(-1)
@@ -41,8 +47,7 @@ class ToyModule(StepModule):
         raise NotImplementedError
 
 
-class Toy:
-    terms = (Term("tokens", "supervised_tokens"), Term("firsts", "documents", weight=0.25))
+class Toy(Objective):
     epoch = 0.0
 
     def __init__(self, batches: Sequence[Batch], module: ToyModule) -> None:
@@ -53,12 +58,6 @@ class Toy:
 
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
         return iter(())
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        return {"supervised_tokens": batch.num_supervised, "documents": batch.num_documents}
-
-    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-        return {"square": sums["squares"] / counts["tokens"]}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -96,7 +95,7 @@ def _gradient(batches: Sequence[Batch], mesh: Mesh = MESH) -> tuple[float, Tenso
     model = _model()
     objective = Toy(batches, ToyModule(model))
     sums, counts = compute_gradients(objective, batches, mesh, seed=0, step=1)
-    return weighted_mean(Toy.terms, sums, counts), model.weight.grad
+    return weighted_mean(ToyModule.terms, sums, counts), model.weight.grad
 
 
 def _optimizer(weight: nn.Parameter, name: str = "weight") -> Optimizer:
@@ -154,7 +153,11 @@ def test_the_result_of_a_step_has_the_loss_the_tokens_and_the_metrics() -> None:
     result = take_step(Toy(batches, ToyModule(model)), _optimizer(model.weight), MESH, lr=0.1, seed=0, step=1)
     output = _model()(torch.cat([batch.input_ids[0] for batch in batches])).sum(-1)
     assert result.num_tokens == 24
-    assert result.metrics == {"square": pytest.approx(output.square().mean().item(), rel=1e-6)}
+    firsts = torch.cat([batch.cu_seqlens[:-1].long() + offset for batch, offset in zip(batches, (0, 14), strict=True)])
+    assert result.metrics == {
+        "firsts": pytest.approx(output[firsts].pow(4).mean().item(), rel=1e-6),
+        "squares": pytest.approx(output.square().mean().item(), rel=1e-6),
+    }
 
 
 def test_dropout_is_a_function_of_the_position_in_the_run() -> None:

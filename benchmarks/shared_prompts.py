@@ -1,0 +1,157 @@
+"""Speed of an update whose prompts are computed once, over one that repeats the prompt for each answer.
+
+    python -m benchmarks.shared_prompts --threads 2
+
+Both sides train the same LoRA adapters with the same fused layers: forward, the output layer on the tokens of the
+answers, and backward. The loss weighs each answer differently, as losses over pairs and groups do. Steps alternate, and
+the median of the faster half counts. Two floors: the ratio of the tokens, which everything but attention and the output
+layer can reach; and, from it, the ratio of the whole step if the output layer, whose work is the same on both sides,
+takes the measured share of a repeated step and attention gains as much as the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ingle import adapters, models
+from ingle.config import LoraAdapter, ModelConfig
+from ingle.data import IGNORE_INDEX, Batch, Sample, collate, round_up
+from ingle.data.shared_prompts import share
+from ingle.objectives.token_loss import head_logps
+
+#: Tokens of a prompt, tokens of an answer, answers.
+CASES = ((512, 128, 2), (512, 128, 4), (512, 128, 8), (1024, 64, 2), (1024, 64, 4), (1024, 64, 8))
+
+
+def make_samples(prompt: int, answer: int, count: int, num_tokens: int, vocab_size: int) -> list[Sample]:
+    """Returns about ``num_tokens`` random tokens in rows of ``count`` documents with a common prompt."""
+    generator = np.random.default_rng(0)
+    samples = []
+    for row in range(max(1, round(num_tokens / (count * (prompt + answer))))):
+        start = generator.integers(3, vocab_size, prompt, dtype=np.int32)
+        for _ in range(count):
+            ids = np.concatenate([start, generator.integers(3, vocab_size, answer, dtype=np.int32)])
+            labels = np.where(np.arange(len(ids)) < prompt, IGNORE_INDEX, ids).astype(np.int32)
+            samples.append(Sample(ids, labels, {"group_ids": np.array([row])}))
+    return samples
+
+
+def step(model: Any, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Returns the log-probabilities of the answers, and the gradients of their weighted sum."""
+    trained = [parameter for _, parameter in adapters.trainable_parameters(model)]
+    hidden_1NH = models.forward_hidden(model, batch)
+    logps_N = models.through_head(model, head_logps, hidden_1NH[0], batch.next_labels())
+    sums = torch.stack([part.sum() for part in logps_N.split(batch.cu_seqlens.diff().tolist())])[batch.answers()]
+    gradients = torch.autograd.grad((sums * torch.linspace(1, -0.7, len(sums))).sum(), trained)
+    return sums.detach(), list(gradients)
+
+
+def head_step(model: Any, batch: Batch) -> None:
+    """Computes the output layer alone, forward and backward."""
+    hidden_NH = torch.zeros(batch.input_ids.shape[1], model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    models.through_head(model, head_logps, hidden_NH, batch.next_labels()).sum().backward()
+
+
+def measure(sides: dict[str, Callable[[], Any]], turns: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Returns the seconds of each side, which take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(turns + 1):
+        for name, work in sides.items():
+            start = clock()
+            work()
+            if turn:  # the first warms up
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(sorted(taken)[: max(1, turns // 2)]) for name, taken in seconds.items()}
+
+
+def compare(model: Any, case: tuple[int, int, int], options: argparse.Namespace) -> dict[str, Any]:
+    """Measures one case."""
+    samples = make_samples(*case, options.tokens, model.config.vocab_size)
+    batches = {"repeated": round_up(collate(samples)), "shared": round_up(collate(share(samples)))}
+    found = {name: step(model, batch) for name, batch in batches.items()}
+    (logps, gradients), (own_logps, own_gradients) = found["repeated"], found["shared"]
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(own_gradients, gradients, strict=True)]
+    clock = time.process_time if options.processor_time else time.perf_counter
+    sides: dict[str, Callable[[], Any]] = {name: lambda b=batch: step(model, b) for name, batch in batches.items()}
+    sides["head"] = lambda: head_step(model, batches["repeated"])
+    seconds = measure(sides, options.turns, clock)
+    tokens = {name: batch.num_tokens for name, batch in batches.items()}
+    ratio = tokens["repeated"] / tokens["shared"]
+    head = seconds["head"] / seconds["repeated"]
+    return {
+        "case": case,
+        "tokens": tokens,
+        "seconds": seconds,
+        "speed": seconds["repeated"] / seconds["shared"],
+        "token_ratio": ratio,
+        "head_share": head,
+        "floor": 1 / ((1 - head) / ratio + head),
+        "logps_error": float((own_logps - logps).abs().max() / logps.abs().max()),
+        "gradient_error": max(errors),
+    }
+
+
+def main() -> None:
+    """Prints the ratio of the two sides for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=2560, help="about so many tokens with repeated prompts")
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first cases")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, for a busy machine")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.width,
+        intermediate_size=options.width * 8 // 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=max(1, options.width // 192),
+        max_position_embeddings=4096,
+    )
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        model = models.load_model(ModelConfig(id=folder, dtype=options.dtype))
+    adapters.attach(model, LoraAdapter(rank=16), seed=0)
+    with torch.no_grad():
+        for _, parameter in adapters.trainable_parameters(model):
+            parameter.normal_(std=0.02)
+    model.train()
+    assert adapters.fuse(model).fused == options.layers
+    for case in CASES[: options.cases]:
+        found = compare(model, case, options)
+        records.append(found)
+        tokens, seconds = found["tokens"], found["seconds"]
+        print(
+            f"{case[0]}:{case[1]} x {case[2]}  {tokens['repeated']} -> {tokens['shared']} tokens "
+            f"({found['token_ratio']:.2f} x)  {seconds['repeated']:.3f} -> {seconds['shared']:.3f} s  "
+            f"{found['speed']:.2f} x (floor {found['floor']:.2f} x, head {found['head_share']:.0%})  "
+            f"errors {found['logps_error']:.0e}, {found['gradient_error']:.0e}",
+            flush=True,
+        )
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The objectives of everything that reads answers: prompts are shared, and a reference is computed before each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ingle.data.batch import Batch, collate, round_up
+from ingle.data.corruption import Corruption
+from ingle.data.counters import Place
+from ingle.data.dataset import TokenDataset
+from ingle.data.packing import Indices, Sequences
+from ingle.data.shared_prompts import share
+from ingle.data.types import Sample
+from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
+from ingle.objectives.driver import PackedObjective
+from ingle.objectives.interface import StepModule
+from ingle.objectives.mismatches import Mismatches
+from ingle.parallel import call_outside_step
+
+#: Makes a model compute its initial function inside a block.
+Initial = Callable[[], AbstractContextManager[None]]
+
+
+class Sharing:
+    """Shares the prompts of rows, after another corruption.
+
+    Args:
+        before: What turns documents into samples; None leaves them as they are.
+    """
+
+    def __init__(self, before: Corruption | None = None) -> None:
+        self._before = before
+
+    def __call__(self, samples: Sequence[Sample], places: Sequence[Place]) -> Sequence[Sample]:
+        """Returns the samples, as trees where the answers of a row have a prompt in common."""
+        joined = samples if self._before is None else self._before(samples, places)
+        return share(joined) if joined and "group_ids" in joined[0].columns else joined
+
+
+class PreferenceObjective(PackedObjective):
+    """Preferences, with the log-probabilities of the reference as a column of each micro-batch.
+
+    Args:
+        module: Computes the loss.
+        arguments: As for :class:`PackedObjective`.
+        initial: Makes the model compute its initial function, which is the reference; None without a reference.
+        options: As for :class:`PackedObjective`.
+    """
+
+    def __init__(self, module: StepModule, *arguments: Any, initial: Initial | None, **options: Any) -> None:
+        super().__init__(module, *arguments, **options)
+        self._initial = initial
+        self.prepares = initial is not None
+
+    def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds the log-probabilities of the reference."""
+        assert self._initial is not None, "there is no reference"
+        with self._initial():
+            references = self._logps(parts)
+        found = zip(parts, references, strict=True)
+        return [_with(part, with_reference(logps_N, part)) for part, logps_N in found]
+
+    def _logps(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """Returns the log-probability of each target, [N] for each micro-batch."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            return [call_outside_step(self.module, self._pass, part) for part in parts]
+        finally:
+            self.module.train(was_training)
+
+    def _pass(self, part: Batch) -> Tensor:
+        return answer_logps(self.module.model, part, AnswerTokens.of(part).targets)
+
+
+class JudgedObjective(PreferenceObjective):
+    """Judged answers, with what their log-ratios or rewards are compared with as a column.
+
+    Args:
+        module: Computes the loss.
+        arguments: As for :class:`PackedObjective`.
+        baseline: ``mismatched``: the mean log-ratio of answers to other prompts, over the whole step and at least 0.
+            ``running``: the mean of the rewards of all earlier steps. ``none``: 0.
+        sequences: The documents of the training data.
+        seed: Decides on the mismatches.
+        options: As for :class:`PreferenceObjective`.
+    """
+
+    def __init__(
+        self,
+        module: StepModule,
+        *arguments: Any,
+        baseline: Literal["mismatched", "running", "none"],
+        sequences: Sequences,
+        seed: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(module, *arguments, **options)
+        self._baseline, self._sequences, self._seed = baseline, sequences, seed
+        self._mismatches: dict[bool, Mismatches] = {}
+        self._mixed: list[Batch] = []
+        self._measured: dict[str, float] = {}
+        self._reward_sum = self._num_rewards = 0.0
+
+    def next_batches(self) -> Sequence[Batch]:
+        """Returns this rank's micro-batches of the next step, and keeps their mismatches."""
+        self._mixed = []
+        return super().next_batches()
+
+    def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
+        """Yields this rank's micro-batches of the held-out documents, and keeps their mismatches."""
+        self._mixed = []
+        yield from super().held_out_batches()
+
+    def _collate(self, dataset: TokenDataset, parts: Sequence[Any], other: Any) -> Batch:
+        batch = super()._collate(dataset, parts, other)
+        if self._baseline == "mismatched":
+            self._mixed.append(self._mix(dataset, parts) if parts else batch)
+        return batch
+
+    def _mix(self, dataset: TokenDataset, parts: Sequence[Any]) -> Batch:
+        """Returns the mismatches of a micro-batch."""
+        is_held_out = self._held_out is not None and parts[0].epoch < 0
+        if is_held_out not in self._mismatches:
+            sequences = self._held_out.sequences if is_held_out and self._held_out else self._sequences
+            self._mismatches[is_held_out] = Mismatches(dataset, sequences, self._seed, self._documents_per_sample)
+        places = [Place(part.epoch, int(document)) for part in parts for document in part.documents]
+        samples = list(self._mismatches[is_held_out].samples(place.document for place in places))
+        made = samples if self._corrupt is None else self._corrupt(samples, places)
+        return round_up(collate(made)).to(self._mesh.device)
+
+    def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds the log-probabilities of the reference and the baselines."""
+        prepared = super().prepare(parts)
+        match self._baseline:
+            case "none":
+                return prepared
+            case "running":
+                baseline = self._reward_sum / self._num_rewards if self._num_rewards else 0.0
+                self._measured = {"delta": baseline}
+            case "mismatched":
+                baseline = max(0.0, self._measure(len(parts)))
+        columns = [torch.full((len(part.cu_seqlens) - 1,), baseline, device=part.cu_seqlens.device) for part in parts]
+        return [_with(part, {"baselines": column}) for part, column in zip(prepared, columns, strict=True)]
+
+    def _measure(self, num_parts: int) -> float:
+        """Returns the mean log-ratio of the mismatches of the step, over all ranks."""
+        splits = max(1, num_parts // max(1, len(self._mixed)))  # as memory splits the step
+        pieces = [piece for batch in self._mixed for piece in batch.split(splits)]
+        # Ranks gather weights together, so all make as many passes; further ones count for nothing.
+        passes = pieces + pieces[:1] * (max(self._mesh.gather(len(pieces))) - len(pieces))
+        references = super().prepare(passes)
+        own = {"sum": 0.0, "squares": 0.0, "answers": 0.0}
+        for piece, logps_N in list(zip(references, self._logps(passes), strict=True))[: len(pieces)]:
+            tokens = AnswerTokens.of(piece)
+            ratios_D = tokens.by_document(log_ratios(logps_N[tokens.rows], piece, tokens)).sum(1)
+            ratios = ratios_D[tokens.lengths > 0].double()
+            own["sum"] += float(ratios.sum())
+            own["squares"] += float((ratios**2).sum())
+            own["answers"] += len(ratios)
+        total = self._mesh.reduce(own)
+        count = total["answers"] or 1.0
+        mean = total["sum"] / count
+        variance = max(0.0, total["squares"] / count - mean**2)
+        self._measured = {"kl": mean, "kl_stderr": (variance / count) ** 0.5}
+        return mean
+
+    def metrics(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        """Returns the means of the classes, their difference, and the baseline."""
+        means = super().metrics(sums, counts)
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margin"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means | self._measured
+
+    def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Adds the rewards of the step to their running mean."""
+        self._reward_sum += sums["rewards/chosen"] + sums["rewards/rejected"]
+        self._num_rewards += counts["answers"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counter of the sampler, and the sum and the number of rewards so far."""
+        return {**super().state_dict(), "reward_sum": self._reward_sum, "num_rewards": self._num_rewards}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self._reward_sum, self._num_rewards = float(state["reward_sum"]), float(state["num_rewards"])
+
+
+def _with(part: Batch, columns: Mapping[str, Tensor]) -> Batch:
+    return replace(part, columns={**part.columns, **columns})

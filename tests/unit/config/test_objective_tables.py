@@ -1,0 +1,61 @@
+"""Tables by objective cover every kind, and published values fit the options that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import pytest
+from pydantic import TypeAdapter
+
+from ingle.config.evaluate import METRICS_OF, suitable_metrics
+from ingle.config.objective import FAMILY, TRAINS, ObjectiveConfig, ObjectiveKind, reads_answers
+from ingle.config.preferences import Dpo, DpoLoss
+from ingle.config.presets import PRESETS, describe_preset, preset_of, suit_preferences
+from ingle.inference import NOT_TEXT
+from ingle.models import model_task
+from ingle.report import run_page
+
+KINDS: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
+ANSWERS = tuple(kind for kind in KINDS if reads_answers(kind))
+
+
+def section(kind: str, **options: Any) -> Any:
+    return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **options})
+
+
+@pytest.mark.parametrize("table", [TRAINS, FAMILY, METRICS_OF, run_page._UNITS], ids=str)
+def test_tables_cover_every_objective(table: Mapping[ObjectiveKind, Any]) -> None:
+    assert set(table) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_with_a_head_generate_no_text(kind: ObjectiveKind) -> None:
+    options = {"classify": {"problem": "single"}}.get(kind, {})
+    has_head = model_task(section(kind, **options)).kind != "lm"
+    assert has_head == (kind in NOT_TEXT and kind != "mlm")
+    assert set(suitable_metrics(section(kind))) <= METRICS_OF[kind]
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_published_values_fill_every_option_that_is_null(kind: ObjectiveKind) -> None:
+    sections = [section(kind, loss=loss) for loss in get_args(DpoLoss)] if kind == "dpo" else [section(kind)]
+    for given in sections:
+        published = preset_of(given).options
+        suited = suit_preferences(given)
+        assert type(given).model_validate(suited.model_dump()) == suited  # within the bounds of the options
+        assert {name: getattr(suited, name) for name in published} == published
+        assert all(getattr(given, name) is None for name in published)  # otherwise the default would win
+
+
+def test_every_published_value_belongs_to_an_objective() -> None:
+    assert set(PRESETS) == {*get_args(DpoLoss), *ANSWERS} - {"dpo"}
+
+
+def test_own_values_stay_and_are_named() -> None:
+    simpo = section("simpo", gamma=0.5)
+    assert (suit_preferences(simpo).beta, suit_preferences(simpo).gamma) == (2.0, 0.5)
+    assert describe_preset(simpo) == (
+        "SimPO as published (Meng et al. 2024, arXiv 2405.14734): beta 2, gamma 1. This run differs: gamma 0.5."
+    )
+    assert "differs" not in (describe_preset(Dpo(kind="dpo")) or "")
