@@ -41,17 +41,19 @@ def why_prompts_repeat(model: PreTrainedModel) -> str | None:
     if not shares_prompts(model, trees):
         return "its rotary positions depend on the length of a text"
     num_ids = min(64, int(getattr(text_config(model.config), "vocab_size", 64)))
-    paths, device = trees.paths, device_of(model)
+    device = device_of(model)
+    paths = trees.paths.to(device)
     ids = ((torch.arange(trees.bounds[-1]) * 7919 + 11) % num_ids)[None]
     positions = torch.cat([start + torch.arange(n) for start, n in zip(trees.starts, _LENGTHS, strict=True)])[None]
+    ids, positions, bounds = ids.to(device), positions.to(device), bounds.to(device)
     was_training = model.training
     model.train(False)
     try:
-        shared = forward_packed(model, *(each.to(device) for each in (ids, positions, bounds)), trees=trees)[0]
-        repeated = (ids[:, paths.index_M], positions[:, paths.index_M], paths.cu_seqlens)
-        wanted = forward_packed(model, *(each.to(device) for each in repeated))[0, paths.place_N.to(device)]
+        shared = forward_packed(model, ids, positions, bounds, trees=trees)[0]
+        alone = forward_packed(model, ids[:, paths.index_M], positions[:, paths.index_M], paths.cu_seqlens)[0]
     finally:
         model.train(was_training)
+    wanted = alone[paths.place_N]
     errors_N = (shared - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1).clamp_min(1e-30)
     # The median of a document: rounding may make a router send a single token to another expert.
     worst = max(float(part.median()) for part in errors_N.split(_LENGTHS))
