@@ -81,6 +81,10 @@ POINTS = {
     "tag, rows": Point("squeezebert", "rows", {"kind": "tag", "stride": 4}, _FULL),
     "answer, packed": Point("bert", "packed", {"kind": "answer", "stride": 4}),
     "answer, equal rows": Point("fnet", "equal_rows", {"kind": "answer", "stride": 4}),
+    "dpo, packed": Point("llama", "packed", {"kind": "dpo", "sft_weight": 0.2}),
+    "kto, dealt states": Point("mamba2", "documents", {"kind": "kto"}),
+    "simpo, pairs, full": Point("bart", "documents", {"kind": "simpo"}, _FULL),
+    "reward, dealt attention": Point("bloom", "documents", {"kind": "reward", "centering": 0.1}),
 }
 
 _WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "in", "New", "York"]
@@ -105,6 +109,10 @@ def _tagged(number: int) -> dict[str, Any]:
     return {"tokens": tokens, "tags": ["B-X" if len(token) > 4 else "O" for token in tokens]}
 
 
+def _preference(number: int) -> dict[str, Any]:
+    return {"prompt": _text(number), "chosen": _text(number * 7 + 3), "rejected": _text(number * 5 + 1) + " fox"}
+
+
 #: A row of each objective, by its number.
 _ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     **dict.fromkeys(("clm", "mlm", "span"), lambda number: {"text": _text(number)}),
@@ -112,6 +120,7 @@ _ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "classify": lambda number: {"text": _text(number), "label": "even" if number % 3 else "odd"},
     "tag": _tagged,
     "answer": _answer,
+    **dict.fromkeys(("dpo", "kto", "simpo", "reward"), _preference),
 }
 
 
