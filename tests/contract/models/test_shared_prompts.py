@@ -225,7 +225,7 @@ def test_texts_beyond_a_switch_of_rotary_factors_repeat_their_prompts(name: str,
 
 @pytest.mark.parametrize(("kind", "name"), [("llama", "single"), ("llama", "tag"), ("bert", "single")])
 def test_task_heads(kind: str, name: str, tmp_path: Path) -> None:
-    """Outputs of answers, as for rewards; a model that sees later tokens repeats the prompts."""
+    """Outputs of answers, as for rewards; the head of BERT reads the first token of a text."""
     task = TASKS[name]
     build(kind, task).save_pretrained(tmp_path)
     model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), task=task)
