@@ -79,7 +79,14 @@ def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     base = base_of(model)
     # Ranks gather weights together, so all must make as many calls.
     padding = float("inf") if any(map(is_unit, model.modules())) else _PADDING
-    documents = Documents.of(_own_bounds(batch), padding=padding)
+    bounds = _own_bounds(batch)
+    trees = _trees(batch, bounds)
+    # A head may read any token of a text, so in trees it gets the paths.
+    documents = (
+        Documents.of(bounds, padding=padding)
+        if trees is None
+        else Documents.of_trees(trees, bounds.device, padding=padding)
+    )
     computed: list[tuple[Any, Tensor]] = []
 
     def outputs(group: Group) -> Tensor:
@@ -96,7 +103,14 @@ def _classify_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
         with _computing(base, compute_rows):
             return _outputs(model, _row_arguments(model, batch, group))
 
-    return _in_order([outputs(group) for group in documents.groups], documents)
+    outputs_DC = _in_order([outputs(group) for group in documents.groups], documents)
+    return outputs_DC if trees is None else _of_leaves(outputs_DC, trees)
+
+
+def _of_leaves(outputs_PC: Tensor, trees: Trees) -> Tensor:
+    """Returns the outputs of paths as those of their last documents; zero for the others, ``[D, C]``."""
+    leaves_P = trees.paths.leaves_P.to(outputs_PC.device)
+    return outputs_PC.new_zeros(len(trees.parents), outputs_PC.shape[1]).index_copy(0, leaves_P, outputs_PC)
 
 
 def _forward_paths(model: PreTrainedModel, batch: Batch, trees: Trees) -> Tensor:
@@ -108,7 +122,7 @@ def _forward_paths(model: PreTrainedModel, batch: Batch, trees: Trees) -> Tensor
     counts = {"num_tokens": len(paths.index_M), "num_documents": len(paths.leaves_P), "num_supervised": 0}
     outputs = forward_task(model, replace(batch, columns=columns, **counts))
     if task_of(model).kind == "classify":
-        return outputs.new_zeros(len(trees.parents), outputs.shape[1]).index_copy(0, paths.leaves_P, outputs)
+        return _of_leaves(outputs, trees)
     collected = outputs.index_select(1, paths.place_N)
     return nn.functional.pad(collected, (0, 0, 0, batch.input_ids.shape[1] - collected.shape[1]))
 
@@ -125,8 +139,8 @@ def _own_bounds(batch: Batch) -> Tensor:
 
 def _in_order(parts: list[Tensor], documents: Documents) -> Tensor:
     """Returns the outputs ``[D, C]`` of the groups in the order of the documents."""
-    starts_D = torch.cat([group.index_DL[:, 0] for group in documents.groups])
-    return torch.cat(parts)[starts_D.argsort()]
+    last_D = torch.cat([group.index_DL[:, -1] for group in documents.groups])  # padding repeats the last token
+    return torch.cat(parts)[last_D.argsort()]
 
 
 def _run_packed(model: PreTrainedModel, batch: Batch, compute: Callable[..., Any]) -> Any:

@@ -26,6 +26,7 @@ from ingle.models.forward.task_heads import forward_task
 from ingle.models.loading.layout_choice import choose_layout, enliven
 from ingle.training.compiling import compile_layers
 from tests.contract.models.any_model import FolderOf, attach, load, writer
+from tests.contract.models.test_lengths import CONFIGS, SWITCH
 from tests.contract.models.test_task_heads import TASKS, build
 from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config, small_encoder_decoder_config
 
@@ -212,30 +213,19 @@ def test_attention_that_takes_a_tree_for_one_text_is_found(
         require_same(attached(model), make_samples())
 
 
-def test_texts_beyond_a_switch_of_rotary_factors_repeat_their_prompts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["phi3", "llama-dynamic", "gemma3-by-layer"])
+def test_texts_beyond_a_switch_of_rotary_factors_repeat_their_prompts(name: str, tmp_path: Path) -> None:
     """Some answers of a prompt are short and others long, so that it has other keys for each."""
-    config = small_config("phi3")
-    config.original_max_position_embeddings = 14
-    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    head_size = config.hidden_size // config.num_attention_heads
-    factors = {name: [value[0]] * (head_size // 2) for name, value in factors.items()}
-    config.rope_parameters = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "original_max_position_embeddings": 14,
-        **factors,
-    }
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
     enliven(model)
     model.save_pretrained(tmp_path)
-    loaded = load(tmp_path, NoBase())
-    assert {prompt + answer > 14 for prompt, answers in ROWS[:3] for answer in answers} == {False, True}
-    require_same(attached(loaded), make_samples())
+    assert {prompt + answer > SWITCH for prompt, answers in ROWS[:3] for answer in answers} == {False, True}
+    require_same(attached(load(tmp_path, NoBase())), make_samples())
 
 
 @pytest.mark.parametrize(("kind", "name"), [("llama", "single"), ("llama", "tag"), ("bert", "single")])
 def test_task_heads(kind: str, name: str, tmp_path: Path) -> None:
-    """Outputs of answers, as for rewards; a model that sees later tokens repeats the prompts."""
+    """Outputs of answers, as for rewards; the head of BERT reads the first token of a text."""
     task = TASKS[name]
     build(kind, task).save_pretrained(tmp_path)
     model = models.load_model(ModelConfig(id=str(tmp_path), dtype="float32"), task=task)
