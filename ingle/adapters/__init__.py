@@ -1,17 +1,21 @@
-"""LoRA adapters: attaching, training aids, merging, and files in PEFT's layout."""
+"""Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
-from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
+from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
 from ingle.adapters.attachment import attach, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
-from ingle.adapters.identity import BaseIdentity, describe, identify
+from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
+from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import adapter_config, load_adapter, save_adapter
 from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.rounding import Rounding
+from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, use
 from ingle.adapters.targets import Selection, select
 
 __all__ = [
+    "Adapted",
+    "AdapterState",
     "AttachReport",
     "BaseIdentity",
     "FusionReport",
@@ -20,6 +24,7 @@ __all__ = [
     "Record",
     "Rounding",
     "Selection",
+    "adapted_modules",
     "adapter_config",
     "attach",
     "describe",
@@ -27,6 +32,7 @@ __all__ = [
     "enable_fused",
     "fuse",
     "identify",
+    "initial_digest",
     "initialize",
     "insert",
     "insert_fused",
@@ -38,4 +44,6 @@ __all__ = [
     "save_adapter",
     "select",
     "trainable_parameters",
+    "update_norms",
+    "use",
 ]
