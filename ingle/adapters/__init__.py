@@ -7,7 +7,8 @@ from ingle.adapters.identity import BaseIdentity, describe, identify, initial_di
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
-from ingle.adapters.peft_files import adapter_config, load_adapter, save_adapter
+from ingle.adapters.peft_files import load_adapter, save_adapter
+from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, use

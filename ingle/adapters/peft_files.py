@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
 from ingle.adapters.norms import update_norms
-from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, PeftConfig, alpha_of, describe_adapter, read_peft_config
+from ingle.adapters.peft_config import CONFIG_FILE, alpha_of, describe_adapter, read_peft_config
 from ingle.adapters.peft_tensors import (
     PREFIX,
     WEIGHTS_FILE,
@@ -48,73 +47,13 @@ from ingle.adapters.rounding import resolve_formats, round_layers
 from ingle.adapters.states import own_parameters
 from ingle.adapters.targets import Selection
 from ingle.atomic import write_atomically
-from ingle.config.adapter import SUBTRACTING, DoraAdapter, Init, LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.adapter import SUBTRACTING, Init, LowRankAdapter
 from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
 from ingle.kernels.layers.lora import spread
 from ingle.parallel import Mesh, copy_rows, trained_parameters
 from ingle.quant.linear import QuantLinear
 from ingle.wording import some
-
-
-def adapter_config(folder: str | Path) -> LoraAdapter | DoraAdapter | QaLoraAdapter:
-    """Returns the adapter section that describes an adapter folder, without reading its weights.
-
-    Raises:
-        AdapterError: The folder contains no adapter, or one that cannot be computed exactly.
-    """
-    config = read_peft_config(Path(folder))
-    if config.lora_alpha <= 0 or config.lora_dropout == 1:
-        raise AdapterError(
-            "Training cannot start from this adapter.",
-            where=str(Path(folder) / CONFIG_FILE),
-            why=f"lora_alpha is {config.lora_alpha:g} and lora_dropout is {config.lora_dropout or 0:g}",
-            fix="use an adapter with lora_alpha above 0 and lora_dropout below 1",
-        )
-    targets = config.target_modules
-    patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
-    if targets == NO_TARGETS:
-        patterns = "none"
-    options = read_record(folder).adapter
-    # The change that such an adapter began with is saved with it, as the second half of its rank.
-    times = 2 if options.init in SUBTRACTING else 1
-    ranks = config.rank_pattern or {}
-    if any(rank % times for rank in (config.r, *ranks.values())):
-        raise AdapterError(
-            f"An adapter that began with init = {options.init} has even ranks only.",
-            where=f"{Path(folder) / CONFIG_FILE}: r, rank_pattern",
-            fix="copy the complete adapter folder again",
-        )
-    rslora = bool(config.use_rslora)
-    shared: dict[str, Any] = {
-        "rank": config.r // times,
-        "rank_pattern": {name: rank // times for name, rank in ranks.items()},
-        "alpha": _alpha(config, times),
-        "dropout": config.lora_dropout or 0.0,
-        "rslora": rslora,
-        "target_modules": patterns,
-        "trainable_modules": tuple(config.modules_to_save or ()),
-    }
-    if options.kind == "qa_lora":
-        return QaLoraAdapter(kind="qa_lora", train_rounding=options.train_rounding, **shared)
-    shared |= {"init": options.init, "freeze_a": options.freeze_a}
-    if config.use_dora:
-        return DoraAdapter(kind="dora", **shared)
-    return LoraAdapter(merge_aware=options.merge_aware, **shared)
-
-
-def _alpha(config: PeftConfig, times: int) -> float | None:
-    """Returns the alpha of ranks that are ``times`` smaller; None where each module's is twice its rank."""
-
-    def shrink(alpha: float, rank: int) -> float:
-        scale = alpha / rank**0.5 if config.use_rslora else alpha / rank
-        return alpha_of(scale, rank // times, bool(config.use_rslora))
-
-    alpha = config.lora_alpha if times == 1 else shrink(config.lora_alpha, config.r)
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    own = [(shrink(alphas.get(name, config.lora_alpha), rank), rank // times) for name, rank in ranks.items()]
-    doubled = all(abs(value - 2 * rank) < 1e-6 * value for value, rank in (*own, (alpha, config.r // times)))
-    return None if own and doubled else alpha
 
 
 def save_adapter(
@@ -234,7 +173,7 @@ def load_adapter(
         notes = _untie(model, saved)
         unfreeze(model, names)
         notes += keep_initial_values(model, names)
-    notes += (*unknown, *_check_base(model, record, folder, allow_mismatch, identity))
+    notes += (*unknown, *check_base(model, record, folder, allow_mismatch, identity))
     for name, state in saved.items():
         load_module(model, name, state, folder)
     if not _is_empty(model):
@@ -333,7 +272,7 @@ def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tens
     return gathered
 
 
-def _check_base(
+def check_base(
     model: nn.Module, record: Record, folder: Path, allow_mismatch: bool, identity: BaseIdentity | None
 ) -> tuple[str, ...]:
     """Refuses a base that the adapter was not trained on, or returns a note about it."""
