@@ -10,6 +10,7 @@ from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
 from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
+from ingle.adapters.roles import add_role, load_role, save_role
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, use
 from ingle.adapters.targets import Selection, select
@@ -27,6 +28,7 @@ __all__ = [
     "Selection",
     "adapted_modules",
     "adapter_config",
+    "add_role",
     "attach",
     "describe",
     "disabled",
@@ -38,11 +40,13 @@ __all__ = [
     "insert",
     "insert_fused",
     "load_adapter",
+    "load_role",
     "lora_modules",
     "merged_planes",
     "merged_weight",
     "read_record",
     "save_adapter",
+    "save_role",
     "select",
     "trainable_parameters",
     "update_norms",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.states import BEFORE, Adapted
+from ingle.adapters.states import BEFORE, Adapted, own_parameters
 from ingle.adapters.targets import Selection, unread_layers
 from ingle.errors import AdapterError
 from ingle.quant.linear import QuantModule
@@ -110,6 +110,7 @@ def tied_modules(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> AttachReport:
     """Lists the modules with an adapter, and those with matrices but without one."""
     bases = {name + ".base" for name in selection.adapted}
+    of_adapter = own_parameters(model)
     not_adapted = []
     for name, module in model.named_modules():
         if name in bases or isinstance(module, Adapted):
@@ -117,7 +118,7 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
         if isinstance(module, QuantModule):
             count = module.num_weights
         else:
-            own = module.parameters(recurse=False)
+            own = [p for p in module.parameters(recurse=False) if id(p) not in of_adapter]
             count = sum(p.numel() for p in own if p.dim() >= 2 and not p.requires_grad)
         if count:
             not_adapted.append(NotAdapted(name, type(module).__name__, count))

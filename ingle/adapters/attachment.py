@@ -22,6 +22,7 @@ from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.initialization import set_initial_values
 from ingle.adapters.norms import start_magnitudes
 from ingle.adapters.peft_files import load_adapter
+from ingle.adapters.roles import initialize_roles
 from ingle.adapters.states import adapted_modules, keep_initial
 from ingle.adapters.targets import Selection, select
 from ingle.config.adapter import AdapterConfig, DoraAdapter, LoraAdapter, LowRankAdapter, NoAdapter, QaLoraAdapter
@@ -116,6 +117,7 @@ def initialize(
     # An adapter that continues another one gets its values from the files.
     set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh)
     start_magnitudes(model)
+    initialize_roles(layers, seed)
     _freeze_untied(model, selection)
     notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:

@@ -159,7 +159,9 @@ def initial_digest(model: nn.Module, identity: BaseIdentity) -> str:
     for path, module in model.named_modules():
         # The identity covers the weights that trained modules had before training, but not those of a head.
         suffix = INITIAL if copied(module, INITIAL) else BEFORE if is_in_head(model, path) else None
-        for key in copied(module, suffix) if suffix else ():
+        if suffix is None:
+            continue
+        for key in copied(module, suffix):
             value = full(module.get_buffer(key + suffix)).cpu().contiguous()
             digest.update(f"{path}.{key} {list(value.shape)} {value.dtype}\n".encode())
             digest.update(value.flatten().view(torch.uint8).numpy().data)

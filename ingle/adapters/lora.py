@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +37,29 @@ class Merged:
         return self.format.decode(self.planes, out_features, in_features, dtype, out)
 
 
+class Role(nn.Module):
+    """A and B of another function over the same base: the value of a policy, or a reward.
+
+    Attributes:
+        lora_a: ``[R, in_features]``, float32.
+        lora_b: ``[out_features, R]``, float32.
+        scale: Factor on the change.
+    """
+
+    def __init__(self, out_features: int, in_features: int, rank: int, scale: float, device: torch.device) -> None:
+        super().__init__()
+        self.lora_a = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
+        self.scale = scale
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draws A as :meth:`LoraLinear.initialize` does and sets B to zero."""
+        bound = 1 / math.sqrt(self.lora_a.shape[1])
+        copy_rows(self.lora_a, torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator))
+        local(self.lora_b).zero_()
+
+
 class LoraLinear(Adapted):
     """``y = x W^T + b + scale * dropout(pool(x)) A^T B^T`` with W and b frozen.
 
@@ -60,6 +83,7 @@ class LoraLinear(Adapted):
         initial_b: Its B.
         magnitude: m of DoRA, ``[out_features]``; or None.
         norm: n of DoRA, the lengths of the rows of ``W + scale * B A``, see :func:`ingle.adapters.norms.update_norms`.
+        roles: A and B of other functions by name, see :func:`ingle.adapters.add_role`.
         merged: The merged weight, or None.  If it is set, the layer multiplies by it, and gradients pass straight
             through its rounding.
 
@@ -72,6 +96,7 @@ class LoraLinear(Adapted):
     initial_b: nn.Parameter | None
     magnitude: nn.Parameter | None
     norm: Tensor
+    roles: nn.ModuleDict | None
 
     def __init__(
         self,
@@ -91,6 +116,7 @@ class LoraLinear(Adapted):
         self.dropout = dropout
         self.group_size = group_size
         self.merged: Merged | None = None
+        self.roles = None
         device = next(base.parameters()).device
         if device.type == "meta":  # an adapter is small, so it is never on the meta device
             device = torch.device("cpu")
@@ -138,6 +164,24 @@ class LoraLinear(Adapted):
         copy_rows(self.lora_a, torch.empty(self.lora_a.shape).uniform_(-bound, bound, generator=generator))
         local(self.lora_b).zero_()
 
+    def add_role(self, name: str, rank: int, scale: float) -> Role:
+        """Adds A and B of another function."""
+        role = Role(self.out_features, self.in_features, rank, scale, self.lora_a.device)
+        if self.roles is None:
+            self.roles = nn.ModuleDict()
+        self.roles[name] = role
+        return role
+
+    def named_roles(self) -> Iterator[tuple[str, Role]]:
+        """Yields name, A and B of other functions."""
+        for name, role in self.roles.items() if self.roles is not None else ():
+            assert isinstance(role, Role)
+            yield name, role
+
+    def has_role(self, name: str) -> bool:
+        """Returns whether the layer has A and B of a function."""
+        return self.roles is not None and name in self.roles
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """Returns the A and B of the complete change: those that are trained, and those that are subtracted."""
         if self.initial_a is None or self.initial_b is None:
@@ -161,6 +205,9 @@ class LoraLinear(Adapted):
         product = self.base.multiply if isinstance(self.base, QuantLinear) else None
         if not self.is_on:
             return Projection(self.dense_weight, self.bias, None, None, product=product)
+        if self.role is not None:
+            role = dict(self.named_roles())[self.role]
+            return Projection(self.dense_weight, self.bias, role.lora_a, role.lora_b, role.scale, product=product)
         if self.merged is None or self.is_initial:
             dropout = self.dropout if self.training else 0.0
             factors = *self.factors(), self.scale, dropout, self.group_size

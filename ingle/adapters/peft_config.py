@@ -152,7 +152,12 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def describe_adapter(
-    model: nn.Module, adapter: LowRankAdapter, base_model_id: str, modules_to_save: tuple[str, ...]
+    model: nn.Module,
+    adapter: LowRankAdapter,
+    base_model_id: str,
+    modules_to_save: tuple[str, ...],
+    *,
+    is_role: bool = False,
 ) -> dict[str, Any]:
     """Returns the content of ``adapter_config.json`` for the adapters of a model.
 
@@ -161,11 +166,14 @@ def describe_adapter(
         adapter: Adapter section that was attached.
         base_model_id: Hub id or folder of the base.
         modules_to_save: Paths of the modules whose own weights were trained.
+        is_role: Whether this is a role, which has one rank and one scale.
     """
     modules = lora_modules(model)
     # What is subtracted is saved with the adapter, which so has twice the rank.
     times = 2 if adapter.subtracts else 1
-    odd = {name: m for name, m in modules.items() if m.rank != adapter.rank or m.scale != adapter.scale}
+    odd = {
+        name: m for name, m in modules.items() if not is_role and (m.rank != adapter.rank or m.scale != adapter.scale)
+    }
     config = {
         "peft_type": "LORA",
         "task_type": task_type(model),

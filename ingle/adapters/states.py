@@ -30,6 +30,7 @@ class Adapted(nn.Module):
     Attributes:
         base: The original layer.
         is_on: Whether the change is applied.
+        role: The other function whose change is applied; None for the adapter's own.
         starts_at_base: Whether the layer computed what its base computes when training began.
     """
 
@@ -40,12 +41,17 @@ class Adapted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.is_on = True
+        self.role: str | None = None
         self.starts_at_base = True
 
     @property
     def is_initial(self) -> bool:
         """Whether the layer has its copies of the first step in place of what is trained now."""
         return getattr(self, _HOLDS, None) == INITIAL
+
+    def has_role(self, name: str) -> bool:
+        """Returns whether the layer has tensors of another function."""
+        return False
 
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the parameters that belong to the adapter and not to the base."""
@@ -67,20 +73,23 @@ def own_parameters(model: nn.Module) -> set[int]:
 def use(model: nn.Module, state: str) -> Iterator[None]:
     """Makes a model compute another function while the block runs, also inside another such block.
 
-    Enter it outside of forward passes. Sharded models may be used inside, all ranks together.
+    Enter it outside of forward passes, and take backward passes inside too: layers may be recomputed in them. Sharded
+    models may be used inside, all ranks together.
 
     Args:
         model: A model; without an adapter it computes the same in every state.
         state: ``on``: what is trained. ``off``: the base, with the weights that trained modules had before training.
-            ``initial``: what the model computed before the first step.
+            ``initial``: what the model computed before the first step. Another name: the function of
+            :func:`ingle.adapters.add_role`, over the weights that trained modules had before training.
 
     Raises:
-        AdapterError: The initial function is wanted, but it is not the base and nothing was kept of it, or all weights
-            are trained.
+        AdapterError: There is no such function; or the initial function is wanted, but it is not the base and nothing
+            was kept of it, or all weights are trained.
     """
-    if state not in ("on", "off", "initial"):
-        raise AdapterError(f"This adapter has no part {state!r}.", where="adapter.kind", fix="use on, off or initial")
     adapted = adapted_modules(model).values()
+    role = None if state in ("on", "off", "initial") else state
+    if role is not None and not any(module.has_role(role) for module in adapted):
+        raise AdapterError(f"This adapter has no role {role!r}.", where="adapter", fix="add_role before it is used")
     if state == "initial" and not all(module.starts_at_base or copied(module, INITIAL) for module in adapted):
         raise AdapterError(
             "The function that training began with was not kept.",
@@ -96,20 +105,22 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
             why="all weights are trained, so it is gone after the first step",
             fix="--adapter.kind=lora",
         )
-    before = [(module, module.is_on) for module in adapted]
+    before = [(module, module.is_on, module.role) for module in adapted]
     holding = [(module, getattr(module, _HOLDS, None)) for module in held]
     try:
         for module in held:
             first = INITIAL if state == "initial" and copied(module, INITIAL) else BEFORE
             _hold(module, None if state == "on" else first)
         for module in adapted:
+            module.role = role
             module.is_on = state == "on" or (state == "initial" and not module.starts_at_base)
+            module.is_on |= role is not None and module.has_role(role)
         yield
     finally:
         for module, kept in holding:
             _hold(module, kept)
-        for layer, was_on in before:
-            layer.is_on = was_on
+        for layer, was_on, had_role in before:
+            layer.is_on, layer.role = was_on, had_role
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

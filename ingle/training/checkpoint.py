@@ -272,7 +272,7 @@ class Checkpoints:
         def find(state: str, name: str) -> Tensor | None:
             if state != OPTIMIZER:
                 like = getattr(self._states.get(state), "like", None)
-                return None if like is None else like(name)  # type: ignore[no-any-return]
+                return None if like is None else like(name)
             kind, _, parameter = name.partition(".")
             return None if kind == "step" else masters.get(_MASTER + parameter)
 

@@ -80,7 +80,7 @@ def test_errors_leave_the_model_as_it_was(trained: Path) -> None:
         with pytest.raises(RuntimeError), adapters.use(model, state):
             raise RuntimeError
         assert torch.equal(logits(model), now)
-    with pytest.raises(AdapterError, match="no part 'critic'"), adapters.use(model, "critic"):
+    with pytest.raises(AdapterError, match="no role 'critic'"), adapters.use(model, "critic"):
         pass
 
 
