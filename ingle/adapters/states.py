@@ -69,6 +69,14 @@ def own_parameters(model: nn.Module) -> set[int]:
     return {id(p) for module in adapted_modules(model).values() for p in module.own_parameters()}
 
 
+def has_initial(model: nn.Module) -> bool:
+    """Returns whether ``use(model, "initial")`` is possible: the model begins at its base, or a copy was kept."""
+    adapted = adapted_modules(model).values()
+    if not adapted and not any(copied(module, BEFORE) or copied(module, INITIAL) for module in model.modules()):
+        return not any(parameter.requires_grad for parameter in model.parameters())
+    return all(module.starts_at_base or copied(module, INITIAL) for module in adapted)
+
+
 @contextmanager
 def use(model: nn.Module, state: str) -> Iterator[None]:
     """Makes a model compute another function while the block runs, also inside another such block.
@@ -90,21 +98,16 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
     role = None if state in ("on", "off", "initial") else state
     if role is not None and not any(module.has_role(role) for module in adapted):
         raise AdapterError(f"This adapter has no role {role!r}.", where="adapter", fix="add_role before it is used")
-    if state == "initial" and not all(module.starts_at_base or copied(module, INITIAL) for module in adapted):
+    if state == "initial" and not has_initial(model):
         raise AdapterError(
             "The function that training began with was not kept.",
             where="adapter",
-            why="the adapter does not begin at its base, and only objectives with a reference keep a copy of it",
-            fix="begin with a new adapter, without adapter.path",
+            why="the adapter does not begin at its base, and only objectives with a reference keep a copy of it"
+            if adapted
+            else "all weights are trained, so it is gone after the first step",
+            fix="begin with a new adapter, without adapter.path" if adapted else "--adapter.kind=lora",
         )
     held = [module for module in model.modules() if copied(module, BEFORE) or copied(module, INITIAL)]
-    if state == "initial" and not (adapted or held) and any(p.requires_grad for p in model.parameters()):
-        raise AdapterError(
-            "The function that training began with was not kept.",
-            where="adapter.kind = none",
-            why="all weights are trained, so it is gone after the first step",
-            fix="--adapter.kind=lora",
-        )
     before = [(module, module.is_on, module.role) for module in adapted]
     holding = [(module, getattr(module, _HOLDS, None)) for module in held]
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle import adapters
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import LoraAdapter, NoAdapter
 from ingle.errors import AdapterError
 from tests.unit.adapters.test_attachment import llama
 
@@ -86,8 +86,12 @@ def test_errors_leave_the_model_as_it_was(trained: Path) -> None:
 
 def test_a_function_that_was_not_kept_is_refused(trained: Path) -> None:
     model = attached(HEAD.model_copy(update={"path": str(trained)}), keeps_initial=False)
-    with pytest.raises(AdapterError, match="was not kept"), adapters.use(model, "initial"):
-        pass
+    whole = llama()
+    adapters.attach(whole, NoAdapter(kind="none"), seed=0)
+    for each in (model, whole):
+        assert not adapters.has_initial(each)
+        with pytest.raises(AdapterError, match="was not kept"), adapters.use(each, "initial"):
+            pass
 
 
 def test_the_digest_names_the_initial_function(trained: Path) -> None:
