@@ -33,6 +33,8 @@ from ingle.wording import some
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _METADATA_KEY = "ingle"
+#: Only the magnitude is no module of PEFT's, so its key may end without ``weight``.
+_KEY = re.compile(r"(.+)\.lora_(A(?=.*\.weight)|B(?=.*\.weight)|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _GROUP_SIZES = TypeAdapter(dict[str, Annotated[int, Field(ge=1)]])
 _COPY_FOLDER = "copy the complete adapter folder again"
@@ -50,10 +52,11 @@ class AdapterOptions(Section):
 
     @classmethod
     def of(cls, adapter: LowRankAdapter) -> AdapterOptions:
-        """Returns the fields of a section; those that another program need not know are left out where they can be."""
+        """Returns the fields of a section, without the defaults of fields that older files do not have."""
         values = adapter.model_dump(include=set(cls.model_fields))
-        new = cls.model_fields.keys() & {"init", "freeze_a"}
-        return cls.model_validate({k: v for k, v in values.items() if k not in new or v != cls.model_fields[k].default})
+        added = {key: values.pop(key) for key in ("init", "freeze_a") if key in values}
+        values |= {key: value for key, value in added.items() if value != cls.model_fields[key].default}
+        return cls.model_validate(values)
 
 
 class Factors(NamedTuple):
@@ -183,7 +186,7 @@ def sort_tensors(
     paths = _saved_paths(model, config)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", name)
+        match = _KEY.fullmatch(name)
         owner = next((path for path in paths if name.startswith(f"{path}.")), None)
         if match:
             pair = factors.setdefault(match[1], {})
