@@ -88,7 +88,7 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
         model: A model; without an adapter it computes the same in every state.
         state: ``on``: what is trained. ``off``: the base, with the weights that trained modules had before training.
             ``initial``: what the model computed before the first step. Another name: the function of
-            :func:`ingle.adapters.add_role`, over the weights that trained modules had before training.
+            :func:`ingle.adapters.add_role`, which shares trained modules, such as a head, with ``on``.
 
     Raises:
         AdapterError: There is no such function; or the initial function is wanted, but it is not the base and nothing
@@ -113,7 +113,7 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
     try:
         for module in held:
             first = INITIAL if state == "initial" and copied(module, INITIAL) else BEFORE
-            _hold(module, None if state == "on" else first)
+            _hold(module, None if state == "on" or role is not None else first)
         for module in adapted:
             module.role = role
             module.is_on = state == "on" or (state == "initial" and not module.starts_at_base)

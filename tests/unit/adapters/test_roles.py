@@ -16,6 +16,7 @@ from tests.unit.adapters.test_attachment import llama
 from tests.unit.adapters.test_states import disturb, logits
 
 POLICY = LoraAdapter(rank=2, trainable_modules=("norm",))
+DORA = DoraAdapter(kind="dora", rank=2, init="pissa")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -29,7 +30,7 @@ def with_roles(section: LoraAdapter | DoraAdapter = POLICY) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("section", [POLICY, DoraAdapter(kind="dora", rank=2, init="pissa")])
+@pytest.mark.parametrize("section", [POLICY, DORA])
 def test_roles_do_not_affect_each_other(section: LoraAdapter | DoraAdapter) -> None:
     model, base = with_roles(section), logits(llama())
     alone = llama()
@@ -65,28 +66,28 @@ def test_only_the_role_in_use_gets_gradients() -> None:
 
 
 def test_a_role_is_an_adapter_of_its_own(tmp_path: Path) -> None:
-    model = with_roles()
+    policy, dora = LoraAdapter(rank=2), with_roles(DORA)
+    model = with_roles(policy)
     disturb(model)
     adapters.save_role(model, "value", tmp_path / "value", "tiny", identity=adapters.identify(model))
-    adapters.save_adapter(model, tmp_path / "policy", POLICY, "tiny")
+    adapters.save_adapter(model, tmp_path / "policy", policy, "tiny")
+    adapters.save_adapter(dora, tmp_path / "dora", DORA, "tiny")
     with adapters.use(model, "value"):
         wanted = logits(model)
     other = peft.PeftModel.from_pretrained(llama(), str(tmp_path / "value")).eval()
     torch.testing.assert_close(logits(other), wanted)
-    alone = llama()
-    adapters.load_adapter(alone, tmp_path / "value")
-    torch.testing.assert_close(logits(alone), wanted)
-    policy = llama()
-    adapters.load_adapter(policy, tmp_path / "policy")
-    torch.testing.assert_close(logits(policy), logits(model))
-    fresh = with_roles()
+    for name, expected in (("value", wanted), ("policy", logits(model))):
+        alone = llama()
+        adapters.load_adapter(alone, tmp_path / name)
+        torch.testing.assert_close(logits(alone), expected)
+    fresh = with_roles(policy)
     adapters.load_role(fresh, "value", tmp_path / "value")
     with adapters.use(fresh, "value"):
         assert torch.equal(logits(fresh), wanted)
     with pytest.raises(AdapterError, match="has rank 3 and scale 2, but the role reward has rank 4"):
         adapters.load_role(fresh, "reward", tmp_path / "value")
     with pytest.raises(AdapterError, match="cannot have the role value"):
-        adapters.load_role(fresh, "value", tmp_path / "policy")
+        adapters.load_role(fresh, "value", tmp_path / "dora")
 
 
 def test_names_of_roles() -> None:
