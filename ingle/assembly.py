@@ -269,7 +269,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
-    for note in adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity).notes:
+    report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
+    for note in report.notes:
         sink(Warned(note))
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)

@@ -168,6 +168,8 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     score = partial(score_samples, run, parts)
     validation = Validation(run, plan.validate_every, objective, parts.held_out, mesh, relief, score)
     states: dict[str, Stateful] = {"optimizer": parts.optimizer, "objective": objective}
+    if kept := adapters.AdapterState(parts.model):
+        states["adapter"] = kept
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
     movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)

@@ -67,6 +67,9 @@ POINTS = {
     "clm, packed": Point("llama", "packed", {"kind": "clm"}, {"data": {"packing": False}}),
     "clm, dealt states": Point("mamba2", "documents", {"kind": "clm"}),
     "sft, dealt attention": Point("bloom", "documents", {"kind": "sft"}, _NF4),
+    "sft, packed, dora": Point(
+        "llama", "packed", {"kind": "sft"}, {"adapter": {"kind": "dora", "rank": 2, "init": "pissa"}}
+    ),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
     "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),

@@ -1,17 +1,23 @@
-"""LoRA adapters: attaching, training aids, merging, and files in PEFT's layout."""
+"""Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
-from ingle.adapters.adapted import AttachReport, NotAdapted, disabled, lora_modules, trainable_parameters
+from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
 from ingle.adapters.attachment import attach, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
-from ingle.adapters.identity import BaseIdentity, describe, identify
+from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
-from ingle.adapters.peft_files import adapter_config, load_adapter, save_adapter
+from ingle.adapters.norms import update_norms
+from ingle.adapters.peft_files import load_adapter, save_adapter
+from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
+from ingle.adapters.roles import add_role, load_role, save_role
 from ingle.adapters.rounding import Rounding
+from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, has_initial, use
 from ingle.adapters.targets import Selection, select
 
 __all__ = [
+    "Adapted",
+    "AdapterState",
     "AttachReport",
     "BaseIdentity",
     "FusionReport",
@@ -20,22 +26,30 @@ __all__ = [
     "Record",
     "Rounding",
     "Selection",
+    "adapted_modules",
     "adapter_config",
+    "add_role",
     "attach",
     "describe",
     "disabled",
     "enable_fused",
     "fuse",
+    "has_initial",
     "identify",
+    "initial_digest",
     "initialize",
     "insert",
     "insert_fused",
     "load_adapter",
+    "load_role",
     "lora_modules",
     "merged_planes",
     "merged_weight",
     "read_record",
     "save_adapter",
+    "save_role",
     "select",
     "trainable_parameters",
+    "update_norms",
+    "use",
 ]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ingle.adapters.lora import LoraLinear
+from ingle.adapters.states import BEFORE, Adapted, own_parameters
 from ingle.adapters.targets import Selection, unread_layers
 from ingle.errors import AdapterError
-from ingle.parallel import is_sharded, local
 from ingle.quant.linear import QuantModule
 from ingle.wording import plural, some
-
-#: Suffix of the buffers that keep the initial values of trained modules; they are never saved.
-BEFORE = "_before_training"
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,11 @@ class AttachReport:
     trainable_parameters: int
 
 
-def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, *, group_size: int = 1) -> LoraLinear:
-    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialized."""
+def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, **options: Any) -> LoraLinear:
+    """Wraps the linear layer ``name`` in a :class:`LoraLinear` that is not yet initialized; see its options."""
     module = model.get_submodule(name)
     base = module.base if isinstance(module, LoraLinear) else module
-    lora = LoraLinear(base, rank, scale, dropout, group_size=group_size)
+    lora = LoraLinear(base, rank, scale, dropout, **options)
     lora.train(module.training)
     model.set_submodule(name, lora)
     return lora
@@ -83,7 +79,7 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def keep_initial_values(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Keeps a copy of the initial weights of trained modules, for :func:`disabled`.
+    """Keeps a copy of the initial weights of trained modules, for ``use(model, "off")``.
 
     Returns:
         Sentences about weights that other modules share.
@@ -114,14 +110,15 @@ def tied_modules(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> AttachReport:
     """Lists the modules with an adapter, and those with matrices but without one."""
     bases = {name + ".base" for name in selection.adapted}
+    of_adapter = own_parameters(model)
     not_adapted = []
     for name, module in model.named_modules():
-        if name in bases or isinstance(module, LoraLinear):
+        if name in bases or isinstance(module, Adapted):
             continue
         if isinstance(module, QuantModule):
             count = module.num_weights
         else:
-            own = module.parameters(recurse=False)
+            own = [p for p in module.parameters(recurse=False) if id(p) not in of_adapter]
             count = sum(p.numel() for p in own if p.dim() >= 2 and not p.requires_grad)
         if count:
             not_adapted.append(NotAdapted(name, type(module).__name__, count))
@@ -170,42 +167,6 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Makes the model compute the same as its base: adapters are off, and trained modules have their initial values."""
-    adapters = list(lora_modules(model).values())
-    states = [module.enabled for module in adapters]
-    swaps = list(_swaps(model))
-    for module in adapters:
-        module.enabled = False
-    for parameter, before in swaps:
-        _swap(parameter, before)
-    try:
-        yield
-    finally:
-        for parameter, before in swaps:
-            _swap(parameter, before)
-        for module, state in zip(adapters, states, strict=True):
-            module.enabled = state
-
-
 def _submodules(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     for name in names:
         yield from model.get_submodule(name).named_modules(prefix=name)
-
-
-def _swaps(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    for module in model.modules():
-        for name, before in module.named_buffers(recurse=False):
-            if name.endswith(BEFORE):
-                yield module.get_parameter(name.removesuffix(BEFORE)), before
-
-
-def _swap(parameter: nn.Parameter, before: Tensor) -> None:
-    with torch.no_grad():
-        if is_sharded(parameter):  # FSDP gathers from the memory of the parameter
-            values = local(parameter).clone()
-            local(parameter).copy_(local(before))
-            local(before).copy_(values)
-        else:
-            parameter.data, before.data = before.data, parameter.data

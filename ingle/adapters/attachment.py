@@ -19,12 +19,17 @@ from ingle.adapters.adapted import (
     unfreeze,
 )
 from ingle.adapters.identity import BaseIdentity
+from ingle.adapters.initialization import set_initial_values
+from ingle.adapters.norms import start_magnitudes
 from ingle.adapters.peft_files import load_adapter
+from ingle.adapters.roles import initialize_roles
+from ingle.adapters.states import adapted_modules, keep_initial
 from ingle.adapters.targets import Selection, select
-from ingle.config.adapter import AdapterConfig, NoAdapter, QaLoraAdapter
+from ingle.config.adapter import AdapterConfig, DoraAdapter, LoraAdapter, LowRankAdapter, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
 from ingle.errors import AdapterError
-from ingle.parallel import compute_device, is_sharded
+from ingle.parallel import Mesh, compute_device, is_sharded
+from ingle.planning.selection import matches
 from ingle.quant.linear import QuantLinear, QuantModule
 
 
@@ -58,7 +63,19 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
     model.requires_grad_(False)
     sizes = _group_sizes(model, selection.adapted) if isinstance(adapter, QaLoraAdapter) else {}
     for name in selection.adapted:
-        adapt(model, name, adapter.rank, adapter.scale, adapter.dropout, group_size=sizes.get(name, 1))
+        rank = rank_of(adapter, name)
+        lora = adapt(
+            model,
+            name,
+            rank,
+            adapter.scale_at(rank),
+            adapter.dropout,
+            group_size=sizes.get(name, 1),
+            subtracts=adapter.subtracts,
+            has_magnitude=isinstance(adapter, DoraAdapter),
+        )
+        lora.lora_a.requires_grad_(adapter.trains_a)
+    _require_ranks(adapter, selection.adapted)
     unfreeze(model, selection.modules_to_save)
     return selection
 
@@ -70,6 +87,8 @@ def initialize(
     *,
     seed: int,
     identity: BaseIdentity | None = None,
+    keeps_initial: bool = False,
+    mesh: Mesh | None = None,
 ) -> AttachReport:
     """Gives an inserted adapter its initial values, on the device of the base.
 
@@ -79,26 +98,51 @@ def initialize(
         selection: What :func:`insert` returned.
         seed: Seed of the initialization of A.
         identity: The identity of the base, if it is known; a sharded base cannot be identified here.
+        keeps_initial: Whether ``use(model, "initial")`` will be needed, which costs a copy of what is trained if the
+            adapter does not begin at its base.
+        mesh: The ranks of the run, all of which call this; None for one process.
 
     Raises:
-        AdapterError: The adapter to start from does not fit.
+        AdapterError: The adapter to start from does not fit, or a rank is too large for the initial values.
     """
     if isinstance(adapter, NoAdapter):
         return AttachReport((), ("",), (), (), sum(p.numel() for p in model.parameters()))
     loras = lora_modules(model)
-    for name in selection.adapted:
-        lora = loras[name]
+    layers = {name: loras[name] for name in selection.adapted}
+    for lora in layers.values():
         device = compute_device(next(lora.base.parameters()))
-        for parameter in (lora.lora_a, lora.lora_b):
-            if not is_sharded(parameter):
-                parameter.data = parameter.data.to(device)
-        lora.initialize(seed, name)
+        for tensor in (*lora.own_parameters(), *lora.buffers(recurse=False)):
+            if not is_sharded(tensor):
+                tensor.data = tensor.data.to(device)
+    # An adapter that continues another one gets its values from the files.
+    set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh)
+    start_magnitudes(model)
+    initialize_roles(layers, seed)
     _freeze_untied(model, selection)
     notes = keep_initial_values(model, selection.modules_to_save)
     if adapter.path is not None:
         path, allow_mismatch = Path(adapter.path), adapter.allow_mismatch
         notes += load_adapter(model, path, allow_mismatch=allow_mismatch, identity=identity).notes
+    starts_at_base = adapter.path is None and all(layer.starts_at_base for layer in adapted_modules(model).values())
+    if keeps_initial and not starts_at_base:
+        keep_initial(model)
     return report(model, selection, notes)
+
+
+def rank_of(adapter: LowRankAdapter, name: str) -> int:
+    """Returns the rank of the module at path ``name``."""
+    return next((rank for pattern, rank in adapter.rank_pattern.items() if matches(name, pattern)), adapter.rank)
+
+
+def _require_ranks(adapter: LowRankAdapter, names: tuple[str, ...]) -> None:
+    for pattern in adapter.rank_pattern:
+        if not any(matches(name, pattern) for name in names):
+            raise AdapterError(
+                f"{pattern!r} matches no adapted layer.",
+                where="adapter.rank_pattern",
+                why=f"they end in {', '.join(sorted({name.rpartition('.')[2] for name in names}))}",
+                fix="name layers that adapter.target_modules selects",
+            )
 
 
 def _freeze_untied(model: nn.Module, selection: Selection) -> None:

@@ -19,8 +19,9 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ingle.adapters.adapted import BEFORE, lora_modules
-from ingle.adapters.lora import LoraLinear, is_linear
+from ingle.adapters.lora import is_linear
+from ingle.adapters.states import BEFORE, INITIAL, adapted_modules, copied, own_parameters
+from ingle.parallel import full
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear, QuantModule
 from ingle.quant.task_heads import is_in_head
@@ -135,16 +136,36 @@ def identify(model: nn.Module, facts: Mapping[str, Any] | None = None) -> BaseId
         facts: The results of :func:`describe` by the parameters' paths, for a model whose parameters are sharded.
     """
     formats = Counter(module.format.name for module in model.modules() if isinstance(module, QuantModule))
-    loras = lora_modules(model)
+    layers = adapted_modules(model)
     if facts is not None:
         known = {id(p): facts[path] for path, p in model.named_parameters(remove_duplicate=False) if path in facts}
         digests = {name: known[id(parameter)]["sha256"] for name, parameter, _ in _base_parameters(model)}
-        samples = {name: known[id(next(layer.base.parameters()))]["sample"] for name, layer in loras.items()}
+        samples = {name: known[id(next(layer.base.parameters()))]["sample"] for name, layer in layers.items()}
         return make_identity(digests, formats, samples)
     tensors = dict(base_tensors(model))
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         digests = dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
-    return make_identity(digests, formats, {name: sample(layer.base) for name, layer in loras.items()})
+    return make_identity(digests, formats, {name: sample(layer.base) for name, layer in layers.items()})
+
+
+def initial_digest(model: nn.Module, identity: BaseIdentity) -> str:
+    """Returns a SHA-256 of the function that training began with; all ranks call it together.
+
+    Args:
+        model: A model in the state ``on``, see :func:`ingle.adapters.use`.
+        identity: The identity of its base.
+    """
+    digest = hashlib.sha256(identity.sha256.encode())
+    for path, module in model.named_modules():
+        # The identity covers the weights that trained modules had before training, but not those of a head.
+        suffix = INITIAL if copied(module, INITIAL) else BEFORE if is_in_head(model, path) else None
+        if suffix is None:
+            continue
+        for key in copied(module, suffix):
+            value = full(module.get_buffer(key + suffix)).cpu().contiguous()
+            digest.update(f"{path}.{key} {list(value.shape)} {value.dtype}\n".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def describe(module: nn.Module, key: str) -> dict[str, Any]:
@@ -187,12 +208,11 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Tensor | None]]:
     """Yields name, parameter and, if it is trained, its value from before training."""
-    seen: set[int] = set()
+    seen = own_parameters(model)
     for path, module in model.named_modules():
         bare = ".".join(part for part in path.split(".") if part != "base")
         for key, parameter in module.named_parameters(recurse=False):
-            is_adapter = isinstance(module, LoraLinear) and key.startswith("lora_")
-            if id(parameter) in seen or is_adapter or is_in_head(model, bare):
+            if id(parameter) in seen or is_in_head(model, bare):
                 continue
             seen.add(id(parameter))
             yield f"{bare}.{key}".lstrip("."), parameter, getattr(module, key + BEFORE, None)

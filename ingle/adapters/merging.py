@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ingle.adapters.lora import LoraLinear
+from ingle.adapters.norms import SMALLEST
 from ingle.errors import AdapterError
 from ingle.quant.format import FoldingFormat, Format
 from ingle.quant.linear import QuantLinear
@@ -22,11 +23,23 @@ from ingle.quant.linear import QuantLinear
 
 @torch.no_grad()
 def merged_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
-    """Returns ``W + scale * B A``, ``[O, I]``, computed in float32 and rounded once to ``dtype``."""
+    """Returns ``W + scale * B A``, ``[O, I]``, computed in float32 and rounded once to ``dtype``.
+
+    With a magnitude (DoRA), its rows have the lengths of the magnitude.
+    """
     weight_OI = base_weight(layer)
     if is_changed(layer):
         weight_OI += layer.spread(layer.delta())
+    if layer.magnitude is not None:
+        lengths_O = weight_OI.square().sum(1).sqrt().clamp_min(SMALLEST)
+        weight_OI *= (layer.magnitude.detach() / lengths_O)[:, None]
     return weight_OI.to(dtype)
+
+
+@torch.no_grad()
+def change(layer: LoraLinear, weight_OI: Tensor) -> Tensor:
+    """Returns the change of every weight of a group by the merge, float32 ``[O, groups]``, given the base's weight."""
+    return layer.delta() if layer.magnitude is None else merged_weight(layer, torch.float32) - weight_OI
 
 
 def base_weight(layer: LoraLinear) -> Tensor:
@@ -83,5 +96,11 @@ def can_fold(format: Format | None, group_size: int) -> TypeGuard[FoldingFormat]
 
 
 def is_changed(layer: LoraLinear) -> bool:
-    """Returns whether the adapter changes the weight; an untrained adapter has B = 0 and does not."""
-    return bool(layer.lora_b.any()) and bool(layer.lora_a.any())
+    """Returns whether the adapter changes the weight; an untrained adapter has B = 0, or subtracts what it adds."""
+    if layer.magnitude is not None:
+        return True
+    a, b = layer.factors()
+    half = len(a) // 2
+    if len(a) == 2 * half and torch.equal(a[:half], a[half:]) and torch.equal(b[:, :half], -b[:, half:]):
+        return False
+    return bool(b.any()) and bool(a.any())

@@ -1,6 +1,6 @@
 """Reads and writes PEFT's ``adapter_config.json``.
 
-Settings that Ingle cannot compute exactly (DoRA, trained biases, initializations that change the base, ...) are refused
+Settings that Ingle cannot compute exactly (trained biases, initializations that change the base, ...) are refused
 by name.
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 from ingle.adapters.adapted import lora_modules
 from ingle.adapters.head_files import task_type
 from ingle.adapters.lora import is_linear
-from ingle.config.adapter import LowRankAdapter
+from ingle.config.adapter import DoraAdapter, LowRankAdapter
 from ingle.errors import AdapterError
 from ingle.quant.conversion import is_conv1d
 
@@ -64,6 +64,7 @@ class PeftConfig(BaseModel):
     lora_alpha: float
     lora_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
     rank_pattern: dict[_Pattern, _Rank] | None = None
     alpha_pattern: dict[_Pattern, float] | None = None
     target_modules: list[str] | _Pattern | None = None
@@ -141,7 +142,7 @@ class PeftConfig(BaseModel):
 
 #: PEFT settings that change the arithmetic, with the values that do not.
 _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "use_qalora", "lora_bias"), (False, None)),
+    **dict.fromkeys(("use_qalora", "lora_bias"), (False, None)),
     **dict.fromkeys(("layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_bdlora"), (None,)),
     **dict.fromkeys(("arrow_config", "kasa_config", "velora_config", "monteclora_config"), (None,)),
     "bias": ("none", None),
@@ -151,7 +152,12 @@ _PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def describe_adapter(
-    model: nn.Module, adapter: LowRankAdapter, base_model_id: str, modules_to_save: tuple[str, ...]
+    model: nn.Module,
+    adapter: LowRankAdapter,
+    base_model_id: str,
+    modules_to_save: tuple[str, ...],
+    *,
+    is_role: bool = False,
 ) -> dict[str, Any]:
     """Returns the content of ``adapter_config.json`` for the adapters of a model.
 
@@ -160,16 +166,21 @@ def describe_adapter(
         adapter: Adapter section that was attached.
         base_model_id: Hub id or folder of the base.
         modules_to_save: Paths of the modules whose own weights were trained.
+        is_role: Whether this is a role, which has one rank and one scale.
     """
     modules = lora_modules(model)
-    odd = {name: m for name, m in modules.items() if m.rank != adapter.rank or m.scale != adapter.scale}
-    return {
+    # What is subtracted is saved with the adapter, which so has twice the rank.
+    times = 2 if adapter.subtracts else 1
+    odd = {
+        name: m for name, m in modules.items() if not is_role and (m.rank != adapter.rank or m.scale != adapter.scale)
+    }
+    config = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": base_model_id,
         "inference_mode": True,
-        "r": adapter.rank,
-        "lora_alpha": alpha_of(adapter.scale, adapter.rank, adapter.rslora),
+        "r": times * adapter.rank,
+        "lora_alpha": alpha_of(adapter.scale, times * adapter.rank, adapter.rslora),
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         "bias": "none",
@@ -177,9 +188,10 @@ def describe_adapter(
         "target_modules": _shortest_names(model, set(modules)) if modules else NO_TARGETS,
         "modules_to_save": list(modules_to_save) or None,
         "init_lora_weights": True,
-        "rank_pattern": {name: m.rank for name, m in odd.items() if m.rank != adapter.rank},
-        "alpha_pattern": {name: alpha_of(m.scale, m.rank, adapter.rslora) for name, m in odd.items()},
+        "rank_pattern": {name: times * m.rank for name, m in odd.items() if m.rank != adapter.rank},
+        "alpha_pattern": {name: alpha_of(m.scale, times * m.rank, adapter.rslora) for name, m in odd.items()},
     }
+    return config | {"use_dora": True} if isinstance(adapter, DoraAdapter) else config
 
 
 def read_peft_config(folder: Path) -> PeftConfig:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,13 @@ from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
-from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, alpha_of, describe_adapter, read_peft_config
+from ingle.adapters.norms import update_norms
+from ingle.adapters.peft_config import CONFIG_FILE, alpha_of, describe_adapter, read_peft_config
 from ingle.adapters.peft_tensors import (
     PREFIX,
     WEIGHTS_FILE,
     AdapterOptions,
+    Factors,
     Record,
     check_factors,
     check_targets,
@@ -43,47 +44,16 @@ from ingle.adapters.peft_tensors import (
     write_tensors,
 )
 from ingle.adapters.rounding import resolve_formats, round_layers
+from ingle.adapters.states import own_parameters
 from ingle.adapters.targets import Selection
 from ingle.atomic import write_atomically
-from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.adapter import SUBTRACTING, Init, LowRankAdapter
 from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
 from ingle.kernels.layers.lora import spread
 from ingle.parallel import Mesh, copy_rows, trained_parameters
 from ingle.quant.linear import QuantLinear
 from ingle.wording import some
-
-
-def adapter_config(folder: str | Path) -> LoraAdapter | QaLoraAdapter:
-    """Returns the adapter section that describes an adapter folder, without reading its weights.
-
-    Raises:
-        AdapterError: The folder contains no adapter, or one that cannot be computed exactly.
-    """
-    config = read_peft_config(Path(folder))
-    if config.lora_alpha <= 0 or config.lora_dropout == 1:
-        raise AdapterError(
-            "Training cannot start from this adapter.",
-            where=str(Path(folder) / CONFIG_FILE),
-            why=f"lora_alpha is {config.lora_alpha:g} and lora_dropout is {config.lora_dropout or 0:g}",
-            fix="use an adapter with lora_alpha above 0 and lora_dropout below 1",
-        )
-    targets = config.target_modules
-    patterns: Any = tuple(sorted(targets)) if isinstance(targets, list) and targets else "all-linear"
-    if targets == NO_TARGETS:
-        patterns = "none"
-    shared: dict[str, Any] = {
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout or 0.0,
-        "rslora": bool(config.use_rslora),
-        "target_modules": patterns,
-        "trainable_modules": tuple(config.modules_to_save or ()),
-    }
-    options = read_record(folder).adapter
-    if options.kind == "qa_lora":
-        return QaLoraAdapter(kind="qa_lora", train_rounding=options.train_rounding, **shared)
-    return LoraAdapter(merge_aware=options.merge_aware, **shared)
 
 
 def save_adapter(
@@ -117,7 +87,7 @@ def save_adapter(
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
     if not lora_modules(model) and (trains_all or not _modules_to_save(model)):
         raise AdapterError("This model has no adapter to save.", where=str(folder))
-    trained = trained_parameters(model, keep=mesh is None or mesh.is_main)
+    trained = trained_parameters(model, keep=mesh is None or mesh.is_main, also=own_parameters(model))
     write = partial(_write, model, Path(folder), adapter, base_model_id, trained, base, identity)
     write() if mesh is None else mesh.on_main(write)
 
@@ -138,10 +108,16 @@ def _write(
         for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)
     }
     for name, module in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.spread(trained[f"{name}.lora_a"])
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = trained[f"{name}.lora_b"]
+        a, b = trained[f"{name}.lora_a"], trained[f"{name}.lora_b"]
+        if adapter.subtracts:
+            a = torch.cat([a, trained[f"{name}.initial_a"]])
+            b = torch.cat([b, -trained[f"{name}.initial_b"]], dim=1)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.spread(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b
+        if module.magnitude is not None:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = trained[f"{name}.magnitude"]
     record = Record(
-        adapter=AdapterOptions.model_validate(adapter.model_dump(include=set(AdapterOptions.model_fields))),
+        adapter=AdapterOptions.of(adapter),
         group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
         base=base,
         identity=identity,
@@ -175,21 +151,21 @@ def load_adapter(
     factors, saved = sort_tensors(read_tensors(folder / WEIGHTS_FILE), model, config, folder)
     unknown = check_targets(model, factors, config, folder)
     existing = lora_modules(model)
-    scales = {name: config.scale_of(name, len(lora_a)) for name, (lora_a, _) in factors.items()}
-    _check_existing(model, existing, factors, scales, tuple(saved), folder)
+    scales = {name: config.scale_of(name, len(found.a)) for name, found in factors.items()}
+    _check_existing(model, existing, factors, scales, tuple(saved), record.adapter.init, folder)
     if not existing:
         model.requires_grad_(False)
-    for name, (lora_a, lora_b) in factors.items():
+    for name, found in factors.items():
         module = existing.get(name) or adapt(
             model,
             name,
-            len(lora_a),
+            len(found.a),
             scales[name],
             config.lora_dropout or 0.0,
             group_size=record.group_sizes.get(name, 1),
+            has_magnitude=found.magnitude is not None,
         )
-        copy_rows(module.lora_a, _gather(lora_a, module, name, folder))
-        copy_rows(module.lora_b, lora_b)
+        _copy_factors(module, found, name, folder)
     names = tuple(saved)
     notes: tuple[str, ...] = ()
     read_padding(model, folder)
@@ -197,20 +173,36 @@ def load_adapter(
         notes = _untie(model, saved)
         unfreeze(model, names)
         notes += keep_initial_values(model, names)
-    notes += (*unknown, *_check_base(model, record, folder, allow_mismatch, identity))
+    notes += (*unknown, *check_base(model, record, folder, allow_mismatch, identity))
     for name, state in saved.items():
         load_module(model, name, state, folder)
+    if not _is_empty(model):
+        update_norms(model)
     if not existing:
         _round_as_trained(model, record)
     return report(model, Selection(tuple(factors), names), notes)
 
 
+def _copy_factors(module: LoraLinear, found: Factors, name: str, folder: Path) -> None:
+    """Copies A, B and magnitude of a file into a layer; the second half of the rank is what the layer subtracts."""
+    rank = module.rank
+    copy_rows(module.lora_a, _gather(found.a[:rank], module, name, folder))
+    copy_rows(module.lora_b, found.b[:, :rank])
+    if module.initial_a is not None and module.initial_b is not None:
+        copy_rows(module.initial_a, found.a[rank:])
+        copy_rows(module.initial_b, -found.b[:, rank:])
+    if module.magnitude is not None and found.magnitude is not None:
+        copy_rows(module.magnitude, found.magnitude)
+    module.starts_at_base = module.magnitude is None and not bool(found.b.any())
+
+
 def _check_existing(
     model: nn.Module,
     existing: Mapping[str, LoraLinear],
-    factors: Mapping[str, tuple[Tensor, Tensor]],
+    factors: Mapping[str, Factors],
     scales: Mapping[str, float],
     saved: tuple[str, ...],
+    init: Init,
     folder: Path,
 ) -> None:
     """Refuses an adapter other than the one that the model was prepared for."""
@@ -242,8 +234,23 @@ def _check_existing(
         )
     for name, pair in factors.items():
         check_factors(model, name, pair, folder)
-        rank, scale, module = len(pair[0]), scales[name], existing.get(name)
-        if module is not None and (module.rank != rank or abs(module.scale - scale) > 1e-9 * abs(scale)):
+        rank, scale, module = len(pair.a), scales[name], existing.get(name)
+        if module is None:
+            continue
+        if (module.magnitude is None) != (pair.magnitude is None):
+            raise AdapterError(
+                f"This adapter is {'plain LoRA' if pair.magnitude is None else 'DoRA'}, unlike adapter.kind.",
+                where=where,
+                fix=f"--adapter.kind={'lora' if pair.magnitude is None else 'dora'}",
+            )
+        if module.initial_a is not None and init not in SUBTRACTING:
+            raise AdapterError(
+                "This adapter does not subtract the change that it began with, unlike adapter.init.",
+                where=where,
+                fix="--adapter.init=kaiming",
+            )
+        rank //= 1 if module.initial_a is None else 2
+        if module.rank != rank or abs(module.scale - scale) > 1e-9 * abs(scale):
             raise AdapterError(
                 f"This adapter has rank {rank} and scale {scale:g}, but the config asks for rank {module.rank} and "
                 f"scale {module.scale:g}.",
@@ -265,7 +272,7 @@ def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tens
     return gathered
 
 
-def _check_base(
+def check_base(
     model: nn.Module, record: Record, folder: Path, allow_mismatch: bool, identity: BaseIdentity | None
 ) -> tuple[str, ...]:
     """Refuses a base that the adapter was not trained on, or returns a note about it."""
@@ -336,8 +343,9 @@ def _untie(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]) -> tuple
 def _modules_to_save(model: nn.Module) -> tuple[str, ...]:
     """Returns the outermost modules whose own weights are all trained, and those that share a weight with them."""
     names: list[str] = []
+    adapters = own_parameters(model)
     for name, module in model.named_modules():
-        own = [p for key, p in module.named_parameters() if ".lora_" not in f".{key}"]
+        own = [p for p in module.parameters() if id(p) not in adapters]
         inside = any(name.startswith(f"{outer}.") for outer in names)
         if name and own and not inside and all(p.requires_grad for p in own) and not lora_modules(module):
             names.append(name)

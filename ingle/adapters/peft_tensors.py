@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -23,7 +23,7 @@ from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.lora import features, is_linear
 from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, PeftConfig
 from ingle.atomic import write_atomically
-from ingle.config.adapter import MergeAware
+from ingle.config.adapter import Init, LowRankAdapter, MergeAware
 from ingle.config.base import BaseConfig, base_section
 from ingle.config.section import Section
 from ingle.errors import AdapterError
@@ -33,6 +33,8 @@ from ingle.wording import some
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _METADATA_KEY = "ingle"
+#: Only the magnitude is no module of PEFT's, so its key may end without ``weight``.
+_KEY = re.compile(r"(.+)\.lora_(A(?=.*\.weight)|B(?=.*\.weight)|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _GROUP_SIZES = TypeAdapter(dict[str, Annotated[int, Field(ge=1)]])
 _COPY_FOLDER = "copy the complete adapter folder again"
@@ -42,9 +44,33 @@ _USE_OWN_BASE = f"use the base that the adapter was trained on (base_model_name_
 class AdapterOptions(Section):
     """Fields of the adapter section that PEFT does not know; see :class:`~ingle.config.adapter.LoraAdapter`."""
 
-    kind: Literal["lora", "qa_lora"] = "lora"
+    kind: Literal["lora", "dora", "qa_lora"] = "lora"
     train_rounding: bool = False
     merge_aware: MergeAware | None = None
+    init: Init = "kaiming"
+    freeze_a: bool = False
+
+    @classmethod
+    def of(cls, adapter: LowRankAdapter) -> AdapterOptions:
+        """Returns the fields of a section, without the defaults of fields that older files do not have."""
+        values = adapter.model_dump(include=set(cls.model_fields))
+        added = {key: values.pop(key) for key in ("init", "freeze_a") if key in values}
+        values |= {key: value for key, value in added.items() if value != cls.model_fields[key].default}
+        return cls.model_validate(values)
+
+
+class Factors(NamedTuple):
+    """What a file has of one adapted layer.
+
+    Attributes:
+        a: ``[R, I]``.
+        b: ``[O, R]``.
+        magnitude: ``[O]`` of DoRA, or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,8 +173,8 @@ def _unreadable(path: Path, error: Exception) -> AdapterError:
 
 def sort_tensors(
     tensors: Mapping[str, Tensor], model: nn.Module, config: PeftConfig, folder: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Splits the tensors into A and B by path, and the tensors of each module in ``modules_to_save``.
+) -> tuple[dict[str, Factors], dict[str, dict[str, Tensor]]]:
+    """Splits the tensors into A, B and magnitude by path, and the tensors of each module in ``modules_to_save``.
 
     Raises:
         AdapterError: A tensor is none of these or is stored twice; or A, B or a module of ``modules_to_save`` is
@@ -160,15 +186,16 @@ def sort_tensors(
     paths = _saved_paths(model, config)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_(A|B)(?:\.default)?\.weight", name)
+        match = _KEY.fullmatch(name)
         owner = next((path for path in paths if name.startswith(f"{path}.")), None)
         if match:
             pair = factors.setdefault(match[1], {})
             if match[2] in pair:
                 raise AdapterError(f"The file contains {match[2]} of {match[1]} twice.", where=where)
-            if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+            num_axes = 1 if match[2] == "magnitude_vector" else 2
+            if tensor.ndim != num_axes or tensor.dtype not in _DTYPES:
                 raise AdapterError(
-                    f"{key} is not a matrix of floating-point numbers.",
+                    f"{key} is not a {'matrix' if num_axes == 2 else 'vector'} of floating-point numbers.",
                     where=where,
                     why=f"it has shape {list(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}",
                     fix="save the adapter again in float32, float16 or bfloat16",
@@ -192,14 +219,18 @@ def sort_tensors(
             why=f"modules_to_save in {CONFIG_FILE} names them",
             fix=_COPY_FOLDER,
         )
-    broken = [name for name, pair in factors.items() if len(pair) != 2]
+    wanted = {"A", "B", "magnitude_vector"} if config.use_dora else {"A", "B"}
+    broken = [name for name, pair in factors.items() if pair.keys() != wanted]
     if broken or not (factors or (saved and config.target_modules == NO_TARGETS)):
         raise AdapterError(
-            f"Half of the adapter of {broken[0]} is missing." if broken else "The file contains no adapter.",
+            f"The adapter of {broken[0]} is incomplete." if broken else "The file contains no adapter.",
             where=where,
-            fix="copy the file again",
+            why=f"it has {', '.join(factors[broken[0]])}; {CONFIG_FILE} implies {', '.join(sorted(wanted))}"
+            if broken
+            else None,
+            fix="copy the complete folder again",
         )
-    return {name: (pair["A"], pair["B"]) for name, pair in factors.items()}, saved
+    return {name: Factors(p["A"], p["B"], p.get("magnitude_vector")) for name, p in factors.items()}, saved
 
 
 def _saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
@@ -213,7 +244,7 @@ def _saved_paths(model: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def check_targets(
-    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], config: PeftConfig, folder: Path
+    model: nn.Module, factors: Mapping[str, Factors], config: PeftConfig, folder: Path
 ) -> tuple[str, ...]:
     """Compares the modules and ranks in the config with those in the file.
 
@@ -232,11 +263,11 @@ def check_targets(
             why="config and weights belong to different adapters; another reader would ignore these weights",
             fix=_COPY_FOLDER,
         )
-    for name, (lora_a, _) in factors.items():
+    for name, found in factors.items():
         rank = config.rank_of(name)
-        if len(lora_a) != rank:
+        if len(found.a) != rank:
             raise AdapterError(
-                f"The adapter of {name} has rank {len(lora_a)}, but its config says {rank}.",
+                f"The adapter of {name} has rank {len(found.a)}, but its config says {rank}.",
                 where=f"{where}: r, rank_pattern",
                 why="config and weights belong to different adapters, and the scale depends on the rank",
                 fix=_COPY_FOLDER,
@@ -257,7 +288,7 @@ def check_targets(
     return (f"The adapter targets {some(unknown)}, which this model does not have.",) if unknown else ()
 
 
-def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], folder: Path) -> None:
+def check_factors(model: nn.Module, name: str, factors: Factors, folder: Path) -> None:
     """Checks that A and B of one module fit the model.
 
     Raises:
@@ -276,7 +307,7 @@ def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], f
             f"The adapter changes {name}, a {type(module).__name__}; only linear layers can be adapted.", where=where
         )
     out_features, in_features = features(module)
-    lora_a, lora_b = factors
+    lora_a, lora_b, magnitude = factors
     if lora_a.shape != (len(lora_a), in_features) or lora_b.shape != (out_features, len(lora_a)):
         raise AdapterError(
             f"The adapter of {name} does not have the sizes of the model.",
@@ -284,7 +315,14 @@ def check_factors(model: nn.Module, name: str, factors: tuple[Tensor, Tensor], f
             why=f"A is {list(lora_a.shape)}, B {list(lora_b.shape)}; W is [{out_features}, {in_features}]",
             fix=_USE_OWN_BASE,
         )
-    if not (torch.isfinite(lora_a).all() and torch.isfinite(lora_b).all()):
+    if magnitude is not None and magnitude.shape != (out_features,):
+        raise AdapterError(
+            f"The magnitude of {name} does not have the size of the model.",
+            where=where,
+            why=f"it has {len(magnitude)} values; the layer has {out_features} outputs",
+            fix=_USE_OWN_BASE,
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in factors if tensor is not None):
         raise AdapterError(f"The adapter of {name} contains NaN or infinity.", where=where)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ingle.adapters.adapted import lora_modules
 from ingle.adapters.lora import LoraLinear, Merged, features
 from ingle.adapters.merging import can_fold, merged_planes, merged_weight, no_merge_format
+from ingle.adapters.norms import update_norms
 from ingle.config.adapter import AdapterConfig, LoraAdapter, QaLoraAdapter
 from ingle.config.base import FormatName, base_section
 from ingle.parallel import each_gathered
@@ -56,6 +57,7 @@ class Rounding:
 
     def prepare(self, step: int) -> None:
         """Prepares the layers for a step (1-based); call it after the last step too, with the next step's number."""
+        update_norms(self._model)
         if self.first_step is None or step < self.first_step:
             return
         began = time.monotonic()

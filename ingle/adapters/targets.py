@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ingle.adapters.lora import LoraLinear, is_linear
+from ingle.adapters.states import Adapted
 from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError
 from ingle.planning.selection import matches, unread_by_peft
@@ -99,7 +100,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def _inside_lora(model: nn.Module, name: str) -> bool:
     parent, _, last = name.rpartition(".")
-    return last == "base" and isinstance(model.get_submodule(parent), LoraLinear)
+    return last == "base" and isinstance(model.get_submodule(parent), Adapted)
 
 
 def _match_all(

@@ -1,6 +1,14 @@
 """The config tree: YAML files, command-line overrides and Python objects all build a frozen :class:`Run`."""
 
-from ingle.config.adapter import AdapterConfig, LoraAdapter, LowRankAdapter, MergeAware, NoAdapter, QaLoraAdapter
+from ingle.config.adapter import (
+    AdapterConfig,
+    DoraAdapter,
+    LoraAdapter,
+    LowRankAdapter,
+    MergeAware,
+    NoAdapter,
+    QaLoraAdapter,
+)
 from ingle.config.base import BaseConfig, Int8Base, Nf4Base, NoBase
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
@@ -23,6 +31,7 @@ __all__ = [
     "Clm",
     "Cpo",
     "DataConfig",
+    "DoraAdapter",
     "Dpo",
     "Int8Base",
     "Kto",

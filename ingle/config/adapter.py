@@ -10,6 +10,11 @@ from pydantic import Field, Strict
 from ingle.config.base import FormatName
 from ingle.config.section import Section, Strings, Text, tagged
 
+#: How A and B begin. ``kaiming`` and ``gaussian`` set B to zero; the others subtract the change that they begin with.
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+SUBTRACTING: frozenset[Init] = frozenset({"orthogonal", "pissa", "olora"})
+
+Rank = Annotated[int, Field(ge=1, le=65_536)]
 Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
 
 
@@ -46,7 +51,10 @@ class LowRankAdapter(Section):
 
     Attributes:
         rank: Rank of the update: rows of A and columns of B.
-        alpha: Numerator of the scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``. If null, 2 * rank.
+        rank_pattern: Other ranks, by patterns that match the end of a module's path as in ``target_modules``; the first
+            one that matches decides.
+        alpha: Numerator of the scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``. If null, 2 * rank,
+            with the rank of each module.
         dropout: Fraction of the adapter's inputs that are set to zero in training.
         rslora: Use the rank-stabilized scale (Kalajdzievski 2023, arXiv 2312.03732).
         lora_plus_ratio: Learning rate of B divided by that of A (Hayou et al. 2024, arXiv 2402.12354); 1 is plain LoRA.
@@ -60,7 +68,8 @@ class LowRankAdapter(Section):
     """
 
     kind: str
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
+    rank: Rank = 16
+    rank_pattern: dict[Text, Rank] = Field(default_factory=dict)
     alpha: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
@@ -72,12 +81,61 @@ class LowRankAdapter(Section):
 
     @property
     def scale(self) -> float:
-        """The factor of ``x A^T B^T``."""
-        alpha = self.alpha if self.alpha is not None else 2.0 * self.rank
-        return alpha / self.rank**0.5 if self.rslora else alpha / self.rank
+        """The factor of ``x A^T B^T``, of modules without a rank of their own."""
+        return self.scale_at(self.rank)
+
+    def scale_at(self, rank: int) -> float:
+        """Returns the factor of ``x A^T B^T`` of a module with this rank."""
+        alpha = self.alpha if self.alpha is not None else 2.0 * rank
+        return alpha / rank**0.5 if self.rslora else alpha / rank
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of any module."""
+        return max(self.rank, *self.rank_pattern.values(), 0)
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the change that A and B begin with is subtracted, so that training starts from the base."""
+        return False
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained."""
+        return True
 
 
-class LoraAdapter(LowRankAdapter):
+class WeightAdapter(LowRankAdapter):
+    """Options of low-rank adapters that change every weight of a layer by itself.
+
+    The base keeps its bytes with every ``init``: the function is ``x W^T + scale * (x A^T B^T - x A0^T B0^T)`` with the
+    initial A0 and B0, so the model without its adapter is the one that training began with. It is saved as one adapter
+    of twice the rank.
+
+    Attributes:
+        init: How A and B begin. ``kaiming``: A uniform, B zero. ``gaussian``: A normal with a deviation of 1 / rank, B
+            zero. ``orthogonal``: random with B A = 0, for even ranks. ``pissa``: the principal directions of the base
+            (Meng et al. 2024, arXiv 2404.02948). ``olora``: the first directions of its QR decomposition (Büyükakyüz
+            2024, arXiv 2406.01775).
+        freeze_a: Train B alone, so that the inputs of adapted layers need not be kept for the backward pass (Zhang et
+            al. 2023, "LoRA-FA", arXiv 2308.03303).
+    """
+
+    init: Init = "kaiming"
+    freeze_a: bool = False
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the change that A and B begin with is subtracted, so that training starts from the base."""
+        return self.init in SUBTRACTING
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether A is trained."""
+        return not self.freeze_a
+
+
+class LoraAdapter(WeightAdapter):
     """Low-rank adaptation: ``y = x W^T + scale * dropout(x) A^T B^T``.
 
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
@@ -89,6 +147,18 @@ class LoraAdapter(LowRankAdapter):
 
     kind: Literal["lora"] = "lora"
     merge_aware: MergeAware | None = None
+
+
+class DoraAdapter(WeightAdapter):
+    """LoRA of the directions of a weight's rows, with their lengths trained apart.
+
+    ``y = m / n * (x W^T + scale * dropout(x) A^T B^T)``, where m has one trained value for each row and n is the length
+    of the row of ``W + scale * B A``, whose gradient is ignored.
+
+    Source: Liu et al. 2024, "DoRA" (arXiv 2402.09353), equations 5 and 11.
+    """
+
+    kind: Literal["dora"]
 
 
 class QaLoraAdapter(LowRankAdapter):
@@ -107,7 +177,7 @@ class QaLoraAdapter(LowRankAdapter):
     train_rounding: bool = False
 
 
-_Adapter = Annotated[NoAdapter | LoraAdapter | QaLoraAdapter, Field(discriminator="kind")]
+_Adapter = Annotated[NoAdapter | LoraAdapter | DoraAdapter | QaLoraAdapter, Field(discriminator="kind")]
 AdapterConfig = Annotated[
-    _Adapter, tagged("kind", default="lora", input_type=_Adapter | Literal["none", "lora", "qa_lora"])
+    _Adapter, tagged("kind", default="lora", input_type=_Adapter | Literal["none", "lora", "dora", "qa_lora"])
 ]

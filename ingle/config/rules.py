@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.adapter_rules import ADAPTER_RULES
 from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
@@ -262,6 +263,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
         "model.trust_remote_code, model.revision",
         "--model.revision=COMMIT, a commit whose code you have read",
     ),
+    *ADAPTER_RULES,
     *OBJECTIVE_RULES,
     *PREFERENCE_RULES,
     *VALIDATION_RULES,

@@ -123,6 +123,12 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
             f"A GGUF adapter cannot store {', '.join(merged.replaced)}, which the adapter replaces.",
             fix="--to gguf merges everything into one file",
         )
+    if any(layer.magnitude is not None for layer in layers.values()):
+        raise AdapterError(
+            "A GGUF adapter cannot store the magnitudes of DoRA.",
+            where="adapter.kind = dora",
+            fix="--to gguf merges everything into one file",
+        )
     names = models.gguf_names(merged.stream.model)
     alpha = next(iter(layers.values())).scale * max(layer.rank for layer in layers.values())
     tensors = []

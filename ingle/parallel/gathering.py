@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -114,7 +114,7 @@ def complete_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, parameter.detach()) for name in tied[key])
 
 
-def trained_parameters(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+def trained_parameters(model: nn.Module, *, keep: bool = True, also: Collection[int] = ()) -> dict[str, Tensor]:
     """Returns every trained parameter under each of its names, complete and in the dtype of the computation.
 
     Collective. The model itself is never assembled.
@@ -122,11 +122,12 @@ def trained_parameters(model: nn.Module, *, keep: bool = True) -> dict[str, Tens
     Args:
         model: The model; sharded or not.
         keep: Whether this rank needs the values; the result is empty otherwise.
+        also: Identifiers of further parameters.
     """
     trained = {
         name: isinstance(parameter, DTensor)
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
+        if parameter.requires_grad or id(parameter) in also
     }
     found: dict[str, Tensor] = {}
     for name, value in complete_parameters(model):

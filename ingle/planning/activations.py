@@ -225,7 +225,7 @@ class Tapes:
 
     def _rank(self) -> int:
         adapter = self.run.adapter
-        return adapter.rank if isinstance(adapter, LowRankAdapter) else 0
+        return adapter.largest_rank * (1 + adapter.subtracts) if isinstance(adapter, LowRankAdapter) else 0
 
     def _pooled(self, width: float) -> float:
         """Returns the saved features of an adapter's input: QA-LoRA saves sums over groups."""

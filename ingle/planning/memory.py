@@ -296,7 +296,7 @@ def _adapter_parameters(run: Run, linears: Iterable[LinearShape]) -> int:
     assert run.adapter.kind != "none"
     size = _group_size(run)
     columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in linears)
-    return run.adapter.rank * columns
+    return run.adapter.largest_rank * columns
 
 
 def _group_size(run: Run) -> int:

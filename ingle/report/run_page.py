@@ -23,6 +23,8 @@ from ingle.report.run_details import compare_memory, list_facts
 from ingle.report.templates import render
 from ingle.wording import plural, size
 
+#: Names of adapters, by kind.
+_ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "qa_lora": "QA-LoRA"}
 #: What the loss of each objective is measured in; that of a regression is a squared error.
 _UNITS: Mapping[ObjectiveKind, str] = {
     "clm": "nats per supervised token",
@@ -80,7 +82,7 @@ def _subtitle(run: Run) -> str:
     if run.adapter.kind == "none":
         adapter = "full fine-tuning"
     else:
-        adapter = f"{'QA-LoRA' if run.adapter.kind == 'qa_lora' else 'LoRA'} rank {run.adapter.rank}"
+        adapter = f"{_ADAPTERS[run.adapter.kind]} rank {run.adapter.rank}"
     base = "" if run.base.format == "none" else f" on {run.base.format.upper()}"
     return f"{run.model.id} · {adapter}{base} · {', '.join(source.path for source in run.data.sources)}"
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -264,25 +265,30 @@ class Checkpoints:
         state = self._states[OPTIMIZER].state_dict()
         return {name: value for name, value in state.items() if name.startswith(_MASTER)}
 
-    def _layouts(self) -> Callable[[str], Tensor | None]:
-        """Returns a function that maps a tensor of the optimizer to the master that is sharded like it."""
+    def _layouts(self) -> Callable[[str, str], Tensor | None]:
+        """Returns a function that maps a tensor of a state to one that is sharded like it."""
         masters = self._masters()
 
-        def find(name: str) -> Tensor | None:
+        def find(state: str, name: str) -> Tensor | None:
+            if state != OPTIMIZER:
+                like = getattr(self._states.get(state), "like", None)
+                return None if like is None else like(name)
             kind, _, parameter = name.partition(".")
             return None if kind == "step" else masters.get(_MASTER + parameter)
 
         return find
 
 
-def read(path: Path, mesh: Mesh | None = None, like: Callable[[str], Tensor | None] = lambda name: None) -> Checkpoint:
+def read(
+    path: Path, mesh: Mesh | None = None, like: Callable[[str, str], Tensor | None] = lambda state, name: None
+) -> Checkpoint:
     """Reads a checkpoint; not collective.
 
     Args:
         path: Its folder.
         mesh: The ranks that read it; each checks the digests of some files. One process checks all.
-        like: Returns the sharded tensor whose rows of this rank are needed, given the name of a tensor of the
-            optimizer; complete tensors are read for None.
+        like: Returns the sharded tensor whose rows of this rank are needed, given the names of a state and of a tensor
+            in it; complete tensors are read for None.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another version.
@@ -305,9 +311,7 @@ def read(path: Path, mesh: Mesh | None = None, like: Callable[[str], Tensor | No
                 raise _damaged(path, f"the bytes of {name} do not match their digest")
         del state["format"]
         values = state.pop("states")
-        tensors = {
-            name: read_tensors(path, name, digests, like if name == OPTIMIZER else lambda name: None) for name in values
-        }
+        tensors = {name: read_tensors(path, name, digests, partial(like, name)) for name in values}
         position = Position(**state)
     except UnreadableState as error:
         raise _damaged(path, error) from error

@@ -32,6 +32,7 @@ AXES: Mapping[str, Mapping[str, list[str]]] = {
     "adapter": {
         "none": ["--adapter.kind=none"],
         "lora": ["--adapter.rank=2"],
+        "dora": ["--adapter.kind=dora", "--adapter.rank=2", "--adapter.init=pissa"],
         "merge-aware": ["--adapter.rank=2", "--adapter.merge_aware.fraction=0.5"],
         "qa_lora": ["--adapter.kind=qa_lora", "--adapter.rank=2"],
         "qa_lora-rounded": ["--adapter.kind=qa_lora", "--adapter.rank=2", "--adapter.train_rounding"],

@@ -56,6 +56,11 @@ CASES = {
         "gemma3", {3: ("hsdp", "ddp")}, {"base": {"format": "ternary"}, "adapter": _LORA | {"dropout": 0.3}}
     ),
     "blocks, recompute": Case("llama", {2: ("zero3",)}, {"base": {"format": "q4_0"}, "parallel": {"recompute": True}}),
+    "magnitudes, a change subtracted": Case(
+        "llama",
+        {2: ("zero3",), 3: ("zero2",)},
+        {"base": {"format": "nf4"}, "adapter": {"kind": "dora", "rank": 2, "init": "pissa"}},
+    ),
     "trained modules": Case(
         "gemma2",
         {2: ("zero1",), 3: ("zero3", "zero3 offload")},

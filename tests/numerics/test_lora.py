@@ -143,7 +143,7 @@ def test_every_base(kind: str, dtype: torch.dtype) -> None:
     theirs = torch.autograd.grad(wanted, exact, grad.double())
     for actual, reference in zip((y, *ours), (wanted, *theirs), strict=True):
         close(actual, reference, TOLERANCE[dtype])
-    lora.enabled = False
+    lora.is_on = False
     base.to(dtype)
     assert torch.equal(lora(x), base(x))
 

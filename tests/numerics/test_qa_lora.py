@@ -163,7 +163,7 @@ def test_through_the_rounding_the_merged_weight_is_the_one_that_was_used(name: s
     close(ours[1], 0.5 * pool(b.t() @ grad_delta, lora.group_size), TOLERANCE[dtype])
     close(ours[2], 0.5 * grad_delta @ lora.spread(a).t(), TOLERANCE[dtype])
     with torch.no_grad():
-        lora.enabled = False
+        lora.is_on = False
         assert torch.equal(lora(x), nn.functional.linear(x, base.decode(dtype)))
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ingle.adapters.lora import LoraLinear
+from ingle.adapters.merging import change
 from ingle.export.writers.merged_model import LoadedWeight
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
@@ -102,7 +103,7 @@ def measure(
     weight_OI = layer.dense_weight(torch.float32)
     if isinstance(layer.base, QuantLinear):
         weight_OI = weight_OI.clone()  # the next decode overwrites the format's scratch buffer
-    delta_OG = layer.delta()
+    delta_OG = change(layer, weight_OI)
     merged: dict[str, Tensor] | Tensor
     if isinstance(target, torch.dtype):
         merged = (weight_OI + layer.spread(delta_OG)).to(target)

@@ -44,6 +44,7 @@ class Projection:
         seed: Seed of the dropout, drawn by :func:`seeded`.
         inputs: Collects statistics of x for an importance matrix.
         product: Returns x W^T without storing W, or None where that is not faster.
+        gain: Factor on each output before the bias, float32, [O], which only :func:`lora_linears` applies (DoRA).
     """
 
     weight: Weight
@@ -57,6 +58,7 @@ class Projection:
     seed: int = 0
     inputs: SquaredInputs | None = None
     product: Callable[[Tensor], Tensor | None] | None = None
+    gain: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -77,10 +79,10 @@ Projections = Sequence[Projection]
 
 
 def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
-    """Returns ``x W^T + bias + scale * dropout(x) A^T B^T`` of one input through several projections.
+    """Returns ``gain * (x W^T + scale * dropout(x) A^T B^T) + bias`` of one input through several projections.
 
     Dropout draws from torch's CPU generator, so seeding it, or recomputing under ``torch.utils.checkpoint``, repeats
-    the mask. Differentiable in x, A and B.
+    the mask. Differentiable in x, A, B and the gains.
 
     Args:
         x: [..., I], in the dtype of the products.
@@ -92,7 +94,8 @@ def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
     """
     factors = [factor for p in projections for factor in p.factors()]
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors)  # type: ignore[no-untyped-call]
+    gains = [p.gain for p in projections]
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors, *gains)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -106,23 +109,43 @@ class _LoraLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         kept = pool(x_NI, _group_size(projections))
-        outputs, xa_NS = project(x, projections, kept)
+        outputs, xa_NS = project(x, [p if p.gain is None else replace(p, bias=None) for p in projections], kept)
+        raw = [y if p.gain is not None else None for p, y in zip(projections, outputs, strict=True)]
         ctx.projections = projections
-        ctx.save_for_backward(kept, xa_NS)
-        return tuple(outputs)
+        trains_a = any(p.lora_a is not None and p.lora_a.requires_grad for p in projections)
+        ctx.save_for_backward(kept if trains_a else None, xa_NS, *raw)
+        return tuple(_gained(y, p) for p, y in zip(projections, outputs, strict=True))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        kept, xa_NS = ctx.saved_tensors
+        kept, xa_NS, *raw = ctx.saved_tensors
         projections: Projections = ctx.projections
         grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grads_gain = [_through_gain(g_NO, y) for g_NO, y in zip(grads_NO, raw, strict=True)]
+        grads_NO = [
+            g_NO if p.gain is None else g_NO * p.gain.detach().to(g_NO.dtype)
+            for p, g_NO in zip(projections, grads_NO, strict=True)
+        ]
         gb_NS, grads_b = through_b(grads_NO, xa_NS, projections)
-        grads_a = through_a(gb_NS, kept, projections)
+        grads_a = [None] * len(projections) if kept is None else through_a(gb_NS, kept, projections)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = through_weights(grads_NO, gb_NS, projections).view(*grads[0].shape[:-1], -1)
-        return (grad_x, None, *interleave(grads_a, grads_b))
+        return (grad_x, None, *interleave(grads_a, grads_b), *grads_gain)
+
+
+def _gained(y: Tensor, p: Projection) -> Tensor:
+    """Returns the output with gain and bias; without a gain, it has its bias already."""
+    if p.gain is None:
+        return y
+    y = y * p.gain.detach().to(y.dtype)
+    return y if p.bias is None else y.add_(p.bias.detach().to(y.dtype))
+
+
+def _through_gain(grad_NO: Tensor, raw: Tensor | None) -> Tensor | None:
+    """Returns the gradient of a gain, float32 [O], from the output without it."""
+    return None if raw is None else (grad_NO * raw.reshape(grad_NO.shape)).sum(0, dtype=torch.float32)
 
 
 # The parts, for functions that fuse more than one layer. None of them is differentiable.

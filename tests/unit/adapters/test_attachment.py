@@ -172,7 +172,7 @@ def test_disabled_is_undone_after_an_error() -> None:
     adapters.attach(model, LoraAdapter(rank=2), seed=0)
     with pytest.raises(RuntimeError), adapters.disabled(model):
         raise RuntimeError
-    assert all(module.enabled for module in adapters.lora_modules(model).values())
+    assert all(module.is_on for module in adapters.lora_modules(model).values())
 
 
 def test_a_packed_base_stays_packed_and_the_audit_sees_the_adapter() -> None:

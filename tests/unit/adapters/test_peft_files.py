@@ -94,7 +94,7 @@ def test_damaged_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change, fragment",
     [
-        (lambda t: t.pop(A), "Half of the adapter of model.layers.0.self_attn.q_proj"),
+        (lambda t: t.pop(A), "The adapter of model.layers.0.self_attn.q_proj is incomplete"),
         (lambda t: [t.pop(A), t.pop(B)], "The adapter of model.layers.0.self_attn.q_proj is missing"),
         (lambda t: t.clear(), "contains no adapter"),
         (lambda t: t.update({A: torch.zeros(2, 60)}), "does not have the sizes"),
@@ -117,7 +117,7 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
     "settings, fragment",
     [
         ({"peft_type": "VERA"}, "type VERA"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "implies A, B, magnitude_vector"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),

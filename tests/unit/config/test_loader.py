@@ -131,7 +131,7 @@ def test_a_missing_kind_is_the_default_and_may_be_changed_by_a_flag(folder: Path
 def test_a_flag_that_does_not_belong_to_the_new_member_is_an_error(folder: Path) -> None:
     error = failure(folder, "--adapter.kind=none", "--adapter.rank=4")
     assert error.message == "adapter.rank is not an option."
-    assert error.fix == "it belongs to adapter.kind=lora or qa_lora"
+    assert error.fix == "it belongs to adapter.kind=lora, dora or qa_lora"
 
 
 def test_a_file_that_contradicts_itself_is_an_error(folder: Path) -> None:

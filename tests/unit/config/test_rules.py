@@ -138,6 +138,14 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.target_modules=[lm_head, q_proj]", "--adapter.trainable_modules=lm_head"],
         ["--adapter.target_modules=q_proj", "--adapter.trainable_modules=lm_head"],
     ),
+    "orthogonal-is-even": (
+        ["--adapter.init=orthogonal", "--adapter.rank=3"],
+        ["--adapter.init=orthogonal", "--adapter.rank=4"],
+    ),
+    "frozen-a-has-one-rate": (
+        ["--adapter.freeze_a=true", "--adapter.lora_plus_ratio=16"],
+        ["--adapter.freeze_a=true"],
+    ),
     "local-models-have-no-revision": (["--model.id=here", "--model.revision=main"], ["--model.revision=main"]),
     "foreign-code-is-pinned": (
         ["--model.trust_remote_code=true"],
