@@ -111,7 +111,7 @@ def log_ratios(logps_N: Tensor, old_logps_N: Tensor, rows: Rows, importance: Imp
 
     - ``token``: ``log p - log p_old`` of the token.
     - ``sequence``: the sum over its answer: with ``answer_sums``, the gradient of the ratio of whole answers (RLOO).
-    - ``sequence_mean``: the mean over its answer: with ``answers``, the gradient of GSPO (arXiv 2507.18071, GSPO-token).
+    - ``sequence_mean``: the mean over its answer: with ``answers``, the gradient of GSPO (arXiv 2507.18071).
     - ``none``: 0. With :func:`policy_losses`, the gradient of REINFORCE.
 
     Beyond the first, the value belongs to the answer and the gradient to the token, so that the gradients of the tokens

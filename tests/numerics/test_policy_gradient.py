@@ -17,7 +17,8 @@ from ingle.objectives.policy_losses import (
     policy_losses,
     value_losses,
 )
-from ingle.objectives.rollouts.advantages import gae, group_advantages, token_rewards, whiten
+from ingle.objectives.rollouts.advantages import gae, group_advantages, whiten
+from ingle.objectives.rollouts.rewards import token_rewards
 from tests.exact_world import (
     ANSWERS,
     LENGTH,

@@ -3,7 +3,7 @@
 They are computed once per iteration from the answers of all ranks, in float64. So they depend on no micro-batch, no
 rank and no device. An answer without a reward has NaN; it is in no mean, and its advantage is 0.
 
-Legend: R answers, N tokens of all answers end to end, F reward functions, G groups (answers to one prompt).
+Legend: R answers, N tokens of all answers end to end, F reward functions, G groups (all answers to one prompt).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ingle.config.policy import Advantage, ScoreAt, Unfinished
+from ingle.config.policy import Advantage
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -22,7 +22,7 @@ Mask = npt.NDArray[np.bool_]
 #: Added to a standard deviation of rewards, as in TRL.
 SPREAD_EPS = 1e-4
 #: Added to a variance.
-_VARIANCE_EPS = 1e-8
+VARIANCE_EPS = 1e-8
 #: Kinds that compare the answers to one prompt.
 OF_GROUPS = frozenset[Advantage]({"group_std", "group_mean", "leave_one_out", "batch_std", "length_weighted"})
 
@@ -76,14 +76,14 @@ def whiten(values_N: Floats, counted_N: Mask, *, shift: bool = True) -> Floats:
     if not len(counted):
         return np.zeros_like(values_N)
     mean = counted.mean()
-    scaled_N = (values_N - mean) / np.sqrt(_variance(counted) + _VARIANCE_EPS)
+    scaled_N = (values_N - mean) / np.sqrt(variance(counted) + VARIANCE_EPS)
     return np.where(counted_N, scaled_N if shift else scaled_N + mean, 0.0)
 
 
-def explained_variance(values_N: Floats, returns_N: Floats, counted_N: Mask) -> float:
+def explainedvariance(values_N: Floats, returns_N: Floats, counted_N: Mask) -> float:
     """Returns the share of the variance of the returns that the values explain; NaN if the returns do not vary."""
-    variance = _variance(returns_N[counted_N])
-    return float(1 - _variance((returns_N - values_N)[counted_N]) / variance) if variance > 0 else float("nan")
+    variance = variance(returns_N[counted_N])
+    return float(1 - variance((returns_N - values_N)[counted_N]) / variance) if variance > 0 else float("nan")
 
 
 def group_advantages(
@@ -132,7 +132,7 @@ def group_advantages(
                 squares_R = _sums(np.where(scored_R, centred_R, 0) ** 2, numbers_R)
                 advantages_R = centred_R / (np.sqrt(squares_R / (counts_R - 1)) + eps)
             case "batch_std":
-                advantages_R = centred_R / (np.sqrt(_variance(rewards_R[scored_R])) + eps)
+                advantages_R = centred_R / (np.sqrt(variance(rewards_R[scored_R])) + eps)
             case "leave_one_out":
                 advantages_R = centred_R * counts_R / (counts_R - 1)
             case "length_weighted":
@@ -148,15 +148,6 @@ def has_spread(rewards_R: Floats, groups_R: Integers) -> Mask:
     numbers_R, _ = _groups(groups_R, scored_R)
     centred_R = _centred(rewards_R, numbers_R, scored_R.astype(np.float64))
     return _sums(np.where(scored_R, np.abs(centred_R), 0), numbers_R) > 0
-
-
-def sum_rewards(scores_RF: Floats, weights_F: Floats) -> Floats:
-    """Returns the weighted sum of the scores of each answer, [R].
-
-    A score of NaN is left out, and the weights of the others stay as they are; NaN where nothing scored.
-    """
-    sums_R = np.nansum(scores_RF * weights_F, axis=1)
-    return np.where(np.isnan(scores_RF).all(1), np.nan, sums_R)
 
 
 def normalize_then_sum(scores_RF: Floats, weights_F: Floats, groups_R: Integers, *, eps: float = SPREAD_EPS) -> Floats:
@@ -175,62 +166,6 @@ def normalize_then_sum(scores_RF: Floats, weights_F: Floats, groups_R: Integers,
     )
     sums_R = np.where(np.isnan(scores_RF).all(1), np.nan, scaled_RF @ weights_F)
     return group_advantages(sums_R, np.zeros_like(groups_R), lengths_R, "batch_std", eps=eps)
-
-
-def settle_unfinished(rewards_R: Floats, finished_R: Mask, how: Unfinished, value: float = -1.0) -> tuple[Floats, Mask]:
-    """Returns the rewards, and which answers count in the loss, when answers without an end are settled.
-
-    Args:
-        rewards_R: Rewards; NaN for an answer without one.
-        finished_R: Whether the policy ended the answer.
-        how: ``score`` leaves the reward; ``add`` adds ``value`` to it (TRL's ``missing_eos_penalty`` 1 is a value of
-            -1); ``replace`` replaces it (-1 in arXiv 2403.17031); ``mask`` leaves the answer out of numerators and
-            denominators (DAPO, arXiv 2503.14476, section 3.4), but not out of the mean of its group.
-        value: See ``how``.
-    """
-    counted_R = ~np.isnan(rewards_R) & (finished_R | (how != "mask"))
-    match how:
-        case "add":
-            rewards_R = np.where(finished_R, rewards_R, rewards_R + value)
-        case "replace":
-            rewards_R = np.where(finished_R | np.isnan(rewards_R), rewards_R, value)
-    return rewards_R, counted_R
-
-
-def token_rewards(
-    rewards_R: Floats,
-    kl_N: Floats,
-    lengths_R: Integers,
-    coef: float,
-    *,
-    chosen_N: Mask | None = None,
-    score_at: ScoreAt = "last_token",
-) -> Floats:
-    """Returns the reward of each token: ``-coef * kl``, and the reward of the answer at its end.
-
-    Args:
-        rewards_R: Rewards of the answers; NaN counts as 0.
-        kl_N: Estimate of the divergence from the reference at each token.
-        lengths_R: Tokens of each answer.
-        coef: Weight of the divergence, in units of the reward per nat.
-        chosen_N: Tokens that the policy chose; the others have no reward. None for all.
-        score_at: ``last_token``: the last chosen token. ``after``: a place behind the last token, which then has a
-            value of its own (arXiv 2403.17031).
-
-    Returns:
-        [N]; [N + R], a place more for each answer, with ``after``.
-    """
-    chosen_N = np.ones(len(kl_N), np.bool_) if chosen_N is None else chosen_N
-    rewards_N = np.where(chosen_N, -coef * kl_N, 0.0)
-    scores_R = np.nan_to_num(rewards_R, nan=0.0)
-    if score_at == "after":
-        return np.insert(rewards_N, np.cumsum(lengths_R), scores_R)
-    lasts_R = np.full(len(lengths_R), -1)
-    answers_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
-    np.maximum.at(lasts_R, answers_N[chosen_N], np.flatnonzero(chosen_N))
-    ended_R = lasts_R >= 0
-    rewards_N[lasts_R[ended_R]] += scores_R[ended_R]
-    return rewards_N
 
 
 def top_entropy(entropies_N: Floats, counted_N: Mask, share: float) -> Mask:
@@ -282,45 +217,7 @@ class MovingMean:
         self._mean = state["mean"]
 
 
-class RunningScale:
-    """Divides rewards by the standard deviation of all rewards so far, and clips them.
-
-    Source: Welford 1962; Engstrom et al. 2020, "Implementation matters in deep policy gradients" (arXiv 2005.12729).
-
-    Args:
-        limit: Largest absolute value of a scaled reward.
-    """
-
-    def __init__(self, limit: float = 10.0) -> None:
-        self._limit = limit
-        self._count, self._mean, self._squares = 0, 0.0, 0.0
-
-    def scale(self, rewards_R: Floats) -> Floats:
-        """Adds rewards to the statistics and returns them scaled, [R]; as they are while all were equal."""
-        new = rewards_R[~np.isnan(rewards_R)]
-        if len(new):
-            total = self._count + len(new)
-            distance = float(new.mean()) - self._mean
-            self._squares += float(((new - new.mean()) ** 2).sum()) + distance**2 * self._count * len(new) / total
-            self._mean += distance * len(new) / total
-            self._count = total
-        variance = self._squares / (self._count - 1) if self._count > 1 else 0.0
-        return (
-            rewards_R.copy()
-            if variance < _VARIANCE_EPS
-            else (rewards_R / variance**0.5).clip(-self._limit, self._limit)
-        )
-
-    def state_dict(self) -> dict[str, float]:
-        """Returns count, mean and sum of squares."""
-        return {"count": self._count, "mean": self._mean, "squares": self._squares}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self._count, self._mean, self._squares = int(state["count"]), state["mean"], state["squares"]
-
-
-def _variance(values: Floats) -> float:
+def variance(values: Floats) -> float:
     """Returns the variance of a sample; 0 for fewer than two values."""
     return float(values.var(ddof=1)) if len(values) > 1 else 0.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +13,14 @@ from ingle.config.policy import KlControlKind
 
 #: Iterations that the forecast is made from.
 _MEMORY = 16
-#: The target of a budget grows with this power of the share of the run: divergence grows fast at first.
-_POWER = 0.5
-#: The weight of a budget stays within this factor of where it began.
-_RANGE = 100.0
-#: Largest relative error that the weight reacts to.
+#: Largest relative error that ``adaptive`` reacts to.
 _LARGEST_ERROR = 0.2
-#: In how many iterations the weight of a budget can at most change by a fifth, e.g. 0.2 / 4 = 5 % in one.
-_BUDGET_HORIZON = 4
+#: ``budget`` looks this many iterations ahead, along a line through as many points.
+_LOOKAHEAD = 8
+#: The most by which ``budget`` changes its weight in an iteration: it rises faster than it falls.
+_FALL, _RISE = 0.125, 0.5
+#: The weight of ``budget`` ends at most this much above the one that it began with.
+_RANGE = 1000.0
 
 
 class Point(NamedTuple):
@@ -52,14 +52,15 @@ class KlControl:
 
     - ``fixed``: the weight stays.
     - ``adaptive``: ``weight *= 1 + clip(D / target - 1, -0.2, 0.2) * answers / horizon``.
-    - ``budget``: the same with a target that grows to the budget, ``budget * sqrt(share of the run)``, and a horizon of
-      four iterations. The weight stays within a factor of 100.
+    - ``budget``: at most ``budget`` at the end. The weight rises if the divergence, eight iterations ahead at its speed
+      now, would be above ``(budget - 2 errors) sqrt(share of the run by then)``, and falls back to ``coef`` if it would
+      be below. So ``coef`` holds as long as the budget is not in danger.
 
     Source: Ziegler et al. 2019, "Fine-tuning language models from human preferences" (arXiv 1909.08593), section 2.2.
 
     Args:
         kind: As above.
-        coef: The weight at the beginning, in units of the reward per nat.
+        coef: The weight at the beginning, in units of the reward per nat; above 0 for ``budget``.
         target: Divergence that ``adaptive`` aims at, in nats per answer.
         horizon: Answers in which the weight of ``adaptive`` can change by 20 %.
         budget: Divergence at the end of ``budget``, in nats per answer.
@@ -78,6 +79,7 @@ class KlControl:
         budget: float | None = None,
     ) -> None:
         assert (kind == "budget") == (budget is not None), "a budget goes with control by budget"
+        assert budget is None or coef > 0, "a weight of 0 cannot rise by a factor"
         self.coef = coef
         self._kind = kind
         self._initial = coef
@@ -97,11 +99,28 @@ class KlControl:
         """
         self._points.append(Point(progress, mean, error))
         if self._kind == "adaptive":
-            self.coef *= 1 + _clip(mean / self._target - 1) * answers / self._horizon
+            relative = min(max(mean / self._target - 1, -_LARGEST_ERROR), _LARGEST_ERROR)
+            self.coef *= 1 + relative * answers / self._horizon
         elif self._budget is not None:
-            target = self._budget * max(progress, 0.0) ** _POWER
-            factor = 1 + _clip(mean / target - 1) / _BUDGET_HORIZON if target > 0 else 1.0
-            self.coef = min(max(self.coef * factor, self._initial / _RANGE), self._initial * _RANGE)
+            change = min(max((self._expected() / self._allowed() - 1) / 2, -_FALL), _RISE)
+            self.coef = min(max(self.coef * (1 + change), self._initial), self._initial * _RANGE)
+
+    def _ahead(self) -> float:
+        """Returns the share of the run that the lookahead of ``budget`` takes."""
+        recent = list(self._points)[-_LOOKAHEAD:]
+        return _LOOKAHEAD * (recent[-1].progress - recent[0].progress) / max(len(recent) - 1, 1)
+
+    def _expected(self) -> float:
+        """Returns the divergence some iterations ahead, if it goes on as in the last ones."""
+        recent = list(self._points)[-_LOOKAHEAD:]
+        return recent[-1].mean if len(recent) < 3 else _Line(recent).at(recent[-1].progress + self._ahead())
+
+    def _allowed(self) -> float:
+        """Returns the divergence that the budget allows by then."""
+        assert self._budget is not None
+        last = self._points[-1]
+        end = max(self._budget - 2 * last.error, self._budget / 2)
+        return float(end * min(last.progress + self._ahead(), 1.0) ** 0.5)
 
     @property
     def forecast(self) -> Interval | None:
@@ -111,19 +130,8 @@ class KlControl:
         """
         if len(self._points) < 4:
             return None
-        x, y, _ = np.array(self._points).T
-        x = x - 1.0  # distances from the end
-        centred = x - x.mean()
-        spread = float(centred @ centred)
-        if spread == 0:
-            return None
-        slope = float(centred @ y) / spread
-        end = float(y.mean() - slope * x.mean())
-        residuals = y - end - slope * x
-        freedom = len(y) - 2
-        variance = float(residuals @ residuals) / freedom
-        error = (variance * (1 + 1 / len(y) + float(x.mean()) ** 2 / spread)) ** 0.5
-        width = float(stdtrit(freedom, 0.975)) * error
+        line = _Line(self._points)
+        end, width = line.at(1.0), line.width(1.0)
         return Interval(end - width, end + width)
 
     @property
@@ -150,5 +158,28 @@ class KlControl:
         self._points = deque((Point(*point) for point in state["points"]), maxlen=_MEMORY)
 
 
-def _clip(error: float) -> float:
-    return min(max(error, -_LARGEST_ERROR), _LARGEST_ERROR)
+class _Line:
+    """The line through at least three points with the least squares.
+
+    Args:
+        points: Points at different shares of the run.
+    """
+
+    def __init__(self, points: Iterable[Point]) -> None:
+        self._x, y, _ = np.array(list(points)).T
+        self._centre, self._mean = float(self._x.mean()), float(y.mean())
+        centred = self._x - self._centre
+        self._spread = float(centred @ centred)
+        self._slope = float(centred @ y) / self._spread
+        residuals = y - self._mean - self._slope * centred
+        self._freedom = len(y) - 2
+        self._variance = float(residuals @ residuals) / self._freedom
+
+    def at(self, x: float) -> float:
+        """Returns the height of the line."""
+        return self._mean + self._slope * (x - self._centre)
+
+    def width(self, x: float) -> float:
+        """Returns half the width of the interval in which a further point lies with 95 % probability."""
+        share = 1 + 1 / len(self._x) + (x - self._centre) ** 2 / self._spread
+        return float(stdtrit(self._freedom, 0.975) * (self._variance * share) ** 0.5)
