@@ -76,14 +76,14 @@ def whiten(values_N: Floats, counted_N: Mask, *, shift: bool = True) -> Floats:
     if not len(counted):
         return np.zeros_like(values_N)
     mean = counted.mean()
-    scaled_N = (values_N - mean) / np.sqrt(variance(counted) + VARIANCE_EPS)
+    scaled_N = (values_N - mean) / np.sqrt(_variance(counted) + VARIANCE_EPS)
     return np.where(counted_N, scaled_N if shift else scaled_N + mean, 0.0)
 
 
-def explainedvariance(values_N: Floats, returns_N: Floats, counted_N: Mask) -> float:
+def explained_variance(values_N: Floats, returns_N: Floats, counted_N: Mask) -> float:
     """Returns the share of the variance of the returns that the values explain; NaN if the returns do not vary."""
-    variance = variance(returns_N[counted_N])
-    return float(1 - variance((returns_N - values_N)[counted_N]) / variance) if variance > 0 else float("nan")
+    variance = _variance(returns_N[counted_N])
+    return float(1 - _variance((returns_N - values_N)[counted_N]) / variance) if variance > 0 else float("nan")
 
 
 def group_advantages(
@@ -132,7 +132,7 @@ def group_advantages(
                 squares_R = _sums(np.where(scored_R, centred_R, 0) ** 2, numbers_R)
                 advantages_R = centred_R / (np.sqrt(squares_R / (counts_R - 1)) + eps)
             case "batch_std":
-                advantages_R = centred_R / (np.sqrt(variance(rewards_R[scored_R])) + eps)
+                advantages_R = centred_R / (np.sqrt(_variance(rewards_R[scored_R])) + eps)
             case "leave_one_out":
                 advantages_R = centred_R * counts_R / (counts_R - 1)
             case "length_weighted":
@@ -217,7 +217,7 @@ class MovingMean:
         self._mean = state["mean"]
 
 
-def variance(values: Floats) -> float:
+def _variance(values: Floats) -> float:
     """Returns the variance of a sample; 0 for fewer than two values."""
     return float(values.var(ddof=1)) if len(values) > 1 else 0.0
 
