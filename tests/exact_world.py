@@ -24,7 +24,7 @@ LENGTHS = np.full(len(ANSWERS), LENGTH)
 #: An answer, and the prefix before each of its tokens.
 _TOKENS = torch.tensor(ANSWERS)
 _PREFIXES = [prefix for length in range(LENGTH) for prefix in itertools.product(range(NUM_TOKENS), repeat=length)]
-_BEFORE = torch.tensor([[_PREFIXES.index(answer[:length]) for length in range(LENGTH)] for answer in ANSWERS])
+BEFORE = torch.tensor([[_PREFIXES.index(answer[:length]) for length in range(LENGTH)] for answer in ANSWERS])
 
 
 def table(phase: float) -> Tensor:
@@ -43,7 +43,7 @@ REWARDS = np.array([reward(answer) for answer in ANSWERS])
 
 def logps(logits: Tensor) -> Tensor:
     """Returns the log-probability of each token of each answer, [27, 3]."""
-    return logits.log_softmax(-1)[_BEFORE, _TOKENS]
+    return logits.log_softmax(-1)[BEFORE, _TOKENS]
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def answer_divergence(logits: Tensor, reference: Tensor) -> Tensor:
 def values(logits: Tensor) -> np.ndarray:
     """Returns the true value before each token of each answer, [27, 3]: the mean reward of what can follow."""
     weights = probabilities(logits)
-    follows = (_BEFORE[:, None] == _BEFORE[None]) * weights[None, :, None]  # [27, 27, 3]
+    follows = (BEFORE[:, None] == BEFORE[None]) * weights[None, :, None]  # [27, 27, 3]
     return ((follows * torch.from_numpy(REWARDS)[None, :, None]).sum(1) / follows.sum(1)).numpy()
 
 
