@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from ingle.config.policy import Advantage, Aggregation, Importance
+from ingle.data import IGNORE_INDEX, collate
+from ingle.data.types import Sample
+from ingle.models import forward_hidden, through_head
 from ingle.objectives.policy_losses import (
     Clip,
+    Rows,
     aggregate,
     divergence,
     kl_terms,
@@ -17,8 +22,11 @@ from ingle.objectives.policy_losses import (
     policy_losses,
     value_losses,
 )
-from ingle.objectives.rollouts.advantages import gae, group_advantages, whiten
+from ingle.objectives.rollouts.advantages import gae, group_advantages, sum_answers, whiten
+from ingle.objectives.rollouts.buffer import SampleBuffer
+from ingle.objectives.rollouts.kl_control import KlControl
 from ingle.objectives.rollouts.rewards import token_rewards
+from ingle.objectives.token_loss import head_logps
 from tests.exact_world import (
     ANSWERS,
     BEFORE,
@@ -36,6 +44,7 @@ from tests.exact_world import (
     table,
     values,
 )
+from tests.tiny import make_random
 
 POLICY, REFERENCE, SAMPLER = table(0.0), table(2.0), table(0.3)
 EXACT = gradient(expected_reward, POLICY)
@@ -182,3 +191,71 @@ def test_the_first_pass_of_ppo_is_reinforce_with_whitened_advantages() -> None:
     weights = probabilities(POLICY)
     found = policy_gradient(ALL, weights, undone_N.reshape(27, 3), importance="token", clip=Clip("ppo"))
     assert relative_error(found, EXACT) < 1e-12
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(1, 5))])
+def test_a_run_ends_within_its_budget_and_learns(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    control, policy, rows, steps = KlControl("budget", 0.01, budget=1.0), POLICY.clone(), rows_of(64), 80
+    lengths = np.full(64, LENGTH)
+    for step in range(1, steps + 1):
+        answers = torch.multinomial(probabilities(policy), 64, replacement=True, generator=generator).numpy()
+        old, initial = (logps(each)[answers].flatten() for each in (policy, POLICY))
+        kl_N = kl_terms(old, initial, "k1").numpy()
+        returns_N, _ = gae(token_rewards(REWARDS[answers], kl_N, lengths, control.coef), 0 * kl_N, lengths, 1.0, 1.0)
+        advantages_N = torch.from_numpy(returns_N - returns_N.mean())
+
+        def loss(logits: Tensor) -> Tensor:
+            logps_N = logps(logits)[answers].flatten()  # noqa: B023
+            ratios_N = log_ratios(logps_N, old, rows, "token")  # noqa: B023
+            return aggregate(policy_losses(logps_N, ratios_N, advantages_N, Clip()).losses, rows, "answer_sums") / 64  # noqa: B023
+
+        policy = policy - gradient(loss, policy)
+        each_R = sum_answers(kl_N, lengths)
+        control.update(each_R.mean(), each_R.std(ddof=1) / 8, 64, step / steps)
+        assert not control.is_exceeded
+    assert answer_divergence(policy, POLICY) < 1.0
+    assert expected_reward(policy) > expected_reward(POLICY) + 0.4
+
+
+def test_a_model_in_packed_minibatches_has_the_exact_gradient() -> None:
+    """A Llama of one layer over the 3 tokens; the buffer packs all answers to a prompt of one token."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(vocab_size=3, num_hidden_layers=1, max_position_embeddings=16, **sizes)
+    model = make_random(config, torch.float64)
+    parameters = [*model.parameters()]
+    buffer = SampleBuffer(
+        {
+            "prompt_ids": np.ones(27, np.int32),
+            "prompt_lengths": np.ones(27, np.int64),
+            "ids": np.array(ANSWERS, np.int32).flatten(),
+            "lengths": LENGTHS,
+            **{name: np.zeros(27, np.int64) for name in ("draws", "rows")},
+            "answers": ALL,
+        }
+    )
+
+    def score(numbers: np.ndarray) -> tuple[Tensor, Rows]:
+        samples = [Sample(each.input_ids, each.labels) for each in buffer.samples(numbers)]
+        batch = collate(samples)
+        hidden, targets = forward_hidden(model, batch)[0], batch.next_labels()
+        documents = torch.repeat_interleave(torch.arange(len(numbers)), batch.cu_seqlens.diff().long())
+        return through_head(model, head_logps, hidden, targets), Rows(targets != IGNORE_INDEX, documents, len(numbers))
+
+    logps_N, rows = score(ALL)
+    chances = rows.sums(logps_N).exp()
+    assert chances.sum().item() == pytest.approx(1, abs=1e-12)
+    exact = torch.autograd.grad(chances @ torch.from_numpy(REWARDS), parameters)
+
+    weights_A = chances.detach() * torch.from_numpy(group_advantages(REWARDS, 0 * ALL, LENGTHS, "group_mean"))
+    found = [torch.zeros_like(parameter) for parameter in parameters]
+    for part in buffer.minibatches(9, lambda count: np.arange(count)[::-1]):
+        logps_N, rows = score(part)
+        ratios_N = log_ratios(logps_N, logps_N.detach(), rows, "sequence")
+        losses_N = policy_losses(logps_N, ratios_N, weights_A[part][rows.documents], Clip()).losses
+        for total, grad in zip(
+            found, torch.autograd.grad(-aggregate(losses_N, rows, "answer_sums"), parameters), strict=True
+        ):
+            total += grad
+    for one, other in zip(found, exact, strict=True):
+        assert (one - other).norm() <= 1e-10 * max(each.norm() for each in exact)
