@@ -24,6 +24,7 @@ from ingle.objectives.policy_losses import (
 )
 from ingle.objectives.rollouts.advantages import gae, group_advantages, sum_answers, whiten
 from ingle.objectives.rollouts.buffer import SampleBuffer
+from ingle.objectives.rollouts.importance import correction_weights, effective_sample_size
 from ingle.objectives.rollouts.kl_control import KlControl
 from ingle.objectives.rollouts.rewards import token_rewards
 from ingle.objectives.token_loss import head_logps
@@ -181,6 +182,16 @@ def test_answers_of_another_sampler() -> None:
     tokens = policy_gradient(ALL, weights, REWARDS, importance="token", sampler=SAMPLER)
     assert relative_error(exact, EXACT) < 1e-12
     assert relative_error(tokens, EXACT) == pytest.approx(0.22528, abs=1e-5)
+
+
+def test_truncation_only_shrinks_weights_and_their_effective_number_is_known() -> None:
+    ratios = (logps(POLICY) - logps(SAMPLER)).numpy()
+    often = np.rint(probabilities(SAMPLER).numpy() * 200_000).astype(int)  # as many answers as are sampled
+    sampled = np.repeat(ratios.sum(1), often)
+    assert effective_sample_size(sampled) / len(sampled) == pytest.approx(0.94627576, abs=1e-5)
+    for level in ("token", "sequence"):
+        plain, cut = (correction_weights(ratios.flatten(), LENGTHS, "truncate", level, most) for most in (np.inf, 1.1))
+        assert (cut <= plain).all() and (cut == plain)[plain <= 1.1].all() and cut.max() == 1.1
 
 
 def test_the_first_pass_of_ppo_is_reinforce_with_whitened_advantages() -> None:

@@ -24,6 +24,7 @@ from ingle.objectives.policy_losses import (
     value_losses,
 )
 from ingle.objectives.rollouts.advantages import gae, group_advantages, normalize_then_sum, whiten
+from ingle.objectives.rollouts.importance import correction_weights
 from ingle.objectives.rollouts.kl_control import KlControl
 from ingle.objectives.rollouts.rewards import sum_rewards, token_rewards
 
@@ -150,6 +151,12 @@ def test_divergence_from_a_teacher_is_that_of_trl(beta: float) -> None:
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == near(TRL["jsd"][str(beta)]["loss"])
     assert gradient.flatten().numpy() == near(TRL["jsd"][str(beta)]["gradient"])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_truncated_importance_weights_are_those_of_verl(level: Any) -> None:
+    ratios = INPUTS["logps"] - INPUTS["old"]
+    assert correction_weights(ratios, LENGTHS, "truncate", level, 1.5) == near(VERL[f"truncate_{level}"])
 
 
 def test_the_score_is_at_the_last_token() -> None:

@@ -142,6 +142,13 @@ def verl_goldens(folder: Path, inputs: Inputs) -> Json:
         control.update(kl, answers)
         out["adaptive"].append(float(control.value))
 
+    namespace |= {"SAFETY_BOUND": 20.0, "compute_is_metrics": lambda **given: {}}
+    name = "compute_rollout_correction_weights"
+    correct = getattr(load(folder / "trainer/ppo/rollout_corr_helper.py", {name}, namespace), name)
+    for level in ("token", "sequence"):
+        weights, _ = correct(inputs.logps - inputs.old, mask, rollout_is=level, rollout_is_threshold=1.5)
+        out[f"truncate_{level}"] = flat(weights)
+
     settings = ActorConfig(
         clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=3.0, global_batch_info={}
     )

@@ -284,3 +284,15 @@ def test_divergence_from_a_teacher(beta: float, expected: float) -> None:
         torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64),
     )
     assert divergence(student.log(), teacher.log(), beta).item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_what_a_teacher_teaches() -> None:
+    student = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    probabilities = student.detach().exp()
+    for beta in (0.0, 1.0):
+        value = divergence(student.log_softmax(-1), teacher.log(), beta)
+        (gradient,) = torch.autograd.grad(value, student)
+        surprise = student.detach() - teacher.log()
+        expected = probabilities * (surprise - value.detach()) if beta else probabilities - teacher
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
