@@ -97,6 +97,7 @@ class KlControl:
             answers: Number of answers.
             progress: Share of the iterations that are done, this one included.
         """
+        assert 0 < progress <= 1, progress
         self._points.append(Point(progress, mean, error))
         if self._kind == "adaptive":
             relative = min(max(mean / self._target - 1, -_LARGEST_ERROR), _LARGEST_ERROR)
