@@ -9,6 +9,7 @@ Legend: R answers, N tokens of all answers end to end, F reward functions, G gro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ VARIANCE_EPS = 1e-8
 OF_GROUPS = frozenset[Advantage]({"group_std", "group_mean", "leave_one_out", "batch_std", "length_weighted"})
 
 
-def sum_answers(values_N: npt.NDArray[np.floating], lengths_R: Integers) -> Floats:
+def sum_answers(values_N: npt.NDArray[np.floating[Any]], lengths_R: Integers) -> Floats:
     """Returns the sum over the tokens of each answer, float64 [R]."""
     answers_N = np.repeat(np.arange(len(lengths_R)), lengths_R)
     return np.bincount(answers_N, values_N.astype(np.float64), len(lengths_R)).astype(np.float64)
