@@ -231,7 +231,8 @@ def _groups(groups_R: Integers, scored_R: Mask) -> tuple[Integers, Floats]:
 
 def _sums(values_R: Floats, numbers_R: Integers) -> Floats:
     """Returns for each answer the sum over its group."""
-    return np.bincount(numbers_R, values_R)[numbers_R]
+    sums_G: Floats = np.bincount(numbers_R, values_R).astype(np.float64)
+    return sums_G[numbers_R]
 
 
 def _centred(rewards_R: Floats, numbers_R: Integers, weights_R: Floats) -> Floats:
