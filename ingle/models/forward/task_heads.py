@@ -158,7 +158,7 @@ def _pool(base: nn.Module, rows_DLH: Tensor) -> Tensor:
     """Returns what the pooler of the base makes of each document."""
     pooler: Any = base.pooler
     pooled: Tensor
-    if isinstance(pooler, nn.Linear):  # ALBERT and BigBird keep its activation beside it
+    if isinstance(pooler, nn.Linear):  # ALBERT and BigBird store its activation in the base model
         activation: Any = base.pooler_activation if hasattr(base, "pooler_activation") else base.activation
         pooled = activation(pooler(rows_DLH[:, 0]))
     else:

@@ -111,8 +111,14 @@ def test_documents_are_computed_as_single_ones(kind, base, folder_of, documents)
     require_same_losses_and_gradients(model, reference, documents, next_tokens, rounding=rounding)
 
 
-#: One of every way to cache what it has read: keys, states, both, nothing; with and without padding.
-GROWING = ("bert", "blenderbot-small", "mamba", "qwen3_5_text", "rwkv")
+#: Types with keys, states, both or nothing in their cache: ``Layout.caches`` and ``Layout.pads_from`` of each.
+GROWING = {
+    "bert": (True, 0),
+    "blenderbot-small": (True, None),
+    "mamba": (True, 0),
+    "qwen3_5_text": (True, 0),
+    "rwkv": (False, 0),
+}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,8 @@ def test_texts_of_a_batch_grow_as_single_ones(kind, folder_of) -> None:
         pytest.skip(REASONS[kind])
     folder = folder_of(kind)
     model = load(folder, NoBase())
+    if kind in GROWING:
+        assert (model.packed_layout.caches, model.packed_layout.pads_from) == GROWING[kind]
     reader = getattr(transformers, models.class_that_reads(model))
     reference = reader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     prompts = random_documents((3, 14, 5, 9))
