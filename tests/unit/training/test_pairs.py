@@ -23,7 +23,7 @@ from ingle.errors import ProofFailed
 from ingle.events import Event, Proved
 from ingle.models import load_model
 from ingle.objectives import Check, Sums
-from ingle.objectives.dealing import without_labels
+from ingle.objectives.dealing import start_without_labels
 from ingle.parallel import Mesh
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.proof import check_start, prove_start
@@ -91,7 +91,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_dealt(folder: Path) -> None:
         _require_equal(_step(objective, [round_up(part) for part in whole.split(num_parts)]), expected)
 
     # Three ranks, the last of which has no rows.
-    empty = without_labels(make_dataset().sample(0))
+    empty = start_without_labels(make_dataset().sample(0))
     dealt = [rows[:3], rows[3:], [empty]]
     total = torch.zeros_like(expected[1])
     for rank, own in enumerate(dealt):
