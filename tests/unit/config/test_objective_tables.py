@@ -24,7 +24,9 @@ def section(kind: str, **options: Any) -> Any:
     return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **options})
 
 
-@pytest.mark.parametrize("table", [TRAINS, FAMILY, METRICS_OF, run_page._UNITS], ids=["models", "family", "metrics", "units"])
+@pytest.mark.parametrize(
+    "table", [TRAINS, FAMILY, METRICS_OF, run_page._UNITS], ids=["models", "family", "metrics", "units"]
+)
 def test_tables_cover_every_objective(table: Mapping[ObjectiveKind, Any]) -> None:
     assert set(table) == set(KINDS)
 
