@@ -39,6 +39,8 @@ def make_encoder(tokenizer: Tokenizer, options: TokenOptions) -> RowEncoder:
             return ChatEncoder(tokenizer, options)
         case "reward" | "dpo" | "kto" | "orpo" | "simpo" | "cpo" | "bco":
             return PreferenceEncoder(tokenizer, options)
+        case "ppo" | "grpo" | "rloo" | "reinforce" | "online_dpo" | "raft" | "distill":
+            raise AssertionError("prompts are read by ingle.data.prompts")
 
 
 class RowTokenizer:
