@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     RANDOM = 10
     INSERT_RANDOM = 11
     INSERT_TOKEN = 12
+    SAMPLE = 13
+    MINIBATCH = 14
 
 
 class Place(NamedTuple):

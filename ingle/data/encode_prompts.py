@@ -47,7 +47,7 @@ class PromptEncoder:
             raise ConfigError(
                 "The sampled answers leave no room for prompts.",
                 where="data.max_seq_len",
-                why=f"prompt and answer have {options.max_seq_len:,} tokens, the answer alone {options.max_answer_len:,}",
+                why=f"it has {options.max_seq_len:,} tokens, and an answer {options.max_answer_len:,}",
                 fix=f"--data.max_seq_len={options.max_answer_len + options.max_seq_len}, or a smaller "
                 "objective.rollout.max_new_tokens",
             )
@@ -81,8 +81,9 @@ class PromptEncoder:
         """Returns the tokens that the sampler continues."""
         system = self._options.system
         if self._options.model_kind == "encoder_decoder":
-            asked = replace(example, messages=(*example.messages, Message("assistant", ""))) if example.messages else example
-            return source_ids(self._tokenizer, [write_prompt(asked, system)[0]])[0]
+            if example.messages:  # without an answer, the prompt of a conversation would end before its last question
+                example = replace(example, messages=(*example.messages, Message("assistant", "")))
+            return source_ids(self._tokenizer, [write_prompt(example, system)[0]])[0]
         return prompt_ids(self._tokenizer, example, system, control=self._control)
 
     def _explain(self) -> str:

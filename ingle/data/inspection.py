@@ -30,6 +30,7 @@ from ingle.data.layout_detection import detect_source, guess_objective
 from ingle.data.packing import make_sequences
 from ingle.data.preference_doctor import examine
 from ingle.data.previews import Previews
+from ingle.data.prompt_rows import write_column
 from ingle.data.prompts import PromptSet, build_prompts
 from ingle.data.row_encoder import ModelKind, Tally
 from ingle.data.row_parts import show_label
@@ -276,7 +277,8 @@ def _count_labels(dataset: TokenDataset, objective: ObjectiveConfig) -> tuple[La
 
 def _count_columns(prompts: PromptSet) -> tuple[RewardColumn, ...]:
     """Counts the prompts that have a value in each column."""
-    found = Counter(name for i in range(len(prompts)) for name, value in prompts.columns(i).items() if value is not None)
+    rows = (prompts.columns(i) for i in range(len(prompts)))
+    found = Counter(name for row in rows for name, value in row.items() if value is not None)
     return tuple(RewardColumn(name, found[name]) for name in prompts.column_names)
 
 

@@ -92,10 +92,12 @@ def token_options(
         model_kind: What reads the tokens.
     """
     kind = objective if isinstance(objective, str) else objective.kind
-    default: Literal["split", "truncate", "cut_prompts", "drop"] = "split" if kind in ("clm", "mlm", "span") else "truncate"
-    if reads_answers(kind):
+    default: Literal["split", "truncate", "cut_prompts", "drop"] = "truncate"
+    if kind in ("clm", "mlm", "span"):
+        default = "split"
+    elif reads_answers(kind):
         default = "cut_prompts"
-    if samples_answers(kind):
+    elif samples_answers(kind):
         default = "drop"
     options = TokenOptions(
         objective=kind,

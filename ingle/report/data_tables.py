@@ -269,13 +269,14 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         ("rows", rows + split),
         ("tokens", f"{stats.tokens:,}{share}"),
         ("truncation", cut),
-        *([("packing" if packing.enabled else "no packing", sequences)] if not samples_answers(report.objective) else []),
     ]
-    if endings:
-        figures.append(("documents end in", endings))
     if samples_answers(report.objective):
         found = (f"{each.name} ({plural(each.count, 'prompt')})" for each in report.columns)
         figures.append(("columns for rewards", ", ".join(found) or "none"))
+    else:
+        figures.append(("packing" if packing.enabled else "no packing", sequences))
+    if endings:
+        figures.append(("documents end in", endings))
     if report.answered is not None:
         windows = f"{plural(stats.documents, 'window')}, {report.answered:,} with the answer"
         figures.append(("windows of contexts", windows))

@@ -146,6 +146,42 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.freeze_a=true", "--adapter.lora_plus_ratio=16"],
         ["--adapter.freeze_a=true"],
     ),
+    "minibatches-fill-an-iteration": (
+        ["--objective=grpo", "--train.global_batch_size=48"],
+        ["--objective=grpo", "--train.global_batch_size=64"],
+    ),
+    "groups-have-two": (
+        ["--objective=grpo", "--objective.num_generations=1"],
+        ["--objective=reinforce", "--train.global_batch_size=16"],
+    ),
+    "sampled-objectives-need-no-dropout": (
+        ["--objective=grpo", "--adapter.dropout=.1"],
+        ["--objective=grpo"],
+    ),
+    "policies-sample-the-full-support": (
+        ["--objective=grpo", "--objective.rollout.top_p=.9"],
+        ["--objective=raft", "--objective.rollout.top_p=.9"],
+    ),
+    "k1-has-no-gradient": (
+        ["--objective=grpo", "--objective.kl.estimator=k1"],
+        ["--objective=grpo", "--objective.kl.estimator=k2", "--objective.kl.level=answer"],
+    ),
+    "budget-needs-a-weight": (
+        ["--objective=grpo", "--objective.preset=dapo", "--objective.kl.budget=8"],
+        ["--objective=ppo", "--objective.kl.budget=8"],
+    ),
+    "policies-with-reference-need-an-adapter": (
+        ["--objective=grpo", "--adapter=none"],
+        ["--objective=grpo", "--adapter=none", "--objective.kl.place=none"],
+    ),
+    "reinforce-learns-once": (
+        ["--objective=reinforce", "--objective.num_passes=2"],
+        ["--objective=reinforce", "--objective.num_passes=2", "--objective.importance=token"],
+    ),
+    "distillation-answers-once": (
+        ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
+        ["--objective=distill", "--objective.teacher=t"],
+    ),
     "local-models-have-no-revision": (["--model.id=here", "--model.revision=main"], ["--model.revision=main"]),
     "foreign-code-is-pinned": (
         ["--model.trust_remote_code=true"],
