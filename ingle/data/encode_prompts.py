@@ -13,6 +13,7 @@ from ingle.data.encode_sources import source_ids
 from ingle.data.encode_text_answers import write_prompt
 from ingle.data.prompt import prompt_ids
 from ingle.data.row_encoder import Counts, Piece, TokenOptions
+from ingle.data.sandbox import Sandbox
 from ingle.data.types import Example, Message, Tokenizer
 from ingle.errors import ConfigError
 
@@ -37,6 +38,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, options: TokenOptions) -> None:
         self._tokenizer, self._options = tokenizer, options
         self._control = ControlTokens(tokenizer, options.control_tokens)
+        self._sandbox = Sandbox(tokenizer)
         self._room = options.max_seq_len - options.max_answer_len
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._bos: int | None = None if bos == eos else bos
@@ -59,23 +61,28 @@ class PromptEncoder:
             DataError: A conversation needs a chat template, or the template refuses it.
             ModelError: The chat template takes too much time or memory.
         """
-        for example in examples:
-            for remark in example.remarks:
-                counts.remarks.add(remark, example.origin)
-            ids = self._read(example) if _says_something(example) else []
-            if not ids:
-                counts.dropped.add("Empty prompt.", example.origin)
-                continue
-            if len(ids) > self._room and self._options.too_long == "drop":
-                counts.dropped.add(self._explain(), example.origin)
-                continue
-            if len(ids) > self._room:
-                whole = len(ids)
-                ids = self._shorten(example, ids)
-                counts.truncated_documents += 1
-                counts.truncated_tokens += whole - len(ids)
-                counts.remarks.add(PROMPTS_CUT, example.origin)
+        with self._sandbox:
+            found = [(example, ids) for example in examples if (ids := self._fit(example, counts))]
+        for example, ids in found:
             yield example, [Piece(np.array(ids, np.int32), np.zeros(len(ids), np.bool_))]
+
+    def _fit(self, example: Example, counts: Counts) -> list[int]:
+        """Returns the tokens of a prompt for which there is room; none if it is left out."""
+        for remark in example.remarks:
+            counts.remarks.add(remark, example.origin)
+        ids = self._read(example) if _says_something(example) else []
+        if not ids:
+            counts.dropped.add("Empty prompt.", example.origin)
+        if len(ids) <= self._room:
+            return ids
+        if self._options.too_long == "drop":
+            counts.dropped.add(self._explain(), example.origin)
+            return []
+        kept = self._shorten(example, ids)
+        counts.truncated_documents += 1
+        counts.truncated_tokens += len(ids) - len(kept)
+        counts.remarks.add(PROMPTS_CUT, example.origin)
+        return kept
 
     def _read(self, example: Example) -> list[int]:
         """Returns the tokens that the sampler continues."""
@@ -84,7 +91,7 @@ class PromptEncoder:
             if example.messages:  # without an answer, the prompt of a conversation would end before its last question
                 example = replace(example, messages=(*example.messages, Message("assistant", "")))
             return source_ids(self._tokenizer, [write_prompt(example, system)[0]])[0]
-        return prompt_ids(self._tokenizer, example, system, control=self._control)
+        return prompt_ids(self._tokenizer, example, system, control=self._control, sandbox=self._sandbox)
 
     def _explain(self) -> str:
         limit = f"Longer than data.max_seq_len = {self._options.max_seq_len}"

@@ -51,8 +51,6 @@ def parse_prompt(row: Mapping[str, Any], origin: str) -> Example:
         DataError: A message has an image, audio or video.
     """
     asked, answer = _read(row, origin)
-    if asked.messages and not any(turn.role in ("user", "tool") for turn in asked.messages):
-        raise ValueError("the conversation has no message of a user before its answer")
     columns, remarks = _keep_columns(row)
     own = next((row[name] for name in _ANSWERS if row.get(name) is not None), answer)
     if own is not None and "answer" not in columns:
@@ -88,9 +86,10 @@ def _read(row: Mapping[str, Any], origin: str) -> tuple[Example, str | None]:
 def _cut_answer(example: Example) -> tuple[Example, str | None]:
     """Returns a conversation without the answer that it ends with, and the answer."""
     *before, last = example.messages
-    if last.role != "assistant":
-        return example, None
-    return replace(example, messages=tuple(before)), last.written
+    before = before if last.role == "assistant" else [*before, last]
+    if not any(turn.role in ("user", "tool") for turn in before):
+        raise ValueError("the conversation has no message of a user before its answer")
+    return replace(example, messages=tuple(before)), last.written if last.role == "assistant" else None
 
 
 def _read_common(row: Example) -> tuple[Example, str | None]:
