@@ -227,7 +227,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
     if plan.strategy.recompute:
-        models.recompute_layers(model)
+        models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
     if not (plan.compile and run.train.compile is True):
         fusable = adapters.insert_fused(model, mesh.device)
@@ -295,7 +295,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim, mesh),
+        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim, objective.module), run.optim, mesh),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

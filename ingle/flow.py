@@ -163,7 +163,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         KeyboardInterrupt: A rank was asked to stop.
     """
     plan, mesh, objective = parts.plan, parts.mesh, parts.objective
-    recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model)
+    recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model, adapters.as_now)
     relief = MemoryRelief(folder.memory, mesh, sink, recompute if models.can_recompute(parts.model) else None)
     score = partial(score_samples, run, parts)
     validation = Validation(run, plan.validate_every, objective, parts.held_out, mesh, relief, score)

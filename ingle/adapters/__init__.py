@@ -12,7 +12,7 @@ from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.roles import add_role, load_role, save_role
 from ingle.adapters.rounding import Rounding
-from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, has_initial, use
+from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
 from ingle.adapters.targets import Selection, select
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "adapted_modules",
     "adapter_config",
     "add_role",
+    "as_now",
     "attach",
     "describe",
     "disabled",

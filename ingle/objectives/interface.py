@@ -102,6 +102,10 @@ class StepModule(nn.Module, ABC):
         The loop adds them over the whole step and all ranks. ``tokens``, the number of tokens, is always among them.
         """
 
+    def lr_ratio(self, name: str) -> float:
+        """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
+        return 1.0
+
     def forward(self, batch: Batch) -> Sums:
         """Computes the sums of one micro-batch."""
         with self.observe(batch.num_tokens):
