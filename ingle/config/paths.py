@@ -25,6 +25,9 @@ _PATHS = {
     ("ModelConfig", "chat_template"),
     ("LowRankAdapter", "path"),
     ("Source", "path"),
+    ("FunctionReward", "path"),
+    ("JudgeReward", "prompt"),
+    ("ModelReward", "path"),
 }
 
 
