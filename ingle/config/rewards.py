@@ -25,7 +25,7 @@ RewardKind = Literal[
     "model",
 ]
 
-_Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Weight = Annotated[float, Field(ge=-999, le=1e6)]
 _Tokens = Annotated[int, Field(ge=0, le=16_777_216)]
 
 

@@ -252,23 +252,25 @@ def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Opt
                     yield Option(path, "a section or null", default, description or docstring(inner)[0], when)
                 yield from _walk(inner, path + ".", when)
             case Choice(tag):
-                yield from _walk_members(shape, path, getattr(field.default, tag, None), description)
+                yield from _walk_members(shape, path, getattr(field.default, tag, None), description, when)
             case Rows(item):
                 yield Option(path, "a list of sections, or of text", default, description, when)
                 if isinstance(item, Table):
                     yield from _walk(item.section, path + ".N.", when)
                 else:
-                    yield from _walk_members(item, path + ".N", item.default, "")
+                    yield from _walk_members(item, path + ".N", item.default, "", when)
             case Names():
                 yield Option(path, "a mapping of names to text", default, description, when)
             case Leaf(words):
                 yield Option(path, words, default, description, when)
 
 
-def _walk_members(choice: Choice, path: str, default: str | None, description: str) -> Iterator[Option]:
+def _walk_members(
+    choice: Choice, path: str, default: str | None, description: str, when: str | None
+) -> Iterator[Option]:
     texts = [f"``{member}``: {docstring(inner)[0]}" for member, inner in choice.members.items()]
     name = f"{path}.{choice.tag}"
-    yield Option(name, either(list(choice.members)), default, " ".join([description, *texts]).strip())
+    yield Option(name, either(list(choice.members)), default, " ".join([description, *texts]).strip(), when)
     for member, inner in choice.members.items():
         for option in _walk(inner, path + ".", f"{name} = {member}"):
             if option.path != name:

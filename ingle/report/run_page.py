@@ -42,6 +42,10 @@ _UNITS: Mapping[ObjectiveKind, str] = {
     "simpo": "nats per pair",
     "cpo": "nats per pair",
     "bco": "nats per answer",
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce"), "units of the reward"),
+    "online_dpo": "nats per pair",
+    "raft": "nats per supervised token",
+    "distill": "nats per token",
 }
 
 #: Longer answers are shown without marks.
