@@ -147,12 +147,12 @@ class OverlongReward(_Reward):
 
 
 class RepetitionReward(_Reward):
-    """``-max_penalty`` times the share of the n-grams of words that repeat an earlier one.
+    """``-max_penalty`` times the share of the n-grams of tokens that repeat an earlier one.
 
     Source: Yeo et al. 2025, "Demystifying Long Chain-of-Thought Reasoning in LLMs" (arXiv 2502.03373), appendix C.2.
 
     Attributes:
-        ngram: Words of an n-gram.
+        ngram: Tokens of an n-gram.
         max_penalty: Penalty if all n-grams were repetitions.
     """
 
@@ -177,7 +177,7 @@ class JudgeReward(_Reward):
     """
 
     kind: Literal["judge"]
-    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/\S*)?$")]
+    url: Text
     model: Text
     prompt: Text
     scale: Annotated[tuple[_Weight, _Weight], Strict(False)] = (1.0, 10.0)
