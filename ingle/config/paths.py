@@ -27,6 +27,9 @@ _PATHS = {
     ("Source", "path"),
     ("ValueConfig", "path"),
     ("Distill", "teacher"),
+    ("FunctionReward", "path"),
+    ("JudgeReward", "prompt"),
+    ("ModelReward", "path"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ingle.config.preferences import DpoLoss
+from ingle.config.rewards import Rewards
 from ingle.config.section import Count, Positive, Section, Strings, Text
 
 #: What the reward of an answer is compared with; see :mod:`ingle.objectives.rollouts.advantages`.
@@ -118,6 +119,7 @@ class Rewarded(Sampled):
     """Options of everything that learns from rewards.
 
     Attributes:
+        rewards: What an answer is worth. A text is short for ``{kind: function, path: ...}``.
         combine: ``sum`` adds the rewards with their weights; ``normalize_then_sum`` scales each one within the answers
             to a prompt first.
         max_failed: The run ends if a larger share of the answers of an iteration could not be scored.
@@ -126,6 +128,7 @@ class Rewarded(Sampled):
         unfinished_value: See ``unfinished``.
     """
 
+    rewards: Rewards
     combine: Literal["sum", "normalize_then_sum"] = "sum"
     max_failed: _Share = 0.2
     unfinished: Unfinished | None = None

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ingle.errors import ModelError
 from ingle.kernels.attention.bounds import make_bounds
 from ingle.kernels.attention.trees import Trees
+from ingle.kernels.layers.logits import LogitTransform
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
@@ -81,6 +82,17 @@ def head(model: PreTrainedModel) -> Head:
             where="model.id",
             fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
         )
+    transform = logit_transform(model)
+    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
+    bias = layer.bias
+    if added := layout_of(model).added_bias:
+        more = model.get_parameter_or_buffer(added).flatten()
+        bias = more if bias is None else bias + more
+    return Head(weight, bias, transform.scale, transform.softcap)
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """Returns what an architecture does with its raw logits, from its config."""
     scaled = model.config.model_type not in _UNSCALED
     config = text_config(model.config) if scaled else None
     config = getattr(config, "decoder", config)  # of an encoder-decoder with a section for each part
@@ -90,12 +102,7 @@ def head(model: PreTrainedModel) -> Head:
     for name in _DIVISORS:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
-    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    bias = layer.bias
-    if added := layout_of(model).added_bias:
-        more = model.get_parameter_or_buffer(added).flatten()
-        bias = more if bias is None else bias + more
-    return Head(weight, bias, scale, None if softcap is None else float(softcap))
+    return LogitTransform(scale, None if softcap is None else float(softcap))
 
 
 def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

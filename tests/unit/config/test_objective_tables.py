@@ -19,14 +19,17 @@ from ingle.models import model_task
 from ingle.report import run_page
 
 KINDS: tuple[ObjectiveKind, ...] = get_args(ObjectiveKind)
-#: Options that have no default.
-TEACHER = {"distill": {"teacher": "teacher"}}
 SAMPLED = tuple(kind for kind in KINDS if samples_answers(kind))
+#: Options that have no default.
+REQUIRED: dict[str, dict[str, Any]] = {
+    **{kind: {"rewards": ["reward.py"]} for kind in SAMPLED},
+    "distill": {"teacher": "teacher"},
+}
 ANSWERS = tuple(kind for kind in KINDS if reads_answers(kind))
 
 
 def section(kind: str, **options: Any) -> Any:
-    return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **options})
+    return TypeAdapter(ObjectiveConfig).validate_python({"kind": kind, **REQUIRED.get(kind, {}), **options})
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_tables_cover_every_objective(table: Mapping[ObjectiveKind, Any]) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_with_a_head_generate_no_text(kind: ObjectiveKind) -> None:
-    options: dict[str, Any] = {"classify": {"problem": "single"}, **TEACHER}.get(kind, {})
+    options = {"classify": {"problem": "single"}}.get(kind, {})
     has_head = model_task(section(kind, **options)).kind != "lm"
     assert has_head == (kind in NOT_TEXT and kind != "mlm")
     assert set(suitable_metrics(section(kind, **options))) <= METRICS_OF[kind]
@@ -71,7 +74,7 @@ def test_own_values_stay_and_are_named() -> None:
 def sampled_sections() -> list[Any]:
     named = [("grpo", name) for name in get_args(get_args(Grpo.model_fields["preset"].annotation)[0])]
     named += [("reinforce", name) for name in get_args(get_args(Reinforce.model_fields["preset"].annotation)[0])]
-    plain = [section(kind, **TEACHER.get(kind, {})) for kind in SAMPLED]
+    plain = [section(kind) for kind in SAMPLED]
     return [*plain, *(section(kind, preset=name) for kind, name in named)]
 
 

@@ -10,6 +10,8 @@ from ingle.config.rules import RUN_RULES, TASK_RULES, check
 from ingle.errors import ConfigError
 
 START = ["--model.id=m", "--data.sources=a.jsonl", "--output=o"]
+#: A reward, which objectives with rewards need.
+REWARD = "--objective.rewards=reward.py"
 TASK = "--evaluate.sources=e.jsonl"
 
 #: Flags that violate each rule, and flags that do not.
@@ -147,36 +149,36 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.freeze_a=true"],
     ),
     "minibatches-fill-an-iteration": (
-        ["--objective=grpo", "--train.global_batch_size=48"],
-        ["--objective=grpo", "--train.global_batch_size=64"],
+        ["--objective=grpo", REWARD, "--train.global_batch_size=48"],
+        ["--objective=grpo", REWARD, "--train.global_batch_size=64"],
     ),
     "groups-have-two": (
-        ["--objective=grpo", "--objective.num_generations=1"],
-        ["--objective=reinforce", "--train.global_batch_size=16"],
+        ["--objective=grpo", REWARD, "--objective.num_generations=1"],
+        ["--objective=reinforce", REWARD, "--train.global_batch_size=16"],
     ),
     "sampled-objectives-need-no-dropout": (
-        ["--objective=grpo", "--adapter.dropout=.1"],
-        ["--objective=grpo"],
+        ["--objective=grpo", REWARD, "--adapter.dropout=.1"],
+        ["--objective=grpo", REWARD],
     ),
     "policies-sample-the-full-support": (
-        ["--objective=grpo", "--objective.rollout.top_p=.9"],
-        ["--objective=raft", "--objective.rollout.top_p=.9"],
+        ["--objective=grpo", REWARD, "--objective.rollout.top_p=.9"],
+        ["--objective=raft", REWARD, "--objective.rollout.top_p=.9"],
     ),
     "k1-has-no-gradient": (
-        ["--objective=grpo", "--objective.kl.estimator=k1"],
-        ["--objective=grpo", "--objective.kl.estimator=k2", "--objective.kl.level=answer"],
+        ["--objective=grpo", REWARD, "--objective.kl.estimator=k1"],
+        ["--objective=grpo", REWARD, "--objective.kl.estimator=k2", "--objective.kl.level=answer"],
     ),
     "budget-needs-a-weight": (
-        ["--objective=grpo", "--objective.preset=dapo", "--objective.kl.budget=8"],
-        ["--objective=ppo", "--objective.kl.budget=8"],
+        ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
+        ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
     ),
     "policies-with-reference-need-an-adapter": (
-        ["--objective=grpo", "--adapter=none"],
-        ["--objective=grpo", "--adapter=none", "--objective.kl.place=none"],
+        ["--objective=grpo", REWARD, "--adapter=none"],
+        ["--objective=grpo", REWARD, "--adapter=none", "--objective.kl.place=none"],
     ),
     "reinforce-learns-once": (
-        ["--objective=reinforce", "--objective.num_passes=2"],
-        ["--objective=reinforce", "--objective.num_passes=2", "--objective.importance=token"],
+        ["--objective=reinforce", REWARD, "--objective.num_passes=2"],
+        ["--objective=reinforce", REWARD, "--objective.num_passes=2", "--objective.importance=token"],
     ),
     "distillation-answers-once": (
         ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
