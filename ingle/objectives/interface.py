@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ingle.adapters import BaseIdentity
 from ingle.data.batch import Batch
 from ingle.data.packing import Indices
 from ingle.events import Sink
@@ -105,6 +107,21 @@ class StepModule(nn.Module, ABC):
     def lr_ratio(self, name: str) -> float:
         """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
         return 1.0
+
+    def load_parts(self, identity: BaseIdentity | None) -> None:  # noqa: B027 - optional
+        """Loads what is read besides the model; called once, when the weights of the model are loaded.
+
+        Args:
+            identity: The base of the model's adapter; None without an adapter.
+        """
+
+    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+        """Saves what is trained besides the model's adapter; all ranks call it together.
+
+        Args:
+            folder: The folder of the run.
+            record: Options of :func:`ingle.adapters.save_role`.
+        """
 
     def forward(self, batch: Batch) -> Sums:
         """Computes the sums of one micro-batch."""

@@ -74,6 +74,20 @@ class PolicyLoss(StepModule):
             *((Measure("value_clip_fraction", "completion_tokens"),) if values is not None else ()),
         )
 
+    def lr_ratio(self, name: str) -> float:
+        """Returns the factor on the learning rate of a parameter; the value function has one of its own."""
+        return self.values.lr_ratio if self.values is not None and self.values.owns(name) else 1.0
+
+    def load_parts(self, identity: BaseIdentity | None) -> None:
+        """Loads what the value function begins with."""
+        if self.values is not None:
+            self.values.load(identity)
+
+    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Saves the value function."""
+        if self.values is not None:
+            self.values.save(folder / "value", record)
+
     @property
     def terms(self) -> Sequence[Term]:
         """The loss of the policy, then the divergence, the entropy and the loss of the values."""

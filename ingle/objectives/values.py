@@ -7,44 +7,22 @@ Legend: N tokens of the row, H hidden size.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ingle import adapters
+from ingle.config.adapter import AdapterConfig, LowRankAdapter
 from ingle.config.policy import ValueConfig
 from ingle.data.batch import Batch
 from ingle.models import Model, forward_hidden
+from ingle.objectives.scalar_head import ScalarHead, adapter_folder
 
 #: The role of the value's adapter; see :func:`ingle.adapters.add_role`.
 ROLE = "value"
-
-
-class ScalarHead(nn.Module):
-    """Maps hidden states to one number each, in float32.
-
-    Args:
-        size: H.
-        device: Where it is.
-        seed: Seed of its initial weights, drawn from N(0, 1 / (H + 1)). The bias begins at 0.
-
-    Attributes:
-        weight: float32 [1, H].
-        bias: float32 [1].
-
-    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
-    """
-
-    def __init__(self, size: int, device: torch.device, seed: int) -> None:
-        super().__init__()
-        drawn = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / math.sqrt(size + 1)
-        self.weight = nn.Parameter(drawn.to(device))
-        self.bias = nn.Parameter(torch.zeros(1, device=device))
-
-    def forward(self, hidden_NH: Tensor) -> Tensor:
-        """Returns a number for each token, float32 [N]."""
-        return nn.functional.linear(hidden_NH.to(self.weight.dtype), self.weight, self.bias)[:, 0]
 
 
 class Values(nn.Module):
@@ -64,6 +42,7 @@ class Values(nn.Module):
         super().__init__()
         self.head = head
         self.lr_ratio = config.lr_ratio
+        self._path = config.path
         self._has_own_trunk, self._detaches = config.trunk == "adapter", config.detach
         self.__dict__["_model"] = model  # a submodule of the module around this one, and of no other
 
@@ -85,3 +64,42 @@ class Values(nn.Module):
     def owns(self, name: str) -> bool:
         """Returns whether a trained parameter belongs to the value function, by its name in the policy or around it."""
         return name.startswith("values.") or f".roles.{ROLE}." in name
+
+    def load(self, identity: adapters.BaseIdentity | None) -> None:
+        """Begins with the adapter and the head that ``objective.value.path`` names; does nothing without it.
+
+        Raises:
+            AdapterError: They do not fit the model.
+        """
+        if self._path is not None:
+            folder = adapter_folder(self._path)
+            self.head.load(folder, adapters.load_role(self.__dict__["_model"], ROLE, folder, identity=identity))
+
+    def save(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Saves adapter and head; all ranks call it together. See :func:`ingle.adapters.save_role`."""
+        if self._has_own_trunk:
+            adapters.save_role(self.__dict__["_model"], ROLE, folder, **record)
+        self.head.save(folder, record.get("mesh"))
+
+
+def insert_role(model: Model, config: ValueConfig, adapter: AdapterConfig) -> None:
+    """Adds the role of the values to a policy with its adapter inserted, before it is sharded.
+
+    Raises:
+        AdapterError: No layer has an adapter, or ``path`` cannot be read.
+    """
+    if config.trunk != "adapter":
+        return
+    if config.path is not None:
+        shape = adapters.read_shape(adapter_folder(config.path))
+    else:
+        assert isinstance(adapter, LowRankAdapter), "a rule requires one"
+        rank = config.rank or adapter.rank
+        shape = adapters.RoleShape(rank, adapter.scale_at(rank))
+    adapters.add_role(model, ROLE, rank=shape.rank, scale=shape.scale)
+
+
+def make_values(model: Model, config: ValueConfig, device: torch.device, seed: int) -> Values:
+    """Returns the value function of a policy with :func:`insert_role`."""
+    layer: Any = model.get_output_embeddings()
+    return Values(model, config, ScalarHead(layer.in_features, device, seed))
