@@ -151,6 +151,11 @@ class GrowingRollout:
         return len(self._ids)
 
     @property
+    def latest(self) -> int:
+        """The latest token of the text."""
+        return self._ids[-1] if self._ids else int(self.request.prompt[-1])
+
+    @property
     def forced(self) -> int:
         """The next token if the request names it; else -1."""
         begun = self.request.begun
