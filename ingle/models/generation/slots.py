@@ -113,17 +113,16 @@ class Slots:
         own_start = np.zeros(len(numbers), np.int64)
         return _pass(numbers[:, 0], numbers[:, 1], numbers[:, 2], numbers[:, 3], own_start, numbers[:, 4])
 
-    def token_pass(self) -> Pass:
-        """Returns the latest token of each answer, at the place of its slot."""
-        num_slots = len(self._slots)
-        own_start = self._first_row + np.arange(num_slots, dtype=np.int64) * self._width
-        ids, starts, lengths, steps = np.zeros((4, num_slots), np.int64)
-        for index, slot in enumerate(self._slots):
-            if slot is not None:
-                growing, segment = slot
-                ids[index], steps[index] = growing.latest, growing.position
-                starts[index], lengths[index] = segment.start, len(segment.ids)
-        return _pass(ids, own_start + steps, starts, lengths, own_start, lengths + steps)
+    def token_pass(self, chosen: Sequence[int], size: int) -> Pass:
+        """Returns the latest tokens of the answers in these slots, at the first of ``size`` places."""
+        numbers = np.zeros((size, 5), np.int64)
+        for place, index in enumerate(chosen):
+            slot = self._slots[index]
+            assert slot is not None
+            (growing, segment), own_start = slot, self._first_row + index * self._width
+            numbers[place] = growing.latest, own_start + growing.position, segment.start, len(segment.ids), own_start
+        ids, rows, starts, lengths, own_starts = numbers.T.copy()
+        return _pass(ids, rows, starts, lengths, own_starts, lengths + rows - own_starts)
 
     def _unread(self) -> Iterator[Segment]:
         for request in self._waiting:
