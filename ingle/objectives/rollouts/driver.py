@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ingle import stopping
-from ingle.data import HeldOut, PromptSet, SequenceSampler
 from ingle.data.batch import Batch, collate, round_up
 from ingle.data.counters import Counters, Place, Purpose
 from ingle.data.packing import Indices
@@ -130,10 +128,8 @@ class RolloutObjective(Objective):
         plan = buffer.minibatches(self._batch_rows)
         for number in range(1, self._num_passes):
             counters = Counters(self._seed, Place(iteration, number))
-            by_group = self._shares or self._is_pair
-            plan += buffer.minibatches(
-                self._batch_rows, lambda count: counters.permutation(Purpose.MINIBATCH, count), by_group=by_group
-            )
+            permute = partial(counters.permutation, Purpose.MINIBATCH)
+            plan += buffer.minibatches(self._batch_rows, permute, by_group=self._shares or self._is_pair)
         return plan
 
     def next_batches(self) -> Sequence[Batch]:

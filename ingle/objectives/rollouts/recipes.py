@@ -76,7 +76,9 @@ class Recipe:
         return buffer.adding(rewards=rewards_R, counted=np.repeat(counted_R, buffer["lengths"])), raw_R
 
     def teaches(self, buffer: SampleBuffer) -> Mask:
-        """Returns whether the rewards of each answer's group differ, [R]."""
+        """Returns whether the rewards of each answer's group differ, [R]; true without rewards."""
+        if "rewards" not in buffer.columns:
+            return np.ones(len(buffer), np.bool_)
         return has_spread(buffer["rewards"], buffer["draws"])
 
     def select(self, buffer: SampleBuffer) -> SampleBuffer:
