@@ -229,6 +229,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
+    objectives.insert_roles(model, run)
     if plan.strategy.recompute:
         models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
@@ -277,6 +278,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
     for note in report.notes:
         sink(Warned(note))
+    objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     parallel.call_outside_step(objective.module, models.verify, model)

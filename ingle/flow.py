@@ -292,6 +292,8 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink:
             parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity, mesh=mesh
         )
         mesh.on_main(lambda: _save_tokenizer(tokenizer, result))
+    record = {"base_model_id": run.model.id, "base": run.base, "identity": parts.identity, "mesh": mesh}
+    parts.objective.module.save_parts(folder.path, record)
     sink(Saved(step, str(result), "model" if run.adapter.kind == "none" else "adapter"))
     if parts.imatrix is not None:
         entries = parts.imatrix.entries()

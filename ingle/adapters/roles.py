@@ -108,7 +108,9 @@ def load_role(
     folder, layers = Path(folder), _layers_with(model, name)
     config, record = read_peft_config(folder), read_record(folder)
     heads, tensors = _split_heads(read_tensors(folder / WEIGHTS_FILE), model, config)
-    own = config.model_copy(update={"modules_to_save": [key for key in config.modules_to_save or () if key not in heads]})
+    own = config.model_copy(
+        update={"modules_to_save": [key for key in config.modules_to_save or () if key not in heads]}
+    )
     factors, saved = sort_tensors(tensors, model, own, folder)
     check_targets(model, factors, own, folder)
     if saved or config.use_dora or factors.keys() != layers.keys():

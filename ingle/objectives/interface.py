@@ -108,14 +108,14 @@ class StepModule(nn.Module, ABC):
         """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
         return 1.0
 
-    def load_parts(self, identity: BaseIdentity | None) -> None:  # noqa: B027 - optional
+    def load_parts(self, identity: BaseIdentity | None) -> None:
         """Loads what is read besides the model; called once, when the weights of the model are loaded.
 
         Args:
             identity: The base of the model's adapter; None without an adapter.
         """
 
-    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
         """Saves what is trained besides the model's adapter; all ranks call it together.
 
         Args:
