@@ -76,6 +76,7 @@ def make_buffer(
 
 
 def joined(parts: Sequence[Answered]) -> Answered:
+    """Returns the answers of several parts, one part after the other."""
     if len(parts) == 1:
         return parts[0]
     return Answered(
@@ -86,6 +87,7 @@ def joined(parts: Sequence[Answered]) -> Answered:
 
 
 def selected(answered: Answered, rows: Integers) -> Answered:
+    """Returns some answers, in the order of ``rows``, with the scores of all groups."""
     return Answered(answered.buffer.select(rows), answered.scores[rows], answered.groups)
 
 

@@ -20,6 +20,17 @@ from ingle.data import PromptSet, SequenceSampler
 from ingle.events import Progress, Sampled, Sink, Warned
 from ingle.models import Request, Rollout, Sampler
 from ingle.objectives.rollouts.advantages import Floats
+from ingle.objectives.rollouts.answered import (
+    FINISHED,
+    STATUSES,
+    Answered,
+    Asked,
+    finished,
+    joined,
+    make_buffer,
+    pick,
+    selected,
+)
 from ingle.objectives.rollouts.buffer import SampleBuffer
 from ingle.objectives.rollouts.journal import Journal
 from ingle.objectives.rollouts.recipes import Recipe
