@@ -254,8 +254,9 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
+    objectives.insert_roles(model, run)
     if plan.strategy.recompute:
-        models.recompute_layers(model)
+        models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
     if not (plan.compile and run.train.compile is True):
         fusable = adapters.insert_fused(model, mesh.device)
@@ -302,6 +303,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
     for note in report.notes:
         sink(Warned(note))
+    objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     parallel.call_outside_step(objective.module, models.verify, model)
@@ -325,7 +327,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim, mesh),
+        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim, objective.module), run.optim, mesh),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

@@ -96,6 +96,28 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
         ("adapter.dropout=0",),
     ),
     Rule(
+        "values-need-an-adapter",
+        lambda run: (
+            isinstance(run.objective, Ppo)
+            and run.objective.value.trunk == "adapter"
+            and not isinstance(run.adapter, LowRankAdapter)
+        ),
+        "The value function needs low-rank adapters, next to those of the policy.",
+        "objective.value.trunk, adapter.kind",
+        ("objective.value.trunk=policy", "adapter.kind=lora"),
+    ),
+    Rule(
+        "values-of-the-policy-begin-anew",
+        lambda run: (
+            isinstance(run.objective, Ppo)
+            and run.objective.value.trunk == "policy"
+            and run.objective.value.path is not None
+        ),
+        "A head that reads the policy cannot begin with that of a reward model, which read another adapter.",
+        "objective.value.path, objective.value.trunk",
+        ("objective.value.trunk=adapter",),
+    ),
+    Rule(
         "policies-sample-the-full-support",
         lambda run: isinstance(run.objective, _POLICIES) and run.objective.rollout.top_p < 1,
         "With top_p below 1 the sampler has another distribution than the loss, which biases the gradient.",

@@ -30,19 +30,34 @@ from ingle.objectives.preferences import Initial
 from ingle.objectives.rollouts.collecting import Collector, ModelScorer
 from ingle.objectives.rollouts.driver import RolloutObjective
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
+from ingle.objectives.values import insert_role as insert_value
+from ingle.objectives.values import make_values
 from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def sampled_loss(objective: ObjectiveConfig, model: Model) -> StepModule:
+def insert_roles(model: Model, run: Run) -> None:
+    """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
+
+    Raises:
+        AdapterError: The adapter that a role begins with cannot be read.
+    """
+    if isinstance(run.objective, Ppo):
+        insert_value(model, run.objective.value, run.adapter)
+
+
+def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
     """Returns the loss of an objective that samples answers.
 
     Raises:
         ConfigError: The objective is not there yet.
     """
+    objective = run.objective
     match objective:
         case Grpo() | Rloo() | Reinforce():
             return PolicyLoss(model, objective)
+        case Ppo():
+            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device, run.seed))
         case Raft():
             return NextTokenLoss(model)
         case OnlineDpo():
