@@ -22,6 +22,13 @@ def rows_per_iteration(objective: Sampled) -> int:
     return suited.num_prompts * per_prompt
 
 
+def steps_per_iteration(run: Run) -> int:
+    """Returns the optimizer steps that learn from the answers of an iteration."""
+    assert isinstance(run.objective, Sampled)
+    passes: int = getattr(suit_policy(run.objective), "num_passes", 1)
+    return passes * rows_per_iteration(run.objective) // run.train.global_batch_size
+
+
 def reads_reference(run: Run) -> bool:
     """Returns whether a run that samples answers compares the model with its reference."""
     if isinstance(run.objective, _POLICIES):
@@ -58,8 +65,7 @@ def _reused(run: Run) -> bool:
     if not isinstance(run.objective, _POLICIES):
         return False
     objective = suit_policy(run.objective)
-    steps = (objective.num_passes or 1) * rows_per_iteration(objective) // run.train.global_batch_size
-    return objective.importance == "none" and steps > 1
+    return objective.importance == "none" and steps_per_iteration(run) > 1
 
 
 POLICY_RULES: tuple[Rule[Run], ...] = (

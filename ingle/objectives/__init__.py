@@ -105,6 +105,7 @@ def build(run: Run, context: Context) -> Objective:
             tokenizer=context.tokenizer,
             initial=partial(adapters.disabled, context.model),
             models={},
+            held_out=context.held_out,
             num_steps=context.num_steps,
             global_batch_size=context.global_batch_size,
             micro_batch_size=context.micro_batch_size,

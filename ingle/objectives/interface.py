@@ -263,6 +263,25 @@ class Objective(ABC):
         All ranks get equally many. With each micro-batch come the numbers of its documents in their dataset.
         """
 
+    @property
+    def row_measures(self) -> Sequence[str]:
+        """Names of further figures of a validation."""
+        return self.module.row_measures
+
+    def measure_held_out(self, must_stop: Callable[[], bool]) -> Iterator[tuple[Indices, Tensor] | None] | None:
+        """Measures held-out documents in another way than by the loss of :meth:`held_out_batches`.
+
+        All ranks call it together, without gradients.
+
+        Args:
+            must_stop: Whether this rank was asked to stop.
+
+        Returns:
+            Numbers of this rank's documents with their figures as :meth:`StepModule.per_document` returns them, or None
+            where a rank was asked to stop; None instead of all that if there is no other way.
+        """
+        return None
+
     def start_checks(self, parts: Sequence[Batch]) -> Sequence[Check]:
         """Returns further checks that must hold before the first step.
 
