@@ -10,7 +10,7 @@ from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
 from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
-from ingle.adapters.roles import RoleShape, add_role, load_role, read_shape, save_role
+from ingle.adapters.roles import RoleShape, add_role, base_of, fits_role, load_role, read_shape, save_role
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
 from ingle.adapters.targets import Selection, select
@@ -32,9 +32,11 @@ __all__ = [
     "add_role",
     "as_now",
     "attach",
+    "base_of",
     "describe",
     "disabled",
     "enable_fused",
+    "fits_role",
     "fuse",
     "has_initial",
     "identify",

@@ -10,7 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle import adapters
-from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
+from ingle.config.objective import (
+    FAMILY,
+    Classify,
+    Mlm,
+    ObjectiveConfig,
+    Seq2Seq,
+    Span,
+    reads_answers,
+    rows_of,
+    samples_answers,
+)
+from ingle.config.policy import Distill
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
@@ -20,6 +31,7 @@ from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
 from ingle.models.forward.layout import layout_of
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
+from ingle.objectives.distill import DivergenceLoss
 from ingle.objectives.driver import DocumentLoss, PackedObjective
 from ingle.objectives.interface import Check, Measure, Objective, Relief, StepModule, Sums, Term
 from ingle.objectives.judged import JudgedLoss, class_weights
@@ -95,7 +107,7 @@ def build(run: Run, context: Context) -> Objective:
         ModelError: The model does not say which token begins a target.
     """
     module = _loss(run, context)
-    if samples_answers(run.objective.kind):
+    if samples_answers(rows_of(run.objective).kind):
         assert isinstance(context.dataset, PromptSet)
         return sampled_objective(
             run,
@@ -162,6 +174,8 @@ def _loss(run: Run, context: Context) -> StepModule:
             return balanced(JudgedLoss(model, run.objective, weights), *choose_routers(run, model))
         case Reward():
             return RewardLoss(model, run.objective)
+        case Distill():
+            return DivergenceLoss(model, run.objective, context.tokenizer)
     if samples_answers(run.objective.kind):
         return sampled_loss(run, model, context.mesh)
     match run.objective.kind:
@@ -191,7 +205,7 @@ def corruption(run: Run, context: Context) -> Corruption | None:
     """
     config = run.objective
     match config.kind:
-        case "clm" | "sft":
+        case "clm" | "sft" | "distill":
             return check_first_tokens
         case "classify" if config.class_weights != "none":
             return ClassWeights(_class_weights(config, context.dataset))

@@ -29,6 +29,7 @@ from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
 from ingle.objectives.rollouts.collecting import Collector, ModelScorer
 from ingle.objectives.rollouts.driver import RolloutObjective
+from ingle.objectives.reward_models import insert_reward_role
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
 from ingle.objectives.values import insert_role as insert_value
 from ingle.objectives.values import make_values
@@ -36,14 +37,22 @@ from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def insert_roles(model: Model, run: Run) -> None:
+def insert_roles(model: Model, run: Run) -> dict[int, str | None]:
     """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
+
+    Returns:
+        The role of each trained reward model by the number of its reward; None for one that is a model of its own.
 
     Raises:
         AdapterError: The adapter that a role begins with cannot be read.
     """
     if isinstance(run.objective, Ppo):
         insert_value(model, run.objective.value, run.adapter)
+    return {
+        number: insert_reward_role(model, run, number, reward.path)
+        for number, reward in enumerate(run.objective.rewards if isinstance(run.objective, Rewarded) else ())
+        if isinstance(reward, ModelReward)
+    }
 
 
 def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
