@@ -265,7 +265,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     metrics=result.metrics,
                 )
             )
-            movement.check(step, sink)
+            movement.check(step - objective.idle_steps, sink)
             stop = any(is_asked for _, is_asked in ranks)
     if stop:
         raise KeyboardInterrupt  # another rank was asked to stop

@@ -214,10 +214,12 @@ class Objective(ABC):
     Attributes:
         module: The module whose ``forward`` returns the sums of a micro-batch.
         prepares: Whether :meth:`prepare` computes anything.
+        idle_steps: Steps so far that had nothing to learn from, such as answers that were all equally good.
     """
 
     module: StepModule
     prepares: bool = False
+    idle_steps: int = 0
 
     @property
     @abstractmethod

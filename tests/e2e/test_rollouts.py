@@ -1,15 +1,16 @@
-"""Objectives that sample their own answers: they learn, their first ratio is 1, and a killed run ends with its bytes."""
+"""Objectives that sample answers: they learn, their first ratio is 1, and a killed run ends with the same bytes."""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ingle import flow, stopping
+from ingle import flow
 from ingle.config import load_run
 from ingle.errors import Interrupted, RewardError
 from ingle.events import Event, Progress, Sampled, Step
@@ -117,7 +118,7 @@ def _faults() -> Iterator[Callable[[Event], None]]:
             if isinstance(event, kind) and (not isinstance(event, Progress) or event.stage == "Sampling answers"):
                 seen += 1
                 if seen == number and politely:
-                    stopping._request.signal = stopping.signal.SIGINT
+                    signal.raise_signal(signal.SIGINT)
                 elif seen == number:
                     raise _Fault
 

@@ -141,6 +141,7 @@ class RolloutObjective(Objective):
         assert self._buffer is not None, "no answers were collected"
         rows = self._plan[self._cursor]
         self._cursor += 1
+        self.idle_steps += not _teaches(self._buffer.select(rows))
         return self._batches(self._buffer, rows)
 
     def _batches(self, buffer: SampleBuffer, rows: Indices) -> list[Batch]:
@@ -263,6 +264,7 @@ class RolloutObjective(Objective):
             "draw": self._draw,
             "cursor": self._cursor,
             "trail": self._trail,
+            "idle_steps": self.idle_steps,
             "figures": self._figures,
             "recipe": self._recipe.state_dict(),
         }
@@ -274,9 +276,19 @@ class RolloutObjective(Objective):
         """Restores what :meth:`state_dict` returned."""
         self._iteration, self._draw, self._cursor = (int(state[name]) for name in ("iteration", "draw", "cursor"))
         self._trail, self._figures = str(state["trail"]), dict(state["figures"])
+        self.idle_steps = int(state["idle_steps"])
         self._recipe.load_state_dict(state["recipe"])
         columns = {name.removeprefix(_BUFFER): each for name, each in state.items() if name.startswith(_BUFFER)}
         self._buffer = SampleBuffer.from_state(columns) if columns else None
         self._plan = [] if self._buffer is None else self._minibatches(self._buffer, self._iteration)
         if isinstance(self.module, PolicyLoss) and "kl_coef" in self._figures:
             self.module.kl_coef = self._figures["kl_coef"]
+
+
+def _teaches(part: SampleBuffer) -> bool:
+    """Returns whether the answers of a step have anything to learn from."""
+    if "advantages" in part.columns:
+        return bool(part["advantages"][part["weights"] > 0].any())
+    if "scores" in part.columns:
+        return bool(np.diff(part["scores"].reshape(-1, 2)).any())
+    return "counted" not in part.columns or bool(part["counted"].any())
