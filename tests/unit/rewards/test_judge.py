@@ -111,11 +111,12 @@ def test_two_answers_are_compared_in_both_orders(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_cannot_be_asked_is_an_error_at_the_start(tmp_path: Path) -> None:
-    for reward, words in [
-        (judge("localhost:8000", tmp_path), "not a URL"),
-        (judge("http://h/v1", tmp_path, api_key_env="NO_SUCH_KEY"), "NO_SUCH_KEY"),
-        (judge("http://h/v1", tmp_path, "{question}"), "does not contain the answer"),
+    for url, template, key, words in [
+        ("localhost:8000", "{answer}", None, "not a URL"),
+        ("http://h/v1", "{answer}", "NO_SUCH_KEY", "NO_SUCH_KEY"),
+        ("http://h/v1", "{question}", None, "does not contain the answer"),
     ]:
+        reward = judge(url, tmp_path, template, api_key_env=key)
         with pytest.raises(RewardError, match=words), RewardPool([reward]):
             pass
 
