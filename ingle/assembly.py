@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
-from ingle.config.objective import TRAINS, Classify, Tag
+from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -97,9 +97,12 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
         kind = models.kind_of(model.config)
-        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
+        is_sampled = samples_answers(run.objective.kind)
+        read = data.build_prompts if is_sampled else data.build_dataset
+        build = partial(read, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
-        sequences, held_out = data.hold_out(dataset, run.data, run.seed, build, sink)
+        how = run.data.model_copy(update={"packing": False}) if is_sampled else run.data
+        sequences, held_out = data.hold_out(dataset, how, run.seed, build, sink)
     mesh = parallel.join(device, run.parallel)
     if mesh.world_size > 1:
         _require_same(mesh, run, _data_hash(dataset, held_out))
@@ -240,6 +243,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         plan.micro_batch_size,
         mesh,
         ready.held_out,
+        plan.num_steps,
+        parallel.shards(mesh, plan.strategy),
     )
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"

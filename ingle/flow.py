@@ -85,7 +85,10 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
-    trained = train(run, folder, parts, sink, began)
+    try:
+        trained = train(run, folder, parts, sink, began)
+    finally:
+        parts.objective.close()
     ended = time.monotonic()
     _save_result(run, folder, parts, trained.kept_step, sink)
     return _report(run, folder, parts, trained, ended, base, sink)

@@ -265,6 +265,9 @@ class Objective(ABC):
     def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:  # noqa: B027 - optional
         """Learns from the sums and counts of a step whose update was made; they are equal on all ranks."""
 
+    def close(self) -> None:  # noqa: B027 - optional
+        """Ends the processes that the objective has started; it starts them again when it needs them."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that determines the next batches, as plain values and tensors."""
