@@ -8,7 +8,7 @@ Legend: T tokens of an answer, B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -151,6 +151,11 @@ class GrowingRollout:
         return len(self._ids)
 
     @property
+    def latest(self) -> int:
+        """The latest token of the text."""
+        return self._ids[-1] if self._ids else int(self.request.prompt[-1])
+
+    @property
     def forced(self) -> int:
         """The next token if the request names it; else -1."""
         begun = self.request.begun
@@ -189,6 +194,15 @@ class Draws:
     def __init__(self, sampling: Sampling, transform: LogitTransform) -> None:
         self._sampling = sampling
         self._transform = transform.at(sampling.temperature or 1.0)
+
+    def add(self, logits_BV: Tensor, growing: Mapping[int, GrowingRollout]) -> list[int]:
+        """Draws the next token of each answer from its raw logits, and adds it.
+
+        Returns:
+            The keys of the answers that are complete.
+        """
+        figures = (values.tolist() for values in self.draw(logits_BV, list(growing.values())))
+        return [key for (key, answer), *each in zip(growing.items(), *figures, strict=True) if answer.add(*each)]
 
     def draw(self, logits_BV: Tensor, growing: Sequence[GrowingRollout]) -> Drawn:
         """Returns the next token of each answer, from raw logits."""

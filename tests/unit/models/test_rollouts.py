@@ -54,3 +54,17 @@ def test_figures_are_those_of_the_distribution_at_the_temperature(make, endless)
         chosen = logps.gather(1, torch.tensor(rollout.ids.astype(int))[:, None])[:, 0]
         np.testing.assert_allclose(rollout.logps, chosen, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(rollout.entropies, -(logps.exp() * logps).sum(-1), rtol=1e-4)
+
+
+def test_a_rollout_depends_on_nothing_but_its_own_text(endless, plain) -> None:
+    def sample(requests=REQUESTS, **options):
+        return run(make_sampler(endless, plain, Sampling(**{"num_slots": 16, "prefill_tokens": 16, **options})), requests)
+
+    expected = sample()
+    assert len({tuple(rollout.ids) for rollout in expected}) == len(expected), "answers must vary"
+    for order in (list(reversed(REQUESTS)), REQUESTS[::2], REQUESTS[4:5]):
+        for request, found in zip(order, sample(order), strict=True):
+            wanted = expected[REQUESTS.index(request)]
+            for ours, theirs in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+    assert all((ours.ids != theirs.ids).any() for ours, theirs in zip(sample(seed=1), expected, strict=True))
