@@ -12,6 +12,7 @@ import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.objective import TRAINS, Classify, Tag
+from ingle.config.preference_rules import has_reference
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -269,7 +270,15 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
-    report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
+    report = adapters.initialize(
+        model,
+        run.adapter,
+        selection,
+        seed=run.seed,
+        identity=identity,
+        keeps_initial=has_reference(run),
+        mesh=mesh,
+    )
     for note in report.notes:
         sink(Warned(note))
     if plan.strategy.shards_base:

@@ -98,7 +98,7 @@ def build(run: Run, context: Context) -> Objective:
         "mesh": context.mesh,
         "held_out": context.held_out,
     }
-    initial = partial(adapters.disabled, context.model)
+    initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
             return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)

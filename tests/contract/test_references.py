@@ -1,0 +1,57 @@
+"""Runs with a reference: it is the function that training began with, wherever that was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingle.config.run import Run
+from ingle.flow import finetune
+from tests.axis import POINTS, config_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("references")
+
+
+def train(folder: Path, name: str, point: str = "dpo, packed", **changes: Any) -> Path:
+    """Makes a run, and returns its folder."""
+    config = config_of(folder, POINTS[point])
+    for section, options in changes.items():
+        config[section] = config.get(section, {}) | options if section != "objective" else options
+    config["output"] = str(folder / name)
+    finetune(Run.model_validate(config))
+    return folder / name
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "rewards/margin" in line]
+
+
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Path:
+    """An adapter that supervised training moved away from its base."""
+    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "rank": 2, "init": "kaiming"}) / "adapter"
+
+
+def test_an_adapter_that_continues_another_one_is_compared_with_it(folder: Path, tuned: Path) -> None:
+    run = train(folder, "continued", adapter={"kind": "lora", "rank": 2, "path": str(tuned)})
+    start = json.loads((run / "start.json").read_text())
+    assert start["adapter equals its start"]["measured"] == start["log-ratio"]["measured"] == 0.0
+    first, *_, last = steps(run)
+    assert abs(first["rewards/margin"]) < 1e-6 < abs(last["rewards/margin"])
+    assert start["preference"]["expected"] == pytest.approx(math.log(2))
+
+
+def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, tuned: Path) -> None:
+    adapter = {"kind": "lora", "rank": 2, "path": str(tuned), "merge_aware": {"format": "q8_0", "fraction": 0.5}}
+    run = train(folder, "rounded", adapter=adapter)
+    assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] == 0.0
+    assert steps(run)[-1]["rewards/margin"] != 0.0
