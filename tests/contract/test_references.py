@@ -38,7 +38,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> Path:
     """An adapter that supervised training moved away from its base."""
-    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "rank": 2, "init": "kaiming"}) / "adapter"
+    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "init": "kaiming"}) / "adapter"
 
 
 def test_an_adapter_that_continues_another_one_is_compared_with_it(folder: Path, tuned: Path) -> None:
