@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from ingle.assembly import assemble
 from ingle.config.run import Run
+from ingle.errors import ConfigError
+from ingle.events import Event, Warned
 from ingle.flow import finetune
-from tests.axis import POINTS, config_of
+from tests.axis import POINTS, Point, config_of
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,15 @@ def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, t
     run = train(folder, "rounded", adapter=adapter)
     assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] == 0.0
     assert steps(run)[-1]["rewards/margin"] != 0.0
+
+
+def test_a_model_that_cannot_share_prompts_repeats_them_and_says_so(folder: Path) -> None:
+    told: list[Event] = []
+    point = Point("longt5", "rows", {"kind": "simpo", "gamma": 0.5})
+    assemble(Run.model_validate(config_of(folder, point)), told.append)
+    messages = [event.message for event in told if isinstance(event, Warned)]
+    assert "Prompts are computed again for each answer: it takes documents in padded rows." in messages
+    assert any("This run differs: gamma 0.5." in message for message in messages)
+    point.objective["share_prompts"] = True  # type: ignore[index]
+    with pytest.raises(ConfigError, match="in padded rows"):
+        assemble(Run.model_validate(config_of(folder, point)), told.append)
