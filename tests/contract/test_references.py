@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from ingle import scoring
 from ingle.assembly import assemble
+from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Event, Warned
 from ingle.flow import finetune
+from ingle.report.results import Comparison
 from tests.axis import POINTS, Point, config_of
 
 
@@ -51,6 +54,20 @@ def test_an_adapter_that_continues_another_one_is_compared_with_it(folder: Path,
     first, *_, last = steps(run)
     assert abs(first["rewards/margin"]) < 1e-6 < abs(last["rewards/margin"])
     assert start["preference"]["expected"] == pytest.approx(math.log(2))
+
+
+def test_what_training_began_with_is_the_base_of_evaluations(folder: Path, tuned: Path) -> None:
+    task = {"sources": [{"path": str(folder / "sft.jsonl")}], "metrics": ["bits_per_byte"], "num_samples": 5}
+    adapter = {"kind": "lora", "rank": 2, "path": str(tuned)}
+    run = train(folder, "evaluated", adapter=adapter, evaluate=task)
+    report = json.loads((run / "report.json").read_text())
+    found = [report["metrics"]["bits_per_byte"][side]["value"] for side in ("base", "tuned")]
+    (before,) = scoring.evaluate(str(tuned), [TaskConfig.model_validate(task)])
+    (after,) = scoring.evaluate(str(run), [TaskConfig.model_validate(task)])
+    assert isinstance(before, Comparison) and isinstance(after, Comparison)
+    assert before.metrics["bits_per_byte"].tuned.value == pytest.approx(found[0], rel=1e-6)
+    again = after.metrics["bits_per_byte"]
+    assert [again.base.value, again.tuned.value] == pytest.approx(found, rel=1e-6) and found[0] != found[1]
 
 
 def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, tuned: Path) -> None:
