@@ -61,13 +61,13 @@ def test_what_training_began_with_is_the_base_of_evaluations(folder: Path, tuned
     adapter = {"kind": "lora", "rank": 2, "path": str(tuned)}
     run = train(folder, "evaluated", adapter=adapter, evaluate=task)
     report = json.loads((run / "report.json").read_text())
-    found = [report["metrics"]["bits_per_byte"][side]["value"] for side in ("base", "tuned")]
+    found = [report["metrics"]["bits_per_byte"][side] for side in ("base", "tuned")]
     (before,) = scoring.evaluate(str(tuned), [TaskConfig.model_validate(task)])
     (after,) = scoring.evaluate(str(run), [TaskConfig.model_validate(task)])
     assert isinstance(before, Comparison) and isinstance(after, Comparison)
-    assert before.metrics["bits_per_byte"].tuned.value == pytest.approx(found[0], rel=1e-6)
+    assert before.metrics["bits_per_byte"].tuned == pytest.approx(found[0], rel=1e-6)
     again = after.metrics["bits_per_byte"]
-    assert [again.base.value, again.tuned.value] == pytest.approx(found, rel=1e-6) and found[0] != found[1]
+    assert [again.base, again.tuned] == pytest.approx(found, rel=1e-6) and found[0] != found[1]
 
 
 def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, tuned: Path) -> None:
