@@ -62,7 +62,7 @@ def test_what_training_began_with_is_the_base_of_evaluations(folder: Path, tuned
     run = train(folder, "evaluated", adapter=adapter, evaluate=task)
     report = json.loads((run / "report.json").read_text())
     found = [report["metrics"]["bits_per_byte"][side] for side in ("base", "tuned")]
-    (before,) = scoring.evaluate(str(tuned), [TaskConfig.model_validate(task)])
+    (before,) = scoring.evaluate(str(tuned.parent), [TaskConfig.model_validate(task)])
     (after,) = scoring.evaluate(str(run), [TaskConfig.model_validate(task)])
     assert isinstance(before, Comparison) and isinstance(after, Comparison)
     assert before.metrics["bits_per_byte"].tuned == pytest.approx(found[0], rel=1e-6)
