@@ -21,7 +21,7 @@ from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
-from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
+from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
 from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import read_report, write_report
 from ingle.run_evaluation import compare_run, evaluate_before, score_samples
@@ -188,6 +188,8 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     if parts.held_out is not None:
         states["selection"] = validation.selection
     checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best)
+    if run.adapter.kind == "none":
+        objective.prepare_all(plan.num_steps, lambda done, total: sink(Progress("Reference", done, total)))
     position = Position(0, 0, parts.data_hash)
     latest = checkpoints.latest()
     if latest is not None:
