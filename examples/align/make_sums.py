@@ -2,8 +2,8 @@
 
     python examples/align/make_sums.py
 
-writes ``sums.jsonl`` and ``sums_heldout.jsonl`` beside this file, always the same bytes. A tenth of the pairs of numbers
-is held out, chosen by a hash: a rule such as "the last digit is 0" would hold out a kind of sums.
+writes ``sums.jsonl`` and ``sums_heldout.jsonl`` beside this file, always the same bytes. A tenth of the pairs of
+numbers is held out, chosen by a hash: a rule such as "the last digit is 0" would hold out a kind of sums.
 """
 
 from __future__ import annotations

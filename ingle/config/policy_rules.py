@@ -22,6 +22,13 @@ def rows_per_iteration(objective: Sampled) -> int:
     return suited.num_prompts * per_prompt
 
 
+def steps_per_iteration(run: Run) -> int:
+    """Returns the optimizer steps that learn from the answers of an iteration."""
+    assert isinstance(run.objective, Sampled)
+    passes: int = getattr(suit_policy(run.objective), "num_passes", 1)
+    return passes * rows_per_iteration(run.objective) // run.train.global_batch_size
+
+
 def reads_reference(run: Run) -> bool:
     """Returns whether a run that samples answers compares the model with its reference."""
     if isinstance(run.objective, _POLICIES):
@@ -58,8 +65,7 @@ def _reused(run: Run) -> bool:
     if not isinstance(run.objective, _POLICIES):
         return False
     objective = suit_policy(run.objective)
-    steps = (objective.num_passes or 1) * rows_per_iteration(objective) // run.train.global_batch_size
-    return objective.importance == "none" and steps > 1
+    return objective.importance == "none" and steps_per_iteration(run) > 1
 
 
 POLICY_RULES: tuple[Rule[Run], ...] = (
@@ -88,6 +94,28 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
         "Answers would be sampled from another function than the one that is trained: the adapter has dropout.",
         "adapter.dropout, objective.kind",
         ("adapter.dropout=0",),
+    ),
+    Rule(
+        "values-need-an-adapter",
+        lambda run: (
+            isinstance(run.objective, Ppo)
+            and run.objective.value.trunk == "adapter"
+            and not isinstance(run.adapter, LowRankAdapter)
+        ),
+        "The value function needs low-rank adapters, next to those of the policy.",
+        "objective.value.trunk, adapter.kind",
+        ("objective.value.trunk=policy", "adapter.kind=lora"),
+    ),
+    Rule(
+        "values-of-the-policy-begin-anew",
+        lambda run: (
+            isinstance(run.objective, Ppo)
+            and run.objective.value.trunk == "policy"
+            and run.objective.value.path is not None
+        ),
+        "A head that reads the policy cannot begin with that of a reward model, which read another adapter.",
+        "objective.value.path, objective.value.trunk",
+        ("objective.value.trunk=adapter",),
     ),
     Rule(
         "policies-sample-the-full-support",

@@ -28,7 +28,7 @@ from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reference_cache import open_cache
 from ingle.objectives.reward import RewardLoss
-from ingle.objectives.rollouts.building import sampled_loss, sampled_objective
+from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
@@ -54,6 +54,7 @@ __all__ = [
     "Term",
     "build",
     "corruption",
+    "insert_roles",
     "make_corruption",
     "open_cache",
     "settle_sharing",
@@ -107,6 +108,7 @@ def build(run: Run, context: Context) -> Objective:
             tokenizer=context.tokenizer,
             initial=partial(adapters.use, context.model, "initial"),
             models={},
+            held_out=context.held_out,
             num_steps=context.num_steps,
             global_batch_size=context.global_batch_size,
             micro_batch_size=context.micro_batch_size,
@@ -164,7 +166,7 @@ def _loss(run: Run, context: Context) -> StepModule:
         case Reward():
             return RewardLoss(model, run.objective)
     if samples_answers(run.objective.kind):
-        return sampled_loss(run.objective, model)
+        return sampled_loss(run, model, context.mesh)
     match run.objective.kind:
         case "clm" | "sft":
             return balanced(NextTokenLoss(model), *choose_routers(run, model))

@@ -6,13 +6,16 @@ Legend: N tokens of the row, M tokens of answers, D documents, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ingle.adapters import BaseIdentity
 from ingle.config.policy import PolicyConfig, Ppo
 from ingle.config.policy_presets import suit_policy
 from ingle.data.batch import Batch
@@ -29,10 +32,7 @@ from ingle.objectives.policy_losses import (
     policy_losses,
     value_losses,
 )
-
-#: Predicts the reward to come before the next token of each position, float32 [N], from a batch and the policy's last
-#: hidden states, [N, H].
-Values = Callable[[Batch, Tensor], Tensor]
+from ingle.objectives.values import Values
 
 
 class PolicyLoss(StepModule):
@@ -45,7 +45,7 @@ class PolicyLoss(StepModule):
     Args:
         model: The model that is trained.
         config: The objective.
-        values: A module of type :data:`Values`; None without a value function.
+        values: The value function; None without one.
 
     Attributes:
         kl_coef: Weight of the divergence in the loss; it may change between steps.
@@ -53,7 +53,7 @@ class PolicyLoss(StepModule):
 
     keeps_dropout = False
 
-    def __init__(self, model: Model, config: PolicyConfig, values: nn.Module | None = None) -> None:
+    def __init__(self, model: Model, config: PolicyConfig, values: Values | None = None) -> None:
         super().__init__(model)
         self.values = values
         self.config = config = suit_policy(config)
@@ -73,6 +73,20 @@ class PolicyLoss(StepModule):
             Measure("approx_kl", "completion_tokens"),
             *((Measure("value_clip_fraction", "completion_tokens"),) if values is not None else ()),
         )
+
+    def lr_ratio(self, name: str) -> float:
+        """Returns the factor on the learning rate of a parameter; the value function has one of its own."""
+        return self.values.lr_ratio if self.values is not None and self.values.owns(name) else 1.0
+
+    def load_parts(self, identity: BaseIdentity | None) -> None:
+        """Loads what the value function begins with."""
+        if self.values is not None:
+            self.values.load(identity)
+
+    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Saves the value function."""
+        if self.values is not None:
+            self.values.save(folder / "value", record)
 
     @property
     def terms(self) -> Sequence[Term]:

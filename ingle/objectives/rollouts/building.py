@@ -16,9 +16,9 @@ from ingle.config.policy import Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rewarded,
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preferences import Dpo
-from ingle.config.rewards import ModelReward
+from ingle.config.rewards import ModelReward, reward_names
 from ingle.config.run import Run
-from ingle.data import PromptSet, Sequences, SequenceSampler
+from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler
 from ingle.errors import ConfigError
 from ingle.models import Model, Sampler, Sampling, make_sampler
 from ingle.models.forward.layout import layout_of
@@ -30,19 +30,34 @@ from ingle.objectives.preferences import Initial
 from ingle.objectives.rollouts.collecting import Collector, ModelScorer
 from ingle.objectives.rollouts.driver import RolloutObjective
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
+from ingle.objectives.values import insert_role as insert_value
+from ingle.objectives.values import make_values
 from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def sampled_loss(objective: ObjectiveConfig, model: Model) -> StepModule:
+def insert_roles(model: Model, run: Run) -> None:
+    """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
+
+    Raises:
+        AdapterError: The adapter that a role begins with cannot be read.
+    """
+    if isinstance(run.objective, Ppo):
+        insert_value(model, run.objective.value, run.adapter)
+
+
+def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
     """Returns the loss of an objective that samples answers.
 
     Raises:
         ConfigError: The objective is not there yet.
     """
+    objective = run.objective
     match objective:
         case Grpo() | Rloo() | Reinforce():
             return PolicyLoss(model, objective)
+        case Ppo():
+            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device, run.seed))
         case Raft():
             return NextTokenLoss(model)
         case OnlineDpo():
@@ -82,6 +97,7 @@ def sampled_objective(
     tokenizer: Any,
     initial: Initial,
     models: Mapping[int, ModelScorer],
+    held_out: HeldOut | None,
     num_steps: int,
     global_batch_size: int,
     micro_batch_size: int,
@@ -98,6 +114,7 @@ def sampled_objective(
         tokenizer: The model's tokenizer.
         initial: Makes the model compute its initial function.
         models: Trained reward models, by the number of their reward.
+        held_out: Prompts for validation; None without.
         num_steps: Steps of the run.
         global_batch_size: Answers, or pairs, of a step.
         micro_batch_size: Documents of a forward pass.
@@ -120,6 +137,7 @@ def sampled_objective(
         make_sampler=partial(_sampler, model, tokenizer, sampling, mesh if shards else None),
         make_pool=_pool_maker(suited, output),
         models=models,
+        names=reward_names(suited.rewards) if isinstance(suited, Rewarded) else (),
         tokenizer=tokenizer,
         num_generations=suited.num_generations,
         max_new_tokens=rollout.max_new_tokens,
@@ -144,6 +162,7 @@ def sampled_objective(
         shares=_shares(suited, model),
         seed=run.seed,
         mesh=mesh,
+        held_out=held_out,
     )
 
 

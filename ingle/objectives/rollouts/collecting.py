@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +19,31 @@ from ingle import stopping
 from ingle.data import PromptSet, SequenceSampler
 from ingle.events import Progress, Sampled, Sink, Warned
 from ingle.models import Request, Rollout, Sampler
-from ingle.models.generation.rollout import Status
-from ingle.objectives.rollouts.advantages import Floats, Integers
+from ingle.objectives.rollouts.advantages import Floats
+from ingle.objectives.rollouts.answered import (
+    FINISHED,
+    STATUSES,
+    Answered,
+    Asked,
+    finished,
+    joined,
+    make_buffer,
+    pick,
+    selected,
+)
 from ingle.objectives.rollouts.buffer import SampleBuffer
 from ingle.objectives.rollouts.journal import Journal
-from ingle.objectives.rollouts.recipes import FINISHED, Recipe
+from ingle.objectives.rollouts.recipes import Recipe
 from ingle.parallel import Mesh
 from ingle.rewards import Group, RewardPool, Scores, check_failed
 
-_STATUSES: tuple[Status, ...] = get_args(Status)
 #: Seconds between two looks at whether the run is to stop.
 _POLL_S = 0.05
+
+#: Draws of held-out prompts begin here; a run never gets so far.
+_FIRST_HELD_OUT = 1 << 40
+#: Figures of held-out prompts.
+HELD_OUT = ("reward", "response_tokens", "unfinished")
 
 #: Scores of a trained reward model for the answers of all ranks, [R]; all ranks call it together.
 ModelScorer = Callable[[SampleBuffer], Floats]
@@ -53,32 +67,6 @@ class Iteration(NamedTuple):
     trail: str
 
 
-class Asked(NamedTuple):
-    """A prompt to answer.
-
-    Attributes:
-        draw: Its number in the run, which the noise of its answers depends on.
-        row: Its place among the prompts.
-    """
-
-    draw: int
-    row: int
-
-
-class Answered(NamedTuple):
-    """Answers and their scores.
-
-    Attributes:
-        buffer: The answers of all ranks; those to a prompt are adjacent.
-        scores: Their scores, float64 [R, F]; NaN for none.
-        groups: The scores of each prompt, in the order of the buffer.
-    """
-
-    buffer: SampleBuffer
-    scores: Floats
-    groups: Sequence[Scores]
-
-
 class Collector:
     """Samples answers and scores them.
 
@@ -88,6 +76,7 @@ class Collector:
         make_sampler: Returns the sampler; called once the weights are there.
         make_pool: Returns what scores answers in other processes; None without rewards.
         models: Trained reward models, by the number of their reward.
+        names: Names of the rewards.
         tokenizer: The model's tokenizer.
         num_generations: Answers to each prompt.
         max_new_tokens: Longest answer.
@@ -113,6 +102,7 @@ class Collector:
         make_sampler: Callable[[], Sampler],
         make_pool: Callable[[], RewardPool] | None,
         models: Mapping[int, ModelScorer],
+        names: Sequence[str],
         tokenizer: Any,
         num_generations: int,
         max_new_tokens: int,
@@ -125,7 +115,7 @@ class Collector:
         mesh: Mesh,
     ) -> None:
         self.folder, self.num_prompts = folder, len(order)
-        self.names: tuple[str, ...] = ()
+        self.names = tuple(names)
         self._prompts, self._order = prompts, order
         self._make_sampler, self._make_pool, self._models = make_sampler, make_pool, models
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop)
@@ -159,7 +149,7 @@ class Collector:
                 return None
             draw += missing
             parts.append(found)
-            whole = _joined(parts)
+            whole = joined(parts)
             check_failed(whole.groups, self.names, self._max_failed)
             buffer, raw_R = self._reward(whole, recipe)
             teaches_R = recipe.teaches(buffer)
@@ -174,8 +164,8 @@ class Collector:
             "rollouts_per_s": len(buffer) / max(times["rollout_s"], 1e-9),
         }
         if len(parts) > 1:
-            rows = _pick(teaches_R, self._num_generations, wanted)
-            buffer, raw_R = self._reward(_selected(whole, rows), recipe)
+            rows = pick(teaches_R, self._num_generations, wanted)
+            buffer, raw_R = self._reward(selected(whole, rows), recipe)
         self._show(buffer, raw_R, iteration, sink)
         return buffer, draw, figures | times
 
@@ -205,7 +195,7 @@ class Collector:
         rollouts = self._sample(prompts, asked, num_generations, journal, sink)
         if rollouts is None:
             return None
-        buffer = _buffer(prompts, asked, rollouts)
+        buffer = make_buffer(prompts, asked, rollouts)
         sampled = time.monotonic()
         groups = self._score(prompts, asked, num_generations, rollouts, journal, step)
         if groups is None:
@@ -227,7 +217,6 @@ class Collector:
             sink(Warned(self._sampler.note, where="objective.rollout"))
         if self._make_pool is not None:
             self._pool = self._opened.enter_context(self._make_pool())
-            self.names = tuple(self._pool.names)
 
     def close(self) -> None:
         """Ends the processes that score answers."""
@@ -316,6 +305,21 @@ class Collector:
         cuts = [place for place in map(text.find, self._stop_strings) if place >= 0]
         return text[: min(cuts)] if cuts else text
 
+    def measure(self, prompts: PromptSet, rows: Sequence[int], recipe: Recipe, sink: Sink) -> Floats | None:
+        """Answers held-out prompts once; returns what :data:`HELD_OUT` names and each reward, [D, 3 + F].
+
+        NaN stands for what is not known. The noise of the answers is the same in every call, so that two measurements
+        differ by the weights alone. None if a rank was asked to stop.
+        """
+        asked = [Asked(_FIRST_HELD_OUT + row, row) for row in rows]
+        found = self.answer(prompts, asked, 1, None, {}, 0, sink)
+        if found is None:
+            return None
+        check_failed(found.groups, self.names, self._max_failed)
+        _, raw_R = self._reward(found, recipe)
+        lengths_R, unfinished_R = found.buffer["lengths"], ~finished(found.buffer)
+        return np.column_stack([raw_R, lengths_R, unfinished_R, found.scores]).astype(np.float64)
+
     def _reward(self, answered: Answered, recipe: Recipe) -> tuple[SampleBuffer, Floats]:
         return recipe.reward(answered.buffer, answered.scores, finished(answered.buffer))
 
@@ -345,7 +349,7 @@ class Collector:
         ids = buffer.by_answer("ids")
         samples = []
         for row in starts.tolist():
-            status = _STATUSES[buffer["statuses"][row]]
+            status = STATUSES[buffer["statuses"][row]]
             rollout = Rollout(0, 0, ids[row], np.zeros(0, np.float32), np.zeros(0, np.float32), status)
             prompt = buffer.by_answer("prompt_ids")[row].tolist()
             reward = None if np.isnan(raw_R[row]) else float(raw_R[row])
@@ -355,55 +359,9 @@ class Collector:
             sink(Sampled(iteration.step, iteration.number, tuple(samples)))
 
 
-def finished(buffer: SampleBuffer) -> Any:
-    """Returns whether the policy ended each answer, bool [R]."""
-    return np.isin(buffer["statuses"], [_STATUSES.index(status) for status in FINISHED])
-
-
 def _must_stop() -> bool:
     return stopping.requested() is not None
 
 
 def _mean(values: Floats) -> float:
     return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-
-
-def _buffer(prompts: PromptSet, asked: Sequence[Asked], rollouts: Mapping[tuple[int, int], Rollout]) -> SampleBuffer:
-    """Returns answers in the order of their draws and numbers."""
-    rows = {each.draw: each.row for each in asked}
-    found = [rollouts[key] for key in sorted(rollouts)]
-    questions = [prompts.ids(rows[each.draw]) for each in found]
-    columns: dict[str, Any] = {
-        "prompt_ids": np.concatenate(questions).astype(np.int32),
-        "prompt_lengths": np.array([len(each) for each in questions], np.int64),
-        "ids": np.concatenate([each.ids for each in found]).astype(np.int32),
-        "lengths": np.array([len(each.ids) for each in found], np.int64),
-        "draws": np.array([each.draw for each in found], np.int64),
-        "answers": np.array([each.answer for each in found], np.int64),
-        "rows": np.array([rows[each.draw] for each in found], np.int64),
-        "statuses": np.array([_STATUSES.index(each.status) for each in found], np.int8),
-        "sampler_logps": np.concatenate([each.logps for each in found]).astype(np.float32),
-        "entropies": np.concatenate([each.entropies for each in found]).astype(np.float32),
-    }
-    return SampleBuffer(columns)
-
-
-def _joined(parts: Sequence[Answered]) -> Answered:
-    if len(parts) == 1:
-        return parts[0]
-    return Answered(
-        SampleBuffer.joined([part.buffer for part in parts]),
-        np.concatenate([part.scores for part in parts]),
-        [group for part in parts for group in part.groups],
-    )
-
-
-def _selected(answered: Answered, rows: Integers) -> Answered:
-    return Answered(answered.buffer.select(rows), answered.scores[rows], answered.groups)
-
-
-def _pick(teaches_R: Any, num_generations: int, wanted: int) -> Integers:
-    """Returns the answers of ``wanted`` groups, in their order: those that teach something first."""
-    groups = np.asarray(teaches_R).reshape(-1, num_generations)[:, 0]
-    order = np.argsort(~groups, kind="stable")[:wanted]
-    return (np.sort(order)[:, None] * num_generations + np.arange(num_generations)).ravel().astype(np.int64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.data import HeldOut, PromptSet
 from ingle.data.batch import Batch, collate, round_up
 from ingle.data.counters import Counters, Place, Purpose
 from ingle.data.packing import Indices
@@ -33,7 +34,7 @@ from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
 from ingle.objectives.rollouts.buffer import SampleBuffer
-from ingle.objectives.rollouts.collecting import Collector, Iteration
+from ingle.objectives.rollouts.collecting import HELD_OUT, Collector, Iteration
 from ingle.objectives.rollouts.journal import delete_journals
 from ingle.objectives.rollouts.recipes import Recipe
 from ingle.parallel import Mesh, call_outside_step
@@ -57,6 +58,7 @@ class RolloutObjective(Objective):
         shares: Whether the prompt of a group is computed once.
         seed: Seed of the run.
         mesh: The ranks.
+        held_out: Prompts for validation.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class RolloutObjective(Objective):
         shares: bool,
         seed: int,
         mesh: Mesh,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.module, self._recipe, self._collector, self._initial = module, recipe, collector, initial
         self._num_prompts, self._num_passes = num_prompts, num_passes
@@ -84,6 +87,7 @@ class RolloutObjective(Objective):
         self._micro_batch_size = micro_batch_size
         self._shares, self._seed, self._mesh = shares, seed, mesh
         self.prepares = self._is_pair
+        self._held_out = held_out
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
@@ -199,6 +203,26 @@ class RolloutObjective(Objective):
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
         """Yields nothing: answers to held-out prompts are sampled."""
         return iter(())
+
+    @property
+    def row_measures(self) -> Sequence[str]:
+        """Names of the figures of a validation."""
+        return (*HELD_OUT, *(f"rewards/{name}" for name in self._collector.names))
+
+    def measure_held_out(self, must_stop: Callable[[], bool]) -> Iterator[tuple[Indices, Tensor] | None]:
+        """Yields minus the reward of an answer to each held-out prompt, and its figures."""
+        assert self._held_out is not None, "nothing is held out"
+        documents, prompts = self._held_out.documents, self._held_out.dataset
+        assert isinstance(prompts, PromptSet)
+        found_DC = self._collector.measure(prompts, documents.tolist(), self._recipe, lambda event: None)
+        if found_DC is None:
+            yield None
+            return
+        own = slice(self._mesh.dist_rank, None, self._mesh.world_size)
+        figures_DC = np.column_stack([-found_DC[:, 0], found_DC])[own]
+        known_DC = ~np.isnan(figures_DC)
+        pairs_DC2 = np.stack([np.where(known_DC, figures_DC, 0.0), known_DC], 2)
+        yield documents[own], torch.from_numpy(pairs_DC2.reshape(len(pairs_DC2), -1))
 
     def start_checks(self, parts: Sequence[Batch]) -> Sequence[Check]:
         """Returns the check that the policy of the update is the one that sampled, to the bit."""

@@ -34,9 +34,6 @@ from ingle.objectives.rollouts.importance import correction_weights, effective_s
 from ingle.objectives.rollouts.kl_control import KlControl
 from ingle.objectives.rollouts.rewards import RunningScale, settle_unfinished, sum_rewards, token_rewards
 
-#: Statuses of answers that the policy ended.
-FINISHED = ("stop", "string")
-
 
 class Recipe:
     """What an objective makes of the answers of an iteration: here, it learns from all of them alike (``distill``).
