@@ -21,7 +21,7 @@ from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
-from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
+from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
 from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import read_report, write_report
 from ingle.run_evaluation import compare_run, evaluate_before, score_samples
@@ -175,7 +175,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         states["adapter"] = kept
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
-    movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    movement = Movement(parts.optimizer, run.optimizer, plan.num_steps, adapter=run.adapter, mesh=mesh)
     prove = partial(
         prove_start,
         objective=objective,
@@ -188,6 +188,8 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     if parts.held_out is not None:
         states["selection"] = validation.selection
     checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best)
+    if run.adapter.kind == "none":
+        objective.prepare_all(plan.num_steps, lambda done, total: sink(Progress("Reference", done, total)))
     position = Position(0, 0, parts.data_hash)
     latest = checkpoints.latest()
     if latest is not None:
@@ -234,7 +236,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 stop = True
                 continue
             meter.begin()
-            lr = learning_rate(run.optim, step, plan.num_steps)
+            lr = learning_rate(run.optimizer, step, plan.num_steps)
             parts.rounding.prepare(step)
             result = take_step(
                 objective,

@@ -258,6 +258,16 @@ class Objective(ABC):
         """
         return parts
 
+    def prepare_all(self, num_steps: int, on_progress: Callable[[int, int], None]) -> None:  # noqa: B027 - optional
+        """Computes what all steps need of the weights that a run begins with, which full fine-tuning overwrites.
+
+        The loop calls it before it restores a checkpoint, if all weights are trained. All ranks call it together.
+
+        Args:
+            num_steps: Steps of the run.
+            on_progress: Called with the number of steps that are done, and their total.
+        """
+
     @abstractmethod
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
         """Yields this rank's micro-batches of the held-out documents, the same ones in every call.
