@@ -59,6 +59,7 @@ class RolloutObjective(Objective):
         seed: Seed of the run.
         mesh: The ranks.
         held_out: Prompts for validation.
+        is_precise: Whether the model computes in float32, in which the sampler differs by rounding at most.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class RolloutObjective(Objective):
         seed: int,
         mesh: Mesh,
         held_out: HeldOut | None = None,
+        is_precise: bool = False,
     ) -> None:
         self.module, self._recipe, self._collector, self._initial = module, recipe, collector, initial
         self._num_prompts, self._num_passes = num_prompts, num_passes
@@ -86,15 +88,15 @@ class RolloutObjective(Objective):
         self._num_iterations = -(-num_steps // self._steps)
         self._micro_batch_size = micro_batch_size
         self._shares, self._seed, self._mesh = shares, seed, mesh
-        self.prepares = self._is_pair
+        self.prepares = self._is_pair or hasattr(module, "prepare")
         self._held_out = held_out
+        self._trusts_sampler = is_precise and self._steps == 1 and not recipe.reads_values
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
         self._figures: dict[str, float] = {}
         self._trail = hashlib.blake2b(digest_size=16).hexdigest()
         self._saved_iteration = 0
-        self._is_ended = False
 
     @property
     def epoch(self) -> float:
@@ -164,6 +166,11 @@ class RolloutObjective(Objective):
         recipe, module = self._recipe, self.module
         if not isinstance(module, PolicyLoss):
             return buffer
+        # Where the sampler computes what the update does, and the answers are learned from once, it has the last word
+        # on its own probabilities; the first iteration proves that it may.
+        trusts_sampler = self._trusts_sampler and self._iteration >= 0
+        if trusts_sampler and not recipe.reads_reference:
+            return buffer
         found: dict[str, list[Any]] = {}
         was_training = module.training
         for rows in buffer.minibatches(self._batch_rows):
@@ -171,7 +178,7 @@ class RolloutObjective(Objective):
             own: list[dict[str, Any]] = [{} for _ in parts]
             module.eval()
             with torch.no_grad():
-                for columns, part in zip(own, parts, strict=True):
+                for columns, part in () if trusts_sampler else zip(own, parts, strict=True):
                     columns |= call_outside_step(module, module.evaluate, part)
                 if recipe.reads_reference:
                     assert self._initial is not None, "there is no reference"
@@ -188,7 +195,10 @@ class RolloutObjective(Objective):
         return buffer.adding(**{names.get(name, name): np.concatenate(parts) for name, parts in found.items()})
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
-        """Adds the log-probabilities of the reference to pairs."""
+        """Adds the log-probabilities of the reference to pairs; other modules may add columns of their own."""
+        if not self._is_pair:
+            prepared: Sequence[Batch] = self.module.prepare(parts)  # type: ignore[operator] # see prepares
+            return prepared
         assert self._initial is not None, "there is no reference"
         was_training = self.module.training
         self.module.eval()
@@ -278,6 +288,7 @@ class RolloutObjective(Objective):
         self._trail, self._figures = str(state["trail"]), dict(state["figures"])
         self.idle_steps = int(state["idle_steps"])
         self._recipe.load_state_dict(state["recipe"])
+        self._saved_iteration = self._iteration + (self._cursor >= self._steps)
         columns = {name.removeprefix(_BUFFER): each for name, each in state.items() if name.startswith(_BUFFER)}
         self._buffer = SampleBuffer.from_state(columns) if columns else None
         self._plan = [] if self._buffer is None else self._minibatches(self._buffer, self._iteration)
