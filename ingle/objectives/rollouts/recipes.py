@@ -85,7 +85,7 @@ class Recipe:
         """Returns the answers with what the update reads, and figures.
 
         Args:
-                buffer: The selected answers, with ``old_logps``, ``reference_logps`` and ``values`` as needed. Without
+            buffer: The selected answers, with ``old_logps``, ``reference_logps`` and ``values`` as needed. Without
                 ``old_logps``, those of the sampler are the policy's.
             progress: Share of the iterations that are done, this one included.
         """
