@@ -23,6 +23,8 @@ from ingle.models.forward.task_heads import forward_task
 from ingle.models.forward.verification import verify
 from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
+from ingle.models.generation.rollout import Request, Rollout, Sampler, Sampling, noise_keys
+from ingle.models.generation.sampler import make_sampler
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, importance_by_tensor, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
@@ -53,7 +55,11 @@ __all__ = [
     "ModelKind",
     "ModelTask",
     "QuantizedCache",
+    "Request",
+    "Rollout",
     "Routers",
+    "Sampler",
+    "Sampling",
     "can_recompute",
     "choose_formats",
     "choose_padding",
@@ -83,8 +89,10 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_weights",
+    "make_sampler",
     "meta_model",
     "model_task",
+    "noise_keys",
     "num_tokens",
     "read_modules",
     "reader_class",
