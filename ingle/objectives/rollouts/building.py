@@ -173,7 +173,7 @@ def _sampler(model: Model, tokenizer: Any, sampling: Sampling, mesh: Mesh | None
 def _pool_maker(objective: Sampled, output: Path) -> Callable[[], RewardPool] | None:
     if not isinstance(objective, Rewarded):
         return None
-    return partial(RewardPool, objective.rewards, memory=output / "judge.jsonl")
+    return partial(RewardPool, objective.rewards, memory=output / "judge.sqlite")
 
 
 def _origin(run: Run) -> str:
