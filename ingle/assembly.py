@@ -125,6 +125,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         sink(Warned(difference, where="objective"))
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
