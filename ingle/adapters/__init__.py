@@ -4,6 +4,7 @@ from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, train
 from ingle.adapters.attachment import attach, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
+from ingle.adapters.kinds import select
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
@@ -13,7 +14,7 @@ from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.roles import add_role, load_role, save_role
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, has_initial, use
-from ingle.adapters.targets import Selection, select
+from ingle.adapters.targets import Selection
 
 __all__ = [
     "Adapted",
