@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import targets
+from ingle.adapters import prefix, prompt, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import Adapter
+from ingle.config.adapter_kinds import Adapter, PrefixAdapter, PromptAdapter
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
 
@@ -73,6 +73,10 @@ def kind_of(adapter: Adapter) -> Kind:
         AdapterError: The kind is not built yet.
     """
     match adapter.kind:
+        case "prefix":
+            return prefix
+        case "prompt":
+            return prompt
         case _:
             raise AdapterError(
                 f"Adapters of kind {adapter.kind} are not built yet.", where="adapter.kind", fix="--adapter.kind=lora"
@@ -82,8 +86,17 @@ def kind_of(adapter: Adapter) -> Kind:
 def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
     """Returns the functions that read a folder, given its ``adapter_config.json``; None for LoRA and unknown types."""
     match config.get("peft_type"):
+        case "PREFIX_TUNING":
+            return prefix
+        case "PROMPT_TUNING" | "P_TUNING":
+            return prompt
         case _:
             return None
+
+
+def module_prefix(adapter: Adapter) -> str:
+    """Returns what PEFT puts before the path of a module that is trained in full; virtual tokens wrap no model."""
+    return "base_model." if isinstance(adapter, PrefixAdapter | PromptAdapter) else "base_model.model."
 
 
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:

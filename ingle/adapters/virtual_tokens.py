@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ingle.adapters.peft_config import CONFIG_FILE
 from ingle.adapters.states import Adapted
-from ingle.parallel import copy_rows
+from ingle.errors import AdapterError
+from ingle.parallel import copy_rows, full, local
+from ingle.wording import some
 
 #: Name of the embeddings in the model's embedding, and of keys and values in an attention layer.
 TOKENS, KEYS = "virtual_tokens", "virtual_keys"
+#: PEFT's name of the only tensor in the file of an adapter.
+TENSOR = "prompt_embeddings"
 _LSTM_LAYERS = 2
 
 Encoder = Literal["none", "mlp", "lstm"]
@@ -84,6 +90,7 @@ class VirtualTokens(Virtual):
     ) -> None:
         super().__init__()
         self.num_tokens, self.first_id = num_tokens, first_id
+        self.text: tuple[int, ...] = ()  # what the embeddings begin with, until they do
         self.embeddings = nn.Parameter(torch.zeros(num_tokens, width, dtype=torch.float32, device=device))
         inner = encoder_width or width
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -96,10 +103,9 @@ class VirtualTokens(Virtual):
             sizes = (wide, wide, width) if encoder == "lstm" else (width, inner, inner, width)
             self.layers = nn.ModuleList(nn.Linear(into, out, **options) for into, out in pairwise(sizes))
 
-    @property
-    def encoder(self) -> Encoder:
-        """The network that computes the embeddings."""
-        return "none" if self.layers is None else "mlp" if self.recurrent is None else "lstm"
+    def forget_network(self) -> None:
+        """Makes the embeddings those of texts, instead of the input of a network."""
+        self.recurrent = self.layers = None
 
     def forward(self) -> Tensor:
         """Returns the embeddings, float32 ``[P, H]``."""
@@ -165,15 +171,38 @@ class VirtualKeys(Virtual):
     ) -> None:
         super().__init__()
         self.num_tokens, self.num_heads, self.head_size = num_tokens, num_heads, head_size
+        self.text: tuple[Tensor, Tensor] | None = None  # what they begin with, until they do
         width = num_heads * head_size
         self.encoder = encoder
         self.last: nn.Linear | None = None
         self.keys = self.values = None
         if encoder is None:
-            shape, options = (num_tokens, width), {"dtype": torch.float32, "device": device}
-            self.keys, self.values = (nn.Parameter(torch.zeros(shape, **options)) for _ in range(2))  # type: ignore[call-overload]
+            self._make_matrices(device)
         else:
             self.last = nn.Linear(encoder.linear.out_features, 2 * width, dtype=torch.float32, device=device)
+
+    def _make_matrices(self, device: torch.device) -> None:
+        shape = (self.num_tokens, self.num_heads * self.head_size)
+        self.keys, self.values = (
+            nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device)) for _ in range(2)
+        )
+
+    def forget_network(self) -> None:
+        """Makes keys and values parameters, instead of the output of a network."""
+        if self.last is not None:
+            self._make_matrices(self.last.weight.device)
+            self.encoder = self.last = None
+
+    @torch.no_grad()
+    def clear_values(self) -> None:
+        """Sets all values to zero."""
+        if self.last is None:
+            local(self.values).zero_()
+            return
+        for parameter in (self.last.weight, self.last.bias):  # the second half of the rows are values
+            whole = full(parameter).clone()
+            whole[len(whole) // 2 :] = 0
+            copy_rows(parameter, whole)
 
     @property
     def obstacle(self) -> str | None:
@@ -248,6 +277,41 @@ def _find_keys(model: nn.Module) -> Iterator[tuple[str, VirtualKeys]]:
     for path, module in model.named_modules():
         if isinstance(module, VirtualKeys):
             yield path.removesuffix(f".{KEYS}"), module
+
+
+def only_tensor(tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    """Returns the only tensor of a file.
+
+    Raises:
+        AdapterError: The file has others, or none.
+    """
+    if set(tensors) != {TENSOR}:
+        raise AdapterError(
+            f"The file has to have the tensor {TENSOR}, and weights of the modules in modules_to_save.",
+            where=where,
+            why=f"it has {some(tensors)}",
+            fix="copy the complete adapter folder again",
+        )
+    return tensors[TENSOR]
+
+
+def text_error() -> AdapterError:
+    """Returns the error about a text that was not given."""
+    return AdapterError(
+        "The virtual tokens are to begin with a text, but its tokens were not given.",
+        where="adapter.init_text",
+        fix="choose another adapter.init",
+    )
+
+
+def file_error(folder: Path, why: str) -> AdapterError:
+    """Returns the error about virtual tokens of PEFT that are not computed."""
+    return AdapterError(
+        "These virtual tokens cannot be used.",
+        where=str(folder / CONFIG_FILE),
+        why=why,
+        fix="train them with num_transformer_submodules = 1, or with Ingle",
+    )
 
 
 def _run_lstm(module: nn.LSTM, inputs: Tensor) -> Tensor:
