@@ -18,7 +18,6 @@ from ingle.adapters.states import adapted_modules
 from ingle.config.adapter_kinds import Adapter
 from ingle.errors import AdapterError
 from ingle.parallel import copy_rows
-from ingle.wording import some
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,29 +82,7 @@ def load_values(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         load_module(model, path, own, folder)
     _assign(model, _checked(kind, model, adapter, tensors, where), where)
     for module in adapted_modules(model).values():
-        module.starts_at_base = False
-
-
-def by_name(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: str) -> dict[str, Tensor]:
-    """Returns tensors of a file by the paths of parameters.
-
-    Args:
-        tensors: The tensors by key.
-        names: The key of each parameter.
-        where: The file, for errors.
-
-    Raises:
-        AdapterError: A tensor is missing, or belongs to no parameter.
-    """
-    missing, unknown = set(names.values()) - set(tensors), set(tensors) - set(names.values())
-    if missing or unknown:
-        raise AdapterError(
-            "This adapter does not change the same modules of this model.",
-            where=where,
-            why=f"only in the file: {some(unknown)}; only in the model: {some(missing)}",
-            fix="use the base that the adapter was trained on, and the options of adapter that it was trained with",
-        )
-    return {path: tensors[key] for path, key in names.items()}
+        module.starts_at_base = not any(parameter.requires_grad for parameter in module.own_parameters())
 
 
 def _checked(

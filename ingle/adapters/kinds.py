@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import prefix, prompt, targets
+from ingle.adapters import bitfit, bottleneck, ia3, prefix, prompt, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
 from ingle.config.adapter_kinds import Adapter, PrefixAdapter, PromptAdapter
@@ -73,6 +73,12 @@ def kind_of(adapter: Adapter) -> Kind:
         AdapterError: The kind is not built yet.
     """
     match adapter.kind:
+        case "bottleneck":
+            return bottleneck
+        case "ia3":
+            return ia3
+        case "bitfit":
+            return bitfit
         case "prefix":
             return prefix
         case "prompt":
@@ -85,7 +91,13 @@ def kind_of(adapter: Adapter) -> Kind:
 
 def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
     """Returns the functions that read a folder, given its ``adapter_config.json``; None for LoRA and unknown types."""
+    if bitfit.reads(config):
+        return bitfit
     match config.get("peft_type"):
+        case bottleneck.PEFT_TYPE:
+            return bottleneck
+        case ia3.PEFT_TYPE:
+            return ia3
         case "PREFIX_TUNING":
             return prefix
         case "PROMPT_TUNING" | "P_TUNING":
