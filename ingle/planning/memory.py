@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import HqqBase, base_section
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
 from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
+from ingle.planning.virtual_tokens import num_added_keys, virtual_parameters, with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
 _CONTEXT_BYTES = 512 << 20
@@ -102,6 +104,9 @@ def per_device(
         on_gpu: Whether the device is a GPU.
         compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
+    if num_added_keys(run):
+        shape = replace(shape, fused=False)
+    data = with_virtual_tokens(run, data)
     return DeviceMemory(run, shape, data, strategy, dtype_bytes, on_gpu, compiles_kernels).parts()
 
 
@@ -289,6 +294,8 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
+    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+        return model.saved_parameters + virtual_parameters(run.adapter, model)
     return model.saved_parameters + _adapter_parameters(run, model.linears)
 
 
