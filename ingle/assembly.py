@@ -12,6 +12,8 @@ import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.objective import TRAINS, Classify, Tag
+from ingle.config.preference_rules import has_reference
+from ingle.config.presets import describe_difference
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -114,6 +116,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         models.choose_padding(model, tokenizer, dataset.last_ids())
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
+    if (difference := describe_difference(run.objective)) is not None:
+        sink(Warned(difference, where="objective"))
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)
@@ -269,12 +273,23 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
-    report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
+    report = adapters.initialize(
+        model,
+        run.adapter,
+        selection,
+        seed=run.seed,
+        identity=identity,
+        keeps_initial=has_reference(run),
+        mesh=mesh,
+    )
     for note in report.notes:
         sink(Warned(note))
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     parallel.call_outside_step(objective.module, models.verify, model)
+    sharing = parallel.call_outside_step(objective.module, objectives.settle_sharing, objective, run.objective, model)
+    if sharing is not None:
+        sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
     hooked = run.train.imatrix or objective.module.uses_hooks
     compiled = plan.compile and not fusion.fused and not hooked
@@ -295,7 +310,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optim), run.optim, mesh),
+        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optimizer), run.optimizer, mesh),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

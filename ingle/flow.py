@@ -172,7 +172,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         states["adapter"] = kept
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
-    movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    movement = Movement(parts.optimizer, run.optimizer, plan.num_steps, adapter=run.adapter, mesh=mesh)
     prove = partial(
         prove_start,
         objective=objective,
@@ -231,7 +231,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 stop = True
                 continue
             meter.begin()
-            lr = learning_rate(run.optim, step, plan.num_steps)
+            lr = learning_rate(run.optimizer, step, plan.num_steps)
             parts.rounding.prepare(step)
             result = take_step(
                 objective,

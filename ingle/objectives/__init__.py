@@ -16,8 +16,7 @@ from ingle.config.run import Run
 from ingle.data import HeldOut, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
 from ingle.errors import ConfigError
-from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
-from ingle.models.forward.layout import layout_of
+from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond, why_prompts_repeat
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.driver import DocumentLoss, PackedObjective
@@ -53,6 +52,7 @@ __all__ = [
     "build",
     "corruption",
     "make_corruption",
+    "settle_sharing",
 ]
 
 
@@ -98,7 +98,7 @@ def build(run: Run, context: Context) -> Objective:
         "mesh": context.mesh,
         "held_out": context.held_out,
     }
-    initial = partial(adapters.disabled, context.model)
+    initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
             return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
@@ -178,16 +178,18 @@ def corruption(run: Run, context: Context) -> Corruption | None:
 
 
 def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
-    """Returns what joins sources with their targets, and shares the prompts of rows.
+    """Returns what joins sources with their targets, and shares the prompts of rows; see :func:`settle_sharing`.
 
     Raises:
         ConfigError: Prompts are to be shared in a model that reads them together with their answers.
     """
     joining = Joining(target_of(model)) if reads_sources(config, model) else None
+    if FAMILY[config.kind] == "judged":  # each answer is a row
+        return joining
     can_share = joining is not None or kind_of(model.config) == "causal"
     shares = getattr(config, "share_prompts", False)
     if shares == "auto":
-        shares = can_share and (joining is not None or layout_of(model).computes_trees)
+        shares = can_share
     if shares and not can_share:
         raise ConfigError(
             f"{type(model).__name__} reads each answer together with its prompt, which cannot be shared.",
@@ -195,6 +197,27 @@ def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
             fix="--objective.share_prompts=auto",
         )
     return Sharing(joining) if shares else joining
+
+
+def settle_sharing(objective: Objective, config: ObjectiveConfig, model: Model) -> str | None:
+    """Repeats prompts that a model, as its weights show, computes otherwise if they are shared.
+
+    All ranks call it together, inside :func:`ingle.parallel.call_outside_step`.
+
+    Returns:
+        A sentence with the reason; None if prompts stay as they are.
+
+    Raises:
+        ConfigError: ``share_prompts`` is true, and the model does not share them.
+    """
+    sharing = objective.corrupt if isinstance(objective, PackedObjective) else None
+    if not isinstance(sharing, Sharing) or (reason := why_prompts_repeat(model)) is None:
+        return None
+    message = f"Prompts are computed again for each answer: {reason}."
+    if getattr(config, "share_prompts", "auto") is True:
+        raise ConfigError(message, where="objective.share_prompts", fix="--objective.share_prompts=auto")
+    sharing.is_on = False
+    return message
 
 
 def make_corruption(
