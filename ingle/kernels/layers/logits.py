@@ -39,6 +39,10 @@ class LogitTransform:
         tanh = torch.tanh(z / self.softcap)
         return self.softcap * tanh, self.scale * (1 - tanh**2)
 
+    def at(self, temperature: float) -> LogitTransform:
+        """Returns the transform of logits that are divided by a temperature after the softcap."""
+        return LogitTransform(self.scale / temperature, None if not self.softcap else self.softcap / temperature)
+
     def numbers(self) -> tuple[Any, Any]:
         """Returns the scale and the softcap as float32, for kernels; a softcap of 0 means none."""
         return np.float32(self.scale), np.float32(self.softcap or 0.0)

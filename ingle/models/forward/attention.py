@@ -17,9 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.bounds import has_trees, is_bounds, read_bounds
+from ingle.kernels.attention.cached import KeyStore, store_of
+from ingle.kernels.attention.cpu import Scores
 from ingle.kernels.attention.packed import packed_attention
 from ingle.kernels.attention.prefix import add_keys
-from ingle.kernels.attention.spans import Window
+from ingle.kernels.attention.spans import Window, reach
 from ingle.kernels.attention.tree_attention import cut_bounds, tree_attention
 from ingle.models.forward.bounds import describe
 
@@ -78,6 +80,12 @@ def attend(
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     options: dict[str, Any]
     bounds = None
+    if (store := store_of(attention_mask)) is not None:
+        assert attention_mask is not None and position_bias is None, "layouts with biases by distance use no store"
+        settings = sliding_window, causal
+        return _attend_stored(
+            module, query, key, value, attention_mask, store, settings, Scores(scale, softcap or 0.0), s_aux
+        ), None
     if has_trees(attention_mask):
         options = {"scale": scale, "softcap": softcap, "sinks": s_aux, "chunk": _chunk(module)}
         options["returns_lse"] = added is not None
@@ -218,6 +226,27 @@ def _attend_trees(
     assert bounds.after == 0 if bounds.described else causal, "only what is predicted from left to right has trees"
     window: Window = (bounds.before, 0) if bounds.described else _window(module, sliding_window)
     return tree_attention(query, key, value, bounds.trees, window=window, **options)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer cannot contain numba's kernels
+def _attend_stored(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    store: KeyStore,
+    settings: tuple[int | None, bool],
+    scores: Scores,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Computes attention of single tokens over the keys of a store, which gets theirs; ``[1, T, Hq, Dh]``."""
+    bounds = read_bounds(mask)
+    sliding_window, causal = settings
+    assert bounds.after == 0 if bounds.described else causal, "only texts that grow from left to right have a store"
+    before = bounds.before if bounds.described else reach(True, _window(module, sliding_window))[0]
+    parts = (part[0].transpose(0, 1) for part in (query, key, value))
+    return store.attend(*parts, scores, before=before, chunk=_chunk(module), sinks=sinks)[None]
 
 
 def _by_distance(module: nn.Module, position_bias: Tensor) -> Tensor:

@@ -19,13 +19,15 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.bounds import make_bounds
+from ingle.kernels.attention.cached import KeyStore, keep_in
 from ingle.kernels.attention.trees import Trees
+from ingle.kernels.layers.logits import LogitTransform
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
 from ingle.models.forward.rotary_by_length import unchanged_length
 from ingle.models.forward.to_head import run_to_head
-from ingle.models.forward.virtual_tokens import insert_ids, num_added_keys
+from ingle.models.forward.virtual_tokens import insert_ids, num_added_keys, virtual_length
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
@@ -82,6 +84,17 @@ def head(model: PreTrainedModel) -> Head:
             where="model.id",
             fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
         )
+    transform = logit_transform(model)
+    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
+    bias = layer.bias
+    if added := layout_of(model).added_bias:
+        more = model.get_parameter_or_buffer(added).flatten()
+        bias = more if bias is None else bias + more
+    return Head(weight, bias, transform.scale, transform.softcap)
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """Returns what an architecture does with its raw logits, from its config."""
     scaled = model.config.model_type not in _UNSCALED
     config = text_config(model.config) if scaled else None
     config = getattr(config, "decoder", config)  # of an encoder-decoder with a section for each part
@@ -91,12 +104,7 @@ def head(model: PreTrainedModel) -> Head:
     for name in _DIVISORS:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
-    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    bias = layer.bias
-    if added := layout_of(model).added_bias:
-        more = model.get_parameter_or_buffer(added).flatten()
-        bias = more if bias is None else bias + more
-    return Head(weight, bias, scale, None if softcap is None else float(softcap))
+    return LogitTransform(scale, None if softcap is None else float(softcap))
 
 
 def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -262,6 +270,45 @@ def call_packed(
     documents = _documents(cu_seqlens, trees, 0.0 if layout.equal else PADDING) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
+
+
+def forward_stored(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, longest: int, store: KeyStore
+) -> Tensor:
+    """Returns the input of the output layer for single tokens of texts whose earlier keys are stored, ``[1, M, H]``.
+
+    Args:
+        model: A model for which :func:`why_nothing_is_stored` is None.
+        input_ids: ``[1, M]``.
+        position_ids: ``[1, M]``.
+        longest: Tokens of the longest text that the store has room for.
+        store: It knows which texts the tokens continue.
+    """
+    layout = layout_of(model)
+    mask = make_bounds(torch.tensor([0, longest], device=input_ids.device), described=layout.described)
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": keep_in(mask, store),
+        "position_ids": position_ids + layout.first_position,
+        "use_cache": False,
+    }
+    if layout.passes_types:
+        arguments["token_type_ids"] = torch.zeros_like(input_ids)
+    return run_to_head(model, arguments)
+
+
+def why_nothing_is_stored(model: PreTrainedModel) -> str | None:
+    """Returns why :func:`forward_stored` cannot compute a model; None if it can."""
+    layout = layout_of(model)
+    if kind_of(model.config) != "causal":
+        return "it is no language model that only sees earlier tokens"
+    if layout.kind != "packed":
+        return "some of its layers keep more than keys and values, or it cannot be packed"
+    if not layout.takes_bounds or layout.has_distances:
+        return "its attention needs more than keys and values"
+    if virtual_length(model):
+        return "virtual tokens come before every text"
+    return None
 
 
 def _bounds(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Tensor:

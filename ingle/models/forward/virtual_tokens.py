@@ -4,7 +4,7 @@ Ids are inserted in front of every document before a model computes it, and thei
 result, so nothing above knows of them. In trees they belong to the prompts. Keys take no place in a row; they only move
 the positions of the tokens after them.
 
-Legend: P virtual tokens, D documents, N tokens, M tokens and virtual tokens.
+Legend: P virtual tokens, D documents, N tokens, M tokens and virtual tokens, Hkv key/value heads, Dh head size.
 """
 
 from __future__ import annotations

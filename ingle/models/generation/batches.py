@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,14 @@ from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.forward.to_head import run_to_head
 from ingle.models.forward.virtual_tokens import num_added_keys, virtual_ids, virtual_length
-from ingle.models.generation.token_sampler import TokenSampler
 from ingle.models.text_limits import text_limit
+
+
+class Chooser(Protocol):
+    """Chooses tokens."""
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns the next token of each of these rows, ``[B]``."""
 
 
 class GrowingBatch(ABC):
@@ -57,7 +63,7 @@ class GrowingBatch(ABC):
         model: PreTrainedModel,
         compute_logits: Callable[[Tensor], Tensor],
         prompts: Sequence[Sequence[int]],
-        sampler: TokenSampler,
+        sampler: Chooser,
         max_new_tokens: int,
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
@@ -90,10 +96,12 @@ class GrowingBatch(ABC):
 
     def step(self) -> tuple[list[int], list[int]]:
         """Adds one token to every row; returns the rows and their tokens."""
-        last_BH = self._compute()
-        tokens_B = self._sampler.choose(self._compute_logits(last_BH).float(), self.rows)
+        logits_BV = self._compute_logits(self._compute()).float()
         if self._step == 0 and self._first is not None:
-            tokens_B = torch.full_like(tokens_B, self._first)
+            only = torch.full_like(logits_BV, -torch.inf)
+            only[:, self._first] = 0.0
+            logits_BV = only
+        tokens_B = self._sampler.choose(logits_BV, self.rows)
         if self._agree is not None:  # the last bits of logits may differ between devices
             tokens_B = torch.tensor(self._agree(tokens_B.tolist()), device=tokens_B.device)
         self._ids = tokens_B[:, None]
