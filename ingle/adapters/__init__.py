@@ -11,6 +11,8 @@ from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
 from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
+from ingle.adapters.prefix import give_keys
+from ingle.adapters.prompt import give_text
 from ingle.adapters.roles import RoleShape, add_role, load_role, read_shape, save_role
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
@@ -38,6 +40,8 @@ __all__ = [
     "disabled",
     "enable_fused",
     "fuse",
+    "give_keys",
+    "give_text",
     "has_initial",
     "identify",
     "initial_digest",

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import bitfit, bottleneck, ia3, targets
+from ingle.adapters import bitfit, bottleneck, ia3, prefix, prompt, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import Adapter
+from ingle.config.adapter_kinds import Adapter, PrefixAdapter, PromptAdapter
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
 
@@ -79,6 +79,10 @@ def kind_of(adapter: Adapter) -> Kind:
             return ia3
         case "bitfit":
             return bitfit
+        case "prefix":
+            return prefix
+        case "prompt":
+            return prompt
         case _:
             raise AdapterError(
                 f"Adapters of kind {adapter.kind} are not built yet.", where="adapter.kind", fix="--adapter.kind=lora"
@@ -94,8 +98,17 @@ def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
             return bottleneck
         case ia3.PEFT_TYPE:
             return ia3
+        case "PREFIX_TUNING":
+            return prefix
+        case "PROMPT_TUNING" | "P_TUNING":
+            return prompt
         case _:
             return None
+
+
+def module_prefix(adapter: Adapter) -> str:
+    """Returns what PEFT puts before the path of a module that is trained in full; virtual tokens wrap no model."""
+    return "base_model." if isinstance(adapter, PrefixAdapter | PromptAdapter) else "base_model.model."
 
 
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:

@@ -28,7 +28,7 @@ from ingle.models.forward.mixers import find_mixers, original_class, source
 from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
-from ingle.models.text_part import for_text_part
+from ingle.models.text_part import for_text_part, text_config
 from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING, describe_layout
 
@@ -181,6 +181,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
     stored.packed_boundaries = boundaries or Boundaries()
     dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()
     kind: LayoutKind = "documents" if dealt else layout.kind
+    stored.takes_keys = _takes_keys(model, kind)
     stored.packed_layout = replace(
         layout,
         kind=kind,
@@ -207,6 +208,23 @@ def _deal(model: PreTrainedModel, layout: Layout, boundaries: Boundaries) -> fro
         continues = original_class(module).__name__ in layout.continued
         deal_module(module, boundaries, form, model.config, causal=causal, continues=continues)
     return frozenset(original_class(model.get_submodule(name)).__name__ for name in mixers.keys() - by_interface)
+
+
+def _takes_keys(model: PreTrainedModel, kind: LayoutKind) -> tuple[str, ...] | str:
+    """Returns the paths of the attention layers, if an adapter can add keys to all of them; else why it cannot."""
+    if kind_of(model.config) != "causal":
+        return "it is no causal language model"
+    if kind not in ("packed", "documents"):
+        return "it takes documents in padded rows"
+    mixers = find_mixers(model)
+    other = next((name for name, mixing in mixers.items() if mixing != "interface"), None)
+    if other is not None:
+        return f"its {other} mixes tokens without attention, or with attention of its own"
+    if text_config(model.config)._attn_implementation != IMPLEMENTATION:
+        return "its attention is the architecture's own"
+    if len(mixers) != getattr(text_config(model.config), "num_hidden_layers", len(mixers)):
+        return "not every layer has one attention"
+    return tuple(mixers)
 
 
 def _first_position(model: PreTrainedModel) -> int:
