@@ -4,7 +4,8 @@ from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, train
 from ingle.adapters.attachment import attach, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
-from ingle.adapters.lora import LoraLinear
+from ingle.adapters.initialization import principal_directions
+from ingle.adapters.lora import LoraLinear, generator_of
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "disabled",
     "enable_fused",
     "fuse",
+    "generator_of",
     "has_initial",
     "identify",
     "initial_digest",
@@ -45,6 +47,7 @@ __all__ = [
     "lora_modules",
     "merged_planes",
     "merged_weight",
+    "principal_directions",
     "read_record",
     "save_adapter",
     "save_role",

@@ -32,4 +32,11 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         "adapter.freeze_a, adapter.lora_plus_ratio",
         ("adapter.lora_plus_ratio=1", "adapter.freeze_a=false"),
     ),
+    Rule(
+        "precondition-needs-frozen-a",
+        lambda run: isinstance(run.adapter, WeightAdapter) and run.adapter.precondition and not run.adapter.freeze_a,
+        "The gradient of B is preconditioned by a frozen A only.",
+        "adapter.precondition, adapter.freeze_a",
+        ("adapter.freeze_a=true", "adapter.precondition=false"),
+    ),
 )

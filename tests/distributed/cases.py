@@ -75,6 +75,7 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     objective, optimizer, mesh = parts.objective, parts.optimizer, parts.mesh
     objective.module.train()
     parts.rounding.prepare(step)
+    optimizer.begin(step)
     sums, counts = compute_gradients(objective, objective.next_batches(), mesh, seed=0, step=step)
     optimizer.sum_gradients()
     gradients = {name: _array(gradient) for name, gradient in optimizer.gradients()}
