@@ -81,6 +81,7 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     gradients = {name: _array(gradient) for name, gradient in optimizer.gradients()}
     norm = optimizer.clip()
     optimizer.step(1e-2)
+    optimizer.clear()
     frozen = [p for p in parts.model.parameters() if not p.requires_grad]
     return StepOfOneRank(
         loss=weighted_mean(objective.module.terms, sums, counts),
