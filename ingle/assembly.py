@@ -26,7 +26,7 @@ from ingle.models import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
-from ingle.training.groups import parameter_groups
+from ingle.training.groups import build_optimizer
 from ingle.training.meter import describe_gpu, free_bytes, resident_bytes
 from ingle.training.model_shape import model_shape
 from ingle.training.optim import Optimizer
@@ -354,7 +354,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
     hooked = run.train.imatrix or objective.module.uses_hooks
-    compiled = plan.compile and not fusion.fused and not hooked
+    compiled = plan.compile and not fusion.fused and not hooked and run.optim.rule.kind != "lisa"
     if compiled:
         compile_layers(model)
     if plan.strategy.offload_activations:
@@ -372,7 +372,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optimizer, objective.module), run.optimizer, mesh),
+        optimizer=build_optimizer(run, model, layers, mesh, objective.module),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

@@ -4,8 +4,9 @@ from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, train
 from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
+from ingle.adapters.initialization import principal_directions
 from ingle.adapters.kinds import select
-from ingle.adapters.lora import LoraLinear
+from ingle.adapters.lora import LoraLinear, generator_of
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
@@ -40,6 +41,7 @@ __all__ = [
     "disabled",
     "enable_fused",
     "fuse",
+    "generator_of",
     "give_keys",
     "give_text",
     "has_initial",
@@ -53,6 +55,7 @@ __all__ = [
     "lora_modules",
     "merged_planes",
     "merged_weight",
+    "principal_directions",
     "read_record",
     "read_shape",
     "save_adapter",
