@@ -238,6 +238,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
             meter.begin()
             lr = learning_rate(run.optimizer, step, plan.num_steps)
             parts.rounding.prepare(step)
+            parts.optimizer.begin(step)
             result = take_step(
                 objective,
                 parts.optimizer,
