@@ -13,7 +13,7 @@ import pytest
 from ingle import flow
 from ingle.config import load_run
 from ingle.errors import Interrupted, RewardError
-from ingle.events import Event, Progress, Sampled, Step
+from ingle.events import Event, Progress, Sampled, Step, Warned
 from ingle.report.results import RunReport
 
 #: Figures that differ from run to run.
@@ -101,6 +101,26 @@ def test_rewards_rise(train: Train, folder: Path) -> None:
     train("learns", "--train.num_steps=24", "--train.global_batch_size=8", "--train.save_every=0")
     rewards = [row["rewards/digits"] for row in rows(folder / "learns")]
     assert sum(rewards[-6:]) > sum(rewards[:6]) + 0.5, rewards
+
+
+def test_an_alarm_ends_the_run_with_the_last_good_weights(train: Train, folder: Path) -> None:
+    # The answers of the first iteration differ in their reward, those of the others do not.
+    (folder / "tired.py").write_text("""
+def reward(completions, trainer_state, **columns):
+    return [float(place) if trainer_state.global_step < 3 else 0.0 for place in range(len(completions))]
+""")
+    warnings: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Warned) and event.where == "objective.alarms.idle":
+            warnings.append(event.message)
+
+    flags = (f"--objective.rewards={folder}/tired.py", "--objective.alarms.idle=stop", "--optim.warmup_steps=0")
+    train("alarm", "--train.num_steps=12", *flags, sink=listen)
+    assert [row["step"] for row in rows(folder / "alarm")] == [*range(1, 7)]  # two steps an iteration
+    assert len(warnings) == 1 and "ends with the weights of step 2" in warnings[0]
+    train("short", "--train.num_steps=2", *flags)
+    assert weights(folder / "alarm") == weights(folder / "short")
 
 
 class _Fault(Exception):

@@ -26,13 +26,14 @@ from ingle.data.counters import Counters, Place, Purpose
 from ingle.data.packing import Indices
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
-from ingle.events import Sink
+from ingle.events import Sink, Warned
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
 from ingle.objectives.interface import Check, Objective, Relief, StepModule
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
+from ingle.objectives.rollouts.alarms import Alarms
 from ingle.objectives.rollouts.buffer import SampleBuffer
 from ingle.objectives.rollouts.collecting import HELD_OUT, Collector, Iteration
 from ingle.objectives.rollouts.journal import delete_journals
@@ -60,6 +61,7 @@ class RolloutObjective(Objective):
         mesh: The ranks.
         held_out: Prompts for validation.
         is_precise: Whether the model computes in float32, in which the sampler differs by rounding at most.
+        alarms: Watches the figures of iterations; None without rewards.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class RolloutObjective(Objective):
         mesh: Mesh,
         held_out: HeldOut | None = None,
         is_precise: bool = False,
+        alarms: Alarms | None = None,
     ) -> None:
         self.module, self._recipe, self._collector, self._initial = module, recipe, collector, initial
         self._num_prompts, self._num_passes = num_prompts, num_passes
@@ -97,6 +100,8 @@ class RolloutObjective(Objective):
         self._figures: dict[str, float] = {}
         self._trail = hashlib.blake2b(digest_size=16).hexdigest()
         self._saved_iteration = 0
+        self._alarms, self.pins_one = alarms, alarms is not None
+        self._good_step: int | None = None
 
     @property
     def epoch(self) -> float:
@@ -127,7 +132,24 @@ class RolloutObjective(Objective):
         self._plan = self._minibatches(buffer, number)
         if isinstance(self.module, PolicyLoss) and "kl_coef" in more:
             self.module.kl_coef = more["kl_coef"]
+        self._watch(number, sink)
         return True
+
+    def _watch(self, iteration: int, sink: Sink) -> None:
+        """Reports alarms, and ends the run if one is to."""
+        if self._alarms is None:
+            return
+        for alarm in self._alarms.update(iteration, self._figures):
+            kept = "the last step" if self._good_step is None else f"step {self._good_step:,}"
+            ends = f" The run ends with the weights of {kept}." if alarm.stops else ""
+            sink(Warned(f"{alarm.message}{ends} To go on: {alarm.fix}.", where=f"objective.alarms.{alarm.name}"))
+            self.is_over |= alarm.stops
+
+    def kept_step(self, step: int) -> int | None:
+        """Returns the last saved step at which no alarm that ends the run had seen its sign."""
+        if self._alarms is not None and self._alarms.is_quiet:
+            self._good_step = step
+        return self._good_step
 
     def _minibatches(self, buffer: SampleBuffer, iteration: int) -> list[Indices]:
         """Returns the answers of each step of an iteration; the first pass has the order of the buffer."""
@@ -277,6 +299,9 @@ class RolloutObjective(Objective):
             "idle_steps": self.idle_steps,
             "figures": self._figures,
             "recipe": self._recipe.state_dict(),
+            "alarms": None if self._alarms is None else self._alarms.state_dict(),
+            "good_step": self._good_step,
+            "is_over": self.is_over,
         }
         if self._buffer is None or self._cursor >= self._steps:
             return plain
@@ -289,6 +314,9 @@ class RolloutObjective(Objective):
         self.idle_steps = int(state["idle_steps"])
         self._recipe.load_state_dict(state["recipe"])
         self._saved_iteration = self._iteration + (self._cursor >= self._steps)
+        if self._alarms is not None:
+            self._alarms.load_state_dict(state["alarms"])
+        self._good_step, self.is_over = state["good_step"], bool(state["is_over"])
         columns = {name.removeprefix(_BUFFER): each for name, each in state.items() if name.startswith(_BUFFER)}
         self._buffer = SampleBuffer.from_state(columns) if columns else None
         self._plan = [] if self._buffer is None else self._minibatches(self._buffer, self._iteration)
