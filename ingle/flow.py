@@ -236,6 +236,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
             if is_over:
                 break
             step = position.step + 1
+            parts.rounding.prepare(step)
             if not objective.collect(step, relief, sink):
                 stop = True
                 continue
@@ -243,7 +244,6 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 continue
             meter.begin()
             lr = learning_rate(run.optimizer, step, plan.num_steps)
-            parts.rounding.prepare(step)
             parts.optimizer.begin(step)
             result = take_step(
                 objective,
