@@ -196,25 +196,34 @@ class RolloutObjective(Objective):
         found: dict[str, list[Any]] = {}
         was_training = module.training
         for rows in buffer.minibatches(self._batch_rows):
-            parts = relief.split(self._batches(buffer, rows))
-            own: list[dict[str, Any]] = [{} for _ in parts]
-            module.eval()
-            with torch.no_grad():
-                for columns, part in () if trusts_sampler else zip(own, parts, strict=True):
-                    columns |= call_outside_step(module, module.evaluate, part)
-                if recipe.reads_reference:
-                    assert self._initial is not None, "there is no reference"
-                    with self._initial():
-                        for columns, part in zip(own, parts, strict=True):
-                            columns["reference_logps"] = call_outside_step(module, module.reference_logps, part)
+            batches = self._batches(buffer, rows)
+            own = relief.attempt(lambda parts: self._ask(parts, asks_policy=not trusts_sampler), batches)
             everywhere = self._mesh.gather([{name: each.numpy(force=True) for name, each in c.items()} for c in own])
-            for turn in range(len(parts)):
-                for columns in (ranks[turn] for ranks in everywhere):
+            # Micro-batches are dealt like cards, and each rank splits its own ones into equally many parts.
+            pieces = len(own) // len(batches) if self._mesh.world_size > 1 else len(own)
+            for first in range(0, len(own), pieces):
+                for columns in (part for parts in everywhere for part in parts[first : first + pieces]):
                     for name, values in columns.items():
                         found.setdefault(name, []).append(values)
         module.train(was_training)
         names = {"logps": "old_logps", "entropies": "entropies"}
         return buffer.adding(**{names.get(name, name): np.concatenate(parts) for name, parts in found.items()})
+
+    def _ask(self, parts: Sequence[Batch], *, asks_policy: bool) -> list[dict[str, Tensor]]:
+        """Returns what the policy and the reference say about the tokens of the answers of each micro-batch."""
+        module = self.module
+        assert isinstance(module, PolicyLoss)
+        own: list[dict[str, Tensor]] = [{} for _ in parts]
+        module.eval()
+        with torch.no_grad():
+            for columns, part in zip(own, parts, strict=True) if asks_policy else ():
+                columns |= call_outside_step(module, module.evaluate, part)
+            if self._recipe.reads_reference:
+                assert self._initial is not None, "there is no reference"
+                with self._initial():
+                    for columns, part in zip(own, parts, strict=True):
+                        columns["reference_logps"] = call_outside_step(module, module.reference_logps, part)
+        return own
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference to pairs; other modules may add columns of their own."""
