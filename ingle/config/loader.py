@@ -30,12 +30,12 @@ class LoadedRun:
 
     Attributes:
         run: The resolved run.
-        origins: ``default``, ``file`` or ``flag`` for each dotted path.
+        origins: ``default``, ``file`` or ``flag`` for each dotted path; or a sentence about another origin.
         notes: Options that were ignored, one sentence each.
     """
 
     run: Run
-    origins: dict[str, Origin]
+    origins: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ingle.config.policy import SampledConfig
+from ingle.config.policy_presets import describe_policy
 from ingle.config.preferences import Dpo, JudgedConfig, PairConfig
 from ingle.config.section import Section
 
@@ -75,6 +77,15 @@ def suit_preferences(objective: _P) -> _P:
     published = preset_of(objective).options  # type: ignore[arg-type] # of those sections
     filled = {name: value for name, value in published.items() if getattr(objective, name) is None}
     return objective.model_copy(update=filled)
+
+
+def describe_difference(objective: Section) -> str | None:
+    """Returns a sentence about the options that differ from the published ones; None if there are none."""
+    if isinstance(objective, SampledConfig):
+        found: str | None = describe_policy(objective)
+    else:
+        found = describe_preset(objective) if isinstance(objective, Preference) else None
+    return found if found is not None and "differs" in found else None
 
 
 def describe_preset(objective: Preference) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -27,8 +28,7 @@ from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
 from ingle.errors import ConfigError
-from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
-from ingle.models.forward.layout import layout_of
+from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond, why_prompts_repeat
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.distill import DivergenceLoss
@@ -39,7 +39,9 @@ from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reference_cache import open_cache
 from ingle.objectives.reward import RewardLoss
+from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
@@ -57,6 +59,7 @@ __all__ = [
     "NextTokenLoss",
     "Objective",
     "PackedObjective",
+    "PreferenceObjective",
     "Relief",
     "StepModule",
     "Sums",
@@ -67,6 +70,8 @@ __all__ = [
     "corruption",
     "insert_roles",
     "make_corruption",
+    "open_cache",
+    "settle_sharing",
 ]
 
 
@@ -85,6 +90,7 @@ class Context:
         held_out: Documents for validation; None without.
         num_steps: Steps of the run.
         shards: Whether forward passes are collective, since ranks have parts of the weights.
+        roles: What :func:`insert_roles` returned.
     """
 
     model: Model
@@ -97,6 +103,7 @@ class Context:
     held_out: HeldOut | None = None
     num_steps: int = 1
     shards: bool = False
+    roles: Mapping[int, tuple[str, str | None]] = field(default_factory=dict)
 
 
 def build(run: Run, context: Context) -> Objective:
@@ -115,8 +122,13 @@ def build(run: Run, context: Context) -> Objective:
             prompts=context.dataset,
             sequences=context.sequences,
             tokenizer=context.tokenizer,
-            initial=partial(adapters.disabled, context.model),
-            models={},
+            initial=partial(adapters.use, context.model, "initial"),
+            models={
+                number: RewardModel(
+                    run.objective.rewards[number].path, context.model, role, context.tokenizer, context.mesh
+                )
+                for number, role in context.roles.items()
+            },
             held_out=context.held_out,
             num_steps=context.num_steps,
             global_batch_size=context.global_batch_size,
@@ -133,7 +145,7 @@ def build(run: Run, context: Context) -> Objective:
         "mesh": context.mesh,
         "held_out": context.held_out,
     }
-    initial = partial(adapters.disabled, context.model)
+    initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
             return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
@@ -217,16 +229,18 @@ def corruption(run: Run, context: Context) -> Corruption | None:
 
 
 def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
-    """Returns what joins sources with their targets, and shares the prompts of rows.
+    """Returns what joins sources with their targets, and shares the prompts of rows; see :func:`settle_sharing`.
 
     Raises:
         ConfigError: Prompts are to be shared in a model that reads them together with their answers.
     """
     joining = Joining(target_of(model)) if reads_sources(config, model) else None
+    if FAMILY[config.kind] == "judged":  # each answer is a row
+        return joining
     can_share = joining is not None or kind_of(model.config) == "causal"
     shares = getattr(config, "share_prompts", False)
     if shares == "auto":
-        shares = can_share and (joining is not None or layout_of(model).computes_trees)
+        shares = can_share
     if shares and not can_share:
         raise ConfigError(
             f"{type(model).__name__} reads each answer together with its prompt, which cannot be shared.",
@@ -234,6 +248,27 @@ def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
             fix="--objective.share_prompts=auto",
         )
     return Sharing(joining) if shares else joining
+
+
+def settle_sharing(objective: Objective, config: ObjectiveConfig, model: Model) -> str | None:
+    """Repeats prompts that a model, as its weights show, computes otherwise if they are shared.
+
+    All ranks call it together, inside :func:`ingle.parallel.call_outside_step`.
+
+    Returns:
+        A sentence with the reason; None if prompts stay as they are.
+
+    Raises:
+        ConfigError: ``share_prompts`` is true, and the model does not share them.
+    """
+    sharing = objective.corrupt if isinstance(objective, PackedObjective) else None
+    if not isinstance(sharing, Sharing) or (reason := why_prompts_repeat(model)) is None:
+        return None
+    message = f"Prompts are computed again for each answer: {reason}."
+    if getattr(config, "share_prompts", "auto") is True:
+        raise ConfigError(message, where="objective.share_prompts", fix="--objective.share_prompts=auto")
+    sharing.is_on = False
+    return message
 
 
 def make_corruption(

@@ -61,7 +61,7 @@ def _number(options: Mapping[str, Any]) -> Rule:
             target = _behind_mark(reference) if _MARK in reference else last_number(reference)
             if target is None:
                 raise ValueError(f"the column {options['column']} has no number")
-            right = abs(found - target) <= Decimal(options["tolerance"]) * abs(target)
+            right = bool(abs(found - target) <= Decimal(options["tolerance"]) * abs(target))
         return 1.0 if right else float(options["format_score"])
 
     return rule

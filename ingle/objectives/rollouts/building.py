@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ingle import env
-from ingle.config.objective import ObjectiveConfig
-from ingle.config.policy import Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
+from ingle.config.policy import Grpo, OnlineDpo, PolicyGradient, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preferences import Dpo
@@ -20,16 +20,17 @@ from ingle.config.rewards import ModelReward, reward_names
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler
 from ingle.errors import ConfigError
-from ingle.models import Model, Sampler, Sampling, make_sampler
+from ingle.models import Model, Sampler, Sampling, compute_dtype, make_sampler
 from ingle.models.forward.layout import layout_of
 from ingle.objectives.interface import StepModule
 from ingle.objectives.lm import NextTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
-from ingle.objectives.rollouts.collecting import Collector, ModelScorer
+from ingle.objectives.reward_models import RewardModel, insert_reward_role
+from ingle.objectives.rollouts.alarms import Alarms
+from ingle.objectives.rollouts.collecting import Collector
 from ingle.objectives.rollouts.driver import RolloutObjective
-from ingle.objectives.reward_models import insert_reward_role
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
 from ingle.objectives.values import insert_role as insert_value
 from ingle.objectives.values import make_values
@@ -37,11 +38,12 @@ from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def insert_roles(model: Model, run: Run) -> dict[int, str | None]:
+def insert_roles(model: Model, run: Run) -> dict[int, tuple[str, str | None]]:
     """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
 
     Returns:
-        The role of each trained reward model by the number of its reward; None for one that is a model of its own.
+        Path and role of each trained reward model by the number of its reward; None for the role of one that is a
+        model of its own.
 
     Raises:
         AdapterError: The adapter that a role begins with cannot be read.
@@ -49,7 +51,7 @@ def insert_roles(model: Model, run: Run) -> dict[int, str | None]:
     if isinstance(run.objective, Ppo):
         insert_value(model, run.objective.value, run.adapter)
     return {
-        number: insert_reward_role(model, run, number, reward.path)
+        number: (reward.path, insert_reward_role(model, run, number, reward.path))
         for number, reward in enumerate(run.objective.rewards if isinstance(run.objective, Rewarded) else ())
         if isinstance(reward, ModelReward)
     }
@@ -105,7 +107,7 @@ def sampled_objective(
     sequences: Sequences,
     tokenizer: Any,
     initial: Initial,
-    models: Mapping[int, ModelScorer],
+    models: Mapping[int, RewardModel],
     held_out: HeldOut | None,
     num_steps: int,
     global_batch_size: int,
@@ -172,7 +174,21 @@ def sampled_objective(
         seed=run.seed,
         mesh=mesh,
         held_out=held_out,
+        is_precise=compute_dtype(run.model.dtype, mesh.device) == torch.float32,
+        alarms=_alarms(objective),
     )
+
+
+def _alarms(objective: Sampled) -> Alarms | None:
+    if not isinstance(objective, Rewarded):
+        return None
+    kl_limit = None
+    if isinstance(objective, PolicyGradient):
+        kl = objective.kl
+        kl_limit = kl.budget if kl.budget is not None else 2 * kl.target if kl.control == "adaptive" else None
+    names = reward_names(objective.rewards)
+    proxies = [name for name, reward in zip(names, objective.rewards, strict=True) if reward.weight == 0]
+    return Alarms(objective.alarms, kl_limit, proxies)
 
 
 def _sampler(model: Model, tokenizer: Any, sampling: Sampling, mesh: Mesh | None) -> Sampler:
@@ -182,7 +198,7 @@ def _sampler(model: Model, tokenizer: Any, sampling: Sampling, mesh: Mesh | None
 def _pool_maker(objective: Sampled, output: Path) -> Callable[[], RewardPool] | None:
     if not isinstance(objective, Rewarded):
         return None
-    return partial(RewardPool, objective.rewards, memory=output / "judge.jsonl")
+    return partial(RewardPool, objective.rewards, memory=output / "judge.sqlite")
 
 
 def _origin(run: Run) -> str:
@@ -208,9 +224,3 @@ def _shares(objective: Sampled, model: Model) -> bool:
         )
     several = isinstance(objective, OnlineDpo) or (not isinstance(objective, Raft) and objective.num_generations != 1)
     return objective.share_prompts is not False and can_share and several
-
-
-def reward_models(objective: ObjectiveConfig) -> list[int]:
-    """Returns the numbers of the rewards that are trained models."""
-    rewards = objective.rewards if isinstance(objective, Rewarded) else ()
-    return [number for number, reward in enumerate(rewards) if isinstance(reward, ModelReward)]

@@ -9,11 +9,20 @@ import pytest
 from pydantic import TypeAdapter
 
 from ingle.config.evaluate import METRICS_OF, suitable_metrics
-from ingle.config.objective import FAMILY, TRAINS, ObjectiveConfig, ObjectiveKind, reads_answers, samples_answers
+from ingle.config.objective import (
+    FAMILY,
+    TRAINS,
+    ObjectiveConfig,
+    ObjectiveKind,
+    Sft,
+    reads_answers,
+    samples_answers,
+)
 from ingle.config.policy import Grpo, Reinforce
 from ingle.config.policy_presets import POLICY_PRESETS, describe_policy, policy_preset, suit_policy
 from ingle.config.preferences import Dpo, DpoLoss
-from ingle.config.presets import PRESETS, describe_preset, preset_of, suit_preferences
+from ingle.config.presets import PRESETS, describe_difference, describe_preset, preset_of, suit_preferences
+from ingle.config.run import Run
 from ingle.inference import NOT_TEXT
 from ingle.models import model_task
 from ingle.report import run_page
@@ -68,6 +77,8 @@ def test_own_values_stay_and_are_named() -> None:
     assert describe_preset(simpo) == (
         "SimPO as published (Meng et al. 2024, arXiv 2405.14734): beta 2, gamma 1. This run differs: gamma 0.5."
     )
+    assert describe_difference(simpo) == describe_preset(simpo)
+    assert describe_difference(Dpo(kind="dpo")) is None and describe_difference(Sft()) is None
     assert "differs" not in (describe_preset(Dpo(kind="dpo")) or "")
 
 
@@ -91,3 +102,14 @@ def test_published_values_of_policies_fill_their_options_and_give_way_to_own_one
     suited = suit_policy(own)
     assert (suited.clip_range, suited.clip_range_high, suited.kl.coef, suited.aggregation) == (0.1, 0.28, 0.5, "tokens")
     assert describe_policy(own).endswith("This run differs: clip_range 0.1, kl.coef 0.5.")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_objective_has_a_learning_rate(kind: ObjectiveKind) -> None:
+    common = {"model": {"id": "m"}, "data": {"sources": [{"path": "x"}]}, "output": "o", "objective": section(kind)}
+    runs = [Run.model_validate({**common, "adapter": {"kind": adapter}}) for adapter in ("lora", "none")]
+    assert all(run.optim.lr is None for run in runs)
+    expected = {"sft": [2e-4, 2e-4], "dpo": [2e-5, 1e-6], "reward": [1e-4, 1e-5]}
+    found = [run.optimizer.lr or 0.0 for run in runs]
+    assert found == expected.get(kind, found) and found[0] >= found[1] > 0
+    assert runs[0].model_copy(update={"optim": runs[0].optim.model_copy(update={"lr": 3.0})}).optimizer.lr == 3.0
