@@ -204,6 +204,13 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
         ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
     ),
+    "scaled-rewards-keep-the-divergence-apart": (
+        ["--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"],
+        [
+            *("--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"),
+            *("--objective.kl.place=loss", "--objective.kl.estimator=k2"),
+        ],
+    ),
     "policies-with-reference-need-an-adapter": (
         ["--objective=grpo", REWARD, "--adapter=none"],
         ["--objective=grpo", REWARD, "--adapter=none", "--objective.kl.place=none"],
