@@ -14,7 +14,7 @@ import torch
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.adapter import AdapterConfig
 from ingle.config.adapter_kinds import PrefixAdapter
-from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
+from ingle.config.objective import TRAINS, Classify, Tag, rows_of, samples_answers
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import reads_reference, rows_per_iteration
 from ingle.config.preference_rules import has_reference
@@ -104,9 +104,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
         kind = models.kind_of(model.config)
-        is_sampled = samples_answers(run.objective.kind)
+        rows = rows_of(run.objective)
+        is_sampled = samples_answers(rows.kind)
         read = data.build_prompts if is_sampled else data.build_dataset
-        build = partial(read, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
+        build = partial(read, tokenizer=tokenizer, objective=rows, model_kind=kind, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
         how = run.data.model_copy(update={"packing": False}) if is_sampled else run.data
         sequences, held_out = data.hold_out(dataset, how, run.seed, build, sink)
@@ -164,8 +165,9 @@ def _data_shape(
     lengths = dataset.lengths
     if held_out is not None and held_out.dataset is dataset:
         lengths = lengths[np.isin(np.arange(len(lengths)), held_out.documents, invert=True)]
-    if isinstance(run.objective, Sampled):
-        return _sampled_shape(run.objective, lengths, held_out)
+    rows = rows_of(run.objective)
+    if isinstance(rows, Sampled):
+        return _sampled_shape(rows, lengths, held_out)
     return planning.DataShape(
         num_sequences=len(sequences),
         num_tokens=int(lengths.sum(dtype=np.int64)),
@@ -284,7 +286,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
-    objectives.insert_roles(model, run)
+    roles = objectives.insert_roles(model, run)
     if plan.strategy.recompute:
         models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
@@ -301,6 +303,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         ready.held_out,
         plan.num_steps,
         parallel.shards(mesh, plan.strategy),
+        roles,
     )
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"
@@ -347,7 +350,6 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         assert identity is not None
         digest = adapters.initial_digest(model, identity)
         objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
-    objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():

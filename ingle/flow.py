@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ingle import adapters, env, evaluation, models, parallel, planning, quant, stopping
+from ingle import adapters, env, evaluation, inference, models, parallel, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
 from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
@@ -84,6 +84,7 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     run = run.model_copy(update={"objective": parts.run.objective})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
+    parts.objective.load_parts(parts.identity, partial(_open_beside, parts.mesh, sink))
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
     try:
         trained = train(run, folder, parts, sink, began)
@@ -92,6 +93,11 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     ended = time.monotonic()
     _save_result(run, folder, parts, trained.kept_step, sink)
     return _report(run, folder, parts, trained, ended, base, sink)
+
+
+def _open_beside(mesh: parallel.Mesh, sink: Sink, path: str) -> inference.Opened:
+    """Opens a model that is read next to the one that is trained: a teacher, or a reward model."""
+    return inference.load(inference.locate(path), device=mesh.device, sink=sink)
 
 
 def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ingle.config.adapter import LowRankAdapter, NoAdapter
-from ingle.config.objective import samples_answers
+from ingle.config.objective import rows_of, samples_answers
 from ingle.config.policy import Distill, Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rloo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.rule import Rule
@@ -43,7 +43,7 @@ def reads_reference(run: Run) -> bool:
 
 def _left_over(run: Run) -> int:
     """Returns the answers of an iteration that fill no minibatch."""
-    rows = rows_per_iteration(run.objective) if isinstance(run.objective, Sampled) else 0
+    rows = rows_per_iteration(run.objective) if isinstance(rows_of(run.objective), Sampled) else 0
     return rows % run.train.global_batch_size
 
 
@@ -200,6 +200,13 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
             f"objective.importance=token, or --objective.num_passes=1 --train.global_batch_size="
             f"{rows_per_iteration(run.objective) if isinstance(run.objective, Sampled) else 1}"
         ),
+    ),
+    Rule(
+        "distillation-mixes-nothing",
+        lambda run: isinstance(run.objective, Distill) and 0 < run.objective.on_policy_share < 1,
+        "A run learns either from sampled answers or from those in the data.",
+        "objective.on_policy_share",
+        ("objective.on_policy_share=1", "objective.on_policy_share=0"),
     ),
     Rule(
         "distillation-answers-once",

@@ -21,7 +21,7 @@ from ingle.config.policy_presets import suit_policy
 from ingle.data.batch import Batch
 from ingle.models import Head, Model, forward_hidden, through_head
 from ingle.objectives.answers import AnswerTokens, Statistics, describe_targets
-from ingle.objectives.interface import Measure, StepModule, Sums, Term
+from ingle.objectives.interface import Measure, OpenModel, StepModule, Sums, Term
 from ingle.objectives.policy_losses import (
     DENOMINATORS,
     Clip,
@@ -78,7 +78,7 @@ class PolicyLoss(StepModule):
         """Returns the factor on the learning rate of a parameter; the value function has one of its own."""
         return self.values.lr_ratio if self.values is not None and self.values.owns(name) else 1.0
 
-    def load_parts(self, identity: BaseIdentity | None) -> None:
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
         """Loads what the value function begins with."""
         if self.values is not None:
             self.values.load(identity)

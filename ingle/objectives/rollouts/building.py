@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ingle import env
-from ingle.config.objective import ObjectiveConfig
 from ingle.config.policy import Grpo, OnlineDpo, PolicyGradient, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
@@ -28,8 +27,9 @@ from ingle.objectives.lm import NextTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
+from ingle.objectives.reward_models import RewardModel, insert_reward_role
 from ingle.objectives.rollouts.alarms import Alarms
-from ingle.objectives.rollouts.collecting import Collector, ModelScorer
+from ingle.objectives.rollouts.collecting import Collector
 from ingle.objectives.rollouts.driver import RolloutObjective
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
 from ingle.objectives.values import insert_role as insert_value
@@ -38,14 +38,23 @@ from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def insert_roles(model: Model, run: Run) -> None:
+def insert_roles(model: Model, run: Run) -> dict[int, tuple[str, str | None]]:
     """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
+
+    Returns:
+        Path and role of each trained reward model by the number of its reward; None for the role of one that is a
+        model of its own.
 
     Raises:
         AdapterError: The adapter that a role begins with cannot be read.
     """
     if isinstance(run.objective, Ppo):
         insert_value(model, run.objective.value, run.adapter)
+    return {
+        number: (reward.path, insert_reward_role(model, run, number, reward.path))
+        for number, reward in enumerate(run.objective.rewards if isinstance(run.objective, Rewarded) else ())
+        if isinstance(reward, ModelReward)
+    }
 
 
 def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
@@ -98,7 +107,7 @@ def sampled_objective(
     sequences: Sequences,
     tokenizer: Any,
     initial: Initial,
-    models: Mapping[int, ModelScorer],
+    models: Mapping[int, RewardModel],
     held_out: HeldOut | None,
     num_steps: int,
     global_batch_size: int,
@@ -215,9 +224,3 @@ def _shares(objective: Sampled, model: Model) -> bool:
         )
     several = isinstance(objective, OnlineDpo) or (not isinstance(objective, Raft) and objective.num_generations != 1)
     return objective.share_prompts is not False and can_share and several
-
-
-def reward_models(objective: ObjectiveConfig) -> list[int]:
-    """Returns the numbers of the rewards that are trained models."""
-    rewards = objective.rewards if isinstance(objective, Rewarded) else ()
-    return [number for number, reward in enumerate(rewards) if isinstance(reward, ModelReward)]
