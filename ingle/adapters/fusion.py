@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.states import own_parameters
+from ingle.adapters.states import Adapted, as_now, own_parameters
 from ingle.kernels.attention.bounds import trees_of
 from ingle.kernels.attention.cached import KeyStore, store_of
 from ingle.kernels.attention.cpu import Scores
@@ -223,7 +224,14 @@ class FusedLayer(nn.Module):
             spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         if self.training and self.gradient_checkpointing:
             again: Callable[..., Any] = checkpoint
-            recomputed: Tensor = again(self._run, hidden_states, rotary, spans, use_reentrant=False)
+            recomputed: Tensor = again(
+                self._run,
+                hidden_states,
+                rotary,
+                spans,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), as_now(self)),
+            )
             return recomputed
         return self._run(hidden_states, rotary, spans)
 
@@ -313,8 +321,9 @@ def _obstacle(layer: Any, device: torch.device) -> str | None:
         return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
         return "a hook is registered on one of its modules"
-    if any(isinstance(module, LoraLinear) and module.magnitude is not None for module in layer.modules()):
-        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
+    obstacles = (module.obstacle for module in layer.modules() if isinstance(module, Adapted))
+    if (obstacle := next(filter(None, obstacles), None)) is not None:
+        return obstacle
     of_adapters = own_parameters(layer)
     frozen = [p for p in layer.parameters() if id(p) not in of_adapters]
     if any(p.requires_grad for p in frozen):
@@ -377,7 +386,7 @@ def _answer_and_gradients(
     module: nn.Module, run: Callable[..., Tensor], h: Tensor, grad: Tensor, call: dict[str, Any]
 ) -> dict[str, Tensor]:
     leaf = h.clone().requires_grad_()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad and ".roles." not in name}
     with torch.enable_grad():
         answer = run(leaf, **call)
         gradients = torch.autograd.grad(answer, [leaf, *trained.values()], grad)
