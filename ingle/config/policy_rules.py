@@ -43,7 +43,9 @@ def reads_reference(run: Run) -> bool:
 
 def _left_over(run: Run) -> int:
     """Returns the answers of an iteration that fill no minibatch."""
-    rows = rows_per_iteration(run.objective) if isinstance(rows_of(run.objective), Sampled) else 0
+    objective = run.objective
+    is_sampled = isinstance(objective, Sampled) and samples_answers(rows_of(objective).kind)
+    rows = rows_per_iteration(objective) if isinstance(objective, Sampled) and is_sampled else 0
     return rows % run.train.global_batch_size
 
 

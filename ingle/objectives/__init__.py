@@ -206,6 +206,7 @@ def _loss(run: Run, context: Context) -> StepModule:
             if run.objective.problem == "auto":
                 raise ConfigError("The kind of labels is not known yet.", where="objective.problem")
             return ClassLoss(model, run.objective.problem, run.objective.label_smoothing)
+    raise AssertionError(run.objective.kind)
 
 
 def corruption(run: Run, context: Context) -> Corruption | None:

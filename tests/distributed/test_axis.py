@@ -42,6 +42,9 @@ ON = {
     "tag, rows": ("ddp",),
     "answer, packed": ("zero3", "zero1"),
     "answer, equal rows": ("ddp",),
+    "grpo, packed": ("ddp", "zero3"),
+    "ppo, dealt attention": ("zero3",),
+    "online_dpo, packed": ("ddp",),
 }
 ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"}
 _CASES = [(name, kind) for name, kinds in ON.items() for kind in kinds]
