@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
+from ingle.config.adapter import AdapterConfig
+from ingle.config.adapter_kinds import PrefixAdapter
 from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import reads_reference, rows_per_iteration
@@ -23,7 +26,7 @@ from ingle.models import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
-from ingle.training.groups import parameter_groups
+from ingle.training.groups import build_optimizer
 from ingle.training.meter import describe_gpu, free_bytes, resident_bytes
 from ingle.training.model_shape import model_shape
 from ingle.training.optim import Optimizer
@@ -116,20 +119,43 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     limit = max(run.data.max_seq_len, run.data.max_target_len or 0)  # spans are removed from texts that are longer
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
-        models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
+        longest, virtual = min(int(each.lengths.max()), limit), getattr(run.adapter, "num_virtual_tokens", 0)
+        models.refuse_longer(model, longest, where="data.max_seq_len", virtual=virtual)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, dataset.last_ids())
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     if (difference := describe_difference(run.objective)) is not None:
         sink(Warned(difference, where="objective"))
+    run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
     return Prepared(mesh, dtype, tokenizer, run, dataset, sequences, held_out, model, plan, contamination)
+
+
+def _sized(adapter: AdapterConfig, tokenizer: Any) -> AdapterConfig:
+    """Returns a section with as many keys and values as the text has tokens that they begin with."""
+    if not isinstance(adapter, PrefixAdapter) or adapter.init_text is None:
+        return adapter
+    return adapter.model_copy(update={"num_virtual_tokens": len(tokenizer(adapter.init_text)["input_ids"])})
+
+
+def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.Module) -> None:
+    """Gives virtual tokens the text that they begin with, or what the base computes for it."""
+    text = getattr(run.adapter, "init_text", None)
+    if text is None:
+        return
+    ids = tokenizer(text)["input_ids"]
+    if isinstance(run.adapter, PrefixAdapter):
+        with adapters.use(model, "off"):
+            adapters.give_keys(model, parallel.call_outside_step(module, models.keys_of, model, ids))
+    else:
+        adapters.give_text(model, ids)
 
 
 def _data_shape(
@@ -305,6 +331,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = adapters.identify(model, facts or None) if is_identified else None
+    _give_text(run, model, ready.tokenizer, objective.module)
     report = adapters.initialize(
         model,
         run.adapter,
@@ -323,13 +350,16 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
-    parallel.call_outside_step(objective.module, models.verify, model)
+    with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():
+        parallel.call_outside_step(objective.module, models.verify, model)
+    if models.virtual_length(model):
+        parallel.call_outside_step(objective.module, models.verify_virtual_tokens, model)
     sharing = parallel.call_outside_step(objective.module, objectives.settle_sharing, objective, run.objective, model)
     if sharing is not None:
         sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
     hooked = run.train.imatrix or objective.module.uses_hooks
-    compiled = plan.compile and not fusion.fused and not hooked
+    compiled = plan.compile and not fusion.fused and not hooked and run.optim.rule.kind != "lisa"
     if compiled:
         compile_layers(model)
     if plan.strategy.offload_activations:
@@ -347,7 +377,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=Optimizer(parameter_groups(model, run.adapter, run.optimizer, objective.module), run.optimizer, mesh),
+        optimizer=build_optimizer(run, model, layers, mesh, objective.module),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

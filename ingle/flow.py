@@ -236,6 +236,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
             if is_over:
                 break
             step = position.step + 1
+            parts.rounding.prepare(step)
             if not objective.collect(step, relief, sink):
                 stop = True
                 continue
@@ -243,7 +244,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 continue
             meter.begin()
             lr = learning_rate(run.optimizer, step, plan.num_steps)
-            parts.rounding.prepare(step)
+            parts.optimizer.begin(step)
             result = take_step(
                 objective,
                 parts.optimizer,
@@ -273,7 +274,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     metrics=result.metrics,
                 )
             )
-            movement.check(step, sink)
+            movement.check(step - objective.idle_steps, sink)
             stop = any(is_asked for _, is_asked in ranks)
     if stop:
         raise KeyboardInterrupt  # another rank was asked to stop

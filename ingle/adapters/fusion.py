@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.states import as_now, own_parameters
+from ingle.adapters.states import Adapted, as_now, own_parameters
 from ingle.kernels.attention.bounds import trees_of
 from ingle.kernels.attention.cached import KeyStore, store_of
 from ingle.kernels.attention.cpu import Scores
@@ -299,8 +299,9 @@ def _obstacle(layer: Any, device: torch.device) -> str | None:
         return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
         return "a hook is registered on one of its modules"
-    if any(isinstance(module, LoraLinear) and module.magnitude is not None for module in layer.modules()):
-        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
+    obstacles = (module.obstacle for module in layer.modules() if isinstance(module, Adapted))
+    if (obstacle := next(filter(None, obstacles), None)) is not None:
+        return obstacle
     of_adapters = own_parameters(layer)
     frozen = [p for p in layer.parameters() if id(p) not in of_adapters]
     if any(p.requires_grad for p in frozen):

@@ -28,7 +28,7 @@ class Adapted(nn.Module):
     """A layer that an adapter changed: its original is ``base``, and the adapter's tensors are its other parameters.
 
     Attributes:
-        base: The original layer.
+        base: The original layer; None for a module that an adapter added.
         is_on: Whether the change is applied.
         role: The other function whose change is applied; None for the adapter's own.
         starts_at_base: Whether the layer computed what its base computes when training began.
@@ -36,7 +36,7 @@ class Adapted(nn.Module):
 
     #: Buffers that follow from the parameters, and are kept with them.
     derived: tuple[str, ...] = ("norm",)
-    base: nn.Module
+    base: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +53,14 @@ class Adapted(nn.Module):
         """Returns whether the layer has tensors of another function."""
         return False
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the layer cannot be part of a fused one; None if it can."""
+        return "its adapters are not low-rank"
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the parameters that belong to the adapter and not to the base."""
-        of_base = {id(parameter) for parameter in self.base.parameters()}
+        of_base = set() if self.base is None else {id(parameter) for parameter in self.base.parameters()}
         yield from (parameter for parameter in self.parameters() if id(parameter) not in of_base)
 
 

@@ -23,7 +23,7 @@ _PATHS = {
     ("ModelConfig", "id"),
     ("ModelConfig", "tokenizer"),
     ("ModelConfig", "chat_template"),
-    ("LowRankAdapter", "path"),
+    ("Adapter", "path"),
     ("Source", "path"),
     ("ValueConfig", "path"),
     ("Distill", "teacher"),

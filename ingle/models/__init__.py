@@ -20,7 +20,8 @@ from ingle.models.forward.prompt_sharing import why_prompts_repeat
 from ingle.models.forward.rewards import forward_reward
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
-from ingle.models.forward.verification import verify
+from ingle.models.forward.verification import keys_of, verify, verify_virtual_tokens
+from ingle.models.forward.virtual_tokens import virtual_length
 from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
 from ingle.models.generation.rollout import Request, Rollout, Sampler, Sampling, noise_keys
@@ -82,6 +83,7 @@ __all__ = [
     "head",
     "importance_by_tensor",
     "keep_stored_labels",
+    "keys_of",
     "kind_of",
     "layer_uses",
     "layout_note",
@@ -117,5 +119,7 @@ __all__ = [
     "trained_objective",
     "unscaled_limit",
     "verify",
+    "verify_virtual_tokens",
+    "virtual_length",
     "why_prompts_repeat",
 ]

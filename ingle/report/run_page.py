@@ -19,12 +19,10 @@ from ingle.report import charts, verdicts
 from ingle.report.charts import Estimate, both_widths
 from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison, ValidationReport
-from ingle.report.run_details import compare_memory, list_facts
+from ingle.report.run_details import adapter_words, compare_memory, list_facts
 from ingle.report.templates import render
 from ingle.wording import plural, size
 
-#: Names of adapters, by kind.
-_ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "qa_lora": "QA-LoRA"}
 #: What the loss of each objective is measured in; that of a regression is a squared error.
 _UNITS: Mapping[ObjectiveKind, str] = {
     "clm": "nats per supervised token",
@@ -83,10 +81,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
 
 
 def _subtitle(run: Run) -> str:
-    if run.adapter.kind == "none":
-        adapter = "full fine-tuning"
-    else:
-        adapter = f"{_ADAPTERS[run.adapter.kind]} rank {run.adapter.rank}"
+    adapter = adapter_words(run.adapter.model_dump(mode="json"))
     base = "" if run.base.format == "none" else f" on {run.base.format.upper()}"
     return f"{run.model.id} · {adapter}{base} · {', '.join(source.path for source in run.data.sources)}"
 

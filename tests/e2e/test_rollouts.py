@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ingle import flow, stopping
+from ingle import flow
 from ingle.config import load_run
 from ingle.errors import Interrupted, RewardError
 from ingle.events import Event, Progress, Sampled, Step, Warned
@@ -137,7 +138,7 @@ def _faults() -> Iterator[Callable[[Event], None]]:
             if isinstance(event, kind) and (not isinstance(event, Progress) or event.stage == "Sampling answers"):
                 seen += 1
                 if seen == number and politely:
-                    stopping._request.signal = stopping.signal.SIGINT
+                    signal.raise_signal(signal.SIGINT)
                 elif seen == number:
                     raise _Fault
 

@@ -26,6 +26,7 @@ from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.forward.virtual_tokens import num_added_keys, virtual_ids, virtual_length
 from ingle.models.text_limits import text_limit
 
 
@@ -128,7 +129,10 @@ class PromptBatch(GrowingBatch):
     """Prompts that a language model continues."""
 
     def _begin(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Sequence[int]:
-        self._lengths = lengths = [len(prompt) for prompt in prompts]
+        given = [len(prompt) for prompt in prompts]
+        self._lengths = [length + virtual_length(self._model) for length in given]
+        prompts = [[*virtual_ids(self._model), *prompt] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         self._key_changes = key_change_lengths(self._model)
         self._cache = DynamicCache(config=self._model.config)
         width = max(lengths)
@@ -142,7 +146,7 @@ class PromptBatch(GrowingBatch):
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
         # Attention is faster without a mask, which is not needed if no row is padded.
         self._mask = (steps >= padding[:, None]).long() if min(lengths) < width else None
-        return lengths
+        return given
 
     def _compute(self) -> Tensor:
         last_BH = self._forward(self._ids, self._mask, self._position_ids, self._cache)
@@ -172,7 +176,7 @@ class PromptBatch(GrowingBatch):
         arguments = {
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": position_ids + layout_of(self._model).first_position,
+            "position_ids": position_ids + layout_of(self._model).first_position + num_added_keys(self._model),
             "cache_params" if only_states else "past_key_values": cache,
             "use_cache": True,
         }
@@ -280,13 +284,17 @@ def _read(
 ) -> tuple[type[ModelOutput], Tensor, Tensor]:
     """Returns the class of the encoder's output, its hidden states ``[B, S, H]``, and which are real, ``[B, S]``."""
     sources = [torch.tensor(prompt, device=device) for prompt in prompts]
+    added = torch.tensor(virtual_ids(model), dtype=torch.long, device=device)
     if layout_of(model).kind in ("rows", "equal_rows"):
         encoder: Any = model.get_encoder()
-        outputs = [encoder(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])) for ids in sources]
+        rows = [torch.cat((added, ids))[None] for ids in sources]
+        outputs = [encoder(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in rows]
         parts = [output.last_hidden_state[0] for output in outputs]
     else:
-        outputs = [encode(model, Row.of(sources))]
-        parts = list(outputs[0].last_hidden_state[0].split([len(ids) for ids in sources]))
+        output, row = encode(model, Row.of(sources))
+        outputs = [output]
+        parts = list(output.last_hidden_state[0].split(row.lengths()))
     states: Tensor = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True)
+    lengths = torch.tensor([len(part) for part in parts], device=device)
+    real = (torch.arange(states.shape[1], device=device) < lengths[:, None]).long()
     return type(outputs[0]), states, real

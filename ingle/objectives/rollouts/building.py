@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ingle import env
 from ingle.config.objective import ObjectiveConfig
@@ -20,7 +21,7 @@ from ingle.config.rewards import ModelReward, reward_names
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler
 from ingle.errors import ConfigError
-from ingle.models import Model, Sampler, Sampling, make_sampler
+from ingle.models import Model, Sampler, Sampling, compute_dtype, make_sampler
 from ingle.models.forward.layout import layout_of
 from ingle.objectives.interface import StepModule
 from ingle.objectives.lm import NextTokenLoss
@@ -164,6 +165,7 @@ def sampled_objective(
         seed=run.seed,
         mesh=mesh,
         held_out=held_out,
+        is_precise=compute_dtype(run.model.dtype, mesh.device) == torch.float32,
         alarms=_alarms(objective),
     )
 

@@ -42,6 +42,39 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--optim.schedule=constant", "--optim.min_lr_ratio=.1"],
         ["--optim.schedule=linear", "--optim.min_lr_ratio=.1"],
     ),
+    "bottlenecks-have-one-width": (
+        ["--adapter=bottleneck", "--adapter.size=8", "--adapter.reduction=4"],
+        ["--adapter=bottleneck", "--adapter.size=8"],
+    ),
+    "bitfit-trains-something": (
+        ["--adapter=bitfit", "--adapter.biases=false"],
+        ["--adapter=bitfit", "--adapter.biases=false", "--adapter.norms"],
+    ),
+    "virtual-tokens-begin-somewhere": (
+        ["--adapter=prompt", "--adapter.init=text"],
+        ["--adapter=prefix", "--adapter.init=tokens", "--adapter.init_text=hello"],
+    ),
+    "only-texts-are-read": (["--adapter=prefix", "--adapter.init_text=hello"], ["--adapter=prefix"]),
+    "virtual-tokens-are-few": (
+        ["--adapter=prompt", "--adapter.num_virtual_tokens=64", "--data.max_seq_len=64"],
+        ["--adapter=prompt", "--adapter.num_virtual_tokens=63", "--data.max_seq_len=64"],
+    ),
+    "methods-of-peft-are-known": (
+        ["--adapter.kind=peft", "--adapter.method=lora"],
+        ["--adapter.kind=peft", "--adapter.method=vera"],
+    ),
+    "methods-read-plain-weights": (
+        ["--adapter.kind=peft", "--adapter.method=hra", "--base=nf4"],
+        ["--adapter.kind=peft", "--adapter.method=loha", "--base=nf4"],
+    ),
+    "methods-stay-in-one-place": (
+        ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
+        ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
+    ),
+    "targets-are-named-once": (
+        ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
+        ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
+    ),
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
     "random-needs-full": (["--model.init=random"], ["--model.init=random", "--adapter=none"]),
