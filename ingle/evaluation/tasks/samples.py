@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import FAMILY, ObjectiveKind, reads_answers
+from ingle.config.objective import FAMILY, ObjectiveKind, reads_answers, samples_answers
 from ingle.data import Example, Message, read_examples
 from ingle.data.label_names import spellings
 from ingle.errors import DataError, EvaluationError
@@ -55,8 +55,9 @@ def read_task(
         DataError: A row cannot be read, or there is none.
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
-    # The task of a language model that learned from preferences is to write answers.
-    kind: ObjectiveKind = "sft" if reads_answers(objective) and FAMILY[objective] != "reward" else objective
+    # The task of a language model that learned from preferences or rewards is to write answers.
+    writes = FAMILY[objective] != "reward" and (reads_answers(objective) or samples_answers(objective))
+    kind: ObjectiveKind = "sft" if writes else objective
     samples = [_sample(example) for example in read_examples(task.sources, objective=kind, on_warning=on_warning)]
     if not samples:
         raise DataError(
