@@ -22,6 +22,7 @@ from ingle.config.paths import expand, find_path
 from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
+from ingle.config.reward_rules import REWARD_RULES
 from ingle.config.rewards import ModelReward
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
@@ -272,6 +273,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     *OPTIM_RULES,
     *PREFERENCE_RULES,
     *POLICY_RULES,
+    *REWARD_RULES,
     *VALIDATION_RULES,
 )
 
