@@ -317,6 +317,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     if not objective.module.reads_head_in_backward:
         parallel.skip_in_backward(head)
+    is_identified = run.adapter.kind != "none" or has_reference(run)
     facts = models.load_weights(
         model,
         run.model,
@@ -326,10 +327,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink=sink,
         mesh=mesh,
         offload=plan.strategy.offload,
-        describe=None if run.adapter.kind == "none" else adapters.describe,
+        describe=adapters.describe if is_identified else None,
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
-    identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
+    identity = adapters.identify(model, facts or None) if is_identified else None
     _give_text(run, model, ready.tokenizer, objective.module)
     report = adapters.initialize(
         model,
@@ -342,6 +343,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     for note in report.notes:
         sink(Warned(note))
+    if isinstance(objective, objectives.PreferenceObjective) and objective.prepares:
+        assert identity is not None
+        digest = adapters.initial_digest(model, identity)
+        objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
     objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)

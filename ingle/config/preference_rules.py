@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ingle.config.adapter import NoAdapter
 from ingle.config.objective import FAMILY, reads_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Reward
 from ingle.config.rule import Rule
@@ -72,16 +71,6 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
         "Dropout in the adapter would be part of every log-ratio to the reference.",
         "adapter.dropout, objective.kind",
         ("adapter.dropout=0",),
-    ),
-    Rule(
-        "reference-needs-an-adapter",
-        lambda run: has_reference(run) and isinstance(run.adapter, NoAdapter),
-        lambda run: (
-            f"{run.objective.kind} needs an adapter: the reference is the model without it, and full fine-tuning "
-            "overwrites the model."
-        ),
-        "adapter.kind, objective.kind",
-        ("adapter.kind=lora", "objective.kind=simpo"),
     ),
     Rule(
         "answers-carry-the-loss",

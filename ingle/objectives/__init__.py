@@ -26,6 +26,7 @@ from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reference_cache import open_cache
 from ingle.objectives.reward import RewardLoss
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
@@ -44,6 +45,7 @@ __all__ = [
     "NextTokenLoss",
     "Objective",
     "PackedObjective",
+    "PreferenceObjective",
     "Relief",
     "StepModule",
     "Sums",
@@ -54,6 +56,7 @@ __all__ = [
     "corruption",
     "insert_roles",
     "make_corruption",
+    "open_cache",
     "settle_sharing",
 ]
 

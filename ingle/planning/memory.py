@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
 from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
+from ingle.config.policy import Sampled
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
 from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, parameters_of
@@ -263,15 +264,20 @@ class DeviceMemory:
 
     def _evaluation(self) -> float:
         """The keys and values of a batch of answers, its scores, and the weights that are gathered for it."""
-        task = self.run.task
-        if task is None:
-            return 0.0
-        length = (self.data.longest_document or self.data.longest) + task.max_new_tokens
+        longest = self.data.longest_document or self.data.longest
+        batches = []
+        if self.run.task is not None:
+            batches.append((self.run.task.batch_size, longest + self.run.task.max_new_tokens))
+        if isinstance(self.run.objective, Sampled):  # the longest row has room for an answer
+            batches.append((self.run.objective.rollout.num_slots, longest))
+        return max((self._generation(*batch) for batch in batches), default=0.0)
+
+    def _generation(self, batch_size: int, length: int) -> float:
         widths = sum(2 * layer.num_kv_heads * layer.head_dim * layer.count for layer in self.shape.layers)
         scores = (4 + self.dtype_bytes) * self.shape.vocab_size
         step = self.step()
         gathered = max(step.ends.head_gathered, *(unit.gathered for unit in step.units))
-        return task.batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
+        return batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
 
     def _scratch(self) -> float:
         """The buffer for decoded weights; there is one per thread, and a GPU's backward pass has its own thread."""

@@ -126,7 +126,6 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=kto", "--adapter.dropout=.1"],
         ["--objective=simpo", "--adapter.dropout=.1"],
     ),
-    "reference-needs-an-adapter": (["--objective=bco", "--adapter=none"], ["--objective=orpo", "--adapter=none"]),
     "answers-carry-the-loss": (["--objective=cpo", "--data.train_on=all"], ["--objective=cpo", "--data.train_on=last"]),
     "rewards-are-validated": (["--objective=reward", TASK], ["--objective=dpo", TASK]),
     "only-plain-text-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=mlm"]),
