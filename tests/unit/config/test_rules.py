@@ -127,7 +127,6 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=simpo", "--adapter.dropout=.1"],
     ),
     "answers-carry-the-loss": (["--objective=cpo", "--data.train_on=all"], ["--objective=cpo", "--data.train_on=last"]),
-    "rewards-are-validated": (["--objective=reward", TASK], ["--objective=dpo", TASK]),
     "only-plain-text-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=mlm"]),
     "masked-tokens-add-up": (
         ["--objective=mlm", "--objective.replace=.8", "--objective.random=.3"],
