@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import bitfit, bottleneck, ia3, targets
+from ingle.adapters import bitfit, bottleneck, ia3, peft_bridge, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
 from ingle.config.adapter_kinds import Adapter
+from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
 
@@ -79,6 +80,8 @@ def kind_of(adapter: Adapter) -> Kind:
             return ia3
         case "bitfit":
             return bitfit
+        case "peft":
+            return peft_bridge
         case _:
             raise AdapterError(
                 f"Adapters of kind {adapter.kind} are not built yet.", where="adapter.kind", fix="--adapter.kind=lora"
@@ -94,6 +97,8 @@ def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
             return bottleneck
         case ia3.PEFT_TYPE:
             return ia3
+        case str(method) if method in METHODS:
+            return peft_bridge
         case _:
             return None
 
