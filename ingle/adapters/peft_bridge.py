@@ -47,16 +47,14 @@ _OF_FILES = {*_ELSEWHERE, "auto_mapping", "inference_mode", "peft_version", "tar
 
 
 class _Base:
-    """What a layer of PEFT calls and asks as its base; not registered, since our layer is registered already."""
+    """What a layer of PEFT calls as its base, and asks for the shape and dtype of its weight."""
 
-    def __init__(self, layer: PeftLinear, *, reads_values: bool) -> None:
-        self._layer, self._reads_values = layer, reads_values
+    def __init__(self, layer: PeftLinear) -> None:
+        self._layer = layer
         self.out_features, self.in_features = layer.out_features, layer.in_features
 
     @property
     def weight(self) -> Tensor:
-        if self._reads_values:
-            return self._layer.weight
         like = self._layer.base
         dtype = like.weight_dtype if isinstance(like, QuantLinear) else self._layer.weight.dtype
         device = next(like.parameters()).device
@@ -87,7 +85,8 @@ class PeftLinear(AdaptedLinear):
     def __init__(self, base: nn.Module, tuner: nn.Module, method: str) -> None:
         super().__init__(base)
         del tuner._modules["base_layer"]
-        tuner.__dict__["base_layer"] = _Base(self, reads_values=METHODS[method].reads == "values")
+        # It is registered in this layer already.
+        tuner.__dict__["base_layer"] = base if METHODS[method].reads == "values" else _Base(self)
         self.tuner = tuner
         self.starts_at_base = not METHODS[method].starts_elsewhere
 

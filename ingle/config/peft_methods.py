@@ -33,7 +33,7 @@ METHODS: Mapping[str, Method] = {
     **dict.fromkeys(("UNILORA", "VBLORA"), Method(shares=True, starts_elsewhere=True)),
     **dict.fromkeys(("LOHA", "LOKR"), _SHAPE),
     **dict.fromkeys(("DELORA", "GLORA", "HIRA", "PEANUT", "PSOFT", "SHIRA", "TINYLORA"), _VALUES),
-    **dict.fromkeys(("DEFT", "HRA"), Method("values", starts_elsewhere=True)),
+    **dict.fromkeys(("DEFT", "HRA", "SUPERTUNING"), Method("values", starts_elsewhere=True)),
 }
 
 _OTHER_INPUTS = "it needs more than the texts of a run"
@@ -55,7 +55,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "ADAMSS": ("the sizes of its parameters follow from the weights", "--adapter.method=PSOFT"),
     "FROD": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
     "OSF": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
-    "SUPERTUNING": ("it reads the weights through hooks of their layers", "--adapter.method=SHIRA"),
     "TRAINABLE_TOKENS": (
         "it changes rows of the embedding",
         "--adapter.target_modules=none --adapter.trainable_modules=[embed_tokens]",
