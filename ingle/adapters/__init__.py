@@ -1,5 +1,6 @@
 """Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
+from ingle.adapters.adalora import RankAllocator, make_allocator, with_steps
 from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
 from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
@@ -24,6 +25,7 @@ __all__ = [
     "FusionReport",
     "LoraLinear",
     "NotAdapted",
+    "RankAllocator",
     "Record",
     "Rounding",
     "Selection",
@@ -45,6 +47,7 @@ __all__ = [
     "load_adapter",
     "load_role",
     "lora_modules",
+    "make_allocator",
     "merged_planes",
     "merged_weight",
     "read_record",
@@ -54,4 +57,5 @@ __all__ = [
     "trainable_parameters",
     "update_norms",
     "use",
+    "with_steps",
 ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.linear import AdaptedLinear, features
+from ingle.adapters.peft_tensors import PREFIX
 from ingle.adapters.states import adapted_modules
 from ingle.adapters.targets import Selection, linear_layers
 from ingle.adapters.targets import select as select_linears
@@ -220,12 +221,24 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
             fix="use the base that the adapter was trained on, and the options of adapter that it was trained with",
         )
     skeleton.load(tensors, where)
-    return {
+    values = {
         f"{path}.tuner.{name}": value
         for path, layer in layers.items()
         for name, value in _tensors(skeleton.layer(path)).items()
         if name in _tensors(layer.tuner)
     }
+    if METHODS[adapter.method].reads != "values":
+        return values
+    stored = {f"{PREFIX}{name}".replace(".tuner.", ".").replace(f".{_NAME}", ""): name for name in values}
+    derived = set(values) - {stored[key] for key in tensors if key in stored}
+    if derived and any(parameter.is_meta for parameter in model.parameters()):
+        raise AdapterError(
+            f"An adapter of PEFT's {adapter.method} cannot be merged weight by weight.",
+            where=where,
+            why="parts of it follow from the weights of the base, and the file does not have them",
+            fix="--to peft exports the adapter alone",
+        )
+    return {name: value for name, value in values.items() if name not in derived}
 
 
 def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
@@ -346,6 +359,8 @@ def _make_config(adapter: PeftAdapter, paths: list[str]) -> Any:
         )
     fields = {each.name for each in dataclasses.fields(known)}
     options = {key: value for key, value in adapter.options.items() if key != "target_modules"}
+    if adapter.method == "ADALORA":  # the steps of a run are not known when its adapter is counted
+        options = {"total_step": 1_000_000, **options}
     for key in options:
         if key in _ELSEWHERE or (key == "bias" and options[key] != "none"):
             raise AdapterError(

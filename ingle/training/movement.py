@@ -23,6 +23,8 @@ from ingle.wording import some
 
 #: Steps after which every tensor must have moved.
 FIRST_STEPS = 10
+#: AdaLoRA sets singular values of directions that it removes to zero, from which they began.
+_REMOVED = "lora_E.default"
 #: A prime, so that equal changes in different places do not cancel.
 _PERIOD = 65521
 #: Values that are read at once.
@@ -75,6 +77,7 @@ class Movement:
         if step == self._values_by:
             masters = dict(self._optimizer.named_masters())
             same = {name for name, digest in self._before.items() if digest == _digest(local(masters[name]))}
+            same = {name for name in same if not name.endswith(_REMOVED)}
             unmoved = [name for name in self._on_all_ranks(same) if name not in unused]
             if unmoved:
                 raise _error(unmoved, len(self._before), step, "all of their updates round to zero", _RAISE)
