@@ -32,6 +32,11 @@ class AdaptedLinear(Adapted):
         self.base = base.requires_grad_(False)
         self.out_features, self.in_features = features(base)
 
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base; None if it can."""
+        return None
+
     def is_changed(self) -> bool:
         """Returns whether the adapter changes what the layer computes."""
         return True
@@ -40,14 +45,9 @@ class AdaptedLinear(Adapted):
         """Returns the weight with the adapter, ``[O, I]`` float32, given that of the base.
 
         Raises:
-            AdapterError: The layer is then not the same, because its adapter is not linear.
+            AdapterError: The adapter is no change of a weight.
         """
-        raise AdapterError(
-            "This adapter cannot be merged into the weights of the base.",
-            where=f"a layer of type {type(self).__name__}",
-            why="it is not linear in its inputs",
-            fix="use the adapter with its base (ingle predict, ingle serve), or train --adapter.kind=lora",
-        )
+        raise cannot_merge(self.unmerged or "it changes no weight")
 
     def merge_bias(self, bias_O: Tensor) -> Tensor:
         """Returns the bias with the adapter, given that of the base."""
@@ -84,6 +84,16 @@ class AdaptedLinear(Adapted):
     def product_dtype(self, x: Tensor) -> torch.dtype:
         """Returns the dtype in which the base multiplies ``x``."""
         return x.dtype if isinstance(self.base, QuantLinear) else self.weight.dtype
+
+
+def cannot_merge(why: str) -> AdapterError:
+    """Returns the error for an adapter that is no change of weights."""
+    return AdapterError(
+        "This adapter cannot be merged into the weights of the base.",
+        where="adapter.kind",
+        why=why,
+        fix="use it with its base (ingle predict, ingle serve), or train --adapter.kind=lora",
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ingle.adapters.linear import AdaptedLinear, features
+from ingle.adapters.linear import AdaptedLinear, cannot_merge, features
 from ingle.adapters.peft_tensors import PREFIX
 from ingle.adapters.states import adapted_modules
 from ingle.adapters.targets import Selection, linear_layers
@@ -81,10 +81,12 @@ class PeftLinear(AdaptedLinear):
 
     Attributes:
         tuner: PEFT's layer.
+        method: PEFT's name of the method.
     """
 
     def __init__(self, base: nn.Module, tuner: nn.Module, method: str) -> None:
         super().__init__(base)
+        self.method = method
         del tuner._modules["base_layer"]
         # It is registered in this layer already.
         tuner.__dict__["base_layer"] = base if METHODS[method].reads == "values" else _Base(self)
@@ -112,28 +114,19 @@ class PeftLinear(AdaptedLinear):
         """
         self.eval()
         probe = torch.randn(3, self.in_features, generator=torch.Generator().manual_seed(0))
-        probe = torch.cat([probe, torch.zeros(1, self.in_features)]).to(weight_OI.device)
-        once, offset = (found := self.tuner(probe))[:3] - found[3], found[3]
-        twice = self.tuner(2 * probe)[:3] - offset
-        if (twice - 2 * once).abs().max() > 1e-4 * once.abs().max():
-            raise self._refusal("it is not linear in its inputs")
-        bias = self.bias
-        if (offset if bias is None else offset - bias).abs().max() > 1e-6:
-            raise self._refusal("it changes the bias of the layer")
-        merged = (self.tuner(torch.eye(self.in_features, device=weight_OI.device)) - offset).t()
-        return merged.float().contiguous()
-
-    def merge_bias(self, bias_O: Tensor) -> Tensor:
-        """Returns the bias with the adapter, given that of the base."""
-        return bias_O
-
-    def _refusal(self, why: str) -> AdapterError:
-        return AdapterError(
-            f"A layer of {type(self.tuner).__module__.split('.')[2]} cannot be merged into its weight.",
-            where="adapter.method",
-            why=why,
-            fix="--to peft exports the adapter alone",
-        )
+        probe = torch.cat([probe, 2 * probe, torch.zeros(1, self.in_features)]).to(weight_OI.device)
+        base = self.tuner.__dict__["base_layer"]
+        try:
+            self.tuner.__dict__["base_layer"] = _stand_in(self.base, weight_OI)
+            found = self.tuner(probe)
+            merged = self.tuner(torch.eye(self.in_features, device=weight_OI.device)).float().t().contiguous()
+        finally:
+            self.tuner.__dict__["base_layer"] = base
+        if (found[3:6] - 2 * found[:3]).abs().max() > 1e-4 * found.abs().max():
+            raise cannot_merge(f"PEFT's {self.method} is not linear in its inputs")
+        if found[6].abs().max() > 0:
+            raise cannot_merge(f"PEFT's {self.method} adds a bias")
+        return merged
 
 
 def select(model: nn.Module, adapter: PeftAdapter) -> Selection:
@@ -286,7 +279,11 @@ class _Skeleton:
                 if part not in holder._modules:
                     holder.add_module(part, nn.Module())
                 holder = holder._modules[part]  # type: ignore[assignment]
-            holder.add_module(last, _stand_in(base, with_weights))
+            weight_OI = None
+            if with_weights:
+                weight = base.get_parameter("weight").detach()
+                weight_OI = (weight.t() if is_conv1d(base) else weight).float().cpu().clone()
+            holder.add_module(last, _stand_in(base, weight_OI))
         digest = hashlib.blake2b(f"{seed}.{adapter.method}".encode(), digest_size=8).digest()
         config = _make_config(adapter, list(bases))
         with torch.random.fork_rng(devices=()), warnings.catch_warnings():
@@ -323,8 +320,8 @@ class _Skeleton:
             raise AdapterError(f"PEFT does not know {some(result.unexpected_keys)}.", where=where)
 
 
-def _stand_in(base: nn.Module, with_weights: bool) -> nn.Module:
-    """Returns a layer of the same shape, without memory for its weight if none is wanted."""
+def _stand_in(base: nn.Module, weight_OI: Tensor | None) -> nn.Module:
+    """Returns a layer of the same shape without a bias; without a weight, it takes no memory."""
     out_features, in_features = features(base)
     transposed = _is_transposed(base)
     if transposed:
@@ -335,10 +332,11 @@ def _stand_in(base: nn.Module, with_weights: bool) -> nn.Module:
     else:
         layer = nn.Linear(1, 1, bias=False)
         layer.out_features, layer.in_features = out_features, in_features
-    shape = (in_features, out_features) if transposed else (out_features, in_features)
-    weight = base.get_parameter("weight").detach().cpu().clone() if with_weights else torch.zeros(1).expand(shape)
-    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-    layer.bias = None  # type: ignore[assignment]
+    weight_OI = torch.zeros(1).expand(out_features, in_features) if weight_OI is None else weight_OI
+    layer.weight = nn.Parameter(weight_OI.t() if transposed else weight_OI, requires_grad=False)
+    layer.bias = None
+    if transposed:  # this class has no layers without one
+        layer.bias = nn.Parameter(torch.zeros(out_features, device=weight_OI.device), requires_grad=False)
     return layer
 
 
