@@ -225,6 +225,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     run = run.model_copy(update={"adapter": adapters.with_steps(run.adapter, plan.num_steps)})
     if parallel.shards(mesh, plan.strategy):
         models.require_shardable(model)
+        adapters.require_shardable(run.adapter)
     if run.base.format != "none" and (unquantized := quant.describe_unknown(model)) is not None:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)

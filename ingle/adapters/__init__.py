@@ -5,7 +5,7 @@ from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, train
 from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
-from ingle.adapters.kinds import select
+from ingle.adapters.kinds import require_shardable, select
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
@@ -51,6 +51,7 @@ __all__ = [
     "merged_planes",
     "merged_weight",
     "read_record",
+    "require_shardable",
     "save_adapter",
     "save_role",
     "select",

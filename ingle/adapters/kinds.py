@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ingle.adapters import bitfit, bottleneck, ia3, peft_bridge, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import Adapter
+from ingle.config.adapter_kinds import Adapter, PeftAdapter
 from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
@@ -101,6 +101,22 @@ def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
             return peft_bridge
         case _:
             return None
+
+
+def require_shardable(adapter: AdapterConfig) -> None:
+    """Refuses an adapter whose layers read what other layers own.
+
+    Raises:
+        AdapterError: The adapter cannot be sharded among ranks.
+    """
+    method = METHODS.get(adapter.method) if isinstance(adapter, PeftAdapter) else None
+    if method is not None and (method.shares or method.reads == "values"):
+        raise AdapterError(
+            f"The layers of PEFT's {getattr(adapter, 'method', '')} read what other modules own, so they cannot be "
+            "sharded.",
+            where="adapter.method, parallel.kind",
+            fix="--parallel.kind=ddp",
+        )
 
 
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:

@@ -24,7 +24,7 @@ from ingle.data.batch import Batch
 from ingle.errors import ProofFailed
 from ingle.events import Proved, Sink
 from ingle.objectives import Check, Objective, StepModule
-from ingle.parallel import Mesh, call_outside_step, local
+from ingle.parallel import Mesh, call_outside_step
 
 #: Largest difference of a log-probability by rounding, in nats per token.
 _PER_TOKEN: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -99,13 +99,13 @@ def check_start(
 
 
 def initial_function(model: nn.Module, mesh: Mesh) -> Switch | None:
-    """Returns what makes a model compute its initial function: adapters off, if that is the same.
+    """Returns what makes a model compute its initial function.
 
-    None if it is not: the adapter continues another one, or layers train through the rounding of their merge.
+    None if that was not kept: the adapter continues another one, or layers train through the rounding of their merge.
     """
-    layers = adapters.lora_modules(model).values()
-    is_off = all(layer.merged is None and not bool(local(layer.lora_b).any()) for layer in layers)
-    return None if mesh.agree(not is_off) else partial(adapters.disabled, model)
+    is_merged = any(layer.merged is not None for layer in adapters.lora_modules(model).values())
+    is_kept = adapters.has_initial(model) and not is_merged
+    return None if mesh.agree(not is_kept) else partial(adapters.use, model, "initial")
 
 
 def _checks(module: StepModule, part: Batch, switch: Switch | None, dtype: torch.dtype) -> Iterator[Check]:
@@ -142,7 +142,8 @@ def _no_dropout(module: StepModule, part: Batch) -> Check:
         found.append(call_outside_step(module, module.compute, part).losses)
     difference = torch.stack([found[0][name] - value for name, value in found[1].items()])
     # An adapter whose B is zero still hides its dropout.
-    of_adapters = [float(layer.dropout) for layer in adapters.lora_modules(module.model).values()]
+    layers = adapters.adapted_modules(module.model).values()
+    of_adapters = [float(getattr(layer, "dropout", 0.0)) for layer in layers]
     return Check(
         "no dropout",
         max([_largest(difference), *of_adapters]),
