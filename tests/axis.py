@@ -64,6 +64,12 @@ _FULL: Options = {"adapter": {"kind": "none"}}
 _NF4: Options = {"base": {"format": "nf4"}}
 _OFT: Options = {"kind": "peft", "options": {"oft_block_size": 4}}
 _ADALORA: Options = {"kind": "peft", "method": "adalora", "options": {"init_r": 4, "target_r": 1, "tfinal": 1}}
+
+
+def _rule(kind: str, **options: Any) -> Options:
+    return {"optim": {"rule": {"kind": kind, **options}}}
+
+
 #: Every objective, and every layout of every kind of model.
 POINTS = {
     "clm, packed": Point("llama", "packed", {"kind": "clm"}, {"data": {"packing": False}}),
@@ -81,6 +87,10 @@ POINTS = {
     ),
     "dpo, packed, oft": Point("llama", "packed", {"kind": "dpo"}, {"adapter": {**_OFT, "method": "oft"}, **_NF4}),
     "sft, packed, adalora": Point("llama", "packed", {"kind": "sft"}, {"adapter": _ADALORA}),
+    "clm, galore, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("galore", rank=4, update_every=3)),
+    "clm, apollo, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("apollo", rank=4, update_every=3)),
+    "clm, lisa, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("lisa", active=1, every=3)),
+    "sft, subspace": Point("llama", "packed", {"kind": "sft"}, _rule("subspace", dim=8, gains=True)),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
     "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.head_files import task_type
-from ingle.adapters.kinds import Kind, kind_of, kind_of_files, select
+from ingle.adapters.kinds import Kind, kind_of, kind_of_files, module_prefix, select
 from ingle.adapters.peft_config import CONFIG_FILE
-from ingle.adapters.peft_tensors import DTYPES, PREFIX, WEIGHTS_FILE, load_module, read_record, read_tensors
+from ingle.adapters.peft_tensors import DTYPES, WEIGHTS_FILE, load_module, read_record, read_tensors
 from ingle.adapters.states import adapted_modules
 from ingle.config.adapter_kinds import Adapter
 from ingle.errors import AdapterError
@@ -77,7 +77,7 @@ def load_values(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     kind, where = kind_of(adapter), str(folder / WEIGHTS_FILE)
     tensors = read_tensors(folder / WEIGHTS_FILE)
     for path in select(model, adapter).modules_to_save:
-        start = f"{PREFIX}{path}."
+        start = f"{module_prefix(adapter)}{path}."
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         load_module(model, path, own, folder)
     _assign(model, _checked(kind, model, adapter, tensors, where), where)

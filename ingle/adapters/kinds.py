@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import bitfit, bottleneck, ia3, peft_bridge, targets
+from ingle.adapters import bitfit, bottleneck, ia3, peft_bridge, prefix, prompt, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import Adapter, PeftAdapter
+from ingle.config.adapter_kinds import Adapter, PeftAdapter, PrefixAdapter, PromptAdapter
 from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
@@ -82,6 +82,10 @@ def kind_of(adapter: Adapter) -> Kind:
             return bitfit
         case "peft":
             return peft_bridge
+        case "prefix":
+            return prefix
+        case "prompt":
+            return prompt
         case _:
             raise AdapterError(
                 f"Adapters of kind {adapter.kind} are not built yet.", where="adapter.kind", fix="--adapter.kind=lora"
@@ -99,6 +103,10 @@ def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
             return ia3
         case str(method) if method in METHODS:
             return peft_bridge
+        case "PREFIX_TUNING":
+            return prefix
+        case "PROMPT_TUNING" | "P_TUNING":
+            return prompt
         case _:
             return None
 
@@ -117,6 +125,11 @@ def require_shardable(adapter: AdapterConfig) -> None:
             where="adapter.method, parallel.kind",
             fix="--parallel.kind=ddp",
         )
+
+
+def module_prefix(adapter: Adapter) -> str:
+    """Returns what PEFT puts before the path of a module that is trained in full; virtual tokens wrap no model."""
+    return "base_model." if isinstance(adapter, PrefixAdapter | PromptAdapter) else "base_model.model."
 
 
 def select(model: nn.Module, adapter: AdapterConfig) -> Selection:

@@ -26,7 +26,7 @@ from ingle.adapters.adapted import (
 from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.kind_files import describe_kind, load_values, read_section
-from ingle.adapters.kinds import kind_of, select
+from ingle.adapters.kinds import kind_of, module_prefix, select
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
 from ingle.adapters.norms import update_norms
@@ -115,7 +115,7 @@ def _write(
     alone = () if is_low_rank else select(model, adapter).parameters  # type: ignore[arg-type]
     to_save = _modules_to_save(model, alone)
     tensors = {
-        f"{PREFIX}{name}.{key}": trained[f"{name}.{key}"]
+        f"{module_prefix(adapter)}{name}.{key}": trained[f"{name}.{key}"]
         for name in to_save
         for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)
     }
@@ -313,7 +313,11 @@ def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tens
 def check_base(
     model: nn.Module, record: Record, folder: Path, allow_mismatch: bool, identity: BaseIdentity | None
 ) -> tuple[str, ...]:
-    """Refuses a base that the adapter was not trained on, or returns a note about it."""
+    """Refuses a base that the adapter was not trained on, or returns a note about it.
+
+    Raises:
+        AdapterError: The adapter was trained on another base, and `allow_mismatch` is False.
+    """
     if record.identity is None or _is_empty(model):
         return ()
     found = identity or identify(model)

@@ -156,4 +156,11 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         "adapter.target_modules, adapter.options.target_modules",
         ("adapter.target_modules=all-linear",),
     ),
+    Rule(
+        "precondition-needs-frozen-a",
+        lambda run: isinstance(run.adapter, WeightAdapter) and run.adapter.precondition and not run.adapter.freeze_a,
+        "The gradient of B is preconditioned by a frozen A only.",
+        "adapter.precondition, adapter.freeze_a",
+        ("adapter.freeze_a=true", "adapter.precondition=false"),
+    ),
 )

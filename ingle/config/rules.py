@@ -17,7 +17,9 @@ from ingle.config.adapter_rules import ADAPTER_RULES
 from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
+from ingle.config.optim_rules import OPTIM_RULES
 from ingle.config.paths import expand, find_path
+from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.rule import Rule, duplicates
@@ -266,7 +268,9 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
     *ADAPTER_RULES,
     *OBJECTIVE_RULES,
+    *OPTIM_RULES,
     *PREFERENCE_RULES,
+    *POLICY_RULES,
     *VALIDATION_RULES,
 )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ingle.config.run import Run
 from ingle.planning.adapter_cost import group_size, kept_features
 from ingle.planning.shape import LayerShape, LinearShape, ModelShape
+from ingle.planning.virtual_tokens import num_added_keys
 
 #: Outputs that an activation function saves for its backward pass, by the name in ``config.json``; others save one.
 #: ``gelu_new`` is written out in eight operators, four of which save a tensor.
@@ -139,6 +140,9 @@ class Tapes:
         else:
             backward = b * (3 * queries + 2 * keys) + 8 * keys
         tape.append(Operation(saved, rotated + b * hidden, backward + b * hidden))
+        if added := num_added_keys(self.run):  # queries, scores, weights and results, in float32
+            scores = 4 * layer.num_heads * added
+            tape.append(Operation(4 * 2 * queries + 2 * scores + 4 * 4 * layer.num_heads, 2 * scores, 2 * scores))
         tape.append(self._linears(outputs, queries, saves_input=False))
         return tape
 

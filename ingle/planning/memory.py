@@ -6,9 +6,10 @@ through (:mod:`ingle.planning.step_memory`), with what each operation saves (:mo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
@@ -16,6 +17,8 @@ from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, param
 from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
+from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
+from ingle.planning.virtual_tokens import num_added_keys, virtual_parameters, with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
 _CONTEXT_BYTES = 512 << 20
@@ -101,6 +104,9 @@ def per_device(
         on_gpu: Whether the device is a GPU.
         compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
+    if num_added_keys(run):
+        shape = replace(shape, fused=False)
+    data = with_virtual_tokens(run, data)
     return DeviceMemory(run, shape, data, strategy, dtype_bytes, on_gpu, compiles_kernels).parts()
 
 
@@ -119,7 +125,8 @@ class DeviceMemory:
     def parts(self) -> MemoryParts:
         """Returns the bytes by purpose at the peak."""
         peak = self.step().peak()
-        trained = trainable_parameters(self.run, self.shape) / self._trained_ranks
+        everything = trainable_parameters(self.run, self.shape)
+        trained = active_parameters(self.run, self.shape, everything) / self._trained_ranks
         gradients = min(trained * 4, peak.gradients + peak.activations)
         evaluation = max(0.0, self._evaluation() - peak.total)
         return MemoryParts(
@@ -127,7 +134,7 @@ class DeviceMemory:
             gather_bytes=round(peak.gathered),
             adapter_bytes=round(self._masters()),
             gradient_bytes=round(gradients),
-            optimizer_bytes=round(trained * 8),
+            optimizer_bytes=round(state_bytes(self.run, self.shape, everything, self._trained_ranks)),
             activation_bytes=round(peak.activations + peak.gradients - gradients + evaluation),
             overhead_bytes=round(self._scratch() + self._batch() + self.fixed_bytes()),
             evaluation_bytes=round(evaluation),
@@ -173,12 +180,15 @@ class DeviceMemory:
         return resting + 4 * whole / self._trained_ranks + merged
 
     def _masters(self) -> float:
-        """Adapters; float32 masters and initial values of what else is trained."""
-        whole = self._trained_whole()
-        adapters = 4 * (trainable_parameters(self.run, self.shape) - whole)
+        """Adapters; float32 masters and initial values of what else is trained, of all that in a subspace."""
+        whole, everything = self._trained_whole(), trainable_parameters(self.run, self.shape)
+        adapters = 4 * (everything - whole)
         initial = 0 if self._full else 4 if self.strategy.shards_optimizer else self.dtype_bytes
         masters = 4 * (self.dtype_bytes < 4 and not self.strategy.shards_optimizer)
-        return (adapters + (initial + masters) * whole) / self._trained_ranks
+        if self.run.optim.rule.kind == "subspace":
+            return 2 * adapters + (initial + self.dtype_bytes) * whole
+        active = whole if not self._full else active_parameters(self.run, self.shape, whole)
+        return (adapters + initial * whole + masters * active) / self._trained_ranks
 
     def step(self) -> Step:
         """Returns the last micro-batch of a step."""
@@ -186,7 +196,7 @@ class DeviceMemory:
         fused = shape.fused and allows_fused(run)
         tapes = Tapes(run, shape, self.dtype_bytes, fused, self.on_gpu)
         tokens = strategy.micro_batch_size * self.data.longest
-        trained = 4.0 * trainable_parameters(run, shape)
+        trained = 4.0 * active_parameters(run, shape, trainable_parameters(run, shape))
         ranks = 1 if strategy.kind == "zero1" else self._trained_ranks
         summed = 0.0
         if strategy.kind == "ddp":
@@ -223,7 +233,7 @@ class DeviceMemory:
             tied=shape.tied,
             embedding_gathered=gathered(shape.embedding_parameters, embedding_trained),
             head_gathered=gathered(head, head_trained),
-            gradient_bytes=4.0 / self._trained_ranks,
+            gradient_bytes=4.0 * (self.run.optim.rule.kind != "subspace") / self._trained_ranks,
         )
 
     def _unit(self, tapes: Tapes, layer: LayerShape, tokens: int) -> Unit:
@@ -245,7 +255,7 @@ class DeviceMemory:
             layer,
             tape,
             gathered=gathered,
-            gradients=4.0 * trained / self._trained_ranks,
+            gradients=4.0 * trained * active_share(self.run, self.shape) / self._trained_ranks,
             pending=float(computed * trained if is_reduced else b * largest),
             reducing=4.0 * trained if is_reduced else 0.0,
             largest=float(b * largest),
@@ -267,7 +277,7 @@ class DeviceMemory:
         """The buffer for decoded weights; there is one per thread, and a GPU's backward pass has its own thread."""
         quantized = [lin for lin in self.shape.linears if self._bits(lin) < 8 * self.dtype_bytes]
         largest = max((lin.num_weights for lin in quantized), default=0)
-        return largest * self.dtype_bytes * (2 if self.on_gpu else 1)
+        return largest * self.dtype_bytes * (2 if self.on_gpu else 1) + scratch_bytes(self.run, self.shape)
 
     def _batch(self) -> float:
         sequences = self.strategy.micro_batch_size * self.strategy.grad_accum_steps
@@ -288,6 +298,8 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
+    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+        return model.saved_parameters + virtual_parameters(run.adapter, model)
     return model.saved_parameters + parameters_of(run, model)
 
 

@@ -47,7 +47,7 @@ def list_facts(run: Run, report: RunReport) -> list[Fact]:
         ("Objective", run.objective.kind.upper(), f"{base}{sequences} sequences"),
         *_rounding_facts(report.rounding),
         *_contamination_facts(report.contamination),
-        ("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}"),
+        ("Optimizer", "AdamW", f"peak learning rate {run.optimizer.lr:g}, {run.optim.schedule}"),
         ("Seed", str(run.seed), ""),
     ]
 

@@ -84,7 +84,7 @@ def take_step(
                 raise
             reason = first_line(error)
         # The traceback holds the tensors of the failed attempt, so the memory is free only outside of the handler.
-        optimizer.discard_gradients()
+        optimizer.clear()
         reset_after_error(objective.module)
         relief.relieve(reason, batches)
     loss = weighted_mean(objective.module.terms, sums, counts)
@@ -108,6 +108,7 @@ def take_step(
         allocator.update(step)
     result = StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts) | penalty)
     objective.after_step(sums, counts)
+    optimizer.clear()
     return result
 
 

@@ -23,7 +23,7 @@ from tests.axis import POINTS, config_of
 #: Short tests take a point for each objective and for each layout.
 LEAN = {"clm, dealt states", "sft, dealt attention", "mlm, equal rows", "span, packed", "seq2seq, rows"} | {
     "classify, packed, full", "tag, dealt", "answer, packed",
-    "sft, packed, dora", "sft, packed, adalora",
+    "sft, packed, dora", "sft, packed, adalora", "clm, galore, full", "clm, lisa, full", "sft, subspace",
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def _require_told(parts: Assembled, warned: Sequence[Warned]) -> None:
 
 
 def _step(parts: Assembled, batches: Sequence[Batch]) -> _Step:
-    parts.optimizer.discard_gradients()
+    parts.optimizer.clear()
     sums, counts = compute_gradients(parts.objective, batches, parts.mesh, seed=0, step=1)
     gradients = {name: gradient.detach().clone() for name, gradient in parts.optimizer.gradients()}
     term = parts.objective.module.terms[0]

@@ -75,11 +75,13 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     objective, optimizer, mesh = parts.objective, parts.optimizer, parts.mesh
     objective.module.train()
     parts.rounding.prepare(step)
+    optimizer.begin(step)
     sums, counts = compute_gradients(objective, objective.next_batches(), mesh, seed=0, step=step)
     optimizer.sum_gradients()
     gradients = {name: _array(gradient) for name, gradient in optimizer.gradients()}
     norm = optimizer.clip()
     optimizer.step(1e-2)
+    optimizer.clear()
     frozen = [p for p in parts.model.parameters() if not p.requires_grad]
     return StepOfOneRank(
         loss=weighted_mean(objective.module.terms, sums, counts),

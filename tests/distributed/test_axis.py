@@ -24,6 +24,10 @@ from tests.distributed.ranks import run_ranks
 #: Kinds of parallelism. :mod:`tests.distributed.test_exactness` has those of causal models.
 ON = {
     "sft, dealt attention": ("zero3",),
+    "clm, galore, full": ("zero3", "ddp"),
+    "clm, apollo, full": ("zero1",),
+    "clm, lisa, full": ("ddp",),
+    "sft, subspace": ("ddp",),
     "mlm, packed": ("zero3", "zero1"),
     "mlm, dealt, full": ("ddp",),
     "mlm, equal rows": ("ddp",),
