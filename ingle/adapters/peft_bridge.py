@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.linear import AdaptedLinear, cannot_merge
-from ingle.adapters.peft_skeleton import NAME, OF_FILES, Skeleton, is_transposed, make_config, require_method, stand_in
-from ingle.adapters.peft_tensors import PREFIX
+from ingle.adapters.peft_skeleton import OF_FILES, Skeleton, is_transposed, make_config, require_method, stand_in
 from ingle.adapters.states import adapted_modules
 from ingle.adapters.targets import Selection, linear_layers
 from ingle.adapters.targets import select as select_linears
@@ -98,19 +97,18 @@ class PeftLinear(AdaptedLinear):
             AdapterError: The layer is not linear in its inputs, or adds a bias that the base does not have.
         """
         self.eval()
-        probe = torch.randn(3, self.in_features, generator=torch.Generator().manual_seed(0))
-        probe = torch.cat([probe, 2 * probe, torch.zeros(1, self.in_features)]).to(weight_OI.device)
+        probe = torch.randn(3, self.in_features, generator=torch.Generator().manual_seed(0)).to(weight_OI.device)
         base = self.tuner.__dict__["base_layer"]
         try:
             self.tuner.__dict__["base_layer"] = stand_in(self.base, weight_OI)
-            found = self.tuner(probe)
+            once, twice, offset = (self.tuner(factor * probe) for factor in (1.0, 2.0, 0.0))
             merged = self.tuner(torch.eye(self.in_features, device=weight_OI.device)).float().t().contiguous()
         finally:
             self.tuner.__dict__["base_layer"] = base
-        if (found[3:6] - 2 * found[:3]).abs().max() > 1e-4 * found.abs().max():
-            raise cannot_merge(f"PEFT's {self.method} is not linear in its inputs")
-        if found[6].abs().max() > 0:
+        if offset.abs().max() > 0:
             raise cannot_merge(f"PEFT's {self.method} adds a bias")
+        if (twice - 2 * once).abs().max() > 1e-4 * once.abs().max():
+            raise cannot_merge(f"PEFT's {self.method} is not linear in its inputs")
         return merged
 
 
@@ -198,25 +196,29 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
             why=f"only in the file or only in the model: {some(differing)}",
             fix="use the base that the adapter was trained on, and the options of adapter that it was trained with",
         )
+
+    def found() -> dict[str, Tensor]:
+        return {
+            f"{path}.tuner.{name}": value.detach().clone()
+            for path, layer in layers.items()
+            for name, value in _tensors(skeleton.layer(path)).items()
+            if name in _tensors(layer.tuner)
+        }
+
     skeleton.load(tensors, where)
-    values = {
-        f"{path}.tuner.{name}": value
-        for path, layer in layers.items()
-        for name, value in _tensors(skeleton.layer(path)).items()
-        if name in _tensors(layer.tuner)
-    }
+    values = found()
     if METHODS[adapter.method].reads != "values":
         return values
-    stored = {f"{PREFIX}{name}".replace(".tuner.", ".").replace(f".{NAME}", ""): name for name in values}
-    derived = set(values) - {stored[key] for key in tensors if key in stored}
-    if derived and any(parameter.is_meta for parameter in model.parameters()):
+    skeleton.load({key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}, where)
+    stored = {path for path, value in found().items() if bool(value.isnan().all())}
+    if stored < values.keys() and any(parameter.is_meta for parameter in model.parameters()):
         raise AdapterError(
             f"An adapter of PEFT's {adapter.method} cannot be merged weight by weight.",
             where=where,
             why="parts of it follow from the weights of the base, and the file does not have them",
             fix="--to peft exports the adapter alone",
         )
-    return {name: value for name, value in values.items() if name not in derived}
+    return {path: value for path, value in values.items() if path in stored}
 
 
 def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:

@@ -26,7 +26,7 @@ class Method(NamedTuple):
 _PLAIN, _SHAPE, _VALUES = Method(), Method("shape"), Method("values")
 
 METHODS: Mapping[str, Method] = {
-    **dict.fromkeys(("ADALORA", "BEFT", "BOFT", "GRALORA", "LILY", "MISS", "OFT", "RANDLORA", "ROAD"), _PLAIN),
+    **dict.fromkeys(("ADALORA", "BEFT", "BOFT", "GRALORA", "MISS", "OFT", "RANDLORA", "ROAD"), _PLAIN),
     "WAVEFT": _PLAIN,
     **dict.fromkeys(("C3A", "FOURIERFT"), Method(starts_elsewhere=True)),
     **dict.fromkeys(("PVERA", "VERA"), Method(shares=True)),
@@ -54,6 +54,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "SHADOW": ("it trains a second model beside the first", "--adapter.kind=bottleneck"),
     "ADAMSS": ("the sizes of its parameters follow from the weights", "--adapter.method=PSOFT"),
     "FROD": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
+    "LILY": ("its layers mix the tokens of all texts that are computed together", "--adapter.kind=lora"),
     "OSF": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
     "TRAINABLE_TOKENS": (
         "it changes rows of the embedding",
