@@ -68,6 +68,7 @@ class Assembled:
     held_out: data.HeldOut | None
     fusion: adapters.FusionReport
     rounding: adapters.Rounding
+    allocator: adapters.RankAllocator | None
     identity: adapters.BaseIdentity | None
     imatrix: ImatrixCollector | None
     contamination: data.Contamination | None
@@ -278,8 +279,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     ready = prepare(run, sink)
     run = ready.run
     model, plan, mesh = ready.model, ready.plan, ready.mesh
+    run = run.model_copy(update={"adapter": adapters.with_steps(run.adapter, plan.num_steps)})
     if parallel.shards(mesh, plan.strategy):
         models.require_shardable(model)
+        adapters.require_shardable(run.adapter)
     if run.base.format != "none" and (unquantized := quant.describe_unknown(model)) is not None:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
@@ -381,6 +384,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,
+        allocator=adapters.make_allocator(model, run.adapter),
         rounding=adapters.Rounding(model, run.adapter, plan.num_steps),
         identity=identity,
         imatrix=imatrix,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.linear import AdaptedLinear
-from ingle.kernels.layers.lora import Projection, lora_linears, spread
+from ingle.kernels.layers.lora import Projection, lora_linears
 from ingle.parallel import copy_rows, local
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
@@ -183,10 +183,6 @@ class LoraLinear(AdaptedLinear):
     def obstacle(self) -> None:
         """The layer can be part of a fused one."""
         return None
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Repeats ``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
-        return spread(values, self.group_size, self.in_features)
 
     def projection(self) -> Projection:
         """Returns the arguments of the LoRA kernels."""

@@ -54,6 +54,11 @@ class Adapted(nn.Module):
         return False
 
     @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base; None if it can."""
+        return "it changes more than weights"
+
+    @property
     def obstacle(self) -> str | None:
         """Why the layer cannot be part of a fused one; None if it can."""
         return "its adapters are not low-rank"

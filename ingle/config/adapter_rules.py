@@ -53,9 +53,6 @@ def _other_method(run: Run) -> str:
     return f"--adapter.method={close}" if close else f"--adapter.method=NAME with one of {', '.join(sorted(METHODS))}"
 
 
-#: Values of ``parallel.kind`` that share the base among ranks.
-_SHARDS_BASE = ("zero3", "fsdp", "hsdp")
-
 ADAPTER_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "orthogonal-is-even",
@@ -140,7 +137,7 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         lambda run: (
             (found := _method(run)) is not None
             and (found.shares or found.reads == "values")
-            and run.parallel.kind in _SHARDS_BASE
+            and run.parallel.kind not in ("auto", "none", "ddp")
         ),
         lambda run: (
             f"PEFT's {getattr(run.adapter, 'method', '')} reads what other layers own, so the model cannot be sharded."
