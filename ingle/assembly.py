@@ -125,6 +125,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)
     advice = planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:

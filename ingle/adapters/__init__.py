@@ -1,7 +1,7 @@
 """Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
 from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
-from ingle.adapters.attachment import attach, initialize, insert
+from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
 from ingle.adapters.kinds import select
@@ -33,6 +33,7 @@ __all__ = [
     "adapter_config",
     "add_role",
     "attach",
+    "count_parameters",
     "describe",
     "disabled",
     "enable_fused",

@@ -6,6 +6,7 @@ alone decides what is frozen, adapted, trained in full or left out, and reports 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from torch import nn
@@ -70,6 +71,24 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
         kind_of(adapter).insert(model, adapter, selection)
     unfreeze(model, selection.modules_to_save)
     return selection
+
+
+def count_parameters(model: nn.Module, adapter: AdapterConfig) -> int | None:
+    """Counts what an adapter trains, without modules that are trained in full; None for low-rank ones, and for none.
+
+    Args:
+        model: The model, on the meta device; it stays as it is.
+        adapter: What to train.
+
+    Raises:
+        AdapterError: See :func:`insert`.
+    """
+    if isinstance(adapter, LowRankAdapter | NoAdapter):
+        return None
+    probe = copy.deepcopy(model)
+    selection = insert(probe, adapter)
+    whole = {id(p) for name in selection.modules_to_save for p in probe.get_submodule(name).parameters()}
+    return sum(p.numel() for p in probe.parameters() if p.requires_grad and id(p) not in whole)
 
 
 def _insert_low_rank(model: nn.Module, adapter: LowRankAdapter, selection: Selection) -> None:
