@@ -9,6 +9,7 @@ from pathlib import Path
 from ingle import evaluation, inference
 from ingle.baselines import base_loader, compare_with_rules, has_new_head
 from ingle.config.evaluate import TaskConfig, suit_task
+from ingle.config.objective import samples_answers
 from ingle.config.paths import find_path, locate_paths
 from ingle.config.preference_rules import has_reference
 from ingle.errors import DataError
@@ -61,9 +62,11 @@ def evaluate(
 
 
 def _start_of(source: inference.Source, sink: Sink) -> inference.Source | None:
-    """Returns the adapter that a run with a reference began with, which is what it is compared with; None without."""
+    """Returns the adapter that a run of preferences or rewards began with, which it is compared with; None without."""
     run = source.run
-    if run is None or not has_reference(run) or (path := getattr(run.adapter, "path", None)) is None:
+    if run is None or (path := getattr(run.adapter, "path", None)) is None:
+        return None
+    if not has_reference(run) and not samples_answers(run.objective.kind):
         return None
     folder = Path(find_path(path, run.paths_from))
     if (folder / "adapter_config.json").is_file():

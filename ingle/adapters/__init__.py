@@ -13,9 +13,9 @@ from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.prefix import give_keys
 from ingle.adapters.prompt import give_text
-from ingle.adapters.roles import add_role, load_role, save_role
+from ingle.adapters.roles import RoleShape, add_role, load_role, read_shape, save_role
 from ingle.adapters.rounding import Rounding
-from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, has_initial, use
+from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
 from ingle.adapters.targets import Selection
 
 __all__ = [
@@ -27,11 +27,13 @@ __all__ = [
     "LoraLinear",
     "NotAdapted",
     "Record",
+    "RoleShape",
     "Rounding",
     "Selection",
     "adapted_modules",
     "adapter_config",
     "add_role",
+    "as_now",
     "attach",
     "count_parameters",
     "describe",
@@ -52,6 +54,7 @@ __all__ = [
     "merged_planes",
     "merged_weight",
     "read_record",
+    "read_shape",
     "save_adapter",
     "save_role",
     "select",

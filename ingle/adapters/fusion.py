@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.states import Adapted, own_parameters
+from ingle.adapters.states import Adapted, as_now, own_parameters
 from ingle.kernels.attention.bounds import trees_of
 from ingle.kernels.attention.cached import KeyStore, store_of
 from ingle.kernels.attention.cpu import Scores
@@ -222,7 +223,14 @@ class FusedLayer(nn.Module):
             spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
         if self.training and self.gradient_checkpointing:
             again: Callable[..., Any] = checkpoint
-            recomputed: Tensor = again(self._run, hidden_states, rotary, spans, use_reentrant=False)
+            recomputed: Tensor = again(
+                self._run,
+                hidden_states,
+                rotary,
+                spans,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), as_now(self)),
+            )
             return recomputed
         return self._run(hidden_states, rotary, spans)
 
@@ -356,7 +364,7 @@ def _answer_and_gradients(
     module: nn.Module, run: Callable[..., Tensor], h: Tensor, grad: Tensor, call: dict[str, Any]
 ) -> dict[str, Tensor]:
     leaf = h.clone().requires_grad_()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad and ".roles." not in name}
     with torch.enable_grad():
         answer = run(leaf, **call)
         gradients = torch.autograd.grad(answer, [leaf, *trained.values()], grad)

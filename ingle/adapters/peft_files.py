@@ -311,7 +311,11 @@ def _gather(lora_a: Tensor, module: LoraLinear, name: str, folder: Path) -> Tens
 def check_base(
     model: nn.Module, record: Record, folder: Path, allow_mismatch: bool, identity: BaseIdentity | None
 ) -> tuple[str, ...]:
-    """Refuses a base that the adapter was not trained on, or returns a note about it."""
+    """Refuses a base that the adapter was not trained on, or returns a note about it.
+
+    Raises:
+        AdapterError: The adapter was trained on another base, and `allow_mismatch` is False.
+    """
     if record.identity is None or _is_empty(model):
         return ()
     found = identity or identify(model)

@@ -7,7 +7,7 @@ first step, where that is another function than the base (:data:`INITIAL`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -86,8 +86,8 @@ def has_initial(model: nn.Module) -> bool:
 def use(model: nn.Module, state: str) -> Iterator[None]:
     """Makes a model compute another function while the block runs, also inside another such block.
 
-    Enter it outside of forward passes, and take backward passes inside too: layers may be recomputed in them. Sharded
-    models may be used inside, all ranks together.
+    Enter it outside of forward passes. Backward passes may follow outside, also of layers that are recomputed, unless
+    the model computes with copies of trained modules. Sharded models may be used inside, all ranks together.
 
     Args:
         model: A model; without an adapter it computes the same in every state.
@@ -127,8 +127,30 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
     finally:
         for module, kept in holding:
             _hold(module, kept)
-        for layer, was_on, had_role in before:
-            layer.is_on, layer.role = was_on, had_role
+        _set_states(before)
+
+
+def as_now(module: nn.Module) -> AbstractContextManager[None]:
+    """Returns a context in which a module computes the function that is in use now.
+
+    Backward repeats a recomputed layer after the block of :func:`use` in which its forward pass ran.
+    """
+    return _in_states([(each, each.is_on, each.role) for each in module.modules() if isinstance(each, Adapted)])
+
+
+@contextmanager
+def _in_states(states: Sequence[tuple[Adapted, bool, str | None]]) -> Iterator[None]:
+    before = [(module, module.is_on, module.role) for module, _, _ in states]
+    _set_states(states)
+    try:
+        yield
+    finally:
+        _set_states(before)
+
+
+def _set_states(states: Sequence[tuple[Adapted, bool, str | None]]) -> None:
+    for module, is_on, role in states:
+        module.is_on, module.role = is_on, role
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

@@ -25,6 +25,11 @@ _PATHS = {
     ("ModelConfig", "chat_template"),
     ("Adapter", "path"),
     ("Source", "path"),
+    ("ValueConfig", "path"),
+    ("Distill", "teacher"),
+    ("FunctionReward", "path"),
+    ("JudgeReward", "prompt"),
+    ("ModelReward", "path"),
 }
 
 

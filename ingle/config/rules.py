@@ -18,6 +18,7 @@ from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quant
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
 from ingle.config.paths import expand, find_path
+from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.rule import Rule, duplicates
@@ -267,6 +268,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     *ADAPTER_RULES,
     *OBJECTIVE_RULES,
     *PREFERENCE_RULES,
+    *POLICY_RULES,
     *VALIDATION_RULES,
 )
 

@@ -45,6 +45,7 @@ class Purpose(IntEnum):
     INSERT_RANDOM = 11
     INSERT_TOKEN = 12
     SAMPLE = 13
+    MINIBATCH = 14
 
 
 class Place(NamedTuple):

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle import adapters
-from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers
+from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
 from ingle.config.run import Run
-from ingle.data import HeldOut, Sequences, SequenceSampler, TokenDataset
+from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
 from ingle.errors import ConfigError
 from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond, why_prompts_repeat
@@ -27,6 +27,7 @@ from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reward import RewardLoss
+from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
@@ -51,6 +52,7 @@ __all__ = [
     "Term",
     "build",
     "corruption",
+    "insert_roles",
     "make_corruption",
     "settle_sharing",
 ]
@@ -69,6 +71,8 @@ class Context:
         micro_batch_size: Sequences per forward pass.
         mesh: The ranks that share a step, and the device of the batches.
         held_out: Documents for validation; None without.
+        num_steps: Steps of the run.
+        shards: Whether forward passes are collective, since ranks have parts of the weights.
     """
 
     model: Model
@@ -79,6 +83,8 @@ class Context:
     micro_batch_size: int
     mesh: Mesh
     held_out: HeldOut | None = None
+    num_steps: int = 1
+    shards: bool = False
 
 
 def build(run: Run, context: Context) -> Objective:
@@ -89,6 +95,23 @@ def build(run: Run, context: Context) -> Objective:
         ModelError: The model does not say which token begins a target.
     """
     module = _loss(run, context)
+    if samples_answers(run.objective.kind):
+        assert isinstance(context.dataset, PromptSet)
+        return sampled_objective(
+            run,
+            module,
+            prompts=context.dataset,
+            sequences=context.sequences,
+            tokenizer=context.tokenizer,
+            initial=partial(adapters.use, context.model, "initial"),
+            models={},
+            held_out=context.held_out,
+            num_steps=context.num_steps,
+            global_batch_size=context.global_batch_size,
+            micro_batch_size=context.micro_batch_size,
+            shards=context.shards,
+            mesh=context.mesh,
+        )
     sampler = SequenceSampler(context.sequences, run.seed, run.data.shuffle)
     options: dict[str, Any] = {
         "corrupt": corruption(run, context),
@@ -139,6 +162,8 @@ def _loss(run: Run, context: Context) -> StepModule:
             return balanced(JudgedLoss(model, run.objective, weights), *choose_routers(run, model))
         case Reward():
             return RewardLoss(model, run.objective)
+    if samples_answers(run.objective.kind):
+        return sampled_loss(run, model, context.mesh)
     match run.objective.kind:
         case "clm" | "sft":
             return balanced(NextTokenLoss(model), *choose_routers(run, model))

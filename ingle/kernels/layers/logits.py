@@ -116,6 +116,19 @@ def differentiate_(
     logits_CV.copy_(gradient_CV * slope)
 
 
+def differentiate_both(
+    logits_CV: Tensor, targets_C: Tensor, logp_grads_C: Tensor, entropy_grads_C: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Returns the gradient in the raw logits of weighted sums of log-probabilities and entropies, [C, V]."""
+    z_CV, slope = transform(logits_CV)
+    logps_CV = z_CV.log_softmax(-1)
+    chances_CV = logps_CV.exp()
+    entropies_C1 = -(chances_CV * logps_CV).sum(-1, keepdim=True)
+    gradient_CV = -chances_CV * (logp_grads_C[:, None] + entropy_grads_C[:, None] * (logps_CV + entropies_C1))
+    gradient_CV.scatter_add_(1, targets_C[:, None], logp_grads_C[:, None])
+    return gradient_CV * slope
+
+
 def _has_triton_kernel(logits_CV: Tensor) -> bool:
     return logits_CV.is_cuda and logits_CV.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,7 @@ from ingle.kernels.attention.bounds import make_bounds
 from ingle.kernels.attention.cached import KeyStore, keep_in
 from ingle.kernels.attention.trees import Trees
 from ingle.kernels.layers.logits import LogitTransform
+from ingle.models.forward.continued import Steps, places
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
@@ -267,7 +268,7 @@ def call_packed(
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             arguments |= {"max_length_q": longest, "max_length_k": longest}
     held = layout.dealt or layout.has_distances
-    documents = _documents(cu_seqlens, trees, 0.0 if layout.equal else PADDING) if held else None
+    documents = _documents(layout, cu_seqlens, trees) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
 
@@ -315,10 +316,16 @@ def _bounds(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Tensor:
     return make_bounds(cu_seqlens, parents=None if trees is None else trees.parents, described=layout.described)
 
 
-def _documents(cu_seqlens: Tensor, trees: Trees | None, padding: float) -> Documents:
+def _documents(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Documents:
+    padding = 0.0 if layout.equal else PADDING
     if trees is None:
         return Documents.of(cu_seqlens, padding=padding)
-    return Documents.of_trees(trees, cu_seqlens.device, padding=padding)
+    documents = Documents.of_trees(trees, cu_seqlens.device, padding=padding)
+    if not layout.continued:
+        return documents
+    steps = Steps.of(trees, cu_seqlens.device, padding=padding)
+    pays = places(steps.documents, layout.chunk) < places(documents, layout.chunk)
+    return replace(documents, steps=steps) if pays else documents
 
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:

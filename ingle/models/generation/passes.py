@@ -80,11 +80,11 @@ def try_passes(model: PreTrainedModel, sampling: Sampling, criteria: StopCriteri
     is_invariant, equal = True, dict.fromkeys(sizes, True)
     for _ in range(_NEW_TOKENS):
         everyone = range(len(texts))
-        logits_MV = one.logits(everyone, sampling.num_slots)
-        is_invariant &= torch.equal(other.logits(everyone, sampling.num_slots).flip(0), logits_MV)
-        is_invariant &= torch.equal(one.logits([1], sampling.num_slots), logits_MV[1:2])
-        for size in sizes:
-            equal[size] &= torch.equal(one.logits(range(size), size), logits_MV[:size])
+        smaller = {size: one.logits(range(size), size) for size in sizes}
+        alone_1V, moved_MV = one.logits([1], sampling.num_slots), other.logits(everyone, sampling.num_slots).flip(0)
+        logits_MV = one.logits(everyone, sampling.num_slots)  # last, because each pass replaces the stored keys
+        is_invariant &= torch.equal(moved_MV, logits_MV) and torch.equal(alone_1V[0], logits_MV[1])
+        equal = {size: equal[size] and torch.equal(logits, logits_MV[:size]) for size, logits in smaller.items()}
         one.grow()
         other.grow()
     sizes = [size for size in reversed(sizes) if equal[size] and is_invariant]

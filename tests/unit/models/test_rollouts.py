@@ -58,7 +58,9 @@ def test_figures_are_those_of_the_distribution_at_the_temperature(make, endless)
 
 def test_a_rollout_depends_on_nothing_but_its_own_text(endless, plain) -> None:
     def sample(requests=REQUESTS, **options):
-        return run(make_sampler(endless, plain, Sampling(**{"num_slots": 16, "prefill_tokens": 16, **options})), requests)
+        return run(
+            make_sampler(endless, plain, Sampling(**{"num_slots": 16, "prefill_tokens": 16, **options})), requests
+        )
 
     expected = sample()
     assert len({tuple(rollout.ids) for rollout in expected}) == len(expected), "answers must vary"
