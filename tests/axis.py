@@ -70,6 +70,21 @@ POINTS = {
     "sft, packed, dora": Point(
         "llama", "packed", {"kind": "sft"}, {"adapter": {"kind": "dora", "rank": 2, "init": "pissa"}}
     ),
+    "dpo, packed, prefix": Point(
+        "llama", "packed", {"kind": "dpo"}, {"adapter": {"kind": "prefix", "num_virtual_tokens": 3}}
+    ),
+    "tag, dealt, prompt": Point(
+        "deberta-v2",
+        "documents",
+        {"kind": "tag", "stride": 4},
+        {"adapter": {"kind": "prompt", "num_virtual_tokens": 3}},
+    ),
+    "span, packed, prompt": Point(
+        "t5",
+        "packed",
+        {"kind": "span", "density": 0.3},
+        _NF4 | {"adapter": {"kind": "prompt", "num_virtual_tokens": 3, "encoder": "lstm", "init": "random"}},
+    ),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
     "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),

@@ -23,7 +23,7 @@ from tests.axis import POINTS, config_of
 #: Short tests take a point for each objective and for each layout.
 LEAN = {"clm, dealt states", "sft, dealt attention", "mlm, equal rows", "span, packed", "seq2seq, rows"} | {
     "classify, packed, full", "tag, dealt", "answer, packed",
-    "sft, packed, dora",
+    "sft, packed, dora", "dpo, packed, prefix", "span, packed, prompt",
 }  # fmt: skip
 
 
