@@ -35,8 +35,7 @@ _HIT_WIDTH = 7
 #: Height of a size chart's plot, and width of a character and height of a line of its labels, in pixels.
 _SIZE_HEIGHT, _CHARACTER, _LINE = 420.0, 7.2, 13.0
 
-#: The same of the labels of an interval plot, which are larger and bold.
-_ROW_CHARACTER = 7.9
+_ROW_CHARACTER = 7.9  # of an interval plot, whose labels are larger and bold
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +249,8 @@ def size_chart(
         titles: Titles of the horizontal and the vertical axis.
         mark: Value and label of a dashed line.
         y_max: Dots above this value are drawn as arrows at the upper edge.
-        log, log_size: Whether the vertical or the horizontal axis is logarithmic.
+        log: Whether the vertical axis is logarithmic.
+        log_size: Whether the horizontal axis is.
         has_front: Whether a stepped line connects the dots of the Pareto front.
     """
     floor, least = _SIZE_HEIGHT, _LEAST if log else -math.inf

@@ -353,6 +353,8 @@ def _recommend(
         else "At 5 %, all other ranks are worse than the best one.",
         _about_dimension(curves[0], threshold),
     ]
+    if len(rows) > 1 and chosen is rows[-1]:
+        reason.append("It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
         reason.append("Its best learning rate is at the edge of the rates that were tried.")
     if pattern:

@@ -136,7 +136,9 @@ class Trials:
             first = error.errors()[0]
             raise ConfigError(first["msg"], where=".".join(map(str, first["loc"]))) from error
         digest = hashlib.sha256(run.model_dump_json().encode()).hexdigest()[:_DIGITS]
-        run = run.model_copy(update={"output": str(self.folder / f"{trial.label}-{digest}")})
+        run = run.model_copy(
+            update={"output": str(self.folder / f"{trial.label}-lr-{trial.lr:g}-seed-{trial.seed}-{digest}")}
+        )
         check(run)
         return run
 
