@@ -59,6 +59,22 @@ def test_the_index_map_keeps_lengths() -> None:
     assert torch.all((dense != 0).sum(1) == 1)
 
 
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_task_of_some_directions_needs_about_as_many(kind: str) -> None:
+    """Least squares whose loss depends on 24 directions of 600 weights: d random ones explain d / 24 of it."""
+    generator = torch.Generator().manual_seed(0)
+    design = torch.linalg.qr(torch.randn(600, 24, generator=generator, dtype=torch.float64))[0].T
+    explained = {}
+    for dim in (6, 12, 24, 48):
+        dense = _dense(MAPS[kind]([600], dim, 1), 0, dim)
+        columns = torch.linalg.qr(design @ dense)[0]
+        targets = torch.randn(24, 400, generator=generator, dtype=torch.float64)
+        explained[dim] = float((columns.T @ targets).square().sum() / targets.square().sum())
+    assert explained[6] == pytest.approx(0.25, abs=0.05)
+    assert explained[12] == pytest.approx(0.5, abs=0.05)
+    assert explained[24] == pytest.approx(1.0) == explained[48]
+
+
 class _Net(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
