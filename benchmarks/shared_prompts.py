@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, PretrainedConfig
 
 from ingle import adapters, models
 from ingle.config import LoraAdapter, ModelConfig
@@ -103,6 +103,15 @@ def compare(model: Any, case: tuple[int, int, int], options: argparse.Namespace)
     }
 
 
+def make_config(options: argparse.Namespace) -> PretrainedConfig:
+    """Returns the config of a Llama, or of a Mamba 2 of about the same width."""
+    sizes = {"vocab_size": options.vocab, "hidden_size": options.width, "num_hidden_layers": options.layers}
+    if options.recurrent:
+        return Mamba2Config(**sizes, num_heads=options.width // 32, head_dim=64, n_groups=1, state_size=64)
+    heads = {"num_attention_heads": options.width // 64, "num_key_value_heads": max(1, options.width // 192)}
+    return LlamaConfig(**sizes, **heads, intermediate_size=options.width * 8 // 3, max_position_embeddings=4096)
+
+
 def main() -> None:
     """Prints the ratio of the two sides for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,30 +123,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first cases")
+    parser.add_argument("--recurrent", action="store_true", help="a Mamba 2, whose answers continue from its states")
     parser.add_argument("--processor-time", action="store_true", help="of all threads, for a busy machine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        intermediate_size=options.width * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 64,
-        num_key_value_heads=max(1, options.width // 192),
-        max_position_embeddings=4096,
-    )
     records = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(make_config(options)).save_pretrained(folder)
         model = models.load_model(ModelConfig(id=folder, dtype=options.dtype))
     adapters.attach(model, LoraAdapter(rank=16), seed=0)
     with torch.no_grad():
         for _, parameter in adapters.trainable_parameters(model):
             parameter.normal_(std=0.02)
     model.train()
-    assert adapters.fuse(model).fused == options.layers
+    assert adapters.fuse(model).fused == (0 if options.recurrent else options.layers)
     for case in CASES[: options.cases]:
         found = compare(model, case, options)
         records.append(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,13 @@ import numpy as np
 import torch
 
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
-from ingle.config.objective import TRAINS, Classify, Tag
+from ingle.config.adapter import AdapterConfig
+from ingle.config.adapter_kinds import PrefixAdapter
+from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
+from ingle.config.policy import Sampled
+from ingle.config.policy_rules import reads_reference, rows_per_iteration
+from ingle.config.preference_rules import has_reference
+from ingle.config.presets import describe_difference
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
@@ -97,9 +104,12 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
         kind = models.kind_of(model.config)
-        build = partial(data.build_dataset, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
+        is_sampled = samples_answers(run.objective.kind)
+        read = data.build_prompts if is_sampled else data.build_dataset
+        build = partial(read, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
-        sequences, held_out = data.hold_out(dataset, run.data, run.seed, build, sink)
+        how = run.data.model_copy(update={"packing": False}) if is_sampled else run.data
+        sequences, held_out = data.hold_out(dataset, how, run.seed, build, sink)
     mesh = parallel.join(device, run.parallel)
     if mesh.world_size > 1:
         _require_same(mesh, run, _data_hash(dataset, held_out))
@@ -109,26 +119,53 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     limit = max(run.data.max_seq_len, run.data.max_target_len or 0)  # spans are removed from texts that are longer
     for each in (dataset, *((held_out.dataset,) if held_out is not None else ())):
         models.refuse_tokens_beyond(model, each.largest_id, tokenizer)
-        models.refuse_longer(model, min(int(each.lengths.max()), limit), where="data.max_seq_len")
+        longest, virtual = min(int(each.lengths.max()), limit), getattr(run.adapter, "num_virtual_tokens", 0)
+        models.refuse_longer(model, longest, where="data.max_seq_len", virtual=virtual)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, dataset.last_ids())
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
+    if (difference := describe_difference(run.objective)) is not None:
+        sink(Warned(difference, where="objective"))
+    run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
-    plan = _plan(run, shape, _data_shape(dataset, sequences, held_out), mesh, dtype)
-    advice = planning.find_better_batch(run, len(sequences), plan.num_steps)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
+    plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
     return Prepared(mesh, dtype, tokenizer, run, dataset, sequences, held_out, model, plan, contamination)
 
 
+def _sized(adapter: AdapterConfig, tokenizer: Any) -> AdapterConfig:
+    """Returns a section with as many keys and values as the text has tokens that they begin with."""
+    if not isinstance(adapter, PrefixAdapter) or adapter.init_text is None:
+        return adapter
+    return adapter.model_copy(update={"num_virtual_tokens": len(tokenizer(adapter.init_text)["input_ids"])})
+
+
+def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.Module) -> None:
+    """Gives virtual tokens the text that they begin with, or what the base computes for it."""
+    text = getattr(run.adapter, "init_text", None)
+    if text is None:
+        return
+    ids = tokenizer(text)["input_ids"]
+    if isinstance(run.adapter, PrefixAdapter):
+        with adapters.use(model, "off"):
+            adapters.give_keys(model, parallel.call_outside_step(module, models.keys_of, model, ids))
+    else:
+        adapters.give_text(model, ids)
+
+
 def _data_shape(
-    dataset: data.TokenDataset, sequences: data.Sequences, held_out: data.HeldOut | None
+    run: Run, dataset: data.TokenDataset, sequences: data.Sequences, held_out: data.HeldOut | None
 ) -> planning.DataShape:
     lengths = dataset.lengths
     if held_out is not None and held_out.dataset is dataset:
         lengths = lengths[np.isin(np.arange(len(lengths)), held_out.documents, invert=True)]
+    if isinstance(run.objective, Sampled):
+        return _sampled_shape(run.objective, lengths, held_out)
     return planning.DataShape(
         num_sequences=len(sequences),
         num_tokens=int(lengths.sum(dtype=np.int64)),
@@ -136,6 +173,27 @@ def _data_shape(
         longest_document=int(lengths.max()),
         mean_document=float(lengths.mean()),
         validation_tokens=0 if held_out is None else held_out.num_tokens,
+    )
+
+
+def _sampled_shape(
+    objective: Sampled, prompts: np.ndarray[Any, Any], held_out: data.HeldOut | None
+) -> planning.DataShape:
+    """Returns the shape of answers to all prompts; those that the model will give are taken as half as long as allowed.
+
+    The longest is as long as allowed, so that memory suffices whatever the model answers.
+    """
+    per_prompt = rows_per_iteration(objective) // objective.num_prompts
+    longest = objective.rollout.max_new_tokens
+    mean = float(prompts.mean()) + (longest + 1) // 2
+    number = len(prompts) * per_prompt
+    return planning.DataShape(
+        num_sequences=number,
+        num_tokens=round(number * mean),
+        longest=int(prompts.max()) + longest,
+        longest_document=int(prompts.max()) + longest,
+        mean_document=mean,
+        validation_tokens=0 if held_out is None else held_out.num_tokens + len(held_out.documents) * longest,
     )
 
 
@@ -226,8 +284,9 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
+    objectives.insert_roles(model, run)
     if plan.strategy.recompute:
-        models.recompute_layers(model)
+        models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
     if not (plan.compile and run.train.compile is True):
         fusable = adapters.insert_fused(model, mesh.device)
@@ -240,6 +299,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         plan.micro_batch_size,
         mesh,
         ready.held_out,
+        plan.num_steps,
+        parallel.shards(mesh, plan.strategy),
     )
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"
@@ -269,12 +330,28 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
-    report = adapters.initialize(model, run.adapter, selection, seed=run.seed, identity=identity, mesh=mesh)
+    _give_text(run, model, ready.tokenizer, objective.module)
+    report = adapters.initialize(
+        model,
+        run.adapter,
+        selection,
+        seed=run.seed,
+        identity=identity,
+        keeps_initial=has_reference(run) or reads_reference(run),
+        mesh=mesh,
+    )
     for note in report.notes:
         sink(Warned(note))
+    objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
-    parallel.call_outside_step(objective.module, models.verify, model)
+    with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():
+        parallel.call_outside_step(objective.module, models.verify, model)
+    if models.virtual_length(model):
+        parallel.call_outside_step(objective.module, models.verify_virtual_tokens, model)
+    sharing = parallel.call_outside_step(objective.module, objectives.settle_sharing, objective, run.objective, model)
+    if sharing is not None:
+        sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
     hooked = run.train.imatrix or objective.module.uses_hooks
     compiled = plan.compile and not fusion.fused and not hooked and run.optim.rule.kind != "lisa"
@@ -295,7 +372,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         tokenizer=ready.tokenizer,
         model=model,
         objective=objective,
-        optimizer=build_optimizer(run, model, layers, mesh),
+        optimizer=build_optimizer(run, model, layers, mesh, objective.module),
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,

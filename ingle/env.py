@@ -249,15 +249,24 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
 
 
-def worker_environment() -> dict[str, str]:
-    """Returns the environment of a process that tokenizes rows: one thread, no torch, the same modules."""
+def single_thread_environment() -> dict[str, str]:
+    """Returns the environment of a process with one thread and the same modules."""
     return child_environment() | {
         "TOKENIZERS_PARALLELISM": "false",
         "RAYON_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "USE_TORCH": "0",  # transformers does not import torch
     }
+
+
+def worker_environment() -> dict[str, str]:
+    """Returns the environment of a process that tokenizes rows: one thread, no torch, the same modules."""
+    return single_thread_environment() | {"USE_TORCH": "0"}  # transformers does not import torch
+
+
+def secret(name: str) -> str | None:
+    """Returns the value of an environment variable that the user has named, such as the key of a server."""
+    return os.environ.get(name)
 
 
 def limit_primitive_caches(count: int) -> None:

@@ -137,6 +137,10 @@ class EvaluationError(IngleError):
     """A task, metric or comparison cannot be computed as requested."""
 
 
+class RewardError(IngleError):
+    """A reward function cannot be loaded, or fails for too many answers."""
+
+
 class DependencyError(IngleError):
     """A required optional library is not installed."""
 

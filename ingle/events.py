@@ -169,6 +169,22 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """Answers were sampled and scored, from which the next steps learn.
+
+    Attributes:
+        step: The first step that learns from them.
+        iteration: Number of the iteration, from 0.
+        samples: Some of them, each with ``prompt``, ``answer``, ``status`` and ``reward`` (None without one).
+    """
+
+    tag: ClassVar[str] = "sampled"
+    step: int
+    iteration: int
+    samples: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The run stops with an error.
 
@@ -194,7 +210,7 @@ class Finished:
     report: RunReport
 
 
-Event = Started | Proved | Step | Validated | Evaluated | Saved | Warned | Progress | Failed | Finished
+Event = Started | Proved | Sampled | Step | Validated | Evaluated | Saved | Warned | Progress | Failed | Finished
 Sink = Callable[[Event], None]
 
 

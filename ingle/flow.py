@@ -85,7 +85,10 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
-    trained = train(run, folder, parts, sink, began)
+    try:
+        trained = train(run, folder, parts, sink, began)
+    finally:
+        parts.objective.close()
     ended = time.monotonic()
     _save_result(run, folder, parts, trained.kept_step, sink)
     return _report(run, folder, parts, trained, ended, base, sink)
@@ -163,7 +166,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         KeyboardInterrupt: A rank was asked to stop.
     """
     plan, mesh, objective = parts.plan, parts.mesh, parts.objective
-    recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model)
+    recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model, adapters.as_now)
     relief = MemoryRelief(folder.memory, mesh, sink, recompute if models.can_recompute(parts.model) else None)
     score = partial(score_samples, run, parts)
     validation = Validation(run, plan.validate_every, objective, parts.held_out, mesh, relief, score)
@@ -172,7 +175,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         states["adapter"] = kept
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
-    movement = Movement(parts.optimizer, run.optim, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    movement = Movement(parts.optimizer, run.optimizer, plan.num_steps, adapter=run.adapter, mesh=mesh)
     prove = partial(
         prove_start,
         objective=objective,
@@ -231,7 +234,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 stop = True
                 continue
             meter.begin()
-            lr = learning_rate(run.optim, step, plan.num_steps)
+            lr = learning_rate(run.optimizer, step, plan.num_steps)
             parts.rounding.prepare(step)
             parts.optimizer.begin(step)
             result = take_step(
@@ -290,6 +293,8 @@ def _save_result(run: Run, folder: RunFolder, parts: Assembled, step: int, sink:
             parts.model, result, run.adapter, run.model.id, base=run.base, identity=parts.identity, mesh=mesh
         )
         mesh.on_main(lambda: _save_tokenizer(tokenizer, result))
+    record = {"base_model_id": run.model.id, "base": run.base, "identity": parts.identity, "mesh": mesh}
+    parts.objective.module.save_parts(folder.path, record)
     sink(Saved(step, str(result), "model" if run.adapter.kind == "none" else "adapter"))
     if parts.imatrix is not None:
         entries = parts.imatrix.entries()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ingle import adapters, data, models, parallel
-from ingle.config.adapter import LowRankAdapter
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.config.model_names import check_name, missing
@@ -290,7 +289,7 @@ def longest_document(source: Source, opened: Opened) -> int:
 
 def _locate_run(folder: Path) -> Source:
     run = locate_paths(RunFolder(folder).load_run())
-    if isinstance(run.adapter, LowRankAdapter):
+    if run.adapter.kind != "none":
         if not (folder / "adapter").is_dir():
             raise ModelError(
                 "This run has no adapter yet: its training has not finished.",

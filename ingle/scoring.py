@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ingle import evaluation, inference
 from ingle.baselines import base_loader, compare_with_rules, has_new_head
 from ingle.config.evaluate import TaskConfig, suit_task
-from ingle.config.paths import locate_paths
+from ingle.config.objective import samples_answers
+from ingle.config.paths import find_path, locate_paths
+from ingle.config.preference_rules import has_reference
 from ingle.errors import DataError
 from ingle.events import Sink, Warned
 from ingle.report.results import Comparison, Summary
@@ -46,15 +49,31 @@ def evaluate(
     if has_new_head(objective):
         return _evaluate_head(source, tasks, sink, allow_mismatch=allow_mismatch)
     base = None
-    if source.original is not None:
-        # A fully fine-tuned model does not contain its base, so the two are opened one after the other.
-        before = _open(source, "base", sink, base_only=True)[0]
+    start = _start_of(source, sink)
+    if source.original is not None or start is not None:
+        # The trained model does not contain what it began with, so the two are opened one after the other.
+        before = _open(start or source, "base", sink, base_only=start is None)[0]
         base = [evaluation.run_task(before, task, objective.kind, sink=sink) for task in tasks]
         del before
     tuned, adapted = _open(source, "tuned", sink, allow_mismatch=allow_mismatch)
     if base is None and not adapted:
         return evaluation.evaluate(replace(tuned, name="model"), tasks, objective.kind, sink=sink)
     return evaluation.evaluate(tuned, tasks, objective.kind, base=base or tuned.base(), sink=sink)
+
+
+def _start_of(source: inference.Source, sink: Sink) -> inference.Source | None:
+    """Returns the adapter that a run of preferences or rewards began with, which it is compared with; None without."""
+    run = source.run
+    if run is None or (path := getattr(run.adapter, "path", None)) is None:
+        return None
+    if not has_reference(run) and not samples_answers(run.objective.kind):
+        return None
+    folder = Path(find_path(path, run.paths_from))
+    if (folder / "adapter_config.json").is_file():
+        return replace(source, adapter=folder)
+    message = "The adapter that training began with is gone, so the model is compared with its base."
+    sink(Warned(message, where=f"adapter.path = {path}"))
+    return None
 
 
 def _open(

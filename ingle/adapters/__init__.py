@@ -1,20 +1,23 @@
 """Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
 from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
-from ingle.adapters.attachment import attach, initialize, insert
+from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
 from ingle.adapters.initialization import principal_directions
+from ingle.adapters.kinds import select
 from ingle.adapters.lora import LoraLinear, generator_of
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
 from ingle.adapters.peft_files import load_adapter, save_adapter
 from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
-from ingle.adapters.roles import add_role, load_role, save_role
+from ingle.adapters.prefix import give_keys
+from ingle.adapters.prompt import give_text
+from ingle.adapters.roles import RoleShape, add_role, load_role, read_shape, save_role
 from ingle.adapters.rounding import Rounding
-from ingle.adapters.states import Adapted, AdapterState, adapted_modules, disabled, has_initial, use
-from ingle.adapters.targets import Selection, select
+from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
+from ingle.adapters.targets import Selection
 
 __all__ = [
     "Adapted",
@@ -25,17 +28,22 @@ __all__ = [
     "LoraLinear",
     "NotAdapted",
     "Record",
+    "RoleShape",
     "Rounding",
     "Selection",
     "adapted_modules",
     "adapter_config",
     "add_role",
+    "as_now",
     "attach",
+    "count_parameters",
     "describe",
     "disabled",
     "enable_fused",
     "fuse",
     "generator_of",
+    "give_keys",
+    "give_text",
     "has_initial",
     "identify",
     "initial_digest",
@@ -49,6 +57,7 @@ __all__ = [
     "merged_weight",
     "principal_directions",
     "read_record",
+    "read_shape",
     "save_adapter",
     "save_role",
     "select",

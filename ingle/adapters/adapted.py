@@ -42,6 +42,7 @@ class AttachReport:
             fused experts, and linear layers that no pattern matched.
         notes: Sentences for the user about anything unexpected.
         trainable_parameters: Number of trained values.
+        parameters: Paths of parameters that are trained and saved by themselves, such as biases.
     """
 
     adapted: tuple[str, ...]
@@ -49,6 +50,7 @@ class AttachReport:
     not_adapted: tuple[NotAdapted, ...]
     notes: tuple[str, ...]
     trainable_parameters: int
+    parameters: tuple[str, ...] = ()
 
 
 def adapt(model: nn.Module, name: str, rank: int, scale: float, dropout: float, **options: Any) -> LoraLinear:
@@ -78,18 +80,20 @@ def unfreeze(model: nn.Module, names: tuple[str, ...]) -> None:
             parameter.requires_grad_(True)
 
 
-def keep_initial_values(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Keeps a copy of the initial weights of trained modules, for ``use(model, "off")``.
+def keep_initial_values(model: nn.Module, names: tuple[str, ...], parameters: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Keeps a copy of the initial weights of trained modules and parameters, for ``use(model, "off")``.
 
     Returns:
         Sentences about weights that other modules share.
     """
     kept: set[int] = set()
-    for _, module in _submodules(model, names):
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in kept:
-                kept.add(id(parameter))
-                module.register_buffer(key + BEFORE, parameter.detach().clone(), persistent=False)
+    found = [(module, key) for _, module in _submodules(model, names) for key in module._parameters]
+    found += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in parameters]
+    for module, key in found:
+        parameter = module._parameters[key]
+        if parameter is not None and id(parameter) not in kept:
+            kept.add(id(parameter))
+            module.register_buffer(key + BEFORE, parameter.detach().clone(), persistent=False)
     return tuple(
         f"{path} shares its weight with {', '.join(names)}, so it is trained and saved with it."
         for path in tied_modules(model, names)
@@ -146,7 +150,12 @@ def report(model: nn.Module, selection: Selection, notes: tuple[str, ...]) -> At
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return AttachReport(
-        selection.adapted, selection.modules_to_save, tuple(not_adapted), tuple(dict.fromkeys(notes)), trainable
+        selection.adapted,
+        selection.modules_to_save,
+        tuple(not_adapted),
+        tuple(dict.fromkeys(notes)),
+        trainable,
+        selection.parameters,
     )
 
 

@@ -6,6 +6,7 @@ alone decides what is frozen, adapted, trained in full or left out, and reports 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from torch import nn
@@ -20,11 +21,14 @@ from ingle.adapters.adapted import (
 )
 from ingle.adapters.identity import BaseIdentity
 from ingle.adapters.initialization import set_initial_values
+from ingle.adapters.kind_files import load_values
+from ingle.adapters.kinds import kind_of, select
 from ingle.adapters.norms import start_magnitudes
-from ingle.adapters.peft_files import load_adapter
+from ingle.adapters.peft_files import check_base, load_adapter
+from ingle.adapters.peft_tensors import read_record
 from ingle.adapters.roles import initialize_roles
-from ingle.adapters.states import adapted_modules, keep_initial
-from ingle.adapters.targets import Selection, select
+from ingle.adapters.states import adapted_modules, keep_initial, own_parameters
+from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, DoraAdapter, LoraAdapter, LowRankAdapter, NoAdapter, QaLoraAdapter
 from ingle.config.base import folding_formats
 from ingle.errors import AdapterError
@@ -61,6 +65,33 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
         model.requires_grad_(True)
         return selection
     model.requires_grad_(False)
+    if isinstance(adapter, LowRankAdapter):
+        _insert_low_rank(model, adapter, selection)
+    else:
+        kind_of(adapter).insert(model, adapter, selection)
+    unfreeze(model, selection.modules_to_save)
+    return selection
+
+
+def count_parameters(model: nn.Module, adapter: AdapterConfig) -> int | None:
+    """Counts what an adapter trains, without modules that are trained in full; None for low-rank ones, and for none.
+
+    Args:
+        model: The model, on the meta device; it stays as it is.
+        adapter: What to train.
+
+    Raises:
+        AdapterError: See :func:`insert`.
+    """
+    if isinstance(adapter, LowRankAdapter | NoAdapter):
+        return None
+    probe = copy.deepcopy(model)
+    selection = insert(probe, adapter)
+    whole = {id(p) for name in selection.modules_to_save for p in probe.get_submodule(name).parameters()}
+    return sum(p.numel() for p in probe.parameters() if p.requires_grad and id(p) not in whole)
+
+
+def _insert_low_rank(model: nn.Module, adapter: LowRankAdapter, selection: Selection) -> None:
     sizes = _group_sizes(model, selection.adapted) if isinstance(adapter, QaLoraAdapter) else {}
     for name in selection.adapted:
         rank = rank_of(adapter, name)
@@ -76,8 +107,6 @@ def insert(model: nn.Module, adapter: AdapterConfig) -> Selection:
         )
         lora.lora_a.requires_grad_(adapter.trains_a)
     _require_ranks(adapter, selection.adapted)
-    unfreeze(model, selection.modules_to_save)
-    return selection
 
 
 def initialize(
@@ -107,22 +136,29 @@ def initialize(
     """
     if isinstance(adapter, NoAdapter):
         return AttachReport((), ("",), (), (), sum(p.numel() for p in model.parameters()))
-    loras = lora_modules(model)
-    layers = {name: loras[name] for name in selection.adapted}
-    for lora in layers.values():
-        device = compute_device(next(lora.base.parameters()))
-        for tensor in (*lora.own_parameters(), *lora.buffers(recurse=False)):
+    for module in adapted_modules(model).values():
+        device = compute_device(next((module if module.base is None else module.base).parameters()))
+        for tensor in (*module.own_parameters(), *module.buffers(recurse=False)):
             if not is_sharded(tensor):
                 tensor.data = tensor.data.to(device)
-    # An adapter that continues another one gets its values from the files.
-    set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh)
-    start_magnitudes(model)
-    initialize_roles(layers, seed)
+    if isinstance(adapter, LowRankAdapter):
+        loras = lora_modules(model)
+        layers = {name: loras[name] for name in selection.adapted}
+        # An adapter that continues another one gets its values from the files.
+        set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh)
+        start_magnitudes(model)
+        initialize_roles(layers, seed)
+    else:
+        kind_of(adapter).start(model, adapter, seed, mesh)
     _freeze_untied(model, selection)
-    notes = keep_initial_values(model, selection.modules_to_save)
+    notes = keep_initial_values(model, selection.modules_to_save, selection.parameters)
     if adapter.path is not None:
         path, allow_mismatch = Path(adapter.path), adapter.allow_mismatch
-        notes += load_adapter(model, path, allow_mismatch=allow_mismatch, identity=identity).notes
+        if isinstance(adapter, LowRankAdapter):
+            notes += load_adapter(model, path, allow_mismatch=allow_mismatch, identity=identity).notes
+        else:
+            notes += check_base(model, read_record(path), path, allow_mismatch, identity)
+            load_values(model, adapter, path)
     starts_at_base = adapter.path is None and all(layer.starts_at_base for layer in adapted_modules(model).values())
     if keeps_initial and not starts_at_base:
         keep_initial(model)
@@ -147,8 +183,8 @@ def _require_ranks(adapter: LowRankAdapter, names: tuple[str, ...]) -> None:
 
 def _freeze_untied(model: nn.Module, selection: Selection) -> None:
     """Freezes weights that shared a trained one until loading found that the files hold two different values."""
-    names = (*selection.adapted, *selection.modules_to_save)
-    selected = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    selected = {id(p) for name in selection.modules_to_save for p in model.get_submodule(name).parameters()}
+    selected |= {id(model.get_parameter(path)) for path in selection.parameters} | own_parameters(model)
     for parameter in model.parameters():
         if id(parameter) not in selected:
             parameter.requires_grad_(False)

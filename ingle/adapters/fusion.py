@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ingle.adapters.lora import LoraLinear
-from ingle.adapters.states import own_parameters
+from ingle.adapters.states import Adapted, as_now, own_parameters
 from ingle.kernels.attention.bounds import trees_of
+from ingle.kernels.attention.cached import KeyStore, store_of
 from ingle.kernels.attention.cpu import Scores
 from ingle.kernels.attention.spans import AttentionSpans, Heads
-from ingle.kernels.layers.decoder_layer import Attention, Boundaries, Mlp, Norm, attention_half, mlp_half
+from ingle.kernels.layers.decoder_layer import Attention, Boundaries, Mlp, Norm, attend_stored, attention_half, mlp_half
 from ingle.kernels.layers.elementwise import on_gpu
 from ingle.kernels.layers.importance import SquaredInputs
 from ingle.kernels.layers.lora import Projection
@@ -183,10 +185,10 @@ class FusedLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """Returns the hidden states after the layer, ``[1, N, H]``."""
-        trees = trees_of(kwargs.get("attention_mask"))
+        trees, store = trees_of(kwargs.get("attention_mask")), store_of(kwargs.get("attention_mask"))
         fits = (
             self.enabled
-            and (cu_seq_lens_q is not None or trees is not None)
+            and (cu_seq_lens_q is not None or trees is not None or store is not None)
             and position_embeddings is not None
             and past_key_values is None
             and not args
@@ -206,6 +208,9 @@ class FusedLayer(nn.Module):
             )
             return answer
         assert position_embeddings is not None
+        rotary = (position_embeddings[0][0], position_embeddings[1][0])
+        if store is not None:
+            return self._run(hidden_states, rotary, store)
         spans: AttentionSpans | Boundaries
         if hidden_states.is_cuda:
             documents = cu_seq_lens_q if trees is None else trees
@@ -216,14 +221,22 @@ class FusedLayer(nn.Module):
         else:
             assert cu_seq_lens_q is not None
             spans = AttentionSpans.of(cu_seq_lens_q, self._heads, causal=True, window=self._window)
-        rotary = (position_embeddings[0][0], position_embeddings[1][0])
         if self.training and self.gradient_checkpointing:
             again: Callable[..., Any] = checkpoint
-            recomputed: Tensor = again(self._run, hidden_states, rotary, spans, use_reentrant=False)
+            recomputed: Tensor = again(
+                self._run,
+                hidden_states,
+                rotary,
+                spans,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), as_now(self)),
+            )
             return recomputed
         return self._run(hidden_states, rotary, spans)
 
-    def _run(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], spans: AttentionSpans | Boundaries) -> Tensor:
+    def _run(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], spans: AttentionSpans | Boundaries | KeyStore
+    ) -> Tensor:
         attention: Any = self.self_attn
         mlp: Any = self.mlp
         first = Attention(
@@ -242,6 +255,8 @@ class FusedLayer(nn.Module):
             up=_projection(mlp.up_proj),
             down=_projection(mlp.down_proj),
         )
+        if isinstance(spans, KeyStore):
+            return mlp_half(attend_stored(hidden_states, first, rotary, self._heads, spans, self._window), second)
         return mlp_half(attention_half(hidden_states, first, rotary, spans), second)
 
 
@@ -284,8 +299,9 @@ def _obstacle(layer: Any, device: torch.device) -> str | None:
         return f"its activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
         return "a hook is registered on one of its modules"
-    if any(isinstance(module, LoraLinear) and module.magnitude is not None for module in layer.modules()):
-        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
+    obstacles = (module.obstacle for module in layer.modules() if isinstance(module, Adapted))
+    if (obstacle := next(filter(None, obstacles), None)) is not None:
+        return obstacle
     of_adapters = own_parameters(layer)
     frozen = [p for p in layer.parameters() if id(p) not in of_adapters]
     if any(p.requires_grad for p in frozen):
@@ -348,7 +364,7 @@ def _answer_and_gradients(
     module: nn.Module, run: Callable[..., Tensor], h: Tensor, grad: Tensor, call: dict[str, Any]
 ) -> dict[str, Tensor]:
     leaf = h.clone().requires_grad_()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad and ".roles." not in name}
     with torch.enable_grad():
         answer = run(leaf, **call)
         gradients = torch.autograd.grad(answer, [leaf, *trained.values()], grad)

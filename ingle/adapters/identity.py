@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ingle.adapters.lora import is_linear
+from ingle.adapters.linear import is_linear
 from ingle.adapters.states import BEFORE, INITIAL, adapted_modules, copied, own_parameters
 from ingle.parallel import full
 from ingle.quant.conversion import is_conv1d
@@ -136,16 +136,17 @@ def identify(model: nn.Module, facts: Mapping[str, Any] | None = None) -> BaseId
         facts: The results of :func:`describe` by the parameters' paths, for a model whose parameters are sharded.
     """
     formats = Counter(module.format.name for module in model.modules() if isinstance(module, QuantModule))
-    layers = adapted_modules(model)
+    bases = {name: layer.base for name, layer in adapted_modules(model).items()}
+    layers = {name: base for name, base in bases.items() if base is not None and is_linear(base)}
     if facts is not None:
         known = {id(p): facts[path] for path, p in model.named_parameters(remove_duplicate=False) if path in facts}
         digests = {name: known[id(parameter)]["sha256"] for name, parameter, _ in _base_parameters(model)}
-        samples = {name: known[id(next(layer.base.parameters()))]["sample"] for name, layer in layers.items()}
+        samples = {name: known[id(next(base.parameters()))]["sample"] for name, base in layers.items()}
         return make_identity(digests, formats, samples)
     tensors = dict(base_tensors(model))
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
         digests = dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
-    return make_identity(digests, formats, {name: sample(layer.base) for name, layer in layers.items()})
+    return make_identity(digests, formats, {name: sample(base) for name, base in layers.items()})
 
 
 def initial_digest(model: nn.Module, identity: BaseIdentity) -> str:

@@ -11,10 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ingle.adapters.states import Adapted
+from ingle.adapters.linear import AdaptedLinear
 from ingle.kernels.layers.lora import Projection, lora_linears, spread
 from ingle.parallel import copy_rows, local
-from ingle.quant.conversion import is_conv1d
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
 
@@ -60,7 +59,7 @@ class Role(nn.Module):
         local(self.lora_b).zero_()
 
 
-class LoraLinear(Adapted):
+class LoraLinear(AdaptedLinear):
     """``y = x W^T + b + scale * dropout(pool(x)) A^T B^T`` with W and b frozen.
 
     A and B are float32 masters; products run in the dtype of the base.  ``pool`` sums groups of neighboring inputs.
@@ -109,17 +108,13 @@ class LoraLinear(Adapted):
         subtracts: bool = False,
         has_magnitude: bool = False,
     ) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.out_features, self.in_features = features(base)
+        super().__init__(base)
         self.scale = scale
         self.dropout = dropout
         self.group_size = group_size
         self.merged: Merged | None = None
         self.roles = None
-        device = next(base.parameters()).device
-        if device.type == "meta":  # an adapter is small, so it is never on the meta device
-            device = torch.device("cpu")
+        device = self.own_device()
         num_groups = -(-self.in_features // group_size)
         self.lora_a = nn.Parameter(torch.empty(rank, num_groups, dtype=torch.float32, device=device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.float32, device=device))
@@ -136,18 +131,6 @@ class LoraLinear(Adapted):
     def rank(self) -> int:
         """Rank of the change."""
         return self.lora_a.shape[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; some architectures read it from their layers."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return bias
 
     @torch.no_grad()
     def initialize(self, seed: int, name: str) -> None:
@@ -196,6 +179,13 @@ class LoraLinear(Adapted):
         a, b = self.factors()
         return (b.detach() @ a.detach()).mul_(self.scale)
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the layer cannot be part of a fused one; None if it can."""
+        if self.magnitude is None:
+            return None
+        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
+
     def spread(self, values: Tensor) -> Tensor:
         """Repeats ``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
         return spread(values, self.group_size, self.in_features)
@@ -220,17 +210,6 @@ class LoraLinear(Adapted):
             weight, self.bias, self.lora_a, self.lora_b, self.scale, group_size=self.group_size, holds_change=True
         )
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns the base's weight ``[out_features, in_features]``; the next call, of any layer, may overwrite it."""
-        if isinstance(self.base, QuantLinear):
-            return self.base.decode(dtype, self.base.scratch(dtype))
-        weight = self.weight.detach()
-        return (weight.t() if is_conv1d(self.base) else weight).to(dtype)
-
-    def product_dtype(self, x: Tensor) -> torch.dtype:
-        """Returns the dtype in which the base multiplies ``x``."""
-        return x.dtype if isinstance(self.base, QuantLinear) else self.weight.dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., in_features]`` to ``[..., out_features]``."""
         x = x.to(self.product_dtype(x))
@@ -251,20 +230,3 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     """Returns the random numbers of one module."""
     digest = hashlib.blake2b(f"{seed}.{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Returns whether LoRA can adapt a module: an ``nn.Linear``, ``Conv1D`` or ``QuantLinear``.
-
-    A subclass that overrides ``forward`` (the router of Phi-3.5-MoE) computes something else and does not count.
-    """
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return linear or isinstance(module, QuantLinear) or is_conv1d(module)
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """Returns ``out_features, in_features`` of a linear layer."""
-    if is_conv1d(module):
-        in_features, out_features = module.get_parameter("weight").shape
-        return out_features, in_features
-    return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import nn
 
 from ingle.adapters.adapted import lora_modules
 from ingle.adapters.head_files import task_type
-from ingle.adapters.lora import is_linear
+from ingle.adapters.linear import is_linear
 from ingle.config.adapter import DoraAdapter, LowRankAdapter
 from ingle.errors import AdapterError
 from ingle.quant.conversion import is_conv1d

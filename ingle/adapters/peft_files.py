@@ -25,6 +25,8 @@ from ingle.adapters.adapted import (
 )
 from ingle.adapters.head_files import read_padding, write_head_files
 from ingle.adapters.identity import BaseIdentity, identify
+from ingle.adapters.kind_files import describe_kind, load_values, read_section
+from ingle.adapters.kinds import kind_of, module_prefix, select
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.merging import can_fold
 from ingle.adapters.norms import update_norms
@@ -44,10 +46,11 @@ from ingle.adapters.peft_tensors import (
     write_tensors,
 )
 from ingle.adapters.rounding import resolve_formats, round_layers
-from ingle.adapters.states import own_parameters
+from ingle.adapters.states import adapted_modules, own_parameters
 from ingle.adapters.targets import Selection
 from ingle.atomic import write_atomically
 from ingle.config.adapter import SUBTRACTING, Init, LowRankAdapter
+from ingle.config.adapter_kinds import Adapter
 from ingle.config.base import BaseConfig
 from ingle.errors import AdapterError
 from ingle.kernels.layers.lora import spread
@@ -59,7 +62,7 @@ from ingle.wording import some
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
-    adapter: LowRankAdapter,
+    adapter: Adapter,
     base_model_id: str,
     *,
     base: BaseConfig | None = None,
@@ -85,29 +88,53 @@ def save_adapter(
         AdapterError: The model has no adapter.
     """
     trains_all = all(parameter.requires_grad for parameter in model.parameters())
-    if not lora_modules(model) and (trains_all or not _modules_to_save(model)):
+    if not own_parameters(model) and (trains_all or not any(p.requires_grad for p in model.parameters())):
         raise AdapterError("This model has no adapter to save.", where=str(folder))
     trained = trained_parameters(model, keep=mesh is None or mesh.is_main, also=own_parameters(model))
-    write = partial(_write, model, Path(folder), adapter, base_model_id, trained, base, identity)
+    low_rank = adapter if isinstance(adapter, LowRankAdapter) else None
+    record = Record(
+        adapter=AdapterOptions() if low_rank is None else AdapterOptions.of(low_rank),
+        group_sizes={name: module.group_size for name, module in lora_modules(model).items() if module.group_size > 1},
+        base=base,
+        identity=identity,
+        section=adapter if low_rank is None else None,
+    )
+    write = partial(_write, model, Path(folder), adapter, base_model_id, trained, record)
     write() if mesh is None else mesh.on_main(write)
 
 
 def _write(
     model: nn.Module,
     folder: Path,
-    adapter: LowRankAdapter,
+    adapter: Adapter,
     base_model_id: str,
     trained: Mapping[str, Tensor],
-    base: BaseConfig | None,
-    identity: BaseIdentity | None,
+    record: Record,
 ) -> None:
-    modules, to_save = lora_modules(model), _modules_to_save(model)
+    is_low_rank = isinstance(adapter, LowRankAdapter)
+    alone = () if is_low_rank else select(model, adapter).parameters  # type: ignore[arg-type]
+    to_save = _modules_to_save(model, alone)
     tensors = {
-        f"{PREFIX}{name}.{key}": trained[f"{name}.{key}"]
+        f"{module_prefix(adapter)}{name}.{key}": trained[f"{name}.{key}"]
         for name in to_save
         for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)
     }
-    for name, module in modules.items():
+    if isinstance(adapter, LowRankAdapter):
+        tensors |= _factors(model, adapter, trained)
+        config = describe_adapter(model, adapter, base_model_id, to_save)
+    else:
+        tensors |= kind_of(adapter).to_file(model, adapter, trained)
+        config = describe_kind(model, adapter, base_model_id, to_save)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, tensors, record)
+    write_head_files(model, folder)
+    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _factors(model: nn.Module, adapter: LowRankAdapter, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns A, B and magnitudes under PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in lora_modules(model).items():
         a, b = trained[f"{name}.lora_a"], trained[f"{name}.lora_b"]
         if adapter.subtracts:
             a = torch.cat([a, trained[f"{name}.initial_a"]])
@@ -116,17 +143,7 @@ def _write(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b
         if module.magnitude is not None:
             tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = trained[f"{name}.magnitude"]
-    record = Record(
-        adapter=AdapterOptions.of(adapter),
-        group_sizes={name: module.group_size for name, module in modules.items() if module.group_size > 1},
-        base=base,
-        identity=identity,
-    )
-    config = describe_adapter(model, adapter, base_model_id, to_save)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, tensors, record)
-    write_head_files(model, folder)
-    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    return tensors
 
 
 def load_adapter(
@@ -147,6 +164,9 @@ def load_adapter(
             kind of adapter.
     """
     folder = Path(folder)
+    section = read_section(folder)
+    if section is not None:
+        return _load_kind(model, section, folder, allow_mismatch, identity)
     config, record = read_peft_config(folder), read_record(folder)
     factors, saved = sort_tensors(read_tensors(folder / WEIGHTS_FILE), model, config, folder)
     unknown = check_targets(model, factors, config, folder)
@@ -181,6 +201,22 @@ def load_adapter(
     if not existing:
         _round_as_trained(model, record)
     return report(model, Selection(tuple(factors), names), notes)
+
+
+def _load_kind(
+    model: nn.Module, section: Adapter, folder: Path, allow_mismatch: bool, identity: BaseIdentity | None
+) -> AttachReport:
+    """Loads an adapter that is not low-rank into its base."""
+    kind = kind_of(section)
+    selection = kind.select(model, section)
+    model.requires_grad_(False)
+    kind.insert(model, section, selection)
+    read_padding(model, folder)
+    unfreeze(model, selection.modules_to_save)
+    notes = keep_initial_values(model, selection.modules_to_save, selection.parameters)
+    notes += check_base(model, read_record(folder), folder, allow_mismatch, identity)
+    load_values(model, section, folder)
+    return report(model, selection, notes)
 
 
 def _copy_factors(module: LoraLinear, found: Factors, name: str, folder: Path) -> None:
@@ -344,13 +380,18 @@ def _untie(model: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]) -> tuple
     return tuple(f"{path} keeps its own weight: the adapter trained {', '.join(names)} without it." for path in apart)
 
 
-def _modules_to_save(model: nn.Module) -> tuple[str, ...]:
-    """Returns the outermost modules whose own weights are all trained, and those that share a weight with them."""
+def _modules_to_save(model: nn.Module, alone: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Returns the outermost modules whose own weights are all trained, and those that share a weight with them.
+
+    Args:
+        model: The model.
+        alone: Parameters that are trained by themselves, such as biases.
+    """
     names: list[str] = []
-    adapters = own_parameters(model)
+    adapters = own_parameters(model) | {id(model.get_parameter(path)) for path in alone}
     for name, module in model.named_modules():
         own = [p for p in module.parameters() if id(p) not in adapters]
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        if name and own and not inside and all(p.requires_grad for p in own) and not lora_modules(module):
+        if name and own and not inside and all(p.requires_grad for p in own) and not adapted_modules(module):
             names.append(name)
     return (*names, *(n for n in tied_modules(model, tuple(names)) if n not in names))

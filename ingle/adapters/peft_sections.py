@@ -5,23 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ingle.adapters.kind_files import read_section
 from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, PeftConfig, alpha_of, read_peft_config
 from ingle.adapters.peft_tensors import read_record
-from ingle.config.adapter import SUBTRACTING, DoraAdapter, LoraAdapter, QaLoraAdapter
+from ingle.config.adapter import SUBTRACTING, AdapterConfig, DoraAdapter, LoraAdapter, QaLoraAdapter
 from ingle.errors import AdapterError
 
 
-def adapter_config(folder: str | Path) -> LoraAdapter | DoraAdapter | QaLoraAdapter:
+def adapter_config(folder: str | Path) -> AdapterConfig:
     """Returns the adapter section that describes an adapter folder, without reading its weights.
 
     Raises:
         AdapterError: The folder contains no adapter, or one that cannot be computed exactly.
     """
-    config = read_peft_config(Path(folder))
+    other: Any = read_section(Path(folder))
+    return _low_rank(Path(folder)) if other is None else other
+
+
+def _low_rank(folder: Path) -> LoraAdapter | DoraAdapter | QaLoraAdapter:
+    config = read_peft_config(folder)
     if config.lora_alpha <= 0 or config.lora_dropout == 1:
         raise AdapterError(
             "Training cannot start from this adapter.",
-            where=str(Path(folder) / CONFIG_FILE),
+            where=str(folder / CONFIG_FILE),
             why=f"lora_alpha is {config.lora_alpha:g} and lora_dropout is {config.lora_dropout or 0:g}",
             fix="use an adapter with lora_alpha above 0 and lora_dropout below 1",
         )
@@ -36,7 +42,7 @@ def adapter_config(folder: str | Path) -> LoraAdapter | DoraAdapter | QaLoraAdap
     if any(rank % times for rank in (config.r, *ranks.values())):
         raise AdapterError(
             f"An adapter that began with init = {options.init} has even ranks only.",
-            where=f"{Path(folder) / CONFIG_FILE}: r, rank_pattern",
+            where=f"{folder / CONFIG_FILE}: r, rank_pattern",
             fix="copy the complete adapter folder again",
         )
     rslora = bool(config.use_rslora)

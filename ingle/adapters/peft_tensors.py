@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ingle.adapters.adapted import tied_modules
 from ingle.adapters.identity import BaseIdentity
-from ingle.adapters.lora import features, is_linear
+from ingle.adapters.linear import features, is_linear
 from ingle.adapters.peft_config import CONFIG_FILE, NO_TARGETS, PeftConfig
 from ingle.atomic import write_atomically
-from ingle.config.adapter import Init, LowRankAdapter, MergeAware
+from ingle.config.adapter import AdapterConfig, Init, LowRankAdapter, MergeAware
+from ingle.config.adapter_kinds import Adapter
 from ingle.config.base import BaseConfig, base_section
 from ingle.config.section import Section
 from ingle.errors import AdapterError
@@ -35,8 +36,9 @@ PREFIX = "base_model.model."
 _METADATA_KEY = "ingle"
 #: Only the magnitude is no module of PEFT's, so its key may end without ``weight``.
 _KEY = re.compile(r"(.+)\.lora_(A(?=.*\.weight)|B(?=.*\.weight)|magnitude_vector)(?:\.default)?(?:\.weight)?")
-_DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _GROUP_SIZES = TypeAdapter(dict[str, Annotated[int, Field(ge=1)]])
+_SECTION: TypeAdapter[Any] = TypeAdapter(AdapterConfig)
 _COPY_FOLDER = "copy the complete adapter folder again"
 _USE_OWN_BASE = f"use the base that the adapter was trained on (base_model_name_or_path in {CONFIG_FILE})"
 
@@ -82,12 +84,14 @@ class Record:
         group_sizes: Number of inputs that share a column of A, by path, where it is above 1.
         base: Format of the base that the adapter was trained on; None if unknown.
         identity: Identity of that base; None if the adapter works with any base.
+        section: The section of an adapter that is not low-rank; None for LoRA.
     """
 
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     group_sizes: dict[str, int] = field(default_factory=dict)
     base: BaseConfig | None = None
     identity: BaseIdentity | None = None
+    section: Adapter | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -97,12 +101,13 @@ class Record:
             ValueError: A value is invalid.
         """
         values = json.loads(text)
-        base, identity = values["base"], values["identity"]
+        base, identity, section = values["base"], values["identity"], values.get("section")
         return cls(
             AdapterOptions.model_validate(values["adapter"]),
             _GROUP_SIZES.validate_python(values["group_sizes"], strict=True),
             None if base is None else base_section(base),
             None if identity is None else BaseIdentity.from_dict(identity),
+            None if section is None else _SECTION.validate_json(json.dumps(section)),
         )
 
     def to_json(self) -> str:
@@ -113,6 +118,8 @@ class Record:
             "base": None if self.base is None else self.base.model_dump(mode="json"),
             "identity": None if self.identity is None else self.identity.to_dict(),
         }
+        if self.section is not None:
+            values["section"] = self.section.model_dump(mode="json", exclude={"path", "allow_mismatch"})
         return json.dumps(values)
 
 
@@ -193,7 +200,7 @@ def sort_tensors(
             if match[2] in pair:
                 raise AdapterError(f"The file contains {match[2]} of {match[1]} twice.", where=where)
             num_axes = 1 if match[2] == "magnitude_vector" else 2
-            if tensor.ndim != num_axes or tensor.dtype not in _DTYPES:
+            if tensor.ndim != num_axes or tensor.dtype not in DTYPES:
                 raise AdapterError(
                     f"{key} is not a {'matrix' if num_axes == 2 else 'vector'} of floating-point numbers.",
                     where=where,
@@ -342,7 +349,7 @@ def load_module(model: nn.Module, name: str, state: Mapping[str, Tensor], folder
             why=f"the file has {found}, the model {expected}",
             fix=_USE_OWN_BASE,
         )
-    broken = [key for key, tensor in state.items() if tensor.dtype not in _DTYPES or not torch.isfinite(tensor).all()]
+    broken = [key for key, tensor in state.items() if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all()]
     if broken:
         raise AdapterError(
             f"{name}.{broken[0]} contains NaN or infinity, or is not a floating-point tensor.", where=where

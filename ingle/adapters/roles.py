@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ingle.adapters.adapted import lora_modules
-from ingle.adapters.identity import BaseIdentity
+from ingle.adapters.identity import BaseIdentity, identify
 from ingle.adapters.lora import LoraLinear, Role, generator_of
-from ingle.adapters.peft_config import CONFIG_FILE, describe_adapter, read_peft_config
+from ingle.adapters.peft_config import CONFIG_FILE, PeftConfig, describe_adapter, read_peft_config
 from ingle.adapters.peft_files import check_base
 from ingle.adapters.peft_tensors import (
     PREFIX,
@@ -69,22 +71,48 @@ def initialize_roles(layers: Mapping[str, LoraLinear], seed: int) -> None:
             role.initialize(generator_of(seed, f"{path}.{name}"))
 
 
-def load_role(model: nn.Module, name: str, folder: str | Path, *, identity: BaseIdentity | None = None) -> None:
+class RoleShape(NamedTuple):
+    """Rank of an adapter, and the factor on its change."""
+
+    rank: int
+    scale: float
+
+
+def read_shape(folder: str | Path) -> RoleShape:
+    """Returns the rank and the scale that a role needs to have the values of an adapter folder.
+
+    Raises:
+        AdapterError: Files are missing or damaged.
+    """
+    config = read_peft_config(Path(folder))
+    return RoleShape(config.r, config.scale_of("", config.r))
+
+
+def load_role(
+    model: nn.Module, name: str, folder: str | Path, *, identity: BaseIdentity | None = None
+) -> dict[str, Tensor]:
     """Gives a role the values of an adapter folder, which must be plain LoRA of the same layers, rank and scale.
 
     Args:
         model: A model with its weights loaded.
         name: The role.
-        folder: Adapter folder.
+        folder: Adapter folder; that of a model with the head of a task fits too.
         identity: The identity of the base; computed if None.
+
+    Returns:
+        The tensors of modules that the adapter brings along and the model does not have, such as ``score.weight``.
 
     Raises:
         AdapterError: Files are missing or damaged, or do not fit the model or the role.
     """
     folder, layers = Path(folder), _layers_with(model, name)
     config, record = read_peft_config(folder), read_record(folder)
-    factors, saved = sort_tensors(read_tensors(folder / WEIGHTS_FILE), model, config, folder)
-    check_targets(model, factors, config, folder)
+    heads, tensors = _split_heads(read_tensors(folder / WEIGHTS_FILE), model, config)
+    own = config.model_copy(
+        update={"modules_to_save": [key for key in config.modules_to_save or () if key not in heads]}
+    )
+    factors, saved = sort_tensors(tensors, model, own, folder)
+    check_targets(model, factors, own, folder)
     if saved or config.use_dora or factors.keys() != layers.keys():
         raise AdapterError(
             f"This adapter cannot have the role {name}.",
@@ -94,7 +122,7 @@ def load_role(model: nn.Module, name: str, folder: str | Path, *, identity: Base
             else "it has trained modules or magnitudes, and a role has A and B alone",
             fix="train it as plain LoRA of the same target_modules",
         )
-    check_base(model, record, folder, False, identity)
+    check_base(model, _of_common_tensors(record, identity or identify(model)), folder, False, identity)
     for path, found in factors.items():
         check_factors(model, path, found, folder)
         role, scale = layers[path], config.scale_of(path, len(found.a))
@@ -107,6 +135,35 @@ def load_role(model: nn.Module, name: str, folder: str | Path, *, identity: Base
             )
         copy_rows(role.lora_a, found.a)
         copy_rows(role.lora_b, found.b)
+    return {f"{head}.{key}": tensor for head, found in heads.items() for key, tensor in found.items()}
+
+
+def _split_heads(
+    tensors: Mapping[str, Tensor], model: nn.Module, config: PeftConfig
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Returns the tensors of modules that the model does not have, by module, and all others."""
+    paths = [path for path, _ in model.named_modules()]
+    absent = [key for key in config.modules_to_save or () if not any(path.endswith(key) for path in paths)]
+    heads: dict[str, dict[str, Tensor]] = {key: {} for key in absent}
+    others = {}
+    for key, tensor in tensors.items():
+        owner = next((head for head in absent if key.startswith(f"{PREFIX}{head}.")), None)
+        if owner is None:
+            others[key] = tensor
+        else:
+            heads[owner][key.removeprefix(f"{PREFIX}{owner}.")] = tensor
+    return heads, others
+
+
+def _of_common_tensors(record: Record, found: BaseIdentity) -> Record:
+    """Returns a record whose base is the model's if both have the same bytes where both have a tensor.
+
+    A model with the head of a task has no output layer, and a language model has no such head.
+    """
+    own = record.identity
+    if own is None or any(found.tensors.get(name, digest) != digest for name, digest in own.tensors.items()):
+        return record
+    return replace(record, identity=found) if own.tensors.keys() & found.tensors.keys() else record
 
 
 def save_role(

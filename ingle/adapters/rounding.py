@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ingle.adapters.adapted import lora_modules
-from ingle.adapters.lora import LoraLinear, Merged, features
+from ingle.adapters.linear import features
+from ingle.adapters.lora import LoraLinear, Merged
 from ingle.adapters.merging import can_fold, merged_planes, merged_weight, no_merge_format
 from ingle.adapters.norms import update_norms
 from ingle.config.adapter import AdapterConfig, LoraAdapter, QaLoraAdapter

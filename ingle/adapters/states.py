@@ -7,7 +7,7 @@ first step, where that is another function than the base (:data:`INITIAL`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -28,7 +28,7 @@ class Adapted(nn.Module):
     """A layer that an adapter changed: its original is ``base``, and the adapter's tensors are its other parameters.
 
     Attributes:
-        base: The original layer.
+        base: The original layer; None for a module that an adapter added.
         is_on: Whether the change is applied.
         role: The other function whose change is applied; None for the adapter's own.
         starts_at_base: Whether the layer computed what its base computes when training began.
@@ -36,7 +36,7 @@ class Adapted(nn.Module):
 
     #: Buffers that follow from the parameters, and are kept with them.
     derived: tuple[str, ...] = ("norm",)
-    base: nn.Module
+    base: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,9 +53,14 @@ class Adapted(nn.Module):
         """Returns whether the layer has tensors of another function."""
         return False
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the layer cannot be part of a fused one; None if it can."""
+        return "its adapters are not low-rank"
+
     def own_parameters(self) -> Iterator[nn.Parameter]:
         """Yields the parameters that belong to the adapter and not to the base."""
-        of_base = {id(parameter) for parameter in self.base.parameters()}
+        of_base = set() if self.base is None else {id(parameter) for parameter in self.base.parameters()}
         yield from (parameter for parameter in self.parameters() if id(parameter) not in of_base)
 
 
@@ -81,8 +86,8 @@ def has_initial(model: nn.Module) -> bool:
 def use(model: nn.Module, state: str) -> Iterator[None]:
     """Makes a model compute another function while the block runs, also inside another such block.
 
-    Enter it outside of forward passes, and take backward passes inside too: layers may be recomputed in them. Sharded
-    models may be used inside, all ranks together.
+    Enter it outside of forward passes. Backward passes may follow outside, also of layers that are recomputed, unless
+    the model computes with copies of trained modules. Sharded models may be used inside, all ranks together.
 
     Args:
         model: A model; without an adapter it computes the same in every state.
@@ -122,8 +127,30 @@ def use(model: nn.Module, state: str) -> Iterator[None]:
     finally:
         for module, kept in holding:
             _hold(module, kept)
-        for layer, was_on, had_role in before:
-            layer.is_on, layer.role = was_on, had_role
+        _set_states(before)
+
+
+def as_now(module: nn.Module) -> AbstractContextManager[None]:
+    """Returns a context in which a module computes the function that is in use now.
+
+    Backward repeats a recomputed layer after the block of :func:`use` in which its forward pass ran.
+    """
+    return _in_states([(each, each.is_on, each.role) for each in module.modules() if isinstance(each, Adapted)])
+
+
+@contextmanager
+def _in_states(states: Sequence[tuple[Adapted, bool, str | None]]) -> Iterator[None]:
+    before = [(module, module.is_on, module.role) for module, _, _ in states]
+    _set_states(states)
+    try:
+        yield
+    finally:
+        _set_states(before)
+
+
+def _set_states(states: Sequence[tuple[Adapted, bool, str | None]]) -> None:
+    for module, is_on, role in states:
+        module.is_on, module.role = is_on, role
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
-from ingle.adapters.lora import LoraLinear, is_linear
+from ingle.adapters.linear import is_linear
 from ingle.adapters.states import Adapted
-from ingle.config.adapter import AdapterConfig, NoAdapter
 from ingle.errors import AdapterError
 from ingle.planning.selection import matches, unread_by_peft
 from ingle.quant.experts import QuantExperts
@@ -27,32 +27,62 @@ class Selection:
         modules_to_save: Modules whose own weights are trained and saved, the head of a task among them; ``("",)`` in
             full fine-tuning.
         left_out: Linear layers that ``all-linear`` leaves out because PEFT could not read them back, and why.
+        parameters: Parameters of other modules that are trained, such as biases.
     """
 
     adapted: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
-def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
+def trained_in_full(model: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Returns the modules that ``trainable_modules`` names, and the head of a task, which a pretrained model lacks.
+
+    Raises:
+        AdapterError: A pattern matches nothing.
+    """
+    modules = {name: module for name, module in model.named_modules() if not _inside_adapted(model, name)}
+    trainable = {name: m for name, m in modules.items() if name and any(True for _ in m.parameters())}
+    named = _match_all(patterns, trainable, "adapter.trainable_modules", "module", {})
+    return (*named, *(name for name in task_heads(model) if name not in named))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the linear layers of a model, with an adapter or without, by path."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not _inside_adapted(model, name)
+        and is_linear((module.base or module) if isinstance(module, Adapted) else module)
+    }
+
+
+def select(
+    model: nn.Module,
+    targets: Literal["all-linear", "none"] | tuple[str, ...],
+    trainable_modules: tuple[str, ...],
+    *,
+    option: str = "adapter.target_modules",
+) -> Selection:
     """Applies ``target_modules`` and ``trainable_modules`` of an adapter section to a model.
 
-    The head of a task is always trained in full, because a pretrained model has none.  ``all-linear`` selects every
-    linear layer except the output head, as in PEFT, and except those that PEFT could not read back; see
-    :func:`unread_layers`.  Layers inside a trainable module get no adapter.
+    ``all-linear`` selects every linear layer except the output head, as in PEFT, and except those that PEFT could not
+    read back; see :func:`unread_layers`.  Layers inside a trainable module get no adapter.
+
+    Args:
+        model: The model.
+        targets: The layers to adapt.
+        trainable_modules: The modules to train in full; the head of a task is always trained.
+        option: The option that names the layers.
 
     Raises:
         AdapterError: A pattern matches nothing, or no layer is left to adapt.
     """
-    if isinstance(adapter, NoAdapter):
-        return Selection((), ("",))
-    modules = {name: module for name, module in model.named_modules() if not _inside_lora(model, name)}
-    trainable = {name: m for name, m in modules.items() if name and any(True for _ in m.parameters())}
-    named = _match_all(adapter.trainable_modules, trainable, "adapter.trainable_modules", "module", {})
-    to_save = [*named, *(name for name in task_heads(model) if name not in named)]
-    linears = {name: m for name, m in modules.items() if isinstance(m, LoraLinear) or is_linear(m)}
+    to_save = trained_in_full(model, trainable_modules)
+    linears = linear_layers(model)
     left_out: Mapping[str, str] = {}
-    if adapter.target_modules == "none":
+    if targets == "none":
         if not to_save:
             raise AdapterError(
                 "Nothing would be trained.",
@@ -60,21 +90,22 @@ def select(model: nn.Module, adapter: AdapterConfig) -> Selection:
                 fix="--adapter.target_modules=all-linear, or name the modules to train in adapter.trainable_modules",
             )
         adapted = []
-    elif adapter.target_modules == "all-linear":
+    elif targets == "all-linear":
         head = output_head(model)
         left_out = unread_layers(model, linears)
         adapted = [name for name, module in linears.items() if module is not head and name not in left_out]
     else:
-        adapted = _match_all(adapter.target_modules, linears, "adapter.target_modules", "linear layer", modules)
+        modules = {name: module for name, module in model.named_modules() if not _inside_adapted(model, name)}
+        adapted = _match_all(targets, linears, option, "linear layer", modules)
     adapted = [name for name in adapted if not any(name == m or name.startswith(f"{m}.") for m in to_save)]
-    if not adapted and adapter.target_modules != "none":
+    if not adapted and targets != "none":
         raise AdapterError(
             "There is no linear layer left to adapt.",
-            where="adapter.target_modules",
+            where=option,
             why=f"{plural(len(linears), 'linear layer')}; trainable_modules: {', '.join(to_save) or 'none'}",
             fix="name other modules, or set adapter.kind to none to train all weights",
         )
-    return Selection(tuple(adapted), tuple(to_save), left_out)
+    return Selection(tuple(adapted), to_save, left_out)
 
 
 def unread_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -98,7 +129,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return head
 
 
-def _inside_lora(model: nn.Module, name: str) -> bool:
+def _inside_adapted(model: nn.Module, name: str) -> bool:
     parent, _, last = name.rpartition(".")
     return last == "base" and isinstance(model.get_submodule(parent), Adapted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
@@ -21,7 +22,7 @@ def show(words: Annotated[Words, CONFIG] = None) -> None:
     """
     from ingle.config.loader import to_yaml
 
-    loaded = load_config(words, "config show", ("--help",))
+    loaded = _with_learning_rate(load_config(words, "config show", ("--help",)))
     for note in loaded.notes:
         print(f"Note: {note}", file=sys.stderr)
     console = Console(highlight=False)
@@ -29,6 +30,16 @@ def show(words: Annotated[Words, CONFIG] = None) -> None:
         _print_table(console, loaded)
     else:
         print(to_yaml(loaded.run, loaded.origins), end="")
+
+
+def _with_learning_rate(loaded: LoadedRun) -> LoadedRun:
+    """Returns the run with the learning rate that it will have, and what that follows from."""
+    run = loaded.run
+    if run.optim.lr is not None:
+        return loaded
+    origin = f"default of {run.objective.kind} {'without an' if run.adapter.kind == 'none' else 'with an'} adapter"
+    run = run.model_copy(update={"optim": run.optimizer})
+    return replace(loaded, run=run, origins={**loaded.origins, "optim.lr": origin})
 
 
 def _print_table(console: Console, loaded: LoadedRun) -> None:

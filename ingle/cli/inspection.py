@@ -77,9 +77,9 @@ def inspect(
 
 def _read_kind(run: Run) -> ModelKind:
     """Returns the kind of the model where documents depend on it; a folder with a tokenizer alone counts as causal."""
-    from ingle.config.objective import TRAINS, reads_answers
+    from ingle.config.objective import TRAINS, reads_answers, samples_answers
 
-    if not reads_answers(run.objective.kind):
+    if not (reads_answers(run.objective.kind) or samples_answers(run.objective.kind)):
         return "causal"
     from ingle import models
     from ingle.models.loading.config_json import read_config

@@ -19,6 +19,7 @@ _PLAIN_ENDS = ("shared.weight", "backbone.embeddings.weight")
 
 def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
     """Returns the shape of the model, and notes; counts an architecture without arithmetic by building it, slowly."""
+    from ingle.config.adapter import LowRankAdapter, NoAdapter
     from ingle.planning.architecture import read_architecture
     from ingle.planning.layouts import layout_note
 
@@ -33,7 +34,10 @@ def read_shape(run: Run) -> tuple[ModelShape, list[str]]:
         bits, ends = _mix_bits(run, config), None
     notes = [f"The shape of {run.model.id} is from {origin}."]
     found = read_architecture(config)
-    if found is None:
+    if not isinstance(run.adapter, LowRankAdapter | NoAdapter):
+        notes.append(f"What adapter.kind = {run.adapter.kind} trains was built and counted.")
+        shape, layout = _census(run)
+    elif found is None:
         notes.append(f"There is no arithmetic for {config.get('model_type')}: its modules were built and counted.")
         shape, layout = _census(run)
     else:
@@ -51,7 +55,9 @@ def _census(run: Run) -> tuple[ModelShape, str | None]:
 
     model = models.meta_model(run.model, "cpu", torch.bfloat16)
     formats = models.choose_formats(model, run.model, run.base)
-    return model_shape(model, adapters.select(model, run.adapter), formats), models.layout_note(model)
+    shape = model_shape(model, adapters.select(model, run.adapter), formats)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
+    return shape, models.layout_note(model)
 
 
 def _read_gguf(run: Run) -> tuple[Mapping[str, Any], Bits, float | None]:

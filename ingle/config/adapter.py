@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field
 
+from ingle.config.adapter_kinds import (
+    Adapter,
+    BitfitAdapter,
+    BottleneckAdapter,
+    Ia3Adapter,
+    Patterns,
+    PeftAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+)
 from ingle.config.base import FormatName
-from ingle.config.section import Section, Strings, Text, tagged
+from ingle.config.section import Section, Text, tagged
 
 #: How A and B begin. ``kaiming`` and ``gaussian`` set B to zero; the others subtract the change that they begin with.
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 SUBTRACTING: frozenset[Init] = frozenset({"orthogonal", "pissa", "olora"})
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
-Patterns = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1)]
 
 
 class NoAdapter(Section):
@@ -46,8 +55,8 @@ class MergeAware(Section):
         return num_steps - math.ceil(self.fraction * num_steps) + 1
 
 
-class LowRankAdapter(Section):
-    """Options of every low-rank adapter.
+class _LowRank(Section):
+    """Options that only low-rank adapters have.
 
     Attributes:
         rank: Rank of the update: rows of A and columns of B.
@@ -61,10 +70,6 @@ class LowRankAdapter(Section):
         target_modules: ``all-linear``, or patterns that match the end of a module's path (``q_proj``,
             ``layers.*.mlp.*``). ``all-linear`` excludes the output head and layers that PEFT could not read back.
             ``none`` trains no adapter, only ``trainable_modules`` and the head of a task on the frozen base.
-        trainable_modules: Modules that are fully trained and saved with the adapter (``embed_tokens``, ``lm_head``);
-            PEFT calls them ``modules_to_save``. The head of a task is always among them.
-        path: Adapter folder in PEFT's layout to continue from. Its rank and targets must match.
-        allow_mismatch: Continue from ``path`` even if that adapter was trained on a different base.
     """
 
     kind: str
@@ -75,9 +80,10 @@ class LowRankAdapter(Section):
     rslora: bool = False
     lora_plus_ratio: Annotated[float, Field(ge=1, le=1_000_000)] = 1.0
     target_modules: Literal["all-linear", "none"] | Patterns = "all-linear"
-    trainable_modules: Strings = ()
-    path: Text | None = None
-    allow_mismatch: bool = False
+
+
+class LowRankAdapter(Adapter, _LowRank):  # in this order, so that the options of every adapter come last
+    """Options of every low-rank adapter."""
 
     @property
     def scale(self) -> float:
@@ -180,7 +186,19 @@ class QaLoraAdapter(LowRankAdapter):
     train_rounding: bool = False
 
 
-_Adapter = Annotated[NoAdapter | LoraAdapter | DoraAdapter | QaLoraAdapter, Field(discriminator="kind")]
-AdapterConfig = Annotated[
-    _Adapter, tagged("kind", default="lora", input_type=_Adapter | Literal["none", "lora", "dora", "qa_lora"])
+_Adapter = Annotated[
+    NoAdapter
+    | LoraAdapter
+    | DoraAdapter
+    | QaLoraAdapter
+    | BottleneckAdapter
+    | PrefixAdapter
+    | PromptAdapter
+    | Ia3Adapter
+    | BitfitAdapter
+    | PeftAdapter,
+    Field(discriminator="kind"),
 ]
+#: Kinds without a required option, which may be written as ``adapter: KIND``.
+_Kind = Literal["none", "lora", "dora", "qa_lora", "bottleneck", "prefix", "prompt", "ia3", "bitfit"]
+AdapterConfig = Annotated[_Adapter, tagged("kind", default="lora", input_type=_Adapter | _Kind)]

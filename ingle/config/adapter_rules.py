@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ingle.config.adapter import LowRankAdapter, WeightAdapter
+from ingle.config.adapter_kinds import BitfitAdapter, BottleneckAdapter, PeftAdapter, PrefixAdapter, PromptAdapter
+from ingle.config.peft_methods import METHODS, REFUSED, Method
 from ingle.config.rule import Rule
 from ingle.config.run import Run
+from ingle.wording import nearest
 
 
 def _odd_ranks(run: Run) -> list[int]:
@@ -14,6 +17,44 @@ def _odd_ranks(run: Run) -> list[int]:
         return []
     return sorted({rank for rank in (adapter.rank, *adapter.rank_pattern.values()) if rank % 2})
 
+
+def _text_inits(run: Run) -> tuple[bool, bool]:
+    """Returns whether virtual tokens begin as a text, and whether a text is given."""
+    adapter = run.adapter
+    if not isinstance(adapter, PrefixAdapter | PromptAdapter):
+        return False, False
+    return adapter.init in ("tokens", "text"), adapter.init_text is not None
+
+
+def _method(run: Run) -> Method | None:
+    """Returns what a method of PEFT needs; None for other adapters."""
+    return METHODS.get(run.adapter.method) if isinstance(run.adapter, PeftAdapter) else None
+
+
+def _is_quantized(run: Run) -> bool:
+    return run.base.format != "none" or run.model.id.lower().endswith(".gguf")
+
+
+def _unknown_method(run: Run) -> str:
+    """Returns what is wrong with a method of PEFT that cannot be used."""
+    if not isinstance(run.adapter, PeftAdapter) or run.adapter.method in METHODS:
+        return ""
+    name = run.adapter.method
+    if name in REFUSED:
+        return f"PEFT's {name} is not used here: {REFUSED[name][0]}."
+    return f"{name!r} is not a method of PEFT that Ingle knows."
+
+
+def _other_method(run: Run) -> str:
+    name = getattr(run.adapter, "method", "")
+    if name in REFUSED:
+        return REFUSED[name][1]
+    close = nearest(name, sorted(METHODS))
+    return f"--adapter.method={close}" if close else f"--adapter.method=NAME with one of {', '.join(sorted(METHODS))}"
+
+
+#: Values of ``parallel.kind`` that share the base among ranks.
+_SHARDS_BASE = ("zero3", "fsdp", "hsdp")
 
 ADAPTER_RULES: tuple[Rule[Run], ...] = (
     Rule(
@@ -31,6 +72,92 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         "lora_plus_ratio is the learning rate of B divided by that of A, but freeze_a trains no A.",
         "adapter.freeze_a, adapter.lora_plus_ratio",
         ("adapter.lora_plus_ratio=1", "adapter.freeze_a=false"),
+    ),
+    Rule(
+        "bottlenecks-have-one-width",
+        lambda run: (
+            isinstance(run.adapter, BottleneckAdapter)
+            and run.adapter.size is not None
+            and run.adapter.reduction is not None
+        ),
+        "size and reduction both decide the width of the bottlenecks.",
+        "adapter.size, adapter.reduction",
+        ("adapter.size=null", "adapter.reduction=null"),
+    ),
+    Rule(
+        "bitfit-trains-something",
+        lambda run: isinstance(run.adapter, BitfitAdapter) and not (run.adapter.biases or run.adapter.norms),
+        "Without biases and norms, nothing would be trained.",
+        "adapter.biases, adapter.norms",
+        ("adapter.biases=true", "adapter.norms=true"),
+    ),
+    Rule(
+        "virtual-tokens-begin-somewhere",
+        lambda run: _text_inits(run) == (True, False),
+        lambda run: f"init = {getattr(run.adapter, 'init', '')} needs a text.",
+        "adapter.init, adapter.init_text",
+        "--adapter.init_text=TEXT",
+    ),
+    Rule(
+        "only-texts-are-read",
+        lambda run: _text_inits(run) == (False, True),
+        lambda run: f"adapter.init_text has no effect with init = {getattr(run.adapter, 'init', '')}.",
+        "adapter.init, adapter.init_text",
+        lambda run: (
+            f"adapter.init={'tokens' if run.adapter.kind == 'prefix' else 'text'}",
+            "adapter.init_text=null",
+        ),
+    ),
+    Rule(
+        "virtual-tokens-are-few",
+        lambda run: (
+            isinstance(run.adapter, PrefixAdapter | PromptAdapter)
+            and run.adapter.num_virtual_tokens >= run.data.max_seq_len
+        ),
+        lambda run: f"There are as many virtual tokens as a text may have ({run.data.max_seq_len}).",
+        "adapter.num_virtual_tokens, data.max_seq_len",
+        lambda run: f"--adapter.num_virtual_tokens={max(1, run.data.max_seq_len // 4)}",
+    ),
+    Rule(
+        "methods-of-peft-are-known",
+        lambda run: bool(_unknown_method(run)),
+        _unknown_method,
+        "adapter.method",
+        _other_method,
+    ),
+    Rule(
+        "methods-read-plain-weights",
+        lambda run: (found := _method(run)) is not None and found.reads == "values" and _is_quantized(run),
+        lambda run: (
+            f"PEFT's {getattr(run.adapter, 'method', '')} reads the weights of the layers that it changes, so they "
+            "cannot be quantized."
+        ),
+        "adapter.method, base.format",
+        ("base.format=none", "adapter.method=OFT"),
+    ),
+    Rule(
+        "methods-stay-in-one-place",
+        lambda run: (
+            (found := _method(run)) is not None
+            and (found.shares or found.reads == "values")
+            and run.parallel.kind in _SHARDS_BASE
+        ),
+        lambda run: (
+            f"PEFT's {getattr(run.adapter, 'method', '')} reads what other layers own, so the model cannot be sharded."
+        ),
+        "adapter.method, parallel.kind",
+        ("parallel.kind=ddp",),
+    ),
+    Rule(
+        "targets-are-named-once",
+        lambda run: (
+            isinstance(run.adapter, PeftAdapter)
+            and "target_modules" in run.adapter.options
+            and run.adapter.target_modules != "all-linear"
+        ),
+        "The layers to change are named twice.",
+        "adapter.target_modules, adapter.options.target_modules",
+        ("adapter.target_modules=all-linear",),
     ),
     Rule(
         "precondition-needs-frozen-a",

@@ -31,6 +31,7 @@ Layout = Literal[
     "transcript",
     "judged",
     "ranked",
+    "prompts",
 ]
 
 
@@ -42,7 +43,8 @@ class Source(Section):
             Relative paths start from the current folder, or else from the folder of the config file.
         layout: The layout of a row. ``auto`` detects it from the column names and the objective. ``conll`` reads a file
             of any suffix with one word and its tag per line. ``transcript`` reads preferences between texts with the
-            turns ``Human:`` and ``Assistant:``.
+            turns ``Human:`` and ``Assistant:``. ``prompts`` reads only the prompts of rows, for objectives that sample
+            the answers.
         columns: Columns to rename before the layout applies, new name first: ``{prompt: mr, completion: ref}``. Dots
             lead into nested columns and lists: ``{source: translation.en, target: messages.1.content}``.
         label: The label of every row (``classify``, ``kto``, ``bco``), for files with the texts of one class.
@@ -117,7 +119,8 @@ class DataConfig(Section):
             or ``all`` tokens, the user's included.
         too_long: How to handle a document longer than ``max_seq_len``: ``truncate`` its end, ``drop`` it, or ``split``
             it into several (plain text only). Affected documents are counted. ``auto`` splits for ``clm``, ``mlm`` and
-            ``span``, cuts prompts but no answers of preferences and judged rows (``truncate`` cuts both), and truncates
+            ``span``, cuts prompts but no answers of preferences and judged rows (``truncate`` cuts both), drops prompts
+            that leave no room for the sampled answer (``truncate`` cuts their oldest messages), and truncates
             otherwise. Long texts of ``tag`` and ``answer`` become overlapping windows.
         shuffle: Shuffle the sequences before each epoch.
         system: System message for conversations that have none.

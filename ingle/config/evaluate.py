@@ -49,6 +49,7 @@ METRICS_OF: Mapping[ObjectiveKind, frozenset[MetricName]] = {
     "simpo": _OF_TEXT,
     "cpo": _OF_TEXT,
     "bco": _OF_TEXT,
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo", "raft", "distill"), _OF_TEXT),
 }
 
 #: How tags are read as entities.

@@ -16,7 +16,7 @@ from ingle.config.paths import expand, find_path, is_path
 from ingle.config.problems import Problem, option_path, raise_problems, translate
 from ingle.config.rules import find_violations
 from ingle.config.run import Run
-from ingle.config.schema import Choice, Rows, Table, shapes
+from ingle.config.schema import Choice, Rows, Shape, Table, shapes
 from ingle.config.section import Section
 from ingle.errors import ConfigError
 
@@ -30,12 +30,12 @@ class LoadedRun:
 
     Attributes:
         run: The resolved run.
-        origins: ``default``, ``file`` or ``flag`` for each dotted path.
+        origins: ``default``, ``file`` or ``flag`` for each dotted path; or a sentence about another origin.
         notes: Options that were ignored, one sentence each.
     """
 
     run: Run
-    origins: dict[str, Origin]
+    origins: Mapping[str, str]
     notes: list[str] = field(default_factory=list)
 
 
@@ -153,7 +153,7 @@ def _load(section: type[S], source: Path | S | None, overrides: Sequence[str]) -
     expand_short_forms(root, Table(section))
     if section is Run:
         notes += drop_ignored(root)
-    for node in _path_nodes(root, section):
+    for node in _path_nodes(root, Table(section)):
         if isinstance(node.value, str) and node.value:
             folders = (path.parent if path is not None else None, started_in) if node.origin == "file" else ()
             node.value = find_path(node.value, *folders)
@@ -237,24 +237,20 @@ def _with_lines(problem: Problem, root: Node) -> Problem:
     return Problem(problem.message, ", ".join(parts), problem.fix)
 
 
-def _path_nodes(node: Node, section: type[Section]) -> Iterator[Node]:
+def _path_nodes(node: Node, shape: Shape) -> Iterator[Node]:
     """Yields the nodes of all options that are paths."""
-    if not isinstance(node.value, dict):
-        return
-    for name, shape in shapes(section).items():
-        below = node.value.get(name)
-        if below is None:
-            continue
-        if is_path(section, name):
-            yield below
-        match shape:
-            case Table(inner):
-                yield from _path_nodes(below, inner)
-            case Rows(inner):
-                for item in below.value if isinstance(below.value, list) else ():
-                    yield from _path_nodes(item, inner)
-            case Choice(_, members, _):
-                for inner in members.values():
+    match shape:
+        case Table(section) if isinstance(node.value, dict):
+            for name, inner in shapes(section).items():
+                if (below := node.value.get(name)) is not None:
+                    if is_path(section, name):
+                        yield below
                     yield from _path_nodes(below, inner)
-            case _:
-                pass
+        case Rows(item) if isinstance(node.value, list):
+            for below in node.value:
+                yield from _path_nodes(below, item)
+        case Choice():
+            for section in shape.candidates(node):
+                yield from _path_nodes(node, Table(section))
+        case _:
+            pass

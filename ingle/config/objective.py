@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+from ingle.config.policy import Distill, Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rloo
 from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Orpo, Reward, Simpo
 from ingle.config.section import Positive, Section, Text, tagged
 
@@ -26,6 +27,13 @@ ObjectiveKind = Literal[
     "simpo",
     "cpo",
     "bco",
+    "ppo",
+    "grpo",
+    "rloo",
+    "reinforce",
+    "online_dpo",
+    "raft",
+    "distill",
 ]
 
 #: A share of something: 0 to 1.
@@ -181,7 +189,28 @@ class Answer(Section):
 
 
 _Objective = Annotated[
-    Clm | Sft | Mlm | Span | Seq2Seq | Classify | Tag | Answer | Reward | Dpo | Kto | Orpo | Simpo | Cpo | Bco,
+    Clm
+    | Sft
+    | Mlm
+    | Span
+    | Seq2Seq
+    | Classify
+    | Tag
+    | Answer
+    | Reward
+    | Dpo
+    | Kto
+    | Orpo
+    | Simpo
+    | Cpo
+    | Bco
+    | Ppo
+    | Grpo
+    | Rloo
+    | Reinforce
+    | OnlineDpo
+    | Raft
+    | Distill,
     Field(discriminator="kind"),
 ]
 ObjectiveConfig = Annotated[_Objective, tagged("kind", default="sft", input_type=_Objective | ObjectiveKind)]
@@ -203,11 +232,13 @@ TRAINS: Mapping[ObjectiveKind, tuple[str, ...]] = {
     "simpo": ("causal", "encoder_decoder"),
     "cpo": ("causal", "encoder_decoder"),
     "bco": ("causal", "encoder_decoder"),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo", "raft", "distill"), ("causal",)),
 }
 
 #: What the rows of an objective are: texts or conversations, texts of which a part is hidden, texts with labels,
-#: answers to compare, answers that are good or bad, or answers to compare for a model that scores.
-Family = Literal["text", "corruption", "labels", "pairs", "judged", "reward"]
+#: answers to compare, answers that are good or bad, answers to compare for a model that scores, or prompts that the
+#: model itself answers.
+Family = Literal["text", "corruption", "labels", "pairs", "judged", "reward", "prompts"]
 FAMILY: Mapping[ObjectiveKind, Family] = {
     "clm": "text",
     "sft": "text",
@@ -224,9 +255,15 @@ FAMILY: Mapping[ObjectiveKind, Family] = {
     "simpo": "pairs",
     "cpo": "pairs",
     "bco": "judged",
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo", "raft", "distill"), "prompts"),
 }
 
 
 def reads_answers(kind: ObjectiveKind) -> bool:
     """Returns whether an objective learns from preferences between answers or judgements of them."""
     return FAMILY[kind] in ("pairs", "judged", "reward")
+
+
+def samples_answers(kind: ObjectiveKind) -> bool:
+    """Returns whether an objective learns from answers that the model itself samples."""
+    return FAMILY[kind] == "prompts"

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
 from ingle.config.section import Count, Positive, Section, Seed, tagged
+
+#: Peak learning rates by the family of the objective: with an adapter, and of all weights.
+DEFAULT_LR: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("text", "corruption", "labels"), (2e-4, 2e-4)),
+    **dict.fromkeys(("pairs", "judged"), (2e-5, 1e-6)),
+    "reward": (1e-4, 1e-5),
+    "prompts": (1e-5, 1e-6),
+}
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 ProjectionRank = Annotated[int, Field(ge=1, le=65_536)]
@@ -130,7 +139,9 @@ class OptimConfig(Section):
     Attributes:
         rule: How gradients become updates. ``adamw`` by default; ``galore``, ``apollo``, ``apollo_mini`` and ``lisa``
             need less memory for full fine-tuning; ``subspace`` measures.
-        lr: Peak learning rate. 2e-4 suits LoRA; use about a tenth of it for full fine-tuning.
+        lr: Peak learning rate. If null, it depends on the objective and on whether an adapter is trained: 2e-4 for
+            supervised training (full fine-tuning needs about a tenth of it); with an adapter, 2e-5 for preferences,
+            1e-4 for reward models and 1e-5 for sampled answers; without one, 1e-6, 1e-5 and 1e-6.
         betas: Decay rates of the first and second moment.
         eps: Added to the square root of the second moment.
         weight_decay: Decoupled weight decay; not applied to biases, norms and embeddings.
@@ -142,7 +153,7 @@ class OptimConfig(Section):
     """
 
     rule: UpdateRule = AdamW()
-    lr: Annotated[float, Field(gt=0, le=1_000)] = 2e-4
+    lr: Annotated[float, Field(gt=0, le=1_000)] | None = None
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, le=1_000)] = 0.0

@@ -141,8 +141,8 @@ def _part_shape(node: Node, shape: Shape | None, key: str) -> Shape | None:
     match shape:
         case Table(section):
             return shapes(section).get(key)
-        case Rows(section):
-            return Table(section)
+        case Rows(item):
+            return item
         case Choice():
             return next((found for member in shape.candidates(node) if (found := shapes(member).get(key))), None)
         case _:
@@ -171,13 +171,13 @@ def expand_short_forms(node: Node, shape: Shape | None) -> None:
                 node.value, node.raw = {tag: Node(node.value, node.origin, node.where, node.raw)}, None
             if len(selected := shape.candidates(node)) == 1:
                 expand_short_forms(node, Table(selected[0]))
-        case Rows(section, key):
+        case Rows(item, key):
             if isinstance(node.value, str | dict):
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None
-            for item in node.value if isinstance(node.value, list) else ():
-                if isinstance(item.value, str):
-                    item.value, item.raw = {key: Node(item.value, item.origin, item.where, item.raw)}, None
-                expand_short_forms(item, Table(section))
+            for row in node.value if isinstance(node.value, list) else ():
+                if isinstance(row.value, str):
+                    row.value, row.raw = {key: Node(row.value, row.origin, row.where, row.raw)}, None
+                expand_short_forms(row, item)
         case Leaf(is_open=True, alone=alone) if node.value is not None and not isinstance(node.value, list | dict):
             if node.value not in alone:
                 node.value, node.raw = [Node(node.value, node.origin, node.where, node.raw)], None

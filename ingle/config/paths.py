@@ -23,8 +23,13 @@ _PATHS = {
     ("ModelConfig", "id"),
     ("ModelConfig", "tokenizer"),
     ("ModelConfig", "chat_template"),
-    ("LowRankAdapter", "path"),
+    ("Adapter", "path"),
     ("Source", "path"),
+    ("ValueConfig", "path"),
+    ("Distill", "teacher"),
+    ("FunctionReward", "path"),
+    ("JudgeReward", "prompt"),
+    ("ModelReward", "path"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ingle.config.adapter import LowRankAdapter, NoAdapter
+from ingle.config.adapter import NoAdapter
 from ingle.config.objective import FAMILY, reads_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Reward
 from ingle.config.rule import Rule
@@ -68,7 +68,7 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
     ),
     Rule(
         "reference-without-dropout",
-        lambda run: has_reference(run) and isinstance(run.adapter, LowRankAdapter) and run.adapter.dropout > 0,
+        lambda run: has_reference(run) and getattr(run.adapter, "dropout", 0) > 0,
         "Dropout in the adapter would be part of every log-ratio to the reference.",
         "adapter.dropout, objective.kind",
         ("adapter.dropout=0",),

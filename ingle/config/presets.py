@@ -77,6 +77,12 @@ def suit_preferences(objective: _P) -> _P:
     return objective.model_copy(update=filled)
 
 
+def describe_difference(objective: Section) -> str | None:
+    """Returns a sentence about the options that differ from the published ones; None if there are none."""
+    found = describe_preset(objective) if isinstance(objective, Preference) else None
+    return found if found is not None and "differs" in found else None
+
+
 def describe_preset(objective: Preference) -> str | None:
     """Returns a sentence that names the method and the options that differ from it; None without published values."""
     preset = preset_of(objective)

@@ -77,8 +77,8 @@ def option_path(loc: Path, section: type[Section]) -> tuple[Path, Shape | None]:
                 continue
             case Table(inner):
                 shape = shapes(inner).get(str(key))
-            case Rows(inner):
-                shape = Table(inner)
+            case Rows(item):
+                shape = item
             case Names():
                 shape = Leaf("text")
             case _:
@@ -216,7 +216,7 @@ def _suggestion(path: Path, root: Node, section: type[Section]) -> str | None:
                 return f"it belongs to {parent}.{tag}={either(owners)}"
             sections = shape.candidates(root.find(path[:-1]))
             siblings = list(dict.fromkeys(field for section in sections for field in section.model_fields))
-        case Table(inner) | Rows(inner):
+        case Table(inner):
             siblings = list(inner.model_fields)
         case _:
             siblings = []

@@ -11,13 +11,15 @@ import os
 import re
 from pathlib import Path
 
-from ingle.config.adapter import LoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.adapter import LoraAdapter, QaLoraAdapter
+from ingle.config.adapter_kinds import Adapter
 from ingle.config.adapter_rules import ADAPTER_RULES
 from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
 from ingle.config.optim_rules import OPTIM_RULES
 from ingle.config.paths import expand, find_path
+from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
 from ingle.config.rule import Rule, duplicates
@@ -67,10 +69,10 @@ def _blocking_file(path: str) -> Path | None:
 
 def _trained_twice(run: Run) -> str:
     """Returns the modules that are both fully trained and adapted."""
-    adapter = run.adapter
-    if not isinstance(adapter, LowRankAdapter) or isinstance(adapter.target_modules, str):
+    targets = getattr(run.adapter, "target_modules", None)
+    if not isinstance(run.adapter, Adapter) or isinstance(targets, str):
         return ""
-    return ", ".join(sorted(set(adapter.target_modules) & set(adapter.trainable_modules)))
+    return ", ".join(sorted(set(targets or ()) & set(run.adapter.trainable_modules)))
 
 
 def _is_gguf(run: Run) -> bool:
@@ -235,7 +237,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "output-is-not-the-adapter",
         lambda run: (
-            isinstance(run.adapter, LowRankAdapter)
+            isinstance(run.adapter, Adapter)
             and run.adapter.path is not None
             and _is_inside(find_path(run.adapter.path, run.paths_from), run.output)
         ),
@@ -268,6 +270,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     *OBJECTIVE_RULES,
     *OPTIM_RULES,
     *PREFERENCE_RULES,
+    *POLICY_RULES,
     *VALIDATION_RULES,
 )
 

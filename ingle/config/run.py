@@ -7,8 +7,8 @@ from ingle.config.base import BaseConfig, NoBase
 from ingle.config.data import DataConfig
 from ingle.config.evaluate import EvaluateConfig, TaskConfig, suit_task
 from ingle.config.model import ModelConfig
-from ingle.config.objective import ObjectiveConfig, Sft
-from ingle.config.optim import OptimConfig
+from ingle.config.objective import FAMILY, ObjectiveConfig, Sft
+from ingle.config.optim import DEFAULT_LR, OptimConfig
 from ingle.config.parallel import ParallelConfig
 from ingle.config.section import Section, Seed, Text
 from ingle.config.train import TrainConfig
@@ -42,3 +42,11 @@ class Run(Section):
         """The task on which the tuned model is compared, with the metrics that suit the objective; None without one."""
         task = None if self.evaluate is None else self.evaluate.task
         return None if task is None else suit_task(task, self.objective)
+
+    @property
+    def optimizer(self) -> OptimConfig:
+        """The options of the optimizer; a learning rate that is null is the one that suits objective and adapter."""
+        if self.optim.lr is not None:
+            return self.optim
+        with_adapter, full = DEFAULT_LR[FAMILY[self.objective.kind]]
+        return self.optim.model_copy(update={"lr": full if self.adapter.kind == "none" else with_adapter})

@@ -70,7 +70,7 @@ class Choice:
 class Rows:
     """A list of sections; a text means a section with only ``key``."""
 
-    section: type[Section]
+    item: Table | Choice
     key: str = "path"
 
 
@@ -109,22 +109,28 @@ def shapes(section: type[Section]) -> Mapping[str, Shape]:
 
 
 def _shape(hint: Any, field: FieldInfo) -> Shape:
-    bare, metadata = _unwrap(hint)
-    options = [option for option in _options(bare) if option is not NoneType]
-    sections = [_unwrap(option)[0] for option in options]
-    if len(sections) > 1 and all(_is_section(section) for section in sections):
-        tag = next(str(info.discriminator) for info in metadata if isinstance(info, FieldInfo) and info.discriminator)
-        members = {_tag_of(section, tag): section for section in sections}
-        return Choice(tag, members, _filled_in(metadata, tag))
+    if (container := _container(hint)) is not None:
+        return container
+    options = [option for option in _options(_unwrap(hint)[0]) if option is not NoneType]
     if len(options) == 1:
         inner, _ = _unwrap(options[0])
-        if _is_section(inner):
-            return Table(inner)
-        if get_origin(inner) is tuple and _is_section(get_args(inner)[0]):
-            return Rows(get_args(inner)[0])
+        if get_origin(inner) is tuple and (item := _container(get_args(inner)[0])) is not None:
+            return Rows(item)
         if get_origin(inner) is dict:
             return Names()
     return _leaf(hint, [_unwrap(option)[0] for option in options], field)
+
+
+def _container(hint: Any) -> Table | Choice | None:
+    """Returns the shape of a section, or of one of several sections; None for other types."""
+    bare, metadata = _unwrap(hint)
+    sections = [_unwrap(option)[0] for option in _options(bare) if option is not NoneType]
+    if not sections or not all(_is_section(section) for section in sections):
+        return None
+    if len(sections) == 1:
+        return Table(sections[0])
+    tag = next(str(info.discriminator) for info in metadata if isinstance(info, FieldInfo) and info.discriminator)
+    return Choice(tag, {_tag_of(section, tag): section for section in sections}, _filled_in(metadata, tag))
 
 
 def _leaf(hint: Any, kinds: list[Any], field: FieldInfo) -> Leaf:
@@ -245,21 +251,30 @@ def _walk(section: type[Section], prefix: str, when: str | None) -> Iterator[Opt
                 if field.default is None:
                     yield Option(path, "a section or null", default, description or docstring(inner)[0], when)
                 yield from _walk(inner, path + ".", when)
-            case Choice(tag, members, _):
-                texts = [f"``{member}``: {docstring(inner)[0]}" for member, inner in members.items()]
-                start = getattr(field.default, tag, None)
-                yield Option(f"{path}.{tag}", either(list(members)), start, " ".join([description, *texts]).strip())
-                for member, inner in members.items():
-                    for option in _walk(inner, path + ".", f"{path}.{tag} = {member}"):
-                        if option.path != f"{path}.{tag}":
-                            yield option
-            case Rows(inner):
+            case Choice(tag):
+                yield from _walk_members(shape, path, getattr(field.default, tag, None), description, when)
+            case Rows(item):
                 yield Option(path, "a list of sections, or of text", default, description, when)
-                yield from _walk(inner, path + ".N.", when)
+                if isinstance(item, Table):
+                    yield from _walk(item.section, path + ".N.", when)
+                else:
+                    yield from _walk_members(item, path + ".N", item.default, "", when)
             case Names():
                 yield Option(path, "a mapping of names to text", default, description, when)
             case Leaf(words):
                 yield Option(path, words, default, description, when)
+
+
+def _walk_members(
+    choice: Choice, path: str, default: str | None, description: str, when: str | None
+) -> Iterator[Option]:
+    texts = [f"``{member}``: {docstring(inner)[0]}" for member, inner in choice.members.items()]
+    name = f"{path}.{choice.tag}"
+    yield Option(name, either(list(choice.members)), default, " ".join([description, *texts]).strip(), when)
+    for member, inner in choice.members.items():
+        for option in _walk(inner, path + ".", f"{name} = {member}"):
+            if option.path != name:
+                yield option
 
 
 def _default(field: FieldInfo) -> str | None:
@@ -288,8 +303,8 @@ def json_schema() -> dict[str, Any]:
 def _sections(section: type[Section]) -> Iterator[type[Section]]:
     yield section
     for shape in shapes(section).values():
-        match shape:
-            case Table(inner) | Rows(inner):
+        match shape.item if isinstance(shape, Rows) else shape:
+            case Table(inner):
                 yield from _sections(inner)
             case Choice(_, members, _):
                 for inner in members.values():

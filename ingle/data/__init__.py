@@ -15,6 +15,7 @@ from ingle.data.holdout import HeldOut, hold_out
 from ingle.data.label_names import name_labels
 from ingle.data.packing import Sequences, make_sequences
 from ingle.data.prompt import prompt_ids
+from ingle.data.prompts import PromptSet, build_prompts
 from ingle.data.sampler import SequenceSampler
 from ingle.data.sources import read_examples
 from ingle.data.template import render
@@ -33,12 +34,14 @@ __all__ = [
     "Example",
     "HeldOut",
     "Message",
+    "PromptSet",
     "Sample",
     "SequenceSampler",
     "Sequences",
     "TokenDataset",
     "Tokenizer",
     "build_dataset",
+    "build_prompts",
     "collate",
     "hold_out",
     "make_sequences",

@@ -46,7 +46,7 @@ class ChatRenderer:
         if source is not self._source:
             self._source, self._compared = source, 0
             self._compiled = _compile(source, getattr(self._tokenizer, "special_tokens_map", None))
-        conversation = list(map(_as_mapping, messages))
+        conversation = list(map(as_mapping, messages))
         options: dict[str, Any] = {"tools": json.loads(tools)} if tools else {}
         text = None
         if self._compiled is not None and conversation:
@@ -70,7 +70,7 @@ class ChatRenderer:
         return usual
 
 
-def _as_mapping(message: Message) -> dict[str, Any]:
+def as_mapping(message: Message) -> dict[str, Any]:
     """Returns a message as templates read it."""
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:

@@ -44,6 +44,8 @@ class Purpose(IntEnum):
     RANDOM = 10
     INSERT_RANDOM = 11
     INSERT_TOKEN = 12
+    SAMPLE = 13
+    MINIBATCH = 14
 
 
 class Place(NamedTuple):
@@ -118,6 +120,19 @@ class Counters:
     def choose(self, purpose: Purpose, count: int, chosen: int) -> Integers:
         """Returns ``chosen`` of ``count`` elements in order; every subset is equally likely."""
         return np.sort(self.permutation(purpose, count)[:chosen])
+
+
+def bits_at(
+    seed: int,
+    purpose: Purpose,
+    epochs: npt.ArrayLike,
+    documents: npt.ArrayLike,
+    positions: npt.ArrayLike,
+) -> Bits:
+    """Returns the bits of :meth:`Counters.bits` for one position of each of N documents, uint64 [N]."""
+    parts = (np.asarray(part, np.int64).astype(np.uint64) for part in (epochs, documents, positions))
+    epochs_N, documents_N, positions_N = parts
+    return mix(_starts(seed, epochs_N, documents_N, purpose) + (positions_N + np.uint64(1)) * np.uint64(GOLDEN))
 
 
 def _starts(seed: int, epochs: Bits, documents: Bits, purpose: Purpose) -> Bits:

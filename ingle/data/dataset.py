@@ -180,6 +180,7 @@ class TokenDataset:
         document_columns: Labels of documents by name, [D] or [D, C].
 
     Attributes:
+        tokens: As given.
         lengths: [D], tokens of each document.
         stats: Figures of the dataset.
         groups: The rows of the documents; None where every document is a row.
@@ -192,7 +193,7 @@ class TokenDataset:
         groups: TextGroups | None = None,
         document_columns: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> None:
-        self._tokens = tokens
+        self.tokens = tokens
         self.lengths: Lengths = tokens.lengths
         self.stats = stats
         self.groups = groups
@@ -212,7 +213,7 @@ class TokenDataset:
 
         Its columns are its labels and, where rows have several texts, ``group_ids``: the number of its row.
         """
-        ids, supervised, columns = self._tokens.read(i)
+        ids, supervised, columns = self.tokens.read(i)
         labels = np.where(supervised, ids, np.int32(IGNORE_INDEX))
         own = {name: column[i : i + 1] for name, column in self._document_columns.items()}
         return Sample(ids, labels, {**columns, **own})
@@ -231,19 +232,19 @@ class TokenDataset:
         Args:
             num_labels: C, the number of classes or tags.
         """
-        if "token_labels" in self._tokens.column_names:
-            parts = (self._tokens.read(i)[2]["token_labels"] for i in range(len(self)))
+        if "token_labels" in self.tokens.column_names:
+            parts = (self.tokens.read(i)[2]["token_labels"] for i in range(len(self)))
             return sum((_count_labels(part, num_labels) for part in parts), np.zeros(num_labels, np.int64))
         labels = self._document_columns["document_labels"]
         return (labels == 1).sum(0) if labels.ndim == 2 else _count_labels(labels, num_labels)
 
     def last_ids(self) -> frozenset[int]:
         """Returns the tokens that documents end with."""
-        return frozenset(int(self._tokens.read(i)[0][-1]) for i in range(len(self)))
+        return frozenset(int(self.tokens.read(i)[0][-1]) for i in range(len(self)))
 
     def origin(self, i: int) -> str:
         """Returns ``file:line`` of document ``i``."""
-        return self._tokens.origin(i)
+        return self.tokens.origin(i)
 
     def text_name(self, i: int) -> str:
         """Returns the name of document ``i`` among the texts of its row; empty if every document is a row."""
@@ -252,37 +253,37 @@ class TokenDataset:
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents."""
-        return self._tokens.num_tokens
+        return self.tokens.num_tokens
 
     @property
     def largest_id(self) -> int:
         """The largest token id of all documents."""
-        return self._tokens.largest_id
+        return self.tokens.largest_id
 
     @property
     def nbytes(self) -> int:
         """Memory of the arrays in bytes."""
-        return self._tokens.nbytes + sum(array.nbytes for array in self._labels())
+        return self.tokens.nbytes + sum(array.nbytes for array in self._labels())
 
     def closing_ids(self) -> Ids:
         """Returns the last supervised token of each document, int32 [D]."""
-        return self._tokens.closing_ids()
+        return self.tokens.closing_ids()
 
     def row_keys(self) -> npt.NDArray[np.uint64]:
         """Returns two hashes of each document's row, [D, 2], see :func:`~ingle.data.duplicates.link_keys`."""
-        return self._tokens.row_keys()
+        return self.tokens.row_keys()
 
     @property
     def memo(self) -> Path | None:
         """The file that keeps the fingerprint; None without a cache."""
-        return self._tokens.memo
+        return self.tokens.memo
 
     def fingerprint(self) -> str:
         """Returns a SHA-256 of documents, masks, rows and labels; equal data has equal fingerprints."""
         groups = self.groups.names if self.groups is not None else ()
-        names = (*self._tokens.column_names, *self._document_columns, *groups)
+        names = (*self.tokens.column_names, *self._document_columns, *groups)
         labels = [np.ascontiguousarray(array).data for array in self._labels()]
-        return self._tokens.fingerprint([*labels, "\0".join(names).encode()])
+        return self.tokens.fingerprint([*labels, "\0".join(names).encode()])
 
     def _labels(self) -> list[npt.NDArray[Any]]:
         arrays: list[npt.NDArray[Any]] = list(self._document_columns.values())

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from ingle.config.data import DataConfig, Source
-from ingle.config.objective import ObjectiveConfig, ObjectiveKind
+from ingle.config.objective import ObjectiveConfig, ObjectiveKind, samples_answers
 from ingle.data.cache import DataCache, Entry, can_cache
 from ingle.data.chunks import Chunk, cut_source
 from ingle.data.dataset import TokenDataset
@@ -158,7 +158,7 @@ def _build_in_memory(
     found = rows.close()
     if data.validation is not None:
         found.tokens.keys = found.keys.find(map(found.tokens.origins.at, range(len(found.tokens.lengths))))
-    stats = _close(found.counts, tuple(shares), data, tokenizer, sink)
+    stats = _close(found.counts, tuple(shares), data, options.objective, tokenizer, sink)
     return TokenDataset(found.tokens, stats, found.groups, found.document_columns)
 
 
@@ -194,7 +194,7 @@ class _CachedBuild:
                     self._tokenize()
         pairs = zip(self.data.sources, self.marks, self.marks[1:], strict=False)
         shares = tuple(_share(source, before, after) for source, before, after in pairs)
-        stats = _close(self.counts, shares, self.data, self.tokenizer, self.sink)
+        stats = _close(self.counts, shares, self.data, self.options.objective, self.tokenizer, self.sink)
         memo = self.cache.memo(self.entries) if self.writable else None
         tokens = ShardedTokens(self.stored, memo)
         return TokenDataset(tokens, stats, tokens.groups(), tokens.document_columns())
@@ -283,6 +283,7 @@ def _close(
     counts: Counts,
     sources: tuple[SourceShare, ...],
     data: DataConfig,
+    objective: ObjectiveKind,
     tokenizer: Tokenizer,
     sink: Sink,
 ) -> DataStats:
@@ -296,8 +297,9 @@ def _close(
     stats = DataStats(**closed, sources=sources)
     if not stats.documents:
         reasons = (f"{plural(r.count, 'row')} skipped, first {r.first}: {r.reason}" for r in stats.dropped)
+        lacking = "prompt" if samples_answers(objective) else "document with a supervised token"
         raise DataError(
-            "The training data has no document with a supervised token.",
+            f"The training data has no {lacking}.",
             where="data.sources: " + ", ".join(source.path for source in data.sources),
             why=" ".join(reasons).removesuffix(".") or "no rows",
             fix="`ingle data inspect CONFIG` shows why rows are skipped",

@@ -11,7 +11,15 @@ import numpy as np
 
 from ingle.config.data import DataConfig, Source
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import FAMILY, Classify, ObjectiveConfig, ObjectiveKind, Tag, reads_answers
+from ingle.config.objective import (
+    FAMILY,
+    Classify,
+    ObjectiveConfig,
+    ObjectiveKind,
+    Tag,
+    reads_answers,
+    samples_answers,
+)
 from ingle.data.dataset import GrowingArray, TokenDataset
 from ingle.data.dataset import Lengths as DocumentLengths
 from ingle.data.dataset_builder import build_dataset
@@ -22,6 +30,8 @@ from ingle.data.layout_detection import detect_source, guess_objective
 from ingle.data.packing import make_sequences
 from ingle.data.preference_doctor import examine
 from ingle.data.previews import Previews
+from ingle.data.prompt_rows import write_column
+from ingle.data.prompts import PromptSet, build_prompts
 from ingle.data.row_encoder import ModelKind, Tally
 from ingle.data.row_parts import show_label
 from ingle.data.sources import find_files, open_tables, read_examples, sample_examples
@@ -35,6 +45,7 @@ from ingle.report.data_results import (
     LabelShare,
     Lengths,
     Packing,
+    RewardColumn,
     RowPreview,
     RowsReport,
 )
@@ -79,12 +90,13 @@ def inspect(
     duplicates = DuplicateSearch()
     objective = name_labels(data, objective)
     kind = objective.kind
-    asked: ObjectiveKind = "sft" if reads_answers(kind) else kind  # a task asks for answers
+    is_sampled = samples_answers(kind)
+    asked: ObjectiveKind = "sft" if reads_answers(kind) or is_sampled else kind  # a task asks for answers
     rows = [] if held_out is None else list(read_examples(held_out.sources, objective=asked))
     overlap = OverlapSearch(rows) if held_out is not None else None
 
     on_example = None if overlap is None else overlap.add
-    dataset = build_dataset(
+    dataset = (build_prompts if is_sampled else build_dataset)(
         data,
         tokenizer,
         objective=objective,
@@ -93,6 +105,8 @@ def inspect(
         on_example=on_example,
         search=duplicates,
     )
+    if is_sampled:
+        data = data.model_copy(update={"packing": False})  # an answer follows every prompt
     sequences = make_sequences(dataset, data, seed)
     sink(Progress("Finding duplicates", 0))
     if not duplicates.num_texts:
@@ -126,6 +140,7 @@ def inspect(
         answered=_count_answered(dataset, tokenizer) if kind == "answer" else None,
         targets=_measure(dataset.lengths[1::2]) if has_targets else None,
         preferences=preferences,
+        columns=_count_columns(dataset) if isinstance(dataset, PromptSet) else (),
     )
 
 
@@ -260,6 +275,13 @@ def _count_labels(dataset: TokenDataset, objective: ObjectiveConfig) -> tuple[La
     return tuple(map(LabelShare, objective.labels, counts, (tokens / np.maximum(counts, 1)).tolist()))
 
 
+def _count_columns(prompts: PromptSet) -> tuple[RewardColumn, ...]:
+    """Counts the prompts that have a value in each column."""
+    rows = (prompts.columns(i) for i in range(len(prompts)))
+    found = Counter(name for row in rows for name, value in row.items() if value is not None)
+    return tuple(RewardColumn(name, found[name]) for name in prompts.column_names)
+
+
 def _count_answered(dataset: TokenDataset, tokenizer: Tokenizer) -> int:
     """Counts the windows with an answer; all others name their CLS token, which stands first or last."""
     starts, ends = (dataset.document_column(f"{side}_labels") for side in ("start", "end"))
@@ -284,8 +306,12 @@ def _parts(example: Example) -> tuple[tuple[str, str], ...]:
         return (*texts.items(), ("label", show_label(example)))
     if example.text is not None:
         return (("text", example.text),)
+    if example.columns:
+        columns = ((name, write_column(value)) for name, value in example.columns.items())
+        return (*_parts(replace(example, columns={})), *columns)
     if example.prompt is not None:
-        return (("prompt", example.prompt), ("completion", example.completion or ""))
+        completion = [("completion", example.completion)] if example.completion else []
+        return (("prompt", example.prompt), *completion)
     return tuple((message.role, message.content) for message in example.messages)
 
 

@@ -14,6 +14,7 @@ from ingle.data.labelled_rows import detect_labelled, find_text
 from ingle.data.layouts import find_pair, list_columns, refuse_media
 from ingle.data.messages import is_conversation
 from ingle.data.preference_rows import detect_preference
+from ingle.data.prompt_rows import has_prompt
 from ingle.errors import DataError
 
 _MISSING = object()
@@ -115,6 +116,8 @@ def detect_source(
         DataError: No layout fits, or the row is not only text.
     """
     row = rename_columns(raw, source.columns, origin) if source.columns else raw
+    if FAMILY[objective] == "prompts":
+        return source.model_copy(update={"layout": _detect_prompts(row, objective, origin)}), None
     if reads_answers(objective):
         labelled = row if source.label is None else {**row, "label": source.label}
         return source.model_copy(update={"layout": _detect_answers(labelled, objective, origin)}), None
@@ -167,6 +170,17 @@ def _detect_answers(row: Mapping[str, Any], objective: ObjectiveKind, origin: st
     )
 
 
+def _detect_prompts(row: Mapping[str, Any], objective: ObjectiveKind, origin: str) -> Layout:
+    if has_prompt(row):
+        return "prompts"
+    raise DataError(
+        f"The columns have no prompt, which the objective {objective} needs.",
+        where=origin,
+        why=f"the columns are {list_columns(row)}",
+        fix="rename one with data.sources: columns: {prompt: ...}",
+    )
+
+
 def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
     """Returns an objective for which a row could be meant; that of chats and texts if it fits one and has no label.
 
@@ -182,9 +196,11 @@ def guess_objective(row: Mapping[str, Any], origin: str) -> ObjectiveKind:
     try:
         layout, _ = detect_layout(row, origin)
     except DataError:
-        if not fits:
-            raise
-        return fits[0]
+        if fits:
+            return fits[0]
+        if has_prompt(row):
+            return "grpo"
+        raise
     return "classify" if layout == "text" and "classify" in fits else "sft"
 
 

@@ -14,6 +14,7 @@ from ingle.config.data import Layout
 from ingle.data.labelled_rows import MEDIA, parse_labelled
 from ingle.data.messages import is_conversation, not_text, read_messages, read_tools
 from ingle.data.preference_rows import parse_preference
+from ingle.data.prompt_rows import parse_prompt
 from ingle.data.types import Example, Message
 from ingle.errors import DataError
 
@@ -117,6 +118,11 @@ class _Row:
             case "preference" | "transcript" | "judged" | "ranked":
                 try:
                     return parse_preference(self.row, self.layout, self.origin)
+                except ValueError as error:
+                    raise self._misfit(str(error)) from None
+            case "prompts":
+                try:
+                    return parse_prompt(self.row, self.origin)
                 except ValueError as error:
                     raise self._misfit(str(error)) from None
             case "auto":

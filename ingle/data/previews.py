@@ -13,6 +13,8 @@ from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption
 from ingle.data.counters import FIXED_EPOCH, Place
 from ingle.data.dataset import TokenDataset
 from ingle.data.encoding import TextEncoder
+from ingle.data.prompt_rows import write_column
+from ingle.data.prompts import PromptSet
 from ingle.data.types import IGNORE_INDEX, Ids, Mask, Sample, Tokenizer
 from ingle.report.data_results import Preview, Stretch
 
@@ -60,7 +62,10 @@ class Previews:
         after = tuple(self._stretch(target, np.ones(len(target), np.bool_), {})) if target is not None else ()
         num_supervised = int(shown.sum()) if target is None else len(target)
         types = _count_runs(sample.columns["token_type_ids"]) if "token_type_ids" in sample.columns else ()
-        return Preview(self._dataset.origin(i), len(ids), num_supervised, stretches, label, after, types)
+        columns: tuple[tuple[str, str], ...] = ()
+        if isinstance(self._dataset, PromptSet):
+            columns = tuple((name, write_column(value)) for name, value in self._dataset.columns(i).items())
+        return Preview(self._dataset.origin(i), len(ids), num_supervised, stretches, label, after, types, columns)
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of tokens, with special tokens."""

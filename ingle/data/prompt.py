@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ingle.data.control import ControlTokens
+from ingle.data.sandbox import Sandbox
 from ingle.data.template import ANSWER, has_template, read_conversation, render, split_prompt
 from ingle.data.types import Example, Message, Tokenizer
 from ingle.errors import DataError
@@ -15,7 +16,12 @@ _Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, example: Example, system: str | None = None, *, control: ControlTokens | None = None
+    tokenizer: Tokenizer,
+    example: Example,
+    system: str | None = None,
+    *,
+    control: ControlTokens | None = None,
+    sandbox: Sandbox | None = None,
 ) -> list[int]:
     """Returns the ids to generate from.
 
@@ -24,6 +30,7 @@ def prompt_ids(
         example: A conversation (its last answer is ignored) or a prompt.
         system: As ``data.system``.
         control: What happens to control tokens in messages; by default they are read as text.
+        sandbox: Limits of the template; pass an entered one to render many conversations faster.
 
     Raises:
         DataError: Plain text has no prompt; a conversation needs a chat template.
@@ -38,7 +45,12 @@ def prompt_ids(
             messages.pop()
         hidden = control.shield(messages, example.origin, example.tools)
         shown = render(
-            tokenizer, hidden.messages, add_generation_prompt=True, origin=example.origin, tools=hidden.tools
+            tokenizer,
+            hidden.messages,
+            add_generation_prompt=True,
+            origin=example.origin,
+            tools=hidden.tools,
+            sandbox=sandbox,
         ).rstrip(" ")
         chat = True
     else:

@@ -21,7 +21,9 @@ from ingle.config.objective import (
     Span,
     Tag,
     reads_answers,
+    samples_answers,
 )
+from ingle.config.policy import Sampled
 from ingle.config.preferences import Bco, Kto
 from ingle.data.corruption import denoisers, longest_text
 from ingle.data.template import TrainOn
@@ -54,7 +56,8 @@ class TokenOptions:
         stride: Tokens that two windows of a long text share (``tag``, ``answer``).
         prefix: Text before every source (``seq2seq``).
         max_text_len: Longest text of ``span`` in tokens, whose source has at most ``max_seq_len``; 0 without spans.
-        model_kind: What reads the answers of a row; ``causal`` for all other rows.
+        model_kind: What reads the answers of a row, or its prompt alone; ``causal`` for all other rows.
+        max_answer_len: Tokens that a prompt leaves free for the answer that is sampled; 0 for all other rows.
         threshold: Scores above it are good answers (``kto``, ``bco``); None if all scores are 1 or 0.
         with_labels: Whether every row must have a label; rows to predict have none.
     """
@@ -74,6 +77,7 @@ class TokenOptions:
     with_labels: bool = True
     model_kind: ModelKind = "causal"
     threshold: float | None = None
+    max_answer_len: int = 0
 
 
 def token_options(
@@ -88,9 +92,13 @@ def token_options(
         model_kind: What reads the tokens.
     """
     kind = objective if isinstance(objective, str) else objective.kind
-    default: Literal["split", "truncate", "cut_prompts"] = "split" if kind in ("clm", "mlm", "span") else "truncate"
-    if reads_answers(kind):
+    default: Literal["split", "truncate", "cut_prompts", "drop"] = "truncate"
+    if kind in ("clm", "mlm", "span"):
+        default = "split"
+    elif reads_answers(kind):
         default = "cut_prompts"
+    elif samples_answers(kind):
+        default = "drop"
     options = TokenOptions(
         objective=kind,
         train_on=data.train_on if kind == "sft" else "all",
@@ -99,7 +107,7 @@ def token_options(
         system=data.system,
         control_tokens=data.control_tokens,
         max_target_len=data.max_target_len or data.max_seq_len,
-        model_kind=model_kind if reads_answers(kind) else "causal",
+        model_kind=model_kind if reads_answers(kind) or samples_answers(kind) else "causal",
     )
     return _with_objective(options, objective)
 
@@ -136,6 +144,8 @@ def _with_objective(options: TokenOptions, objective: ObjectiveConfig | Objectiv
             return replace(options, stride=stride)
         case Kto(threshold=threshold) | Bco(threshold=threshold):
             return replace(options, threshold=threshold)
+        case Sampled(rollout=rollout):
+            return replace(options, max_answer_len=rollout.max_new_tokens)
         case Seq2Seq(prefix=prefix):
             return replace(options, prefix=prefix)
         case Span(style="t5" | "ul2"):

@@ -14,6 +14,7 @@ from ingle.data.duplicates import RowKeys
 from ingle.data.encode_chat import ChatEncoder
 from ingle.data.encode_pairs import PairEncoder
 from ingle.data.encode_preferences import PreferenceEncoder
+from ingle.data.encode_prompts import PromptEncoder
 from ingle.data.encode_sources import SourceEncoder
 from ingle.data.encode_tags import TagEncoder
 from ingle.data.encode_text import TextPieces
@@ -39,6 +40,8 @@ def make_encoder(tokenizer: Tokenizer, options: TokenOptions) -> RowEncoder:
             return ChatEncoder(tokenizer, options)
         case "reward" | "dpo" | "kto" | "orpo" | "simpo" | "cpo" | "bco":
             return PreferenceEncoder(tokenizer, options)
+        case "ppo" | "grpo" | "rloo" | "reinforce" | "online_dpo" | "raft" | "distill":
+            return PromptEncoder(tokenizer, options)
 
 
 class RowTokenizer:

@@ -148,17 +148,18 @@ def read_table(
 
 
 def _require_suited(source: Source, objective: ObjectiveKind) -> None:
-    """Refuses a given layout that does not suit the objective, where one of them is about preferences or judgements.
+    """Refuses a given layout that does not suit the objective: preferences, judgements, prompts, or neither.
 
     Raises:
         DataError: The layout does not suit.
     """
-    pairs = ("preference", "transcript", "ranked")
-    suited = {"pairs": pairs, "reward": pairs, "judged": (*pairs, "judged")}.get(FAMILY[objective], ())
+    pairs: tuple[Layout, ...] = ("preference", "transcript", "ranked")
+    suits = {"pairs": pairs, "reward": pairs, "judged": (*pairs, "judged"), "prompts": ("prompts",)}
+    suited: tuple[Layout, ...] = suits.get(FAMILY[objective], ())
     layout: Layout = source.layout
-    if layout == "auto" or layout in suited or (not suited and layout not in (*pairs, "judged")):
+    if layout == "auto" or layout in suited or (not suited and layout not in (*pairs, "judged", "prompts")):
         return
-    others = "kto or bco" if layout == "judged" else "dpo or reward"
+    others = {"judged": "kto or bco", "prompts": "grpo or ppo"}.get(layout, "dpo or reward")
     fix = f"objective.kind: {others}" if not suited else f"data.sources: layout: {either(list(suited))}"
     raise DataError(f"The layout {layout} does not suit the objective {objective}.", where=source.path, fix=fix)
 

@@ -110,6 +110,7 @@ class Example:
         label: The label of a row of ``classify``, ``tag`` or ``answer``; None if it is unknown.
         words: The words of ``text``, as characters from and to (exclusive).
         tools: The tools that a conversation may call, as a JSON list; empty if there are none.
+        columns: Further columns of a row of which only the prompt is read, as JSON values; rewards get them.
         remarks: What is unusual about the row but does not exclude it, in sentences.
     """
 
@@ -124,6 +125,7 @@ class Example:
     label: Label | None = None
     words: tuple[tuple[int, int], ...] = ()
     tools: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

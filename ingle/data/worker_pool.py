@@ -20,34 +20,9 @@ from ingle.data.row_tokenizer import RowTokenizer
 from ingle.data.types import Tokenizer
 from ingle.data.worker import Task, receive, run_task, send
 from ingle.errors import IngleError
+from ingle.outcome import Outcome
 
 Item = TypeVar("Item")
-
-
-class Outcome:
-    """The result of a task, or its error, once it is there.
-
-    The queue does all locking in C. Ctrl-C raises an exception in the main thread at any point of Python code; in the
-    locks of ``concurrent.futures`` it can leave a lock taken, and the pool would then wait forever.
-    """
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-
-    def set(self, result: Any, error: BaseException | None = None) -> None:
-        """Stores the result or the error."""
-        self._queue.put((result, error))
-
-    def is_done(self) -> bool:
-        """Returns whether the result or the error is there."""
-        return not self._queue.empty()
-
-    def take(self) -> Any:
-        """Waits for the result and returns it, or raises the error; called once."""
-        result, error = self._queue.get()
-        if error is not None:
-            raise error
-        return result
 
 
 class WorkerPool:
@@ -65,7 +40,7 @@ class WorkerPool:
         self._tokenizer, self._options = tokenizer, options
         self._count = env.num_processors() if num_workers is None else num_workers
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._tasks: SimpleQueue[tuple[Task, Outcome] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Task, Outcome[Any]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._rows: RowTokenizer | None = None
@@ -95,7 +70,7 @@ class WorkerPool:
 
         Raises the error of the first task that fails. If ``items`` fails, the results before come first.
         """
-        waiting: deque[tuple[Item, Outcome | None]] = deque()
+        waiting: deque[tuple[Item, Outcome[Any] | None]] = deque()
         failure: Exception | None = None
         iterator = iter(items)
         while True:
@@ -114,11 +89,11 @@ class WorkerPool:
         if failure is not None:
             raise failure
 
-    def submit(self, task: Task) -> Outcome:
+    def submit(self, task: Task) -> Outcome[Any]:
         """Starts a task as soon as a process is free."""
         if not self._threads and self._rows is None:
             self._start()
-        outcome = Outcome()
+        outcome: Outcome[Any] = Outcome()
         if self._threads:
             self._tasks.put((task, outcome))
             return outcome
@@ -191,10 +166,10 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
-def _is_done(outcome: Outcome | None) -> bool:
+def _is_done(outcome: Outcome[Any] | None) -> bool:
     return outcome is None or outcome.is_done()
 
 
-def _take(waiting: deque[tuple[Item, Outcome | None]]) -> tuple[Item, Any]:
+def _take(waiting: deque[tuple[Item, Outcome[Any] | None]]) -> tuple[Item, Any]:
     item, outcome = waiting.popleft()
     return item, None if outcome is None else outcome.take()

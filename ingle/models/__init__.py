@@ -20,9 +20,12 @@ from ingle.models.forward.prompt_sharing import why_prompts_repeat
 from ingle.models.forward.rewards import forward_reward
 from ingle.models.forward.routers import Routers, find_routers
 from ingle.models.forward.task_heads import forward_task
-from ingle.models.forward.verification import verify
+from ingle.models.forward.verification import keys_of, verify, verify_virtual_tokens
+from ingle.models.forward.virtual_tokens import virtual_length
 from ingle.models.generation.batches import first_token
 from ingle.models.generation.decoding import generate, stream
+from ingle.models.generation.rollout import Request, Rollout, Sampler, Sampling, noise_keys
+from ingle.models.generation.sampler import make_sampler
 from ingle.models.generation.stop_criteria import Generation, end_token_ids
 from ingle.models.interop.imatrix_names import gguf_names, importance_by_tensor, load_importance, save_importance
 from ingle.models.interop.saving import save_pretrained, save_setup, save_sharded
@@ -53,7 +56,11 @@ __all__ = [
     "ModelKind",
     "ModelTask",
     "QuantizedCache",
+    "Request",
+    "Rollout",
     "Routers",
+    "Sampler",
+    "Sampling",
     "can_recompute",
     "choose_formats",
     "choose_padding",
@@ -76,6 +83,7 @@ __all__ = [
     "head",
     "importance_by_tensor",
     "keep_stored_labels",
+    "keys_of",
     "kind_of",
     "layer_uses",
     "layout_note",
@@ -83,8 +91,10 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_weights",
+    "make_sampler",
     "meta_model",
     "model_task",
+    "noise_keys",
     "num_tokens",
     "read_modules",
     "reader_class",
@@ -109,5 +119,7 @@ __all__ = [
     "trained_objective",
     "unscaled_limit",
     "verify",
+    "verify_virtual_tokens",
+    "virtual_length",
     "why_prompts_repeat",
 ]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ingle.errors import ModelError
 from ingle.models.forward.rotary_by_length import rope_sections
+from ingle.models.forward.virtual_tokens import virtual_length
 from ingle.models.text_part import text_config
 from ingle.quant import QuantEmbedding
 
@@ -21,14 +22,16 @@ _SHORT = "original_max_position_embeddings"
 def text_limit(model: PreTrainedModel) -> int | None:
     """Returns the maximum number of tokens of a text; None if the config does not name one.
 
-    ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``.
+    ``dynamic`` positions stretch to ``factor`` times ``max_position_embeddings``. The virtual tokens of an adapter take
+    the first positions.
     """
     config = text_config(model.config)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
     dynamic = [section for section in rope_sections(config) if section.get("rope_type") == "dynamic"]
-    return int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
+    stretched = int(limit * max([1.0, *(float(section.get("factor") or 1.0) for section in dynamic)]))
+    return max(1, stretched - virtual_length(model))
 
 
 def unscaled_limit(model: PreTrainedModel) -> int | None:
@@ -38,7 +41,7 @@ def unscaled_limit(model: PreTrainedModel) -> int | None:
     return min(map(int, found), default=None)
 
 
-def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
+def refuse_longer(model: PreTrainedModel, longest: int, *, where: str, virtual: int = 0) -> None:
     """Refuses texts that have more tokens than the model has positions.
 
     Rotary positions have no limit. Learned positions, and masks that an architecture stores, are tables of fixed size.
@@ -47,18 +50,20 @@ def refuse_longer(model: PreTrainedModel, longest: int, *, where: str) -> None:
         model: May be on the meta device.
         longest: Tokens of the longest text.
         where: The option that determines the length of texts.
+        virtual: Number of virtual tokens that an adapter will put before every text.
 
     Raises:
         ModelError: There are too few positions.
     """
     table = _find_position_table(model)
-    if table is not None and longest > table[1]:
+    if table is not None and longest + virtual > table[1]:
         name, limit = table
+        added = f" and {virtual:,} virtual ones before them" if virtual else ""
         raise ModelError(
-            f"A text has {longest:,} tokens, but {type(model).__name__} has only {limit:,} positions.",
+            f"A text has {longest:,} tokens{added}, but {type(model).__name__} has only {limit:,} positions.",
             where=where,
             why=f"its table {name} has no more entries",
-            fix=f"--data.max_seq_len={limit}",
+            fix=f"--data.max_seq_len={limit - virtual}" if limit > virtual else "--adapter.num_virtual_tokens=8",
         )
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle import adapters
-from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers
+from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
 from ingle.config.run import Run
-from ingle.data import HeldOut, Sequences, SequenceSampler, TokenDataset
+from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
 from ingle.errors import ConfigError
-from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond
-from ingle.models.forward.layout import layout_of
+from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond, why_prompts_repeat
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
 from ingle.objectives.driver import DocumentLoss, PackedObjective
@@ -28,6 +27,7 @@ from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reward import RewardLoss
+from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
 from ingle.objectives.tag import TagLoss
@@ -52,7 +52,9 @@ __all__ = [
     "Term",
     "build",
     "corruption",
+    "insert_roles",
     "make_corruption",
+    "settle_sharing",
 ]
 
 
@@ -69,6 +71,8 @@ class Context:
         micro_batch_size: Sequences per forward pass.
         mesh: The ranks that share a step, and the device of the batches.
         held_out: Documents for validation; None without.
+        num_steps: Steps of the run.
+        shards: Whether forward passes are collective, since ranks have parts of the weights.
     """
 
     model: Model
@@ -79,6 +83,8 @@ class Context:
     micro_batch_size: int
     mesh: Mesh
     held_out: HeldOut | None = None
+    num_steps: int = 1
+    shards: bool = False
 
 
 def build(run: Run, context: Context) -> Objective:
@@ -89,6 +95,23 @@ def build(run: Run, context: Context) -> Objective:
         ModelError: The model does not say which token begins a target.
     """
     module = _loss(run, context)
+    if samples_answers(run.objective.kind):
+        assert isinstance(context.dataset, PromptSet)
+        return sampled_objective(
+            run,
+            module,
+            prompts=context.dataset,
+            sequences=context.sequences,
+            tokenizer=context.tokenizer,
+            initial=partial(adapters.use, context.model, "initial"),
+            models={},
+            held_out=context.held_out,
+            num_steps=context.num_steps,
+            global_batch_size=context.global_batch_size,
+            micro_batch_size=context.micro_batch_size,
+            shards=context.shards,
+            mesh=context.mesh,
+        )
     sampler = SequenceSampler(context.sequences, run.seed, run.data.shuffle)
     options: dict[str, Any] = {
         "corrupt": corruption(run, context),
@@ -98,7 +121,7 @@ def build(run: Run, context: Context) -> Objective:
         "mesh": context.mesh,
         "held_out": context.held_out,
     }
-    initial = partial(adapters.disabled, context.model)
+    initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
             return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
@@ -139,6 +162,8 @@ def _loss(run: Run, context: Context) -> StepModule:
             return balanced(JudgedLoss(model, run.objective, weights), *choose_routers(run, model))
         case Reward():
             return RewardLoss(model, run.objective)
+    if samples_answers(run.objective.kind):
+        return sampled_loss(run, model, context.mesh)
     match run.objective.kind:
         case "clm" | "sft":
             return balanced(NextTokenLoss(model), *choose_routers(run, model))
@@ -178,16 +203,18 @@ def corruption(run: Run, context: Context) -> Corruption | None:
 
 
 def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
-    """Returns what joins sources with their targets, and shares the prompts of rows.
+    """Returns what joins sources with their targets, and shares the prompts of rows; see :func:`settle_sharing`.
 
     Raises:
         ConfigError: Prompts are to be shared in a model that reads them together with their answers.
     """
     joining = Joining(target_of(model)) if reads_sources(config, model) else None
+    if FAMILY[config.kind] == "judged":  # each answer is a row
+        return joining
     can_share = joining is not None or kind_of(model.config) == "causal"
     shares = getattr(config, "share_prompts", False)
     if shares == "auto":
-        shares = can_share and (joining is not None or layout_of(model).computes_trees)
+        shares = can_share
     if shares and not can_share:
         raise ConfigError(
             f"{type(model).__name__} reads each answer together with its prompt, which cannot be shared.",
@@ -195,6 +222,27 @@ def _answers(config: ObjectiveConfig, model: Model) -> Corruption | None:
             fix="--objective.share_prompts=auto",
         )
     return Sharing(joining) if shares else joining
+
+
+def settle_sharing(objective: Objective, config: ObjectiveConfig, model: Model) -> str | None:
+    """Repeats prompts that a model, as its weights show, computes otherwise if they are shared.
+
+    All ranks call it together, inside :func:`ingle.parallel.call_outside_step`.
+
+    Returns:
+        A sentence with the reason; None if prompts stay as they are.
+
+    Raises:
+        ConfigError: ``share_prompts`` is true, and the model does not share them.
+    """
+    sharing = objective.corrupt if isinstance(objective, PackedObjective) else None
+    if not isinstance(sharing, Sharing) or (reason := why_prompts_repeat(model)) is None:
+        return None
+    message = f"Prompts are computed again for each answer: {reason}."
+    if getattr(config, "share_prompts", "auto") is True:
+        raise ConfigError(message, where="objective.share_prompts", fix="--objective.share_prompts=auto")
+    sharing.is_on = False
+    return message
 
 
 def make_corruption(

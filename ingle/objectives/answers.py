@@ -79,12 +79,19 @@ class Statistics(NamedTuple):
 
 def answer_statistics(model: Model, batch: Batch, targets_N: Tensor) -> Statistics:
     """Returns the log-probability of each target, and what the distribution looks like."""
-    logps_N, *others = through_head(model, _describe, forward_hidden(model, batch)[0], targets_N)
+    logps_N, *others = through_head(model, describe_targets, forward_hidden(model, batch)[0], targets_N)
     return Statistics(logps_N, *(other.detach() for other in others))
 
 
-def _describe(output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-    """Returns :class:`Statistics` as one tensor, [3, N]."""
+def describe_targets(output: Head, hidden_NH: Tensor, targets_N: Tensor, *, with_entropies: bool = False) -> Tensor:
+    """Returns :class:`Statistics` as one tensor, [3, N].
+
+    Args:
+        output: The output layer.
+        hidden_NH: Last hidden states.
+        targets_N: Token ids.
+        with_entropies: Whether gradients flow through the entropies, too.
+    """
     found = token_statistics(
         hidden_NH,
         output.weight,
@@ -92,6 +99,7 @@ def _describe(output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
         bias=output.bias,
         logit_scale=output.logit_scale,
         softcap=output.softcap,
+        with_entropies=with_entropies,
     )
     return torch.stack(found)
 

@@ -65,6 +65,9 @@ class PackedObjective(Objective):
         micro_batch_size: Sequences per forward pass.
         mesh: The ranks that share a step, and the device of the batches.
         held_out: Documents for validation.
+
+    Attributes:
+        corrupt: As given.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class PackedObjective(Objective):
         self.module = module
         self._dataset = dataset
         self._sampler = sampler
-        self._corrupt = corrupt
+        self.corrupt = corrupt
         self._documents_per_sample = documents_per_sample
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
@@ -129,7 +132,7 @@ class PackedObjective(Objective):
     def _samples(self, dataset: TokenDataset, parts: Sequence[_Part]) -> Sequence[Sample]:
         places = [Place(part.epoch, int(document)) for part in parts for document in part.documents]
         samples = [dataset.sample(place.document) for place in places]
-        return samples if self._corrupt is None else self._corrupt(samples, places)
+        return samples if self.corrupt is None else self.corrupt(samples, places)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter of the sampler, from which everything random follows."""

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from ingle.adapters import BaseIdentity
 from ingle.data.batch import Batch
 from ingle.data.packing import Indices
 from ingle.events import Sink
@@ -100,6 +102,25 @@ class StepModule(nn.Module, ABC):
         """Returns the denominators of the terms and of the measures, counted in one micro-batch.
 
         The loop adds them over the whole step and all ranks. ``tokens``, the number of tokens, is always among them.
+        """
+
+    def lr_ratio(self, name: str) -> float:
+        """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
+        return 1.0
+
+    def load_parts(self, identity: BaseIdentity | None) -> None:
+        """Loads what is read besides the model; called once, when the weights of the model are loaded.
+
+        Args:
+            identity: The base of the model's adapter; None without an adapter.
+        """
+
+    def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
+        """Saves what is trained besides the model's adapter; all ranks call it together.
+
+        Args:
+            folder: The folder of the run.
+            record: Options of :func:`ingle.adapters.save_role`.
         """
 
     def forward(self, batch: Batch) -> Sums:
@@ -242,6 +263,25 @@ class Objective(ABC):
         All ranks get equally many. With each micro-batch come the numbers of its documents in their dataset.
         """
 
+    @property
+    def row_measures(self) -> Sequence[str]:
+        """Names of further figures of a validation."""
+        return self.module.row_measures
+
+    def measure_held_out(self, must_stop: Callable[[], bool]) -> Iterator[tuple[Indices, Tensor] | None] | None:
+        """Measures held-out documents in another way than by the loss of :meth:`held_out_batches`.
+
+        All ranks call it together, without gradients.
+
+        Args:
+            must_stop: Whether this rank was asked to stop.
+
+        Returns:
+            Numbers of this rank's documents with their figures as :meth:`StepModule.per_document` returns them, or None
+            where a rank was asked to stop; None instead of all that if there is no other way.
+        """
+        return None
+
     def start_checks(self, parts: Sequence[Batch]) -> Sequence[Check]:
         """Returns further checks that must hold before the first step.
 
@@ -264,6 +304,9 @@ class Objective(ABC):
 
     def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:  # noqa: B027 - optional
         """Learns from the sums and counts of a step whose update was made; they are equal on all ranks."""
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Ends the processes that the objective has started; it starts them again when it needs them."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

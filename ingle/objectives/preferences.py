@@ -32,15 +32,19 @@ class Sharing:
 
     Args:
         before: What turns documents into samples; None leaves them as they are.
+
+    Attributes:
+        is_on: Whether prompts are shared; otherwise they are repeated.
     """
 
     def __init__(self, before: Corruption | None = None) -> None:
         self._before = before
+        self.is_on = True
 
     def __call__(self, samples: Sequence[Sample], places: Sequence[Place]) -> Sequence[Sample]:
         """Returns the samples, as trees where the answers of a row have a prompt in common."""
         joined = samples if self._before is None else self._before(samples, places)
-        return share(joined) if joined and "group_ids" in joined[0].columns else joined
+        return share(joined) if self.is_on and joined and "group_ids" in joined[0].columns else joined
 
 
 class PreferenceObjective(PackedObjective):
@@ -132,7 +136,7 @@ class JudgedObjective(PreferenceObjective):
             self._mismatches[is_held_out] = Mismatches(dataset, sequences, self._seed, self._documents_per_sample)
         places = [Place(part.epoch, int(document)) for part in parts for document in part.documents]
         samples = list(self._mismatches[is_held_out].samples(place.document for place in places))
-        made = samples if self._corrupt is None else self._corrupt(samples, places)
+        made = samples if self.corrupt is None else self.corrupt(samples, places)
         return round_up(collate(made)).to(self._mesh.device)
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:

@@ -6,7 +6,7 @@ otherwise.
 
 It is a product of two means, so it is no sum over documents. Like transformers, Ingle computes it for each
 micro-batch; a step takes the mean over its micro-batches, weighted by their tokens. It is never part of the loss of a
-document.
+document. A token of a prompt that several answers share counts once for each of them, as if it were repeated.
 
 Source: Fedus et al. 2021, "Switch Transformers" (arXiv 2101.03961), equations 4 to 6; transformers'
 ``load_balancing_loss_func``.
@@ -88,18 +88,22 @@ class Balanced(StepModule):
     @property
     def terms(self) -> Sequence[Term]:
         """The terms of the objective, and that of the routers."""
-        return (*self.inner.terms, Term("router_loss", "tokens", self._weight))
+        return (*self.inner.terms, Term("router_loss", "routed_tokens", self._weight))
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """Returns the counts of the objective."""
-        return self.inner.counts(batch)
+        """Returns the counts of the objective, and the tokens with shared prompts repeated."""
+        return {**self.inner.counts(batch), "routed_tokens": float(_weights(batch).sum())}
 
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums of the objective, and the load-balancing loss times the number of tokens."""
         with self._routers.recorded() as logits:
             sums = self.inner.compute(batch)
-        balance = balance_loss(logits, self._routers.top_k, batch.num_tokens)
-        return replace(sums, losses={**sums.losses, "router_loss": balance * batch.num_tokens})
+        weights_N = _weights(batch)
+        if batch.parents() is not None and len(logits[0]) != batch.input_ids.shape[1]:
+            # The model itself repeats prompts that it cannot share.
+            weights_N = weights_N.new_ones(int(weights_N.sum()))
+        balance = balance_loss(logits, self._routers.top_k, weights_N)
+        return replace(sums, losses={**sums.losses, "router_loss": balance * weights_N.sum()})
 
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the figures of the objective: the load of routers is never part of the loss of a document."""
@@ -114,17 +118,28 @@ class Balanced(StepModule):
         return self.inner.start_sums(batch)
 
 
-def balance_loss(logits: Sequence[Tensor], top_k: int, num_tokens: int) -> Tensor:
+def balance_loss(logits: Sequence[Tensor], top_k: int, weights_N: Tensor) -> Tensor:
     """Returns the load-balancing loss of one micro-batch, a float32 scalar.
 
     Args:
         logits: Of each router, ``[N, E]``.
         top_k: Experts per token.
-        num_tokens: Tokens at the start of each tensor that count; the rest is padding.
+        weights_N: How often each token counts, int64; tokens behind them are padding.
     """
     # A micro-batch without tokens, which keeps ranks in step, gets weight 0 but must not be NaN.
-    shares = torch.cat([each[: max(1, num_tokens)].float() for each in logits]).softmax(-1)
+    num_tokens = max(1, len(weights_N))
+    shares = torch.cat([each[:num_tokens].float() for each in logits]).softmax(-1)
     num_experts = shares.shape[-1]
-    chosen = shares.topk(top_k, dim=-1).indices.flatten()
-    used = torch.bincount(chosen, minlength=num_experts) / len(shares)
-    return num_experts * (used * shares.mean(0)).sum()
+    chosen = shares.topk(top_k, dim=-1).indices
+    if not bool((weights_N > 1).any()):
+        used = torch.bincount(chosen.flatten(), minlength=num_experts) / len(shares)
+        return num_experts * (used * shares.mean(0)).sum()
+    weights = weights_N.repeat(len(logits)).float()
+    total = weights.sum()
+    used = torch.bincount(chosen.flatten(), weights.repeat_interleave(top_k), minlength=num_experts) / total
+    return num_experts * (used * (shares * weights[:, None]).sum(0) / total).sum()
+
+
+def _weights(batch: Batch) -> Tensor:
+    """Returns how many answers read each token, int64 [N] without padding."""
+    return batch.multiplicity()[: batch.num_tokens]

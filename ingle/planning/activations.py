@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ingle.config.adapter import LowRankAdapter, QaLoraAdapter
-from ingle.config.base import HqqBase
 from ingle.config.run import Run
+from ingle.planning.adapter_cost import group_size, kept_features
 from ingle.planning.shape import LayerShape, LinearShape, ModelShape
+from ingle.planning.virtual_tokens import num_added_keys
 
 #: Outputs that an activation function saves for its backward pass, by the name in ``config.json``; others save one.
 #: ``gelu_new`` is written out in eight operators, four of which save a tensor.
@@ -140,6 +140,9 @@ class Tapes:
         else:
             backward = b * (3 * queries + 2 * keys) + 8 * keys
         tape.append(Operation(saved, rotated + b * hidden, backward + b * hidden))
+        if added := num_added_keys(self.run):  # queries, scores, weights and results, in float32
+            scores = 4 * layer.num_heads * added
+            tape.append(Operation(4 * 2 * queries + 2 * scores + 4 * 4 * layer.num_heads, 2 * scores, 2 * scores))
         tape.append(self._linears(outputs, queries, saves_input=False))
         return tape
 
@@ -187,7 +190,7 @@ class Tapes:
         adapted = [lin for lin in linears if lin.adapted]
         keeps = saves_input and (self.trains_all or bool(adapted))
         kept = self._pooled(width) if adapted and not self.trains_all else width
-        saved = b * kept * keeps + b * self._rank() * len(adapted)
+        saved = b * kept * keeps + b * sum(kept_features(self.run, lin) for lin in adapted)
         outputs = b * sum(lin.out_features for lin in linears)
         inputs = b * width * min(2, max(1, len(linears)))
         hidden = b * self.shape.hidden_size  # the gradient of the residual stream
@@ -199,23 +202,23 @@ class Tapes:
         b, hidden = self.dtype_bytes, self.shape.hidden_size
         queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         inner = max((lin.in_features for lin in layer.linears if _leaf(lin) == "down_proj"), default=hidden)
-        rank = b * self._rank()
-        attended = sum(bool(lin.adapted) for lin in layer.linears if _in_attention(lin))
-        fed = sum(bool(lin.adapted) for lin in layer.linears if not _in_attention(lin))
+        adapted = [lin for lin in layer.linears if lin.adapted]
+        attended = b * sum(kept_features(self.run, lin) for lin in adapted if _in_attention(lin))
+        fed = b * sum(kept_features(self.run, lin) for lin in adapted if not _in_attention(lin))
         normed = b * (queries + keys) + 4 * (layer.num_heads + layer.num_kv_heads) if layer.head_norms else 0
         if self.on_gpu:
             backward = b * (2 * queries + 2 * keys + hidden) + 4 * queries
         else:
             backward = b * (4 * queries + 2 * keys + 3 * hidden) + 8 * keys
         attention = Operation(
-            saved=b * (hidden + 2 * queries + 2 * keys) + 4 + 4 * layer.num_heads + rank * attended + normed,
+            saved=b * (hidden + 2 * queries + 2 * keys) + 4 + 4 * layer.num_heads + attended + normed,
             forward=b * (2 * hidden + 2 * queries + 2 * keys),
-            backward=backward + rank * attended,
+            backward=backward + attended,
         )
         mlp = Operation(
-            saved=b * (hidden + 2 * inner) + 4 + rank * fed,
+            saved=b * (hidden + 2 * inner) + 4 + fed,
             forward=b * (inner + 2 * hidden),
-            backward=b * max(inner + hidden, 3 * hidden) + rank * fed,
+            backward=b * max(inner + hidden, 3 * hidden) + fed,
         )
         return [attention, mlp]
 
@@ -223,16 +226,9 @@ class Tapes:
         own = any(lin.bits_per_weight not in (None, 8 * self.dtype_bytes) for lin in linears)
         return own or self.run.base.format != "none"
 
-    def _rank(self) -> int:
-        adapter = self.run.adapter
-        return adapter.largest_rank * (1 + adapter.subtracts) if isinstance(adapter, LowRankAdapter) else 0
-
     def _pooled(self, width: float) -> float:
         """Returns the saved features of an adapter's input: QA-LoRA saves sums over groups."""
-        if not isinstance(self.run.adapter, QaLoraAdapter):
-            return width
-        base = self.run.base
-        return width / (base.group_size if isinstance(base, HqqBase) else 32)
+        return width / group_size(self.run)
 
 
 def _leaf(linear: LinearShape) -> str:

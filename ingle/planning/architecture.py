@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from ingle.config.adapter import AdapterConfig, NoAdapter
+from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.errors import AdapterError, ModelError
 from ingle.planning.families import FAMILIES, FUSED, Block, Settings, decoder_block
 from ingle.planning.selection import is_inside, matches, unread_by_peft
@@ -96,6 +97,7 @@ class Architecture:
         """Returns the linear layers with an adapter, and the modules trained in full."""
         if isinstance(adapter, NoAdapter):
             return set(), [""]
+        assert isinstance(adapter, LowRankAdapter), "other adapters are counted by building them"
         paths = [*modules, *self.ends, *(f"{block.path}.{name}" for block in self.blocks for name in block.others)]
         prefixes = {".".join(path.split(".")[:depth]) for path in paths for depth in range(1, path.count(".") + 2)}
         if self.head is not None:
@@ -106,6 +108,8 @@ class Architecture:
             else []
         )
         linears = {path for path, lin in modules.items() if ".experts." not in path}
+        if isinstance(adapter, PrefixAdapter | PromptAdapter):
+            return set(), saved
         if adapter.target_modules == "all-linear":
             unread = partial(
                 unread_by_peft,

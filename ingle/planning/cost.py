@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.objective import Mlm
 from ingle.config.run import Run
 from ingle.planning.devices import Device
 from ingle.planning.memory import trainable_parameters
 from ingle.planning.shape import DataShape, LayerShape, ModelShape
 from ingle.planning.strategy import Strategy
+from ingle.planning.virtual_tokens import num_added_keys, with_virtual_tokens
 
 #: Share of the peak operations that a training step reaches with large micro-batches, by class of device: calibrated
 #: with published runs (fsdp_qlora on 3090, 4090 and A100; torchtune on 4090; torchtitan on H100). Faster tensor units
@@ -73,7 +75,10 @@ def flops_per_token(run: Run, model: ModelShape, *, recompute: bool, context: fl
     inner = sum(lin.num_weights * lin.active for lin in model.linears)
     head = model.hidden_size * model.vocab_size * predicted_share(run)
     passes = (6 if is_full else 4) + (2 if recompute else 0)
-    adapters = 0 if is_full else (6 + (2 if recompute else 0)) * trainable_parameters(run, model)
+    is_virtual = isinstance(run.adapter, PrefixAdapter | PromptAdapter)  # computed once for all tokens
+    trained = model.saved_parameters if is_virtual else trainable_parameters(run, model)
+    adapters = 0 if is_full else (6 + (2 if recompute else 0)) * trained
+    context += num_added_keys(run)
     scores = sum(layer.count * layer.uses * _pairs(layer, context) for layer in model.layers)
     return float(passes * inner + (6 if is_full else 4) * head + adapters + (3 + recompute) * scores)
 
@@ -125,6 +130,7 @@ class Work:
     @classmethod
     def of(cls, run: Run, model: ModelShape, data: DataShape, dtype_bytes: int) -> Work:
         """Counts the work of a run."""
+        data = with_virtual_tokens(run, data)
         decoded = stored = plain = 0.0
         for lin in model.linears:
             bits = lin.bits_per_weight or run.base.bits_per_weight(lin.in_features, dtype_bits=8 * dtype_bytes)

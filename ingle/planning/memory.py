@@ -6,18 +6,19 @@ through (:mod:`ingle.planning.step_memory`), with what each operation saves (:mo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
-from ingle.config.base import HqqBase, base_section
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
+from ingle.config.base import base_section
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
+from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, parameters_of
 from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
 from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
+from ingle.planning.virtual_tokens import num_added_keys, virtual_parameters, with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
 _CONTEXT_BYTES = 512 << 20
@@ -103,6 +104,9 @@ def per_device(
         on_gpu: Whether the device is a GPU.
         compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
+    if num_added_keys(run):
+        shape = replace(shape, fused=False)
+    data = with_virtual_tokens(run, data)
     return DeviceMemory(run, shape, data, strategy, dtype_bytes, on_gpu, compiles_kernels).parts()
 
 
@@ -189,7 +193,7 @@ class DeviceMemory:
     def step(self) -> Step:
         """Returns the last micro-batch of a step."""
         run, shape, strategy = self.run, self.shape, self.strategy
-        fused = shape.fused and not self._full
+        fused = shape.fused and allows_fused(run)
         tapes = Tapes(run, shape, self.dtype_bytes, fused, self.on_gpu)
         tokens = strategy.micro_batch_size * self.data.longest
         trained = 4.0 * active_parameters(run, shape, trainable_parameters(run, shape))
@@ -235,7 +239,7 @@ class DeviceMemory:
     def _unit(self, tapes: Tapes, layer: LayerShape, tokens: int) -> Unit:
         tape = tuple(tapes.layer(layer, tokens))
         strategy, b = self.strategy, self.dtype_bytes
-        trained = layer.num_parameters if self._full else _adapter_parameters(self.run, layer.linears)
+        trained = layer.num_parameters if self._full else parameters_in_layer(self.run, self.shape, layer)
         largest = max((lin.num_weights for lin in layer.linears), default=0) if self._full else 0
         computed = b if self._full else 4  # adapters are float32
         gathered = 0.0
@@ -294,22 +298,9 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
-    return model.saved_parameters + _adapter_parameters(run, model.linears)
-
-
-def _adapter_parameters(run: Run, linears: Iterable[LinearShape]) -> int:
-    assert run.adapter.kind != "none"
-    size = _group_size(run)
-    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in linears)
-    return run.adapter.largest_rank * columns
-
-
-def _group_size(run: Run) -> int:
-    """Returns how many inputs share a column of A."""
-    if not isinstance(run.adapter, QaLoraAdapter):
-        return 1
-    base = run.base
-    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF formats with an offset
+    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
+        return model.saved_parameters + virtual_parameters(run.adapter, model)
+    return model.saved_parameters + parameters_of(run, model)
 
 
 def _merged_bytes(run: Run, model: ModelShape) -> int:

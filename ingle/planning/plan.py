@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ingle.config.policy import Sampled
+from ingle.config.policy_rules import rows_per_iteration, steps_per_iteration
 from ingle.config.run import Run
 from ingle.errors import ConfigError, DoesNotFit
 from ingle.planning.cost import flops_per_token
@@ -179,9 +181,13 @@ def count_steps(run: Run, data: DataShape) -> int:
     Raises:
         ConfigError: There are more than a run can make.
     """
-    num_steps = run.train.num_steps or math.ceil(
-        run.train.num_epochs * data.num_sequences / run.train.global_batch_size
-    )
+    per_step: float = run.train.global_batch_size
+    rounded = 1
+    if isinstance(run.objective, Sampled):  # whole iterations, each of which makes several passes over its answers
+        rounded = steps_per_iteration(run)
+        per_step = rows_per_iteration(run.objective) / rounded
+    wanted = run.train.num_epochs * data.num_sequences / (per_step * rounded)
+    num_steps = run.train.num_steps or math.ceil(wanted) * rounded
     if num_steps > _MOST_STEPS:
         raise ConfigError(
             f"The run would make {num_steps:.3g} steps, which is too many.",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ingle.config.adapter import LoraAdapter, LowRankAdapter
+from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
 from ingle.config.run import Run
 from ingle.planning.search import Option, Problem, choose, search
@@ -126,6 +127,9 @@ def changes(problem: Problem) -> Iterator[tuple[str, Problem]]:
         while rank >= _LEAST_RANK:
             yield f"--adapter.rank={rank}", with_run(adapter=run.adapter.model_copy(update={"rank": rank}))
             rank //= 2
+    if isinstance(run.adapter, PrefixAdapter | PromptAdapter) and (number := run.adapter.num_virtual_tokens // 2):
+        fewer = run.adapter.model_copy(update={"num_virtual_tokens": number})
+        yield f"--adapter.num_virtual_tokens={number}", with_run(adapter=fewer)
     length = data.longest // 2
     while length >= _LEAST_LENGTH:
         shorter = replace(data, longest=length, longest_document=min(data.longest_document, length))

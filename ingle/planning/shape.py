@@ -104,6 +104,7 @@ class ModelShape:
         final_parameters: Everything else outside of the layers: the last norm, projections, biases.
         outer_linears: Linear layers outside of the layers, except the output head, which may be quantized and adapted.
         saved_parameters: Parameters trained in full in addition to an adapter (embeddings, the head).
+        adapter_parameters: Trained parameters of the adapter; None for low-rank ones, which follow from the rank.
         tied: Whether the head shares the weights of the embedding.
         model_type: As in ``config.json``.
         kind: What the model is.
@@ -121,6 +122,7 @@ class ModelShape:
     final_parameters: int = 0
     outer_linears: tuple[LinearShape, ...] = ()
     saved_parameters: int = 0
+    adapter_parameters: int | None = None
     tied: bool = False
     model_type: str = ""
     kind: Literal["causal", "encoder", "encoder_decoder"] = "causal"

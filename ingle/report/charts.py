@@ -153,6 +153,7 @@ def loss_curve(
     unit: str = "nats per supervised token",
     validation: Floats | None = None,
     kept_step: int | None = None,
+    name: str = "loss",
 ) -> str:
     """Draws the loss of each step (faint) and its moving mean (strong), with the learning rate below.
 
@@ -165,16 +166,18 @@ def loss_curve(
         unit: What the loss is measured in.
         validation: Steps and losses of validations, [V, 2]; None without.
         kept_step: The validated step whose weights were kept, which gets a ring.
+        name: What is drawn in the place of the loss.
     """
     floor = height - 28.0
     means = smooth(losses, smoothing_span(len(losses)))
     points = np.zeros((0, 2)) if validation is None else validation
     shown = np.concatenate([losses, points[:, 1]])
     span = float(shown.max() - shown.min()) or max(abs(float(shown[0])), 1.0) * 0.1
-    y = _Scale(max(0.0, shown.min() - 0.06 * span), shown.max() + 0.04 * span, floor, 26.0)
+    low = shown.min() - 0.06 * span
+    y = _Scale(max(0.0, low) if shown.min() >= 0 else low, shown.max() + 0.04 * span, floor, 26.0)
     first, last = float(min([steps[0], *points[:, 0]])), float(max([steps[-1], *points[:, 0]]))
     x = _Scale(first, last if last > first else first + 1.0, 54.0, width - 14.0)
-    parts = [*_y_axis(y, x, f"loss ({unit})", 5)]
+    parts = [*_y_axis(y, x, f"{name} ({unit})", 5)]
     if len(steps) > 1:
         parts += [_path("raw", steps, losses, x, y), _path("mean", steps, means, x, y)]
     else:
@@ -192,7 +195,9 @@ def loss_curve(
     ticks = [tick for tick in x.ticks(max(3, width // 130)) if float(tick[0]).is_integer()]
     parts += [_line("zero", x.start, x.end, floor, floor), *_x_axis(x, floor, "step", ticks)]
     parts += _hits(steps, losses, means, x, y, floor)
-    label = f"Loss over steps {first:,.0f} to {last:,.0f}, from {losses[0]:.3f} to a mean of {means[-1]:.3f}"
+    label = (
+        f"{name.capitalize()} over steps {first:,.0f} to {last:,.0f}, from {losses[0]:.3f} to a mean of {means[-1]:.3f}"
+    )
     return _svg(width, floor + 42, label, parts)
 
 

@@ -174,6 +174,7 @@ class Preview:
         label: Its label; empty if it has none.
         target: What the decoder predicts.
         token_types: Types of consecutive tokens, and their number; empty if the model has no token types.
+        columns: What rewards get in addition to a prompt, by name, as JSON.
     """
 
     origin: str
@@ -183,6 +184,7 @@ class Preview:
     label: str = ""
     target: tuple[Stretch, ...] = ()
     token_types: tuple[tuple[int, int], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,14 @@ class Packing:
     sequences: int
     max_seq_len: int
     efficiency: float
+
+
+@dataclass(frozen=True, slots=True)
+class RewardColumn:
+    """A column that rewards get in addition to prompts and answers; ``count`` prompts have a value in it."""
+
+    name: str
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +293,7 @@ class DataReport:
         answered: Documents that contain the answer to their question; None for other objectives.
         targets: Lengths of targets; None for other objectives.
         preferences: Of objectives that learn from preferences or judgements; None for others.
+        columns: What rewards get in addition to prompts and answers, where answers are sampled.
     """
 
     objective: ObjectiveKind
@@ -298,6 +309,7 @@ class DataReport:
     answered: int | None = None
     targets: Lengths | None = None
     preferences: PreferenceReport | None = None
+    columns: tuple[RewardColumn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

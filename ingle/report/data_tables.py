@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ingle.config.objective import ObjectiveKind
+from ingle.config.objective import ObjectiveKind, samples_answers
 from ingle.report.data_results import (
     DataReport,
     DataStats,
@@ -65,7 +65,7 @@ def render_report(report: DataReport, console: Console) -> None:
     console.print(_draw_sources(report.stats, _SUPERVISED.get(report.objective)))
     if report.labels:
         console.print(_draw_labels(report))
-    name = "document" if report.targets is None else "source"
+    name = "prompt" if samples_answers(report.objective) else "document" if report.targets is None else "source"
     console.print(_draw_lengths(f"Tokens of a {name}", report.lengths, console))
     if report.targets is not None:
         console.print(_draw_lengths("Tokens of a target", report.targets, console))
@@ -183,7 +183,12 @@ def _draw_preview(preview: Preview, objective: ObjectiveKind, console: Console) 
     title = f"{preview.origin}  {plural(preview.num_tokens, 'token')}"
     if len(preview.token_types) > 1:
         title += f" (types {', '.join(f'{kind} x {count:,}' for kind, count in preview.token_types)})"
-    if preview.label:
+    if samples_answers(objective):
+        legend = ""
+        for name, value in preview.columns:
+            body.append(f"\n{name}: ", style="bold")
+            body.append(value[:_MAX_MESSAGE_CHARS] + " ..." if len(value) > _MAX_MESSAGE_CHARS else value)
+    elif preview.label:
         title += f", {preview.label}" if preview.num_supervised else f", label {preview.label}"
     elif objective != "answer":
         title += f", {preview.num_supervised} {_SUPERVISED['tag'] if objective == 'tag' else 'with loss'}"
@@ -264,8 +269,12 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         ("rows", rows + split),
         ("tokens", f"{stats.tokens:,}{share}"),
         ("truncation", cut),
-        ("packing" if packing.enabled else "no packing", sequences),
     ]
+    if samples_answers(report.objective):
+        found = (f"{each.name} ({plural(each.count, 'prompt')})" for each in report.columns)
+        figures.append(("columns for rewards", ", ".join(found) or "none"))
+    else:
+        figures.append(("packing" if packing.enabled else "no packing", sequences))
     if endings:
         figures.append(("documents end in", endings))
     if report.answered is not None:
@@ -280,7 +289,8 @@ def _figures(report: DataReport) -> list[tuple[str, str]]:
         figures += preference_figures(report.preferences)
     figures += _duplicate_figures(report.duplicates)
     other = "same text, other label" if report.objective in ("classify", "tag") else "same prompt, other answer"
-    figures.append((other, plural(report.duplicates.same_prompt, "row")))
+    if not samples_answers(report.objective):
+        figures.append((other, plural(report.duplicates.same_prompt, "row")))
     if (overlap := report.overlap) is not None:
         first, second = ("text", "label") if report.objective in ("classify", "tag") else ("prompt", "answer")
         same = f"{overlap.same_prompt:,} of {overlap.rows:,} by {first}, {overlap.same_row:,} by {first} and {second}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ingle.config.run import Run
 from ingle.report.results import RunReport
-from ingle.wording import duration, size
+from ingle.wording import duration, plural, size
 
 Fact = tuple[str, str, str]
 
@@ -46,7 +47,7 @@ def list_facts(run: Run, report: RunReport) -> list[Fact]:
         ("Objective", run.objective.kind.upper(), f"{base}{sequences} sequences"),
         *_rounding_facts(report.rounding),
         *_contamination_facts(report.contamination),
-        ("Optimizer", "AdamW", f"peak learning rate {run.optim.lr:g}, {run.optim.schedule}"),
+        ("Optimizer", "AdamW", f"peak learning rate {run.optimizer.lr:g}, {run.optim.schedule}"),
         ("Seed", str(run.seed), ""),
     ]
 
@@ -96,3 +97,20 @@ def compare_memory(report: RunReport) -> dict[str, Any] | None:
         "measured_share": 100 * measured / longest,
         "ratio": f"{measured / predicted:.0%}",
     }
+
+
+def adapter_words(adapter: Mapping[str, Any]) -> str:
+    """Returns what an adapter section trains, in a few words."""
+    names = {"lora": "LoRA", "dora": "DoRA", "qa_lora": "QA-LoRA", "ia3": "IA3", "none": "full fine-tuning"}
+    match adapter:
+        case {"kind": str(kind), "rank": int(rank)}:
+            return f"{names[kind]} rank {rank}"
+        case {"kind": "bottleneck", "style": style}:
+            return f"bottlenecks ({style})"
+        case {"kind": "bitfit", "biases": biases, "norms": norms}:
+            return " and ".join([*["biases"] * bool(biases), *["norms"] * bool(norms)])
+        case {"kind": "peft", "method": method}:
+            return f"PEFT's {method}"
+        case {"kind": kind, "num_virtual_tokens": number}:
+            return f"a {kind} of {plural(number, 'virtual token')}"
+    return names[adapter["kind"]]

@@ -19,12 +19,10 @@ from ingle.report import charts, verdicts
 from ingle.report.charts import Estimate, both_widths
 from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import MetricComparison, Pair, RunReport, SampleComparison, ValidationReport
-from ingle.report.run_details import compare_memory, list_facts
+from ingle.report.run_details import adapter_words, compare_memory, list_facts
 from ingle.report.templates import render
 from ingle.wording import plural, size
 
-#: Names of adapters, by kind.
-_ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "qa_lora": "QA-LoRA"}
 #: What the loss of each objective is measured in; that of a regression is a squared error.
 _UNITS: Mapping[ObjectiveKind, str] = {
     "clm": "nats per supervised token",
@@ -42,6 +40,10 @@ _UNITS: Mapping[ObjectiveKind, str] = {
     "simpo": "nats per pair",
     "cpo": "nats per pair",
     "bco": "nats per answer",
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce"), "units of the reward"),
+    "online_dpo": "nats per pair",
+    "raft": "nats per supervised token",
+    "distill": "nats per token",
 }
 
 #: Longer answers are shown without marks.
@@ -68,7 +70,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
         correction=verdicts.correction(len(report.metrics)),
         classes=_classes(report),
         interval_charts=_interval_charts(report.metrics),
-        loss=_loss(steps, report.validation, loss_unit(run.objective)),
+        curves=_curves(run, steps, report.validation),
         groups=_groups(report),
         facts=list_facts(run, report),
         memory=compare_memory(report),
@@ -79,10 +81,7 @@ def render_page(run: Run, report: RunReport, steps: Sequence[Mapping[str, Any]])
 
 
 def _subtitle(run: Run) -> str:
-    if run.adapter.kind == "none":
-        adapter = "full fine-tuning"
-    else:
-        adapter = f"{_ADAPTERS[run.adapter.kind]} rank {run.adapter.rank}"
+    adapter = adapter_words(run.adapter.model_dump(mode="json"))
     base = "" if run.base.format == "none" else f" on {run.base.format.upper()}"
     return f"{run.model.id} · {adapter}{base} · {', '.join(source.path for source in run.data.sources)}"
 
@@ -198,24 +197,56 @@ def loss_unit(objective: ObjectiveConfig) -> str:
     return _UNITS[objective.kind]
 
 
-def _loss(steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None, unit: str) -> dict[str, Any] | None:
-    rows = [row for row in steps if "loss" in row and math.isfinite(row["loss"])]
+#: What is drawn of a run that samples answers, if it is there: column, title and unit.
+_OF_ANSWERS = (
+    ("reward", "Reward", "of an answer"),
+    ("kl", "Divergence from the reference", "nats per answer"),
+    ("response_tokens", "Length of answers", "tokens"),
+    ("entropy", "Entropy", "nats per token"),
+)
+
+
+def _curves(run: Run, steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None) -> list[dict[str, Any]]:
+    """Returns the loss over the steps; where answers have rewards, these and what to watch next to them."""
+    if not any("reward" in row for row in steps):
+        loss = _curve(steps, validation, "loss", "Training loss", loss_unit(run.objective))
+        return [] if loss is None else [loss]
+    found = [_curve(steps, validation if key == "reward" else None, key, *names) for key, *names in _OF_ANSWERS]
+    return [curve for curve in found if curve is not None]
+
+
+def _curve(
+    steps: Sequence[Mapping[str, Any]], validation: ValidationReport | None, key: str, title: str, unit: str
+) -> dict[str, Any] | None:
+    """Returns a figure over the steps; None if no step has it."""
+    rows = [row for row in steps if key in row and math.isfinite(row[key])]
     if not rows:
         return None
-    number, losses = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("step", "loss"))
-    lrs = np.array([row["lr"] for row in rows], dtype=np.float64) if all("lr" in row for row in rows) else None
+    number, losses = (np.array([row[name] for row in rows], dtype=np.float64) for name in ("step", key))
+    has_rates = key in ("loss", "reward") and all("lr" in row for row in rows)
+    lrs = np.array([row["lr"] for row in rows], dtype=np.float64) if has_rates else None
     means = charts.smooth(losses, charts.smoothing_span(len(losses)))
-    points = None if validation is None else np.array([(point.step, point.loss) for point in validation.history])
+    sign = -1.0 if key == "reward" else 1.0  # a validation's loss is minus the reward
+    points = None if validation is None else np.array([(each.step, sign * each.loss) for each in validation.history])
     kept_step = None if validation is None else validation.kept_step
 
     def draw(width: int) -> str:
         height = 300 if width > 500 else 230
         return charts.loss_curve(
-            number, losses, lrs, width=width, height=height, unit=unit, validation=points, kept_step=kept_step
+            number,
+            losses,
+            lrs,
+            width=width,
+            height=height,
+            unit=unit,
+            validation=points,
+            kept_step=kept_step,
+            name="loss" if key == "loss" else title,
         )
 
     return {
         **both_widths(draw),
+        "title": title,
         "validation": None if validation is None else validation.verdict,
         "first": f"{losses[0]:.3f}",
         "last": f"{means[-1]:.3f}",

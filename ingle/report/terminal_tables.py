@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ingle.report.metrics import Metric, find_metric
 from ingle.report.results import Comparison, MetricComparison, MetricSummary, RunReport, SampleComparison, Summary
-from ingle.report.run_details import predicted_and_measured
+from ingle.report.run_details import adapter_words, predicted_and_measured
 from ingle.report.verdicts import correction, p_value
 from ingle.wording import count, duration, plural, size
 
@@ -56,7 +56,8 @@ def _plan_rows(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tupl
     base, adapter = run["base"]["format"], run["adapter"]
     share = plan["trainable_parameters"] / plan["num_parameters"] if plan["num_parameters"] else 0.0
     yield "model", f"{run['model']['id']}, {count(plan['num_parameters'])} parameters, base {base}"
-    how = "all weights" if adapter["kind"] == "none" else f"{adapter['kind']}, rank {adapter.get('rank')}"
+    how = f"{adapter['kind']}, rank {adapter['rank']}" if "rank" in adapter else adapter_words(adapter)
+    how = "all weights" if adapter["kind"] == "none" else how
     how += _rounding(adapter, base)
     yield "trains", f"{how}: {count(plan['trainable_parameters'])} parameters ({share:.1%} of the model)"
     yield "data", ", ".join(source["path"] for source in run["data"]["sources"])

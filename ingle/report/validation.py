@@ -59,7 +59,8 @@ def _mean_losses(steps: Sequence[Mapping[str, Any]], ends: tuple[int, int]) -> t
     width = max(1, (ends[1] - ends[0]) // 4)
     means = []
     for end in ends:
-        losses = [row["loss"] for row in steps if "loss" in row and end - width < row["step"] <= max(end, width)]
+        near = [row for row in steps if "loss" in row and end - width < row["step"] <= max(end, width)]
+        losses = [-row["reward"] if "reward" in row else row["loss"] for row in near]
         if not losses:
             return None
         means.append(fmean(losses))

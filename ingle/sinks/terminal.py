@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from ingle import events
-from ingle.events import Evaluated, Event, Failed, Finished, Proved, Saved, Started, Step, Validated, Warned
+from ingle.events import Evaluated, Event, Failed, Finished, Proved, Sampled, Saved, Started, Step, Validated, Warned
 from ingle.report.terminal_tables import audit_table, comparison_table, finish_lines, plan_table, side_by_side
 from ingle.wording import count, duration, size
 
@@ -23,6 +23,8 @@ _PLAIN_WIDTH = 120
 _WIDE = 100
 #: Share of a long stage between two lines, without a live bar.
 _PLAIN_SHARE = 0.25
+#: Characters of a sampled answer to show.
+_MAX_ANSWER = 160
 #: Shorter stages print no line.
 _PLAIN_SILENCE_S = 2.0
 
@@ -72,6 +74,8 @@ class Terminal:
                 self._print(f"Checked the start: {', '.join(map(_checked, event.checks, event.checks.values()))}")
             case Step():
                 self._step(event)
+            case Sampled():
+                self._sample(event)
             case Validated():
                 self._validate(event)
             case events.Progress():
@@ -118,6 +122,9 @@ class Terminal:
         made = event.step - self._first_step
         left = (self._clock() - self._began) / max(made, 1) * (self._num_steps - event.step)
         loss, speed = f"loss {event.loss:.4f}", f"{count(event.tokens_per_s)} tokens/s"
+        if "reward" in event.metrics:  # the loss of a policy says little
+            kl = f"  kl {event.metrics['kl']:.3g}" if "kl" in event.metrics else ""
+            loss = f"reward {event.metrics['reward']:.4f}{kl}"
         facts = f"{loss}  {speed}  lr {event.lr:.2e}"
         is_last = event.step == self._num_steps
         if self.console.is_terminal:
@@ -145,6 +152,15 @@ class Terminal:
             best = "the lowest so far" if is_best else f"lowest {event.best_loss:.4f} at step {event.best_step:,}"
             metrics = "".join(f"  {name} {value:.4g}" for name, value in event.metrics.items())
             self._print(f"Validation {event.step}/{self._num_steps}  loss {event.loss:.4f}, {best}{metrics}")
+
+    def _sample(self, event: Sampled) -> None:
+        """Shows the first of the sampled answers, as often as steps."""
+        due = event.iteration == 0 or event.step % self._log_every == 0
+        for sample in event.samples[:1] if due else ():
+            reward = "none" if sample["reward"] is None else f"{sample['reward']:.3g}"
+            answer = " ".join(str(sample["answer"]).split())
+            shown = answer if len(answer) <= _MAX_ANSWER else f"{answer[:_MAX_ANSWER]} ..."
+            self._print(f"Answer {event.iteration + 1}  reward {reward}  {shown}")
 
     def _stage(self, event: events.Progress) -> None:
         if self.console.is_terminal:

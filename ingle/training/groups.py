@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,19 @@ from ingle.training.optim import Optimizer, ParameterGroup
 from ingle.training.subspace import SubspaceOptimizer
 
 
-def build_optimizer(run: Run, model: nn.Module, layers: Sequence[nn.Module], mesh: Mesh | None = None) -> Optimizer:
+class Owner(Protocol):
+    """A module around a model that trains more than the model, perhaps with learning rates of its own."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields all parameters, those of the model too."""
+
+    def lr_ratio(self, name: str) -> float:
+        """Returns the factor on the learning rate of a parameter, by its name in the model or in this module."""
+
+
+def build_optimizer(
+    run: Run, model: nn.Module, layers: Sequence[nn.Module], mesh: Mesh | None = None, more: Owner | None = None
+) -> Optimizer:
     """Builds the optimizer that ``optim.rule`` names.
 
     Args:
@@ -28,12 +41,13 @@ def build_optimizer(run: Run, model: nn.Module, layers: Sequence[nn.Module], mes
         model: The model, with its initial weights.
         layers: Its repeated layers.
         mesh: The ranks.
+        more: The module around the model, if it trains more.
 
     Raises:
         ConfigError: The rule does not fit the model.
     """
-    optim, rule = run.optim, run.optim.rule
-    groups = parameter_groups(model, run.adapter, optim)
+    optim, rule = run.optimizer, run.optim.rule
+    groups = parameter_groups(model, run.adapter, optim, more)
     layer_of = {name: number for number, layer in enumerate(layers) for name in _names(model, layer)}
     match rule:
         case Subspace():
@@ -54,8 +68,10 @@ def build_optimizer(run: Run, model: nn.Module, layers: Sequence[nn.Module], mes
             return Optimizer(groups, optim, mesh, precondition=_preconditions(model, run.adapter))
 
 
-def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfig) -> list[ParameterGroup]:
-    """Groups all trained parameters.
+def parameter_groups(
+    model: nn.Module, adapter: AdapterConfig, optim: OptimConfig, more: Owner | None = None
+) -> list[ParameterGroup]:
+    """Groups all trained parameters of a model, and of the module around it.
 
     Weight decay does not apply to biases, norms and embeddings. The learning rate of LoRA's B is ``lora_plus_ratio``
     times that of A.
@@ -65,9 +81,13 @@ def parameter_groups(model: nn.Module, adapter: AdapterConfig, optim: OptimConfi
     ratio = adapter.lora_plus_ratio if isinstance(adapter, LowRankAdapter) else 1.0
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in trainable_parameters(model):
+    members = trainable_parameters(model)
+    if more is not None:
+        known = {id(parameter) for parameter in model.parameters()}
+        members += [(name, p) for name, p in more.named_parameters() if p.requires_grad and id(p) not in known]
+    for name, parameter in members:
         decays = parameter.dim() >= 2 and id(parameter) not in embeddings
-        lr_ratio = ratio if name.endswith("lora_b") else 1.0
+        lr_ratio = (ratio if name.endswith("lora_b") else 1.0) * (1.0 if more is None else more.lr_ratio(name))
         # AdamW updates a group at once, and cannot mix sharded parameters with others.
         key = (lr_ratio, optim.weight_decay if decays else 0.0, is_sharded(parameter))
         groups.setdefault(key, []).append((name, parameter))

@@ -97,7 +97,7 @@ class Movement:
 
     def _is_named(self, name: str) -> bool:
         """Returns whether the config names a module that has the tensor, instead of all modules of a type."""
-        targets = getattr(self._adapter, "target_modules", ())
+        targets = getattr(self._adapter, "target_modules", None) or ()
         patterns = [
             *getattr(self._adapter, "trainable_modules", ()),
             *(targets if not isinstance(targets, str) else ()),

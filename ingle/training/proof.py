@@ -24,7 +24,7 @@ from ingle.data.batch import Batch
 from ingle.errors import ProofFailed
 from ingle.events import Proved, Sink
 from ingle.objectives import Check, Objective, StepModule
-from ingle.parallel import Mesh, call_outside_step, local
+from ingle.parallel import Mesh, call_outside_step
 
 #: Largest difference of a log-probability by rounding, in nats per token.
 _PER_TOKEN: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -99,13 +99,14 @@ def check_start(
 
 
 def initial_function(model: nn.Module, mesh: Mesh) -> Switch | None:
-    """Returns what makes a model compute its initial function: adapters off, if that is the same.
+    """Returns what makes a model compute its initial function.
 
-    None if it is not: the adapter continues another one, or layers train through the rounding of their merge.
+    None if nothing was kept of it, as of an adapter that continues another one without a reference; or if layers train
+    through the rounding of their merge from the first step.
     """
-    layers = adapters.lora_modules(model).values()
-    is_off = all(layer.merged is None and not bool(local(layer.lora_b).any()) for layer in layers)
-    return None if mesh.agree(not is_off) else partial(adapters.disabled, model)
+    is_rounded = any(layer.merged is not None for layer in adapters.lora_modules(model).values())
+    has_none = mesh.agree(is_rounded or not adapters.has_initial(model))
+    return None if has_none else partial(adapters.use, model, "initial")
 
 
 def _checks(module: StepModule, part: Batch, switch: Switch | None, dtype: torch.dtype) -> Iterator[Check]:
@@ -125,12 +126,13 @@ def _adapter_equals_base(module: StepModule, part: Batch, switch: Switch, tolera
     with switch():
         base_DC = call_outside_step(module, module.per_document, part)
     scale_D = base_DC[:, :2].abs().amax(1).clamp_min(torch.finfo(base_DC.dtype).tiny)
+    is_new = all(each.starts_at_base for each in adapters.adapted_modules(module.model).values())
     return Check(
-        "adapter equals base",
+        "adapter equals base" if is_new else "adapter equals its start",
         _largest((tuned_DC[:, 0] - base_DC[:, 0]) / scale_D),
         0.0,
         tolerance,
-        "The model with its new adapter differs from its base.",
+        "The model with its adapter differs from its initial function.",
         "use --model.dtype=float32, or name other layers in adapter.target_modules",
     )
 

@@ -21,13 +21,14 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     ``lr * min_lr_ratio`` at the last step of the run.
 
     Args:
-        config: The ``optim`` section.
+        config: The ``optim`` section, with a learning rate.
         step: 1-based step.
         num_steps: Steps in the run.
 
     Source:
         Loshchilov and Hutter 2017, "SGDR" (arXiv 1608.03983), equation 5, without restarts.
     """
+    assert config.lr is not None, "Run.optimizer has one"
     warmup = warmup_steps(config, num_steps)
     if step <= warmup:
         return config.lr * step / warmup

@@ -83,9 +83,11 @@ class Validation:
         module = self._objective.module
         module.eval()
         try:
-            batches = self._batches()
             with torch.no_grad():
-                found = call_outside_step(module, lambda: list(self._measure_own(batches)))
+                measured = self._objective.measure_held_out(lambda: stopping.requested() is not None)
+                if measured is None:
+                    measured = self._measure_own(self._batches())
+                found = call_outside_step(module, lambda: list(measured))
             table_GC = self._collect(found)
             if table_GC is None:
                 return None
@@ -129,7 +131,7 @@ class Validation:
 
     def _row_means(self, table_GC: Tensor) -> dict[str, float]:
         """Returns the mean of each further figure from its sums and counts by group; without means over nothing."""
-        names, totals = self._objective.module.row_measures, table_GC.sum(0).view(-1, 2).tolist()
+        names, totals = self._objective.row_measures, table_GC.sum(0).view(-1, 2).tolist()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _collect(self, own: list[tuple[np.ndarray, Tensor] | None]) -> Tensor | None:

@@ -14,6 +14,7 @@ import transformers as hf
 from ingle.config.model import ModelConfig
 from ingle.config.run import Run
 from ingle.data.batch import collate, round_up
+from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.errors import ConfigError
 from ingle.models import load_model
@@ -104,6 +105,31 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path)
     found = pairs(replace(batch, columns={**batch.columns, **columns})).losses
     assert found.keys() == {term.name for term in pairs.terms} == {"preference", "sft", "router_loss"}
     torch.testing.assert_close(found["router_loss"], sums["router_loss"], rtol=1e-6, atol=0)
+
+
+def test_a_token_of_a_shared_prompt_counts_for_each_of_its_answers(tmp_path: Path) -> None:
+    folder = write("mixtral", tmp_path)
+    model: Any = load_model(ModelConfig(id=str(folder), dtype="float32"))
+    routers, weight = choose_routers(run_of(folder, adapter={"kind": "none"}), model)
+    rng = np.random.default_rng(0)
+    samples = []
+    for row, lengths in enumerate([(3, 5), (4, 2, 6)]):
+        prompt = rng.integers(3, 290, 20, dtype=np.int32)
+        for length in lengths:
+            ids = np.concatenate([prompt, rng.integers(3, 290, length, dtype=np.int32)])
+            labels = np.where(np.arange(len(ids)) < 20, -100, ids).astype(np.int32)
+            samples.append(Sample(ids, labels, {"group_ids": np.array([row])}))
+    found = []
+    for each in (samples, share(samples)):
+        batch = round_up(collate(each))
+        module = balanced(NextTokenLoss(model), routers, weight)
+        model.zero_grad()
+        loss = module(batch).losses["router_loss"] / module.counts(batch)["routed_tokens"]
+        loss.backward()
+        found.append((loss.detach(), module.counts(batch)["routed_tokens"], model.get_input_embeddings().weight.grad))
+    assert found[0][1] == found[1][1] == 120 and batch.num_tokens < 120
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-4, atol=1e-7)
 
 
 def test_it_is_off_with_an_adapter_and_refused_without_routers(tmp_path: Path) -> None:

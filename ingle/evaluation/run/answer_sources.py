@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-from ingle.adapters import disabled
+from ingle.adapters import has_initial, use
 from ingle.config.evaluate import TaskConfig
 from ingle.data import ControlTokens, prompt_ids
 from ingle.errors import EvaluationError
@@ -110,7 +110,7 @@ class LoadedModel:
     in_lockstep: bool = False
 
     def base(self) -> Self:
-        """Returns the same model without its adapters."""
+        """Returns the same model as it was before training: without its adapters, or with those that it began with."""
         return replace(self, name="base", with_adapters=False)
 
     def _own(self, num_samples: int) -> range:
@@ -128,10 +128,11 @@ class LoadedModel:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Puts the model into evaluation mode, with all its weights and with or without its adapters."""
+        """Puts the model into evaluation mode, with all its weights and with or without what it learned."""
         was_training = self.model.training
         self.model.eval()
-        base = nullcontext() if self.with_adapters else disabled(self.model)
+        before = "initial" if has_initial(self.model) else "off"
+        base = nullcontext() if self.with_adapters else use(self.model, before)
         try:
             with base, nullcontext() if self.in_lockstep else all_gathered(self.model):
                 yield

@@ -8,14 +8,11 @@ formatting has another cause than wrong reasoning.
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 from ingle.errors import EvaluationError
 from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores, mean_scores
 from ingle.report.metrics import METRICS
-
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+from ingle.rewards.matching import collapse, normalize_number
 
 
 class ExactMatch(Scorer):
@@ -55,20 +52,6 @@ class ExactMatch(Scorer):
         """Returns the part of a reference; without a match all of it, since it may be the bare result."""
         part = self._part(text)
         return normalize_number(collapse(text)) if part is None else part
-
-
-def collapse(text: str) -> str:
-    """Returns the text with each run of white space as one space, and none at the ends."""
-    return " ".join(text.split())
-
-
-def normalize_number(text: str) -> str:
-    """Returns one spelling for each number (``$1,000.00`` and ``1000`` are equal); other text is unchanged."""
-    bare = _THOUSANDS.sub("", text).lstrip("$£€¥ ").rstrip()
-    if not _NUMBER.fullmatch(bare):
-        return text
-    number = Decimal(bare).normalize()
-    return "0" if number == 0 else f"{number:f}"
 
 
 def _compile(answer_pattern: str) -> re.Pattern[str]:

@@ -5,8 +5,6 @@ An empty reference means that the context has no answer; the right answer is the
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,9 +12,8 @@ import numpy as np
 
 from ingle.evaluation.scorers.scorer import Outputs, References, Scorer, Scores, mean_scores
 from ingle.report.metrics import METRICS
+from ingle.rewards.matching import normalize
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SIGNATURE = "squad:2.0|case:lower|punctuation:no|articles:no|refs:max"
 
 
@@ -44,11 +41,6 @@ class SquadF1(Scorer):
         pairs = zip(map(normalize, outputs.answers), references, strict=True)
         best = [max(_word_f1(answer, target) for target in _normalized(targets)) for answer, targets in pairs]
         return mean_scores(np.array(best), _SIGNATURE)
-
-
-def normalize(text: str) -> str:
-    """Returns the text in lower case, without ASCII punctuation and English articles, with single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def _normalized(targets: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import ObjectiveKind, reads_answers
+from ingle.config.objective import ObjectiveKind, reads_answers, samples_answers
 from ingle.data import Example, Message, read_examples
 from ingle.data.label_names import spellings
 from ingle.errors import DataError, EvaluationError
@@ -51,8 +51,8 @@ def read_task(
         DataError: A row cannot be read, or there is none.
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
-    # The task of a model that learned from preferences is to write answers.
-    kind: ObjectiveKind = "sft" if reads_answers(objective) else objective
+    # The task of a model that learned from preferences or rewards is to write answers.
+    kind: ObjectiveKind = "sft" if reads_answers(objective) or samples_answers(objective) else objective
     samples = [_sample(example) for example in read_examples(task.sources, objective=kind, on_warning=on_warning)]
     if not samples:
         raise DataError(

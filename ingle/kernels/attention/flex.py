@@ -131,7 +131,8 @@ def attend_flex(
     sinks: Tensor | None,
     bias: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-) -> Tensor:
+    returns_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Like ``ingle.kernels.attention.packed.packed_attention``, for v with heads of the size of q's. Not measured.
 
     A sink is one more key with a constant score and no value, so it scales the output by
@@ -140,7 +141,7 @@ def attend_flex(
     change = _cap(softcap) if softcap is not None else _add(bias) if bias is not None else None
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "num_keys": k.shape[2]}
     mask = make_mask(cu_seqlens, q.shape[2], causal=causal, window=window, **keys)
-    return _run(q, k, v, mask, change, scale, sinks)
+    return _run(q, k, v, mask, change, scale, sinks, returns_lse)
 
 
 def attend_trees(
@@ -154,13 +155,14 @@ def attend_trees(
     chunk: int | None,
     softcap: float | None,
     sinks: Tensor | None,
-) -> Tensor:
+    returns_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Like ``ingle.kernels.attention.tree_attention.tree_attention``, for v with heads of the size of q's.
 
     Not measured. A block of keys adds the gradients of its queries in one program and in order, without atomics.
     """
     mask = make_tree_mask(trees, q.device, window=window, chunk=chunk)
-    return _run(q, k, v, mask, None if softcap is None else _cap(softcap), scale, sinks)
+    return _run(q, k, v, mask, None if softcap is None else _cap(softcap), scale, sinks, returns_lse)
 
 
 def _run(
@@ -171,16 +173,20 @@ def _run(
     change: Callable[..., Tensor] | None,
     scale: float,
     sinks: Tensor | None,
-) -> Tensor:
+    returns_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     run: Any = _compiled() if q.is_cuda else flex_attention
     options: dict[str, Any] = {"score_mod": change, "block_mask": mask, "scale": scale}
     options["enable_gqa"] = q.shape[1] != k.shape[1]
-    if sinks is None:
+    if sinks is None and not returns_lse:
         out: Tensor = run(q, k, v, **options)
-    else:
-        raw, auxiliary = run(q, k, v, **options, return_aux=AuxRequest(lse=True))
-        out = raw * torch.sigmoid(auxiliary.lse - sinks.float()[:, None]).unsqueeze(-1).to(raw.dtype)
-    return out.transpose(1, 2)
+        return out.transpose(1, 2)
+    out, auxiliary = run(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    lse: Tensor = auxiliary.lse
+    if sinks is not None:
+        out = out * torch.sigmoid(lse - sinks.float()[:, None]).unsqueeze(-1).to(out.dtype)
+        lse = torch.logaddexp(lse, sinks.float()[:, None])
+    return (out.transpose(1, 2), lse[0].t()) if returns_lse else out.transpose(1, 2)
 
 
 def fits(q: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
 from ingle.kernels.attention.spans import AttentionSpans, Heads, Window, reach
 from ingle.kernels.numba.scalars import supported
+
+
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, returns_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, returns_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
 
 
 def packed_attention(
@@ -37,7 +49,8 @@ def packed_attention(
     longest: int | None = None,
     cu_seqlens_k: Tensor | None = None,
     longest_k: int | None = None,
-) -> Tensor:
+    returns_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Computes ``softmax(f(scale * q k^T) + bias) v`` within each document.
 
     ``f(s) = softcap * tanh(s / softcap)``, or nothing without a softcap. A CPU has its own kernels. A CUDA device runs
@@ -60,9 +73,10 @@ def packed_attention(
         cu_seqlens_k: Bounds of the documents among the keys in cross-attention, int, [D + 1]; every query sees all
             keys of its document, whatever ``causal`` and ``window`` are.
         longest_k: Like ``longest``, of the keys.
+        returns_lse: Return the log-sum-exp of the scores, too, for :func:`ingle.kernels.attention.prefix.add_keys`.
 
     Returns:
-        [1, N, Hq, Dv].
+        [1, N, Hq, Dv]; and if asked, the log-sum-exp with its gradient, at least float32 [N, Hq].
     """
     assert bias is None or (softcap is None and cu_seqlens_k is None), "a bias goes with neither"
     options: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "sinks": sinks}
@@ -70,13 +84,17 @@ def packed_attention(
     if v.shape[3] != q.shape[3]:  # zeros change neither scores nor the other columns of the result
         sizes = (q.shape[3], v.shape[3])
         q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
-        return packed_attention(q, k, v, cu_seqlens, **options, longest=longest, longest_k=longest_k)[..., : sizes[1]]
+        options |= {"longest": longest, "longest_k": longest_k}
+        if returns_lse:
+            wide, lse_NH = packed_attention(q, k, v, cu_seqlens, **options, returns_lse=True)
+            return wide[..., : sizes[1]], lse_NH
+        return packed_attention(q, k, v, cu_seqlens, **options)[..., : sizes[1]]
+    options["returns_lse"] = returns_lse
     if supported(q, k, v):
-        out: Tensor = _attend_on_cpu(
-            q, k, v, sinks, bias, cu_seqlens, cu_seqlens_k, causal=causal, window=window, scale=scale, softcap=softcap
-        )
+        out: Tensor = _attend_on_cpu(q, k, v, cu_seqlens, **options)
         return out
-    plain = softcap is None and sinks is None and bias is None
+    # FlashAttention has no gradient of its log-sum-exp.
+    plain = softcap is None and sinks is None and bias is None and not returns_lse
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and plain and _has_varlen():
         whole = (None, None) if cu_seqlens_k is not None else reach(causal, window)
         queries = _Bounds.of(cu_seqlens, longest)
@@ -143,28 +161,37 @@ def _attend_on_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
     cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
     *,
+    scale: float,
     causal: bool,
     window: Window,
-    scale: float,
     softcap: float | None,
-) -> Tensor:
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    returns_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     heads = Heads(q.shape[1], k.shape[1], q.shape[3])
     spans = AttentionSpans.of(cu_seqlens, heads, causal=causal, window=window, cu_seqlens_k=cu_seqlens_k)
     scores = Scores(scale, softcap or 0.0, None if bias is None else bias.detach().float().contiguous())
-    return attend_spans(q, k, v, sinks, bias, spans, scores)
+    return attend_spans(q, k, v, sinks, bias, spans, scores, returns_lse=returns_lse)
 
 
 def attend_spans(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, spans: AttentionSpans, scores: Scores
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    spans: AttentionSpans,
+    scores: Scores,
+    *,
+    returns_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Computes :func:`packed_attention` on a CPU over the keys that ``spans`` names."""
-    out: Tensor = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores)  # type: ignore[no-untyped-call]
-    return out
+    out, lse_NH = _PackedAttention.apply(q, k, v, sinks, bias, spans, scores, returns_lse)  # type: ignore[no-untyped-call]
+    return (out, lse_NH) if returns_lse else out
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -180,7 +207,8 @@ class _PackedAttention(torch.autograd.Function):
         bias: Tensor | None,
         spans: AttentionSpans,
         scores: Scores,
-    ) -> Tensor:
+        returns_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         heads = spans.heads
         q_grouped = group_rows(_dense(q[0]).transpose(0, 1), spans.by_tile, heads)
         k_grouped, v_grouped = (group_rows(_dense(t[0]).transpose(0, 1), spans.by_segment, heads) for t in (k, v))
@@ -195,15 +223,19 @@ class _PackedAttention(torch.autograd.Function):
         out_NHD = ungroup_rows(out, q.new_empty(q.shape[2], heads.q, heads.size), spans.by_tile, heads)
         ctx.spans, ctx.scores, ctx.bias_dtype = spans, scores, None if bias is None else bias.dtype
         ctx.save_for_backward(q_grouped, k_grouped, v_grouped, lse, out_NHD, sinks, sink_rows)
-        return out_NHD[None]
+        if not returns_lse:
+            return out_NHD[None], None
+        return out_NHD[None], _ungroup_numbers(lse, len(out_NHD), spans)[..., 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_1NHD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_1NHD: Tensor, grad_lse_NH: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, lse, out_NHD, sinks, sink_rows = ctx.saved_tensors
         spans: AttentionSpans = ctx.spans
         heads = spans.heads
         grad, delta = group_gradient(_dense(grad_1NHD[0]), out_NHD, spans)
+        if grad_lse_NH is not None:  # the gradient of a score is its weight times (slope - delta + gradient of the lse)
+            delta -= group_rows(grad_lse_NH.contiguous()[..., None], spans.by_tile, Heads(heads.q, heads.kv, 1))
         grad_bias = torch.zeros_like(ctx.scores.bias) if ctx.needs_input_grad[4] else None
         grads = attend_backward(grad, delta, lse, q, k, v, spans, ctx.scores, grad_bias)
         layouts = ((heads.q, spans.by_tile), (heads.kv, spans.by_segment), (heads.kv, spans.by_segment))
@@ -214,11 +246,16 @@ class _PackedAttention(torch.autograd.Function):
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             rows = (sink_rows - lse).exp_().mul_(delta).neg_()
-            sizes = Heads(heads.q, heads.kv, 1)
-            rows_NH1 = ungroup_rows(rows, rows.new_empty(len(out_NHD), heads.q, 1), spans.by_tile, sizes)
-            grad_sinks = rows_NH1.sum((0, 2)).to(sinks.dtype)
+            grad_sinks = _ungroup_numbers(rows, len(out_NHD), spans).sum((0, 2)).to(sinks.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), grad_sinks, grad_bias, None, None)
+        return (*(grad_NHD.transpose(0, 1)[None] for grad_NHD in grads_NHD), grad_sinks, grad_bias, None, None, None)
+
+
+def _ungroup_numbers(rows: Tensor, num_tokens: int, spans: AttentionSpans) -> Tensor:
+    """Returns one number per query and head as [N, Hq, 1]."""
+    heads = spans.heads
+    sizes = Heads(heads.q, heads.kv, 1)
+    return ungroup_rows(rows, rows.new_empty(num_tokens, heads.q, 1), spans.by_tile, sizes)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -239,7 +276,8 @@ def attend_by_document(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-) -> Tensor:
+    returns_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of :func:`packed_attention` on any device; batches documents of equal length."""
     bounds, bounds_k = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).tolist()
     by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -247,7 +285,7 @@ def attend_by_document(
         if stop > start:
             by_lengths.setdefault((stop - start, stop_k - start_k), []).append((start, start_k))
     seen = reach(causal, window) if cu_seqlens_k is None else (None, None)
-    orders, outputs = [], []
+    orders, outputs, sums = [], [], []
     for lengths, starts in by_lengths.items():
         index, index_k = (
             (torch.tensor(column, device=q.device)[:, None] + torch.arange(length, device=q.device)).flatten()
@@ -258,14 +296,19 @@ def attend_by_document(
             (t[0] if whole else t[0, :, each]).unflatten(1, (len(starts), -1)).transpose(0, 1)
             for t, each in ((q, index), (k, index_k), (v, index_k))
         )
-        out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, seen, scale, softcap, sinks, bias)
+        if returns_lse:
+            out_DHTD, lse_DHT = _attend_scores(q_DHTD, k_DHTD, v_DHTD, seen, scale, softcap, sinks, bias)
+            sums.append(lse_DHT.transpose(1, 2).flatten(0, 1))
+        else:
+            out_DHTD = _attend(q_DHTD, k_DHTD, v_DHTD, seen, scale, softcap, sinks, bias)
         outputs.append(out_DHTD.transpose(1, 2).flatten(0, 1))
         orders.append(index)
     if len(outputs) == 1:
-        return outputs[0][None]
+        return (outputs[0][None], sums[0]) if returns_lse else outputs[0][None]
     back = torch.empty(q.shape[2], dtype=torch.long, device=q.device)
     back[torch.cat(orders)] = torch.arange(q.shape[2], device=q.device)
-    return torch.cat(outputs)[back][None]
+    out = torch.cat(outputs)[back][None]
+    return (out, torch.cat(sums)[back]) if returns_lse else out
 
 
 def _attend(
@@ -296,26 +339,51 @@ def _attend(
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     if softcap is None and sinks is None and bias is None and before is None and after is None:
         return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    distance_TS = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
-    visible = None
-    if before is not None or after is not None:
-        visible = (distance_TS >= -(k.shape[2] if before is None else before)) & (
-            distance_TS <= (k.shape[2] if after is None else after)
-        )
     if softcap is None and sinks is None and bias is None:
+        visible = _visible(q, k, seen)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
+    return _attend_scores(q, k, v, seen, scale, softcap, sinks, bias)[0]
+
+
+def _distances(q: Tensor, k: Tensor) -> Tensor:
+    return torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
+
+
+def _visible(q: Tensor, k: Tensor, seen: tuple[int | None, int | None]) -> Tensor | None:
+    """Returns which keys each query sees, [T, S]; None for all."""
+    before, after = seen
+    if before is None and after is None:
+        return None
+    distance_TS = _distances(q, k)
+    return (distance_TS >= -(k.shape[2] if before is None else before)) & (
+        distance_TS <= (k.shape[2] if after is None else after)
+    )
+
+
+def _attend_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: tuple[int | None, int | None],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Computes :func:`_attend` from all scores; returns their log-sum-exp [D, Hq, T], too."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     accumulator = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(accumulator)
     scores = scores * scale if softcap is None else torch.tanh(scores * (scale / softcap)) * softcap
     if bias is not None:
-        scores = scores + bias[:, distance_TS + bias.shape[1] // 2]
+        scores = scores + bias[:, _distances(q, k) + bias.shape[1] // 2]
+    visible = _visible(q, k, seen)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         sink = sinks.to(accumulator)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sink), -1)
-    return scores.softmax(-1)[..., : k.shape[-2]].to(q.dtype) @ v
+    return scores.softmax(-1)[..., : k.shape[-2]].to(q.dtype) @ v, scores.logsumexp(-1)

@@ -32,7 +32,8 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+    returns_lse: bool = False,
+) -> Any:
     """Computes causal :func:`~ingle.kernels.attention.packed.packed_attention` along the paths of trees.
 
     A CPU has its own kernels, and a CUDA device runs FlexAttention. Elsewhere, in float64 and with a bias, prompts are
@@ -49,20 +50,22 @@ def tree_attention(
         softcap: Bound on the scores.
         sinks: [Hq]; scores of one more key.
         bias: [Hq, 2L - 1]; added to the scores by distance along the path.
+        returns_lse: Return the log-sum-exp of the scores, too.
 
     Returns:
-        [1, N, Hq, Dv].
+        [1, N, Hq, Dv]; and if asked, the log-sum-exp with its gradient, at least float32 [N, Hq].
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    options["returns_lse"] = returns_lse
     if bias is not None:
         return _attend_by_path(q, k, v, trees, chunk, **options, bias=bias)
     if v.shape[3] != q.shape[3] and q.dtype != torch.float64:
         sizes = (q.shape[3], v.shape[3])
         q, k, v = (pad(t, (0, max(sizes) - t.shape[3])) for t in (q, k, v))
-        return tree_attention(q, k, v, trees, chunk=chunk, **options)[..., : sizes[1]]
+        wide = tree_attention(q, k, v, trees, chunk=chunk, **options)
+        return (wide[0][..., : sizes[1]], wide[1]) if returns_lse else wide[..., : sizes[1]]
     if supported(q, k, v):
-        out: Tensor = _attend_on_cpu(q, k, v, sinks, trees, window, chunk, Scores(scale, softcap or 0.0))
-        return out
+        return _attend_on_cpu(q, k, v, sinks, trees, window, chunk, Scores(scale, softcap or 0.0), returns_lse)
     if q.is_cuda and importlib.util.find_spec("triton") is not None and flex.fits(q):
         return flex.attend_trees(q, k, v, trees, chunk=chunk, **options)
     return _attend_by_path(q, k, v, trees, chunk, **options)
@@ -78,16 +81,21 @@ def _attend_on_cpu(
     window: Window,
     chunk: int | None,
     scores: Scores,
-) -> Tensor:
+    returns_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     heads = Heads(q.shape[1], k.shape[1], q.shape[3])
-    return attend_spans(q, k, v, sinks, None, AttentionSpans.of_trees(trees, heads, window=window, chunk=chunk), scores)
+    spans = AttentionSpans.of_trees(trees, heads, window=window, chunk=chunk)
+    return attend_spans(q, k, v, sinks, None, spans, scores, returns_lse=returns_lse)
 
 
-def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, trees: Trees, chunk: int | None, **options: Any) -> Tensor:
+def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, trees: Trees, chunk: int | None, **options: Any) -> Any:
     """Computes every path as a document of its own."""
     paths = trees.paths.to(q.device)
     bounds = paths.cu_seqlens if chunk is None else cut_bounds(paths.cu_seqlens, chunk, trees.longest)
     q, k, v = (t.index_select(2, paths.index_M) for t in (q, k, v))
+    if options["returns_lse"]:
+        out, lse_MH = packed_attention(q, k, v, bounds, **options)
+        return out.index_select(1, paths.place_N), lse_MH.index_select(0, paths.place_N)
     return packed_attention(q, k, v, bounds, **options).index_select(1, paths.place_N)
 
 

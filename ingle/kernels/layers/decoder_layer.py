@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.kernels.attention.cached import KeyStore
 from ingle.kernels.attention.cpu import Scores, attend, attend_backward
 from ingle.kernels.attention.layout import group_gradient, group_rows, ungroup_rows
 from ingle.kernels.attention.packed import packed_attention
@@ -125,6 +127,44 @@ def attention_half(
     factors = [factor for p in (*qkv, *out) for factor in p.factors()]
     result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, spans, *factors)  # type: ignore[no-untyped-call]
     return result
+
+
+def attend_stored(
+    h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], heads: Heads, store: KeyStore, window: int | None
+) -> Tensor:
+    """Returns :func:`attention_half` of single tokens over the keys of a store, without gradients.
+
+    Args:
+        h: The residual stream, [1, N, H].
+        attention: Weights and options.
+        rotary: cos and sin of each token's position, [N, Dh].
+        heads: Sizes of the heads.
+        store: Keys and values.
+        window: Number of tokens that a token sees, including itself; None for all.
+    """
+    h_NH = h.reshape(-1, h.shape[-1])
+    x_NH, _ = rms_norm(h_NH, attention.norm.weight, attention.norm.eps)
+    (q_ND, k_ND, v_ND), _ = project(x_NH, (attention.q, attention.k, attention.v))
+    q_ND, k_ND = (
+        _norm_heads(part, norm, heads.size)[0] for part, norm in ((q_ND, attention.q_norm), (k_ND, attention.k_norm))
+    )
+    before = None if window is None else window - 1
+    out_NHD = store.attend(
+        *(_rotated(_heads(part, heads), heads, rotary) for part in (q_ND, k_ND)),
+        _heads(v_ND, heads),
+        attention.scores,
+        before=before,
+    )
+    (y,), _ = project(out_NHD.view(*h.shape[:-1], -1), (attention.o,))
+    return y.add_(h)
+
+
+def _rotated(source_NHD: Tensor, heads: Heads, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates heads as the attention of training does, [N, H, Dh]; each token is a tile of its own."""
+    if source_NHD.is_cuda:
+        return rotate(source_NHD, *rotary)
+    each = np.arange(len(source_NHD), dtype=np.int32)
+    return group_rows(source_NHD, np.stack((each, each + 1), 1), heads, rotary).view(source_NHD.shape)
 
 
 def mlp_half(h: Tensor, mlp: Mlp) -> Tensor:

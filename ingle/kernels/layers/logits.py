@@ -39,6 +39,10 @@ class LogitTransform:
         tanh = torch.tanh(z / self.softcap)
         return self.softcap * tanh, self.scale * (1 - tanh**2)
 
+    def at(self, temperature: float) -> LogitTransform:
+        """Returns the transform of logits that are divided by a temperature after the softcap."""
+        return LogitTransform(self.scale / temperature, None if not self.softcap else self.softcap / temperature)
+
     def numbers(self) -> tuple[Any, Any]:
         """Returns the scale and the softcap as float32, for kernels; a softcap of 0 means none."""
         return np.float32(self.scale), np.float32(self.softcap or 0.0)
@@ -110,6 +114,19 @@ def differentiate_(
     gradient_CV = (z_CV - lse_C1).exp_().mul_(-grads_C[:, None])
     gradient_CV.scatter_add_(1, targets_C[:, None], grads_C[:, None])
     logits_CV.copy_(gradient_CV * slope)
+
+
+def differentiate_both(
+    logits_CV: Tensor, targets_C: Tensor, logp_grads_C: Tensor, entropy_grads_C: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Returns the gradient in the raw logits of weighted sums of log-probabilities and entropies, [C, V]."""
+    z_CV, slope = transform(logits_CV)
+    logps_CV = z_CV.log_softmax(-1)
+    chances_CV = logps_CV.exp()
+    entropies_C1 = -(chances_CV * logps_CV).sum(-1, keepdim=True)
+    gradient_CV = -chances_CV * (logp_grads_C[:, None] + entropy_grads_C[:, None] * (logps_CV + entropies_C1))
+    gradient_CV.scatter_add_(1, targets_C[:, None], logp_grads_C[:, None])
+    return gradient_CV * slope
 
 
 def _has_triton_kernel(logits_CV: Tensor) -> bool:

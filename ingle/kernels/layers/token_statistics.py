@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ingle.kernels.layers.logits import LogitTransform, accumulator, describe
+from ingle.kernels.layers.logits import LogitTransform, accumulator, describe, differentiate_both
 from ingle.kernels.layers.token_logps import ChunkedHead, TokenLogps
 
 
@@ -19,7 +19,7 @@ class TokenStatistics(NamedTuple):
 
     Attributes:
         logps: Log-probability of the target, in nats; differentiable.
-        entropies: Entropy of the distribution, in nats; detached.
+        entropies: Entropy of the distribution, in nats; differentiable only if that was asked for.
         log_squares: Logarithm of the sum of the squared probabilities; detached.
     """
 
@@ -37,11 +37,15 @@ def token_statistics(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    with_entropies: bool = False,
 ) -> TokenStatistics:
-    """Returns :func:`~ingle.kernels.layers.token_logps.token_logps`, entropies and sums of squares; same arguments."""
+    """Returns :func:`~ingle.kernels.layers.token_logps.token_logps`, entropies and sums of squares; same arguments.
+
+    With ``with_entropies``, gradients flow through the entropies, too.
+    """
     transform = LogitTransform(logit_scale, softcap)
     found = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight_VH, bias, targets_N, transform, chunk_size
+        hidden_NH, weight_VH, bias, targets_N, transform, chunk_size, with_entropies
     )
     return TokenStatistics(*found)
 
@@ -56,6 +60,7 @@ class _TokenStatistics(TokenLogps):
         targets_N: Tensor,
         transform: LogitTransform,
         chunk_size: int | None,
+        with_entropies: bool,
     ) -> tuple[Tensor, ...]:
         head = ChunkedHead(hidden_NH, weight_VH, bias, targets_N, chunk_size)
         dtype, device = accumulator(hidden_NH.dtype), hidden_NH.device
@@ -63,11 +68,21 @@ class _TokenStatistics(TokenLogps):
         for rows_C, logits_CV in head.chunks():
             for values_N, values_C in zip(found, describe(logits_CV, targets_N[rows_C], transform), strict=True):
                 values_N[rows_C] = values_C
-        ctx.transform, ctx.chunk_size = transform, chunk_size
+        ctx.transform, ctx.chunk_size, ctx.with_entropies = transform, chunk_size, with_entropies
         ctx.save_for_backward(hidden_NH, weight_VH, bias, targets_N, found[0])
-        ctx.mark_non_differentiable(*found[1:])
+        ctx.mark_non_differentiable(*found[2 if with_entropies else 1 :])
         return found
 
     @staticmethod
-    def backward(ctx: Any, grads_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return TokenLogps.backward(ctx, grads_N)
+    def backward(ctx: Any, grads_N: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.with_entropies:
+            return (*TokenLogps.backward(ctx, grads_N), None)
+        *inputs, targets_N, _ = ctx.saved_tensors
+        head = ChunkedHead(*inputs, targets_N, ctx.chunk_size)
+        head.make_gradients(ctx.needs_input_grad)
+        for rows_C, logits_CV in head.chunks():
+            given = targets_N[rows_C], grads_N[rows_C], others[0][rows_C]
+            logits_CV.copy_(differentiate_both(logits_CV, *given, ctx.transform))
+            head.add_gradients(rows_C, logits_CV)
+        gradients = zip(head.gradients, inputs, strict=True)
+        return (*(None if grad is None else grad.to(tensor.dtype) for grad, tensor in gradients), *[None] * 4)

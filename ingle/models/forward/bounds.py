@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.bounds import ALL_KEYS
+from ingle.kernels.attention.cached import keep_in, store_of
 from ingle.kernels.attention.trees import Trees
 
 
@@ -60,4 +61,6 @@ def describe(
         )
     reach = (longest - visible[0], visible[-1] - longest)
     added = [torch.full_like(attention_mask[0, 0], ALL_KEYS if each >= longest else each) for each in reach]
-    return torch.cat((attention_mask[0], torch.stack(added)))[None, None]
+    described = torch.cat((attention_mask[0], torch.stack(added)))[None, None]
+    store = store_of(attention_mask)
+    return described if store is None else keep_in(described, store)

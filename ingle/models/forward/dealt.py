@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ingle.models.forward.continued import cache_argument, run_steps
 from ingle.models.forward.documents import Boundaries, Documents, Group
 from ingle.models.forward.mixers import CACHES, MASKS, Class, original_class
 from ingle.models.forward.row_masks import MaskForm, row_mask
@@ -54,6 +55,7 @@ class Dealt(Evaluating):
     _mask_form: MaskForm
     _mask_config: PretrainedConfig
     _is_causal: bool
+    _continues: bool
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be compiled again for each set of lengths
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +65,17 @@ class Dealt(Evaluating):
             return super().forward(*args, **kwargs)
         names = argument_names(self.original)
         dtype = next((each.dtype for each in (*args, *kwargs.values()) if _is_float(each)), torch.float32)
+        steps = documents.steps if self._continues else None
+        if steps is not None:
+            cache = cache_argument(names)
+            assert cache is not None
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            named = {name: value for name, value in named.items() if not _BOUNDARIES.match(name)}
+
+            def deal_step(name: str, value: Any, group: Group) -> Any:
+                return self._deal(name, value, steps.documents, group, dtype)
+
+            return _collect(run_steps(steps, cache, named, deal_step, super().forward), steps.documents)
         results = []
         for group in documents.groups:
             deal = functools.partial(self._deal, documents=documents, group=group, dtype=dtype)
@@ -105,7 +118,13 @@ class Dealt(Evaluating):
 
 
 def deal_module(
-    module: nn.Module, boundaries: Boundaries, mask_form: MaskForm, config: PretrainedConfig, *, causal: bool = True
+    module: nn.Module,
+    boundaries: Boundaries,
+    mask_form: MaskForm,
+    config: PretrainedConfig,
+    *,
+    causal: bool = True,
+    continues: bool = False,
 ) -> None:
     """Deals documents to a module from now on.
 
@@ -115,12 +134,13 @@ def deal_module(
         mask_form: The mask that the module gets.
         config: Describes the mask, if there is one.
         causal: Whether a token sees earlier tokens only.
+        continues: Whether answers continue from the state that their prompt leaves.
     """
     put_before(Dealt, module)
     own = getattr(module, "config", None)
     described = (own if isinstance(own, PretrainedConfig) else config).get_text_config()
     settings = {"_boundaries": boundaries, "_mask_form": mask_form, "_mask_config": described, "_is_causal": causal}
-    module.__dict__.update(settings)
+    module.__dict__.update(settings, _continues=continues)
 
 
 def put_before(base: Class, module: nn.Module) -> None:

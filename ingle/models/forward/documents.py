@@ -12,12 +12,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ingle.kernels.attention.trees import Trees
 from ingle.planning.layouts import PADDING
+
+if TYPE_CHECKING:
+    from ingle.models.forward.continued import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +62,13 @@ class Documents:
         groups: Cover each document once, in trees each path.
         num_tokens: N.
         place_N: The place of each packed token among the places of all groups.
+        steps: The documents of trees for modules that continue from the state of a prompt.
     """
 
     groups: tuple[Group, ...]
     num_tokens: int
     place_N: Tensor
+    steps: Steps | None = None
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, *, padding: float = PADDING) -> Documents:
@@ -74,7 +80,7 @@ class Documents:
         """
         bounds = cu_seqlens.tolist()
         spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds) if stop > start))[::-1]
-        return cls._of_spans(list(_by_length(spans, padding)), cu_seqlens)
+        return cls._of_spans(list(by_length(spans, padding)), cu_seqlens)
 
     @classmethod
     def of_trees(cls, trees: Trees, device: torch.device, *, padding: float = PADDING) -> Documents:
@@ -94,21 +100,38 @@ class Documents:
         return cls(groups, trees.bounds[-1], place_N)
 
     @classmethod
-    def of_groups(cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]]) -> Documents:
-        """Groups documents as given: the numbers of the documents of each group."""
+    def of_groups(
+        cls, cu_seqlens: Tensor, groups: Sequence[Sequence[int]], least: Sequence[int] | None = None
+    ) -> Documents:
+        """Groups documents as given.
+
+        Args:
+            cu_seqlens: As for :meth:`of`.
+            groups: The numbers of the documents of each group.
+            least: The least length of each group's rows.
+        """
         bounds = cu_seqlens.tolist()
-        return cls._of_spans([[(bounds[i + 1] - bounds[i], bounds[i]) for i in group] for group in groups], cu_seqlens)
+        spans = [[(bounds[i + 1] - bounds[i], bounds[i]) for i in group] for group in groups]
+        return cls._of_spans(spans, cu_seqlens, least)
 
     @classmethod
-    def _of_spans(cls, spans: list[list[tuple[int, int]]], cu_seqlens: Tensor) -> Documents:
+    def _of_spans(
+        cls, spans: list[list[tuple[int, int]]], cu_seqlens: Tensor, least: Sequence[int] | None = None
+    ) -> Documents:
         device = cu_seqlens.device
-        groups = [_group(each) for each in spans]  # on the CPU, as a mask of other shape makes a GPU wait
+        # On the CPU, as a mask of other shape makes a GPU wait.
+        groups = [_group(each, width) for each, width in zip(spans, least or [1] * len(spans), strict=True)]
         index_P = torch.cat([group.index_DL.flatten() for group in groups])
         real_P = torch.cat([group.real_DL.flatten() for group in groups])
         places = real_P.nonzero()[:, 0]
         place_N = torch.empty_like(places)
         place_N[index_P[places]] = places
-        return cls(tuple(group.to(device) for group in groups), len(place_N), place_N.to(device, non_blocking=True))
+        return cls(tuple(groups), len(place_N), place_N).to(device)
+
+    def to(self, device: torch.device) -> Documents:
+        """Returns the documents on a device."""
+        groups = tuple(group.to(device) for group in self.groups)
+        return Documents(groups, self.num_tokens, self.place_N.to(device, non_blocking=True))
 
     def collect(self, parts: list[Tensor]) -> Tensor:
         """Returns the packed values ``[N, ...]`` of groups ``[D, L, ...]``."""
@@ -135,8 +158,8 @@ class Boundaries:
             self.current = before
 
 
-def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tuple[int, int]]]:
-    """Cuts (length, start) pairs, longest first, where a group would have too much padding."""
+def by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tuple[int, int]]]:
+    """Groups pairs of a length and a number, longest first; ends a group where it would have too much padding."""
     group: list[tuple[int, int]] = []
     real = 0
     for length, start in spans:
@@ -145,11 +168,12 @@ def _by_length(spans: list[tuple[int, int]], padding: float) -> Iterator[list[tu
             group, real = [], 0
         group.append((length, start))
         real += length
-    yield group
+    if group:
+        yield group
 
 
-def _group(spans: list[tuple[int, int]]) -> Group:
+def _group(spans: list[tuple[int, int]], least: int) -> Group:
     length_D1, start_D1 = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
-    place_1L = torch.arange(int(length_D1.max()))[None]
+    place_1L = torch.arange(max(least, int(length_D1.max())))[None]
     index_DL = start_D1 + torch.minimum(place_1L, length_D1 - 1)
     return Group(index_DL, place_1L < length_D1)

@@ -20,6 +20,7 @@ from ingle.models.forward.documents import Documents
 from ingle.models.forward.layout import boundaries_of, layout_of, padding_of
 from ingle.models.forward.mixers import original_class, parameters
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.forward.virtual_tokens import insert_ids
 from ingle.models.text_part import padding_id
 
 
@@ -66,6 +67,7 @@ def forward_pairs(model: PreTrainedModel, source: Row, target: Row, owners: Sequ
             read a source follow each other, and pairs that do not own their source have an empty one.
     """
     layout = layout_of(model)
+    source = _extend(model, source)
     if layout.kind in ("rows", "equal_rows"):
         return _forward_rows(model, source, target, owners)
     crossed = target.cu_seqlens, source.cu_seqlens
@@ -73,7 +75,7 @@ def forward_pairs(model: PreTrainedModel, source: Row, target: Row, owners: Sequ
         borders = [place for place, owner in enumerate(owners) if owner < 0]
         crossed = target.cu_seqlens[[*borders, -1]], source.cu_seqlens[[*borders, -1]]
     arguments: dict[str, Any] = {
-        "encoder_outputs": encode(model, source),
+        "encoder_outputs": _encode(model, source),
         "attention_mask": make_bounds(*crossed, described=layout.described),
         "decoder_input_ids": target.ids,
         "decoder_attention_mask": make_bounds(target.cu_seqlens, described=layout.described),
@@ -90,8 +92,22 @@ def pair_to_head(model: PreTrainedModel, source: Tensor, target: Tensor) -> Tens
     return run_to_head(model, {"input_ids": source[None], "decoder_input_ids": target[None], "use_cache": False})[0]
 
 
-def encode(model: PreTrainedModel, source: Row) -> ModelOutput:
-    """Returns the output of the encoder for packed sources; its ``last_hidden_state`` is ``[1, N, H]``."""
+def _extend(model: PreTrainedModel, source: Row) -> Row:
+    """Returns the sources with the virtual tokens of an adapter before each of them."""
+    extended = insert_ids(model, *source)
+    return source if extended is None else Row(*extended[:3])
+
+
+def encode(model: PreTrainedModel, source: Row) -> tuple[ModelOutput, Row]:
+    """Returns the output of the encoder for packed sources, and the sources with the virtual tokens of an adapter.
+
+    Its ``last_hidden_state`` is ``[1, N, H]``, that of virtual tokens among it.
+    """
+    extended = _extend(model, source)
+    return _encode(model, extended), extended
+
+
+def _encode(model: PreTrainedModel, source: Row) -> ModelOutput:
     encoder: Any = model.get_encoder()
     takes = parameters(original_class(encoder))
     arguments: dict[str, Any] = {

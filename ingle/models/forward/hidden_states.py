@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,12 +19,16 @@ from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.kernels.attention.bounds import make_bounds
+from ingle.kernels.attention.cached import KeyStore, keep_in
 from ingle.kernels.attention.trees import Trees
+from ingle.kernels.layers.logits import LogitTransform
+from ingle.models.forward.continued import Steps, places
 from ingle.models.forward.documents import Documents
 from ingle.models.forward.encoder_decoder import Row, forward_pairs
 from ingle.models.forward.layout import Layout, boundaries_of, layout_of, padding_of
 from ingle.models.forward.rotary_by_length import unchanged_length
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.forward.virtual_tokens import insert_ids, num_added_keys, virtual_length
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import call_inside, compute_device, is_sharded, is_unit
@@ -81,6 +85,17 @@ def head(model: PreTrainedModel) -> Head:
             where="model.id",
             fix="remove lm_head from adapter.target_modules; adapter.trainable_modules trains it in full",
         )
+    transform = logit_transform(model)
+    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
+    bias = layer.bias
+    if added := layout_of(model).added_bias:
+        more = model.get_parameter_or_buffer(added).flatten()
+        bias = more if bias is None else bias + more
+    return Head(weight, bias, transform.scale, transform.softcap)
+
+
+def logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """Returns what an architecture does with its raw logits, from its config."""
     scaled = model.config.model_type not in _UNSCALED
     config = text_config(model.config) if scaled else None
     config = getattr(config, "decoder", config)  # of an encoder-decoder with a section for each part
@@ -90,12 +105,7 @@ def head(model: PreTrainedModel) -> Head:
     for name in _DIVISORS:
         scale /= float(getattr(config, name, None) or 1.0)
     softcap = next((found for key in _SOFTCAPS if (found := getattr(config, key, None)) is not None), None)
-    weight = layer.decode(computed_in(model)) if isinstance(layer, QuantLinear) else layer.weight
-    bias = layer.bias
-    if added := layout_of(model).added_bias:
-        more = model.get_parameter_or_buffer(added).flatten()
-        bias = more if bias is None else bias + more
-    return Head(weight, bias, scale, None if softcap is None else float(softcap))
+    return LogitTransform(scale, None if softcap is None else float(softcap))
 
 
 def through_head(model: PreTrainedModel, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -175,8 +185,25 @@ def forward_packed(
 ) -> Tensor:
     """Computes :func:`forward_hidden` from ids, positions and types ``[1, N]`` and boundaries ``[D + 1]``.
 
-    In layouts of rows, the result is zero for tokens after the last boundary.
+    In layouts of rows, the result is zero for tokens after the last boundary. Virtual tokens of an adapter come before
+    every document, and are left out of the result.
     """
+    fills = layout_of(model).kind in ("packed", "documents")
+    extended = insert_ids(model, input_ids, position_ids, cu_seqlens, token_type_ids, trees, fills=fills)
+    if extended is None:
+        return _forward_packed(model, input_ids, position_ids, cu_seqlens, token_type_ids, trees)
+    *row, place_N = extended
+    return _forward_packed(model, *row).index_select(1, place_N)
+
+
+def _forward_packed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    token_type_ids: Tensor | None = None,
+    trees: Trees | None = None,
+) -> Tensor:
     layout = layout_of(model)
     if trees is not None and not shares_prompts(model, trees):
         return _forward_paths(model, input_ids, position_ids, token_type_ids, trees)
@@ -206,7 +233,7 @@ def _forward_paths(
     columns = (None if each is None else each[:, paths.index_M] for each in (input_ids, position_ids, token_type_ids))
     ids, positions, types = columns
     assert ids is not None and positions is not None
-    hidden_1NH = forward_packed(model, ids, positions, paths.cu_seqlens, types).index_select(1, paths.place_N)
+    hidden_1NH = _forward_packed(model, ids, positions, paths.cu_seqlens, types).index_select(1, paths.place_N)
     return nn.functional.pad(hidden_1NH, (0, 0, 0, input_ids.shape[1] - hidden_1NH.shape[1]))
 
 
@@ -221,16 +248,17 @@ def call_packed(
 ) -> Result:
     """Calls ``run(model, arguments)`` with the arguments that make a model or its base compute documents packed.
 
-    Trees must be such that :func:`shares_prompts`.
+    Trees must be such that :func:`shares_prompts`. Virtual ids are in the row already; keys of an adapter move it.
     """
     layout, boundaries = layout_of(model), boundaries_of(model)
+    first_position = layout.first_position + num_added_keys(model)
     if token_type_ids is None and layout.passes_types:
         token_type_ids = torch.zeros_like(input_ids)
     types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
     arguments: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": _bounds(layout, cu_seqlens, trees) if layout.takes_bounds else None,
-        "position_ids": position_ids + layout.first_position if layout.first_position else position_ids,
+        "position_ids": position_ids + first_position if first_position else position_ids,
         "use_cache": False,
         **types,
     }
@@ -240,19 +268,64 @@ def call_packed(
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             arguments |= {"max_length_q": longest, "max_length_k": longest}
     held = layout.dealt or layout.has_distances
-    documents = _documents(cu_seqlens, trees, 0.0 if layout.equal else PADDING) if held else None
+    documents = _documents(layout, cu_seqlens, trees) if held else None
     with nullcontext() if boundaries is None else boundaries.holding(documents):
         return run(model, arguments)
+
+
+def forward_stored(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, longest: int, store: KeyStore
+) -> Tensor:
+    """Returns the input of the output layer for single tokens of texts whose earlier keys are stored, ``[1, M, H]``.
+
+    Args:
+        model: A model for which :func:`why_nothing_is_stored` is None.
+        input_ids: ``[1, M]``.
+        position_ids: ``[1, M]``.
+        longest: Tokens of the longest text that the store has room for.
+        store: It knows which texts the tokens continue.
+    """
+    layout = layout_of(model)
+    mask = make_bounds(torch.tensor([0, longest], device=input_ids.device), described=layout.described)
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": keep_in(mask, store),
+        "position_ids": position_ids + layout.first_position,
+        "use_cache": False,
+    }
+    if layout.passes_types:
+        arguments["token_type_ids"] = torch.zeros_like(input_ids)
+    return run_to_head(model, arguments)
+
+
+def why_nothing_is_stored(model: PreTrainedModel) -> str | None:
+    """Returns why :func:`forward_stored` cannot compute a model; None if it can."""
+    layout = layout_of(model)
+    if kind_of(model.config) != "causal":
+        return "it is no language model that only sees earlier tokens"
+    if layout.kind != "packed":
+        return "some of its layers keep more than keys and values, or it cannot be packed"
+    if not layout.takes_bounds or layout.has_distances:
+        return "its attention needs more than keys and values"
+    if virtual_length(model):
+        return "virtual tokens come before every text"
+    return None
 
 
 def _bounds(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Tensor:
     return make_bounds(cu_seqlens, parents=None if trees is None else trees.parents, described=layout.described)
 
 
-def _documents(cu_seqlens: Tensor, trees: Trees | None, padding: float) -> Documents:
+def _documents(layout: Layout, cu_seqlens: Tensor, trees: Trees | None) -> Documents:
+    padding = 0.0 if layout.equal else PADDING
     if trees is None:
         return Documents.of(cu_seqlens, padding=padding)
-    return Documents.of_trees(trees, cu_seqlens.device, padding=padding)
+    documents = Documents.of_trees(trees, cu_seqlens.device, padding=padding)
+    if not layout.continued:
+        return documents
+    steps = Steps.of(trees, cu_seqlens.device, padding=padding)
+    pays = places(steps.documents, layout.chunk) < places(documents, layout.chunk)
+    return replace(documents, steps=steps) if pays else documents
 
 
 def _forward_rows(model: PreTrainedModel, layout: Layout, columns: dict[str, Tensor], cu_seqlens: Tensor) -> Tensor:

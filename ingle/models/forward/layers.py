@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ingle.errors import ModelError
 from ingle.models.forward.dealt import Dealt
+from ingle.models.forward.documents import Boundaries
 from ingle.models.forward.layout import boundaries_of, layout_of
 from ingle.models.forward.mixers import base_of, original_class, source
 
@@ -93,10 +96,17 @@ def can_recompute(model: PreTrainedModel) -> bool:
     return bool(model.supports_gradient_checkpointing)
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
+def recompute_layers(
+    model: PreTrainedModel, as_now: Callable[[nn.Module], AbstractContextManager[None]] = lambda layer: nullcontext()
+) -> None:
     """Makes every decoder layer free its activations and recompute them in backward.
 
     Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 3.
+
+    Args:
+        model: A model.
+        as_now: Called in the forward pass of a layer; returns a context for its repetition in backward, in which the
+            layer computes what it computes now.
 
     Raises:
         ModelError: The architecture does not support it.
@@ -109,15 +119,30 @@ def recompute_layers(model: PreTrainedModel) -> None:
         )
     # transformers renamed the method in 5.23, where the old name warns.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    boundaries = boundaries_of(model)
-    layout = layout_of(model)
-    if not (layout.dealt or layout.has_distances) or boundaries is None:
-        enable({"use_reentrant": False})
-        return
-    # Another batch may have been computed when backward computes a layer of this one again.
-    enable(
-        {
-            "use_reentrant": False,
-            "context_fn": lambda: (nullcontext(), boundaries.holding(boundaries.current)),
-        }
-    )
+    enable({"use_reentrant": False})
+    boundaries, layout = boundaries_of(model), layout_of(model)
+    held = boundaries if layout.dealt or layout.has_distances else None
+    for layer in model.modules():
+        again = layer.__dict__.get("_gradient_checkpointing_func")
+        if again is not None:
+            layer._gradient_checkpointing_func = partial(again, context_fn=partial(_contexts, layer, held, as_now))
+            layer.gradient_checkpointing = True  # a layer with another inside passes the function on
+
+
+def _contexts(
+    layer: nn.Module, boundaries: Boundaries | None, as_now: Callable[[nn.Module], AbstractContextManager[None]]
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Returns the contexts of a forward pass and of its repetition.
+
+    Another batch, or another function, may have been computed when backward computes a layer of this one again.
+    """
+    held = nullcontext() if boundaries is None else boundaries.holding(boundaries.current)
+    return nullcontext(), _nested(as_now(layer), held)
+
+
+@contextmanager
+def _nested(*contexts: AbstractContextManager[None]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in contexts:
+            stack.enter_context(each)
+        yield

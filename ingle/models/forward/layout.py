@@ -11,6 +11,8 @@ Each layout is exact; the first that an architecture supports is the fastest:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from ingle.models.forward.mixers import find_mixers, original_class, source
 from ingle.models.forward.relative_bias import use_distances
 from ingle.models.forward.row_masks import MaskForm
 from ingle.models.kinds import kind_of
-from ingle.models.text_part import for_text_part
+from ingle.models.text_part import for_text_part, text_config
 from ingle.parallel import is_unit
 from ingle.planning.layouts import PADDING, describe_layout
 
@@ -53,6 +55,8 @@ class Layout:
         added_bias: Name of a bias that the architecture adds after its output layer; empty if there is none.
         read: Linear layers whose owner reads their weight instead of calling them, with ``*`` for every index.
         dealt: Classes of the modules that are dealt.
+        continued: Classes of dealt modules that compute answers from the state that their prompt leaves.
+        chunk: Tokens that a recurrence computes at least; decides whether continuing pays.
         has_distances: Whether attention gets relative position biases by distance.
         caches: Whether texts grow with a cache as they do without one; if not, each token costs a pass over its text.
         pads_from: Tokens that a prompt needs to be padded to the length of others; None pads no prompt.
@@ -72,6 +76,8 @@ class Layout:
     added_bias: str = ""
     read: frozenset[str] = frozenset()
     dealt: tuple[str, ...] = ()
+    continued: tuple[str, ...] = ()
+    chunk: int = 64
     has_distances: bool = False
     caches: bool = True
     pads_from: int | None = 0
@@ -83,7 +89,7 @@ class Layout:
         """Whether a prompt may be computed once for several answers; else it is repeated for each of them."""
         if self.kind == "packed":
             return self.takes_bounds
-        # Dealt modules repeat prompts; other attention needs boundaries.
+        # Dealt modules repeat prompts or continue from their states; other attention needs boundaries.
         return self.kind == "documents" and (self.takes_bounds or self.deals_attention)
 
 
@@ -104,6 +110,18 @@ def layout_of(model: PreTrainedModel) -> Layout:
     """Returns the layout of a model."""
     found: Layout = getattr(model, "packed_layout", Layout())
     return found
+
+
+@contextmanager
+def continuing_short_texts(model: PreTrainedModel) -> Iterator[None]:
+    """Lets recurrent modules continue from the states of prompts inside the block, however short the texts are."""
+    stored: Any = model
+    layout = layout_of(model)
+    stored.packed_layout = replace(layout, chunk=1)
+    try:
+        yield
+    finally:
+        stored.packed_layout = layout
 
 
 def layout_note(model: PreTrainedModel) -> str | None:
@@ -163,6 +181,7 @@ def apply_layout(model: PreTrainedModel, layout: Layout, boundaries: Boundaries 
     stored.packed_boundaries = boundaries or Boundaries()
     dealt = _deal(model, layout, stored.packed_boundaries) if layout.kind in ("packed", "documents") else frozenset()
     kind: LayoutKind = "documents" if dealt else layout.kind
+    stored.takes_keys = _takes_keys(model, kind)
     stored.packed_layout = replace(
         layout,
         kind=kind,
@@ -185,8 +204,27 @@ def _deal(model: PreTrainedModel, layout: Layout, boundaries: Boundaries) -> fro
     causal = kind_of(model.config) == "causal"
     for name in mixers.keys() - by_interface:
         form: MaskForm = layout.mask_form if name in attention else "none"
-        deal_module(model.get_submodule(name), boundaries, form, model.config, causal=causal)
+        module = model.get_submodule(name)
+        continues = original_class(module).__name__ in layout.continued
+        deal_module(module, boundaries, form, model.config, causal=causal, continues=continues)
     return frozenset(original_class(model.get_submodule(name)).__name__ for name in mixers.keys() - by_interface)
+
+
+def _takes_keys(model: PreTrainedModel, kind: LayoutKind) -> tuple[str, ...] | str:
+    """Returns the paths of the attention layers, if an adapter can add keys to all of them; else why it cannot."""
+    if kind_of(model.config) != "causal":
+        return "it is no causal language model"
+    if kind not in ("packed", "documents"):
+        return "it takes documents in padded rows"
+    mixers = find_mixers(model)
+    other = next((name for name, mixing in mixers.items() if mixing != "interface"), None)
+    if other is not None:
+        return f"its {other} mixes tokens without attention, or with attention of its own"
+    if text_config(model.config)._attn_implementation != IMPLEMENTATION:
+        return "its attention is the architecture's own"
+    if len(mixers) != getattr(text_config(model.config), "num_hidden_layers", len(mixers)):
+        return "not every layer has one attention"
+    return tuple(mixers)
 
 
 def _first_position(model: PreTrainedModel) -> int:

@@ -39,6 +39,9 @@ _FIRST, _STEP = 4, 3
 
 _NUM_IDS = 64
 
+#: What an adapter adds to modules of an architecture; a probe computes without it.
+_ADDED = ("virtual_tokens", "virtual_keys")
+
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -142,7 +145,7 @@ def _share(probe: nn.Module, model: nn.Module) -> None:
     for name, child in list(probe.named_children()):
         original = getattr(model, name)
         inner = [name for name, _ in child.named_children()]
-        theirs = [name for name, _ in original.named_children()]
+        theirs = [name for name, _ in original.named_children() if name not in _ADDED]
         # A fused layer has the submodules of the layer that it replaces, and a probe has only the first layers. What is
         # shared as a whole keeps its window.
         same = inner == (theirs[: len(inner)] if isinstance(child, nn.ModuleList) else theirs)

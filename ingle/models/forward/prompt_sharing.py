@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ingle.kernels.attention.trees import Trees
 from ingle.models.forward.hidden_states import computed_in, device_of, forward_packed, shares_prompts
-from ingle.models.forward.layout import layout_of
+from ingle.models.forward.layout import continuing_short_texts, layout_of
 from ingle.models.kinds import kind_of
 from ingle.models.text_part import text_config
 
@@ -49,7 +49,8 @@ def why_prompts_repeat(model: PreTrainedModel) -> str | None:
     was_training = model.training
     model.train(False)
     try:
-        shared = forward_packed(model, ids, positions, bounds, trees=trees)[0]
+        with continuing_short_texts(model):
+            shared = forward_packed(model, ids, positions, bounds, trees=trees)[0]
         alone = forward_packed(model, ids[:, paths.index_M], positions[:, paths.index_M], paths.cu_seqlens)[0]
     finally:
         model.train(was_training)

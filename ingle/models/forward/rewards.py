@@ -12,8 +12,9 @@ from ingle.kernels.attention.trees import Trees
 from ingle.models.forward.hidden_states import call_packed, shares_prompts
 from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of
-from ingle.models.forward.task_heads import forward_task
+from ingle.models.forward.task_heads import compute_task
 from ingle.models.forward.to_head import taken
+from ingle.models.forward.virtual_tokens import extend_batch
 from ingle.models.kinds import kind_of
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ def forward_reward(model: PreTrainedModel, batch: Batch) -> Tensor:
         model: A model that classifies into one number, with weights.
         batch: Documents packed in a single row. A batch without documents has the score of its first one.
     """
+    batch, _ = extend_batch(model, batch)
     bounds, parents = batch.cu_seqlens, batch.parents()
     answers = batch.answers() if batch.num_documents else torch.zeros(1, dtype=torch.int64, device=bounds.device)
     trees = None if parents is None else Trees.of(bounds.tolist(), parents[: len(bounds) - 1])
     if not scores_by_position(model) or (trees is not None and not shares_prompts(model, trees)):
-        scores_A = forward_task(model, batch)[answers, 0]
+        scores_A = compute_task(model, batch)[answers, 0]
         return scores_A.to(torch.promote_types(scores_A.dtype, torch.float32))
 
     def run(model: PreTrainedModel, arguments: dict[str, Any]) -> Tensor:

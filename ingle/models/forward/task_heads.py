@@ -25,6 +25,7 @@ from ingle.models.forward.hidden_states import call_packed, shares_prompts
 from ingle.models.forward.layout import layout_of, padding_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.to_head import taken
+from ingle.models.forward.virtual_tokens import extend_batch
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import padding_id, text_config
 from ingle.parallel import is_unit
@@ -60,8 +61,16 @@ def forward_task(model: PreTrainedModel, batch: Batch) -> Tensor:
     Returns:
         Classification: ``[D, C]`` for the documents that :func:`~ingle.data.round_up` did not add, or for the first
         one if there is no other. Token classification: ``[1, N, C]``. Question answering: ``[1, N, 2]``, the scores of
-        the first and of the last token. In trees, the outputs of documents that others continue mean nothing.
+        the first and of the last token. In trees, the outputs of documents that others continue mean nothing. Virtual
+        tokens come before every document; a head that reads the first token of a text reads the first of them.
     """
+    extended, place_N = extend_batch(model, batch)
+    outputs = compute_task(model, extended)
+    return outputs if place_N is None or task_of(model).kind == "classify" else outputs.index_select(1, place_N)
+
+
+def compute_task(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Computes :func:`forward_task` for a batch that has the virtual tokens of an adapter."""
     trees = _trees(batch, _own_bounds(batch))
     if trees is not None and not shares_prompts(model, trees):
         return _forward_paths(model, batch, trees)
@@ -120,7 +129,7 @@ def _forward_paths(model: PreTrainedModel, batch: Batch, trees: Trees) -> Tensor
     columns = {name: batch.columns[name][:, paths.index_M] for name in names if name in batch.columns}
     columns["cu_seqlens"] = paths.cu_seqlens
     counts = {"num_tokens": len(paths.index_M), "num_documents": len(paths.leaves_P), "num_supervised": 0}
-    outputs = forward_task(model, replace(batch, columns=columns, **counts))
+    outputs = compute_task(model, replace(batch, columns=columns, **counts))
     if task_of(model).kind == "classify":
         return _of_leaves(outputs, trees)
     collected = outputs.index_select(1, paths.place_N)

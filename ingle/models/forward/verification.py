@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ingle.data.batch import collate
 from ingle.data.types import IGNORE_INDEX, Sample
@@ -21,6 +22,7 @@ from ingle.models.forward.layout import layout_of
 from ingle.models.forward.probe import Probe, make_probe
 from ingle.models.forward.task_heads import forward_alone, forward_task
 from ingle.models.forward.to_head import run_to_head
+from ingle.models.forward.virtual_tokens import num_added_keys, virtual_ids
 from ingle.models.kinds import kind_of, task_of
 from ingle.models.text_part import text_config
 from ingle.wording import first_line
@@ -62,6 +64,51 @@ def verify(model: PreTrainedModel) -> None:
         if probe is not None:
             with _evaluating(probe.model):
                 _compare_lengths(model, probe)
+
+
+@torch.no_grad()
+def verify_virtual_tokens(model: PreTrainedModel) -> None:
+    """Compares packed documents with single documents, both with the virtual tokens of an adapter.
+
+    Raises:
+        ModelError: The results differ, or the architecture cannot compute them.
+    """
+    if kind_of(model.config) != "causal" or task_of(model).kind != "lm":
+        return
+    device, lengths = device_of(model), (7, 5)
+    documents = _documents(lengths, min(_NUM_IDS, text_config(model.config).vocab_size))
+    added = torch.tensor(virtual_ids(model), dtype=torch.long, device=device)
+    alone = []
+    with _evaluating(model), _packing(model):
+        for document in documents:
+            ids = torch.cat((added, document.to(device)))[None]
+            arguments = {"input_ids": ids, "position_ids": _positions(model, ids.shape[1]), "use_cache": False}
+            alone.append(run_to_head(model, arguments)[0, len(added) :])
+        packed = _forward(model, documents, device)[0]
+    why = "its embeddings or its attention are not computed in a way that virtual tokens can enter"
+    _require_close(model, packed.float(), torch.cat(alone).float(), lengths, _TOLERANCE, why)
+
+
+@torch.no_grad()
+def keys_of(model: PreTrainedModel, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Returns the keys and values of each layer for a text, ``[Hkv, P, Dh]``, to begin those of an adapter with.
+
+    Args:
+        model: A causal language model with weights, without virtual tokens.
+        ids: The text.
+    """
+    cache = DynamicCache()
+    text = torch.tensor(ids, device=device_of(model))[None]
+    with _evaluating(model):
+        positions = _positions(model, len(ids))
+        run_to_head(model, {"input_ids": text, "position_ids": positions, "past_key_values": cache, "use_cache": True})
+    layers: Any = cache.layers
+    return [(layer.keys[0], layer.values[0]) for layer in layers]
+
+
+def _positions(model: PreTrainedModel, length: int) -> Tensor:
+    """Returns the positions of a text alone, ``[1, T]``."""
+    return torch.arange(length, device=device_of(model))[None] + layout_of(model).first_position + num_added_keys(model)
 
 
 def _compare_logits(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,15 @@ from ingle.models.forward.layout import layout_of
 from ingle.models.forward.mixers import base_of, original_class, parameters
 from ingle.models.forward.rotary_by_length import key_change_lengths
 from ingle.models.forward.to_head import run_to_head
-from ingle.models.generation.token_sampler import TokenSampler
+from ingle.models.forward.virtual_tokens import num_added_keys, virtual_ids, virtual_length
 from ingle.models.text_limits import text_limit
+
+
+class Chooser(Protocol):
+    """Chooses tokens."""
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns the next token of each of these rows, ``[B]``."""
 
 
 class GrowingBatch(ABC):
@@ -56,7 +63,7 @@ class GrowingBatch(ABC):
         model: PreTrainedModel,
         compute_logits: Callable[[Tensor], Tensor],
         prompts: Sequence[Sequence[int]],
-        sampler: TokenSampler,
+        sampler: Chooser,
         max_new_tokens: int,
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
@@ -89,10 +96,12 @@ class GrowingBatch(ABC):
 
     def step(self) -> tuple[list[int], list[int]]:
         """Adds one token to every row; returns the rows and their tokens."""
-        last_BH = self._compute()
-        tokens_B = self._sampler.choose(self._compute_logits(last_BH).float(), self.rows)
+        logits_BV = self._compute_logits(self._compute()).float()
         if self._step == 0 and self._first is not None:
-            tokens_B = torch.full_like(tokens_B, self._first)
+            only = torch.full_like(logits_BV, -torch.inf)
+            only[:, self._first] = 0.0
+            logits_BV = only
+        tokens_B = self._sampler.choose(logits_BV, self.rows)
         if self._agree is not None:  # the last bits of logits may differ between devices
             tokens_B = torch.tensor(self._agree(tokens_B.tolist()), device=tokens_B.device)
         self._ids = tokens_B[:, None]
@@ -120,7 +129,10 @@ class PromptBatch(GrowingBatch):
     """Prompts that a language model continues."""
 
     def _begin(self, prompts: Sequence[Sequence[int]], device: torch.device) -> Sequence[int]:
-        self._lengths = lengths = [len(prompt) for prompt in prompts]
+        given = [len(prompt) for prompt in prompts]
+        self._lengths = [length + virtual_length(self._model) for length in given]
+        prompts = [[*virtual_ids(self._model), *prompt] for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         self._key_changes = key_change_lengths(self._model)
         self._cache = DynamicCache(config=self._model.config)
         width = max(lengths)
@@ -134,7 +146,7 @@ class PromptBatch(GrowingBatch):
         self._position_ids = (steps - padding[:, None]).clamp_min(0)
         # Attention is faster without a mask, which is not needed if no row is padded.
         self._mask = (steps >= padding[:, None]).long() if min(lengths) < width else None
-        return lengths
+        return given
 
     def _compute(self) -> Tensor:
         last_BH = self._forward(self._ids, self._mask, self._position_ids, self._cache)
@@ -164,7 +176,7 @@ class PromptBatch(GrowingBatch):
         arguments = {
             "input_ids": ids,
             "attention_mask": mask,
-            "position_ids": position_ids + layout_of(self._model).first_position,
+            "position_ids": position_ids + layout_of(self._model).first_position + num_added_keys(self._model),
             "cache_params" if only_states else "past_key_values": cache,
             "use_cache": True,
         }
@@ -272,13 +284,17 @@ def _read(
 ) -> tuple[type[ModelOutput], Tensor, Tensor]:
     """Returns the class of the encoder's output, its hidden states ``[B, S, H]``, and which are real, ``[B, S]``."""
     sources = [torch.tensor(prompt, device=device) for prompt in prompts]
+    added = torch.tensor(virtual_ids(model), dtype=torch.long, device=device)
     if layout_of(model).kind in ("rows", "equal_rows"):
         encoder: Any = model.get_encoder()
-        outputs = [encoder(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])) for ids in sources]
+        rows = [torch.cat((added, ids))[None] for ids in sources]
+        outputs = [encoder(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in rows]
         parts = [output.last_hidden_state[0] for output in outputs]
     else:
-        outputs = [encode(model, Row.of(sources))]
-        parts = list(outputs[0].last_hidden_state[0].split([len(ids) for ids in sources]))
+        output, row = encode(model, Row.of(sources))
+        outputs = [output]
+        parts = list(output.last_hidden_state[0].split(row.lengths()))
     states: Tensor = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sources], batch_first=True)
+    lengths = torch.tensor([len(part) for part in parts], device=device)
+    real = (torch.arange(states.shape[1], device=device) < lengths[:, None]).long()
     return type(outputs[0]), states, real

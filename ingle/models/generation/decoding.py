@@ -68,9 +68,9 @@ def generate(
     streams = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     done = 0
-    with _evaluating(model):
-        compute_logits, growing_batch = _logits_of(model), _batch_class(model)
-        for chosen in _batches(model, order, prompts, batch_size):
+    with evaluating(model), torch.no_grad():
+        compute_logits, growing_batch = _logits_of(model), batch_class(model)
+        for chosen in batches(model, order, prompts, batch_size):
             sampler = TokenSampler(temperature, top_p, seed, [streams[index] for index in chosen])
             sources = [prompts[index] for index in chosen]
             batch = growing_batch(model, compute_logits, sources, sampler, max_new_tokens, agree)
@@ -111,9 +111,9 @@ def stream(
     """
     answer = Answer(_check(model, tokenizer, [prompt], stop))
     shown = 0
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         sampler = TokenSampler(temperature, top_p, seed, [0])
-        batch = _batch_class(model)(model, _logits_of(model), [prompt], sampler, max_new_tokens)
+        batch = batch_class(model)(model, _logits_of(model), [prompt], sampler, max_new_tokens)
         over = False
         while not over:
             _, tokens = batch.step()
@@ -129,6 +129,18 @@ def _check(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]], stop: Sequence[str]
 ) -> StopCriteria:
     """Refuses prompts that cannot be answered, before the first is answered; returns the stop criteria."""
+    refuse_prompts(model, tokenizer, prompts)
+    return StopCriteria(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
+
+
+def refuse_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Refuses prompts that cannot be answered.
+
+    Raises:
+        ModelError: A prompt is empty, longer than the model's context, or has a token that the model lacks.
+    """
     limit = text_limit(model)
     answers_elsewhere = kind_of(model.config) == "encoder_decoder"
     for number, prompt in enumerate(prompts, 1):
@@ -144,18 +156,16 @@ def _check(
                 fix="shorten the prompt",
             )
     refuse_tokens_beyond(model, max((max(prompt) for prompt in prompts), default=0), tokenizer)
-    return StopCriteria(tokenizer, tuple(stop), end_token_ids(model, tokenizer))
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode without gradients, and restores the mode of every module afterwards."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Puts a model into evaluation mode, and restores the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -171,13 +181,14 @@ def _logits_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return head(model).logits
 
 
-def _batch_class(model: PreTrainedModel) -> type[GrowingBatch]:
+def batch_class(model: PreTrainedModel) -> type[GrowingBatch]:
+    """Returns how the texts of a model grow."""
     if kind_of(model.config) == "encoder_decoder":
         return TargetBatch
     return PromptBatch if layout_of(model).caches else UncachedBatch
 
 
-def _batches(
+def batches(
     model: PreTrainedModel, order: Sequence[int], prompts: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[list[int]]:
     """Yields the prompts in batches: those of ``order``, which is by length, as far as they can be padded."""

@@ -27,6 +27,7 @@ from ingle.models.forward.row_masks import MaskForm
 from ingle.models.forward.to_head import name_projection
 from ingle.models.kinds import ModelKind, ModelTask, kind_of, new_model
 from ingle.models.loading.cache_choice import choose_caching
+from ingle.models.loading.continuation_choice import choose_continuation
 from ingle.models.loading.small_config import Size, shrink
 from ingle.models.text_part import build_text_part, is_wrapper, text_config, with_text_config
 
@@ -127,6 +128,7 @@ def _choose(described: _Described) -> Choice:
     found = _fastest(reference, before_head, added_bias, documents, torch.cat(alone))
     if found is not None and kind == "causal":
         found = choose_caching(reference, found, documents[0])
+        found = choose_continuation(reference, found)
     return Choice(found, is_causal)
 
 

@@ -47,10 +47,10 @@ BUFFER_COLUMNS: Mapping[str, Column] = {
     "answers": Column("answer", np.int64, in_batches=True),
     "rows": Column("answer", np.int64),
     "statuses": Column("answer", np.int8),
-    "scores": Column("answer", np.float64),
-    "score_statuses": Column("answer", np.int8),
+    "scores": Column("answer", np.float32, in_batches=True),
     "rewards": Column("answer", np.float64),
     "counted": Column("token", np.bool_),
+    "weights": Column("token", np.float32, in_batches=True),
     "sampler_logps": Column("token", np.float32),
     "entropies": Column("token", np.float32),
     "old_logps": Column("token", np.float32, in_batches=True),
@@ -130,18 +130,24 @@ class SampleBuffer:
             units = permute(len(self))
         return np.split(units, len(self) // size)
 
-    def samples(self, rows: Integers) -> list[Sample]:
+    def samples(self, rows: Integers, *, masked: bool = True) -> list[Sample]:
         """Returns answers as documents: prompt and answer, labels at the counted tokens.
 
         A column of tokens has the value of each token at its own position, and 0 in the prompt. Answers to one prompt
         have the same ``group_ids``.
+
+        Args:
+            rows: Numbers of the answers.
+            masked: Whether tokens that do not count have no label.
         """
         part = self.select(rows)
         prompts, answers = part.by_answer("prompt_ids"), part.by_answer("ids")
         names = [name for name in part.columns if BUFFER_COLUMNS[name].in_batches]
         by_row = {name: part.by_answer(name) if BUFFER_COLUMNS[name].per == "token" else part[name] for name in names}
         counted = (
-            part.by_answer("counted") if "counted" in part.columns else [np.ones(len(a), np.bool_) for a in answers]
+            part.by_answer("counted")
+            if masked and "counted" in part.columns
+            else [np.ones(len(a), np.bool_) for a in answers]
         )
         samples = []
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

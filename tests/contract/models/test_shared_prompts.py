@@ -21,7 +21,7 @@ from ingle.kernels.attention.packed import packed_attention
 from ingle.kernels.attention.trees import Trees
 from ingle.models import why_prompts_repeat
 from ingle.models.forward import attention
-from ingle.models.forward.layout import apply_layout, layout_of
+from ingle.models.forward.layout import apply_layout, continuing_short_texts, layout_of
 from ingle.models.forward.task_heads import forward_task
 from ingle.models.loading.layout_choice import choose_layout, enliven
 from ingle.training.compiling import compile_layers
@@ -47,9 +47,11 @@ CAUSAL = {
     "rwkv": "documents",
     "roberta": "packed",
 }
+#: Types whose recurrent layers compute answers from the state that their prompt leaves.
+CONTINUED = ("lfm2", "mamba2", "qwen3_next")
 PAIRED = {"t5": "packed", "bart": "documents", "longt5": "rows", "led": "rows"}
 #: Types of which some float32 gradients are known to be no better.
-ROUNDING = {"qwen3_next": 3e-4}
+ROUNDING = {"qwen3_next": 3e-4, "qwen3_5_moe": 3e-4, "qwen3_5_moe_text": 3e-4}
 #: Prompts with the lengths of their answers; one prompt is too short to be shared, and a document is alone.
 ROWS = ((9, (4, 7)), (1, (4, 5)), (12, (1, 3, 6, 2)), (6, (5,)))
 
@@ -132,8 +134,11 @@ def test_answers_of_one_prompt(kind: str, causal_folder: FolderOf) -> None:
         pytest.skip(f"{type(error).__name__}: not loaded")
     assert layout_of(model).kind == CAUSAL.get(kind, layout_of(model).kind)
     assert (why_prompts_repeat(model) is None) == layout_of(model).computes_trees
+    if kind in CAUSAL:
+        assert bool(layout_of(model).continued) == (kind in CONTINUED)
     attach(model)
-    require_same(model, make_samples(), ROUNDING.get(kind, 3e-5))
+    with continuing_short_texts(model):
+        require_same(model, make_samples(), ROUNDING.get(kind, 3e-5))
 
 
 def attached(model: PreTrainedModel) -> PreTrainedModel:

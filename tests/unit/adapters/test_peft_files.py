@@ -117,7 +117,6 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
     "settings, fragment",
     [
         ({"peft_type": "VERA"}, "type VERA"),
-        ({"use_dora": True}, "implies A, B, magnitude_vector"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
@@ -145,6 +144,7 @@ def test_settings_that_ingle_cannot_compute_are_refused(folder: Path, settings: 
 @pytest.mark.parametrize(
     "settings, fragment",
     [
+        ({"use_dora": True}, "implies A, B, magnitude_vector"),
         ({"r": 4}, "has rank 2, but its config says 4"),
         ({"rank_pattern": {"layers.1.mlp.up_proj": 8}}, "model.layers.1.mlp.up_proj has rank 2, but its config says 8"),
         ({"target_modules": ["nowhere"]}, "does not target"),

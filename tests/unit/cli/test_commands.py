@@ -147,6 +147,9 @@ def test_config_show_is_yaml_with_origins_that_runs_again(capsys: pytest.Capture
     assert "base.block_size" in err
     assert run_from_yaml(out).optim.lr == 3e-4
     assert yaml.safe_load(out)["base"] == {"format": "int8"}
+    assert run_command(["config", "show", "run.yaml", "--objective=dpo"]) == 0
+    out = capsys.readouterr().out
+    assert "  # default of dpo with an adapter" in out and run_from_yaml(out).optim.lr == 2e-5
 
 
 def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_resolved_yaml_gives_an_equal_run(folder: Path) -> None:
 def test_comments_in_yaml_change_nothing() -> None:
     loaded = load_run(None, ["--model.id=m", "--data.sources=[a, b]", "--output=o # p", "--data.system='x # y'"])
     text = to_yaml(loaded.run, loaded.origins)
-    for line in ("  lr: 0.0002  # default", "  id: m  # flag", "    - path: a  # flag", "  system: 'x # y'  # flag"):
+    for line in ("  lr: null  # default", "  id: m  # flag", "    - path: a  # flag", "  system: 'x # y'  # flag"):
         assert line in text.splitlines()
     assert yaml.safe_load(text)["data"] == loaded.run.model_dump(mode="json")["data"]
     assert all("  # " in line for line in text.splitlines() if not line.endswith(":"))
@@ -204,10 +204,10 @@ def test_a_flag_without_value_means_true_only_for_true_or_false(folder: Path) ->
         ),
         ("--evaluate={sources: e, metrics: [blue]}", "evaluate.metrics must be a list", "did you mean bleu?"),
         ("--model=gpt2", "model must be a section, not gpt2.", "--model.id=gpt2"),
-        ("--optim.lr=0", "optim.lr must be a number above 0 and at most 1,000, not 0.", None),
-        ("--optim.lr=.nan", "optim.lr must be a number above 0 and at most 1,000, not .nan.", None),
-        ("--optim.lr=.inf", "optim.lr must be a number above 0 and at most 1,000, not .inf.", None),
-        ("--optim.lr=", "optim.lr must be a number above 0 and at most 1,000, not", None),
+        ("--optim.lr=0", "optim.lr must be a number above 0 and at most 1,000 or null, not 0.", None),
+        ("--optim.lr=.nan", "optim.lr must be a number above 0 and at most 1,000 or null, not .nan.", None),
+        ("--optim.lr=.inf", "optim.lr must be a number above 0 and at most 1,000 or null, not .inf.", None),
+        ("--optim.lr=", "optim.lr must be a number above 0 and at most 1,000 or null, not", None),
         ("--output=", "output is empty.", None),
         ("--data.sources=[]", "data.sources is empty.", None),
         ("--data.sources.0=null", "data.sources.0 must be a section, not null.", "--data.sources.0.path=VALUE"),

@@ -10,6 +10,8 @@ from ingle.config.rules import RUN_RULES, TASK_RULES, check
 from ingle.errors import ConfigError
 
 START = ["--model.id=m", "--data.sources=a.jsonl", "--output=o"]
+#: A reward, which objectives with rewards need.
+REWARD = "--objective.rewards=reward.py"
 TASK = "--evaluate.sources=e.jsonl"
 
 #: Flags that violate each rule, and flags that do not.
@@ -39,6 +41,39 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "constant-has-no-end": (
         ["--optim.schedule=constant", "--optim.min_lr_ratio=.1"],
         ["--optim.schedule=linear", "--optim.min_lr_ratio=.1"],
+    ),
+    "bottlenecks-have-one-width": (
+        ["--adapter=bottleneck", "--adapter.size=8", "--adapter.reduction=4"],
+        ["--adapter=bottleneck", "--adapter.size=8"],
+    ),
+    "bitfit-trains-something": (
+        ["--adapter=bitfit", "--adapter.biases=false"],
+        ["--adapter=bitfit", "--adapter.biases=false", "--adapter.norms"],
+    ),
+    "virtual-tokens-begin-somewhere": (
+        ["--adapter=prompt", "--adapter.init=text"],
+        ["--adapter=prefix", "--adapter.init=tokens", "--adapter.init_text=hello"],
+    ),
+    "only-texts-are-read": (["--adapter=prefix", "--adapter.init_text=hello"], ["--adapter=prefix"]),
+    "virtual-tokens-are-few": (
+        ["--adapter=prompt", "--adapter.num_virtual_tokens=64", "--data.max_seq_len=64"],
+        ["--adapter=prompt", "--adapter.num_virtual_tokens=63", "--data.max_seq_len=64"],
+    ),
+    "methods-of-peft-are-known": (
+        ["--adapter.kind=peft", "--adapter.method=lora"],
+        ["--adapter.kind=peft", "--adapter.method=vera"],
+    ),
+    "methods-read-plain-weights": (
+        ["--adapter.kind=peft", "--adapter.method=hra", "--base=nf4"],
+        ["--adapter.kind=peft", "--adapter.method=loha", "--base=nf4"],
+    ),
+    "methods-stay-in-one-place": (
+        ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
+        ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
+    ),
+    "targets-are-named-once": (
+        ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
+        ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
     ),
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
@@ -145,6 +180,42 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "frozen-a-has-one-rate": (
         ["--adapter.freeze_a=true", "--adapter.lora_plus_ratio=16"],
         ["--adapter.freeze_a=true"],
+    ),
+    "minibatches-fill-an-iteration": (
+        ["--objective=grpo", REWARD, "--train.global_batch_size=48"],
+        ["--objective=grpo", REWARD, "--train.global_batch_size=64"],
+    ),
+    "groups-have-two": (
+        ["--objective=grpo", REWARD, "--objective.num_generations=1"],
+        ["--objective=reinforce", REWARD, "--train.global_batch_size=16"],
+    ),
+    "sampled-objectives-need-no-dropout": (
+        ["--objective=grpo", REWARD, "--adapter.dropout=.1"],
+        ["--objective=grpo", REWARD],
+    ),
+    "policies-sample-the-full-support": (
+        ["--objective=grpo", REWARD, "--objective.rollout.top_p=.9"],
+        ["--objective=raft", REWARD, "--objective.rollout.top_p=.9"],
+    ),
+    "k1-has-no-gradient": (
+        ["--objective=grpo", REWARD, "--objective.kl.estimator=k1"],
+        ["--objective=grpo", REWARD, "--objective.kl.estimator=k2", "--objective.kl.level=answer"],
+    ),
+    "budget-needs-a-weight": (
+        ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
+        ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
+    ),
+    "policies-with-reference-need-an-adapter": (
+        ["--objective=grpo", REWARD, "--adapter=none"],
+        ["--objective=grpo", REWARD, "--adapter=none", "--objective.kl.place=none"],
+    ),
+    "reinforce-learns-once": (
+        ["--objective=reinforce", REWARD, "--objective.num_passes=2"],
+        ["--objective=reinforce", REWARD, "--objective.num_passes=2", "--objective.importance=token"],
+    ),
+    "distillation-answers-once": (
+        ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
+        ["--objective=distill", "--objective.teacher=t"],
     ),
     "local-models-have-no-revision": (["--model.id=here", "--model.revision=main"], ["--model.revision=main"]),
     "foreign-code-is-pinned": (

@@ -33,7 +33,8 @@ def test_options_are_those_of_the_tree() -> None:
 def test_defaults_read_back_as_the_defaults() -> None:
     by_path = {option.path: option for option in options()}
     assert by_path["model.id"].default is None and by_path["output"].default is None
-    assert read_value(by_path["optim.lr"].default or "", "").plain() == 2e-4
+    assert by_path["optim.lr"].default == "null"
+    assert read_value(by_path["optim.eps"].default or "", "").plain() == 1e-8
     assert read_value(by_path["optim.betas"].default or "", "").plain() == [0.9, 0.999]
     assert by_path["adapter.kind"].default == "lora"
     assert by_path["base.bits"].when == "base.format = hqq"

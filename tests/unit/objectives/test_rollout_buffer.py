@@ -26,7 +26,7 @@ def make() -> SampleBuffer:
     )
     counted = np.ones(13, bool)
     counted[[1, 12]] = False
-    return buffer.adding(scores=rng.normal(size=(6, 2)), advantages=np.arange(13) / 10, counted=counted)
+    return buffer.adding(rewards=rng.normal(size=6), advantages=np.arange(13) / 10, counted=counted)
 
 
 def same(first: SampleBuffer, second: SampleBuffer) -> bool:
@@ -55,8 +55,9 @@ def test_an_answer_is_a_document_with_labels_at_the_counted_tokens() -> None:
     assert first.columns["advantages"] == pytest.approx([0, 0, 0, 0.1, 0.2])
     assert first.columns["group_ids"] == 4 and first.columns["answers"] == 0
     assert first.input_ids.dtype == first.labels.dtype == np.int32
-    assert "scores" not in first.columns and "counted" not in first.columns
+    assert "rewards" not in first.columns and "counted" not in first.columns
     assert (last.labels == IGNORE_INDEX).all()
+    assert make().samples(np.array([5]), masked=False)[0].labels.tolist() == [IGNORE_INDEX] * 3 + [12]
 
 
 def test_minibatches_contain_every_answer_once() -> None:

@@ -172,7 +172,8 @@ def test_a_run_that_begins_elsewhere_is_refused_with_the_reason(folder: Path, tm
     def failed(objective: PairObjective) -> list[str]:
         return [name for name, check in _prove(objective).items() if not check.holds]
 
-    assert failed(make_objective(make_module(folder, moved=1e-3), MESH)) == ["log-ratio", "preference"]
+    moved = make_objective(make_module(folder, moved=1e-3), MESH)
+    assert failed(moved) == ["adapter equals base", "log-ratio", "preference"]
     assert failed(make_objective(make_module(folder, kind=_WrongSign), MESH)) == ["preference"]
     stale = make_objective(make_module(folder), MESH)
     stale.shift = 0.1

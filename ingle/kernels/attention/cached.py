@@ -1,0 +1,265 @@
+"""Attention of single tokens over keys and values that are kept, for generation.
+
+A token reads the keys of its prompt, which its whole group shares, and then those of its own answer. Every sum runs
+over them in this order and is computed by one thread, so it depends on nothing but the token's own text.
+
+Legend: M tokens of a pass, T tokens of the store, Hq query heads, Hkv key/value heads, G = Hq / Hkv, Dh head size, Dv
+size of a value, L keys of the longest text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ingle.kernels.attention.cpu import Scores
+from ingle.kernels.numba.cache import compile_float_kernel
+from ingle.kernels.numba.scalars import FAST, as_array, bits, exp, largest, load, store, supported
+from ingle.kernels.threads import match_threads
+
+_NO_SINKS = np.empty(0, np.float32)
+#: Columns of :attr:`Places.texts`.
+_START, _LENGTH, _OWN_START, _POSITION = range(4)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a pass are stored, and where the texts are that they continue.
+
+    Attributes:
+        rows: The row of the store that gets each token's own key and value, int64 [M]. Rows of tokens that nobody needs
+            may be equal.
+        texts: int64 [M, 4]: where the prompt begins in the store, how many tokens it has there, where the rest of the
+            text begins, and the token's position in the text.
+    """
+
+    rows: Tensor
+    texts: npt.NDArray[np.int64]
+
+    def first(self, before: int | None, chunk: int | None) -> npt.NDArray[np.int64]:
+        """Returns the first position that each token sees, int64 [M].
+
+        Args:
+            before: How many tokens before itself a token sees; None for all.
+            chunk: A token sees only its own chunk of this many positions.
+        """
+        positions_M = self.texts[:, _POSITION]
+        first_M = np.zeros_like(positions_M) if before is None else np.maximum(positions_M - before, 0)
+        return first_M if chunk is None else np.maximum(first_M, positions_M // chunk * chunk)
+
+
+class KeyStore:
+    """The keys and values of all layers.
+
+    Args:
+        num_rows: T.
+
+    Attributes:
+        places: Tokens of the pass that is computed.
+    """
+
+    places: Places
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._next = 0
+
+    def begin(self, places: Places) -> None:
+        """Begins a pass; each of its attention layers then calls :meth:`attend` once, in the same order."""
+        assert self._next == len(self._layers), "a pass before this one had another number of attention layers"
+        self.places, self._next = places, 0
+
+    def attend(
+        self,
+        q_MHD: Tensor,
+        k_MHD: Tensor,
+        v_MHD: Tensor,
+        scores: Scores,
+        *,
+        before: int | None = None,
+        chunk: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Keeps the keys and values of the pass, and computes its attention.
+
+        Args:
+            q_MHD: Queries, [M, Hq, Dh].
+            k_MHD: Keys, [M, Hkv, Dh].
+            v_MHD: Values, [M, Hkv, Dv].
+            scores: What is done with the scores; without a bias.
+            before: How many tokens before itself a token sees; None for all.
+            chunk: A token sees only its own chunk of this many positions.
+            sinks: Scores of one more key without a value, [Hq].
+
+        Returns:
+            [M, Hq, Dv].
+        """
+        if self._next == len(self._layers):
+            kept = (part.new_zeros(self._num_rows, *part.shape[1:]) for part in (k_MHD, v_MHD))
+            self._layers.append((next(kept), next(kept)))
+        keys, values = self._layers[self._next]
+        self._next += 1
+        keys.index_copy_(0, self.places.rows, k_MHD)
+        values.index_copy_(0, self.places.rows, v_MHD)
+        return cached_attention(q_MHD, keys, values, self.places.texts, self.places.first(before, chunk), scores, sinks)
+
+
+def keep_in(mask: Tensor, keys: KeyStore) -> Tensor:
+    """Makes the attention layers that get a mask use a store."""
+    stored: Any = mask
+    stored.key_store = keys
+    return mask
+
+
+def store_of(mask: Any) -> KeyStore | None:
+    """Returns the store that the layers with this mask use; None if they use none."""
+    found: KeyStore | None = getattr(mask, "key_store", None)
+    return found
+
+
+def cached_attention(
+    q_MHD: Tensor,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    texts_M4: npt.NDArray[np.int64],
+    first_M: npt.NDArray[np.int64],
+    scores: Scores,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Returns the attention of tokens over stored keys, [M, Hq, Dv].
+
+    Args:
+        q_MHD: Queries.
+        keys_THD: Stored keys, those of the tokens themselves included.
+        values_THD: Stored values.
+        texts_M4: See :attr:`Places.texts`.
+        first_M: The first position that each token sees.
+        scores: What is done with the scores; without a bias.
+        sinks: Scores of one more key without a value, [Hq].
+    """
+    if not supported(q_MHD, keys_THD, values_THD):
+        return _attend(q_MHD, keys_THD, values_THD, texts_M4, first_M, scores, sinks)
+    out_MHD = q_MHD.new_empty(*q_MHD.shape[:2], values_THD.shape[2])
+    match_threads(int((texts_M4[:, _POSITION] - first_M + 1).sum()) * q_MHD.shape[1] * q_MHD.shape[2])
+    attend_rows(
+        bits(q_MHD.contiguous()),
+        bits(keys_THD),
+        bits(values_THD),
+        texts_M4,
+        first_M,
+        np.float32(scores.scale),
+        np.float32(scores.softcap),
+        _NO_SINKS if sinks is None else as_array(sinks.detach().float().contiguous()),
+        bits(out_MHD),
+    )
+    return out_MHD
+
+
+def _attend(
+    q_MHD: Tensor,
+    keys_THD: Tensor,
+    values_THD: Tensor,
+    texts_M4: npt.NDArray[np.int64],
+    first_M: npt.NDArray[np.int64],
+    scores: Scores,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Reference of :func:`cached_attention` on any device."""
+    texts, first = (torch.from_numpy(each).to(q_MHD.device) for each in (texts_M4, first_M))
+    start_M1, length_M1, own_M1, position_M1 = texts[:, :, None].unbind(1)
+    positions_L = torch.arange(int(texts_M4[:, _POSITION].max()) + 1, device=q_MHD.device)
+    index_ML = torch.where(positions_L < length_M1, start_M1 + positions_L, own_M1 + positions_L - length_M1)
+    visible_ML = (positions_L >= first[:, None]) & (positions_L <= position_M1)
+    index_ML = torch.where(visible_ML, index_ML, 0)
+    group = q_MHD.shape[1] // keys_THD.shape[1]
+    keys_MLHD, values_MLHD = (each[index_ML].repeat_interleave(group, 2) for each in (keys_THD, values_THD))
+    wide = torch.promote_types(q_MHD.dtype, torch.float32)
+    scores_MHL = torch.einsum("mhd,mlhd->mhl", q_MHD.to(wide), keys_MLHD.to(wide)) * scores.scale
+    if scores.softcap:
+        scores_MHL = torch.tanh(scores_MHL / scores.softcap) * scores.softcap
+    scores_MHL = scores_MHL.masked_fill(~visible_ML[:, None], -torch.inf)
+    if sinks is not None:
+        sinks_MH1 = sinks.to(wide)[None, :, None].expand(len(scores_MHL), -1, 1)
+        scores_MHL = torch.cat((scores_MHL, sinks_MH1), -1)
+    weights_MHL = scores_MHL.softmax(-1)[..., : len(positions_L)].to(q_MHD.dtype)
+    return torch.einsum("mhl,mlhd->mhd", weights_MHL.to(wide), values_MLHD.to(wide)).to(q_MHD.dtype)
+
+
+@compile_float_kernel
+def attend_rows(q, keys, values, texts, first, scale, softcap, sinks, out):  # type: ignore[no-untyped-def]
+    """Computes each token and head of keys by one thread."""
+    num_tokens, num_heads, _ = q.shape
+    num_groups = keys.shape[1]
+    group = num_heads // num_groups
+    for index in prange(num_tokens * num_groups):
+        token, head = index // num_groups, index % num_groups
+        text = texts[token]
+        # Rows of the store: those of the prompt, and the token's own.
+        prompt = text[_START] + min(first[token], text[_LENGTH]), text[_START] + min(text[_POSITION] + 1, text[_LENGTH])
+        own = (
+            text[_OWN_START] + max(0, first[token] - text[_LENGTH]),
+            text[_OWN_START] + max(0, text[_POSITION] + 1 - text[_LENGTH]),
+        )
+        num_keys = prompt[1] - prompt[0] + own[1] - own[0]
+        row = np.empty(num_keys, np.float32)
+        weights = np.empty(num_keys, values.dtype)
+        total = np.empty(values.shape[2], np.float32)
+        for member in range(head * group, (head + 1) * group):
+            count = prompt[1] - prompt[0]
+            _score(q[token, member], keys[prompt[0] : prompt[1], head], row[:count])
+            _score(q[token, member], keys[own[0] : own[1], head], row[count:])
+            sink = sinks[member] if len(sinks) > 0 else np.float32(-np.inf)
+            _weigh(row, scale, softcap, sink, weights)
+            total[:] = np.float32(0.0)
+            _add(weights[:count], values[prompt[0] : prompt[1], head], total)
+            _add(weights[count:], values[own[0] : own[1], head], total)
+            result = out[token, member]
+            for j in range(len(total)):
+                store(result, j, total[j])
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _score(query, keys, row):  # type: ignore[no-untyped-def]
+    for s in range(len(row)):
+        key = keys[s]
+        total = np.float32(0.0)
+        for j in range(len(query)):
+            total += load(query, j) * load(key, j)
+        row[s] = total
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _weigh(row, scale, softcap, sink, weights):  # type: ignore[no-untyped-def]
+    """Computes the softmax, rounded like the weights of the training kernel."""
+    for s in range(len(row)):
+        row[s] *= scale
+    if softcap > np.float32(0.0):
+        for s in range(len(row)):
+            tanh = np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * row[s] / softcap) + np.float32(1.0))
+            row[s] = softcap * tanh
+    top = max(largest(row), sink)
+    total = np.float32(0.0)
+    for s in range(len(row)):
+        weight = exp(row[s] - top)
+        row[s] = weight
+        total += weight
+    if sink > np.float32(-np.inf):
+        total += exp(sink - top)
+    inverse = np.float32(1.0) / total
+    for s in range(len(row)):
+        store(weights, s, row[s] * inverse)
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _add(weights, values, total):  # type: ignore[no-untyped-def]
+    for s in range(len(weights)):
+        value, weight = values[s], load(weights, s)
+        for j in range(len(total)):
+            total[j] += weight * load(value, j)

@@ -1,0 +1,86 @@
+"""Rows of a key store: one for tokens that nobody needs, those of prompts, and those of the answers that grow.
+
+A text in the store is its prompt without the last token, which all answers of a group share, and then the rest: the
+last token of the prompt and the answer's own tokens. So every token of an answer comes from a pass of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ingle.models.generation.rollout import Request
+
+#: The row of tokens that nobody needs.
+WASTE = 0
+
+
+@dataclass(slots=True)
+class Segment:
+    """The shared part of a prompt.
+
+    Attributes:
+        ids: Its tokens.
+        start: Its first row.
+        read: How many of its tokens have been read.
+        users: Answers that still need it.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    read: int
+    users: int
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether answers can continue it."""
+        return self.read == len(self.ids)
+
+
+class PromptRows:
+    """Allocates rows for prompts: the first gap that is long enough.
+
+    Args:
+        requests: The answers that will need them.
+        num_rows: Rows for prompts, from row 1 on.
+    """
+
+    def __init__(self, requests: Sequence[Request], num_rows: int) -> None:
+        self._end = 1 + num_rows
+        self._users = Counter(map(_shared, requests))
+        self._segments: dict[tuple[int, ...], Segment] = {}
+
+    def find(self, request: Request) -> Segment | None:
+        """Returns the segment of a request's prompt, new if it has none yet; None if there is no room for it."""
+        ids = _shared(request)
+        if ids not in self._segments:
+            start = self._gap(len(ids))
+            if start is None:
+                return None
+            self._segments[ids] = Segment(ids, start, 0, self._users[ids])
+        return self._segments[ids]
+
+    def release(self, segment: Segment) -> None:
+        """Notes that one answer no longer needs a segment."""
+        segment.users -= 1
+        if segment.users == 0:
+            del self._segments[segment.ids]
+
+    def _gap(self, length: int) -> int | None:
+        begin = 1
+        for segment in sorted(self._segments.values(), key=lambda each: each.start):
+            if segment.start - begin >= length:
+                break
+            begin = max(begin, segment.start + len(segment.ids))
+        return begin if begin + length <= self._end else None
+
+
+def rows_for_prompts(requests: Sequence[Request], num_slots: int, prefill_tokens: int) -> int:
+    """Returns how many rows prompts need: enough for as many as grow together, and for a pass over further ones."""
+    lengths = sorted((len(ids) for ids in set(map(_shared, requests))), reverse=True)
+    return min(sum(lengths), sum(lengths[:num_slots]) + prefill_tokens)
+
+
+def _shared(request: Request) -> tuple[int, ...]:
+    return tuple(request.prompt[:-1])

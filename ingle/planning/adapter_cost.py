@@ -1,0 +1,61 @@
+"""What adapters add to the memory of a run: their parameters, and what their layers keep for the backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from ingle.config.adapter import DoraAdapter, LowRankAdapter, QaLoraAdapter
+from ingle.config.adapter_kinds import BottleneckAdapter, Ia3Adapter, PromptAdapter
+from ingle.config.base import HqqBase
+from ingle.config.run import Run
+from ingle.planning.shape import LayerShape, LinearShape, ModelShape
+
+
+def parameters_of(run: Run, model: ModelShape) -> int:
+    """Counts the trained parameters of an adapter, without modules that are trained in full."""
+    if model.adapter_parameters is not None:
+        return model.adapter_parameters
+    return _low_rank(run, model.linears)
+
+
+def parameters_in_layer(run: Run, model: ModelShape, layer: LayerShape) -> float:
+    """Counts them in one layer."""
+    if model.adapter_parameters is not None:
+        return model.adapter_parameters / max(1, model.num_layers)
+    return _low_rank(run, layer.linears)
+
+
+def group_size(run: Run) -> int:
+    """Returns how many inputs share a column of A."""
+    if not isinstance(run.adapter, QaLoraAdapter):
+        return 1
+    base = run.base
+    return base.group_size if isinstance(base, HqqBase) else 32  # GGUF formats with an offset
+
+
+def allows_fused(run: Run) -> bool:
+    """Returns whether layers with this adapter can be fused."""
+    is_low_rank = isinstance(run.adapter, LowRankAdapter) and not isinstance(run.adapter, DoraAdapter)
+    return is_low_rank or isinstance(run.adapter, PromptAdapter)
+
+
+def kept_features(run: Run, lin: LinearShape) -> float:
+    """Returns the features per token that the adapter of a linear layer keeps besides the layer's input."""
+    adapter = run.adapter
+    if isinstance(adapter, DoraAdapter):
+        return 2 * adapter.largest_rank + lin.out_features  # the outputs, for the gradient of the magnitudes
+    if isinstance(adapter, LowRankAdapter):
+        return adapter.largest_rank * (1 + adapter.subtracts)
+    if isinstance(adapter, Ia3Adapter):
+        return lin.out_features
+    if isinstance(adapter, BottleneckAdapter):  # the outputs of the sublayer, and those around the activation
+        return lin.out_features + 2 * adapter.width(lin.out_features)
+    return 0
+
+
+def _low_rank(run: Run, linears: Iterable[LinearShape]) -> int:
+    assert isinstance(run.adapter, LowRankAdapter)
+    size = group_size(run)
+    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in linears)
+    return run.adapter.largest_rank * columns

@@ -1,0 +1,45 @@
+"""Compares answers with references: spelling, numbers, words."""
+
+from __future__ import annotations
+
+import re
+import string
+from decimal import Decimal
+
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+#: A number inside a text. A minus behind a digit, a letter or a bracket is an operator or a hyphen, not a sign.
+_INSIDE = re.compile(r"(?:(?<![\w)\]])[-+])?(?:\d+(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d{1,3}\b)?")
+
+
+def collapse(text: str) -> str:
+    """Returns the text with each run of white space as one space, and none at the ends."""
+    return " ".join(text.split())
+
+
+def normalize_number(text: str) -> str:
+    """Returns one spelling for each number (``$1,000.00`` and ``1000`` are equal); other text is unchanged."""
+    bare = _THOUSANDS.sub("", text).lstrip("$£€¥ ").rstrip()
+    if not _NUMBER.fullmatch(bare):
+        return text
+    number = Decimal(bare).normalize()
+    return "0" if number == 0 else f"{number:f}"
+
+
+def normalize(text: str) -> str:
+    """Returns the text in lower case, without ASCII punctuation and English articles, with single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def last_number(text: str) -> Decimal | None:
+    """Returns the last number of a text, which may have separators between thousands; None without one."""
+    found = _INSIDE.findall(_THOUSANDS.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    return Decimal(found[-1]) if found else None
+
+
+def first_number(text: str) -> Decimal | None:
+    """Returns the first number of a text; None without one."""
+    found = _INSIDE.search(_THOUSANDS.sub("", text.replace("\N{MINUS SIGN}", "-")))
+    return Decimal(found[0]) if found else None
