@@ -51,7 +51,7 @@ def test_a_budget_reduces_the_grid_or_is_refused(tmp_path: Path) -> None:
 
 def test_lora_is_needed_for_its_space(tmp_path: Path) -> None:
     config = config_of(tmp_path, POINTS["clm, packed"]) | {"adapter": {"kind": "none"}}
-    with pytest.raises(ConfigError, match="need adapter.kind = lora"):
+    with pytest.raises(ConfigError, match=r"need adapter\.kind = lora"):
         study_rank(RankRequest(Run.model_validate(config)))
 
 
