@@ -5,7 +5,6 @@ They forbid nothing. ``train.lessons: false`` turns them off. They are about mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +18,9 @@ _STUDIED = 100_000_000
 _SCALED = ("lora", "dora")
 #: Names of layers of attention.
 _ATTENTION = frozenset(
-    "q_proj k_proj v_proj o_proj out_proj qkv query key value attn attention c_attn Wqkv query_key_value".split()
+    ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "query_key_value")
+    + ("qkv", "Wqkv", "attn", "c_attn", "attention")
+)
 )
 #: Objectives that learn from answers that they sample.
 _SAMPLING = ("ppo", "grpo", "rloo", "reinforce", "online_dpo")
@@ -121,10 +122,9 @@ LESSONS: tuple[Lesson, ...] = (
             and not (facts.run.data.validation is not None and facts.run.train.keep_best)
         ),
         lambda facts: (
-            f"{facts.epochs:.3g} epochs on answers: models begin to repeat them, and the loss on other "
-            f"answers rises after the "
-            "first epochs (Ouyang et al. 2022, section 3.5: after one). With data.validation and train.keep_best, the "
-            "best step is kept."
+            f"{facts.epochs:.3g} epochs on answers: models begin to repeat them, and the loss on other answers rises "
+            "after the first epochs (Ouyang et al. 2022, section 3.5: after one). With data.validation and "
+            "train.keep_best, the best step is kept."
         ),
         "train.num_epochs",
     ),
@@ -132,9 +132,9 @@ LESSONS: tuple[Lesson, ...] = (
         "alpha",
         lambda facts: _alpha(facts) is not None and _alpha(facts) != 2 * _rank(facts),
         lambda facts: (
-            f"alpha = {_alpha(facts):g} scales the change by {(_alpha(facts) or 0) / _rank(facts):.3g}, and "
-            f"usual learning "
-            f"rates are tuned for 2: alpha = {2 * _rank(facts)}, twice the rank. A scale acts like a learning rate."
+            f"alpha = {_alpha(facts):g} scales the change by {(_alpha(facts) or 0) / _rank(facts):.3g}, and usual "
+            f"learning rates are tuned for 2: alpha = {2 * _rank(facts)}, twice the rank. A scale acts like a "
+            "learning rate."
         ),
         "adapter.alpha",
     ),
@@ -142,8 +142,9 @@ LESSONS: tuple[Lesson, ...] = (
         "targets",
         _only_attention,
         lambda facts: (
-            "Only attention is adapted. At equal parameters, all linear layers are better, and the feed-forward layers "
-            'alone too (Schulman et al. 2025, "LoRA Without Regret": rank 256 on attention is behind rank 128 on them).'
+            "Only attention is adapted. At equal parameters, all linear layers are better, and the feed-forward "
+            'layers alone too (Schulman et al. 2025, "LoRA Without Regret": rank 256 on attention is behind rank 128 '
+            "on them)."
         ),
         "adapter.target_modules",
     ),
@@ -151,9 +152,8 @@ LESSONS: tuple[Lesson, ...] = (
         "rate-of-full-fine-tuning",
         lambda facts: facts.is_studied and facts.run.adapter.kind == "none" and facts.lr > 5e-5,
         lambda facts: (
-            f"A learning rate of {facts.lr:g} is that of an adapter: full fine-tuning wants about a tenth "
-            f"of it, 1e-5 to "
-            '5e-5 ("LoRA Without Regret").'
+            f"A learning rate of {facts.lr:g} is that of an adapter: full fine-tuning wants about a tenth of it, 1e-5 "
+            'to 5e-5 ("LoRA Without Regret").'
         ),
         "optim.lr",
     ),
@@ -166,9 +166,8 @@ LESSONS: tuple[Lesson, ...] = (
             and facts.lr < 5e-5
         ),
         lambda facts: (
-            f"A learning rate of {facts.lr:g} is that of full fine-tuning: LoRA wants about ten times as "
-            f"much, at any rank "
-            '("LoRA Without Regret").'
+            f"A learning rate of {facts.lr:g} is that of full fine-tuning: LoRA wants about ten times as much, at any "
+            'rank ("LoRA Without Regret").'
         ),
         "optim.lr",
     ),
@@ -185,22 +184,19 @@ LESSONS: tuple[Lesson, ...] = (
         "rate-against-rank",
         _grows_with_rank,
         lambda facts: (
-            f"With rslora and alpha = 2 * rank, the scale grows with the rank: {2 * "
-            f"math.sqrt(_rank(facts)):.3g} at rank "
-            f"{_rank(facts)}. Name a fixed alpha (16 in the paper's experiments), or lower the learning "
-            f"rate. Without rslora, "
-            "the best rate does not depend on the rank."
+            f"With rslora and alpha = 2 * rank, the scale grows with the rank: {2 * _rank(facts) ** 0.5:.3g} at rank "
+            f"{_rank(facts)}. Name a fixed alpha (16 in the paper's experiments), or lower the learning rate. Without "
+            "rslora, the best rate does not depend on the rank."
         ),
         "adapter.rslora, adapter.alpha",
     ),
     Lesson(
         "capacity",
-        lambda facts: _rank(facts) > 0 and facts.tokens > 100 * facts.trained * max(1.0, 1 / max(facts.epochs, 1e-9)),
+        lambda facts: _rank(facts) > 0 and facts.tokens * min(1.0, facts.epochs) > 100 * facts.trained,
         lambda facts: (
             f"{facts.trained:,} trained parameters for {facts.tokens:,} tokens: LoRA learns less than full "
-            f"fine-tuning once "
-            'the data exceeds its capacity, at about 2 bits per parameter ("LoRA Without Regret"). A larger rank '
-            "costs little; `ingle rank` measures it."
+            'fine-tuning once the data exceeds its capacity, at about 2 bits per parameter ("LoRA Without Regret"). '
+            "A larger rank costs little; `ingle rank` measures it."
         ),
         "adapter.rank",
     ),
@@ -210,9 +206,8 @@ LESSONS: tuple[Lesson, ...] = (
             facts.is_studied and facts.run.adapter.kind == "none" and facts.is_instruction and facts.epochs > 1
         ),
         lambda facts: (
-            f"{facts.epochs:.3g} epochs of full fine-tuning forget more of what the model could do than "
-            f"LoRA does (Biderman "
-            'et al. 2024, "LoRA Learns Less and Forgets Less"). Compare both models on a general task: '
+            f"{facts.epochs:.3g} epochs of full fine-tuning forget more of what the model could do than LoRA does "
+            '(Biderman et al. 2024, "LoRA Learns Less and Forgets Less"). Compare both models on a general task: '
             "`ingle evaluate RUN --task FILE`."
         ),
         "adapter.kind, train.num_epochs",
@@ -221,9 +216,8 @@ LESSONS: tuple[Lesson, ...] = (
         "dora",
         lambda facts: facts.run.adapter.kind == "dora",
         lambda facts: (
-            "DoRA takes more time than LoRA and is not always better: 46.9 against 47.8 of LoRA, both of "
-            "rank 32, in PEFT's "
-            "comparison on GSM8K. `--adapter.kind=lora` shows it for your task."
+            "DoRA takes more time than LoRA and is not always better: 46.9 against 47.8 of LoRA, both of rank 32, in "
+            "PEFT's comparison on GSM8K. `--adapter.kind=lora` shows it for your task."
         ),
         "adapter.kind",
     ),
@@ -231,9 +225,8 @@ LESSONS: tuple[Lesson, ...] = (
         "rank-of-rewards",
         lambda facts: facts.run.objective.kind in _SAMPLING and _rank(facts) > 64,
         lambda facts: (
-            f"Rank {_rank(facts)} for rewards: they tell few bits per answer, and ranks from 1 to 32 do as "
-            f"well as full "
-            'fine-tuning ("LoRA Without Regret"). A smaller rank saves memory and time.'
+            f"Rank {_rank(facts)} for rewards: they tell few bits per answer, and ranks from 1 to 32 do as well as "
+            'full fine-tuning ("LoRA Without Regret"). A smaller rank saves memory and time.'
         ),
         "adapter.rank",
     ),

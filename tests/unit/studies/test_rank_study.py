@@ -45,7 +45,7 @@ def test_a_study_is_made_of_runs_and_continues(tmp_path: Path) -> None:
 
 
 def test_a_budget_reduces_the_grid_or_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="smallest study takes about .* budget is 1s"):
+    with pytest.raises(ConfigError, match=r"smallest study takes about .* budget is 1s"):
         study_rank(_request(tmp_path, budget_s=1.0))
 
 
