@@ -21,7 +21,6 @@ _ATTENTION = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "query_key_value")
     + ("qkv", "Wqkv", "attn", "c_attn", "attention")
 )
-)
 #: Objectives that learn from answers that they sample.
 _SAMPLING = ("ppo", "grpo", "rloo", "reinforce", "online_dpo")
 
