@@ -14,6 +14,7 @@ import torch
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.adapter import AdapterConfig
 from ingle.config.adapter_kinds import PrefixAdapter
+from ingle.config.lessons import Facts, find_lessons
 from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import reads_reference, rows_per_iteration
@@ -133,6 +134,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    for note in find_lessons(_facts(run, plan, dataset)):
+        sink(Warned(note.text, where=note.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
@@ -157,6 +160,13 @@ def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.M
             adapters.give_keys(model, parallel.call_outside_step(module, models.keys_of, model, ids))
     else:
         adapters.give_text(model, ids)
+
+
+def _facts(run: Run, plan: planning.Plan, dataset: data.TokenDataset) -> Facts:
+    lr = run.optimizer.lr
+    assert lr is not None
+    tokens = int(dataset.lengths.sum(dtype=np.int64))
+    return Facts(run, lr, plan.num_epochs, plan.num_parameters, plan.trainable_parameters, tokens)
 
 
 def _data_shape(
