@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ingle import adapters
 from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
+from ingle.config.presets import suit_preferences
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
@@ -127,7 +128,8 @@ def build(run: Run, context: Context) -> Objective:
     initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
-            return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
+            beta = suit_preferences(run.objective).beta
+            return PreferenceObjective(module, context.dataset, sampler, initial=initial, beta=beta, **options)
         case Kto() | Bco():
             return JudgedObjective(
                 module,
