@@ -81,7 +81,7 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     began = time.monotonic()
     parts = assemble(_as_before(run, folder, sink), sink)
     sink.share(parts.mesh)
-    run = run.model_copy(update={"objective": parts.run.objective})
+    run = run.model_copy(update={"objective": parts.run.objective, "adapter": parts.run.adapter})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     parts.objective.load_parts(parts.identity, partial(_open_beside, parts.mesh, sink))
@@ -181,6 +181,8 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         states["adapter"] = kept
     if parts.imatrix is not None:
         states["imatrix"] = parts.imatrix
+    if parts.allocator is not None:
+        states["allocator"] = parts.allocator
     movement = Movement(parts.optimizer, run.optimizer, plan.num_steps, adapter=run.adapter, mesh=mesh)
     prove = partial(
         prove_start,
@@ -260,6 +262,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 step=step,
                 relief=relief,
                 prove=prove if step == 1 else None,
+                allocator=parts.allocator,
             )
             tokens_per_s = meter.end(result.num_tokens)
             now = time.monotonic()
