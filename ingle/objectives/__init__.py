@@ -24,6 +24,7 @@ from ingle.config.objective import (
 )
 from ingle.config.policy import Distill
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
+from ingle.config.presets import suit_preferences
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
@@ -148,7 +149,8 @@ def build(run: Run, context: Context) -> Objective:
     initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
-            return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
+            beta = suit_preferences(run.objective).beta
+            return PreferenceObjective(module, context.dataset, sampler, initial=initial, beta=beta, **options)
         case Kto() | Bco():
             return JudgedObjective(
                 module,
@@ -206,6 +208,7 @@ def _loss(run: Run, context: Context) -> StepModule:
             if run.objective.problem == "auto":
                 raise ConfigError("The kind of labels is not known yet.", where="objective.problem")
             return ClassLoss(model, run.objective.problem, run.objective.label_smoothing)
+    raise AssertionError(run.objective.kind)
 
 
 def corruption(run: Run, context: Context) -> Corruption | None:

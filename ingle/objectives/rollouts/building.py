@@ -12,7 +12,18 @@ import numpy as np
 import torch
 
 from ingle import env
-from ingle.config.policy import Grpo, OnlineDpo, PolicyGradient, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
+from ingle.config.policy import (
+    Grpo,
+    OnlineDpo,
+    PolicyGradient,
+    Ppo,
+    Raft,
+    Reinforce,
+    Rewarded,
+    Rloo,
+    Sampled,
+    SampledConfig,
+)
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preferences import Dpo
@@ -83,11 +94,11 @@ def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
 def as_dpo(config: OnlineDpo) -> Dpo:
     """Returns the objective of the pairs that are sampled."""
     suited = suit_policy(config)
-    options = {"loss": suited.loss, "beta": suited.beta, "label_smoothing": suited.label_smoothing or None}
-    return Dpo(kind="dpo", pairs="best_worst", **options)
+    smoothing = suited.label_smoothing or None
+    return Dpo(kind="dpo", loss=suited.loss, beta=suited.beta, label_smoothing=smoothing, pairs="best_worst")
 
 
-def _recipe(objective: Sampled) -> Recipe:
+def _recipe(objective: SampledConfig) -> Recipe:
     weights = np.array([reward.weight for reward in objective.rewards] if isinstance(objective, Rewarded) else [])
     match objective:
         case Ppo() | Grpo() | Rloo() | Reinforce():
@@ -136,7 +147,7 @@ def sampled_objective(
         ConfigError: Prompts are to be shared in a model that cannot share them.
     """
     objective = run.objective
-    assert isinstance(objective, Sampled)
+    assert isinstance(objective, SampledConfig)
     suited = suit_policy(objective)
     assert suited.num_generations is not None
     rollout, model = suited.rollout, module.model
