@@ -14,6 +14,7 @@ import torch
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.adapter import AdapterConfig
 from ingle.config.adapter_kinds import PrefixAdapter
+from ingle.config.lessons import Facts, find_lessons
 from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import reads_reference, rows_per_iteration
@@ -68,6 +69,7 @@ class Assembled:
     held_out: data.HeldOut | None
     fusion: adapters.FusionReport
     rounding: adapters.Rounding
+    allocator: adapters.RankAllocator | None
     identity: adapters.BaseIdentity | None
     imatrix: ImatrixCollector | None
     contamination: data.Contamination | None
@@ -132,6 +134,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    for note in find_lessons(_facts(run, plan, dataset)):
+        sink(Warned(note.text, where=note.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
@@ -156,6 +160,13 @@ def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.M
             adapters.give_keys(model, parallel.call_outside_step(module, models.keys_of, model, ids))
     else:
         adapters.give_text(model, ids)
+
+
+def _facts(run: Run, plan: planning.Plan, dataset: data.TokenDataset) -> Facts:
+    lr = run.optimizer.lr
+    assert lr is not None
+    tokens = int(dataset.lengths.sum(dtype=np.int64))
+    return Facts(run, lr, plan.num_epochs, plan.num_parameters, plan.trainable_parameters, tokens)
 
 
 def _data_shape(
@@ -278,8 +289,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     ready = prepare(run, sink)
     run = ready.run
     model, plan, mesh = ready.model, ready.plan, ready.mesh
+    run = run.model_copy(update={"adapter": adapters.with_steps(run.adapter, plan.num_steps)})
     if parallel.shards(mesh, plan.strategy):
         models.require_shardable(model)
+        adapters.require_shardable(run.adapter)
     if run.base.format != "none" and (unquantized := quant.describe_unknown(model)) is not None:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
@@ -381,6 +394,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         data_hash=_data_hash(ready.dataset, ready.held_out),
         held_out=ready.held_out,
         fusion=fusion,
+        allocator=adapters.make_allocator(model, run.adapter),
         rounding=adapters.Rounding(model, run.adapter, plan.num_steps),
         identity=identity,
         imatrix=imatrix,

@@ -62,6 +62,8 @@ _KINDS = {
 }
 _FULL: Options = {"adapter": {"kind": "none"}}
 _NF4: Options = {"base": {"format": "nf4"}}
+_OFT: Options = {"kind": "peft", "options": {"oft_block_size": 4}}
+_ADALORA: Options = {"kind": "peft", "method": "adalora", "options": {"init_r": 4, "target_r": 1, "tfinal": 1}}
 
 
 def _rule(kind: str, **options: Any) -> Options:
@@ -76,10 +78,34 @@ POINTS = {
     "sft, packed, dora": Point(
         "llama", "packed", {"kind": "sft"}, {"adapter": {"kind": "dora", "rank": 2, "init": "pissa"}}
     ),
+    "sft, packed, bottleneck": Point(
+        "llama", "packed", {"kind": "sft"}, {"adapter": {"kind": "bottleneck", "size": 3, "style": "parallel"}, **_NF4}
+    ),
+    "seq2seq, packed, ia3": Point("t5", "packed", {"kind": "seq2seq"}, {"adapter": {"kind": "ia3"}, **_NF4}),
+    "classify, packed, biases": Point(
+        "bert", "packed", {"kind": "classify"}, {"adapter": {"kind": "bitfit", "norms": True}, **_NF4}
+    ),
+    "dpo, packed, oft": Point("llama", "packed", {"kind": "dpo"}, {"adapter": {**_OFT, "method": "oft"}, **_NF4}),
+    "sft, packed, adalora": Point("llama", "packed", {"kind": "sft"}, {"adapter": _ADALORA}),
     "clm, galore, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("galore", rank=4, update_every=3)),
     "clm, apollo, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("apollo", rank=4, update_every=3)),
     "clm, lisa, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("lisa", active=1, every=3)),
     "sft, subspace": Point("llama", "packed", {"kind": "sft"}, _rule("subspace", dim=8, gains=True)),
+    "dpo, packed, prefix": Point(
+        "llama", "packed", {"kind": "dpo"}, {"adapter": {"kind": "prefix", "num_virtual_tokens": 3}}
+    ),
+    "tag, dealt, prompt": Point(
+        "deberta-v2",
+        "documents",
+        {"kind": "tag", "stride": 4},
+        {"adapter": {"kind": "prompt", "num_virtual_tokens": 3}},
+    ),
+    "span, packed, prompt": Point(
+        "t5",
+        "packed",
+        {"kind": "span", "density": 0.3},
+        _NF4 | {"adapter": {"kind": "prompt", "num_virtual_tokens": 3, "encoder": "lstm", "init": "random"}},
+    ),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
     "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),

@@ -1,11 +1,12 @@
 """Adapters: attaching, training aids, merging, and files in PEFT's layout."""
 
+from ingle.adapters.adalora import RankAllocator, make_allocator, with_steps
 from ingle.adapters.adapted import AttachReport, NotAdapted, lora_modules, trainable_parameters
 from ingle.adapters.attachment import attach, count_parameters, initialize, insert
 from ingle.adapters.fusion import FusionReport, enable_fused, fuse, insert_fused
 from ingle.adapters.identity import BaseIdentity, describe, identify, initial_digest
 from ingle.adapters.initialization import principal_directions
-from ingle.adapters.kinds import select
+from ingle.adapters.kinds import require_shardable, select
 from ingle.adapters.lora import LoraLinear, generator_of
 from ingle.adapters.merging import merged_planes, merged_weight
 from ingle.adapters.norms import update_norms
@@ -27,6 +28,7 @@ __all__ = [
     "FusionReport",
     "LoraLinear",
     "NotAdapted",
+    "RankAllocator",
     "Record",
     "RoleShape",
     "Rounding",
@@ -53,15 +55,18 @@ __all__ = [
     "load_adapter",
     "load_role",
     "lora_modules",
+    "make_allocator",
     "merged_planes",
     "merged_weight",
     "principal_directions",
     "read_record",
     "read_shape",
+    "require_shardable",
     "save_adapter",
     "save_role",
     "select",
     "trainable_parameters",
     "update_norms",
     "use",
+    "with_steps",
 ]
