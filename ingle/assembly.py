@@ -14,6 +14,7 @@ import torch
 from ingle import adapters, data, env, evaluation, models, objectives, parallel, planning, quant
 from ingle.config.adapter import AdapterConfig
 from ingle.config.adapter_kinds import PrefixAdapter
+from ingle.config.lessons import Facts, find_lessons
 from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import reads_reference, rows_per_iteration
@@ -133,6 +134,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    for lesson in find_lessons(_facts(run, plan, dataset)):
+        sink(Warned(lesson.text, where=lesson.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
@@ -157,6 +160,13 @@ def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.M
             adapters.give_keys(model, parallel.call_outside_step(module, models.keys_of, model, ids))
     else:
         adapters.give_text(model, ids)
+
+
+def _facts(run: Run, plan: planning.Plan, dataset: data.TokenDataset) -> Facts:
+    lr = run.optimizer.lr
+    assert lr is not None
+    tokens = int(dataset.lengths.sum(dtype=np.int64))
+    return Facts(run, lr, plan.num_epochs, plan.num_parameters, plan.trainable_parameters, tokens)
 
 
 def _data_shape(
@@ -320,6 +330,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     if not objective.module.reads_head_in_backward:
         parallel.skip_in_backward(head)
+    is_identified = run.adapter.kind != "none" or has_reference(run)
     facts = models.load_weights(
         model,
         run.model,
@@ -329,10 +340,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink=sink,
         mesh=mesh,
         offload=plan.strategy.offload,
-        describe=None if run.adapter.kind == "none" else adapters.describe,
+        describe=adapters.describe if is_identified else None,
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
-    identity = None if run.adapter.kind == "none" else adapters.identify(model, facts or None)
+    identity = adapters.identify(model, facts or None) if is_identified else None
     _give_text(run, model, ready.tokenizer, objective.module)
     report = adapters.initialize(
         model,
@@ -345,6 +356,10 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     )
     for note in report.notes:
         sink(Warned(note))
+    if isinstance(objective, objectives.PreferenceObjective) and objective.prepares:
+        assert identity is not None
+        digest = adapters.initial_digest(model, identity)
+        objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
     objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)

@@ -21,7 +21,7 @@ from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
 from ingle.errors import IngleError, Interrupted
-from ingle.events import Evaluated, Failed, Finished, Saved, Sink, Started, Step, Warned
+from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
 from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import read_report, write_report
 from ingle.run_evaluation import compare_run, evaluate_before, score_samples
@@ -189,7 +189,11 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     )
     if parts.held_out is not None:
         states["selection"] = validation.selection
-    checkpoints = Checkpoints(folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best)
+    checkpoints = Checkpoints(
+        folder, run.train.keep_checkpoints, states, mesh, pins_one=run.train.keep_best or objective.pins_one
+    )
+    if run.adapter.kind == "none":
+        objective.prepare_all(plan.num_steps, lambda done, total: sink(Progress("Reference", done, total)))
     position = Position(0, 0, parts.data_hash)
     latest = checkpoints.latest()
     if latest is not None:
@@ -212,7 +216,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     training_began = time.monotonic() - position.train_s
     began -= position.wall_s
     objective.module.train()
-    stop, saved = False, position.step
+    stop, saved, good_step = False, position.step, objective.kept_step(position.step) if latest is not None else None
     with stopping.deferred():
         while True:
             if not stop and validation.is_due(position.step):
@@ -224,20 +228,24 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     training_began += validated.seconds
                     spent = position.validation_s + validated.seconds
                     position = replace(position, validation_s=spent, wall_s=time.monotonic() - began)
-            is_over = stop or position.step == plan.num_steps or validation.selection.should_stop
+            is_over = stop or position.step == plan.num_steps or validation.selection.should_stop or objective.is_over
             is_due = plan.save_every > 0 and position.step % plan.save_every == 0
             if position.step != saved and (is_due or is_over or validation.kept_step == position.step):
-                sink(Saved(position.step, str(checkpoints.save(position, validation.kept_step)), "checkpoint"))
+                good_step = objective.kept_step(position.step)
+                pinned = good_step if validation.kept_step is None else validation.kept_step
+                sink(Saved(position.step, str(checkpoints.save(position, pinned)), "checkpoint"))
                 saved = position.step
             if is_over:
                 break
             step = position.step + 1
+            parts.rounding.prepare(step)
             if not objective.collect(step, relief, sink):
                 stop = True
                 continue
+            if objective.is_over:
+                continue
             meter.begin()
             lr = learning_rate(run.optimizer, step, plan.num_steps)
-            parts.rounding.prepare(step)
             parts.optimizer.begin(step)
             result = take_step(
                 objective,
@@ -269,11 +277,13 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     metrics=result.metrics,
                 )
             )
-            movement.check(step, sink)
+            movement.check(step - objective.idle_steps, sink)
             stop = any(is_asked for _, is_asked in ranks)
     if stop:
         raise KeyboardInterrupt  # another rank was asked to stop
     kept_step = position.step if validation.kept_step is None else validation.kept_step
+    if validation.kept_step is None and objective.is_over and good_step is not None:
+        kept_step = good_step
     if kept_step != position.step:
         checkpoints.load_weights(kept_step, parts.data_hash)
     parts.rounding.prepare(plan.num_steps + 1)  # evaluate the weights that will be served

@@ -91,6 +91,21 @@ POINTS = {
     "clm, apollo, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("apollo", rank=4, update_every=3)),
     "clm, lisa, full": Point("llama", "packed", {"kind": "clm"}, _FULL | _rule("lisa", active=1, every=3)),
     "sft, subspace": Point("llama", "packed", {"kind": "sft"}, _rule("subspace", dim=8, gains=True)),
+    "dpo, packed, prefix": Point(
+        "llama", "packed", {"kind": "dpo"}, {"adapter": {"kind": "prefix", "num_virtual_tokens": 3}}
+    ),
+    "tag, dealt, prompt": Point(
+        "deberta-v2",
+        "documents",
+        {"kind": "tag", "stride": 4},
+        {"adapter": {"kind": "prompt", "num_virtual_tokens": 3}},
+    ),
+    "span, packed, prompt": Point(
+        "t5",
+        "packed",
+        {"kind": "span", "density": 0.3},
+        _NF4 | {"adapter": {"kind": "prompt", "num_virtual_tokens": 3, "encoder": "lstm", "init": "random"}},
+    ),
     "mlm, packed": Point("modernbert", "packed", {"kind": "mlm", "rate": 0.4}, _NF4),
     "mlm, dealt, full": Point("esm", "documents", {"kind": "mlm", "rate": 0.4}, _FULL),
     "mlm, equal rows": Point("funnel", "equal_rows", {"kind": "mlm", "rate": 0.4}),

@@ -180,11 +180,9 @@ class LoraLinear(AdaptedLinear):
         return (b.detach() @ a.detach()).mul_(self.scale)
 
     @property
-    def obstacle(self) -> str | None:
-        """Why the layer cannot be part of a fused one; None if it can."""
-        if self.magnitude is None:
-            return None
-        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
+    def obstacle(self) -> None:
+        """The layer can be part of a fused one."""
+        return None
 
     def projection(self) -> Projection:
         """Returns the arguments of the LoRA kernels."""

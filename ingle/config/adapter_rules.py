@@ -106,6 +106,26 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         ),
     ),
     Rule(
+        "networks-are-not-saved",
+        lambda run: (
+            isinstance(run.adapter, PrefixAdapter | PromptAdapter)
+            and run.adapter.encoder != "none"
+            and run.adapter.path is not None
+        ),
+        "An adapter folder has the output of encoder, so the network cannot be trained further.",
+        "adapter.path, adapter.encoder",
+        "--adapter.encoder=none",
+    ),
+    Rule(
+        "networks-begin-at-random",
+        lambda run: (
+            isinstance(run.adapter, PrefixAdapter) and run.adapter.encoder != "none" and run.adapter.init == "tokens"
+        ),
+        "The network of encoder cannot begin with the keys and values of a text.",
+        "adapter.init, adapter.encoder",
+        ("adapter.encoder=none", "adapter.init=zero_value"),
+    ),
+    Rule(
         "virtual-tokens-are-few",
         lambda run: (
             isinstance(run.adapter, PrefixAdapter | PromptAdapter)

@@ -42,7 +42,7 @@ METRICS_OF: Mapping[ObjectiveKind, frozenset[MetricName]] = {
     "classify": frozenset(get_args(_ClassMetric)),
     "tag": frozenset(get_args(_TagMetric)),
     "answer": _OF_TEXT - {"perplexity", "bits_per_byte"},
-    "reward": frozenset(),
+    "reward": frozenset(("accuracy", "log_loss")),
     "dpo": _OF_TEXT,
     "kto": _OF_TEXT,
     "orpo": _OF_TEXT,
@@ -126,7 +126,7 @@ def suitable_metrics(objective: ObjectiveConfig) -> tuple[MetricName, ...]:
         case Span():
             return ("perplexity",)
         case Reward():
-            return ()
+            return ("accuracy",)
     return TEXT_METRICS
 
 

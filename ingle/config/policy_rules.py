@@ -22,11 +22,16 @@ def rows_per_iteration(objective: Sampled) -> int:
     return suited.num_prompts * per_prompt
 
 
+def num_passes(run: Run) -> int:
+    """Returns how often an epoch reads each of its rows."""
+    passes = getattr(suit_policy(run.objective), "num_passes", 1) if isinstance(run.objective, Sampled) else 1
+    return passes or 1
+
+
 def steps_per_iteration(run: Run) -> int:
     """Returns the optimizer steps that learn from the answers of an iteration."""
     assert isinstance(run.objective, Sampled)
-    passes: int = getattr(suit_policy(run.objective), "num_passes", 1)
-    return passes * rows_per_iteration(run.objective) // run.train.global_batch_size
+    return num_passes(run) * rows_per_iteration(run.objective) // run.train.global_batch_size
 
 
 def reads_reference(run: Run) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ingle.config.adapter import NoAdapter
-from ingle.config.objective import FAMILY, reads_answers
+from ingle.config.objective import reads_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Reward
 from ingle.config.rule import Rule
 from ingle.config.run import Run
@@ -74,27 +73,10 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
         ("adapter.dropout=0",),
     ),
     Rule(
-        "reference-needs-an-adapter",
-        lambda run: has_reference(run) and isinstance(run.adapter, NoAdapter),
-        lambda run: (
-            f"{run.objective.kind} needs an adapter: the reference is the model without it, and full fine-tuning "
-            "overwrites the model."
-        ),
-        "adapter.kind, objective.kind",
-        ("adapter.kind=lora", "objective.kind=simpo"),
-    ),
-    Rule(
         "answers-carry-the-loss",
         lambda run: reads_answers(run.objective.kind) and run.data.train_on == "all",
         lambda run: f"{run.objective.kind} compares answers, so prompts carry no loss.",
         "data.train_on, objective.kind",
         "remove data.train_on",
-    ),
-    Rule(
-        "rewards-are-validated",
-        lambda run: FAMILY[run.objective.kind] == "reward" and run.task is not None,
-        "A reward model is not yet evaluated on a task; its accuracy is measured on held-out pairs.",
-        "evaluate.sources, objective.kind",
-        "remove evaluate.sources, and set data.validation=0.05",
     ),
 )

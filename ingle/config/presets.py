@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ingle.config.policy import SampledConfig
+from ingle.config.policy_presets import describe_policy
 from ingle.config.preferences import Dpo, JudgedConfig, PairConfig
 from ingle.config.section import Section
 
@@ -79,7 +81,10 @@ def suit_preferences(objective: _P) -> _P:
 
 def describe_difference(objective: Section) -> str | None:
     """Returns a sentence about the options that differ from the published ones; None if there are none."""
-    found = describe_preset(objective) if isinstance(objective, Preference) else None
+    if isinstance(objective, SampledConfig):
+        found: str | None = describe_policy(objective)
+    else:
+        found = describe_preset(objective) if isinstance(objective, Preference) else None
     return found if found is not None and "differs" in found else None
 
 

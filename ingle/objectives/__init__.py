@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ingle import adapters
 from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
+from ingle.config.presets import suit_preferences
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
@@ -26,6 +27,7 @@ from ingle.objectives.lm import NextTokenLoss, check_first_tokens
 from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reference_cache import open_cache
 from ingle.objectives.reward import RewardLoss
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
@@ -44,6 +46,7 @@ __all__ = [
     "NextTokenLoss",
     "Objective",
     "PackedObjective",
+    "PreferenceObjective",
     "Relief",
     "StepModule",
     "Sums",
@@ -54,6 +57,7 @@ __all__ = [
     "corruption",
     "insert_roles",
     "make_corruption",
+    "open_cache",
     "settle_sharing",
 ]
 
@@ -124,7 +128,8 @@ def build(run: Run, context: Context) -> Objective:
     initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
-            return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
+            beta = suit_preferences(run.objective).beta
+            return PreferenceObjective(module, context.dataset, sampler, initial=initial, beta=beta, **options)
         case Kto() | Bco():
             return JudgedObjective(
                 module,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -192,6 +192,9 @@ class Check:
         return self.measured == self.expected or abs(self.measured - self.expected) <= self.tolerance
 
 
+T = TypeVar("T")
+
+
 class Relief(Protocol):
     """What an objective does when its device runs out of memory: :class:`ingle.training.out_of_memory.MemoryRelief`."""
 
@@ -200,6 +203,9 @@ class Relief(Protocol):
 
     def relieve(self, reason: str, batches: Sequence[Batch]) -> None:
         """Changes the settings so that the next attempt needs less memory."""
+
+    def attempt(self, compute: Callable[[list[Batch]], T], batches: Sequence[Batch]) -> T:
+        """Returns what a function computes from micro-batches, split as often as memory demands."""
 
 
 class Objective(ABC):
@@ -214,10 +220,16 @@ class Objective(ABC):
     Attributes:
         module: The module whose ``forward`` returns the sums of a micro-batch.
         prepares: Whether :meth:`prepare` computes anything.
+        idle_steps: Steps so far that had nothing to learn from, such as answers that were all equally good.
+        is_over: Whether the run is to end before its last step.
+        pins_one: Whether :meth:`kept_step` may name an earlier step.
     """
 
     module: StepModule
     prepares: bool = False
+    idle_steps: int = 0
+    is_over: bool = False
+    pins_one: bool = False
 
     @property
     @abstractmethod
@@ -255,6 +267,16 @@ class Objective(ABC):
             As many micro-batches, with the same documents.
         """
         return parts
+
+    def prepare_all(self, num_steps: int, on_progress: Callable[[int, int], None]) -> None:  # noqa: B027 - optional
+        """Computes what all steps need of the weights that a run begins with, which full fine-tuning overwrites.
+
+        The loop calls it before it restores a checkpoint, if all weights are trained. All ranks call it together.
+
+        Args:
+            num_steps: Steps of the run.
+            on_progress: Called with the number of steps that are done, and their total.
+        """
 
     @abstractmethod
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
@@ -301,6 +323,13 @@ class Objective(ABC):
         means: list[Term | Measure] = [*self.module.terms[1:], *self.module.measures]
         found = [mean for mean in means if mean.name in sums and counts.get(mean.denominator)]
         return {mean.name: sums[mean.name] / counts[mean.denominator] for mean in found}
+
+    def kept_step(self, step: int) -> int | None:
+        """Returns the step whose weights a run that ends early keeps, while those of ``step`` are saved.
+
+        None for those of its last step; equal on all ranks.
+        """
+        return None
 
     def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:  # noqa: B027 - optional
         """Learns from the sums and counts of a step whose update was made; they are equal on all ranks."""

@@ -24,6 +24,7 @@ from tests.axis import POINTS, config_of
 LEAN = {"clm, dealt states", "sft, dealt attention", "mlm, equal rows", "span, packed", "seq2seq, rows"} | {
     "classify, packed, full", "tag, dealt", "answer, packed",
     "sft, packed, dora", "sft, packed, adalora", "clm, galore, full", "clm, lisa, full", "sft, subspace",
+    "dpo, packed, prefix", "span, packed, prompt",
 }  # fmt: skip
 
 

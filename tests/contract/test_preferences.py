@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from ingle.models import Model, ModelTask, forward_reward, load_model
 from ingle.objectives.judged import JudgedLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reference_cache import ReferenceCache, answer_keys
 from ingle.objectives.reward import RewardLoss
 from ingle.parallel import Mesh
 from ingle.training.steps import compute_gradients, prepare, weighted_mean
@@ -175,6 +179,45 @@ def test_the_baseline_of_bco_is_the_mean_of_the_rewards_before_and_is_resumed(mo
     resumed = make_objective(models, "bco", micro=4, shares=True)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], name: str, tmp_path: Path) -> None:
+    def gone() -> Any:
+        raise AssertionError("the reference is computed again")
+
+    first = make_objective(models, name, micro=3, shares=False)
+    first.cache = ReferenceCache(tmp_path)
+    expected, _ = take_steps(first)
+    state = first.state_dict()
+    (file,) = state["files"]
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / file).read_bytes()[:-7])
+
+    # Other micro-batches, shared prompts, and a process that cannot compute the reference.
+    second = make_objective(models, name, micro=ROWS, shares=True)
+    second.cache, second._initial = ReferenceCache(tmp_path), gone
+    assert second.cache.files == [file]
+    found, _ = take_steps(second)
+    assert found == pytest.approx(expected, rel=2e-6, abs=2e-6) and found["loss"] != math.log(2)
+
+    second.load_state_dict({**state, "counter": 0, "files": []})
+    with pytest.raises(AssertionError, match="computed again"):
+        take_steps(second)
+
+
+def test_keys_of_answers_tell_every_token_and_not_the_batch(models: dict[str, Model]) -> None:
+    keys = []
+    for micro, shares in ((ROWS, False), (3, True)):
+        batches = make_objective(models, "dpo", micro=micro, shares=shares).next_batches()
+        keys.append([key for each in batches for key in answer_keys(each)])
+    assert keys[0] == keys[1] and len(set(keys[0])) == len(DATASET)
+    (batch,) = make_objective(models, "dpo", micro=ROWS, shares=True).next_batches()
+    ids = batch.input_ids.clone()
+    ids[0, 2] += 1  # in the prompt of the first row
+    edited = answer_keys(replace(batch, columns={**batch.columns, "input_ids": ids}))
+    changed = [a != b for a, b in zip(keys[1], edited, strict=True)]
+    row = batch.columns["group_ids"][batch.answers()]
+    assert changed == (row == row[0]).tolist()
 
 
 @pytest.mark.parametrize("shares", [False, True])

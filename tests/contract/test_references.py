@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def train(folder: Path, name: str, point: str = "dpo, packed", **changes: Any) -
     """Makes a run, and returns its folder."""
     config = config_of(folder, POINTS[point])
     for section, options in changes.items():
-        config[section] = config.get(section, {}) | options if section != "objective" else options
+        config[section] = options if section in ("objective", "adapter") else config.get(section, {}) | options
     config["output"] = str(folder / name)
     finetune(Run.model_validate(config))
     return folder / name
@@ -44,7 +45,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> Path:
     """An adapter that supervised training moved away from its base."""
-    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "init": "kaiming"}) / "adapter"
+    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "rank": 2}) / "adapter"
 
 
 def test_an_adapter_that_continues_another_one_is_compared_with_it(folder: Path, tuned: Path) -> None:
@@ -75,6 +76,25 @@ def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, t
     run = train(folder, "rounded", adapter=adapter)
     assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] == 0.0
     assert steps(run)[-1]["rewards/margin"] != 0.0
+
+
+def test_full_fine_tuning_takes_its_reference_before_the_first_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INGLE_CACHE", str(folder / "cache"))
+    changes: dict[str, Any] = {"adapter": {"kind": "none"}, "objective": {"kind": "kto"}, "optim": {"lr": 1e-3}}
+    run = train(folder, "full", **changes)
+    assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] < 1e-5
+    assert abs(steps(run)[-1]["rewards/margin"]) > 1e-3
+    # A run that resumes has other weights, and computes its reference again if it must.
+    shutil.copytree(run, folder / "resumed")
+    for name in ("model", "checkpoints/step-4", "report.json"):
+        path = folder / "resumed" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / "cache" / "references")
+    resumed = train(folder, "resumed", **changes)
+    files = [each / "model" / "model.safetensors" for each in (run, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_model_that_cannot_share_prompts_repeats_them_and_says_so(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from ingle import adapters, models
 from ingle.adapters.identity import BaseIdentity, make_identity, sample, tensor_digest
 from ingle.adapters.linear import AdaptedLinear, cannot_merge
 from ingle.adapters.merging import is_changed, merged_planes, merged_weight
+from ingle.adapters.virtual_tokens import Virtual
+from ingle.errors import AdapterError
 from ingle.events import Sink, Warned
 from ingle.inference import Source
 from ingle.models import model_task
@@ -124,6 +127,7 @@ class MergedModel:
             if checks_base:
                 self._expected = adapters.read_record(source.adapter).identity
             report = adapters.load_adapter(self.stream.model, source.adapter)
+            _require_weights(self.stream.model, source.adapter)
             for note in report.notes:
                 sink(Warned(note, where=str(source.adapter)))
             for name, module in adapters.adapted_modules(self.stream.model).items():
@@ -175,6 +179,17 @@ class MergedModel:
             other in stored and value.shape == own.shape and torch.equal(value, own)
             for other, value in self.replaced.items()
             if other != name
+        )
+
+
+def _require_weights(model: nn.Module, adapter: Path) -> None:
+    """Refuses an adapter that adds to texts what no weight of a model can express."""
+    if any(isinstance(module, Virtual) for module in model.modules()):
+        raise AdapterError(
+            "Virtual tokens cannot be merged into the weights of a model.",
+            where=str(adapter),
+            why="they come before every text, and are no part of a weight",
+            fix="--to peft writes them for PEFT; --adapter.kind=lora trains what can be merged",
         )
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ingle import env
 from ingle.config.objective import ObjectiveConfig
-from ingle.config.policy import Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
+from ingle.config.policy import Grpo, OnlineDpo, PolicyGradient, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preferences import Dpo
@@ -20,13 +21,14 @@ from ingle.config.rewards import ModelReward, reward_names
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler
 from ingle.errors import ConfigError
-from ingle.models import Model, Sampler, Sampling, make_sampler
+from ingle.models import Model, Sampler, Sampling, compute_dtype, make_sampler
 from ingle.models.forward.layout import layout_of
 from ingle.objectives.interface import StepModule
 from ingle.objectives.lm import NextTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
+from ingle.objectives.rollouts.alarms import Alarms
 from ingle.objectives.rollouts.collecting import Collector, ModelScorer
 from ingle.objectives.rollouts.driver import RolloutObjective
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
@@ -163,7 +165,21 @@ def sampled_objective(
         seed=run.seed,
         mesh=mesh,
         held_out=held_out,
+        is_precise=compute_dtype(run.model.dtype, mesh.device) == torch.float32,
+        alarms=_alarms(objective),
     )
+
+
+def _alarms(objective: Sampled) -> Alarms | None:
+    if not isinstance(objective, Rewarded):
+        return None
+    kl_limit = None
+    if isinstance(objective, PolicyGradient):
+        kl = objective.kl
+        kl_limit = kl.budget if kl.budget is not None else 2 * kl.target if kl.control == "adaptive" else None
+    names = reward_names(objective.rewards)
+    proxies = [name for name, reward in zip(names, objective.rewards, strict=True) if reward.weight == 0]
+    return Alarms(objective.alarms, kl_limit, proxies)
 
 
 def _sampler(model: Model, tokenizer: Any, sampling: Sampling, mesh: Mesh | None) -> Sampler:

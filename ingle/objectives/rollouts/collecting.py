@@ -20,6 +20,7 @@ from ingle.data import PromptSet, SequenceSampler
 from ingle.events import Progress, Sampled, Sink, Warned
 from ingle.models import Request, Rollout, Sampler
 from ingle.objectives.rollouts.advantages import Floats
+from ingle.objectives.rollouts.alarms import describe_answers, mean_figures
 from ingle.objectives.rollouts.answered import (
     FINISHED,
     STATUSES,
@@ -327,14 +328,16 @@ class Collector:
         """Returns figures of answers and rewards; without those that nothing is known about."""
         figures = {
             "response_tokens": float(buffer["lengths"].mean()),
+            "entropy": float(buffer["entropies"].mean()),
             "unfinished": float((~finished(buffer)).mean()),
         }
         if self.names:
-            with np.errstate(all="ignore"):
-                figures |= {
-                    f"rewards/{name}": _mean(each) for name, each in zip(self.names, answered.scores.T, strict=True)
-                }
-                figures |= {"reward": _mean(raw_R), "reward_std": float(np.nanstd(raw_R))}
+            draws_R = buffer["draws"]
+            for name, each in zip(self.names, answered.scores.T, strict=True):
+                figures |= mean_figures(f"rewards/{name}", each, draws_R)
+            figures |= mean_figures("reward", raw_R, draws_R)
+            figures |= {"reward_std": float(np.nanstd(raw_R))} if "reward" in figures else {}
+            figures |= describe_answers(buffer.by_answer("ids"), raw_R, draws_R)
             figures["unscored"] = float(np.isnan(raw_R).mean())
         logged: dict[str, list[float]] = {}
         for group in answered.groups:
@@ -361,7 +364,3 @@ class Collector:
 
 def _must_stop() -> bool:
     return stopping.requested() is not None
-
-
-def _mean(values: Floats) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

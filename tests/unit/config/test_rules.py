@@ -55,6 +55,14 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter=prefix", "--adapter.init=tokens", "--adapter.init_text=hello"],
     ),
     "only-texts-are-read": (["--adapter=prefix", "--adapter.init_text=hello"], ["--adapter=prefix"]),
+    "networks-are-not-saved": (
+        ["--adapter=prompt", "--adapter.encoder=mlp", "--adapter.path=p"],
+        ["--adapter=prompt", "--adapter.encoder=mlp"],
+    ),
+    "networks-begin-at-random": (
+        ["--adapter=prefix", "--adapter.encoder=mlp", "--adapter.init=tokens", "--adapter.init_text=hello"],
+        ["--adapter=prefix", "--adapter.encoder=mlp", "--adapter.init=random"],
+    ),
     "virtual-tokens-are-few": (
         ["--adapter=prompt", "--adapter.num_virtual_tokens=64", "--data.max_seq_len=64"],
         ["--adapter=prompt", "--adapter.num_virtual_tokens=63", "--data.max_seq_len=64"],
@@ -126,9 +134,7 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=kto", "--adapter.dropout=.1"],
         ["--objective=simpo", "--adapter.dropout=.1"],
     ),
-    "reference-needs-an-adapter": (["--objective=bco", "--adapter=none"], ["--objective=orpo", "--adapter=none"]),
     "answers-carry-the-loss": (["--objective=cpo", "--data.train_on=all"], ["--objective=cpo", "--data.train_on=last"]),
-    "rewards-are-validated": (["--objective=reward", TASK], ["--objective=dpo", TASK]),
     "only-plain-text-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=mlm"]),
     "masked-tokens-add-up": (
         ["--objective=mlm", "--objective.replace=.8", "--objective.random=.3"],
