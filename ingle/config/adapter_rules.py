@@ -166,6 +166,13 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         ("parallel.kind=ddp",),
     ),
     Rule(
+        "adalora-needs-its-gradients",
+        lambda run: getattr(run.adapter, "method", "") == "ADALORA" and run.optim.rule.kind != "adamw",
+        lambda run: f"AdaLoRA measures the gradients of its own weights, which {run.optim.rule.kind} does not keep.",
+        "adapter.method, optim.rule",
+        ("optim.rule=adamw", "adapter.kind=lora"),
+    ),
+    Rule(
         "targets-are-named-once",
         lambda run: (
             isinstance(run.adapter, PeftAdapter)
