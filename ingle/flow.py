@@ -79,9 +79,9 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
 def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSink) -> RunReport:
     """Makes or resumes the run in a folder that rank 0 has locked."""
     began = time.monotonic()
-    parts = assemble(_as_before(run, folder, sink), sink)
+    parts = assemble(_as_before(run, folder, sink), sink, resumes=folder.last_step() is not None)
     sink.share(parts.mesh)
-    run = run.model_copy(update={"objective": parts.run.objective})
+    run = run.model_copy(update={"objective": parts.run.objective, "adapter": parts.run.adapter})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
@@ -97,6 +97,7 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
 def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
     folder.begin(run.model_copy(update={"objective": parts.run.objective}))
     folder.save_plan(parts.plan)
+    folder.save_ranks(parts.run)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -107,7 +108,7 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    run = with_names(run, folder.load_run())
+    run = folder.with_ranks(with_names(run, folder.load_run()))
     world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(
