@@ -351,7 +351,6 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
         selection,
         seed=run.seed,
         identity=identity,
-        original=_originals(run, model, mesh, resumes),
         keeps_initial=has_reference(run) or reads_reference(run),
         original=_originals(run, model),
         mesh=mesh,

@@ -44,7 +44,7 @@ def require_directions(layers: Mapping[str, LoraLinear]) -> None:
             raise AdapterError(
                 f"{path} has {2 * largest} directions, fewer than twice the rank {layer.rank}.",
                 where="adapter.init = lora_ga",
-                why=f"its weight is [{layer.out_features}, {layer.in_features}]; A and B begin with different directions",
+                why=f"its weight is [{layer.out_features}, {layer.in_features}]; A and B begin with different ones",
                 fix=f"--adapter.rank={largest}, or name a rank for it in adapter.rank_pattern",
             )
 

@@ -1,8 +1,8 @@
 """Reads training data before the first step, for initial values of adapters that follow from it.
 
 The adapters themselves measure: with A = X and B = 0 the model computes its base, and the gradient of B is the gradient
-of the base's weight times X^T. So a few backward passes find its principal directions, over bases of any format, without
-a gradient of the size of the weight. Inputs are observed as for importance matrices.
+of the base's weight times X^T. So a few backward passes find its principal directions, over bases of any format,
+without a gradient of the size of the weight. Inputs are observed as for importance matrices.
 
 The data are those that training begins with, and are not used up. What is found is part of the adapter: a run that
 resumes reads no data for it.
@@ -108,19 +108,18 @@ class _Gradients:
         for path, layer in self._layers.items():
             width = min(2 * _OVERSAMPLING * layer.rank, layer.out_features, layer.in_features)
             drawn = torch.randn(width, layer.in_features, generator=generator_of(self._seed, path))
-            rows[path] = torch.linalg.qr(drawn.t())[0].t()
-        for turn in range(1 + options.iterations):
-            if turn:
-                rows = {path: self._agreed(lambda p=path: torch.linalg.qr(rows[p].t())[0].t()) for path in rows}
-            seen = self._products(rows, of_inputs=True)
-            left = {path: self._agreed(lambda p=path: torch.linalg.qr(seen[p])[0]) for path in rows}
+            rows[path] = drawn
+        for _ in range(1 + options.iterations):
+            right = _orthonormal({path: value.t() for path, value in rows.items()}, self._mesh)
+            seen = self._products({path: value.t() for path, value in right.items()}, of_inputs=True)
+            left = _orthonormal(seen, self._mesh)
             rows = self._products({path: value.t() for path, value in left.items()}, of_inputs=False)
 
-        def decompose(path: str) -> Directions:
-            u_KK, s_K, v_KI = torch.linalg.svd(rows[path], full_matrices=False)
-            return Directions(left[path] @ u_KK, s_K, v_KI)
+        def decompose() -> dict[str, Directions]:
+            parts = {path: torch.linalg.svd(value, full_matrices=False) for path, value in rows.items()}
+            return {path: Directions(left[path] @ u_KK, s_K, v_KI) for path, (u_KK, s_K, v_KI) in parts.items()}
 
-        return {path: self._agreed(lambda p=path: decompose(p)) for path in rows}
+        return _agreed(self._mesh, decompose)
 
     def _products(self, rows: Mapping[str, Tensor], *, of_inputs: bool) -> dict[str, Tensor]:
         """Returns ``G rows^T`` ``[O, K]`` for rows ``[K, I]``; for rows ``[K, O]`` ``rows G`` ``[K, I]``.
@@ -161,9 +160,6 @@ class _Gradients:
         factors = [factor for layer in self._layers.values() for factor in (layer.lora_a, layer.lora_b)]
         sum_gradients(factors, self._mesh)
 
-    def _agreed(self, compute: Callable[[], _Value]) -> _Value:
-        return _agreed(self._mesh, compute)
-
 
 @contextmanager
 def _widened(layers: Mapping[str, LoraLinear], widths: Mapping[str, int]) -> Iterator[None]:
@@ -202,18 +198,19 @@ def _start_from_inputs(
     found = {path: bases[layer.in_features].double() for path, layer in layers.items()}
     for _ in range(1 + adapter.init_options.iterations):
         seen = _observe(layers, found, objective, steps, mesh)
-        found = {path: _agreed(mesh, lambda p=path: torch.linalg.qr(seen[p][:, :-1])[0]) for path in found}
+        found = _orthonormal({path: value[:, :-1] for path, value in seen.items()}, mesh)
     seen = _observe(layers, found, objective, steps, mesh)
-
-    def decompose(path: str) -> tuple[Tensor, Tensor]:
-        squares_KK = found[path].t() @ seen[path][:, :-1]
-        sizes_K, turn_KK = torch.linalg.eigh((squares_KK + squares_KK.t()) / 2)
-        total = seen[path][:, -1].sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return (found[path] @ turn_KK.flip(1)).t().float(), (sizes_K.flip(0) / total).float()
-
-    parts = {path: _agreed(mesh, lambda p=path: decompose(p)) for path in found}
+    parts = _agreed(mesh, lambda: {path: _decompose(found[path], value) for path, value in seen.items()})
     right, shares = ({path: part[place] for path, part in parts.items()} for place in (0, 1))
     return start_from_inputs(model, adapter, layers, right, shares)
+
+
+def _decompose(basis_IK: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the principal directions ``[K, I]`` within a basis, and the share of all squares along each ``[K]``."""
+    squares_KK = basis_IK.t() @ seen[:, :-1]
+    sizes_K, turn_KK = torch.linalg.eigh((squares_KK + squares_KK.t()) / 2)
+    total = seen[:, -1].sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return (basis_IK @ turn_KK.flip(1)).t().float(), (sizes_K.flip(0) / total).float()
 
 
 class _SketchGate(Gate):
@@ -270,6 +267,11 @@ def _hook(sketch: SquaredInputs) -> Callable[[nn.Module, tuple[Tensor, ...]], No
         observe(arguments[0], [sketch])
 
     return hook
+
+
+def _orthonormal(matrices: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """Returns an orthonormal basis of the columns of each matrix."""
+    return _agreed(mesh, lambda: {path: torch.linalg.qr(value)[0] for path, value in matrices.items()})
 
 
 def _agreed(mesh: Mesh, compute: Callable[[], _Value]) -> _Value:
