@@ -28,7 +28,8 @@ def study_tables(content: Content, study: str) -> tuple[list[Table], list[str]]:
         lines = [
             f"{row['name']} is not possible here: {row['refused']}" for row in content["methods"] if row["refused"]
         ]
-        return [("methods", _method_rows(content))], [_method_sentence(content), *lines]
+        tables = [("methods", _method_rows(content)), ("what they cost", _cost_rows(content))]
+        return tables, [_method_sentence(content), *lines]
     chosen = content["recommendation"]
     lines = [chosen["reason"]]
     if chosen["rank"] is not None:
@@ -119,17 +120,30 @@ def _layer_rows(content: Content) -> list[dict[str, str]]:
 
 
 def _method_rows(content: Content) -> list[dict[str, str]]:
+    reference = content["score"]["reference"]
     return [
         {
             "method": f"{row['name']}{' ●' if row.get('front') else ''}",
             content["score"]["name"]: _interval(row["score"]),
-            f"worse than {content['score']['reference']} by": _difference(row),
-            "trained": f"{count(row['parameters'])} ({100 * row['share']:.2g} %)",
+            f"worse than {reference} by": _difference(row),
+            "p": f"{row['worse_by']['p_holm']:.2g}" if "worse_by" in row else "",
+            "learning rate": _rate(row),
+        }
+        for row in _measured(content)
+    ]
+
+
+def _cost_rows(content: Content) -> list[dict[str, str]]:
+    return [
+        {
+            "method": row["name"],
+            "trained": count(row["parameters"]),
+            "of all": f"{100 * row['share']:.3g} %",
             "memory": size(row["peak_memory_bytes"]),
+            "planned": size(row["planned_memory_bytes"]),
             "s/step": f"{row['step_s']:.3g}",
             "on disk": size(row["result_bytes"]),
             "merges": "yes" if row["merges"] else "no",
-            "learning rate": _rate(row),
         }
         for row in _measured(content)
     ]
@@ -203,7 +217,7 @@ def _interval(figure: Mapping[str, float]) -> str:
 def _difference(row: Mapping[str, Any]) -> str:
     if (worse := row.get("worse_by")) is None:
         return ""
-    return f"{worse['value']:+.4f} [{worse['ci95'][0]:+.4f}, {worse['ci95'][1]:+.4f}], p {worse['p_holm']:.2g}"
+    return f"{worse['value']:+.4f} [{worse['ci95'][0]:+.4f}, {worse['ci95'][1]:+.4f}]"
 
 
 def _curve_charts(content: Content) -> Iterator[dict[str, Any]]:
