@@ -122,6 +122,11 @@ class BottleneckLinear(AdaptedLinear):
         scale = self.scale if self.bottleneck_scale is None else self.bottleneck_scale.to(dtype)
         return z + scale * change
 
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base."""
+        return "its networks are not linear in their inputs"
+
     def extra_repr(self) -> str:
         """Returns the text that ``print(model)`` shows."""
         return f"width={len(self.bottleneck_down)}, activation={self.function}, scale={self.scale:g}"

@@ -53,9 +53,6 @@ def _other_method(run: Run) -> str:
     return f"--adapter.method={close}" if close else f"--adapter.method=NAME with one of {', '.join(sorted(METHODS))}"
 
 
-#: Values of ``parallel.kind`` that share the base among ranks.
-_SHARDS_BASE = ("zero3", "fsdp", "hsdp")
-
 ADAPTER_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "orthogonal-is-even",
@@ -109,6 +106,26 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         ),
     ),
     Rule(
+        "networks-are-not-saved",
+        lambda run: (
+            isinstance(run.adapter, PrefixAdapter | PromptAdapter)
+            and run.adapter.encoder != "none"
+            and run.adapter.path is not None
+        ),
+        "An adapter folder has the output of encoder, so the network cannot be trained further.",
+        "adapter.path, adapter.encoder",
+        "--adapter.encoder=none",
+    ),
+    Rule(
+        "networks-begin-at-random",
+        lambda run: (
+            isinstance(run.adapter, PrefixAdapter) and run.adapter.encoder != "none" and run.adapter.init == "tokens"
+        ),
+        "The network of encoder cannot begin with the keys and values of a text.",
+        "adapter.init, adapter.encoder",
+        ("adapter.encoder=none", "adapter.init=zero_value"),
+    ),
+    Rule(
         "virtual-tokens-are-few",
         lambda run: (
             isinstance(run.adapter, PrefixAdapter | PromptAdapter)
@@ -140,7 +157,7 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         lambda run: (
             (found := _method(run)) is not None
             and (found.shares or found.reads == "values")
-            and run.parallel.kind in _SHARDS_BASE
+            and run.parallel.kind not in ("auto", "none", "ddp")
         ),
         lambda run: (
             f"PEFT's {getattr(run.adapter, 'method', '')} reads what other layers own, so the model cannot be sharded."

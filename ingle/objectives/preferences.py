@@ -18,9 +18,11 @@ from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices, Sequences
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
+from ingle.events import Sink, Warned
 from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
 from ingle.objectives.driver import PackedObjective
-from ingle.objectives.interface import StepModule
+from ingle.objectives.falling import Falling
+from ingle.objectives.interface import Relief, StepModule
 from ingle.objectives.mismatches import Mismatches
 from ingle.objectives.reference_cache import ReferenceCache, answer_keys
 from ingle.parallel import call_outside_step
@@ -56,18 +58,34 @@ class PreferenceObjective(PackedObjective):
         module: Computes the loss.
         arguments: As for :class:`PackedObjective`.
         initial: Makes the model compute its initial function, which is the reference; None without a reference.
+        beta: Factor on log-ratios in the rewards of chosen answers, if there are such rewards.
         options: As for :class:`PackedObjective`.
 
     Attributes:
         cache: Values of the reference that are known; None without one.
     """
 
-    def __init__(self, module: StepModule, *arguments: Any, initial: Initial | None, **options: Any) -> None:
+    def __init__(
+        self, module: StepModule, *arguments: Any, initial: Initial | None, beta: float | None = None, **options: Any
+    ) -> None:
         super().__init__(module, *arguments, **options)
         self._initial = initial
+        self._beta = beta
+        self._falling = Falling()
         self.prepares = initial is not None
         self.cache: ReferenceCache | None = None
         self._is_complete = False
+
+    def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
+        """Says once if the chosen answers become less likely."""
+        if (hint := self._falling.hint()) is not None:
+            sink(Warned(hint, where="objective"))
+        return True
+
+    def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Watches the chosen answers."""
+        if self._beta is not None and counts.get("pairs"):
+            self._falling.update(sums["rewards/chosen"] / counts["pairs"] / self._beta)
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference."""

@@ -6,10 +6,9 @@ through (:mod:`ingle.planning.step_memory`), with what each operation saves (:mo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
-from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
 from ingle.config.policy import Sampled
 from ingle.config.run import Run
@@ -19,7 +18,7 @@ from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
 from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
-from ingle.planning.virtual_tokens import num_added_keys, virtual_parameters, with_virtual_tokens
+from ingle.planning.virtual_tokens import with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
 _CONTEXT_BYTES = 512 << 20
@@ -105,8 +104,6 @@ def per_device(
         on_gpu: Whether the device is a GPU.
         compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
-    if num_added_keys(run):
-        shape = replace(shape, fused=False)
     data = with_virtual_tokens(run, data)
     return DeviceMemory(run, shape, data, strategy, dtype_bytes, on_gpu, compiles_kernels).parts()
 
@@ -304,8 +301,6 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
-    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
-        return model.saved_parameters + virtual_parameters(run.adapter, model)
     return model.saved_parameters + parameters_of(run, model)
 
 

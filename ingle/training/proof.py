@@ -144,7 +144,8 @@ def _no_dropout(module: StepModule, part: Batch) -> Check:
         found.append(call_outside_step(module, module.compute, part).losses)
     difference = torch.stack([found[0][name] - value for name, value in found[1].items()])
     # An adapter whose B is zero still hides its dropout.
-    of_adapters = [float(layer.dropout) for layer in adapters.lora_modules(module.model).values()]
+    layers = adapters.adapted_modules(module.model).values()
+    of_adapters = [float(getattr(layer, "dropout", 0.0)) for layer in layers]
     return Check(
         "no dropout",
         max([_largest(difference), *of_adapters]),

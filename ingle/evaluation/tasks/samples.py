@@ -57,7 +57,7 @@ def read_task(
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
     # The task of a language model that learned from preferences or rewards is to write answers.
-    writes = FAMILY[objective] != "reward" and (reads_answers(objective) or samples_answers(objective))
+    writes = samples_answers(objective) or (reads_answers(objective) and FAMILY[objective] != "reward")
     kind: ObjectiveKind = "sft" if writes else objective
     samples = [_sample(example) for example in read_examples(task.sources, objective=kind, on_warning=on_warning)]
     if not samples:

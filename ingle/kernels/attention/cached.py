@@ -9,8 +9,9 @@ size of a value, L keys of the longest text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,11 @@ from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import FAST, as_array, bits, exp, largest, load, store, supported
 from ingle.kernels.threads import match_threads
 
+Prepared = TypeVar("Prepared")
+
 _NO_SINKS = np.empty(0, np.float32)
+#: Largest size of what layers prepare for the passes over one store.
+PREPARED_BYTES = 1 << 28
 #: Columns of :attr:`Places.texts`.
 _START, _LENGTH, _OWN_START, _POSITION = range(4)
 
@@ -41,17 +46,22 @@ class Places:
 
     rows: Tensor
     texts: npt.NDArray[np.int64]
+    _found: dict[tuple[int | None, int | None], npt.NDArray[np.int64]] = field(default_factory=dict)
 
     def first(self, before: int | None, chunk: int | None) -> npt.NDArray[np.int64]:
-        """Returns the first position that each token sees, int64 [M].
+        """Returns the first position that each token sees, int64 [M]; finds it once.
 
         Args:
             before: How many tokens before itself a token sees; None for all.
             chunk: A token sees only its own chunk of this many positions.
         """
-        positions_M = self.texts[:, _POSITION]
-        first_M = np.zeros_like(positions_M) if before is None else np.maximum(positions_M - before, 0)
-        return first_M if chunk is None else np.maximum(first_M, positions_M // chunk * chunk)
+        if (before, chunk) not in self._found:
+            positions_M = self.texts[:, _POSITION]
+            first_M = np.zeros_like(positions_M) if before is None else np.maximum(positions_M - before, 0)
+            if chunk is not None:
+                first_M = np.maximum(first_M, positions_M // chunk * chunk)
+            self._found[before, chunk] = first_M
+        return self._found[before, chunk]
 
 
 class KeyStore:
@@ -69,6 +79,8 @@ class KeyStore:
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
         self._layers: list[tuple[Tensor, Tensor]] = []
+        self._prepared: dict[Any, Any] = {}
+        self._room = PREPARED_BYTES
         self._next = 0
 
     def begin(self, places: Places) -> None:
@@ -101,14 +113,53 @@ class KeyStore:
         Returns:
             [M, Hq, Dv].
         """
+        keys_THD, values_THD = self.next_layer(k_MHD, v_MHD)
+        keys_THD.index_copy_(0, self.places.rows, k_MHD)
+        values_THD.index_copy_(0, self.places.rows, v_MHD)
+        return self.attend_placed(q_MHD, keys_THD, values_THD, scores, before=before, chunk=chunk, sinks=sinks)
+
+    def next_layer(self, k_MHD: Tensor, v_MHD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the stored keys and values of the next attention layer, [T, Hkv, Dh] and [T, Hkv, Dv].
+
+        Args:
+            k_MHD: Keys, or anything of their type and shape but for M; likewise ``v_MHD``.
+            v_MHD: Values.
+        """
         if self._next == len(self._layers):
-            kept = (part.new_zeros(self._num_rows, *part.shape[1:]) for part in (k_MHD, v_MHD))
-            self._layers.append((next(kept), next(kept)))
-        keys, values = self._layers[self._next]
+            keys_THD, values_THD = (part.new_zeros(self._num_rows, *part.shape[1:]) for part in (k_MHD, v_MHD))
+            self._layers.append((keys_THD, values_THD))
         self._next += 1
-        keys.index_copy_(0, self.places.rows, k_MHD)
-        values.index_copy_(0, self.places.rows, v_MHD)
-        return cached_attention(q_MHD, keys, values, self.places.texts, self.places.first(before, chunk), scores, sinks)
+        return self._layers[self._next - 1]
+
+    def attend_placed(
+        self,
+        q_MHD: Tensor,
+        keys_THD: Tensor,
+        values_THD: Tensor,
+        scores: Scores,
+        *,
+        before: int | None = None,
+        chunk: int | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Computes :meth:`attend` where the keys and values of the pass are in their rows already."""
+        first_M = self.places.first(before, chunk)
+        return cached_attention(q_MHD, keys_THD, values_THD, self.places.texts, first_M, scores, sinks)
+
+    def prepare(self, layer: Any, num_bytes: int, make: Callable[[], Prepared | None]) -> Prepared | None:
+        """Returns what a layer has prepared for all passes over this store; None if there is no room for it.
+
+        Args:
+            layer: The layer.
+            num_bytes: What it takes.
+            make: Makes it, in the first pass, or returns None.
+        """
+        if layer not in self._prepared:
+            made = make() if num_bytes <= self._room else None
+            self._room -= 0 if made is None else num_bytes
+            self._prepared[layer] = made
+        found: Prepared | None = self._prepared[layer]
+        return found
 
 
 def keep_in(mask: Tensor, keys: KeyStore) -> Tensor:

@@ -55,6 +55,14 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter=prefix", "--adapter.init=tokens", "--adapter.init_text=hello"],
     ),
     "only-texts-are-read": (["--adapter=prefix", "--adapter.init_text=hello"], ["--adapter=prefix"]),
+    "networks-are-not-saved": (
+        ["--adapter=prompt", "--adapter.encoder=mlp", "--adapter.path=p"],
+        ["--adapter=prompt", "--adapter.encoder=mlp"],
+    ),
+    "networks-begin-at-random": (
+        ["--adapter=prefix", "--adapter.encoder=mlp", "--adapter.init=tokens", "--adapter.init_text=hello"],
+        ["--adapter=prefix", "--adapter.encoder=mlp", "--adapter.init=random"],
+    ),
     "virtual-tokens-are-few": (
         ["--adapter=prompt", "--adapter.num_virtual_tokens=64", "--data.max_seq_len=64"],
         ["--adapter=prompt", "--adapter.num_virtual_tokens=63", "--data.max_seq_len=64"],
@@ -214,6 +222,13 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "budget-needs-a-weight": (
         ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
         ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
+    ),
+    "scaled-rewards-keep-the-divergence-apart": (
+        ["--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"],
+        [
+            *("--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"),
+            *("--objective.kl.place=loss", "--objective.kl.estimator=k2"),
+        ],
     ),
     "policies-with-reference-need-an-adapter": (
         ["--objective=grpo", REWARD, "--adapter=none"],
