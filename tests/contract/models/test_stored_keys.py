@@ -23,7 +23,7 @@ from tests.contract.models.tiny_types import CAUSAL_TYPES, small_config
 
 #: Types with windows, softcaps, sinks, chunks, latent attention and experts, and those that keep more than keys.
 STORED = ("llama", "gemma2", "gpt_oss", "llama4_text", "deepseek_v3", "qwen3", "qwen3_moe", "gpt2")
-NOT_STORED = ("bloom", "mamba2", "roberta")
+NOT_STORED = ("bloom", "mamba2")
 NOTHING = StopCriteria(None, (), frozenset())  # type: ignore[arg-type]
 #: Longer than the windows and chunks of the small configs.
 PROMPTS = [[(7 * place + number) % 60 + 3 for place in range(length)] for number, length in enumerate((23, 1, 9))]
