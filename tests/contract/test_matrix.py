@@ -94,7 +94,7 @@ def trains(material: Path, output: Path, combination: Combination) -> bool:
     """Whether a combination trains; false where it is refused as it should be."""
     chosen = dict(zip(AXES, combination, strict=True))
     flags = [
-        *(flag for axis, value in chosen.items() for flag in (AXES[axis] | OTHERS)[value]),
+        *(flag for axis, value in chosen.items() for flag in {**AXES[axis], **OTHERS}[value]),
         f"--model.id={material}/model",
         "--model.dtype=float32",
         f"--data.sources={material}/{chosen['objective']}.jsonl",
