@@ -25,7 +25,7 @@ from ingle.adapters.targets import select as select_linears
 from ingle.config.adapter_kinds import PeftAdapter
 from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
-from ingle.parallel import Mesh, copy_rows
+from ingle.parallel import Mesh, compute_device, copy_rows
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear
 from ingle.wording import some
@@ -154,7 +154,9 @@ def start(model: nn.Module, adapter: PeftAdapter, seed: int, mesh: Mesh | None) 
     bases = {path: layer.base for path, layer in layers.items()}
     skeleton = Skeleton(bases, adapter, seed=seed, with_weights=reads)
     for path, layer in layers.items():
-        layer.tuner.to(layer.own_device())
+        device = compute_device(next(layer.base.parameters()))
+        for part in layer.tuner.modules():  # parameters are where the layer computes already
+            part._buffers.update({key: each.to(device) for key, each in part._buffers.items() if each is not None})
         targets = _tensors(layer.tuner)
         for name, value in _tensors(skeleton.layer(path)).items():
             copy_rows(targets[name], value.detach())
