@@ -199,6 +199,9 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
             fix="use the base that the adapter was trained on, and the options of adapter that it was trained with",
         )
 
+    if adapter.method == "ADALORA":  # PEFT leaves out what it removed
+        tensors = {key: _padded(tensor, expected[key].shape) for key, tensor in tensors.items()}
+
     def found() -> dict[str, Tensor]:
         return {
             f"{path}.tuner.{name}": value.detach().clone()
@@ -234,7 +237,9 @@ def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
                 where=f"{folder / 'adapter_config.json'}: {key}",
                 fix="list the layers in target_modules",
             )
-    options = {key: value for key, value in config.items() if key not in OF_FILES and value is not None}
+    # Of AdaLoRA, the ranks follow from the tensors.
+    unused = {*OF_FILES, "rank_pattern"} if method == "ADALORA" else OF_FILES
+    options = {key: value for key, value in config.items() if key not in unused and value is not None}
     if (targets := config.get("target_modules")) is not None:
         options["target_modules"] = targets
     section = PeftAdapter(
@@ -245,6 +250,15 @@ def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
     )
     make_config(section, ["a"])
     return section
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Returns a tensor with zeros for the directions that it lacks."""
+    if tensor.dim() != len(shape) or any(own > wanted for own, wanted in zip(tensor.shape, shape, strict=True)):
+        return tensor
+    found = tensor.new_zeros(shape)
+    found[tuple(slice(size) for size in tensor.shape)] = tensor
+    return found
 
 
 def _tensors(tuner: nn.Module) -> dict[str, Tensor]:
