@@ -28,6 +28,7 @@ from ingle.kernels.layers.decoder_layer import Attention, Boundaries, Mlp, Norm,
 from ingle.kernels.layers.elementwise import on_gpu
 from ingle.kernels.layers.importance import SquaredInputs
 from ingle.kernels.layers.lora import Projection
+from ingle.kernels.layers.stored_layer import StoredLayer, can_prepare
 from ingle.kernels.numba.scalars import supported
 from ingle.parallel import gathered, is_unit
 from ingle.quant.linear import QuantLinear
@@ -237,6 +238,29 @@ class FusedLayer(nn.Module):
     def _run(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], spans: AttentionSpans | Boundaries | KeyStore
     ) -> Tensor:
+        if isinstance(spans, KeyStore):
+            return self._run_stored(hidden_states, rotary, spans)
+        first, second = self._halves()
+        return mlp_half(attention_half(hidden_states, first, rotary, spans), second)
+
+    def _run_stored(self, h: Tensor, rotary: tuple[Tensor, Tensor], keys: KeyStore) -> Tensor:
+        linears = (getattr(getattr(self, part), name) for part, names in _LINEARS.items() for name in names)
+        num_bytes = sum(each.in_features * each.out_features for each in linears) * h.element_size()
+        prepared = keys.prepare(self, num_bytes, lambda: self._prepare(h))
+        if prepared is not None:
+            return prepared(h, rotary, keys)
+        first, second = self._halves()
+        return mlp_half(attend_stored(h, first, rotary, self._heads, keys, self._window), second)
+
+    def _prepare(self, h: Tensor) -> StoredLayer | None:
+        """Returns the layer prepared for many passes over hidden states like these; None if it cannot be."""
+        first, second = self._halves()
+        projections = (first.q, first.k, first.v, first.o, second.gate, second.up, second.down)
+        if not can_prepare(projections, h):
+            return None
+        return StoredLayer(first, second, self._heads, self._window, h.dtype)
+
+    def _halves(self) -> tuple[Attention, Mlp]:
         attention: Any = self.self_attn
         mlp: Any = self.mlp
         first = Attention(
@@ -255,9 +279,7 @@ class FusedLayer(nn.Module):
             up=_projection(mlp.up_proj),
             down=_projection(mlp.down_proj),
         )
-        if isinstance(spans, KeyStore):
-            return mlp_half(attend_stored(hidden_states, first, rotary, self._heads, spans, self._window), second)
-        return mlp_half(attention_half(hidden_states, first, rotary, spans), second)
+        return first, second
 
 
 def _has_kernels(*tensors: Tensor) -> bool:

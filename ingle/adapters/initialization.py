@@ -135,10 +135,19 @@ def orthogonal(out_features: int, in_features: int, rank: int, generator: torch.
 def pissa(weight_OI: Tensor, rank: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Splits the R largest singular values of a weight evenly between A and B; ``scale * B A`` is their part of it.
 
-    Weights of more than ``EXACT_SVD_WEIGHTS`` are decomposed by subspace iteration.
+    Source: Meng et al. 2024, "PiSSA" (arXiv 2404.02948), equations 2 and 3.
+    """
+    u_OR, s_R, v_RI = principal_directions(weight_OI, rank, generator)
+    root_R = (s_R / scale).sqrt()
+    return root_R[:, None] * v_RI, u_OR * root_R
 
-    Source: Meng et al. 2024, "PiSSA" (arXiv 2404.02948), equations 2 and 3; Halko et al. 2011 (arXiv 0909.4061),
-    algorithm 4.4.
+
+def principal_directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the R largest singular values of a matrix and their vectors: ``[O, R]``, ``[R]``, ``[R, I]``.
+
+    Matrices of more than ``EXACT_SVD_WEIGHTS`` weights are decomposed by subspace iteration.
+
+    Source: Halko et al. 2011 (arXiv 0909.4061), algorithm 4.4.
     """
     if weight_OI.numel() <= EXACT_SVD_WEIGHTS:
         u_OK, s_K, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
@@ -151,8 +160,7 @@ def pissa(weight_OI: Tensor, rank: int, scale: float, generator: torch.Generator
             q_OK, _ = torch.linalg.qr(weight_OI @ q_IK)
         u_KK, s_K, v_KI = torch.linalg.svd(q_OK.t() @ weight_OI, full_matrices=False)
         u_OK = q_OK @ u_KK
-    root_R = (s_K[:rank] / scale).sqrt()
-    return root_R[:, None] * v_KI[:rank], u_OK[:, :rank] * root_R
+    return u_OK[:, :rank], s_K[:rank], v_KI[:rank]
 
 
 def olora(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from ingle.cli import (
     planning,
     predicting,
     quantizing,
+    studying,
     training,
 )
 from ingle.cli.arguments import with_checked_numbers
@@ -64,6 +65,8 @@ app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)
+app.command("rank", context_settings=_WITH_OVERRIDES)(studying.rank)
+app.command("methods", context_settings=_WITH_OVERRIDES)(studying.methods)
 app.command("models")(model_types.models)
 app.command("export")(exporting.export)
 app.add_typer(data, name="data")

@@ -151,11 +151,14 @@ class WeightAdapter(LowRankAdapter):
         init_options: Options of ``eva`` and ``lora_ga``.
         freeze_a: Train B alone, so that the inputs of adapted layers need not be kept for the backward pass (Zhang et
             al. 2023, "LoRA-FA", arXiv 2308.03303).
+        precondition: With ``freeze_a``: multiply the gradient of B with ``(A A^T)^-1 / scale^2`` before the update, so
+            that the change of the weight follows the gradient of the weight as closely as A allows.
     """
 
     init: Init = "kaiming"
     init_options: InitOptions = InitOptions()
     freeze_a: bool = False
+    precondition: bool = False
 
     @property
     def subtracts(self) -> bool:

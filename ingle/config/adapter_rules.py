@@ -59,9 +59,6 @@ def _other_method(run: Run) -> str:
     return f"--adapter.method={close}" if close else f"--adapter.method=NAME with one of {', '.join(sorted(METHODS))}"
 
 
-#: Values of ``parallel.kind`` that share the base among ranks.
-_SHARDS_BASE = ("zero3", "fsdp", "hsdp")
-
 ADAPTER_RULES: tuple[Rule[Run], ...] = (
     Rule(
         "orthogonal-is-even",
@@ -184,13 +181,20 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         lambda run: (
             (found := _method(run)) is not None
             and (found.shares or found.reads == "values")
-            and run.parallel.kind in _SHARDS_BASE
+            and run.parallel.kind not in ("auto", "none", "ddp")
         ),
         lambda run: (
             f"PEFT's {getattr(run.adapter, 'method', '')} reads what other layers own, so the model cannot be sharded."
         ),
         "adapter.method, parallel.kind",
         ("parallel.kind=ddp",),
+    ),
+    Rule(
+        "adalora-needs-its-gradients",
+        lambda run: getattr(run.adapter, "method", "") == "ADALORA" and run.optim.rule.kind != "adamw",
+        lambda run: f"AdaLoRA measures the gradients of its own weights, which {run.optim.rule.kind} does not keep.",
+        "adapter.method, optim.rule",
+        ("optim.rule=adamw", "adapter.kind=lora"),
     ),
     Rule(
         "targets-are-named-once",
@@ -202,5 +206,12 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         "The layers to change are named twice.",
         "adapter.target_modules, adapter.options.target_modules",
         ("adapter.target_modules=all-linear",),
+    ),
+    Rule(
+        "precondition-needs-frozen-a",
+        lambda run: isinstance(run.adapter, WeightAdapter) and run.adapter.precondition and not run.adapter.freeze_a,
+        "The gradient of B is preconditioned by a frozen A only.",
+        "adapter.precondition, adapter.freeze_a",
+        ("adapter.freeze_a=true", "adapter.precondition=false"),
     ),
 )

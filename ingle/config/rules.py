@@ -17,10 +17,13 @@ from ingle.config.adapter_rules import ADAPTER_RULES
 from ingle.config.base import TernaryBase, folding_formats, folds, why_not_quantized
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective_rules import OBJECTIVE_RULES
+from ingle.config.optim_rules import OPTIM_RULES
 from ingle.config.paths import expand, find_path
 from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
+from ingle.config.reward_rules import REWARD_RULES
+from ingle.config.rewards import ModelReward
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
 from ingle.config.section import Section
@@ -267,8 +270,10 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     ),
     *ADAPTER_RULES,
     *OBJECTIVE_RULES,
+    *OPTIM_RULES,
     *PREFERENCE_RULES,
     *POLICY_RULES,
+    *REWARD_RULES,
     *VALIDATION_RULES,
 )
 
@@ -287,6 +292,20 @@ def _has_no_group(pattern: str | None) -> bool:
 
 
 TASK_RULES: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        "reward-needs-rewards",
+        lambda task: "reward" in (task.metrics or ()) and not task.rewards,
+        "The metric reward needs something to add up.",
+        "metrics, rewards",
+        ("rewards=FILE.py",),
+    ),
+    Rule(
+        "models-are-no-metric",
+        lambda task: any(isinstance(reward, ModelReward) for reward in task.rewards),
+        "A trained reward model cannot score the answers of a task.",
+        "rewards",
+        "remove the reward of kind model",
+    ),
     Rule(
         "metrics-once",
         lambda task: bool(duplicates(task.metrics or ())),

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
 from ingle.config.base import base_section
+from ingle.config.policy import Sampled
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
 from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, parameters_of
 from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
+from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
 from ingle.planning.virtual_tokens import with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
@@ -121,7 +123,8 @@ class DeviceMemory:
     def parts(self) -> MemoryParts:
         """Returns the bytes by purpose at the peak."""
         peak = self.step().peak()
-        trained = trainable_parameters(self.run, self.shape) / self._trained_ranks
+        everything = trainable_parameters(self.run, self.shape)
+        trained = active_parameters(self.run, self.shape, everything) / self._trained_ranks
         gradients = min(trained * 4, peak.gradients + peak.activations)
         evaluation = max(0.0, self._evaluation() - peak.total)
         return MemoryParts(
@@ -129,7 +132,7 @@ class DeviceMemory:
             gather_bytes=round(peak.gathered),
             adapter_bytes=round(self._masters()),
             gradient_bytes=round(gradients),
-            optimizer_bytes=round(trained * 8),
+            optimizer_bytes=round(state_bytes(self.run, self.shape, everything, self._trained_ranks)),
             activation_bytes=round(peak.activations + peak.gradients - gradients + evaluation),
             overhead_bytes=round(self._scratch() + self._batch() + self.fixed_bytes()),
             evaluation_bytes=round(evaluation),
@@ -175,12 +178,15 @@ class DeviceMemory:
         return resting + 4 * whole / self._trained_ranks + merged
 
     def _masters(self) -> float:
-        """Adapters; float32 masters and initial values of what else is trained."""
-        whole = self._trained_whole()
-        adapters = 4 * (trainable_parameters(self.run, self.shape) - whole)
+        """Adapters; float32 masters and initial values of what else is trained, of all that in a subspace."""
+        whole, everything = self._trained_whole(), trainable_parameters(self.run, self.shape)
+        adapters = 4 * (everything - whole)
         initial = 0 if self._full else 4 if self.strategy.shards_optimizer else self.dtype_bytes
         masters = 4 * (self.dtype_bytes < 4 and not self.strategy.shards_optimizer)
-        return (adapters + (initial + masters) * whole) / self._trained_ranks
+        if self.run.optim.rule.kind == "subspace":
+            return 2 * adapters + (initial + self.dtype_bytes) * whole
+        active = whole if not self._full else active_parameters(self.run, self.shape, whole)
+        return (adapters + initial * whole + masters * active) / self._trained_ranks
 
     def step(self) -> Step:
         """Returns the last micro-batch of a step."""
@@ -188,7 +194,7 @@ class DeviceMemory:
         fused = shape.fused and allows_fused(run)
         tapes = Tapes(run, shape, self.dtype_bytes, fused, self.on_gpu)
         tokens = strategy.micro_batch_size * self.data.longest
-        trained = 4.0 * trainable_parameters(run, shape)
+        trained = 4.0 * active_parameters(run, shape, trainable_parameters(run, shape))
         ranks = 1 if strategy.kind == "zero1" else self._trained_ranks
         summed = 0.0
         if strategy.kind == "ddp":
@@ -225,7 +231,7 @@ class DeviceMemory:
             tied=shape.tied,
             embedding_gathered=gathered(shape.embedding_parameters, embedding_trained),
             head_gathered=gathered(head, head_trained),
-            gradient_bytes=4.0 / self._trained_ranks,
+            gradient_bytes=4.0 * (self.run.optim.rule.kind != "subspace") / self._trained_ranks,
         )
 
     def _unit(self, tapes: Tapes, layer: LayerShape, tokens: int) -> Unit:
@@ -247,7 +253,7 @@ class DeviceMemory:
             layer,
             tape,
             gathered=gathered,
-            gradients=4.0 * trained / self._trained_ranks,
+            gradients=4.0 * trained * active_share(self.run, self.shape) / self._trained_ranks,
             pending=float(computed * trained if is_reduced else b * largest),
             reducing=4.0 * trained if is_reduced else 0.0,
             largest=float(b * largest),
@@ -255,21 +261,26 @@ class DeviceMemory:
 
     def _evaluation(self) -> float:
         """The keys and values of a batch of answers, its scores, and the weights that are gathered for it."""
-        task = self.run.task
-        if task is None:
-            return 0.0
-        length = (self.data.longest_document or self.data.longest) + task.max_new_tokens
+        longest = self.data.longest_document or self.data.longest
+        batches = []
+        if self.run.task is not None:
+            batches.append((self.run.task.batch_size, longest + self.run.task.max_new_tokens))
+        if isinstance(self.run.objective, Sampled):  # the longest row has room for an answer
+            batches.append((self.run.objective.rollout.num_slots, longest))
+        return max((self._generation(*batch) for batch in batches), default=0.0)
+
+    def _generation(self, batch_size: int, length: int) -> float:
         widths = sum(2 * layer.num_kv_heads * layer.head_dim * layer.count for layer in self.shape.layers)
         scores = (4 + self.dtype_bytes) * self.shape.vocab_size
         step = self.step()
         gathered = max(step.ends.head_gathered, *(unit.gathered for unit in step.units))
-        return task.batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
+        return batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
 
     def _scratch(self) -> float:
         """The buffer for decoded weights; there is one per thread, and a GPU's backward pass has its own thread."""
         quantized = [lin for lin in self.shape.linears if self._bits(lin) < 8 * self.dtype_bytes]
         largest = max((lin.num_weights for lin in quantized), default=0)
-        return largest * self.dtype_bytes * (2 if self.on_gpu else 1)
+        return largest * self.dtype_bytes * (2 if self.on_gpu else 1) + scratch_bytes(self.run, self.shape)
 
     def _batch(self) -> float:
         sequences = self.strategy.micro_batch_size * self.strategy.grad_accum_steps

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from ingle.config.optim import Subspace
 from ingle.planning.loading import reading_bytes
 from ingle.planning.memory import trainable_parameters
 from ingle.planning.search import Option, Problem, offloaded_bytes
+from ingle.planning.update_rules import state_bytes
 
 #: Host memory of a process on a GPU: Python, PyTorch, transformers and the CUDA libraries.
 _PROCESS_BYTES = 2 << 30
 #: Bytes of a token of the data on disk and in memory: its id and whether it is supervised.
 _TOKEN_BYTES = 5
-#: Bytes per trained parameter of a checkpoint (float32 weight and two states) and of a result in 16 or 32 bits.
-_CHECKPOINT_BYTES, _RESULT_BYTES = 12, 4
+#: Bytes per trained parameter of a master in a checkpoint, and of a result in 16 or 32 bits.
+_MASTER_BYTES, _RESULT_BYTES = 4, 4
 #: Quantized bytes from which they are kept on disk, as in :mod:`ingle.models.loading.quantized_cache`.
 _LEAST_CACHED = 1 << 28
 
@@ -32,7 +34,10 @@ def host_bytes(problem: Problem, option: Option) -> int:
 
 def checkpoint_bytes(problem: Problem) -> int:
     """Predicts the size of one checkpoint."""
-    return _CHECKPOINT_BYTES * trainable_parameters(problem.run, problem.shape)
+    run, shape = problem.run, problem.shape
+    trained = trainable_parameters(run, shape)
+    masters = run.optim.rule.dim if isinstance(run.optim.rule, Subspace) else trained
+    return round(_MASTER_BYTES * masters + state_bytes(run, shape, trained))
 
 
 def disk_bytes(problem: Problem) -> int:

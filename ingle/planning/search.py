@@ -226,6 +226,8 @@ def kinds(problem: Problem) -> tuple[StrategyKind, ...]:
     if problem.world_size == 1:
         return ("none",) if asked in ("auto", "none", "ddp") else (_kind(asked),)
     if asked in ("auto", "none"):
+        if problem.run.optim.rule.kind in ("lisa", "subspace"):  # they need all weights on every rank
+            return ("ddp",)
         several = problem.world_size > problem.local_world_size
         return ("ddp", "zero1", "zero2", "zero3", *(("hsdp",) if several else ()))
     return (_kind(asked),)

@@ -77,7 +77,9 @@ def _plan_rows(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tupl
     yield "memory", f"{size(total)} predicted: {parts}"
     if plan.get("tokens_per_s"):
         speed = f"{count(plan['tokens_per_s'])} tokens/s on {plan['device']}"
-        yield "time", f"about {duration(3600 * plan['hours'])} of training, {speed} predicted"
+        sampling = plan.get("rollout_hours")
+        of_it = f" ({duration(3600 * sampling)} of it samples answers)" if sampling else ""
+        yield "time", f"about {duration(3600 * plan['hours'])} of training{of_it}, {speed} predicted"
     strategy = {name: plan.get("strategy", {}).get(name) for name in ("recompute", "offload", "offload_activations")}
     extras = [name.replace("_", " ") for name, is_on in (*strategy.items(), ("compiled", plan["compile"])) if is_on]
     saves = f"every {plan['save_every']:,} steps" if plan["save_every"] else "at the end only"

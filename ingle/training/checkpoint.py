@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,14 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
+
+
+class OptimizerState(Stateful, Protocol):
+    """The state of the optimizer, whose size is known before the first step."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Largest size of the state in a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +245,7 @@ class Checkpoints:
             CheckpointError: The checkpoint differs from what was written.
         """
         masters = sum(master.nbytes for master in self._masters().values())
-        full = 3 * masters  # the moments exist only after the first step
+        full = self._optimizer.checkpoint_bytes  # the moments exist only after the first step
         needed = full * (self._num_on_disk + 1) + masters + (16 << 20)
         free = self._mesh.broadcast(self._folder.free_bytes() if self._mesh.is_main else 0)
         if needed > free:
@@ -260,21 +268,21 @@ class Checkpoints:
                 raise CheckpointError("The first checkpoint differs from what was written.", where=str(path))
         return path
 
+    @property
+    def _optimizer(self) -> OptimizerState:
+        return cast(OptimizerState, self._states[OPTIMIZER])
+
     def _masters(self) -> dict[str, Tensor]:
         """Returns the float32 masters by their names in the state of the optimizer."""
-        state = self._states[OPTIMIZER].state_dict()
+        state = self._optimizer.state_dict()
         return {name: value for name, value in state.items() if name.startswith(_MASTER)}
 
     def _layouts(self) -> Callable[[str, str], Tensor | None]:
         """Returns a function that maps a tensor of a state to one that is sharded like it."""
-        masters = self._masters()
 
         def find(state: str, name: str) -> Tensor | None:
-            if state != OPTIMIZER:
-                like = getattr(self._states.get(state), "like", None)
-                return None if like is None else like(name)
-            kind, _, parameter = name.partition(".")
-            return None if kind == "step" else masters.get(_MASTER + parameter)
+            like = getattr(self._states.get(state), "like", None)
+            return None if like is None else like(name)
 
         return find
 

@@ -34,6 +34,9 @@ CONTINUABLE = (
 #: Decides which step is kept, and so the weights, if ``train.keep_best`` or ``train.early_stopping`` is set.
 _SELECTING = "evaluate.every"
 
+#: What studies write into a run folder.
+STUDY_FILES = ("trials", "rank.json", "rank.html", "methods.json", "methods.html")
+
 #: Maximum number of options in a message.
 _LISTED = 12
 
@@ -222,8 +225,8 @@ class RunFolder:
         write_atomically(self.config, run_to_yaml(stored).encode())
 
     def _is_leftover(self, name: str) -> bool:
-        """Returns whether a file may be left from a run that was killed before it wrote ``run.yaml``."""
-        return name == "run.lock" or name.startswith(f"{self.config.name}.partial-")
+        """Returns whether a file may be there before a run: left from one that was killed early, or of a study."""
+        return name in ("run.lock", *STUDY_FILES) or name.startswith(f"{self.config.name}.partial-")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -23,6 +23,8 @@ from ingle.wording import some
 
 #: Steps after which every tensor must have moved.
 FIRST_STEPS = 10
+#: AdaLoRA sets singular values of directions that it removes to zero, from which they began.
+_REMOVED = "lora_E.default"
 #: A prime, so that equal changes in different places do not cancel.
 _PERIOD = 65521
 #: Values that are read at once.
@@ -73,8 +75,10 @@ class Movement:
         if wrong:
             raise _error(wrong, len(self._before), step, "no gradient reached them", _LEAVE_OUT)
         if step == self._values_by:
-            masters = dict(self._optimizer.named_masters())
-            same = {name for name, digest in self._before.items() if digest == _digest(local(masters[name]))}
+            resting = self._optimizer.resting()
+            masters = self._optimizer.named_masters()
+            same = {name for name, master in masters if self._before[name] == _digest(local(master))} - resting
+            same = {name for name in same if not name.endswith(_REMOVED)}
             unmoved = [name for name in self._on_all_ranks(same) if name not in unused]
             if unmoved:
                 raise _error(unmoved, len(self._before), step, "all of their updates round to zero", _RAISE)
@@ -108,7 +112,8 @@ class Movement:
     def _without_gradient(self) -> set[str]:
         """Returns the tensors of which this rank holds no row that got a gradient."""
         state = self._optimizer.state_dict()
-        moments = {name: state.get(f"exp_avg.{name}") for name in self._before}
+        names = self._before.keys() - self._optimizer.resting()
+        moments = {name: state.get(f"exp_avg.{name}") for name in names}
         return {name for name, moment in moments.items() if moment is None or not bool(local(moment).any())}
 
     def _on_all_ranks(self, names: set[str]) -> list[str]:
@@ -132,10 +137,10 @@ def _error(names: list[str], total: int, step: int, why: str, fix: str) -> NotTr
 
 @torch.no_grad()
 def _digest(values: Tensor) -> int:
-    """Returns a number that changes with every bit of a float32 tensor and with the order of its values."""
-    bits, total = values.detach().reshape(-1).view(torch.int32), 0
-    for start in range(0, len(bits), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
+    """Returns a number that changes with every bit of a tensor and with the order of its values, as float32."""
+    values, total = values.detach().reshape(-1), 0
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK].float().view(torch.int32).long()
         places = torch.arange(start, start + len(part), device=part.device).remainder_(_PERIOD).add_(1)
         total += int(part.mul_(places).sum())
     return total

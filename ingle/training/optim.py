@@ -1,4 +1,4 @@
-"""AdamW over float32 master weights.
+"""AdamW over float32 master weights, and the interface of every optimizer.
 
 Trainable parameters may be bfloat16 (full fine-tuning, trained embeddings). An update is often smaller than the spacing
 of bfloat16 and would be lost, and accumulating gradients in bfloat16 would make the result depend on how a batch is
@@ -12,14 +12,16 @@ Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ingle.config.optim import OptimConfig
 from ingle.parallel import Mesh, local, sum_gradients, total_norm
+from ingle.training.low_rank import LowRank
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +46,32 @@ class Optimizer:
         groups: The trained parameters.
         config: The ``optim`` section.
         mesh: The ranks of the run; all call the methods together. None for one process.
+        low_rank: Updates some of the matrices in place of AdamW.
+        precondition: Functions of gradients after clipping, by the name of the parameter.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], config: OptimConfig, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        config: OptimConfig,
+        mesh: Mesh | None = None,
+        *,
+        low_rank: LowRank | None = None,
+        precondition: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
         self._config = config
         self._mesh = mesh or Mesh(torch.device("cpu"))
         self._groups = list(groups)
         self._parameters = {name: parameter for group in groups for name, parameter in group.parameters}
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
+        self._low_rank = low_rank
+        self._precondition = precondition or {}
+        projected = low_rank.names if low_rank is not None else frozenset()
         self._adamw = torch.optim.AdamW(
             [
                 {
-                    "params": [self._masters[name] for name, _ in group.parameters],
-                    "lr": config.lr * group.lr_ratio,
+                    "params": [self._masters[name] for name, _ in group.parameters if name not in projected],
+                    "lr": 0.0,  # each step sets it
                     "weight_decay": group.weight_decay,
                 }
                 for group in groups
@@ -65,14 +80,32 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
-        for name, parameter in self._parameters.items():
-            if self._masters[name] is not parameter:
-                parameter.register_post_accumulate_grad_hook(_accumulate_into(self._masters[name]))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(_accumulate_into(self._masters[name]))
+            for name, parameter in self._parameters.items()
+            if self._masters[name] is not parameter
+        ]
 
     @property
     def num_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of the largest state that :meth:`state_dict` returns in a run."""
+        projected = self._low_rank.names if self._low_rank is not None else frozenset()
+        masters = sum(master.nbytes for master in self._masters.values())
+        moments = sum(2 * master.nbytes for name, master in self._masters.items() if name not in projected)
+        shapes = (self._masters[name].shape for name in projected)
+        return masters + moments + sum(map(self._low_rank.state_bytes, shapes)) if self._low_rank else masters + moments
+
+    def begin(self, step: int) -> None:
+        """Prepares for a step, before its gradients are computed."""
+
+    def resting(self) -> frozenset[str]:
+        """Returns the parameters that are not trained at the moment."""
+        return frozenset()
 
     def named_masters(self) -> Iterable[tuple[str, Tensor]]:
         """Returns name and float32 master of every trained parameter."""
@@ -108,28 +141,39 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Updates the parameters and clears the gradients.
+        """Updates the parameters. Their gradients stay readable until :meth:`clear`.
 
         Args:
             lr: Learning rate of a group whose ``lr_ratio`` is 1.
         """
+        for name, change in self._precondition.items():
+            if (gradient := self._masters[name].grad) is not None:
+                self._masters[name].grad = change(gradient)
         for group, options in zip(self._groups, self._adamw.param_groups, strict=True):
             options["lr"] = lr * group.lr_ratio
+            for name, _ in group.parameters if self._low_rank is not None else ():
+                if self._low_rank is not None and name in self._low_rank.names:
+                    self._low_rank.update(name, self._masters[name], lr * group.lr_ratio, group.weight_decay)
         self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
         for name, parameter in self._parameters.items():
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
 
-    def discard_gradients(self) -> None:
-        """Discards the gradients of a step that was not completed."""
-        self._adamw.zero_grad(set_to_none=True)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+    def clear(self) -> None:
+        """Clears all gradients: those of a completed step, or of one that was given up."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._masters[name].grad = None
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def like(self, name: str) -> Tensor | None:
+        """Returns the tensor that is sharded like the one of this name in the state."""
+        kind, _, parameter = name.partition(".")
+        projected = self._low_rank is not None and parameter in self._low_rank.names
+        is_alike = kind == "master" or (kind in ("exp_avg", "exp_avg_sq") and not projected)
+        return self._masters.get(parameter) if is_alike else None
+
+    def state_dict(self) -> dict[str, Any]:
         """Returns masters and moments under flat names, as safetensors stores them."""
-        state: dict[str, Tensor] = {}
+        state: dict[str, Any] = {} if self._low_rank is None else self._low_rank.state_dict()
         for name, master in self._masters.items():
             state[f"master.{name}"] = master.detach()
             for key, value in self._adamw.state.get(master, {}).items():
@@ -137,12 +181,17 @@ class Optimizer:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, bit for bit."""
+        projected = self._low_rank.names if self._low_rank is not None else frozenset()
+        if self._low_rank is not None:
+            self._low_rank.load_state_dict(state, {name: self._masters[name].device for name in projected})
         for name, master in self._masters.items():
             master.copy_(state[f"master.{name}"])
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
+            if name in projected:
+                continue
             moments = {
                 key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state
             }
@@ -151,7 +200,7 @@ class Optimizer:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype == torch.float32:
+    if parameter.dtype.itemsize >= 4:
         return parameter
     return nn.Parameter(parameter.detach().float())
 

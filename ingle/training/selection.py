@@ -65,6 +65,7 @@ class Selection:
         self.best_step = _NEVER
         self._num_without_gain = 0
         self._best_G2 = self._reference_G2 = torch.zeros(0, 2, dtype=torch.float64)
+        self._ends: list[Tensor] = []
 
     @property
     def step(self) -> int:
@@ -90,6 +91,7 @@ class Selection:
             metrics: Further figures of the step.
         """
         loss = mean_loss(table_G2)
+        self._ends = [*self._ends[:1], table_G2]
         is_first = not self.history
         if is_first or loss < mean_loss(self._best_G2):
             self._best_G2, self.best_step = table_G2, step
@@ -116,8 +118,10 @@ class Selection:
         return stderr if given is None else given
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history as plain values, and the tables of two steps as tensors."""
+        """Returns the history as plain values, and the tables of the best, the first and the last step as tensors."""
+        ends = {f"end_{number}": table.clone() for number, table in enumerate(self._ends)}
         return {
+            **ends,
             "history": [asdict(point) for point in self.history],
             "best_step": self.best_step,
             "num_without_gain": self._num_without_gain,
@@ -131,6 +135,7 @@ class Selection:
         self.best_step = int(state["best_step"])
         self._num_without_gain = int(state["num_without_gain"])
         self._best_G2, self._reference_G2 = state["best"], state["reference"]
+        self._ends = [state[name] for name in ("end_0", "end_1") if name in state]
 
 
 def _finite(value: float | None) -> float | None:

@@ -34,6 +34,10 @@ AXES: Mapping[str, Mapping[str, list[str]]] = {
         "lora": ["--adapter.rank=2"],
         "dora": ["--adapter.kind=dora", "--adapter.rank=2", "--adapter.init=pissa"],
         "merge-aware": ["--adapter.rank=2", "--adapter.merge_aware.fraction=0.5"],
+        "bottleneck": ["--adapter.kind=bottleneck", "--adapter.style=parallel"],
+        "ia3": ["--adapter.kind=ia3"],
+        "norms": ["--adapter.kind=bitfit", "--adapter.biases=false", "--adapter.norms"],
+        "oft": ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.oft_block_size=16"],
         "qa_lora": ["--adapter.kind=qa_lora", "--adapter.rank=2"],
         "qa_lora-rounded": ["--adapter.kind=qa_lora", "--adapter.rank=2", "--adapter.train_rounding"],
     },
@@ -114,8 +118,9 @@ def trains(material: Path, output: Path, combination: Combination) -> bool:
     engine: Any = inference.open_model(str(output))
     with torch.no_grad():
         assert bool(engine.model(torch.arange(8)[None]).logits.isfinite().all()), combination
+    is_native = chosen["adapter"] in ("none", "norms")
+    assert bool(adapters.adapted_modules(engine.model)) != is_native, combination
     layers = adapters.lora_modules(engine.model)
-    assert bool(layers) == (chosen["adapter"] != "none"), combination
     assert all(bool(layer.lora_b.any()) for layer in layers.values()), f"{combination}: an adapter has not moved"
     return True
 

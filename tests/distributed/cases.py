@@ -15,6 +15,7 @@ from ingle.parallel import Mesh, full, local
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.steps import compute_gradients, weighted_mean
 from ingle.training.validation import Validation
+from tests.axis import next_batches
 
 Array = npt.NDArray[np.float64]
 
@@ -75,11 +76,13 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     objective, optimizer, mesh = parts.objective, parts.optimizer, parts.mesh
     objective.module.train()
     parts.rounding.prepare(step)
-    sums, counts = compute_gradients(objective, objective.next_batches(), mesh, seed=0, step=step)
+    optimizer.begin(step)
+    sums, counts = compute_gradients(objective, next_batches(parts, step), mesh, seed=0, step=step)
     optimizer.sum_gradients()
     gradients = {name: _array(gradient) for name, gradient in optimizer.gradients()}
     norm = optimizer.clip()
     optimizer.step(1e-2)
+    optimizer.clear()
     frozen = [p for p in parts.model.parameters() if not p.requires_grad]
     return StepOfOneRank(
         loss=weighted_mean(objective.module.terms, sums, counts),

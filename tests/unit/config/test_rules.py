@@ -79,6 +79,10 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
     ),
+    "adalora-needs-its-gradients": (
+        ["--adapter.kind=peft", "--adapter.method=adalora", "--optim.rule.kind=subspace", "--optim.rule.dim=8"],
+        ["--adapter.kind=peft", "--adapter.method=adalora"],
+    ),
     "targets-are-named-once": (
         ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
@@ -134,9 +138,7 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=kto", "--adapter.dropout=.1"],
         ["--objective=simpo", "--adapter.dropout=.1"],
     ),
-    "reference-needs-an-adapter": (["--objective=bco", "--adapter=none"], ["--objective=orpo", "--adapter=none"]),
     "answers-carry-the-loss": (["--objective=cpo", "--data.train_on=all"], ["--objective=cpo", "--data.train_on=last"]),
-    "rewards-are-validated": (["--objective=reward", TASK], ["--objective=dpo", TASK]),
     "only-plain-text-splits": (["--data.too_long=split"], ["--data.too_long=split", "--objective=mlm"]),
     "masked-tokens-add-up": (
         ["--objective=mlm", "--objective.replace=.8", "--objective.random=.3"],
@@ -189,6 +191,18 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.freeze_a=true", "--adapter.lora_plus_ratio=16"],
         ["--adapter.freeze_a=true"],
     ),
+    "reward-needs-rewards": (
+        [TASK, "--evaluate.metrics=[reward]"],
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=reward.py"],
+    ),
+    "models-are-no-metric": (
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=[{kind: model, path: runs/reward}]"],
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=[{kind: number}]"],
+    ),
+    "rewards-are-possible": (
+        ["--objective=grpo", "--objective.rewards=[{kind: length, low: 5, high: 4}]"],
+        ["--objective=grpo", "--objective.rewards=[{kind: length, low: 4, high: 4}, {kind: format, pattern: a.b}]"],
+    ),
     "minibatches-fill-an-iteration": (
         ["--objective=grpo", REWARD, "--train.global_batch_size=48"],
         ["--objective=grpo", REWARD, "--train.global_batch_size=64"],
@@ -212,6 +226,13 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "budget-needs-a-weight": (
         ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
         ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
+    ),
+    "scaled-rewards-keep-the-divergence-apart": (
+        ["--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"],
+        [
+            *("--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"),
+            *("--objective.kl.place=loss", "--objective.kl.estimator=k2"),
+        ],
     ),
     "policies-with-reference-need-an-adapter": (
         ["--objective=grpo", REWARD, "--adapter=none"],
@@ -297,3 +318,19 @@ def test_runs_built_in_python_are_checked() -> None:
     )
     with pytest.raises(ConfigError, match="Full fine-tuning needs unquantized weights"):
         check(run)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("{kind: overlong, max: 8, buffer: 9}", "over 9 tokens before the token 8"),
+        ("{kind: format, pattern: '('}", "not a regular expression"),
+        ("{kind: judge, url: 'ftp://x', model: m, prompt: p}", "not the address"),
+        ("{kind: judge, url: 'http://x:99999999/v1', model: m, prompt: p}", "not the address"),
+        ("{kind: judge, url: 'http://x/v1', model: m, prompt: p, scale: [10, 1]}", "No grade lies"),
+    ],
+)
+def test_an_impossible_reward_is_named_with_its_number(reward: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_run(None, [*START, "--objective=grpo", f"--objective.rewards=[{{kind: number}}, {reward}]"])
+    assert "Reward 2 (" in str(caught.value) and "--objective.rewards.1." in str(caught.value)

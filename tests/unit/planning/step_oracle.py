@@ -144,6 +144,7 @@ def measure(
                 optimizer.sum_gradients()
                 optimizer.clip()
                 optimizer.step(1e-4)
+                optimizer.clear()
         peak, rest = (tracker.get_tracker_snapshot(kind)[torch.device("cpu")]["Total"] for kind in ("peak", "current"))
     return Measured(peak, rest, shape)
 

@@ -40,6 +40,7 @@ def test_adamw_follows_the_published_algorithm() -> None:
     for gradient in gradients:
         parameter.grad = gradient.clone()
         optimizer.step(config.lr)
+        optimizer.clear()
     torch.testing.assert_close(
         parameter.detach().double(), _adamw_float64(start, gradients, config, 0.1), rtol=1e-5, atol=1e-6
     )
@@ -52,6 +53,7 @@ def test_updates_smaller_than_bfloat16_spacing_are_not_lost() -> None:
     for _ in range(100):
         (parameter.float().sum()).backward()
         optimizer.step(config.lr)
+        optimizer.clear()
     # 100 steps of 1e-4 against a constant gradient move the weight by 0.01; a single step is 40 times below the spacing
     torch.testing.assert_close(parameter.float(), torch.full((4,), 0.99), rtol=0, atol=4e-3)
 
@@ -89,6 +91,7 @@ def test_restored_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
         for gradient in gradients[first:]:
             (parameter.float() * gradient).sum().backward()
             optimizer.step(config.lr)
+            optimizer.clear()
 
     torch.manual_seed(0)
     start = torch.randn(9).to(dtype)
@@ -100,6 +103,7 @@ def test_restored_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
     for gradient in gradients[:3]:
         (half.float() * gradient).sum().backward()
         optimizer.step(config.lr)
+        optimizer.clear()
     state = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
 
     fresh = nn.Parameter(torch.zeros(9, dtype=dtype))
