@@ -260,7 +260,8 @@ def _rank_charts(content: Content) -> Iterator[dict[str, Any]]:
         Estimate(
             f"rank {row['rank']}",
             row["score"],
-            *(best + end for end in row["ci95"]),
+            best + row["ci95"][0],
+            best + row["ci95"][1],
             "chosen" if row["rank"] == content["recommendation"]["rank"] else "other",
             f"rank {row['rank']}: loss {row['score']:.4f}, {count(row['parameters'])} parameters",
             row["parameters"],

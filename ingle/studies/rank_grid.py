@@ -82,7 +82,7 @@ class Grid:
         """Returns the largest number of trials, without extensions of the rates."""
         spaces = len(self.ranks) if request.space == "lora" else 1
         curves = len(request.methods) + (spaces - 1) * request.every_rank
-        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers)
+        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers and len(self.ranks) > 1)
         return (spaces + curves * len(self.dims)) * (self.num_rates + len(self.seeds) - 1) + by_layer
 
 

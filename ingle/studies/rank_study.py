@@ -278,8 +278,8 @@ class _Study:
         label, lr = f"rank-{rank}-by-layer", recommended.choice.lr
         scores = [self.trials.run(Trial(label, options, lr, seed)) for seed in self._grid.seeds]
         choice = Choice(lr, tuple(scores), tuple(scores), at_edge=False)
-        better = not choice.failed and compare(choice.tables(), recommended.choice.tables())
-        is_better = bool(better) and better.value < 0 and better.p < _LEVEL
+        found = None if choice.failed else compare(choice.tables(), recommended.choice.tables())
+        is_better = found is not None and found.value < 0 and found.p < _LEVEL
         return pattern if is_better else {}, layer_ranks(spectra)
 
     def _best(

@@ -96,7 +96,8 @@ class LowRank:
         mean.lerp_(projected_LR, 1 - first)
         squares.mul_(second).addcmul_(projected_LR, projected_LR, value=1 - second)
         scale = (squares / (1 - second**step)).sqrt_().add_(self._config.eps)
-        return mean / (1 - first**step) / scale
+        direction: Tensor = mean / (1 - first**step) / scale
+        return direction
 
     def _scaled(
         self, state: dict[str, Tensor], gradient_LS: Tensor, projected_LR: Tensor, direction_LR: Tensor
