@@ -346,7 +346,9 @@ def _recommend(
         else "At 5 %, all other ranks are worse than the best one.",
         _about_dimension(curves[0], threshold),
     ]
-    if len(rows) > 1 and chosen is rows[-1]:
+    if len(rows) == 1:
+        reason = [f"Rank {chosen.rank} is the only one that was tried.", reason[-1]]
+    elif chosen is rows[-1]:
         reason.append("It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
         reason.append("Its best learning rate is at the edge of the rates that were tried.")
@@ -357,6 +359,8 @@ def _recommend(
 
 def _about_dimension(curve: Curve, threshold: float) -> str:
     d90, share = curve.d90, f"{100 * threshold:g} %"
+    if not d90.has_gain:
+        return "Training does not lower the loss at 5 %, so no figure means anything: use more steps or other rates."
     if not d90.reached:
         return f"No subspace of up to {d90.largest:,} directions reaches {share} of the gain."
     low = f"{d90.low:,.0f}" if d90.low is not None else f"{curve.points[0].dim:,} or fewer"

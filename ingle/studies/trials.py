@@ -232,6 +232,21 @@ class Trials:
             self._sink(event)
 
 
+def require_new_adapters(run: Run) -> None:
+    """Refuses a config whose adapter continues another one: a study compares adapters that begin anew.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if getattr(run.adapter, "path", None) is not None:
+        raise ConfigError(
+            "A study compares adapters that begin anew, but this one continues another.",
+            where="adapter.path",
+            fix="--adapter.path=null, or merge that adapter (`ingle export RUN --to safetensors --out DIR`) and use "
+            "--model.id=DIR",
+        )
+
+
 def shared_options(run: Run, steps: int | None) -> dict[str, Any]:
     """Returns the options that all trials of a study have: a validation before and after training, and nothing else.
 
