@@ -79,7 +79,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
 def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSink) -> RunReport:
     """Makes or resumes the run in a folder that rank 0 has locked."""
     began = time.monotonic()
-    parts = assemble(_as_before(run, folder, sink), sink)
+    parts = assemble(_as_before(run, folder, sink), sink, resumes=folder.last_step() is not None)
     sink.share(parts.mesh)
     run = run.model_copy(update={"objective": parts.run.objective, "adapter": parts.run.adapter})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
@@ -103,6 +103,7 @@ def _open_beside(mesh: parallel.Mesh, sink: Sink, path: str) -> inference.Opened
 def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
     folder.begin(run.model_copy(update={"objective": parts.run.objective}))
     folder.save_plan(parts.plan)
+    folder.save_ranks(parts.run)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -113,7 +114,7 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    run = with_names(run, folder.load_run())
+    run = folder.with_ranks(with_names(run, folder.load_run()))
     world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(

@@ -209,8 +209,9 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
     values = found()
     if METHODS[adapter.method].reads != "values":
         return values
-    skeleton.load({key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}, where)
-    stored = {path for path, value in found().items() if bool(value.isnan().all())}
+    marked = {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items() if tensor.is_floating_point()}
+    skeleton.load({**tensors, **marked}, where)
+    stored = {path for path, value in found().items() if bool(value.isnan().all()) or not value.is_floating_point()}
     if stored < values.keys() and any(parameter.is_meta for parameter in model.parameters()):
         raise AdapterError(
             f"An adapter of PEFT's {adapter.method} cannot be merged weight by weight.",

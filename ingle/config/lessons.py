@@ -17,23 +17,9 @@ _STUDIED = 100_000_000
 #: Adapters whose change has a scale.
 _SCALED = ("lora", "dora")
 #: Names of layers of attention.
-_ATTENTION = frozenset(
-    [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "out_proj",
-        "query",
-        "key",
-        "value",
-        "query_key_value",
-        "qkv",
-        "Wqkv",
-        "attn",
-        "c_attn",
-        "attention",
-    ]
+_ATTENTION = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "query_key_value"),
+    *("qkv", "Wqkv", "attn", "c_attn", "attention"),
 )
 #: Objectives that learn from answers that they sample.
 _SAMPLING = ("ppo", "grpo", "rloo", "reinforce", "online_dpo")

@@ -88,6 +88,7 @@ class StepModule(nn.Module, ABC):
         keeps_dropout: Whether the model may drop activations in training. A loss that compares log-probabilities with
             those of a reference turns this off.
         reads_head_in_backward: Whether the backward pass of the loss reads the weights of the output head.
+        reads_states: Whether it reads the last hidden states of the reference.
         uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
@@ -97,6 +98,7 @@ class StepModule(nn.Module, ABC):
     row_measures: Sequence[str] = ()
     keeps_dropout: bool = True
     reads_head_in_backward: bool = True
+    reads_states: bool = False
     uses_hooks: bool = False
     reduces_once: bool = False
     observe: Callable[[int], AbstractContextManager[None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,17 @@ from ingle.data.packing import Indices, Sequences
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.events import Sink, Warned
+from ingle.models import forward_hidden, through_head
 from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
 from ingle.objectives.driver import PackedObjective
 from ingle.objectives.falling import Falling
 from ingle.objectives.interface import Relief, StepModule
 from ingle.objectives.mismatches import Mismatches
 from ingle.objectives.reference_cache import ReferenceCache, answer_keys
+from ingle.objectives.token_loss import head_logps
 from ingle.parallel import call_outside_step
+
+_Result = TypeVar("_Result")
 
 #: Makes a model compute its initial function inside a block.
 Initial = Callable[[], AbstractContextManager[None]]
@@ -90,6 +94,10 @@ class PreferenceObjective(PackedObjective):
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference."""
         assert self._initial is not None, "there is no reference"
+        if self.module.reads_states:
+            with self._initial():
+                states = self._evaluate(parts, self._read_states)
+            return [_with(part, own) for part, own in zip(parts, states, strict=True)]
         found = zip(parts, self._references(parts, self._initial), strict=True)
         return [_with(part, with_reference(logps_N, part)) for part, logps_N in found]
 
@@ -151,15 +159,25 @@ class PreferenceObjective(PackedObjective):
 
     def _logps(self, parts: Sequence[Batch]) -> list[Tensor]:
         """Returns the log-probability of each target, [N] for each micro-batch."""
+        return self._evaluate(parts, self._pass)
+
+    def _evaluate(self, parts: Sequence[Batch], function: Callable[[Batch], _Result]) -> list[_Result]:
         was_training = self.module.training
         self.module.eval()
         try:
-            return [call_outside_step(self.module, self._pass, part) for part in parts]
+            return [call_outside_step(self.module, function, part) for part in parts]
         finally:
             self.module.train(was_training)
 
     def _pass(self, part: Batch) -> Tensor:
         return answer_logps(self.module.model, part, AnswerTokens.of(part).targets)
+
+    def _read_states(self, part: Batch) -> dict[str, Tensor]:
+        """Returns the columns of a loss that compares distributions with those of the reference."""
+        model = self.module.model
+        hidden_NH = forward_hidden(model, part)[0]
+        logps_N = through_head(model, head_logps, hidden_NH, AnswerTokens.of(part).targets)
+        return {**with_reference(logps_N, part), "reference_states": hidden_NH[None]}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter of the sampler, and the files of the cache, which it completes."""
@@ -173,7 +191,7 @@ class PreferenceObjective(PackedObjective):
         """Restores the counter of the sampler, and reads the cache as it was."""
         super().load_state_dict(state)
         if self.cache is not None and not self._is_complete:
-            self.cache.limit(state["files"])
+            self.cache.limit(state.get("files", self.cache.files))
 
 
 class JudgedObjective(PreferenceObjective):

@@ -171,3 +171,15 @@ def compare(tables: Tables, reference: Tables) -> Difference:
     low, high = np.quantile(differences_R, [0.025, 0.975]).tolist()
     p = math.erfc(abs(value) / stderr / math.sqrt(2)) if stderr else float(value == 0)
     return Difference(value, stderr, (low, high), p)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number by Holm's method.
+
+    Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
+    """
+    corrected, largest = [1.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        largest = max(largest, min(1.0, ps[index] * (len(ps) - place)))
+        corrected[index] = largest
+    return corrected

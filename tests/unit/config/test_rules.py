@@ -79,6 +79,10 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
     ),
+    "adalora-needs-its-gradients": (
+        ["--adapter.kind=peft", "--adapter.method=adalora", "--optim.rule.kind=subspace", "--optim.rule.dim=8"],
+        ["--adapter.kind=peft", "--adapter.method=adalora"],
+    ),
     "targets-are-named-once": (
         ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],

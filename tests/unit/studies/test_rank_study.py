@@ -12,7 +12,7 @@ from ingle import flow
 from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Event, Warned
-from ingle.report.rank_page import render_rank_page
+from ingle.report.study_pages import render_study_page
 from ingle.studies import RankRequest, study_rank
 from tests.axis import POINTS, config_of
 
@@ -33,7 +33,7 @@ def test_a_study_is_made_of_runs_and_continues(tmp_path: Path) -> None:
     assert [point["d"] for point in content["curves"][0]["points"]] == [4]
     assert {layer["path"].split(".")[-1] for layer in content["layers"]} >= {"q_proj", "down_proj"}
     assert any(isinstance(event, Warned) and "Up to 2 trials of 3 steps" in event.message for event in events)
-    assert "<svg" in render_rank_page(content)
+    assert "<svg" in render_study_page(content, "rank")
 
     trials = sorted((tmp_path / "study" / "trials").iterdir())
     assert len(trials) == len(content["trials"]) == 2
@@ -65,4 +65,4 @@ def test_a_study_of_several_ranks_seeds_and_methods(tmp_path: Path, space: Any) 
     for curve in content["curves"]:
         small, large = (point["mean"] for point in curve["points"])
         assert large < small
-    assert "<svg" in render_rank_page(content)
+    assert "<svg" in render_study_page(content, "rank")
