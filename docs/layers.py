@@ -31,6 +31,7 @@ SUBTITLES = {
     "quant": "base formats",
     "data": "rows to batches",
     "parallel": "devices and ranks",
+    "rewards": "scores of sampled answers",
     "kernels": "numba, Triton",
     "gguf": "llama.cpp files",
     "planning": "memory and steps",
@@ -42,6 +43,7 @@ SUBTITLES = {
     "errors": "where, why, fix",
     "wording": "numbers in words",
     "stopping": "signals",
+    "outcome": "results of threads",
 }
 WIDTH, ROW, GAP = 860, 46, 8
 

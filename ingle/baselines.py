@@ -2,7 +2,8 @@
 
 A language model is compared with itself before training. A new head has no such base. A classifier is compared with
 the most frequent class, and with the answer of its base where it can be asked by a prompt; a tagger with the most
-frequent tag of each word; a finder of answers with the sentence that shares most words with the question.
+frequent tag of each word; a finder of answers with the sentence that shares most words with the question; a reward
+model with a rule that reads the lengths of the answers alone.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 from ingle import data, evaluation, models
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import Answer, Classify, ObjectiveConfig, Tag
+from ingle.config.preferences import Reward
 from ingle.config.run import Run
 from ingle.evaluation.run.answer_sources import OutputSource
 from ingle.evaluation.run.baselines import OverlapSource, PromptedSource, count_majority, why_not_prompted
+from ingle.evaluation.run.reward_source import LengthSource, count_chars
 from ingle.events import Sink, Warned
 from ingle.parallel import Mesh
 from ingle.report.results import Comparison
@@ -27,7 +30,7 @@ LoadBase = Callable[[], evaluation.ModelSource]
 
 def has_new_head(objective: ObjectiveConfig) -> bool:
     """Returns whether an objective trains a head that the base does not have, so that the base is no baseline."""
-    return isinstance(objective, Classify | Tag | Answer)
+    return isinstance(objective, Classify | Tag | Answer | Reward)
 
 
 def compare_with_rules(
@@ -61,6 +64,8 @@ def _rules(run: Run, load_base: LoadBase | None, sink: Sink) -> Sequence[OutputS
     objective = run.objective
     if isinstance(objective, Answer):
         return [OverlapSource()]
+    if isinstance(objective, Reward):
+        return [_length_rule(run)]
     assert isinstance(objective, Classify | Tag)
     problem = "single" if isinstance(objective, Tag) else objective.problem
     assert problem != "auto", "the labels have no names yet"
@@ -76,6 +81,16 @@ def _rules(run: Run, load_base: LoadBase | None, sink: Sink) -> Sequence[OutputS
     elif problem == "single":
         sink(Warned(f"There is no zero-shot baseline: {why_not}.", where="evaluate"))
     return rules
+
+
+def _length_rule(run: Run) -> LengthSource:
+    """Returns the rule that prefers the longer answer, or the shorter one if that is right in most training rows."""
+    signs = 0
+    for row in data.read_examples(run.data.sources, objective=run.objective.kind):
+        scored = sorted(row.texts.values(), key=lambda text: text.labels["scores"])
+        difference = count_chars(scored[-1]) - count_chars(scored[0]) if scored else 0
+        signs += (difference > 0) - (difference < 0)
+    return LengthSource(longer=signs >= 0)
 
 
 def base_loader(run: Run, model: Any, tokenizer: Any, *, mesh: Mesh | None = None, sink: Sink) -> LoadBase | None:

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import tee
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any
 
 from ingle import inference
 from ingle.config.data import Source
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, Tag
+from ingle.config.preferences import Reward
 from ingle.data import Example, read_examples
 from ingle.data.labelled_rows import detect_labelled, find_text, parse_labelled
 from ingle.data.layout_detection import rename_columns
@@ -20,6 +21,7 @@ from ingle.data.layouts import list_columns
 from ingle.data.readers import data_suffix
 from ingle.errors import DataError, ModelError
 from ingle.evaluation.decoding.tags import find_spans
+from ingle.evaluation.run.reward_source import AnswerScores
 from ingle.evaluation.run.task_head import TaskHead
 from ingle.evaluation.scorers import Prediction
 from ingle.events import Progress, Sink
@@ -37,6 +39,7 @@ _ASKS = {
     "tag": "--text TEXT",
     "answer": "--question TEXT --context TEXT",
     "mlm": "--text TEXT",
+    "reward": "--text PROMPT --pair ANSWER",
 }
 
 
@@ -65,6 +68,8 @@ class Predictor:
         """
         kind = self.objective.kind
         source = Source(path=str(file), lines=data_suffix(Path(file)) == ".txt")
+        if kind == "reward":
+            return _read_answers(source)
         parse = _parse_words if kind == "tag" else None
         return read_examples([source], objective=kind, parse=parse)
 
@@ -74,10 +79,16 @@ class Predictor:
         Raises:
             DataError: The model reads other texts.
         """
-        expects = {"answer": [{"question", "context"}], "classify": [{"text"}, {"text", "pair"}]}
+        expects = {
+            "answer": [{"question", "context"}],
+            "classify": [{"text"}, {"text", "pair"}],
+            "reward": [{"text", "pair"}],
+        }
         if set(texts) not in expects.get(self.objective.kind, [{"text"}]):
             given = " and ".join(f"--{name}" for name in texts)
             raise DataError(f"This model does not read {given}.", fix=f"use {_ASKS[self.objective.kind]}")
+        if isinstance(self.objective, Reward):
+            return Example(origin, prompt=texts["text"], completion=texts["pair"])
         if len(texts) == 1:
             return Example(origin, text=texts["text"])
         return Example(origin, texts={name: Example(origin, text=text) for name, text in texts.items()})
@@ -112,6 +123,10 @@ class Predictor:
             case Mlm():
                 fills = self.head.fill(read, top or _NUM_FILLS, report, sink)
                 made = (self._describe_fills(row, each) for row, each in zip(rows, fills, strict=True))
+            case Reward():
+                head = self.head
+                scores = AnswerScores(head.model, head.tokenizer, self.objective, head.max_seq_len).score(read, report)
+                made = (_describe_scores(row, each) for row, each in zip(rows, scores, strict=True))
             case _:
                 predictions = self.head.predict(read, report, sink)
                 made = (self._describe(row, each, top) for row, each in zip(rows, predictions, strict=True))
@@ -163,12 +178,6 @@ def open_predictor(path_or_id: str, *, allow_mismatch: bool = False, sink: Sink 
     """
     source = inference.locate(path_or_id)
     objective = source.objective()
-    if objective.kind == "reward":
-        raise ModelError(
-            f"{path_or_id} scores answers, which cannot be predicted by a command yet.",
-            why="its accuracy on held-out pairs is in the report of the run",
-            fix="read its head with transformers: ingle export --to peft",
-        )
     if objective.kind not in _ASKS:
         raise ModelError(
             f"{path_or_id} predicts no labels, tags or answers: it is a language model.",
@@ -201,6 +210,36 @@ def _parse_words(row: Mapping[str, Any], origin: str) -> Example:
         return replace(parse_labelled(rename_columns(row, columns, origin), layout, origin), label=None)
     except ValueError as error:
         raise DataError("The row cannot be read.", where=origin, why=str(error)) from error
+
+
+def _read_answers(source: Source) -> Iterator[Example]:
+    """Yields rows with several scored answers, or conversations, of which the last message is the answer.
+
+    Raises:
+        DataError: The file is missing, or a row cannot be read.
+    """
+    try:
+        rows = read_examples([source], objective="reward")
+        first = next(rows, None)
+    except DataError:
+        yield from read_examples([source], objective="sft")
+        return
+    if first is not None:
+        yield from chain((first,), rows)
+
+
+def _describe_scores(row: Example, scores: Mapping[str, float]) -> Record:
+    """Returns the score of an answer; of several, their scores, and of a pair, the margin of the better one."""
+    own = next(iter(row.texts.values()), row)
+    record: Record = {"origin": row.origin, "prompt": own.prompt}
+    if own.messages:
+        record["prompt"] = [{"role": each.role, "content": each.content} for each in own.messages[:-1]]
+    if not row.texts:
+        return record | {"value": scores["answer"]}
+    record["scores"] = dict(scores)
+    if {"chosen", "rejected"} == set(scores):
+        record["margin"] = scores["chosen"] - scores["rejected"]
+    return record
 
 
 def _with_words(row: Example) -> Example:

@@ -49,6 +49,14 @@ class Tap(AdaptedLinear):
         output: Tensor = self.base(x.to(self.product_dtype(x)))
         return output
 
+    def is_changed(self) -> bool:
+        """Returns whether the adapter changes what the layer computes."""
+        return False
+
+    def merge(self, weight_OI: Tensor) -> Tensor:
+        """Returns the weight of the base, which does not change."""
+        return weight_OI
+
 
 class BottleneckLinear(AdaptedLinear):
     """``z + scale * up(activation(down(dropout(x))))``, where z is the output of the base.
@@ -121,6 +129,11 @@ class BottleneckLinear(AdaptedLinear):
         change = functional.linear(hidden, self.bottleneck_up.to(dtype), self.bottleneck_up_bias.to(dtype))
         scale = self.scale if self.bottleneck_scale is None else self.bottleneck_scale.to(dtype)
         return z + scale * change
+
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base."""
+        return "its networks are not linear in their inputs"
 
     def extra_repr(self) -> str:
         """Returns the text that ``print(model)`` shows."""

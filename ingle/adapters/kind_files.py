@@ -82,7 +82,7 @@ def load_values(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         load_module(model, path, own, folder)
     _assign(model, _checked(kind, model, adapter, tensors, where), where)
     for module in adapted_modules(model).values():
-        module.starts_at_base = not any(parameter.requires_grad for parameter in module.own_parameters())
+        module.starts_at_base = False
 
 
 def _checked(
@@ -90,8 +90,8 @@ def _checked(
 ) -> dict[str, Tensor]:
     """Returns the adapter's values by path, which are floating-point numbers."""
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
-            raise AdapterError(f"{key} contains NaN or infinity, or is not a floating-point tensor.", where=where)
+        if tensor.is_floating_point() and (tensor.dtype not in DTYPES or not torch.isfinite(tensor).all()):
+            raise AdapterError(f"{key} contains NaN or infinity, or has another type.", where=where)
     return kind.from_file(model, adapter, tensors, where)
 
 

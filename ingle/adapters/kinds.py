@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ingle.adapters import bitfit, bottleneck, ia3, prefix, prompt, targets
+from ingle.adapters import bitfit, bottleneck, ia3, peft_bridge, prefix, prompt, targets
 from ingle.adapters.targets import Selection
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import Adapter, PrefixAdapter, PromptAdapter
+from ingle.config.adapter_kinds import Adapter, PeftAdapter, PrefixAdapter, PromptAdapter
+from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh
 
@@ -79,6 +80,8 @@ def kind_of(adapter: Adapter) -> Kind:
             return ia3
         case "bitfit":
             return bitfit
+        case "peft":
+            return peft_bridge
         case "prefix":
             return prefix
         case "prompt":
@@ -98,12 +101,30 @@ def kind_of_files(config: Mapping[str, Any]) -> Kind | None:
             return bottleneck
         case ia3.PEFT_TYPE:
             return ia3
+        case str(method) if method in METHODS:
+            return peft_bridge
         case "PREFIX_TUNING":
             return prefix
         case "PROMPT_TUNING" | "P_TUNING":
             return prompt
         case _:
             return None
+
+
+def require_shardable(adapter: AdapterConfig) -> None:
+    """Refuses an adapter whose layers read what other layers own.
+
+    Raises:
+        AdapterError: The adapter cannot be sharded among ranks.
+    """
+    method = METHODS.get(adapter.method) if isinstance(adapter, PeftAdapter) else None
+    if method is not None and (method.shares or method.reads == "values"):
+        raise AdapterError(
+            f"The layers of PEFT's {getattr(adapter, 'method', '')} read what other modules own, so they cannot be "
+            "sharded.",
+            where="adapter.method, parallel.kind",
+            fix="--parallel.kind=ddp",
+        )
 
 
 def module_prefix(adapter: Adapter) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.states import Adapted
+from ingle.errors import AdapterError
+from ingle.kernels.layers.lora import spread
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear
 
@@ -19,14 +21,41 @@ class AdaptedLinear(Adapted):
     Attributes:
         out_features: O.
         in_features: I.
+        group_size: Number of neighboring inputs that share a change.
     """
 
     base: nn.Module
+    group_size: int = 1
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.out_features, self.in_features = features(base)
+
+    @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base; None if it can."""
+        return None
+
+    def is_changed(self) -> bool:
+        """Returns whether the adapter changes what the layer computes."""
+        return True
+
+    def merge(self, weight_OI: Tensor) -> Tensor:
+        """Returns the weight with the adapter, ``[O, I]`` float32, given that of the base.
+
+        Raises:
+            AdapterError: The adapter is no change of a weight.
+        """
+        raise cannot_merge(self.unmerged or "it changes no weight")
+
+    def merge_bias(self, bias_O: Tensor) -> Tensor:
+        """Returns the bias with the adapter, given that of the base."""
+        return bias_O
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Repeats ``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
+        return spread(values, self.group_size, self.in_features)
 
     def own_device(self) -> torch.device:
         """Returns the device for the adapter's tensors; they are small, so they are never on the meta device."""
@@ -55,6 +84,16 @@ class AdaptedLinear(Adapted):
     def product_dtype(self, x: Tensor) -> torch.dtype:
         """Returns the dtype in which the base multiplies ``x``."""
         return x.dtype if isinstance(self.base, QuantLinear) else self.weight.dtype
+
+
+def cannot_merge(why: str) -> AdapterError:
+    """Returns the error for an adapter that is no change of weights."""
+    return AdapterError(
+        "This adapter cannot be merged into the weights of the base.",
+        where="adapter.kind",
+        why=why,
+        fix="use it with its base (ingle predict, ingle serve), or train --adapter.kind=lora",
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

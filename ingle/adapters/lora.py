@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.linear import AdaptedLinear
-from ingle.kernels.layers.lora import Projection, lora_linears, spread
+from ingle.kernels.layers.lora import Projection, lora_linears
 from ingle.parallel import copy_rows, local
 from ingle.quant.format import Format
 from ingle.quant.linear import QuantLinear
@@ -180,15 +180,9 @@ class LoraLinear(AdaptedLinear):
         return (b.detach() @ a.detach()).mul_(self.scale)
 
     @property
-    def obstacle(self) -> str | None:
-        """Why the layer cannot be part of a fused one; None if it can."""
-        if self.magnitude is None:
-            return None
-        return "its adapters have magnitudes (DoRA), which the fused functions do not apply"
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Repeats ``[..., groups]`` to ``[..., in_features]``: each value for all inputs of its group."""
-        return spread(values, self.group_size, self.in_features)
+    def obstacle(self) -> None:
+        """The layer can be part of a fused one."""
+        return None
 
     def projection(self) -> Projection:
         """Returns the arguments of the LoRA kernels."""

@@ -14,6 +14,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ingle.adapters.linear import AdaptedLinear
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.norms import SMALLEST
 from ingle.errors import AdapterError
@@ -22,12 +23,14 @@ from ingle.quant.linear import QuantLinear
 
 
 @torch.no_grad()
-def merged_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
+def merged_weight(layer: AdaptedLinear, dtype: torch.dtype) -> Tensor:
     """Returns ``W + scale * B A``, ``[O, I]``, computed in float32 and rounded once to ``dtype``.
 
     With a magnitude (DoRA), its rows have the lengths of the magnitude.
     """
     weight_OI = base_weight(layer)
+    if not isinstance(layer, LoraLinear):
+        return layer.merge(weight_OI).to(dtype)
     if is_changed(layer):
         weight_OI += layer.spread(layer.delta())
     if layer.magnitude is not None:
@@ -37,12 +40,14 @@ def merged_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def change(layer: LoraLinear, weight_OI: Tensor) -> Tensor:
+def change(layer: AdaptedLinear, weight_OI: Tensor) -> Tensor:
     """Returns the change of every weight of a group by the merge, float32 ``[O, groups]``, given the base's weight."""
-    return layer.delta() if layer.magnitude is None else merged_weight(layer, torch.float32) - weight_OI
+    if isinstance(layer, LoraLinear) and layer.magnitude is None:
+        return layer.delta()
+    return merged_weight(layer, torch.float32) - weight_OI
 
 
-def base_weight(layer: LoraLinear) -> Tensor:
+def base_weight(layer: AdaptedLinear) -> Tensor:
     """Returns a new float32 copy of the base's weight, ``[O, I]``."""
     if isinstance(layer.base, QuantLinear):
         return layer.base.decode(torch.float32)
@@ -51,7 +56,7 @@ def base_weight(layer: LoraLinear) -> Tensor:
 
 @torch.no_grad()
 def merged_planes(
-    layer: LoraLinear, format: Format | None = None, importance: Tensor | None = None, *, name: str = "weight"
+    layer: AdaptedLinear, format: Format | None = None, importance: Tensor | None = None, *, name: str = "weight"
 ) -> dict[str, Tensor]:
     """Returns the planes of ``W + scale * B A``.
 
@@ -76,7 +81,7 @@ def merged_planes(
     if isinstance(base, QuantLinear) and own == target:
         if not is_changed(layer):
             return base.planes()
-        if can_fold(target, layer.group_size):
+        if isinstance(layer, LoraLinear) and can_fold(target, layer.group_size):
             return target.fold(base.planes(), layer.delta())
     return target.encode(merged_weight(layer, torch.float32), importance, name=name)
 
@@ -95,8 +100,10 @@ def can_fold(format: Format | None, group_size: int) -> TypeGuard[FoldingFormat]
     return isinstance(format, FoldingFormat) and format.additive_field == group_size
 
 
-def is_changed(layer: LoraLinear) -> bool:
+def is_changed(layer: AdaptedLinear) -> bool:
     """Returns whether the adapter changes the weight; an untrained adapter has B = 0, or subtracts what it adds."""
+    if not isinstance(layer, LoraLinear):
+        return layer.is_changed()
     if layer.magnitude is not None:
         return True
     a, b = layer.factors()

@@ -215,6 +215,8 @@ def _load_kind(
     unfreeze(model, selection.modules_to_save)
     notes = keep_initial_values(model, selection.modules_to_save, selection.parameters)
     notes += check_base(model, read_record(folder), folder, allow_mismatch, identity)
+    if not _is_empty(model):
+        kind.start(model, section, 0, None)
     load_values(model, section, folder)
     return report(model, selection, notes)
 

@@ -28,12 +28,26 @@ from ingle.adapters.virtual_tokens import (
     text_error,
 )
 from ingle.config.adapter_kinds import PromptAdapter
+from ingle.errors import AdapterError
 from ingle.parallel import Mesh, copy_rows, gathered
 from ingle.quant.linear import QuantEmbedding
+from ingle.quant.task_heads import task_heads
 
 
 def select(model: nn.Module, adapter: PromptAdapter) -> Selection:
-    """Returns the embedding that gets virtual tokens."""
+    """Returns the embedding that gets virtual tokens.
+
+    Raises:
+        AdapterError: The architecture reads texts a second time, without their embeddings.
+    """
+    config: Any = model.config
+    if config.is_encoder_decoder and task_heads(model):
+        raise AdapterError(
+            f"{type(model).__name__} cannot have virtual tokens.",
+            where="adapter.kind = prompt",
+            why="its head reads the text in its decoder, too",
+            fix="--adapter.kind=lora",
+        )
     return Selection((_path(model),), trained_in_full(model, adapter.trainable_modules))
 
 
@@ -125,7 +139,8 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     """Returns numbers that PEFT asks for, whether it needs them or not."""
     config: Any = model.config
     text = config.get_text_config(decoder=True) if not config.is_encoder_decoder else config
-    return {"num_layers": int(text.num_hidden_layers), "num_attention_heads": int(text.num_attention_heads)}
+    sizes = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+    return {key: int(getattr(text, name, 1)) for key, name in sizes.items()}
 
 
 def read_virtual(config: Mapping[str, Any], folder: Path) -> tuple[int, tuple[str, ...]]:

@@ -54,6 +54,11 @@ class Adapted(nn.Module):
         return False
 
     @property
+    def unmerged(self) -> str | None:
+        """Why the adapter cannot be merged into the weights of the base; None if it can."""
+        return "it changes more than weights"
+
+    @property
     def obstacle(self) -> str | None:
         """Why the layer cannot be part of a fused one; None if it can."""
         return "its adapters are not low-rank"
@@ -79,7 +84,12 @@ def has_initial(model: nn.Module) -> bool:
     adapted = adapted_modules(model).values()
     if not adapted and not any(copied(module, BEFORE) or copied(module, INITIAL) for module in model.modules()):
         return not any(parameter.requires_grad for parameter in model.parameters())
-    return all(module.starts_at_base or copied(module, INITIAL) for module in adapted)
+    return all(
+        module.starts_at_base
+        or any(copied(part, INITIAL) for part in module.modules())
+        or not any(parameter.requires_grad for parameter in module.own_parameters())
+        for module in adapted
+    )
 
 
 @contextmanager

@@ -28,10 +28,11 @@ _SHOWN_CHARS = 60
 def predict(
     model: Model,
     text: Annotated[
-        list[str] | None, typer.Option(help="A text to classify, to tag or to fill. Can be repeated.")
+        list[str] | None, typer.Option(help="A text to classify, to tag or to fill, or a prompt. Can be repeated.")
     ] = None,
     pair: Annotated[
-        list[str] | None, typer.Option(help="The second text of a pair, one for each --text. Can be repeated.")
+        list[str] | None,
+        typer.Option(help="The second text of a pair, or the answer to a prompt, one for each --text."),
     ] = None,
     question: Annotated[list[str] | None, typer.Option(help="A question about --context. Can be repeated.")] = None,
     context: Annotated[str | None, typer.Option(help="The text with the answers to each --question.")] = None,
@@ -52,12 +53,13 @@ def predict(
     ] = None,
     allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """Predict labels, tags, answers or masked words with a model that was trained for it.
+    """Predict labels, tags, answers, masked words or the scores of answers with a model that was trained for it.
 
     - `ingle predict runs/polarity --text "A film of great beauty."`
     - `ingle predict runs/names --file sentences.txt --output tagged.jsonl`
     - `ingle predict runs/answers --question "Who?" --context "Ada wrote it."`
     - `ingle predict bert-base-uncased --text "The [MASK] sleeps."`
+    - `ingle predict runs/reward --file pairs.jsonl` (or `--text PROMPT --pair ANSWER`)
     """
     from ingle.config.model_names import check_name
 
@@ -188,6 +190,9 @@ def _describe(record: dict[str, Any], top: int) -> Iterator[str]:
             for answer in answers:
                 place = f"[{answer['start']}, {answer['end']})" if answer["text"] else ""
                 yield f"{answer['text'] or 'no answer'}  {place}  score {answer['score']:.4g}".replace("    ", "  ")
+        case {"scores": dict(scores)}:
+            for name, score in scores.items():
+                yield f"{name}  {score:.6g}"
         case {"masks": list(masks)}:
             for mask in masks:
                 fills = ", ".join(f"{fill['token']} {fill['probability']:.4f}" for fill in mask["fills"])

@@ -26,14 +26,14 @@ class Method(NamedTuple):
 _PLAIN, _SHAPE, _VALUES = Method(), Method("shape"), Method("values")
 
 METHODS: Mapping[str, Method] = {
-    **dict.fromkeys(("ADALORA", "BEFT", "BOFT", "GRALORA", "LILY", "MISS", "OFT", "RANDLORA", "ROAD"), _PLAIN),
+    **dict.fromkeys(("ADALORA", "BEFT", "BOFT", "GRALORA", "MISS", "OFT", "RANDLORA", "ROAD"), _PLAIN),
     "WAVEFT": _PLAIN,
     **dict.fromkeys(("C3A", "FOURIERFT"), Method(starts_elsewhere=True)),
     **dict.fromkeys(("PVERA", "VERA"), Method(shares=True)),
     **dict.fromkeys(("UNILORA", "VBLORA"), Method(shares=True, starts_elsewhere=True)),
     **dict.fromkeys(("LOHA", "LOKR"), _SHAPE),
-    **dict.fromkeys(("ADAMSS", "DELORA", "GLORA", "HIRA", "PEANUT", "PSOFT", "SHIRA", "TINYLORA"), _VALUES),
-    **dict.fromkeys(("DEFT", "FROD", "HRA", "OSF", "SUPERTUNING"), Method("values", starts_elsewhere=True)),
+    **dict.fromkeys(("DELORA", "GLORA", "HIRA", "PEANUT", "PSOFT", "SHIRA", "TINYLORA"), _VALUES),
+    **dict.fromkeys(("DEFT", "HRA", "SUPERTUNING"), Method("values", starts_elsewhere=True)),
 }
 
 _OTHER_INPUTS = "it needs more than the texts of a run"
@@ -52,6 +52,10 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "XLORA": (_OTHER_INPUTS, "--adapter.kind=lora"),
     "POLY": (_OTHER_INPUTS, "--adapter.kind=lora"),
     "SHADOW": ("it trains a second model beside the first", "--adapter.kind=bottleneck"),
+    "ADAMSS": ("the sizes of its parameters follow from the weights", "--adapter.method=PSOFT"),
+    "FROD": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
+    "LILY": ("its layers mix the tokens of all texts that are computed together", "--adapter.kind=lora"),
+    "OSF": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
     "TRAINABLE_TOKENS": (
         "it changes rows of the embedding",
         "--adapter.target_modules=none --adapter.trainable_modules=[embed_tokens]",

@@ -40,6 +40,9 @@ ScoreAt = Literal["last_token", "after"]
 Correction = Literal["none", "truncate", "mask"]
 CorrectionLevel = Literal["token", "sequence"]
 
+#: What an alarm does.
+AlarmAction = Literal["off", "warn", "stop"]
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Weight = Annotated[float, Field(ge=0, le=1e6)]
 
@@ -115,6 +118,31 @@ class Sampled(Section):
     share_prompts: Literal["auto"] | bool = "auto"
 
 
+class AlarmConfig(Section):
+    """What to do about signs that the policy pleases the reward instead of doing the task.
+
+    A sign counts when it has lasted for three iterations. ``warn`` reports it; ``stop`` ends the run with the last
+    checkpoint from before it.
+
+    Attributes:
+        proxy: A reward of weight 0, which is measured but not learned from, falls while the reward rises.
+        length: Longer, or shorter, answers get the reward, or answers have become half as long again.
+        repetition: Answers repeat themselves, or are the same.
+        entropy: The policy has lost nine tenths of its entropy.
+        kl: The divergence from the reference is beyond its budget, or twice its target.
+        mismatch: The sampler has other probabilities than the update.
+        idle: Answers to four of five prompts have equal rewards, which teach nothing.
+    """
+
+    proxy: AlarmAction = "stop"
+    length: AlarmAction = "warn"
+    repetition: AlarmAction = "warn"
+    entropy: AlarmAction = "warn"
+    kl: AlarmAction = "stop"
+    mismatch: AlarmAction = "warn"
+    idle: AlarmAction = "warn"
+
+
 class Rewarded(Sampled):
     """Options of everything that learns from rewards.
 
@@ -126,6 +154,7 @@ class Rewarded(Sampled):
         unfinished: Reward of an answer without an end: its ``score``, ``unfinished_value`` in addition or in its place,
             or none: ``mask`` leaves the answer out of the loss.
         unfinished_value: See ``unfinished``.
+        alarms: What to do about signs that the policy pleases the reward instead of doing the task.
     """
 
     rewards: Rewards
@@ -133,6 +162,7 @@ class Rewarded(Sampled):
     max_failed: _Share = 0.2
     unfinished: Unfinished | None = None
     unfinished_value: Annotated[float, Field(ge=-999, le=999)] = -1.0
+    alarms: AlarmConfig = AlarmConfig()
 
 
 class PolicyGradient(Rewarded):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ingle.config.adapter import NoAdapter
-from ingle.config.objective import FAMILY, reads_answers
+from ingle.config.objective import reads_answers
 from ingle.config.preferences import Bco, Cpo, Dpo, Kto, Reward
 from ingle.config.rule import Rule
 from ingle.config.run import Run
@@ -17,6 +16,9 @@ _OF_DIFFERENCE = ("sigmoid", "robust", "hinge", "exo", "discopop")
 #: Losses of log-ratios per token.
 _PER_TOKEN = ("ipo", "sigmoid_norm")
 
+#: Losses that compare the distributions of all tokens.
+_OF_TOKENS = ("tdpo1", "tdpo2")
+
 #: When an option is read; the others always are.
 _READ: Mapping[type[Section], Mapping[str, Callable[[Any], bool]]] = {
     Dpo: {
@@ -24,7 +26,8 @@ _READ: Mapping[type[Section], Mapping[str, Callable[[Any], bool]]] = {
         "divergence": lambda dpo: dpo.loss in _OF_DIFFERENCE,
         "divergence_alpha": lambda dpo: dpo.divergence == "alpha" and dpo.loss in _OF_DIFFERENCE,
         "penalty": lambda dpo: dpo.loss == "dpop",
-        "tail_weight": lambda dpo: dpo.loss not in _PER_TOKEN,
+        "kl_weight": lambda dpo: dpo.loss == "tdpo2",
+        "tail_weight": lambda dpo: dpo.loss not in (*_PER_TOKEN, *_OF_TOKENS),
         "temperature": lambda dpo: dpo.loss == "discopop",
     },
     Cpo: {"label_smoothing": lambda cpo: cpo.loss == "sigmoid"},
@@ -67,6 +70,13 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
         ("objective.label_smoothing=1e-3",),
     ),
     Rule(
+        "tdpo-needs-an-adapter",
+        lambda run: isinstance(run.objective, Dpo) and run.objective.loss in _OF_TOKENS and run.adapter.kind == "none",
+        "This loss reads the distributions of the reference at every step, and full fine-tuning changes them.",
+        "objective.loss, adapter.kind",
+        ("adapter.kind=lora",),
+    ),
+    Rule(
         "reference-without-dropout",
         lambda run: has_reference(run) and getattr(run.adapter, "dropout", 0) > 0,
         "Dropout in the adapter would be part of every log-ratio to the reference.",
@@ -74,27 +84,10 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
         ("adapter.dropout=0",),
     ),
     Rule(
-        "reference-needs-an-adapter",
-        lambda run: has_reference(run) and isinstance(run.adapter, NoAdapter),
-        lambda run: (
-            f"{run.objective.kind} needs an adapter: the reference is the model without it, and full fine-tuning "
-            "overwrites the model."
-        ),
-        "adapter.kind, objective.kind",
-        ("adapter.kind=lora", "objective.kind=simpo"),
-    ),
-    Rule(
         "answers-carry-the-loss",
         lambda run: reads_answers(run.objective.kind) and run.data.train_on == "all",
         lambda run: f"{run.objective.kind} compares answers, so prompts carry no loss.",
         "data.train_on, objective.kind",
         "remove data.train_on",
-    ),
-    Rule(
-        "rewards-are-validated",
-        lambda run: FAMILY[run.objective.kind] == "reward" and run.task is not None,
-        "A reward model is not yet evaluated on a task; its accuracy is measured on held-out pairs.",
-        "evaluate.sources, objective.kind",
-        "remove evaluate.sources, and set data.validation=0.05",
     ),
 )

@@ -45,6 +45,7 @@ class TrainConfig(Section):
         router_loss: Weight of the load-balancing loss of a mixture of experts. ``auto`` is the architecture's own
             weight in full fine-tuning, and 0 with an adapter. ``loss`` includes it; ``router_loss`` is not weighted.
         log_every: Steps between lines on the terminal. ``metrics.jsonl`` always has every step.
+        lessons: Say at the start where the config acts against what experiments of others have shown.
     """
 
     num_epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
@@ -59,3 +60,4 @@ class TrainConfig(Section):
     imatrix: bool = False
     router_loss: Literal["auto", "off"] | Annotated[float, Field(ge=0, le=1000)] = "auto"
     log_every: Count = 1
+    lessons: bool = True

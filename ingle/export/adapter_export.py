@@ -13,6 +13,7 @@ import torch
 from ingle import adapters, models
 from ingle.adapters.head_files import HEAD_CONFIG, LABELS
 from ingle.adapters.lora import LoraLinear
+from ingle.config.adapter_kinds import BottleneckAdapter
 from ingle.config.base import NoBase
 from ingle.errors import AdapterError, ConfigError
 from ingle.events import Warned
@@ -43,6 +44,12 @@ _HEAD_FILES = (HEAD_CONFIG, LABELS)
 def export_peft(job: ExportJob) -> WrittenExport:
     """Copies the adapter, which already has PEFT's layout, with the tokenizer and a model card."""
     adapter = _require_adapter(job)
+    if isinstance(adapters.read_record(adapter).section, BottleneckAdapter):
+        raise AdapterError(
+            "PEFT has no bottleneck adapters.",
+            where="adapter.kind = bottleneck",
+            fix="use the run folder with ingle predict or ingle serve, or train --adapter.kind=lora",
+        )
     paths = OutputPaths(job.request.out, None)
     paths.require_bytes(sum((adapter / name).stat().st_size for name in _FILES))
     with paths.opened() as folder:
@@ -83,7 +90,7 @@ def export_adapter_gguf(job: ExportJob) -> WrittenExport:
     paths = OutputPaths(job.request.out, f"{job.name}-lora")
     assert paths.main is not None
     merged = job.open_merged()
-    paths.require_bytes(4 * sum(p.lora_a.numel() + p.lora_b.numel() for p in merged.adapted.values()))
+    paths.require_bytes(4 * sum(p.numel() for layer in merged.adapted.values() for p in layer.own_parameters()))
     base_path = _base_path(job, paths.folder)
     with paths.opened() as folder:
         _write_gguf_adapter(job, merged, folder / paths.main, type_name)
@@ -117,7 +124,13 @@ def _write_gguf_adapter(job: ExportJob, merged: MergedModel, path: Path, type_na
 
     Source: llama.cpp's ``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp``.
     """
-    layers = merged.adapted
+    layers = {name: layer for name, layer in merged.adapted.items() if isinstance(layer, LoraLinear)}
+    if len(layers) < len(merged.adapted):
+        raise AdapterError(
+            "A GGUF adapter can only store LoRA.",
+            where="adapter.kind",
+            fix="--to gguf merges everything into one file",
+        )
     if merged.replaced:
         raise AdapterError(
             f"A GGUF adapter cannot store {', '.join(merged.replaced)}, which the adapter replaces.",

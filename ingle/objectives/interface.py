@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -58,6 +58,22 @@ class Sums:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class OtherModel(Protocol):
+    """A model that is read next to the one that is trained."""
+
+    @property
+    def model(self) -> Any:
+        """The model, with its adapter attached."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+
+
+#: Opens a run folder, an adapter folder, a model folder or a hub id.
+OpenModel = Callable[[str], OtherModel]
+
+
 class StepModule(nn.Module, ABC):
     """Everything that a step computes: encoder, head and loss.
 
@@ -72,6 +88,7 @@ class StepModule(nn.Module, ABC):
         keeps_dropout: Whether the model may drop activations in training. A loss that compares log-probabilities with
             those of a reference turns this off.
         reads_head_in_backward: Whether the backward pass of the loss reads the weights of the output head.
+        reads_states: Whether it reads the last hidden states of the reference.
         uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
@@ -81,6 +98,7 @@ class StepModule(nn.Module, ABC):
     row_measures: Sequence[str] = ()
     keeps_dropout: bool = True
     reads_head_in_backward: bool = True
+    reads_states: bool = False
     uses_hooks: bool = False
     reduces_once: bool = False
     observe: Callable[[int], AbstractContextManager[None]]
@@ -108,11 +126,12 @@ class StepModule(nn.Module, ABC):
         """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
         return 1.0
 
-    def load_parts(self, identity: BaseIdentity | None) -> None:
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
         """Loads what is read besides the model; called once, when the weights of the model are loaded.
 
         Args:
             identity: The base of the model's adapter; None without an adapter.
+            open_model: Opens other models.
         """
 
     def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
@@ -192,6 +211,9 @@ class Check:
         return self.measured == self.expected or abs(self.measured - self.expected) <= self.tolerance
 
 
+T = TypeVar("T")
+
+
 class Relief(Protocol):
     """What an objective does when its device runs out of memory: :class:`ingle.training.out_of_memory.MemoryRelief`."""
 
@@ -200,6 +222,9 @@ class Relief(Protocol):
 
     def relieve(self, reason: str, batches: Sequence[Batch]) -> None:
         """Changes the settings so that the next attempt needs less memory."""
+
+    def attempt(self, compute: Callable[[list[Batch]], T], batches: Sequence[Batch]) -> T:
+        """Returns what a function computes from micro-batches, split as often as memory demands."""
 
 
 class Objective(ABC):
@@ -214,15 +239,25 @@ class Objective(ABC):
     Attributes:
         module: The module whose ``forward`` returns the sums of a micro-batch.
         prepares: Whether :meth:`prepare` computes anything.
+        idle_steps: Steps so far that had nothing to learn from, such as answers that were all equally good.
+        is_over: Whether the run is to end before its last step.
+        pins_one: Whether :meth:`kept_step` may name an earlier step.
     """
 
     module: StepModule
     prepares: bool = False
+    idle_steps: int = 0
+    is_over: bool = False
+    pins_one: bool = False
 
     @property
     @abstractmethod
     def epoch(self) -> float:
         """Passes over the data so far."""
+
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
+        """Loads what is read besides the model; see :meth:`StepModule.load_parts`."""
+        self.module.load_parts(identity, open_model)
 
     def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
         """Makes the data of a step with the current weights, such as sampled answers, before the clock of the step.
@@ -255,6 +290,16 @@ class Objective(ABC):
             As many micro-batches, with the same documents.
         """
         return parts
+
+    def prepare_all(self, num_steps: int, on_progress: Callable[[int, int], None]) -> None:  # noqa: B027 - optional
+        """Computes what all steps need of the weights that a run begins with, which full fine-tuning overwrites.
+
+        The loop calls it before it restores a checkpoint, if all weights are trained. All ranks call it together.
+
+        Args:
+            num_steps: Steps of the run.
+            on_progress: Called with the number of steps that are done, and their total.
+        """
 
     @abstractmethod
     def held_out_batches(self) -> Iterator[tuple[Indices, Batch]]:
@@ -301,6 +346,13 @@ class Objective(ABC):
         means: list[Term | Measure] = [*self.module.terms[1:], *self.module.measures]
         found = [mean for mean in means if mean.name in sums and counts.get(mean.denominator)]
         return {mean.name: sums[mean.name] / counts[mean.denominator] for mean in found}
+
+    def kept_step(self, step: int) -> int | None:
+        """Returns the step whose weights a run that ends early keeps, while those of ``step`` are saved.
+
+        None for those of its last step; equal on all ranks.
+        """
+        return None
 
     def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:  # noqa: B027 - optional
         """Learns from the sums and counts of a step whose update was made; they are equal on all ranks."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +18,18 @@ from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices, Sequences
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
+from ingle.events import Sink, Warned
+from ingle.models import forward_hidden, through_head
 from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
 from ingle.objectives.driver import PackedObjective
-from ingle.objectives.interface import StepModule
+from ingle.objectives.falling import Falling
+from ingle.objectives.interface import Relief, StepModule
 from ingle.objectives.mismatches import Mismatches
+from ingle.objectives.reference_cache import ReferenceCache, answer_keys
+from ingle.objectives.token_loss import head_logps
 from ingle.parallel import call_outside_step
+
+_Result = TypeVar("_Result")
 
 #: Makes a model compute its initial function inside a block.
 Initial = Callable[[], AbstractContextManager[None]]
@@ -54,33 +62,136 @@ class PreferenceObjective(PackedObjective):
         module: Computes the loss.
         arguments: As for :class:`PackedObjective`.
         initial: Makes the model compute its initial function, which is the reference; None without a reference.
+        beta: Factor on log-ratios in the rewards of chosen answers, if there are such rewards.
         options: As for :class:`PackedObjective`.
+
+    Attributes:
+        cache: Values of the reference that are known; None without one.
     """
 
-    def __init__(self, module: StepModule, *arguments: Any, initial: Initial | None, **options: Any) -> None:
+    def __init__(
+        self, module: StepModule, *arguments: Any, initial: Initial | None, beta: float | None = None, **options: Any
+    ) -> None:
         super().__init__(module, *arguments, **options)
         self._initial = initial
+        self._beta = beta
+        self._falling = Falling()
         self.prepares = initial is not None
+        self.cache: ReferenceCache | None = None
+        self._is_complete = False
+
+    def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
+        """Says once if the chosen answers become less likely."""
+        if (hint := self._falling.hint()) is not None:
+            sink(Warned(hint, where="objective"))
+        return True
+
+    def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Watches the chosen answers."""
+        if self._beta is not None and counts.get("pairs"):
+            self._falling.update(sums["rewards/chosen"] / counts["pairs"] / self._beta)
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference."""
         assert self._initial is not None, "there is no reference"
-        with self._initial():
-            references = self._logps(parts)
-        found = zip(parts, references, strict=True)
+        if self.module.reads_states:
+            with self._initial():
+                states = self._evaluate(parts, self._read_states)
+            return [_with(part, own) for part, own in zip(parts, states, strict=True)]
+        found = zip(parts, self._references(parts, self._initial), strict=True)
         return [_with(part, with_reference(logps_N, part)) for part, logps_N in found]
+
+    @torch.no_grad()
+    def prepare_all(self, num_steps: int, on_progress: Callable[[int, int], None]) -> None:
+        """Computes the values of all answers of a run while the model still is its own reference.
+
+        All ranks call it together, before a checkpoint is restored. What the cache has is not computed again.
+
+        Args:
+            num_steps: Steps of the run.
+            on_progress: Called with the number of steps whose answers are done, and their total.
+        """
+        if self.cache is None:
+            return
+        counter = self._counter
+        total = min(num_steps, -(-len(self._sampler) // self._global_batch_size))
+        for done in range(total):
+            on_progress(done, total)
+            self._references([*self.next_batches(), *self._further_parts()], nullcontext)
+        held_out = [batch for _, batch in self.held_out_batches()]
+        self._references([*held_out, *self._further_parts()], nullcontext)
+        self.cache.flush()
+        on_progress(total, total)
+        self._counter = counter
+        self._is_complete = True
+
+    def _further_parts(self) -> Sequence[Batch]:
+        """Returns further answers of the latest batches that the reference must score."""
+        return ()
+
+    def _references(self, parts: Sequence[Batch], initial: Initial) -> list[Tensor]:
+        """Returns the reference's log-probability of each target, [N] for each micro-batch."""
+        if self.cache is None:
+            with initial():
+                return self._logps(parts)
+        keys = [answer_keys(part) for part in parts]
+        known = [self.cache.find(each) for each in keys]
+        # Forward passes are collective, so a part is computed by all ranks or by none.
+        missed = [any(ranks) for ranks in zip(*self._mesh.gather([each is None for each in known]), strict=True)]
+        computed: Iterator[Tensor] = iter(())
+        if any(missed):
+            with initial():
+                computed = iter(self._logps([part for part, miss in zip(parts, missed, strict=True) if miss]))
+        references = []
+        for part, own, values, miss in zip(parts, keys, known, missed, strict=True):
+            logps_N = next(computed) if miss else None
+            tokens = AnswerTokens.of(part)
+            if values is None:
+                assert logps_N is not None
+                lengths = tokens.lengths[part.answers()].tolist()
+                found = np.split(logps_N[tokens.rows].float().cpu().numpy(), np.cumsum(lengths)[:-1])
+                self.cache.add(own, found[: len(own)])
+            else:
+                logps_N = torch.zeros(len(tokens.targets), device=tokens.targets.device)
+                logps_N[tokens.rows] = torch.from_numpy(np.concatenate(values)).to(logps_N) if values else logps_N[:0]
+            references.append(logps_N)
+        return references
 
     def _logps(self, parts: Sequence[Batch]) -> list[Tensor]:
         """Returns the log-probability of each target, [N] for each micro-batch."""
+        return self._evaluate(parts, self._pass)
+
+    def _evaluate(self, parts: Sequence[Batch], function: Callable[[Batch], _Result]) -> list[_Result]:
         was_training = self.module.training
         self.module.eval()
         try:
-            return [call_outside_step(self.module, self._pass, part) for part in parts]
+            return [call_outside_step(self.module, function, part) for part in parts]
         finally:
             self.module.train(was_training)
 
     def _pass(self, part: Batch) -> Tensor:
         return answer_logps(self.module.model, part, AnswerTokens.of(part).targets)
+
+    def _read_states(self, part: Batch) -> dict[str, Tensor]:
+        """Returns the columns of a loss that compares distributions with those of the reference."""
+        model = self.module.model
+        hidden_NH = forward_hidden(model, part)[0]
+        logps_N = through_head(model, head_logps, hidden_NH, AnswerTokens.of(part).targets)
+        return {**with_reference(logps_N, part), "reference_states": hidden_NH[None]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counter of the sampler, and the files of the cache, which it completes."""
+        if self.cache is None:
+            return super().state_dict()
+        self.cache.flush()
+        files = sorted({name for names in self._mesh.gather(self.cache.files) for name in names})
+        return {**super().state_dict(), "files": files}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the counter of the sampler, and reads the cache as it was."""
+        super().load_state_dict(state)
+        if self.cache is not None and not self._is_complete:
+            self.cache.limit(state.get("files", self.cache.files))
 
 
 class JudgedObjective(PreferenceObjective):
@@ -138,6 +249,10 @@ class JudgedObjective(PreferenceObjective):
         samples = list(self._mismatches[is_held_out].samples(place.document for place in places))
         made = samples if self.corrupt is None else self.corrupt(samples, places)
         return round_up(collate(made)).to(self._mesh.device)
+
+    def _further_parts(self) -> Sequence[Batch]:
+        """Returns the mismatches."""
+        return self._mixed
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference and the baselines."""

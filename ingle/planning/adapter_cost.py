@@ -36,8 +36,7 @@ def group_size(run: Run) -> int:
 
 def allows_fused(run: Run) -> bool:
     """Returns whether layers with this adapter can be fused."""
-    is_low_rank = isinstance(run.adapter, LowRankAdapter) and not isinstance(run.adapter, DoraAdapter)
-    return is_low_rank or isinstance(run.adapter, PromptAdapter)
+    return isinstance(run.adapter, LowRankAdapter | PromptAdapter)
 
 
 def kept_features(run: Run, lin: LinearShape) -> float:

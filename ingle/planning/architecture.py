@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 from ingle.config.adapter import AdapterConfig, LowRankAdapter, NoAdapter
-from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.errors import AdapterError, ModelError
 from ingle.planning.families import FAMILIES, FUSED, Block, Settings, decoder_block
 from ingle.planning.selection import is_inside, matches, unread_by_peft
@@ -108,8 +107,6 @@ class Architecture:
             else []
         )
         linears = {path for path, lin in modules.items() if ".experts." not in path}
-        if isinstance(adapter, PrefixAdapter | PromptAdapter):
-            return set(), saved
         if adapter.target_modules == "all-linear":
             unread = partial(
                 unread_by_peft,

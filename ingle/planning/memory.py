@@ -6,11 +6,11 @@ through (:mod:`ingle.planning.step_memory`), with what each operation saves (:mo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from ingle.config.adapter import LoraAdapter, QaLoraAdapter
-from ingle.config.adapter_kinds import PrefixAdapter, PromptAdapter
 from ingle.config.base import base_section
+from ingle.config.policy import Sampled
 from ingle.config.run import Run
 from ingle.planning.activations import Tapes
 from ingle.planning.adapter_cost import allows_fused, parameters_in_layer, parameters_of
@@ -18,7 +18,7 @@ from ingle.planning.shape import DataShape, LayerShape, LinearShape, ModelShape
 from ingle.planning.step_memory import Ends, Step, Unit
 from ingle.planning.strategy import Strategy
 from ingle.planning.update_rules import active_parameters, active_share, scratch_bytes, state_bytes
-from ingle.planning.virtual_tokens import num_added_keys, virtual_parameters, with_virtual_tokens
+from ingle.planning.virtual_tokens import with_virtual_tokens
 
 #: A GPU's context with its libraries, outside of PyTorch's allocator, and the workspaces of its matrix products.
 _CONTEXT_BYTES = 512 << 20
@@ -104,8 +104,6 @@ def per_device(
         on_gpu: Whether the device is a GPU.
         compiles_kernels: Whether this machine has yet to compile the CPU kernels.
     """
-    if num_added_keys(run):
-        shape = replace(shape, fused=False)
     data = with_virtual_tokens(run, data)
     return DeviceMemory(run, shape, data, strategy, dtype_bytes, on_gpu, compiles_kernels).parts()
 
@@ -263,15 +261,20 @@ class DeviceMemory:
 
     def _evaluation(self) -> float:
         """The keys and values of a batch of answers, its scores, and the weights that are gathered for it."""
-        task = self.run.task
-        if task is None:
-            return 0.0
-        length = (self.data.longest_document or self.data.longest) + task.max_new_tokens
+        longest = self.data.longest_document or self.data.longest
+        batches = []
+        if self.run.task is not None:
+            batches.append((self.run.task.batch_size, longest + self.run.task.max_new_tokens))
+        if isinstance(self.run.objective, Sampled):  # the longest row has room for an answer
+            batches.append((self.run.objective.rollout.num_slots, longest))
+        return max((self._generation(*batch) for batch in batches), default=0.0)
+
+    def _generation(self, batch_size: int, length: int) -> float:
         widths = sum(2 * layer.num_kv_heads * layer.head_dim * layer.count for layer in self.shape.layers)
         scores = (4 + self.dtype_bytes) * self.shape.vocab_size
         step = self.step()
         gathered = max(step.ends.head_gathered, *(unit.gathered for unit in step.units))
-        return task.batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
+        return batch_size * (length * widths * self.dtype_bytes + scores) + 2 * gathered
 
     def _scratch(self) -> float:
         """The buffer for decoded weights; there is one per thread, and a GPU's backward pass has its own thread."""
@@ -298,8 +301,6 @@ def trainable_parameters(run: Run, model: ModelShape) -> int:
     """Counts the trained parameters."""
     if run.adapter.kind == "none":
         return model.num_parameters
-    if isinstance(run.adapter, PrefixAdapter | PromptAdapter):
-        return model.saved_parameters + virtual_parameters(run.adapter, model)
     return model.saved_parameters + parameters_of(run, model)
 
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ingle.config.objective import rows_of
 from ingle.config.policy import Sampled
-from ingle.config.policy_rules import rows_per_iteration, steps_per_iteration
+from ingle.config.policy_rules import num_passes, rows_per_iteration, steps_per_iteration
 from ingle.config.run import Run
 from ingle.errors import ConfigError, DoesNotFit
 from ingle.planning.cost import flops_per_token
@@ -15,6 +16,7 @@ from ingle.planning.devices import Device
 from ingle.planning.memory import MemoryParts, trainable_parameters
 from ingle.planning.remedies import default_batch, find_remedy
 from ingle.planning.resources import disk_bytes, host_bytes
+from ingle.planning.rollouts import rollout_s
 from ingle.planning.search import Option, Problem, decide
 from ingle.planning.shape import DataShape
 from ingle.planning.strategy import Strategy
@@ -67,6 +69,7 @@ class Plan:
         tokens_per_s: Predicted tokens per second of all ranks.
         hours: Predicted hours of training and validation, without loading and evaluation.
         validation_hours: The part of ``hours`` that validations take, without answers to samples.
+        rollout_hours: The part of ``hours`` in which answers are sampled and evaluated, without rewards.
         price: Predicted price in US dollars; that of the energy for a device that is not rented.
     """
 
@@ -93,6 +96,7 @@ class Plan:
     price: float = 0.0
     validate_every: int = 0
     validation_hours: float = 0.0
+    rollout_hours: float = 0.0
 
     def peak_bytes(self, *, on_gpu: bool) -> int:
         """Returns the predicted peak of a process as a run measures it: allocated on a GPU, resident on a CPU."""
@@ -147,7 +151,11 @@ def describe(problem: Problem, option: Option, *, process_bytes: int = 0, can_co
         share = 2 * problem.shape.active_parameters / flops
         seconds = data.validation_tokens / option.tokens_per_s * min(1.0, share)
         validation_hours = (num_steps // validate_every + 1) * seconds / 3600
-    hours = num_steps * option.cost.step_s / 3600 + validation_hours
+    rollout_hours = 0.0
+    if isinstance(run.objective, Sampled):
+        iterations = math.ceil(num_steps / steps_per_iteration(run))
+        rollout_hours = iterations * rollout_s(problem, option, flops) / 3600
+    hours = num_steps * option.cost.step_s / 3600 + validation_hours + rollout_hours
     return Plan(
         num_steps=num_steps,
         global_batch_size=global_batch,
@@ -155,7 +163,7 @@ def describe(problem: Problem, option: Option, *, process_bytes: int = 0, can_co
         grad_accum_steps=strategy.grad_accum_steps,
         tokens_per_step=problem.work.tokens * global_batch,
         num_tokens=num_tokens,
-        num_epochs=num_steps * global_batch / data.num_sequences,
+        num_epochs=num_steps * global_batch / (data.num_sequences * num_passes(run)),
         save_every=run.train.save_every if run.train.save_every is not None else max(1, math.ceil(num_steps / 10)),
         compile=decide_compile(run, flops * num_tokens, on_gpu=on_gpu) and can_compile,
         trainable_parameters=trainable_parameters(run, problem.shape),
@@ -172,6 +180,7 @@ def describe(problem: Problem, option: Option, *, process_bytes: int = 0, can_co
         price=hours * problem.world_size * problem.device.price_per_hour,
         validate_every=validate_every,
         validation_hours=validation_hours,
+        rollout_hours=rollout_hours,
     )
 
 
@@ -183,9 +192,10 @@ def count_steps(run: Run, data: DataShape) -> int:
     """
     per_step: float = run.train.global_batch_size
     rounded = 1
-    if isinstance(run.objective, Sampled):  # whole iterations, each of which makes several passes over its answers
+    objective = rows_of(run.objective)
+    if isinstance(objective, Sampled):  # whole iterations, each of which makes several passes over its answers
         rounded = steps_per_iteration(run)
-        per_step = rows_per_iteration(run.objective) / rounded
+        per_step = rows_per_iteration(objective) / rounded
     wanted = run.train.num_epochs * data.num_sequences / (per_step * rounded)
     num_steps = run.train.num_steps or math.ceil(wanted) * rounded
     if num_steps > _MOST_STEPS:

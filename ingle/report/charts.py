@@ -35,8 +35,7 @@ _HIT_WIDTH = 7
 #: Height of a size chart's plot, and width of a character and height of a line of its labels, in pixels.
 _SIZE_HEIGHT, _CHARACTER, _LINE = 420.0, 7.2, 13.0
 
-#: Width of a character in the labels of an interval plot, which are larger and bold, in pixels.
-_ROW_CHARACTER = 7.9
+_ROW_CHARACTER = 7.9  # of an interval plot, whose labels are larger and bold
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +243,10 @@ def size_chart(
     mark: tuple[float, str],
     y_max: float = math.inf,
     log: bool = True,
+    log_size: bool = False,
     has_front: bool = True,
 ) -> str:
-    """Draws the loss of each format over the size of its file.
+    """Draws a loss over a size, such as that of each format over the size of its file.
 
     Args:
         dots: At least one; values above 0 if ``log``.
@@ -255,10 +255,11 @@ def size_chart(
         mark: Value and label of a dashed line.
         y_max: Dots above this value are drawn as arrows at the upper edge.
         log: Whether the vertical axis is logarithmic.
+        log_size: Whether the horizontal axis is.
         has_front: Whether a stepped line connects the dots of the Pareto front.
     """
     floor, least = _SIZE_HEIGHT, _LEAST if log else -math.inf
-    x = _Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1))
+    x = _Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1), log_size)
     values = [max(min(value, y_max), least) for value in (mark[0], *(dot.value for dot in dots))]
     y = _Scale.around(values, floor, 30.0, (0.07, 0.07), log)
     marked, *heights = (y(value) for value in values)

@@ -73,10 +73,7 @@ class Child:
             ) from None
         if "problem" in reply:
             self.stop()
-            given = reply["problem"]
-            if given["message"]:
-                raise RewardError(**given)
-            raise RewardError("A reward function cannot be loaded.", where="objective.rewards", why=reply["error"])
+            raise RewardError(**reply["problem"])
         self.is_per_answer = reply["ready"]
 
     def ask(self, request: Mapping[str, Any], limit_s: float) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from ingle.errors import RewardError
 from ingle.rewards.frames import encode, receive
 from ingle.rewards.functions import Answers, Log, Scorer, load
 from ingle.stopping import end_with
@@ -124,6 +125,14 @@ def _describe(error: BaseException) -> str:
     return _clip(text) + (f" ({place})" if place else "")
 
 
+def _problem(error: BaseException, options: Mapping[str, Any]) -> dict[str, str | None]:
+    """Returns the arguments of the error for a reward that cannot be loaded."""
+    if isinstance(error, RewardError):
+        return {name: getattr(error, name) for name in ("message", "where", "why", "fix")}
+    where = f"{options['where']}, {options.get('path', options['kind'])}"
+    return {"message": "A reward function cannot be loaded.", "where": where, "why": _describe(error), "fix": None}
+
+
 def _clip(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _MAX_CHARS else line[: _MAX_CHARS - 3] + "..."
@@ -146,13 +155,14 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     setup = receive(reader)
     end_with(setup["parent"])
-    try:
-        scorers = [load(options) for options in setup["rewards"]]
-        _limit_memory(setup["memory_mb"])
-    except BaseException as error:
-        problem = {name: getattr(error, name, None) for name in ("message", "where", "why", "fix")}
-        write(writer, {"problem": problem, "error": _describe(error)})
-        return
+    scorers = []
+    for options in setup["rewards"]:
+        try:
+            scorers.append(load(options))
+        except BaseException as error:
+            write(writer, {"problem": _problem(error, options)})
+            return
+    _limit_memory(setup["memory_mb"])
     write(writer, {"ready": [scorer.is_per_answer for scorer in scorers]})
     worker = _Worker(writer, scorers)
     while (request := receive(reader)) is not None:

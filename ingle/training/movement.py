@@ -23,6 +23,8 @@ from ingle.wording import some
 
 #: Steps after which every tensor must have moved.
 FIRST_STEPS = 10
+#: AdaLoRA sets singular values of directions that it removes to zero, from which they began.
+_REMOVED = "lora_E.default"
 #: A prime, so that equal changes in different places do not cancel.
 _PERIOD = 65521
 #: Values that are read at once.
@@ -76,6 +78,7 @@ class Movement:
             resting = self._optimizer.resting()
             masters = self._optimizer.named_masters()
             same = {name for name, master in masters if self._before[name] == _digest(local(master))} - resting
+            same = {name for name in same if not name.endswith(_REMOVED)}
             unmoved = [name for name in self._on_all_ranks(same) if name not in unused]
             if unmoved:
                 raise _error(unmoved, len(self._before), step, "all of their updates round to zero", _RAISE)

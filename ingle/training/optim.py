@@ -71,11 +71,12 @@ class Optimizer:
             [
                 {
                     "params": [self._masters[name] for name, _ in group.parameters if name not in projected],
-                    "lr": config.lr * group.lr_ratio,
+                    "lr": 0.0,  # each step sets it
                     "weight_decay": group.weight_decay,
                 }
                 for group in groups
             ],
+            lr=0.0,  # each step sets it
             betas=config.betas,
             eps=config.eps,
             fused=True,

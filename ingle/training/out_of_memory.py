@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from ingle.errors import DoesNotFit, OutOfMemory
 from ingle.events import Sink, Warned
 from ingle.parallel import Mesh
 from ingle.wording import plural
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -101,6 +104,22 @@ class MemoryRelief:
             )
         message = f"The device ran out of memory; from now on {change}. Batches and their order stay the same."
         self.sink(Warned(message, where=reason))
+
+    def attempt(self, compute: Callable[[list[Batch]], T], batches: Sequence[Batch]) -> T:
+        """Returns what a function computes from micro-batches, split as often as memory demands.
+
+        Raises:
+            DoesNotFit: No micro-batch can be split further.
+            OutOfMemory: This is one of several ranks.
+        """
+        while True:
+            try:
+                return compute(self.split(batches))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            self.relieve(reason, batches)
 
     def _recompute(self, turn_on: Callable[[], None]) -> None:
         turn_on()

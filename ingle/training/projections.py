@@ -34,10 +34,12 @@ class Projection(Protocol):
 
 
 class Fastfood:
-    """``P = crop(H G Q H B pad)`` with the columns of unit length: signs B, a permutation Q, normal factors G.
+    """``P = crop(H G Q H B pad)`` for each tensor: signs B, a permutation Q, normal factors G.
 
-    H is the Walsh-Hadamard transform. A coordinate moves all weights of each tensor. If a tensor has fewer weights than
-    coordinates, all of them still move it: z has several blocks with signs of their own, which are added.
+    H is the Walsh-Hadamard transform. A coordinate moves all weights of each tensor. The columns over all tensors have
+    about unit length, with equal parts in each tensor; the authors' have unit length in each tensor. If a tensor has
+    fewer weights than coordinates, all of them still move it: z has several blocks with signs of their own, which are
+    added.
 
     Source: Le et al. 2013, "Fastfood - Computing Hilbert Space Expansions in loglinear time" (ICML), equation 7.
 
@@ -77,7 +79,7 @@ class Fastfood:
         bits = torch.randint(0, 2, (blocks * n,), dtype=torch.int8, generator=generator)
         order_n = torch.randperm(n, generator=generator)
         normal_n = torch.randn(n, generator=generator, dtype=torch.float64)
-        scale = 1 / math.sqrt(n * float(normal_n.square().sum()) * size / n)
+        scale = 1 / math.sqrt(float(normal_n.square().sum()) * size * len(self._sizes))
         signs = bits.to(like) * 2 - 1
         return signs, order_n.to(like.device), normal_n.to(like), scale
 

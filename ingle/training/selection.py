@@ -73,11 +73,6 @@ class Selection:
         return self.history[-1].step if self.history else _NEVER
 
     @property
-    def ends(self) -> tuple[Tensor, ...]:
-        """The tables [G, 2] of the first and of the last validation; fewer before the second one."""
-        return tuple(self._ends)
-
-    @property
     def best_loss(self) -> float:
         """The loss of the best step."""
         return next(point.loss for point in self.history if point.step == self.best_step)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ingle.adapters import RankAllocator
 from ingle.data.batch import Batch
 from ingle.errors import NonFiniteError
 from ingle.objectives import Objective, Term
@@ -49,6 +50,7 @@ def take_step(
     step: int,
     relief: MemoryRelief | None = None,
     prove: Callable[[Sequence[Batch]], None] | None = None,
+    allocator: RankAllocator | None = None,
 ) -> StepResult:
     """Makes one optimizer step.
 
@@ -61,6 +63,7 @@ def take_step(
         step: The number of the step, from 1.
         relief: Splits the batches, further if the device runs out of memory; without it, that is an error.
         prove: Called with the prepared batches before their gradients are computed.
+        allocator: Chooses the ranks of AdaLoRA.
 
     Raises:
         NonFiniteError: A loss or gradient is NaN or infinite on any rank; the weights are unchanged.
@@ -86,6 +89,7 @@ def take_step(
         relief.relieve(reason, batches)
     loss = weighted_mean(objective.module.terms, sums, counts)
     optimizer.sum_gradients()
+    penalty = {} if allocator is None else {"orthogonality": allocator.penalize(optimizer.gradients())}
     grad_norm = optimizer.clip()
     if not math.isfinite(grad_norm):  # equal on all ranks
         finite = {name: bool(local(gradient).isfinite().all()) for name, gradient in optimizer.gradients()}
@@ -97,8 +101,12 @@ def take_step(
             why=f"parameters affected: {len(culprits)}",
             fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
         )
+    if allocator is not None:
+        allocator.observe(optimizer.gradients())
     optimizer.step(lr)
-    result = StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts))
+    if allocator is not None:
+        allocator.update(step)
+    result = StepResult(loss, grad_norm, int(counts["tokens"]), objective.metrics(sums, counts) | penalty)
     objective.after_step(sums, counts)
     optimizer.clear()
     return result

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from ingle.models import Model, ModelTask, forward_reward, load_model
 from ingle.objectives.judged import JudgedLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
+from ingle.objectives.reference_cache import ReferenceCache, answer_keys
 from ingle.objectives.reward import RewardLoss
 from ingle.parallel import Mesh
 from ingle.training.steps import compute_gradients, prepare, weighted_mean
@@ -34,6 +38,7 @@ ROWS = 8
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "sigmoid", "tail_weight": 0.5, "sft_weight": 0.3},
     "dpo weighted": {"kind": "dpo", "loss": "robust", "weighting": "wpo"},
+    "dpo of tokens": {"kind": "dpo", "loss": "tdpo2"},
     "simpo": {"sft_weight": 0.2},
     "orpo": {"pairs": "neighbours"},
     "kto": {},
@@ -143,6 +148,36 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_on_shared_prompts(models: di
         assert (own - gradient).norm() <= 1e-6 * gradient.norm(), (micro, shares)
 
 
+def test_tdpo_compares_the_divergences_of_whole_answers(models: dict[str, Model]) -> None:
+    """Equation 17 of arXiv 2404.11999 with its stopped gradient, from the logits of both models, in float64."""
+    objective = make_objective(models, "dpo of tokens", micro=3, shares=True)
+    found, gradient = take_steps(objective)
+    model, losses = objective.module.model, []
+    for row in range(ROWS):
+        answers = []
+        for document in SEQUENCES[row]:
+            sample = DATASET.sample(int(document))
+            ids, places = torch.from_numpy(sample.input_ids)[None].long(), np.flatnonzero(sample.labels >= 0)
+            logps = model(ids).logits[0, places - 1].log_softmax(-1)
+            with torch.no_grad(), disabled(model):
+                reference = model(ids).logits[0, places - 1].log_softmax(-1)
+            chosen = torch.arange(len(places)), ids[0, places]
+            divergence = (reference.exp() * (reference - logps)).sum()
+            answers.append(
+                (float(sample.columns["scores"][0]), (logps - reference)[chosen].sum(), divergence, len(places))
+            )
+        compared = [(a, b) for a in answers for b in answers if a[0] > b[0] and a[3] and b[3]]
+        terms = [
+            -torch.nn.functional.logsigmoid(0.1 * (a[1] - b[1] - 0.5 * (b[2] - a[2].detach()))) for a, b in compared
+        ]
+        losses += [torch.stack(terms).mean()] if terms else []
+    expected = torch.stack(losses).mean()
+    trained = [p for p in objective.module.parameters() if p.requires_grad]
+    wanted = torch.cat([each.flatten() for each in torch.autograd.grad(expected, trained)])
+    assert found["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert (gradient - wanted).norm() <= 1e-6 * wanted.norm()
+
+
 def test_the_baseline_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(models: dict[str, Model]) -> None:
     objective = make_objective(models, "kto", micro=2, shares=True)
     assert isinstance(objective, JudgedObjective)
@@ -175,6 +210,45 @@ def test_the_baseline_of_bco_is_the_mean_of_the_rewards_before_and_is_resumed(mo
     resumed = make_objective(models, "bco", micro=4, shares=True)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], name: str, tmp_path: Path) -> None:
+    def gone() -> Any:
+        raise AssertionError("the reference is computed again")
+
+    first = make_objective(models, name, micro=3, shares=False)
+    first.cache = ReferenceCache(tmp_path)
+    expected, _ = take_steps(first)
+    state = first.state_dict()
+    (file,) = state["files"]
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / file).read_bytes()[:-7])
+
+    # Other micro-batches, shared prompts, and a process that cannot compute the reference.
+    second = make_objective(models, name, micro=ROWS, shares=True)
+    second.cache, second._initial = ReferenceCache(tmp_path), gone
+    assert second.cache.files == [file]
+    found, _ = take_steps(second)
+    assert found == pytest.approx(expected, rel=2e-6, abs=2e-6) and found["loss"] != math.log(2)
+
+    second.load_state_dict({**state, "counter": 0, "files": []})
+    with pytest.raises(AssertionError, match="computed again"):
+        take_steps(second)
+
+
+def test_keys_of_answers_tell_every_token_and_not_the_batch(models: dict[str, Model]) -> None:
+    keys = []
+    for micro, shares in ((ROWS, False), (3, True)):
+        batches = make_objective(models, "dpo", micro=micro, shares=shares).next_batches()
+        keys.append([key for each in batches for key in answer_keys(each)])
+    assert keys[0] == keys[1] and len(set(keys[0])) == len(DATASET)
+    (batch,) = make_objective(models, "dpo", micro=ROWS, shares=True).next_batches()
+    ids = batch.input_ids.clone()
+    ids[0, 2] += 1  # in the prompt of the first row
+    edited = answer_keys(replace(batch, columns={**batch.columns, "input_ids": ids}))
+    changed = [a != b for a, b in zip(keys[1], edited, strict=True)]
+    row = batch.columns["group_ids"][batch.answers()]
+    assert changed == (row == row[0]).tolist()
 
 
 @pytest.mark.parametrize("shares", [False, True])

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from ingle import scoring
-from ingle.assembly import assemble
+from ingle.assembly import assemble, prepare
 from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Event, Warned
 from ingle.flow import finetune
+from ingle.margins import QUANTILES, measure_margins
 from ingle.report.results import Comparison
 from tests.axis import POINTS, Point, config_of
 
@@ -29,7 +34,7 @@ def train(folder: Path, name: str, point: str = "dpo, packed", **changes: Any) -
     """Makes a run, and returns its folder."""
     config = config_of(folder, POINTS[point])
     for section, options in changes.items():
-        config[section] = config.get(section, {}) | options if section != "objective" else options
+        config[section] = options if section in ("objective", "adapter") else config.get(section, {}) | options
     config["output"] = str(folder / name)
     finetune(Run.model_validate(config))
     return folder / name
@@ -44,7 +49,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tuned(folder: Path) -> Path:
     """An adapter that supervised training moved away from its base."""
-    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "init": "kaiming"}) / "adapter"
+    return train(folder, "tuned", "sft, packed, dora", adapter={"kind": "lora", "rank": 2}) / "adapter"
 
 
 def test_an_adapter_that_continues_another_one_is_compared_with_it(folder: Path, tuned: Path) -> None:
@@ -75,6 +80,46 @@ def test_an_adapter_may_train_through_rounding_in_its_last_steps(folder: Path, t
     run = train(folder, "rounded", adapter=adapter)
     assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] == 0.0
     assert steps(run)[-1]["rewards/margin"] != 0.0
+
+
+def test_full_fine_tuning_takes_its_reference_before_the_first_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INGLE_CACHE", str(folder / "cache"))
+    changes: dict[str, Any] = {"adapter": {"kind": "none"}, "objective": {"kind": "kto"}, "optim": {"lr": 1e-3}}
+    run = train(folder, "full", **changes)
+    assert json.loads((run / "start.json").read_text())["log-ratio"]["measured"] < 1e-5
+    assert abs(steps(run)[-1]["rewards/margin"]) > 1e-3
+    # A run that resumes has other weights, and computes its reference again if it must.
+    shutil.copytree(run, folder / "resumed")
+    for name in ("model", "checkpoints/step-4", "report.json"):
+        path = folder / "resumed" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / "cache" / "references")
+    resumed = train(folder, "resumed", **changes)
+    files = [each / "model" / "model.safetensors" for each in (run, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_margins_are_those_of_the_model_that_training_begins_with(folder: Path) -> None:
+    config = config_of(folder, Point("llama", "packed", {"kind": "simpo"}, {"adapter": {"kind": "none"}}))
+    run = Run.model_validate(config | {"data": config["data"] | {"validation": None}})
+    found = measure_margins(run, 100, print)
+    dataset = prepare(run, print).dataset
+    model = AutoModelForCausalLM.from_pretrained(run.model.id, dtype=torch.float32)
+    margins = []
+    for row in range(0, len(dataset), 2):
+        sums = []
+        for document in (row, row + 1):
+            sample = dataset.sample(document)
+            with torch.no_grad():
+                logps = model(torch.from_numpy(sample.input_ids)[None].long()).logits[0].log_softmax(-1)
+            places = np.flatnonzero(sample.labels >= 0)
+            sums.append(float(logps[places - 1, sample.labels[places]].sum()))
+        margins.append(sums[0] - sums[1])
+    assert found.pairs == len(margins)
+    assert found.quantiles == pytest.approx(np.quantile(margins, QUANTILES), abs=1e-4)
+    assert found.accuracy[0] == np.mean(np.array(margins) > 0)
 
 
 def test_a_model_that_cannot_share_prompts_repeats_them_and_says_so(folder: Path) -> None:

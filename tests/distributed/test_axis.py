@@ -40,10 +40,21 @@ ON = {
     "classify, pairs": ("zero3",),
     "tag, dealt": ("zero3", "ddp"),
     "tag, rows": ("ddp",),
+    "sft, packed, bottleneck": ("zero3", "ddp"),
+    "seq2seq, packed, ia3": ("zero3", "zero1"),
+    "classify, packed, biases": ("zero3", "zero2"),
+    "dpo, packed, oft": ("zero3",),
+    "sft, packed, adalora": ("zero3", "zero1"),
     "answer, packed": ("zero3", "zero1"),
     "answer, equal rows": ("ddp",),
+    "grpo, packed": ("ddp", "zero3"),
+    "ppo, dealt attention": ("zero3",),
+    "online_dpo, packed": ("ddp",),
 }
-ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"}
+ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"} | {
+    "sft, packed, adalora": "zero3",
+    "classify, packed, biases": "zero3",
+}
 _CASES = [(name, kind) for name, kinds in ON.items() for kind in kinds]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import inputs
+from tests.fuzz import inputs, rewards
 from tests.fuzz.sandbox import Refused, command
 
 #: Texts that are encoded with every tokenizer.
@@ -450,5 +450,14 @@ TARGETS = {
             _use_run,
             {"run/run.yaml": "yaml", "run/report.json": "json", "run/metrics.jsonl": "jsonl"},
         ),
+        Target(
+            "reward-frames",
+            rewards.make_frames,
+            rewards.read_frames,
+            {"frames.bin": "bytes"},
+            expect=rewards.expect_frames,
+            strict=True,
+        ),
+        Target("reward", rewards.make_function, rewards.score, {"function.py": "text"}),
     )
 }

@@ -19,7 +19,7 @@ from transformers import (
 from ingle import adapters
 from ingle.adapters import fusion
 from ingle.adapters.fusion import FusedLayer
-from ingle.config.adapter import LoraAdapter
+from ingle.config.adapter import DoraAdapter, LoraAdapter
 from ingle.config.base import Nf4Base
 from ingle.data.batch import Batch
 from ingle.kernels.layers import decoder_layer
@@ -39,7 +39,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
-def make(config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter, *, quantized: bool = False) -> Any:
+def make(
+    config: PretrainedConfig, dtype: torch.dtype, adapter: LoraAdapter | DoraAdapter, *, quantized: bool = False
+) -> Any:
     model = make_random(config, dtype)
     if quantized:
         convert(model, Nf4Base(format="nf4", double_quant=False))
@@ -95,9 +97,18 @@ def test_fused_layers_give_the_outputs_and_gradients_of_the_layers_they_replace(
     assert errors[0] <= 1.3 * errors[1]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_attention_in_parts_as_on_a_cuda_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(CONFIGS[name], torch.float32, LoraAdapter(rank=3))
+DORA = DoraAdapter(kind="dora", rank=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [*((name, LoraAdapter(rank=3)) for name in CONFIGS), ("llama-biased", DORA), ("qwen3", DORA)],
+    ids=[*CONFIGS, "dora-biased", "dora-qwen3"],
+)
+def test_attention_in_parts_as_on_a_cuda_device(
+    name: str, adapter: LoraAdapter | DoraAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(CONFIGS[name], torch.float32, adapter)
     theirs = run(model)
 
     class Parts:
@@ -116,11 +127,13 @@ def test_attention_in_parts_as_on_a_cuda_device(name: str, monkeypatch: pytest.M
         LoraAdapter(rank=3, dropout=0.3),
         LoraAdapter(rank=3, target_modules=("q_proj", "down_proj")),
         LoraAdapter(rank=3, target_modules=("layers.1.mlp.up_proj", "lm_head")),
+        DORA,
+        DoraAdapter(kind="dora", rank=3, init="pissa", target_modules=("v_proj", "gate_proj", "down_proj")),
     ],
-    ids=["dropout", "some-linears", "one-layer"],
+    ids=["dropout", "some-linears", "one-layer", "dora", "dora-some-linears"],
 )
 @pytest.mark.parametrize("quantized", [False, True])
-def test_dropout_plain_linears_and_quantized_bases(adapter: LoraAdapter, quantized: bool) -> None:
+def test_dropout_plain_linears_and_quantized_bases(adapter: LoraAdapter | DoraAdapter, quantized: bool) -> None:
     model = make(CONFIGS["llama"], torch.float32, adapter, quantized=quantized)
     if adapter.dropout:  # eager layers draw masks in another order: fused layers are compared with themselves
         adapters.fuse(model)

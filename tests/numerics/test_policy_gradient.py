@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from ingle.config.policy import Advantage, Aggregation, Importance
-from ingle.data import IGNORE_INDEX, collate
-from ingle.data.types import Sample
-from ingle.models import forward_hidden, through_head
 from ingle.objectives.policy_losses import (
     Clip,
-    Rows,
     aggregate,
     divergence,
     kl_terms,
@@ -23,11 +18,9 @@ from ingle.objectives.policy_losses import (
     value_losses,
 )
 from ingle.objectives.rollouts.advantages import gae, group_advantages, sum_answers, whiten
-from ingle.objectives.rollouts.buffer import SampleBuffer
 from ingle.objectives.rollouts.importance import correction_weights, effective_sample_size
 from ingle.objectives.rollouts.kl_control import KlControl
 from ingle.objectives.rollouts.rewards import token_rewards
-from ingle.objectives.token_loss import head_logps
 from tests.exact_world import (
     ANSWERS,
     BEFORE,
@@ -45,7 +38,6 @@ from tests.exact_world import (
     table,
     values,
 )
-from tests.tiny import make_random
 
 POLICY, REFERENCE, SAMPLER = table(0.0), table(2.0), table(0.3)
 EXACT = gradient(expected_reward, POLICY)
@@ -227,46 +219,3 @@ def test_a_run_ends_within_its_budget_and_learns(seed: int) -> None:
         assert not control.is_exceeded
     assert answer_divergence(policy, POLICY) < 1.0
     assert expected_reward(policy) > expected_reward(POLICY) + 0.4
-
-
-def test_a_model_in_packed_minibatches_has_the_exact_gradient() -> None:
-    """A Llama of one layer over the 3 tokens; the buffer packs all answers to a prompt of one token."""
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = LlamaConfig(vocab_size=3, num_hidden_layers=1, max_position_embeddings=16, **sizes)
-    model = make_random(config, torch.float64)
-    parameters = [*model.parameters()]
-    buffer = SampleBuffer(
-        {
-            "prompt_ids": np.ones(27, np.int32),
-            "prompt_lengths": np.ones(27, np.int64),
-            "ids": np.array(ANSWERS, np.int32).flatten(),
-            "lengths": LENGTHS,
-            **{name: np.zeros(27, np.int64) for name in ("draws", "rows")},
-            "answers": ALL,
-        }
-    )
-
-    def score(numbers: np.ndarray) -> tuple[Tensor, Rows]:
-        samples = [Sample(each.input_ids, each.labels) for each in buffer.samples(numbers)]
-        batch = collate(samples)
-        hidden, targets = forward_hidden(model, batch)[0], batch.next_labels()
-        documents = torch.repeat_interleave(torch.arange(len(numbers)), batch.cu_seqlens.diff().long())
-        return through_head(model, head_logps, hidden, targets), Rows(targets != IGNORE_INDEX, documents, len(numbers))
-
-    logps_N, rows = score(ALL)
-    chances = rows.sums(logps_N).exp()
-    assert chances.sum().item() == pytest.approx(1, abs=1e-12)
-    exact = torch.autograd.grad(chances @ torch.from_numpy(REWARDS), parameters)
-
-    weights_A = chances.detach() * torch.from_numpy(group_advantages(REWARDS, 0 * ALL, LENGTHS, "group_mean"))
-    found = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in buffer.minibatches(9, lambda count: np.arange(count)[::-1].copy()):
-        logps_N, rows = score(part)
-        ratios_N = log_ratios(logps_N, logps_N.detach(), rows, "sequence")
-        losses_N = policy_losses(logps_N, ratios_N, weights_A[part][rows.documents], Clip()).losses
-        for total, grad in zip(
-            found, torch.autograd.grad(-aggregate(losses_N, rows, "answer_sums"), parameters), strict=True
-        ):
-            total += grad
-    for one, other in zip(found, exact, strict=True):
-        assert (one - other).norm() <= 1e-6 * max(each.norm() for each in exact)

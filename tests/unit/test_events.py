@@ -9,12 +9,26 @@ from typing import get_args
 import pytest
 
 from ingle import events
-from ingle.events import Evaluated, Event, Failed, Finished, Progress, Proved, Saved, Started, Step, Validated, Warned
+from ingle.events import (
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Proved,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Validated,
+    Warned,
+)
 from tests.stored_results import COMPARISON, REPORT
 
 EVENTS: tuple[Event, ...] = (
     Started({"output": "runs/x"}, {"num_steps": 2}, {}, 1, 2, "checkpoints/step-1"),
     Proved(0, {"log-ratio": {"measured": math.inf, "expected": 0.0, "tolerance": 1e-5}}),
+    Sampled(3, 1, ({"prompt": "p", "answer": "a", "status": "stop", "reward": None},)),
     Step(2, 1.5, 10, 5.0, 1e-3, math.inf, 100, 0.5, {"accuracy": 0.5}),
     Validated(2, 1.25, 1, 1.2, -0.05, 0.01, {"chrf": 3.5}, 0.5),
     Evaluated(2, COMPARISON),

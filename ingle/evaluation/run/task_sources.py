@@ -14,6 +14,7 @@ from torch.nn import functional
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import Answer as AnswerObjective
 from ingle.config.objective import Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, Tag
+from ingle.config.preferences import Reward
 from ingle.data import IGNORE_INDEX, Example, Sample
 from ingle.data.batch import Batch, collate
 from ingle.data.counters import FIXED_EPOCH, Place
@@ -21,6 +22,7 @@ from ingle.data.row_encoder import Piece
 from ingle.errors import EvaluationError
 from ingle.evaluation.run.answer_sources import Answer, LoadedModel, ModelSource
 from ingle.evaluation.run.packed_logits import pack_documents
+from ingle.evaluation.run.reward_source import AnswerScores, RewardSource
 from ingle.evaluation.run.task_head import TaskHead, as_sample
 from ingle.evaluation.scorers import Likelihood, MaskedTokens, Prediction, Problem
 from ingle.evaluation.tasks.samples import TaskSample
@@ -64,6 +66,9 @@ def make_source(
             return ContextSource(model, tokenizer, **options, objective=objective, max_seq_len=max_seq_len)
         case Mlm():
             return MaskedSource(model, tokenizer, **options, objective=objective, max_seq_len=max_seq_len)
+        case Reward():
+            scores = AnswerScores(model, tokenizer, objective, max_seq_len)
+            return RewardSource(model, tokenizer, **options, scores=scores)
         case Span() | Seq2Seq():
             return TargetSource(model, tokenizer, **options, objective=objective, max_seq_len=max_seq_len)
         case _:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ingle.config.evaluate import TaskConfig
-from ingle.config.objective import ObjectiveKind, reads_answers, samples_answers
+from ingle.config.objective import FAMILY, ObjectiveKind, reads_answers, samples_answers
 from ingle.data import Example, Message, read_examples
 from ingle.data.label_names import spellings
 from ingle.errors import DataError, EvaluationError
@@ -16,6 +18,9 @@ from ingle.evaluation.scorers import make_scorers
 from ingle.wording import nearest, plural, some
 
 Warn = Callable[[str], None]
+
+#: The names of the two answers of a preference.
+BETTER, WORSE = "chosen", "rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,9 @@ def read_task(
         DataError: A row cannot be read, or there is none.
         EvaluationError: A row has no reference answer, or the metrics do not suit the rows.
     """
-    # The task of a model that learned from preferences or rewards is to write answers.
-    kind: ObjectiveKind = "sft" if reads_answers(objective) or samples_answers(objective) else objective
+    # The task of a language model that learned from preferences or rewards is to write answers.
+    writes = samples_answers(objective) or (reads_answers(objective) and FAMILY[objective] != "reward")
+    kind: ObjectiveKind = "sft" if writes else objective
     samples = [_sample(example) for example in read_examples(task.sources, objective=kind, on_warning=on_warning)]
     if not samples:
         raise DataError(
@@ -62,6 +68,10 @@ def read_task(
             fix="use a file with held-out rows",
         )
     _check_metrics(task, samples)
+    if "reward" in (task.metrics or ()):
+        # Rewards read columns that no other metric does, as when answers are sampled for training.
+        found = {each.origin: each.columns for each in read_examples(task.sources, objective="grpo")}
+        samples = [replace(each, example=_with_columns(each.example, found)) for each in samples]
     if task.group_by_prompt:
         samples = _merge(samples)
     else:
@@ -114,6 +124,8 @@ def name_references(samples: Iterable[TaskSample], names: Sequence[str]) -> tupl
 
 
 def _sample(example: Example) -> TaskSample:
+    if _compares(example):
+        return _pair_sample(example)
     if example.label is not None or example.texts:
         return _labelled_sample(example)
     if example.text is not None:
@@ -128,6 +140,24 @@ def _sample(example: Example) -> TaskSample:
     references = _references(example, answer.content)
     example = replace(example, messages=(*given, Message("assistant", references[0])))
     return TaskSample(example, _transcript(given), references)
+
+
+def _with_columns(example: Example, found: Mapping[str, Mapping[str, Any]]) -> Example:
+    return replace(example, columns=found.get(example.origin, {}))
+
+
+def _compares(example: Example) -> bool:
+    return any("scores" in text.labels for text in example.texts.values())
+
+
+def _pair_sample(example: Example) -> TaskSample:
+    """Returns the best and the worst answer of a row."""
+    scored = [text for text in example.texts.values() if not math.isnan(text.labels["scores"])]
+    best, worst = (choose(scored, key=lambda text: text.labels["scores"], default=None) for choose in (max, min))
+    if best is None or worst is None or best.labels["scores"] == worst.labels["scores"]:
+        raise EvaluationError("No answer of the row is better than another one.", where=example.origin)
+    prompt = _transcript(best.messages[:-1]) if best.messages else best.prompt or ""
+    return TaskSample(replace(example, texts={BETTER: best, WORSE: worst}), prompt, (BETTER,))
 
 
 def _labelled_sample(example: Example) -> TaskSample:
@@ -179,7 +209,7 @@ def _transcript(messages: Iterable[Message]) -> str:
 def _check_metrics(task: TaskConfig, samples: list[TaskSample]) -> None:
     reads = {scorer.metric.name: scorer.metric.reads for scorer in make_scorers(task)}
     answered = [name for name, kind in reads.items() if kind == "answers"]
-    unlabelled = [sample for sample in samples if sample.example.label is None]
+    unlabelled = [sample for sample in samples if sample.example.label is None and not _compares(sample.example)]
     if "predictions" in reads.values() and unlabelled:
         raise _no_label(unlabelled[0].example)
     texts = [sample for sample in unlabelled if sample.example.text is not None]
@@ -228,6 +258,8 @@ def _number_groups(samples: list[TaskSample]) -> tuple[list[TaskSample], int]:
 def _key(sample: TaskSample) -> object:
     """Returns what makes samples belong together: the prompt, the context of a question, the first text of a pair."""
     example = sample.example
+    if _compares(example):
+        return sample.prompt
     if example.texts:
         return example.texts["context"].text if "context" in example.texts else next(iter(example.texts.values())).text
     return example.messages[:-1] or example.prompt, example.text

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ingle.adapters.lora import LoraLinear
+from ingle.adapters.linear import AdaptedLinear
 from ingle.adapters.merging import change
 from ingle.export.writers.merged_model import LoadedWeight
 from ingle.quant.format import Format
@@ -136,7 +136,7 @@ def measure(
 
 
 def _sum_up(
-    weight_OI: Tensor, layer: LoraLinear, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor
+    weight_OI: Tensor, layer: AdaptedLinear, delta_OG: Tensor, merged_OI: Tensor, before_OI: Tensor
 ) -> dict[str, float]:
     """Sums squares and products in float64, some rows at a time."""
     sums = dict.fromkeys(("weight", "wanted", "survived", "both", "error"), 0.0)

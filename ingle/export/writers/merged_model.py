@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ingle import adapters, models
 from ingle.adapters.identity import BaseIdentity, make_identity, sample, tensor_digest
-from ingle.adapters.lora import LoraLinear
+from ingle.adapters.linear import AdaptedLinear, cannot_merge
 from ingle.adapters.merging import is_changed, merged_planes, merged_weight
+from ingle.adapters.virtual_tokens import Virtual
+from ingle.errors import AdapterError
 from ingle.events import Sink, Warned
 from ingle.inference import Source
 from ingle.models import model_task
@@ -41,7 +44,7 @@ class LoadedWeight:
 
     name: str
     holder: nn.Module
-    layer: LoraLinear | None
+    layer: AdaptedLinear | None
     replacement: Tensor | None
 
     @property
@@ -102,7 +105,7 @@ class MergedModel:
         stream: The base.
         adapted: Adapted layers by parameter.
         changed: Names in ``adapted`` whose adapter changes the parameter.
-        replaced: Trained values of the modules in ``modules_to_save``, by parameter.
+        replaced: Trained values of the modules in ``modules_to_save``, and of biases and norms, by parameter.
         added: Names in ``replaced`` that no file of the base contains: the head of a task, or an output head that was
             tied.
 
@@ -114,23 +117,30 @@ class MergedModel:
     def __init__(self, source: Source, *, checks_base: bool = False, sink: Sink = lambda event: None) -> None:
         dtype, task = models.compute_dtype(source.model.dtype, "cpu"), model_task(source.objective())
         self.stream = WeightStream(source.model, source.base, dtype, task)
-        self.adapted: dict[str, LoraLinear] = {}
-        self.changed: dict[str, LoraLinear] = {}
+        self.adapted: dict[str, AdaptedLinear] = {}
+        self.changed: dict[str, AdaptedLinear] = {}
         self.replaced: dict[str, Tensor] = {}
+        self._biases: dict[str, AdaptedLinear] = {}
         self._expected: BaseIdentity | None = None
         self._found = _StreamedIdentity()
         if source.adapter is not None:
             if checks_base:
                 self._expected = adapters.read_record(source.adapter).identity
             report = adapters.load_adapter(self.stream.model, source.adapter)
+            _require_weights(self.stream.model, source.adapter)
             for note in report.notes:
                 sink(Warned(note, where=str(source.adapter)))
-            modules = adapters.lora_modules(self.stream.model)
-            self.adapted = {f"{name}.weight": layer for name, layer in modules.items()}
+            for name, module in adapters.adapted_modules(self.stream.model).items():
+                if module.unmerged is not None or not isinstance(module, AdaptedLinear):
+                    raise cannot_merge(module.unmerged or "it changes no weight")
+                self.adapted[f"{name}.weight"] = module
+                self._biases[f"{name}.bias"] = module
             self.changed = {name: layer for name, layer in self.adapted.items() if is_changed(layer)}
             for path in report.modules_to_save:
                 for key, parameter in self.stream.model.get_submodule(path).named_parameters(remove_duplicate=False):
                     self.replaced[f"{path}.{key}"] = parameter.detach()
+            for path in report.parameters:
+                self.replaced[path] = self.stream.model.get_parameter(path).detach()
         stored = {entry.name for entry in self.stream.entries}
         self.added = tuple(name for name in self.replaced if name not in stored and not self._is_tied(name, stored))
 
@@ -144,6 +154,10 @@ class MergedModel:
         with self.stream.loaded(entry.name) as holder:
             if self._expected is not None and not is_in_head(self.stream.model, entry.name):
                 self._found.add(entry.name, holder, self.adapted.get(entry.name))
+            if entry.name in self._biases:
+                before = plain_value(holder, entry.name)
+                after = self._biases[entry.name].merge_bias(before.float())
+                replacement = None if torch.equal(before.float(), after) else after
             yield LoadedWeight(entry.name, holder, self.changed.get(entry.name), replacement)
 
     @property
@@ -168,6 +182,17 @@ class MergedModel:
         )
 
 
+def _require_weights(model: nn.Module, adapter: Path) -> None:
+    """Refuses an adapter that adds to texts what no weight of a model can express."""
+    if any(isinstance(module, Virtual) for module in model.modules()):
+        raise AdapterError(
+            "Virtual tokens cannot be merged into the weights of a model.",
+            where=str(adapter),
+            why="they come before every text, and are no part of a weight",
+            fix="--to peft writes them for PEFT; --adapter.kind=lora trains what can be merged",
+        )
+
+
 class _StreamedIdentity:
     """Computes the identity of a base whose weights are loaded one after the other."""
 
@@ -176,7 +201,7 @@ class _StreamedIdentity:
         self._formats: Counter[str] = Counter()
         self._samples: dict[str, list[float]] = {}
 
-    def add(self, name: str, holder: nn.Module, layer: LoraLinear | None) -> None:
+    def add(self, name: str, holder: nn.Module, layer: AdaptedLinear | None) -> None:
         path, _, leaf = name.rpartition(".")
         if leaf in holder._buffers and not isinstance(holder, QuantModule):
             return  # an identity covers parameters

@@ -43,7 +43,9 @@ from ingle.kernels.layers.lora import (
     seeded,
     through_a,
     through_b,
+    through_gains,
     through_weights,
+    with_gain,
 )
 
 
@@ -124,8 +126,8 @@ def attention_half(
         return _attend_in_parts(h, attention, rotary, spans)
     qkv = seeded((attention.q, attention.k, attention.v))
     out = seeded((attention.o,))
-    factors = [factor for p in (*qkv, *out) for factor in p.factors()]
-    result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, spans, *factors)  # type: ignore[no-untyped-call]
+    operands = [operand for p in (*qkv, *out) for operand in p.operands()]
+    result: Tensor = _AttentionHalf.apply(h, attention, qkv, out, rotary, spans, *operands)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -144,14 +146,14 @@ def attend_stored(
     """
     h_NH = h.reshape(-1, h.shape[-1])
     x_NH, _ = rms_norm(h_NH, attention.norm.weight, attention.norm.eps)
-    (q_ND, k_ND, v_ND), _ = project(x_NH, (attention.q, attention.k, attention.v))
+    q_ND, k_ND, v_ND = project(x_NH, (attention.q, attention.k, attention.v)).outputs
     q_ND, k_ND = (
         _norm_heads(part, norm, heads.size)[0] for part, norm in ((q_ND, attention.q_norm), (k_ND, attention.k_norm))
     )
     before = None if window is None else window - 1
     q_NHD, k_NHD = (_rotated(_heads(part, heads), heads, rotary) for part in (q_ND, k_ND))
     out_NHD = store.attend(q_NHD, k_NHD, _heads(v_ND, heads), attention.scores, before=before)
-    (y,), _ = project(out_NHD.view(*h.shape[:-1], -1), (attention.o,))
+    (y,) = project(out_NHD.view(*h.shape[:-1], -1), (attention.o,)).outputs
     return y.add_(h)
 
 
@@ -166,16 +168,16 @@ def _rotated(source_NHD: Tensor, heads: Heads, rotary: tuple[Tensor, Tensor]) ->
 def mlp_half(h: Tensor, mlp: Mlp) -> Tensor:
     """Returns ``h + down(silu(gate(norm h)) * up(norm h))``, [1, N, H] -> [1, N, H]."""
     wide, down = seeded((mlp.gate, mlp.up)), seeded((mlp.down,))
-    factors = [factor for p in (*wide, *down) for factor in p.factors()]
-    result: Tensor = _MlpHalf.apply(h, mlp, wide, down, *factors)  # type: ignore[no-untyped-call]
+    operands = [operand for p in (*wide, *down) for operand in p.operands()]
+    result: Tensor = _MlpHalf.apply(h, mlp, wide, down, *operands)  # type: ignore[no-untyped-call]
     return result
 
 
 def _attend_in_parts(h: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor], boundaries: Boundaries) -> Tensor:
     qkv = seeded((attention.q, attention.k, attention.v))
-    factors = [factor for p in qkv for factor in p.factors()]
+    operands = [operand for p in qkv for operand in p.operands()]
     heads = boundaries.heads
-    rotated: Any = _RotatedHeads.apply(h, attention, qkv, rotary, heads, *factors)  # type: ignore[no-untyped-call]
+    rotated: Any = _RotatedHeads.apply(h, attention, qkv, rotary, heads, *operands)  # type: ignore[no-untyped-call]
     q, k, v = (part_NHD.transpose(0, 1)[None] for part_NHD in rotated)
     scores = attention.scores
     options: dict[str, Any] = {"scale": scores.scale, "window": boundaries.window, "softcap": scores.softcap or None}
@@ -197,34 +199,35 @@ class _RotatedHeads(torch.autograd.Function):
         qkv: Sequence[Projection],
         rotary: tuple[Tensor, Tensor],
         heads: Heads,
-        *factors: Tensor | None,
+        *operands: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         h_NH = h.reshape(-1, h.shape[-1])
         x_NH, rstd_N = rms_norm(h_NH, attention.norm.weight, attention.norm.eps)
-        (q_ND, k_ND, v_ND), xa_NS = project(x_NH, qkv)
+        (q_ND, k_ND, v_ND), xa_NS, raw = project(x_NH, qkv)
         q_normed, q_kept = _norm_heads(q_ND, attention.q_norm, heads.size)
         k_normed, k_kept = _norm_heads(k_ND, attention.k_norm, heads.size)
         ctx.attention, ctx.qkv, ctx.rotary, ctx.shape = attention, qkv, rotary, h.shape
-        ctx.save_for_backward(h_NH, rstd_N, xa_NS, *q_kept, *k_kept)
+        ctx.save_for_backward(h_NH, rstd_N, xa_NS, *q_kept, *k_kept, *raw)
         q_NHD, k_NHD = (rotate(_heads(normed, heads), *rotary) for normed in (q_normed, k_normed))
         return q_NHD, k_NHD, _heads(v_ND, heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads_NHD: Tensor) -> tuple[Any, ...]:
-        h_NH, rstd_N, xa_NS, q_raw, q_rstd, k_raw, k_rstd = ctx.saved_tensors
+        h_NH, rstd_N, xa_NS, q_raw, q_rstd, k_raw, k_rstd, *raw = ctx.saved_tensors
         attention, qkv = ctx.attention, ctx.qkv
         q_NHD, k_NHD = (rotate(grad_NHD, *ctx.rotary, back=True) for grad_NHD in grads_NHD[:2])
         _norm_heads_backward_(q_NHD, q_raw, q_rstd, attention.q_norm)
         _norm_heads_backward_(k_NHD, k_raw, k_rstd, attention.k_norm)
         grads_ND = [q_NHD.flatten(1), k_NHD.flatten(1), grads_NHD[2].flatten(1)]
+        grads_ND, grads_gain = through_gains(grads_ND, raw, qkv)
         gb_NS, grads_b = through_b(grads_ND, xa_NS, qkv)
         grads_a = through_a(gb_NS, recompute_rms_norm(h_NH, attention.norm.weight, rstd_N), qkv)
         grad_h = None
         if ctx.needs_input_grad[0]:
             grad_x_NH = through_weights(grads_ND, gb_NS, qkv)
             grad_h = rms_norm_backward_(grad_x_NH, h_NH, attention.norm.weight, rstd_N).view(ctx.shape)
-        return (grad_h, None, None, None, None, *interleave(grads_a, grads_b))
+        return (grad_h, None, None, None, None, *interleave(grads_a, grads_b, grads_gain))
 
 
 class _AttentionHalf(torch.autograd.Function):
@@ -237,37 +240,37 @@ class _AttentionHalf(torch.autograd.Function):
         out: Sequence[Projection],
         rotary: tuple[Tensor, Tensor],
         spans: AttentionSpans,
-        *factors: Tensor | None,
+        *operands: Tensor | None,
     ) -> Tensor:
         heads, norm = spans.heads, attention.norm
         h_NH = h.reshape(-1, h.shape[-1])
         x_NH, rstd_N = rms_norm(h_NH, norm.weight, norm.eps)
-        projected, xa_NS = project(x_NH, qkv)
+        (q_ND, k_ND, v_ND), xa_NS, raw = project(x_NH, qkv)
         del x_NH
-        q_ND, k_ND, v_ND = projected
         heads_normed, q_kept = _norm_heads(q_ND, attention.q_norm, heads.size)
         keys_normed, k_kept = _norm_heads(k_ND, attention.k_norm, heads.size)
         q = group_rows(_heads(heads_normed, heads), spans.by_tile, heads, rotary)
         k = group_rows(_heads(keys_normed, heads), spans.by_segment, heads, rotary)
         v = group_rows(_heads(v_ND, heads), spans.by_segment, heads)
-        del projected, q_ND, k_ND, v_ND, heads_normed, keys_normed
+        del q_ND, k_ND, v_ND, heads_normed, keys_normed
         out_grouped, lse = attend(q, k, v, spans, attention.scores)
         o_NHD = ungroup_rows(out_grouped, h.new_empty(len(h_NH), heads.q, heads.size), spans.by_tile, heads)
         # In the shape of the result, which then is no view: FSDP attaches a hook to it.
-        (y,), oa_NR = project(o_NHD.view(*h.shape[:-1], -1), out)
+        (y,), oa_NR, out_raw = project(o_NHD.view(*h.shape[:-1], -1), out)
         ctx.attention, ctx.qkv, ctx.out, ctx.rotary, ctx.spans = attention, qkv, out, rotary, spans
-        ctx.save_for_backward(h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, *q_kept, *k_kept)
+        ctx.save_for_backward(h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, *q_kept, *k_kept, *raw, *out_raw)
         return y.add_(h)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, q_raw, q_rstd, k_raw, k_rstd = ctx.saved_tensors
+        h_NH, rstd_N, xa_NS, q, k, v, lse, o_NHD, oa_NR, q_raw, q_rstd, k_raw, k_rstd, *raw = ctx.saved_tensors
         attention, spans, heads = ctx.attention, ctx.spans, ctx.spans.heads
         grad_NH = grad.reshape(h_NH.shape)
-        gb_NR, grads_b = through_b([grad_NH], oa_NR, ctx.out)
+        grads_out, grads_gain = through_gains([grad_NH], raw[3:], ctx.out)
+        gb_NR, grads_b = through_b(grads_out, oa_NR, ctx.out)
         grads_a = through_a(gb_NR, o_NHD.flatten(1), ctx.out)
-        grad_o_NHD = through_weights([grad_NH], gb_NR, ctx.out).view(o_NHD.shape)
+        grad_o_NHD = through_weights(grads_out, gb_NR, ctx.out).view(o_NHD.shape)
         grad_grouped, delta = group_gradient(grad_o_NHD, o_NHD, spans)
         grad_q, grad_k, grad_v = attend_backward(grad_grouped, delta, lse, q, k, v, spans, attention.scores)
         q_NHD, k_NHD, v_NHD = (h_NH.new_empty(len(h_NH), n, heads.size) for n in (heads.q, heads.kv, heads.kv))
@@ -277,6 +280,7 @@ class _AttentionHalf(torch.autograd.Function):
         _norm_heads_backward_(q_NHD, q_raw, q_rstd, attention.q_norm)
         _norm_heads_backward_(k_NHD, k_raw, k_rstd, attention.k_norm)
         grads_ND = [q_NHD.flatten(1), k_NHD.flatten(1), v_NHD.flatten(1)]
+        grads_ND, grads_gain_qkv = through_gains(grads_ND, raw[:3], ctx.qkv)
         x_NH = recompute_rms_norm(h_NH, attention.norm.weight, rstd_N)
         gb_NS, grads_b_qkv = through_b(grads_ND, xa_NS, ctx.qkv)
         grads_a_qkv = through_a(gb_NS, x_NH, ctx.qkv)
@@ -284,22 +288,24 @@ class _AttentionHalf(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x_NH = through_weights(grads_ND, gb_NS, ctx.qkv)
             grad_h = rms_norm_backward_(grad_x_NH, h_NH, attention.norm.weight, rstd_N, grad_NH).view(grad.shape)
-        factors = (*interleave(grads_a_qkv, grads_b_qkv), *interleave(grads_a, grads_b))
-        return (grad_h, None, None, None, None, None, *factors)
+        of_qkv, of_out = (grads_a_qkv, grads_b_qkv, grads_gain_qkv), (grads_a, grads_b, grads_gain)
+        return (grad_h, None, None, None, None, None, *interleave(*of_qkv), *interleave(*of_out))
 
 
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, mlp: Mlp, wide: Sequence[Projection], down: Sequence[Projection], *factors: Tensor | None
+        ctx: Any, h: Tensor, mlp: Mlp, wide: Sequence[Projection], down: Sequence[Projection], *operands: Tensor | None
     ) -> Tensor:
         h_NH = h.reshape(-1, h.shape[-1])
         x_NH, rstd_N = rms_norm(h_NH, mlp.norm.weight, mlp.norm.eps)
-        (gate_NI, up_NI), xa_NS = project(x_NH, wide)
+        (gate_NI, up_NI), xa_NS, raw = project(x_NH, wide)
         del x_NH
-        (y,), ia_NR = project(swiglu(gate_NI, up_NI).view(*h.shape[:-1], -1), down)  # so that the result is no view
+        inner = swiglu(gate_NI, up_NI).view(*h.shape[:-1], -1)  # so that the result is no view
+        (y,), ia_NR, down_raw = project(inner, down)
         ctx.mlp, ctx.wide, ctx.down, ctx.spent = mlp, wide, down, False
-        ctx.save_for_backward(h_NH, rstd_N, xa_NS, gate_NI, up_NI, ia_NR)
+        kept = [value if before is None else None for value, before in zip((gate_NI, up_NI), raw, strict=True)]
+        ctx.save_for_backward(h_NH, rstd_N, xa_NS, ia_NR, *kept, *raw, *down_raw)
         return y.add_(h)
 
     @staticmethod
@@ -308,23 +314,30 @@ class _MlpHalf(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("The backward pass of a fused layer overwrites its buffers and can run only once.")
         ctx.spent = True
-        h_NH, rstd_N, xa_NS, gate_NI, up_NI, ia_NR = ctx.saved_tensors
+        h_NH, rstd_N, xa_NS, ia_NR, *saved = ctx.saved_tensors
+        kept, raw, down_raw = saved[:2], saved[2:4], saved[4:]
+        gate_NI, up_NI = (
+            with_gain(before, p) if value is None else value
+            for value, before, p in zip(kept, raw, ctx.wide, strict=True)
+        )
         grad_NH = grad.reshape(h_NH.shape)
-        gb_NR, grads_b = through_b([grad_NH], ia_NR, ctx.down)
-        inner_NI = through_weights([grad_NH], gb_NR, ctx.down)
+        grads_down, grads_gain = through_gains([grad_NH], down_raw, ctx.down)
+        gb_NR, grads_b = through_b(grads_down, ia_NR, ctx.down)
+        inner_NI = through_weights(grads_down, gb_NR, ctx.down)
         swiglu_backward_(inner_NI, gate_NI, up_NI)  # now they hold the activation and the gradients of gate and up
         grads_a = through_a(gb_NR, inner_NI, ctx.down)
         del inner_NI
-        gb_NS, grads_b_wide = through_b([gate_NI, up_NI], xa_NS, ctx.wide)
+        grads_wide, grads_gain_wide = through_gains([gate_NI, up_NI], raw, ctx.wide)
+        gb_NS, grads_b_wide = through_b(grads_wide, xa_NS, ctx.wide)
         x_NH = recompute_rms_norm(h_NH, ctx.mlp.norm.weight, rstd_N)
         grads_a_wide = through_a(gb_NS, x_NH, ctx.wide)
         del x_NH
         grad_h = None
         if ctx.needs_input_grad[0]:
-            grad_x_NH = through_weights([gate_NI, up_NI], gb_NS, ctx.wide)
+            grad_x_NH = through_weights(grads_wide, gb_NS, ctx.wide)
             grad_h = rms_norm_backward_(grad_x_NH, h_NH, ctx.mlp.norm.weight, rstd_N, grad_NH).view(grad.shape)
-        factors = (*interleave(grads_a_wide, grads_b_wide), *interleave(grads_a, grads_b))
-        return (grad_h, None, None, None, *factors)
+        of_wide, of_down = (grads_a_wide, grads_b_wide, grads_gain_wide), (grads_a, grads_b, grads_gain)
+        return (grad_h, None, None, None, *interleave(*of_wide), *interleave(*of_down))
 
 
 def _heads(values_ND: Tensor, heads: Heads) -> Tensor:

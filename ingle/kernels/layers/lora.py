@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Projection:
         seed: Seed of the dropout, drawn by :func:`seeded`.
         inputs: Collects statistics of x for an importance matrix.
         product: Returns x W^T without storing W, or None where that is not faster.
-        gain: Factor on each output before the bias, float32, [O], which only :func:`lora_linears` applies (DoRA).
+        gain: Factor on each output before the bias, float32, [O] (DoRA); or None.
     """
 
     weight: Weight
@@ -65,9 +65,9 @@ class Projection:
         """R; 0 without an update."""
         return 0 if self.lora_a is None else len(self.lora_a)
 
-    def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns A and B."""
-        return self.lora_a, self.lora_b
+    def operands(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns what gets a gradient: A, B and the gain."""
+        return self.lora_a, self.lora_b, self.gain
 
     def scaled_b(self, dtype: torch.dtype) -> Tensor:
         """Returns ``scale * B``, rounded once, [O, R]."""
@@ -93,9 +93,8 @@ def lora_linears(x: Tensor, projections: Projections) -> tuple[Tensor, ...]:
 
     Source: Hu et al. 2021, "LoRA" (arXiv 2106.09685), equation 3.
     """
-    factors = [factor for p in projections for factor in p.factors()]
-    gains = [p.gain for p in projections]
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *factors, *gains)  # type: ignore[no-untyped-call]
+    operands = [operand for p in projections for operand in p.operands()]
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, seeded(projections), *operands)  # type: ignore[no-untyped-call]
     return outputs
 
 
@@ -106,55 +105,49 @@ def seeded(projections: Projections) -> tuple[Projection, ...]:
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: Projections, *factors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, projections: Projections, *operands: Tensor | None) -> tuple[Tensor, ...]:
         x_NI = x.reshape(-1, x.shape[-1])
         kept = pool(x_NI, _group_size(projections))
-        outputs, xa_NS = project(x, [p if p.gain is None else replace(p, bias=None) for p in projections], kept)
-        raw = [y if p.gain is not None else None for p, y in zip(projections, outputs, strict=True)]
+        outputs, xa_NS, raw = project(x, projections, kept)
         ctx.projections = projections
         trains_a = any(p.lora_a is not None and p.lora_a.requires_grad for p in projections)
         ctx.save_for_backward(kept if trains_a else None, xa_NS, *raw)
-        return tuple(_gained(y, p) for p, y in zip(projections, outputs, strict=True))
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         kept, xa_NS, *raw = ctx.saved_tensors
         projections: Projections = ctx.projections
-        grads_NO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grads_gain = [_through_gain(g_NO, y) for g_NO, y in zip(grads_NO, raw, strict=True)]
-        grads_NO = [
-            g_NO if p.gain is None else g_NO * p.gain.detach().to(g_NO.dtype)
-            for p, g_NO in zip(projections, grads_NO, strict=True)
-        ]
+        grads_NO, grads_gain = through_gains([grad.reshape(-1, grad.shape[-1]) for grad in grads], raw, projections)
         gb_NS, grads_b = through_b(grads_NO, xa_NS, projections)
         grads_a = [None] * len(projections) if kept is None else through_a(gb_NS, kept, projections)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = through_weights(grads_NO, gb_NS, projections).view(*grads[0].shape[:-1], -1)
-        return (grad_x, None, *interleave(grads_a, grads_b), *grads_gain)
-
-
-def _gained(y: Tensor, p: Projection) -> Tensor:
-    """Returns the output with gain and bias; without a gain, it has its bias already."""
-    if p.gain is None:
-        return y
-    y = y * p.gain.detach().to(y.dtype)
-    return y if p.bias is None else y.add_(p.bias.detach().to(y.dtype))
-
-
-def _through_gain(grad_NO: Tensor, raw: Tensor | None) -> Tensor | None:
-    """Returns the gradient of a gain, float32 [O], from the output without it."""
-    return None if raw is None else (grad_NO * raw.reshape(grad_NO.shape)).sum(0, dtype=torch.float32)
+        return (grad_x, None, *interleave(grads_a, grads_b, grads_gain))
 
 
 # The parts, for functions that fuse more than one layer. None of them is differentiable.
 
 
-def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Returns the outputs [..., O] of all projections, and their inputs of B side by side, [N, S].
+class Projected(NamedTuple):
+    """What :func:`project` returns.
 
-    No output is a view: a layer may add to it in place (Falcon does), which autograd forbids for views.
+    Attributes:
+        outputs: [..., O] of each projection. None is a view: a layer may add to it in place (Falcon does), which
+            autograd forbids for views.
+        xa_NS: The inputs of B, side by side.
+        raw: The outputs before gain and bias, where there is a gain.
+    """
+
+    outputs: list[Tensor]
+    xa_NS: Tensor
+    raw: list[Tensor | None]
+
+
+def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -> Projected:
+    """Computes the outputs of all projections.
 
     Args:
         x: The input, [..., I].
@@ -163,9 +156,10 @@ def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -
     """
     observe(x, [p.inputs for p in projections if p.inputs is not None])
     xa_NS = _project_down(x.reshape(-1, x.shape[-1]) if pooled is None else pooled, projections)
-    outputs = []
+    outputs: list[Tensor] = []
+    raw: list[Tensor | None] = []
     for p, xa_NR in zip(projections, _split(xa_NS, projections), strict=True):
-        bias = None if p.bias is None else p.bias.detach().to(x.dtype)
+        bias = None if p.bias is None or p.gain is not None else p.bias.detach().to(x.dtype)
         y = None if p.product is None else p.product(x)
         if y is None:
             y = _multiply(x, p.weight(x.dtype), bias)
@@ -173,8 +167,16 @@ def project(x: Tensor, projections: Projections, pooled: Tensor | None = None) -
             y += bias
         if p.rank and not p.holds_change:
             y.view(-1, y.shape[-1]).addmm_(xa_NR, p.scaled_b(x.dtype).t())
-        outputs.append(y)
-    return outputs, xa_NS
+        raw.append(None if p.gain is None else y)
+        outputs.append(y if p.gain is None else with_gain(y, p))
+    return Projected(outputs, xa_NS, raw)
+
+
+def with_gain(raw: Tensor, p: Projection) -> Tensor:
+    """Returns an output with gain and bias, as a new tensor."""
+    assert p.gain is not None
+    y = raw * p.gain.detach().to(raw.dtype)
+    return y if p.bias is None else y.add_(p.bias.detach().to(raw.dtype))
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,6 +186,22 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(*x.shape[:-1], len(weight))
     torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.t(), out=y.view(-1, len(weight)))
     return y
+
+
+def through_gains(
+    grads_NO: Sequence[Tensor], raw: Sequence[Tensor | None], projections: Projections
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Returns the gradients of the outputs before their gains, and of every gain, float32 [O]."""
+    before: list[Tensor] = []
+    of_gains: list[Tensor | None] = []
+    for p, g_NO, y in zip(projections, grads_NO, raw, strict=True):
+        if p.gain is None or y is None:
+            before.append(g_NO)
+            of_gains.append(None)
+            continue
+        of_gains.append((g_NO * y.reshape(g_NO.shape)).sum(0, dtype=torch.float32))
+        before.append(g_NO * p.gain.detach().to(g_NO.dtype))
+    return before, of_gains
 
 
 def through_b(
@@ -243,9 +261,9 @@ def _add_through_a_(grad_x_NI: Tensor, gb_NS: Tensor, a_SG: Tensor, group_size: 
         grad_x_NI.view(len(grad_x_NI), -1, group_size).add_((gb_NS @ a_SG).unsqueeze(-1))
 
 
-def interleave(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns A, B, A, B, ..., which is the order of :meth:`Projection.factors`."""
-    return [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+def interleave(*grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns the gradients of all A, B and gains in the order of :meth:`Projection.operands`."""
+    return [grad for of_one in zip(*grads, strict=True) for grad in of_one]
 
 
 def pool(x_NI: Tensor, group_size: int) -> Tensor:

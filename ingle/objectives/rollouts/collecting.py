@@ -19,7 +19,9 @@ from ingle import stopping
 from ingle.data import PromptSet, SequenceSampler
 from ingle.events import Progress, Sampled, Sink, Warned
 from ingle.models import Request, Rollout, Sampler
+from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.advantages import Floats
+from ingle.objectives.rollouts.alarms import describe_answers, mean_figures
 from ingle.objectives.rollouts.answered import (
     FINISHED,
     STATUSES,
@@ -44,9 +46,6 @@ _POLL_S = 0.05
 _FIRST_HELD_OUT = 1 << 40
 #: Figures of held-out prompts.
 HELD_OUT = ("reward", "response_tokens", "unfinished")
-
-#: Scores of a trained reward model for the answers of all ranks, [R]; all ranks call it together.
-ModelScorer = Callable[[SampleBuffer], Floats]
 
 
 class Iteration(NamedTuple):
@@ -92,6 +91,7 @@ class Collector:
         folder: As above.
         num_prompts: Number of prompts.
         names: Names of the rewards.
+        models: As above.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Collector:
         *,
         make_sampler: Callable[[], Sampler],
         make_pool: Callable[[], RewardPool] | None,
-        models: Mapping[int, ModelScorer],
+        models: Mapping[int, RewardModel],
         names: Sequence[str],
         tokenizer: Any,
         num_generations: int,
@@ -117,7 +117,7 @@ class Collector:
         self.folder, self.num_prompts = folder, len(order)
         self.names = tuple(names)
         self._prompts, self._order = prompts, order
-        self._make_sampler, self._make_pool, self._models = make_sampler, make_pool, models
+        self._make_sampler, self._make_pool, self.models = make_sampler, make_pool, models
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop)
         self._num_generations, self._max_new_tokens = num_generations, max_new_tokens
         self._refill, self._max_failed, self._num_shown = refill, max_failed, num_shown
@@ -201,7 +201,7 @@ class Collector:
         if groups is None:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
-        for number, score in self._models.items():
+        for number, score in self.models.items():
             scores_RF[:, number] = score(buffer)
         times["rollout_s"] = times.get("rollout_s", 0.0) + sampled - began
         times["score_s"] = times.get("score_s", 0.0) + time.monotonic() - sampled
@@ -327,14 +327,16 @@ class Collector:
         """Returns figures of answers and rewards; without those that nothing is known about."""
         figures = {
             "response_tokens": float(buffer["lengths"].mean()),
+            "entropy": float(buffer["entropies"].mean()),
             "unfinished": float((~finished(buffer)).mean()),
         }
         if self.names:
-            with np.errstate(all="ignore"):
-                figures |= {
-                    f"rewards/{name}": _mean(each) for name, each in zip(self.names, answered.scores.T, strict=True)
-                }
-                figures |= {"reward": _mean(raw_R), "reward_std": float(np.nanstd(raw_R))}
+            draws_R = buffer["draws"]
+            for name, each in zip(self.names, answered.scores.T, strict=True):
+                figures |= mean_figures(f"rewards/{name}", each, draws_R)
+            figures |= mean_figures("reward", raw_R, draws_R)
+            figures |= {"reward_std": float(np.nanstd(raw_R))} if "reward" in figures else {}
+            figures |= describe_answers(buffer.by_answer("ids"), raw_R, draws_R)
             figures["unscored"] = float(np.isnan(raw_R).mean())
         logged: dict[str, list[float]] = {}
         for group in answered.groups:
@@ -361,7 +363,3 @@ class Collector:
 
 def _must_stop() -> bool:
     return stopping.requested() is not None
-
-
-def _mean(values: Floats) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")

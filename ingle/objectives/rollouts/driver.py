@@ -20,19 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.adapters import BaseIdentity
 from ingle.data import HeldOut, PromptSet
 from ingle.data.batch import Batch, collate, round_up
 from ingle.data.counters import Counters, Place, Purpose
 from ingle.data.packing import Indices
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
-from ingle.events import Sink
+from ingle.events import Sink, Warned
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
-from ingle.objectives.interface import Check, Objective, Relief, StepModule
+from ingle.objectives.interface import Check, Objective, OpenModel, Relief, StepModule
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
+from ingle.objectives.rollouts.alarms import Alarms
 from ingle.objectives.rollouts.buffer import SampleBuffer
 from ingle.objectives.rollouts.collecting import HELD_OUT, Collector, Iteration
 from ingle.objectives.rollouts.journal import delete_journals
@@ -59,6 +61,8 @@ class RolloutObjective(Objective):
         seed: Seed of the run.
         mesh: The ranks.
         held_out: Prompts for validation.
+        is_precise: Whether the model computes in float32, in which the sampler differs by rounding at most.
+        alarms: Watches the figures of iterations; None without rewards.
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class RolloutObjective(Objective):
         seed: int,
         mesh: Mesh,
         held_out: HeldOut | None = None,
+        is_precise: bool = False,
+        alarms: Alarms | None = None,
     ) -> None:
         self.module, self._recipe, self._collector, self._initial = module, recipe, collector, initial
         self._num_prompts, self._num_passes = num_prompts, num_passes
@@ -86,20 +92,28 @@ class RolloutObjective(Objective):
         self._num_iterations = -(-num_steps // self._steps)
         self._micro_batch_size = micro_batch_size
         self._shares, self._seed, self._mesh = shares, seed, mesh
-        self.prepares = self._is_pair
+        self.prepares = self._is_pair or hasattr(module, "prepare")
         self._held_out = held_out
+        self._trusts_sampler = is_precise and self._steps == 1 and not recipe.reads_values
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
         self._figures: dict[str, float] = {}
         self._trail = hashlib.blake2b(digest_size=16).hexdigest()
         self._saved_iteration = 0
-        self._is_ended = False
+        self._alarms, self.pins_one = alarms, alarms is not None
+        self._good_step: int | None = None
 
     @property
     def epoch(self) -> float:
         """Passes over the prompts so far."""
         return self._draw / self._collector.num_prompts
+
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
+        """Loads what the loss reads besides the model, and the trained reward models."""
+        super().load_parts(identity, open_model)
+        for each in self._collector.models.values():
+            each.load(identity, open_model)
 
     def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
         """Samples and scores answers if the next step needs new ones, and computes what they weigh."""
@@ -125,7 +139,24 @@ class RolloutObjective(Objective):
         self._plan = self._minibatches(buffer, number)
         if isinstance(self.module, PolicyLoss) and "kl_coef" in more:
             self.module.kl_coef = more["kl_coef"]
+        self._watch(number, sink)
         return True
+
+    def _watch(self, iteration: int, sink: Sink) -> None:
+        """Reports alarms, and ends the run if one is to."""
+        if self._alarms is None:
+            return
+        for alarm in self._alarms.update(iteration, self._figures):
+            kept = "the last step" if self._good_step is None else f"step {self._good_step:,}"
+            ends = f" The run ends with the weights of {kept}." if alarm.stops else ""
+            sink(Warned(f"{alarm.message}{ends} To go on: {alarm.fix}.", where=f"objective.alarms.{alarm.name}"))
+            self.is_over |= alarm.stops
+
+    def kept_step(self, step: int) -> int | None:
+        """Returns the last saved step at which no alarm that ends the run had seen its sign."""
+        if self._alarms is not None and self._alarms.is_quiet:
+            self._good_step = step
+        return self._good_step
 
     def _minibatches(self, buffer: SampleBuffer, iteration: int) -> list[Indices]:
         """Returns the answers of each step of an iteration; the first pass has the order of the buffer."""
@@ -141,6 +172,7 @@ class RolloutObjective(Objective):
         assert self._buffer is not None, "no answers were collected"
         rows = self._plan[self._cursor]
         self._cursor += 1
+        self.idle_steps += not _teaches(self._buffer.select(rows))
         return self._batches(self._buffer, rows)
 
     def _batches(self, buffer: SampleBuffer, rows: Indices) -> list[Batch]:
@@ -163,31 +195,48 @@ class RolloutObjective(Objective):
         recipe, module = self._recipe, self.module
         if not isinstance(module, PolicyLoss):
             return buffer
+        # Where the sampler computes what the update does, and the answers are learned from once, it has the last word
+        # on its own probabilities; the first iteration proves that it may.
+        trusts_sampler = self._trusts_sampler and self._iteration >= 0
+        if trusts_sampler and not recipe.reads_reference:
+            return buffer
         found: dict[str, list[Any]] = {}
         was_training = module.training
         for rows in buffer.minibatches(self._batch_rows):
-            parts = relief.split(self._batches(buffer, rows))
-            own: list[dict[str, Any]] = [{} for _ in parts]
-            module.eval()
-            with torch.no_grad():
-                for columns, part in zip(own, parts, strict=True):
-                    columns |= call_outside_step(module, module.evaluate, part)
-                if recipe.reads_reference:
-                    assert self._initial is not None, "there is no reference"
-                    with self._initial():
-                        for columns, part in zip(own, parts, strict=True):
-                            columns["reference_logps"] = call_outside_step(module, module.reference_logps, part)
+            batches = self._batches(buffer, rows)
+            own = relief.attempt(lambda parts: self._ask(parts, asks_policy=not trusts_sampler), batches)
             everywhere = self._mesh.gather([{name: each.numpy(force=True) for name, each in c.items()} for c in own])
-            for turn in range(len(parts)):
-                for columns in (ranks[turn] for ranks in everywhere):
+            # Micro-batches are dealt like cards, and each rank splits its own ones into equally many parts.
+            pieces = len(own) // len(batches) if self._mesh.world_size > 1 else len(own)
+            for first in range(0, len(own), pieces):
+                for columns in (part for parts in everywhere for part in parts[first : first + pieces]):
                     for name, values in columns.items():
                         found.setdefault(name, []).append(values)
         module.train(was_training)
         names = {"logps": "old_logps", "entropies": "entropies"}
         return buffer.adding(**{names.get(name, name): np.concatenate(parts) for name, parts in found.items()})
 
+    def _ask(self, parts: Sequence[Batch], *, asks_policy: bool) -> list[dict[str, Tensor]]:
+        """Returns what the policy and the reference say about the tokens of the answers of each micro-batch."""
+        module = self.module
+        assert isinstance(module, PolicyLoss)
+        own: list[dict[str, Tensor]] = [{} for _ in parts]
+        module.eval()
+        with torch.no_grad():
+            for columns, part in zip(own, parts, strict=True) if asks_policy else ():
+                columns |= call_outside_step(module, module.evaluate, part)
+            if self._recipe.reads_reference:
+                assert self._initial is not None, "there is no reference"
+                with self._initial():
+                    for columns, part in zip(own, parts, strict=True):
+                        columns["reference_logps"] = call_outside_step(module, module.reference_logps, part)
+        return own
+
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
-        """Adds the log-probabilities of the reference to pairs."""
+        """Adds the log-probabilities of the reference to pairs; other modules may add columns of their own."""
+        if not self._is_pair:
+            prepared: Sequence[Batch] = self.module.prepare(parts)  # type: ignore[operator] # see prepares
+            return prepared
         assert self._initial is not None, "there is no reference"
         was_training = self.module.training
         self.module.eval()
@@ -263,8 +312,12 @@ class RolloutObjective(Objective):
             "draw": self._draw,
             "cursor": self._cursor,
             "trail": self._trail,
+            "idle_steps": self.idle_steps,
             "figures": self._figures,
             "recipe": self._recipe.state_dict(),
+            "alarms": None if self._alarms is None else self._alarms.state_dict(),
+            "good_step": self._good_step,
+            "is_over": self.is_over,
         }
         if self._buffer is None or self._cursor >= self._steps:
             return plain
@@ -274,9 +327,23 @@ class RolloutObjective(Objective):
         """Restores what :meth:`state_dict` returned."""
         self._iteration, self._draw, self._cursor = (int(state[name]) for name in ("iteration", "draw", "cursor"))
         self._trail, self._figures = str(state["trail"]), dict(state["figures"])
+        self.idle_steps = int(state["idle_steps"])
         self._recipe.load_state_dict(state["recipe"])
+        self._saved_iteration = self._iteration + (self._cursor >= self._steps)
+        if self._alarms is not None:
+            self._alarms.load_state_dict(state["alarms"])
+        self._good_step, self.is_over = state["good_step"], bool(state["is_over"])
         columns = {name.removeprefix(_BUFFER): each for name, each in state.items() if name.startswith(_BUFFER)}
         self._buffer = SampleBuffer.from_state(columns) if columns else None
         self._plan = [] if self._buffer is None else self._minibatches(self._buffer, self._iteration)
         if isinstance(self.module, PolicyLoss) and "kl_coef" in self._figures:
             self.module.kl_coef = self._figures["kl_coef"]
+
+
+def _teaches(part: SampleBuffer) -> bool:
+    """Returns whether the answers of a step have anything to learn from."""
+    if "advantages" in part.columns:
+        return bool(part["advantages"][part["weights"] > 0].any())
+    if "scores" in part.columns:
+        return bool(np.diff(part["scores"].reshape(-1, 2)).any())
+    return "counted" not in part.columns or bool(part["counted"].any())

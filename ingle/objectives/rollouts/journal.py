@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ingle.atomic import disk_full_explained
+from ingle.atomic import disk_full_explained, write_atomically
 from ingle.models import Rollout
 from ingle.rewards import Scores
 
@@ -49,7 +49,7 @@ class Journal:
         self._header = {"format": _FORMAT, "iteration": iteration, **origin}
         self.rollouts: dict[tuple[int, int], Rollout] = {}
         self.scores: dict[int, Scores] = {}
-        self._synced = time.monotonic()
+        self._synced, self._begun = time.monotonic(), False
         for path in sorted(folder.glob(f"iteration-{iteration:06d}-rank-*.jsonl")):
             self._read(path)
 
@@ -79,16 +79,22 @@ class Journal:
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with disk_full_explained(self._path):
-            is_new = not self._path.is_file() or next(_lines(self._path), None) != self._header
-            if is_new:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_bytes(_written(self._header))
+            if not self._begun:
+                self._begin()
             with self._path.open("ab") as file:
                 file.write(_written(line))
                 if time.monotonic() - self._synced > _SYNC_S:
                     file.flush()
                     os.fsync(file.fileno())
                     self._synced = time.monotonic()
+
+    def _begin(self) -> None:
+        """Keeps the lines of this rank's file that are whole, or begins it anew."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = list(_lines(self._path))
+        kept = lines if lines[:1] == [self._header] else [self._header]
+        write_atomically(self._path, b"".join(map(_written, kept)))
+        self._begun = True
 
 
 def delete_journals(folder: Path, before: int) -> None:
@@ -126,8 +132,8 @@ def _unpacked(text: str) -> Any:
 
 
 def _rollout(line: Mapping[str, Any]) -> Rollout:
-    floats = (_unpacked(line[name]) for name in ("logps", "entropies"))
-    return Rollout(line["draw"], line["answer"], np.array(line["ids"], np.int32), *floats, line["status"])
+    logps, entropies = (_unpacked(line[name]) for name in ("logps", "entropies"))
+    return Rollout(line["draw"], line["answer"], np.array(line["ids"], np.int32), logps, entropies, line["status"])
 
 
 def _scores(line: Mapping[str, Any]) -> Scores:

@@ -44,13 +44,12 @@ class Recipe:
 
     Attributes:
         rows: Answers of a prompt that the update reads.
-        reads_old: Whether :meth:`weigh` reads log-probabilities of the policy before the update.
         reads_reference: Whether it reads those of the reference.
         reads_values: Whether it reads values.
         masks_labels: Whether tokens that do not count have no label; otherwise ``weights`` says which ones count.
     """
 
-    reads_old = reads_reference = reads_values = False
+    reads_reference = reads_values = False
     masks_labels = True
 
     def __init__(self, config: SampledConfig, weights: Floats) -> None:
@@ -86,7 +85,8 @@ class Recipe:
         """Returns the answers with what the update reads, and figures.
 
         Args:
-            buffer: The selected answers, with ``old_logps``, ``reference_logps`` and ``values`` as needed.
+            buffer: The selected answers, with ``old_logps``, ``reference_logps`` and ``values`` as needed. Without
+                ``old_logps``, those of the sampler are the policy's.
             progress: Share of the iterations that are done, this one included.
         """
         return buffer, {}
@@ -161,7 +161,6 @@ class Policy(Recipe):
         self._moving, self._scale = MovingMean(), RunningScale()
         self.reads_reference = kl.place != "none"
         self.reads_values = isinstance(self.config, Ppo)
-        self.reads_old = True
 
     def weigh(self, buffer: SampleBuffer, progress: float) -> tuple[SampleBuffer, dict[str, float]]:
         """Returns the answers with advantages, returns and weights, and figures."""
@@ -184,9 +183,10 @@ class Policy(Recipe):
         counted_N = top_entropy(buffer["entropies"], counted_N, self.config.top_entropy)
         buffer = buffer.adding(advantages=advantages_N, weights=counted_N)
         figures["advantage_std"] = float(advantages_N[counted_N].std()) if counted_N.any() else 0.0
-        log_ratios_N = (buffer["old_logps"] - buffer["sampler_logps"]).astype(np.float64)
-        figures["sampler_ess"] = _sample_share(log_ratios_N, lengths_R, counted_R)
-        figures["sampler_deviation"] = float(np.abs(np.expm1(log_ratios_N)).mean())
+        log_ratios_N = _old(buffer) - buffer["sampler_logps"]
+        if "old_logps" in buffer.columns:
+            figures["sampler_ess"] = _sample_share(log_ratios_N, lengths_R, counted_R)
+            figures["sampler_deviation"] = float(np.abs(np.expm1(log_ratios_N)).mean())
         rollout = self.config.rollout
         if rollout.correction != "none":
             how, level = rollout.correction, rollout.correction_level
@@ -199,13 +199,13 @@ class Policy(Recipe):
         if not self.reads_reference:
             return None
         assert self.config.kl.estimator is not None
-        old_N, reference_N = (torch.from_numpy(buffer[name]).double() for name in ("old_logps", "reference_logps"))
+        old_N, reference_N = torch.from_numpy(_old(buffer)), torch.from_numpy(buffer["reference_logps"]).double()
         found: Floats = kl_terms(old_N, reference_N, self.config.kl.estimator).numpy()
         return found
 
     def _measure(self, buffer: SampleBuffer, progress: float) -> dict[str, float]:
         """Returns the divergence of whole answers in nats, and lets the weight follow it."""
-        k1_N = buffer["old_logps"].astype(np.float64) - buffer["reference_logps"]
+        k1_N = _old(buffer) - buffer["reference_logps"]
         kl_R = sum_answers(k1_N, buffer["lengths"])
         error = float(kl_R.std(ddof=1) / len(kl_R) ** 0.5) if len(kl_R) > 1 else 0.0
         mean = float(kl_R.mean())
@@ -246,7 +246,11 @@ class Policy(Recipe):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the weight of the divergence, the moving mean of rewards and their scale."""
-        parts = {"kl": self.control, "moving": self._moving, "scale": self._scale}
+        parts: dict[str, KlControl | MovingMean | RunningScale] = {
+            "kl": self.control,
+            "moving": self._moving,
+            "scale": self._scale,
+        }
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,6 +258,12 @@ class Policy(Recipe):
         self.control.load_state_dict(state["kl"])
         self._moving.load_state_dict(state["moving"])
         self._scale.load_state_dict(state["scale"])
+
+
+def _old(buffer: SampleBuffer) -> Floats:
+    """Returns the log-probabilities of the policy before the update, float64 [N]; those of the sampler if it is."""
+    name = "old_logps" if "old_logps" in buffer.columns else "sampler_logps"
+    return buffer[name].astype(np.float64)
 
 
 def _sample_share(log_ratios_N: Floats, lengths_R: Any, counted_R: Mask) -> float:

@@ -44,7 +44,7 @@ def test_a_map_and_its_adjoint(kind: str, dim: int) -> None:
 
 
 def test_fastfood_has_columns_of_unit_length_that_are_nearly_orthogonal() -> None:
-    dense = _dense(Fastfood([3000], 64, 0), 0, 64)
+    dense = torch.cat([_dense(Fastfood([3000, 2500], 64, 0), index, 64) for index in range(2)])
     assert torch.all((dense.norm(dim=0) - 1).abs() < 0.06)
     assert (dense.T @ dense - torch.eye(64)).abs().max() < 0.15
 
@@ -57,6 +57,22 @@ def test_the_index_map_keeps_lengths() -> None:
     dense = torch.cat([_dense(IndexMap(SIZES, 16, 5), index, 16) for index in range(len(SIZES))])
     torch.testing.assert_close(dense.T @ dense, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-12)
     assert torch.all((dense != 0).sum(1) == 1)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_task_of_some_directions_needs_about_as_many(kind: str) -> None:
+    """Least squares whose loss depends on 24 directions of 600 weights: d random ones explain d / 24 of it."""
+    generator = torch.Generator().manual_seed(0)
+    design = torch.linalg.qr(torch.randn(600, 24, generator=generator, dtype=torch.float64))[0].T
+    explained = {}
+    for dim in (6, 12, 24, 48):
+        dense = _dense(MAPS[kind]([600], dim, 1), 0, dim)
+        columns = torch.linalg.qr(design @ dense)[0]
+        targets = torch.randn(24, 400, generator=generator, dtype=torch.float64)
+        explained[dim] = float((columns.T @ targets).square().sum() / targets.square().sum())
+    assert explained[6] == pytest.approx(0.25, abs=0.05)
+    assert explained[12] == pytest.approx(0.5, abs=0.05)
+    assert explained[24] == pytest.approx(1.0) == explained[48]
 
 
 class _Net(nn.Module):
