@@ -134,8 +134,8 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
     plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
-    for note in find_lessons(_facts(run, plan, dataset)):
-        sink(Warned(note.text, where=note.where))
+    for lesson in find_lessons(_facts(run, plan, dataset)):
+        sink(Warned(lesson.text, where=lesson.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
     if advice is not None:
         sink(Warned(advice, where="train.global_batch_size"))
