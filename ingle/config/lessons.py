@@ -89,8 +89,9 @@ def find_lessons(facts: Facts) -> list[Note]:
 def _alpha(facts: Facts) -> float | None:
     """Returns the alpha that the config names for a scale of alpha / rank."""
     adapter = facts.run.adapter
-    is_plain = isinstance(adapter, LowRankAdapter) and adapter.kind in _SCALED and not adapter.rslora
-    return adapter.alpha if is_plain else None
+    if not isinstance(adapter, LowRankAdapter) or adapter.kind not in _SCALED or adapter.rslora:
+        return None
+    return adapter.alpha
 
 
 def _rank(facts: Facts) -> int:

@@ -260,7 +260,8 @@ def _rank_charts(content: Content) -> Iterator[dict[str, Any]]:
         Estimate(
             f"rank {row['rank']}",
             row["score"],
-            *(best + end for end in row["ci95"]),
+            best + row["ci95"][0],
+            best + row["ci95"][1],
             "chosen" if row["rank"] == content["recommendation"]["rank"] else "other",
             f"rank {row['rank']}: loss {row['score']:.4f}, {count(row['parameters'])} parameters",
             row["parameters"],
@@ -291,6 +292,8 @@ def _title(curve: Mapping[str, Any]) -> str:
 
 def _dimension_text(curve: Mapping[str, Any]) -> str:
     d90, largest = curve["d90"], curve["points"][-1]["d"]
+    if not d90["has_gain"]:
+        return "Training does not lower the loss at 5 %."
     if not d90["reached"]:
         return f"The target is not reached with up to {largest:,} directions."
     low = "fewer" if d90["low"] is None else f"{d90['low']:,.0f}"

@@ -16,7 +16,7 @@ from ingle.events import Progress, Sink, Warned
 from ingle.studies.curve import Difference, Tables, compare, holm, mean_losses, resample
 from ingle.studies.methods import Method, methods_of
 from ingle.studies.rates import Choice, best_rate
-from ingle.studies.trials import TaskScore, Trial, Trials, shared_options
+from ingle.studies.trials import TaskScore, Trial, Trials, require_new_adapters, shared_options
 from ingle.wording import duration, plural
 
 #: The method that others are compared with.
@@ -117,6 +117,7 @@ def study_methods(request: MethodRequest, sink: Sink = lambda event: None) -> Me
         Interrupted: Ctrl-C; the same command continues.
     """
     began = time.monotonic()
+    require_new_adapters(request.run)
     methods = _chosen(request)
     steps, seeds, predicted_s = _scale(request, len(methods), sink)
     trials = Trials(request.run, shared_options(request.run, steps), sink)

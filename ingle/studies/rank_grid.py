@@ -12,7 +12,7 @@ from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Sink, Warned
 from ingle.planning import Plan
-from ingle.studies.trials import Trial, Trials, shared_options
+from ingle.studies.trials import Trial, Trials, require_new_adapters, shared_options
 from ingle.wording import duration, plural
 
 #: Seconds of a trial beyond its plan: assembling a model and a folder.
@@ -82,7 +82,7 @@ class Grid:
         """Returns the largest number of trials, without extensions of the rates."""
         spaces = len(self.ranks) if request.space == "lora" else 1
         curves = len(request.methods) + (spaces - 1) * request.every_rank
-        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers)
+        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers and len(self.ranks) > 1)
         return (spaces + curves * len(self.dims)) * (self.num_rates + len(self.seeds) - 1) + by_layer
 
 
@@ -93,6 +93,7 @@ def choose_grid(request: RankRequest, sink: Sink) -> tuple[Grid, float]:
         ConfigError: The config has no subspaces, or even the smallest grid takes longer than the budget.
     """
     run = request.run
+    require_new_adapters(run)
     if request.space == "lora" and not isinstance(run.adapter, LoraAdapter):
         raise ConfigError(
             f"The subspaces of LoRA need adapter.kind = lora, not {run.adapter.kind}.",

@@ -278,8 +278,8 @@ class _Study:
         label, lr = f"rank-{rank}-by-layer", recommended.choice.lr
         scores = [self.trials.run(Trial(label, options, lr, seed)) for seed in self._grid.seeds]
         choice = Choice(lr, tuple(scores), tuple(scores), at_edge=False)
-        better = not choice.failed and compare(choice.tables(), recommended.choice.tables())
-        is_better = bool(better) and better.value < 0 and better.p < _LEVEL
+        found = None if choice.failed else compare(choice.tables(), recommended.choice.tables())
+        is_better = found is not None and found.value < 0 and found.p < _LEVEL
         return pattern if is_better else {}, layer_ranks(spectra)
 
     def _best(
@@ -346,7 +346,9 @@ def _recommend(
         else "At 5 %, all other ranks are worse than the best one.",
         _about_dimension(curves[0], threshold),
     ]
-    if len(rows) > 1 and chosen is rows[-1]:
+    if len(rows) == 1:
+        reason = [f"Rank {chosen.rank} is the only one that was tried.", reason[-1]]
+    elif chosen is rows[-1]:
         reason.append("It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
         reason.append("Its best learning rate is at the edge of the rates that were tried.")
@@ -357,6 +359,8 @@ def _recommend(
 
 def _about_dimension(curve: Curve, threshold: float) -> str:
     d90, share = curve.d90, f"{100 * threshold:g} %"
+    if not d90.has_gain:
+        return "Training does not lower the loss at 5 %, so no figure means anything: use more steps or other rates."
     if not d90.reached:
         return f"No subspace of up to {d90.largest:,} directions reaches {share} of the gain."
     low = f"{d90.low:,.0f}" if d90.low is not None else f"{curve.points[0].dim:,} or fewer"

@@ -218,7 +218,7 @@ class Trials:
         )
 
     def _measure(self, trial: Trial, run: Run, folder: RunFolder) -> Score:
-        known = {"name": folder.path.name, "label": trial.label, "lr": trial.lr, "seed": trial.seed}
+        known: dict[str, Any] = {"name": folder.path.name, "label": trial.label, "lr": trial.lr, "seed": trial.seed}
         try:
             report = flow.finetune(run, self._listen)
         except NonFiniteError as error:
@@ -232,6 +232,21 @@ class Trials:
             self._sink(event)
 
 
+def require_new_adapters(run: Run) -> None:
+    """Refuses a config whose adapter continues another one: a study compares adapters that begin anew.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if getattr(run.adapter, "path", None) is not None:
+        raise ConfigError(
+            "A study compares adapters that begin anew, but this one continues another.",
+            where="adapter.path",
+            fix="--adapter.path=null, or merge that adapter (`ingle export RUN --to safetensors --out DIR`) and use "
+            "--model.id=DIR",
+        )
+
+
 def shared_options(run: Run, steps: int | None) -> dict[str, Any]:
     """Returns the options that all trials of a study have: a validation before and after training, and nothing else.
 
@@ -241,7 +256,7 @@ def shared_options(run: Run, steps: int | None) -> dict[str, Any]:
     """
     held_out = {} if run.data.validation is not None else {"validation": {"share": _HELD_OUT, "sources": []}}
     train = {"keep_best": False, "early_stopping": None, "save_every": 0, "keep_checkpoints": 1}
-    evaluated = {"sources": [], "every": steps, "num_validation_samples": 0}
+    evaluated: dict[str, Any] = {"sources": [], "every": steps, "num_validation_samples": 0}
     return {"data": held_out, "train": train | ({} if steps is None else {"num_steps": steps}), "evaluate": evaluated}
 
 
@@ -278,10 +293,14 @@ def _merge(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for name, value in options.items():
         former = merged.get(name)
-        is_part = isinstance(value, Mapping) and isinstance(former, Mapping)
-        same_kind = is_part and all(value.get(tag, former.get(tag)) == former.get(tag) for tag in ("kind", "format"))
-        merged[name] = _merge(former, value) if same_kind else value
+        if isinstance(value, Mapping) and isinstance(former, Mapping) and _is_same_kind(former, value):
+            value = _merge(former, value)
+        merged[name] = value
     return merged
+
+
+def _is_same_kind(former: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return all(value.get(tag, former.get(tag)) == former.get(tag) for tag in ("kind", "format"))
 
 
 def _read(file: Path) -> Score | None:

@@ -87,6 +87,28 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
     ),
+    "precondition-needs-frozen-a": (["--adapter.precondition"], ["--adapter.precondition", "--adapter.freeze_a"]),
+    "low-memory-is-for-full-fine-tuning": (["--optim.rule=galore"], ["--optim.rule=galore", "--adapter=none"]),
+    "whole-weights-are-not-sharded": (
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=zero2"],
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=ddp"],
+    ),
+    "whole-weights-are-not-offloaded": (
+        ["--optim.rule=subspace", "--parallel.offload"],
+        ["--optim.rule=subspace", "--parallel.offload=false"],
+    ),
+    "drawn-layers-are-not-compiled": (
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile"],
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile=auto"],
+    ),
+    "a-subspace-has-one-rate": (
+        ["--optim.rule=subspace", "--adapter.lora_plus_ratio=4"],
+        ["--optim.rule=adamw", "--adapter.lora_plus_ratio=4"],
+    ),
+    "a-subspace-has-no-decay": (
+        ["--optim.rule=subspace", "--optim.weight_decay=0.1"],
+        ["--optim.rule=subspace", "--optim.weight_decay=0"],
+    ),
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
     "random-needs-full": (["--model.init=random"], ["--model.init=random", "--adapter=none"]),
