@@ -12,6 +12,7 @@ from ingle.cli import (
     configuration,
     doctor,
     evaluation,
+    expanding,
     exporting,
     formats,
     generation,
@@ -65,6 +66,7 @@ app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
 app.command("formats")(formats.formats)
+app.command("expand")(expanding.expand)
 app.command("rank", context_settings=_WITH_OVERRIDES)(studying.rank)
 app.command("methods", context_settings=_WITH_OVERRIDES)(studying.methods)
 app.command("models")(model_types.models)
