@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ingle.assembly import assemble
 from ingle.config.adapter import LoraAdapter, NoAdapter
@@ -17,6 +18,7 @@ from ingle.evaluation.statistics.intervals import wilson
 from ingle.events import Progress, Sink
 from ingle.objectives import PreferenceObjective
 from ingle.objectives.answers import AnswerTokens, find_pairs, log_ratios
+from ingle.objectives.reference_cache import answer_keys
 
 #: Shares of the pairs whose margins are shown.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -58,10 +60,9 @@ def measure_margins(run: Run, num_rows: int, sink: Sink) -> Margins:
     run = run.model_copy(update={"objective": Dpo(kind="dpo"), "adapter": adapter, "evaluate": None})
     objective = assemble(run, sink).objective
     assert isinstance(objective, PreferenceObjective)
-    found: list[tuple[float, float]] = []
-    rows = 0
+    found: dict[tuple[bytes, ...], tuple[float, ...]] = {}  # the last step of an epoch goes on with the next one
     with torch.no_grad():
-        while rows < num_rows and objective.epoch < 1:
+        while len(found) < num_rows and objective.epoch < 1:
             for part in objective.prepare(objective.next_batches()):
                 tokens = AnswerTokens.of(part)
                 logps_M = -log_ratios(torch.zeros(len(tokens.rows), device=tokens.rows.device), part, tokens)
@@ -69,11 +70,12 @@ def measure_margins(run: Run, num_rows: int, sink: Sink) -> Margins:
                 means_D = sums_D / tokens.lengths.clamp_min(1)
                 pairs = find_pairs(part, tokens.lengths > 0, "best_worst")
                 sides = [each[pairs.chosen] - each[pairs.rejected] for each in (sums_D, means_D)]
-                found += zip(*(side.tolist() for side in sides), strict=True)
-                rows += len(pairs.best)
-            sink(Progress("Margins", min(rows, num_rows), num_rows))
+                keys = dict(zip(part.answers().tolist(), answer_keys(part), strict=True))
+                names = [tuple(keys[d] for d in pair) for pair in zip(*map(Tensor.tolist, pairs[:2]), strict=True)]
+                found |= dict(zip(names, zip(*map(Tensor.tolist, sides), strict=True), strict=True))
+            sink(Progress("Margins", min(len(found), num_rows), num_rows))
     objective.state_dict()  # writes the values of the reference
-    table_P2 = np.array(found)
+    table_P2 = np.array(list(found.values()))
     shares = [wilson(int((column > 0).sum()), len(column)) for column in table_P2.T]
     means = [float((column > 0).mean()) for column in table_P2.T]
     accuracies = [(mean, share.low, share.high) for mean, share in zip(means, shares, strict=True)]

@@ -13,28 +13,31 @@ def expand(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="An unquantized model (16 or 32 bits): a folder or a hub id.")
     ],
-    blocks: Annotated[int, typer.Option(min=1, max=10_000, help="Number of new layers, one after each equal group.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", show_default=False, help="A new folder.")],
+    blocks: Annotated[int, typer.Option(min=1, metavar="N", show_default=False, help="Number of layers to add.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", show_default=False, help="A new folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Add layers to a model that compute nothing at first, to train only them (block expansion, as in LLaMA Pro).
+    """Add layers to a model that change nothing yet, to train them alone (block expansion).
 
-    The new model computes the same as the original one, which is checked. The command prints the lines of a config that
-    train the new layers and leave everything else as it is.
+    - `ingle expand my-model --blocks 2 --out my-larger-model`
 
-    - `ingle expand examples/models/ember-6m --blocks 2 --out models/ember-expanded`
+    The new layers are copies whose attention and MLP end in zeros. The command ends with the options that train them
+    and nothing else.
     """
     from ingle.sinks import Terminal
     from ingle.sinks.terminal import make_console
 
     with Terminal(make_console(stderr=True)) as terminal:
-        from ingle.config import ModelConfig
-        from ingle.models.expansion import expand as run_expand
+        from ingle.export import expand as run_expand
 
-        result = run_expand(ModelConfig(id=model), blocks, out, terminal)
+        result = run_expand(model, blocks, out, sink=terminal)
     if as_json:
-        print(json.dumps({"path": str(result.path), "added": result.added, "modules": result.modules}, indent=1))
+        print(json.dumps(result.to_dict(), indent=1))
         return
-    print(f"Wrote {result.path}: {len(result.added)} new layers; its logits are those of {model}. To train only them:")
-    print(f"  model: {{id: {result.path}}}")
-    print(f"  adapter: {{kind: lora, target_modules: none, trainable_modules: [{', '.join(result.modules)}]}}")
+    from ingle.wording import count
+
+    print(f"  {result.num_layers} layers, {len(result.new_layers)} of them new: {', '.join(result.new_layers)}.")
+    print(f"  {count(result.num_new)} of {count(result.num_weights)} weights are new. The logits are the same.")
+    print(f"  Wrote {result.path}. To train the new layers only:")
+    print(f"    --model.id={result.path} --base.format=none --adapter.target_modules=none")
+    print(f"    --adapter.trainable_modules=[{','.join(result.new_layers)}]")

@@ -133,7 +133,7 @@ def answer_ending(tokenizer: Tokenizer) -> tuple[int, Ids]:
     turns = (Message("user", ANSWER), Message("assistant", ANSWER))
     chat = Example("answer_ending", messages=turns)
     example = chat if has_template(tokenizer) else Example("answer_ending", prompt=ANSWER, completion=ANSWER)
-    document = make_document(example, tokenizer, train_on="last")
+    document = make_document(example, tokenizer, train_on="last", system=None)
     assert not isinstance(document, str), document
     (found,) = TextEncoder(tokenizer).encode([document])
     last = int(np.flatnonzero(found.supervised)[-1])

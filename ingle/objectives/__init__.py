@@ -125,10 +125,8 @@ def build(run: Run, context: Context) -> Objective:
             tokenizer=context.tokenizer,
             initial=partial(adapters.use, context.model, "initial"),
             models={
-                number: RewardModel(
-                    run.objective.rewards[number].path, context.model, role, context.tokenizer, context.mesh
-                )
-                for number, role in context.roles.items()
+                number: RewardModel(path, context.model, role, context.tokenizer, context.mesh)
+                for number, (path, role) in context.roles.items()
             },
             held_out=context.held_out,
             num_steps=context.num_steps,

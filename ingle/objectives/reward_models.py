@@ -76,7 +76,7 @@ class RewardModel:
                 why=f"it is a {type(opened.model).__name__}",
                 fix="name a run with --objective.kind=reward on a causal model",
             )
-        if opened.tokenizer.get_vocab() != self._tokenizer.get_vocab():  # type: ignore[attr-defined]
+        if opened.tokenizer.get_vocab() != self._tokenizer.get_vocab():
             raise ModelError(
                 "The reward model has another vocabulary than the policy, so it cannot read its tokens.",
                 where=where,

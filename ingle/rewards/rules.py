@@ -83,7 +83,7 @@ def _contains(options: Mapping[str, Any]) -> Rule:
             text, wanted = text.lower(), [value.lower() for value in wanted]
         if not wanted:
             return None
-        return sum((value in text) != options["absent"] for value in wanted) / len(wanted)
+        return sum((value in text) is not bool(options["absent"]) for value in wanted) / len(wanted)
 
     return rule
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ingle import adapters, flow
 from ingle.adapters.data_starts import move_ranks
+from ingle.adapters.fusion import FusedLayer
 from ingle.assembly import Assembled, assemble
 from ingle.config.run import Run
 from ingle.objectives import Objective
@@ -40,6 +41,9 @@ def assembled(folder: Path, init: str, *, base: str = "none", **options: Any) ->
 def plain_weights(parts: Assembled) -> dict[str, nn.Parameter]:
     """Puts plain, trained weights in the place of bases, and turns the adapters off."""
     weights: dict[str, nn.Parameter] = {}
+    for module in parts.model.modules():
+        if isinstance(module, FusedLayer):  # it reads weights without a gradient, and calls no hooks
+            module.enabled = False
     for path, layer in adapters.lora_modules(parts.model).items():
         base = layer.base
         assert isinstance(base, nn.Linear | QuantLinear)
@@ -80,13 +84,11 @@ def test_gradients_of_the_base(base: str, tmp_path: Path) -> None:
         )
         theirs.base_layer._peft_loraga_grad = grad / 2
         theirs.lora_ga_init("default", peft.LoraGAConfig())
-        wanted = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
         # The sign of a direction of A is not that of a direction of B, so spaces and sizes are compared.
         a, b = theirs.lora_A["default"].weight.detach(), theirs.lora_B["default"].weight.detach()
         assert angles(layer.lora_a.detach(), a).min() > 1 - 1e-4
         assert angles(layer.lora_b.detach().t(), b.t()).min() > 1 - 1e-3
         torch.testing.assert_close(layer.lora_b.norm(dim=0), b.norm(dim=0), rtol=1e-3, atol=1e-9)
-        assert wanted.shape == layer.delta().shape
 
 
 def test_training_begins_at_the_base(tmp_path: Path) -> None:
@@ -152,7 +154,9 @@ def test_what_rounding_took(tmp_path: Path) -> None:
         assert (residual - layer.delta()).norm() < residual.norm()
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])
+@pytest.mark.parametrize(
+    "init", ["eva", *(pytest.param(init, marks=pytest.mark.sweep) for init in ("lora_ga", "loftq"))]
+)
 def test_a_resumed_run_reads_no_data_again(init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = {"kind": "lora", "rank": RANK, "init": init}
     config = config_of(

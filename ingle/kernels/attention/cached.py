@@ -116,7 +116,7 @@ class KeyStore:
             [M, Hq, Dv].
         """
         keys, values_THD = self.next_layer(k_MHD, v_MHD)
-        rows = self.places.rows
+        rows = self.places.rows.to(v_MHD.device)
         keys[rows // BLOCK, :, :, rows % BLOCK] = k_MHD
         values_THD.index_copy_(0, rows, v_MHD)
         return self.attend_placed(q_MHD, keys, values_THD, scores, before=before, chunk=chunk, sinks=sinks)
@@ -263,11 +263,12 @@ def attend_rows(q, keys, values, texts, first, scale, softcap, sinks, out):  # t
         own_end = text[_OWN_START] + max(0, text[_POSITION] + 1 - text[_LENGTH])
         count = end - begin
         row = np.empty(count + own_end - own_begin, np.float32)
+        scratch = np.empty(BLOCK, np.float32)
         weights = np.empty(len(row), values.dtype)
         total = np.empty(values.shape[2], np.float32)
         for member in range(head * group, (head + 1) * group):
-            _score(q[token, member], keys, head, begin, row[:count])
-            _score(q[token, member], keys, head, own_begin, row[count:])
+            _score(q[token, member], keys, head, begin, scratch, row[:count])
+            _score(q[token, member], keys, head, own_begin, scratch, row[count:])
             sink = sinks[member] if len(sinks) > 0 else np.float32(-np.inf)
             _weigh(row, scale, softcap, sink, weights)
             total[:] = np.float32(0.0)
@@ -278,32 +279,32 @@ def attend_rows(q, keys, values, texts, first, scale, softcap, sinks, out):  # t
                 store(result, j, total[j])
 
 
-@njit(error_model="numpy")
-def _score(query, keys, head, begin, row):  # type: ignore[no-untyped-def]
-    """Computes the products of a query with the keys of some rows, block by block."""
+@njit(fastmath=FAST, error_model="numpy")
+def _score(query, keys, head, begin, scratch, row):  # type: ignore[no-untyped-def]
+    """Computes the products of a query with the keys of some rows."""
     done = 0
     while done < len(row):
         block, lane = (begin + done) // BLOCK, (begin + done) % BLOCK
         count = min(BLOCK - lane, len(row) - done)
-        _multiply(query, keys[block, head], lane, row[done : done + count])
+        _multiply(query, keys[block, head], scratch)
+        row[done : done + count] = scratch[lane : lane + count]
         done += count
 
 
-@njit(error_model="numpy")
-def _multiply(query, block, lane, row):  # type: ignore[no-untyped-def]
-    """Multiplies a query with keys of a block; sums are not reordered, so no bit depends on a key's place in it."""
-    size, end = len(query) // 4 * 4, lane + len(row)
-    row[:] = np.float32(0.0)
+@njit(fastmath=FAST, error_model="numpy")
+def _multiply(query, block, products):  # type: ignore[no-untyped-def]
+    """Multiplies a query with all keys of a block, in loops of constant length: so no bit depends on a key's place."""
+    size = len(query) // 4 * 4
+    products[:] = np.float32(0.0)
     for j in range(0, size, 4):
         a, b, c, d = load(query, j), load(query, j + 1), load(query, j + 2), load(query, j + 3)
-        first, second = block[j][lane:end], block[j + 1][lane:end]
-        third, fourth = block[j + 2][lane:end], block[j + 3][lane:end]
-        for s in range(len(row)):
-            row[s] = row[s] + ((a * load(first, s) + b * load(second, s)) + (c * load(third, s) + d * load(fourth, s)))
+        first, second, third, fourth = block[j], block[j + 1], block[j + 2], block[j + 3]
+        for s in range(BLOCK):
+            products[s] += a * load(first, s) + b * load(second, s) + c * load(third, s) + d * load(fourth, s)
     for j in range(size, len(query)):
-        a, first = load(query, j), block[j][lane:end]
-        for s in range(len(row)):
-            row[s] = row[s] + a * load(first, s)
+        a, first = load(query, j), block[j]
+        for s in range(BLOCK):
+            products[s] += a * load(first, s)
 
 
 @njit(fastmath=FAST, error_model="numpy")

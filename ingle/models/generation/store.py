@@ -75,7 +75,7 @@ class PromptRows:
         for segment in sorted(self._segments.values(), key=lambda each: each.start):
             if segment.start - begin >= length:
                 break
-            begin = segment.start + len(segment.ids)
+            begin = max(begin, segment.start + len(segment.ids))  # an empty segment may begin at a used row
         return begin if begin + length <= self._end else None
 
 

@@ -65,7 +65,7 @@ def describe_answers(ids: Sequence[Integers], rewards_R: Floats, groups_R: Integ
     figures = {"repetition": float(np.mean([_repetition(each) for each in ids]))}
     shares = []
     for group in np.unique(groups_R):
-        rows = np.flatnonzero(groups_R == group)
+        rows = np.flatnonzero(groups_R == group).tolist()
         if len(rows) > 1:
             (_, count), *_ = Counter(ids[row].tobytes() for row in rows).most_common(1)
             shares.append(count / len(rows))

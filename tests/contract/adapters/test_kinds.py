@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ingle import adapters, models
@@ -391,3 +392,44 @@ def test_an_export_refuses_what_is_no_change_of_weights(tmp_path: Path) -> None:
     source = Source(ModelConfig(id=str(tmp_path / "model")), base_section("none"), tmp_path / "adapter")
     with pytest.raises(AdapterError, match="not linear in their inputs"):
         MergedModel(source)
+
+
+def test_adalora_of_peft_is_read_without_the_directions_that_it_removed(tmp_path: Path) -> None:
+    case = _peft("adalora", {})
+    options = {"init_r": 4, "target_r": 1, "total_step": 4, "tfinal": 1, "target_modules": ["q_proj", "down_proj"]}
+    theirs = peft.get_peft_model(make(case), peft.AdaLoraConfig(**options))
+    for step in range(1, 4):
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                drawn = torch.randn(parameter.shape, generator=generator_of(step, name))
+                parameter.data, parameter.grad = drawn * 0.3, drawn.flip(0)
+        theirs.base_model.update_and_allocate(step)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(tensor.shape[0] < 4 for key, tensor in saved.items() if "lora_A" in key)
+    loaded = make(case)
+    adapters.load_adapter(loaded, tmp_path)
+    close(logits(loaded), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ia3", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("norms", peft.LNTuningConfig(target_modules=["input_layernorm"])),
+        ("oft", peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"])),
+        ("loha", peft.LoHaConfig(r=2, target_modules="all-linear", alpha=4)),
+    ],
+)
+def test_adapters_of_peft_are_read(name: str, config: Any, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(make(Case({})), config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator_of(0, key))
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    loaded = make(Case({}))
+    adapters.load_adapter(loaded, tmp_path)
+    close(logits(loaded), wanted)
