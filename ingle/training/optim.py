@@ -150,7 +150,7 @@ class Optimizer:
                 self._masters[name].grad = change(gradient)
         for group, options in zip(self._groups, self._adamw.param_groups, strict=True):
             options["lr"] = lr * group.lr_ratio
-            for name, _ in group.parameters if self._low_rank is not None else ():
+            for name, _ in group.parameters:
                 if self._low_rank is not None and name in self._projected:
                     self._low_rank.update(name, self._masters[name], lr * group.lr_ratio, group.weight_decay)
         self._adamw.step()
