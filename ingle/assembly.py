@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from ingle.events import Sink, Warned
 from ingle.models import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
+from ingle.training.calibration import calibrate
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
 from ingle.training.data_shape import data_shape
 from ingle.training.groups import build_optimizer
@@ -150,6 +152,13 @@ def _sized(adapter: AdapterConfig, tokenizer: Any) -> AdapterConfig:
     return adapter.model_copy(update={"num_virtual_tokens": len(tokenizer(adapter.init_text)["input_ids"])})
 
 
+def _originals(run: Run, model: models.Model) -> Callable[[str], torch.Tensor] | None:
+    """Returns what reads the weights before they were quantized, if the adapter begins with what they lost."""
+    if getattr(run.adapter, "init", None) != "loftq":
+        return None
+    return models.original_weights(run.model, models.task_of(model))
+
+
 def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.Module) -> None:
     """Gives virtual tokens the text that they begin with, or what the base computes for it."""
     text = getattr(run.adapter, "init_text", None)
@@ -241,11 +250,16 @@ def warn_of_contamination(found: data.Contamination) -> Warned:
     )
 
 
-def assemble(run: Run, sink: Sink) -> Assembled:
+def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
     """Builds all parts of a run.
 
     All modules are created on the meta device, and weights are read into them last, so that modules can be sharded
     before they take memory.
+
+    Args:
+        run: The config.
+        sink: Receives warnings and progress.
+        resumes: Whether a checkpoint will give the adapter its values, so that it reads no data for them.
     """
     parallel.require_launcher(run.parallel)
     ready = prepare(run, sink)
@@ -315,6 +329,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         seed=run.seed,
         identity=identity,
         keeps_initial=has_reference(run) or reads_reference(run),
+        original=_originals(run, model),
         mesh=mesh,
     )
     for note in report.notes:
@@ -333,6 +348,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     if sharing is not None:
         sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
+    if not resumes:
+        run = run.model_copy(update={"adapter": calibrate(model, run.adapter, objective, mesh, seed=run.seed)})
     hooked = run.train.imatrix or objective.module.uses_hooks
     compiled = plan.compile and not fusion.fused and not hooked and run.optim.rule.kind != "lisa"
     if compiled:

@@ -79,7 +79,7 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
 def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSink) -> RunReport:
     """Makes or resumes the run in a folder that rank 0 has locked."""
     began = time.monotonic()
-    parts = assemble(_as_before(run, folder, sink), sink)
+    parts = assemble(_as_before(run, folder, sink), sink, resumes=folder.last_step() is not None)
     sink.share(parts.mesh)
     run = run.model_copy(update={"objective": parts.run.objective, "adapter": parts.run.adapter})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
@@ -103,6 +103,7 @@ def _open_beside(mesh: parallel.Mesh, sink: Sink, path: str) -> inference.Opened
 def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
     folder.begin(run.model_copy(update={"objective": parts.run.objective}))
     folder.save_plan(parts.plan)
+    folder.save_ranks(parts.run)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -113,7 +114,7 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    run = with_names(run, folder.load_run())
+    run = folder.with_ranks(with_names(run, folder.load_run()))
     world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(
@@ -225,6 +226,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     stop, saved, good_step = False, position.step, objective.kept_step(position.step) if latest is not None else None
     with stopping.deferred():
         while True:
+            validated = None
             if not stop and validation.is_due(position.step):
                 parts.rounding.prepare(position.step + 1)
                 validated = validation.take(position.step)
@@ -236,7 +238,9 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     position = replace(position, validation_s=spent, wall_s=time.monotonic() - began)
             is_over = stop or position.step == plan.num_steps or validation.selection.should_stop or objective.is_over
             is_due = plan.save_every > 0 and position.step % plan.save_every == 0
-            if position.step != saved and (is_due or is_over or validation.kept_step == position.step):
+            # A run that was stopped after its last step has saved that step without the validation.
+            is_new = position.step != saved or (is_over and validated is not None)
+            if is_new and (is_due or is_over or validation.kept_step == position.step):
                 good_step = objective.kept_step(position.step)
                 pinned = good_step if validation.kept_step is None else validation.kept_step
                 sink(Saved(position.step, str(checkpoints.save(position, pinned)), "checkpoint"))

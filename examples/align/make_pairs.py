@@ -5,7 +5,15 @@
 writes ``pairs.jsonl`` and ``heldout.jsonl`` beside this file, always the same bytes. Both notices of a pair begin with
 the same sentence frame and make the same choices of words. The worse one has another value than the record, lacks an
 optional value, or has one that the record lacks; these are equally frequent, so that length says little about which
-one is better. No pair has a record of the demo's rows; the held-out ones have none of the training pairs' records, and
+one is better.
+
+    python examples/align/make_pairs.py --model examples/models/ember-6m-notices
+
+writes ``own.jsonl``: pairs of answers that a model itself gave to the records of ``pairs.jsonl``. Of several sampled
+answers, the first faithful one is chosen and the first unfaithful one rejected; where no answer is faithful, the notice
+of ``pairs.jsonl`` is chosen. With another machine or number of threads, the model may sample other answers.
+
+No pair has a record of the demo's rows; the held-out ones have none of the training pairs' records, and
 a quarter of them have values that no training record has.
 """
 
@@ -27,6 +35,8 @@ from make_task import REQUEST, Kind, Noticeboard, Record, make_splits, record_li
 SEED = "faithful"
 NUM_PAIRS = {"pairs": 2_000, "heldout": 300}
 UNSEEN_SHARE = 0.25
+#: Records that a model answers itself, and its answers to each.
+NUM_OWN, NUM_ANSWERS = 1_200, 4
 
 
 def swap(board: Noticeboard, kind: Kind, record: Record) -> Record | None:
@@ -104,11 +114,34 @@ def _pair(board: Noticeboard, kind: Kind, record: Record, change: str) -> dict[s
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "change": change}
 
 
+def own_pairs(model: str, rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Yields pairs of the answers that a model gave itself."""
+    from ingle.data import Message
+    from ingle.inference import open_model
+
+    engine = open_model(model)
+    prompts = [[Message("user", row["prompt"])] for row in rows for _ in range(NUM_ANSWERS)]
+    found = engine.generate(prompts, max_new_tokens=64, temperature=1.0, seed=0, batch_size=200)
+    for number, row in enumerate(rows):
+        answers = [each.text for each in found[number * NUM_ANSWERS : (number + 1) * NUM_ANSWERS]]
+        good = [answer for answer in answers if not find_faults(row["prompt"], answer)]
+        bad = [answer for answer in answers if find_faults(row["prompt"], answer)]
+        if bad:
+            yield {"prompt": row["prompt"], "chosen": (good or [row["chosen"]])[0], "rejected": bad[0]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Write pairs of faithful and unfaithful notices.")
     parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--model", help="write pairs of this model's own answers")
     options = parser.parse_args(arguments)
+    if options.model:
+        given = map(json.loads, (HERE / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:NUM_OWN])
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own_pairs(options.model, list(given)))
+        (options.output / "own.jsonl").write_text(text, encoding="utf-8")
+        print(f"own: {text.count(chr(10)):,} pairs, {len(text.encode()) / 1e6:.2f} MB")
+        return
     lines: dict[str, list[str]] = {split: [] for split in NUM_PAIRS}
     for split, row in make_pairs():
         lines[split].append(json.dumps(row, ensure_ascii=False) + "\n")

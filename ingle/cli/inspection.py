@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ingle.config import LoadedRun, Run
     from ingle.data.row_encoder import ModelKind
 
-_FLAGS = ("--model", "--num-previews", "--json", "--debug", "--help")
+_FLAGS = ("--model", "--num-previews", "--margins", "--json", "--debug", "--help")
 
 
 def inspect(
@@ -28,12 +28,21 @@ def inspect(
     ] = None,
     num_previews: Annotated[int, typer.Option(min=0, help="Number of documents to show token by token.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    margins: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            metavar="ROWS",
+            help="Load the weights too, and measure how likely the model makes the answers of so many rows.",
+        ),
+    ] = None,
 ) -> None:
     """Show the training data as the model sees it: supervised tokens, lengths, packing, duplicates and overlap.
 
     Accepts a config or a data file. A data file without `--model` is only checked row by row.
 
-    Loads the tokenizer of the model, but not its weights, and trains nothing.
+    Loads the tokenizer of the model, but not its weights unless `--margins` needs them, and trains nothing.
     """
     from ingle.config import Run
 
@@ -46,6 +55,8 @@ def inspect(
     elif any(override.startswith("--model.") for override in overrides):
         loaded = _load_for(file, overrides)
     else:
+        if margins is not None:
+            raise ConfigError("Margins need a model.", where="--margins", fix="--model PATH_OR_ID")
         _inspect_rows(file, overrides, num_previews, as_json)
         return
     from ingle.cli.tokenizer_loading import load_apart
@@ -69,10 +80,18 @@ def inspect(
             seed=run.seed,
             sink=terminal,
         )
+        found = None
+        if margins is not None:
+            from ingle.margins import describe, measure_margins
+
+            found = measure_margins(run, margins, terminal)
     if as_json:
-        print(json.dumps(asdict(report), ensure_ascii=False))
-    else:
-        render_report(report, make_console())
+        more = {} if found is None else {"margins": asdict(found)}
+        print(json.dumps(asdict(report) | more, ensure_ascii=False))
+        return
+    render_report(report, make_console())
+    if found is not None:
+        print("\n".join(describe(found)))
 
 
 def _read_kind(run: Run) -> ModelKind:

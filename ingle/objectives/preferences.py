@@ -191,7 +191,7 @@ class PreferenceObjective(PackedObjective):
         """Restores the counter of the sampler, and reads the cache as it was."""
         super().load_state_dict(state)
         if self.cache is not None and not self._is_complete:
-            self.cache.limit(state["files"])
+            self.cache.limit(state.get("files", self.cache.files))
 
 
 class JudgedObjective(PreferenceObjective):

@@ -8,15 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from ingle import scoring
-from ingle.assembly import assemble
+from ingle.assembly import assemble, prepare
 from ingle.config.evaluate import TaskConfig
 from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Event, Warned
 from ingle.flow import finetune
+from ingle.margins import QUANTILES, measure_margins
 from ingle.report.results import Comparison
 from tests.axis import POINTS, Point, config_of
 
@@ -95,6 +99,27 @@ def test_full_fine_tuning_takes_its_reference_before_the_first_step(
     resumed = train(folder, "resumed", **changes)
     files = [each / "model" / "model.safetensors" for each in (run, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_margins_are_those_of_the_model_that_training_begins_with(folder: Path) -> None:
+    config = config_of(folder, Point("llama", "packed", {"kind": "simpo"}, {"adapter": {"kind": "none"}}))
+    run = Run.model_validate(config | {"data": config["data"] | {"validation": None}})
+    found = measure_margins(run, 100, print)
+    dataset = prepare(run, print).dataset
+    model = AutoModelForCausalLM.from_pretrained(run.model.id, dtype=torch.float32)
+    margins = []
+    for row in range(0, len(dataset), 2):
+        sums = []
+        for document in (row, row + 1):
+            sample = dataset.sample(document)
+            with torch.no_grad():
+                logps = model(torch.from_numpy(sample.input_ids)[None].long()).logits[0].log_softmax(-1)
+            places = np.flatnonzero(sample.labels >= 0)
+            sums.append(float(logps[places - 1, sample.labels[places]].sum()))
+        margins.append(sums[0] - sums[1])
+    assert found.pairs == len(margins)
+    assert found.quantiles == pytest.approx(np.quantile(margins, QUANTILES), abs=1e-4)
+    assert found.accuracy[0] == np.mean(np.array(margins) > 0)
 
 
 def test_a_model_that_cannot_share_prompts_repeats_them_and_says_so(folder: Path) -> None:

@@ -52,8 +52,7 @@ ON = {
     "online_dpo, packed": ("ddp",),
 }
 ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"} | {
-    "sft, packed, adalora": "zero3",
-    "classify, packed, biases": "zero3",
+    "sft, packed, adalora": "zero3"
 }
 _CASES = [(name, kind) for name, kinds in ON.items() for kind in kinds]
 

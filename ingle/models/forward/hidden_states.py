@@ -222,7 +222,11 @@ def shares_prompts(model: PreTrainedModel, trees: Trees) -> bool:
     of the text, and an answer is too long.
     """
     is_causal = kind_of(model.config) == "causal"
-    return is_causal and layout_of(model).computes_trees and trees.longest <= unchanged_length(model)
+    return (
+        is_causal
+        and layout_of(model).computes_trees
+        and trees.longest + num_added_keys(model) <= unchanged_length(model)
+    )
 
 
 def _forward_paths(
@@ -287,7 +291,7 @@ def forward_stored(
     """
     layout = layout_of(model)
     mask = make_bounds(torch.tensor([0, longest], device=input_ids.device), described=layout.described)
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": keep_in(mask, store),
         "position_ids": position_ids + layout.first_position,

@@ -79,9 +79,35 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
     ),
+    "adalora-needs-its-gradients": (
+        ["--adapter.kind=peft", "--adapter.method=adalora", "--optim.rule.kind=subspace", "--optim.rule.dim=8"],
+        ["--adapter.kind=peft", "--adapter.method=adalora"],
+    ),
     "targets-are-named-once": (
         ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
+    ),
+    "precondition-needs-frozen-a": (["--adapter.precondition"], ["--adapter.precondition", "--adapter.freeze_a"]),
+    "low-memory-is-for-full-fine-tuning": (["--optim.rule=galore"], ["--optim.rule=galore", "--adapter=none"]),
+    "whole-weights-are-not-sharded": (
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=zero2"],
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=ddp"],
+    ),
+    "whole-weights-are-not-offloaded": (
+        ["--optim.rule=subspace", "--parallel.offload"],
+        ["--optim.rule=subspace", "--parallel.offload=false"],
+    ),
+    "drawn-layers-are-not-compiled": (
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile"],
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile=auto"],
+    ),
+    "a-subspace-has-one-rate": (
+        ["--optim.rule=subspace", "--adapter.lora_plus_ratio=4"],
+        ["--optim.rule=adamw", "--adapter.lora_plus_ratio=4"],
+    ),
+    "a-subspace-has-no-decay": (
+        ["--optim.rule=subspace", "--optim.weight_decay=0.1"],
+        ["--optim.rule=subspace", "--optim.weight_decay=0"],
     ),
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
@@ -237,6 +263,30 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "reinforce-learns-once": (
         ["--objective=reinforce", REWARD, "--objective.num_passes=2"],
         ["--objective=reinforce", REWARD, "--objective.num_passes=2", "--objective.importance=token"],
+    ),
+    "distillation-mixes-nothing": (
+        ["--objective=distill", "--objective.teacher=t", "--objective.on_policy_share=.5"],
+        ["--objective=distill", "--objective.teacher=t", "--objective.on_policy_share=0"],
+    ),
+    "values-need-an-adapter": (
+        ["--objective=ppo", REWARD, "--adapter=none", "--objective.kl.place=none"],
+        ["--objective=ppo", REWARD, "--adapter=none", "--objective.kl.place=none", "--objective.value.trunk=policy"],
+    ),
+    "values-of-the-policy-begin-anew": (
+        ["--objective=ppo", REWARD, "--objective.value={trunk: policy, path: r}"],
+        ["--objective=ppo", REWARD, "--objective.value={trunk: adapter, path: r}"],
+    ),
+    "tdpo-needs-an-adapter": (
+        ["--objective=dpo", "--objective.loss=tdpo2", "--adapter=none"],
+        ["--objective=dpo", "--objective.loss=tdpo2"],
+    ),
+    "loftq-gives-back-what-was-rounded": (
+        ["--adapter.init=loftq"],
+        ["--adapter.init=loftq", "--base=nf4"],
+    ),
+    "initial-values-read-given-data": (
+        ["--objective=grpo", REWARD, "--adapter.init=eva"],
+        ["--adapter.init=eva"],
     ),
     "distillation-answers-once": (
         ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
