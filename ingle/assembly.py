@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,9 +16,8 @@ from ingle import adapters, data, env, evaluation, models, objectives, parallel,
 from ingle.config.adapter import AdapterConfig
 from ingle.config.adapter_kinds import PrefixAdapter
 from ingle.config.lessons import Facts, find_lessons
-from ingle.config.objective import TRAINS, Classify, Tag, samples_answers
-from ingle.config.policy import Sampled
-from ingle.config.policy_rules import reads_reference, rows_per_iteration
+from ingle.config.objective import TRAINS, Classify, Tag, rows_of, samples_answers
+from ingle.config.policy_rules import reads_reference
 from ingle.config.preference_rules import has_reference
 from ingle.config.presets import describe_difference
 from ingle.config.rules import check
@@ -26,7 +26,9 @@ from ingle.events import Sink, Warned
 from ingle.models import keep_stored_labels, model_task
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
+from ingle.training.calibration import calibrate
 from ingle.training.compiling import can_compile, compile_layers, has_kernels
+from ingle.training.data_shape import data_shape
 from ingle.training.groups import build_optimizer
 from ingle.training.meter import describe_gpu, free_bytes, resident_bytes
 from ingle.training.model_shape import model_shape
@@ -106,9 +108,10 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         sink(Warned(note, where="model.id"))
     with parallel.local_first("data"):  # process groups come later: this may take hours
         kind = models.kind_of(model.config)
-        is_sampled = samples_answers(run.objective.kind)
+        rows = rows_of(run.objective)
+        is_sampled = samples_answers(rows.kind)
         read = data.build_prompts if is_sampled else data.build_dataset
-        build = partial(read, tokenizer=tokenizer, objective=run.objective, model_kind=kind, sink=sink)
+        build = partial(read, tokenizer=tokenizer, objective=rows, model_kind=kind, sink=sink)
         dataset = build(run.data, search=search if task_rows else None)
         how = run.data.model_copy(update={"packing": False}) if is_sampled else run.data
         sequences, held_out = data.hold_out(dataset, how, run.seed, build, sink)
@@ -133,7 +136,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
     shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
-    plan = _plan(run, shape, _data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    plan = _plan(run, shape, data_shape(run, dataset, sequences, held_out), mesh, dtype)
     for lesson in find_lessons(_facts(run, plan, dataset)):
         sink(Warned(lesson.text, where=lesson.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)
@@ -147,6 +150,13 @@ def _sized(adapter: AdapterConfig, tokenizer: Any) -> AdapterConfig:
     if not isinstance(adapter, PrefixAdapter) or adapter.init_text is None:
         return adapter
     return adapter.model_copy(update={"num_virtual_tokens": len(tokenizer(adapter.init_text)["input_ids"])})
+
+
+def _originals(run: Run, model: models.Model) -> Callable[[str], torch.Tensor] | None:
+    """Returns what reads the weights before they were quantized, if the adapter begins with what they lost."""
+    if getattr(run.adapter, "init", None) != "loftq":
+        return None
+    return models.original_weights(run.model, models.task_of(model))
 
 
 def _give_text(run: Run, model: models.Model, tokenizer: Any, module: torch.nn.Module) -> None:
@@ -167,45 +177,6 @@ def _facts(run: Run, plan: planning.Plan, dataset: data.TokenDataset) -> Facts:
     assert lr is not None
     tokens = int(dataset.lengths.sum(dtype=np.int64))
     return Facts(run, lr, plan.num_epochs, plan.num_parameters, plan.trainable_parameters, tokens)
-
-
-def _data_shape(
-    run: Run, dataset: data.TokenDataset, sequences: data.Sequences, held_out: data.HeldOut | None
-) -> planning.DataShape:
-    lengths = dataset.lengths
-    if held_out is not None and held_out.dataset is dataset:
-        lengths = lengths[np.isin(np.arange(len(lengths)), held_out.documents, invert=True)]
-    if isinstance(run.objective, Sampled):
-        return _sampled_shape(run.objective, lengths, held_out)
-    return planning.DataShape(
-        num_sequences=len(sequences),
-        num_tokens=int(lengths.sum(dtype=np.int64)),
-        longest=sequences.longest(dataset.lengths),
-        longest_document=int(lengths.max()),
-        mean_document=float(lengths.mean()),
-        validation_tokens=0 if held_out is None else held_out.num_tokens,
-    )
-
-
-def _sampled_shape(
-    objective: Sampled, prompts: np.ndarray[Any, Any], held_out: data.HeldOut | None
-) -> planning.DataShape:
-    """Returns the shape of answers to all prompts; those that the model will give are taken as half as long as allowed.
-
-    The longest is as long as allowed, so that memory suffices whatever the model answers.
-    """
-    per_prompt = rows_per_iteration(objective) // objective.num_prompts
-    longest = objective.rollout.max_new_tokens
-    mean = float(prompts.mean()) + (longest + 1) // 2
-    number = len(prompts) * per_prompt
-    return planning.DataShape(
-        num_sequences=number,
-        num_tokens=round(number * mean),
-        longest=int(prompts.max()) + longest,
-        longest_document=int(prompts.max()) + longest,
-        mean_document=mean,
-        validation_tokens=0 if held_out is None else held_out.num_tokens + len(held_out.documents) * longest,
-    )
 
 
 def _data_hash(dataset: data.TokenDataset, held_out: data.HeldOut | None) -> str:
@@ -279,11 +250,16 @@ def warn_of_contamination(found: data.Contamination) -> Warned:
     )
 
 
-def assemble(run: Run, sink: Sink) -> Assembled:
+def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
     """Builds all parts of a run.
 
     All modules are created on the meta device, and weights are read into them last, so that modules can be sharded
     before they take memory.
+
+    Args:
+        run: The config.
+        sink: Receives warnings and progress.
+        resumes: Whether a checkpoint will give the adapter its values, so that it reads no data for them.
     """
     parallel.require_launcher(run.parallel)
     ready = prepare(run, sink)
@@ -297,7 +273,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         sink(Warned(unquantized, where="base.format"))
     models.convert_base(model, run.model, run.base)
     selection = adapters.insert(model, run.adapter)
-    objectives.insert_roles(model, run)
+    roles = objectives.insert_roles(model, run)
     if plan.strategy.recompute:
         models.recompute_layers(model, adapters.as_now)
     fusable = adapters.FusionReport(0, {})
@@ -314,6 +290,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         ready.held_out,
         plan.num_steps,
         parallel.shards(mesh, plan.strategy),
+        roles,
     )
     objective = objectives.build(run, context)
     objective.module.reduces_once = plan.strategy.kind == "zero1"
@@ -352,6 +329,7 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         seed=run.seed,
         identity=identity,
         keeps_initial=has_reference(run) or reads_reference(run),
+        original=_originals(run, model),
         mesh=mesh,
     )
     for note in report.notes:
@@ -360,7 +338,6 @@ def assemble(run: Run, sink: Sink) -> Assembled:
         assert identity is not None
         digest = adapters.initial_digest(model, identity)
         objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
-    objective.module.load_parts(identity)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():
@@ -371,6 +348,8 @@ def assemble(run: Run, sink: Sink) -> Assembled:
     if sharing is not None:
         sink(Warned(sharing, where="objective.share_prompts"))
     fusion = parallel.call_outside_step(objective.module, adapters.enable_fused, model, fusable)
+    if not resumes:
+        run = run.model_copy(update={"adapter": calibrate(model, run.adapter, objective, mesh, seed=run.seed)})
     hooked = run.train.imatrix or objective.module.uses_hooks
     compiled = plan.compile and not fusion.fused and not hooked and run.optim.rule.kind != "lisa"
     if compiled:

@@ -5,7 +5,6 @@ Read :func:`finetune` from top to bottom; nearly every line of it calls one pack
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -15,18 +14,19 @@ from typing import Any
 
 import torch
 
-from ingle import adapters, env, evaluation, models, parallel, planning, quant, stopping
+from ingle import adapters, env, evaluation, inference, models, parallel, planning, quant, stopping
 from ingle.assembly import Assembled, assemble, prepare
 from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
-from ingle.errors import IngleError, Interrupted
+from ingle.errors import IngleError
 from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
 from ingle.report.results import Comparison, RunReport, ValidationReport
-from ingle.report.run_files import read_report, write_report
+from ingle.report.run_files import write_report
 from ingle.run_evaluation import compare_run, evaluate_before, score_samples
 from ingle.sinks import EventsFile, MetricsFile, combine
 from ingle.training.checkpoint import Checkpoints, Position, Stateful
+from ingle.training.endings import already_finished, interrupted
 from ingle.training.folder import RunFolder, with_names
 from ingle.training.meter import Meter, peak_memory_bytes
 from ingle.training.movement import Movement
@@ -57,20 +57,20 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
     is_main = place is None or place.rank == 0
     reports = parallel.RankSink(is_main, sink)
     if folder.state(run) == "finished":
-        return _already_finished(run, folder, reports)
+        return already_finished(run, folder, reports)
     with (
         stopping.listening(),
-        stopping.explained(lambda: str(_interrupted(run, folder))),
+        stopping.explained(lambda: str(interrupted(run, folder))),
         folder.locked() if is_main else nullcontext(),
     ):
         if folder.state(run) == "finished":  # by another process in the meantime; from here on the lock is ours
-            return _already_finished(run, folder, reports)
+            return already_finished(run, folder, reports)
         sink = combine(MetricsFile(folder.metrics), EventsFile(folder.events), sink)
         reports = parallel.RankSink(is_main, sink)
         try:
             return _finetune(run, as_given, folder, reports)
         except KeyboardInterrupt:
-            raise _interrupted(run, folder) from None
+            raise interrupted(run, folder) from None
         except Exception as error:
             reports(Failed(error.message if isinstance(error, IngleError) else f"{type(error).__name__}: {error}"))
             raise
@@ -79,11 +79,12 @@ def finetune(run: Run, sink: Sink = lambda event: None) -> RunReport:
 def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSink) -> RunReport:
     """Makes or resumes the run in a folder that rank 0 has locked."""
     began = time.monotonic()
-    parts = assemble(_as_before(run, folder, sink), sink)
+    parts = assemble(_as_before(run, folder, sink), sink, resumes=folder.last_step() is not None)
     sink.share(parts.mesh)
     run = run.model_copy(update={"objective": parts.run.objective, "adapter": parts.run.adapter})
     parts.mesh.on_main(lambda: _begin(as_given, folder, parts))
     parallel.require_visible(parts.mesh, folder.path)
+    parts.objective.load_parts(parts.identity, partial(_open_beside, parts.mesh, sink))
     base = evaluate_before(run, folder, parts, sink) if run.adapter.kind == "none" else None
     try:
         trained = train(run, folder, parts, sink, began)
@@ -94,9 +95,15 @@ def _finetune(run: Run, as_given: Run, folder: RunFolder, sink: parallel.RankSin
     return _report(run, folder, parts, trained, ended, base, sink)
 
 
+def _open_beside(mesh: parallel.Mesh, sink: Sink, path: str) -> inference.Opened:
+    """Opens a model that is read next to the one that is trained: a teacher, or a reward model."""
+    return inference.load(inference.locate(path), device=mesh.device, sink=sink)
+
+
 def _begin(run: Run, folder: RunFolder, parts: Assembled) -> None:
     folder.begin(run.model_copy(update={"objective": parts.run.objective}))
     folder.save_plan(parts.plan)
+    folder.save_ranks(parts.run)
 
 
 def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
@@ -107,7 +114,7 @@ def _as_before(run: Run, folder: RunFolder, sink: Sink) -> Run:
     former = folder.load_strategy() if folder.state(run) == "started" else None
     if former is None:
         return run
-    run = with_names(run, folder.load_run())
+    run = folder.with_ranks(with_names(run, folder.load_run()))
     world_size = 1 if (place := env.rank_from_environment()) is None else place.world_size
     if former.world_size != world_size:
         sink(
@@ -371,38 +378,3 @@ def _report(
     sink(Saved(position.step, str(folder.report), "report"))
     sink(Finished(position.step, report))
     return report
-
-
-def _already_finished(run: Run, folder: RunFolder, sink: Sink) -> RunReport:
-    report = read_report(folder.report)
-    sink(Warned(f"This run is finished; its report is {folder.report.with_suffix('.html')}."))
-    ignored = folder.ignored(run)
-    if ignored:
-        command = f"ingle evaluate {shlex.quote(str(folder.path))} --task FILE"
-        lines = [
-            "These options differ from the finished run and have no effect:",
-            *ignored,
-            f"Use `{command}` to evaluate it on another task, or --output=DIR to start a new run.",
-        ]
-        sink(Warned("\n  ".join(lines)))
-    sink(Finished(report.num_steps, report))
-    return report
-
-
-def _interrupted(run: Run, folder: RunFolder) -> Interrupted:
-    """Returns the message about what a stopped run has saved, and how to resume it."""
-    stopped = f"Stopped{stopping.by_signal()}"
-    if not folder.config.is_file():
-        return Interrupted(f"{stopped}: no training step was made.", fix="run the same command again")
-    step = folder.last_step()
-    if folder.result(run).exists():
-        saved = "training is complete, evaluation is not"
-    elif step:
-        saved = f"step {step:,} is saved in {folder.checkpoints / f'step-{step}'}"
-    else:
-        saved = "no step is saved yet"
-    return Interrupted(
-        f"{stopped}: {saved}.",
-        where=str(folder.path),
-        fix=f"run the same command again, or `ingle train --resume {shlex.quote(str(folder.path))}`",
-    )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ingle import adapters, data, models, parallel
 from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
@@ -255,8 +257,17 @@ def refuse_heads(source: Source) -> None:
         )
 
 
-def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = False, sink: Sink | None = None) -> Opened:
+def load(
+    source: Source,
+    *,
+    base_only: bool = False,
+    allow_mismatch: bool = False,
+    sink: Sink | None = None,
+    device: torch.device | None = None,
+) -> Opened:
     """Loads a source that :func:`locate` returned, whatever it predicts; arguments as in :func:`open_model`.
+
+    In a process that computes already, ``device`` is the one to load it on.
 
     Raises:
         ModelError: The model cannot be read, or ``base_only`` asks for a head that the base does not have.
@@ -264,10 +275,10 @@ def load(source: Source, *, base_only: bool = False, allow_mismatch: bool = Fals
     """
     config = source.original if base_only and source.original is not None else source.model
     objective = source.objective()
-    mesh = parallel.start(ParallelConfig())
+    device = parallel.start(ParallelConfig()).device if device is None else device
     tokenizer = models.load_tokenizer(config)
     task = models.model_task(objective)
-    model = models.load_model(config, source.base, device=mesh.device, sink=sink, task=task)
+    model = models.load_model(config, source.base, device=device, sink=sink, task=task)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
         models.choose_padding(model, tokenizer, ())  # the adapter may name the one of its training
     adapted = source.adapter is not None and not base_only

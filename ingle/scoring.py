@@ -61,6 +61,14 @@ def evaluate(
     return evaluation.evaluate(tuned, tasks, objective.kind, base=base or tuned.base(), sink=sink)
 
 
+def run_alone(path_or_id: str, task: TaskConfig, sink: Sink = lambda event: None) -> evaluation.TaskResult:
+    """Runs a task on a model alone, without its base; see :func:`evaluate`."""
+    source = inference.locate(path_or_id)
+    objective = source.objective()
+    tuned, _ = _open(source, "tuned", sink)
+    return evaluation.run_task(tuned, suit_task(task, objective), objective.kind, sink=sink)
+
+
 def _start_of(source: inference.Source, sink: Sink) -> inference.Source | None:
     """Returns the adapter that a run of preferences or rewards began with, which it is compared with; None without."""
     run = source.run

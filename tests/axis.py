@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -12,7 +12,10 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from ingle.assembly import Assembled
+from ingle.data.batch import Batch
 from ingle.models.loading.layout_choice import enliven
+from ingle.training.steps import prepare
 from tests import tiny_tokenizers
 from tests.conftest import make_tokenizer
 from tests.contract.models.tiny_types import small_config, small_encoder_config, small_encoder_decoder_config
@@ -70,6 +73,18 @@ def _rule(kind: str, **options: Any) -> Options:
     return {"optim": {"rule": {"kind": kind, **options}}}
 
 
+#: A row of each step for each of two answers to four prompts.
+_ANSWERS: Options = {"train": {"global_batch_size": 8}}
+_SAMPLED: Options = {
+    "rewards": ["reward.py"],
+    "num_prompts": 4,
+    "num_generations": 2,
+    "unfinished": "score",
+    "rollout": {"max_new_tokens": 6},
+}
+#: Different for nearly all answers.
+_REWARD = "def reward(prompt, completion, **columns):\n    return sum(map(ord, completion)) % 7\n"
+
 #: Every objective, and every layout of every kind of model.
 POINTS = {
     "clm, packed": Point("llama", "packed", {"kind": "clm"}, {"data": {"packing": False}}),
@@ -123,6 +138,11 @@ POINTS = {
     "dpo, packed": Point("llama", "packed", {"kind": "dpo", "sft_weight": 0.2}),
     "kto, dealt states": Point("mamba2", "documents", {"kind": "kto"}),
     "simpo, pairs, full": Point("bart", "documents", {"kind": "simpo"}, _FULL),
+    "grpo, packed": Point("llama", "packed", {"kind": "grpo", **_SAMPLED, "num_passes": 2}, _ANSWERS),
+    "rloo, dealt states": Point("mamba2", "documents", {"kind": "rloo", **_SAMPLED}, _ANSWERS),
+    "ppo, dealt attention": Point("bloom", "documents", {"kind": "ppo", **_SAMPLED, "num_passes": 2}, _ANSWERS),
+    "raft, packed": Point("llama", "packed", {"kind": "raft", **_SAMPLED}),
+    "online_dpo, packed": Point("llama", "packed", {"kind": "online_dpo", **_SAMPLED}),
     "reward, dealt attention": Point("bloom", "documents", {"kind": "reward", "centering": 0.1}),
 }
 
@@ -160,7 +180,28 @@ _ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "tag": _tagged,
     "answer": _answer,
     **dict.fromkeys(("dpo", "kto", "simpo", "reward"), _preference),
+    **dict.fromkeys(("grpo", "rloo", "ppo", "raft", "online_dpo"), lambda number: {"prompt": _text(number)}),
 }
+
+
+class Plenty:
+    """Memory for every step: nothing is split."""
+
+    def split(self, batches: Sequence[Batch]) -> list[Batch]:
+        return list(batches)
+
+    def relieve(self, reason: str, batches: Sequence[Batch]) -> None:
+        raise AssertionError(reason)
+
+    def attempt(self, compute: Callable[[list[Batch]], Any], batches: Sequence[Batch]) -> Any:
+        return compute(list(batches))
+
+
+def next_batches(parts: Assembled, step: int) -> Sequence[Batch]:
+    """Returns the batches of a step, after answers were sampled if it needs new ones."""
+    with torch.no_grad():
+        assert parts.objective.collect(step, Plenty(), lambda event: None)
+    return prepare(parts.objective, parts.objective.next_batches())
 
 
 def write_model(folder: Path, model: str) -> None:
@@ -195,6 +236,9 @@ def config_of(folder: Path, point: Point) -> dict[str, Any]:
         "parallel": {"kind": "none", "device": "cpu", "num_threads": 1},
         "output": str(folder / "run"),
     }
+    if "rewards" in point.objective:
+        (folder / "reward.py").write_text(_REWARD)
+        config["objective"]["rewards"] = [{"kind": "function", "path": str(folder / "reward.py")}]
     for section, options in point.options.items():
         config[section] = dict(options) if section == "adapter" else config.get(section, {}) | options
     return config

@@ -3,7 +3,9 @@
     python examples/align/make_sums.py
 
 writes ``sums.jsonl`` and ``sums_heldout.jsonl`` beside this file, always the same bytes. A tenth of the pairs of
-numbers is held out, chosen by a hash: a rule such as "the last digit is 0" would hold out a kind of sums.
+numbers is held out, chosen by a hash: a rule such as "the last digit is 0" would hold out a kind of sums. Numbers have
+two digits (``07+45=``), and the digits of an answer are written from the last to the first (``25``), in the order in
+which one adds by hand.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def sums(*, held_out: bool) -> Iterator[dict[str, str]]:
     pairs = [(a, b) for a in range(LIMIT) for b in range(LIMIT) if is_held_out(a, b) == held_out]
     Random("sums").shuffle(pairs)
     for a, b in pairs:
-        yield {"prompt": f"{a}+{b}=", "completion": str(a + b)}
+        yield {"prompt": f"{a:02}+{b:02}=", "completion": str(a + b)[::-1]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from ingle.adapters.peft_sections import adapter_config
 from ingle.adapters.peft_tensors import Record, read_record
 from ingle.adapters.prefix import give_keys
 from ingle.adapters.prompt import give_text
-from ingle.adapters.roles import RoleShape, add_role, load_role, read_shape, save_role
+from ingle.adapters.roles import RoleShape, add_role, base_of, fits_role, load_role, read_shape, save_role
 from ingle.adapters.rounding import Rounding
 from ingle.adapters.states import Adapted, AdapterState, adapted_modules, as_now, disabled, has_initial, use
 from ingle.adapters.targets import Selection
@@ -38,10 +38,12 @@ __all__ = [
     "add_role",
     "as_now",
     "attach",
+    "base_of",
     "count_parameters",
     "describe",
     "disabled",
     "enable_fused",
+    "fits_role",
     "fuse",
     "generator_of",
     "give_keys",

@@ -7,9 +7,10 @@ alone decides what is frozen, adapted, trained in full or left out, and reports 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ingle.adapters.adapted import (
     AttachReport,
@@ -118,6 +119,7 @@ def initialize(
     identity: BaseIdentity | None = None,
     keeps_initial: bool = False,
     mesh: Mesh | None = None,
+    original: Callable[[str], Tensor] | None = None,
 ) -> AttachReport:
     """Gives an inserted adapter its initial values, on the device of the base.
 
@@ -130,6 +132,7 @@ def initialize(
         keeps_initial: Whether ``use(model, "initial")`` will be needed, which costs a copy of what is trained if the
             adapter does not begin at its base.
         mesh: The ranks of the run, all of which call this; None for one process.
+        original: Reads the weight of a layer before it was quantized, ``[O, I]``; ``init: loftq`` needs it.
 
     Raises:
         AdapterError: The adapter to start from does not fit, or a rank is too large for the initial values.
@@ -145,7 +148,7 @@ def initialize(
         loras = lora_modules(model)
         layers = {name: loras[name] for name in selection.adapted}
         # An adapter that continues another one gets its values from the files.
-        set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh)
+        set_initial_values(model, layers, LoraAdapter() if adapter.path is not None else adapter, seed, mesh, original)
         start_magnitudes(model)
         initialize_roles(layers, seed)
     else:

@@ -72,8 +72,8 @@ def to_file(model: nn.Module, adapter: BitfitAdapter, values: Mapping[str, Tenso
 
 
 def from_file(model: nn.Module, adapter: BitfitAdapter, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Returns the parameters by path."""
-    return by_name(tensors, _names(model, adapter), where)
+    """Returns the parameters by path; PEFT may have trained some of the norms only, and the others stay."""
+    return by_name(tensors, {path: key for path, key in _names(model, adapter).items() if key in tensors}, where)
 
 
 def reads(config: Mapping[str, Any]) -> bool:

@@ -49,6 +49,14 @@ class Tap(AdaptedLinear):
         output: Tensor = self.base(x.to(self.product_dtype(x)))
         return output
 
+    def is_changed(self) -> bool:
+        """Returns whether the adapter changes what the layer computes."""
+        return False
+
+    def merge(self, weight_OI: Tensor) -> Tensor:
+        """Returns the weight of the base, which does not change."""
+        return weight_OI
+
 
 class BottleneckLinear(AdaptedLinear):
     """``z + scale * up(activation(down(dropout(x))))``, where z is the output of the base.

@@ -7,14 +7,17 @@ Legend: O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ingle.adapters.lora import LoraLinear, generator_of
 from ingle.adapters.merging import base_weight
-from ingle.config.adapter import LowRankAdapter, WeightAdapter
+from ingle.config.adapter import READS_DATA, LowRankAdapter, WeightAdapter
 from ingle.errors import AdapterError
 from ingle.parallel import Mesh, copy_rows, each_gathered
+from ingle.quant.linear import QuantLinear
 
 #: Number of weights above which the principal directions are computed by subspace iteration.
 EXACT_SVD_WEIGHTS = 1 << 20
@@ -23,7 +26,12 @@ _OVERSAMPLING = 8
 
 
 def set_initial_values(
-    model: nn.Module, layers: dict[str, LoraLinear], adapter: LowRankAdapter, seed: int, mesh: Mesh | None = None
+    model: nn.Module,
+    layers: dict[str, LoraLinear],
+    adapter: LowRankAdapter,
+    seed: int,
+    mesh: Mesh | None = None,
+    original: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Sets A and B of new adapters; all ranks call it together.
 
@@ -33,22 +41,29 @@ def set_initial_values(
         adapter: The section that was inserted.
         seed: Seed of the run. A draw depends on it and on the path, not on the order of layers.
         mesh: The ranks; rank 0 decomposes weights for all of them, because its rounding is not that of other machines.
+        original: Reads a weight of the files before it was quantized, ``[O, I]``, by the path of its layer; ``loftq``
+            needs it on rank 0.
 
     Raises:
-        AdapterError: A rank is larger than a weight allows.
+        AdapterError: A rank is larger than a weight allows, or the files have no weights before quantization.
     """
     init = adapter.init if isinstance(adapter, WeightAdapter) else "kaiming"
-    if init == "kaiming":
+    if init == "kaiming" or init in READS_DATA:  # data come later
         for path, layer in layers.items():
             layer.initialize(seed, path)
         return
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    reads_base = init in ("pissa", "olora")
+    reads_base = init in ("pissa", "olora", "loftq")
+    if init == "loftq":
+        layers = _quantized(layers, seed, original)
     if reads_base:
         _require_directions(layers, init)
     for path, layer in each_gathered(model, layers) if reads_base else layers.items():
         if mesh is None or mesh.is_main:
-            found[path] = _factors(init, layer, generator_of(seed, path))
+            weight_OI = base_weight(layer) if reads_base else None
+            if init == "loftq" and original is not None and weight_OI is not None:
+                weight_OI = original(path).to(weight_OI) - weight_OI
+            found[path] = _factors(init, layer, weight_OI, generator_of(seed, path))
         if mesh is not None:
             found[path] = mesh.broadcast(found.get(path))
     for path, layer in layers.items():  # when no unit is gathered, to write into what the ranks keep
@@ -58,6 +73,26 @@ def set_initial_values(
         if layer.initial_a is not None and layer.initial_b is not None:
             copy_rows(layer.initial_a, a_RI)
             copy_rows(layer.initial_b, b_OR)
+        elif init == "loftq":
+            layer.starts_at_base = False
+
+
+def _quantized(
+    layers: dict[str, LoraLinear], seed: int, original: Callable[[str], Tensor] | None
+) -> dict[str, LoraLinear]:
+    """Returns the layers from which quantization took something; the others begin as with ``kaiming``."""
+    found = {path: layer for path, layer in layers.items() if isinstance(layer.base, QuantLinear)}
+    if original is None or not found:
+        raise AdapterError(
+            "LoftQ needs the weights before they are quantized.",
+            where="adapter.init = loftq",
+            why="no adapted layer is quantized" if not found else "the weights were not given",
+            fix="--adapter.init=pissa",
+        )
+    for path, layer in layers.items():
+        if path not in found:
+            layer.initialize(seed, path)
+    return found
 
 
 def _require_directions(layers: dict[str, LoraLinear], init: str) -> None:
@@ -72,15 +107,17 @@ def _require_directions(layers: dict[str, LoraLinear], init: str) -> None:
             )
 
 
-def _factors(init: str, layer: LoraLinear, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns A [R, I] and B [O, R], float32, on the CPU."""
+def _factors(
+    init: str, layer: LoraLinear, weight_OI: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns A [R, I] and B [O, R], float32, on the CPU; some decompose a weight."""
     out_features, in_features, rank = layer.out_features, layer.in_features, layer.rank
     if init == "gaussian":
         return torch.randn(rank, in_features, generator=generator) / rank, torch.zeros(out_features, rank)
     if init == "orthogonal":
         return orthogonal(out_features, in_features, rank, generator)
-    weight_OI = base_weight(layer)
-    a_RI, b_OR = pissa(weight_OI, rank, layer.scale, generator) if init == "pissa" else olora(weight_OI, rank)
+    assert weight_OI is not None
+    a_RI, b_OR = olora(weight_OI, rank) if init == "olora" else pissa(weight_OI, rank, layer.scale, generator)
     return a_RI.cpu(), b_OR.cpu()
 
 

@@ -82,7 +82,7 @@ def load_values(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         load_module(model, path, own, folder)
     _assign(model, _checked(kind, model, adapter, tensors, where), where)
     for module in adapted_modules(model).values():
-        module.starts_at_base = not any(parameter.requires_grad for parameter in module.own_parameters())
+        module.starts_at_base = False
 
 
 def _checked(

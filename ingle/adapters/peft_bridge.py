@@ -25,7 +25,7 @@ from ingle.adapters.targets import select as select_linears
 from ingle.config.adapter_kinds import PeftAdapter
 from ingle.config.peft_methods import METHODS
 from ingle.errors import AdapterError
-from ingle.parallel import Mesh, copy_rows
+from ingle.parallel import Mesh, compute_device, copy_rows
 from ingle.quant.conversion import is_conv1d
 from ingle.quant.linear import QuantLinear
 from ingle.wording import some
@@ -154,7 +154,9 @@ def start(model: nn.Module, adapter: PeftAdapter, seed: int, mesh: Mesh | None) 
     bases = {path: layer.base for path, layer in layers.items()}
     skeleton = Skeleton(bases, adapter, seed=seed, with_weights=reads)
     for path, layer in layers.items():
-        layer.tuner.to(layer.own_device())
+        device = compute_device(next(layer.base.parameters()))
+        for part in layer.tuner.modules():  # parameters are where the layer computes already
+            part._buffers.update({key: each.to(device) for key, each in part._buffers.items() if each is not None})
         targets = _tensors(layer.tuner)
         for name, value in _tensors(skeleton.layer(path)).items():
             copy_rows(targets[name], value.detach())
@@ -197,6 +199,9 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
             fix="use the base that the adapter was trained on, and the options of adapter that it was trained with",
         )
 
+    if adapter.method == "ADALORA":  # PEFT leaves out what it removed
+        tensors = {key: _padded(tensor, expected[key].shape) for key, tensor in tensors.items()}
+
     def found() -> dict[str, Tensor]:
         return {
             f"{path}.tuner.{name}": value.detach().clone()
@@ -209,8 +214,9 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
     values = found()
     if METHODS[adapter.method].reads != "values":
         return values
-    skeleton.load({key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items()}, where)
-    stored = {path for path, value in found().items() if bool(value.isnan().all())}
+    marked = {key: torch.full_like(tensor, torch.nan) for key, tensor in tensors.items() if tensor.is_floating_point()}
+    skeleton.load({**tensors, **marked}, where)
+    stored = {path for path, value in found().items() if bool(value.isnan().all()) or not value.is_floating_point()}
     if stored < values.keys() and any(parameter.is_meta for parameter in model.parameters()):
         raise AdapterError(
             f"An adapter of PEFT's {adapter.method} cannot be merged weight by weight.",
@@ -231,7 +237,9 @@ def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
                 where=f"{folder / 'adapter_config.json'}: {key}",
                 fix="list the layers in target_modules",
             )
-    options = {key: value for key, value in config.items() if key not in OF_FILES and value is not None}
+    # Of AdaLoRA, the ranks follow from the tensors.
+    unused = {*OF_FILES, "rank_pattern"} if method == "ADALORA" else OF_FILES
+    options = {key: value for key, value in config.items() if key not in unused and value is not None}
     if (targets := config.get("target_modules")) is not None:
         options["target_modules"] = targets
     section = PeftAdapter(
@@ -242,6 +250,15 @@ def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
     )
     make_config(section, ["a"])
     return section
+
+
+def _padded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Returns a tensor with zeros for the directions that it lacks."""
+    if tensor.dim() != len(shape) or any(own > wanted for own, wanted in zip(tensor.shape, shape, strict=True)):
+        return tensor
+    found = tensor.new_zeros(shape)
+    found[tuple(slice(size) for size in tensor.shape)] = tensor
+    return found
 
 
 def _tensors(tuner: nn.Module) -> dict[str, Tensor]:

@@ -88,6 +88,28 @@ def read_shape(folder: str | Path) -> RoleShape:
     return RoleShape(config.r, config.scale_of("", config.r))
 
 
+def base_of(folder: str | Path) -> str:
+    """Returns the base that an adapter folder names; empty if it names none."""
+    try:
+        named = json.loads((Path(folder) / CONFIG_FILE).read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return named if isinstance(named, str) else ""
+
+
+def fits_role(model: nn.Module, folder: str | Path) -> bool:
+    """Returns whether an adapter folder is plain LoRA of one rank for exactly the adapted layers of a model.
+
+    Raises:
+        AdapterError: Files are missing or damaged.
+    """
+    config = read_peft_config(Path(folder))
+    keys = read_tensors(Path(folder) / WEIGHTS_FILE).keys()
+    suffix = ".lora_A.weight"
+    changed = {key.removeprefix(PREFIX).removesuffix(suffix) for key in keys if key.endswith(suffix)}
+    return not config.use_dora and not config.rank_pattern and changed == lora_modules(model).keys()
+
+
 def load_role(
     model: nn.Module, name: str, folder: str | Path, *, identity: BaseIdentity | None = None
 ) -> dict[str, Tensor]:

@@ -84,7 +84,12 @@ def has_initial(model: nn.Module) -> bool:
     adapted = adapted_modules(model).values()
     if not adapted and not any(copied(module, BEFORE) or copied(module, INITIAL) for module in model.modules()):
         return not any(parameter.requires_grad for parameter in model.parameters())
-    return all(m.starts_at_base or any(copied(part, INITIAL) for part in m.modules()) for m in adapted)
+    return all(
+        module.starts_at_base
+        or any(copied(part, INITIAL) for part in module.modules())
+        or not any(parameter.requires_grad for parameter in module.own_parameters())
+        for module in adapted
+    )
 
 
 @contextmanager

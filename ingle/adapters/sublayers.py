@@ -15,8 +15,10 @@ from ingle.adapters.targets import linear_layers
 _LAYER = re.compile(r"(.+?\.\d+(?:\.\d+)*)\.(.+)")
 #: Parts of paths of what mixes tokens: attention, and what stands in its place.
 _MIXER = re.compile(r"at+n|attention|mixer|mamba|temporal|recurrent|ssm|(^|\.)conv", re.IGNORECASE)
-#: Names of the last linear layer of an attention, where others have as many outputs.
-_OUTPUT = re.compile(r"(^|\.)(o|wo|[co]_proj|out|out_proj|out_lin|dense|o_lin|linear_out|output.*)$")
+#: Names of the last linear layer of an attention; others may have as many outputs.
+_OUTPUT = re.compile(r"(o|Wo|wo|o_lin|proj|dense|c_proj|post_proj|(.*_)?o(_[ab])?_proj|.*out(_proj|_lin)?|output.*)")
+#: Parts of paths of feed-forward networks; some layers have other linear layers beside them.
+_MLP = re.compile(r"mlp|ffn|ff|feed_?forward|dense", re.IGNORECASE)
 
 
 class Sublayer(NamedTuple):
@@ -43,16 +45,23 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
         if match is None or "expert" in path:
             continue
         parts = match[2].split(".")
+        if any(part.endswith("layernorm") for part in parts):  # some norms compute their factors
+            continue
         mixer = next((".".join(parts[: end + 1]) for end, part in enumerate(parts) if _MIXER.search(part)), None)
+        if mixer is None and _MIXER.search(match[1].split(".")[-2]):
+            mixer = ""  # a list of attentions
         key = (match[1], "mlp", "") if mixer is None else (match[1], "attention", mixer)
         inner = module.base if isinstance(getattr(module, "base", None), nn.Module) else module
         groups[key].append((path, *features(inner)))  # type: ignore[arg-type]
     found = []
     for (_, kind, _), linears in groups.items():
-        ends = [path for path, out_features, _ in linears if out_features == hidden]
-        named = [path for path in ends if _OUTPUT.search(path)] if kind == "attention" else []
-        output = (named or ends or [None])[-1]
-        if output is not None:
+        ends = [path for path, out_features, _ in linears if out_features == hidden and "intermediate" not in path]
+        if kind == "attention":
+            ends = [path for path in ends if any(_OUTPUT.fullmatch(part) for part in path.split(".")[-2:])]
+        else:
+            ends = [path for path in ends if any(_MLP.search(part) for part in path.split("."))] or ends
+        if ends:
+            output = ends[-1]
             starts = [path for path, _, in_features in linears if in_features == hidden and path != output]
             found.append(Sublayer(kind, output, starts[0] if starts else None))
     return found

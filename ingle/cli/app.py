@@ -12,6 +12,7 @@ from ingle.cli import (
     configuration,
     doctor,
     evaluation,
+    expanding,
     exporting,
     formats,
     generation,
@@ -64,8 +65,10 @@ app.command("chat")(chat.chat)
 app.command("predict")(predicting.predict)
 app.command("evaluate", context_settings=_WITH_OVERRIDES)(evaluation.evaluate)
 app.command("quantize")(quantizing.quantize)
+app.command("expand")(expanding.expand)
 app.command("formats")(formats.formats)
 app.command("rank", context_settings=_WITH_OVERRIDES)(studying.rank)
+app.command("methods", context_settings=_WITH_OVERRIDES)(studying.methods)
 app.command("models")(model_types.models)
 app.command("export")(exporting.export)
 app.add_typer(data, name="data")

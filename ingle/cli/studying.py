@@ -1,4 +1,4 @@
-"""``ingle rank``: studies that answer a question about a task by many short runs."""
+"""``ingle rank`` and ``ingle methods``: studies that answer a question about a task by many short runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ingle.cli.arguments import CONFIG, Words, check_writable, load_config
 from ingle.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
     from rich.console import RenderableType
@@ -21,6 +21,7 @@ _FLAGS = (
     *("--space", "--method", "--dims", "--ranks", "--seeds", "--rates", "--steps", "--threshold", "--budget"),
     *("--every-rank", "--json", "--html", "--debug", "--help"),
 )
+_METHOD_FLAGS = ("--methods", "--seeds", "--rates", "--steps", "--budget", "--json", "--html", "--debug", "--help")
 
 
 def rank(
@@ -67,14 +68,12 @@ def rank(
     Every trial is an ordinary run in `OUTPUT/trials`. To continue an interrupted study, repeat the command.
     """
     from ingle.sinks import Terminal
-    from ingle.sinks.terminal import make_console, show
+    from ingle.sinks.terminal import make_console
 
     if html is not None:
         check_writable(html, "--html", "rank.html")
     loaded = load_config(words, "rank", _FLAGS)
     with Terminal(make_console(stderr=True)) as terminal:
-        from ingle.atomic import write_atomically
-        from ingle.report.rank_page import render_rank_page
         from ingle.studies import RankRequest, study_rank
 
         request = RankRequest(
@@ -91,14 +90,93 @@ def rank(
             every_rank=every_rank,
         )
         content = study_rank(request, terminal).to_dict()
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(Path(loaded.run.output) / "rank.json", text.encode())
+    _publish(content, loaded.run.output, "rank", html, as_json=as_json)
+
+
+def methods(
+    words: Annotated[Words, CONFIG] = None,
+    names: Annotated[
+        str | None,
+        typer.Option("--methods", metavar="A,B,C", show_default=False, help="Compare only these; all by default."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=100, show_default=False, help="Seeds; 3, or fewer to fit the budget.")
+    ] = None,
+    rates: Annotated[
+        int | None, typer.Option(min=1, max=9, show_default=False, help="Learning rates of each method; 3.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Steps of each trial; those of the config.")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0.0, show_default=False, help="Use fewer seeds to fit this time."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts to this file.")] = None,
+) -> None:
+    """Compare ways to adapt a model on your task: full fine-tuning, LoRA, DoRA, adapters, prefix, prompt and others.
+
+    All methods make the same steps on the same rows, each at its best learning rate and with several seeds. The score
+    is the task of `evaluate`, or the loss on held-out rows. A method that the model does not allow is a row with the
+    reason. Every trial is an ordinary run in `OUTPUT/trials`. To continue an interrupted study, repeat the command.
+    """
+    from ingle.sinks import Terminal
+    from ingle.sinks.terminal import make_console
+
     if html is not None:
-        write_atomically(html, render_rank_page(content).encode())
+        check_writable(html, "--html", "methods.html")
+    loaded = load_config(words, "methods", _METHOD_FLAGS)
+    with Terminal(make_console(stderr=True)) as terminal:
+        from ingle.studies import MethodRequest, study_methods
+
+        request = MethodRequest(
+            run=loaded.run,
+            names=None if names is None else tuple(name.strip() for name in names.split(",") if name.strip()),
+            num_seeds=seeds,
+            num_rates=rates,
+            steps=steps,
+            budget_s=None if budget is None else 60 * budget,
+        )
+        content = study_methods(request, terminal).to_dict()
+    _publish(content, loaded.run.output, "methods", html, as_json=as_json)
+
+
+def _publish(content: Mapping[str, Any], output: str, name: str, html: Path | None, *, as_json: bool) -> None:
+    """Writes the JSON and the page of a study, and prints its tables or its JSON."""
+    from ingle.atomic import write_atomically
+    from ingle.report.study_pages import render_study_page, study_tables
+    from ingle.sinks.terminal import make_console, show
+
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(Path(output) / f"{name}.json", text.encode())
+    if html is not None:
+        write_atomically(html, render_study_page(content, name).encode())
     if as_json:
         print(text, end="")
         return
-    show(make_console(), *_rank_tables(content, html))
+    tables, lines = study_tables(content, name)
+    if html is not None:
+        lines.append(f"Charts: {html}")
+    show(make_console(), *_render(tables, lines))
+
+
+def _render(
+    tables: Sequence[tuple[str, Sequence[Mapping[str, str]]]], lines: Sequence[str]
+) -> Iterator[RenderableType]:
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    for title, rows in tables:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in rows[0]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row.values())
+        yield table
+    yield from (Padding(Text(line), (0, 0, 0, 2)) for line in lines)
 
 
 def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
@@ -111,29 +189,3 @@ def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     if not numbers or numbers[0] < 1:
         raise ConfigError(f"{option} needs whole numbers from 1, separated by commas.", where=f"{option} {text}")
     return numbers
-
-
-def _rank_tables(content: Mapping[str, Any], html: Path | None) -> list[RenderableType]:
-    from rich import box
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from ingle.report.rank_page import curve_rows, rank_rows
-
-    tables: list[RenderableType] = []
-    for title, rows in (("ranks", rank_rows(content)), *((name, rows) for name, rows in curve_rows(content))):
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for name in rows[0]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row.values())
-        tables.append(table)
-    chosen = content["recommendation"]
-    lines = [chosen["reason"]]
-    if chosen["rank"] is not None:
-        options = f"--adapter.rank={chosen['rank']} --optim.lr={chosen['lr']:g}"
-        lines.append(f"Recommended: {options} (ranks {chosen['low']} to {chosen['high']} at 95 %)")
-    if html is not None:
-        lines.append(f"Charts: {html}")
-    return [*tables, *(Padding(Text(line), (0, 0, 0, 2)) for line in lines)]

@@ -20,9 +20,11 @@ from ingle.config.adapter_kinds import (
 from ingle.config.base import FormatName
 from ingle.config.section import Section, Text, tagged
 
-#: How A and B begin. ``kaiming`` and ``gaussian`` set B to zero; the others subtract the change that they begin with.
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
-SUBTRACTING: frozenset[Init] = frozenset({"orthogonal", "pissa", "olora"})
+#: How A and B begin, see :class:`WeightAdapter`.
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"]
+#: Those that subtract the change that they begin with, and those that read training data.
+SUBTRACTING: frozenset[Init] = frozenset({"orthogonal", "pissa", "olora", "lora_ga"})
+READS_DATA: frozenset[Init] = frozenset({"eva", "lora_ga"})
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -111,18 +113,42 @@ class LowRankAdapter(Adapter, _LowRank):  # in this order, so that the options o
         return True
 
 
+class InitOptions(Section):
+    """Options of the initial values that read training data.
+
+    Attributes:
+        num_steps: Steps of training data that ``eva`` and ``lora_ga`` read before the first step. Training begins with
+            the same data.
+        rho: Largest rank that ``eva`` gives to a layer, divided by its own; 1 keeps all ranks. The sum of the ranks
+            stays.
+        scale: ``stable`` multiplies the B of ``lora_ga`` by ``out_features ** 0.25 / sqrt(gamma)``, ``unit`` by 1.
+        gamma: See ``scale``.
+        iterations: Further subspace iterations that ``eva`` and ``lora_ga`` make, each over all of these data.
+    """
+
+    num_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    rho: Annotated[float, Field(ge=1, le=1_000)] = 2.0
+    scale: Literal["stable", "unit"] = "stable"
+    gamma: Annotated[float, Field(gt=0, le=1_000_000)] = 16.0
+    iterations: Annotated[int, Field(ge=0, le=100)] = 1
+
+
 class WeightAdapter(LowRankAdapter):
     """Options of low-rank adapters that change every weight of a layer by itself.
 
-    The base keeps its bytes with every ``init``: the function is ``x W^T + scale * (x A^T B^T - x A0^T B0^T)`` with the
-    initial A0 and B0, so the model without its adapter is the one that training began with. It is saved as one adapter
-    of twice the rank.
+    The base keeps its bytes with every ``init``. Where B A is not zero, but with ``loftq``, the initial A0 and B0 are
+    subtracted: the function is ``x W^T + scale * (x A^T B^T - x A0^T B0^T)``, so the model without its adapter is the
+    one that training began with. It is saved as one adapter of twice the rank.
 
     Attributes:
         init: How A and B begin. ``kaiming``: A uniform, B zero. ``gaussian``: A normal with a deviation of 1 / rank, B
             zero. ``orthogonal``: random with B A = 0, for even ranks. ``pissa``: the principal directions of the base
             (Meng et al. 2024, arXiv 2404.02948). ``olora``: the first directions of its QR decomposition (Büyükakyüz
-            2024, arXiv 2406.01775).
+            2024, arXiv 2406.01775). ``loftq``: the principal directions of what quantization took from the base, which
+            the adapter so begins to give back (Li et al. 2023, arXiv 2310.08659, with one iteration). ``eva``: A with
+            the principal directions of the layer's inputs, B zero (Paischer et al. 2024, arXiv 2410.07170).
+            ``lora_ga``: principal directions of the gradient of the base (Wang et al. 2024, arXiv 2407.05000).
+        init_options: Options of ``eva`` and ``lora_ga``.
         freeze_a: Train B alone, so that the inputs of adapted layers need not be kept for the backward pass (Zhang et
             al. 2023, "LoRA-FA", arXiv 2308.03303).
         precondition: With ``freeze_a``: multiply the gradient of B with ``(A A^T)^-1 / scale^2`` before the update, so
@@ -130,6 +156,7 @@ class WeightAdapter(LowRankAdapter):
     """
 
     init: Init = "kaiming"
+    init_options: InitOptions = InitOptions()
     freeze_a: bool = False
     precondition: bool = False
 

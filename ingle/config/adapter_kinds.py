@@ -185,3 +185,9 @@ class PeftAdapter(Adapter):
         if isinstance(value, dict) and isinstance(value.get("method"), str):
             return {**value, "method": value["method"].upper().replace("-", "_")}
         return value
+
+    @property
+    def dropout(self) -> float:
+        """The largest dropout of the method's options, which PEFT names differently for each."""
+        shares = (value for key, value in self.options.items() if key.endswith("dropout"))
+        return max((float(value) for value in shares if isinstance(value, int | float)), default=0.0)

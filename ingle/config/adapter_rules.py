@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ingle.config.adapter import LowRankAdapter, WeightAdapter
+from ingle.config.adapter import READS_DATA, LowRankAdapter, WeightAdapter
 from ingle.config.adapter_kinds import BitfitAdapter, BottleneckAdapter, PeftAdapter, PrefixAdapter, PromptAdapter
+from ingle.config.objective import samples_answers
 from ingle.config.peft_methods import METHODS, REFUSED, Method
 from ingle.config.rule import Rule
 from ingle.config.run import Run
@@ -16,6 +17,11 @@ def _odd_ranks(run: Run) -> list[int]:
     if not isinstance(adapter, WeightAdapter) or adapter.init != "orthogonal":
         return []
     return sorted({rank for rank in (adapter.rank, *adapter.rank_pattern.values()) if rank % 2})
+
+
+def _rounds(run: Run) -> bool:
+    """Returns whether weights are quantized while they are loaded."""
+    return run.base.format != "none" and not run.model.id.lower().endswith(".gguf") and run.model.init != "random"
 
 
 def _text_inits(run: Run) -> tuple[bool, bool]:
@@ -60,6 +66,24 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         lambda run: f"init = orthogonal needs even ranks, unlike {', '.join(map(str, _odd_ranks(run)))}.",
         "adapter.init, adapter.rank, adapter.rank_pattern",
         "an even rank, or --adapter.init=kaiming",
+    ),
+    Rule(
+        "loftq-gives-back-what-was-rounded",
+        lambda run: isinstance(run.adapter, WeightAdapter) and run.adapter.init == "loftq" and not _rounds(run),
+        "init = loftq gives back what quantization takes from the weights, which this run does not quantize.",
+        "adapter.init, base.format, model.id",
+        ("adapter.init=pissa", "base.format=nf4"),
+    ),
+    Rule(
+        "initial-values-read-given-data",
+        lambda run: (
+            isinstance(run.adapter, WeightAdapter)
+            and run.adapter.init in READS_DATA
+            and samples_answers(run.objective.kind)
+        ),
+        "The initial values of the adapter follow from training data, and this objective makes its data in training.",
+        "adapter.init, objective.kind",
+        "--adapter.init=kaiming",
     ),
     Rule(
         "frozen-a-has-one-rate",
@@ -164,6 +188,13 @@ ADAPTER_RULES: tuple[Rule[Run], ...] = (
         ),
         "adapter.method, parallel.kind",
         ("parallel.kind=ddp",),
+    ),
+    Rule(
+        "adalora-needs-its-gradients",
+        lambda run: getattr(run.adapter, "method", "") == "ADALORA" and run.optim.rule.kind != "adamw",
+        lambda run: f"AdaLoRA measures the gradients of its own weights, which {run.optim.rule.kind} does not keep.",
+        "adapter.method, optim.rule",
+        ("optim.rule=adamw", "adapter.kind=lora"),
     ),
     Rule(
         "targets-are-named-once",

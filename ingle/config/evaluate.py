@@ -9,10 +9,12 @@ from pydantic import Field, Strict
 
 from ingle.config.data import ControlTokens, OptionalSources, Sources
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveConfig, ObjectiveKind, Span, Tag
+from ingle.config.policy import Rewarded
 from ingle.config.preferences import Reward
+from ingle.config.rewards import ModelReward, OptionalRewards
 from ingle.config.section import BatchSize, Count, Section, Seed, Strings
 
-_TextMetric = Literal["exact_match", "bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte"]
+_TextMetric = Literal["exact_match", "bleu", "chrf", "rouge_l", "reward", "perplexity", "bits_per_byte"]
 _ClassMetric = Literal[
     "accuracy",
     "f1_macro",
@@ -71,6 +73,8 @@ class TaskConfig(Section):
         top_p: Nucleus sampling: sample from the most likely tokens that together have this probability. Needs a
             ``temperature`` above 0.
         stop: Strings that end an answer, in addition to the end-of-turn token.
+        rewards: What the metric ``reward`` adds up, as in ``objective.rewards``. If empty, those of the objective
+            itself, without trained reward models.
         answer_pattern: Regular expression that extracts the answer for ``exact_match``: the first group of its last
             match.
         tag_scheme: How tags are read as entities. ``auto`` also reads sequences that break every scheme, such as
@@ -91,6 +95,7 @@ class TaskConfig(Section):
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Strings = ()
+    rewards: OptionalRewards = ()
     answer_pattern: str | None = None
     tag_scheme: TagScheme = "auto"
     system: str | None = None
@@ -101,9 +106,14 @@ class TaskConfig(Section):
 
 
 def suit_task(task: TaskConfig, objective: ObjectiveConfig) -> TaskConfig:
-    """Returns a task with the metrics and the tag scheme that suit an objective, where it names none."""
+    """Returns a task with the metrics, rewards and the tag scheme that suit an objective, where it names none."""
     scheme = objective.scheme if isinstance(objective, Tag) and task.tag_scheme == "auto" else task.tag_scheme
-    return task.model_copy(update={"metrics": task.metrics or suitable_metrics(objective), "tag_scheme": scheme})
+    own = objective.rewards if isinstance(objective, Rewarded) else ()
+    rewards = task.rewards or tuple(reward for reward in own if not isinstance(reward, ModelReward))
+    metrics = task.metrics or suitable_metrics(objective)
+    if not task.metrics and rewards:
+        metrics = ("reward", *metrics)
+    return task.model_copy(update={"metrics": metrics, "rewards": rewards, "tag_scheme": scheme})
 
 
 def suitable_metrics(objective: ObjectiveConfig) -> tuple[MetricName, ...]:

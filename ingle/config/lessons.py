@@ -17,9 +17,9 @@ _STUDIED = 100_000_000
 #: Adapters whose change has a scale.
 _SCALED = ("lora", "dora")
 #: Names of layers of attention.
-_ATTENTION = frozenset(
-    ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "query_key_value")
-    + ("qkv", "Wqkv", "attn", "c_attn", "attention")
+_ATTENTION = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "query_key_value"),
+    *("qkv", "Wqkv", "attn", "c_attn", "attention"),
 )
 #: Objectives that learn from answers that they sample.
 _SAMPLING = ("ppo", "grpo", "rloo", "reinforce", "online_dpo")
@@ -89,8 +89,9 @@ def find_lessons(facts: Facts) -> list[Note]:
 def _alpha(facts: Facts) -> float | None:
     """Returns the alpha that the config names for a scale of alpha / rank."""
     adapter = facts.run.adapter
-    is_plain = isinstance(adapter, LowRankAdapter) and adapter.kind in _SCALED and not adapter.rslora
-    return adapter.alpha if is_plain else None
+    if not isinstance(adapter, LowRankAdapter) or adapter.kind not in _SCALED or adapter.rslora:
+        return None
+    return adapter.alpha
 
 
 def _rank(facts: Facts) -> int:

@@ -264,6 +264,11 @@ def reads_answers(kind: ObjectiveKind) -> bool:
     return FAMILY[kind] in ("pairs", "judged", "reward")
 
 
+def rows_of(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """Returns the objective as which the rows of a run are read: ``sft`` for distillation without sampled answers."""
+    return Sft() if isinstance(objective, Distill) and not objective.on_policy_share else objective
+
+
 def samples_answers(kind: ObjectiveKind) -> bool:
     """Returns whether an objective learns from answers that the model itself samples."""
     return FAMILY[kind] == "prompts"

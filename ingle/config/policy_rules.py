@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ingle.config.adapter import LowRankAdapter, NoAdapter
-from ingle.config.objective import samples_answers
+from ingle.config.objective import rows_of, samples_answers
 from ingle.config.policy import Distill, Grpo, OnlineDpo, Ppo, Raft, Reinforce, Rloo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.rule import Rule
@@ -43,7 +43,9 @@ def reads_reference(run: Run) -> bool:
 
 def _left_over(run: Run) -> int:
     """Returns the answers of an iteration that fill no minibatch."""
-    rows = rows_per_iteration(run.objective) if isinstance(run.objective, Sampled) else 0
+    objective = run.objective
+    is_sampled = isinstance(objective, Sampled) and samples_answers(rows_of(objective).kind)
+    rows = rows_per_iteration(objective) if isinstance(objective, Sampled) and is_sampled else 0
     return rows % run.train.global_batch_size
 
 
@@ -61,8 +63,18 @@ def _group(run: Run) -> int:
     if not isinstance(run.objective, Sampled):
         return 2
     objective = suit_policy(run.objective)
-    compares = isinstance(objective, Raft | OnlineDpo) or getattr(objective, "advantage", None) in _OF_GROUPS
+    compares = getattr(objective, "combine", "sum") == "normalize_then_sum" or isinstance(objective, Raft | OnlineDpo)
+    compares = compares or getattr(objective, "advantage", None) in _OF_GROUPS
     return (objective.num_generations or 1) if compares else 2
+
+
+def _has_idle_divergence(run: Run) -> bool:
+    """Returns whether a divergence in the reward has no effect, since scaled rewards are advantages already."""
+    if not isinstance(run.objective, Grpo | Rloo | Reinforce):
+        return False
+    objective = suit_policy(run.objective)
+    is_scaled = objective.combine == "normalize_then_sum" and objective.advantage != "discounted_whitened"
+    return is_scaled and objective.kl.place == "reward"
 
 
 def _reused(run: Run) -> bool:
@@ -161,6 +173,13 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
         "--objective.kl.place=reward --objective.kl.coef=0.05 --objective.kl.control=fixed",
     ),
     Rule(
+        "scaled-rewards-keep-the-divergence-apart",
+        _has_idle_divergence,
+        "With combine = normalize_then_sum, rewards are advantages already: a divergence in the reward has no effect.",
+        "objective.combine, objective.kl.place",
+        ("objective.kl.place=loss", "objective.combine=sum"),
+    ),
+    Rule(
         "policies-with-reference-need-an-adapter",
         lambda run: reads_reference(run) and isinstance(run.adapter, NoAdapter),
         lambda run: (
@@ -183,6 +202,13 @@ POLICY_RULES: tuple[Rule[Run], ...] = (
             f"objective.importance=token, or --objective.num_passes=1 --train.global_batch_size="
             f"{rows_per_iteration(run.objective) if isinstance(run.objective, Sampled) else 1}"
         ),
+    ),
+    Rule(
+        "distillation-mixes-nothing",
+        lambda run: isinstance(run.objective, Distill) and 0 < run.objective.on_policy_share < 1,
+        "A run learns either from sampled answers or from those in the data.",
+        "objective.on_policy_share",
+        ("objective.on_policy_share=1", "objective.on_policy_share=0"),
     ),
     Rule(
         "distillation-answers-once",

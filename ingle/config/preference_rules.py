@@ -16,6 +16,9 @@ _OF_DIFFERENCE = ("sigmoid", "robust", "hinge", "exo", "discopop")
 #: Losses of log-ratios per token.
 _PER_TOKEN = ("ipo", "sigmoid_norm")
 
+#: Losses that compare the distributions of all tokens.
+_OF_TOKENS = ("tdpo1", "tdpo2")
+
 #: When an option is read; the others always are.
 _READ: Mapping[type[Section], Mapping[str, Callable[[Any], bool]]] = {
     Dpo: {
@@ -23,7 +26,8 @@ _READ: Mapping[type[Section], Mapping[str, Callable[[Any], bool]]] = {
         "divergence": lambda dpo: dpo.loss in _OF_DIFFERENCE,
         "divergence_alpha": lambda dpo: dpo.divergence == "alpha" and dpo.loss in _OF_DIFFERENCE,
         "penalty": lambda dpo: dpo.loss == "dpop",
-        "tail_weight": lambda dpo: dpo.loss not in _PER_TOKEN,
+        "kl_weight": lambda dpo: dpo.loss == "tdpo2",
+        "tail_weight": lambda dpo: dpo.loss not in (*_PER_TOKEN, *_OF_TOKENS),
         "temperature": lambda dpo: dpo.loss == "discopop",
     },
     Cpo: {"label_smoothing": lambda cpo: cpo.loss == "sigmoid"},
@@ -64,6 +68,13 @@ PREFERENCE_RULES: tuple[Rule[Run], ...] = (
         "The loss exo is infinite without label smoothing.",
         "objective.loss, objective.label_smoothing",
         ("objective.label_smoothing=1e-3",),
+    ),
+    Rule(
+        "tdpo-needs-an-adapter",
+        lambda run: isinstance(run.objective, Dpo) and run.objective.loss in _OF_TOKENS and run.adapter.kind == "none",
+        "This loss reads the distributions of the reference at every step, and full fine-tuning changes them.",
+        "objective.loss, adapter.kind",
+        ("adapter.kind=lora",),
     ),
     Rule(
         "reference-without-dropout",

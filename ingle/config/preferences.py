@@ -27,6 +27,8 @@ DpoLoss = Literal[
     "discopop",
     "sigmoid_norm",
     "dpop",
+    "tdpo1",
+    "tdpo2",
 ]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 #: The pairs of a row with scores; answers with equal scores make none.
@@ -61,6 +63,7 @@ class Dpo(_Pairs):
         divergence: Divergence to the reference, for losses of the difference of two log-ratios.
         divergence_alpha: Order of the divergence ``alpha``.
         penalty: Weight of a falling log-probability of the chosen answer (``dpop``).
+        kl_weight: Weight of the difference of the divergences (``tdpo2``).
         tail_weight: Weight of the tokens beyond the length of the shorter answer (LD-DPO).
         weighting: ``wpo`` weights each pair by how likely the model itself would answer so.
         temperature: Temperature of the mixture of ``discopop``.
@@ -76,6 +79,7 @@ class Dpo(_Pairs):
     divergence: Divergence = "reverse_kl"
     divergence_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     penalty: _Weight | None = None
+    kl_weight: _Weight | None = None
     tail_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
     weighting: Literal["none", "wpo"] = "none"
     temperature: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -55,6 +55,8 @@ PRESETS: Mapping[str, Preset] = {
     "sigmoid_norm": Preset(
         "length-normalized DPO", {"beta": 0.1, "label_smoothing": 0.0}, "Lambert et al. 2024, arXiv 2411.15124"
     ),
+    "tdpo1": Preset("TDPO1", {"beta": 0.1}, "Zeng et al. 2024, arXiv 2404.11999"),
+    "tdpo2": Preset("TDPO2", {"beta": 0.1, "kl_weight": 0.5}, "Zeng et al. 2024, arXiv 2404.11999"),
     "dpop": Preset("DPOP", {"beta": 0.3, "penalty": 50.0}, "Pal et al. 2024, arXiv 2402.13228"),
     "simpo": Preset(
         "SimPO", {"beta": 2.0, "gamma": 1.0}, "Meng et al. 2024, arXiv 2405.14734", checked=True, lr=(3e-7, 1e-6)

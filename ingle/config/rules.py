@@ -22,6 +22,8 @@ from ingle.config.paths import expand, find_path
 from ingle.config.policy_rules import POLICY_RULES
 from ingle.config.preference_rules import PREFERENCE_RULES
 from ingle.config.problems import Problem, raise_problems
+from ingle.config.reward_rules import REWARD_RULES
+from ingle.config.rewards import ModelReward
 from ingle.config.rule import Rule, duplicates
 from ingle.config.run import Run
 from ingle.config.section import Section
@@ -271,6 +273,7 @@ RUN_RULES: tuple[Rule[Run], ...] = (
     *OPTIM_RULES,
     *PREFERENCE_RULES,
     *POLICY_RULES,
+    *REWARD_RULES,
     *VALIDATION_RULES,
 )
 
@@ -289,6 +292,20 @@ def _has_no_group(pattern: str | None) -> bool:
 
 
 TASK_RULES: tuple[Rule[TaskConfig], ...] = (
+    Rule(
+        "reward-needs-rewards",
+        lambda task: "reward" in (task.metrics or ()) and not task.rewards,
+        "The metric reward needs something to add up.",
+        "metrics, rewards",
+        ("rewards=FILE.py",),
+    ),
+    Rule(
+        "models-are-no-metric",
+        lambda task: any(isinstance(reward, ModelReward) for reward in task.rewards),
+        "A trained reward model cannot score the answers of a task.",
+        "rewards",
+        "remove the reward of kind model",
+    ),
     Rule(
         "metrics-once",
         lambda task: bool(duplicates(task.metrics or ())),

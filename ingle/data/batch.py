@@ -53,6 +53,7 @@ COLUMNS: Mapping[str, Column] = {
     "draws": Column("document", torch.int64),
     "answers": Column("document", torch.int64),
     "reference_logps": Column("token", torch.float32),
+    "reference_states": Column("token", torch.float32),
     "old_logps": Column("token", torch.float32),
     "values": Column("token", torch.float32),
     "advantages": Column("token", torch.float32),

@@ -130,7 +130,7 @@ def bits_at(
     positions: npt.ArrayLike,
 ) -> Bits:
     """Returns the bits of :meth:`Counters.bits` for one position of each of N documents, uint64 [N]."""
-    parts = (np.asarray(part, np.int64).astype(np.uint64) for part in (epochs, documents, positions))
+    parts = (np.atleast_1d(part).astype(np.int64).astype(np.uint64) for part in (epochs, documents, positions))
     epochs_N, documents_N, positions_N = parts
     return mix(_starts(seed, epochs_N, documents_N, purpose) + (positions_N + np.uint64(1)) * np.uint64(GOLDEN))
 

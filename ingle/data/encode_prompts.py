@@ -11,10 +11,12 @@ from ingle.data.control import ControlTokens
 from ingle.data.encode_answers import PROMPTS_CUT
 from ingle.data.encode_sources import source_ids
 from ingle.data.encode_text_answers import write_prompt
+from ingle.data.encoding import TextEncoder, make_document
 from ingle.data.prompt import prompt_ids
 from ingle.data.row_encoder import Counts, Piece, TokenOptions
 from ingle.data.sandbox import Sandbox
-from ingle.data.types import Example, Message, Tokenizer
+from ingle.data.template import ANSWER, has_template
+from ingle.data.types import Example, Ids, Message, Tokenizer
 from ingle.errors import ConfigError
 
 #: With less room than this, no prompt can be read.
@@ -121,3 +123,18 @@ class PromptEncoder:
 def _says_something(example: Example) -> bool:
     texts = [message.written for message in example.messages if message.role != "system"] or [example.prompt or ""]
     return any(text.strip() for text in texts)
+
+
+def answer_ending(tokenizer: Tokenizer) -> tuple[int, Ids]:
+    """Returns the token that ends an answer, and the tokens that a chat template writes behind it.
+
+    A document of training contains the latter, but nobody samples them.
+    """
+    turns = (Message("user", ANSWER), Message("assistant", ANSWER))
+    chat = Example("answer_ending", messages=turns)
+    example = chat if has_template(tokenizer) else Example("answer_ending", prompt=ANSWER, completion=ANSWER)
+    document = make_document(example, tokenizer, train_on="last", system=None)
+    assert not isinstance(document, str), document
+    (found,) = TextEncoder(tokenizer).encode([document])
+    last = int(np.flatnonzero(found.supervised)[-1])
+    return int(found.ids[last]), found.ids[last + 1 :]

@@ -18,6 +18,7 @@ from ingle.config.objective import (
     ObjectiveKind,
     Tag,
     reads_answers,
+    rows_of,
     samples_answers,
 )
 from ingle.data.dataset import GrowingArray, TokenDataset
@@ -88,7 +89,7 @@ def inspect(
     """
     sink = sink or (lambda _: None)
     duplicates = DuplicateSearch()
-    objective = name_labels(data, objective)
+    objective = rows_of(name_labels(data, objective))
     kind = objective.kind
     is_sampled = samples_answers(kind)
     asked: ObjectiveKind = "sft" if reads_answers(kind) or is_sampled else kind  # a task asks for answers

@@ -41,6 +41,9 @@ class Tokenizer(Protocol):
     def all_special_ids(self) -> list[int]:
         """Ids of the special tokens."""
 
+    def get_vocab(self) -> Mapping[str, int]:
+        """Returns the id of every token."""
+
     def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
         """Tokenizes a text."""
 

@@ -36,6 +36,7 @@ from ingle.models.loading.gguf_model import choose_formats, convert_base
 from ingle.models.loading.meta_device import compute_dtype, meta_model
 from ingle.models.loading.quantized_cache import QuantizedCache
 from ingle.models.loading.weight_loading import load_model, load_weights
+from ingle.models.loading.weight_stream import original_weights
 from ingle.models.objective_tasks import has_labels, keep_stored_labels, model_task, trained_objective
 from ingle.models.text_limits import (
     choose_padding,
@@ -96,6 +97,7 @@ __all__ = [
     "model_task",
     "noise_keys",
     "num_tokens",
+    "original_weights",
     "read_modules",
     "reader_class",
     "recompute_layers",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -10,8 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ingle import adapters
-from ingle.config.objective import FAMILY, Classify, Mlm, ObjectiveConfig, Seq2Seq, Span, reads_answers, samples_answers
+from ingle.config.objective import (
+    FAMILY,
+    Classify,
+    Mlm,
+    ObjectiveConfig,
+    Seq2Seq,
+    Span,
+    reads_answers,
+    rows_of,
+    samples_answers,
+)
+from ingle.config.policy import Distill
 from ingle.config.preferences import Bco, Cpo, Dpo, JudgedConfig, Kto, Orpo, Reward, Simpo
+from ingle.config.presets import suit_preferences
 from ingle.config.run import Run
 from ingle.data import HeldOut, PromptSet, Sequences, SequenceSampler, TokenDataset
 from ingle.data.corruption import Corruption, Infilling, Masking, SpanCorruption, find_sentinels, mask_token
@@ -19,6 +32,7 @@ from ingle.errors import ConfigError
 from ingle.models import Model, kind_of, num_tokens, refuse_tokens_beyond, why_prompts_repeat
 from ingle.objectives.answer import AnswerLoss
 from ingle.objectives.classify import ClassLoss, ClassWeights, balanced_weights
+from ingle.objectives.distill import DivergenceLoss
 from ingle.objectives.driver import DocumentLoss, PackedObjective
 from ingle.objectives.interface import Check, Measure, Objective, Relief, StepModule, Sums, Term
 from ingle.objectives.judged import JudgedLoss, class_weights
@@ -28,6 +42,7 @@ from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reference_cache import open_cache
 from ingle.objectives.reward import RewardLoss
+from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
 from ingle.objectives.seq2seq import Joining, TargetLoss, target_of
@@ -76,6 +91,7 @@ class Context:
         held_out: Documents for validation; None without.
         num_steps: Steps of the run.
         shards: Whether forward passes are collective, since ranks have parts of the weights.
+        roles: What :func:`insert_roles` returned.
     """
 
     model: Model
@@ -88,6 +104,7 @@ class Context:
     held_out: HeldOut | None = None
     num_steps: int = 1
     shards: bool = False
+    roles: Mapping[int, tuple[str, str | None]] = field(default_factory=dict)
 
 
 def build(run: Run, context: Context) -> Objective:
@@ -98,7 +115,7 @@ def build(run: Run, context: Context) -> Objective:
         ModelError: The model does not say which token begins a target.
     """
     module = _loss(run, context)
-    if samples_answers(run.objective.kind):
+    if samples_answers(rows_of(run.objective).kind):
         assert isinstance(context.dataset, PromptSet)
         return sampled_objective(
             run,
@@ -107,7 +124,10 @@ def build(run: Run, context: Context) -> Objective:
             sequences=context.sequences,
             tokenizer=context.tokenizer,
             initial=partial(adapters.use, context.model, "initial"),
-            models={},
+            models={
+                number: RewardModel(path, context.model, role, context.tokenizer, context.mesh)
+                for number, (path, role) in context.roles.items()
+            },
             held_out=context.held_out,
             num_steps=context.num_steps,
             global_batch_size=context.global_batch_size,
@@ -127,7 +147,8 @@ def build(run: Run, context: Context) -> Objective:
     initial = partial(adapters.use, context.model, "initial")
     match run.objective:
         case Dpo():
-            return PreferenceObjective(module, context.dataset, sampler, initial=initial, **options)
+            beta = suit_preferences(run.objective).beta
+            return PreferenceObjective(module, context.dataset, sampler, initial=initial, beta=beta, **options)
         case Kto() | Bco():
             return JudgedObjective(
                 module,
@@ -165,6 +186,8 @@ def _loss(run: Run, context: Context) -> StepModule:
             return balanced(JudgedLoss(model, run.objective, weights), *choose_routers(run, model))
         case Reward():
             return RewardLoss(model, run.objective)
+        case Distill():
+            return DivergenceLoss(model, run.objective, context.tokenizer)
     if samples_answers(run.objective.kind):
         return sampled_loss(run, model, context.mesh)
     match run.objective.kind:
@@ -183,6 +206,7 @@ def _loss(run: Run, context: Context) -> StepModule:
             if run.objective.problem == "auto":
                 raise ConfigError("The kind of labels is not known yet.", where="objective.problem")
             return ClassLoss(model, run.objective.problem, run.objective.label_smoothing)
+    raise AssertionError(run.objective.kind)
 
 
 def corruption(run: Run, context: Context) -> Corruption | None:
@@ -194,7 +218,7 @@ def corruption(run: Run, context: Context) -> Corruption | None:
     """
     config = run.objective
     match config.kind:
-        case "clm" | "sft":
+        case "clm" | "sft" | "distill":
             return check_first_tokens
         case "classify" if config.class_weights != "none":
             return ClassWeights(_class_weights(config, context.dataset))

@@ -5,6 +5,7 @@ Legend: N tokens of the row of targets, M supervised tokens, D documents, T toke
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby, pairwise, product
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from ingle.config.preferences import PairChoice
 from ingle.data.batch import Batch
 from ingle.data.types import IGNORE_INDEX
+from ingle.kernels.layers.divergence import Predictions, linear_divergence
+from ingle.kernels.layers.logits import LogitTransform
 from ingle.kernels.layers.token_statistics import token_statistics
 from ingle.models import Head, Model, forward_hidden, through_head
 from ingle.objectives.token_loss import head_logps
@@ -102,6 +105,33 @@ def describe_targets(output: Head, hidden_NH: Tensor, targets_N: Tensor, *, with
         with_entropies=with_entropies,
     )
     return torch.stack(found)
+
+
+def answer_divergences(model: Model, batch: Batch, targets_N: Tensor, states_NH: Tensor) -> tuple[Statistics, Tensor]:
+    """Returns :func:`answer_statistics`, and ``KL(reference || model)`` where each target is predicted, [N], in nats.
+
+    Args:
+        model: The model.
+        batch: The tokens.
+        targets_N: Token ids.
+        states_NH: Last hidden states of the reference, which has the same output layer.
+    """
+    function = partial(_describe_both, states_NH)
+    found = through_head(model, function, forward_hidden(model, batch)[0], targets_N)
+    logps_N, entropies_N, squares_N, divergences_N = found
+    return Statistics(logps_N, entropies_N.detach(), squares_N.detach()), divergences_N
+
+
+def _describe_both(states_NH: Tensor, output: Head, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
+    transform = LogitTransform(output.logit_scale, output.softcap)
+    own, other = (Predictions(states, output.weight, output.bias, transform) for states in (hidden_NH, states_NH))
+    divergences_N = linear_divergence(own, other, targets_N, beta=0.0)
+    return torch.cat([describe_targets(output, hidden_NH, targets_N), divergences_N[None]])
+
+
+def reference_states(batch: Batch) -> Tensor:
+    """Returns the last hidden states of the reference, [N, H], in the row that is predicted."""
+    return batch.columns["reference_states"][0]
 
 
 def with_reference(logps_N: Tensor, batch: Batch) -> dict[str, Tensor]:

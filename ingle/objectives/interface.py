@@ -58,6 +58,22 @@ class Sums:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class OtherModel(Protocol):
+    """A model that is read next to the one that is trained."""
+
+    @property
+    def model(self) -> Any:
+        """The model, with its adapter attached."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+
+
+#: Opens a run folder, an adapter folder, a model folder or a hub id.
+OpenModel = Callable[[str], OtherModel]
+
+
 class StepModule(nn.Module, ABC):
     """Everything that a step computes: encoder, head and loss.
 
@@ -72,6 +88,7 @@ class StepModule(nn.Module, ABC):
         keeps_dropout: Whether the model may drop activations in training. A loss that compares log-probabilities with
             those of a reference turns this off.
         reads_head_in_backward: Whether the backward pass of the loss reads the weights of the output head.
+        reads_states: Whether it reads the last hidden states of the reference.
         uses_hooks: Whether it reads what modules compute through hooks, which compiled layers do not call.
         reduces_once: Whether gradients are added over ranks in the last micro-batch of a step only.
         observe: Called with the number of real tokens of each micro-batch; its context surrounds the forward pass.
@@ -81,6 +98,7 @@ class StepModule(nn.Module, ABC):
     row_measures: Sequence[str] = ()
     keeps_dropout: bool = True
     reads_head_in_backward: bool = True
+    reads_states: bool = False
     uses_hooks: bool = False
     reduces_once: bool = False
     observe: Callable[[int], AbstractContextManager[None]]
@@ -108,11 +126,12 @@ class StepModule(nn.Module, ABC):
         """Returns the factor on the learning rate of a trained parameter, by its name in the model or around it."""
         return 1.0
 
-    def load_parts(self, identity: BaseIdentity | None) -> None:
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
         """Loads what is read besides the model; called once, when the weights of the model are loaded.
 
         Args:
             identity: The base of the model's adapter; None without an adapter.
+            open_model: Opens other models.
         """
 
     def save_parts(self, folder: Path, record: Mapping[str, Any]) -> None:
@@ -235,6 +254,10 @@ class Objective(ABC):
     @abstractmethod
     def epoch(self) -> float:
         """Passes over the data so far."""
+
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
+        """Loads what is read besides the model; see :meth:`StepModule.load_parts`."""
+        self.module.load_parts(identity, open_model)
 
     def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
         """Makes the data of a step with the current weights, such as sampled answers, before the clock of the step.

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from ingle.config.preferences import Divergence, DpoLoss
 
-PairLossName = Literal[DpoLoss, "tdpo1", "tdpo2", "simpo", "orpo", "cpo", "cpo_hinge", "cpo_ipo"]
+PairLossName = Literal[DpoLoss, "simpo", "orpo", "cpo", "cpo_hinge", "cpo_ipo"]
 
 #: Largest exponent: beyond it, a divergence that grows exponentially is flat rather than infinite in float32.
 _LARGEST_EXPONENT = 80.0

@@ -13,15 +13,18 @@ from torch import Tensor
 from ingle.config.preferences import Cpo, Dpo, Orpo, Simpo
 from ingle.config.presets import suit_preferences
 from ingle.data.batch import Batch
+from ingle.errors import ConfigError
 from ingle.models import Model
 from ingle.objectives.answers import (
     AnswerTokens,
     Pairs,
     Statistics,
+    answer_divergences,
     answer_logps,
     answer_statistics,
     find_pairs,
     log_ratios,
+    reference_states,
 )
 from ingle.objectives.interface import Measure, StepModule, Sums, Term
 from ingle.objectives.pair_losses import Answers, PairOptions, pair_loss, rewards, start_value
@@ -42,6 +45,7 @@ def pair_options(config: PreferenceConfig) -> PairOptions:
                 divergence=config.divergence,
                 divergence_alpha=config.divergence_alpha,
                 penalty=config.penalty or 0.0,
+                kl_weight=config.kl_weight or 0.0,
                 temperature=config.temperature or 1.0,
             )
         case Simpo():
@@ -63,6 +67,9 @@ class PairLoss(StepModule):
     Args:
         model: The model that is trained.
         config: The objective.
+
+    Raises:
+        ConfigError: It reads them, and the output layer is trained.
     """
 
     measures = (
@@ -78,6 +85,13 @@ class PairLoss(StepModule):
         super().__init__(model)
         self.options = pair_options(config)
         self._start = start_value(self.options)
+        self.reads_states = self.options.loss in ("tdpo1", "tdpo2")
+        if self.reads_states and any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+            raise ConfigError(
+                "The loss compares distributions of the model and its reference, which share the output layer.",
+                where=f"objective.loss = {self.options.loss}, adapter.trainable_modules",
+                fix="leave the output layer out of adapter.trainable_modules",
+            )
         self._choice = config.pairs
         self._weights_pairs = isinstance(config, Dpo) and config.weighting == "wpo"
         self._tail_weight = config.tail_weight if isinstance(config, Dpo) else 1.0
@@ -108,8 +122,8 @@ class PairLoss(StepModule):
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums over pairs, weighted so that every row counts once, and over tokens."""
         tokens = AnswerTokens.of(batch)
-        found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, logps_D = self.compare(found, batch, tokens, pairs)
+        (found, divergences_N), pairs = self._describe(batch, tokens), self._pairs(batch, tokens)
+        losses_P, figures, logps_D = self.compare(found, batch, tokens, pairs, divergences_N)
         nothing = found.logps.sum() * 0.0  # differentiable, whatever the batch has
         losses = {"preference": nothing + (losses_P * pairs.weights).sum()}
         if self._sft_weight:
@@ -122,8 +136,8 @@ class PairLoss(StepModule):
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss of each row and some of its measures with one of its answers; float64 [answers, 8]."""
         tokens = AnswerTokens.of(batch)
-        found, pairs = answer_statistics(self.model, batch, tokens.targets), self._pairs(batch, tokens)
-        losses_P, figures, _ = self.compare(found, batch, tokens, pairs)
+        (found, divergences_N), pairs = self._describe(batch, tokens), self._pairs(batch, tokens)
+        losses_P, figures, _ = self.compare(found, batch, tokens, pairs, divergences_N)
         columns = [losses_P, *(figures[name] for name in self.row_measures)]
         weights_P = pairs.weights.double().cpu()
         table_PC = torch.stack([each for column in columns for each in (column, torch.ones_like(column))], 1)
@@ -150,8 +164,18 @@ class PairLoss(StepModule):
     def _pairs(self, batch: Batch, tokens: AnswerTokens) -> Pairs:
         return find_pairs(batch, tokens.lengths > 0, self._choice)
 
+    def _describe(self, batch: Batch, tokens: AnswerTokens) -> tuple[Statistics, Tensor | None]:
+        if not self.reads_states:
+            return answer_statistics(self.model, batch, tokens.targets), None
+        return answer_divergences(self.model, batch, tokens.targets, reference_states(batch))
+
     def compare(
-        self, found: Statistics, batch: Batch, tokens: AnswerTokens, pairs: Pairs
+        self,
+        found: Statistics,
+        batch: Batch,
+        tokens: AnswerTokens,
+        pairs: Pairs,
+        divergences_N: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the loss of each pair [P], its measures [P], and the log-probability of each document [D].
 
@@ -160,16 +184,19 @@ class PairLoss(StepModule):
             batch: With the log-probabilities of the reference, if the loss has one.
             tokens: The supervised tokens of the batch.
             pairs: Its pairs.
+            divergences_N: Divergences of the reference from the model, for losses that read them.
         """
         logps_M = found.logps[tokens.rows]
         logps_DT = tokens.by_document(logps_M)
         ratios_DT = tokens.by_document(log_ratios(logps_M, batch, tokens)) if self.has_reference else None
+        totals_D = None if divergences_N is None else tokens.by_document(divergences_N[tokens.rows]).sum(1)
         shorter_P = torch.minimum(tokens.lengths[pairs.chosen], tokens.lengths[pairs.rejected])
         sides = [
             Answers(
                 self._sums(logps_DT[documents], shorter_P),
                 tokens.lengths[documents].to(logps_DT.dtype),
                 None if ratios_DT is None else self._sums(ratios_DT[documents], shorter_P),
+                None if totals_D is None else totals_D[documents],
             )
             for documents in (pairs.chosen, pairs.rejected)
         ]

@@ -21,10 +21,11 @@ from ingle.config.policy_presets import suit_policy
 from ingle.data.batch import Batch
 from ingle.models import Head, Model, forward_hidden, through_head
 from ingle.objectives.answers import AnswerTokens, Statistics, describe_targets
-from ingle.objectives.interface import Measure, StepModule, Sums, Term
+from ingle.objectives.interface import Measure, OpenModel, StepModule, Sums, Term
 from ingle.objectives.policy_losses import (
     DENOMINATORS,
     Clip,
+    PolicyTerms,
     Rows,
     aggregate,
     kl_terms,
@@ -78,7 +79,7 @@ class PolicyLoss(StepModule):
         """Returns the factor on the learning rate of a parameter; the value function has one of its own."""
         return self.values.lr_ratio if self.values is not None and self.values.owns(name) else 1.0
 
-    def load_parts(self, identity: BaseIdentity | None) -> None:
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
         """Loads what the value function begins with."""
         if self.values is not None:
             self.values.load(identity)
@@ -116,14 +117,10 @@ class PolicyLoss(StepModule):
         found, values_N = self._pass(batch, tokens)
         logps_M = found.logps[tokens.rows]
         old_M = _column(batch, "old_logps", tokens, logps_M.detach())
-        assert config.importance is not None and config.aggregation is not None and config.kl.estimator is not None
-        ratios_M = log_ratios(logps_M, old_M, replace(rows, counted=torch.ones_like(rows.counted)), config.importance)
-        policy = policy_losses(logps_M, ratios_M, _column(batch, "advantages", tokens), self._clip)
-        losses_M = policy.losses
-        if "correction_weights" in batch.columns:
-            losses_M = losses_M * _column(batch, "correction_weights", tokens)
+        assert config.aggregation is not None
+        policy = self._compare(logps_M, old_M, batch, tokens)
         nothing = found.logps.sum() * 0.0  # differentiable, whatever the batch has
-        losses = {"policy_loss": nothing + aggregate(losses_M, rows, config.aggregation)}
+        losses = {"policy_loss": nothing + aggregate(policy.losses, rows, config.aggregation)}
         if self._in_loss:
             losses["kl_loss"] = nothing + self._divergence(logps_M, old_M, batch, tokens, rows)
         entropies_M = found.entropies[tokens.rows]
@@ -178,6 +175,16 @@ class PolicyLoss(StepModule):
         )
         return Statistics(*through_head(self.model, function, hidden_NH, tokens.targets))
 
+    def _compare(self, logps_M: Tensor, old_M: Tensor, batch: Batch, tokens: AnswerTokens) -> PolicyTerms:
+        """Returns the loss of each token of the answers, whether it counts or not."""
+        assert self.config.importance is not None
+        everything = Rows(torch.ones_like(tokens.rows, dtype=torch.bool), tokens.documents, len(tokens.lengths))
+        ratios_M = log_ratios(logps_M, old_M, everything, self.config.importance)
+        policy = policy_losses(logps_M, ratios_M, _column(batch, "advantages", tokens), self._clip)
+        if "correction_weights" not in batch.columns:
+            return policy
+        return policy._replace(losses=policy.losses * _column(batch, "correction_weights", tokens))
+
     def _divergence(self, logps_M: Tensor, old_M: Tensor, batch: Batch, tokens: AnswerTokens, rows: Rows) -> Tensor:
         config = self.config
         assert config.kl.estimator is not None and config.aggregation is not None
@@ -187,11 +194,18 @@ class PolicyLoss(StepModule):
         return aggregate(kl_terms(logps_M, reference_M, config.kl.estimator, old_M), rows, config.aggregation)
 
     def per_document(self, batch: Batch) -> Tensor:
-        """Returns minus the log-probability of each answer and its tokens, float64 [D, 2]."""
-        tokens = AnswerTokens.of(batch)
+        """Returns the loss of the policy in each answer and its denominator, float64 [answers, 2]."""
+        config, tokens = self.config, AnswerTokens.of(batch)
+        assert config.aggregation is not None
+        rows = _rows(batch, tokens)
         logps_M = self.reference_logps(batch)
-        sums_D = tokens.by_document(logps_M).sum(1).double()
-        return torch.stack([-sums_D, tokens.lengths.double()], 1)[batch.answers()]
+        sums_D = rows.sums(self._compare(logps_M, _column(batch, "old_logps", tokens, logps_M), batch, tokens).losses)
+        lengths_D = rows.lengths(sums_D)
+        if config.aggregation == "answers":
+            sums_D = sums_D / lengths_D.clamp_min(1)
+        unit = {"completion_tokens": lengths_D, "sequences": (lengths_D > 0).double()}
+        unit["slots"] = unit["sequences"] * config.rollout.max_new_tokens
+        return torch.stack([sums_D.double(), unit[self.terms[0].denominator].double()], 1)[batch.answers()]
 
     def log_ratios(self, batch: Batch) -> Tensor | None:
         """Returns the log-ratio of each token to the reference, [M]; None without a reference."""

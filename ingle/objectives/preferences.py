@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +18,18 @@ from ingle.data.dataset import TokenDataset
 from ingle.data.packing import Indices, Sequences
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
+from ingle.events import Sink, Warned
+from ingle.models import forward_hidden, through_head
 from ingle.objectives.answers import AnswerTokens, answer_logps, log_ratios, with_reference
 from ingle.objectives.driver import PackedObjective
-from ingle.objectives.interface import StepModule
+from ingle.objectives.falling import Falling
+from ingle.objectives.interface import Relief, StepModule
 from ingle.objectives.mismatches import Mismatches
 from ingle.objectives.reference_cache import ReferenceCache, answer_keys
+from ingle.objectives.token_loss import head_logps
 from ingle.parallel import call_outside_step
+
+_Result = TypeVar("_Result")
 
 #: Makes a model compute its initial function inside a block.
 Initial = Callable[[], AbstractContextManager[None]]
@@ -56,22 +62,42 @@ class PreferenceObjective(PackedObjective):
         module: Computes the loss.
         arguments: As for :class:`PackedObjective`.
         initial: Makes the model compute its initial function, which is the reference; None without a reference.
+        beta: Factor on log-ratios in the rewards of chosen answers, if there are such rewards.
         options: As for :class:`PackedObjective`.
 
     Attributes:
         cache: Values of the reference that are known; None without one.
     """
 
-    def __init__(self, module: StepModule, *arguments: Any, initial: Initial | None, **options: Any) -> None:
+    def __init__(
+        self, module: StepModule, *arguments: Any, initial: Initial | None, beta: float | None = None, **options: Any
+    ) -> None:
         super().__init__(module, *arguments, **options)
         self._initial = initial
+        self._beta = beta
+        self._falling = Falling()
         self.prepares = initial is not None
         self.cache: ReferenceCache | None = None
         self._is_complete = False
 
+    def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
+        """Says once if the chosen answers become less likely."""
+        if (hint := self._falling.hint()) is not None:
+            sink(Warned(hint, where="objective"))
+        return True
+
+    def after_step(self, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
+        """Watches the chosen answers."""
+        if self._beta is not None and counts.get("pairs"):
+            self._falling.update(sums["rewards/chosen"] / counts["pairs"] / self._beta)
+
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference."""
         assert self._initial is not None, "there is no reference"
+        if self.module.reads_states:
+            with self._initial():
+                states = self._evaluate(parts, self._read_states)
+            return [_with(part, own) for part, own in zip(parts, states, strict=True)]
         found = zip(parts, self._references(parts, self._initial), strict=True)
         return [_with(part, with_reference(logps_N, part)) for part, logps_N in found]
 
@@ -133,15 +159,25 @@ class PreferenceObjective(PackedObjective):
 
     def _logps(self, parts: Sequence[Batch]) -> list[Tensor]:
         """Returns the log-probability of each target, [N] for each micro-batch."""
+        return self._evaluate(parts, self._pass)
+
+    def _evaluate(self, parts: Sequence[Batch], function: Callable[[Batch], _Result]) -> list[_Result]:
         was_training = self.module.training
         self.module.eval()
         try:
-            return [call_outside_step(self.module, self._pass, part) for part in parts]
+            return [call_outside_step(self.module, function, part) for part in parts]
         finally:
             self.module.train(was_training)
 
     def _pass(self, part: Batch) -> Tensor:
         return answer_logps(self.module.model, part, AnswerTokens.of(part).targets)
+
+    def _read_states(self, part: Batch) -> dict[str, Tensor]:
+        """Returns the columns of a loss that compares distributions with those of the reference."""
+        model = self.module.model
+        hidden_NH = forward_hidden(model, part)[0]
+        logps_N = through_head(model, head_logps, hidden_NH, AnswerTokens.of(part).targets)
+        return {**with_reference(logps_N, part), "reference_states": hidden_NH[None]}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counter of the sampler, and the files of the cache, which it completes."""

@@ -83,6 +83,7 @@ class Balanced(StepModule):
         self.inner = inner
         self.measures, self.row_measures = inner.measures, inner.row_measures
         self.keeps_dropout, self.reads_head_in_backward = inner.keeps_dropout, inner.reads_head_in_backward
+        self.reads_states = inner.reads_states
         self._routers, self._weight = routers, weight
 
     @property

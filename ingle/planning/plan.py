@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ingle.config.objective import rows_of
 from ingle.config.policy import Sampled
 from ingle.config.policy_rules import num_passes, rows_per_iteration, steps_per_iteration
 from ingle.config.run import Run
@@ -191,9 +192,10 @@ def count_steps(run: Run, data: DataShape) -> int:
     """
     per_step: float = run.train.global_batch_size
     rounded = 1
-    if isinstance(run.objective, Sampled):  # whole iterations, each of which makes several passes over its answers
+    objective = rows_of(run.objective)
+    if isinstance(objective, Sampled):  # whole iterations, each of which makes several passes over its answers
         rounded = steps_per_iteration(run)
-        per_step = rows_per_iteration(run.objective) / rounded
+        per_step = rows_per_iteration(objective) / rounded
     wanted = run.train.num_epochs * data.num_sequences / (per_step * rounded)
     num_steps = run.train.num_steps or math.ceil(wanted) * rounded
     if num_steps > _MOST_STEPS:

@@ -95,6 +95,7 @@ METRICS = {
         Metric("bleu", "BLEU", "corpus", "answers", True, 100.0),
         Metric("chrf", "chrF", "corpus", "answers", True, 100.0),
         Metric("rouge_l", "ROUGE-L", "ratio", "answers", True, 1.0, digits=3),
+        Metric("reward", "reward", "ratio", "answers", True, math.inf, low=-math.inf, digits=3),
         Metric("perplexity", "perplexity", "ratio", "likelihoods", False, math.inf, low=1.0, digits=2),
         Metric("bits_per_byte", "bits per byte", "ratio", "likelihoods", False, math.inf, digits=3),
         Metric("accuracy", "accuracy", "rate", "predictions", True, 1.0, percent=True),

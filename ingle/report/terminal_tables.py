@@ -52,13 +52,19 @@ def _rounding(adapter: Mapping[str, Any], base: str) -> str:
     return f", through the rounding of {base}" if adapter.get("train_rounding") else ""
 
 
+def _rule(rule: Mapping[str, Any]) -> str:
+    if rule["kind"] == "subspace":
+        return f", along {rule['dim']:,} random directions"
+    return "" if rule["kind"] == "adamw" else f", by {rule['kind']}"
+
+
 def _plan_rows(run: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base, adapter = run["base"]["format"], run["adapter"]
     share = plan["trainable_parameters"] / plan["num_parameters"] if plan["num_parameters"] else 0.0
     yield "model", f"{run['model']['id']}, {count(plan['num_parameters'])} parameters, base {base}"
     how = f"{adapter['kind']}, rank {adapter['rank']}" if "rank" in adapter else adapter_words(adapter)
     how = "all weights" if adapter["kind"] == "none" else how
-    how += _rounding(adapter, base)
+    how += _rounding(adapter, base) + _rule(run["optim"].get("rule", {"kind": "adamw"}))
     yield "trains", f"{how}: {count(plan['trainable_parameters'])} parameters ({share:.1%} of the model)"
     yield "data", ", ".join(source["path"] for source in run["data"]["sources"])
     yield (

@@ -157,7 +157,7 @@ class _Server:
             try:
                 status, content = self._post(body, end)
             except (OSError, HTTPException) as error:
-                failure: Exception = OSError(f"{self._options['url']}: {error or type(error).__name__}")
+                failure: Exception = OSError(f"{self._options['url']}: {str(error) or type(error).__name__}")
             else:
                 if status == 200:
                     return _content(content)

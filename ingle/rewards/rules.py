@@ -83,7 +83,7 @@ def _contains(options: Mapping[str, Any]) -> Rule:
             text, wanted = text.lower(), [value.lower() for value in wanted]
         if not wanted:
             return None
-        return sum((value in text) != options["absent"] for value in wanted) / len(wanted)
+        return sum((value in text) is not bool(options["absent"]) for value in wanted) / len(wanted)
 
     return rule
 
@@ -115,7 +115,7 @@ def _repetition(options: Mapping[str, Any]) -> Rule:
 
     def rule(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float:
         ngrams = [tuple(ids[at : at + size]) for at in range(len(ids) - size + 1)]
-        return -float(options["max_penalty"]) * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0
+        return (len(set(ngrams)) / len(ngrams) - 1) * float(options["max_penalty"]) if ngrams else 0.0
 
     return rule
 

@@ -1,7 +1,19 @@
 """Studies: many runs of one config with other options, compared. A trial of a study is an ordinary run."""
 
+from ingle.studies.method_study import MethodReport, MethodRequest, study_methods
 from ingle.studies.rank_grid import RankRequest
 from ingle.studies.rank_study import RankReport, study_rank
-from ingle.studies.trials import Score, Trial, Trials
+from ingle.studies.trials import Score, TaskScore, Trial, Trials
 
-__all__ = ["RankReport", "RankRequest", "Score", "Trial", "Trials", "study_rank"]
+__all__ = [
+    "MethodReport",
+    "MethodRequest",
+    "RankReport",
+    "RankRequest",
+    "Score",
+    "TaskScore",
+    "Trial",
+    "Trials",
+    "study_methods",
+    "study_rank",
+]

@@ -103,6 +103,7 @@ class Dimension:
         low: Lower end of the 95 % interval; None if it is below the smallest dimension.
         high: Upper end; None if it is above the largest dimension.
         reached: Whether the curve reaches the target, and at least 90 % of the replicates do.
+        has_gain: Whether unrestricted training lowers the loss at all, at 5 %; without that, no figure means anything.
         largest: The largest dimension that was tried.
     """
 
@@ -110,11 +111,12 @@ class Dimension:
     low: float | None
     high: float | None
     reached: bool
+    has_gain: bool
     largest: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the figures."""
-        return {"value": self.value, "low": self.low, "high": self.high, "reached": self.reached}
+        return {name: getattr(self, name) for name in ("value", "low", "high", "reached", "has_gain")}
 
 
 def find_dimension(
@@ -132,6 +134,9 @@ def find_dimension(
     own = [float(mean_losses(tables).mean()) for tables in (floor, ceiling, *points)]
     value = crossing(dims, np.array(own[2:]), own[0] - threshold * (own[0] - own[1]))
     replicates_RC = resample([floor, ceiling, *points])
+    gains_R = replicates_RC[:, 0] - replicates_RC[:, 1]
+    if own[0] <= own[1] or float(np.quantile(gains_R, 0.025)) <= 0:
+        return Dimension(None, None, None, reached=False, has_gain=False, largest=dims[-1])
     targets_R = replicates_RC[:, 0] - threshold * (replicates_RC[:, 0] - replicates_RC[:, 1])
     rows = zip(replicates_RC, targets_R, strict=True)
     found_R = np.array([crossing(dims, row[2:], target) for row, target in rows])
@@ -141,6 +146,7 @@ def find_dimension(
         low=low if dims[0] < low < math.inf else None,
         high=high if math.isfinite(high) else None,
         reached=math.isfinite(value) and float(np.isfinite(found_R).mean()) >= _REACHED,
+        has_gain=True,
         largest=dims[-1],
     )
 
@@ -171,3 +177,15 @@ def compare(tables: Tables, reference: Tables) -> Difference:
     low, high = np.quantile(differences_R, [0.025, 0.975]).tolist()
     p = math.erfc(abs(value) / stderr / math.sqrt(2)) if stderr else float(value == 0)
     return Difference(value, stderr, (low, high), p)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number by Holm's method.
+
+    Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
+    """
+    corrected, largest = [1.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        largest = max(largest, min(1.0, ps[index] * (len(ps) - place)))
+        corrected[index] = largest
+    return corrected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from ingle import flow
 from ingle.config.adapter import LoraAdapter
@@ -12,13 +12,11 @@ from ingle.config.run import Run
 from ingle.errors import ConfigError
 from ingle.events import Sink, Warned
 from ingle.planning import Plan
-from ingle.studies.trials import Trial, Trials
+from ingle.studies.trials import Trial, Trials, require_new_adapters, shared_options
 from ingle.wording import duration, plural
 
 #: Seconds of a trial beyond its plan: assembling a model and a folder.
 _START_S = 5.0
-#: Held-out share of the rows of a config without validation data.
-_HELD_OUT = 0.1
 _SMALLEST_DIM = 16
 
 
@@ -54,6 +52,13 @@ class RankRequest:
     every_rank: bool = False
     check_layers: bool = True
 
+    @property
+    def run_lr(self) -> float:
+        """The learning rate of the config, the middle of the first grid."""
+        lr = self.run.optimizer.lr
+        assert lr is not None
+        return lr
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -77,23 +82,8 @@ class Grid:
         """Returns the largest number of trials, without extensions of the rates."""
         spaces = len(self.ranks) if request.space == "lora" else 1
         curves = len(request.methods) + (spaces - 1) * request.every_rank
-        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers)
+        by_layer = len(self.seeds) * (request.space == "lora" and request.check_layers and len(self.ranks) > 1)
         return (spaces + curves * len(self.dims)) * (self.num_rates + len(self.seeds) - 1) + by_layer
-
-    def options(self, request: RankRequest) -> dict[str, Any]:
-        """Returns the options that all trials have."""
-        run = request.run
-        return {
-            "data": {} if run.data.validation is not None else {"validation": {"share": _HELD_OUT, "sources": []}},
-            "train": {
-                "num_steps": self.steps,
-                "keep_best": False,
-                "early_stopping": None,
-                "save_every": 0,
-                "keep_checkpoints": 1,
-            },
-            "evaluate": {"sources": [], "every": self.steps, "num_validation_samples": 0},
-        }
 
 
 def choose_grid(request: RankRequest, sink: Sink) -> tuple[Grid, float]:
@@ -103,6 +93,7 @@ def choose_grid(request: RankRequest, sink: Sink) -> tuple[Grid, float]:
         ConfigError: The config has no subspaces, or even the smallest grid takes longer than the budget.
     """
     run = request.run
+    require_new_adapters(run)
     if request.space == "lora" and not isinstance(run.adapter, LoraAdapter):
         raise ConfigError(
             f"The subspaces of LoRA need adapter.kind = lora, not {run.adapter.kind}.",
@@ -134,12 +125,8 @@ def _plan(request: RankRequest, grid: Grid, sink: Sink) -> Plan:
         if request.space == "lora"
         else {"adapter": {"kind": "none"}}
     )
-    grid = replace(grid, steps=request.steps or request.run.train.num_steps or 1)
-    shared = grid.options(request)
-    if request.steps is None and request.run.train.num_steps is None:
-        shared["train"].pop("num_steps")
-        shared["evaluate"]["every"] = None
-    trial = Trial("plan", options, request.run.optim.lr, grid.seeds[0])
+    shared = shared_options(request.run, request.steps or request.run.train.num_steps)
+    trial = Trial("plan", options, request.run_lr, grid.seeds[0])
     return flow.plan(Trials(request.run, shared, sink).run_of(trial), sink)
 
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from ingle.errors import ConfigError
 from ingle.events import Progress, Sink, Warned
-from ingle.studies.curve import Difference, Dimension, compare, find_dimension, mean_losses
+from ingle.studies.curve import Difference, Dimension, compare, find_dimension, holm, mean_losses
 from ingle.studies.layer_ranks import LayerRank, distribute, layer_ranks, read_spectra
 from ingle.studies.rank_grid import Grid, RankRequest, choose_grid
 from ingle.studies.rates import Choice, best_rate
-from ingle.studies.trials import Trial, Trials
+from ingle.studies.trials import Trial, Trials, shared_options
 from ingle.wording import plural
 
 #: Level of the tests.
@@ -193,7 +193,7 @@ def study_rank(request: RankRequest, sink: Sink = lambda event: None) -> RankRep
     """
     began = time.monotonic()
     grid, predicted_s = choose_grid(request, sink)
-    study = _Study(request, grid, Trials(request.run, grid.options(request), sink), sink)
+    study = _Study(request, grid, Trials(request.run, shared_options(request.run, grid.steps), sink), sink)
     rows = study.ranks()
     best = rows[_best(rows)]
     recommended = _recommended(rows)
@@ -225,12 +225,15 @@ class _Study:
     def ranks(self) -> list[RankRow]:
         """Measures unrestricted training: every rank of LoRA, or full fine-tuning."""
         found = [
-            (rank, self._best(_label(rank), _space(rank), self._request.run.optim.lr))
+            (rank, self._best(_label(rank), _space(rank), self._request.run_lr))
             for rank in (self._grid.ranks if self._request.space == "lora" else (None,))
         ]
         best = min((choice for _, choice in found), key=lambda choice: float(mean_losses(choice.tables()).mean()))
         differences = [compare(choice.tables(), best.tables()) for _, choice in found]
-        corrected = _holm([each.p for each in differences])
+        others = iter(
+            holm([each.p for each, (_, choice) in zip(differences, found, strict=True) if choice is not best])
+        )
+        corrected = [1.0 if choice is best else next(others) for _, choice in found]
         return [
             RankRow(rank, choice.scores[0].parameters, choice, difference, p)
             for (rank, choice), difference, p in zip(found, differences, corrected, strict=True)
@@ -275,8 +278,8 @@ class _Study:
         label, lr = f"rank-{rank}-by-layer", recommended.choice.lr
         scores = [self.trials.run(Trial(label, options, lr, seed)) for seed in self._grid.seeds]
         choice = Choice(lr, tuple(scores), tuple(scores), at_edge=False)
-        better = not choice.failed and compare(choice.tables(), recommended.choice.tables())
-        is_better = bool(better) and better.value < 0 and better.p < _LEVEL
+        found = None if choice.failed else compare(choice.tables(), recommended.choice.tables())
+        is_better = found is not None and found.value < 0 and found.p < _LEVEL
         return pattern if is_better else {}, layer_ranks(spectra)
 
     def _best(
@@ -325,16 +328,6 @@ def _recommended(rows: Sequence[RankRow]) -> RankRow:
     return next(row for row in rows if row.difference.value <= row.difference.stderr)
 
 
-def _holm(ps: Sequence[float]) -> list[float]:
-    """Returns p-values corrected by Holm's method; the comparison of the best with itself does not count."""
-    order = sorted(range(len(ps)), key=lambda index: ps[index])
-    corrected, largest = [1.0] * len(ps), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, ps[index] * max(1, len(ps) - 1 - place)))
-        corrected[index] = largest
-    return corrected
-
-
 def _recommend(
     rows: Sequence[RankRow],
     chosen: RankRow,
@@ -353,7 +346,9 @@ def _recommend(
         else "At 5 %, all other ranks are worse than the best one.",
         _about_dimension(curves[0], threshold),
     ]
-    if len(rows) > 1 and chosen is rows[-1]:
+    if len(rows) == 1:
+        reason = [f"Rank {chosen.rank} is the only one that was tried.", reason[-1]]
+    elif chosen is rows[-1]:
         reason.append("It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
         reason.append("Its best learning rate is at the edge of the rates that were tried.")
@@ -364,6 +359,8 @@ def _recommend(
 
 def _about_dimension(curve: Curve, threshold: float) -> str:
     d90, share = curve.d90, f"{100 * threshold:g} %"
+    if not d90.has_gain:
+        return "Training does not lower the loss at 5 %, so no figure means anything: use more steps or other rates."
     if not d90.reached:
         return f"No subspace of up to {d90.largest:,} directions reaches {share} of the gain."
     low = f"{d90.low:,.0f}" if d90.low is not None else f"{curve.points[0].dim:,} or fewer"

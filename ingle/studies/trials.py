@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from ingle import flow
+from ingle import evaluation, flow, scoring
 from ingle.atomic import write_atomically
+from ingle.config.paths import locate_paths
 from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError, NonFiniteError
@@ -35,6 +36,10 @@ Floats = npt.NDArray[np.float64]
 
 #: File of a finished trial, written last.
 RESULT = "trial.json"
+#: File of its outputs for the task.
+_TASK = "task.json"
+#: Held-out share of the rows of a config without validation data.
+_HELD_OUT = 0.1
 #: Hexadecimal digits of a name.
 _DIGITS = 8
 
@@ -71,9 +76,10 @@ class Score:
         seconds: Time of the run, with loading and validation.
         train_s: Time of training.
         peak_memory_bytes: Highest memory in training.
+        planned_memory_bytes: What the plan predicted.
         parameters: Trained parameters.
+        num_parameters: Parameters of the model.
         result_bytes: Size of the saved adapter or model.
-        metrics: Scores of the evaluated task by metric; empty without one.
         groups: Loss and denominator of each held-out group after the last step, [G, 2]; empty if the run failed.
         start_groups: The same before the first step.
         failure: Why the run did not end; None if it did.
@@ -88,9 +94,10 @@ class Score:
     seconds: float = 0.0
     train_s: float = 0.0
     peak_memory_bytes: int = 0
+    planned_memory_bytes: int = 0
     parameters: int = 0
+    num_parameters: int = 0
     result_bytes: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
     groups: Sequence[Sequence[float]] = field(default=(), repr=False)
     start_groups: Sequence[Sequence[float]] = field(default=(), repr=False)
     failure: str | None = None
@@ -99,6 +106,23 @@ class Score:
         """Returns the figures without the tables of groups."""
         figures = {name: value for name, value in asdict(self).items() if not name.endswith("groups")}
         return {name: None if value == math.inf else value for name, value in figures.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """What the model of a trial scores on the task of ``evaluate``.
+
+    Attributes:
+        metric: The headline metric.
+        higher_is_better: Direction of improvement.
+        scores: Its score of each sample.
+        metrics: All metrics by name.
+    """
+
+    metric: str
+    higher_is_better: bool
+    scores: tuple[float, ...]
+    metrics: Mapping[str, float]
 
 
 class Trials:
@@ -171,8 +195,30 @@ class Trials:
         self.scores.append(score)
         return score
 
+    def evaluate(self, score: Score, sink: Sink = lambda event: None) -> TaskScore:
+        """Scores the model of a trial on the task of the study, or returns what was scored before.
+
+        Raises:
+            EvaluationError: The task does not suit the model.
+        """
+        task = locate_paths(self._base).task
+        assert task is not None, "the config has no task"
+        folder, key = self.folder / score.name, task.model_dump_json()
+        result = evaluation.load_result(key, folder / _TASK)
+        if result is None:
+            result = scoring.run_alone(str(folder), task, sink)
+            evaluation.save_result(result, key, folder / _TASK)
+        summary = evaluation.summarize(result, task)
+        head = summary.headline
+        return TaskScore(
+            head,
+            summary.metrics[head].higher_is_better,
+            tuple(sample.scores[head] or 0.0 for sample in summary.samples),  # a score that is not finite counts as 0
+            {name: each.value for name, each in summary.metrics.items() if each.value is not None},
+        )
+
     def _measure(self, trial: Trial, run: Run, folder: RunFolder) -> Score:
-        known = {"name": folder.path.name, "label": trial.label, "lr": trial.lr, "seed": trial.seed}
+        known: dict[str, Any] = {"name": folder.path.name, "label": trial.label, "lr": trial.lr, "seed": trial.seed}
         try:
             report = flow.finetune(run, self._listen)
         except NonFiniteError as error:
@@ -184,6 +230,34 @@ class Trials:
         if isinstance(event, Warned) and event.message not in self._seen:
             self._seen.add(event.message)
             self._sink(event)
+
+
+def require_new_adapters(run: Run) -> None:
+    """Refuses a config whose adapter continues another one: a study compares adapters that begin anew.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if getattr(run.adapter, "path", None) is not None:
+        raise ConfigError(
+            "A study compares adapters that begin anew, but this one continues another.",
+            where="adapter.path",
+            fix="--adapter.path=null, or merge that adapter (`ingle export RUN --to safetensors --out DIR`) and use "
+            "--model.id=DIR",
+        )
+
+
+def shared_options(run: Run, steps: int | None) -> dict[str, Any]:
+    """Returns the options that all trials of a study have: a validation before and after training, and nothing else.
+
+    Args:
+        run: The config of the study. If it has no validation data, a tenth of its rows is held out.
+        steps: Steps of a trial; None for those of the config, for a plan alone.
+    """
+    held_out = {} if run.data.validation is not None else {"validation": {"share": _HELD_OUT, "sources": []}}
+    train = {"keep_best": False, "early_stopping": None, "save_every": 0, "keep_checkpoints": 1}
+    evaluated: dict[str, Any] = {"sources": [], "every": steps, "num_validation_samples": 0}
+    return {"data": held_out, "train": train | ({} if steps is None else {"num_steps": steps}), "evaluate": evaluated}
 
 
 def groups(score: Score) -> Floats:
@@ -204,10 +278,11 @@ def _figures(report: RunReport, folder: RunFolder, run: Run) -> dict[str, Any]:
         "start_loss": history[0].loss,
         "seconds": report.wall_s,
         "train_s": report.train_s,
-        "peak_memory_bytes": report.peak_memory_bytes,
+        "peak_memory_bytes": report.plan.get("measured_peak_bytes") or report.peak_memory_bytes,
+        "planned_memory_bytes": int(report.plan["predicted_peak_bytes"]),
         "parameters": int(report.plan["trainable_parameters"]),
+        "num_parameters": int(report.plan["num_parameters"]),
         "result_bytes": sum(file.stat().st_size for file in files),
-        "metrics": {name: each.tuned for name, each in report.metrics.items() if each.tuned is not None},
         "groups": state["end_1"].tolist(),
         "start_groups": state["end_0"].tolist(),
     }
@@ -218,10 +293,14 @@ def _merge(base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any
     merged = dict(base)
     for name, value in options.items():
         former = merged.get(name)
-        is_part = isinstance(value, Mapping) and isinstance(former, Mapping)
-        same_kind = is_part and all(value.get(tag, former.get(tag)) == former.get(tag) for tag in ("kind", "format"))
-        merged[name] = _merge(former, value) if same_kind else value
+        if isinstance(value, Mapping) and isinstance(former, Mapping) and _is_same_kind(former, value):
+            value = _merge(former, value)
+        merged[name] = value
     return merged
+
+
+def _is_same_kind(former: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return all(value.get(tag, former.get(tag)) == former.get(tag) for tag in ("kind", "format"))
 
 
 def _read(file: Path) -> Score | None:

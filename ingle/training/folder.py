@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ingle.atomic import write_atomically
+from ingle.config.adapter import WeightAdapter
 from ingle.config.document import clip, read_config, write_value
 from ingle.config.loader import run_from_yaml, run_to_yaml
 from ingle.config.objective import Answer, Classify, Tag
@@ -52,6 +53,7 @@ class RunFolder:
     Attributes:
         config: The resolved config.
         plan: The plan of the last start, with its strategy.
+        ranks: Ranks of the adapter's layers, if data decided them.
         memory: What the run does differently since its device ran out of memory.
         start: The checks that were made before the first step.
         metrics: One JSON object per step.
@@ -68,6 +70,7 @@ class RunFolder:
         self.path = path
         self.config = path / "run.yaml"
         self.plan = path / "plan.json"
+        self.ranks = path / "ranks.json"
         self.memory = path / "memory.json"
         self.start = path / "start.json"
         self.metrics = path / "metrics.jsonl"
@@ -107,6 +110,28 @@ class RunFolder:
             return Strategy(**json.loads(self.plan.read_bytes())["strategy"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+    def save_ranks(self, run: Run) -> None:
+        """Writes ``ranks.json`` if data decided the ranks of the adapter, so that a resumed run need not read them."""
+        adapter = run.adapter
+        if isinstance(adapter, WeightAdapter) and adapter.init == "eva" and adapter.rank_pattern:
+            write_atomically(self.ranks, (json.dumps(adapter.rank_pattern, indent=1) + "\n").encode())
+
+    def with_ranks(self, run: Run) -> Run:
+        """Returns a run that resumes, with the ranks that data decided.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        if not isinstance(run.adapter, WeightAdapter) or run.adapter.init != "eva" or not self.ranks.is_file():
+            return run
+        try:
+            ranks = {str(path): int(rank) for path, rank in json.loads(self.ranks.read_bytes()).items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                "The ranks of the adapter cannot be read.", where=str(self.ranks), why=str(error), fix="start a new run"
+            ) from None
+        return run.model_copy(update={"adapter": run.adapter.model_copy(update={"rank_pattern": ranks})})
 
     def _what_it_is(self) -> str:
         if not self.path.exists():

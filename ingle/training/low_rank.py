@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ingle.adapters import generator_of, principal_directions
 from ingle.config.optim import Apollo, GaLore, OptimConfig
@@ -96,7 +97,8 @@ class LowRank:
         mean.lerp_(projected_LR, 1 - first)
         squares.mul_(second).addcmul_(projected_LR, projected_LR, value=1 - second)
         scale = (squares / (1 - second**step)).sqrt_().add_(self._config.eps)
-        return mean / (1 - first**step) / scale
+        direction: Tensor = mean / (1 - first**step) / scale
+        return direction
 
     def _scaled(
         self, state: dict[str, Tensor], gradient_LS: Tensor, projected_LR: Tensor, direction_LR: Tensor
@@ -105,11 +107,13 @@ class LowRank:
         rule = self._rule
         assert isinstance(rule, Apollo)
         if rule.by_channel:
-            ratio = direction_LR.norm(dim=1, keepdim=True) / (projected_LR.norm(dim=1, keepdim=True) + _TINY)
+            ratio = vector_norm(direction_LR, dim=1, keepdim=True) / (
+                vector_norm(projected_LR, dim=1, keepdim=True) + _TINY
+            )
         else:
-            ratio = direction_LR.norm() / (projected_LR.norm() + _TINY)
+            ratio = vector_norm(direction_LR) / (vector_norm(projected_LR) + _TINY)
         change_LS = gradient_LS * ratio
-        norm = change_LS.norm()
+        norm = vector_norm(change_LS)
         if "norm" in state:
             limiter = (norm / (state["norm"] + _TINY)).clamp(min=rule.norm_growth) / rule.norm_growth
             change_LS, norm = change_LS / limiter, norm / limiter

@@ -76,6 +76,7 @@ class Optimizer:
                 }
                 for group in groups
             ],
+            lr=0.0,  # each step sets it
             betas=config.betas,
             eps=config.eps,
             fused=True,

@@ -34,16 +34,19 @@ AXES: Mapping[str, Mapping[str, list[str]]] = {
         "lora": ["--adapter.rank=2"],
         "dora": ["--adapter.kind=dora", "--adapter.rank=2", "--adapter.init=pissa"],
         "merge-aware": ["--adapter.rank=2", "--adapter.merge_aware.fraction=0.5"],
-        "bottleneck": ["--adapter.kind=bottleneck", "--adapter.style=parallel"],
-        "ia3": ["--adapter.kind=ia3"],
-        "norms": ["--adapter.kind=bitfit", "--adapter.biases=false", "--adapter.norms"],
-        "oft": ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.oft_block_size=16"],
         "qa_lora": ["--adapter.kind=qa_lora", "--adapter.rank=2"],
         "qa_lora-rounded": ["--adapter.kind=qa_lora", "--adapter.rank=2", "--adapter.train_rounding"],
     },
     "objective": {"sft": ["--objective.kind=sft"], "clm": ["--objective.kind=clm"]},
     "recompute": {"off": [], "on": ["--parallel.recompute=true"]},
     "packing": {"on": [], "off": ["--data.packing=false", "--train.micro_batch_size=1"]},
+}
+#: Adapters that do not look at the format: tried over two.
+OTHERS: Mapping[str, list[str]] = {
+    "bottleneck": ["--adapter.kind=bottleneck", "--adapter.style=parallel"],
+    "ia3": ["--adapter.kind=ia3"],
+    "norms": ["--adapter.kind=bitfit", "--adapter.biases=false", "--adapter.norms"],
+    "oft": ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.oft_block_size=16"],
 }
 Combination = tuple[str, ...]
 
@@ -63,6 +66,7 @@ def pairwise(axes: Mapping[str, Mapping[str, Any]]) -> Iterator[Combination]:
         yield best
 
 
+_SWEEP = pytest.mark.sweep
 COMBINATIONS = list(pairwise(AXES))
 
 
@@ -90,7 +94,7 @@ def trains(material: Path, output: Path, combination: Combination) -> bool:
     """Whether a combination trains; false where it is refused as it should be."""
     chosen = dict(zip(AXES, combination, strict=True))
     flags = [
-        *(flag for axis, value in chosen.items() for flag in AXES[axis][value]),
+        *(flag for axis, value in chosen.items() for flag in {**AXES[axis], **OTHERS}[value]),
         f"--model.id={material}/model",
         "--model.dtype=float32",
         f"--data.sources={material}/{chosen['objective']}.jsonl",
@@ -133,7 +137,7 @@ def test_a_format_trains_or_is_refused(material: Path, tmp_path: Path, format: s
     assert bool(trained) == (format not in ONLY_READ)
 
 
-@pytest.mark.parametrize("adapter", AXES["adapter"])
+@pytest.mark.parametrize("adapter", [*AXES["adapter"], *(pytest.param(name, marks=_SWEEP) for name in OTHERS)])
 def test_an_adapter_trains_over_some_format(material: Path, tmp_path: Path, adapter: str) -> None:
     tried = ((format, adapter, "sft", "off", "on") for format in ("q5_1", "none"))
     assert any(trains(material, tmp_path / each[0], each) for each in tried)

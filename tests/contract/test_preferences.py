@@ -38,6 +38,7 @@ ROWS = 8
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"loss": "sigmoid", "tail_weight": 0.5, "sft_weight": 0.3},
     "dpo weighted": {"kind": "dpo", "loss": "robust", "weighting": "wpo"},
+    "dpo of tokens": {"kind": "dpo", "loss": "tdpo2"},
     "simpo": {"sft_weight": 0.2},
     "orpo": {"pairs": "neighbours"},
     "kto": {},
@@ -145,6 +146,36 @@ def test_a_step_does_not_depend_on_how_it_is_cut_or_on_shared_prompts(models: di
         # Columns are float32, in which the log-probabilities of the reference are rounded.
         assert found == pytest.approx(expected, rel=2e-6, abs=2e-6), (micro, shares)
         assert (own - gradient).norm() <= 1e-6 * gradient.norm(), (micro, shares)
+
+
+def test_tdpo_compares_the_divergences_of_whole_answers(models: dict[str, Model]) -> None:
+    """Equation 17 of arXiv 2404.11999 with its stopped gradient, from the logits of both models, in float64."""
+    objective = make_objective(models, "dpo of tokens", micro=3, shares=True)
+    found, gradient = take_steps(objective)
+    model, losses = objective.module.model, []
+    for row in range(ROWS):
+        answers = []
+        for document in SEQUENCES[row]:
+            sample = DATASET.sample(int(document))
+            ids, places = torch.from_numpy(sample.input_ids)[None].long(), np.flatnonzero(sample.labels >= 0)
+            logps = model(ids).logits[0, places - 1].log_softmax(-1)
+            with torch.no_grad(), disabled(model):
+                reference = model(ids).logits[0, places - 1].log_softmax(-1)
+            chosen = torch.arange(len(places)), ids[0, places]
+            divergence = (reference.exp() * (reference - logps)).sum()
+            answers.append(
+                (float(sample.columns["scores"][0]), (logps - reference)[chosen].sum(), divergence, len(places))
+            )
+        compared = [(a, b) for a in answers for b in answers if a[0] > b[0] and a[3] and b[3]]
+        terms = [
+            -torch.nn.functional.logsigmoid(0.1 * (a[1] - b[1] - 0.5 * (b[2] - a[2].detach()))) for a, b in compared
+        ]
+        losses += [torch.stack(terms).mean()] if terms else []
+    expected = torch.stack(losses).mean()
+    trained = [p for p in objective.module.parameters() if p.requires_grad]
+    wanted = torch.cat([each.flatten() for each in torch.autograd.grad(expected, trained)])
+    assert found["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert (gradient - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 def test_the_baseline_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(models: dict[str, Model]) -> None:

@@ -15,6 +15,7 @@ from ingle.parallel import Mesh, full, local
 from ingle.training.out_of_memory import MemoryRelief
 from ingle.training.steps import compute_gradients, weighted_mean
 from ingle.training.validation import Validation
+from tests.axis import next_batches
 
 Array = npt.NDArray[np.float64]
 
@@ -76,7 +77,7 @@ def _take_step(parts: Assembled, step: int) -> StepOfOneRank:
     objective.module.train()
     parts.rounding.prepare(step)
     optimizer.begin(step)
-    sums, counts = compute_gradients(objective, objective.next_batches(), mesh, seed=0, step=step)
+    sums, counts = compute_gradients(objective, next_batches(parts, step), mesh, seed=0, step=step)
     optimizer.sum_gradients()
     gradients = {name: _array(gradient) for name, gradient in optimizer.gradients()}
     norm = optimizer.clip()

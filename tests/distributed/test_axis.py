@@ -47,6 +47,9 @@ ON = {
     "sft, packed, adalora": ("zero3", "zero1"),
     "answer, packed": ("zero3", "zero1"),
     "answer, equal rows": ("ddp",),
+    "grpo, packed": ("ddp", "zero3"),
+    "ppo, dealt attention": ("zero3",),
+    "online_dpo, packed": ("ddp",),
 }
 ELASTIC = {"mlm, packed": "zero3", "span, packed": "zero1", "classify, packed, full": "zero3", "tag, dealt": "ddp"} | {
     "sft, packed, adalora": "zero3",

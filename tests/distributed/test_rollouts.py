@@ -47,7 +47,8 @@ def _sample(mesh: Mesh, config: dict[str, Any]) -> tuple[bool, Sampled, int]:
     return sampler.is_invariant, figures, stopped
 
 
-@pytest.mark.parametrize("kind", ["zero3", pytest.param("zero1", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", ["zero3", "zero1"])
 def test_ranks_sample_what_one_process_samples(tmp_path: Path, kind: str) -> None:
     def config(kind: str) -> dict[str, Any]:
         found = config_of(tmp_path, POINTS["clm, packed"])

@@ -18,11 +18,11 @@ from ingle.report.results import RunReport
 
 #: Figures that differ from run to run.
 MEASURED = {"tokens_per_s", "peak_memory_bytes", "rollout_s", "score_s", "evaluate_s", "rollouts_per_s"}
-#: Rewards digits, which a model of bytes can write at once.
+#: Rewards lower-case letters, which a model of bytes can write at once.
 REWARD = """
 def reward(prompt, completion, **columns):
-    assert completion is not None
-    return sum(c in "0123456789" for c in completion) / 4
+    assert prompt and completion is not None
+    return sum(c.islower() for c in completion) / 6
 """
 
 Train = Callable[..., RunReport]
@@ -42,7 +42,7 @@ adapter: {{kind: lora, rank: 4}}
 data: {{sources: [{tiny_data}/train.jsonl], max_seq_len: 64}}
 objective:
   kind: grpo
-  rewards: [{{kind: function, path: {folder}/reward.py, name: digits}}, {{kind: length, high: 4, weight: 0.1}}]
+  rewards: [{{kind: function, path: {folder}/reward.py, name: letters}}, {{kind: length, high: 4, weight: 0.1}}]
   num_prompts: 4
   num_generations: 2
   rollout: {{max_new_tokens: 6}}
@@ -71,7 +71,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-EVERYWHERE = {"reward", "response_tokens", "entropy", "unfinished", "rewards/digits", "rewards/length"}
+EVERYWHERE = {"reward", "response_tokens", "entropy", "unfinished", "rewards/letters", "rewards/length"}
 POLICY = {*EVERYWHERE, "kl", "clip_fraction", "ratio_deviation", "sampler_ess", "advantage_std"}
 KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "grpo": ((), {*POLICY, "kl_loss", "kl_coef"}),
@@ -83,7 +83,9 @@ KINDS: dict[str, tuple[tuple[str, ...], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("ppo", "online_dpo") else pytest.mark.sweep) for kind in KINDS]
+)
 def test_every_kind_trains_and_logs_its_figures(train: Train, folder: Path, kind: str) -> None:
     flags, names = KINDS[kind]
     size = {"ppo": "4", "raft": "4", "online_dpo": "4"}.get(kind, "4")
@@ -98,9 +100,11 @@ def test_every_kind_trains_and_logs_its_figures(train: Train, folder: Path, kind
 
 
 def test_rewards_rise(train: Train, folder: Path) -> None:
-    train("learns", "--train.num_steps=24", "--train.global_batch_size=8", "--train.save_every=0")
-    rewards = [row["rewards/digits"] for row in rows(folder / "learns")]
-    assert sum(rewards[-6:]) > sum(rewards[:6]) + 0.5, rewards
+    flags = ("--objective.num_prompts=8", "--objective.num_generations=8", "--train.micro_batch_size=64")
+    more = ("--train.global_batch_size=64", "--train.save_every=0", "--optim.lr=0.1", "--optim.warmup_steps=0")
+    train("learns", "--train.num_steps=12", *flags, *more)
+    rewards = [row["rewards/letters"] for row in rows(folder / "learns")]
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 0.2, rewards
 
 
 def test_an_alarm_ends_the_run_with_the_last_good_weights(train: Train, folder: Path) -> None:
@@ -144,11 +148,9 @@ def _faults() -> Iterator[Callable[[Event], None]]:
 
         return sink
 
-    yield at(Progress, 3)
-    yield at(Sampled, 1)
-    yield at(Step, 1)
-    yield at(Progress, 5, politely=True)
-    yield at(Sampled, 2)
+    yield at(Progress, 3)  # in the first rollout
+    yield at(Step, 2)  # between two steps, after a checkpoint with answers
+    yield at(Sampled, 1)  # after the second rollout
     yield at(Step, 1, politely=True)
 
 
@@ -182,7 +184,7 @@ def test_validation_measures_the_reward_of_held_out_prompts(train: Train, folder
     report = train("validated", "--data.validation=.2", "--evaluate.every=2")
     assert report.validation is not None
     first, *_, last = report.validation.history
-    assert first.metrics["reward"] == -first.loss and {"response_tokens", "rewards/digits"} <= first.metrics.keys()
+    assert first.metrics["reward"] == -first.loss and {"response_tokens", "rewards/letters"} <= first.metrics.keys()
     assert last.step == 4
 
 

@@ -35,10 +35,12 @@ class Answer:
     Attributes:
         text: The text.
         finish_reason: ``length`` if it was cut off, else ``stop``.
+        token_ids: Its tokens; empty if they are not known.
     """
 
     text: str
     finish_reason: Literal["stop", "length"] = "stop"
+    token_ids: tuple[int, ...] = ()
 
 
 class OutputSource(Protocol):
@@ -170,7 +172,7 @@ class ModelSource(LoadedModel):
                 on_progress=lambda done, total: sink(Progress(stage, done, total)),
                 agree=self.mesh.broadcast if self.mesh is not None and self.in_lockstep else None,
             )
-        yield from self._of_all([Answer(each.text, each.finish_reason) for each in generations])
+        yield from self._of_all([Answer(each.text, each.finish_reason, each.token_ids) for each in generations])
 
     def likelihoods(self, samples: Sequence[TaskSample], task: TaskConfig, sink: Sink) -> Iterator[Likelihood]:
         """Scores the first reference of each sample.

@@ -13,6 +13,7 @@ from ingle.config.objective import ObjectiveKind
 from ingle.errors import EvaluationError
 from ingle.evaluation.comparison import compare, summarize
 from ingle.evaluation.run.answer_sources import Answer, OutputSource, PredictionSource
+from ingle.evaluation.run.rewards import reward_answers
 from ingle.evaluation.scorers import Outputs, make_scorers
 from ingle.evaluation.tasks.samples import TaskSample, name_references, read_task
 from ingle.evaluation.tasks.task_result import SampleText, TaskResult
@@ -118,6 +119,8 @@ def run_task(
     found = {reads: _collect(source, reads, names, samples, task, sink) for reads, names in needed.items()}
     answers, num_unfinished = _finish_answers(source, found.get("answers", ()), samples, task, sink)
     outputs = Outputs(answers, found.get("likelihoods", ()), found.get("predictions", ()), found.get("masked", ()))
+    if "reward" in needed.get("answers", ()):
+        outputs = replace(outputs, rewards=reward_answers(samples, found["answers"], answers, task, sink))
     if "predictions" in needed:
         predictor = cast(PredictionSource, source)
         outputs = replace(outputs, label_names=predictor.label_names, problem=predictor.problem)

@@ -12,6 +12,7 @@ from ingle.evaluation.scorers.masked import MaskedAccuracy, MaskedPerplexity
 from ingle.evaluation.scorers.ngrams import Bleu, Chrf
 from ingle.evaluation.scorers.perplexity import BitsPerByte, Perplexity
 from ingle.evaluation.scorers.ranks import MeanSquaredError, Pearson, RocAuc, Spearman
+from ingle.evaluation.scorers.rewards import Reward
 from ingle.evaluation.scorers.rouge import RougeL
 from ingle.evaluation.scorers.scorer import Likelihood, MaskedTokens, Outputs, Prediction, Problem, Scorer, Scores
 from ingle.evaluation.scorers.squad import SquadExactMatch, SquadF1
@@ -33,6 +34,7 @@ _SCORERS: dict[str, Callable[[TaskConfig], Scorer]] = {
     "bleu": lambda task: Bleu(),
     "chrf": lambda task: Chrf(),
     "rouge_l": lambda task: RougeL(),
+    "reward": lambda task: Reward(),
     "perplexity": lambda task: Perplexity(),
     "bits_per_byte": lambda task: BitsPerByte(),
     "accuracy": lambda task: Accuracy(),

@@ -83,6 +83,7 @@ class Outputs:
 
     Attributes:
         answers: Answers as text: generated, or found in a context.
+        rewards: Sum of the rewards of each answer; NaN for none.
         likelihoods: Likelihood of each sample's first reference.
         predictions: Predictions of a task head.
         masked: Predictions of masked tokens.
@@ -96,6 +97,7 @@ class Outputs:
     masked: tuple[MaskedTokens, ...] = ()
     label_names: tuple[str, ...] = ()
     problem: Problem = "single"
+    rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ingle.config.evaluate import TaskConfig
 from ingle.config.objective import FAMILY, ObjectiveKind, reads_answers, samples_answers
@@ -67,6 +68,10 @@ def read_task(
             fix="use a file with held-out rows",
         )
     _check_metrics(task, samples)
+    if "reward" in (task.metrics or ()):
+        # Rewards read columns that no other metric does, as when answers are sampled for training.
+        found = {each.origin: each.columns for each in read_examples(task.sources, objective="grpo")}
+        samples = [replace(each, example=_with_columns(each.example, found)) for each in samples]
     if task.group_by_prompt:
         samples = _merge(samples)
     else:
@@ -135,6 +140,10 @@ def _sample(example: Example) -> TaskSample:
     references = _references(example, answer.content)
     example = replace(example, messages=(*given, Message("assistant", references[0])))
     return TaskSample(example, _transcript(given), references)
+
+
+def _with_columns(example: Example, found: Mapping[str, Mapping[str, Any]]) -> Example:
+    return replace(example, columns=found.get(example.origin, {}))
 
 
 def _compares(example: Example) -> bool:

@@ -27,6 +27,8 @@ from ingle.kernels.threads import match_threads
 Prepared = TypeVar("Prepared")
 
 _NO_SINKS = np.empty(0, np.float32)
+#: Keys are stored in blocks of this many rows, transposed: a product with a query then needs no sum across a vector.
+BLOCK = 64
 #: Largest size of what layers prepare for the passes over one store.
 PREPARED_BYTES = 1 << 28
 #: Columns of :attr:`Places.texts`.
@@ -113,28 +115,29 @@ class KeyStore:
         Returns:
             [M, Hq, Dv].
         """
-        keys_THD, values_THD = self.next_layer(k_MHD, v_MHD)
-        keys_THD.index_copy_(0, self.places.rows, k_MHD)
-        values_THD.index_copy_(0, self.places.rows, v_MHD)
-        return self.attend_placed(q_MHD, keys_THD, values_THD, scores, before=before, chunk=chunk, sinks=sinks)
+        keys, values_THD = self.next_layer(k_MHD, v_MHD)
+        rows = self.places.rows.to(v_MHD.device)
+        keys[rows // BLOCK, :, :, rows % BLOCK] = k_MHD
+        values_THD.index_copy_(0, rows, v_MHD)
+        return self.attend_placed(q_MHD, keys, values_THD, scores, before=before, chunk=chunk, sinks=sinks)
 
     def next_layer(self, k_MHD: Tensor, v_MHD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the stored keys and values of the next attention layer, [T, Hkv, Dh] and [T, Hkv, Dv].
+        """Returns the stored keys and values of the next attention layer, [T / 64, Hkv, Dh, 64] and [T, Hkv, Dv].
 
         Args:
             k_MHD: Keys, or anything of their type and shape but for M; likewise ``v_MHD``.
             v_MHD: Values.
         """
         if self._next == len(self._layers):
-            keys_THD, values_THD = (part.new_zeros(self._num_rows, *part.shape[1:]) for part in (k_MHD, v_MHD))
-            self._layers.append((keys_THD, values_THD))
+            keys = k_MHD.new_zeros(-(-self._num_rows // BLOCK), *k_MHD.shape[1:], BLOCK)
+            self._layers.append((keys, v_MHD.new_zeros(self._num_rows, *v_MHD.shape[1:])))
         self._next += 1
         return self._layers[self._next - 1]
 
     def attend_placed(
         self,
         q_MHD: Tensor,
-        keys_THD: Tensor,
+        keys: Tensor,
         values_THD: Tensor,
         scores: Scores,
         *,
@@ -144,7 +147,7 @@ class KeyStore:
     ) -> Tensor:
         """Computes :meth:`attend` where the keys and values of the pass are in their rows already."""
         first_M = self.places.first(before, chunk)
-        return cached_attention(q_MHD, keys_THD, values_THD, self.places.texts, first_M, scores, sinks)
+        return cached_attention(q_MHD, keys, values_THD, self.places.texts, first_M, scores, sinks)
 
     def prepare(self, layer: Any, num_bytes: int, make: Callable[[], Prepared | None]) -> Prepared | None:
         """Returns what a layer has prepared for all passes over this store; None if there is no room for it.
@@ -177,7 +180,7 @@ def store_of(mask: Any) -> KeyStore | None:
 
 def cached_attention(
     q_MHD: Tensor,
-    keys_THD: Tensor,
+    keys: Tensor,
     values_THD: Tensor,
     texts_M4: npt.NDArray[np.int64],
     first_M: npt.NDArray[np.int64],
@@ -188,20 +191,20 @@ def cached_attention(
 
     Args:
         q_MHD: Queries.
-        keys_THD: Stored keys, those of the tokens themselves included.
+        keys: Stored keys, those of the tokens themselves included, [T / 64, Hkv, Dh, 64].
         values_THD: Stored values.
         texts_M4: See :attr:`Places.texts`.
         first_M: The first position that each token sees.
         scores: What is done with the scores; without a bias.
         sinks: Scores of one more key without a value, [Hq].
     """
-    if not supported(q_MHD, keys_THD, values_THD):
-        return _attend(q_MHD, keys_THD, values_THD, texts_M4, first_M, scores, sinks)
+    if not supported(q_MHD, keys, values_THD):
+        return _attend(q_MHD, keys, values_THD, texts_M4, first_M, scores, sinks)
     out_MHD = q_MHD.new_empty(*q_MHD.shape[:2], values_THD.shape[2])
     match_threads(int((texts_M4[:, _POSITION] - first_M + 1).sum()) * q_MHD.shape[1] * q_MHD.shape[2])
     attend_rows(
         bits(q_MHD.contiguous()),
-        bits(keys_THD),
+        bits(keys),
         bits(values_THD),
         texts_M4,
         first_M,
@@ -215,7 +218,7 @@ def cached_attention(
 
 def _attend(
     q_MHD: Tensor,
-    keys_THD: Tensor,
+    keys: Tensor,
     values_THD: Tensor,
     texts_M4: npt.NDArray[np.int64],
     first_M: npt.NDArray[np.int64],
@@ -229,6 +232,7 @@ def _attend(
     index_ML = torch.where(positions_L < length_M1, start_M1 + positions_L, own_M1 + positions_L - length_M1)
     visible_ML = (positions_L >= first[:, None]) & (positions_L <= position_M1)
     index_ML = torch.where(visible_ML, index_ML, 0)
+    keys_THD = keys.permute(0, 3, 1, 2).flatten(0, 1)
     group = q_MHD.shape[1] // keys_THD.shape[1]
     keys_MLHD, values_MLHD = (each[index_ML].repeat_interleave(group, 2) for each in (keys_THD, values_THD))
     wide = torch.promote_types(q_MHD.dtype, torch.float32)
@@ -253,37 +257,54 @@ def attend_rows(q, keys, values, texts, first, scale, softcap, sinks, out):  # t
         token, head = index // num_groups, index % num_groups
         text = texts[token]
         # Rows of the store: those of the prompt, and the token's own.
-        prompt = text[_START] + min(first[token], text[_LENGTH]), text[_START] + min(text[_POSITION] + 1, text[_LENGTH])
-        own = (
-            text[_OWN_START] + max(0, first[token] - text[_LENGTH]),
-            text[_OWN_START] + max(0, text[_POSITION] + 1 - text[_LENGTH]),
-        )
-        num_keys = prompt[1] - prompt[0] + own[1] - own[0]
-        row = np.empty(num_keys, np.float32)
-        weights = np.empty(num_keys, values.dtype)
+        begin = text[_START] + min(first[token], text[_LENGTH])
+        end = text[_START] + min(text[_POSITION] + 1, text[_LENGTH])
+        own_begin = text[_OWN_START] + max(0, first[token] - text[_LENGTH])
+        own_end = text[_OWN_START] + max(0, text[_POSITION] + 1 - text[_LENGTH])
+        count = end - begin
+        row = np.empty(count + own_end - own_begin, np.float32)
+        scratch = np.empty(BLOCK, np.float32)
+        weights = np.empty(len(row), values.dtype)
         total = np.empty(values.shape[2], np.float32)
         for member in range(head * group, (head + 1) * group):
-            count = prompt[1] - prompt[0]
-            _score(q[token, member], keys[prompt[0] : prompt[1], head], row[:count])
-            _score(q[token, member], keys[own[0] : own[1], head], row[count:])
+            _score(q[token, member], keys, head, begin, scratch, row[:count])
+            _score(q[token, member], keys, head, own_begin, scratch, row[count:])
             sink = sinks[member] if len(sinks) > 0 else np.float32(-np.inf)
             _weigh(row, scale, softcap, sink, weights)
             total[:] = np.float32(0.0)
-            _add(weights[:count], values[prompt[0] : prompt[1], head], total)
-            _add(weights[count:], values[own[0] : own[1], head], total)
+            _add(weights[:count], values, head, begin, total)
+            _add(weights[count:], values, head, own_begin, total)
             result = out[token, member]
             for j in range(len(total)):
                 store(result, j, total[j])
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _score(query, keys, row):  # type: ignore[no-untyped-def]
-    for s in range(len(row)):
-        key = keys[s]
-        total = np.float32(0.0)
-        for j in range(len(query)):
-            total += load(query, j) * load(key, j)
-        row[s] = total
+def _score(query, keys, head, begin, scratch, row):  # type: ignore[no-untyped-def]
+    """Computes the products of a query with the keys of some rows."""
+    done = 0
+    while done < len(row):
+        block, lane = (begin + done) // BLOCK, (begin + done) % BLOCK
+        count = min(BLOCK - lane, len(row) - done)
+        _multiply(query, keys[block, head], scratch)
+        row[done : done + count] = scratch[lane : lane + count]
+        done += count
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def _multiply(query, block, products):  # type: ignore[no-untyped-def]
+    """Multiplies a query with all keys of a block, in loops of constant length: so no bit depends on a key's place."""
+    size = len(query) // 4 * 4
+    products[:] = np.float32(0.0)
+    for j in range(0, size, 4):
+        a, b, c, d = load(query, j), load(query, j + 1), load(query, j + 2), load(query, j + 3)
+        first, second, third, fourth = block[j], block[j + 1], block[j + 2], block[j + 3]
+        for s in range(BLOCK):
+            products[s] += a * load(first, s) + b * load(second, s) + c * load(third, s) + d * load(fourth, s)
+    for j in range(size, len(query)):
+        a, first = load(query, j), block[j]
+        for s in range(BLOCK):
+            products[s] += a * load(first, s)
 
 
 @njit(fastmath=FAST, error_model="numpy")
@@ -309,8 +330,16 @@ def _weigh(row, scale, softcap, sink, weights):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST, error_model="numpy")
-def _add(weights, values, total):  # type: ignore[no-untyped-def]
-    for s in range(len(weights)):
-        value, weight = values[s], load(weights, s)
+def _add(weights, values, head, begin, total):  # type: ignore[no-untyped-def]
+    """Adds the weighted values of some rows, four at a time."""
+    whole = len(weights) // 4 * 4
+    for s in range(0, whole, 4):
+        a, b, c, d = load(weights, s), load(weights, s + 1), load(weights, s + 2), load(weights, s + 3)
+        first, second = values[begin + s, head], values[begin + s + 1, head]
+        third, fourth = values[begin + s + 2, head], values[begin + s + 3, head]
         for j in range(len(total)):
-            total[j] += weight * load(value, j)
+            total[j] += a * load(first, j) + b * load(second, j) + c * load(third, j) + d * load(fourth, j)
+    for s in range(whole, len(weights)):
+        a, first = load(weights, s), values[begin + s, head]
+        for j in range(len(total)):
+            total[j] += a * load(first, j)

@@ -151,12 +151,8 @@ def attend_stored(
         _norm_heads(part, norm, heads.size)[0] for part, norm in ((q_ND, attention.q_norm), (k_ND, attention.k_norm))
     )
     before = None if window is None else window - 1
-    out_NHD = store.attend(
-        *(_rotated(_heads(part, heads), heads, rotary) for part in (q_ND, k_ND)),
-        _heads(v_ND, heads),
-        attention.scores,
-        before=before,
-    )
+    q_NHD, k_NHD = (_rotated(_heads(part, heads), heads, rotary) for part in (q_ND, k_ND))
+    out_NHD = store.attend(q_NHD, k_NHD, _heads(v_ND, heads), attention.scores, before=before)
     (y,) = project(out_NHD.view(*h.shape[:-1], -1), (attention.o,)).outputs
     return y.add_(h)
 

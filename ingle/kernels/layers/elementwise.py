@@ -33,7 +33,7 @@ def rms_norm(h_NH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor
         match_threads(h_NH.numel())
         x_NH = torch.empty_like(h_NH, memory_format=torch.contiguous_format)
         rstd_N = torch.empty(len(h_NH), dtype=torch.float32)
-        _rms_norm(bits(h_NH), bits(weight_H), np.float32(eps), bits(x_NH), rstd_N.numpy())
+        normalize_rows(bits(h_NH), bits(weight_H), np.float32(eps), bits(x_NH), rstd_N.numpy())
         return x_NH, rstd_N
     if on_gpu(h_NH, weight_H):
         from ingle.kernels.triton import elementwise as gpu
@@ -161,7 +161,8 @@ def on_gpu(*tensors: Tensor) -> bool:
 
 
 @compile_float_kernel
-def _rms_norm(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
+def normalize_rows(h, weight, eps, x, rstd):  # type: ignore[no-untyped-def]
+    """Computes :func:`rms_norm`."""
     num_rows, width = h.shape
     for i in prange(num_rows):
         row, out = h[i], x[i]

@@ -143,7 +143,8 @@ def _score_with_numba(
 
 
 @njit(fastmath=FAST)
-def _transform(raw, scale, softcap):  # type: ignore[no-untyped-def]
+def transformed(raw, scale, softcap):  # type: ignore[no-untyped-def]
+    """Computes :class:`LogitTransform` of a raw logit."""
     z = raw * scale
     if softcap > np.float32(0.0):
         z = softcap * (np.float32(1.0) - np.float32(2.0) / (exp(np.float32(2.0) * z / softcap) + np.float32(1.0)))
@@ -162,16 +163,16 @@ def score_rows(logits, targets, scale, softcap, with_gradient, nll):  # type: ig
     num_rows, vocabulary = logits.shape
     for i in prange(num_rows):
         row = logits[i]
-        shift = _transform(largest(row), scale, softcap)
+        shift = transformed(largest(row), scale, softcap)
         total = np.float32(0.0)
         for j in range(vocabulary):
-            total += exp(_transform(load(row, j), scale, softcap) - shift)
-        z_target = _transform(load(row, targets[i]), scale, softcap)
+            total += exp(transformed(load(row, j), scale, softcap) - shift)
+        z_target = transformed(load(row, targets[i]), scale, softcap)
         nll[i] = np.log(total) + shift - z_target
         if with_gradient:
             inverse = np.float32(1.0) / total
             for j in range(vocabulary):
-                z = _transform(load(row, j), scale, softcap)
+                z = transformed(load(row, j), scale, softcap)
                 store(row, j, exp(z - shift) * inverse * _slope(z, scale, softcap))
             probability = exp(z_target - shift) * inverse
             store(row, targets[i], (probability - np.float32(1.0)) * _slope(z_target, scale, softcap))
@@ -183,16 +184,16 @@ def describe_rows(logits, targets, scale, softcap, logps, entropies, squares):  
     num_rows, vocabulary = logits.shape
     for i in prange(num_rows):
         row = logits[i]
-        shift = _transform(largest(row), scale, softcap)
+        shift = transformed(largest(row), scale, softcap)
         total, weighted, squared = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for j in range(vocabulary):
-            z = max(_transform(load(row, j), scale, softcap) - shift, np.float32(-1e30))  # 0 times -inf is NaN
+            z = max(transformed(load(row, j), scale, softcap) - shift, np.float32(-1e30))  # 0 times -inf is NaN
             power = exp(z)
             total += power
             weighted += power * z
             squared += power * power
         log_total = np.log(total)
-        logps[i] = _transform(load(row, targets[i]), scale, softcap) - shift - log_total
+        logps[i] = transformed(load(row, targets[i]), scale, softcap) - shift - log_total
         entropies[i] = log_total - weighted / total
         squares[i] = np.log(squared) - np.float32(2.0) * log_total
 
@@ -203,9 +204,9 @@ def differentiate_rows(logits, targets, scale, softcap, logps, grads):  # type: 
     num_rows, vocabulary = logits.shape
     for i in prange(num_rows):
         row, grad = logits[i], grads[i]
-        z_target = _transform(load(row, targets[i]), scale, softcap)
+        z_target = transformed(load(row, targets[i]), scale, softcap)
         lse = z_target - logps[i]
         for j in range(vocabulary):
-            z = _transform(load(row, j), scale, softcap)
+            z = transformed(load(row, j), scale, softcap)
             store(row, j, -grad * exp(z - lse) * _slope(z, scale, softcap))
         store(row, targets[i], grad * (np.float32(1.0) - exp(logps[i])) * _slope(z_target, scale, softcap))

@@ -18,7 +18,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ingle.kernels.layers.logits import LogitTransform, _transform, describe, score
+from ingle.kernels.layers.logits import LogitTransform, describe, score, transformed
 from ingle.kernels.layers.token_logps import ChunkedHead
 from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import bits, exp, largest, load, supported
@@ -135,7 +135,8 @@ def keep_likely(logits_CV: Tensor, transform: LogitTransform, top_p: float) -> T
 
     Source: Holtzman et al. 2019, "The curious case of neural text degeneration" (arXiv 1904.09751), section 3.1.
     """
-    sorted_CV, order_CV = transform(logits_CV)[0].softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities_CV = transform(logits_CV)[0].softmax(-1)
+    sorted_CV, order_CV = torch.sort(probabilities_CV, dim=-1, descending=True, stable=True)
     outside_CV = (sorted_CV.cumsum(-1) - sorted_CV) >= top_p
     outside_CV[:, 0] = False
     return logits_CV.masked_fill(torch.zeros_like(outside_CV).scatter_(-1, order_CV, outside_CV), -torch.inf)
@@ -168,9 +169,9 @@ def race_rows(logits, keys, scale, softcap, tokens):  # type: ignore[no-untyped-
     for i in prange(num_rows):
         row = logits[i]
         weights = np.empty(vocabulary, np.float32)
-        shift = _transform(largest(row), scale, softcap)
+        shift = transformed(largest(row), scale, softcap)
         for j in range(vocabulary):
-            weights[j] = exp(_transform(load(row, j), scale, softcap) - shift)
+            weights[j] = exp(transformed(load(row, j), scale, softcap) - shift)
         tokens[i] = _winner(row, weights, keys[i], scale, softcap, shift)
 
 
@@ -189,7 +190,7 @@ def _winner(row, weights, key, scale, softcap, shift):  # type: ignore[no-untype
         x = (x ^ (x >> np.uint64(31))) >> np.uint64(12)
         uniform = (np.float64(np.int64(x)) + 0.5) * _UNIT
         if 1.0 - uniform < np.float64(weights[j]) * reach:
-            value = np.float64(_transform(load(row, j), scale, softcap)) - np.log(-np.log(uniform))
+            value = np.float64(transformed(load(row, j), scale, softcap)) - np.log(-np.log(uniform))
             if value > best:
                 winner, best = j, value
                 reach = np.exp(np.float64(shift) - best) * _SLACK

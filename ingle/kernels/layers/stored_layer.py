@@ -18,10 +18,10 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ingle.kernels.attention.cached import KeyStore
+from ingle.kernels.attention.cached import BLOCK, KeyStore
 from ingle.kernels.attention.spans import Heads
 from ingle.kernels.layers.decoder_layer import Attention, Mlp, Norm
-from ingle.kernels.layers.elementwise import _rms_norm
+from ingle.kernels.layers.elementwise import normalize_rows
 from ingle.kernels.layers.lora import Projection
 from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import FAST, bits, exp, load, store, supported
@@ -90,14 +90,15 @@ class _Norm:
     """A frozen RMSNorm, or none."""
 
     def __init__(self, norm: Norm | None, dtype: torch.dtype) -> None:
-        weight = torch.empty(0, dtype=dtype) if norm is None else norm.weight
+        # Copied, because a sharded layer frees its weights after each pass.
+        weight = torch.empty(0, dtype=dtype) if norm is None else norm.weight.clone()
         self.numbers: tuple[Any, Any] = bits(weight), np.float32(0.0 if norm is None else norm.eps)
 
     def __call__(self, h_MH: Tensor) -> Tensor:
         """Returns the normalized rows."""
         x_MH, rstd_M = torch.empty_like(h_MH), np.empty(len(h_MH), np.float32)
         match_threads(h_MH.numel())
-        _rms_norm(bits(h_MH), *self.numbers, bits(x_MH), rstd_M)
+        normalize_rows(bits(h_MH), *self.numbers, bits(x_MH), rstd_M)
         return x_MH
 
 
@@ -147,7 +148,8 @@ def place_heads(qkv, rows, cos, sin, q_weight, q_eps, k_weight, k_eps, q, keys, 
             if h < num_heads:
                 _place_head(head, q_weight, q_eps, normed, cos[t], sin[t], q[t, h])
             else:
-                _place_head(head, k_weight, k_eps, normed, cos[t], sin[t], keys[rows[t], h - num_heads])
+                key = keys[rows[t] // BLOCK, h - num_heads, :, rows[t] % BLOCK]
+                _place_head(head, k_weight, k_eps, normed, cos[t], sin[t], key)
         for h in range(num_groups):
             at = (num_heads + num_groups + h) * size
             values[rows[t], h, :] = qkv[t, at : at + size]

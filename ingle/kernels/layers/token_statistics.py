@@ -77,7 +77,8 @@ class _TokenStatistics(TokenLogps):
     def backward(ctx: Any, grads_N: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.with_entropies:
             return (*TokenLogps.backward(ctx, grads_N), None)
-        *inputs, targets_N, _ = ctx.saved_tensors
+        hidden_NH, weight_VH, bias, targets_N, _ = ctx.saved_tensors
+        inputs = hidden_NH, weight_VH, bias
         head = ChunkedHead(*inputs, targets_N, ctx.chunk_size)
         head.make_gradients(ctx.needs_input_grad)
         for rows_C, logits_CV in head.chunks():

@@ -245,8 +245,8 @@ def _attend_stored(
     sliding_window, causal = settings
     assert bounds.after == 0 if bounds.described else causal, "only texts that grow from left to right have a store"
     before = bounds.before if bounds.described else reach(True, _window(module, sliding_window))[0]
-    parts = (part[0].transpose(0, 1) for part in (query, key, value))
-    return store.attend(*parts, scores, before=before, chunk=_chunk(module), sinks=sinks)[None]
+    q_THD, k_THD, v_THD = (part[0].transpose(0, 1) for part in (query, key, value))
+    return store.attend(q_THD, k_THD, v_THD, scores, before=before, chunk=_chunk(module), sinks=sinks)[None]
 
 
 def _by_distance(module: nn.Module, position_bias: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ def forward_stored(
     """
     layout = layout_of(model)
     mask = make_bounds(torch.tensor([0, longest], device=input_ids.device), described=layout.described)
-    arguments = {
+    arguments: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": keep_in(mask, store),
         "position_ids": position_ids + layout.first_position,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -122,6 +123,7 @@ def recompute_layers(
     enable({"use_reentrant": False})
     boundaries, layout = boundaries_of(model), layout_of(model)
     held = boundaries if layout.dealt or layout.has_distances else None
+    layer: Any
     for layer in model.modules():
         again = layer.__dict__.get("_gradient_checkpointing_func")
         if again is not None:

@@ -9,6 +9,7 @@ in an order of its own. So a token depends on weights, prompt, seed, draw, answe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -74,8 +75,11 @@ class SlotSampler:
 
     @property
     def is_invariant(self) -> bool:
-        """Whether the passes were found to be right and invariant; collective where passes are."""
-        return self._findings.is_right and self._findings.is_invariant
+        """Whether the passes were found to be right and invariant; collective where passes are.
+
+        Texts for which rotary factors change are sampled in fixed batches, so their model is not.
+        """
+        return self._findings.is_right and self._findings.is_invariant and math.isinf(unchanged_length(self._model))
 
     @property
     def note(self) -> str | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.data.counters import Integers
 from ingle.kernels.attention.cached import Places
 from ingle.models.generation.rollout import GrowingRollout, Request
 from ingle.models.generation.store import WASTE, PromptRows, Segment, rows_for_prompts
@@ -32,6 +34,12 @@ class Pass(NamedTuple):
     ids: Tensor
     position_ids: Tensor
     places: Places
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: Request
+    segment: Segment | None = None
 
 
 class _Slot(NamedTuple):
@@ -57,10 +65,10 @@ class Slots:
         prefill_tokens: int,
     ) -> None:
         self._begin, self._prefill_tokens = begin, prefill_tokens
-        self._waiting = deque(requests)
+        self._waiting = deque(map(_Waiting, requests))
         self._slots: list[_Slot | None] = [None] * num_slots
         prompt_rows = rows_for_prompts(requests, num_slots, prefill_tokens)
-        self._prompts = PromptRows(requests, prompt_rows)
+        self._prompts = PromptRows(prompt_rows)
         self._first_row = 1 + prompt_rows
         self._width = max((request.max_new_tokens for request in requests), default=1)
         self.num_rows = self._first_row + num_slots * self._width
@@ -71,10 +79,10 @@ class Slots:
             if not self._waiting:
                 return
             if slot is None:
-                segment = self._prompts.find(self._waiting[0])
+                segment = self._claim(self._waiting[0])
                 if segment is None or not segment.is_ready:
                     return
-                self._slots[index] = _Slot(self._begin(self._waiting.popleft()), segment)
+                self._slots[index] = _Slot(self._begin(self._waiting.popleft().request), segment)
 
     @property
     def growing(self) -> dict[int, GrowingRollout]:
@@ -86,14 +94,14 @@ class Slots:
         """Whether a slot is free, and the next answer waits for its prompt."""
         if not self._waiting or all(self._slots):
             return False
-        segment = self._prompts.find(self._waiting[0])
+        segment = self._claim(self._waiting[0])
         return segment is not None and not segment.is_ready
 
     def free(self, index: int) -> None:
         """Frees the slot of an answer that is complete."""
         slot = self._slots[index]
         assert slot is not None
-        self._prompts.release(slot.segment)
+        slot.segment.users -= 1
         self._slots[index] = None
 
     def prompt_pass(self) -> Pass:
@@ -125,14 +133,21 @@ class Slots:
         return _pass(ids, rows, starts, lengths, own_starts, lengths + rows - own_starts)
 
     def _unread(self) -> Iterator[Segment]:
-        for request in self._waiting:
-            segment = self._prompts.find(request)
+        for waiting in self._waiting:
+            segment = self._claim(waiting)
             if segment is None:
                 return
             if not segment.is_ready:
                 yield segment
 
+    def _claim(self, waiting: _Waiting) -> Segment | None:
+        """Returns the segment of a waiting answer; answers claim them in their order, so the next one gets room."""
+        if waiting.segment is None:
+            waiting.segment = self._prompts.claim(waiting.request)
+        return waiting.segment
 
-def _pass(ids, rows, starts, lengths, own_starts, positions) -> Pass:  # type: ignore[no-untyped-def]
-    places = Places(torch.from_numpy(rows), np.stack((starts, lengths, own_starts, positions), 1))
-    return Pass(torch.from_numpy(ids)[None], torch.from_numpy(positions)[None], places)
+
+def _pass(ids: Integers, rows: Integers, starts: Integers, lengths: Integers, owns: Integers, at: Integers) -> Pass:
+    """Returns a pass over tokens at the positions ``at`` of their texts; for the rest see :class:`Places`."""
+    places = Places(torch.from_numpy(rows), np.stack((starts, lengths, owns, at), 1))
+    return Pass(torch.from_numpy(ids)[None], torch.from_numpy(at)[None], places)

@@ -6,7 +6,6 @@ last token of the prompt and the answer's own tokens. So every token of an answe
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,13 +23,13 @@ class Segment:
         ids: Its tokens.
         start: Its first row.
         read: How many of its tokens have been read.
-        users: Answers that still need it.
+        users: Answers that need it.
     """
 
     ids: tuple[int, ...]
     start: int
-    read: int
-    users: int
+    read: int = 0
+    users: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -39,40 +38,44 @@ class Segment:
 
 
 class PromptRows:
-    """Allocates rows for prompts: the first gap that is long enough.
+    """Rows for prompts: each gets the first gap that is long enough.
+
+    A prompt that no answer needs stays until its rows are needed, because the next answer may be of its group.
 
     Args:
-        requests: The answers that will need them.
         num_rows: Rows for prompts, from row 1 on.
     """
 
-    def __init__(self, requests: Sequence[Request], num_rows: int) -> None:
+    def __init__(self, num_rows: int) -> None:
         self._end = 1 + num_rows
-        self._users = Counter(map(_shared, requests))
         self._segments: dict[tuple[int, ...], Segment] = {}
 
-    def find(self, request: Request) -> Segment | None:
-        """Returns the segment of a request's prompt, new if it has none yet; None if there is no room for it."""
+    def claim(self, request: Request) -> Segment | None:
+        """Returns the segment of a request's prompt, which stays until it is released; None if there is no room."""
         ids = _shared(request)
-        if ids not in self._segments:
-            start = self._gap(len(ids))
+        segment = self._segments.get(ids)
+        if segment is None:
+            start = self._make_room(len(ids))
             if start is None:
                 return None
-            self._segments[ids] = Segment(ids, start, 0, self._users[ids])
-        return self._segments[ids]
+            segment = self._segments[ids] = Segment(ids, start)
+        segment.users += 1
+        return segment
 
-    def release(self, segment: Segment) -> None:
-        """Notes that one answer no longer needs a segment."""
-        segment.users -= 1
-        if segment.users == 0:
-            del self._segments[segment.ids]
+    def _make_room(self, length: int) -> int | None:
+        start = self._find_gap(length)
+        idle = [segment for segment in self._segments.values() if segment.users == 0]
+        while start is None and idle:
+            del self._segments[idle.pop(0).ids]
+            start = self._find_gap(length)
+        return start
 
-    def _gap(self, length: int) -> int | None:
+    def _find_gap(self, length: int) -> int | None:
         begin = 1
         for segment in sorted(self._segments.values(), key=lambda each: each.start):
             if segment.start - begin >= length:
                 break
-            begin = max(begin, segment.start + len(segment.ids))
+            begin = max(begin, segment.start + len(segment.ids))  # an empty segment may begin at a used row
         return begin if begin + length <= self._end else None
 
 

@@ -6,6 +6,7 @@ Some ignore a state that they get together with several tokens, and some write i
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -61,7 +62,7 @@ def _agrees(model: PreTrainedModel, layout: Layout, name: str, repeated: _Found)
     return float(error.max()) <= _TOLERANCE and worst <= _GRADIENT_TOLERANCE
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]
+@torch.enable_grad()
 def _compute(model: PreTrainedModel, layout: Layout) -> _Found:
     """Returns the hidden states of trees, and the gradients of a weighted sum of them."""
     model = copy.deepcopy(model)
@@ -77,5 +78,6 @@ def _compute(model: PreTrainedModel, layout: Layout) -> _Found:
     with continuing_short_texts(model):
         hidden = forward_packed(model, ids[None], positions[None], bounds, trees=trees)[0]
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))
-    gradients = torch.autograd.grad((hidden * weights).sum(), list(model.parameters()), allow_unused=True)
+    parameters = list(model.parameters())
+    gradients: Sequence[Tensor | None] = torch.autograd.grad((hidden * weights).sum(), parameters, allow_unused=True)
     return hidden.detach(), tuple(gradient for gradient in gradients if gradient is not None)

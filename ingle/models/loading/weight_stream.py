@@ -5,7 +5,7 @@ Export reads a model this way, so that only one parameter is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ingle.config.base import BaseConfig
+from ingle.config.base import BaseConfig, NoBase
 from ingle.config.model import ModelConfig
 from ingle.errors import ModelError
 from ingle.models.kinds import ModelTask
@@ -26,6 +26,7 @@ from ingle.models.loading.safetensors_files import StoredTensor
 from ingle.models.loading.slots import leaf_of
 from ingle.models.loading.weight_loading import plan_weights, read_group, without_other_heads
 from ingle.models.loading.weight_writer import WeightWriter
+from ingle.quant.conversion import is_conv1d
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,19 @@ class WeightStream:
 
     def _piece(self, stored: StoredTensor) -> TensorPiece:
         return TensorPiece(self._keys[id(stored)], stored.shape)
+
+
+def original_weights(config: ModelConfig, task: ModelTask) -> Callable[[str], Tensor]:
+    """Returns a function that reads the weight of a linear layer from the files, float32 ``[O, I]``, by its path."""
+    stream = WeightStream(config, NoBase(), torch.float32, task)
+
+    def read(path: str) -> Tensor:
+        name = f"{path}.weight"
+        with stream.loaded(name) as module:
+            value = plain_value(module, name)
+            return (value.t() if is_conv1d(module) else value).clone()
+
+    return read
 
 
 def plain_value(module: nn.Module, name: str) -> Tensor:

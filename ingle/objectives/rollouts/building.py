@@ -12,8 +12,18 @@ import numpy as np
 import torch
 
 from ingle import env
-from ingle.config.objective import ObjectiveConfig
-from ingle.config.policy import Grpo, OnlineDpo, PolicyGradient, Ppo, Raft, Reinforce, Rewarded, Rloo, Sampled
+from ingle.config.policy import (
+    Grpo,
+    OnlineDpo,
+    PolicyGradient,
+    Ppo,
+    Raft,
+    Reinforce,
+    Rewarded,
+    Rloo,
+    Sampled,
+    SampledConfig,
+)
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preferences import Dpo
@@ -28,8 +38,9 @@ from ingle.objectives.lm import NextTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
+from ingle.objectives.reward_models import RewardModel, insert_reward_role
 from ingle.objectives.rollouts.alarms import Alarms
-from ingle.objectives.rollouts.collecting import Collector, ModelScorer
+from ingle.objectives.rollouts.collecting import Collector
 from ingle.objectives.rollouts.driver import RolloutObjective
 from ingle.objectives.rollouts.recipes import BestAndWorst, BestOfN, Policy, Recipe
 from ingle.objectives.values import insert_role as insert_value
@@ -38,14 +49,23 @@ from ingle.parallel import Mesh
 from ingle.rewards import RewardPool, digest
 
 
-def insert_roles(model: Model, run: Run) -> None:
+def insert_roles(model: Model, run: Run) -> dict[int, tuple[str, str | None]]:
     """Adds the roles of an objective to a model with its adapter inserted, before it is sharded.
+
+    Returns:
+        Path and role of each trained reward model by the number of its reward; None for the role of one that is a
+        model of its own.
 
     Raises:
         AdapterError: The adapter that a role begins with cannot be read.
     """
     if isinstance(run.objective, Ppo):
         insert_value(model, run.objective.value, run.adapter)
+    return {
+        number: (reward.path, insert_reward_role(model, run, number, reward.path))
+        for number, reward in enumerate(run.objective.rewards if isinstance(run.objective, Rewarded) else ())
+        if isinstance(reward, ModelReward)
+    }
 
 
 def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
@@ -74,11 +94,11 @@ def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
 def as_dpo(config: OnlineDpo) -> Dpo:
     """Returns the objective of the pairs that are sampled."""
     suited = suit_policy(config)
-    options = {"loss": suited.loss, "beta": suited.beta, "label_smoothing": suited.label_smoothing or None}
-    return Dpo(kind="dpo", pairs="best_worst", **options)
+    smoothing = suited.label_smoothing or None
+    return Dpo(kind="dpo", loss=suited.loss, beta=suited.beta, label_smoothing=smoothing, pairs="best_worst")
 
 
-def _recipe(objective: Sampled) -> Recipe:
+def _recipe(objective: SampledConfig) -> Recipe:
     weights = np.array([reward.weight for reward in objective.rewards] if isinstance(objective, Rewarded) else [])
     match objective:
         case Ppo() | Grpo() | Rloo() | Reinforce():
@@ -98,7 +118,7 @@ def sampled_objective(
     sequences: Sequences,
     tokenizer: Any,
     initial: Initial,
-    models: Mapping[int, ModelScorer],
+    models: Mapping[int, RewardModel],
     held_out: HeldOut | None,
     num_steps: int,
     global_batch_size: int,
@@ -127,7 +147,7 @@ def sampled_objective(
         ConfigError: Prompts are to be shared in a model that cannot share them.
     """
     objective = run.objective
-    assert isinstance(objective, Sampled)
+    assert isinstance(objective, SampledConfig)
     suited = suit_policy(objective)
     assert suited.num_generations is not None
     rollout, model = suited.rollout, module.model
@@ -215,9 +235,3 @@ def _shares(objective: Sampled, model: Model) -> bool:
         )
     several = isinstance(objective, OnlineDpo) or (not isinstance(objective, Raft) and objective.num_generations != 1)
     return objective.share_prompts is not False and can_share and several
-
-
-def reward_models(objective: ObjectiveConfig) -> list[int]:
-    """Returns the numbers of the rewards that are trained models."""
-    rewards = objective.rewards if isinstance(objective, Rewarded) else ()
-    return [number for number, reward in enumerate(rewards) if isinstance(reward, ModelReward)]

@@ -19,6 +19,7 @@ from ingle import stopping
 from ingle.data import PromptSet, SequenceSampler
 from ingle.events import Progress, Sampled, Sink, Warned
 from ingle.models import Request, Rollout, Sampler
+from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.advantages import Floats
 from ingle.objectives.rollouts.alarms import describe_answers, mean_figures
 from ingle.objectives.rollouts.answered import (
@@ -45,9 +46,6 @@ _POLL_S = 0.05
 _FIRST_HELD_OUT = 1 << 40
 #: Figures of held-out prompts.
 HELD_OUT = ("reward", "response_tokens", "unfinished")
-
-#: Scores of a trained reward model for the answers of all ranks, [R]; all ranks call it together.
-ModelScorer = Callable[[SampleBuffer], Floats]
 
 
 class Iteration(NamedTuple):
@@ -93,6 +91,7 @@ class Collector:
         folder: As above.
         num_prompts: Number of prompts.
         names: Names of the rewards.
+        models: As above.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Collector:
         *,
         make_sampler: Callable[[], Sampler],
         make_pool: Callable[[], RewardPool] | None,
-        models: Mapping[int, ModelScorer],
+        models: Mapping[int, RewardModel],
         names: Sequence[str],
         tokenizer: Any,
         num_generations: int,
@@ -118,7 +117,7 @@ class Collector:
         self.folder, self.num_prompts = folder, len(order)
         self.names = tuple(names)
         self._prompts, self._order = prompts, order
-        self._make_sampler, self._make_pool, self._models = make_sampler, make_pool, models
+        self._make_sampler, self._make_pool, self.models = make_sampler, make_pool, models
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop)
         self._num_generations, self._max_new_tokens = num_generations, max_new_tokens
         self._refill, self._max_failed, self._num_shown = refill, max_failed, num_shown
@@ -202,7 +201,7 @@ class Collector:
         if groups is None:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
-        for number, score in self._models.items():
+        for number, score in self.models.items():
             scores_RF[:, number] = score(buffer)
         times["rollout_s"] = times.get("rollout_s", 0.0) + sampled - began
         times["score_s"] = times.get("score_s", 0.0) + time.monotonic() - sampled

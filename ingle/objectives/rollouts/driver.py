@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ingle.adapters import BaseIdentity
 from ingle.data import HeldOut, PromptSet
 from ingle.data.batch import Batch, collate, round_up
 from ingle.data.counters import Counters, Place, Purpose
@@ -29,7 +30,7 @@ from ingle.data.types import Sample
 from ingle.events import Sink, Warned
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
-from ingle.objectives.interface import Check, Objective, Relief, StepModule
+from ingle.objectives.interface import Check, Objective, OpenModel, Relief, StepModule
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.policy import PolicyLoss
 from ingle.objectives.preferences import Initial
@@ -107,6 +108,12 @@ class RolloutObjective(Objective):
     def epoch(self) -> float:
         """Passes over the prompts so far."""
         return self._draw / self._collector.num_prompts
+
+    def load_parts(self, identity: BaseIdentity | None, open_model: OpenModel) -> None:
+        """Loads what the loss reads besides the model, and the trained reward models."""
+        super().load_parts(identity, open_model)
+        for each in self._collector.models.values():
+            each.load(identity, open_model)
 
     def collect(self, step: int, relief: Relief, sink: Sink) -> bool:
         """Samples and scores answers if the next step needs new ones, and computes what they weigh."""

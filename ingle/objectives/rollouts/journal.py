@@ -132,8 +132,8 @@ def _unpacked(text: str) -> Any:
 
 
 def _rollout(line: Mapping[str, Any]) -> Rollout:
-    floats = (_unpacked(line[name]) for name in ("logps", "entropies"))
-    return Rollout(line["draw"], line["answer"], np.array(line["ids"], np.int32), *floats, line["status"])
+    logps, entropies = (_unpacked(line[name]) for name in ("logps", "entropies"))
+    return Rollout(line["draw"], line["answer"], np.array(line["ids"], np.int32), logps, entropies, line["status"])
 
 
 def _scores(line: Mapping[str, Any]) -> Scores:

@@ -246,7 +246,11 @@ class Policy(Recipe):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the weight of the divergence, the moving mean of rewards and their scale."""
-        parts = {"kl": self.control, "moving": self._moving, "scale": self._scale}
+        parts: dict[str, KlControl | MovingMean | RunningScale] = {
+            "kl": self.control,
+            "moving": self._moving,
+            "scale": self._scale,
+        }
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -15,16 +15,20 @@ import pytest
 import torch
 import transformers
 from pydantic import TypeAdapter
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ingle import adapters
+from ingle import adapters, models
 from ingle.adapters.linear import AdaptedLinear
 from ingle.adapters.lora import generator_of
 from ingle.adapters.merging import merged_weight
 from ingle.config.adapter import AdapterConfig
 from ingle.config.base import base_section
+from ingle.config.model import ModelConfig
 from ingle.config.peft_methods import METHODS, REFUSED
 from ingle.errors import AdapterError
+from ingle.export.writers.merged_model import MergedModel
+from ingle.inference import Source
 from ingle.models.loading.layout_choice import enliven
 from ingle.quant import convert
 from ingle.quant.linear import QuantLinear
@@ -82,7 +86,7 @@ CASES = {
     "vera, gpt2": _peft("vera", {"r": 4}, "gpt2"),
     "oft, bert, nf4": _peft("oft", {"oft_block_size": 4, "target_modules": ["query", "output.dense"]}, "bert", "nf4"),
     "loha, llama, nf4": _peft("loha", {"r": 2}, "llama", "nf4"),
-    "adalora, t5": _peft("adalora", {"init_r": 4, "total_step": 10}, "t5"),
+    "adalora, t5": _peft("adalora", {"init_r": 2, "total_step": 10, "target_modules": ["q", "wo"]}, "t5"),
     "hra, llama": _peft("hra", {"r": 2}),
 }
 #: Short tests take a case of each kind.
@@ -357,3 +361,75 @@ def test_the_penalty_is_that_of_the_paper() -> None:
     assert allocator.penalize(found.items()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, gradient in zip(own, gradients, strict=True):
         torch.testing.assert_close(found[name], torch.zeros_like(own[name]) if gradient is None else gradient)
+
+
+@pytest.mark.parametrize("name", ["ia3, gpt2", "norms, llama, nf4", "oft, bert, nf4"])
+def test_an_export_merges_weight_by_weight(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    make(case._replace(format="none")).save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    config = ModelConfig(id=str(tmp_path / "model"), dtype="float32")
+    base, section = base_section(case.format), section_of(case)
+    model = models.load_model(config, base)
+    identity = adapters.identify(model)
+    adapters.initialize(model, section, adapters.insert(model, section), seed=0)
+    move(model)
+    adapters.save_adapter(model, tmp_path / "adapter", section, config.id, base=base, identity=identity)
+    merged = MergedModel(Source(config, base, tmp_path / "adapter"), checks_base=True)
+    state = {}
+    for entry in merged.stream.entries:
+        with merged.loaded(entry) as weight:
+            state[entry.name] = weight.merged(torch.float32).clone()
+    assert merged.explain_mismatch() is None
+    written = make(case._replace(format="none"))
+    assert not written.load_state_dict(state, strict=False).unexpected_keys
+    close(logits(written), logits(model))
+
+
+def test_an_export_refuses_what_is_no_change_of_weights(tmp_path: Path) -> None:
+    case = CASES["parallel, llama"]
+    make(case).save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    adapters.save_adapter(attached(case), tmp_path / "adapter", section_of(case), "model")
+    source = Source(ModelConfig(id=str(tmp_path / "model")), base_section("none"), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="not linear in their inputs"):
+        MergedModel(source)
+
+
+def test_adalora_of_peft_is_read_without_the_directions_that_it_removed(tmp_path: Path) -> None:
+    case = _peft("adalora", {})
+    options = {"init_r": 4, "target_r": 1, "total_step": 4, "tfinal": 1, "target_modules": ["q_proj", "down_proj"]}
+    theirs = peft.get_peft_model(make(case), peft.AdaLoraConfig(**options))
+    for step in range(1, 4):
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                drawn = torch.randn(parameter.shape, generator=generator_of(step, name))
+                parameter.data, parameter.grad = drawn * 0.3, drawn.flip(0)
+        theirs.base_model.update_and_allocate(step)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(tensor.shape[0] < 4 for key, tensor in saved.items() if "lora_A" in key)
+    loaded = make(case)
+    adapters.load_adapter(loaded, tmp_path)
+    close(logits(loaded), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("ia3", peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("norms", peft.LNTuningConfig(target_modules=["input_layernorm"])),
+        ("oft", peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"])),
+        ("loha", peft.LoHaConfig(r=2, target_modules="all-linear", alpha=4)),
+    ],
+)
+def test_adapters_of_peft_are_read(name: str, config: Any, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(make(Case({})), config)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator_of(0, key))
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    loaded = make(Case({}))
+    adapters.load_adapter(loaded, tmp_path)
+    close(logits(loaded), wanted)

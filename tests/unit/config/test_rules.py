@@ -79,9 +79,35 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.kind=peft", "--adapter.method=vera", "--parallel.kind=fsdp"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--parallel.kind=fsdp"],
     ),
+    "adalora-needs-its-gradients": (
+        ["--adapter.kind=peft", "--adapter.method=adalora", "--optim.rule.kind=subspace", "--optim.rule.dim=8"],
+        ["--adapter.kind=peft", "--adapter.method=adalora"],
+    ),
     "targets-are-named-once": (
         ["--adapter={kind: peft, method: oft, target_modules: [q_proj], options: {target_modules: [v_proj]}}"],
         ["--adapter.kind=peft", "--adapter.method=oft", "--adapter.options.target_modules=[v_proj]"],
+    ),
+    "precondition-needs-frozen-a": (["--adapter.precondition"], ["--adapter.precondition", "--adapter.freeze_a"]),
+    "low-memory-is-for-full-fine-tuning": (["--optim.rule=galore"], ["--optim.rule=galore", "--adapter=none"]),
+    "whole-weights-are-not-sharded": (
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=zero2"],
+        ["--optim.rule=lisa", "--adapter=none", "--parallel.kind=ddp"],
+    ),
+    "whole-weights-are-not-offloaded": (
+        ["--optim.rule=subspace", "--parallel.offload"],
+        ["--optim.rule=subspace", "--parallel.offload=false"],
+    ),
+    "drawn-layers-are-not-compiled": (
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile"],
+        ["--optim.rule=lisa", "--adapter=none", "--train.compile=auto"],
+    ),
+    "a-subspace-has-one-rate": (
+        ["--optim.rule=subspace", "--adapter.lora_plus_ratio=4"],
+        ["--optim.rule=adamw", "--adapter.lora_plus_ratio=4"],
+    ),
+    "a-subspace-has-no-decay": (
+        ["--optim.rule=subspace", "--optim.weight_decay=0.1"],
+        ["--optim.rule=subspace", "--optim.weight_decay=0"],
     ),
     "full-needs-plain-base": (["--adapter=none", "--base=nf4"], ["--adapter=none"]),
     "random-needs-plain-base": (["--model.init=random", "--base=int8", "--adapter=lora"], ["--base=int8"]),
@@ -187,6 +213,18 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter.freeze_a=true", "--adapter.lora_plus_ratio=16"],
         ["--adapter.freeze_a=true"],
     ),
+    "reward-needs-rewards": (
+        [TASK, "--evaluate.metrics=[reward]"],
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=reward.py"],
+    ),
+    "models-are-no-metric": (
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=[{kind: model, path: runs/reward}]"],
+        [TASK, "--evaluate.metrics=[reward]", "--evaluate.rewards=[{kind: number}]"],
+    ),
+    "rewards-are-possible": (
+        ["--objective=grpo", "--objective.rewards=[{kind: length, low: 5, high: 4}]"],
+        ["--objective=grpo", "--objective.rewards=[{kind: length, low: 4, high: 4}, {kind: format, pattern: a.b}]"],
+    ),
     "minibatches-fill-an-iteration": (
         ["--objective=grpo", REWARD, "--train.global_batch_size=48"],
         ["--objective=grpo", REWARD, "--train.global_batch_size=64"],
@@ -210,6 +248,13 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
     "budget-needs-a-weight": (
         ["--objective=grpo", REWARD, "--objective.preset=dapo", "--objective.kl.budget=8"],
         ["--objective=ppo", REWARD, "--objective.kl.budget=8"],
+    ),
+    "scaled-rewards-keep-the-divergence-apart": (
+        ["--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"],
+        [
+            *("--objective=rloo", REWARD, "--objective.combine=normalize_then_sum"),
+            *("--objective.kl.place=loss", "--objective.kl.estimator=k2"),
+        ],
     ),
     "policies-with-reference-need-an-adapter": (
         ["--objective=grpo", REWARD, "--adapter=none"],
@@ -295,3 +340,19 @@ def test_runs_built_in_python_are_checked() -> None:
     )
     with pytest.raises(ConfigError, match="Full fine-tuning needs unquantized weights"):
         check(run)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("{kind: overlong, max: 8, buffer: 9}", "over 9 tokens before the token 8"),
+        ("{kind: format, pattern: '('}", "not a regular expression"),
+        ("{kind: judge, url: 'ftp://x', model: m, prompt: p}", "not the address"),
+        ("{kind: judge, url: 'http://x:99999999/v1', model: m, prompt: p}", "not the address"),
+        ("{kind: judge, url: 'http://x/v1', model: m, prompt: p, scale: [10, 1]}", "No grade lies"),
+    ],
+)
+def test_an_impossible_reward_is_named_with_its_number(reward: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_run(None, [*START, "--objective=grpo", f"--objective.rewards=[{{kind: number}}, {reward}]"])
+    assert "Reward 2 (" in str(caught.value) and "--objective.rewards.1." in str(caught.value)

@@ -21,6 +21,7 @@ _SOURCES = {
     "tag": LabelSource,
     "answer": ContextSource,
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "bco", "reward"), ModelSource),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo", "raft", "distill"), ModelSource),
 }
 
 

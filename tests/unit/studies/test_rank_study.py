@@ -11,41 +11,46 @@ import pytest
 from ingle import flow
 from ingle.config.run import Run
 from ingle.errors import ConfigError
-from ingle.events import Event, Warned
-from ingle.report.rank_page import render_rank_page
+from ingle.events import Event, Progress, Warned
+from ingle.report.study_pages import render_study_page
 from ingle.studies import RankRequest, study_rank
 from tests.axis import POINTS, config_of
 
 
 def _request(folder: Path, **options: Any) -> RankRequest:
     config = config_of(folder, POINTS["clm, packed"]) | {"output": str(folder / "study")}
+    config["data"] |= {"validation": {"sources": config["data"]["sources"]}}  # what the tiny model can learn in 3 steps
     return RankRequest(Run.model_validate(config), steps=3, **options)
 
 
-def test_a_study_is_made_of_runs_and_continues(tmp_path: Path) -> None:
-    events: list[Event] = []
+def test_a_study_that_is_stopped_continues_with_what_is_missing(tmp_path: Path) -> None:
     request = _request(tmp_path, ranks=(2,), dims=(4,), num_seeds=1, num_rates=1)
-    report = study_rank(request, events.append)
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and "did" in event.stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study_rank(request, stop)
+    assert any(isinstance(event, Warned) and "Up to 2 trials of 3 steps" in event.message for event in events)
+    report = study_rank(request)
     content = report.to_dict()
+    assert (report.trials.num_run, len(content["trials"])) == (1, 2)
+
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     assert content["score"]["floor"] > content["score"]["ceiling"]
     assert content["recommendation"]["rank"] == 2
     assert [point["d"] for point in content["curves"][0]["points"]] == [4]
     assert {layer["path"].split(".")[-1] for layer in content["layers"]} >= {"q_proj", "down_proj"}
-    assert any(isinstance(event, Warned) and "Up to 2 trials of 3 steps" in event.message for event in events)
-    assert "<svg" in render_rank_page(content)
-
-    trials = sorted((tmp_path / "study" / "trials").iterdir())
-    assert len(trials) == len(content["trials"]) == 2
-    (trials[0] / "trial.json").unlink()  # as if the study had been killed before it was written
-    again = study_rank(request)
-    assert again.trials.num_run == 1
-    assert again.to_dict()["recommendation"] == content["recommendation"]
-    assert flow.resume(trials[1]).num_steps == 3
+    assert "<svg" in render_study_page(content, "rank")
+    for folder in (tmp_path / "study" / "trials").iterdir():  # each is a finished run
+        assert flow.resume(folder).num_steps == 3
 
 
 def test_a_budget_reduces_the_grid_or_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"smallest study takes about .* budget is 1s"):
+    with pytest.raises(ConfigError, match=r"smallest study takes about .* budget is 1"):
         study_rank(_request(tmp_path, budget_s=1.0))
 
 
@@ -65,4 +70,4 @@ def test_a_study_of_several_ranks_seeds_and_methods(tmp_path: Path, space: Any) 
     for curve in content["curves"]:
         small, large = (point["mean"] for point in curve["points"])
         assert large < small
-    assert "<svg" in render_rank_page(content)
+    assert "<svg" in render_study_page(content, "rank")
