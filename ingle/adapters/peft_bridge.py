@@ -115,16 +115,17 @@ class PeftLinear(AdaptedLinear):
 def select(model: nn.Module, adapter: PeftAdapter) -> Selection:
     """Returns the layers to change; see :class:`ingle.adapters.kinds.Kind`."""
     require_method(adapter.method)
-    option, targets = "adapter.target_modules", adapter.options.get("target_modules", adapter.target_modules)
-    if targets is not adapter.target_modules:
-        option = "adapter.options.target_modules"
+    option = "adapter.target_modules"
+    targets: Any = adapter.target_modules
+    if "target_modules" in adapter.options:
+        option, targets = "adapter.options.target_modules", adapter.options["target_modules"]
     if isinstance(targets, str) and targets != "all-linear":  # PEFT takes a text as a regular expression
         targets = tuple(path for path in linear_layers(model) if re.fullmatch(targets, path))
         if not targets:
             raise AdapterError("The regular expression matches no linear layer.", where=option, fix="list the names")
     elif isinstance(targets, list):
         targets = tuple(map(str, targets))
-    found = select_linears(model, targets, adapter.trainable_modules, option=option)  # type: ignore[arg-type]
+    found = select_linears(model, targets, adapter.trainable_modules, option=option)
     if METHODS[adapter.method].reads == "values":
         bases = ((path, model.get_submodule(path)) for path in found.adapted)
         quantized = [p for p, m in bases if isinstance(getattr(m, "base", m), QuantLinear)]
