@@ -15,6 +15,8 @@ SUBTITLES = {
     "cli": "commands",
     "flow": "a run, from data to report",
     "prediction": "labels, tags, answers",
+    "studies": "ranks and methods",
+    "margins": "pairs under a model",
     "launch": "ranks, SLURM, Ray",
     "run_evaluation": "scores of a run",
     "baselines": "majority, zero-shot",

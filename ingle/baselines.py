@@ -20,6 +20,7 @@ from ingle.config.run import Run
 from ingle.evaluation.run.answer_sources import OutputSource
 from ingle.evaluation.run.baselines import OverlapSource, PromptedSource, count_majority, why_not_prompted
 from ingle.evaluation.run.reward_source import LengthSource, count_chars
+from ingle.evaluation.tasks.samples import best_and_worst
 from ingle.events import Sink, Warned
 from ingle.parallel import Mesh
 from ingle.report.results import Comparison
@@ -87,8 +88,8 @@ def _length_rule(run: Run) -> LengthSource:
     """Returns the rule that prefers the longer answer, or the shorter one if that is right in most training rows."""
     signs = 0
     for row in data.read_examples(run.data.sources, objective=run.objective.kind):
-        scored = sorted(row.texts.values(), key=lambda text: text.labels["scores"])
-        difference = count_chars(scored[-1]) - count_chars(scored[0]) if scored else 0
+        found = best_and_worst(row)
+        difference = 0 if found is None else count_chars(found[0]) - count_chars(found[1])
         signs += (difference > 0) - (difference < 0)
     return LengthSource(longer=signs >= 0)
 

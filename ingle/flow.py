@@ -226,6 +226,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     stop, saved, good_step = False, position.step, objective.kept_step(position.step) if latest is not None else None
     with stopping.deferred():
         while True:
+            validated = None
             if not stop and validation.is_due(position.step):
                 parts.rounding.prepare(position.step + 1)
                 validated = validation.take(position.step)
@@ -237,7 +238,9 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                     position = replace(position, validation_s=spent, wall_s=time.monotonic() - began)
             is_over = stop or position.step == plan.num_steps or validation.selection.should_stop or objective.is_over
             is_due = plan.save_every > 0 and position.step % plan.save_every == 0
-            if position.step != saved and (is_due or is_over or validation.kept_step == position.step):
+            # A run that was stopped after its last step has saved that step without the validation.
+            is_new = position.step != saved or (is_over and validated is not None)
+            if is_new and (is_due or is_over or validation.kept_step == position.step):
                 good_step = objective.kept_step(position.step)
                 pinned = good_step if validation.kept_step is None else validation.kept_step
                 sink(Saved(position.step, str(checkpoints.save(position, pinned)), "checkpoint"))

@@ -86,8 +86,10 @@ def measure_margins(run: Run, num_rows: int, sink: Sink) -> Margins:
 def describe(margins: Margins) -> list[str]:
     """Returns the lines of a report."""
     lines = [f"Margins of {margins.pairs:,} pairs under the model that training begins with"]
-    kinds = (("answer", margins.accuracy, margins.quantiles),)
-    kinds += (("token", margins.accuracy_per_token, margins.quantiles_per_token),)
+    kinds = (
+        ("answer", margins.accuracy, margins.quantiles),
+        ("token", margins.accuracy_per_token, margins.quantiles_per_token),
+    )
     for unit, (share, low, high), values in kinds:
         shown = ", ".join(f"{value:+.3g} ({at:.0%})" for at, value in zip(QUANTILES, values, strict=True))
         lines.append(

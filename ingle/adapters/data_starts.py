@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ingle.adapters.lora import LoraLinear
 from ingle.adapters.norms import start_magnitudes
-from ingle.config.adapter import InitOptions, WeightAdapter
+from ingle.config.adapter import DoraAdapter, InitOptions, LoraAdapter
 from ingle.errors import AdapterError
 from ingle.parallel import copy_rows, is_sharded, local
 
@@ -76,11 +76,11 @@ def start_from_gradients(layers: Mapping[str, LoraLinear], found: Mapping[str, D
 @torch.no_grad()
 def start_from_inputs(
     model: nn.Module,
-    adapter: WeightAdapter,
+    adapter: LoraAdapter | DoraAdapter,
     layers: Mapping[str, LoraLinear],
     right: Mapping[str, Tensor],
     shares: Mapping[str, Tensor],
-) -> WeightAdapter:
+) -> LoraAdapter | DoraAdapter:
     """Begins A with the principal directions of the inputs, and moves ranks to layers whose inputs have more of them.
 
     Args:
@@ -139,7 +139,7 @@ def move_ranks(shares: Mapping[str, Tensor], ranks: Mapping[str, int], rho: floa
     return found
 
 
-def _resize(layer: LoraLinear, rank: int, adapter: WeightAdapter) -> None:
+def _resize(layer: LoraLinear, rank: int, adapter: LoraAdapter | DoraAdapter) -> None:
     """Gives a layer another rank; nothing is trained yet."""
     device = layer.lora_a.device
     for key, shape in (("lora_a", (rank, layer.lora_a.shape[1])), ("lora_b", (layer.out_features, rank))):

@@ -137,7 +137,8 @@ def give_keys(model: nn.Module, keys: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 def _head_sizes(model: nn.Module) -> tuple[int, int]:
     """Returns Hkv and Dh, as PEFT reads them from a config; attention compares them with its own."""
-    config: Any = model.config.get_text_config(decoder=True)
+    whole: Any = model
+    config = whole.config.get_text_config(decoder=True)
     heads = int(config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(getattr(config, "num_key_value_heads", None) or heads), int(size)

@@ -163,7 +163,8 @@ def _path(model: nn.Module) -> str:
     whole: Any = model
     reader: Any = whole.get_encoder() if whole.config.is_encoder_decoder else whole
     embedding = reader.get_input_embeddings()
-    return next(path for path, module in model.named_modules() if module is embedding)
+    path: str = next(path for path, module in model.named_modules() if module is embedding)
+    return path
 
 
 def _tokens(model: nn.Module) -> VirtualTokens:

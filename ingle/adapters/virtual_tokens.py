@@ -196,8 +196,9 @@ class VirtualKeys(Virtual):
     @torch.no_grad()
     def clear_values(self) -> None:
         """Sets all values to zero."""
-        if self.last is None:
+        if self.values is not None:
             local(self.values).zero_()
+        if self.last is None:
             return
         for parameter in (self.last.weight, self.last.bias):  # the second half of the rows are values
             whole = full(parameter).clone()
@@ -247,7 +248,8 @@ def _extended(cls: type[nn.Module]) -> type[nn.Module]:
 
 def extend(model: nn.Module, embedding: nn.Module, tokens: VirtualTokens) -> None:
     """Adds virtual tokens to an embedding of a model."""
-    embedding.__class__ = _extended(getattr(type(embedding), "original", type(embedding)))
+    cls: Any = type(embedding)
+    embedding.__class__ = _extended(getattr(cls, "original", cls))
     embedding.add_module(TOKENS, tokens)
     _name(model, tokens)
 

@@ -46,7 +46,10 @@ class Run(Section):
     @property
     def optimizer(self) -> OptimConfig:
         """The options of the optimizer; a learning rate that is null is the one that suits objective and adapter."""
-        if self.optim.lr is not None:
-            return self.optim
+        return self.optim.model_copy(update={"lr": self.learning_rate})
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the one that is set, or the one that suits the objective and the adapter."""
         with_adapter, full = DEFAULT_LR[FAMILY[self.objective.kind]]
-        return self.optim.model_copy(update={"lr": full if self.adapter.kind == "none" else with_adapter})
+        return self.optim.lr or (full if self.adapter.kind == "none" else with_adapter)

@@ -257,7 +257,13 @@ def shared_options(run: Run, steps: int | None) -> dict[str, Any]:
     held_out = {} if run.data.validation is not None else {"validation": {"share": _HELD_OUT, "sources": []}}
     train = {"keep_best": False, "early_stopping": None, "save_every": 0, "keep_checkpoints": 1}
     evaluated: dict[str, Any] = {"sources": [], "every": steps, "num_validation_samples": 0}
-    return {"data": held_out, "train": train | ({} if steps is None else {"num_steps": steps}), "evaluate": evaluated}
+    alone = {"kind": "none", "num_processes": 1, "shard_size": None}  # a study starts no processes
+    return {
+        "parallel": alone,
+        "data": held_out,
+        "train": train | ({} if steps is None else {"num_steps": steps}),
+        "evaluate": evaluated,
+    }
 
 
 def groups(score: Score) -> Floats:

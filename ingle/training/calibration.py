@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ingle import adapters
 from ingle.adapters.data_starts import Directions, require_directions, start_from_gradients, start_from_inputs
 from ingle.adapters.lora import LoraLinear, generator_of
-from ingle.config.adapter import READS_DATA, AdapterConfig, InitOptions, WeightAdapter
+from ingle.config.adapter import READS_DATA, AdapterConfig, DoraAdapter, InitOptions, LoraAdapter
 from ingle.data.batch import Batch
 from ingle.kernels.layers.importance import Gate, SquaredInputs, observe
 from ingle.models import Model
@@ -52,7 +52,7 @@ def calibrate(model: Model, adapter: AdapterConfig, objective: Objective, mesh: 
         AdapterError: A rank is too large, or ranks would change in a sharded model.
         NonFiniteError: A loss is NaN or infinite.
     """
-    if not isinstance(adapter, WeightAdapter) or adapter.init not in READS_DATA or adapter.path is not None:
+    if not isinstance(adapter, LoraAdapter | DoraAdapter) or adapter.init not in READS_DATA or adapter.path is not None:
         return adapter
     layers, options = adapters.lora_modules(model), adapter.init_options
     with _undisturbed(objective, list(layers.values())):
@@ -181,13 +181,13 @@ def _widened(layers: Mapping[str, LoraLinear], widths: Mapping[str, int]) -> Ite
 
 def _start_from_inputs(
     model: Model,
-    adapter: WeightAdapter,
+    adapter: LoraAdapter | DoraAdapter,
     layers: Mapping[str, LoraLinear],
     objective: Objective,
     steps: Sequence[Sequence[Batch]],
     mesh: Mesh,
     seed: int,
-) -> WeightAdapter:
+) -> LoraAdapter | DoraAdapter:
     """Begins adapters with the principal directions of their inputs, found by subspace iteration."""
     width = round(_OVERSAMPLING * adapter.init_options.rho * max(layer.rank for layer in layers.values()))
     # Layers with one input have one basis, so that fused layers may observe it once for all of them.

@@ -66,17 +66,16 @@ class Optimizer:
         self._masters = {name: _master(parameter) for name, parameter in self._parameters.items()}
         self._low_rank = low_rank
         self._precondition = precondition or {}
-        projected = low_rank.names if low_rank is not None else frozenset()
+        self._projected = frozenset[str]() if low_rank is None else low_rank.names
         self._adamw = torch.optim.AdamW(
             [
                 {
-                    "params": [self._masters[name] for name, _ in group.parameters if name not in projected],
+                    "params": [self._masters[name] for name, _ in group.parameters if name not in self._projected],
                     "lr": 0.0,  # each step sets it
                     "weight_decay": group.weight_decay,
                 }
                 for group in groups
             ],
-            lr=0.0,  # each step sets it
             betas=config.betas,
             eps=config.eps,
             fused=True,
@@ -95,11 +94,10 @@ class Optimizer:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of the largest state that :meth:`state_dict` returns in a run."""
-        projected = self._low_rank.names if self._low_rank is not None else frozenset()
-        masters = sum(master.nbytes for master in self._masters.values())
-        moments = sum(2 * master.nbytes for name, master in self._masters.items() if name not in projected)
-        shapes = (self._masters[name].shape for name in projected)
-        return masters + moments + sum(map(self._low_rank.state_bytes, shapes)) if self._low_rank else masters + moments
+        plain = sum((2 * (name not in self._projected) + 1) * master.nbytes for name, master in self._masters.items())
+        if self._low_rank is None:
+            return plain
+        return plain + sum(self._low_rank.state_bytes(self._masters[name].shape) for name in self._projected)
 
     def begin(self, step: int) -> None:
         """Prepares for a step, before its gradients are computed."""
@@ -152,8 +150,8 @@ class Optimizer:
                 self._masters[name].grad = change(gradient)
         for group, options in zip(self._groups, self._adamw.param_groups, strict=True):
             options["lr"] = lr * group.lr_ratio
-            for name, _ in group.parameters if self._low_rank is not None else ():
-                if self._low_rank is not None and name in self._low_rank.names:
+            for name, _ in group.parameters:
+                if self._low_rank is not None and name in self._projected:
                     self._low_rank.update(name, self._masters[name], lr * group.lr_ratio, group.weight_decay)
         self._adamw.step()
         for name, parameter in self._parameters.items():
@@ -168,8 +166,7 @@ class Optimizer:
     def like(self, name: str) -> Tensor | None:
         """Returns the tensor that is sharded like the one of this name in the state."""
         kind, _, parameter = name.partition(".")
-        projected = self._low_rank is not None and parameter in self._low_rank.names
-        is_alike = kind == "master" or (kind in ("exp_avg", "exp_avg_sq") and not projected)
+        is_alike = kind == "master" or (kind in ("exp_avg", "exp_avg_sq") and parameter not in self._projected)
         return self._masters.get(parameter) if is_alike else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,14 +181,13 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned, bit for bit."""
-        projected = self._low_rank.names if self._low_rank is not None else frozenset()
         if self._low_rank is not None:
-            self._low_rank.load_state_dict(state, {name: self._masters[name].device for name in projected})
+            self._low_rank.load_state_dict(state, {name: self._masters[name].device for name in self._projected})
         for name, master in self._masters.items():
             master.copy_(state[f"master.{name}"])
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
-            if name in projected:
+            if name in self._projected:
                 continue
             moments = {
                 key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state

@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 _LORA = {"kind": "lora", "rank": 3}
 _TRAINED = {"trainable_modules": ["embed_tokens", "norm"]}
+_VIRTUAL = {"num_virtual_tokens": 3, "init": "random"}
 _FULL = {"kind": "none"}
 _MASKED = {"kind": "mlm", "rate": 0.6}
 #: Together every adapter, class of formats, kind of model and layout meets every kind, and 2, 3 and 4 ranks.
@@ -60,6 +61,16 @@ CASES = {
         "llama",
         {2: ("zero3",), 3: ("zero2",)},
         {"base": {"format": "nf4"}, "adapter": {"kind": "dora", "rank": 2, "init": "pissa"}},
+    ),
+    "virtual tokens": Case("llama", {2: ("zero3",), 3: ("ddp",)}, {"adapter": {"kind": "prompt"} | _VIRTUAL}),
+    "added keys, nf4": Case(
+        "mistral", {2: ("ddp",), 3: ("zero3",)}, {"base": {"format": "nf4"}, "adapter": {"kind": "prefix"} | _VIRTUAL}
+    ),
+    "directions of gradients": Case(
+        "llama",
+        {2: ("zero3",), 3: ("ddp",)},
+        {"base": {"format": "nf4"}, "adapter": {"kind": "lora", "rank": 2, "init": "lora_ga"}},
+        1e-4,
     ),
     "trained modules": Case(
         "gemma2",

@@ -150,12 +150,22 @@ def _compares(example: Example) -> bool:
     return any("scores" in text.labels for text in example.texts.values())
 
 
+def best_and_worst(example: Example) -> tuple[Example, Example] | None:
+    """Returns the answers of a row with the highest and the lowest score; None if no score is higher than another."""
+    scored = []
+    for text in example.texts.values():
+        score = text.labels["scores"]
+        if isinstance(score, int | float) and not math.isnan(score):
+            scored.append((float(score), text))
+    scored.sort(key=lambda each: each[0])
+    return (scored[-1][1], scored[0][1]) if scored and scored[0][0] < scored[-1][0] else None
+
+
 def _pair_sample(example: Example) -> TaskSample:
-    """Returns the best and the worst answer of a row."""
-    scored = [text for text in example.texts.values() if not math.isnan(text.labels["scores"])]
-    best, worst = (choose(scored, key=lambda text: text.labels["scores"], default=None) for choose in (max, min))
-    if best is None or worst is None or best.labels["scores"] == worst.labels["scores"]:
+    found = best_and_worst(example)
+    if found is None:
         raise EvaluationError("No answer of the row is better than another one.", where=example.origin)
+    best, worst = found
     prompt = _transcript(best.messages[:-1]) if best.messages else best.prompt or ""
     return TaskSample(replace(example, texts={BETTER: best, WORSE: worst}), prompt, (BETTER,))
 

@@ -34,7 +34,7 @@ def packed_attention(
 ) -> Tensor: ...
 
 
-def packed_attention(
+def packed_attention(  # type: ignore[misc]  # the overloads leave out the options that they have in common
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,11 +88,12 @@ def packed_attention(
         if returns_lse:
             wide, lse_NH = packed_attention(q, k, v, cu_seqlens, **options, returns_lse=True)
             return wide[..., : sizes[1]], lse_NH
-        return packed_attention(q, k, v, cu_seqlens, **options)[..., : sizes[1]]
+        padded: Tensor = packed_attention(q, k, v, cu_seqlens, **options)
+        return padded[..., : sizes[1]]
     options["returns_lse"] = returns_lse
     if supported(q, k, v):
-        out: Tensor = _attend_on_cpu(q, k, v, cu_seqlens, **options)
-        return out
+        result: Tensor | tuple[Tensor, Tensor] = _attend_on_cpu(q, k, v, cu_seqlens, **options)
+        return result
     # FlashAttention has no gradient of its log-sum-exp.
     plain = softcap is None and sinks is None and bias is None and not returns_lse
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and plain and _has_varlen():

@@ -48,4 +48,5 @@ def add_keys(
     whole_KGN = torch.logaddexp(lse_KGN, scores.logsumexp(-1))
     added_KGND = (scores - whole_KGN[..., None]).exp() @ values.to(dtype)[:, None]
     share_NH1 = (lse_KGN - whole_KGN).exp().flatten(0, 1).t()[..., None]
-    return (out * share_NH1 + added_KGND.flatten(0, 1).transpose(0, 1)).to(out.dtype)
+    total: Tensor = out * share_NH1 + added_KGND.flatten(0, 1).transpose(0, 1)
+    return total.to(out.dtype)

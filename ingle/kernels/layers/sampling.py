@@ -135,7 +135,8 @@ def keep_likely(logits_CV: Tensor, transform: LogitTransform, top_p: float) -> T
 
     Source: Holtzman et al. 2019, "The curious case of neural text degeneration" (arXiv 1904.09751), section 3.1.
     """
-    sorted_CV, order_CV = transform(logits_CV)[0].softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities_CV = transform(logits_CV)[0].softmax(-1)
+    sorted_CV, order_CV = torch.sort(probabilities_CV, dim=-1, descending=True, stable=True)
     outside_CV = (sorted_CV.cumsum(-1) - sorted_CV) >= top_p
     outside_CV[:, 0] = False
     return logits_CV.masked_fill(torch.zeros_like(outside_CV).scatter_(-1, order_CV, outside_CV), -torch.inf)

@@ -222,7 +222,11 @@ def shares_prompts(model: PreTrainedModel, trees: Trees) -> bool:
     of the text, and an answer is too long.
     """
     is_causal = kind_of(model.config) == "causal"
-    return is_causal and layout_of(model).computes_trees and trees.longest <= unchanged_length(model)
+    return (
+        is_causal
+        and layout_of(model).computes_trees
+        and trees.longest + num_added_keys(model) <= unchanged_length(model)
+    )
 
 
 def _forward_paths(

@@ -83,8 +83,8 @@ def document_lengths(position_ids: Tensor) -> Tensor:
     Returns:
         [B, T].
     """
-    begins_BT = position_ids == 0
-    begins_BT[:, 0] = False  # documents are numbered from 0, whatever the first position is
+    # Documents begin at 0, or behind the keys of an adapter; they are numbered from 0.
+    begins_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
     document_BT = begins_BT.cumsum(1)
     largest = torch.zeros_like(position_ids).scatter_reduce_(1, document_BT, position_ids, "amax")
     return largest.gather(1, document_BT) + 1

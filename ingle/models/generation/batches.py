@@ -288,12 +288,12 @@ def _read(
     if layout_of(model).kind in ("rows", "equal_rows"):
         encoder: Any = model.get_encoder()
         rows = [torch.cat((added, ids))[None] for ids in sources]
-        outputs = [encoder(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in rows]
+        outputs: list[Any] = [encoder(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in rows]
         parts = [output.last_hidden_state[0] for output in outputs]
     else:
         output, row = encode(model, Row.of(sources))
         outputs = [output]
-        parts = list(output.last_hidden_state[0].split(row.lengths()))
+        parts = list(outputs[0].last_hidden_state[0].split(row.lengths()))
     states: Tensor = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
     lengths = torch.tensor([len(part) for part in parts], device=device)
     real = (torch.arange(states.shape[1], device=device) < lengths[:, None]).long()

@@ -26,8 +26,10 @@ _WINDOW = 8
 _ERRORS = 2.0
 #: The same for the fall of a proxy from its best value, which is the largest of many.
 _FALL_ERRORS = 5.0
-#: Words of the n-grams whose repetition is counted.
+#: Tokens of the n-grams whose repetition is counted.
 _NGRAM = 4
+#: Odd numbers by which n-grams are hashed.
+_MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 1], np.uint64)
 
 
 class Alarm(NamedTuple):
@@ -96,8 +98,8 @@ def _repetition(ids: Integers) -> float:
     count = len(ids) - _NGRAM + 1
     if count < 1:
         return 0.0
-    windows = np.lib.stride_tricks.sliding_window_view(ids, _NGRAM)
-    return 1.0 - len(np.unique(windows, axis=0)) / count
+    windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), _NGRAM)
+    return 1.0 - len(np.unique(windows @ _MULTIPLIERS)) / count  # one number for each n-gram, modulo 2 ** 64
 
 
 def _correlation(lengths: Floats, rewards: Floats, groups: Integers) -> dict[str, float]:

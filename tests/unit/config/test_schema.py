@@ -25,7 +25,9 @@ def test_options_are_those_of_the_tree() -> None:
     }
     listed = {option.path for option in options() if option.when in (None, "base.format = nf4", "adapter.kind = lora")}
     inside = {"adapter.merge_aware.format", "adapter.merge_aware.fraction"}
-    inside |= {path for path in listed if path.startswith(("data.validation.", "train.early_stopping."))}  # null
+    inside |= {
+        path for path in listed if path.startswith(("data.validation.", "train.early_stopping.", "evaluate.rewards."))
+    }  # null
     assert listed - written == {"evaluate", "data.sources", "evaluate.sources"} | inside
     assert written <= listed
 

@@ -17,6 +17,7 @@ from ingle.models import ModelTask, forward_task
 from ingle.models.forward.attention import attend
 from ingle.models.forward.hidden_states import forward_packed
 from ingle.models.forward.layout import boundaries_of, layout_of
+from ingle.models.forward.rotary_by_length import document_lengths
 from ingle.models.loading.layout_choice import choose_layout, enliven
 from ingle.models.loading.meta_device import build
 from ingle.models.text_part import padding_id
@@ -86,3 +87,9 @@ def test_configs_without_padding_token() -> None:
     assert padding_id(transformers.LlamaConfig(**_TINY, pad_token_id=-1)) == 0
     assert padding_id(transformers.LlamaConfig(**_TINY, pad_token_id=None)) == 0
     assert padding_id(transformers.LlamaConfig(**_TINY, pad_token_id=7)) == 7
+
+
+def test_documents_begin_where_positions_do() -> None:
+    """Positions begin at 0, or behind the keys of an adapter; a document may have one token."""
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1], [4, 5, 6, 4, 4, 5]])
+    assert document_lengths(positions).tolist() == [[3, 3, 3, 1, 2, 2], [7, 7, 7, 5, 6, 6]]

@@ -89,7 +89,7 @@ def test_failed_requests_are_repeated_and_late_ones_given_up(tmp_path: Path) -> 
         return (200, "7") if seen.count(text) > 1 else (503, "busy")
 
     with server(reply) as (url, requests):
-        scores = score(judge(url, tmp_path, time_limit_s=1.5), ["a", "late", "refused"])
+        scores = score(judge(url, tmp_path, time_limit_s=1.0), ["a", "late", "refused"])
         assert len([request for request in requests if "refused" in request["messages"][0]["content"]]) == 1
     assert [row[0] for row in scores.statuses] == ["ok", "timeout", "error"]
     assert "400" in scores.errors[2, 0]
