@@ -190,7 +190,11 @@ def from_file(
 
 
 def read(config: Mapping[str, Any], folder: Path) -> Adapter:
-    """Refuses folders without Ingle's record."""
+    """Refuses folders without Ingle's record.
+
+    Raises:
+        AdapterError: Always.
+    """
     raise AdapterError(
         "The adapter's record is missing.", where=str(folder), fix="copy the complete adapter folder again"
     )

@@ -113,7 +113,11 @@ class PeftLinear(AdaptedLinear):
 
 
 def select(model: nn.Module, adapter: PeftAdapter) -> Selection:
-    """Returns the layers to change; see :class:`ingle.adapters.kinds.Kind`."""
+    """Returns the layers to change; see :class:`ingle.adapters.kinds.Kind`.
+
+    Raises:
+        AdapterError: A pattern matches nothing, or the method reads weights that are quantized.
+    """
     require_method(adapter.method)
     option = "adapter.target_modules"
     targets: Any = adapter.target_modules
@@ -188,7 +192,11 @@ def to_file(model: nn.Module, adapter: PeftAdapter, values: Mapping[str, Tensor]
 
 
 def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Returns parameters and buffers by path, as PEFT reads them."""
+    """Returns parameters and buffers by path, as PEFT reads them.
+
+    Raises:
+        AdapterError: The file has other layers, or lacks what follows from weights that are not here.
+    """
     layers = _layers(model)
     skeleton = Skeleton({path: layer.base for path, layer in layers.items()}, adapter)
     expected = skeleton.state()
@@ -229,7 +237,11 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
 
 
 def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
-    """Returns the section of an adapter that PEFT trained."""
+    """Returns the section of an adapter that PEFT trained.
+
+    Raises:
+        AdapterError: It chooses its layers otherwise than by their names, or PEFT refuses its options.
+    """
     method = str(config["peft_type"])
     for key in ("exclude_modules", "layers_to_transform"):
         if config.get(key):

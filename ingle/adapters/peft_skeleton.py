@@ -89,7 +89,11 @@ class Skeleton:
         return {key: tensor.detach() for key, tensor in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Reads what PEFT stored."""
+        """Reads what PEFT stored.
+
+        Raises:
+            AdapterError: PEFT cannot read it.
+        """
         try:
             result = self._functions.set_peft_model_state_dict(self._peft, dict(tensors))
         except (RuntimeError, ValueError, KeyError) as error:
