@@ -36,7 +36,7 @@ def test_a_trained_model_is_compared_with_its_base(
         results.append((source.name, base.name if isinstance(base, ModelSource) else base))
         return results
 
-    located = SimpleNamespace(original=original, objective=Sft)
+    located = SimpleNamespace(original=original, objective=Sft, run=None)
     monkeypatch.setattr(inference, "locate", lambda path: located)
     monkeypatch.setattr(inference, "load", load)
     monkeypatch.setattr(inference, "longest_document", lambda source, opened: 64)

@@ -95,7 +95,7 @@ def test_a_bug_with_debug_shows_everything(fails: Raise, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "Did you mean 'train'?"),
+        (["trian"], "Did you mean 'train'"),
         (["config", "shw"], "Did you mean 'show'?"),
         (["generate"], "Missing argument 'MODEL_OR_RUN'"),
         (["generate", "m", "--promt", "x"], "--promt"),

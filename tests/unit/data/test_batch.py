@@ -21,6 +21,8 @@ PAIR = {
     "scores": np.float32(1),
     "truncated": np.int8(1),
     "baselines": np.float32(0.5),
+    "draws": np.int64(5),
+    "answers": np.int64(1),
 }
 
 
@@ -34,6 +36,8 @@ def make_pair(length: int, decoder_length: int) -> Sample:
     ids, decoder = np.arange(length), np.arange(decoder_length)
     tokens = {"token_labels": ids % 3, "weights": ids / 2, "decoder_input_ids": decoder, "decoder_labels": decoder}
     tokens |= {"token_type_ids": ids % 2, "reference_logps": -ids / 4, "decoder_reference_logps": -decoder / 4}
+    of_policies = ("old_logps", "values", "advantages", "returns", "correction_weights", "reference_states")
+    tokens |= {name: ids / (5 + place) for place, name in enumerate(of_policies)}
     return make_sample(list(range(length)), [0] * length, **tokens, **PAIR)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ingle.config.evaluate import METRICS_OF, suitable_metrics
 from ingle.config.objective import Answer, Classify, Mlm, ObjectiveKind, Sft, Span, Tag
+from ingle.evaluation.run.reward_source import RewardSource
 from ingle.evaluation.run.task_sources import ContextSource, LabelSource, MaskedSource, ModelSource, TargetSource
 from ingle.report.metrics import METRICS
 
@@ -20,7 +21,8 @@ _SOURCES = {
     "classify": LabelSource,
     "tag": LabelSource,
     "answer": ContextSource,
-    **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "bco", "reward"), ModelSource),
+    "reward": RewardSource,
+    **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "cpo", "bco"), ModelSource),
     **dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo", "raft", "distill"), ModelSource),
 }
 
