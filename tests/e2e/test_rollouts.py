@@ -99,6 +99,7 @@ def test_every_kind_trains_and_logs_its_figures(train: Train, folder: Path, kind
         assert last["kl"] == pytest.approx(0, abs=1) and first["kl"] == 0.0
 
 
+@pytest.mark.sweep
 def test_rewards_rise(train: Train, folder: Path) -> None:
     flags = ("--objective.num_prompts=8", "--objective.num_generations=8", "--train.micro_batch_size=64")
     more = ("--train.global_batch_size=64", "--train.save_every=0", "--optim.lr=0.1", "--optim.warmup_steps=0")
