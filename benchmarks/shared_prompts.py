@@ -106,6 +106,7 @@ def trl_step(folder: str, samples: list[Sample], options: argparse.Namespace) ->
         args=SimpleNamespace(),
         _metrics={"eval": defaultdict(list), "train": defaultdict(list)},
         _total_train_tokens=0,
+        _tp_size=1,
     )
 
     def run() -> None:

@@ -46,9 +46,9 @@ def with_steps(adapter: AdapterConfig, num_steps: int) -> AdapterConfig:
     if not isinstance(adapter, PeftAdapter) or adapter.method != METHOD:
         return adapter
     schedule = {"total_step": num_steps, "tinit": num_steps // 10, "tfinal": 3 * num_steps // 10}
-    options = {**schedule, **adapter.options}
+    options: dict[str, Any] = {**schedule, **adapter.options}
     total, first, last = (options[key] for key in schedule)
-    if not all(isinstance(each, int) and each >= 0 for each in (total, first, last)) or first + last >= total:  # type: ignore[operator]
+    if not all(isinstance(each, int) and each >= 0 for each in (total, first, last)) or first + last >= total:
         raise AdapterError(
             f"AdaLoRA's schedule has no steps in which it removes ranks: {first} before, {last} after, {total} in all.",
             where="adapter.options.tinit, adapter.options.tfinal, adapter.options.total_step",

@@ -27,7 +27,11 @@ _TUNED = "ln_tuning_layers."
 
 
 def select(model: nn.Module, adapter: BitfitAdapter) -> Selection:
-    """Returns the parameters to train; see :class:`ingle.adapters.kinds.Kind`."""
+    """Returns the parameters to train; see :class:`ingle.adapters.kinds.Kind`.
+
+    Raises:
+        AdapterError: The model has none of them.
+    """
     to_save = trained_in_full(model, adapter.trainable_modules)
     found = dict.fromkeys([*(_biases(model) if adapter.biases else ()), *(_of_norms(model) if adapter.norms else ())])
     names = tuple(path for path in found if not is_inside(path, to_save))

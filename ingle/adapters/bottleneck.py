@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ingle.adapters.kind_tensors import by_name, prefixed
-from ingle.adapters.linear import AdaptedLinear
+from ingle.adapters.linear import AdaptedLinear, features
 from ingle.adapters.lora import generator_of
 from ingle.adapters.states import adapted_modules
 from ingle.adapters.sublayers import Sublayer, find_sublayers, mixtures
@@ -155,7 +155,7 @@ def insert(model: nn.Module, adapter: BottleneckAdapter, selection: Selection) -
         base = model.get_submodule(site.output)
         layer = BottleneckLinear(
             base,
-            adapter.width(int(base.out_features if hasattr(base, "out_features") else base.nf)),  # type: ignore[arg-type]
+            adapter.width(features(base)[0]),
             adapter.function,
             adapter.first_scale,
             learned=adapter.scale == "learned",
@@ -190,7 +190,11 @@ def from_file(
 
 
 def read(config: Mapping[str, Any], folder: Path) -> Adapter:
-    """Refuses folders without Ingle's record."""
+    """Refuses folders without Ingle's record.
+
+    Raises:
+        AdapterError: Always.
+    """
     raise AdapterError(
         "The adapter's record is missing.", where=str(folder), fix="copy the complete adapter folder again"
     )

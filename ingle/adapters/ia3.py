@@ -131,7 +131,11 @@ def from_file(model: nn.Module, adapter: Ia3Adapter, tensors: Mapping[str, Tenso
 
 
 def read(config: Mapping[str, Any], folder: Path) -> Ia3Adapter:
-    """Returns the section of an adapter that PEFT trained."""
+    """Returns the section of an adapter that PEFT trained.
+
+    Raises:
+        AdapterError: Its layers are not listed by name.
+    """
     targets, inputs = config.get("target_modules"), config.get("feedforward_modules")
     if not isinstance(targets, list) or not isinstance(inputs or [], list) or config.get("exclude_modules"):
         raise AdapterError(

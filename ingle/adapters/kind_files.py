@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ingle.adapters.head_files import task_type
-from ingle.adapters.kinds import Kind, kind_of, kind_of_files, module_prefix, select
+from ingle.adapters.kinds import Kind, kind_of, kind_of_files, module_prefix
 from ingle.adapters.peft_config import CONFIG_FILE
 from ingle.adapters.peft_tensors import DTYPES, WEIGHTS_FILE, load_module, read_record, read_tensors
 from ingle.adapters.states import adapted_modules
@@ -76,7 +76,7 @@ def load_values(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """
     kind, where = kind_of(adapter), str(folder / WEIGHTS_FILE)
     tensors = read_tensors(folder / WEIGHTS_FILE)
-    for path in select(model, adapter).modules_to_save:
+    for path in kind.select(model, adapter).modules_to_save:
         start = f"{module_prefix(adapter)}{path}."
         own = {key.removeprefix(start): tensors.pop(key) for key in list(tensors) if key.startswith(start)}
         load_module(model, path, own, folder)

@@ -113,18 +113,23 @@ class PeftLinear(AdaptedLinear):
 
 
 def select(model: nn.Module, adapter: PeftAdapter) -> Selection:
-    """Returns the layers to change; see :class:`ingle.adapters.kinds.Kind`."""
+    """Returns the layers to change; see :class:`ingle.adapters.kinds.Kind`.
+
+    Raises:
+        AdapterError: A pattern matches nothing, or the method reads weights that are quantized.
+    """
     require_method(adapter.method)
-    option, targets = "adapter.target_modules", adapter.options.get("target_modules", adapter.target_modules)
-    if targets is not adapter.target_modules:
-        option = "adapter.options.target_modules"
+    option = "adapter.target_modules"
+    targets: Any = adapter.target_modules
+    if "target_modules" in adapter.options:
+        option, targets = "adapter.options.target_modules", adapter.options["target_modules"]
     if isinstance(targets, str) and targets != "all-linear":  # PEFT takes a text as a regular expression
         targets = tuple(path for path in linear_layers(model) if re.fullmatch(targets, path))
         if not targets:
             raise AdapterError("The regular expression matches no linear layer.", where=option, fix="list the names")
     elif isinstance(targets, list):
         targets = tuple(map(str, targets))
-    found = select_linears(model, targets, adapter.trainable_modules, option=option)  # type: ignore[arg-type]
+    found = select_linears(model, targets, adapter.trainable_modules, option=option)
     if METHODS[adapter.method].reads == "values":
         bases = ((path, model.get_submodule(path)) for path in found.adapted)
         quantized = [p for p, m in bases if isinstance(getattr(m, "base", m), QuantLinear)]
@@ -187,7 +192,11 @@ def to_file(model: nn.Module, adapter: PeftAdapter, values: Mapping[str, Tensor]
 
 
 def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Returns parameters and buffers by path, as PEFT reads them."""
+    """Returns parameters and buffers by path, as PEFT reads them.
+
+    Raises:
+        AdapterError: The file has other layers, or lacks what follows from weights that are not here.
+    """
     layers = _layers(model)
     skeleton = Skeleton({path: layer.base for path, layer in layers.items()}, adapter)
     expected = skeleton.state()
@@ -228,7 +237,11 @@ def from_file(model: nn.Module, adapter: PeftAdapter, tensors: Mapping[str, Tens
 
 
 def read(config: Mapping[str, Any], folder: Path) -> PeftAdapter:
-    """Returns the section of an adapter that PEFT trained."""
+    """Returns the section of an adapter that PEFT trained.
+
+    Raises:
+        AdapterError: It chooses its layers otherwise than by their names, or PEFT refuses its options.
+    """
     method = str(config["peft_type"])
     for key in ("exclude_modules", "layers_to_transform"):
         if config.get(key):

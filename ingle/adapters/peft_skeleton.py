@@ -89,7 +89,11 @@ class Skeleton:
         return {key: tensor.detach() for key, tensor in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Reads what PEFT stored."""
+        """Reads what PEFT stored.
+
+        Raises:
+            AdapterError: PEFT cannot read it.
+        """
         try:
             result = self._functions.set_peft_model_state_dict(self._peft, dict(tensors))
         except (RuntimeError, ValueError, KeyError) as error:
@@ -102,10 +106,11 @@ def stand_in(base: nn.Module, weight_OI: Tensor | None) -> nn.Module:
     """Returns a layer of the same shape without a bias; without a weight, it takes no memory."""
     out_features, in_features = features(base)
     transposed = is_transposed(base)
+    layer: Any
     if transposed:
         from peft.tuners.lora.layer import Conv1D  # transformers' class
 
-        layer: nn.Module = Conv1D(1, 1)
+        layer = Conv1D(1, 1)
         layer.nf, layer.nx = out_features, in_features
     else:
         layer = nn.Linear(1, 1, bias=False)
@@ -115,7 +120,8 @@ def stand_in(base: nn.Module, weight_OI: Tensor | None) -> nn.Module:
     layer.bias = None
     if transposed:  # this class has no layers without one
         layer.bias = nn.Parameter(torch.zeros(out_features, device=weight_OI.device), requires_grad=False)
-    return layer
+    found: nn.Module = layer
+    return found
 
 
 def make_config(adapter: PeftAdapter, paths: list[str]) -> Any:

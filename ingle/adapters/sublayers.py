@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ingle.adapters.linear import features
+from ingle.adapters.linear import AdaptedLinear, features
 from ingle.adapters.targets import linear_layers
 
 #: The path of a layer: up to the first numbers.
@@ -51,8 +51,7 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
         if mixer is None and _MIXER.search(match[1].split(".")[-2]):
             mixer = ""  # a list of attentions
         key = (match[1], "mlp", "") if mixer is None else (match[1], "attention", mixer)
-        inner = module.base if isinstance(getattr(module, "base", None), nn.Module) else module
-        groups[key].append((path, *features(inner)))  # type: ignore[arg-type]
+        groups[key].append((path, *features(module.base if isinstance(module, AdaptedLinear) else module)))
     found = []
     for (_, kind, _), linears in groups.items():
         ends = [path for path, out_features, _ in linears if out_features == hidden and "intermediate" not in path]

@@ -131,7 +131,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def _inside_adapted(model: nn.Module, name: str) -> bool:
     parent, _, last = name.rpartition(".")
-    return last == "base" and isinstance(model.get_submodule(parent), Adapted)
+    return ".tuner." in name or (last == "base" and isinstance(model.get_submodule(parent), Adapted))
 
 
 def _match_all(

@@ -341,7 +341,7 @@ class Distill(Sampled):
             same vocabulary.
         beta: 0 is the forward divergence from teacher to student, 1 the reverse one; between them, the generalized
             Jensen-Shannon divergence.
-        on_policy_share: Share of the prompts that the student answers; the others take their answer from the data.
+        on_policy_share: 1: the student answers the prompts; 0: it learns from the answers in the data.
     """
 
     kind: Literal["distill"]

@@ -42,7 +42,11 @@ _HEAD_FILES = (HEAD_CONFIG, LABELS)
 
 
 def export_peft(job: ExportJob) -> WrittenExport:
-    """Copies the adapter, which already has PEFT's layout, with the tokenizer and a model card."""
+    """Copies the adapter, which already has PEFT's layout, with the tokenizer and a model card.
+
+    Raises:
+        AdapterError: There is no adapter, or PEFT has no such adapters.
+    """
     adapter = _require_adapter(job)
     if isinstance(adapters.read_record(adapter).section, BottleneckAdapter):
         raise AdapterError(

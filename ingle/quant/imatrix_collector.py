@@ -136,6 +136,8 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
     head = None if find_head is None else find_head()
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if ".tuner." in name:  # a part of one of PEFT's layers
+            continue
         inner = getattr(module, "base", None)
         if _is_linear(module) and module is not head and not name.endswith(".base"):
             found[name] = module

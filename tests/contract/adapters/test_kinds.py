@@ -129,7 +129,7 @@ def make(case: Case) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = auto.from_config(config(case.model), dtype=torch.float32).eval()
     with torch.no_grad():
-        enliven(model)  # type: ignore[arg-type]
+        enliven(model)
     if case.format != "none":
         convert(model, base_section(case.format))
     return model
@@ -278,6 +278,7 @@ def test_methods_of_peft_compute_over_formats_what_peft_computes(method: str, tm
     adapters.load_adapter(loaded, tmp_path)
     assert torch.equal(logits(loaded), wanted)
     for layer in adapters.adapted_modules(model).values():  # packed texts must not see each other
+        assert isinstance(layer, AdaptedLinear)
         x = torch.randn(1, 5, layer.in_features, generator=generator_of(0, method))
         with torch.no_grad():
             close(layer(x)[:, :1], layer(x[:, :1]), 1e-3)
@@ -315,6 +316,12 @@ def test_bottlenecks_are_not_merged() -> None:
         merge(attached(CASES["parallel, llama"]))
 
 
+def allocator_of(model: nn.Module, section: Any) -> adapters.RankAllocator:
+    found = adapters.make_allocator(model, section)
+    assert found is not None
+    return found
+
+
 def test_allocation_is_that_of_peft() -> None:
     """Masks, thresholds and averages of 20 steps, interrupted after each."""
     options = {"init_r": 4, "target_r": 2, "total_step": 20, "tinit": 3, "tfinal": 4, "deltaT": 2}
@@ -329,7 +336,7 @@ def test_allocation_is_that_of_peft() -> None:
         if parameter.requires_grad
     }
     assert own.keys() == others.keys()
-    allocator = adapters.make_allocator(model, section)
+    allocator = allocator_of(model, section)
     for step in range(1, 21):
         for name in own:
             generator = generator_of(step, name)
@@ -338,7 +345,7 @@ def test_allocation_is_that_of_peft() -> None:
                 others[name].copy_(own[name])
             others[name].grad = torch.randn(own[name].shape, generator=generator)
         state = copy.deepcopy(allocator.state_dict())
-        allocator = adapters.make_allocator(model, section)
+        allocator = allocator_of(model, section)
         allocator.load_state_dict(state)
         allocator.observe([(name, others[name].grad) for name in own])
         allocator.update(step)
@@ -357,7 +364,7 @@ def test_the_penalty_is_that_of_the_paper() -> None:
     wanted = 0.5 * torch.stack([(square - torch.eye(4)).norm() for square in squares]).mean()
     gradients = torch.autograd.grad(wanted, list(own.values()), allow_unused=True)
     found = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
-    allocator = adapters.make_allocator(model, section_of(case))
+    allocator = allocator_of(model, section_of(case))
     assert allocator.penalize(found.items()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     for name, gradient in zip(own, gradients, strict=True):
         torch.testing.assert_close(found[name], torch.zeros_like(own[name]) if gradient is None else gradient)

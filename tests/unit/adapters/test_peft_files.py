@@ -116,7 +116,8 @@ def test_wrong_tensors(folder: Path, change: Any, fragment: str) -> None:
 @pytest.mark.parametrize(
     "settings, fragment",
     [
-        ({"peft_type": "VERA"}, "type VERA"),
+        ({"peft_type": "VERA"}, "VERA has no option"),
+        ({"peft_type": "XLORA"}, "type XLORA"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),

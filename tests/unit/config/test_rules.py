@@ -264,6 +264,30 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=reinforce", REWARD, "--objective.num_passes=2"],
         ["--objective=reinforce", REWARD, "--objective.num_passes=2", "--objective.importance=token"],
     ),
+    "distillation-mixes-nothing": (
+        ["--objective=distill", "--objective.teacher=t", "--objective.on_policy_share=.5"],
+        ["--objective=distill", "--objective.teacher=t", "--objective.on_policy_share=0"],
+    ),
+    "values-need-an-adapter": (
+        ["--objective=ppo", REWARD, "--adapter=none", "--objective.kl.place=none"],
+        ["--objective=ppo", REWARD, "--adapter=none", "--objective.kl.place=none", "--objective.value.trunk=policy"],
+    ),
+    "values-of-the-policy-begin-anew": (
+        ["--objective=ppo", REWARD, "--objective.value={trunk: policy, path: r}"],
+        ["--objective=ppo", REWARD, "--objective.value={trunk: adapter, path: r}"],
+    ),
+    "tdpo-needs-an-adapter": (
+        ["--objective=dpo", "--objective.loss=tdpo2", "--adapter=none"],
+        ["--objective=dpo", "--objective.loss=tdpo2"],
+    ),
+    "loftq-gives-back-what-was-rounded": (
+        ["--adapter.init=loftq"],
+        ["--adapter.init=loftq", "--base=nf4"],
+    ),
+    "initial-values-read-given-data": (
+        ["--objective=grpo", REWARD, "--adapter.init=eva"],
+        ["--adapter.init=eva"],
+    ),
     "distillation-answers-once": (
         ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
         ["--objective=distill", "--objective.teacher=t"],

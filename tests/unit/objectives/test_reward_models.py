@@ -34,7 +34,8 @@ class Trained:
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.run = tokenizer, folder / "reward"
-        self.base = ModelConfig(id=str(write_llama(folder / "base", tokenizer, hidden_size=32, intermediate_size=64)))
+        base = write_llama(folder / "base", tokenizer, hidden_size=32, intermediate_size=64)
+        self.base = ModelConfig(id=str(base), dtype="float32")
         self.model: Any = load_model(self.base, task=model_task(Reward(kind="reward")))
         adapters.attach(self.model, SECTION, seed=0)
         generator = torch.Generator().manual_seed(1)
