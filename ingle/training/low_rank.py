@@ -112,13 +112,13 @@ class LowRank:
             )
         else:
             ratio = vector_norm(direction_LR) / (vector_norm(projected_LR) + _TINY)
-        change_LS = gradient_LS * ratio
+        change_LS: Tensor = gradient_LS * ratio
         norm = vector_norm(change_LS)
         if "norm" in state:
             limiter = (norm / (state["norm"] + _TINY)).clamp(min=rule.norm_growth) / rule.norm_growth
             change_LS, norm = change_LS / limiter, norm / limiter
         state["norm"] = norm
-        return change_LS * math.sqrt(rule.scale)
+        return change_LS.mul_(math.sqrt(rule.scale))
 
     def state_bytes(self, shape: Sequence[int]) -> int:
         """Returns the size of the state of one matrix."""
