@@ -105,7 +105,11 @@ def to_file(model: nn.Module, adapter: PrefixAdapter, values: Mapping[str, Tenso
 
 
 def from_file(model: nn.Module, adapter: PrefixAdapter, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Returns keys and values of each layer; a network is left out, since only its output was saved."""
+    """Returns keys and values of each layer; a network is left out, since only its output was saved.
+
+    Raises:
+        AdapterError: The file has other sizes than the model needs.
+    """
     layers, whole = find_keys(model), only_tensor(tensors, where)
     heads, size = _head_sizes(model)
     wanted = (adapter.num_virtual_tokens, 2 * len(layers) * heads * size)
