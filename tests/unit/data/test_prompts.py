@@ -148,7 +148,7 @@ def long_rows(tokenizer):
 def test_prompts_that_leave_no_room_for_the_answer_are_dropped(tmp_path, tokenizer):
     warnings = []
     path = write(tmp_path / "a.jsonl", long_rows(tokenizer))
-    grpo = Grpo(kind="grpo", rollout=RolloutConfig(max_new_tokens=40))
+    grpo = Grpo(kind="grpo", rewards=["reward.py"], rollout=RolloutConfig(max_new_tokens=40))
     longest = int(read(path, tokenizer, max_seq_len=4096).lengths[1])
     for objective, kept in ((grpo, [1]), ("grpo", [1, 2])):
         prompts = read(path, tokenizer, objective, max_seq_len=longest, sink=warnings.append)
@@ -201,7 +201,7 @@ def test_rows_are_the_same_from_the_cache(tmp_path, tokenizer, monkeypatch):
 
 def test_inspection_shows_prompts_and_columns(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [{"prompt": "one?", "answer": "1"}, {"prompt": "two?", "level": [3]}])
-    report = inspect(DataConfig(sources=[{"path": path}]), tokenizer, Grpo(kind="grpo"))
+    report = inspect(DataConfig(sources=[{"path": path}]), tokenizer, Grpo(kind="grpo", rewards=["reward.py"]))
     assert [(each.name, each.count) for each in report.columns] == [("answer", 1), ("level", 1)]
     assert [dict(preview.columns) for preview in report.previews] == [
         {"answer": "1", "level": "null"},
