@@ -9,7 +9,7 @@ Legend: H hidden size, Z width of the network.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ingle.parallel import Mesh, copy_rows, local
 from ingle.planning.selection import is_inside
 
 PEFT_TYPE = "INGLE_BOTTLENECK"
-_FUNCTIONS = {
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
     "gelu": functional.gelu,

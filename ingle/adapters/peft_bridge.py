@@ -102,14 +102,14 @@ class PeftLinear(AdaptedLinear):
         try:
             self.tuner.__dict__["base_layer"] = stand_in(self.base, weight_OI)
             once, twice, offset = (self.tuner(factor * probe) for factor in (1.0, 2.0, 0.0))
-            merged = self.tuner(torch.eye(self.in_features, device=weight_OI.device)).float().t().contiguous()
+            merged_IO: Tensor = self.tuner(torch.eye(self.in_features, device=weight_OI.device)).float()
         finally:
             self.tuner.__dict__["base_layer"] = base
         if offset.abs().max() > 0:
             raise cannot_merge(f"PEFT's {self.method} adds a bias")
         if (twice - 2 * once).abs().max() > 1e-4 * once.abs().max():
             raise cannot_merge(f"PEFT's {self.method} is not linear in its inputs")
-        return merged
+        return merged_IO.t().contiguous()
 
 
 def select(model: nn.Module, adapter: PeftAdapter) -> Selection:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -108,9 +109,7 @@ def stand_in(base: nn.Module, weight_OI: Tensor | None) -> nn.Module:
     transposed = is_transposed(base)
     layer: Any
     if transposed:
-        from peft.tuners.lora.layer import Conv1D  # transformers' class
-
-        layer = Conv1D(1, 1)
+        layer = import_module("peft.tuners.lora.layer").Conv1D(1, 1)  # transformers' class
         layer.nf, layer.nx = out_features, in_features
     else:
         layer = nn.Linear(1, 1, bias=False)
