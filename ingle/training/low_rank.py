@@ -113,7 +113,7 @@ class LowRank:
         else:
             ratio = vector_norm(direction_LR) / (vector_norm(projected_LR) + _TINY)
         change_LS: Tensor = gradient_LS * ratio
-        norm = vector_norm(change_LS)
+        norm: Tensor = vector_norm(change_LS)
         if "norm" in state:
             limiter = (norm / (state["norm"] + _TINY)).clamp(min=rule.norm_growth) / rule.norm_growth
             change_LS, norm = change_LS / limiter, norm / limiter
