@@ -64,7 +64,7 @@ def test_a_student_comes_closer_and_resumes_with_the_same_bytes(train: Train, fo
     flags = distill(folder, 0)
     train("whole", *flags)
     losses = [row["loss"] for row in rows(folder / "whole")]
-    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
+    assert sum(losses[-2:]) < 0.98 * sum(losses[:2])
     with pytest.raises(Interrupted):
         train("stopped", *flags, stop_at=2)
     train("stopped", *flags)
@@ -77,7 +77,7 @@ def test_a_student_learns_from_its_own_answers(train: Train, folder: Path) -> No
     answers = ("--objective.num_prompts=8", "--objective.rollout.max_new_tokens=6", "--train.global_batch_size=8")
     train("own", *distill(folder, 1), *answers, "--train.num_steps=8")
     losses = [row["loss"] for row in rows(folder / "own")]
-    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
+    assert sum(losses[-2:]) < 0.98 * sum(losses[:2])
 
 
 @pytest.mark.sweep
