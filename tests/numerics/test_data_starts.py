@@ -105,7 +105,7 @@ def test_training_begins_at_the_base(tmp_path: Path) -> None:
 
 def test_directions_of_inputs(tmp_path: Path) -> None:
     """EVA's A is the SVD of all real inputs of a layer; ranks go where the inputs' squares are."""
-    parts = assembled(tmp_path, "eva", rho=2.0)
+    parts = assembled(tmp_path, "eva", rho=2.0, iterations=8)
     layers = adapters.lora_modules(parts.model)
     steps = first_steps(parts.objective, 2)
     inputs: dict[str, list[Tensor]] = {path: [] for path in layers}
@@ -130,7 +130,7 @@ def test_directions_of_inputs(tmp_path: Path) -> None:
     adapter: Any = parts.run.adapter
     assert adapter.rank_pattern == {path: rank for path, rank in ranks.items() if rank != RANK}
     for path, layer in layers.items():
-        assert angles(layer.lora_a.detach(), decomposed[path][2][: layer.rank]).min() > 1 - 1e-6
+        assert angles(layer.lora_a.detach(), decomposed[path][2][: layer.rank]).min() > 1 - 1e-5
         assert not layer.lora_b.any() and layer.scale == 3 * RANK / layer.rank
 
 

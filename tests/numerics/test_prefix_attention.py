@@ -93,6 +93,7 @@ def test_trees(dtype: torch.dtype) -> None:
     require_same(ours, torch.cat(parts)[None], leaves, exact, grad)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_log_sum_exp_of_flex() -> None:
     q, k, v = (leaf.detach() for leaf in make(torch.float32, sinks=False)[0][:3])
     sinks = torch.linspace(-1, 2, 4)

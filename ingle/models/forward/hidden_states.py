@@ -192,8 +192,8 @@ def forward_packed(
     extended = insert_ids(model, input_ids, position_ids, cu_seqlens, token_type_ids, trees, fills=fills)
     if extended is None:
         return _forward_packed(model, input_ids, position_ids, cu_seqlens, token_type_ids, trees)
-    *row, place_N = extended
-    return _forward_packed(model, *row).index_select(1, place_N)
+    ids, positions, bounds, types, extended_trees, place_N = extended
+    return _forward_packed(model, ids, positions, bounds, types, extended_trees).index_select(1, place_N)
 
 
 def _forward_packed(

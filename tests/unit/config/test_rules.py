@@ -55,6 +55,14 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--adapter=prefix", "--adapter.init=tokens", "--adapter.init_text=hello"],
     ),
     "only-texts-are-read": (["--adapter=prefix", "--adapter.init_text=hello"], ["--adapter=prefix"]),
+    "loftq-gives-back-what-was-rounded": (
+        ["--adapter.init=loftq"],
+        ["--adapter.init=loftq", "--base.format=nf4"],
+    ),
+    "initial-values-read-given-data": (
+        ["--adapter.init=eva", "--objective.kind=grpo", REWARD],
+        ["--adapter.init=eva", "--objective.kind=dpo"],
+    ),
     "networks-are-not-saved": (
         ["--adapter=prompt", "--adapter.encoder=mlp", "--adapter.path=p"],
         ["--adapter=prompt", "--adapter.encoder=mlp"],
