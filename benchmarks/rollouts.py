@@ -69,6 +69,8 @@ def sides(
         answers = models.generate(model, tokenizer, repeated, temperature=1.0, **size)
         return sum(len(answer.token_ids) + (answer.finish_reason == "stop") for answer in answers)
 
+    ends = sorted(models.end_token_ids(model, tokenizer))
+
     def by_transformers() -> int:
         total = 0
         for start in range(0, len(repeated), options.slots):
@@ -76,9 +78,10 @@ def sides(
             width = max(map(len, batch))
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(each)) + each for each in batch])
             mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in batch])
-            size = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+            size: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+            size["eos_token_id"] = ends
             whole = plain.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, **size)
-            is_end = whole[:, width:] == plain.generation_config.eos_token_id
+            is_end = torch.isin(whole[:, width:], torch.tensor(ends))
             total += int((is_end.cumsum(1) - is_end.int() == 0).sum())
         return total
 
