@@ -288,14 +288,6 @@ VIOLATIONS: dict[str, tuple[list[str], list[str]]] = {
         ["--objective=dpo", "--objective.loss=tdpo2", "--adapter=none"],
         ["--objective=dpo", "--objective.loss=tdpo2"],
     ),
-    "loftq-gives-back-what-was-rounded": (
-        ["--adapter.init=loftq"],
-        ["--adapter.init=loftq", "--base=nf4"],
-    ),
-    "initial-values-read-given-data": (
-        ["--objective=grpo", REWARD, "--adapter.init=eva"],
-        ["--adapter.init=eva"],
-    ),
     "distillation-answers-once": (
         ["--objective=distill", "--objective.teacher=t", "--objective.num_generations=2"],
         ["--objective=distill", "--objective.teacher=t"],
