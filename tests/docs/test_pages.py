@@ -63,9 +63,11 @@ def prepare(runner: Runner, folder: Path) -> None:
     for command in (
         "ingle quantize my-model --to q4_k_m --out some-model.Q4_K_M.gguf",
         "ingle train examples/demo/demo.yaml",
+        "ingle train examples/align/sft.yaml --output=notices",
     ):
         done = runner.run_command(command, folder)
         assert done.code == 0, done.output
+    (examples / "models" / "ember-6m-notices").symlink_to(folder / "notices" / "adapter")
 
 
 @pytest.mark.slow

@@ -99,6 +99,9 @@ def make_predicted_pair(name: str) -> tuple[TaskResult, TaskResult]:
                 Outputs(masked=(MaskedTokens(0.0, 3, 3),) * 6),
             )
             references = [("text",)] * 6
+        case _, "reward":
+            wrong, right = Outputs(rewards=(-1.0,) * 6), Outputs(rewards=(0.5, 1.0, 1.5) * 2)
+            references = [("text",)] * 6
         case _, "pearson" | "spearman" | "mse":
             references = [(str(float(value)),) for value in range(6)]
             wrong, right = (
@@ -125,7 +128,7 @@ def make_predicted_pair(name: str) -> tuple[TaskResult, TaskResult]:
 @pytest.mark.parametrize("name", METRICS)
 def test_scorers_and_their_descriptions_agree(name: str) -> None:
     is_text = METRICS[name].reads in ("answers", "likelihoods")
-    base, tuned = make_pair(0, 6, 0, 0) if is_text else make_predicted_pair(name)
+    base, tuned = make_pair(0, 6, 0, 0) if is_text and name != "reward" else make_predicted_pair(name)
     metric = make_scorer(name, make_task(name)).metric
     assert metric is METRICS[name]
     row = compare(base, tuned, make_task(name)).metrics[name]  # the tuned model answers everything right

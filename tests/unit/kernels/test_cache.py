@@ -83,8 +83,8 @@ def test_the_keys_of_real_kernels_do_not_change_with_the_rest_of_the_package(tmp
 
 
 def test_the_name_of_a_kernel_in_the_cache_holds_its_key() -> None:
-    name = elementwise._rms_norm.py_func.__qualname__
-    assert name == f"_rms_norm-{cache.source_digest(Path(elementwise.__file__))}"
+    name = elementwise._swiglu.py_func.__qualname__
+    assert name == f"_swiglu-{cache.source_digest(Path(elementwise.__file__))}"
     names = {kernel.py_func.__qualname__ for kernel in decoders.KERNELS.values()}
     assert names == {f"decode_{name}-{cache.source_digest(Path(decoders.__file__))}" for name in decoders.KERNELS}
 
