@@ -2,7 +2,7 @@
 
     python examples/align/make_pairs.py
 
-writes ``pairs.jsonl`` and ``heldout.jsonl`` beside this file, always the same bytes. Both notices of a pair begin with
+writes ``pairs.jsonl`` and ``heldout.jsonl`` next to this file, always the same bytes. Both notices of a pair begin with
 the same sentence frame and make the same choices of words. The worse one has another value than the record, lacks an
 optional value, or has one that the record lacks; these are equally frequent, so that length says little about which
 one is better.

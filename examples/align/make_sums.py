@@ -2,7 +2,7 @@
 
     python examples/align/make_sums.py
 
-writes ``sums.jsonl`` and ``sums_heldout.jsonl`` beside this file, always the same bytes. A tenth of the pairs of
+writes ``sums.jsonl`` and ``sums_heldout.jsonl`` next to this file, always the same bytes. A tenth of the pairs of
 numbers is held out, chosen by a hash: a rule such as "the last digit is 0" would hold out a kind of sums. Numbers have
 two digits (``07+45=``), and the digits of an answer are written from the last to the first (``25``), in the order in
 which one adds by hand.

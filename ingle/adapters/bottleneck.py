@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network after a sublayer, or beside it.
+"""Bottleneck adapters: a small network after a sublayer, or in parallel with it.
 
 The network stands in the last linear layer of the sublayer, before the residual connection and a norm that follows it.
 Only Ingle reads the files, since PEFT has no such adapters.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,36 +11,12 @@ from torch import Tensor, nn
 
 from ingle.adapters.head_files import task_type
 from ingle.adapters.kinds import Kind, kind_of, kind_of_files, module_prefix
-from ingle.adapters.peft_config import CONFIG_FILE
+from ingle.adapters.peft_config import read_config
 from ingle.adapters.peft_tensors import DTYPES, WEIGHTS_FILE, load_module, read_record, read_tensors
 from ingle.adapters.states import adapted_modules
 from ingle.config.adapter_kinds import Adapter
 from ingle.errors import AdapterError
 from ingle.parallel import copy_rows
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads the config of an adapter folder.
-
-    Raises:
-        AdapterError: The config is missing or damaged.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterError(
-            f"{folder} contains no adapter.",
-            where=str(path),
-            fix="name a folder that contains adapter_config.json and adapter_model.safetensors",
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not a mapping")
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            "The adapter's config cannot be read.", where=str(path), why=str(error), fix="copy the file again"
-        ) from None
-    return values
 
 
 def read_section(folder: Path) -> Adapter | None:

@@ -194,11 +194,11 @@ def describe_adapter(
     return config | {"use_dora": True} if isinstance(adapter, DoraAdapter) else config
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
+def read_config(folder: Path) -> dict[str, Any]:
     """Reads the config of an adapter folder.
 
     Raises:
-        AdapterError: The config is missing or damaged, or describes an adapter that cannot be computed exactly.
+        AdapterError: The config is missing or damaged.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -208,17 +208,26 @@ def read_peft_config(folder: Path) -> PeftConfig:
             fix="name a folder that contains adapter_config.json and adapter_model.safetensors",
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text)
-        kind = values.get("peft_type")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a mapping")
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             "The adapter's config cannot be read.", where=str(path), why=str(error), fix="copy the file again"
         ) from None
+    return values
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Reads the config of an adapter folder.
+
+    Raises:
+        AdapterError: The config is missing or damaged, or describes an adapter that cannot be computed exactly.
+    """
+    values, path = read_config(folder), folder / CONFIG_FILE
+    kind = values.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(
-            f"Adapters of type {str(kind)[:40]} are not supported yet, only LORA.", where=f"{path}: peft_type"
-        )
+        raise AdapterError(f"Adapters of type {str(kind)[:40]} are not supported.", where=f"{path}: peft_type")
     for key, plain in _PLAIN_VALUES.items():
         value = values.get(key, plain[0])
         if value not in plain:
@@ -229,7 +238,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
                 fix="merge the adapter into its base with PEFT, or train a plain LoRA",
             )
     try:
-        return PeftConfig.model_validate_json(text)
+        return PeftConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         problem = error.errors(include_url=False)[-1]  # the error about the last type of a union is the clearest
         raise AdapterError(

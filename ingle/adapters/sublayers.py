@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(.+?\.\d+(?:\.\d+)*)\.(.+)")
 _MIXER = re.compile(r"at+n|attention|mixer|mamba|temporal|recurrent|ssm|(^|\.)conv", re.IGNORECASE)
 #: Names of the last linear layer of an attention; others may have as many outputs.
 _OUTPUT = re.compile(r"(o|Wo|wo|o_lin|proj|dense|c_proj|post_proj|(.*_)?o(_[ab])?_proj|.*out(_proj|_lin)?|output.*)")
-#: Parts of paths of feed-forward networks; some layers have other linear layers beside them.
+#: Parts of paths of feed-forward networks; some layers have further linear layers.
 _MLP = re.compile(r"mlp|ffn|ff|feed_?forward|dense", re.IGNORECASE)
 
 

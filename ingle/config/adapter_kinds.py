@@ -42,7 +42,7 @@ class BottleneckAdapter(Adapter):
 
     Attributes:
         style: The published design: ``houlsby`` after attention and MLP, ``pfeiffer`` after the MLP, ``parallel``
-            beside the MLP. It decides the options below that are null.
+            in parallel with the MLP. It decides the options below that are null.
         after: Sublayers with a network: any of attention, mlp. If null, as ``style`` says.
         reduction: The hidden size divided by the width of the networks. If null, 16, and 2 for ``parallel``.
         size: Width of the networks, instead of ``reduction``.

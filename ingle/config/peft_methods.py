@@ -51,7 +51,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "ADAPTION_PROMPT": ("it replaces the attention layers of one architecture", "--adapter.kind=prefix"),
     "XLORA": (_OTHER_INPUTS, "--adapter.kind=lora"),
     "POLY": (_OTHER_INPUTS, "--adapter.kind=lora"),
-    "SHADOW": ("it trains a second model beside the first", "--adapter.kind=bottleneck"),
+    "SHADOW": ("it trains a second model", "--adapter.kind=bottleneck"),
     "ADAMSS": ("the sizes of its parameters follow from the weights", "--adapter.method=PSOFT"),
     "FROD": ("it replaces the weights of the layers", "--adapter.kind=lora --adapter.init=pissa"),
     "LILY": ("its layers mix the tokens of all texts that are computed together", "--adapter.kind=lora"),

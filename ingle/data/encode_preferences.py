@@ -46,12 +46,7 @@ class PreferenceEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TokenOptions) -> None:
-        if options.too_long == "split":
-            raise ConfigError(
-                "An answer cannot be split into several documents.",
-                where="data.too_long = split",
-                fix="--data.too_long=truncate or --data.too_long=drop",
-            )
+        options.refuse_split("An answer")
         self._options = options
         self._is_judged = FAMILY[options.objective] == "judged"
         is_causal = options.model_kind == "causal"

@@ -10,7 +10,7 @@ from ingle.data.backend import copy_backend
 from ingle.data.row_encoder import Counts, Piece, TokenOptions
 from ingle.data.special_tokens import SpecialTokens, read_special_tokens, read_target_tokens
 from ingle.data.types import Example, Ids, Tokenizer
-from ingle.errors import ConfigError, DataError
+from ingle.errors import DataError
 
 
 class SourceEncoder:
@@ -28,12 +28,7 @@ class SourceEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TokenOptions) -> None:
-        if options.too_long == "split":
-            raise ConfigError(
-                "A source with its target cannot be split into several documents.",
-                where="data.too_long = split",
-                fix="--data.too_long=truncate or --data.too_long=drop",
-            )
+        options.refuse_split("A source with its target")
         self._options = options
         self._backend = copy_backend(tokenizer)
         self._source = read_special_tokens(tokenizer, self._backend, 1)._replace(types=())

@@ -28,6 +28,7 @@ from ingle.config.preferences import Bco, Kto
 from ingle.data.corruption import denoisers, longest_text
 from ingle.data.template import TrainOn
 from ingle.data.types import Example, Ids, Mask
+from ingle.errors import ConfigError
 from ingle.report.data_results import Remark
 
 #: How labels of texts are read: one class, any number of classes, or a number.
@@ -78,6 +79,22 @@ class TokenOptions:
     model_kind: ModelKind = "causal"
     threshold: float | None = None
     max_answer_len: int = 0
+
+    def refuse_split(self, what: str) -> None:
+        """Makes sure that rows which must stay whole are not split.
+
+        Args:
+            what: What a row has, as the subject of a sentence.
+
+        Raises:
+            ConfigError: ``too_long: split``.
+        """
+        if self.too_long == "split":
+            raise ConfigError(
+                f"{what} cannot be split into several documents.",
+                where="data.too_long = split",
+                fix="--data.too_long=truncate or --data.too_long=drop",
+            )
 
 
 def token_options(

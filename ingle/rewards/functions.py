@@ -155,7 +155,7 @@ def _import_file(path: Path) -> ModuleType:
             where=str(path),
             fix="name a Python file, or an installed module without .py",
         )
-    sys.path.insert(0, str(path.resolve().parent))  # for modules beside it
+    sys.path.insert(0, str(path.resolve().parent))  # for modules in the same folder
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
