@@ -84,7 +84,7 @@ def shorten(words: Sequence[str], folder: Path) -> list[str]:
     command, short = words[0], list(words)
     config = "".join((folder / word).read_text() for word in words if word.endswith(".yaml"))
     if command == "train" and "--resume" not in words:
-        short += ["--train.num_steps=2", "--train.global_batch_size=1"]
+        short += ["--train.num_steps=2", "--train.global_batch_size=1", "--optim.warmup_steps=0"]
         if "evaluate:" in config or any(word.startswith("--evaluate") for word in words):
             short += ["--evaluate.num_samples=2", "--evaluate.max_new_tokens=4"]
     elif command == "evaluate":
