@@ -97,7 +97,7 @@ def _curve_tables(content: Content) -> Iterator[Table]:
                     "loss": f"{point['mean']:.4f}",
                     "over seeds": "" if point["se"] is None else f"± {point['se']:.4f}",
                     "over rates": f"{point['over_rates']['low']:.4f} to {point['over_rates']['high']:.4f}",
-                    "of the gain": f"{100 * _gain(content, point['mean']):.0f} %",
+                    "of the gain": f"{100 * _gain(curve, point['mean']):.1f} %",
                     "learning rate": _rate(point),
                 }
                 for point in curve["points"]
@@ -221,9 +221,8 @@ def _difference(row: Mapping[str, Any]) -> str:
 
 
 def _curve_charts(content: Content) -> Iterator[dict[str, Any]]:
-    score = content["score"]
-    target = score["floor"] - content["threshold"] * (score["floor"] - score["ceiling"])
     for curve in content["curves"]:
+        target = curve["floor"] - content["threshold"] * (curve["floor"] - curve["ceiling"])
         dots = [
             Estimate(
                 f"{point['d']:,}",
@@ -301,9 +300,8 @@ def _dimension_text(curve: Mapping[str, Any]) -> str:
     return f"The target needs about {d90['value']:,.0f} directions, 95 % interval {low} to {high}."
 
 
-def _gain(content: Content, loss: float) -> float:
-    score = content["score"]
-    return float((score["floor"] - loss) / ((score["floor"] - score["ceiling"]) or 1.0))
+def _gain(curve: Mapping[str, Any], loss: float) -> float:
+    return float((curve["floor"] - loss) / ((curve["floor"] - curve["ceiling"]) or 1.0))
 
 
 def _bars(mean: float, stderr: float | None) -> tuple[float, float]:
