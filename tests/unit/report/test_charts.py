@@ -15,11 +15,10 @@ from ingle.report.charts import (
     both_widths,
     interval_plot,
     loss_curve,
-    nice_ticks,
     size_chart,
     smooth,
-    tick_label,
 )
+from ingle.report.drawing import nice_ticks, tick_label
 
 AXES = {"titles": ("size", "loss"), "mark": (0.02, "limit"), "width": 880}
 
