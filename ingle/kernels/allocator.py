@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 
 # The numbers of mallopt(3).
 _M_TRIM_THRESHOLD = -1
@@ -37,3 +38,10 @@ def keep_freed_memory(largest_bytes: int = 1 << 30) -> bool:
     # Some versions refuse a threshold above 32 MiB; the trim threshold matters in any case.
     kept = bool(mallopt(_M_MMAP_THRESHOLD, largest_bytes)) or bool(mallopt(_M_MMAP_THRESHOLD, 1 << 25))
     return bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)) and kept
+
+
+def release_freed_memory() -> None:
+    """Returns the memory that the process has kept to the system, so that what is resident is in use."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # only glibc can
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
