@@ -53,7 +53,7 @@ class Scores:
         statuses: How the scoring of each answer by each reward ended, [G][F].
         errors: What went wrong, by answer and reward.
         extra: Values per answer that functions logged, by name, [G].
-        metrics: Mean of each number that functions logged.
+        metrics: Mean of each number that functions logged, for a call or for its answers.
         printed: Lines that functions printed; only the first ones of a run.
     """
 

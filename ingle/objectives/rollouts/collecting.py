@@ -194,6 +194,9 @@ class Collector:
             sink: Receives progress.
         """
         self._open(sink)
+        assert self._sampler is not None
+        if not self._sampler.is_invariant:
+            journal = None  # the other answers could come out otherwise, and their scores are not those of these
         began = time.monotonic()
         rollouts = self._sample(prompts, asked, num_generations, journal, sink)
         if rollouts is None:
@@ -243,8 +246,7 @@ class Collector:
     ) -> dict[tuple[int, int], Rollout] | None:
         """Returns the answers of all ranks by draw and number; None if a rank was asked to stop."""
         assert self._sampler is not None
-        keeps = journal is not None and self._sampler.is_invariant
-        known = journal.rollouts if journal is not None and keeps else {}
+        known = journal.rollouts if journal is not None else {}
         wanted = [(each, number) for each in self._own(asked) for number in range(num_generations)]
         own = {(each.draw, number): known[each.draw, number] for each, number in wanted if (each.draw, number) in known}
         requests = [
@@ -255,8 +257,7 @@ class Collector:
         running = self._sampler.run(requests, stop=_must_stop)
         for done, rollout in enumerate(running, 1):
             own[rollout.draw, rollout.answer] = rollout
-            if keeps:
-                assert journal is not None
+            if journal is not None:
                 journal.add_rollout(rollout)
             sink(Progress("Sampling answers", done, len(requests)))
         if self._mesh.agree(len(own) < len(wanted)):
