@@ -24,6 +24,7 @@ from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.events import Sink, Warned
 from ingle.models import keep_stored_labels, model_task
+from ingle.models.forward.layout import layout_of
 from ingle.planning.rates import with_measured_rates
 from ingle.quant.imatrix_collector import ImatrixCollector
 from ingle.training.calibration import calibrate
@@ -135,8 +136,13 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
-    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter))
-    plan = _plan(run, shape, data_shape(run, dataset, sequences, held_out), mesh, dtype)
+    companions, notes = planning.find_companions(run, models.compute_dtype("auto", device).itemsize)
+    shape = replace(shape, adapter_parameters=adapters.count_parameters(model, run.adapter), companions=companions)
+    for note in notes:
+        sink(Warned(note, where="objective"))
+    shares = kind == "causal" and layout_of(model).computes_trees
+    found = data_shape(run, dataset, sequences, held_out, shares=shares)
+    plan = _plan(run, shape, found, mesh, dtype)
     for lesson in find_lessons(_facts(run, plan, dataset)):
         sink(Warned(lesson.text, where=lesson.where))
     advice = None if is_sampled else planning.find_better_batch(run, len(sequences), plan.num_steps)

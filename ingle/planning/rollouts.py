@@ -7,13 +7,53 @@ from __future__ import annotations
 
 import math
 
-from ingle.config.policy import Sampled
+from ingle.config.policy import OnlineDpo, Sampled
 from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import reads_reference, rows_per_iteration, steps_per_iteration
 from ingle.planning.search import Option, Problem
+from ingle.planning.shape import DataShape
 
 #: Time of a pass for one token of each answer that does not depend on its size: choosing tokens, the loop.
 _TOKEN_S = 4e-3
+
+
+def sampled_shape(
+    objective: Sampled,
+    num_prompts: int,
+    mean_prompt: float,
+    longest_prompt: int,
+    *,
+    shares: bool,
+    validation_tokens: int = 0,
+) -> DataShape:
+    """Returns the shape of the answers to all prompts, each of which is a sequence, or with ``online_dpo`` half of one.
+
+    Answers are taken as half as long as they may be. The longest one is as long as it may be, so that memory suffices
+    whatever the model answers.
+
+    Args:
+        objective: The objective.
+        num_prompts: Prompts of the data.
+        mean_prompt: Tokens of a prompt on average.
+        longest_prompt: Tokens of the longest prompt.
+        shares: Whether the model computes a prompt once for all answers to it.
+        validation_tokens: Tokens of held-out prompts with the longest answers.
+    """
+    per_prompt = rows_per_iteration(objective) // objective.num_prompts
+    answers = 2 if isinstance(objective, OnlineDpo) else 1
+    most = objective.rollout.max_new_tokens
+    mean, shares = (most + 1) // 2, shares and objective.share_prompts is not False
+    prompts = 1 if shares else per_prompt * answers
+    return DataShape(
+        num_sequences=num_prompts * per_prompt,
+        num_tokens=round(num_prompts * (prompts * mean_prompt + per_prompt * answers * mean)),
+        longest=longest_prompt * (1 if shares else answers) + answers * most,
+        longest_document=longest_prompt + most,
+        mean_document=mean_prompt + mean,
+        validation_tokens=validation_tokens,
+        shared_prompt=longest_prompt if shares and per_prompt > 1 else 0,
+        sequences_per_prompt=per_prompt if shares else 1,
+    )
 
 
 def rollout_s(problem: Problem, option: Option, flops_per_token: float) -> float:
@@ -39,4 +79,4 @@ def rollout_s(problem: Problem, option: Option, flops_per_token: float) -> float
     reading = problem.work.base_bytes / problem.device.bandwidth
     decoding = rounds * (max(reading, slots * per_token * problem.world_size) + _TOKEN_S)
     passes = int(reads_reference(run)) + int(steps_per_iteration(run) > 1 or objective.kind == "ppo")
-    return decoding + (prompts + passes * rows_per_iteration(objective) * data.mean_document) * per_token
+    return decoding + (prompts + passes * rows_per_iteration(objective) * problem.work.tokens) * per_token
