@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 
+from ingle.config.objective import rows_of
 from ingle.config.policy import Rewarded, Sampled
-from ingle.config.policy_presets import suit_policy
 from ingle.config.policy_rules import rows_per_iteration
 from ingle.config.preference_rules import has_reference
 from ingle.config.rewards import ModelReward
@@ -38,9 +38,9 @@ def sampling_bytes(run: Run, data: DataShape, tapes: Tapes, ranks: int) -> float
         tapes: The rules of its model.
         ranks: Ranks that share the prompts.
     """
-    if not isinstance(run.objective, Sampled):
+    objective, shape, b = rows_of(run.objective), tapes.shape, tapes.dtype_bytes
+    if not isinstance(objective, Sampled):
         return 0.0
-    objective, shape, b = suit_policy(run.objective), tapes.shape, tapes.dtype_bytes
     slots, longest = objective.rollout.num_slots, objective.rollout.max_new_tokens
     prompt = max(0, data.longest_document - longest)
     prompts = min(math.ceil(objective.num_prompts / ranks) * prompt, slots * prompt + _PREFILL_TOKENS)
@@ -66,6 +66,7 @@ def answers_bytes(run: Run, data: DataShape) -> float:
     """Returns the host memory of what each rank keeps of answers: an iteration of them, or values of the reference."""
     if has_reference(run):
         return data.num_tokens * (4 + _CACHED_BYTES / max(1.0, data.mean_document))
-    if not isinstance(run.objective, Sampled):
+    objective = rows_of(run.objective)
+    if not isinstance(objective, Sampled):
         return 0.0
-    return rows_per_iteration(run.objective) * (data.longest_document or data.longest) * _ANSWER_BYTES
+    return rows_per_iteration(objective) * (data.longest_document or data.longest) * _ANSWER_BYTES
