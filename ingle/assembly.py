@@ -132,7 +132,7 @@ def prepare(run: Run, sink: Sink) -> Prepared:
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     if (difference := describe_difference(run.objective)) is not None:
-        sink(Warned(difference, where="objective"))
+        sink(Warned(difference, where="objective", is_note=True))
     run = run.model_copy(update={"adapter": _sized(run.adapter, tokenizer)})
     formats = models.choose_formats(model, run.model, run.base)
     shape = model_shape(model, adapters.select(model, run.adapter), formats)
