@@ -19,6 +19,7 @@ from ingle.config.lessons import Facts, find_lessons
 from ingle.config.objective import TRAINS, Classify, Tag, rows_of, samples_answers
 from ingle.config.policy_rules import reads_reference
 from ingle.config.preference_rules import has_reference
+from ingle.config.preferences import Reward
 from ingle.config.presets import describe_difference
 from ingle.config.rules import check
 from ingle.config.run import Run
@@ -327,6 +328,9 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
         cache=models.QuantizedCache(env.cache_folder() / "quantized", mesh.device),
     )
     identity = adapters.identify(model, facts or None) if is_identified else None
+    if isinstance(run.objective, Reward):
+        stored = models.ModelTask() if run.model.init == "random" else models.stored_task(run.model)
+        objectives.start_scores(model, stored, run.seed)
     _give_text(run, model, ready.tokenizer, objective.module)
     report = adapters.initialize(
         model,

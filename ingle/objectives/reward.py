@@ -8,14 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ingle.config.preferences import Reward
 from ingle.data.batch import Batch
-from ingle.models import Model, forward_reward
+from ingle.models import Model, ModelTask, forward_reward, task_of
 from ingle.objectives.answers import Pairs, find_pairs
 from ingle.objectives.interface import Measure, StepModule, Sums, Term
 from ingle.objectives.pair_losses import reward_loss
+from ingle.objectives.scalar_head import initial_weights
+from ingle.parallel import copy_rows
+
+
+@torch.no_grad()
+def start_scores(model: Model, stored: ModelTask, seed: int) -> None:
+    """Gives the head of a causal model its initial weights, unless its checkpoint has a head for one number.
+
+    Other models keep what their architecture draws. All ranks call it together.
+
+    Args:
+        model: A model that scores, with its weights loaded.
+        stored: What the head of its checkpoint predicts.
+        seed: Seed of the run.
+    """
+    layer = getattr(model, "score", None)
+    if stored == task_of(model) or not isinstance(layer, nn.Linear):
+        return
+    copy_rows(layer.weight, initial_weights(layer.in_features, seed))
 
 
 class RewardLoss(StepModule):

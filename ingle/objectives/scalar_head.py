@@ -22,25 +22,30 @@ HEAD_FILE = "head.safetensors"
 _ADAPTER = "adapter"
 
 
+def initial_weights(size: int, seed: int) -> Tensor:
+    """Returns the weights that a head begins with, drawn from N(0, 1 / (H + 1)), float32 [1, H].
+
+    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
+    """
+    return torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / math.sqrt(size + 1)
+
+
 class ScalarHead(nn.Module):
     """Maps hidden states to one number each, in float32.
 
     Args:
         size: H.
         device: Where it is.
-        seed: Seed of its initial weights, drawn from N(0, 1 / (H + 1)). The bias begins at 0.
+        seed: Seed of its initial weights, see :func:`initial_weights`. The bias begins at 0.
 
     Attributes:
         weight: float32 [1, H].
         bias: float32 [1].
-
-    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
     """
 
     def __init__(self, size: int, device: torch.device, seed: int) -> None:
         super().__init__()
-        drawn = torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) / math.sqrt(size + 1)
-        self.weight = nn.Parameter(drawn.to(device))
+        self.weight = nn.Parameter(initial_weights(size, seed).to(device))
         self.bias = nn.Parameter(torch.zeros(1, device=device))
 
     def forward(self, hidden_NH: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _read(path: str, auto_bytes: int, is_teacher: bool) -> Companion:
     found = read_architecture(find_config(model)[0])
     if found is None:
         raise ModelError("there is no arithmetic for its architecture.")
-    shape = found.shape(NoAdapter())
+    shape = found.shape(NoAdapter(kind="none"))
     dtype_bytes = {"auto": auto_bytes, "bfloat16": 2, "float32": 4}[model.dtype]
     bits = sum(
         lin.num_weights * lin.count * base.bits_per_weight(lin.in_features, dtype_bits=8 * dtype_bytes)
