@@ -32,6 +32,8 @@ _CACHED_BYTES = 300
 def sampling_bytes(run: Run, data: DataShape, tapes: Tapes, ranks: int) -> float:
     """Returns the bytes on one device while answers grow: stored keys and values, prepared layers, and logits.
 
+    Before the first answer, passes are tried with two small stores, for each of which layers are prepared.
+
     Args:
         run: The run.
         data: Its data; the longest document is the longest prompt with the longest answer.
@@ -48,7 +50,7 @@ def sampling_bytes(run: Run, data: DataShape, tapes: Tapes, ranks: int) -> float
     linears = sum(lin.num_weights * lin.count * layer.count for layer in shape.layers for lin in layer.linears)
     prepared = min(_PREPARED_BYTES, b * linears) if tapes.fused and not tapes.on_gpu else 0
     logits = slots * shape.vocab_size * (b + _RACE_BYTES_ON_GPU * tapes.on_gpu)
-    return (prompts + slots * longest) * widths * b + prepared + logits
+    return max((prompts + slots * longest) * widths * b, prepared) + prepared + logits
 
 
 def scoring_bytes(run: Run, data: DataShape, tapes: Tapes) -> float:
