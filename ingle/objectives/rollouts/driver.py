@@ -28,6 +28,7 @@ from ingle.data.packing import Indices
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.events import Sink, Warned
+from ingle.kernels.allocator import return_freed_memory
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
 from ingle.objectives.interface import Check, Objective, OpenModel, Relief, StepModule
@@ -96,6 +97,7 @@ class RolloutObjective(Objective):
         self._held_out = held_out
         self._trusts_sampler = is_precise and self._steps == 1 and not recipe.reads_values
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
+        self._has_sampled = False
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
         self._figures: dict[str, float] = {}
@@ -127,6 +129,9 @@ class RolloutObjective(Objective):
         found = call_outside_step(self.module, self._collector.collect, iteration, self._recipe, sink)
         if found is None:
             return False
+        if not self._has_sampled:  # later, the gaps are those of steps, which have room for the blocks of sampling
+            return_freed_memory()
+            self._has_sampled = True
         buffer, next_draw, figures = found
         buffer = self._recipe.select(buffer)
         began = time.monotonic()
