@@ -69,5 +69,8 @@ def kept_features(run: Run, lin: LinearShape) -> float:
 def _low_rank(run: Run, linears: Iterable[LinearShape]) -> int:
     assert isinstance(run.adapter, LowRankAdapter)
     size = group_size(run)
-    columns = sum((math.ceil(lin.in_features / size) + lin.out_features) * lin.adapted for lin in linears)
-    return run.adapter.largest_rank * columns
+    rank, magnitudes = run.adapter.largest_rank, int(isinstance(run.adapter, DoraAdapter))
+    return sum(
+        (rank * (math.ceil(lin.in_features / size) + lin.out_features) + magnitudes * lin.out_features) * lin.adapted
+        for lin in linears
+    )

@@ -200,7 +200,8 @@ def size_chart(
     floor, least = _SIZE_HEIGHT, LEAST if log else -math.inf
     x = Scale.around([dot.size for dot in dots], 62.0, width - 16.0, (0.06, 0.1), log_size)
     values = [max(min(value, y_max), least) for value in (mark[0], *(dot.value for dot in dots))]
-    y = Scale.around(values, floor, 30.0, (0.07, 0.07), log)
+    ends = [end for dot in dots for end in (dot.low, dot.high) if math.isfinite(end) and end <= y_max and not log]
+    y = Scale.around([*values, *ends], floor, 30.0, (0.07, 0.07), log)
     marked, *heights = (y(value) for value in values)
     places = [(x(dot.size), height) for dot, height in zip(dots, heights, strict=True)]
     parts = [*drawing.y_axis(y, x, titles[1], 6), *drawing.x_axis(x, floor, titles[0], x.ticks(max(3, width // 130)))]

@@ -45,7 +45,9 @@ class Scale:
             values = [
                 factor * 10.0**decade for decade in decades for factor in ((1, 2, 5) if len(decades) < 5 else (1,))
             ]
-            return [(value, _power_label(value)) for value in values if self.low <= value <= self.high]
+            ticks = [(value, _power_label(value)) for value in values if self.low <= value <= self.high]
+            if len(ticks) > 2:  # a narrow range has few round powers
+                return ticks
         values = nice_ticks(self.low, self.high, num_ticks)
         step = values[1] - values[0] if len(values) > 1 else 1.0
         return [(value, tick_label(value, step)) for value in values]
@@ -123,4 +125,7 @@ def tag(name: str, content: str | None = None, /, **attributes: str | float | No
 
 
 def _power_label(value: float) -> str:
+    if value >= 1e4:
+        power = min(int(math.log10(value) + 1e-9) // 3, 4)
+        return f"{value / 1000**power:g} {'?KMBT'[power]}"
     return f"{value:g}" if value >= 1e-4 else f"{value:.0e}".replace("e-0", "e−")

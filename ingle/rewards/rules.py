@@ -14,6 +14,8 @@ Rule = Callable[[str, Sequence[int], Mapping[str, Any]], float | None]
 
 #: What stands before the result of a solution of GSM8K.
 _MARK = "####"
+#: What marks the result of a solution in LaTeX.
+_BOX = "\\boxed{"
 #: verl's strict parser, which reads the last characters alone.
 _VERL, _VERL_CHARS = re.compile(r"#### (\-?[0-9\.\,]+)"), 300
 
@@ -48,7 +50,7 @@ def _exact_match(options: Mapping[str, Any]) -> Rule:
 
 
 def _number(options: Mapping[str, Any]) -> Rule:
-    read = {"last": last_number, "gsm8k": _behind_mark, "verl": _verl_number}[options["style"]]
+    read = {"last": _final_number, "gsm8k": _behind_mark, "verl": _verl_number}[options["style"]]
 
     def rule(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float:
         reference = str(_column(columns, options["column"]))
@@ -65,6 +67,10 @@ def _number(options: Mapping[str, Any]) -> Rule:
         return 1.0 if right else float(options["format_score"])
 
     return rule
+
+
+def _final_number(text: str) -> Decimal | None:
+    return first_number(text.rpartition(_BOX)[2]) if _BOX in text else last_number(text)
 
 
 def _behind_mark(text: str) -> Decimal | None:

@@ -157,7 +157,11 @@ class RolloutObjective(Objective):
         if self._alarms is None:
             return
         for alarm in self._alarms.update(iteration, self._figures):
-            kept = "the last step" if self._good_step is None else f"step {self._good_step:,}"
+            kept = (
+                "the last step, as no checkpoint is from before that"
+                if self._good_step is None
+                else f"step {self._good_step:,}"
+            )
             ends = f" The run ends with the weights of {kept}." if alarm.stops else ""
             sink(Warned(f"{alarm.message}{ends} To go on: {alarm.fix}.", where=f"objective.alarms.{alarm.name}"))
             self.is_over |= alarm.stops
