@@ -19,7 +19,7 @@ from ingle.assembly import Assembled, assemble, prepare
 from ingle.atomic import disk_full_explained
 from ingle.config.paths import locate_paths
 from ingle.config.run import Run
-from ingle.errors import IngleError
+from ingle.errors import IngleError, RewardError
 from ingle.events import Evaluated, Failed, Finished, Progress, Saved, Sink, Started, Step, Warned
 from ingle.report.results import Comparison, RunReport, ValidationReport
 from ingle.report.run_files import write_report
@@ -160,7 +160,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     """Runs the loop that all objectives, formats and adapters share.
 
     A signal to any rank ends it after the current step, with a checkpoint; :mod:`ingle.stopping` limits the time that
-    this takes.
+    this takes. Rewards that fail end it in the same way.
 
     Args:
         run: The config.
@@ -171,6 +171,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
 
     Raises:
         KeyboardInterrupt: A rank was asked to stop.
+        RewardError: Sampled answers cannot be scored.
     """
     plan, mesh, objective = parts.plan, parts.mesh, parts.objective
     recompute = None if plan.strategy.recompute else partial(models.recompute_layers, parts.model, adapters.as_now)
@@ -224,6 +225,7 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
     began -= position.wall_s
     objective.module.train()
     stop, saved, good_step = False, position.step, objective.kept_step(position.step) if latest is not None else None
+    failure: RewardError | None = None
     with stopping.deferred():
         while True:
             validated = None
@@ -249,8 +251,11 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
                 break
             step = position.step + 1
             parts.rounding.prepare(step)
-            if not objective.collect(step, relief, sink):
-                stop = True
+            try:
+                stop = not objective.collect(step, relief, sink)
+            except RewardError as error:
+                stop, failure = True, error
+            if stop:
                 continue
             if objective.is_over:
                 continue
@@ -289,6 +294,8 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
             )
             movement.check(step - objective.idle_steps, sink)
             stop = any(is_asked for _, is_asked in ranks)
+    if failure is not None:
+        raise failure
     if stop:
         raise KeyboardInterrupt  # another rank was asked to stop
     kept_step = position.step if validation.kept_step is None else validation.kept_step

@@ -128,6 +128,18 @@ def polled() -> Iterator[None]:
 
 
 @contextmanager
+def at_once() -> Iterator[None]:
+    """Raises ``KeyboardInterrupt`` for a stop request in the block although :func:`deferred` encloses it."""
+    former, _request.deferred = _request.deferred, False
+    try:
+        if _request.signal is not None:
+            raise KeyboardInterrupt
+        yield
+    finally:
+        _request.deferred = former
+
+
+@contextmanager
 def grace(seconds: float | None) -> Iterator[None]:
     """Sets the time between a signal in the block and the forced exit; None keeps it."""
     former = _request.grace_s

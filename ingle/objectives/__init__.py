@@ -41,7 +41,7 @@ from ingle.objectives.mlm import MaskedTokenLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
 from ingle.objectives.reference_cache import open_cache
-from ingle.objectives.reward import RewardLoss
+from ingle.objectives.reward import RewardLoss, start_scores
 from ingle.objectives.reward_models import RewardModel
 from ingle.objectives.rollouts.building import insert_roles, sampled_loss, sampled_objective
 from ingle.objectives.router_loss import balanced, choose_routers
@@ -73,6 +73,7 @@ __all__ = [
     "make_corruption",
     "open_cache",
     "settle_sharing",
+    "start_scores",
 ]
 
 

@@ -269,6 +269,9 @@ class Objective(ABC):
 
         Returns:
             False if a rank was asked to stop; the same on all ranks.
+
+        Raises:
+            RewardError: Answers cannot be scored; on all ranks. The loop then saves the steps so far.
         """
         return True
 

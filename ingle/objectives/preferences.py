@@ -115,12 +115,14 @@ class PreferenceObjective(PackedObjective):
             return
         counter = self._counter
         total = min(num_steps, -(-len(self._sampler) // self._global_batch_size))
-        for done in range(total):
-            on_progress(done, total)
-            self._references([*self.next_batches(), *self._further_parts()], nullcontext)
-        held_out = [batch for _, batch in self.held_out_batches()]
-        self._references([*held_out, *self._further_parts()], nullcontext)
-        self.cache.flush()
+        try:
+            for done in range(total):
+                on_progress(done, total)
+                self._references([*self.next_batches(), *self._further_parts()], nullcontext)
+            held_out = [batch for _, batch in self.held_out_batches()]
+            self._references([*held_out, *self._further_parts()], nullcontext)
+        finally:
+            self.cache.flush()
         on_progress(total, total)
         self._counter = counter
         self._is_complete = True

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -34,8 +35,8 @@ from ingle.errors import IngleError
 Values = npt.NDArray[np.float32]
 
 _KEY_BYTES = 16
-#: New values are written when they take this much, and with every checkpoint.
-_FLUSH_BYTES = 4 << 20
+#: New values are written when they take this much or are this old, and with every checkpoint.
+_FLUSH_BYTES, _FLUSH_S = 4 << 20, 60.0
 #: Share of the free disk that all references may take together.
 _SHARE_OF_DISK = 8
 
@@ -120,6 +121,7 @@ class ReferenceCache:
         self._folder = folder
         self._values: dict[bytes, Values] = {}
         self._new: dict[bytes, Values] = {}
+        self._flushed = time.monotonic()
         self.files: list[str] = []
         self._read(sorted(path.name for path in folder.glob("*.safetensors")))
 
@@ -133,11 +135,13 @@ class ReferenceCache:
         new = {key: value for key, value in zip(keys, values, strict=True) if key not in self._values}
         self._values |= new
         self._new |= new
-        if sum(value.nbytes + _KEY_BYTES for value in self._new.values()) >= _FLUSH_BYTES:
+        is_old = time.monotonic() - self._flushed >= _FLUSH_S
+        if is_old or sum(value.nbytes + _KEY_BYTES for value in self._new.values()) >= _FLUSH_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Writes new values into a file of their own."""
+        self._flushed = time.monotonic()
         if not self._new:
             return
         keys = b"".join(self._new)

@@ -5,17 +5,39 @@ Legend: D documents, A answers, P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ingle.config.preferences import Reward
 from ingle.data.batch import Batch
-from ingle.models import Model, forward_reward
+from ingle.models import Model, ModelTask, forward_reward, task_of
 from ingle.objectives.answers import Pairs, find_pairs
 from ingle.objectives.interface import Measure, StepModule, Sums, Term
 from ingle.objectives.pair_losses import reward_loss
+from ingle.parallel import copy_rows
+
+
+@torch.no_grad()
+def start_scores(model: Model, stored: ModelTask, seed: int) -> None:
+    """Draws the weights of a causal model's head from N(0, 1 / (H + 1)), unless its checkpoint has such a head.
+
+    Other models keep what their architecture draws. All ranks call it together.
+
+    Args:
+        model: A model that scores, with its weights loaded.
+        stored: What the head of its checkpoint predicts.
+        seed: Seed of the run.
+
+    Source: Huang et al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv 2403.17031), detail 11.
+    """
+    layer = getattr(model, "score", None)
+    if stored == task_of(model) or not isinstance(layer, nn.Linear):
+        return
+    drawn = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(seed))
+    copy_rows(layer.weight, drawn / math.sqrt(layer.in_features + 1))
 
 
 class RewardLoss(StepModule):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ingle import adapters
+from ingle import adapters, stopping
 from ingle.config.run import Run
 from ingle.data import IGNORE_INDEX, Sample, Tokenizer, collate, round_up
 from ingle.data.batch import Batch
@@ -64,7 +64,7 @@ class RewardModel:
             folder = adapter_folder(self._path)
             tensors = adapters.load_role(self._model, self._role, folder, identity=identity)
             layer: Any = self._model.get_output_embeddings()
-            self._head = ScalarHead(layer.in_features, self._mesh.device, 0).requires_grad_(False)
+            self._head = ScalarHead(layer.in_features, self._mesh.device).requires_grad_(False)
             self._head.load(folder, tensors)
             return
         opened = open_model(self._path)
@@ -84,12 +84,12 @@ class RewardModel:
             )
         self._model = opened.model.eval().requires_grad_(False)
 
-    def __call__(self, buffer: SampleBuffer) -> npt.NDArray[np.float64]:
-        """Returns the score of every answer of a buffer, float64 [R]; all ranks call it together."""
+    def __call__(self, buffer: SampleBuffer) -> npt.NDArray[np.float64] | None:
+        """Returns the score of every answer of a buffer, as :meth:`score` does; all ranks call it together."""
         prompts, answers = buffer.by_answer("prompt_ids"), buffer.by_answer("ids")
         return self.score([np.concatenate(pair) for pair in zip(prompts, answers, strict=True)])
 
-    def score(self, sequences: Sequence[Ids]) -> npt.NDArray[np.float64]:
+    def score(self, sequences: Sequence[Ids]) -> npt.NDArray[np.float64] | None:
         """Scores texts; all ranks call it together with the same ones.
 
         The rows in which texts are computed do not depend on the number of ranks.
@@ -99,7 +99,7 @@ class RewardModel:
                 is added, as in training.
 
         Returns:
-            float64 [R].
+            float64 [R]; None if a rank was asked to stop.
 
         Raises:
             ModelError: A text is longer than the model's context.
@@ -110,8 +110,12 @@ class RewardModel:
         rank, size = self._mesh.dist_rank, self._mesh.world_size
         own = rows[rank::size]
         own += rows[:1] * (-(-len(rows) // size) - len(own))  # all ranks make as many passes
-        with torch.no_grad():
-            found = [(row, self._pass([texts[i] for i in row]).double().cpu().numpy()) for row in own]
+        found = []
+        for row in own:
+            if self._mesh.agree(stopping.requested() is not None):
+                return None
+            with torch.no_grad():
+                found.append((row, self._pass([texts[i] for i in row]).double().cpu().numpy()))
         scores = np.zeros(len(texts))
         for row, values in (each for part in self._mesh.gather(found) for each in part):
             scores[row] = values

@@ -192,12 +192,13 @@ class Terminal:
             self._since.pop(event.stage, None)
 
     def _warn(self, event: Warned) -> None:
-        self._warnings[event.message] += event.count
+        word, style = ("Note", "") if event.is_note else ("Warning", "yellow")
+        self._warnings[event.message] += event.count * (not event.is_note)
         if event.message not in self._printed:
             self._printed[event.message] = event.count
             where = f" [{event.where}]" if event.where else ""
             often = f" ({event.count:,} times)" if event.count > 1 and str(event.count) not in event.message else ""
-            self._print(f"Warning: {event.message}{often}{where}", style="yellow")
+            self._print(f"{word}: {event.message}{often}{where}", style=style)
 
     def _progress(self) -> Progress:
         if self._live is None:

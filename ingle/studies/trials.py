@@ -28,7 +28,7 @@ from ingle.config.rules import check
 from ingle.config.run import Run
 from ingle.errors import CheckpointError, ConfigError, NonFiniteError
 from ingle.events import Event, Sink, Warned
-from ingle.kernels.allocator import release_freed_memory
+from ingle.kernels.allocator import return_freed_memory
 from ingle.report.results import RunReport
 from ingle.training.checkpoint import read
 from ingle.training.folder import RunFolder
@@ -185,7 +185,7 @@ class Trials:
         score = _read(folder.path / RESULT)
         if score is None:
             gc.collect()  # the model of the last run is in reference cycles
-            release_freed_memory()  # its memory is not to count as that of this trial
+            return_freed_memory()  # its memory is not to count as that of this trial
             began = time.monotonic()
             score = self._measure(trial, run, folder)
             self.seconds += time.monotonic() - began

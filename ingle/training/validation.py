@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 import numpy as np
@@ -80,34 +81,44 @@ class Validation:
             NonFiniteError: The loss is NaN or infinite.
         """
         began = time.monotonic()
-        module = self._objective.module
+        module, is_alone = self._objective.module, self._mesh.world_size == 1
         module.eval()
         try:
-            with torch.no_grad():
-                measured = self._objective.measure_held_out(lambda: stopping.requested() is not None)
-                if measured is None:
-                    measured = self._measure_own(self._batches())
-                found = call_outside_step(module, lambda: list(measured))
-            table_GC = self._collect(found)
-            if table_GC is None:
+            # Ranks agree on a stop between micro-batches; one process may stop anywhere, because weights do not change.
+            with stopping.at_once() if is_alone else nullcontext():
+                table_GC = self._measure()
+                if table_GC is None:
+                    return None
+                table_G2 = table_GC[:, :2]
+                loss = mean_loss(table_G2)
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"The validation loss became {loss} after step {step}.",
+                        where="data.validation",
+                        fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
+                    )
+                further = self._row_means(table_GC[:, 2:]) | self._score()
+        except KeyboardInterrupt:
+            if is_alone:
                 return None
-            table_G2, means = table_GC[:, :2], self._row_means(table_GC[:, 2:])
-            loss = mean_loss(table_G2)
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The validation loss became {loss} after step {step}.",
-                    where="data.validation",
-                    fix="use a smaller --optim.lr or --model.dtype=float32; the last checkpoint is intact",
-                )
-            point = self.selection.add(step, table_G2, means | self._score())
+            raise
         finally:
             module.train()
+        point = self.selection.add(step, table_G2, further)
         return Validated(
             **{name: getattr(point, name) for name in ("step", "loss", "gain", "gain_stderr", "metrics")},
             best_step=self.selection.best_step,
             best_loss=self.selection.best_loss,
             seconds=time.monotonic() - began,
         )
+
+    @torch.no_grad()
+    def _measure(self) -> Tensor | None:
+        """Returns the figures of each group over all ranks, [G, C]; None if a rank was asked to stop."""
+        measured = self._objective.measure_held_out(lambda: stopping.requested() is not None)
+        if measured is None:
+            measured = self._measure_own(self._batches())
+        return self._collect(call_outside_step(self._objective.module, lambda: list(measured)))
 
     def _batches(self) -> Iterable[tuple[np.ndarray, list[Batch]]]:
         """Returns documents and their batches in parts, which are made when they are needed or prepared together."""

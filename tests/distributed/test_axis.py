@@ -47,6 +47,8 @@ ON = {
     "sft, packed, adalora": ("zero3", "zero1"),
     "answer, packed": ("zero3", "zero1"),
     "answer, equal rows": ("ddp",),
+    "dpo, packed": ("ddp",),
+    "kto, dealt states": ("zero3",),
     "grpo, packed": ("ddp", "zero3"),
     "ppo, dealt attention": ("zero3",),
     "online_dpo, packed": ("ddp",),

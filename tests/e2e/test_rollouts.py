@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from ingle import flow
 from ingle.config import load_run
 from ingle.errors import Interrupted, RewardError
 from ingle.events import Event, Progress, Sampled, Step, Warned
+from ingle.models.generation.rollout import GrowingRollout
+from ingle.objectives.policy import PolicyLoss
 from ingle.report.results import RunReport
+from ingle.training.folder import RunFolder
 
 #: Figures that differ from run to run.
 MEASURED = {"tokens_per_s", "peak_memory_bytes", "rollout_s", "score_s", "evaluate_s", "rollouts_per_s"}
@@ -166,30 +170,87 @@ def _faults() -> Iterator[Callable[[Event], None]]:
     yield at(Step, 1, politely=True)
 
 
-def test_a_run_that_ends_at_every_point_goes_on_to_the_same_bytes(train: Train, folder: Path) -> None:
+def _stops_at_first(patch: pytest.MonkeyPatch, name: str) -> list[object]:
+    """Makes the first call of a method of the loss request a stop; returns a list of its calls."""
+    calls: list[object] = []
+    method = getattr(PolicyLoss, name)
+
+    def call(self: PolicyLoss, batch: object) -> object:
+        if not calls:
+            signal.raise_signal(signal.SIGINT)
+        calls.append(batch)
+        return method(self, batch)
+
+    patch.setattr(PolicyLoss, name, call)
+    return calls
+
+
+def test_a_run_that_ends_at_every_point_goes_on_to_the_same_bytes(
+    train: Train, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ("--objective.kl={place: reward, estimator: k1, coef: 0.05, budget: 8}", "--objective.num_passes=2")
     train("whole", *flags, "--train.num_steps=8")
     sampled: list[int | None] = []
-    for fault in _faults():
 
-        def sink(event: Event, fault: Callable[[Event], None] = fault) -> None:
+    def end_by(fault: Callable[[Event], None]) -> None:
+        def sink(event: Event) -> None:
             if isinstance(event, Progress) and event.stage == "Sampling answers" and event.done == 1:
                 sampled.append(event.total)
             fault(event)
 
         with pytest.raises((_Fault, Interrupted)):
             train("broken", *flags, "--train.num_steps=8", sink=sink)
+
+    *faults, last = _faults()
+    for fault in faults:
+        end_by(fault)
+    for name in ("evaluate", "reference_logps"):
+        with monkeypatch.context() as patch:
+            calls = _stops_at_first(patch, name)
+            end_by(_ignore)
+        assert len(calls) == 1, "four micro-batches are evaluated after the second rollout"
+    end_by(last)
     train("broken", *flags, "--train.num_steps=8")
     assert rows(folder / "broken") == rows(folder / "whole")
     assert weights(folder / "broken") == weights(folder / "whole")
     assert sampled[1] is not None and sampled[1] < 8, "finished answers were sampled again"
 
 
-def test_rewards_that_fail_end_the_run_with_their_reason(train: Train, folder: Path) -> None:
-    (folder / "bad.py").write_text("def reward(prompt, completion, **columns):\n    raise KeyError('nothing here')\n")
+def test_a_stop_does_not_wait_for_a_reward_to_load(train: Train, folder: Path) -> None:
+    (folder / "slow.py").write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)\n")
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        train("slow", f"--objective.rewards=[{folder}/slow.py]")
+    assert time.monotonic() - began < 30
+
+
+def test_a_sampler_that_differs_from_the_update_is_not_trusted(
+    train: Train, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--train.global_batch_size=8", "--objective.kl={place: none}", "--train.num_steps=3")
+    train("exact", *flags)
+    figures = [row.get("sampler_deviation") for row in rows(folder / "exact")]
+    assert figures[0] < 1e-6 and figures[1:] == [None, None], "answers are learned from once, so it is asked once"
+    finish = GrowingRollout.finish
+    monkeypatch.setattr(GrowingRollout, "finish", lambda self: (own := finish(self))._replace(logps=own.logps + 0.01))
+    with pytest.raises(_Fault):
+        train("differs", *flags, sink=[*_faults()][1])
+    train("differs", *flags)
+    for row in rows(folder / "differs"):
+        assert row["sampler_deviation"] == pytest.approx(0.01, rel=0.01) and row["ratio_deviation"] == 0.0
+
+
+def test_rewards_that_fail_end_the_run_with_their_reason_and_a_checkpoint(train: Train, folder: Path) -> None:
+    function = "def reward(completions, trainer_state, **columns):\n    return [{}] * len(completions)\n"
+    (folder / "bad.py").write_text(function.format("0 if trainer_state.global_step < 3 else columns['nothing']"))
+    flags = (f"--objective.rewards=[{folder}/bad.py]", "--train.save_every=0")
     with pytest.raises(RewardError, match="failed for 8 of 8") as caught:
-        train("bad", f"--objective.rewards=[{folder}/bad.py]")
-    assert "nothing here" in str(caught.value)
+        train("bad", *flags)
+    assert "nothing" in str(caught.value)
+    assert RunFolder(folder / "bad").last_step() == 2, "the steps before it are lost"
+    (folder / "bad.py").write_text(function.format("0"))
+    train("bad", *flags)
+    assert [row["step"] for row in rows(folder / "bad")] == [1, 2, 3, 4]
 
 
 def test_validation_measures_the_reward_of_held_out_prompts(train: Train, folder: Path) -> None:

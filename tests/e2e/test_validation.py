@@ -21,6 +21,7 @@ from ingle.config import load_run
 from ingle.errors import ConfigError, Interrupted
 from ingle.events import Event, Saved, Step, Validated
 from ingle.report.results import RunReport
+from ingle.training.folder import RunFolder
 from tests.e2e.conftest import write_config
 
 #: Full fine-tuning on a few rows, which soon overfits.
@@ -134,6 +135,23 @@ def test_a_run_that_is_stopped_and_killed_at_every_point_ends_with_the_same_byte
         for folder in (run, expected)
     ]
     assert states[0] == states[1]
+
+
+def test_a_stop_during_the_samples_of_a_validation_saves_the_step(
+    train: Train, validated: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Event] = []
+
+    def stop(*arguments: object) -> dict[str, float]:
+        if any(isinstance(event, Validated) for event in found):
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    monkeypatch.setattr(flow, "score_samples", stop)
+    with pytest.raises(Interrupted):
+        train("asked", validated, "--evaluate.every=2", "--train.save_every=0", sink=found.append)
+    assert [event.step for event in found if isinstance(event, Validated)] == [0], "it did not wait for the samples"
+    assert RunFolder(folder / "asked").last_step() == 2
 
 
 def test_validations_do_not_change_the_training(train: Train, validated: str, folder: Path) -> None:

@@ -1,11 +1,11 @@
-"""Chooses tokens by a race of their logits with noise from counters, and checks whether other logits choose the same.
+"""Chooses tokens by a race of their logits with noise from counters.
 
 The token is the argmax of ``z_j + g_j`` with Gumbel noise ``g_j``, which is a sample of ``softmax(z)``. The noise is a
 function of a key and of j. So two distributions that differ little mostly choose the same token: with probability
 between ``1 - 2 TV / (1 + TV)`` and ``1 - TV``, where TV is their distance in total variation (Daliri, Musco and Suresh
 2024, "Coupling without communication and drafter-invariant speculative decoding", arXiv 2408.07978).
 
-Legend: N tokens, C rows, H hidden, V vocabulary.
+Legend: C rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from numba import njit, prange
 from torch import Tensor
 
 from ingle.kernels.layers.logits import LogitTransform, describe, score, transformed
-from ingle.kernels.layers.token_logps import ChunkedHead
 from ingle.kernels.numba.cache import compile_float_kernel
 from ingle.kernels.numba.scalars import bits, exp, largest, load, supported
 from ingle.kernels.threads import match_threads
@@ -89,45 +88,6 @@ def race(logits_CV: Tensor, keys_C: Keys, transform: LogitTransform) -> Tensor:
     match_threads(logits_CV.numel())
     race_rows(bits(logits_CV), keys_C, *transform.numbers(), tokens_C)
     return torch.from_numpy(tokens_C)
-
-
-def agreement(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    targets_N: Tensor,
-    keys_N: Keys,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_size: int | None = None,
-) -> Tensor:
-    """Returns whether these hidden states would have drawn the targets, bool [N]; true where there is no target.
-
-    Args:
-        hidden_NH: Hidden states, float, [N, H].
-        weight_VH: Output embedding, [V, H].
-        targets_N: Tokens that were drawn, int64, [N]; ``IGNORE_INDEX`` for none.
-        keys_N: Keys that they were drawn with.
-        bias: Bias of the logits, [V].
-        logit_scale: Positive factor on the logits, the inverse of the temperature included.
-        softcap: Bound on the logits, divided by the temperature.
-        chunk_size: Number of rows in a chunk.
-    """
-    transform = LogitTransform(logit_scale, softcap)
-    agrees_N = torch.ones(len(targets_N), dtype=torch.bool, device=targets_N.device)
-    for rows_C, logits_CV in ChunkedHead(hidden_NH, weight_VH, bias, targets_N, chunk_size).chunks():
-        index = rows_C if isinstance(rows_C, slice) else rows_C.cpu().numpy()
-        agrees_N[rows_C] = race(logits_CV, keys_N[index], transform) == targets_N[rows_C]
-    return agrees_N
-
-
-def total_variation(disagreement: float) -> tuple[float, float]:
-    """Returns the least and the largest mean distance of distributions whose races disagree that often.
-
-    Disagreement d is between TV and ``2 TV / (1 + TV)``, so TV is between ``d / (2 - d)`` and d.
-    """
-    return disagreement / (2.0 - disagreement), disagreement
 
 
 def keep_likely(logits_CV: Tensor, transform: LogitTransform, top_p: float) -> Tensor:

@@ -79,7 +79,7 @@ def sampled_loss(run: Run, model: Model, mesh: Mesh) -> StepModule:
         case Grpo() | Rloo() | Reinforce():
             return PolicyLoss(model, objective)
         case Ppo():
-            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device, run.seed))
+            return PolicyLoss(model, objective, make_values(model, objective.value, mesh.device))
         case Raft():
             return NextTokenLoss(model)
         case OnlineDpo():

@@ -208,7 +208,10 @@ class Collector:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
         for number, score in self.models.items():
-            scores_RF[:, number] = score(buffer)
+            scores_R = score(buffer)
+            if scores_R is None:
+                return None
+            scores_RF[:, number] = scores_R
         times["rollout_s"] = times.get("rollout_s", 0.0) + sampled - began
         times["score_s"] = times.get("score_s", 0.0) + time.monotonic() - sampled
         for line in (line for group in groups for line in group.printed):
@@ -218,11 +221,14 @@ class Collector:
     def _open(self, sink: Sink) -> None:
         if self._sampler is not None:
             return
-        self._sampler = self._make_sampler()
-        if self._sampler.note:
-            sink(Warned(self._sampler.note, where="objective.rollout"))
-        if self._make_pool is not None:
-            self._pool = self._opened.enter_context(self._make_pool())
+        with stopping.at_once():  # nothing would be lost: this process has made no step yet
+            sampler = self._make_sampler()
+            if sampler.note:
+                sink(Warned(sampler.note, where="objective.rollout"))
+            with self._mesh.together():
+                if self._make_pool is not None:
+                    self._pool = self._opened.enter_context(self._make_pool())
+        self._sampler = sampler
 
     def close(self) -> None:
         """Ends the processes that score answers."""
@@ -283,14 +289,15 @@ class Collector:
                 answers = [rollouts[each.draw, number] for number in range(num_generations)]
                 waiting[each.draw] = self._pool.submit(self._group(prompts, each.row, answers, state))
         own = {each.draw: known[each.draw] for each in self._own(asked) if each.draw in known}
-        for draw, outcome in waiting.items():
-            while not outcome.is_done() and not _must_stop():
-                time.sleep(_POLL_S)
-            if not outcome.is_done():
-                break
-            own[draw] = outcome.take()
-            if journal is not None:
-                journal.add_scores(draw, own[draw])
+        with self._mesh.together():
+            for draw, outcome in waiting.items():
+                while not outcome.is_done() and not _must_stop():
+                    time.sleep(_POLL_S)
+                if not outcome.is_done():
+                    break
+                own[draw] = outcome.take()
+                if journal is not None:
+                    journal.add_scores(draw, own[draw])
         if self._mesh.agree(len(own) < len(self._own(asked))):
             return None
         found = {draw: scores for part in self._mesh.gather(own) for draw, scores in part.items()}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ingle import stopping
 from ingle.adapters import BaseIdentity
 from ingle.data import HeldOut, PromptSet
 from ingle.data.batch import Batch, collate, round_up
@@ -28,6 +29,7 @@ from ingle.data.packing import Indices
 from ingle.data.shared_prompts import share
 from ingle.data.types import Sample
 from ingle.events import Sink, Warned
+from ingle.kernels.allocator import return_freed_memory
 from ingle.objectives.answers import AnswerTokens, answer_logps, with_reference
 from ingle.objectives.dealing import deal, start_without_labels
 from ingle.objectives.interface import Check, Objective, OpenModel, Relief, StepModule
@@ -42,6 +44,8 @@ from ingle.objectives.rollouts.recipes import Recipe
 from ingle.parallel import Mesh, call_outside_step
 
 _BUFFER = "buffer."
+#: Largest mean of |ratio - 1| between sampler and update that rounding in float32 explains.
+_ROUNDING = 1e-3
 
 
 class RolloutObjective(Objective):
@@ -96,6 +100,7 @@ class RolloutObjective(Objective):
         self._held_out = held_out
         self._trusts_sampler = is_precise and self._steps == 1 and not recipe.reads_values
         self._iteration, self._draw, self._cursor = -1, 0, self._steps
+        self._has_sampled = False
         self._buffer: SampleBuffer | None = None
         self._plan: list[Indices] = []
         self._figures: dict[str, float] = {}
@@ -128,13 +133,18 @@ class RolloutObjective(Objective):
         found = call_outside_step(self.module, self._collector.collect, iteration, self._recipe, sink)
         if found is None:
             return False
+        if not self._has_sampled:  # later, the gaps are those of steps, which have room for the blocks of sampling
+            return_freed_memory()
+            self._has_sampled = True
         buffer, next_draw, figures = found
-        buffer = self._recipe.select(buffer)
         began = time.monotonic()
-        buffer = self._evaluate(buffer, relief)
+        evaluated = self._evaluate(self._recipe.select(buffer), relief)
+        if evaluated is None:
+            return False
         figures["evaluate_s"] = time.monotonic() - began
         progress = min(1.0, (number + 1) / self._num_iterations)
-        buffer, more = self._recipe.weigh(buffer, progress)
+        buffer, more = self._recipe.weigh(evaluated, progress)
+        self._trusts_sampler &= more.get("sampler_deviation", 0.0) <= _ROUNDING
         self._iteration, self._draw, self._cursor = number, next_draw, 0
         self._buffer, self._figures = buffer, {"iteration": float(number), **figures, **more}
         self._plan = self._minibatches(buffer, number)
@@ -193,10 +203,11 @@ class RolloutObjective(Objective):
         trees = share(samples) if self._shares else samples
         return round_up(collate(trees)).to(self._mesh.device)
 
-    def _evaluate(self, buffer: SampleBuffer, relief: Relief) -> SampleBuffer:
+    def _evaluate(self, buffer: SampleBuffer, relief: Relief) -> SampleBuffer | None:
         """Adds what the policy and the reference say about the answers before the update.
 
-        In the micro-batches of the first pass, so that the importance ratios of its first step are exactly 1.
+        In the micro-batches of the first pass, so that the importance ratios of its first step are exactly 1. Returns
+        None if a rank was asked to stop; the journal then has the answers.
         """
         recipe, module = self._recipe, self.module
         if not isinstance(module, PolicyLoss):
@@ -211,6 +222,8 @@ class RolloutObjective(Objective):
         for rows in buffer.minibatches(self._batch_rows):
             batches = self._batches(buffer, rows)
             own = relief.attempt(lambda parts: self._ask(parts, asks_policy=not trusts_sampler), batches)
+            if own is None:
+                return None
             everywhere = self._mesh.gather([{name: each.numpy(force=True) for name, each in c.items()} for c in own])
             # Micro-batches are dealt like cards, and each rank splits its own ones into equally many parts.
             pieces = len(own) // len(batches) if self._mesh.world_size > 1 else len(own)
@@ -222,21 +235,31 @@ class RolloutObjective(Objective):
         names = {"logps": "old_logps", "entropies": "entropies"}
         return buffer.adding(**{names.get(name, name): np.concatenate(parts) for name, parts in found.items()})
 
-    def _ask(self, parts: Sequence[Batch], *, asks_policy: bool) -> list[dict[str, Tensor]]:
-        """Returns what the policy and the reference say about the tokens of the answers of each micro-batch."""
+    def _ask(self, parts: Sequence[Batch], *, asks_policy: bool) -> list[dict[str, Tensor]] | None:
+        """Returns what the policy and the reference say about the tokens of the answers of each micro-batch.
+
+        None if a rank was asked to stop.
+        """
         module = self.module
         assert isinstance(module, PolicyLoss)
         own: list[dict[str, Tensor]] = [{} for _ in parts]
         module.eval()
         with torch.no_grad():
             for columns, part in zip(own, parts, strict=True) if asks_policy else ():
+                if self._must_stop():
+                    return None
                 columns |= call_outside_step(module, module.evaluate, part)
             if self._recipe.reads_reference:
                 assert self._initial is not None, "there is no reference"
                 with self._initial():
                     for columns, part in zip(own, parts, strict=True):
+                        if self._must_stop():
+                            return None
                         columns["reference_logps"] = call_outside_step(module, module.reference_logps, part)
         return own
+
+    def _must_stop(self) -> bool:
+        return self._mesh.agree(stopping.requested() is not None)
 
     def prepare(self, parts: Sequence[Batch]) -> Sequence[Batch]:
         """Adds the log-probabilities of the reference to pairs; other modules may add columns of their own."""
@@ -318,6 +341,7 @@ class RolloutObjective(Objective):
             "draw": self._draw,
             "cursor": self._cursor,
             "trail": self._trail,
+            "trusts_sampler": self._trusts_sampler,
             "idle_steps": self.idle_steps,
             "figures": self._figures,
             "recipe": self._recipe.state_dict(),
@@ -333,7 +357,7 @@ class RolloutObjective(Objective):
         """Restores what :meth:`state_dict` returned."""
         self._iteration, self._draw, self._cursor = (int(state[name]) for name in ("iteration", "draw", "cursor"))
         self._trail, self._figures = str(state["trail"]), dict(state["figures"])
-        self.idle_steps = int(state["idle_steps"])
+        self.idle_steps, self._trusts_sampler = int(state["idle_steps"]), bool(state["trusts_sampler"])
         self._recipe.load_state_dict(state["recipe"])
         self._saved_iteration = self._iteration + (self._cursor >= self._steps)
         if self._alarms is not None:

@@ -222,11 +222,14 @@ def test_warnings_are_merged_and_counted() -> None:
         Warned("7 of 9 were cut", count=7),
         Warned("row skipped [no answer]", "a.jsonl:9", 4),
         Warned("odd"),
+        Warned("SimPO with gamma 0.5.", "objective", is_note=True),
+        Warned("SimPO with gamma 0.5.", "objective", is_note=True),
     )
     assert text.splitlines() == [
         "Warning: row skipped [no answer] [a.jsonl:3]",
         "Warning: 7 of 9 were cut",
         "Warning: odd",
+        "Note: SimPO with gamma 0.5. [objective]",
         "Warning: row skipped [no answer] (5 times in total)",
     ]
 
