@@ -125,6 +125,7 @@ class Collector:
         self._sampler: Sampler | None = None
         self._pool: RewardPool | None = None
         self._opened = ExitStack()
+        self._reported: set[str] = set()
 
     def collect(
         self, iteration: Iteration, recipe: Recipe, sink: Sink
@@ -150,7 +151,7 @@ class Collector:
             draw += missing
             parts.append(found)
             whole = joined(parts)
-            check_failed(whole.groups, self.names, self._max_failed)
+            self._check(whole, sink)
             buffer, raw_R = self._reward(whole, recipe)
             teaches_R = recipe.teaches(buffer)
             useful = int(teaches_R.sum()) // self._num_generations
@@ -158,6 +159,9 @@ class Collector:
             if missing <= 0:
                 break
             extra -= missing
+        if self.names and np.isnan(raw_R).all():
+            text = f"No answer of iteration {iteration.number + 1} has a reward, so its steps teach nothing."
+            self._warn_once("", text, sink)
         figures = self._describe(buffer, raw_R, whole) | {
             "zero_spread": 1 - useful * self._num_generations / len(buffer),
             "discarded": float(draw - iteration.draw - wanted),
@@ -197,7 +201,7 @@ class Collector:
             return None
         buffer = make_buffer(prompts, asked, rollouts)
         sampled = time.monotonic()
-        groups = self._score(prompts, asked, num_generations, rollouts, journal, step)
+        groups = self._score(prompts, asked, num_generations, rollouts, journal, step, sink)
         if groups is None:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
@@ -270,6 +274,7 @@ class Collector:
         rollouts: Mapping[tuple[int, int], Rollout],
         journal: Journal | None,
         step: int,
+        sink: Sink,
     ) -> list[Scores] | None:
         """Returns the scores of all groups, in their order; None if a rank was asked to stop."""
         if self._pool is None:
@@ -282,7 +287,7 @@ class Collector:
                 waiting[each.draw] = self._pool.submit(self._group(prompts, each.row, answers, step))
         own = {each.draw: known[each.draw] for each in self._own(asked) if each.draw in known}
         with self._mesh.together():
-            for draw, outcome in waiting.items():
+            for done, (draw, outcome) in enumerate(waiting.items(), 1):
                 while not outcome.is_done() and not _must_stop():
                     time.sleep(_POLL_S)
                 if not outcome.is_done():
@@ -290,6 +295,7 @@ class Collector:
                 own[draw] = outcome.take()
                 if journal is not None:
                     journal.add_scores(draw, own[draw])
+                sink(Progress("Scoring answers", done, len(waiting)))
         if self._mesh.agree(len(own) < len(self._own(asked))):
             return None
         found = {draw: scores for part in self._mesh.gather(own) for draw, scores in part.items()}
@@ -322,10 +328,20 @@ class Collector:
         found = self.answer(prompts, asked, 1, None, {}, 0, sink)
         if found is None:
             return None
-        check_failed(found.groups, self.names, self._max_failed)
+        self._check(found, sink)
         _, raw_R = self._reward(found, recipe)
         lengths_R, unfinished_R = found.buffer["lengths"], ~finished(found.buffer)
         return np.column_stack([raw_R, lengths_R, unfinished_R, found.scores]).astype(np.float64)
+
+    def _check(self, answered: Answered, sink: Sink) -> None:
+        """Ends the run if too many answers have no score, and says so once if a few have none."""
+        for name, text in check_failed(answered.groups, self.names, self._max_failed).items():
+            self._warn_once(name, text, sink)
+
+    def _warn_once(self, about: str, text: str, sink: Sink) -> None:
+        if about not in self._reported:
+            sink(Warned(text, where="objective.rewards"))
+            self._reported.add(about)
 
     def _reward(self, answered: Answered, recipe: Recipe) -> tuple[SampleBuffer, Floats]:
         return recipe.reward(answered.buffer, answered.scores, finished(answered.buffer))
