@@ -65,13 +65,21 @@ class Scores:
     printed: tuple[str, ...] = ()
 
 
-def check_failed(scores: Sequence[Scores], names: Sequence[str], limit: float) -> dict[str, str]:
+def check_failed(
+    scores: Sequence[Scores],
+    names: Sequence[str],
+    limit: float,
+    where: str = "objective.rewards",
+    fix: str = "; --objective.max_failed=SHARE allows more failures",
+) -> dict[str, str]:
     """Raises if too many answers of an iteration have no score.
 
     Args:
         scores: The scores of all groups.
         names: Names of the rewards.
         limit: Largest share of the answers that may fail, for each reward.
+        where: The option with the rewards, for the error.
+        fix: What may be done other than to correct the reward.
 
     Returns:
         A sentence about each reward that failed for fewer answers, by its name.
@@ -91,9 +99,9 @@ def check_failed(scores: Sequence[Scores], names: Sequence[str], limit: float) -
         if failed > limit * ends.total():
             raise RewardError(
                 f"{message}.",
-                where=f"objective.rewards.{index}",
+                where=f"{where}.{index}",
                 why=why,
-                fix="correct what fails and repeat the command; --objective.max_failed=SHARE allows more failures",
+                fix=f"correct what fails and repeat the command{fix}",
             )
         found[name] = f"{message} ({why}); they have no score from it."
     return found

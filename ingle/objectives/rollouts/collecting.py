@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +219,8 @@ class Collector:
     def _open(self, sink: Sink) -> None:
         if self._sampler is not None:
             return
-        with stopping.at_once():  # nothing would be lost: this process has made no step yet
+        # One process may stop anywhere in here: it has made no step yet. Ranks could wait for one that has stopped.
+        with stopping.at_once() if self._mesh.world_size == 1 else nullcontext():
             sampler = self._make_sampler()
             if sampler.note:
                 sink(Warned(sampler.note, where="objective.rollout"))
