@@ -30,7 +30,7 @@ def value_rank(run: Run) -> int:
         return 0
     value = run.objective.value
     stored = None if value.path is None else _adapter_config(value.path).get("r")
-    return stored or value.rank or getattr(run.adapter, "rank", 0)
+    return int(stored or value.rank or getattr(run.adapter, "rank", 0))
 
 
 def value_head_parameters(run: Run, model: ModelShape) -> int:
