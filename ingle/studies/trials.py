@@ -136,7 +136,7 @@ class Trials:
 
     Attributes:
         scores: What was measured, in the order of the calls.
-        seconds: Time of the trials that were run by this call of the program.
+        num_run: Trials that were run by this call of the program.
     """
 
     def __init__(self, base: Run, options: Mapping[str, Any], sink: Sink = lambda event: None) -> None:
@@ -144,8 +144,11 @@ class Trials:
         self._seen: set[str] = set()
         self.folder = Path(base.output) / "trials"
         self.scores: list[Score] = []
-        self.seconds = 0.0
         self.num_run = 0
+
+    def seconds_since(self, began: float) -> float:
+        """Returns the time since a reading of ``time.monotonic``; at least that of all runs, earlier ones included."""
+        return max(time.monotonic() - began, sum(score.seconds for score in self.scores))
 
     def run_of(self, trial: Trial) -> Run:
         """Returns the config of a trial.
@@ -186,9 +189,7 @@ class Trials:
         if score is None:
             gc.collect()  # the model of the last run is in reference cycles
             return_freed_memory()  # its memory is not to count as that of this trial
-            began = time.monotonic()
             score = self._measure(trial, run, folder)
-            self.seconds += time.monotonic() - began
             self.num_run += 1
             known = {name: value for name, value in asdict(score).items() if value != math.inf}
             write_atomically(folder.path / RESULT, json.dumps(known, allow_nan=False).encode())
