@@ -34,8 +34,8 @@ _MAX_LISTED = 12
 
 
 def list_columns(row: Mapping[str, Any]) -> str:
-    """Returns the names of the first columns, for messages."""
-    names = [str(name)[:80] for name in row]
+    """Returns the names of the first columns, for messages, and which of them are null."""
+    names = [f"{str(name)[:80]}{' (null)' * (value is None)}" for name, value in row.items()]
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return (", ".join(names[:_MAX_LISTED]) or "none") + more
 

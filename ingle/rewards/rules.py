@@ -21,12 +21,17 @@ _VERL, _VERL_CHARS = re.compile(r"#### (\-?[0-9\.\,]+)"), 300
 
 
 def make(options: Mapping[str, Any]) -> Rule:
-    """Returns the rule of a section of :mod:`ingle.config.rewards`.
+    """Returns the rule of a section of :mod:`ingle.config.rewards`; it gives no score if its column is null.
 
     Raises:
         RewardError: A regular expression is invalid.
     """
-    return _MAKERS[options["kind"]](options)
+    rule, column = _MAKERS[options["kind"]](options), options.get("column")
+
+    def known(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float | None:
+        return None if column in columns and columns[column] is None else rule(text, ids, columns)
+
+    return known
 
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:

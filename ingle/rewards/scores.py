@@ -65,26 +65,43 @@ class Scores:
     printed: tuple[str, ...] = ()
 
 
-def check_failed(scores: Sequence[Scores], names: Sequence[str], limit: float) -> None:
+def check_failed(
+    scores: Sequence[Scores],
+    names: Sequence[str],
+    limit: float,
+    where: str = "objective.rewards",
+    fix: str = "; --objective.max_failed=SHARE allows more failures",
+) -> dict[str, str]:
     """Raises if too many answers of an iteration have no score.
 
     Args:
         scores: The scores of all groups.
         names: Names of the rewards.
         limit: Largest share of the answers that may fail, for each reward.
+        where: The option with the rewards, for the error.
+        fix: What may be done other than to correct the reward.
+
+    Returns:
+        A sentence about each reward that failed for fewer answers, by its name.
 
     Raises:
         RewardError: With the number of failures by status, and the first error.
     """
+    found = {}
     for index, name in enumerate(names):
         ends = Counter(row[index] for each in scores for row in each.statuses)
         failed = sum(ends[status] for status in FAILURES)
-        if failed > limit * max(1, ends.total()):
-            first = next((each.errors[key] for each in scores for key in each.errors if key[1] == index), "")
-            counts = ", ".join(f"{ends[status]:,} {status}" for status in FAILURES if ends[status])
+        if not failed:
+            continue
+        message = f"The reward {name} failed for {failed:,} of {ends.total():,} answers"
+        first = next((each.errors[key] for each in scores for key in each.errors if key[1] == index), "")
+        why = f"{', '.join(f'{ends[status]:,} {status}' for status in FAILURES if ends[status])}; the first: {first}"
+        if failed > limit * ends.total():
             raise RewardError(
-                f"The reward {name} failed for {failed:,} of {ends.total():,} answers.",
-                where=f"objective.rewards.{index}",
-                why=f"{counts}; the first: {first}",
-                fix="correct the function; --objective.max_failed=SHARE allows more failures",
+                f"{message}.",
+                where=f"{where}.{index}",
+                why=why,
+                fix=f"correct what fails and repeat the command{fix}",
             )
+        found[name] = f"{message} ({why}); they have no score from it."
+    return found

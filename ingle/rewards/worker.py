@@ -57,7 +57,7 @@ def outcome(value: Any) -> tuple[float | None, str, str]:
     if value is None:
         return None, "none", ""
     if isinstance(value, Exception):
-        return None, "timeout" if isinstance(value, TimeoutError) else "error", _describe(value)
+        return None, "timeout" if isinstance(value, TimeoutError) else "error", _message(value)
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         return None, "invalid", f"it returned {_clip(repr(value))} instead of a number"
     number = float(value)
@@ -113,16 +113,24 @@ def write(writer: int, frame: Mapping[str, Any]) -> None:
 
 def _describe(error: BaseException) -> str:
     """Returns the type, the message and the last line of user code of an error."""
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # its own code makes the message
-        text = type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     own = Path(__file__).parent
     place = next(
-        (f"{each.filename}:{each.lineno}" for each in reversed(frames) if Path(each.filename).parent != own), ""
+        (
+            f"{each.filename}:{each.lineno}"
+            for each in reversed(frames)
+            if Path(each.filename).parent != own and not each.filename.startswith("<frozen ")
+        ),
+        "",
     )
-    return _clip(text) + (f" ({place})" if place else "")
+    return _message(error) + (f" ({place})" if place else "")
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return _clip(f"{type(error).__name__}: {error}")
+    except Exception:  # its own code makes the message
+        return type(error).__name__
 
 
 def _problem(error: BaseException, options: Mapping[str, Any]) -> dict[str, str | None]:
@@ -130,7 +138,8 @@ def _problem(error: BaseException, options: Mapping[str, Any]) -> dict[str, str 
     if isinstance(error, RewardError):
         return {name: getattr(error, name) for name in ("message", "where", "why", "fix")}
     where = f"{options['where']}, {options.get('path', options['kind'])}"
-    return {"message": "A reward function cannot be loaded.", "where": where, "why": _describe(error), "fix": None}
+    fix = "correct the file, or install what it imports"
+    return {"message": "A reward function cannot be loaded.", "where": where, "why": _describe(error), "fix": fix}
 
 
 def _clip(text: str) -> str:

@@ -15,6 +15,8 @@ from ingle.rewards import Group, RewardPool, check_failed
 
 #: Largest share of the answers that may fail: nothing is learned from them, so only systematic failures are an error.
 _MAX_FAILED = 0.2
+#: The option with the rewards of a task.
+_WHERE = "evaluate.rewards"
 
 
 def reward_answers(
@@ -38,9 +40,10 @@ def reward_answers(
             for sample, answer, text in zip(samples, answers, texts, strict=True)
         ]
         found = [outcome.take() for outcome in waiting]
-    check_failed(found, pool.names, _MAX_FAILED)
+    for text in check_failed(found, pool.names, _MAX_FAILED, _WHERE, fix="").values():
+        sink(Warned(text, where=_WHERE))
     for line in (line for scores in found for line in scores.printed):
-        sink(Warned(f"A reward function printed: {line}", where="evaluate.rewards"))
+        sink(Warned(f"A reward function printed: {line}", where=_WHERE))
     weights_F = np.array([reward.weight for reward in task.rewards])
     values_SF = np.concatenate([scores.values for scores in found])
     sums_S = np.where(np.isnan(values_SF).all(1), np.nan, np.nansum(values_SF * weights_F, axis=1))

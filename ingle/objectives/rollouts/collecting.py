@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,7 @@ class Collector:
         self._sampler: Sampler | None = None
         self._pool: RewardPool | None = None
         self._opened = ExitStack()
+        self._reported: set[str] = set()
 
     def collect(
         self, iteration: Iteration, recipe: Recipe, sink: Sink
@@ -153,7 +154,7 @@ class Collector:
             draw += missing
             parts.append(found)
             whole = joined(parts)
-            check_failed(whole.groups, self.names, self._max_failed)
+            self._check(whole, sink)
             buffer, raw_R = self._reward(whole, recipe)
             teaches_R = recipe.teaches(buffer)
             useful = int(teaches_R.sum()) // self._num_generations
@@ -161,6 +162,9 @@ class Collector:
             if missing <= 0:
                 break
             extra -= missing
+        if self.names and np.isnan(raw_R).all():
+            text = f"No answer of iteration {iteration.number + 1} has a reward, so its steps teach nothing."
+            self._warn_once("", text, sink)
         figures = self._describe(buffer, raw_R, whole) | {
             "zero_spread": 1 - useful * self._num_generations / len(buffer),
             "discarded": float(draw - iteration.draw - wanted),
@@ -203,7 +207,7 @@ class Collector:
             return None
         buffer = make_buffer(prompts, asked, rollouts)
         sampled = time.monotonic()
-        groups = self._score(prompts, asked, num_generations, rollouts, journal, state)
+        groups = self._score(prompts, asked, num_generations, rollouts, journal, state, sink)
         if groups is None:
             return None
         scores_RF = np.concatenate([group.values for group in groups])
@@ -221,7 +225,8 @@ class Collector:
     def _open(self, sink: Sink) -> None:
         if self._sampler is not None:
             return
-        with stopping.at_once():  # nothing would be lost: this process has made no step yet
+        # One process may stop anywhere in here: it has made no step yet. Ranks could wait for one that has stopped.
+        with stopping.at_once() if self._mesh.world_size == 1 else nullcontext():
             sampler = self._make_sampler()
             if sampler.note:
                 sink(Warned(sampler.note, where="objective.rollout"))
@@ -278,6 +283,7 @@ class Collector:
         rollouts: Mapping[tuple[int, int], Rollout],
         journal: Journal | None,
         state: Mapping[str, float],
+        sink: Sink,
     ) -> list[Scores] | None:
         """Returns the scores of all groups, in their order; None if a rank was asked to stop."""
         if self._pool is None:
@@ -290,7 +296,7 @@ class Collector:
                 waiting[each.draw] = self._pool.submit(self._group(prompts, each.row, answers, state))
         own = {each.draw: known[each.draw] for each in self._own(asked) if each.draw in known}
         with self._mesh.together():
-            for draw, outcome in waiting.items():
+            for done, (draw, outcome) in enumerate(waiting.items(), 1):
                 while not outcome.is_done() and not _must_stop():
                     time.sleep(_POLL_S)
                 if not outcome.is_done():
@@ -298,6 +304,7 @@ class Collector:
                 own[draw] = outcome.take()
                 if journal is not None:
                     journal.add_scores(draw, own[draw])
+                sink(Progress("Scoring answers", done, len(waiting)))
         if self._mesh.agree(len(own) < len(self._own(asked))):
             return None
         found = {draw: scores for part in self._mesh.gather(own) for draw, scores in part.items()}
@@ -330,10 +337,20 @@ class Collector:
         found = self.answer(prompts, asked, 1, None, {}, self._state(0, 0), sink)
         if found is None:
             return None
-        check_failed(found.groups, self.names, self._max_failed)
+        self._check(found, sink)
         _, raw_R = self._reward(found, recipe)
         lengths_R, unfinished_R = found.buffer["lengths"], ~finished(found.buffer)
         return np.column_stack([raw_R, lengths_R, unfinished_R, found.scores]).astype(np.float64)
+
+    def _check(self, answered: Answered, sink: Sink) -> None:
+        """Ends the run if too many answers have no score, and says so once if a few have none."""
+        for name, text in check_failed(answered.groups, self.names, self._max_failed).items():
+            self._warn_once(name, text, sink)
+
+    def _warn_once(self, about: str, text: str, sink: Sink) -> None:
+        if about not in self._reported:
+            sink(Warned(text, where="objective.rewards"))
+            self._reported.add(about)
 
     def _reward(self, answered: Answered, recipe: Recipe) -> tuple[SampleBuffer, Floats]:
         return recipe.reward(answered.buffer, answered.scores, finished(answered.buffer))

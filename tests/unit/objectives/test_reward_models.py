@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ingle import adapters
+from ingle import adapters, stopping
 from ingle.config.adapter import LoraAdapter
 from ingle.config.model import ModelConfig
 from ingle.config.preferences import Reward
@@ -87,6 +88,12 @@ def test_scores_are_those_of_the_reward_model(trained: Trained, own: bool, monke
     found = (trained.as_model() if own else trained.as_role()).score(texts)
     np.testing.assert_allclose(found, [trained.score(ids.tolist()) for ids in texts], rtol=2e-5, atol=2e-6)
     assert found.std() > 0.01
+
+
+def test_a_stop_ends_the_scoring(trained: Trained) -> None:
+    with stopping.listening(), stopping.polled():
+        signal.raise_signal(signal.SIGTERM)
+        assert trained.as_role().score([np.array([7, 8], np.int32)]) is None
 
 
 def test_what_the_template_writes_after_an_answer_is_read_as_in_training(trained: Trained) -> None:

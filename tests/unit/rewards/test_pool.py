@@ -133,7 +133,7 @@ def test_leaving_the_pool_ends_a_function_at_once() -> None:
 
 def test_too_many_failures_end_the_run() -> None:
     scores = score(["a", "raise", "b", "c"], function("one"))
-    check_failed([scores], ["one"], 0.25)
+    assert "1 of 4 answers (1 error; the first: " in check_failed([scores], ["one"], 0.25)["one"]
     with pytest.raises(RewardError, match="1 of 4 answers") as caught:
         check_failed([scores], ["one"], 0.2)
     assert "no such answer" in str(caught.value)

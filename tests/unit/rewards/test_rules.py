@@ -100,6 +100,7 @@ def test_every_solution_of_gsm8k_is_right_and_another_one_is_not() -> None:
 def test_exact_match() -> None:
     assert rule("The  Cat!", columns={"answer": ["dog", "cat"]}, kind="exact_match") == 1
     assert rule("The  Cat!", columns={"answer": "the cat!"}, kind="exact_match", normalize=False) == 0
+    assert rule("None", columns={"answer": None}, kind="exact_match") is None
 
 
 def test_contained_and_absent_values() -> None:
