@@ -127,7 +127,9 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         longest, virtual = min(int(each.lengths.max()), limit), getattr(run.adapter, "num_virtual_tokens", 0)
         models.refuse_longer(model, longest, where="data.max_seq_len", virtual=virtual)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
-        models.choose_padding(model, tokenizer, dataset.last_ids())
+        is_needed = not (run.objective.kind == "reward" and models.scores_by_position(model))
+        if remark := models.choose_padding(model, tokenizer, dataset.last_ids(), is_needed=is_needed):
+            sink(Warned(remark, where="model.id"))
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     if (difference := describe_difference(run.objective)) is not None:

@@ -30,7 +30,7 @@ from ingle.objectives.reference_cache import ReferenceCache, answer_keys
 from ingle.objectives.reward import RewardLoss
 from ingle.parallel import Mesh
 from ingle.training.steps import compute_gradients, prepare, weighted_mean
-from tests.axis import write_model
+from tests.axis import Plenty, write_model
 
 MESH = Mesh(torch.device("cpu"))
 ROWS = 8
@@ -94,7 +94,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return made
 
 
-def make_objective(models: dict[str, Model], name: str, *, micro: int, shares: bool) -> PreferenceObjective:
+def make_objective(
+    models: dict[str, Model], name: str, *, micro: int, shares: bool, **more: Any
+) -> PreferenceObjective:
     """The objective over a model."""
     config: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": name.split()[0], **OBJECTIVES[name]})
     model = models["reward" if config.kind == "reward" else "lm"]
@@ -104,6 +106,7 @@ def make_objective(models: dict[str, Model], name: str, *, micro: int, shares: b
         "micro_batch_size": micro,
         "mesh": MESH,
     }
+    options |= more
     arguments = DATASET, SequenceSampler(SEQUENCES, 0, True)
     initial = partial(disabled, model)
     if config.kind == "reward":
@@ -176,6 +179,26 @@ def test_tdpo_compares_the_divergences_of_whole_answers(models: dict[str, Model]
     wanted = torch.cat([each.flatten() for each in torch.autograd.grad(expected, trained)])
     assert found["loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
     assert (gradient - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["dpo", pytest.param("bco", marks=pytest.mark.sweep)])
+def test_the_divergence_along_the_answers_is_measured(models: dict[str, Model], name: str) -> None:
+    """From the logits of both models; ``kl`` does not depend on how the step is cut, and other steps have none."""
+    model, divergences = models["lm"], []
+    for document in range(len(DATASET)):
+        sample = DATASET.sample(document)
+        ids, places = torch.from_numpy(sample.input_ids)[None].long(), np.flatnonzero(sample.labels >= 0)
+        with torch.no_grad():
+            own = model(ids).logits[0, places - 1].log_softmax(-1)
+            with disabled(model):
+                reference = model(ids).logits[0, places - 1].log_softmax(-1)
+        divergences += [float((own.exp() * (own - reference)).sum())] if len(places) else []
+    for micro, shares in ((3, True), (ROWS, False)):
+        objective = make_objective(models, name, micro=micro, shares=shares, kl_steps={2})
+        for step, expected in ((2, np.mean(divergences)), (3, None)):
+            assert objective.collect(step, Plenty(), lambda event: None)
+            found, _ = take_steps(objective)
+            assert found.get("kl") == (expected and pytest.approx(expected, rel=1e-6)), (micro, step)
 
 
 def test_the_baseline_of_kto_is_the_mean_log_ratio_of_answers_to_other_prompts(models: dict[str, Model]) -> None:
