@@ -339,7 +339,7 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
     if isinstance(objective, objectives.PreferenceObjective) and objective.prepares:
         assert identity is not None
         digest = adapters.initial_digest(model, identity)
-        objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
+        objective.cache = objectives.open_cache(digest, model.config, ready.dtype, mesh.device)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():

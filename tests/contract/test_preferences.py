@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from ingle.models import Model, ModelTask, forward_reward, load_model
 from ingle.objectives.judged import JudgedLoss
 from ingle.objectives.pairs import PairLoss
 from ingle.objectives.preferences import JudgedObjective, PreferenceObjective, Sharing
-from ingle.objectives.reference_cache import ReferenceCache, answer_keys
+from ingle.objectives.reference_cache import ReferenceCache, answer_keys, open_cache
 from ingle.objectives.reward import RewardLoss
 from ingle.parallel import Mesh
 from ingle.training.steps import compute_gradients, prepare, weighted_mean
@@ -245,7 +246,9 @@ def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], 
     expected, _ = take_steps(first)
     state = first.state_dict()
     (file,) = state["files"]
-    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / file).read_bytes()[:-7])
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:-7])
+    (tmp_path / "damaged.safetensors").write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
 
     # Other micro-batches, shared prompts, and a process that cannot compute the reference.
     second = make_objective(models, name, micro=ROWS, shares=True)
@@ -257,6 +260,23 @@ def test_values_of_the_reference_are_found_by_content(models: dict[str, Model], 
     second.load_state_dict({**state, "counter": 0, "files": []})
     with pytest.raises(AssertionError, match="computed again"):
         take_steps(second)
+
+
+def test_a_reference_is_its_weights_and_what_is_computed_with_them(
+    models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INGLE_CACHE", str(tmp_path))
+    config = copy.deepcopy(models["lm"].config)
+
+    def folder(digest: str = "a", dtype: torch.dtype = torch.float32) -> Path:
+        return open_cache(digest, config, dtype, MESH.device)._folder
+
+    first = folder()
+    config._name_or_path = "elsewhere"
+    assert folder() == first
+    assert len({first, folder("b"), folder(dtype=torch.bfloat16)}) == 3
+    config.rms_norm_eps *= 2
+    assert folder() != first
 
 
 def test_keys_of_answers_tell_every_token_and_not_the_batch(models: dict[str, Model]) -> None:
