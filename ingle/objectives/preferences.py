@@ -117,12 +117,12 @@ class PreferenceObjective(PackedObjective):
 
     def _measure_kl(self, parts: Sequence[Batch], initial: Initial) -> dict[str, float]:
         """Returns the divergence from the reference along the answers of a step, over all ranks, in nats per answer."""
-        with initial():
-            states = self._evaluate(parts, lambda part: forward_hidden(self.module.model, part)[0])
-        own = {"sum": 0.0, "answers": 0.0}
-        for part, states_NH in zip(parts, states, strict=True):
+        model, own = self.module.model, {"sum": 0.0, "answers": 0.0}
+        for part in parts:  # one after the other, since hidden states are large
+            with initial():
+                (states_NH,) = self._evaluate([part], lambda part: forward_hidden(model, part)[0])
             tokens = AnswerTokens.of(part)
-            compare = partial(reverse_divergences, self.module.model, targets_N=tokens.targets, states_NH=states_NH)
+            compare = partial(reverse_divergences, model, targets_N=tokens.targets, states_NH=states_NH)
             (found_N,) = self._evaluate([part], compare)
             own["sum"] += float(found_N.double().sum())
             own["answers"] += float((tokens.lengths > 0).sum())
