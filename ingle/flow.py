@@ -187,7 +187,14 @@ def train(run: Run, folder: RunFolder, parts: Assembled, sink: Sink, began: floa
         states["imatrix"] = parts.imatrix
     if parts.allocator is not None:
         states["allocator"] = parts.allocator
-    movement = Movement(parts.optimizer, run.optimizer, plan.num_steps, adapter=run.adapter, mesh=mesh)
+    movement = Movement(
+        parts.optimizer,
+        run.optimizer,
+        plan.num_steps,
+        adapter=run.adapter,
+        mesh=mesh,
+        idle=objective.module.idle,
+    )
     prove = partial(
         prove_start,
         objective=objective,
