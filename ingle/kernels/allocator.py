@@ -38,7 +38,7 @@ def keep_freed_memory(largest_bytes: int = 1 << 30) -> bool:
 
 
 def return_freed_memory() -> None:
-    """Returns freed memory to the system once, so that a later stage does not begin with its gaps."""
+    """Returns freed memory to the system once, after a stage whose many small blocks would only leave gaps."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)

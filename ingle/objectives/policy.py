@@ -182,9 +182,19 @@ class PolicyLoss(StepModule):
         everything = Rows(torch.ones_like(tokens.rows, dtype=torch.bool), tokens.documents, len(tokens.lengths))
         ratios_M = log_ratios(logps_M, old_M, everything, self.config.importance)
         policy = policy_losses(logps_M, ratios_M, _column(batch, "advantages", tokens), self._clip)
-        if "correction_weights" not in batch.columns:
-            return policy
-        return policy._replace(losses=policy.losses * _column(batch, "correction_weights", tokens))
+        losses_M = self._once(policy.losses, tokens)
+        if "correction_weights" in batch.columns:
+            losses_M = losses_M * _column(batch, "correction_weights", tokens)
+        return policy._replace(losses=losses_M)
+
+    def _once(self, losses_M: Tensor, tokens: AnswerTokens) -> Tensor:
+        """Returns losses whose sum over an answer is that of the answer, if its tokens have one ratio (RLOO).
+
+        Each token then has the value of the answer, but its own gradient: only the value is divided by the length.
+        """
+        if self.config.importance != "sequence" or self.config.aggregation != "answer_sums":
+            return losses_M
+        return losses_M - losses_M.detach() * (1 - 1 / tokens.lengths[tokens.documents])
 
     def _divergence(self, logps_M: Tensor, old_M: Tensor, batch: Batch, tokens: AnswerTokens, rows: Rows) -> Tensor:
         config = self.config
@@ -219,7 +229,7 @@ class PolicyLoss(StepModule):
         if self._clip.kind == "cispo":
             return {}
         tokens = AnswerTokens.of(batch)
-        losses_M = -_column(batch, "advantages", tokens)
+        losses_M = self._once(-_column(batch, "advantages", tokens), tokens)
         if "correction_weights" in batch.columns:
             losses_M = losses_M * _column(batch, "correction_weights", tokens)
         assert self.config.aggregation is not None

@@ -123,10 +123,11 @@ def test_rewards_rise(train: Train, folder: Path, tiny_model: Path) -> None:
 
 
 def test_an_alarm_ends_the_run_with_the_last_good_weights(train: Train, folder: Path) -> None:
-    # The answers of the first iteration differ in their reward, those of the others do not.
+    # The answers of the first two iterations differ in their reward, those of the others do not. The second iteration
+    # is sampled with the weights of step 2, the third one, which shows the sign, with those of step 4.
     (folder / "tired.py").write_text("""
 def reward(completions, trainer_state, **columns):
-    return [float(place) if trainer_state.global_step < 2 else 0.0 for place in range(len(completions))]
+    return [float(place) if trainer_state.global_step < 3 else 0.0 for place in range(len(completions))]
 """)
     warnings: list[str] = []
 
@@ -136,7 +137,7 @@ def reward(completions, trainer_state, **columns):
 
     flags = (f"--objective.rewards={folder}/tired.py", "--objective.alarms.idle=stop", "--optim.warmup_steps=0")
     train("alarm", "--train.num_steps=12", *flags, sink=listen)
-    assert [row["step"] for row in rows(folder / "alarm")] == [*range(1, 7)]  # two steps an iteration
+    assert [row["step"] for row in rows(folder / "alarm")] == [*range(1, 9)]  # two steps an iteration
     assert len(warnings) == 1 and "ends with the weights of step 2" in warnings[0]
     train("short", "--train.num_steps=2", *flags)
     assert weights(folder / "alarm") == weights(folder / "short")

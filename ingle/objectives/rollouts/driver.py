@@ -107,6 +107,7 @@ class RolloutObjective(Objective):
         self._trail = hashlib.blake2b(digest_size=16).hexdigest()
         self._saved_iteration = 0
         self._alarms, self.pins_one = alarms, alarms is not None
+        self._saved_step: int | None = None
         self._good_step: int | None = None
 
     @property
@@ -165,11 +166,12 @@ class RolloutObjective(Objective):
             ends = f" The run ends with the weights of {kept}." if alarm.stops else ""
             sink(Warned(f"{alarm.message}{ends} To go on: {alarm.fix}.", where=f"objective.alarms.{alarm.name}"))
             self.is_over |= alarm.stops
+        if self._alarms.is_quiet:  # the answers of this iteration speak for the weights that were saved before it
+            self._good_step = self._saved_step
 
     def kept_step(self, step: int) -> int | None:
-        """Returns the last saved step at which no alarm that ends the run had seen its sign."""
-        if self._alarms is not None and self._alarms.is_quiet:
-            self._good_step = step
+        """Returns the last saved step whose answers showed no sign of an alarm that ends the run."""
+        self._saved_step = step
         return self._good_step
 
     def _minibatches(self, buffer: SampleBuffer, iteration: int) -> list[Indices]:
