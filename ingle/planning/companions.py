@@ -30,7 +30,8 @@ def value_rank(run: Run) -> int:
         return 0
     value = run.objective.value
     stored = None if value.path is None else _adapter_config(value.path).get("r")
-    return stored or value.rank or getattr(run.adapter, "rank", 0)
+    own: int = getattr(run.adapter, "rank", 0)
+    return int(stored) if stored else value.rank or own
 
 
 def value_head_parameters(run: Run, model: ModelShape) -> int:

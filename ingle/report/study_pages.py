@@ -80,7 +80,7 @@ def _rank_rows(content: Content) -> list[dict[str, str]]:
             "parameters": count(row["parameters"]),
             "loss": f"{row['score']:.4f}",
             "above the best": f"{row['difference']:.4f} [{row['ci95'][0]:.4f}, {row['ci95'][1]:.4f}]",
-            "p": f"{row['p_vs_best']:.2g}",
+            "p": _probability(row["p_vs_best"]),
             "learning rate": _rate(row),
         }
         for row in content["ranks"]
@@ -126,7 +126,7 @@ def _method_rows(content: Content) -> list[dict[str, str]]:
             "method": f"{row['name']}{' ●' if row.get('front') else ''}",
             content["score"]["name"]: _interval(row["score"]),
             f"worse than {reference} by": _difference(row),
-            "p": f"{row['worse_by']['p_holm']:.2g}" if "worse_by" in row else "",
+            "p": _probability(row["worse_by"]["p_holm"]) if "worse_by" in row else "",
             "learning rate": _rate(row),
         }
         for row in _measured(content)
@@ -307,6 +307,10 @@ def _gain(curve: Mapping[str, Any], loss: float) -> float:
 
 def _bars(mean: float, stderr: float | None) -> tuple[float, float]:
     return (math.nan, math.nan) if stderr is None else (mean - stderr, mean + stderr)
+
+
+def _probability(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"  # resampling does not resolve less
 
 
 def _rate(row: Mapping[str, Any]) -> str:

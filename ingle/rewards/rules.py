@@ -26,7 +26,7 @@ def make(options: Mapping[str, Any]) -> Rule:
     Raises:
         RewardError: A regular expression is invalid.
     """
-    rule, column = _MAKERS[options["kind"]](options), str(options.get("column"))
+    rule, column = _MAKERS[options["kind"]](options), options.get("column", "")
 
     def known(text: str, ids: Sequence[int], columns: Mapping[str, Any]) -> float | None:
         return None if column in columns and columns[column] is None else rule(text, ids, columns)

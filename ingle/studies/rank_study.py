@@ -354,9 +354,9 @@ def _recommend(
     if len(rows) == 1:
         reason = [f"Rank {chosen.rank} is the only one that was tried.", reason[-1]]
     elif chosen is rows[-1]:
-        reason.append("It is the largest that was tried, so a larger one may be better.")
+        reason.insert(1, "It is the largest that was tried, so a larger one may be better.")
     if chosen.choice.at_edge:
-        reason.append("Its best learning rate is at the edge of the rates that were tried.")
+        reason.append(f"The best learning rate of rank {chosen.rank} is at the edge of the rates that were tried.")
     if pattern:
         reason.append("Ranks by layer were better than one rank for all, at an equal sum of ranks.")
     return Recommendation(chosen.rank, min(equal), max(equal), chosen.choice.lr, " ".join(reason), pattern)

@@ -65,7 +65,8 @@ class Movement:
         # In a long warm-up, the first updates may be smaller than the spacing of float32.
         self._values_by = min(max(FIRST_STEPS, warmup_steps(config, num_steps)), num_steps)
         updates = sum(learning_rate(config, step, num_steps) > 0 for step in range(1, self._gradients_by + 1))
-        self._is_long_enough = updates > 1  # in the first step, the gradient of LoRA's A is zero
+        # LoRA's A has no gradient in the first step, and under a value head that begins at zero, none in the second.
+        self._is_long_enough = updates > 2
         masters = optimizer.named_masters()
         self._before = {name: _digest(local(master)) for name, master in masters if name not in idle}
 

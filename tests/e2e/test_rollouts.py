@@ -242,7 +242,7 @@ def test_a_sampler_that_differs_from_the_update_is_not_trusted(
 
 def test_rewards_that_fail_end_the_run_with_their_reason_and_a_checkpoint(train: Train, folder: Path) -> None:
     function = "def reward(completions, trainer_state, **columns):\n    return [{}] * len(completions)\n"
-    (folder / "bad.py").write_text(function.format("None if trainer_state.global_step < 3 else columns['nothing']"))
+    (folder / "bad.py").write_text(function.format("None if trainer_state.global_step < 2 else columns['nothing']"))
     warnings: list[Event] = []
     flags = (f"--objective.rewards=[{folder}/bad.py]", "--train.save_every=0")
     with pytest.raises(RewardError, match="failed for 8 of 8") as caught:

@@ -117,6 +117,10 @@ def test_lora_counts() -> None:
     assert plan.flops_per_token == 4 * (12 * 64 * 64 + 64 * 1000) + 6 * plan.trainable_parameters
 
 
+def test_dora_has_a_magnitude_for_each_output() -> None:
+    assert _plan(_run(adapter={"kind": "dora", "rank": 4})).trainable_parameters == 12 * (4 * (64 + 64) + 64)
+
+
 def test_full_fine_tuning_counts_weight_gradients() -> None:
     plan = _plan(_run(adapter={"kind": "none"}))
     assert plan.trainable_parameters == MODEL.num_parameters
