@@ -129,7 +129,9 @@ def prepare(run: Run, sink: Sink) -> Prepared:
         longest, virtual = min(int(each.lengths.max()), limit), getattr(run.adapter, "num_virtual_tokens", 0)
         models.refuse_longer(model, longest, where="data.max_seq_len", virtual=virtual)
     if task.kind == "classify" and models.kind_of(model.config) == "causal":
-        models.choose_padding(model, tokenizer, dataset.last_ids())
+        is_needed = not (run.objective.kind == "reward" and models.scores_by_position(model))
+        if remark := models.choose_padding(model, tokenizer, dataset.last_ids(), is_needed=is_needed):
+            sink(Warned(remark, where="model.id"))
     if task.kind == "lm" and models.kind_of(model.config) != "encoder":
         models.end_token_ids(model, tokenizer)  # also refuses an end-of-turn token that the model lacks
     if (difference := describe_difference(run.objective)) is not None:
@@ -347,7 +349,7 @@ def assemble(run: Run, sink: Sink, *, resumes: bool = False) -> Assembled:
     if isinstance(objective, objectives.PreferenceObjective) and objective.prepares:
         assert identity is not None
         digest = adapters.initial_digest(model, identity)
-        objective.cache = objectives.open_cache(digest, ready.dtype, mesh.device)
+        objective.cache = objectives.open_cache(digest, model.config, ready.dtype, mesh.device)
     if plan.strategy.shards_base:
         parallel.require_sharded_base(model, plan.strategy.shard_size)
     with adapters.use(model, "off") if models.virtual_length(model) else nullcontext():

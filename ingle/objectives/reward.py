@@ -48,15 +48,15 @@ class RewardLoss(StepModule):
         config: The objective.
     """
 
-    measures = (
-        *(Measure(f"rewards/{name}", "pairs") for name in ("chosen", "rejected", "margin", "accuracy")),
-        Measure("reward", "answers"),
-    )
+    measures = tuple(Measure(f"rewards/{name}", "pairs") for name in ("chosen", "rejected", "margin", "accuracy"))
     row_measures = ("rewards/accuracy", "rewards/margin")
 
     def __init__(self, model: Model, config: Reward) -> None:
         super().__init__(model)
         self._config = config
+        if not config.centering:  # the bias of the head cancels in a difference of scores
+            trained = [(name, each.shape) for name, each in model.named_parameters() if each.requires_grad]
+            self.idle = tuple(name for name, shape in trained if name.endswith(".bias") and shape == (1,))
 
     @property
     def terms(self) -> Sequence[Term]:
@@ -65,8 +65,8 @@ class RewardLoss(StepModule):
         return (Term("preference", "pairs"), *([Term("centering", "pairs", centering)] if centering else []))
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """Returns the rows with a pair, and the answers."""
-        return {"pairs": float(len(self._pairs(batch).best)), "answers": float(len(batch.answers()))}
+        """Returns the rows with a pair."""
+        return {"pairs": float(len(self._pairs(batch).best))}
 
     def compute(self, batch: Batch) -> Sums:
         """Returns the sums over pairs, weighted so that every row counts once."""
@@ -78,8 +78,7 @@ class RewardLoss(StepModule):
             # Source: Eisenstein et al. 2023 (arXiv 2312.09244), section 2.
             both_P = scores_D[pairs.chosen] + scores_D[pairs.rejected]
             losses["centering"] = nothing + (both_P**2 * pairs.weights).sum()
-        metrics = {name: (value * pairs.weights).sum() for name, value in figures.items()}
-        return Sums(losses, metrics | {"reward": scores_D.detach().sum()})
+        return Sums(losses, {name: (value * pairs.weights).sum() for name, value in figures.items()})
 
     def per_document(self, batch: Batch) -> Tensor:
         """Returns the loss, the accuracy and the margin of each row with one of its answers; float64 [answers, 6]."""

@@ -42,6 +42,9 @@ _COMPILER_BYTES = 20 << 20
 _COMPILED_BYTES = 7 << 20
 #: Bytes per token of a batch: ids, labels, positions, offsets; all micro-batches of a step exist at once.
 _BATCH_BYTES_PER_TOKEN = 32
+#: Share of the memory of sampling, or of a step if that is less, which a CPU's allocator cannot use for the other:
+#: freed memory stays in the process, and the blocks of both have other sizes. Measured.
+_GAPS = 0.5
 #: Elements of the gradients that DDP adds over ranks at once, as in :mod:`ingle.parallel.gradients`.
 _BUCKET = 1 << 25
 #: Number of kernels: for attention and loss, for quantized weights, for layers fused with adapters.
@@ -144,7 +147,7 @@ class DeviceMemory:
             gradient_bytes=round(gradients),
             optimizer_bytes=round(state_bytes(self.run, self.shape, everything, self._trained_ranks)),
             activation_bytes=round(peak.activations + peak.gradients - gradients + evaluation),
-            overhead_bytes=round(self._scratch() + self._batch() + self._answers() + self.fixed_bytes()),
+            overhead_bytes=round(self._scratch() + self._batch() + self._answers(peak.total) + self.fixed_bytes()),
             evaluation_bytes=round(evaluation),
         )
 
@@ -285,11 +288,8 @@ class DeviceMemory:
 
     def _evaluation(self) -> float:
         """What answers to samples and those of an iteration take, with the weights that are gathered for them."""
-        tapes, longest = self._tapes(), self.data.longest_document or self.data.longest
-        found = [
-            sampling_bytes(self.run, self.data, tapes, self.strategy.world_size),
-            scoring_bytes(self.run, self.data, tapes),
-        ]
+        longest = self.data.longest_document or self.data.longest
+        found = [self._sampling(), scoring_bytes(self.run, self.data, self._tapes())]
         if self.run.task is not None:
             found.append(self._generation(self.run.task.batch_size, longest + self.run.task.max_new_tokens))
         step = self.step()
@@ -312,8 +312,15 @@ class DeviceMemory:
         sequences = self.strategy.micro_batch_size * self.strategy.grad_accum_steps
         return sequences * self.data.num_tokens / max(1, self.data.num_sequences) * _BATCH_BYTES_PER_TOKEN
 
-    def _answers(self) -> float:
-        return 0.0 if self.on_gpu else answers_bytes(self.run, self.data)
+    def _answers(self, step_bytes: float) -> float:
+        """What a CPU run keeps of answers, and the gaps that sampling and steps leave each other."""
+        if self.on_gpu:
+            return 0.0
+        gaps = _GAPS * min(step_bytes, self._sampling())
+        return answers_bytes(self.run, self.data) + gaps
+
+    def _sampling(self) -> float:
+        return sampling_bytes(self.run, self.data, self._tapes(), self.strategy.world_size)
 
     def fixed_bytes(self) -> float:
         """Returns what does not depend on the model: kernels and their caches, or the context of a GPU."""

@@ -93,6 +93,7 @@ def loss_curve(
     validation: Floats | None = None,
     kept_step: int | None = None,
     name: str = "loss",
+    other: Floats | None = None,
 ) -> str:
     """Draws the loss of each step (faint) and its moving mean (strong), with the learning rate below.
 
@@ -106,11 +107,13 @@ def loss_curve(
         validation: Steps and losses of validations, [V, 2]; None without.
         kept_step: The validated step whose weights were kept, which gets a ring.
         name: What is drawn in the place of the loss.
+        other: A second value of each step, of which the moving mean is drawn.
     """
     floor = height - 28.0
     means = smooth(losses, smoothing_span(len(losses)))
     points = np.zeros((0, 2)) if validation is None else validation
-    shown = np.concatenate([losses, points[:, 1]])
+    others = None if other is None else smooth(other, smoothing_span(len(other)))
+    shown = np.concatenate([losses, points[:, 1], *([] if others is None else [others])])
     span = float(shown.max() - shown.min()) or max(abs(float(shown[0])), 1.0) * 0.1
     low = shown.min() - 0.06 * span
     y = Scale(max(0.0, low) if shown.min() >= 0 else low, shown.max() + 0.04 * span, floor, 26.0)
@@ -121,6 +124,12 @@ def loss_curve(
         parts += [_path("raw", steps, losses, x, y), _path("mean", steps, means, x, y)]
     else:
         parts.append(drawing.circle("dot", x(steps[0]), y(losses[0]), 4))
+    if others is not None:
+        parts.append(
+            _path("other", steps, others, x, y)
+            if len(steps) > 1
+            else drawing.circle("two", x(steps[0]), y(others[0]), 4)
+        )
     if len(points):
         parts.append(_path("validation", points[:, 0], points[:, 1], x, y))
     for step, loss in points:

@@ -125,6 +125,8 @@ class Terminal:
         if "reward" in event.metrics:  # the loss of a policy says little
             kl = f"  kl {event.metrics['kl']:.3g}" if "kl" in event.metrics else ""
             loss = f"reward {event.metrics['reward']:.4f}{kl}"
+        elif "rewards/accuracy" in event.metrics:
+            loss += f"  accuracy {event.metrics['rewards/accuracy']:.2f}"
         facts = f"{loss}  {speed}  lr {event.lr:.2e}"
         is_last = event.step == self._num_steps
         if self.console.is_terminal:

@@ -67,6 +67,16 @@ def test_its_head_begins_small_unless_the_checkpoint_has_one(tmp_path: Path) -> 
     assert torch.equal(kept, torch.full_like(kept, 0.5))
 
 
+def test_a_head_whose_bias_cancels_is_trained(tmp_path: Path) -> None:
+    """The scores of a pair differ by no bias, so no gradient moves that of a BERT's head."""
+    config = config_of(tmp_path, Point("bert", "packed", {"kind": "reward"}))
+    config["train"] |= {"num_steps": 2, "save_every": 0}
+    finetune(Run.model_validate(config))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all({"loss", "rewards/chosen", "rewards/margin"} <= row.keys() for row in rows if "loss" in row)
+    assert not any("reward" in row for row in rows)  # the name of what sampled answers earn
+
+
 def test_it_scores_one_answer_several_answers_and_conversations(run: Path, tmp_path: Path) -> None:
     predictor = prediction.open_predictor(str(run))
     (pair,) = predictor.predict(predictor.read(write(tmp_path / "pairs.jsonl", [ANSWERS])))

@@ -68,6 +68,8 @@ def _config(folder: Path, name: str, kind: str, **train: Any) -> dict[str, Any]:
     config = config_of(folder, POINTS[name])
     config["parallel"]["kind"] = kind
     config["train"] |= {"global_batch_size": 3, "micro_batch_size": 1} | train  # one rank has no documents in a turn
+    if "num_prompts" in config["objective"]:
+        config["objective"]["num_prompts"] = 3  # in steps of three answers
     return config
 
 

@@ -11,11 +11,23 @@ import pytest
 
 from ingle.assembly import assemble
 from ingle.config import Run
+from ingle.config.objective import rows_of
 from ingle.config.policy import Grpo, OnlineDpo
-from ingle.planning import DataShape, LayerShape, LinearShape, ModelShape, Strategy, find_companions, sampled_shape
+from ingle.planning import (
+    DataShape,
+    DeviceTable,
+    LayerShape,
+    LinearShape,
+    ModelShape,
+    Problem,
+    Strategy,
+    find_companions,
+    sampled_shape,
+)
 from ingle.planning.activations import Tapes, saved_bytes
 from ingle.planning.cost import flops_per_token
 from ingle.planning.memory import DeviceMemory, MemoryParts, per_device, trainable_parameters
+from ingle.planning.remedies import changes
 from ingle.planning.rollout_memory import sampling_bytes
 from tests.axis import Point, config_of
 
@@ -134,6 +146,16 @@ def test_shapes_of_sampled_answers() -> None:
     pairs = OnlineDpo.model_validate({"kind": "online_dpo", "num_generations": 4, "rollout": rollout} | REWARDS)
     both = sampled_shape(pairs, 30, 100.0, 120, shares=True)
     assert (both.num_sequences, both.num_tokens, both.most_tokens(2)) == (30, 30 * (100 + 2 * 16), 2 * (120 + 64))
+
+
+def test_fewer_slots_and_shorter_prompts_are_proposed() -> None:
+    run = run_of({"kind": "grpo", "rollout": {"num_slots": 4096}} | REWARDS)
+    data = replace(DATA, longest=1024, longest_document=1024, shared_prompt=960, sequences_per_prompt=8)
+    device = DeviceTable.read().devices["cpu-avx2"]
+    found = dict(changes(Problem(run, MODEL, data, device, free_bytes=1 << 30, dtype_bytes=4)))
+    assert rows_of(found["--objective.rollout.num_slots=8"].run.objective).rollout.num_slots == 8  # type: ignore[union-attr]
+    lengths = [found[f"--data.max_seq_len={length}"].data.most_tokens(2) for length in (512, 256)]
+    assert lengths == [512, 256], "two answers to a prompt that leaves them no room"
 
 
 def test_distillation_from_the_data_samples_nothing() -> None:

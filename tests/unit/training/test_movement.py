@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,13 +32,15 @@ def _train(
     *,
     num_steps: int = 20,
     start: float = 0.02,
+    idle: Sequence[str] = (),
     **options: Any,
 ) -> list[Event]:
     """Trains tensors, of which no gradient reaches some; returns the warnings."""
     config = OptimConfig(**(CONSTANT | options))
     parameters = {name: nn.Parameter(torch.full((3, 2), start)) for name in NAMES}
     optimizer = Optimizer([ParameterGroup(tuple(parameters.items()), 1.0, 0.0)], config)
-    movement = Movement(optimizer, config, num_steps, adapter=adapter, mesh=Mesh(torch.device("cpu")))
+    mesh = Mesh(torch.device("cpu"))
+    movement = Movement(optimizer, config, num_steps, adapter=adapter, mesh=mesh, idle=idle)
     events: list[Event] = []
     for step in range(1, num_steps + 1):
         for number, (name, parameter) in enumerate(parameters.items()):
@@ -61,6 +64,10 @@ def test_a_tensor_without_gradient_is_named_after_ten_steps(num_steps: int) -> N
     assert refused.value.where == "layers.1.q.lora_b" and refused.value.why == "no gradient reached them"
     with pytest.raises(NotTrained, match="8 of 8"):
         _train(set(NAMES))
+
+
+def test_a_tensor_that_the_loss_cannot_move_is_not_missed() -> None:
+    assert not _train({"layers.1.q.lora_b"}, idle=("layers.1.q.lora_b",))
 
 
 def test_what_an_objective_does_not_use_is_a_warning_unless_the_config_names_it() -> None:
