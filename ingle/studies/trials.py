@@ -80,7 +80,7 @@ class Score:
         planned_memory_bytes: What the plan predicted.
         parameters: Trained parameters.
         num_parameters: Parameters of the model.
-        result_bytes: Size of the saved adapter or model.
+        result_bytes: Size of the saved weights: those of the adapter, or of the model.
         groups: Loss and denominator of each held-out group after the last step, [G, 2]; empty if the run failed.
         start_groups: The same before the first step.
         failure: Why the run did not end; None if it did.
@@ -281,7 +281,7 @@ def _figures(report: RunReport, folder: RunFolder, run: Run) -> dict[str, Any]:
         raise CheckpointError("A trial has no validation.", where=str(folder.path), fix=f"delete {folder.path}")
     state = read(folder.checkpoints / f"step-{step}").state("selection")
     history = report.validation.history
-    files = [file for file in folder.result(run).rglob("*") if file.is_file()]
+    weights = folder.result(run).rglob("*.safetensors")  # a tokenizer lies there too, the same for all methods
     return {
         "loss": history[-1].loss,
         "start_loss": history[0].loss,
@@ -291,7 +291,7 @@ def _figures(report: RunReport, folder: RunFolder, run: Run) -> dict[str, Any]:
         "planned_memory_bytes": int(report.plan["predicted_peak_bytes"]),
         "parameters": int(report.plan["trainable_parameters"]),
         "num_parameters": int(report.plan["num_parameters"]),
-        "result_bytes": sum(file.stat().st_size for file in files),
+        "result_bytes": sum(file.stat().st_size for file in weights),
         "groups": state["end_1"].tolist(),
         "start_groups": state["end_0"].tolist(),
     }
