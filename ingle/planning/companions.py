@@ -29,9 +29,9 @@ def value_rank(run: Run) -> int:
     if not isinstance(run.objective, Ppo) or run.objective.value.trunk != "adapter":
         return 0
     value = run.objective.value
-    stored = None if value.path is None else _adapter_config(value.path).get("r")
-    own: int = getattr(run.adapter, "rank", 0)
-    return int(stored) if stored else value.rank or own
+    stored = 0 if value.path is None else int(_adapter_config(value.path).get("r", 0))
+    own = run.adapter.rank if isinstance(run.adapter, LowRankAdapter) else 0
+    return stored or value.rank or own
 
 
 def value_head_parameters(run: Run, model: ModelShape) -> int:
